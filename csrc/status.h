@@ -1,0 +1,24 @@
+/* status.h: what C functions of onionskin return.
+ *
+ * A function returns a count or 0 when all went well, and a negative code when not: -errno for a refusal of the
+ * system, a code of the range below for what only onionskin can say. Nothing is ever reported through errno.
+ * Linux keeps errno below 4096, so the two ranges cannot meet. */
+#ifndef ONIONSKIN_STATUS_H
+#define ONIONSKIN_STATUS_H
+
+enum onion_status {
+    ONION_E_FORMAT = -5000,      /* the bytes of a file break its format */
+    ONION_E_VERSION = -5001,     /* a version or a feature bit that this code does not know */
+    ONION_E_CHECKSUM = -5002,    /* a CRC32C that does not match */
+    ONION_E_TORN = -5003,        /* the last frame of a map log is cut short: what a crash leaves */
+    ONION_E_BOUNDS = -5004,      /* a range outside the volume */
+    ONION_E_POISONED = -5005,    /* a sync failed: what is durable is not known until the volume is opened again */
+    ONION_E_CLOSED = -5006,      /* the volume is closed */
+    ONION_E_READ_ONLY = -5007,   /* a write to something that was opened for reading */
+    ONION_E_CANCELLED = -5008,   /* the caller asked to stop */
+    ONION_E_FORKED = -5009,      /* a handle that was opened before fork() is used in the child */
+    ONION_E_VERIFY = -5010,      /* bytes read back from the medium are not those written */
+    ONION_E_FULL_SEGMENT = -5011 /* a segment has no slot number left */
+};
+
+#endif

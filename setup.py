@@ -1,0 +1,48 @@
+"""Builds the extension modules: one table says which C kernels each of them links.
+
+``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# Extension module -> the kernels in csrc/ that it links.
+EXTENSIONS = {
+    "_blockmap": ["blockmap"],
+    "_copy": ["copy"],
+    "_maplog": ["maplog", "crc32c", "blockmap"],
+    "_volume": ["volume", "head", "blockmap", "epoch", "fault", "segment", "maplog", "crc32c", "wipe"],
+    "_wipe": ["wipe"],
+}
+
+if sys.platform != "linux":
+    raise SystemExit("onionskin runs on Linux only for now: csrc/linux_io.h holds what would have to be ported")
+
+sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
+compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+if sanitize:
+    compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-O1"]
+link_args = ["-pthread"] + ([f"-fsanitize={sanitize}"] if sanitize else [])
+
+csrc = Path("csrc")
+extensions = [
+    Extension(
+        f"onionskin.{module}",
+        sources=[f"src/onionskin/{module}.pyx", *(str(csrc / f"{kernel}.c") for kernel in kernels)],
+        include_dirs=[str(csrc)],
+        depends=sorted(str(header) for header in csrc.glob("*.h")),
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+    for module, kernels in EXTENSIONS.items()
+]
+setup(
+    ext_modules=cythonize(
+        extensions,
+        compiler_directives={"language_level": 3, "binding": True, "freethreading_compatible": False},
+    )
+)

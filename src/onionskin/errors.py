@@ -1,0 +1,42 @@
+"""What can go wrong, by kind.
+
+``OSError`` (with errno and file name) is for what the system refuses; the classes here are for what only onionskin
+can say. Every message says what happened, to which file or name, and what to do. The command line maps each class to
+an exit status (see ``onionskin.cli``).
+"""
+
+
+class OnionskinError(Exception):
+    """The root of all errors that onionskin itself raises."""
+
+
+class FormatError(OnionskinError):
+    """A file is damaged, or of a version or with a feature that this onionskin does not know."""
+
+
+class StateError(OnionskinError):
+    """The operation is right but not now: closed, busy, held by another process, poisoned, still in use."""
+
+
+class ChainError(OnionskinError):
+    """Layers or a base do not fit together: a base that changed, snapshots without a common ancestor."""
+
+
+class VolumeNotFoundError(OnionskinError, LookupError):
+    """The store has no volume of that name."""
+
+
+class VolumeExistsError(OnionskinError):
+    """The store already has a volume of that name."""
+
+
+class SnapshotNotFoundError(OnionskinError, LookupError):
+    """The volume has no snapshot of that name."""
+
+
+class SnapshotExistsError(OnionskinError):
+    """The volume already has a snapshot of that name."""
+
+
+class VerifyError(OnionskinError):
+    """Bytes read back are not the bytes that were written, or a digest does not match."""
