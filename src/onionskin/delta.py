@@ -259,7 +259,7 @@ def _minus(ranges: list[tuple[int, int]], covered: list[tuple[int, int, int]]) -
 
 
 def _clipped(extents: Extents, size_bytes: int) -> Extents:
-    """Drop what lies behind the end: an extent is of whole blocks, and the older disk may have been larger."""
+    """Drop what lies behind the end: an extent is of whole blocks, and the disk may have shrunk."""
     return [
         (offset, min(length, size_bytes - offset), is_zero)
         for offset, length, is_zero in extents

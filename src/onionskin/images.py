@@ -108,7 +108,7 @@ def import_image(
     name : str
         Of the new volume.
     format : str, optional
-        One of `FORMATS`; None tells it by the first bytes. Naming it vouches for an image with a backing file.
+        One of `FORMATS`; None tells it by the first bytes. Naming it vouches for the image.
     block_size, wipe
         Of the new volume.
     progress : callable, optional
@@ -160,7 +160,7 @@ def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = No
     for start, stop in ranges:
         at = start
         while at < stop:
-            # The first piece of a range ends on a boundary, so that the others are whole blocks of the volume.
+            # The first piece of a range ends on a boundary, so that the others are whole blocks.
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
             length = os.preadv(descriptor, [buffer[:wanted]], at)
             if length == 0:
