@@ -100,7 +100,7 @@ class NameType(click.ParamType):
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
             return []
-        # Where a snapshot is wanted, whole names are offered at once: a shell puts a blank behind a single match.
+        # Where a snapshot is wanted, whole names are offered: a shell puts a blank behind a single match.
         with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
         names = [name for name in _names_in(store, with_snapshots) if name.startswith(last)]
         return [CompletionItem(f"{directory}/{name}") for name in names]

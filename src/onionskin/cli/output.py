@@ -1,8 +1,8 @@
 """What commands print: JSON for programs, aligned text for people, progress on a terminal.
 
 JSON keys are those that docs/cli.md lists; times are ISO 8601 in UTC, sizes are bytes. Text goes to stdout,
-progress to stderr, and only where stderr is a terminal. rich takes as long to import as all the rest, so it is
-imported only where a progress bar is drawn.
+progress to stderr, and only where stderr is a terminal. rich takes as long to import as all the rest, so it
+is imported only where a progress bar is drawn.
 """
 
 import contextlib
