@@ -93,6 +93,22 @@ int onion_header_decode(const unsigned char *bytes, size_t length, const char *m
     return 0;
 }
 
+int onion_header_is_torn(const unsigned char *bytes, size_t length, const char *magic,
+                         const struct onion_header *expected) {
+    struct onion_header header = *expected;
+    unsigned char whole[ONION_HEADER_BYTES];
+    size_t present = length < ONION_HEADER_BYTES ? length : ONION_HEADER_BYTES;
+    for (header.compatible = 0; header.compatible <= ONION_FEATURE_WIPE_ZERO; header.compatible++) {
+        size_t i = 0;
+        onion_header_encode(&header, magic, whole);
+        while (i < present && (bytes[i] == 0 || bytes[i] == whole[i]))
+            i++;
+        if (i == present)
+            return length < ONION_HEADER_BYTES || memcmp(bytes, whole, ONION_HEADER_BYTES) != 0;
+    }
+    return 0;
+}
+
 /* ---- records ---- */
 
 struct onion_record onion_record_segment(uint16_t number, const unsigned char uuid[ONION_UUID_BYTES]) {

@@ -87,6 +87,11 @@ void onion_header_encode(const struct onion_header *header, const char *magic, u
  * ONION_E_CHECKSUM, ONION_E_VERSION (version or incompatible bits). *out is set only on 0. */
 int onion_header_decode(const unsigned char *bytes, size_t length, const char *magic, struct onion_header *out);
 
+/* What a crash leaves of a header that was written but never synced: each byte is zero or that of `expected`, whatever
+ * its compatible bits, and some are missing or differ. 1 or 0. The caller must also see no frame behind it. */
+int onion_header_is_torn(const unsigned char *bytes, size_t length, const char *magic,
+                         const struct onion_header *expected);
+
 /* Bytes that a frame of record_count records takes. */
 size_t onion_frame_bytes(size_t record_count);
 /* Writes one frame to out (onion_frame_bytes(record_count) bytes) and returns its CRC, which the next one chains. */
