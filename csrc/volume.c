@@ -1073,6 +1073,13 @@ int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uu
     return status;
 }
 
+int onion_volume_wait_for_readers(struct onion_volume *volume) {
+    int status = onion_volume_usable(volume);
+    if (status == 0)
+        onion_epoch_wait(&volume->epoch);
+    return status;
+}
+
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity) {
     uint32_t count = 0;
     pthread_rwlock_rdlock(&volume->gate);

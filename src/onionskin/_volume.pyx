@@ -79,6 +79,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_resize(onion_volume *, uint64_t)
     int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
     int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
+    int onion_volume_wait_for_readers(onion_volume *)
     int onion_volume_scrub_wanted(onion_volume *, uint32_t *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
@@ -574,6 +575,14 @@ cdef class DataPath:
         finally:
             free(bitmap)
         return _runs_of_bits(numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")[:bits])
+
+    def wait_for_readers(self):
+        """Return when every read that began before has ended: before slots that they may see are freed."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wait_for_readers(self._volume)
+        if status < 0:
+            _raise(status, "scrub", self._directory)
 
     def scrub_wanted(self):
         """Return the ids of adopted segments in which slots became free since the last call."""
