@@ -11,16 +11,17 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # Extension module -> the kernels in csrc/ that it links.
+_MAP = ["blockmap", "layermap", "maplog", "crc32c"]
 EXTENSIONS = {
     "_blockmap": ["blockmap"],
-    "_copy": ["copy"],
-    "_maplog": ["maplog", "crc32c", "blockmap"],
-    "_volume": ["volume", "head", "blockmap", "epoch", "fault", "segment", "maplog", "crc32c", "wipe"],
-    "_wipe": ["wipe"],
+    "_copy": ["copy", "linux_io"],
+    "_maplog": _MAP,
+    "_volume": ["volume", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP],
+    "_wipe": ["wipe", "linux_io"],
 }
 
 if sys.platform != "linux":
-    raise SystemExit("onionskin runs on Linux only for now: csrc/linux_io.h holds what would have to be ported")
+    raise SystemExit("onionskin runs on Linux only for now; csrc/linux_io.h says what a port must replace")
 
 sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
 compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]

@@ -18,7 +18,8 @@
  *        0    4  magic: 0x4d52464f ("OFRM")
  *        4    4  number of records
  *        8    8  sequence: 1 for the first frame of the file, one more for each that follows
- *       16    8  salt: random, drawn each time the log is opened for writing
+ *       16    8  salt: random, drawn each time the log is opened for writing; the top bit is always set
+ *                (onion_frame_encode sets it), so that no bytes of records can pass for a frame
  *       24    4  CRC32C stored in the frame before (0 in the first): frames are chained
  *       28    4  CRC32C of this frame with this field taken as zero
  *       32 24*n  records
@@ -86,6 +87,11 @@ void onion_header_encode(const struct onion_header *header, const char *magic, u
  * ONION_E_CHECKSUM, ONION_E_VERSION (version or incompatible bits). *out is set only on 0. */
 int onion_header_decode(const unsigned char *bytes, size_t length, const char *magic, struct onion_header *out);
 
+/* What a crash leaves of a header that was written but never synced: each byte is zero or that of `expected`, whatever
+ * its compatible bits, and some are missing or differ. 1 or 0. The caller must also see no frame behind it. */
+int onion_header_is_torn(const unsigned char *bytes, size_t length, const char *magic,
+                         const struct onion_header *expected);
+
 /* Bytes that a frame of record_count records takes. */
 size_t onion_frame_bytes(size_t record_count);
 /* Writes one frame to out (onion_frame_bytes(record_count) bytes) and returns its CRC, which the next one chains. */
@@ -108,13 +114,14 @@ struct onion_log_cursor {
  *   ONION_E_TORN      what stands here is not a whole frame and nothing behind it is a frame of this log: what a
  *                     crash leaves of the one unsynced frame. The cursor stays.
  *   ONION_E_FORMAT or ONION_E_CHECKSUM   a bad frame that cannot be the last unsynced one (a frame that holds,
- *                     with a later sequence number, stands behind it). The cursor stays.
+ *                     with a later sequence number, stands behind it; or more that looks like one than is worth trying;
+ *                     or a whole frame with another sequence number or chain). The cursor stays.
  * Never reads outside the bytes; never allocates. */
 int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log_cursor *cursor,
                    const unsigned char **records, uint32_t *record_count);
 
 /* Decodes and checks one record: known kind, reserved bytes zero, fields unused by the kind zero, block_count > 0
- * and block_index + block_count <= block_limit, slots below ONION_SLOT_LAST, segment number 1 to
+ * and block_index + block_count <= block_limit, no slot above ONION_SLOT_LAST, segment number 1 to
  * ONION_SEGMENT_LAST where one is used. ONION_E_FORMAT. */
 int onion_record_decode(const unsigned char *bytes, uint64_t block_limit, struct onion_record *out);
 

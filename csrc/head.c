@@ -1,0 +1,767 @@
+/* head.c: what makes changes durable: flush, seal, rewriting the head's map, resize. See volume.h for what must hold.
+ *
+ * A flush, step by step, and what a crash between two steps leaves:
+ *   1. take the pending records and the dirty flags     nothing happened
+ *   2. sync the segments (and their directory, if new)  data in slots that no durable map names
+ *   3. append one frame to the map log                  a torn frame, which the next open cuts off
+ *   4. sync the map log (and its directory, if new)     the flush is done
+ *   5. wipe and punch the slots that the frame freed    done again at the next open, or by the next scrub
+ * The flush gate lets one flush run at a time, so at most one frame is unsynced; a flush never rides on another's
+ * sync, it waits and then makes its own. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "layermap.h"
+#include "volume_state.h"
+#include "wipe.h"
+
+#define REWRITE_FRAME_RECORDS (1u << 17)
+
+/* ---- the flush gate ---- */
+
+static void flush_gate_close(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->flush_lock);
+    while (volume->flush_busy)
+        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
+    volume->flush_busy = 1;
+    pthread_mutex_unlock(&volume->flush_lock);
+}
+
+static void flush_gate_open(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->flush_lock);
+    volume->flush_busy = 0;
+    pthread_cond_broadcast(&volume->flush_free);
+    pthread_mutex_unlock(&volume->flush_lock);
+}
+
+/* The gate, closed for one who may go on; or why not. */
+static int flush_begin(struct onion_volume *volume) {
+    flush_gate_close(volume);
+    int status = onion_volume_usable(volume);
+    if (status == 0 && !volume->writable)
+        status = ONION_E_READ_ONLY;
+    if (status < 0)
+        flush_gate_open(volume);
+    return status;
+}
+
+/* ---- segments ---- */
+
+static int poison_on(struct onion_volume *volume, int status) {
+    /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
+     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. */
+    if (status < 0)
+        onion_volume_poison(volume);
+    return status;
+}
+
+static int sync_segments(struct onion_volume *volume) {
+    uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
+    int directory_dirty = 0;
+    for (uint32_t i = 1; i <= count; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || !__atomic_exchange_n(&segment->dirty, 0, __ATOMIC_SEQ_CST))
+            continue;
+        int status = onion_sync_file(segment->fd); /* BARRIER: segment data */
+        if (status < 0)
+            return poison_on(volume, status);
+        directory_dirty |= __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST);
+    }
+    if (!directory_dirty)
+        return 0;
+    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
+    return poison_on(volume, status);
+}
+
+/* ---- the map log ---- */
+
+static int create_map_file(struct onion_volume *volume, const char *path, const unsigned char *map_id, int *out) {
+    unsigned char bytes[ONION_HEADER_BYTES];
+    struct onion_header header = {.version = ONION_FORMAT_VERSION,
+                                  .block_size = volume->block_size,
+                                  .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
+    memcpy(header.uuid, map_id, ONION_UUID_BYTES);
+    onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return -errno;
+    int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
+    if (status < 0) {
+        unlink(path);
+        close(fd);
+        return status;
+    }
+    *out = fd;
+    return 0;
+}
+
+/* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
+static int open_new_log(struct onion_volume *volume, struct onion_head_log *log) {
+    int fd, status = create_map_file(volume, log->path, log->map_id, &fd);
+    if (status < 0)
+        return status;
+    status = onion_sync_file(fd); /* BARRIER: map header */
+    if (status == 0)
+        status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
+    if (status < 0) {
+        close(fd);
+        return poison_on(volume, status);
+    }
+    log->fd = fd;
+    return 0;
+}
+
+static int draw_salt(struct onion_head_log *log) {
+    if (log->cursor.salt)
+        return 0;
+    while (log->cursor.salt == 0)
+        if (getrandom(&log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt && errno != EINTR)
+            return -errno;
+    return 0;
+}
+
+/* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
+ * them. out has room for one SEGMENT record a record more. Nothing is remembered: see remember_numbers. */
+static uint32_t number_records(struct onion_volume *volume, const struct onion_head_log *log,
+                               const struct onion_pending *batch, struct onion_record *out, uint32_t *new_segments,
+                               uint32_t *new_count) {
+    uint32_t used = 0;
+    *new_count = 0;
+    for (size_t i = 0; i < batch->record_count; i++) {
+        struct onion_record record = batch->records[i];
+        if (record.kind == ONION_RECORD_DATA) {
+            struct onion_segment *segment = volume->segments[record.segment];
+            if (!segment->log_number) {
+                segment->log_number = log->numbers_given + ++*new_count;
+                new_segments[*new_count - 1] = segment->number;
+                out[used++] = onion_record_segment((uint16_t)segment->log_number, segment->uuid);
+            }
+            record.segment = (uint16_t)segment->log_number;
+        }
+        out[used++] = record;
+    }
+    return used;
+}
+
+/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
+static uint32_t own_segment_count(const struct onion_volume *volume) {
+    uint32_t count = 0;
+    for (uint32_t i = 1; i <= volume->segment_count; i++)
+        count += (uint32_t)volume->segments[i]->own;
+    return count;
+}
+
+static int append_frame(struct onion_head_log *log, const struct onion_record *records, uint32_t count) {
+    size_t length = onion_frame_bytes(count);
+    unsigned char *bytes = malloc(length);
+    if (!bytes)
+        return -ENOMEM;
+    uint32_t crc = onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
+    int status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
+    free(bytes);
+    if (status < 0)
+        return status;
+    log->cursor.offset += length;
+    log->cursor.sequence++;
+    log->cursor.crc = crc;
+    log->record_count += count;
+    return 0;
+}
+
+static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
+    uint32_t own = own_segment_count(volume) + 1, new_count = 0;
+    struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
+    uint32_t *new_segments = malloc(own * sizeof *new_segments);
+    int status = records && new_segments ? draw_salt(log) : -ENOMEM;
+    if (status == 0 && log->fd < 0)
+        status = open_new_log(volume, log);
+    if (status == 0) {
+        uint64_t before = log->cursor.offset;
+        uint32_t count = number_records(volume, log, batch, records, new_segments, &new_count);
+        status = append_frame(log, records, count);
+        if (status < 0) {
+            for (uint32_t i = 0; i < new_count; i++)
+                volume->segments[new_segments[i]]->log_number = 0;
+            /* What a short write left must not stand in front of the next frame. */
+            if (ftruncate(log->fd, (off_t)before))
+                onion_volume_poison(volume);
+        } else {
+            log->numbers_given += new_count;
+            status = onion_sync_file(log->fd); /* BARRIER: map frame */
+            poison_on(volume, status);
+        }
+    }
+    free(records);
+    free(new_segments);
+    return status;
+}
+
+/* ---- taking the pending changes, and putting them back ---- */
+
+static struct onion_pending take_pending(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->pending_lock);
+    struct onion_pending batch = volume->pending;
+    volume->pending = (struct onion_pending){0};
+    pthread_mutex_unlock(&volume->pending_lock);
+    return batch;
+}
+
+static void *joined_arrays(void *first, size_t first_count, const void *second, size_t second_count, size_t size) {
+    void *both = realloc(first, (first_count + second_count + 1) * size);
+    if (both)
+        memcpy((char *)both + first_count * size, second, second_count * size);
+    return both;
+}
+
+/* A flush that changed nothing gives its batch back, before what came since. */
+static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
+    pthread_mutex_lock(&volume->pending_lock);
+    struct onion_pending *later = &volume->pending;
+    void *records =
+        joined_arrays(batch->records, batch->record_count, later->records, later->record_count, sizeof *batch->records);
+    if (records)
+        batch->records = records;
+    void *freed = records ? joined_arrays(batch->freed, batch->freed_count, later->freed, later->freed_count,
+                                          sizeof *batch->freed)
+                          : NULL;
+    if (freed) {
+        batch->record_count += later->record_count;
+        batch->record_capacity = batch->record_count + 1;
+        batch->freed = freed;
+        batch->freed_count += later->freed_count;
+        batch->freed_capacity = batch->freed_count + 1;
+        free(later->records);
+        free(later->freed);
+        *later = *batch;
+    } else {
+        free(batch->records);
+        free(batch->freed);
+        onion_volume_poison(volume); /* the order of changes is lost */
+    }
+    pthread_mutex_unlock(&volume->pending_lock);
+}
+
+/* ---- giving freed slots back ---- */
+
+static int by_segment_and_slot(const void *a, const void *b) {
+    const struct onion_freed *x = a, *y = b;
+    if (x->segment != y->segment)
+        return x->segment < y->segment ? -1 : 1;
+    return x->slot < y->slot ? -1 : x->slot > y->slot;
+}
+
+/* Sorts, and joins neighbours in place. Returns how many are left. */
+static size_t join_freed(struct onion_freed *freed, size_t count) {
+    size_t kept = 0;
+    qsort(freed, count, sizeof *freed, by_segment_and_slot);
+    for (size_t i = 0; i < count; i++) {
+        struct onion_freed *last = kept ? &freed[kept - 1] : NULL;
+        if (last && last->segment == freed[i].segment && last->slot + last->count == freed[i].slot)
+            last->count += freed[i].count;
+        else
+            freed[kept++] = freed[i];
+    }
+    return kept;
+}
+
+/* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
+static int reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
+                   size_t count) {
+    struct onion_byte_range *ranges = malloc(count * sizeof *ranges);
+    struct onion_wipe_result result;
+    if (!ranges)
+        return -ENOMEM;
+    for (size_t i = 0; i < count; i++) {
+        ranges[i].offset = onion_slot_offset(volume->block_shift, freed[i].slot);
+        ranges[i].length = (uint64_t)freed[i].count << volume->block_shift;
+    }
+    int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
+    int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
+    free(ranges);
+    if (status < 0)
+        return status;
+    pthread_mutex_lock(&volume->slots_lock);
+    for (size_t i = count; i; i--)
+        onion_segment_give_back(segment, freed[i - 1].slot, freed[i - 1].count);
+    pthread_mutex_unlock(&volume->slots_lock);
+    return 0;
+}
+
+/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
+static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batch) {
+    if (!batch->freed_count)
+        return 0;
+    onion_epoch_wait(&volume->epoch); /* a read may still be copying from a slot that it found before */
+    size_t count = join_freed(batch->freed, batch->freed_count);
+    int status = 0;
+    for (size_t i = 0, end; i < count; i = end) {
+        for (end = i; end < count && batch->freed[end].segment == batch->freed[i].segment; end++)
+            ;
+        struct onion_segment *segment = volume->segments[batch->freed[i].segment];
+        int one = 0;
+        if (segment->own)
+            one = reclaim(volume, segment, batch->freed + i, end - i);
+        else
+            __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+        status = status < 0 ? status : one;
+    }
+    return status;
+}
+
+/* ---- flush ---- */
+
+/* Makes a batch durable in `log`. On failure it is back in the pending list. */
+static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch) {
+    int status = sync_segments(volume);
+    if (status == 0 && batch->record_count)
+        status = write_batch(volume, log, batch);
+    if (status < 0) {
+        put_back(volume, batch);
+        return status;
+    }
+    /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
+    status = reclaim_freed(volume, batch);
+    free(batch->records);
+    free(batch->freed);
+    return status;
+}
+
+static int flush_locked(struct onion_volume *volume) {
+    struct onion_pending batch = take_pending(volume);
+    return commit_batch(volume, &volume->log, &batch);
+}
+
+int onion_volume_flush(struct onion_volume *volume) {
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = flush_locked(volume);
+    flush_gate_open(volume);
+    return status;
+}
+
+/* ---- free slots at open ---- */
+
+static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
+                           uint64_t bits) {
+    struct onion_freed *runs = NULL;
+    size_t count = 0, capacity = 0;
+    for (uint64_t i = 0; i < bits; i++) {
+        if (bitmap[i >> 3] >> (i & 7) & 1)
+            continue;
+        if (count && runs[count - 1].slot + runs[count - 1].count == i) {
+            runs[count - 1].count++;
+            continue;
+        }
+        if (count == capacity) {
+            struct onion_freed *more = realloc(runs, (capacity = capacity * 2 + 64) * sizeof *runs);
+            if (!more) {
+                free(runs);
+                return -ENOMEM;
+            }
+            runs = more;
+        }
+        runs[count++] = (struct onion_freed){segment->number, (uint32_t)i, 1};
+    }
+    int status = count ? reclaim(volume, segment, runs, count) : 0;
+    free(runs);
+    return status;
+}
+
+int onion_volume_free_own_slots(struct onion_volume *volume) {
+    int status = 0;
+    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || !segment->created)
+            continue;
+        unsigned char *bitmap;
+        uint64_t bits;
+        status = onion_volume_live_slots(volume, segment->uuid, &bitmap, &bits);
+        if (status < 0)
+            break;
+        status = give_back_unset(volume, segment, bitmap, bits);
+        free(bitmap);
+    }
+    return status;
+}
+
+/* ---- seal ---- */
+
+/* The old head's segments stop being the head's, and the spare becomes the new one's. Nobody writes meanwhile. */
+static void swap_heads(struct onion_volume *volume) {
+    volume->generation++;
+    struct onion_segment *own = volume->segments[volume->spare];
+    own->generation = volume->generation;
+    own->own = 1;
+    volume->own = volume->spare;
+    volume->spare = 0;
+    volume->nothing_below = 0;
+}
+
+/* The old head goes on, and what the new one took becomes its own too. */
+static void unswap_heads(struct onion_volume *volume) {
+    pthread_rwlock_wrlock(&volume->gate);
+    for (uint32_t i = 1; i <= volume->segment_count; i++)
+        if (volume->segments[i]->generation == volume->generation)
+            volume->segments[i]->generation--;
+    volume->generation--;
+    pthread_rwlock_unlock(&volume->gate);
+}
+
+static int prepare_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    volume->next_log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
+    memcpy(volume->next_log.map_id, map_id, ONION_UUID_BYTES);
+    volume->next_log.path = strdup(map_path);
+    return volume->next_log.path ? 0 : -ENOMEM;
+}
+
+static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
+    /* First with writers at work, so that what is left behind the barrier is small. */
+    int status = flush_locked(volume);
+    if (status < 0)
+        return status;
+    pthread_rwlock_wrlock(&volume->gate);
+    struct onion_pending batch = take_pending(volume);
+    sealed->size_bytes = volume->size_bytes;
+    swap_heads(volume);
+    pthread_rwlock_unlock(&volume->gate);
+    status = commit_batch(volume, &volume->log, &batch);
+    if (status < 0) {
+        unswap_heads(volume);
+        return status;
+    }
+    sealed->map_length = volume->log.fd < 0 ? 0 : volume->log.cursor.offset;
+    sealed->map_frames = volume->log.cursor.sequence;
+    sealed->map_crc = volume->log.cursor.crc;
+    return 0;
+}
+
+int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
+                      struct onion_sealed *sealed) {
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = volume->spare ? prepare_next_log(volume, map_path, map_id) : -EBUSY;
+    if (status == 0)
+        status = seal_locked(volume, sealed);
+    if (status < 0) {
+        onion_head_log_close(&volume->next_log);
+        flush_gate_open(volume);
+        return status;
+    }
+    volume->sealing = 1;
+    return 0;
+}
+
+int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
+    pthread_rwlock_wrlock(&volume->gate);
+    int status = onion_volume_usable(volume);
+    if (status == 0 && volume->spare)
+        status = -EBUSY;
+    if (status == 0)
+        status = onion_volume_add_segment(volume, spare, &volume->spare);
+    pthread_rwlock_unlock(&volume->gate);
+    return status;
+}
+
+int onion_volume_has_spare(struct onion_volume *volume) { return volume->spare != 0; }
+
+int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
+    if (!volume->sealing)
+        return -EINVAL;
+    int status = onion_volume_usable(volume);
+    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+        onion_head_log_close(&volume->log);
+        volume->log = volume->next_log;
+        volume->next_log = (struct onion_head_log){.fd = -1};
+        status = onion_volume_set_spare(volume, next_spare);
+    }
+    volume->sealing = 0;
+    flush_gate_open(volume);
+    return status;
+}
+
+int onion_volume_seal_abort(struct onion_volume *volume) {
+    if (!volume->sealing)
+        return -EINVAL;
+    int status = onion_volume_usable(volume);
+    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+        unswap_heads(volume);
+        onion_head_log_close(&volume->next_log);
+        status = 0;
+    }
+    volume->sealing = 0;
+    flush_gate_open(volume);
+    return status;
+}
+
+/* ---- rewriting the head's map ---- */
+
+static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer,
+                         struct onion_fault_site *site) {
+    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
+    unsigned char *bytes = malloc(length + 1);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int status = !bytes ? -ENOMEM : fd < 0 ? -errno : onion_pread_all(fd, bytes, length, 0);
+    if (fd >= 0)
+        close(fd);
+    site->offset = 0;
+    strncpy(site->path, path, sizeof site->path - 1);
+    if (status == 0)
+        status = onion_layer_load(layer, bytes, length, &cursor, &site->offset);
+    if (status == 0 && (cursor.sequence != frames || cursor.crc != crc))
+        status = ONION_E_CHECKSUM;
+    free(bytes);
+    return status;
+}
+
+static int adopt_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
+            *number = (uint16_t)(k + 1);
+            return 0;
+        }
+    if (layer->segment_count == ONION_SEGMENT_LAST)
+        return -EMFILE;
+    unsigned char(*ids)[ONION_UUID_BYTES] =
+        realloc(layer->segment_ids, (layer->segment_count + 1) * sizeof *layer->segment_ids);
+    if (!ids)
+        return -ENOMEM;
+    layer->segment_ids = ids;
+    layer->segment_capacity = layer->segment_count + 1;
+    memcpy(ids[layer->segment_count++], uuid, ONION_UUID_BYTES);
+    *number = (uint16_t)layer->segment_count;
+    return 0;
+}
+
+/* Lays `upper` over `lower`. */
+static int fold_layers(struct onion_layer *lower, const struct onion_layer *upper) {
+    uint16_t *numbers = calloc(upper->segment_count + 1, sizeof *numbers);
+    int status = numbers ? 0 : -ENOMEM;
+    for (uint32_t k = 0; k < upper->segment_count && status == 0; k++)
+        status = adopt_id(lower, upper->segment_ids[k], &numbers[k + 1]);
+    if (status == 0)
+        status = onion_map_fold(&lower->map, &upper->map, numbers);
+    free(numbers);
+    return status;
+}
+
+/* The head's map over `lower`, as it is durable now, in *layer. */
+static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer,
+                       struct onion_fault_site *site) {
+    struct onion_layer head = {0};
+    int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
+    if (status == 0)
+        status = onion_layer_init(&head, volume->index.block_count, volume->block_shift);
+    if (status == 0 && lower && lower->map_length)
+        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer, site);
+    if (status == 0 && volume->log.fd >= 0)
+        status = load_log_file(volume->log.path, volume->log.cursor.offset, volume->log.cursor.sequence,
+                               volume->log.cursor.crc, &head, site);
+    if (status == 0)
+        status = fold_layers(layer, &head);
+    onion_layer_destroy(&head);
+    return status;
+}
+
+static int write_compact(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
+    struct onion_layer_writer *writer = calloc(1, sizeof *writer);
+    struct onion_record *records = malloc(REWRITE_FRAME_RECORDS * sizeof *records);
+    int status = writer && records ? draw_salt(log) : -ENOMEM;
+    struct onion_record size = {.kind = ONION_RECORD_SIZE, .block_index = volume->size_bytes};
+    if (status == 0)
+        status = append_frame(log, &size, 1);
+    uint32_t count;
+    while (status == 0 && (count = onion_layer_records(layer, writer, records, REWRITE_FRAME_RECORDS)))
+        status = append_frame(log, records, count);
+    if (status == 0) {
+        log->numbers_given = writer->numbers_given;
+        for (uint32_t k = 1; k <= layer->segment_count; k++) {
+            uint32_t number = onion_volume_find_segment(volume, layer->segment_ids[k - 1]);
+            if (number)
+                volume->next_numbers[number] = writer->number_of[k];
+        }
+        status = onion_sync_file(log->fd); /* BARRIER: rewritten map */
+    }
+    free(writer);
+    free(records);
+    return status;
+}
+
+static int write_rewritten(struct onion_volume *volume, const struct onion_layer *layer) {
+    struct onion_head_log *log = &volume->next_log;
+    free(volume->next_numbers);
+    volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
+    if (!volume->next_numbers)
+        return -ENOMEM;
+    int status = create_map_file(volume, log->path, log->map_id, &log->fd);
+    if (status == 0)
+        status = write_compact(volume, layer, log);
+    if (status == 0)
+        status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
+    if (status < 0 && log->fd >= 0)
+        unlink(log->path);
+    return status;
+}
+
+int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
+                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written,
+                         struct onion_fault_site *site) {
+    struct onion_layer layer = {0};
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = flush_locked(volume);
+    if (status == 0)
+        status = prepare_next_log(volume, new_path, new_id);
+    if (status == 0)
+        status = gather_head(volume, lower, &layer, site);
+    if (status == 0 && drop_zero)
+        status = onion_layer_drop_zero(&layer);
+    if (status == 0)
+        status = write_rewritten(volume, &layer);
+    onion_layer_destroy(&layer);
+    if (status < 0) {
+        onion_head_log_close(&volume->next_log);
+        flush_gate_open(volume);
+        return status;
+    }
+    *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
+                                     volume->next_log.cursor.crc, volume->size_bytes};
+    volume->rewriting = 1 + (drop_zero != 0);
+    return 0;
+}
+
+int onion_volume_rewrite_commit(struct onion_volume *volume) {
+    if (!volume->rewriting)
+        return -EINVAL;
+    int status = onion_volume_usable(volume);
+    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+        pthread_rwlock_wrlock(&volume->gate);
+        onion_head_log_close(&volume->log);
+        volume->log = volume->next_log;
+        volume->next_log = (struct onion_head_log){.fd = -1};
+        for (uint32_t i = 1; i <= volume->segment_count; i++) {
+            struct onion_segment *segment = volume->segments[i];
+            segment->log_number = volume->next_numbers[i];
+            if (segment->log_number)
+                segment->generation = volume->generation; /* adopted, unless it was ours already */
+        }
+        if (volume->rewriting == 2)
+            volume->nothing_below = 1;
+        pthread_rwlock_unlock(&volume->gate);
+        status = 0;
+    }
+    volume->rewriting = 0;
+    flush_gate_open(volume);
+    return status;
+}
+
+int onion_volume_rewrite_abort(struct onion_volume *volume) {
+    if (!volume->rewriting)
+        return -EINVAL;
+    if (volume->next_log.path)
+        unlink(volume->next_log.path);
+    onion_head_log_close(&volume->next_log);
+    volume->rewriting = 0;
+    flush_gate_open(volume);
+    return 0;
+}
+
+int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
+    *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
+    *needed = 0;
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    int status = onion_volume_usable(volume);
+    uint64_t at = 0;
+    struct onion_run run;
+    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        at = run.block_index + run.block_count;
+        *needed += !onion_place_is_data(run.place) ||
+                   onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
+    }
+    onion_epoch_leave(&volume->epoch, ticket);
+    return status;
+}
+
+/* ---- resize ---- */
+
+/* What lies past a size in its last block becomes zero, in a new slot: the old one stays as it is until the new size
+ * is durable. Writers are kept out. */
+static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
+    uint32_t tail = (uint32_t)(size_bytes & (volume->block_size - 1));
+    if (!tail)
+        return 0;
+    uint64_t block = size_bytes >> volume->block_shift;
+    onion_place place = onion_map_lookup(&volume->index, block);
+    if (place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base))
+        return 0;
+    char *zeros = calloc(1, volume->block_size);
+    if (!zeros)
+        return -ENOMEM;
+    int status = onion_volume_write_part(volume, block, tail, volume->block_size - tail, zeros, 1);
+    free(zeros);
+    return status;
+}
+
+/* Blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
+static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end) {
+    onion_place place = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
+    int status = 0;
+    while (first < end && status == 0) {
+        uint64_t range_end = (first / volume->blocks_per_range + 1) * volume->blocks_per_range;
+        uint64_t count = (range_end < end ? range_end : end) - first;
+        status = onion_volume_change(volume, first, count, place);
+        first += count;
+    }
+    return status;
+}
+
+static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
+    uint64_t mask = volume->block_size - 1, old = volume->size_bytes;
+    uint64_t small = size_bytes < old ? size_bytes : old, large = size_bytes < old ? old : size_bytes;
+    int status = zero_tail(volume, small);
+    if (status == 0)
+        status = hide_blocks(volume, (small + mask) >> volume->block_shift, (large + mask) >> volume->block_shift);
+    struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};
+    if (status == 0) {
+        pthread_mutex_lock(&volume->pending_lock);
+        status = onion_pending_append(&volume->pending, &record);
+        pthread_mutex_unlock(&volume->pending_lock);
+    }
+    if (status == 0)
+        __atomic_store_n(&volume->size_bytes, size_bytes, __ATOMIC_RELEASE);
+    return status;
+}
+
+int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
+    if (size_bytes > ONION_VOLUME_BYTES_MAX)
+        return -EFBIG;
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = flush_locked(volume);
+    if (status == 0) {
+        pthread_rwlock_wrlock(&volume->gate);
+        if (size_bytes != volume->size_bytes)
+            status = apply_resize(volume, size_bytes);
+        /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
+        struct onion_pending batch = take_pending(volume);
+        if (status == 0)
+            status = commit_batch(volume, &volume->log, &batch);
+        else
+            put_back(volume, &batch);
+        /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
+        if (status < 0)
+            onion_volume_poison(volume);
+        pthread_rwlock_unlock(&volume->gate);
+    }
+    flush_gate_open(volume);
+    return status;
+}

@@ -1,0 +1,1223 @@
+/* volume.c: opening, reading and writing a volume. See volume.h for what must hold, head.c for flush, seal, rewrite. */
+#define _GNU_SOURCE
+#include "volume.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "fault.h"
+#include "layermap.h"
+#include "volume_state.h"
+
+#define BATCH 32          /* blocks whose look-ups and loads overlap */
+#define WRITE_BATCH 256   /* blocks of write_blocks that share one pwrite */
+
+/* ---- life ---- */
+
+static void release_leaf(void *context, void *leaf) {
+    (void)context;
+    free(leaf);
+}
+
+static void retire_leaf(void *context, void *leaf) {
+    struct onion_volume *volume = context;
+    onion_epoch_retire(&volume->epoch, release_leaf, NULL, leaf);
+}
+
+static void init_locks(struct onion_volume *volume) {
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+#ifdef __GLIBC__
+    /* Else a stream of writers would keep a snapshot waiting for ever. */
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+#endif
+    pthread_rwlock_init(&volume->gate, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
+    for (int i = 0; i < ONION_STRIPES; i++)
+        pthread_mutex_init(&volume->stripes[i], NULL);
+    pthread_mutex_init(&volume->slots_lock, NULL);
+    pthread_mutex_init(&volume->pending_lock, NULL);
+    pthread_mutex_init(&volume->flush_lock, NULL);
+    pthread_cond_init(&volume->flush_free, NULL);
+}
+
+int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segments_directory,
+                     const char *layers_directory, int wipe_zero, int writable, struct onion_volume **out) {
+    uint32_t shift = (uint32_t)__builtin_ctz(block_size ? block_size : 1);
+    if (block_size != 1u << shift || shift < ONION_BLOCK_SHIFT_MIN || shift > ONION_BLOCK_SHIFT_MAX ||
+        size_bytes > ONION_VOLUME_BYTES_MAX)
+        return -EINVAL;
+    int status = onion_fault_install();
+    if (status < 0)
+        return status;
+    struct onion_volume *volume;
+    if (posix_memalign((void **)&volume, 64, sizeof *volume))
+        return -ENOMEM;
+    memset(volume, 0, sizeof *volume);
+    volume->block_size = block_size;
+    volume->block_shift = shift;
+    volume->blocks_per_range = 1u << (ONION_RANGE_BYTES_SHIFT - shift);
+    volume->size_bytes = size_bytes;
+    volume->wipe_zero = wipe_zero;
+    volume->writable = writable;
+    volume->generation = 1;
+    volume->log.fd = volume->next_log.fd = -1;
+    volume->nothing_below = 1;
+    init_locks(volume);
+    onion_epoch_init(&volume->epoch);
+    volume->segments_directory = strdup(segments_directory);
+    volume->layers_directory = strdup(layers_directory);
+    volume->segments = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->segments);
+    /* A writable volume may grow under its readers, so the root has room for the largest from the start: it is
+     * address space only, until it is touched. */
+    uint64_t capacity_bytes = writable ? ONION_VOLUME_BYTES_MAX : size_bytes;
+    uint64_t blocks = (capacity_bytes + block_size - 1) >> shift;
+    status = onion_map_init(&volume->index, blocks ? blocks : 1, shift);
+    if (status == 0 && (!volume->segments_directory || !volume->layers_directory || !volume->segments))
+        status = -ENOMEM;
+    if (status < 0) {
+        onion_volume_free(volume);
+        return status;
+    }
+    *out = volume;
+    return 0;
+}
+
+void onion_head_log_close(struct onion_head_log *log) {
+    if (log->fd >= 0)
+        close(log->fd);
+    free(log->path);
+    *log = (struct onion_head_log){.fd = -1};
+}
+
+static void base_release(void *context, void *object) {
+    struct onion_mapping *mapping = object;
+    (void)context;
+    if (mapping->length)
+        munmap(mapping->address, mapping->length);
+    free(mapping);
+}
+
+void onion_volume_close(struct onion_volume *volume) {
+    if (__atomic_exchange_n(&volume->closed, 1, __ATOMIC_SEQ_CST) || volume->forked)
+        return;
+    /* A flush under way goes first; one that waits for its outcome (seal, rewrite) finds the volume closed. */
+    pthread_mutex_lock(&volume->flush_lock);
+    while (volume->flush_busy && !volume->sealing && !volume->rewriting)
+        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
+    int gate_is_ours = !volume->flush_busy;
+    volume->flush_busy = 1;
+    pthread_mutex_unlock(&volume->flush_lock);
+    pthread_rwlock_wrlock(&volume->gate);
+    onion_epoch_wait(&volume->epoch);
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        onion_segment_free(volume->segments[i]);
+        volume->segments[i] = NULL;
+    }
+    volume->segment_count = 0;
+    if (volume->base)
+        base_release(NULL, volume->base);
+    volume->base = NULL;
+    onion_head_log_close(&volume->log);
+    onion_head_log_close(&volume->next_log);
+    volume->index.retire = NULL;
+    onion_map_destroy(&volume->index);
+    pthread_rwlock_unlock(&volume->gate);
+    pthread_mutex_lock(&volume->flush_lock);
+    if (gate_is_ours)
+        volume->flush_busy = 0;
+    pthread_cond_broadcast(&volume->flush_free);
+    pthread_mutex_unlock(&volume->flush_lock);
+}
+
+void onion_volume_free(struct onion_volume *volume) {
+    if (!volume || volume->forked) /* a child of fork() may have copied locks in any state: leave all to exit */
+        return;
+    onion_volume_close(volume);
+    onion_epoch_destroy(&volume->epoch);
+    free(volume->pending.records);
+    free(volume->pending.freed);
+    free(volume->next_numbers);
+    free(volume->segments);
+    free(volume->segments_directory);
+    free(volume->layers_directory);
+    free(volume);
+}
+
+int onion_volume_usable(const struct onion_volume *volume) {
+    if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
+        return ONION_E_FORKED;
+    if (__atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST))
+        return ONION_E_CLOSED;
+    if (__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
+        return ONION_E_POISONED;
+    return 0;
+}
+
+uint64_t onion_volume_size(const struct onion_volume *volume) {
+    return __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
+}
+uint32_t onion_volume_block_size(const struct onion_volume *volume) { return volume->block_size; }
+int onion_volume_poisoned(const struct onion_volume *volume) { return __atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST); }
+int onion_volume_closed(const struct onion_volume *volume) { return __atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST); }
+void onion_volume_poison(struct onion_volume *volume) { __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST); }
+void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&volume->forked, 1, __ATOMIC_SEQ_CST); }
+
+uint64_t onion_volume_memory(const struct onion_volume *volume) {
+    uint64_t ranges = (onion_volume_size(volume) >> ONION_RANGE_BYTES_SHIFT) + 1;
+    return ranges * sizeof(uint64_t) + (uint64_t)__atomic_load_n(&volume->index.leaf_bytes, __ATOMIC_RELAXED);
+}
+
+/* ---- opening ---- */
+
+static int map_base(const char *path, uint64_t size_bytes, struct onion_mapping **out) {
+    struct onion_mapping *mapping = calloc(1, sizeof *mapping);
+    if (!mapping)
+        return -ENOMEM;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    int status = fd < 0 || fstat(fd, &info) ? -errno : 0;
+    if (status == 0 && (uint64_t)info.st_size < size_bytes)
+        status = ONION_E_FORMAT;
+    if (status == 0 && size_bytes) {
+        mapping->length = size_bytes;
+        mapping->address = mmap(NULL, size_bytes, PROT_READ, MAP_SHARED, fd, 0);
+        if (mapping->address == MAP_FAILED)
+            status = -errno;
+    }
+    if (fd >= 0)
+        close(fd);
+    if (status < 0) {
+        free(mapping);
+        return status;
+    }
+    *out = mapping;
+    return 0;
+}
+
+int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_t size_bytes) {
+    int status = map_base(path, size_bytes, &volume->base);
+    if (status == 0) {
+        volume->base_bytes = size_bytes;
+        volume->nothing_below = 0;
+    }
+    return status;
+}
+
+uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid) {
+    for (uint32_t i = volume->segment_count; i; i--)
+        if (!memcmp(volume->segments[i]->uuid, uuid, ONION_UUID_BYTES))
+            return i;
+    return 0;
+}
+
+int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number) {
+    if (volume->segment_count == ONION_SEGMENT_LAST)
+        return -EMFILE;
+    struct onion_segment *segment;
+    int status =
+        onion_segment_new(volume->segments_directory, uuid, volume->segment_count + 1, volume->block_shift, &segment);
+    if (status < 0)
+        return status;
+    segment->features = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0;
+    volume->segments[segment->number] = segment;
+    __atomic_store_n(&volume->segment_count, segment->number, __ATOMIC_RELEASE);
+    *number = segment->number;
+    return 0;
+}
+
+static int site_error(struct onion_fault_site *site, const char *path, uint64_t offset, int status) {
+    snprintf(site->path, sizeof site->path, "%s", path);
+    site->offset = offset;
+    return status;
+}
+
+/* The whole of a map file, its header checked. length_min: bytes that must be there. *torn_header: a file that a crash
+ * left before its first flush. */
+static int read_map_file(struct onion_volume *volume, int fd, const unsigned char *map_id, uint64_t length_min,
+                         unsigned char **bytes, uint64_t *length, int *torn_header) {
+    struct stat info;
+    *bytes = NULL;
+    *torn_header = 0;
+    if (fstat(fd, &info))
+        return -errno;
+    if ((uint64_t)info.st_size < length_min)
+        return ONION_E_FORMAT;
+    *length = length_min ? length_min : (uint64_t)info.st_size;
+    *bytes = malloc(*length + 1);
+    if (!*bytes)
+        return -ENOMEM;
+    int status = onion_pread_all(fd, *bytes, *length, 0);
+    struct onion_header header;
+    if (status == 0)
+        status = onion_header_decode(*bytes, *length, ONION_MAGIC_MAP, &header);
+    /* The header is durable before the first frame is written, so a bad one without frames was never promised. */
+    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && *length <= ONION_HEADER_BYTES && !length_min)
+        *torn_header = 1;
+    if (status == 0 && (header.block_size != volume->block_size || memcmp(header.uuid, map_id, ONION_UUID_BYTES)))
+        status = ONION_E_FORMAT;
+    return status;
+}
+
+/* Lays a loaded layer over the index. numbers[i] is the index's number of the layer's segment i. */
+static int fold_layer(struct onion_volume *volume, const struct onion_layer *layer, const uint16_t *numbers) {
+    return onion_map_fold(&volume->index, &layer->map, numbers);
+}
+
+/* What the map names must be among what the catalog lists: numbers[k] for each segment of the layer. */
+static int number_segments(struct onion_volume *volume, const struct onion_layer *layer, uint32_t first,
+                           uint16_t **numbers) {
+    *numbers = calloc(layer->segment_count + 1, sizeof **numbers);
+    if (!*numbers)
+        return -ENOMEM;
+    for (uint32_t k = 0; k < layer->segment_count; k++) {
+        uint32_t number = onion_volume_find_segment(volume, layer->segment_ids[k]);
+        if (number < first)
+            return ONION_E_FORMAT;
+        (*numbers)[k + 1] = (uint16_t)number;
+    }
+    return 0;
+}
+
+/* Highest slot + 1 that the map names in segment k (its number in the layer). */
+static uint64_t slots_named(const struct onion_layer *layer, uint32_t k) {
+    uint64_t highest = 0, at = 0;
+    struct onion_run run;
+    while (onion_map_next(&layer->map, at, layer->map.block_count, &run)) {
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == k) {
+            uint64_t end = onion_place_slot(run.place) + run.block_count;
+            highest = end > highest ? end : highest;
+        }
+        at = run.block_index + run.block_count;
+    }
+    return highest;
+}
+
+static int check_slots(struct onion_volume *volume, const struct onion_layer *layer, const uint16_t *numbers,
+                       struct onion_fault_site *site) {
+    for (uint32_t k = 1; k <= layer->segment_count; k++) {
+        struct onion_segment *segment = volume->segments[numbers[k]];
+        if (slots_named(layer, k) > segment->next_slot)
+            return site_error(site, segment->path, onion_slot_offset(volume->block_shift, segment->next_slot),
+                              ONION_E_FORMAT);
+    }
+    return 0;
+}
+
+static int load_sealed_map(struct onion_volume *volume, const struct onion_layer_source *source,
+                           struct onion_layer *layer, struct onion_fault_site *site) {
+    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
+    unsigned char *bytes = NULL;
+    uint64_t length, fault = 0;
+    int torn;
+    int fd = open(source->map_path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return site_error(site, source->map_path, 0, -errno);
+    int status = read_map_file(volume, fd, source->map_id, source->map_length, &bytes, &length, &torn);
+    close(fd);
+    if (status == 0)
+        status = onion_layer_load(layer, bytes, length, &cursor, &fault);
+    if (status == ONION_E_TORN)
+        status = ONION_E_FORMAT;
+    if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
+        status = ONION_E_CHECKSUM;
+    free(bytes);
+    return status < 0 ? site_error(site, source->map_path, fault, status) : 0;
+}
+
+/* A layer may be longer than what stands on it (a volume that was shrunk): its map has room for any block. */
+static int layer_init(const struct onion_volume *volume, struct onion_layer *layer) {
+    return onion_layer_init(layer, ONION_VOLUME_BYTES_MAX >> volume->block_shift, volume->block_shift);
+}
+
+int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
+                           struct onion_fault_site *site) {
+    uint32_t first = volume->segment_count + 1;
+    volume->nothing_below = 0;
+    for (uint32_t i = 0; i < source->segment_count; i++) {
+        uint32_t number;
+        int status = onion_volume_add_segment(volume, source->segments[i].uuid, &number);
+        if (status == 0)
+            status = onion_segment_check(volume->segments[number], source->segments[i].slots);
+        if (status < 0)
+            return site_error(site, volume->segments[volume->segment_count]->path, 0, status);
+    }
+    if (!source->map_length)
+        return 0;
+    struct onion_layer layer = {0};
+    uint16_t *numbers = NULL;
+    int status = layer_init(volume, &layer);
+    if (status == 0)
+        status = load_sealed_map(volume, source, &layer, site);
+    if (status == 0 && (status = number_segments(volume, &layer, first, &numbers)) < 0)
+        status = site_error(site, source->map_path, 0, status);
+    if (status == 0)
+        status = check_slots(volume, &layer, numbers, site);
+    if (status == 0)
+        status = fold_layer(volume, &layer, numbers);
+    free(numbers);
+    onion_layer_destroy(&layer);
+    return status;
+}
+
+/* Opens the head's log: reads it into `layer`, cuts off a torn frame. A missing file is an empty log. */
+static int open_log(struct onion_volume *volume, const struct onion_head_source *source, struct onion_layer *layer,
+                    struct onion_fault_site *site) {
+    struct onion_head_log *log = &volume->log;
+    log->path = strdup(source->map_path);
+    memcpy(log->map_id, source->map_id, ONION_UUID_BYTES);
+    log->cursor = (struct onion_log_cursor){.offset = ONION_HEADER_BYTES};
+    if (!log->path)
+        return -ENOMEM;
+    int fd = open(source->map_path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT ? 0 : site_error(site, source->map_path, 0, -errno);
+    unsigned char *bytes = NULL;
+    uint64_t length = 0, fault = 0;
+    int torn_header;
+    int status = read_map_file(volume, fd, source->map_id, 0, &bytes, &length, &torn_header);
+    if (torn_header) { /* made again, by name, at the first flush */
+        free(bytes);
+        close(fd);
+        return unlink(source->map_path) ? site_error(site, source->map_path, 0, -errno) : 0;
+    }
+    if (status == 0)
+        status = onion_layer_load(layer, bytes, length, &log->cursor, &fault);
+    if (status == ONION_E_TORN)
+        status = ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
+    free(bytes);
+    if (status == 0)
+        status = onion_sync_file(fd); /* BARRIER: opened map */
+    if (status < 0) {
+        close(fd);
+        return site_error(site, source->map_path, fault, status);
+    }
+    log->fd = fd;
+    log->numbers_given = layer->segment_count;
+    return 0;
+}
+
+static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source,
+                              const struct onion_layer *layer, struct onion_fault_site *site) {
+    for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
+        int own = i >= source->adopted_count;
+        const unsigned char *uuid = own ? source->own[i - source->adopted_count] : source->adopted[i].uuid;
+        uint32_t number;
+        int status = onion_volume_add_segment(volume, uuid, &number);
+        if (status < 0)
+            return status;
+        struct onion_segment *segment = volume->segments[number];
+        segment->generation = volume->generation;
+        segment->own = own;
+        uint64_t named = 0;
+        for (uint32_t k = 0; k < layer->segment_count; k++)
+            if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
+                segment->log_number = k + 1;
+                named = slots_named(layer, k + 1);
+            }
+        status = own ? onion_segment_open_own(segment, named) : onion_segment_check(segment, source->adopted[i].slots);
+        if (status == 0 && segment->fd >= 0)
+            status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
+        if (status < 0)
+            return site_error(site, segment->path, 0, status);
+        if (own && !volume->own)
+            volume->own = number;
+    }
+    return 0;
+}
+
+int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
+                           struct onion_fault_site *site) {
+    struct onion_layer layer = {0};
+    uint16_t *numbers = NULL;
+    uint32_t first = volume->segment_count + 1;
+    int status = layer_init(volume, &layer);
+    if (status == 0)
+        status = open_log(volume, source, &layer, site);
+    if (status == 0)
+        status = open_head_segments(volume, source, &layer, site);
+    if (status == 0 && (status = number_segments(volume, &layer, first, &numbers)) < 0)
+        status = site_error(site, source->map_path, 0, status);
+    if (status == 0)
+        status = check_slots(volume, &layer, numbers, site);
+    if (status == 0)
+        status = fold_layer(volume, &layer, numbers);
+    if (status == 0 && layer.has_size)
+        status = layer.size_bytes > ONION_VOLUME_BYTES_MAX ? ONION_E_FORMAT : 0;
+    if (status == 0) {
+        if (layer.has_size)
+            volume->size_bytes = layer.size_bytes;
+        status = onion_volume_add_segment(volume, source->spare, &volume->spare);
+    }
+    free(numbers);
+    onion_layer_destroy(&layer);
+    if (status == 0)
+        status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
+    if (status == 0)
+        status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
+    /* From here on others read while we write. */
+    volume->index.retire_context = volume;
+    volume->index.retire = retire_leaf;
+    return status;
+}
+
+/* ---- reading ---- */
+
+struct read_request {
+    struct onion_volume *volume;
+    uint64_t offset, length;
+    char *out;
+    const uint64_t *block_indices;
+    uint64_t count;
+};
+
+static void guarded_copy(void *out, const void *from, size_t length) {
+    onion_fault_watch(from, length);
+    memcpy(out, from, length);
+    onion_fault_unwatch();
+}
+
+/* Bytes of the base at a disk offset; zeros past its end. */
+static void read_base(const struct onion_volume *volume, uint64_t offset, uint64_t length, char *out) {
+    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+    uint64_t size = base ? base->length : 0;
+    uint64_t present = offset >= size ? 0 : (size - offset < length ? size - offset : length);
+    if (present)
+        guarded_copy(out, base->address + offset, present);
+    memset(out + present, 0, length - present);
+}
+
+static int read_place(struct onion_volume *volume, onion_place place, uint64_t blocks, uint64_t offset,
+                      uint64_t start, uint64_t length, char *out) {
+    if (place == ONION_PLACE_HOLE) {
+        read_base(volume, offset, length, out);
+    } else if (!onion_place_is_data(place)) {
+        memset(out, 0, length);
+    } else {
+        const char *address;
+        struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+        int status = onion_segment_address(segment, &volume->epoch, onion_place_slot(place), blocks, &address);
+        if (status < 0)
+            return status;
+        guarded_copy(out, address + start, length);
+    }
+    return 0;
+}
+
+static int read_range(void *context) {
+    struct read_request *request = context;
+    struct onion_volume *volume = request->volume;
+    uint32_t shift = volume->block_shift;
+    while (request->length) {
+        uint64_t block = request->offset >> shift, start = request->offset & (volume->block_size - 1);
+        uint64_t wanted = (start + request->length + volume->block_size - 1) >> shift;
+        struct onion_run run;
+        onion_map_run_at(&volume->index, block, wanted, &run);
+        uint64_t bytes = (run.block_count << shift) - start;
+        if (bytes > request->length)
+            bytes = request->length;
+        int status =
+            read_place(volume, run.place, run.block_count, request->offset, start, bytes, request->out);
+        if (status < 0)
+            return status;
+        request->offset += bytes;
+        request->out += bytes;
+        request->length -= bytes;
+    }
+    return 0;
+}
+
+static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    uint64_t size = onion_volume_size(volume);
+    return offset <= size && length <= size - offset;
+}
+
+/* Runs `work` as a reader. Closed is looked at after entering: close waits for those who are inside. */
+static int as_reader(struct onion_volume *volume, int (*work)(void *), void *context) {
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    int status = onion_volume_usable(volume);
+    if (status == 0)
+        status = onion_fault_run(work, context);
+    onion_epoch_leave(&volume->epoch, ticket);
+    return status;
+}
+
+int onion_volume_read(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out) {
+    int status = onion_volume_usable(volume);
+    if (status < 0)
+        return status;
+    if (!in_bounds(volume, offset, length))
+        return ONION_E_BOUNDS;
+    struct read_request request = {.volume = volume, .offset = offset, .length = length, .out = out};
+    return as_reader(volume, read_range, &request);
+}
+
+static int read_batch(struct onion_volume *volume, const uint64_t *block_indices, size_t count, char *out) {
+    onion_place places[BATCH];
+    const char *addresses[BATCH];
+    onion_map_lookup_many(&volume->index, block_indices, count, places);
+    for (size_t i = 0; i < count; i++) {
+        addresses[i] = NULL;
+        if (onion_place_is_data(places[i])) {
+            int status = onion_segment_address(volume->segments[onion_place_segment(places[i])], &volume->epoch,
+                                               onion_place_slot(places[i]), 1, &addresses[i]);
+            if (status < 0)
+                return status;
+        } else if (places[i] == ONION_PLACE_HOLE) {
+            const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+            uint64_t offset = block_indices[i] << volume->block_shift;
+            if (base && offset + volume->block_size <= base->length)
+                addresses[i] = base->address + offset;
+        }
+        __builtin_prefetch(addresses[i]);
+    }
+    for (size_t i = 0; i < count; i++, out += volume->block_size) {
+        if (addresses[i])
+            guarded_copy(out, addresses[i], volume->block_size);
+        else if (places[i] == ONION_PLACE_HOLE)
+            read_base(volume, block_indices[i] << volume->block_shift, volume->block_size, out);
+        else
+            memset(out, 0, volume->block_size);
+    }
+    return 0;
+}
+
+static int read_many(void *context) {
+    struct read_request *request = context;
+    struct onion_volume *volume = request->volume;
+    uint64_t size = onion_volume_size(volume), whole = size >> volume->block_shift;
+    for (uint64_t i = 0; i < request->count; i += BATCH) {
+        size_t count = request->count - i < BATCH ? request->count - i : BATCH;
+        char *out = request->out + (i << volume->block_shift);
+        int status = read_batch(volume, request->block_indices + i, count, out);
+        if (status < 0)
+            return status;
+        for (size_t k = 0; k < count; k++)
+            if (request->block_indices[i + k] >= whole) {
+                uint64_t tail = size & (volume->block_size - 1);
+                memset(out + (k << volume->block_shift) + tail, 0, volume->block_size - tail);
+            }
+    }
+    return 0;
+}
+
+static int indices_in_bounds(const struct onion_volume *volume, const uint64_t *block_indices, uint64_t count) {
+    uint64_t blocks = (onion_volume_size(volume) + volume->block_size - 1) >> volume->block_shift;
+    for (uint64_t i = 0; i < count; i++)
+        if (block_indices[i] >= blocks)
+            return 0;
+    return 1;
+}
+
+int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count, void *out) {
+    int status = onion_volume_usable(volume);
+    if (status < 0)
+        return status;
+    if (!indices_in_bounds(volume, block_indices, count))
+        return ONION_E_BOUNDS;
+    struct read_request request = {.volume = volume, .out = out, .block_indices = block_indices, .count = count};
+    return as_reader(volume, read_many, &request);
+}
+
+/* ---- changing the map ---- */
+
+int onion_pending_append(struct onion_pending *pending, const struct onion_record *record) {
+    if (pending->record_count == pending->record_capacity) {
+        size_t capacity = pending->record_capacity ? pending->record_capacity * 2 : 256;
+        struct onion_record *records = realloc(pending->records, capacity * sizeof *records);
+        if (!records)
+            return -ENOMEM;
+        pending->records = records;
+        pending->record_capacity = capacity;
+    }
+    if (record)
+        pending->records[pending->record_count++] = *record;
+    return 0;
+}
+
+static int reserve_freed(struct onion_pending *pending, size_t more) {
+    if (pending->freed_count + more <= pending->freed_capacity)
+        return 0;
+    size_t capacity = pending->freed_capacity * 2 + more + 64;
+    struct onion_freed *freed = realloc(pending->freed, capacity * sizeof *freed);
+    if (!freed)
+        return -ENOMEM;
+    pending->freed = freed;
+    pending->freed_capacity = capacity;
+    return 0;
+}
+
+/* Notes the slots that the head holds for these blocks; they are counted only once the index no longer has them. */
+static int64_t note_freed(struct onion_volume *volume, uint64_t block_index, uint64_t block_count) {
+    size_t noted = 0;
+    uint64_t at = block_index, end = block_index + block_count;
+    struct onion_run run;
+    while (at < end && onion_map_next(&volume->index, at, end, &run)) {
+        at = run.block_index + run.block_count;
+        if (!onion_place_is_data(run.place) ||
+            !onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]))
+            continue;
+        if (reserve_freed(&volume->pending, noted + 1) < 0)
+            return -ENOMEM;
+        volume->pending.freed[volume->pending.freed_count + noted++] = (struct onion_freed){
+            onion_place_segment(run.place), onion_place_slot(run.place), (uint32_t)run.block_count};
+    }
+    return (int64_t)noted;
+}
+
+static struct onion_record record_of(uint64_t block_index, uint64_t block_count, onion_place place) {
+    struct onion_record record = {.block_index = block_index, .block_count = (uint32_t)block_count};
+    if (onion_place_is_data(place)) {
+        record.kind = ONION_RECORD_DATA;
+        record.segment = (uint16_t)onion_place_segment(place);
+        record.slot = onion_place_slot(place);
+    } else {
+        record.kind = place == ONION_PLACE_HOLE ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
+    }
+    return record;
+}
+
+/* Joins the record to the last one where it continues it, which is what sequential writes do. */
+static int joined(struct onion_pending *pending, const struct onion_record *record) {
+    if (!pending->record_count)
+        return 0;
+    struct onion_record *last = &pending->records[pending->record_count - 1];
+    int goes_on = last->kind == record->kind && last->segment == record->segment &&
+                  last->block_index + last->block_count == record->block_index &&
+                  (record->kind != ONION_RECORD_DATA || last->slot + last->block_count == record->slot) &&
+                  (uint64_t)last->block_count + record->block_count < UINT32_MAX;
+    if (goes_on)
+        last->block_count += record->block_count;
+    return goes_on;
+}
+
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place) {
+    struct onion_record record = record_of(block_index, block_count, place);
+    pthread_mutex_lock(&volume->pending_lock);
+    int64_t noted = onion_pending_append(&volume->pending, NULL);
+    if (noted == 0)
+        noted = note_freed(volume, block_index, block_count);
+    int status = noted < 0 ? (int)noted : onion_map_set(&volume->index, block_index, block_count, place);
+    if (status == 0) {
+        volume->pending.freed_count += (size_t)noted;
+        if (!joined(&volume->pending, &record))
+            onion_pending_append(&volume->pending, &record);
+    }
+    pthread_mutex_unlock(&volume->pending_lock);
+    return status;
+}
+
+/* ---- writing ---- */
+
+static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    pthread_rwlock_rdlock(&volume->gate);
+    int status = onion_volume_usable(volume);
+    if (status == 0 && !volume->writable)
+        status = ONION_E_READ_ONLY;
+    if (status == 0 && !in_bounds(volume, offset, length))
+        status = ONION_E_BOUNDS;
+    if (status < 0)
+        pthread_rwlock_unlock(&volume->gate);
+    return status;
+}
+
+static pthread_mutex_t *stripe_of(struct onion_volume *volume, uint64_t block_index) {
+    return &volume->stripes[onion_map_range_of(&volume->index, block_index) % ONION_STRIPES];
+}
+
+static int is_own(const struct onion_volume *volume, onion_place place) {
+    if (!onion_place_is_data(place))
+        return 0;
+    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+    return segment->own && onion_segment_is_head(volume, segment);
+}
+
+/* Slots for new blocks in the head's segment, which is made now if this is the first. */
+static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uint64_t count, uint32_t *slot,
+                          struct onion_segment **out) {
+    pthread_mutex_lock(&volume->slots_lock);
+    struct onion_segment *segment = *out = volume->segments[volume->own];
+    int64_t taken = segment->created ? 0 : onion_segment_create(segment);
+    if (taken == 0)
+        taken = onion_segment_take(segment, block_index, count, volume->blocks_per_range, slot);
+    pthread_mutex_unlock(&volume->slots_lock);
+    return taken;
+}
+
+static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
+    pthread_mutex_lock(&volume->slots_lock);
+    onion_segment_give_back(segment, slot, count);
+    pthread_mutex_unlock(&volume->slots_lock);
+}
+
+static int write_slots(struct onion_segment *segment, uint32_t slot, uint64_t start, uint64_t length,
+                       const void *bytes) {
+    int status =
+        onion_pwrite_all(segment->fd, bytes, length, onion_slot_offset(segment->block_shift, slot) + start);
+    __atomic_store_n(&segment->dirty, 1, __ATOMIC_SEQ_CST);
+    return status;
+}
+
+/* Writes whole blocks to new slots and maps them. */
+static int write_fresh(struct onion_volume *volume, uint64_t block_index, uint64_t count, const char *bytes) {
+    while (count) {
+        struct onion_segment *segment;
+        uint32_t slot;
+        int64_t taken = take_slots(volume, block_index, count, &slot, &segment);
+        if (taken < 0)
+            return (int)taken;
+        int status = write_slots(segment, slot, 0, (uint64_t)taken << volume->block_shift, bytes);
+        if (status == 0)
+            status = onion_volume_change(volume, block_index, (uint64_t)taken, onion_place_make(segment->number, slot));
+        if (status < 0) {
+            return_slots(volume, segment, slot, (uint32_t)taken);
+            return status;
+        }
+        block_index += (uint64_t)taken;
+        bytes += (uint64_t)taken << volume->block_shift;
+        count -= (uint64_t)taken;
+    }
+    return 0;
+}
+
+/* Whole blocks of one 2 MiB range: in place where the head holds them, else in new slots. */
+static int write_whole(struct onion_volume *volume, uint64_t block_index, uint64_t count, const char *bytes) {
+    while (count) {
+        struct onion_run run;
+        onion_map_run_at(&volume->index, block_index, count, &run);
+        int own = is_own(volume, run.place), status;
+        if (own) {
+            status = write_slots(volume->segments[onion_place_segment(run.place)], onion_place_slot(run.place), 0,
+                                 run.block_count << volume->block_shift, bytes);
+        } else {
+            /* Neighbours that need new slots too share one write. */
+            struct onion_run next;
+            while (run.block_count < count) {
+                onion_map_run_at(&volume->index, block_index + run.block_count, count - run.block_count, &next);
+                if (is_own(volume, next.place))
+                    break;
+                run.block_count += next.block_count;
+            }
+            status = write_fresh(volume, block_index, run.block_count, bytes);
+        }
+        if (status < 0)
+            return status;
+        block_index += run.block_count;
+        bytes += run.block_count << volume->block_shift;
+        count -= run.block_count;
+    }
+    return 0;
+}
+
+int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
+                            const void *bytes, int fresh) {
+    struct onion_run run;
+    onion_map_run_at(&volume->index, block_index, 1, &run);
+    if (!fresh && is_own(volume, run.place))
+        return write_slots(volume->segments[onion_place_segment(run.place)], onion_place_slot(run.place), start, length,
+                           bytes);
+    char *block = malloc(volume->block_size);
+    if (!block)
+        return -ENOMEM;
+    struct read_request request = {.volume = volume,
+                                   .offset = block_index << volume->block_shift,
+                                   .length = volume->block_size,
+                                   .out = block};
+    int status = as_reader(volume, read_range, &request);
+    if (status == 0) {
+        memcpy(block + start, bytes, length);
+        status = write_fresh(volume, block_index, 1, block);
+    }
+    free(block);
+    return status;
+}
+
+/* A write inside one 2 MiB range, its stripe held. */
+static int write_in_range(struct onion_volume *volume, uint64_t offset, uint64_t length, const char *bytes) {
+    uint32_t shift = volume->block_shift, mask = volume->block_size - 1;
+    int status = 0;
+    if (offset & mask) {
+        uint32_t start = (uint32_t)(offset & mask);
+        uint32_t part = volume->block_size - start < length ? volume->block_size - start : (uint32_t)length;
+        status = onion_volume_write_part(volume, offset >> shift, start, part, bytes, 0);
+        offset += part, bytes += part, length -= part;
+    }
+    uint64_t whole = length >> shift;
+    if (status == 0 && whole)
+        status = write_whole(volume, offset >> shift, whole, bytes);
+    offset += whole << shift, bytes += whole << shift, length -= whole << shift;
+    if (status == 0 && length)
+        status = onion_volume_write_part(volume, offset >> shift, 0, (uint32_t)length, bytes, 0);
+    return status;
+}
+
+static uint64_t until_range_end(uint64_t offset, uint64_t length) {
+    uint64_t left = (1ull << ONION_RANGE_BYTES_SHIFT) - (offset & ((1ull << ONION_RANGE_BYTES_SHIFT) - 1));
+    return left < length ? left : length;
+}
+
+int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t length, const void *bytes) {
+    int status = begin_write(volume, offset, length);
+    if (status < 0)
+        return status;
+    const char *from = bytes;
+    while (length && status == 0) {
+        uint64_t part = until_range_end(offset, length);
+        pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
+        pthread_mutex_lock(stripe);
+        status = write_in_range(volume, offset, part, from);
+        pthread_mutex_unlock(stripe);
+        offset += part, from += part, length -= part;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return status;
+}
+
+/* ---- zero and trim ---- */
+
+/* Never written; not const, so that it costs no room in the file. */
+static char zeros[1 << ONION_BLOCK_SHIFT_MAX];
+
+/* Part of a block becomes zero; nothing to do where all of it reads zero. */
+static int zero_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length) {
+    onion_place place = onion_map_lookup(&volume->index, block_index);
+    int reads_zero = place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base);
+    return reads_zero ? 0 : onion_volume_write_part(volume, block_index, start, length, zeros, 0);
+}
+
+static int zero_whole(struct onion_volume *volume, uint64_t block_index, uint64_t count) {
+    onion_place wanted = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
+    while (count) {
+        struct onion_run run;
+        onion_map_run_at(&volume->index, block_index, count, &run);
+        int status = run.place == wanted ? 0 : onion_volume_change(volume, block_index, run.block_count, wanted);
+        if (status < 0)
+            return status;
+        block_index += run.block_count;
+        count -= run.block_count;
+    }
+    return 0;
+}
+
+static int zero_in_range(struct onion_volume *volume, uint64_t offset, uint64_t length, int to_the_end) {
+    uint32_t shift = volume->block_shift, mask = volume->block_size - 1;
+    int status = 0;
+    if (offset & mask) {
+        uint32_t start = (uint32_t)(offset & mask);
+        uint32_t part = volume->block_size - start < length ? volume->block_size - start : (uint32_t)length;
+        status = zero_part(volume, offset >> shift, start, part);
+        offset += part, length -= part;
+    }
+    /* The last block of the volume counts as whole when the range goes to its end. */
+    uint64_t whole = to_the_end ? (length + mask) >> shift : length >> shift;
+    if (status == 0 && whole)
+        status = zero_whole(volume, offset >> shift, whole);
+    if (status == 0 && length > whole << shift)
+        status = zero_part(volume, (offset >> shift) + whole, 0, (uint32_t)(length - (whole << shift)));
+    return status;
+}
+
+int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    int status = begin_write(volume, offset, length);
+    if (status < 0)
+        return status;
+    uint64_t size = onion_volume_size(volume);
+    while (length && status == 0) {
+        uint64_t part = until_range_end(offset, length);
+        pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
+        pthread_mutex_lock(stripe);
+        status = zero_in_range(volume, offset, part, offset + part == size);
+        pthread_mutex_unlock(stripe);
+        offset += part, length -= part;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return status;
+}
+
+/* ---- many blocks at once ---- */
+
+/* One block of a batch that may already be the head's: in place then. */
+static int write_listed(struct onion_volume *volume, uint64_t block_index, const char *bytes, uint64_t length) {
+    pthread_mutex_t *stripe = stripe_of(volume, block_index);
+    pthread_mutex_lock(stripe);
+    int status = length == volume->block_size ? write_whole(volume, block_index, 1, bytes)
+                                              : onion_volume_write_part(volume, block_index, 0, (uint32_t)length, bytes, 0);
+    pthread_mutex_unlock(stripe);
+    return status;
+}
+
+/* Blocks that need new slots get consecutive ones, whatever their places on the disk, and share one write. The slots
+ * are ours alone until they are mapped, so the write needs no stripe. */
+static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
+                              const char *bytes) {
+    while (count) {
+        struct onion_segment *segment;
+        uint32_t slot;
+        int64_t taken = take_slots(volume, count == 1 ? block_indices[0] : UINT64_MAX, count, &slot, &segment);
+        if (taken < 0)
+            return (int)taken;
+        int status = write_slots(segment, slot, 0, (uint64_t)taken << volume->block_shift, bytes);
+        for (int64_t i = 0; i < taken; i++) {
+            if (status == 0) {
+                pthread_mutex_t *stripe = stripe_of(volume, block_indices[i]);
+                pthread_mutex_lock(stripe);
+                status = onion_volume_change(volume, block_indices[i], 1,
+                                             onion_place_make(segment->number, slot + (uint32_t)i));
+                pthread_mutex_unlock(stripe);
+            }
+            if (status < 0)
+                return_slots(volume, segment, slot + (uint32_t)i, 1);
+        }
+        if (status < 0)
+            return status;
+        block_indices += taken;
+        bytes += (uint64_t)taken << volume->block_shift;
+        count -= (uint64_t)taken;
+    }
+    return 0;
+}
+
+int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
+                              const void *bytes) {
+    int status = begin_write(volume, 0, 0);
+    if (status < 0)
+        return status;
+    if (!indices_in_bounds(volume, block_indices, count))
+        status = ONION_E_BOUNDS;
+    uint64_t size = onion_volume_size(volume), whole_blocks = size >> volume->block_shift;
+    const char *from = bytes;
+    for (uint64_t i = 0; i < count && status == 0;) {
+        uint64_t fresh = 0;
+        while (i + fresh < count && fresh < WRITE_BATCH && block_indices[i + fresh] < whole_blocks &&
+               !is_own(volume, onion_map_lookup(&volume->index, block_indices[i + fresh])))
+            fresh++;
+        if (fresh) {
+            status = write_listed_fresh(volume, block_indices + i, fresh, from + (i << volume->block_shift));
+            i += fresh;
+            continue;
+        }
+        uint64_t start = block_indices[i] << volume->block_shift;
+        uint64_t length = size - start < volume->block_size ? size - start : volume->block_size;
+        status = write_listed(volume, block_indices[i], from + (i << volume->block_shift), length);
+        i++;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return status;
+}
+
+/* ---- looking at the index ---- */
+
+int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
+                          struct onion_run *runs, uint64_t capacity, uint64_t *next) {
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    int64_t count = onion_volume_usable(volume);
+    while (count >= 0 && (uint64_t)count < capacity && block_index < block_end) {
+        if (!onion_map_next(&volume->index, block_index, block_end, &runs[count])) {
+            block_index = block_end;
+            break;
+        }
+        block_index = runs[count].block_index + runs[count].block_count;
+        count++;
+    }
+    *next = block_index;
+    onion_epoch_leave(&volume->epoch, ticket);
+    return count;
+}
+
+static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
+    for (uint64_t i = slot; i < slot + count && i < bits; i++)
+        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
+}
+
+/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
+static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
+    *bits = segment->next_slot;
+    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
+    if (!bitmap)
+        return NULL;
+    uint64_t at = 0;
+    struct onion_run run;
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
+        at = run.block_index + run.block_count;
+    }
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < volume->pending.freed_count; i++)
+        if (volume->pending.freed[i].segment == segment->number)
+            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return bitmap;
+}
+
+int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
+                            uint64_t *bits) {
+    pthread_mutex_lock(&volume->flush_lock); /* a frame under way may still fail: what it frees is needed till then */
+    while (volume->flush_busy)
+        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
+    pthread_rwlock_wrlock(&volume->gate);
+    int status = onion_volume_usable(volume);
+    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
+    if (status == 0 && !number)
+        status = -ENOENT;
+    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+        status = -ENOMEM;
+    pthread_rwlock_unlock(&volume->gate);
+    pthread_mutex_unlock(&volume->flush_lock);
+    return status;
+}
+
+int onion_volume_wait_for_readers(struct onion_volume *volume) {
+    int status = onion_volume_usable(volume);
+    if (status == 0)
+        onion_epoch_wait(&volume->epoch);
+    return status;
+}
+
+int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity) {
+    uint32_t count = 0;
+    pthread_rwlock_rdlock(&volume->gate);
+    for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
+        if (__atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
+            numbers[count++] = i;
+    pthread_rwlock_unlock(&volume->gate);
+    return (int)count;
+}
+
+/* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */
+static uint64_t slots_in_file(const struct onion_segment *segment) {
+    struct stat info;
+    if (!segment->created)
+        return 0;
+    if (segment->fd < 0 || fstat(segment->fd, &info))
+        return segment->next_slot;
+    return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+}
+
+uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    pthread_rwlock_rdlock(&volume->gate);
+    uint32_t count = volume->closed ? 0 : volume->segment_count;
+    for (uint32_t i = 1; i <= count && i <= capacity; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        infos[i - 1].number = i;
+        infos[i - 1].slots = slots_in_file(segment);
+        infos[i - 1].role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0;
+        memcpy(infos[i - 1].uuid, segment->uuid, ONION_UUID_BYTES);
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return count;
+}
+
+/* ---- a view's own mapping ---- */
+
+static int map_piece(struct onion_volume *volume, const struct onion_run *run, char *at) {
+    uint64_t length = run->block_count << volume->block_shift, start = run->block_index << volume->block_shift;
+    uint64_t file_offset = start;
+    const char *path = NULL;
+    if (onion_place_is_data(run->place)) {
+        struct onion_segment *segment = volume->segments[onion_place_segment(run->place)];
+        path = segment->path;
+        file_offset = onion_slot_offset(volume->block_shift, onion_place_slot(run->place));
+    }
+    if (!path)
+        return 0; /* the anonymous pages that are there read zero */
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    void *got = mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)file_offset);
+    int status = got == MAP_FAILED ? -errno : 0;
+    close(fd);
+    return status;
+}
+
+/* The base is mapped by moving a second mapping of its pages: mremap with an old size of 0 copies a shared mapping. */
+static int map_base_piece(struct onion_volume *volume, uint64_t offset, uint64_t length, char *at) {
+    const struct onion_mapping *base = volume->base;
+    if (!base || offset >= base->length)
+        return 0;
+    uint64_t left = base->length - offset;
+    uint64_t pages = (left < length ? left : length) + 4095;
+    pages -= pages % 4096;
+    void *got = mremap(base->address + offset, 0, pages, MREMAP_MAYMOVE | MREMAP_FIXED, at);
+    return got == MAP_FAILED ? -errno : 0;
+}
+
+static int map_pieces(struct onion_volume *volume, uint64_t block, uint64_t end, uint64_t run_max, char *at) {
+    uint64_t pieces = 0, first = block;
+    while (block < end) {
+        struct onion_run run;
+        onion_map_run_at(&volume->index, block, end - block, &run);
+        char *here = at + ((block - first) << volume->block_shift);
+        int status = run.place == ONION_PLACE_HOLE
+                         ? map_base_piece(volume, block << volume->block_shift, run.block_count << volume->block_shift, here)
+                         : map_piece(volume, &run, here);
+        if (status < 0)
+            return status;
+        if (++pieces > run_max)
+            return -E2BIG;
+        block += run.block_count;
+    }
+    return 0;
+}
+
+int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max,
+                           void **address, uint64_t *mapped_length) {
+    if (volume->writable)
+        return ONION_E_READ_ONLY;
+    if (!in_bounds(volume, offset, length))
+        return ONION_E_BOUNDS;
+    uint64_t block = offset >> volume->block_shift;
+    uint64_t end = (offset + length + volume->block_size - 1) >> volume->block_shift;
+    *mapped_length = (end - block) << volume->block_shift;
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    int status = onion_volume_usable(volume);
+    char *at = MAP_FAILED;
+    if (status == 0) {
+        at = mmap(NULL, *mapped_length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        status = at == MAP_FAILED ? -errno : map_pieces(volume, block, end, run_max, at);
+    }
+    onion_epoch_leave(&volume->epoch, ticket);
+    if (status < 0 && at != MAP_FAILED)
+        munmap(at, *mapped_length);
+    *address = at;
+    return status;
+}
+
+int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,
+                        const unsigned char (*dropped)[ONION_UUID_BYTES], uint32_t dropped_count) {
+    struct onion_mapping *base;
+    unsigned char *gone = calloc(ONION_SEGMENT_LAST + 1, 1);
+    if (!gone)
+        return -ENOMEM;
+    int status = map_base(path, size_bytes, &base);
+    if (status < 0) {
+        free(gone);
+        return status;
+    }
+    pthread_rwlock_wrlock(&volume->gate);
+    struct onion_mapping *old = volume->base;
+    __atomic_store_n(&volume->base, base, __ATOMIC_RELEASE);
+    volume->base_bytes = size_bytes;
+    for (uint32_t i = 0; i < dropped_count; i++)
+        gone[onion_volume_find_segment(volume, dropped[i])] = 1;
+    uint64_t at = 0;
+    struct onion_run run;
+    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        at = run.block_index + run.block_count;
+        if (onion_place_is_data(run.place) && gone[onion_place_segment(run.place)])
+            status = onion_map_set(&volume->index, run.block_index, run.block_count, ONION_PLACE_HOLE);
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    free(gone);
+    if (old)
+        onion_epoch_retire(&volume->epoch, base_release, NULL, old);
+    if (status < 0)
+        onion_volume_poison(volume);
+    return status;
+}

@@ -1,0 +1,161 @@
+/* volume.h: the data path of one open volume or view; needs no Python, and any thread may call it.
+ *
+ * A volume is a folded index over a base and a chain of sealed layers, and (for writing) a head with its own segment
+ * and map log. Offsets and lengths are bytes. Every verb returns 0 (or what it says) or a negative code of status.h.
+ *
+ * What must hold
+ *  - Readers take no lock. What they may still see (leaves, mappings, freed slots) outlives them: epoch.h.
+ *  - A change becomes visible in the index and in the list of pending records together, under pending_lock; the
+ *    bytes it names were written before. So a flush that takes the list and then syncs the segments has synced all
+ *    that its frame names.
+ *  - A slot that was freed is given back only after the frame that frees it is durable and every read that began
+ *    before has ended.
+ *  - Writers hold `gate` shared; seal, resize and close hold it alone. Writers to one 2 MiB range are ordered by a
+ *    striped lock. Flushes are ordered by the flush gate, which seal and rewrite keep closed until their outcome
+ *    is known.
+ * Order of locks: flush gate, gate, stripe, pending_lock / slots_lock / mapping_lock (leaves). */
+#ifndef ONIONSKIN_VOLUME_H
+#define ONIONSKIN_VOLUME_H
+
+#include <stdint.h>
+
+#include "blockmap.h"
+#include "maplog.h"
+#include "status.h"
+
+#define ONION_VOLUME_BYTES_MAX (1ull << 46) /* 64 TiB */
+
+struct onion_volume;
+
+struct onion_segment_ref {
+    unsigned char uuid[ONION_UUID_BYTES];
+    uint64_t slots;
+};
+
+/* A sealed layer's files, as the catalog has them. map_length 0: an empty layer without a map file. */
+struct onion_layer_source {
+    const char *map_path;
+    unsigned char map_id[ONION_UUID_BYTES];
+    uint64_t map_length, map_frames;
+    uint32_t map_crc;
+    const struct onion_segment_ref *segments;
+    uint32_t segment_count;
+};
+
+struct onion_head_source {
+    const char *map_path;
+    unsigned char map_id[ONION_UUID_BYTES];
+    const struct onion_segment_ref *adopted;
+    uint32_t adopted_count;
+    const unsigned char (*own)[ONION_UUID_BYTES]; /* the first is where new blocks go */
+    uint32_t own_count;
+    unsigned char spare[ONION_UUID_BYTES];
+};
+
+struct onion_sealed {
+    uint64_t map_length, map_frames; /* length 0: no map file was ever made */
+    uint32_t map_crc;
+    uint64_t size_bytes;
+};
+
+/* Where something went wrong while files were opened: for the message. */
+struct onion_fault_site {
+    char path[4096];
+    uint64_t offset;
+};
+
+/* An empty volume: nothing is open yet. segments_directory and layers_directory are synced after files are made. */
+int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segments_directory,
+                     const char *layers_directory, int wipe_zero, int writable, struct onion_volume **out);
+/* Maps the raw image at path; it must hold size_bytes bytes. Before the first layer. */
+int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_t size_bytes);
+/* Adds a sealed layer over those added before; checks all that the source says. */
+int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
+                           struct onion_fault_site *site);
+/* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
+ * not be durable. */
+int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
+                           struct onion_fault_site *site);
+/* Finds the free slots of the head's own segments; with policy `zero` wipes those that still hold bytes. */
+int onion_volume_free_own_slots(struct onion_volume *volume);
+
+uint64_t onion_volume_size(const struct onion_volume *volume);
+uint32_t onion_volume_block_size(const struct onion_volume *volume);
+uint64_t onion_volume_memory(const struct onion_volume *volume);
+
+int onion_volume_read(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
+int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t length, const void *bytes);
+/* Both make the range read zero and free the whole blocks in it. */
+int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t length);
+/* count blocks of block_size bytes each, in the order of block_indices; what lies past the volume's end in the last
+ * block reads zero and is not written. */
+int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count, void *out);
+int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
+                              const void *bytes);
+/* Everything that was acknowledged before the call is durable after it. -ENOSPC: nothing changed, try again. Any
+ * failure of a sync poisons the volume. */
+int onion_volume_flush(struct onion_volume *volume);
+/* Durable on return. */
+int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
+
+/* Up to `capacity` runs that are not HOLE from block_index on; *next is where to go on (the block count at the end). */
+int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
+                          struct onion_run *runs, uint64_t capacity, uint64_t *next);
+/* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller
+ * frees. Waits for writers. */
+int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
+                            uint64_t *bits);
+/* Returns when every read that began before has ended. */
+int onion_volume_wait_for_readers(struct onion_volume *volume);
+/* Adopted segments in which slots became free since the last call: up to capacity numbers, returns how many. */
+int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
+
+struct onion_segment_info {
+    uint32_t number;
+    unsigned char uuid[ONION_UUID_BYTES];
+    uint64_t slots; /* ever handed out; 0 where the file was never made */
+    int role;       /* 0 sealed, 1 adopted by the head, 2 made by the head */
+};
+/* Returns how many there are; fills as many as fit. */
+uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
+
+/* Snapshot. seal makes the head a sealed layer and starts a new one whose map file will be `map_path`, then makes
+ * the sealed one durable. On 0 the flush gate stays closed until seal_commit or seal_abort is called by any thread.
+ * On an error the old head goes on, as after seal_abort. */
+int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
+                      struct onion_sealed *sealed);
+int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare);
+int onion_volume_seal_abort(struct onion_volume *volume);
+int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare);
+int onion_volume_has_spare(struct onion_volume *volume);
+
+/* Writes the head's map, folded over `lower` where given, as a compact log in a new synced file. On 0 the flush
+ * gate stays closed until rewrite_commit or rewrite_abort. drop_zero: nothing lies below any more. */
+int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
+                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written,
+                         struct onion_fault_site *site);
+int onion_volume_rewrite_commit(struct onion_volume *volume);
+int onion_volume_rewrite_abort(struct onion_volume *volume);
+/* Records in the head's log, and runs that a compact log would have: what a rewrite would save. */
+int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
+
+/* After a merge into the base: maps the base anew; entries that name a dropped segment read from it. */
+int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,
+                        const unsigned char (*dropped)[ONION_UUID_BYTES], uint32_t dropped_count);
+
+/* A read-only mapping of a page-aligned range of a view, made of the segments' own pages. -E2BIG: more than run_max
+ * pieces. The caller unmaps it. */
+int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max,
+                           void **address, uint64_t *mapped_length);
+
+int onion_volume_poisoned(const struct onion_volume *volume);
+int onion_volume_closed(const struct onion_volume *volume);
+void onion_volume_poison(struct onion_volume *volume);
+/* In the child of a fork: every later call returns ONION_E_FORKED. */
+void onion_volume_after_fork(struct onion_volume *volume);
+/* Waits for calls under way, then unmaps and closes. Does not flush. Later calls return ONION_E_CLOSED. */
+void onion_volume_close(struct onion_volume *volume);
+/* Frees the memory; nobody may be inside or come later. */
+void onion_volume_free(struct onion_volume *volume);
+
+#endif

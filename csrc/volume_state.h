@@ -1,0 +1,90 @@
+/* volume_state.h: what volume.c (reads and writes) and head.c (flush, seal, rewrite) share. Private to the two. */
+#ifndef ONIONSKIN_VOLUME_STATE_H
+#define ONIONSKIN_VOLUME_STATE_H
+
+#include <pthread.h>
+
+#include "barrier.h"
+#include "epoch.h"
+#include "segment.h"
+#include "volume.h"
+
+#define ONION_STRIPES 256
+
+/* A slot that a pending record freed. */
+struct onion_freed {
+    uint32_t segment;
+    uint32_t slot;
+    uint32_t count;
+};
+
+/* Map changes since the last flush, in order. Records name segments by their number in the index. */
+struct onion_pending {
+    struct onion_record *records;
+    size_t record_count, record_capacity;
+    struct onion_freed *freed;
+    size_t freed_count, freed_capacity;
+};
+
+/* The head's map log: where the next frame goes. */
+struct onion_head_log {
+    char *path;
+    unsigned char map_id[ONION_UUID_BYTES];
+    int fd; /* -1: no file yet */
+    struct onion_log_cursor cursor;
+    uint32_t numbers_given;
+    uint64_t record_count;
+};
+
+struct onion_volume {
+    uint32_t block_size, block_shift, blocks_per_range;
+    uint64_t size_bytes; /* atomic: readers check against it */
+    int wipe_zero, writable;
+    int poisoned, closed, forked; /* atomic */
+    char *segments_directory, *layers_directory;
+
+    struct onion_map index;
+    struct onion_epoch epoch;
+    struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 places */
+    uint32_t segment_count;          /* numbers 1 to segment_count are in use */
+
+    struct onion_mapping *base; /* NULL: none */
+    uint64_t base_bytes;
+    int nothing_below; /* the head is the only thing there is: HOLE and ZERO read the same */
+
+    pthread_rwlock_t gate;
+    pthread_mutex_t stripes[ONION_STRIPES];
+    pthread_mutex_t slots_lock;
+    pthread_mutex_t pending_lock;
+    struct onion_pending pending;
+
+    pthread_mutex_t flush_lock; /* guards the two below; the gate is closed while flush_busy */
+    pthread_cond_t flush_free;
+    int flush_busy;
+
+    uint64_t generation; /* of the head; a segment is the head's if it carries the same */
+    uint32_t own;        /* number of the segment that new blocks go to */
+    uint32_t spare;      /* number of the next head's; 0: none */
+    struct onion_head_log log;
+    struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
+    uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
+    int sealing, rewriting;
+};
+
+/* 0, or why no verb may run now. */
+int onion_volume_usable(const struct onion_volume *volume);
+int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
+uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
+static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
+    return segment->generation == volume->generation;
+}
+/* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
+ * the stripe. */
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
+/* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
+int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
+                            const void *bytes, int fresh);
+int onion_pending_append(struct onion_pending *pending, const struct onion_record *record);
+void onion_head_log_close(struct onion_head_log *log);
+
+#endif

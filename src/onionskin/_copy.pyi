@@ -1,0 +1,31 @@
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+class CopyCancelled(Exception): ...
+
+class CopyResult(NamedTuple):
+    bytes_done: int
+    bytes_reflinked: int
+    bytes_ranged: int
+    bytes_copied: int
+    bytes_zeroed: int
+
+class CopyJob:
+    bytes_per_second: int
+    def __init__(
+        self,
+        extents: Iterable[tuple[int, int, int, int, int]] | np.ndarray[Any, Any],
+        *,
+        threads: int = 0,
+        reflink: bool = False,
+        zero_holes: bool = False,
+        bytes_per_second: int = 0,
+    ) -> None: ...
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def bytes_total(self) -> int: ...
+    def run(self) -> CopyResult: ...
+    def cancel(self) -> None: ...

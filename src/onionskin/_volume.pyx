@@ -1,0 +1,743 @@
+"""The data path: one open volume or view, as a thin class over csrc/volume.h.
+
+What must hold: memory and descriptors belong to the C object, which lives as long as this one; every call that can
+block runs without the GIL; every negative code becomes an exception here and nowhere else.
+"""
+
+from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+import os
+
+import numpy
+
+from onionskin.errors import FormatError, StateError
+
+cdef extern from "sys/mman.h" nogil:
+    int munmap(void *address, size_t length)
+
+cdef extern from "volume.h" nogil:
+    ctypedef uint64_t onion_place
+    struct onion_run:
+        uint64_t block_index
+        uint64_t block_count
+        onion_place place
+    bint onion_place_is_data(onion_place)
+    uint32_t onion_place_segment(onion_place)
+    uint32_t onion_place_slot(onion_place)
+
+    struct onion_volume
+    struct onion_segment_ref:
+        unsigned char uuid[16]
+        uint64_t slots
+    struct onion_layer_source:
+        const char *map_path
+        unsigned char map_id[16]
+        uint64_t map_length
+        uint64_t map_frames
+        uint32_t map_crc
+        const onion_segment_ref *segments
+        uint32_t segment_count
+    struct onion_head_source:
+        const char *map_path
+        unsigned char map_id[16]
+        const onion_segment_ref *adopted
+        uint32_t adopted_count
+        const void *own
+        uint32_t own_count
+        unsigned char spare[16]
+    struct onion_sealed:
+        uint64_t map_length
+        uint64_t map_frames
+        uint32_t map_crc
+        uint64_t size_bytes
+    struct onion_fault_site:
+        char path[4096]
+        uint64_t offset
+    struct onion_segment_info:
+        uint32_t number
+        unsigned char uuid[16]
+        uint64_t slots
+        int role
+
+    int onion_volume_new(uint32_t, uint64_t, const char *, const char *, int, int, onion_volume **)
+    int onion_volume_set_base(onion_volume *, const char *, uint64_t)
+    int onion_volume_add_layer(onion_volume *, const onion_layer_source *, onion_fault_site *)
+    int onion_volume_open_head(onion_volume *, const onion_head_source *, onion_fault_site *)
+    int onion_volume_free_own_slots(onion_volume *)
+    uint64_t onion_volume_size(const onion_volume *)
+    uint64_t onion_volume_memory(const onion_volume *)
+    int onion_volume_read(onion_volume *, uint64_t, uint64_t, void *)
+    int onion_volume_write(onion_volume *, uint64_t, uint64_t, const void *)
+    int onion_volume_zero(onion_volume *, uint64_t, uint64_t)
+    int onion_volume_read_blocks(onion_volume *, const uint64_t *, uint64_t, void *)
+    int onion_volume_write_blocks(onion_volume *, const uint64_t *, uint64_t, const void *)
+    int onion_volume_flush(onion_volume *)
+    int onion_volume_resize(onion_volume *, uint64_t)
+    int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
+    int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
+    int onion_volume_wait_for_readers(onion_volume *)
+    int onion_volume_scrub_wanted(onion_volume *, uint32_t *, uint32_t)
+    uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
+    int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
+    int onion_volume_seal_commit(onion_volume *, const unsigned char *)
+    int onion_volume_seal_abort(onion_volume *)
+    int onion_volume_set_spare(onion_volume *, const unsigned char *)
+    int onion_volume_has_spare(onion_volume *)
+    int onion_volume_rewrite(onion_volume *, const char *, const unsigned char *, const onion_layer_source *, int,
+                             onion_sealed *, onion_fault_site *)
+    int onion_volume_rewrite_commit(onion_volume *)
+    int onion_volume_rewrite_abort(onion_volume *)
+    int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
+    int onion_volume_rebase(onion_volume *, const char *, uint64_t, const void *, uint32_t)
+    int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *)
+    int onion_volume_poisoned(const onion_volume *)
+    int onion_volume_closed(const onion_volume *)
+    void onion_volume_poison(onion_volume *)
+    void onion_volume_after_fork(onion_volume *)
+    void onion_volume_close(onion_volume *)
+    void onion_volume_free(onion_volume *)
+
+cdef extern from "status.h" nogil:
+    enum:
+        ONION_E_FORMAT
+        ONION_E_VERSION
+        ONION_E_CHECKSUM
+        ONION_E_TORN
+        ONION_E_BOUNDS
+        ONION_E_POISONED
+        ONION_E_CLOSED
+        ONION_E_READ_ONLY
+        ONION_E_FORKED
+        ONION_E_VERIFY
+        ONION_E_FULL_SEGMENT
+
+# More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
+_VIEW_PIECES_MAX = 4096
+_RUNS_AT_ONCE = 65536
+_ROLES = ("sealed", "adopted", "own")
+
+RUN_DTYPE = numpy.dtype(
+    [("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segment", "<u2"), ("slot", "<u4")]
+)
+SLOTS_DTYPE = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
+
+
+cdef object _damage(int status, object path, object offset):
+    where = f"{path}: " if path else ""
+    if status == ONION_E_VERSION:
+        return FormatError(f"{where}version or feature not known to this onionskin; use a newer one")
+    if status == ONION_E_CHECKSUM:
+        return FormatError(
+            f"{where}checksum does not match at byte {offset}; restore the file from a copy of the store"
+        )
+    return FormatError(
+        f"{where}damaged, missing bytes, or not the file that the catalog names (byte {offset}); "
+        "run 'onionskin check' and restore the file from a copy of the store"
+    )
+
+
+cdef int _raise(int status, object what, object path=None, object offset=0) except -1:
+    """Turns a negative code into its exception."""
+    if status in (ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN):
+        raise _damage(status, path, offset)
+    if status == ONION_E_BOUNDS:
+        raise ValueError(f"{what}: the range passes the end of the volume")
+    if status == ONION_E_POISONED:
+        raise StateError(
+            f"{what}: an earlier sync failed, so what is durable is not known; close the volume and open it again"
+        )
+    if status == ONION_E_CLOSED:
+        raise StateError(f"{what}: the volume is closed; open it again")
+    if status == ONION_E_READ_ONLY:
+        raise StateError(f"{what}: only the head of a volume can be written, and only a snapshot has views")
+    if status == ONION_E_FORKED:
+        raise StateError(f"{what}: this handle was opened before fork(); open the volume again in the child")
+    if status == ONION_E_VERIFY:
+        raise OSError(5, f"{what}: bytes read back after the wipe are not zero", path)
+    if status == ONION_E_FULL_SEGMENT:
+        raise OSError(27, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
+    raise OSError(-status, os.strerror(-status), path)
+
+
+cdef int _copy_id(unsigned char *out, object id) except -1:
+    if not isinstance(id, bytes) or len(id) != 16:
+        raise ValueError(f"an id has 16 bytes, not {id!r}")
+    memcpy(out, PyBytes_AS_STRING(id), 16)
+    return 0
+
+
+cdef onion_segment_ref *_segment_refs(object segments) except? NULL:
+    cdef Py_ssize_t i, count = len(segments)
+    cdef onion_segment_ref *refs = <onion_segment_ref *>malloc((count + 1) * sizeof(onion_segment_ref))
+    if refs == NULL:
+        raise MemoryError
+    try:
+        for i in range(count):
+            _copy_id(refs[i].uuid, segments[i][0])
+            refs[i].slots = segments[i][1]
+    except BaseException:
+        free(refs)
+        raise
+    return refs
+
+
+cdef class _LayerSource:
+    """Owns the memory behind an onion_layer_source."""
+    cdef onion_layer_source source
+    cdef onion_segment_ref *refs
+    cdef bytes path
+
+    def __cinit__(self, map_path, map_id, length, frames, crc, segments):
+        memset(&self.source, 0, sizeof(self.source))
+        self.path = os.fsencode(map_path)
+        self.refs = _segment_refs(segments)
+        self.source.map_path = self.path
+        _copy_id(self.source.map_id, map_id)
+        self.source.map_length = length
+        self.source.map_frames = frames
+        self.source.map_crc = crc
+        self.source.segments = self.refs
+        self.source.segment_count = len(segments)
+
+    def __dealloc__(self):
+        free(self.refs)
+
+
+cdef class Sealed:
+    """What a seal or a rewrite made durable: goes into the catalog as it is."""
+    cdef readonly object map_length
+    cdef readonly object map_frames
+    cdef readonly object map_crc
+    cdef readonly object size_bytes
+    cdef readonly list segments
+
+    def __repr__(self):
+        return f"Sealed(map_length={self.map_length}, map_frames={self.map_frames}, size_bytes={self.size_bytes})"
+
+
+cdef Sealed _sealed(onion_sealed *raw, list segments):
+    cdef Sealed sealed = Sealed()
+    sealed.map_length = raw.map_length
+    sealed.map_frames = raw.map_frames
+    sealed.map_crc = raw.map_crc
+    sealed.size_bytes = raw.size_bytes
+    sealed.segments = segments
+    return sealed
+
+
+cdef class _MappedRange:
+    """Read-only memory made of the segments' pages; unmapped when the last array over it is gone."""
+    cdef void *address
+    cdef uint64_t mapped_length
+    cdef Py_ssize_t start
+    cdef Py_ssize_t length
+    cdef Py_ssize_t shape[1]
+    cdef object keep
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("a view of a snapshot is read-only")
+        self.shape[0] = self.length
+        buffer.buf = <char *>self.address + self.start
+        buffer.format = NULL
+        buffer.internal = NULL
+        buffer.itemsize = 1
+        buffer.len = self.length
+        buffer.ndim = 1
+        buffer.obj = self
+        buffer.readonly = 1
+        buffer.shape = self.shape
+        buffer.strides = NULL
+        buffer.suboffsets = NULL
+
+    def __dealloc__(self):
+        if self.address != NULL:
+            munmap(self.address, self.mapped_length)
+
+
+cdef class DataPath:
+    """One open volume (writable) or view of a snapshot (not writable).
+
+    Offsets and lengths are bytes, block indices count blocks. All methods may be called from any thread.
+
+    Parameters
+    ----------
+    block_size : int
+        A power of two from 4096 to 2097152.
+    size_bytes : int
+        Size of the volume, at most 64 TiB; the head's log may override it.
+    segments_directory, layers_directory : str
+        Where segment files lie, named by their id; where map files lie.
+    wipe_zero : bool
+        Whether freed slots are overwritten with zeros before they are used again.
+    writable : bool
+        Whether a head will be opened.
+
+    Raises
+    ------
+    OSError
+        What the system refused, with the path of the file.
+    FormatError
+        A file that is damaged or is not what the catalog says.
+    StateError
+        Closed, poisoned, not writable, or used in the child of a fork.
+    """
+    cdef onion_volume *_volume
+    cdef readonly object block_size
+    cdef str _directory
+    cdef object __weakref__
+
+    def __cinit__(self, *, block_size, size_bytes, segments_directory, layers_directory, wipe_zero, writable):
+        segments = os.fsencode(segments_directory)
+        layers = os.fsencode(layers_directory)
+        cdef int status = onion_volume_new(
+            block_size, size_bytes, segments, layers, bool(wipe_zero), bool(writable), &self._volume
+        )
+        if status < 0:
+            self._volume = NULL
+            if status == -22:
+                raise ValueError(f"block size {block_size} or volume size {size_bytes} is not supported: a block is a "
+                                 "power of two from 4096 to 2097152, a volume at most 64 TiB")
+            _raise(status, "open")
+        self.block_size = block_size
+        self._directory = os.fspath(segments_directory)
+
+    def __dealloc__(self):
+        if self._volume != NULL:
+            onion_volume_free(self._volume)
+            self._volume = NULL
+
+    # ---- opening ----
+
+    def set_base(self, path, size_bytes):
+        """Map the raw image at `path`, which must hold `size_bytes` bytes, below everything."""
+        encoded = os.fsencode(path)
+        cdef int status = onion_volume_set_base(self._volume, encoded, size_bytes)
+        if status == ONION_E_FORMAT:
+            raise FormatError(f"{path}: the base is shorter than the {size_bytes} bytes it had; put it back, or name "
+                              "another with 'onionskin relocate'")
+        if status < 0:
+            _raise(status, "open", path)
+
+    def add_layer(self, *, map_path, map_id, length, frames, crc, segments):
+        """Add a sealed layer over those added before; `segments` are (id, slots)."""
+        cdef _LayerSource source = _LayerSource(map_path, map_id, length, frames, crc, segments)
+        cdef onion_fault_site site
+        cdef int status
+        memset(&site, 0, sizeof(site))
+        with nogil:
+            status = onion_volume_add_layer(self._volume, &source.source, &site)
+        if status < 0:
+            _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
+
+    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=()):
+        """Add the head, last, ready for writing. Returns the size in bytes of the volume."""
+        cdef onion_head_source source
+        cdef onion_fault_site site
+        cdef int status
+        memset(&source, 0, sizeof(source))
+        memset(&site, 0, sizeof(site))
+        path = os.fsencode(map_path)
+        owned = b"".join([own, *more_own])
+        source.map_path = path
+        _copy_id(source.map_id, map_id)
+        _copy_id(source.spare, spare)
+        source.own = <const void *>PyBytes_AS_STRING(owned)
+        source.own_count = len(owned) // 16
+        cdef onion_segment_ref *refs = _segment_refs(adopted)
+        source.adopted = refs
+        source.adopted_count = len(adopted)
+        try:
+            with nogil:
+                status = onion_volume_open_head(self._volume, &source, &site)
+        finally:
+            free(refs)
+        if status < 0:
+            _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
+        return onion_volume_size(self._volume)
+
+    def free_own_slots(self):
+        """Find the free slots of the head's segments; with policy `zero` wipe those that still hold bytes."""
+        cdef int status
+        with nogil:
+            status = onion_volume_free_own_slots(self._volume)
+        if status < 0:
+            _raise(status, "open", self._directory)
+
+    # ---- reading and writing ----
+
+    @property
+    def size_bytes(self):
+        """Size of the volume in bytes."""
+        return onion_volume_size(self._volume)
+
+    @property
+    def memory_bytes(self):
+        """Memory that the index takes, in bytes."""
+        return onion_volume_memory(self._volume)
+
+    @property
+    def poisoned(self):
+        """Whether a sync failed, so that only closing is left."""
+        return bool(onion_volume_poisoned(self._volume))
+
+    @property
+    def closed(self):
+        """Whether close was called."""
+        return bool(onion_volume_closed(self._volume))
+
+    @property
+    def has_spare(self):
+        """Whether the next seal has a segment to begin its head with."""
+        return bool(onion_volume_has_spare(self._volume))
+
+    def read(self, uint64_t offset, uint64_t length):
+        """Return `length` bytes from `offset` on."""
+        cdef int status
+        if offset > onion_volume_size(self._volume) or length > onion_volume_size(self._volume) - offset:
+            _raise(ONION_E_BOUNDS, "read")
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, length)
+        cdef char *to = PyBytes_AS_STRING(out)
+        with nogil:
+            status = onion_volume_read(self._volume, offset, length, to)
+        if status < 0:
+            _raise(status, "read", self._directory)
+        return out
+
+    def readinto(self, uint64_t offset, buffer):
+        """Fill `buffer` from `offset` on; returns its length in bytes."""
+        cdef Py_buffer view
+        cdef int status
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            with nogil:
+                status = onion_volume_read(self._volume, offset, view.len, view.buf)
+            if status < 0:
+                _raise(status, "read", self._directory)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def write(self, uint64_t offset, data):
+        """Write `data` at `offset`; returns its length in bytes. Not durable before flush."""
+        cdef Py_buffer view
+        cdef int status
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                status = onion_volume_write(self._volume, offset, view.len, view.buf)
+            if status < 0:
+                _raise(status, "write", self._directory)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def zero(self, uint64_t offset, uint64_t length):
+        """Make a range read zero; the whole blocks in it are freed."""
+        cdef int status
+        with nogil:
+            status = onion_volume_zero(self._volume, offset, length)
+        if status < 0:
+            _raise(status, "zero", self._directory)
+
+    trim = zero
+
+    def read_blocks(self, block_indices, out=None):
+        """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given."""
+        cdef object indices = numpy.ascontiguousarray(block_indices, dtype=numpy.uint64).reshape(-1)
+        cdef Py_buffer index_view, out_view
+        cdef int status
+        if out is None:
+            out = numpy.empty((len(indices), self.block_size), dtype=numpy.uint8)
+        PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
+        try:
+            PyObject_GetBuffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            try:
+                if out_view.len != index_view.len // 8 * self.block_size:
+                    raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                with nogil:
+                    status = onion_volume_read_blocks(
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, out_view.buf)
+                if status < 0:
+                    _raise(status, "read_blocks", self._directory)
+            finally:
+                PyBuffer_Release(&out_view)
+        finally:
+            PyBuffer_Release(&index_view)
+        return out
+
+    def write_blocks(self, block_indices, data):
+        """Write whole blocks: `data` holds len(block_indices) * block_size bytes."""
+        cdef object indices = numpy.ascontiguousarray(block_indices, dtype=numpy.uint64).reshape(-1)
+        cdef Py_buffer index_view, data_view
+        cdef int status
+        PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
+        try:
+            PyObject_GetBuffer(data, &data_view, PyBUF_SIMPLE)
+            try:
+                if data_view.len != index_view.len // 8 * self.block_size:
+                    raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                with nogil:
+                    status = onion_volume_write_blocks(
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, data_view.buf)
+                if status < 0:
+                    _raise(status, "write_blocks", self._directory)
+            finally:
+                PyBuffer_Release(&data_view)
+        finally:
+            PyBuffer_Release(&index_view)
+
+    def flush(self):
+        """Make everything that was written before the call durable."""
+        cdef int status
+        with nogil:
+            status = onion_volume_flush(self._volume)
+        if status < 0:
+            _raise(status, "flush", self._directory)
+
+    def resize(self, uint64_t size_bytes):
+        """Change the size; durable on return. What is new reads zero."""
+        cdef int status
+        with nogil:
+            status = onion_volume_resize(self._volume, size_bytes)
+        if status < 0:
+            _raise(status, "resize", self._directory)
+
+    # ---- the index ----
+
+    def runs(self, offset=0, length=None):
+        """Return the runs that are not HOLE as a structured array (RUN_DTYPE), clipped to whole blocks."""
+        cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
+        cdef uint64_t start = offset // block_size
+        cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
+        cdef uint64_t next_block = start
+        cdef int64_t count
+        cdef onion_run *raw = <onion_run *>malloc(_RUNS_AT_ONCE * sizeof(onion_run))
+        if raw == NULL:
+            raise MemoryError
+        parts = []
+        try:
+            while next_block < end:
+                start = next_block
+                with nogil:
+                    count = onion_volume_runs(self._volume, start, end, raw, 65536, &next_block)
+                if count < 0:
+                    _raise(<int>count, "extents", self._directory)
+                if count:
+                    parts.append(self._run_array(raw, count))
+        finally:
+            free(raw)
+        return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=RUN_DTYPE)
+
+    cdef object _run_array(self, onion_run *raw, int64_t count):
+        cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
+        table = numpy.frombuffer(bytes_, dtype="<u8").reshape(-1, 3)
+        out = numpy.empty(count, dtype=RUN_DTYPE)
+        segment = table[:, 2] >> 32
+        data = (segment > 0) & (segment < 0xFFFF)
+        out["offset"] = table[:, 0] * self.block_size
+        out["length"] = table[:, 1] * self.block_size
+        out["state"] = numpy.where(data, 1, 2)
+        out["segment"] = numpy.where(data, segment, 0)
+        out["slot"] = numpy.where(data, table[:, 2] & 0xFFFFFFFF, 0)
+        return out
+
+    def segments(self):
+        """Return (number, id, role, slots) of every segment; slots is 0 where no file was made."""
+        cdef uint32_t count = onion_volume_segments(self._volume, NULL, 0), i
+        cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
+        if infos == NULL:
+            raise MemoryError
+        try:
+            count = min(count, onion_volume_segments(self._volume, infos, count))
+            return [(infos[i].number, infos[i].uuid[:16], _ROLES[infos[i].role], infos[i].slots)
+                    for i in range(count)]
+        finally:
+            free(infos)
+
+    def live_slots(self, segment):
+        """Return the sorted runs of slots of a segment that are still needed (SLOTS_DTYPE). Waits for writers."""
+        cdef unsigned char id[16]
+        cdef unsigned char *bitmap = NULL
+        cdef uint64_t bits = 0
+        cdef int status
+        _copy_id(id, segment)
+        with nogil:
+            status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
+        if status < 0:
+            _raise(status, "scrub", self._directory)
+        try:
+            raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
+        finally:
+            free(bitmap)
+        return _runs_of_bits(numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")[:bits])
+
+    def wait_for_readers(self):
+        """Return when every read that began before has ended: before slots that they may see are freed."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wait_for_readers(self._volume)
+        if status < 0:
+            _raise(status, "scrub", self._directory)
+
+    def scrub_wanted(self):
+        """Return the ids of adopted segments in which slots became free since the last call."""
+        cdef uint32_t numbers[256]
+        cdef int count = onion_volume_scrub_wanted(self._volume, numbers, 256)
+        if not count:
+            return []
+        ids = {number: id for number, id, _, _ in self.segments()}
+        return [ids[numbers[i]] for i in range(count) if numbers[i] in ids]
+
+    def map_dead_ratio(self):
+        """Return the share of the head's log that a rewrite would save, 0.0 to 1.0."""
+        cdef uint64_t records = 0, needed = 0
+        cdef int status
+        with nogil:
+            status = onion_volume_log_records(self._volume, &records, &needed)
+        if status < 0:
+            _raise(status, "info")
+        return max(0.0, 1.0 - needed / records) if records > 64 else 0.0
+
+    # ---- seal and rewrite ----
+
+    def seal(self, *, map_path, map_id):
+        """Make the head a durable sealed layer and begin a new head. Flushes wait for seal_commit or seal_abort."""
+        cdef unsigned char id[16]
+        cdef onion_sealed raw
+        cdef int status
+        path = os.fsencode(map_path)
+        cdef const char *c_path = path
+        _copy_id(id, map_id)
+        before = {segment for _, segment, role, _ in self.segments() if role == "own"}
+        with nogil:
+            status = onion_volume_seal(self._volume, c_path, id, &raw)
+        if status < 0:
+            if status == -16:
+                raise StateError("snapshot: no spare segment is registered")
+            _raise(status, "snapshot", self._directory)
+        return _sealed(&raw, [(segment, slots) for _, segment, role, slots in self.segments() if segment in before])
+
+    def seal_commit(self, next_spare):
+        """The catalog names the new head: go on with it."""
+        cdef unsigned char id[16]
+        _copy_id(id, next_spare)
+        cdef int status = onion_volume_seal_commit(self._volume, id)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def seal_abort(self):
+        """The catalog still names the old head: it goes on, and owns what was written since."""
+        cdef int status = onion_volume_seal_abort(self._volume)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def set_spare(self, spare):
+        """Register the id of the segment that the next head will begin with."""
+        cdef unsigned char id[16]
+        _copy_id(id, spare)
+        cdef int status = onion_volume_set_spare(self._volume, id)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def rewrite_map(self, *, new_path, new_id, lower=None, drop_zero=False):
+        """Write the head's map, folded over `lower`, to a new durable file. Flushes wait for commit or abort.
+
+        `lower` is (map_path, map_id, length, frames, crc, segments) of the parent layer.
+        """
+        cdef unsigned char id[16]
+        cdef onion_sealed raw
+        cdef onion_fault_site site
+        cdef _LayerSource source = None
+        cdef const onion_layer_source *c_lower = NULL
+        cdef int status, c_drop = bool(drop_zero)
+        memset(&site, 0, sizeof(site))
+        path = os.fsencode(new_path)
+        cdef const char *c_path = path
+        _copy_id(id, new_id)
+        if lower is not None:
+            source = _LayerSource(*lower)
+            c_lower = &source.source
+        with nogil:
+            status = onion_volume_rewrite(self._volume, c_path, id, c_lower, c_drop, &raw, &site)
+        if status < 0:
+            _raise(status, "merge", os.fsdecode(site.path) or new_path, site.offset)
+        return _sealed(&raw, [])
+
+    def rewrite_commit(self):
+        """The catalog names the new map file: append to it from now on."""
+        cdef int status = onion_volume_rewrite_commit(self._volume)
+        if status < 0:
+            _raise(status, "merge", self._directory)
+
+    def rewrite_abort(self):
+        """The catalog still names the old map file: drop the new one."""
+        cdef int status = onion_volume_rewrite_abort(self._volume)
+        if status < 0:
+            _raise(status, "merge", self._directory)
+
+    def rebase(self, *, path, size_bytes, dropped):
+        """Map the base anew and read from it what the dropped segments (ids) held."""
+        encoded = os.fsencode(path)
+        ids = b"".join(dropped)
+        cdef const char *c_path = encoded
+        cdef const void *c_ids = <const void *>PyBytes_AS_STRING(ids)
+        cdef uint32_t count = len(dropped)
+        cdef uint64_t size = size_bytes
+        cdef int status
+        with nogil:
+            status = onion_volume_rebase(self._volume, c_path, size, c_ids, count)
+        if status < 0:
+            _raise(status, "merge", path)
+
+    def view(self, uint64_t offset, uint64_t length, keep=None):
+        """Return a range of a snapshot as a read-only array of uint8.
+
+        The array's memory is the segments' own pages, and stays valid after close; `keep` lives as long as it does.
+        A range in more than 4,096 pieces is copied instead.
+        """
+        cdef _MappedRange mapped = _MappedRange()
+        cdef int status
+        cdef void *address = NULL
+        if length == 0:
+            return numpy.frombuffer(b"", dtype=numpy.uint8)
+        with nogil:
+            status = onion_volume_map_range(self._volume, offset, length, 4096, &address, &mapped.mapped_length)
+        if status == -7:
+            copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
+            return copied
+        if status < 0:
+            _raise(status, "view", self._directory)
+        mapped.address = address
+        mapped.start = offset % self.block_size
+        mapped.length = length
+        mapped.keep = keep
+        return numpy.frombuffer(mapped, dtype=numpy.uint8)
+
+    # ---- the end ----
+
+    def poison(self):
+        """Make every later call fail until the volume is opened again."""
+        onion_volume_poison(self._volume)
+
+    def after_fork(self):
+        """In the child of a fork: every later call raises, and nothing is released."""
+        onion_volume_after_fork(self._volume)
+
+    def close(self):
+        """Wait for calls under way, then unmap and close. Does not flush. Idempotent."""
+        with nogil:
+            onion_volume_close(self._volume)
+
+
+def _runs_of_bits(bits):
+    """Return (slot, count) of each run of ones."""
+    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([0], bits, [0])).astype(numpy.int8)))
+    out = numpy.empty(len(edges) // 2, dtype=SLOTS_DTYPE)
+    out["slot"] = edges[0::2]
+    out["count"] = edges[1::2] - edges[0::2]
+    return out

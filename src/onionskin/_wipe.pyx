@@ -1,0 +1,164 @@
+"""Overwrites ranges of an open file with zeros, and only then gives them back (csrc/wipe.h), without the GIL.
+
+What must hold: the ranges live as long as the job; a job runs once; it may be watched and cancelled from any thread.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+import os
+from typing import NamedTuple
+
+from onionskin.errors import VerifyError
+
+cdef extern from "wipe.h" nogil:
+    enum: ONION_WIPE_ZERO
+    enum: ONION_WIPE_VERIFY
+    enum: ONION_WIPE_PUNCH
+    enum: ONION_E_CANCELLED
+    enum: ONION_E_VERIFY
+
+    struct onion_byte_range:
+        uint64_t offset
+        uint64_t length
+
+    struct onion_wipe_result:
+        uint64_t bytes_wiped
+        uint64_t bytes_skipped
+        uint64_t bytes_verified
+        uint64_t bytes_punched
+        uint64_t bytes_unreachable
+        uint32_t filesystem_magic
+        int copy_on_write
+
+    int onion_wipe(int fd, const onion_byte_range *ranges, size_t range_count, int flags, int threads,
+                   onion_wipe_result *result, uint64_t *progress, const int *cancel)
+
+cdef extern from *:
+    """
+    #define onion_load(pointer) __atomic_load_n((pointer), __ATOMIC_RELAXED)
+    #define onion_store(pointer, value) __atomic_store_n((pointer), (value), __ATOMIC_RELAXED)
+    """
+    uint64_t onion_load(uint64_t *pointer) nogil
+    void onion_store(int *pointer, int value) nogil
+
+# Measured on ext4 (Linux 6.18, 2 cores), 1 GiB with its fdatasync: 0.31 to 0.32 s with one thread, 0.31 to 0.38 s with
+# two, 0.31 to 0.47 s for dd conv=fdatasync. The disk is the limit, so a second thread would only take a core.
+DEFAULT_THREADS = 1
+
+
+class WipeCancelled(Exception):
+    """The wipe was cancelled; nothing was punched that was not made durable as zeros before."""
+
+
+class WipeResult(NamedTuple):
+    """What a wipe did, in bytes, and on which file system; the fields of ``onion_wipe_result`` in csrc/wipe.h."""
+
+    bytes_wiped: int
+    bytes_skipped: int
+    bytes_verified: int
+    bytes_punched: int
+    bytes_unreachable: int
+    filesystem_magic: int
+    copy_on_write: bool
+
+
+cdef class WipeJob:
+    """One wipe, watchable and cancellable from other threads; the parameters are those of ``wipe``."""
+
+    cdef onion_byte_range *_ranges
+    cdef size_t _range_count
+    cdef int _fd
+    cdef int _threads
+    cdef int _flags
+    cdef int _cancel
+    cdef uint64_t _bytes_done
+    cdef bint _started
+
+    def __cinit__(self, int fd, ranges, *, bint zero, bint punch, bint verify=False, int threads=0):
+        cdef size_t i
+        if not 0 <= threads <= 64:
+            raise ValueError(f"threads is {threads}: give 1 to 64, or 0 for the default")
+        rows = ranges.tolist() if hasattr(ranges, "tolist") else list(ranges)
+        self._range_count = len(rows)
+        self._ranges = <onion_byte_range *>calloc(self._range_count or 1, sizeof(onion_byte_range))
+        if self._ranges == NULL:
+            raise MemoryError
+        end = 0
+        for i, (offset, length) in enumerate(rows):
+            if offset < end:
+                raise ValueError(f"range {i} begins at {offset}, before {end}: ranges must be sorted and apart")
+            end = offset + length
+            if length < 0 or end > 0x7FFFFFFFFFFFFFFF:
+                raise ValueError(f"range {i} at {offset} has length {length}: no file has such bytes")
+            self._ranges[i].offset = offset
+            self._ranges[i].length = length
+        self._fd = fd
+        self._threads = threads or DEFAULT_THREADS
+        self._flags = ((ONION_WIPE_ZERO if zero else 0) | (ONION_WIPE_PUNCH if punch else 0)
+                       | (ONION_WIPE_VERIFY if verify else 0))
+
+    def __dealloc__(self):
+        free(self._ranges)
+
+    @property
+    def bytes_done(self):
+        """Bytes gone through so far, in the first phase that was asked for."""
+        return onion_load(&self._bytes_done)
+
+    def cancel(self):
+        """Makes ``run`` stop soon and raise ``WipeCancelled``. Any thread may call it."""
+        onion_store(&self._cancel, 1)
+
+    def run(self):
+        """Does the wipe; once only. Returns and raises what ``wipe`` does, and ``WipeCancelled`` after ``cancel``."""
+        cdef onion_wipe_result result
+        cdef int status
+        if self._started:
+            raise RuntimeError("this wipe was already run: make a new WipeJob")
+        self._started = True
+        with nogil:
+            status = onion_wipe(self._fd, self._ranges, self._range_count, self._flags, self._threads, &result,
+                                &self._bytes_done, &self._cancel)
+        if status == ONION_E_CANCELLED:
+            raise WipeCancelled(f"the wipe was cancelled after {self.bytes_done} bytes; do it again")
+        if status == ONION_E_VERIFY:
+            raise VerifyError(f"bytes of file descriptor {self._fd} that were overwritten with zeros do not read back "
+                              "as zeros; nothing was given back: the device may be failing")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        return WipeResult(result.bytes_wiped, result.bytes_skipped, result.bytes_verified, result.bytes_punched,
+                          result.bytes_unreachable, result.filesystem_magic, bool(result.copy_on_write))
+
+
+def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int threads=0):
+    """Overwrites ranges with zeros, makes them durable, and only then gives the space back.
+
+    Parameters
+    ----------
+    fd : int
+        A regular file, open for writing.
+    ranges : sequence or ndarray
+        Pairs ``(offset, length)`` in bytes, sorted, not overlapping; what lies behind the end of the file is ignored.
+    zero : bool
+        Overwrite what is allocated and sync it, once.
+    punch : bool
+        Make the ranges holes at the end. A file system that cannot is no error.
+    verify : bool, optional
+        Read back from the medium before punching.
+    threads : int, optional
+        1 to 64; 0, the default, takes the number that was measured to be best.
+
+    Returns
+    -------
+    WipeResult
+        ``bytes_unreachable`` counts the bytes whose old contents overwriting cannot reach.
+
+    Raises
+    ------
+    OSError
+        What the system refused; nothing that is not durable as zeros was punched. EINVAL if it is no regular file.
+    VerifyError
+        If a byte read back is not zero.
+    """
+    return WipeJob(fd, ranges, zero=zero, punch=punch, verify=verify, threads=threads).run()

@@ -1,0 +1,60 @@
+"""Where the files of a store are. Paths in the catalog are relative to the store, so that it can be moved whole."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CATALOG = "catalog.db"
+DIRECTORIES = ("layers", "segments", "volumes")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one store."""
+
+    root: Path
+
+    @property
+    def catalog(self) -> Path:
+        """The SQLite file: the store exists if and only if this does."""
+        return self.root / CATALOG
+
+    @property
+    def lock(self) -> Path:
+        """One byte for each segment and map file; byte 0 for the store."""
+        return self.root / "lock"
+
+    @property
+    def reserve(self) -> Path:
+        """Room that is given up when the disk is full and something must be freed."""
+        return self.root / "reserve"
+
+    @property
+    def layers(self) -> Path:
+        """The directory of block maps."""
+        return self.root / "layers"
+
+    @property
+    def segments(self) -> Path:
+        """The directory of segments."""
+        return self.root / "segments"
+
+    @property
+    def volumes(self) -> Path:
+        """The directory of the writers' locks."""
+        return self.root / "volumes"
+
+    def map_file(self, map_id: bytes) -> Path:
+        """The block map with this id."""
+        return self.layers / f"{map_id.hex()}.map"
+
+    def segment_file(self, segment_id: bytes) -> Path:
+        """The segment with this id."""
+        return self.segments / f"{segment_id.hex()}.seg"
+
+    def volume_lock(self, uuid: bytes) -> Path:
+        """The lock of the one writer of a volume."""
+        return self.volumes / f"{uuid.hex()}.lock"
+
+    def relative(self, path: Path) -> str:
+        """A path as the catalog keeps it."""
+        return str(path.relative_to(self.root))

@@ -1,0 +1,261 @@
+"""Who may free, and who may write: OFD locks on bytes of files that have no other use.
+
+`ByteLocks` is one descriptor of the store's `lock` file. Each open volume or view has its own, so that two handles in
+one process exclude each other as two processes do. A handle holds its bytes shared; whoever frees a file takes its
+byte exclusively, without waiting. Within one handle the lock of a byte may be raised from shared to exclusive and
+back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
+
+`VolumeLock` is held by the one writer of a volume. Its file says who that is; what it says counts only while the lock
+is held.
+
+Locks belong to the open file description, which a forked child shares: closing gives them up explicitly in the
+process that took them, and a child only closes its descriptor.
+"""
+
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onionskin import forks
+from onionskin.errors import StateError
+
+STORE_BYTE = 0
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
+    """Set or change a lock without waiting; False if somebody else's is in the way."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
+    except BlockingIOError:
+        return False
+    except PermissionError:  # POSIX lets a system answer EACCES for the same thing
+        return False
+    return True
+
+
+def _is_locked(descriptor: int, start: int, count: int) -> bool:
+    """Whether another open file description holds any lock on the bytes."""
+    answer = fcntl.fcntl(
+        descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+    )
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Sort numbers and join neighbours: (first, count) of each stretch, so that a deep chain costs few calls."""
+    stretches: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if stretches and stretches[-1][0] + stretches[-1][1] == number:
+            stretches[-1] = (stretches[-1][0], stretches[-1][1] + 1)
+        else:
+            stretches.append((number, 1))
+    return stretches
+
+
+class ByteLocks:
+    """One handle's locks on bytes of a lock file. All methods may be called by any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._guard = threading.Lock()
+        self._shared: set[int] = set()
+        self._exclusive: set[int] = set()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        forks.register(self)
+
+    def take_shared(self, numbers: Iterable[int]) -> bool:
+        """Lock all bytes for reading, or none of them; False if one is being freed by somebody else."""
+        wanted = set(numbers)
+        with self._guard:
+            wanted -= self._shared
+            taken: list[tuple[int, int]] = []
+            for start, count in joined(wanted):
+                if not _set_lock(self._open_descriptor(), fcntl.F_RDLCK, start, count):
+                    for undo_start, undo_count in taken:
+                        _set_lock(self._descriptor, fcntl.F_UNLCK, undo_start, undo_count)
+                    return False
+                taken.append((start, count))
+            self._shared |= wanted
+            return True
+
+    def drop_shared(self, numbers: Iterable[int]) -> None:
+        """Give bytes up; those that are not held are passed over."""
+        with self._guard:
+            unwanted = set(numbers) & self._shared
+            self._shared -= unwanted
+            for start, count in joined(unwanted - self._exclusive):
+                _set_lock(self._open_descriptor(), fcntl.F_UNLCK, start, count)
+
+    def keep_shared(self, numbers: Iterable[int]) -> None:
+        """Give up all bytes but these."""
+        self.drop_shared(self.shared - set(numbers))
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """The bytes held for reading."""
+        return frozenset(self._shared)
+
+    @contextmanager
+    def exclusive(self, number: int) -> Iterator[bool]:
+        """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it."""
+        with self._guard:
+            held = number not in self._exclusive and _set_lock(
+                self._open_descriptor(), fcntl.F_WRLCK, number, 1
+            )
+            if held:
+                self._exclusive.add(number)
+        try:
+            yield held
+        finally:
+            if held:
+                with self._guard:
+                    self._exclusive.discard(number)
+                    if self._descriptor >= 0:
+                        kind = fcntl.F_RDLCK if number in self._shared else fcntl.F_UNLCK
+                        _set_lock(self._descriptor, kind, number, 1)
+
+    def close(self) -> None:
+        """Give everything up. Idempotent."""
+        with self._guard:
+            if self._descriptor >= 0:
+                _set_lock(self._descriptor, fcntl.F_UNLCK, 0, 0)
+                os.close(self._descriptor)
+                self._descriptor = -1
+                self._shared.clear()
+
+    def after_fork(self) -> None:
+        """In the child: close, but unlock nothing, for the locks are the parent's."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor < 0:
+            raise StateError(f"the locks of {self.path} are closed: open the volume again")
+        return self._descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that holds a volume."""
+
+    pid: int
+    start_ticks: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid}" if self.pid else "another process"
+
+
+class VolumeLock:
+    """The lock of the one writer of a volume."""
+
+    def __init__(self, path: Path, volume_name: str) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not _set_lock(self._descriptor, fcntl.F_WRLCK, 0, 1):
+                holder = _read_holder(self._descriptor)
+                raise StateError(
+                    f"volume {volume_name!r} is open for writing in {holder}: close it there, "
+                    "or open one of its snapshots instead"
+                )
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()} {_start_ticks(os.getpid())}\n".encode(), 0)
+        except BaseException:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            raise
+        forks.register(self)
+
+    def close(self) -> None:
+        """Give the volume up. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            try:
+                os.ftruncate(descriptor, 0)
+            finally:
+                _set_lock(descriptor, fcntl.F_UNLCK, 0, 1)
+                os.close(descriptor)
+
+    def after_fork(self) -> None:
+        """In the child: close, but unlock nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+
+def volume_holder(path: Path) -> Holder | None:
+    """Who holds a volume for writing, without touching its lock."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return _read_holder(descriptor) if _is_locked(descriptor, 0, 1) else None
+    finally:
+        os.close(descriptor)
+
+
+def _read_holder(descriptor: int) -> Holder:
+    """What the file says; a process that is just taking or giving up the lock has pid 0."""
+    fields = os.pread(descriptor, 100, 0).split()
+    if len(fields) != 2 or not all(field.isdigit() for field in fields):
+        return Holder(0, 0)
+    return Holder(int(fields[0]), int(fields[1]))
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did: tells it from a later one with the same id."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
+class BaseLock:
+    """A lock on one byte of a base file: shared while something reads it, exclusive while a merge writes it."""
+
+    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+        self.path = path
+        access = os.O_RDWR if exclusive else os.O_RDONLY
+        self.descriptor = os.open(path, access | os.O_CLOEXEC)
+        if not _set_lock(self.descriptor, fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, 0, 1):
+            os.close(self.descriptor)
+            self.descriptor = -1
+            raise StateError(
+                f"the base {path} is in use: close the volumes and views that stand on it, and try again"
+                if exclusive
+                else f"a merge is writing the base {path}: wait for it to end, and open again"
+            )
+        forks.register(self)
+
+    def close(self) -> None:
+        """Give the base up. Idempotent."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            _set_lock(descriptor, fcntl.F_UNLCK, 0, 1)
+            os.close(descriptor)
+
+    def after_fork(self) -> None:
+        """In the child: close, but unlock nothing."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", -1) >= 0:
+            self.close()

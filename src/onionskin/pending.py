@@ -1,0 +1,177 @@
+"""Pending work: freeing files and slots, now or after a crash.
+
+What must hold: nothing is freed but under the exclusive lock of its byte, and where another handle has the byte the
+work stays pending. With policy `zero` a file is overwritten before it is unlinked and slots before they are punched.
+All of it may be done twice.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy
+import numpy.typing
+
+from onionskin._maplog import LayerMap
+from onionskin._wipe import wipe
+from onionskin.catalog import LayerRow, PendingRow, SegmentRow
+from onionskin.chain import SIZE_BYTES_MAX
+from onionskin.errors import StateError
+from onionskin.locks import STORE_BYTE
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+HEADER_BYTES = 4096
+_FILE_KINDS = ("map", "segment")
+
+
+def do_pending(store: "Store", *, policy: str | None = None) -> int:
+    """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left."""
+    left = 0
+    for row in store.catalog.rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
+        if policy is not None and row.wipe != policy:
+            continue
+        with _alone(store, row.lock_byte) as alone:
+            if alone and _do(store, row):
+                with store.catalog.transaction():
+                    store.catalog.delete(PendingRow, "id = ?", row.id)
+            else:
+                left += 1
+    return left
+
+
+@contextmanager
+def _alone(store: "Store", lock_byte: int) -> Iterator[bool]:
+    """Hold a byte exclusively: through the one open volume that reads the file, or through the store's own locks."""
+    holders = [volume for volume in store.open_volumes() if lock_byte in volume.locks.shared]
+    if len(holders) > 1:
+        yield False
+        return
+    locks = holders[0].locks if holders else store.locks
+    with locks.exclusive(lock_byte) as held:
+        yield held
+
+
+def _do(store: "Store", row: PendingRow) -> bool:
+    """Do one piece of work; False where it has to wait for its volume to be open here."""
+    if row.kind in _FILE_KINDS:
+        _free_file(store, row)
+        return True
+    return _scrub(store, row)
+
+
+def _free_file(store: "Store", row: PendingRow) -> None:
+    path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if row.wipe == "zero":
+            wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _scrub(store: "Store", row: PendingRow) -> bool:
+    segment = store.catalog.row(SegmentRow, "id = ?", row.target)
+    if segment is None:  # freed as a whole meanwhile
+        return True
+    live = _live_slots(store, segment)
+    if live is None:
+        return False
+    block_size = store.catalog.layer(segment.layer).block_size
+    for volume in store.open_volumes():
+        volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
+    path = store.layout.segment_file(segment.id)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        ranges = _gaps(live, block_size, os.fstat(descriptor).st_size)
+        if len(ranges):
+            wipe(descriptor, ranges, zero=row.wipe == "zero", punch=True)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _live_slots(store: "Store", segment: SegmentRow) -> "numpy.typing.NDArray[numpy.void] | None":
+    owner = store.catalog.layer(segment.layer)
+    if not owner.sealed:
+        path = store.path_of_head(owner.id)
+        return None if path is None else path.live_slots(segment.id)
+    with load_layer(store, owner) as layer_map:
+        return layer_map.live_slots(segment.id)
+
+
+def _gaps(
+    live: "numpy.typing.NDArray[numpy.void]", block_size: int, file_bytes: int
+) -> "numpy.typing.NDArray[numpy.uint64]":
+    """Return (offset, length) of what lies between the live slots, to the end of the file."""
+    names = live.dtype.names
+    assert names is not None
+    first, count = (live[name].astype(numpy.int64) for name in names[:2])
+    starts = numpy.concatenate(([0], first + count)) * block_size + HEADER_BYTES
+    ends = numpy.concatenate((first * block_size + HEADER_BYTES, [max(file_bytes, HEADER_BYTES)]))
+    keep = ends > starts
+    return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
+
+
+@contextmanager
+def load_layer(store: "Store", layer: LayerRow) -> Iterator[LayerMap]:
+    """Load a sealed layer's block map, checked against the catalog."""
+    block_count = SIZE_BYTES_MAX // layer.block_size
+    if layer.map_length == 0:
+        layer_map = LayerMap(block_size=layer.block_size, block_count=block_count)
+    else:
+        layer_map = LayerMap.load(
+            str(store.layout.map_file(layer.map_id)),
+            map_id=layer.map_id,
+            block_size=layer.block_size,
+            block_count=block_count,
+            length=layer.map_length,
+            frames=layer.map_frames,
+            crc=layer.map_crc,
+        )
+    try:
+        yield layer_map
+    finally:
+        layer_map.close()
+
+
+def sweep_orphans(store: "Store") -> list[str]:
+    """Remove files that no row names: what a crash left. Only while nobody else has the store open."""
+    with store.locks.exclusive(STORE_BYTE) as held:
+        if not held:
+            return []
+        named = {store.layout.map_file(row.map_id) for row in store.catalog.rows(LayerRow)}
+        named |= {store.layout.segment_file(row.id) for row in store.catalog.rows(SegmentRow)}
+        for row in store.catalog.rows(PendingRow):
+            named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
+        swept = []
+        for directory in (store.layout.layers, store.layout.segments):
+            for path in sorted(set(directory.iterdir()) - named):
+                _sweep(path)
+                swept.append(str(path))
+        return swept
+
+
+def _sweep(path: "os.PathLike[str]") -> None:
+    """Wipe and unlink; a file without a row may have belonged to a volume with policy `zero`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+        os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def require_no_base_merge(store: "Store") -> None:
+    """Refuse while a merge into a base waits to be resumed by the volume that began it."""
+    if store.catalog.row(PendingRow, "kind = 'base-merge'"):
+        raise StateError("a merge into a base is pending: open its volume for writing, which resumes it")
