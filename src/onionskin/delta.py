@@ -146,8 +146,8 @@ def delta(
             full=start is None,
             name=end.name,
             note=end.note,
-            guid_a=start.guid if start else NO_GUID,
-            guid_b=end.guid,
+            guid_a=_guid(start) if start else NO_GUID,
+            guid_b=_guid(end),
             size_a=start.size_bytes if start else 0,
             size_b=view.size_bytes,
             block_size=view.block_size,
@@ -205,7 +205,7 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
                 volume.write(offset, data)
             if progress is not None:
                 progress(offset + length, header.size_b)
-        return volume.snapshot(header.name, header.note, guid=header.guid_b)
+        return volume.snapshot(header.name, header.note, guid=header.guid_b.hex())
     except BaseException:
         _put_back(volume, start, size_before)
         raise
@@ -228,6 +228,10 @@ def _named(snapshots: dict[str, Snapshot], volume: str, name: str) -> Snapshot:
             f"volume {volume!r} has no snapshot {name!r}; list them with: onionskin snapshots STORE/{volume}"
         )
     return snapshots[name]
+
+
+def _guid(snapshot: Snapshot) -> bytes:
+    return bytes.fromhex(snapshot.guid)
 
 
 def _full_extents(view: Volume, base: str | None) -> Extents:
@@ -304,10 +308,10 @@ def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
                 "make a volume with onionskin create --size, and apply it to that"
             )
         return None
-    if parent is None or parent.guid != header.guid_a:
+    if parent is None or _guid(parent) != header.guid_a:
         stands = "no snapshot" if parent is None else f"snapshot {parent.name!r}"
         raise ChainError(
-            f"volume {volume.name!r} stands on {stands}, where this stream to {header.name!r} does not start; "
+            f"volume {volume.name!r} stands on {stands}, where the stream to {header.name!r} does not start; "
             "revert to the snapshot where it starts, or write a stream from the one that is here"
         )
     if volume.head_changed:

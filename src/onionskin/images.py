@@ -6,9 +6,9 @@ What must hold:
   names any file of the host as its backing file. Here the format comes from the magic bytes, or from the
   caller; an image that names other files is refused unless the caller named its format and so vouches for it.
 - Holes stay holes: of a raw file only what SEEK_DATA finds is read, and blocks of zeros are not stored.
-- A conversion goes through a raw file, since qemu-img needs a target that it can seek in, and a pipe is not
-  seekable. For an import that file has no name (it vanishes with the process, however that ends) and lies in the
-  store's file system, where there must be room for the data anyhow.
+- A conversion goes through a raw file, since qemu-img needs a target that it can seek in. For an import that
+  file has no name (it vanishes with the process, however that ends) and lies in the store's file system,
+  where there must be room for the data anyhow.
 - An import that fails leaves no volume; an export that fails leaves no file.
 """
 

@@ -31,7 +31,10 @@ def _check_range(volume: Volume, name: Name, offset: int, length: int) -> None:
 @click.argument("length", type=SIZE)
 @json_option
 def read(name: Name, offset: int, length: int, as_json: bool) -> None:
-    """Write a range of a disk to stdout; with --json, as base64."""
+    """Write a range of a disk to stdout.
+
+    With --json, as base64.
+    """
     with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
         _check_range(volume, name, offset, length)
         if as_json:
@@ -49,7 +52,9 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
 @click.argument("offset", type=SIZE)
 @json_option
 def write(name: Name, offset: int, as_json: bool) -> None:
-    """Write stdin to a disk at OFFSET; durable when the command ends well.
+    """Write stdin to a disk at OFFSET.
+
+    The data is durable when the command ends well.
 
     Where stdin is a file, data that would not fit is refused before any is written; from a pipe, what fits is
     written first.
@@ -84,7 +89,10 @@ def _length_of_file(source: IO[bytes]) -> int:
 @click.argument("length", type=SIZE)
 @json_option
 def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
-    """Say that a range is no longer needed: it reads zero, and its blocks are freed."""
+    """Free a range that is no longer needed.
+
+    It reads zero from then on.
+    """
     with name.open_store() as store, store.open(name.volume) as volume:
         _check_range(volume, name, offset, length)
         volume.trim(offset, length)

@@ -17,7 +17,7 @@ def snapshot_value(snapshot: Snapshot) -> dict[str, Any]:
     """Give what JSON says of a snapshot."""
     return {
         "name": snapshot.name,
-        "guid": snapshot.guid.hex(),
+        "guid": snapshot.guid,
         "created": output.timestamp(snapshot.created),
         "parent": snapshot.parent,
         "note": snapshot.note,
@@ -47,7 +47,10 @@ def same_volume(a: Name, b: Name) -> None:
 @click.option("--note", default="", help="A few words that tree and snapshots show.")
 @json_option
 def snapshot(name: Name, note: str, as_json: bool) -> None:
-    """Keep the disk as it is now under a name; nothing is copied."""
+    """Keep the disk as it is now under a name.
+
+    Nothing is copied, whatever the size.
+    """
     with name.open_store() as store, store.open(name.volume) as volume:
         taken = volume.snapshot(name.required_snapshot, note)
     output.show(as_json, snapshot_value(taken), lambda: f"took {name}")
@@ -74,7 +77,10 @@ def snapshots(name: Name, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
 @json_option
 def revert(name: Name, yes: bool, as_json: bool) -> None:
-    """Make the disk read as it did when a snapshot was taken; all snapshots stay."""
+    """Make the disk read as when a snapshot was taken.
+
+    All snapshots stay. What was written since the last one is dropped.
+    """
     with name.open_store() as store, store.open(name.volume) as volume:
         find_snapshot(volume.snapshots, name)
         if volume.head_changed:
@@ -94,7 +100,10 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
 @json_option
 def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
-    """Drop a snapshot and all that was written after it on its branch."""
+    """Drop a snapshot and all that was written after it.
+
+    If the head is on that branch, the disk reads as when the snapshot was taken.
+    """
     with name.open_store() as store, store.open(name.volume) as volume:
         find_snapshot(volume.snapshots, name)
         before = {s.name for s in volume.snapshots}
@@ -129,7 +138,10 @@ def _ancestors(volume: Volume) -> list[str]:
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
 @json_option
 def merge(name: Name, into_base: bool, threads: int, as_json: bool) -> None:
-    """Drop a snapshot's name and keep all data; with --into-base, fold layers into the base file."""
+    """Drop a snapshot's name and keep all data.
+
+    With --into-base, write a snapshot, or the whole volume, into the base file itself.
+    """
     if not into_base and name.snapshot is None:
         raise click.UsageError(f"name the snapshot to merge, as {name}@SNAPSHOT, or give --into-base")
     with name.open_store() as store, store.open(name.volume) as volume:
@@ -152,7 +164,7 @@ def merge(name: Name, into_base: bool, threads: int, as_json: bool) -> None:
 @click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
 @json_option
 def diff(a: Name, b: Name, as_json: bool) -> None:
-    """Show which bytes changed from one snapshot to another, or to the head."""
+    """Show what changed between snapshots, or up to the head."""
     same_volume(a, b)
     with a.open_store() as store:
         extents = _diff(store, a, b)
@@ -185,7 +197,7 @@ def _diff(store: Store, a: Name, b: Name) -> list[tuple[int, int, int]]:
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @json_option
 def usage(name: Name, as_json: bool) -> None:
-    """Show what each snapshot holds, and what discarding or merging it would free."""
+    """Show what snapshots hold, and what dropping them frees."""
     with name.open_store() as store:
         found = store.usage(name.volume)
     value = [

@@ -37,9 +37,9 @@ def import_(
     wipe: Literal["release", "zero"],
     as_json: bool,
 ) -> None:
-    """Make a volume without a base from a raw, qcow2, vmdk, vhdx or vdi image.
+    """Make a volume from a disk image.
 
-    The image is copied and not needed afterwards. An image whose format was told by its first bytes may not
+    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image whose format was told by its first bytes may not
     refer to other files; name its format to vouch for it.
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
@@ -66,7 +66,10 @@ def import_(
 @click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
 @json_option
 def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
-    """Write a volume or a snapshot as a disk image that must not exist yet; holes are kept."""
+    """Write a volume or a snapshot as a disk image.
+
+    IMAGE must not exist yet; holes are kept.
+    """
     suffix = image.suffix[1:].lower()
     kind = image_format or (suffix if suffix in FORMATS else "raw")
     with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
@@ -83,7 +86,9 @@ def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> 
 @click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
 @json_option
 def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
-    """Write what changed from snapshot A to B as a stream; all of B where no A is given.
+    """Write what changed between two snapshots as a stream.
+
+    All of B where no A is given.
 
     onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
 
@@ -139,7 +144,9 @@ def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
 @json_option
 def apply(name: Name, file: Path, as_json: bool) -> None:
-    """Bring a volume to the snapshot that a delta stream leads to; the stream comes from stdin or FILE.
+    """Bring a volume to the snapshot that a stream leads to.
+
+    The stream comes from stdin or FILE.
 
     The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
     made with create --size, of any size. A stream that is cut short or damaged changes nothing.

@@ -18,7 +18,7 @@ from onionskin.store import Store
 @click.option("--repair", is_flag=True, help="Mend what can be mended without losing data.")
 @json_option
 def check(store: Path, repair: bool, as_json: bool) -> None:
-    """Look for damage: every map, every segment, every relation of a store."""
+    """Look for damage in a store."""
     with Store(store, create=False) as opened:
         problems = opened.check(repair=repair)
     value = [
@@ -37,10 +37,10 @@ def check(store: Path, repair: bool, as_json: bool) -> None:
 )
 @json_option
 def demo(size: int, keep: Path | None, as_json: bool) -> None:
-    """Show the main job on a real disk image: snapshot, replace the system, revert, merge, discard.
+    """Show and prove the main job on a real disk image.
 
-    Builds two ext4 systems from files of this machine, without root, and proves by SHA-256 and e2fsck that
-    revert brings the first one back. Exit status 6 if any proof fails.
+    Builds two ext4 systems from files of this machine, without root; snapshots the first, overwrites the disk
+    with the second, and proves by SHA-256 and e2fsck that revert brings the first one back. Exit status 6 if any proof fails.
     """
 
     def report(step: Step) -> None:
@@ -81,7 +81,11 @@ def _draw_result(result: Result) -> str:
 @click.pass_context
 @json_option
 def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
-    """Print what makes a shell complete commands and names: eval "$(onionskin completion bash)"."""
+    """Print what makes a shell complete commands and names.
+
+    \b
+    eval "$(onionskin completion bash)"
+    """
     complete = get_completion_class(shell)
     if complete is None:
         raise AssertionError(f"{shell} is offered and not registered")

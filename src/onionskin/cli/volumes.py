@@ -52,7 +52,10 @@ def create(
     digest: bool,
     as_json: bool,
 ) -> None:
-    """Make a volume over a base image or over nothing; the store is made if missing."""
+    """Make a volume over a base image or over nothing.
+
+    The store is made if it is missing.
+    """
     if base is None and size is None:
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:
@@ -190,7 +193,7 @@ def info(name: Name, as_json: bool) -> None:
         ("taken", output.when(snapshot.created)),
         ("parent", snapshot.parent or "none"),
         ("note", snapshot.note),
-        ("guid", snapshot.guid.hex()),
+        ("guid", snapshot.guid),
     ]
     output.show(as_json, snapshot_value(snapshot), lambda: output.fields(pairs))
 
@@ -217,7 +220,10 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @json_option
 def flatten(name: Name, as_json: bool) -> None:
-    """Copy all that a volume reads into a layer of its own, so that it needs no base and no other volume."""
+    """Make a volume independent of its base and of other volumes.
+
+    All that it reads and does not own is copied.
+    """
     with name.open_store() as store:
         with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
             volume.flatten(progress=progress)
@@ -231,7 +237,10 @@ def flatten(name: Name, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Shrink, which drops what lies beyond the new end.")
 @json_option
 def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
-    """Change the size of a disk; snapshots keep theirs, and revert brings it back."""
+    """Change the size of a disk.
+
+    Snapshots keep theirs, and revert brings it back.
+    """
     with name.open_store() as store:
         with store.open(name.volume) as volume:
             volume.resize(size, force=force)
@@ -244,7 +253,10 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 @click.argument("new_name", metavar="NEW")
 @json_option
 def rename(name: Name, new_name: str, as_json: bool) -> None:
-    """Give a volume another name in its store; NEW is the name alone, or STORE/NEW."""
+    """Give a volume another name in its store.
+
+    NEW is the name alone, or STORE/NEW.
+    """
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
         raise click.UsageError("a volume cannot move to another store; copy it with delta and apply")
@@ -261,7 +273,7 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Compare it with the digest that create --digest took.")
 @json_option
 def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -> None:
-    """Say where the base of a volume is, after it was moved or touched."""
+    """Say where a base is that was moved or touched."""
     with name.open_store() as store:
         store.relocate(name.volume, base=base, trust=trust, verify=verify)
         about = store.info(name.volume)
@@ -273,7 +285,10 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 @click.option("--recursive", is_flag=True, help="Delete the clones of its snapshots too.")
 @json_option
 def delete(name: Name, recursive: bool, as_json: bool) -> None:
-    """Delete a volume with its snapshots; refused while a clone needs one of them."""
+    """Delete a volume with its snapshots.
+
+    Refused while a clone needs one of them.
+    """
     with name.open_store() as store:
         before = {about.name for about in store.volumes()}
         store.delete(name.volume, recursive=recursive)
