@@ -39,8 +39,8 @@ def import_(
 ) -> None:
     """Make a volume from a disk image.
 
-    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image whose format was told by its first bytes may not
-    refer to other files; name its format to vouch for it.
+    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image
+    whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
         pass

@@ -40,7 +40,8 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
     """Show and prove the main job on a real disk image.
 
     Builds two ext4 systems from files of this machine, without root; snapshots the first, overwrites the disk
-    with the second, and proves by SHA-256 and e2fsck that revert brings the first one back. Exit status 6 if any proof fails.
+    with the second, and proves by SHA-256 and e2fsck that revert brings the first one back. Exit status 6 if
+    any proof fails.
     """
 
     def report(step: Step) -> None:

@@ -204,7 +204,10 @@ def info(name: Name, as_json: bool) -> None:
 @click.option("--wipe", type=WIPE, help="What happens to freed blocks; by default as where it comes from.")
 @json_option
 def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, as_json: bool) -> None:
-    """Make a new volume that starts as a snapshot; nothing is copied."""
+    """Make a new volume that starts as a snapshot.
+
+    Nothing is copied. The clone begins with no snapshots of its own.
+    """
     if new_name.store.resolve() != name.store.resolve():
         raise click.UsageError(
             f"a clone lives in the store of its snapshot: write {name.store}/{new_name.volume}, "
