@@ -171,7 +171,7 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
         Read front to back to its end.
     volume : Volume
         Open for writing, its head unchanged since the snapshot that has the GUID of a. For a full stream:
-        without a base, without snapshots and never written to, of any size.
+        without a base, without snapshots and without data, of any size.
     progress : callable, optional
         Called with the offset on the disk reached so far and its size.
 
@@ -302,7 +302,7 @@ def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
     names = {snapshot.name for snapshot in volume.snapshots}
     parent = volume.parent
     if header.full:
-        if names or parent is not None or volume.base is not None or volume.head_changed:
+        if names or volume.store.info(volume.name).base is not None or _holds_data(volume):
             raise ChainError(
                 f"volume {volume.name!r} is not empty, and this stream holds a whole disk; "
                 "make a volume with onionskin create --size, and apply it to that"
@@ -331,13 +331,18 @@ def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
     return parent
 
 
+def _holds_data(volume: Volume) -> bool:
+    return any(int(state) == DATA for _, _, state in volume.extents())
+
+
 def _put_back(volume: Volume, start: Snapshot | None, size_bytes: int) -> None:
     if start is not None:
         volume.revert(start.name)
         return
-    volume.revert(None)
+    volume.trim(0, volume.size_bytes)
     if volume.size_bytes != size_bytes:
         volume.resize(size_bytes, force=True)
+    volume.flush()
 
 
 class _Writer:
