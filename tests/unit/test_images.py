@@ -94,9 +94,7 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_image_that_reads_from_another_file_is_refused(
-    store: Store, tmp_path: Path, secret: Path
-) -> None:
+def test_an_image_that_reads_from_another_file_is_refused(store: Store, tmp_path: Path, secret: Path) -> None:
     overlay = tmp_path / "overlay.raw"  # as a guest would write it over its own raw disk
     qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
     with pytest.raises(FormatError, match="reads from another file"):

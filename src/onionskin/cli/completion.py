@@ -6,8 +6,7 @@ part behind it alone: ours hands over the whole line up to the cursor, and takes
 
 import os
 
-from click.parser import split_arg_string
-from click.shell_completion import BashComplete, add_completion_class
+from click.shell_completion import BashComplete, add_completion_class, split_arg_string
 
 SHELLS = ("bash", "zsh", "fish")
 

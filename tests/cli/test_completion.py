@@ -1,0 +1,83 @@
+"""Shells complete verbs, stores, volumes and snapshots; bash although it splits words at '@'."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from onionskin.cli import onionskin
+
+Run = Callable[..., Result]
+
+
+def completed(line: str) -> list[str]:
+    """Ask as the bash script does."""
+    environment = {"_ONIONSKIN_COMPLETE": "bash_complete", "_ONIONSKIN_LINE": line}
+    answer = CliRunner().invoke(onionskin, [], env=environment)
+    return [
+        text
+        for kind, _, text in (one.partition(",") for one in answer.stdout.splitlines())
+        if kind == "plain"
+    ]
+
+
+def test_verbs_complete() -> None:
+    assert completed("onionskin sna") == ["snapshot", "snapshots"]
+
+
+def test_volumes_complete(run: Run, vms: Path) -> None:
+    run("create", f"{vms}/db", "--size", "1M")
+    assert sorted(completed(f"onionskin info {vms}/")) == [f"{vms}/db", f"{vms}/web"]
+    assert completed(f"onionskin flatten {vms}/w") == [f"{vms}/web"]
+
+
+def test_snapshots_complete_where_one_is_wanted(run: Run, vms: Path) -> None:
+    run("snapshot", f"{vms}/web@two")
+    assert completed(f"onionskin revert {vms}/") == [f"{vms}/web@clean", f"{vms}/web@two"]
+    assert completed(f"onionskin revert --yes {vms}/web@t") == [f"{vms}/web@two"]
+    assert completed(f"onionskin info {vms}/web@c") == [f"{vms}/web@clean"]
+
+
+def test_names_that_are_to_be_made_do_not_complete(vms: Path) -> None:
+    assert completed(f"onionskin create {vms}/w") == []
+    assert completed(f"onionskin snapshot {vms}/w") == [f"{vms}/web"]
+    assert completed(f"onionskin snapshot {vms}/web@c") == []
+
+
+def test_a_directory_that_is_no_store_offers_nothing_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    assert completed(f"onionskin info {tmp_path}/plain/") == []
+    (tmp_path / "plain" / "catalog.db").write_text("not a catalog")
+    assert completed(f"onionskin info {tmp_path}/plain/") == []
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["catalog.db"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_scripts_are_printed(run: Run, shell: str) -> None:
+    script = run("completion", shell).stdout
+    assert "_ONIONSKIN_COMPLETE" in script
+    assert f"{shell}_complete" in script
+
+
+def bash(tmp_path: Path, line: str, breaks: str) -> list[str]:
+    """Complete a line in a real bash, which is told where words break."""
+    program = f"""
+        onionskin() {{ {sys.executable} -m onionskin "$@"; }}
+        compopt() {{ :; }}
+        eval "$(onionskin completion bash)"
+        COMP_WORDBREAKS=$'{breaks}' COMP_LINE='{line}' COMP_POINT={len(line)}
+        _onionskin_completion
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    shell = subprocess.run(["bash", "-c", program], check=True, capture_output=True, text=True, cwd=tmp_path)
+    return shell.stdout.split()
+
+
+def test_bash_gets_what_it_puts_behind_the_part_that_it_keeps(tmp_path: Path, vms: Path) -> None:
+    line = f"onionskin revert {vms}/web@cl"
+    assert bash(tmp_path, line, r" \t\n") == [f"{vms}/web@clean"]
+    assert bash(tmp_path, line, r" \t\n@") == ["@clean"]
+    assert bash(tmp_path, f"onionskin revert {vms}/we", r" \t\n@") == [f"{vms}/web@clean"]

@@ -1,0 +1,144 @@
+"""What happens on a terminal: questions before changes are lost, progress, colours; none of it elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def on_terminal(spawn: Spawn, answer: bytes, *arguments: object) -> tuple[int, bytes]:
+    """Run a command on a terminal of its own, type an answer, and give its status and what it showed."""
+    ours, its = pty.openpty()
+    process = spawn(*arguments, stdin=its, stdout=its, stderr=its, env={"TERM": "xterm-256color"})
+    os.close(its)
+    os.write(ours, answer)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # how a terminal says that its other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return process.wait(), shown
+
+
+@pytest.fixture
+def dirty(run: Run, vms: Path) -> Path:
+    assert run("write", f"{vms}/web", 0, input=b"dirty").exit_code == 0
+    return vms
+
+
+def first_bytes(run: Run, store: Path) -> bytes:
+    return run("read", f"{store}/web", 0, 5).stdout_bytes
+
+
+@pytest.mark.parametrize("verb", ["revert", "discard"])
+def test_no_keeps_the_changes(spawn: Spawn, run: Run, dirty: Path, verb: str) -> None:
+    status, shown = on_terminal(spawn, b"n\n", verb, f"{dirty}/web@clean")
+    assert status == 1
+    assert b"Drop these changes?" in shown
+    assert b"onionskin: nothing was changed" in shown
+    assert first_bytes(run, dirty) == b"dirty"
+
+
+@pytest.mark.parametrize("verb", ["revert", "discard"])
+def test_yes_drops_the_changes(spawn: Spawn, run: Run, dirty: Path, verb: str) -> None:
+    status, _ = on_terminal(spawn, b"y\n", verb, f"{dirty}/web@clean")
+    assert status == 0
+    assert first_bytes(run, dirty) == b"clean"
+
+
+@pytest.mark.parametrize("verb", ["revert", "discard"])
+def test_without_a_terminal_yes_is_wanted(run: Run, dirty: Path, verb: str) -> None:
+    result = run(verb, f"{dirty}/web@clean")
+    assert result.exit_code == 5
+    assert "--yes" in result.stderr
+    assert first_bytes(run, dirty) == b"dirty"
+    assert run(verb, f"{dirty}/web@clean", "--yes").exit_code == 0
+    assert first_bytes(run, dirty) == b"clean"
+
+
+@pytest.mark.parametrize("verb", ["revert", "discard"])
+def test_nothing_is_asked_where_nothing_is_lost(run: Run, vms: Path, verb: str) -> None:
+    assert run(verb, f"{vms}/web@clean").exit_code == 0
+    assert first_bytes(run, vms) == b"clean"
+
+
+def test_a_discard_beside_the_head_asks_nothing(run: Run, vms: Path) -> None:
+    assert run("write", f"{vms}/web", 0, input=b"other").exit_code == 0
+    assert run("snapshot", f"{vms}/web@other").exit_code == 0
+    assert run("revert", f"{vms}/web@clean").exit_code == 0
+    assert run("write", f"{vms}/web", 0, input=b"dirty").exit_code == 0
+    assert run("discard", f"{vms}/web@other").exit_code == 0
+    assert first_bytes(run, vms) == b"dirty"
+
+
+def test_zeroed_ranges_are_changes_too(run: Run, vms: Path) -> None:
+    assert run("zero", f"{vms}/web", 0, "4K").exit_code == 0
+    assert run("revert", f"{vms}/web@clean").exit_code == 5
+
+
+def test_a_new_size_is_a_change_too(run: Run, vms: Path) -> None:
+    assert run("resize", f"{vms}/web", "512K", "--force").exit_code == 0
+    assert run("revert", f"{vms}/web@clean").exit_code == 5
+
+
+def test_a_terminal_gets_colours_and_a_pipe_does_not(spawn: Spawn, run: Run, vms: Path) -> None:
+    _, shown = on_terminal(spawn, b"", "tree", vms)
+    assert b"\x1b[" in shown
+    assert "\x1b[" not in run("tree", vms).stdout
+
+
+def test_a_note_cannot_steer_the_terminal(run: Run, vms: Path) -> None:
+    run("snapshot", f"{vms}/web@two", "--note", "\x1b[2Jgone")
+    for command in (["tree", vms], ["snapshots", f"{vms}/web"], ["info", f"{vms}/web@two"]):
+        assert "\x1b" not in run(*command).stdout
+
+
+def test_a_terminal_without_line_characters_gets_a_tree_too(spawn: Spawn, vms: Path) -> None:
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = spawn("tree", vms, stdout=subprocess.PIPE, env=environment)
+    assert b"`-- " in process.communicate()[0]
+    assert process.returncode == 0
+
+
+def test_progress_is_drawn_on_a_terminal(spawn: Spawn, vms: Path, tmp_path: Path) -> None:
+    status, shown = on_terminal(spawn, b"", "export", f"{vms}/web", tmp_path / "out.raw")
+    assert status == 0
+    assert b"export" in shown
+    assert (tmp_path / "out.raw").stat().st_size == 1 << 20
+
+
+def test_rich_is_not_imported_without_a_terminal(vms: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from onionskin.cli import onionskin\n"
+        "try: onionskin(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'rich' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program, "export", f"{vms}/web", f"{tmp_path}/out.raw"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", ["write", "apply"])
+def test_bytes_are_not_taken_from_a_terminal(spawn: Spawn, vms: Path, verb: str) -> None:
+    status, shown = on_terminal(spawn, b"", verb, f"{vms}/web", *(["0"] if verb == "write" else []))
+    assert status == 2
+    assert b"pipe" in shown
+
+
+def test_a_stream_is_not_written_to_a_terminal(spawn: Spawn, vms: Path) -> None:
+    status, shown = on_terminal(spawn, b"", "delta", f"{vms}/web@clean")
+    assert status == 2
+    assert b"ONIONDLT" not in shown

@@ -1,0 +1,265 @@
+"""Each verb does what it says, and its JSON has the documented shape."""
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+
+VOLUME_KEYS = {"name", "size_bytes", "block_size", "wipe", "base", "created", "snapshots", "holder"}
+SNAPSHOT_KEYS = {"name", "guid", "created", "parent", "note", "size_bytes"}
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def as_json(result: Result) -> Any:
+    return json.loads(ok(result))
+
+
+def test_create_tells_what_it_made(run: Run, tmp_path: Path) -> None:
+    made = as_json(run("create", f"{tmp_path}/vms/web", "--size", "20M", "--wipe", "zero", "--json"))
+    assert set(made) == VOLUME_KEYS
+    assert (made["name"], made["size_bytes"], made["block_size"]) == ("web", 20 << 20, 4096)
+    assert (made["wipe"], made["base"], made["snapshots"], made["holder"]) == ("zero", None, 0, None)
+    assert made["created"].endswith("Z")
+
+
+def test_create_over_a_base_takes_its_size(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(os.urandom(8192))
+    made = as_json(run("create", f"{tmp_path}/vms/web", "--base", base, "--json"))
+    assert (made["size_bytes"], made["base"]) == (8192, str(base))
+    assert run("read", f"{tmp_path}/vms/web", 0, "8K").stdout_bytes == base.read_bytes()
+
+
+def test_write_then_read(run: Run, vms: Path) -> None:
+    wrote = as_json(run("write", f"{vms}/web", "4K", "--json", input=b"\x00\xffabc"))
+    assert wrote == {"offset": 4096, "length": 5}
+    assert run("read", f"{vms}/web", 4096, 5).stdout_bytes == b"\x00\xffabc"
+    read = as_json(run("read", f"{vms}/web", 4096, 5, "--json"))
+    assert base64.b64decode(read["base64"]) == b"\x00\xffabc"
+
+
+def test_a_snapshot_is_read_by_its_name(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 0, input=b"dirty"))
+    assert run("read", f"{vms}/web@clean", 0, 5).stdout_bytes == b"clean"
+
+
+@pytest.mark.parametrize("verb", ["trim", "zero"])
+def test_trim_and_zero_make_a_range_read_zero(run: Run, vms: Path, verb: str) -> None:
+    assert as_json(run(verb, f"{vms}/web", 0, "4K", "--json")) == {"offset": 0, "length": 4096}
+    assert run("read", f"{vms}/web", 0, 5).stdout_bytes == bytes(5)
+
+
+def test_snapshots_are_listed(run: Run, vms: Path) -> None:
+    taken = as_json(run("snapshot", f"{vms}/web@two", "--json"))
+    listed = as_json(run("snapshots", f"{vms}/web", "--json"))
+    assert [set(one) for one in listed] == [SNAPSHOT_KEYS] * 2
+    assert [(one["name"], one["parent"], one["note"]) for one in listed] == [
+        ("clean", None, "as installed"),
+        ("two", "clean", ""),
+    ]
+    assert listed[1] == taken == as_json(run("info", f"{vms}/web@two", "--json"))
+    assert len(taken["guid"]) == 32
+    text = ok(run("snapshots", f"{vms}/web")).splitlines()
+    assert text[0].split() == ["SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE"]
+    assert text[1].endswith("as installed")
+
+
+def test_info_and_list_agree(run: Run, vms: Path) -> None:
+    about = as_json(run("info", f"{vms}/web", "--json"))
+    assert set(about) == VOLUME_KEYS
+    assert as_json(run("list", vms, "--json")) == [about]
+    assert "1 MiB (1048576 bytes)" in ok(run("info", f"{vms}/web"))
+    assert ok(run("list", vms)).splitlines()[1].split()[:3] == ["web", "1", "MiB"]
+
+
+def test_the_tree_shows_heads_under_what_they_stand_on(run: Run, vms: Path) -> None:
+    ok(run("snapshot", f"{vms}/web@two"))
+    ok(run("revert", f"{vms}/web@clean"))
+    lines = ok(run("tree", vms)).splitlines()
+    clean, two, head = (
+        next(line for line in lines if word in line and kind in line)
+        for word, kind in (("clean", "snapshot"), ("two", "snapshot"), ("web", "head"))
+    )
+    depth = [next(i for i, c in enumerate(line) if c.isalnum()) for line in (clean, two, head)]
+    assert depth[1] == depth[2] == depth[0] + 4
+    assert "as installed" in clean
+
+
+def test_the_tree_as_json_is_nested(run: Run, vms: Path) -> None:
+    nodes = as_json(run("tree", vms, "--json"))
+    pending, kinds = list(nodes), []
+    while pending:
+        node = pending.pop()
+        assert set(node) == {"kind", "name", "size_bytes", "created", "note", "bytes_held", "children"}
+        kinds.append(node["kind"])
+        pending.extend(node["children"])
+    assert {"snapshot", "head"} <= set(kinds)
+
+
+def test_revert_brings_the_old_bytes_back(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 0, input=b"dirty"))
+    reverted = as_json(run("revert", f"{vms}/web@clean", "--yes", "--json"))
+    assert reverted == {"volume": "web", "snapshot": "clean", "size_bytes": 1 << 20}
+    assert run("read", f"{vms}/web", 0, 5).stdout_bytes == b"clean"
+
+
+def test_merge_keeps_the_data_and_drops_the_name(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 4096, input=b"later"))
+    merged = as_json(run("merge", f"{vms}/web@clean", "--json"))
+    assert merged == {"volume": "web", "merged": ["clean"], "into_base": False}
+    assert run("read", f"{vms}/web", 0, 5).stdout_bytes == b"clean"
+    assert run("read", f"{vms}/web", 4096, 5).stdout_bytes == b"later"
+
+
+def test_merge_into_the_base_writes_the_base(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(64 << 10))
+    ok(run("create", f"{tmp_path}/vms/web", "--base", base))
+    ok(run("write", f"{tmp_path}/vms/web", 8192, input=b"folded"))
+    assert as_json(run("merge", f"{tmp_path}/vms/web", "--into-base", "--json"))["into_base"] is True
+    assert base.read_bytes()[8192:8198] == b"folded"
+    assert run("read", f"{tmp_path}/vms/web", 8192, 6).stdout_bytes == b"folded"
+
+
+def test_discard_takes_descendants_where_asked(run: Run, vms: Path) -> None:
+    ok(run("snapshot", f"{vms}/web@two"))
+    gone = as_json(run("discard", f"{vms}/web@clean", "--recursive", "--json"))
+    assert gone == {"volume": "web", "discarded": ["clean", "two"]}
+    assert as_json(run("snapshots", f"{vms}/web", "--json")) == []
+
+
+def test_a_clone_starts_as_the_snapshot(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 0, input=b"dirty"))
+    made = as_json(run("clone", f"{vms}/web@clean", f"{vms}/web-2", "--json"))
+    assert set(made) == VOLUME_KEYS
+    assert made["name"] == "web-2"
+    assert run("read", f"{vms}/web-2", 0, 5).stdout_bytes == b"clean"
+
+
+def test_a_flat_volume_needs_no_base(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"base" * 4096)
+    ok(run("create", f"{tmp_path}/vms/web", "--base", base))
+    assert as_json(run("flatten", f"{tmp_path}/vms/web", "--json"))["base"] is None
+    base.unlink()
+    assert run("read", f"{tmp_path}/vms/web", 0, 4).stdout_bytes == b"base"
+
+
+def test_resize_shrinks_only_where_forced(run: Run, vms: Path) -> None:
+    assert as_json(run("resize", f"{vms}/web", "2M", "--json"))["size_bytes"] == 2 << 20
+    assert run("resize", f"{vms}/web", "1M").exit_code == 5
+    assert as_json(run("resize", f"{vms}/web", "1M", "--force", "--json"))["size_bytes"] == 1 << 20
+
+
+def test_rename_takes_the_bare_name_or_the_whole(run: Run, vms: Path) -> None:
+    assert as_json(run("rename", f"{vms}/web", "www", "--json"))["name"] == "www"
+    assert as_json(run("rename", f"{vms}/www", f"{vms}/web", "--json"))["name"] == "web"
+    assert run("rename", f"{vms}/web", f"{vms}-2/web").exit_code == 2
+
+
+def test_relocate_finds_a_moved_base(run: Run, tmp_path: Path) -> None:
+    base, moved = tmp_path / "base.raw", tmp_path / "moved.raw"
+    base.write_bytes(b"base" * 4096)
+    ok(run("create", f"{tmp_path}/vms/web", "--base", base, "--digest"))
+    base.rename(moved)
+    assert run("read", f"{tmp_path}/vms/web", 0, 4).exit_code in (3, 6)
+    about = as_json(run("relocate", f"{tmp_path}/vms/web", "--base", moved, "--verify", "--json"))
+    assert about["base"] == str(moved)
+    assert run("read", f"{tmp_path}/vms/web", 0, 4).stdout_bytes == b"base"
+
+
+def test_delete_says_what_is_gone(run: Run, vms: Path) -> None:
+    assert as_json(run("delete", f"{vms}/web", "--json")) == {"deleted": ["web"]}
+    assert as_json(run("list", vms, "--json")) == []
+
+
+def test_diff_lists_what_changed(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 8192, input=b"x"))
+    ok(run("snapshot", f"{vms}/web@two"))
+    expected = [{"offset": 8192, "length": 4096, "state": "data"}]
+    found = as_json(run("diff", f"{vms}/web@clean", f"{vms}/web@two", "--json"))
+    assert found == {"from": "clean", "to": "two", "bytes": 4096, "extents": expected}
+    ok(run("zero", f"{vms}/web", 0, "4K"))
+    found = as_json(run("diff", f"{vms}/web@two", f"{vms}/web", "--json"))
+    assert (found["to"], found["extents"]) == (None, [{"offset": 0, "length": 4096, "state": "zero"}])
+    assert ok(run("diff", f"{vms}/web@two", f"{vms}/web@two")) == "no difference\n"
+
+
+def test_usage_has_a_row_for_each_snapshot_and_the_head(run: Run, vms: Path) -> None:
+    rows = as_json(run("usage", f"{vms}/web", "--json"))
+    assert [row["snapshot"] for row in rows] == ["clean", None]
+    assert set(rows[0]) == {"snapshot", "bytes_held", "bytes_freed_by_discard", "bytes_freed_by_merge"}
+    assert rows[0]["bytes_held"] == 4096
+    assert "(head)" in ok(run("usage", f"{vms}/web"))
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_export_then_import(run: Run, vms: Path, tmp_path: Path, kind: str) -> None:
+    image = tmp_path / f"out.{kind}"
+    wrote = as_json(run("export", f"{vms}/web@clean", image, "--json"))
+    assert (wrote["path"], wrote["format"], wrote["size_bytes"]) == (str(image), kind, 1 << 20)
+    assert wrote["allocated_bytes"] == image.stat().st_blocks * 512
+    assert set(as_json(run("import", image, f"{tmp_path}/other/web", "--json"))) == VOLUME_KEYS
+    assert run("read", f"{tmp_path}/other/web", 0, 5).stdout_bytes == b"clean"
+
+
+def test_delta_then_apply(run: Run, vms: Path, tmp_path: Path) -> None:
+    ok(run("write", f"{vms}/web", 0, input=b"later"))
+    ok(run("snapshot", f"{vms}/web@two", "--note", "a note"))
+    ok(run("create", f"{tmp_path}/other/web", "--size", "4K"))
+    whole = run("delta", f"{vms}/web@clean")
+    ok(run("apply", f"{tmp_path}/other/web", input=whole.stdout_bytes))
+    sent = as_json(run("delta", f"{vms}/web@clean", f"{vms}/web@two", "-o", tmp_path / "stream", "--json"))
+    expected = {"from": "clean", "to": "two", "full": False, "size_bytes": 1 << 20}
+    assert sent == expected | {"data_bytes": 4096, "zero_bytes": 0}
+    taken = as_json(run("apply", f"{tmp_path}/other/web", tmp_path / "stream", "--json"))
+    assert set(taken) == SNAPSHOT_KEYS
+    assert (taken["name"], taken["note"]) == ("two", "a note")
+    assert run("read", f"{tmp_path}/other/web", 0, 5).stdout_bytes == b"later"
+
+
+def test_check_finds_nothing_in_a_good_store(run: Run, vms: Path) -> None:
+    assert as_json(run("check", vms, "--json")) == []
+    assert "no problem" in ok(run("check", vms))
+
+
+def test_check_ends_with_damage_where_a_segment_is_missing(run: Run, vms: Path) -> None:
+    for segment in (vms / "segments").iterdir():
+        segment.unlink()
+    result = run("check", vms, "--json")
+    assert result.exit_code == 6
+    problems = json.loads(result.stdout)
+    assert all(set(problem) == {"severity", "what", "where", "advice"} for problem in problems)
+    assert "error" in {problem["severity"] for problem in problems}
+
+
+def test_the_demo_proves_what_it_shows(run: Run, tmp_path: Path) -> None:
+    result = as_json(run("demo", "--size", "24M", "--keep", tmp_path / "kept", "--json"))
+    assert set(result) == {"size_bytes", "file_system", "full_copy_seconds", "steps"}
+    proved = [step["what"] for step in result["steps"] if step["proof"]]
+    assert "SHA-256 of the whole disk: the first is back" in proved
+    assert "no file of the store holds it any more" in proved
+    assert as_json(run("list", tmp_path / "kept" / "store", "--json"))[0]["name"] == "disk"
+
+
+def test_a_demo_whose_revert_did_nothing_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onionskin.volume.Volume.revert", lambda volume, name: None)
+    result = run("demo", "--size", "16M")
+    assert result.exit_code == 6
+    assert "the first is back" in result.stderr
+
+
+def test_without_mkfs_the_demo_says_so_and_proves_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onionskin.demo._program", lambda name: None)
+    assert "mkfs.ext4 is not installed" in ok(run("demo", "--size", "16M"))
