@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 EXTENSIONS = {
     "_blockmap": ["blockmap"],
     "_copy": ["copy"],
-    "_maplog": ["maplog", "crc32c", "blockmap"],
+    "_maplog": ["layermap", "maplog", "crc32c", "blockmap"],
     "_volume": ["volume", "head", "blockmap", "epoch", "fault", "segment", "maplog", "crc32c", "wipe"],
     "_wipe": ["wipe"],
 }
