@@ -9,7 +9,7 @@
  * fragmentation, not size. The root is anonymous mmap: what nothing was written to costs no memory.
  *
  * Threads. Look-ups take no lock and may run beside writers. Writers to one 2 MiB range must be kept apart by the
- * caller (onion_map_stripe says which range a block is in). A leaf that a writer replaces is handed to `retire`,
+ * caller (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`,
  * which must free it only when no look-up that began before can still be reading it; with retire == NULL nobody
  * else may use the map during a write, leaves are changed in place, and building is faster. */
 #ifndef ONIONSKIN_BLOCKMAP_H
@@ -50,12 +50,14 @@ struct onion_run {
     onion_place place; /* of the first block; DATA runs go on in the slots that follow */
 };
 
+/* Takes over a leaf, to free() it later. */
 typedef void (*onion_retire_fn)(void *context, void *leaf);
 
 struct onion_map {
     uint64_t *root;          /* root_count entries, see blockmap.c */
     uint64_t root_count;
     size_t root_bytes;       /* of the mapping behind root */
+    uint64_t *touched;       /* a bit for each 512 entries of the root, see blockmap.c */
     uint64_t block_count;
     uint32_t range_shift;    /* log2 of the blocks under one root entry: 0 to 9 */
     int64_t leaf_bytes;      /* memory held by leaves, kept with atomics */
@@ -67,9 +69,10 @@ struct onion_map {
 int onion_map_init(struct onion_map *map, uint64_t block_count, uint32_t block_shift);
 /* Frees everything; also good on a zeroed or an already destroyed map. */
 void onion_map_destroy(struct onion_map *map);
-/* Changes the number of blocks. Those past the new end must be HOLE. Nobody else may use the map. -ENOMEM. */
+/* Changes the number of blocks. Those past the new end must be HOLE. Nobody else may use the map.
+ * -ENOMEM, or -EINVAL where the disk would pass 2^63 bytes; then nothing has changed. */
 int onion_map_resize(struct onion_map *map, uint64_t block_count);
-/* Bytes of memory held: leaves, and the part of the root that was touched (counted as whole if it is small). */
+/* Bytes of memory held: leaves (without those given to retire), and the pages of the root that were touched. */
 uint64_t onion_map_memory(const struct onion_map *map);
 
 static inline uint64_t onion_map_range_of(const struct onion_map *map, uint64_t block_index) {
