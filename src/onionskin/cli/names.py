@@ -1,0 +1,159 @@
+"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; and how they complete.
+
+The last component of the path is the volume, all before it is the store. A completion never makes, locks or
+repairs anything: it reads the catalog of a directory that is a store, and says nothing when it cannot.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from onionskin.errors import OnionskinError
+from onionskin.sizes import parse_size
+from onionskin.store import Store
+
+
+@dataclass(frozen=True)
+class Name:
+    """A volume of a store, or one of its snapshots."""
+
+    store: Path
+    volume: str
+    snapshot: str | None = None
+
+    def __str__(self) -> str:
+        """Write the name as it is given on the command line."""
+        text = f"{str(self.store).rstrip('/')}/{self.volume}"
+        return text if self.snapshot is None else f"{text}@{self.snapshot}"
+
+    @property
+    def required_snapshot(self) -> str:
+        """The snapshot of a name whose kind promises one."""
+        if self.snapshot is None:
+            raise AssertionError(f"{self} was parsed as the name of a snapshot")
+        return self.snapshot
+
+    def open_store(self) -> Store:
+        """Open the store, which must exist."""
+        return Store(self.store, create=False)
+
+
+def parse_name(text: str) -> Name:
+    """Take STORE/VOLUME[@SNAPSHOT] apart.
+
+    Raises
+    ------
+    ValueError
+        A part is missing or empty; the message says which.
+    """
+    directory, slash, last = text.rpartition("/")
+    if not slash:
+        raise ValueError(f"{text!r} names no store: write STORE/VOLUME, as ./{text} for a store that is here")
+    volume, at, snapshot = last.partition("@")
+    if not volume:
+        raise ValueError(f"{text!r} names no volume: write STORE/VOLUME or STORE/VOLUME@SNAPSHOT")
+    if at and not snapshot:
+        raise ValueError(f"{text!r} names no snapshot behind the @")
+    return Name(Path(directory or "/"), volume, snapshot or None)
+
+
+class NameType(click.ParamType):
+    """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
+
+    ``fresh``: the last part is about to be made, so only what comes before it is completed.
+    """
+
+    def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
+        self.snapshot = snapshot
+        self.fresh = fresh
+        self.name = {
+            "required": "STORE/VOLUME@SNAPSHOT",
+            "optional": "STORE/VOLUME[@SNAPSHOT]",
+            "none": "STORE/VOLUME",
+        }[snapshot]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name:
+        """Parse the text, or fail as a usage error."""
+        if isinstance(value, Name):
+            return value
+        try:
+            name = parse_name(value)
+        except ValueError as wrong:
+            self.fail(str(wrong), param, ctx)
+        if self.snapshot == "required" and name.snapshot is None:
+            self.fail(f"{value!r} names no snapshot: write {value}@SNAPSHOT", param, ctx)
+        if self.snapshot == "none" and name.snapshot is not None:
+            self.fail(f"{value!r} names a snapshot where a volume is wanted", param, ctx)
+        return name
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer directories until a store is reached, then the names in it."""
+        directory, slash, last = incomplete.rpartition("/")
+        store = Path(directory or "/")
+        if not slash or not _is_store(store):
+            return [CompletionItem(incomplete, type="dir")]
+        if self.fresh and (self.snapshot == "none" or "@" in last):
+            return []
+        # Where a snapshot is wanted, whole names are offered: a shell puts a blank behind a single match.
+        with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
+        names = [name for name in _names_in(store, with_snapshots) if name.startswith(last)]
+        return [CompletionItem(f"{directory}/{name}") for name in names]
+
+
+class StoreType(click.ParamType):
+    """The directory of a store."""
+
+    name = "STORE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Make a path of it."""
+        return Path(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Let the shell offer directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class SizeType(click.ParamType):
+    """A number of bytes, as 4096, 512K, 20G or 1TiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse the text, or fail as a usage error."""
+        try:
+            return parse_size(value)
+        except ValueError as wrong:
+            self.fail(str(wrong), param, ctx)
+
+
+STORE = StoreType()
+VOLUME = NameType("none")
+NEW_VOLUME = NameType("none", fresh=True)
+SNAPSHOT = NameType("required")
+NEW_SNAPSHOT = NameType("required", fresh=True)
+VOLUME_OR_SNAPSHOT = NameType("optional")
+SIZE = SizeType()
+
+
+def _is_store(path: Path) -> bool:
+    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises for what it cannot search
+
+
+def _names_in(path: Path, with_snapshots: bool) -> list[str]:
+    try:
+        with Store(path, create=False) as store:
+            volumes = [volume.name for volume in store.volumes()]
+            if not with_snapshots:
+                return volumes
+            return [f"{volume}@{snapshot.name}" for volume in volumes for snapshot in store.snapshots(volume)]
+    except (OnionskinError, OSError, ValueError):
+        return []

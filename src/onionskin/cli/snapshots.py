@@ -1,0 +1,222 @@
+"""The verbs for snapshots: snapshot, snapshots, revert, discard, merge, diff, usage."""
+
+from typing import Any
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.names import NEW_SNAPSHOT, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.output import json_option
+from onionskin.errors import SnapshotNotFoundError
+from onionskin.snapshots import Snapshot
+from onionskin.store import Store
+from onionskin.volume import Volume
+
+
+def snapshot_value(snapshot: Snapshot) -> dict[str, Any]:
+    """Give what JSON says of a snapshot."""
+    return {
+        "name": snapshot.name,
+        "guid": snapshot.guid,
+        "created": output.timestamp(snapshot.created),
+        "parent": snapshot.parent,
+        "note": snapshot.note,
+        "size_bytes": snapshot.size_bytes,
+    }
+
+
+def find_snapshot(snapshots: list[Snapshot], name: Name) -> Snapshot:
+    """Find the snapshot that a name means, before anybody is asked anything about it."""
+    for snapshot in snapshots:
+        if snapshot.name == name.snapshot:
+            return snapshot
+    raise SnapshotNotFoundError(
+        f"volume {name.volume!r} has no snapshot {name.snapshot!r}; "
+        f"list them with: onionskin snapshots {name.store}/{name.volume}"
+    )
+
+
+def same_volume(a: Name, b: Name) -> None:
+    """Refuse two names that are not of one volume, as wrong usage."""
+    if a.volume != b.volume or a.store.resolve() != b.store.resolve():
+        raise click.UsageError(f"{a} and {b} are not of one volume")
+
+
+@click.command()
+@click.argument("name", type=NEW_SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.option("--note", default="", help="A few words that tree and snapshots show.")
+@json_option
+def snapshot(name: Name, note: str, as_json: bool) -> None:
+    """Keep the disk as it is now under a name.
+
+    Nothing is copied, whatever the size.
+    """
+    with name.open_store() as store, store.open(name.volume) as volume:
+        taken = volume.snapshot(name.required_snapshot, note)
+    output.show(as_json, snapshot_value(taken), lambda: f"took {name}")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@json_option
+def snapshots(name: Name, as_json: bool) -> None:
+    """List the snapshots of a volume."""
+    with name.open_store() as store:
+        found = store.snapshots(name.volume)
+    rows = [
+        (s.name, output.size(s.size_bytes), output.when(s.created), s.parent or "-", s.note) for s in found
+    ]
+    headings = ("SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE")
+    output.show(
+        as_json, [snapshot_value(s) for s in found], lambda: output.table(headings, rows, right="SIZE")
+    )
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@json_option
+def revert(name: Name, yes: bool, as_json: bool) -> None:
+    """Make the disk read as when a snapshot was taken.
+
+    All snapshots stay. What was written since the last one is dropped.
+    """
+    with name.open_store() as store, store.open(name.volume) as volume:
+        find_snapshot(volume.snapshots, name)
+        if volume.head_changed:
+            output.confirm_loss(
+                f"{name.volume} was written to since its last snapshot. Drop these changes?",
+                f"revert would drop the changes of {name.store}/{name.volume} since its last snapshot",
+                yes=yes,
+            )
+        volume.revert(name.required_snapshot)
+        value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
+    output.show(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
+@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@json_option
+def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
+    """Drop a snapshot and all that was written after it.
+
+    If the head is on that branch, the disk reads as when the snapshot was taken.
+    """
+    with name.open_store() as store, store.open(name.volume) as volume:
+        find_snapshot(volume.snapshots, name)
+        before = {s.name for s in volume.snapshots}
+        if name.snapshot in _ancestors(volume) and volume.head_changed:
+            output.confirm_loss(
+                f"{name.volume} was written to after {name.snapshot}. Drop these changes?",
+                f"discard would drop what was written to {name.store}/{name.volume} after {name.snapshot}",
+                yes=yes,
+            )
+        volume.discard(name.required_snapshot, recursive=recursive)
+        gone = sorted(before - {s.name for s in volume.snapshots})
+    value = {"volume": name.volume, "discarded": gone}
+    output.show(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
+
+
+def _ancestors(volume: Volume) -> list[str]:
+    """Name the snapshots that the head stands on, the nearest first."""
+    parents = {s.name: s.parent for s in volume.snapshots}
+    at = volume.parent.name if volume.parent is not None else None
+    line = []
+    while at is not None:
+        line.append(at)
+        at = parents[at]
+    return line
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.option(
+    "--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file."
+)
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
+@json_option
+def merge(name: Name, into_base: bool, threads: int, as_json: bool) -> None:
+    """Drop a snapshot's name and keep all data.
+
+    With --into-base, write a snapshot, or the whole volume, into the base file itself.
+    """
+    if not into_base and name.snapshot is None:
+        raise click.UsageError(f"name the snapshot to merge, as {name}@SNAPSHOT, or give --into-base")
+    with name.open_store() as store, store.open(name.volume) as volume:
+        if name.snapshot is not None:
+            find_snapshot(volume.snapshots, name)
+        before = {s.name for s in volume.snapshots}
+        if into_base:
+            with output.progress(f"merge {name} into its base", as_json) as progress:
+                volume.merge_into_base(name.snapshot, progress=progress, threads=threads)
+        else:
+            volume.merge(name.required_snapshot)
+        gone = sorted(before - {s.name for s in volume.snapshots})
+    value = {"volume": name.volume, "merged": gone, "into_base": into_base}
+    where = " into its base" if into_base else ""
+    output.show(as_json, value, lambda: f"merged {name}{where}")
+
+
+@click.command()
+@click.argument("a", type=SNAPSHOT, metavar="STORE/VOLUME@A")
+@click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
+@json_option
+def diff(a: Name, b: Name, as_json: bool) -> None:
+    """Show what changed between snapshots, or up to the head."""
+    same_volume(a, b)
+    with a.open_store() as store:
+        extents = _diff(store, a, b)
+    changed = sum(length for _, length, _ in extents)
+    value = {
+        "from": a.snapshot,
+        "to": b.snapshot,
+        "bytes": changed,
+        "extents": [{"offset": o, "length": n, "state": output.STATES[s]} for o, n, s in extents],
+    }
+
+    def draw() -> str:
+        rows = [(str(o), str(n), output.STATES[s]) for o, n, s in extents]
+        listed = output.table(("OFFSET", "LENGTH", "NOW"), rows, right="OFFSET LENGTH")
+        return f"{listed}\n{output.size(changed)} in {len(rows)} extents" if rows else "no difference"
+
+    output.show(as_json, value, draw)
+
+
+def _diff(store: Store, a: Name, b: Name) -> list[tuple[int, int, int]]:
+    if b.snapshot is not None:
+        found = store.diff(a.volume, a.required_snapshot, b.snapshot)
+    else:
+        with store.open(a.volume) as volume:  # holding the head keeps it still meanwhile
+            found = volume.diff(a.required_snapshot, None)
+    return [(int(offset), int(length), int(state)) for offset, length, state in found]
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@json_option
+def usage(name: Name, as_json: bool) -> None:
+    """Show what snapshots hold, and what dropping them frees."""
+    with name.open_store() as store:
+        found = store.usage(name.volume)
+    value = [
+        {
+            "snapshot": row.snapshot,
+            "bytes_held": row.bytes_held,
+            "bytes_freed_by_discard": row.bytes_freed_by_discard,
+            "bytes_freed_by_merge": row.bytes_freed_by_merge,
+        }
+        for row in found
+    ]
+    headings = ("SNAPSHOT", "HOLDS", "DISCARD-FREES", "MERGE-FREES")
+    rows = [
+        (
+            row.snapshot or "(head)",
+            output.size(row.bytes_held),
+            output.size(row.bytes_freed_by_discard),
+            output.size(row.bytes_freed_by_merge),
+        )
+        for row in found
+    ]
+    output.show(as_json, value, lambda: output.table(headings, rows, right=" ".join(headings[1:])))

@@ -1,0 +1,165 @@
+"""The verbs that move disks between files and stores: import, export, delta, apply."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+import click
+
+from onionskin import delta as stream
+from onionskin.cli import output
+from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.output import json_option
+from onionskin.cli.snapshots import same_volume, snapshot_value
+from onionskin.cli.volumes import WIPE, volume_value
+from onionskin.images import FORMATS, export_image, import_image
+from onionskin.store import Store
+
+FILE = click.Path(path_type=Path)
+FORMAT = click.Choice(FORMATS)
+
+
+@click.command(name="import")
+@click.argument("image", type=FILE)
+@click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
+@click.option("--format", "image_format", type=FORMAT, help="By default told by the first bytes.")
+@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
+@click.option("--wipe", type=WIPE, default="release", show_default=True, help="What happens to freed blocks.")
+@json_option
+def import_(
+    image: Path,
+    name: Name,
+    image_format: str | None,
+    block_size: int,
+    wipe: Literal["release", "zero"],
+    as_json: bool,
+) -> None:
+    """Make a volume from a disk image.
+
+    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image
+    whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
+    """
+    with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
+        pass
+    with Store(name.store) as store:
+        with output.progress(f"import {image.name}", as_json) as progress:
+            import_image(
+                store,
+                image,
+                name.volume,
+                format=image_format,
+                block_size=block_size,
+                wipe=wipe,
+                progress=progress,
+            )
+        about = store.info(name.volume)
+    text = f"made {name}: {output.size(about.size_bytes)} from {image}"
+    output.show(as_json, volume_value(about), lambda: text)
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("image", type=FILE)
+@click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@json_option
+def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
+    """Write a volume or a snapshot as a disk image.
+
+    IMAGE must not exist yet; holes are kept.
+    """
+    suffix = image.suffix[1:].lower()
+    kind = image_format or (suffix if suffix in FORMATS else "raw")
+    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
+        with output.progress(f"export {name}", as_json) as progress:
+            export_image(volume, image, format=kind, progress=progress)
+        size_bytes = volume.size_bytes
+    allocated = image.stat().st_blocks * 512
+    value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
+    output.show(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+
+
+@click.command()
+@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
+@click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
+@json_option
+def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
+    """Write what changed between two snapshots as a stream.
+
+    All of B where no A is given.
+
+    onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
+
+    With --json the summary goes to stdout if the stream goes to a file, else to stderr.
+    """
+    if len(names) > 2:
+        raise click.UsageError("delta takes one snapshot or two")
+    b = names[-1]
+    start = None
+    if len(names) == 2:
+        same_volume(names[0], b)
+        start = names[0].required_snapshot
+    if path is None and sys.stdout.isatty():
+        raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
+    with (
+        b.open_store() as store,
+        _new_file(path) as out,
+        output.progress(f"delta {b}", as_json) as progress,
+    ):
+        sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
+        out.flush()
+    value = {
+        "from": start,
+        "to": b.snapshot,
+        "full": sent.full,
+        "size_bytes": sent.size_b,
+        "data_bytes": sent.data_bytes,
+        "zero_bytes": sent.zero_bytes,
+    }
+    if path is not None:
+        output.show(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
+    elif as_json:
+        click.echo(output.as_json_text(value), err=True)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
+    """Give stdout, or a new file that is durable and whole in the end, or gone."""
+    if path is None:
+        yield click.get_binary_stream("stdout")
+        return
+    with open(path, "xb") as file:
+        try:
+            yield file
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
+@json_option
+def apply(name: Name, file: Path, as_json: bool) -> None:
+    """Bring a volume to the snapshot that a stream leads to.
+
+    The stream comes from stdin or FILE.
+
+    The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
+    made with create --size, of any size. A stream that is cut short or damaged changes nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        if str(file) != "-":
+            source: IO[bytes] = stack.enter_context(open(file, "rb"))
+        elif sys.stdin.isatty():
+            raise click.UsageError("apply reads a stream: pipe delta to it, or give FILE")
+        else:
+            source = click.get_binary_stream("stdin")
+        store = stack.enter_context(name.open_store())
+        volume = stack.enter_context(store.open(name.volume))
+        progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
+        taken = stream.apply(source, volume, progress=progress)
+    output.show(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")

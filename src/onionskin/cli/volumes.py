@@ -1,0 +1,299 @@
+"""The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.output import json_option
+from onionskin.cli.snapshots import find_snapshot, snapshot_value
+from onionskin.store import Store, TreeNode, VolumeInfo
+
+FILE = click.Path(path_type=Path)
+WIPE = click.Choice(["release", "zero"])
+
+
+def volume_value(info: VolumeInfo) -> dict[str, Any]:
+    """Give what JSON says of a volume."""
+    return {
+        "name": info.name,
+        "size_bytes": info.size_bytes,
+        "block_size": info.block_size,
+        "wipe": info.wipe,
+        "base": None if info.base is None else str(info.base),
+        "created": output.timestamp(info.created),
+        "snapshots": info.snapshots,
+        "holder": info.holder,
+    }
+
+
+@click.command()
+@click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
+@click.option("--base", type=FILE, help="A raw image below the volume; only merge --into-base writes to it.")
+@click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
+@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
+@click.option(
+    "--wipe",
+    type=WIPE,
+    default="release",
+    show_default=True,
+    help="What happens to freed blocks: given back, or overwritten with zeros first.",
+)
+@click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
+@json_option
+def create(
+    name: Name,
+    base: Path | None,
+    size: int | None,
+    block_size: int,
+    wipe: Literal["release", "zero"],
+    digest: bool,
+    as_json: bool,
+) -> None:
+    """Make a volume over a base image or over nothing.
+
+    The store is made if it is missing.
+    """
+    if base is None and size is None:
+        raise click.UsageError("a volume wants --base FILE or --size SIZE")
+    if digest and base is None:
+        raise click.UsageError("--digest is about the base: give --base FILE too")
+    if base is not None:
+        base.stat()  # a base that is missing shall not leave an empty store behind
+    with Store(name.store) as store:
+        volume = store.create(
+            name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest
+        )
+        volume.close()
+        about = store.info(name.volume)
+    over = f" over {about.base}" if about.base else ""
+    output.show(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@json_option
+def tree(store: Path, as_json: bool) -> None:
+    """Draw the bases, snapshots, clones and heads of a store."""
+    with Store(store, create=False) as opened:
+        nodes = opened.tree()
+    output.show(as_json, [_node_value(node) for node in nodes] if as_json else None, lambda: _draw(nodes))
+
+
+def _node_value(root: TreeNode) -> dict[str, Any]:
+    """Give what JSON says of a node and all below it; no recursion, as chains can be deep."""
+    values: dict[int, dict[str, Any]] = {}
+    pending = [root]
+    order = []
+    while pending:
+        node = pending.pop()
+        order.append(node)
+        pending.extend(node.children)
+    for node in reversed(order):
+        values[id(node)] = {
+            "kind": node.kind,
+            "name": node.name,
+            "size_bytes": node.size_bytes,
+            "created": output.timestamp(node.created),
+            "note": node.note,
+            "bytes_held": node.bytes_held,
+            "children": [values[id(child)] for child in node.children],
+        }
+    return values[id(root)]
+
+
+_COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bright_black", "head": "yellow"}
+
+
+def _node_line(node: TreeNode) -> str:
+    # A layer without a name is what a merge left standing because several children need it.
+    label = click.style(
+        output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True
+    )
+    about = [node.kind]
+    if node.size_bytes is not None:
+        about.append(output.size(node.size_bytes))
+    if node.bytes_held is not None:
+        about.append(f"holds {output.size(node.bytes_held)}")
+    if node.kind == "snapshot" and node.created is not None:
+        about.append(output.when(node.created))
+    note = f"  {output.cell(node.note)}" if node.note else ""
+    return f"{label}  {', '.join(about)}{note}"
+
+
+def _draw(nodes: list[TreeNode]) -> str:
+    """Draw trees; a node with one child goes straight down, so that a long chain stays on the page."""
+    fancy = output.printable("├└│") == "├└│"
+    branch, last, pipe = ("├── ", "└── ", "│   ") if fancy else ("|-- ", "`-- ", "|   ")
+    lines = []
+    pending = [(node, "", "") for node in reversed(nodes)]
+    while pending:
+        node, lead, below = pending.pop()
+        lines.append(lead + _node_line(node))
+        for index, child in enumerate(reversed(node.children)):
+            mark, under = (last, "    ") if index == 0 else (branch, pipe)
+            pending.append((child, below + mark, below + under))
+    return "\n".join(lines) or "no volumes"
+
+
+@click.command(name="list")
+@click.argument("store", type=STORE)
+@json_option
+def list_volumes(store: Path, as_json: bool) -> None:
+    """List the volumes of a store."""
+    with Store(store, create=False) as opened:
+        volumes = opened.volumes()
+    headings = ("VOLUME", "SIZE", "SNAPSHOTS", "WIPE", "BASE", "HELD-BY")
+    rows = [
+        (
+            about.name,
+            output.size(about.size_bytes),
+            str(about.snapshots),
+            about.wipe,
+            str(about.base or "-"),
+            _holder(about) or "-",
+        )
+        for about in volumes
+    ]
+    value = [volume_value(about) for about in volumes]
+    output.show(as_json, value, lambda: output.table(headings, rows, right="SIZE SNAPSHOTS"))
+
+
+def _holder(about: VolumeInfo) -> str:
+    return "" if about.holder is None else f"process {about.holder}"
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@json_option
+def info(name: Name, as_json: bool) -> None:
+    """Say what is known of a volume or a snapshot."""
+    with name.open_store() as store:
+        about = store.info(name.volume)
+        snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
+    if snapshot is None:
+        pairs = [
+            ("volume", about.name),
+            ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
+            ("block size", output.size(about.block_size)),
+            ("wipe", about.wipe),
+            ("base", str(about.base or "none")),
+            ("made", output.when(about.created)),
+            ("snapshots", str(about.snapshots)),
+            ("held by", _holder(about) or "nobody"),
+        ]
+        output.show(as_json, volume_value(about), lambda: output.fields(pairs))
+        return
+    pairs = [
+        ("snapshot", snapshot.name),
+        ("of volume", about.name),
+        ("size", f"{output.size(snapshot.size_bytes)} ({snapshot.size_bytes} bytes)"),
+        ("taken", output.when(snapshot.created)),
+        ("parent", snapshot.parent or "none"),
+        ("note", snapshot.note),
+        ("guid", snapshot.guid),
+    ]
+    output.show(as_json, snapshot_value(snapshot), lambda: output.fields(pairs))
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("new_name", type=NEW_VOLUME, metavar="STORE/NEW")
+@click.option("--wipe", type=WIPE, help="What happens to freed blocks; by default as where it comes from.")
+@json_option
+def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, as_json: bool) -> None:
+    """Make a new volume that starts as a snapshot.
+
+    Nothing is copied. The clone begins with no snapshots of its own.
+    """
+    if new_name.store.resolve() != name.store.resolve():
+        raise click.UsageError(
+            f"a clone lives in the store of its snapshot: write {name.store}/{new_name.volume}, "
+            "or copy with delta and apply"
+        )
+    with name.open_store() as store:
+        store.clone(name.volume, name.required_snapshot, new_name.volume, wipe=wipe)
+        about = store.info(new_name.volume)
+    output.show(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@json_option
+def flatten(name: Name, as_json: bool) -> None:
+    """Make a volume independent of its base and of other volumes.
+
+    All that it reads and does not own is copied.
+    """
+    with name.open_store() as store:
+        with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
+            volume.flatten(progress=progress)
+        about = store.info(name.volume)
+    output.show(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("size", type=SIZE)
+@click.option("--force", is_flag=True, help="Shrink, which drops what lies beyond the new end.")
+@json_option
+def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
+    """Change the size of a disk.
+
+    Snapshots keep theirs, and revert brings it back.
+    """
+    with name.open_store() as store:
+        with store.open(name.volume) as volume:
+            volume.resize(size, force=force)
+        about = store.info(name.volume)
+    output.show(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("new_name", metavar="NEW")
+@json_option
+def rename(name: Name, new_name: str, as_json: bool) -> None:
+    """Give a volume another name in its store.
+
+    NEW is the name alone, or STORE/NEW.
+    """
+    new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
+    if new.store.resolve() != name.store.resolve():
+        raise click.UsageError("a volume cannot move to another store; copy it with delta and apply")
+    with name.open_store() as store:
+        store.rename(name.volume, new.volume)
+        about = store.info(new.volume)
+    output.show(as_json, volume_value(about), lambda: f"{name} is {new} now")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.option("--base", type=FILE, required=True, help="Where the base image is now.")
+@click.option("--trust", is_flag=True, help="Take your word that it holds the same bytes.")
+@click.option("--verify", is_flag=True, help="Compare it with the digest that create --digest took.")
+@json_option
+def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -> None:
+    """Say where a base is that was moved or touched."""
+    with name.open_store() as store:
+        store.relocate(name.volume, base=base, trust=trust, verify=verify)
+        about = store.info(name.volume)
+    output.show(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.option("--recursive", is_flag=True, help="Delete the clones of its snapshots too.")
+@json_option
+def delete(name: Name, recursive: bool, as_json: bool) -> None:
+    """Delete a volume with its snapshots.
+
+    Refused while a clone needs one of them.
+    """
+    with name.open_store() as store:
+        before = {about.name for about in store.volumes()}
+        store.delete(name.volume, recursive=recursive)
+        gone = sorted(before - {about.name for about in store.volumes()})
+    output.show(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -1,0 +1,510 @@
+"""What changed between two snapshots of a volume, as a stream, and how another store's volume follows it.
+
+    header                  magic "ONIONDLT", version, sizes, GUIDs of a and b, name and note of b, CRC-32
+    record, record, ...     DATA (bytes) or ZERO (a length), in rising order of offset, each with a CRC-32
+    END record              the counts, and the SHA-256 of every byte before it
+
+The byte tables are in docs ("Delta stream"). What must hold:
+
+- The stream is written and read front to back, so that it goes through a pipe.
+- It names its starting point by GUID. A volume that is not exactly there (its head stands on another
+  snapshot, or was written to) is refused before a byte of it changes.
+- Nothing in it is believed: each size is checked against a limit before memory or disk is used for it, and
+  records can only lie inside the size that the header names, each behind the last, so that it has an end.
+- What arrives goes into the head, and becomes the snapshot b only when the SHA-256 at the end agrees;
+  whatever goes wrong before that, the head is put back.
+"""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from onionskin.errors import (
+    ChainError,
+    FormatError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+    StateError,
+)
+from onionskin.images import data_ranges
+from onionskin.names import check_name
+from onionskin.snapshots import Snapshot
+from onionskin.store import Store
+from onionskin.volume import Volume
+from onionskin.zeros import split_zeros
+
+MAGIC = b"ONIONDLT"
+VERSION = 1
+# magic, version, features, block size, name length, note length, size of a, size of b, GUID of a, GUID of b
+HEADER = struct.Struct("<8sIIIIIQQ16s16s")
+CRC = struct.Struct("<I")
+RECORD = struct.Struct("<IIQQ")  # kind, CRC-32, offset, length
+COUNTS = struct.Struct("<QQQ")  # DATA and ZERO records, bytes of DATA, bytes of ZERO
+
+DATA, ZERO, END = 1, 2, 3
+FEATURE_FULL = 1  # there is no a: the stream holds all of b
+FEATURES_KNOWN = FEATURE_FULL
+NO_GUID = bytes(16)
+
+DATA_BYTES_MAX = 1 << 20
+NAME_BYTES_MAX = 255
+NOTE_BYTES_MAX = 1 << 16
+SIZE_BYTES_MAX = (1 << 63) - 1
+BLOCK_SIZE_MAX = 2 << 20
+
+Progress = Callable[[int, int], None]
+Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
+
+
+class Writable(Protocol):
+    """Where a stream goes: a pipe, a file, a socket's file. ``write`` takes all that it is given."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take bytes."""
+
+
+class Readable(Protocol):
+    """Where a stream comes from; ``read`` may return less than was asked for, and b"" at the end."""
+
+    def read(self, length: int, /) -> bytes:
+        """Give up to `length` bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a stream says of itself, and what it holds.
+
+    Attributes
+    ----------
+    full : bool
+        It holds all of the snapshot, and wants an empty volume.
+    name, note : str
+        Of the snapshot that it leads to.
+    guid_a, guid_b : bytes
+        Where it starts (16 zero bytes for a full stream) and where it ends.
+    size_a, size_b : int
+        Sizes of the disk, in bytes, there.
+    block_size : int
+        Of the volume that it came from; for information, any volume can follow.
+    data_bytes, zero_bytes : int
+        How much of the disk its records cover.
+    """
+
+    full: bool
+    name: str
+    note: str
+    guid_a: bytes
+    guid_b: bytes
+    size_a: int
+    size_b: int
+    block_size: int
+    data_bytes: int = 0
+    zero_bytes: int = 0
+
+
+def delta(
+    store: Store, volume: str, a: str | None, b: str, out: Writable, *, progress: Progress | None = None
+) -> Delta:
+    """Write what changed from snapshot `a` to snapshot `b` of a volume as a stream.
+
+    Parameters
+    ----------
+    store, volume
+        The volume; it may be in use, snapshots do not change.
+    a : str or None
+        Where the receiver is. None writes all of `b`, for an empty volume.
+    b : str
+        Where the receiver shall be.
+    out : file
+        Written front to back, never asked to seek; not flushed, not closed.
+    progress : callable, optional
+        Called with the bytes looked at so far and in all.
+
+    Returns
+    -------
+    Delta
+        What the stream says of itself.
+
+    Raises
+    ------
+    SnapshotNotFoundError, ChainError
+        A snapshot does not exist, or the two have nothing in common.
+    OSError
+        Reading or writing failed.
+    """
+    snapshots = {snapshot.name: snapshot for snapshot in store.snapshots(volume)}
+    start = None if a is None else _named(snapshots, volume, a)
+    end = _named(snapshots, volume, b)
+    with store.open(volume, snapshot=b) as view:
+        header = Delta(
+            full=start is None,
+            name=end.name,
+            note=end.note,
+            guid_a=_guid(start) if start else NO_GUID,
+            guid_b=_guid(end),
+            size_a=start.size_bytes if start else 0,
+            size_b=view.size_bytes,
+            block_size=view.block_size,
+        )
+        if start is None:
+            base = store.info(volume).base
+            extents = _full_extents(view, None if base is None else str(base))
+        else:
+            extents = [(int(o), int(n), int(s) == ZERO) for o, n, s in store.diff(volume, start.name, b)]
+        writer = _Writer(out, header)
+        _write_records(writer, view, _clipped(extents, view.size_bytes), progress)
+        return writer.end()
+
+
+def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None) -> Snapshot:
+    """Bring a volume from snapshot a to snapshot b of a stream, or leave it as it was.
+
+    Parameters
+    ----------
+    stream : file
+        Read front to back to its end.
+    volume : Volume
+        Open for writing, its head unchanged since the snapshot that has the GUID of a. For a full stream:
+        without a base, without snapshots and without data, of any size.
+    progress : callable, optional
+        Called with the offset on the disk reached so far and its size.
+
+    Returns
+    -------
+    Snapshot
+        The new snapshot, with the name, note and GUID that it has where it comes from. It is durable.
+
+    Raises
+    ------
+    ChainError
+        The volume is not where the stream starts; nothing was changed.
+    StateError
+        The head has changes; nothing was changed.
+    SnapshotExistsError
+        The volume has a snapshot of that name; nothing was changed.
+    FormatError
+        The stream is damaged, cut short, or no delta stream; the volume is as it was.
+    """
+    reader = _Reader(stream)
+    header = reader.header()
+    start = _check_start(volume, header)
+    size_before = volume.size_bytes
+    try:
+        if volume.size_bytes != header.size_b:
+            volume.resize(header.size_b, force=True)
+        for offset, length, data in reader.records(header):
+            if data is None:
+                volume.zero(offset, length)
+            else:
+                volume.write(offset, data)
+            if progress is not None:
+                progress(offset + length, header.size_b)
+        return volume.snapshot(header.name, header.note, guid=header.guid_b.hex())
+    except BaseException:
+        _put_back(volume, start, size_before)
+        raise
+
+
+def read_header(stream: Readable) -> Delta:
+    """Read what a stream says of itself; the stream stands at its first record after it.
+
+    Raises
+    ------
+    FormatError
+        It is not a delta stream that this onionskin can read.
+    """
+    return _Reader(stream).header()
+
+
+def _named(snapshots: dict[str, Snapshot], volume: str, name: str) -> Snapshot:
+    if name not in snapshots:
+        raise SnapshotNotFoundError(
+            f"volume {volume!r} has no snapshot {name!r}; list them with: onionskin snapshots STORE/{volume}"
+        )
+    return snapshots[name]
+
+
+def _guid(snapshot: Snapshot) -> bytes:
+    return bytes.fromhex(snapshot.guid)
+
+
+def _full_extents(view: Volume, base: str | None) -> Extents:
+    """List what can hold anything but zeros: the data of the layers, and what the base holds between."""
+    covered = [(int(o), int(n), int(s)) for o, n, s in view.extents() if int(s) != 0]
+    extents = [(offset, length, False) for offset, length, state in covered if state == DATA]
+    if base is not None:
+        with open(base, "rb", buffering=0) as file:
+            inside = list(data_ranges(file.fileno(), 0, view.size_bytes))
+        extents += [(start, stop - start, False) for start, stop in _minus(inside, covered)]
+    return sorted(extents)
+
+
+def _minus(ranges: list[tuple[int, int]], covered: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Cut sorted extents out of sorted ranges, in one walk over both."""
+    which = 0
+    for first, stop in ranges:
+        start = first
+        while which < len(covered) and covered[which][0] + covered[which][1] <= start:
+            which += 1
+        at = which
+        while at < len(covered) and covered[at][0] < stop:
+            if covered[at][0] > start:
+                yield start, covered[at][0]
+            start = covered[at][0] + covered[at][1]
+            at += 1
+        if start < stop:
+            yield start, stop
+
+
+def _clipped(extents: Extents, size_bytes: int) -> Extents:
+    """Drop what lies behind the end: an extent is of whole blocks, and the disk may have shrunk."""
+    return [
+        (offset, min(length, size_bytes - offset), is_zero)
+        for offset, length, is_zero in extents
+        if offset < size_bytes
+    ]
+
+
+def _write_records(writer: "_Writer", view: Volume, extents: Extents, progress: Progress | None) -> None:
+    total = sum(length for _, length, _ in extents)
+    done = 0
+    buffer = np.empty(DATA_BYTES_MAX, dtype=np.uint8)
+    for offset, length, is_zero in extents:
+        if is_zero:
+            writer.zero(offset, length)
+            done += length
+            continue
+        for at in range(offset, offset + length, DATA_BYTES_MAX):
+            piece = buffer[: min(DATA_BYTES_MAX, offset + length - at)]
+            view.readinto(at, piece)
+            _write_piece(writer, at, piece, view.block_size)
+            done += len(piece)
+            if progress is not None:
+                progress(done, total)
+
+
+def _write_piece(writer: "_Writer", offset: int, piece: npt.NDArray[np.uint8], block_size: int) -> None:
+    for start, stop, is_zero in split_zeros(piece, block_size):
+        if is_zero:
+            writer.zero(offset + start, stop - start)
+        else:
+            writer.data(offset + start, piece[start:stop].tobytes())
+
+
+def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
+    """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
+    names = {snapshot.name for snapshot in volume.snapshots}
+    parent = volume.parent
+    if header.full:
+        if names or volume.store.info(volume.name).base is not None or _holds_data(volume):
+            raise ChainError(
+                f"volume {volume.name!r} is not empty, and this stream holds a whole disk; "
+                "make a volume with onionskin create --size, and apply it to that"
+            )
+        return None
+    if parent is None or _guid(parent) != header.guid_a:
+        stands = "no snapshot" if parent is None else f"snapshot {parent.name!r}"
+        raise ChainError(
+            f"volume {volume.name!r} stands on {stands}, where the stream to {header.name!r} does not start; "
+            "revert to the snapshot where it starts, or write a stream from the one that is here"
+        )
+    if volume.head_changed:
+        raise StateError(
+            f"volume {volume.name!r} was written to after snapshot {parent.name!r}; "
+            f"revert to {parent.name!r}, then apply the stream again"
+        )
+    if header.name in names:
+        raise SnapshotExistsError(
+            f"volume {volume.name!r} already has a snapshot {header.name!r}; merge or discard it first"
+        )
+    if volume.size_bytes != header.size_a:
+        raise ChainError(
+            f"volume {volume.name!r} has {volume.size_bytes} bytes, the stream starts at {header.size_a}; "
+            "it was not made from this disk: transfer the whole snapshot"
+        )
+    return parent
+
+
+def _holds_data(volume: Volume) -> bool:
+    return any(int(state) == DATA for _, _, state in volume.extents())
+
+
+def _put_back(volume: Volume, start: Snapshot | None, size_bytes: int) -> None:
+    if start is not None:
+        volume.revert(start.name)
+        return
+    volume.trim(0, volume.size_bytes)
+    if volume.size_bytes != size_bytes:
+        volume.resize(size_bytes, force=True)
+    volume.flush()
+
+
+class _Writer:
+    """Writes a stream front to back, and counts and hashes what it writes.
+
+    Zero runs that touch are written as one; in a full stream, which goes to an empty volume, not at all.
+    """
+
+    def __init__(self, out: Writable, header: Delta) -> None:
+        self._out = out
+        self._header = header
+        self._digest = hashlib.sha256()
+        self._pending = (0, 0)  # a run of zeros, start and stop, not written yet
+        self._records = self._data_bytes = self._zero_bytes = 0
+        name, note = header.name.encode(), header.note.encode()
+        fixed = HEADER.pack(
+            MAGIC,
+            VERSION,
+            FEATURE_FULL if header.full else 0,
+            header.block_size,
+            len(name),
+            len(note),
+            header.size_a,
+            header.size_b,
+            header.guid_a,
+            header.guid_b,
+        )
+        self._put(fixed + name + note + CRC.pack(zlib.crc32(fixed + name + note)))
+
+    def data(self, offset: int, data: bytes) -> None:
+        self._write_pending()
+        self._record(DATA, offset, len(data), data)
+        self._data_bytes += len(data)
+
+    def zero(self, offset: int, length: int) -> None:
+        if self._header.full:
+            return
+        start, stop = self._pending
+        if stop != offset:
+            self._write_pending()
+            start = offset
+        self._pending = (start, offset + length)
+
+    def end(self) -> Delta:
+        self._write_pending()
+        counts = COUNTS.pack(self._records, self._data_bytes, self._zero_bytes)
+        length = COUNTS.size + self._digest.digest_size
+        crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, self._header.size_b, length)))
+        self._put(RECORD.pack(END, crc, self._header.size_b, length) + counts)
+        self._out.write(self._digest.digest())
+        return replace(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
+
+    def _write_pending(self) -> None:
+        start, stop = self._pending
+        self._pending = (0, 0)
+        if start < stop:
+            self._record(ZERO, start, stop - start, b"")
+            self._zero_bytes += stop - start
+
+    def _record(self, kind: int, offset: int, length: int, payload: bytes) -> None:
+        crc = zlib.crc32(payload, zlib.crc32(RECORD.pack(kind, 0, offset, length)))
+        self._put(RECORD.pack(kind, crc, offset, length))
+        self._put(payload)
+        self._records += 1
+
+    def _put(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._out.write(data)
+
+
+class _Reader:
+    """Reads a stream front to back and checks all of it, each size before it is used."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._position = 0
+
+    def header(self) -> Delta:
+        fixed = self._take(HEADER.size)
+        fields = HEADER.unpack(fixed)
+        magic, version, features, block_size, name_length, note_length, size_a, size_b, guid_a, guid_b = (
+            fields
+        )
+        if magic != MAGIC:
+            raise FormatError("the input is not a delta stream; write one with onionskin delta")
+        if version != VERSION or features & ~FEATURES_KNOWN:
+            raise FormatError(
+                f"the stream has version {version} and features {features:#x}, which are not known here; "
+                "use a newer onionskin"
+            )
+        if not 0 < name_length <= NAME_BYTES_MAX or note_length > NOTE_BYTES_MAX:
+            self._damaged("the length of a name or note is out of range")
+        texts = self._take(name_length + note_length)
+        if CRC.unpack(self._take(CRC.size))[0] != zlib.crc32(fixed + texts):
+            self._damaged("the CRC-32 of the header does not match")
+        full = bool(features & FEATURE_FULL)
+        if not 512 <= block_size <= BLOCK_SIZE_MAX or block_size & (block_size - 1):
+            self._damaged(f"a block size of {block_size}")
+        if not 0 < size_b <= SIZE_BYTES_MAX or size_a > SIZE_BYTES_MAX:
+            self._damaged("sizes that no disk has")
+        if full != (guid_a == NO_GUID) or guid_b == NO_GUID or (full and size_a):
+            self._damaged("a start that is there and is not")
+        try:
+            name, note = texts[:name_length].decode(), texts[name_length:].decode()
+            check_name("snapshot", name)
+        except ValueError:
+            self._damaged("a name that no snapshot can have")
+        return Delta(full, name, note, guid_a, guid_b, size_a, size_b, block_size)
+
+    def records(self, header: Delta) -> Iterator[tuple[int, int, bytes | None]]:
+        """Give (offset, length, bytes or None for zeros) of each record; ends when all is verified."""
+        reached = records = data_bytes = zero_bytes = 0
+        while True:
+            kind, crc, offset, length = RECORD.unpack(self._take(RECORD.size))
+            if kind == END:
+                self._check_end(crc, offset, length, header.size_b, (records, data_bytes, zero_bytes))
+                return
+            if kind not in (DATA, ZERO):
+                self._damaged(f"a record of kind {kind}")
+            if not reached <= offset < header.size_b or not 0 < length <= header.size_b - offset:
+                self._damaged(f"a record at offset {offset} with length {length}")
+            if kind == DATA and length > DATA_BYTES_MAX:
+                self._damaged(f"a record of {length} bytes, more than a record may have")
+            payload = self._take(length) if kind == DATA else b""
+            if zlib.crc32(payload, zlib.crc32(RECORD.pack(kind, 0, offset, length))) != crc:
+                self._damaged(f"the CRC-32 of the record at offset {offset} does not match")
+            reached = offset + length
+            records += 1
+            data_bytes += len(payload)
+            zero_bytes += length - len(payload)
+            yield offset, length, payload if kind == DATA else None
+
+    def _check_end(
+        self, crc: int, offset: int, length: int, size_b: int, counted: tuple[int, int, int]
+    ) -> None:
+        counts = self._take(COUNTS.size)
+        expected = self._digest.digest()
+        same_crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, offset, length))) == crc
+        if not same_crc or offset != size_b or length != COUNTS.size + len(expected):
+            self._damaged("the END record is not whole")
+        if COUNTS.unpack(counts) != counted:
+            self._damaged("records are missing")
+        if self._take(len(expected)) != expected:
+            self._damaged("the SHA-256 of the stream does not match")
+        if self._stream.read(1):
+            self._damaged("bytes follow the END record")
+
+    def _take(self, length: int) -> bytes:
+        parts = []
+        wanted = length
+        while wanted:
+            part = self._stream.read(wanted)
+            if not part:
+                at = self._position + length - wanted
+                raise FormatError(f"the stream ends early, at byte {at}; transfer it again")
+            parts.append(part)
+            wanted -= len(part)
+        data = b"".join(parts)
+        self._digest.update(data)
+        self._position += length
+        return data
+
+    def _damaged(self, what: str) -> NoReturn:
+        raise FormatError(f"the stream is damaged before byte {self._position}: {what}; transfer it again")

@@ -1,0 +1,277 @@
+"""Disk images: raw in and out by onionskin itself; qcow2, vmdk, vhdx and vdi through qemu-img.
+
+What must hold:
+
+- The format of an image is never guessed by qemu-img: a guest can write a qcow2 header into its raw disk that
+  names any file of the host as its backing file. Here the format comes from the magic bytes, or from the
+  caller; an image that names other files is refused unless the caller named its format and so vouches for it.
+- Holes stay holes: of a raw file only what SEEK_DATA finds is read, and blocks of zeros are not stored.
+- A conversion goes through a raw file, since qemu-img needs a target that it can seek in. For an import that
+  file has no name (it vanishes with the process, however that ends) and lies in the store's file system,
+  where there must be room for the data anyhow.
+- An import that fails leaves no volume; an export that fails leaves no file.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from onionskin.barriers import sync_directory
+from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
+from onionskin.store import Store
+from onionskin.volume import Volume
+from onionskin.zeros import split_zeros
+
+Progress = Callable[[int, int], None]
+AnyPath = str | os.PathLike[str]
+FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi")
+
+_MAGICS = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (64, struct.pack("<I", 0xBEDA107F), "vdi"),
+)
+_MAGIC_BYTES = 512
+_CHUNK_BYTES = 4 << 20
+
+
+def detect_format(path: AnyPath) -> str:
+    """Tell the format of an image by its first bytes: one of `FORMATS`, ``raw`` where no magic is known.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(_MAGIC_BYTES)
+    for offset, magic, name in _MAGICS:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    return "raw"
+
+
+def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
+
+    Where the file system cannot tell, all of the file counts as data. What lies beyond its end is a hole.
+    """
+    at = start
+    stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
+    while at < stop:
+        try:
+            first = os.lseek(descriptor, at, os.SEEK_DATA)
+            last = os.lseek(descriptor, first, os.SEEK_HOLE)
+        except OSError as refusal:
+            if refusal.errno == errno.ENXIO:
+                return
+            if refusal.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            first, last = at, stop
+        if first >= stop:
+            return
+        yield first, min(last, stop)
+        at = last
+
+
+def import_image(
+    store: Store,
+    path: AnyPath,
+    name: str,
+    *,
+    format: str | None = None,
+    block_size: int = 4096,
+    wipe: Literal["release", "zero"] = "release",
+    progress: Progress | None = None,
+) -> int:
+    """Make a volume without a base that holds the data of an image.
+
+    Parameters
+    ----------
+    store : Store
+        Where the volume is made.
+    path : path
+        The image, a file or a block device. It is not written to.
+    name : str
+        Of the new volume.
+    format : str, optional
+        One of `FORMATS`; None tells it by the first bytes. Naming it vouches for the image.
+    block_size, wipe
+        Of the new volume.
+    progress : callable, optional
+        Called with the bytes copied so far and in all.
+
+    Returns
+    -------
+    int
+        The size of the disk, in bytes. The data is durable.
+
+    Raises
+    ------
+    FormatError
+        The image is damaged, or names other files and `format` is None.
+    VolumeExistsError
+        The store has a volume of that name.
+    """
+    if any(volume.name == name for volume in store.volumes()):
+        raise VolumeExistsError(f"{store.path} has a volume {name!r} already; choose another name")
+    kind = format or detect_format(path)
+    if kind not in FORMATS:
+        raise ValueError(f"{kind!r} is not a format: it is one of {', '.join(FORMATS)}")
+    with contextlib.ExitStack() as stack:
+        if kind == "raw":
+            source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
+        else:
+            source = stack.enter_context(tempfile.TemporaryFile(dir=store.path))
+            _convert_to_raw(path, kind, source, vouched=format is not None)
+        size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
+        if size_bytes == 0:
+            raise FormatError(f"{os.fspath(path)}: the image is empty; give one that holds a disk")
+        volume = store.create(name, size=size_bytes, block_size=block_size, wipe=wipe)
+        try:
+            with volume:
+                copy_into(volume, source.fileno(), progress=progress)
+                volume.flush()
+        except BaseException:
+            store.delete(name, recursive=True)
+            raise
+    return size_bytes
+
+
+def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = None) -> None:
+    """Write the data of a raw image into a volume that reads zero, but not its zeros. No flush."""
+    ranges = list(data_ranges(descriptor, 0, volume.size_bytes))
+    total = sum(stop - start for start, stop in ranges)
+    done = 0
+    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    for start, stop in ranges:
+        at = start
+        while at < stop:
+            # The first piece of a range ends on a boundary, so that the others are whole blocks.
+            wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
+            length = os.preadv(descriptor, [buffer[:wanted]], at)
+            if length == 0:
+                return  # the file was cut short meanwhile; what is missing reads zero, as a hole would
+            for first, last, is_zero in split_zeros(buffer[:length], volume.block_size):
+                if not is_zero:
+                    volume.write(at + first, buffer[first:last])
+            at += length
+            done += length
+            if progress is not None:
+                progress(done, total)
+
+
+def export_image(
+    volume: Volume, path: AnyPath, *, format: str = "raw", progress: Progress | None = None
+) -> None:
+    """Write what a volume, or a view of a snapshot, reads as an image; durable on return.
+
+    Parameters
+    ----------
+    volume : Volume
+        Open; for a head, what was written before the call is in the image.
+    path : path
+        Must not exist.
+    format : str
+        One of `FORMATS`.
+    progress : callable, optional
+        Called with the bytes copied so far and in all, of the copy out of the volume.
+
+    Raises
+    ------
+    FileExistsError
+        There is a file at `path`.
+    OnionskinError
+        qemu-img is wanted and is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
+    target = Path(path)
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    if format == "raw":
+        volume.export(target, progress=progress)
+        return
+    _qemu_img()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as directory:
+        raw, made = Path(directory).absolute() / "raw", Path(directory).absolute() / "made"
+        volume.export(raw, progress=progress)
+        _run("convert", "-f", "raw", "-O", format, str(raw), str(made), about=path)
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        os.link(made, target)  # unlike a rename it never replaces what appeared there meanwhile
+    sync_directory(target.parent)
+
+
+def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) -> None:
+    source = _absolute(path)
+    facts = json.loads(_run("info", "--output=json", "-f", kind, source, about=path))
+    if not vouched:
+        _refuse_other_files(path, kind, source, facts)
+    os.ftruncate(raw.fileno(), facts["virtual-size"])
+    # -n: the target is there already, and all of it is a hole; qemu-img finds it by its descriptor.
+    target = f"/proc/self/fd/{raw.fileno()}"
+    options = ("-n", "--target-is-zero", "-f", kind, "-O", "raw")
+    _run("convert", *options, source, target, about=path, keep=raw.fileno())
+
+
+def _refuse_other_files(path: AnyPath, kind: str, source: str, facts: dict[str, Any]) -> None:
+    specific = facts.get("format-specific", {}).get("data", {})
+    others = [facts.get("full-backing-filename"), facts.get("backing-filename"), specific.get("data-file")]
+    others += [extent.get("filename") for extent in specific.get("extents", [])]
+    named = [other for other in others if other and other != source]
+    if named:
+        raise FormatError(
+            f"{os.fspath(path)}: this {kind} image reads from another file, {named[0]}; "
+            f"if you trust the image, import it with --format {kind}"
+        )
+
+
+def _absolute(path: AnyPath) -> str:
+    """Name a file so that qemu-img cannot take the name for a protocol, an option or a json: description."""
+    return str(Path(path).absolute())
+
+
+def _qemu_img() -> str:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise OnionskinError(
+            "qemu-img is not installed, and formats other than raw need it; "
+            "install the package qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, Arch, Alpine), or use raw"
+        )
+    return program
+
+
+def _run(*arguments: str, about: AnyPath, keep: int | None = None) -> str:
+    """Run qemu-img and give what it printed; its process group is ours, so that Ctrl-C stops it too."""
+    ended = subprocess.run(
+        [_qemu_img(), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"LC_ALL": "C"},
+        pass_fds=() if keep is None else (keep,),
+    )
+    if ended.returncode:
+        if os.strerror(errno.ENOSPC) in ended.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(about))
+        said = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
+        raise FormatError(
+            f"{os.fspath(about)}: qemu-img {arguments[0]} failed: {said[0].removeprefix('qemu-img: ')}; "
+            "look at the image with qemu-img check"
+        )
+    return ended.stdout

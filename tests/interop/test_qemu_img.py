@@ -1,0 +1,64 @@
+"""Images that qemu-img made are read, and images that we make are read by qemu-img, byte for byte."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onionskin.images import export_image, import_image
+from onionskin.store import Store
+
+SIZE = 24 << 20
+FORMATS = ["qcow2", "vmdk", "vhdx", "vdi"]
+
+
+def qemu_img(*arguments: str | Path) -> None:
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk with data of all sizes at scattered places, the first and the last block among them."""
+    rng = np.random.default_rng(7)
+    disk = np.zeros(SIZE, dtype=np.uint8)
+    for start in [0, SIZE - 4096, *rng.integers(0, SIZE - 300_000, 40)]:
+        length = int(rng.integers(1, 4096 if start in (0, SIZE - 4096) else 300_000))
+        disk[start : start + length] = rng.integers(0, 256, length, dtype=np.uint8)
+    disk[-1] = 1
+    path = tmp_path_factory.mktemp("disk") / "disk.raw"
+    disk.tofile(path)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_image_of_qemu_img_is_read(raw: Path, tmp_path: Path, kind: str) -> None:
+    qemu_img("convert", "-f", "raw", "-O", kind, raw, tmp_path / "disk")
+    with Store(tmp_path / "store") as store:
+        import_image(store, tmp_path / "disk", "web")
+        with store.open("web") as volume:
+            export_image(volume, tmp_path / "out.raw")
+    assert digest(tmp_path / "out.raw") == digest(raw)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_image_of_ours_is_read_by_qemu_img(raw: Path, tmp_path: Path, kind: str) -> None:
+    with Store(tmp_path / "store") as store:
+        import_image(store, raw, "web")
+        with store.open("web") as volume:
+            export_image(volume, tmp_path / "disk", format=kind)
+    qemu_img("convert", "-f", kind, "-O", "raw", tmp_path / "disk", tmp_path / "back.raw")
+    assert digest(tmp_path / "back.raw") == digest(raw)
+
+
+def test_a_compressed_qcow2_is_read(raw: Path, tmp_path: Path) -> None:
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, tmp_path / "disk")
+    with Store(tmp_path / "store") as store:
+        import_image(store, tmp_path / "disk", "web")
+        with store.open("web") as volume:
+            assert hashlib.sha256(volume.read(0, volume.size_bytes)).hexdigest() == digest(raw)

@@ -1,0 +1,384 @@
+"""The delta stream: it brings another store to the same bytes, and nothing else brings it anywhere."""
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from onionskin import delta
+from onionskin.delta import COUNTS, CRC, DATA, END, HEADER, RECORD, ZERO, Delta
+from onionskin.errors import (
+    ChainError,
+    FormatError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+    StateError,
+)
+from onionskin.store import Store
+from onionskin.volume import Volume
+
+BLOCK = 4096
+SIZE = 16 * BLOCK
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Iterator[tuple[Store, Store]]:
+    with Store(tmp_path / "here") as here, Store(tmp_path / "there") as there:
+        yield here, there
+
+
+def stream_of(store: Store, a: str | None, b: str) -> bytes:
+    out = io.BytesIO()
+    delta.delta(store, "web", a, b, out)
+    return out.getvalue()
+
+
+def apply(store: Store, stream: bytes, volume: str = "web") -> None:
+    with store.open(volume) as opened:
+        delta.apply(io.BytesIO(stream), opened)
+
+
+def contents(store: Store, volume: str = "web", snapshot: str | None = None) -> bytes:
+    with store.open(volume, snapshot=snapshot) as opened:
+        return opened.read(0, opened.size_bytes)
+
+
+@pytest.fixture
+def pair(stores: tuple[Store, Store]) -> tuple[Store, Store]:
+    """Two stores whose volume web is at snapshot a; here it has a snapshot b too."""
+    here, there = stores
+    with here.create("web", size=SIZE) as web:
+        web.write(0, b"a" * 3 * BLOCK)
+        web.snapshot("a", "the start")
+    there.create("web", size=BLOCK).close()
+    apply(there, stream_of(here, None, "a"))
+    with here.open("web") as web:
+        web.write(2 * BLOCK, b"b" * 2 * BLOCK)
+        web.zero(0, BLOCK)
+        web.snapshot("b", "the end")
+    return here, there
+
+
+def test_a_stream_of_a_whole_snapshot_fills_an_empty_volume(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    assert contents(there) == contents(here, snapshot="a") == b"a" * 3 * BLOCK + bytes(13 * BLOCK)
+
+
+def test_a_stream_brings_the_same_snapshot_with_its_guid_and_note(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    apply(there, stream_of(here, "a", "b"))
+    assert contents(there) == contents(here)
+    for ours, theirs in zip(here.snapshots("web"), there.snapshots("web"), strict=True):
+        assert (ours.name, ours.guid, ours.note, ours.parent) == (
+            theirs.name,
+            theirs.guid,
+            theirs.note,
+            theirs.parent,
+        )
+
+
+def test_only_what_changed_is_in_the_stream(pair: tuple[Store, Store]) -> None:
+    here, _ = pair
+    out = io.BytesIO()
+    sent = delta.delta(here, "web", "a", "b", out)
+    assert (sent.data_bytes, sent.zero_bytes) == (2 * BLOCK, BLOCK)
+    assert len(out.getvalue()) < 2 * BLOCK + 1024
+
+
+def test_a_whole_stream_holds_what_the_base_holds(stores: tuple[Store, Store], tmp_path: Path) -> None:
+    here, there = stores
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(BLOCK) + b"base" * BLOCK + bytes(BLOCK) + b"end")
+    with here.create("web", base=base, size=SIZE) as web:
+        web.write(2 * BLOCK, b"w" * BLOCK)
+        web.trim(3 * BLOCK, BLOCK)
+        web.snapshot("b")
+    there.create("web", size=SIZE).close()
+    apply(there, stream_of(here, None, "b"))
+    assert contents(there) == contents(here)
+
+
+def test_volumes_of_other_block_sizes_can_follow(stores: tuple[Store, Store]) -> None:
+    here, there = stores
+    with here.create("web", size=SIZE) as web:
+        web.write(5000, b"x" * 10000)
+        web.snapshot("a")
+        web.write(30000, b"y" * 100)
+        web.trim(0, 4 * BLOCK)
+        web.snapshot("b")
+    there.create("web", size=SIZE, block_size=4 * BLOCK).close()
+    apply(there, stream_of(here, None, "a"))
+    apply(there, stream_of(here, "a", "b"))
+    assert contents(there) == contents(here)
+
+
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "zero", "trim", "resize"]), st.integers(0, SIZE), st.integers(1, 5 * BLOCK)
+    ),
+    max_size=8,
+)
+
+
+def change(web: Volume, what: str, at: int, length: int) -> None:
+    if what == "resize":
+        web.resize(max(512, at // 512 * 512), force=True)
+        return
+    at %= web.size_bytes
+    length = min(length, web.size_bytes - at)
+    if what == "write":
+        web.write(at, bytes([length % 255 + 1]) * length)
+    else:
+        getattr(web, what)(at, length)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=changes, after=changes)
+def test_whatever_was_done_the_receiver_reads_the_same(
+    tmp_path_factory: pytest.TempPathFactory,
+    before: list[tuple[str, int, int]],
+    after: list[tuple[str, int, int]],
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("delta")
+    with Store(tmp_path / "here") as here, Store(tmp_path / "there") as there:
+        with here.create("web", size=SIZE) as web:
+            for what, at, length in before:
+                change(web, what, at, length)
+            web.snapshot("a")
+            for what, at, length in after:
+                change(web, what, at, length)
+            web.snapshot("b")
+        there.create("web", size=SIZE).close()
+        apply(there, stream_of(here, None, "a"))
+        apply(there, stream_of(here, "a", "b"))
+        assert contents(there) == contents(here)
+        assert contents(there, snapshot="a") == contents(here, snapshot="a")
+
+
+def test_a_stream_that_was_applied_is_not_applied_again(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    stream = stream_of(here, "a", "b")
+    apply(there, stream)
+    with pytest.raises(ChainError, match="does not start"):
+        apply(there, stream)
+
+
+def test_a_head_that_was_written_to_is_refused(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    with there.open("web") as web:
+        web.write(0, b"mine")
+    with pytest.raises(StateError, match="revert to 'a'"):
+        apply(there, stream_of(here, "a", "b"))
+    assert contents(there)[:4] == b"mine"
+
+
+def test_a_volume_that_holds_data_is_refused_by_a_whole_stream(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    with there.create("other", size=SIZE) as other:
+        other.write(0, b"mine")
+    with pytest.raises(ChainError, match="not empty"):
+        apply(there, stream_of(here, None, "b"), "other")
+    assert contents(there, "other")[:4] == b"mine"
+
+
+def test_a_snapshot_of_that_name_is_refused(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    with here.open("web") as web:
+        web.revert("b")
+    with there.open("web") as web:
+        web.write(0, b"mine")
+        web.snapshot("b")
+        web.revert("a")
+    with pytest.raises(SnapshotExistsError):
+        apply(there, stream_of(here, "a", "b"))
+
+
+def test_a_snapshot_that_does_not_exist_is_named(pair: tuple[Store, Store]) -> None:
+    here, _ = pair
+    with pytest.raises(SnapshotNotFoundError, match="'c'"):
+        stream_of(here, "a", "c")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_stream_that_is_cut_short_changes_nothing(pair: tuple[Store, Store], kept: float) -> None:
+    here, there = pair
+    stream = stream_of(here, "a", "b")
+    before = contents(there)
+    with pytest.raises(FormatError, match="ends early"):
+        apply(there, stream[: int(len(stream) * kept)])
+    assert contents(there) == before
+    apply(there, stream)
+    assert contents(there) == contents(here)
+
+
+def test_a_whole_stream_that_is_cut_short_can_be_applied_again(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    there.create("copy", size=3 * BLOCK).close()
+    stream = stream_of(here, None, "b")
+    with pytest.raises(FormatError):
+        apply(there, stream[:-1], "copy")
+    assert contents(there, "copy") == bytes(3 * BLOCK)
+    apply(there, stream, "copy")
+    assert contents(there, "copy") == contents(here)
+
+
+def test_an_interrupted_apply_puts_the_head_back(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+    before = contents(there)
+
+    class Interrupted(io.BytesIO):
+        def read(self, length: int | None = -1, /) -> bytes:
+            if self.tell() > BLOCK:
+                raise KeyboardInterrupt
+            return super().read(length)
+
+    with there.open("web") as web:
+        with pytest.raises(KeyboardInterrupt):
+            delta.apply(Interrupted(stream_of(here, "a", "b")), web)
+        assert web.read(0, web.size_bytes) == before
+        assert [snapshot.name for snapshot in web.snapshots] == ["a"]
+
+
+def test_a_stream_may_arrive_in_any_pieces(pair: tuple[Store, Store]) -> None:
+    here, there = pair
+
+    class Slow(io.BytesIO):
+        def read(self, length: int | None = -1, /) -> bytes:
+            return super().read(min(length or 0, 7))
+
+    with there.open("web") as web:
+        delta.apply(Slow(stream_of(here, "a", "b")), web)
+    assert contents(there) == contents(here)
+
+
+# ---- hostile streams: read without a volume, as nothing of them may get that far ----
+
+
+def drain(stream: bytes) -> int:
+    reader = delta._Reader(io.BytesIO(stream))
+    return sum(length for _, length, _ in reader.records(reader.header()))
+
+
+HEAD = Delta(False, "b", "", b"A" * 16, b"B" * 16, SIZE, SIZE, BLOCK)
+
+
+def header_of(head: Delta, *, version: int = 1, features: int = 0, name: bytes | None = None) -> bytes:
+    name = head.name.encode() if name is None else name
+    fixed = HEADER.pack(
+        b"ONIONDLT",
+        version,
+        features,
+        head.block_size,
+        len(name),
+        len(head.note),
+        head.size_a,
+        head.size_b,
+        head.guid_a,
+        head.guid_b,
+    )
+    body = fixed + name + head.note.encode()
+    return body + CRC.pack(zlib.crc32(body))
+
+
+def record(kind: int, offset: int, length: int, payload: bytes = b"") -> bytes:
+    crc = zlib.crc32(payload, zlib.crc32(RECORD.pack(kind, 0, offset, length)))
+    return RECORD.pack(kind, crc, offset, length) + payload
+
+
+def ended(body: bytes, records: int, data_bytes: int, zero_bytes: int, size_b: int = SIZE) -> bytes:
+    body += record(END, size_b, COUNTS.size + 32, COUNTS.pack(records, data_bytes, zero_bytes))
+    return body + hashlib.sha256(body).digest()
+
+
+def test_a_stream_made_by_hand_from_the_tables_is_read() -> None:
+    body = header_of(HEAD) + record(DATA, 0, 4, b"data") + record(ZERO, 8, 8)
+    assert drain(ended(body, 2, 4, 8)) == 12
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (record(DATA, SIZE - 2, 4, b"data"), "a record at"),
+        (record(ZERO, 0, SIZE + 1), "a record at"),
+        (record(ZERO, 0, (1 << 64) - 1), "a record at"),
+        (record(ZERO, (1 << 64) - 1, 2), "a record at"),
+        (record(ZERO, 0, 0), "a record at"),
+        (record(ZERO, 8, 8) + record(ZERO, 8, 8), "a record at"),
+        (record(ZERO, 8, 8) + record(ZERO, 0, 8), "a record at"),
+        (record(4, 0, 8), "of kind"),
+    ],
+)
+def test_a_record_that_cannot_be_is_refused(records: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        drain(header_of(HEAD) + records)
+
+
+def test_a_record_larger_than_records_may_be_is_refused_before_it_is_read() -> None:
+    large = replace(HEAD, size_b=1 << 40)
+    with pytest.raises(FormatError, match="more than a record may have"):
+        drain(header_of(large) + RECORD.pack(DATA, 0, 0, 1 << 39))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda: header_of(HEAD, version=2), "version 2"),
+        (lambda: header_of(HEAD, features=2), "features 0x2"),
+        (lambda: header_of(HEAD, name=b"../etc"), "name"),
+        (lambda: header_of(HEAD, name=b""), "name"),
+        (lambda: header_of(HEAD, name=b"\xff\xfe"), "name"),
+        (lambda: header_of(HEAD, name=b"n" * 256), "name"),
+        (lambda: header_of(replace(HEAD, note="n" * (1 << 16) + "n")), "note"),
+        (lambda: header_of(replace(HEAD, size_b=0)), "sizes"),
+        (lambda: header_of(replace(HEAD, size_b=1 << 63)), "sizes"),
+        (lambda: header_of(replace(HEAD, size_a=1 << 63)), "sizes"),
+        (lambda: header_of(replace(HEAD, block_size=4095)), "block size"),
+        (lambda: header_of(replace(HEAD, block_size=1 << 30)), "block size"),
+        (lambda: header_of(replace(HEAD, guid_a=bytes(16))), "start"),
+        (lambda: header_of(HEAD, features=1), "start"),
+        (lambda: header_of(HEAD)[:-1] + b"!", "CRC-32"),
+        (lambda: b"QFI\xfb" + bytes(200), "not a delta stream"),
+        (lambda: b"", "ends early"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(head: Callable[[], bytes], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        delta.read_header(io.BytesIO(head()))
+
+
+def test_counts_that_do_not_hold_are_refused() -> None:
+    with pytest.raises(FormatError, match="records are missing"):
+        drain(ended(header_of(HEAD) + record(ZERO, 8, 8), 2, 0, 8))
+
+
+def test_bytes_behind_the_end_are_refused() -> None:
+    with pytest.raises(FormatError, match="follow the END"):
+        drain(ended(header_of(HEAD), 0, 0, 0) + b"\0")
+
+
+def test_no_byte_of_a_stream_can_change_unnoticed() -> None:
+    stream = ended(header_of(HEAD) + record(DATA, 0, 4, b"data") + record(ZERO, 8, 8), 2, 4, 8)
+    for position in range(len(stream)):
+        damaged = bytearray(stream)
+        damaged[position] ^= 0x10
+        with pytest.raises(FormatError):
+            drain(bytes(damaged))
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_end_in_a_format_error(garbage: bytes) -> None:
+    for stream in (garbage, header_of(HEAD) + garbage):
+        with pytest.raises(FormatError):
+            drain(stream)
+
+
+def test_the_header_is_as_documented() -> None:
+    assert struct.unpack_from("<8sII", header_of(HEAD)) == (b"ONIONDLT", 1, 0)
+    assert (HEADER.size, RECORD.size, COUNTS.size) == (76, 24, 24)

@@ -1,0 +1,219 @@
+"""Disk images in and out: holes stay holes, and no image reads a file that nobody named."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onionskin import images
+from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
+from onionskin.images import detect_format, export_image, import_image
+from onionskin.store import Store
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def qemu_img(*arguments: str | Path) -> None:
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+
+
+def contents(store: Store, name: str) -> bytes:
+    with store.open(name) as volume:
+        return volume.read(0, volume.size_bytes)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """An image with data, written zeros, and holes."""
+    path = tmp_path / "disk.raw"
+    with open(path, "wb") as file:
+        file.truncate(16 << 20)
+        file.seek(3 * BLOCK)
+        file.write(b"data" * BLOCK)
+        file.seek(9 << 20)
+        file.write(bytes(2 * BLOCK) + os.urandom(BLOCK))
+    return path
+
+
+def test_an_image_reads_the_same_as_the_volume_made_from_it(store: Store, raw: Path) -> None:
+    assert import_image(store, raw, "web") == 16 << 20
+    assert contents(store, "web") == raw.read_bytes()
+
+
+def test_holes_and_zero_blocks_are_not_stored(store: Store, raw: Path) -> None:
+    import_image(store, raw, "web")
+    with store.open("web") as volume:
+        extents = [(int(o), int(n)) for o, n, state in volume.extents() if state == 1]
+    assert extents == [(3 * BLOCK, 4 * BLOCK), ((9 << 20) + 2 * BLOCK, BLOCK)]
+
+
+def test_an_image_that_ends_inside_a_block_keeps_its_size(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "odd.raw"
+    path.write_bytes(os.urandom(2 * BLOCK + 512))
+    import_image(store, path, "web")
+    assert contents(store, "web") == path.read_bytes()
+
+
+def test_data_ranges_follow_the_holes_of_a_file(raw: Path) -> None:
+    with open(raw, "rb") as file:
+        ranges = list(images.data_ranges(file.fileno(), 0, 16 << 20))
+    found = np.zeros(16 << 20, dtype=bool)
+    for first, last in ranges:
+        found[first:last] = True
+    assert found[3 * BLOCK : 7 * BLOCK].all()
+    assert found.sum() < 1 << 20
+    with open(raw, "rb") as file:
+        assert list(images.data_ranges(file.fileno(), 4 * BLOCK, 5 * BLOCK)) == [(4 * BLOCK, 5 * BLOCK)]
+
+
+def test_progress_ends_at_all_that_there_is(store: Store, raw: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    import_image(store, raw, "web", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhdx", "vdi"])
+def test_formats_are_told_by_their_first_bytes(raw: Path, tmp_path: Path, kind: str) -> None:
+    qemu_img("convert", "-f", "raw", "-O", kind, raw, tmp_path / "disk")
+    assert detect_format(tmp_path / "disk") == kind
+    assert detect_format(raw) == "raw"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.raw"
+    path.write_bytes(b"secret! " * 512)
+    return path
+
+
+def test_an_image_that_reads_from_another_file_is_refused(
+    store: Store, tmp_path: Path, secret: Path
+) -> None:
+    overlay = tmp_path / "overlay.raw"  # as a guest would write it over its own raw disk
+    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
+    with pytest.raises(FormatError, match="reads from another file"):
+        import_image(store, overlay, "web")
+    assert store.volumes() == []
+
+
+def test_naming_the_format_vouches_for_a_backing_file(store: Store, tmp_path: Path, secret: Path) -> None:
+    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, tmp_path / "overlay")
+    import_image(store, tmp_path / "overlay", "web", format="qcow2")
+    assert contents(store, "web") == secret.read_bytes()
+
+
+def test_a_vmdk_descriptor_of_another_file_is_refused(store: Store, tmp_path: Path, raw: Path) -> None:
+    qemu_img("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat", raw, tmp_path / "disk.vmdk")
+    with pytest.raises(FormatError, match=r"disk-flat\.vmdk"):
+        import_image(store, tmp_path / "disk.vmdk", "web")
+
+
+def test_a_qcow2_with_a_data_file_is_refused(store: Store, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={outside}", tmp_path / "disk", "1M")
+    with pytest.raises(FormatError, match="outside"):
+        import_image(store, tmp_path / "disk", "web")
+
+
+def test_raw_means_raw_when_it_is_said(store: Store, tmp_path: Path, secret: Path) -> None:
+    overlay = tmp_path / "overlay"
+    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
+    import_image(store, overlay, "web", format="raw")
+    assert contents(store, "web") == overlay.read_bytes()
+
+
+def test_a_name_with_a_colon_is_a_file_and_no_protocol(store: Store, raw: Path, tmp_path: Path) -> None:
+    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "nbd:localhost:1")
+    import_image(store, tmp_path / "nbd:localhost:1", "web")
+    assert contents(store, "web") == raw.read_bytes()
+
+
+def test_a_damaged_image_leaves_no_volume_and_no_file(store: Store, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"QFI\xfb" + b"\xff" * 600)
+    before = sorted(path.name for path in store.path.iterdir())
+    with pytest.raises(FormatError, match="qemu-img info failed"):
+        import_image(store, broken, "web")
+    assert store.volumes() == []
+    assert sorted(path.name for path in store.path.iterdir()) == before
+
+
+def test_an_import_that_is_interrupted_leaves_no_volume(store: Store, raw: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_image(store, raw, "web", progress=stop)
+    assert store.volumes() == []
+
+
+def test_an_empty_image_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(FormatError, match="empty"):
+        import_image(store, tmp_path / "empty", "web")
+
+
+def test_a_name_that_is_taken_is_refused_and_kept(store: Store, raw: Path) -> None:
+    import_image(store, raw, "web")
+    with pytest.raises(VolumeExistsError):
+        import_image(store, raw, "web")
+    assert contents(store, "web") == raw.read_bytes()
+
+
+def test_without_qemu_img_the_package_is_named(
+    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "disk")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OnionskinError, match="qemu-utils"):
+        import_image(store, tmp_path / "disk", "web")
+    import_image(store, raw, "web")  # raw needs nothing
+
+
+def test_an_export_never_replaces_a_file(store: Store, raw: Path, tmp_path: Path) -> None:
+    import_image(store, raw, "web")
+    (tmp_path / "out").write_text("mine")
+    with store.open("web") as volume:
+        for kind in ("raw", "qcow2"):
+            with pytest.raises(FileExistsError):
+                export_image(volume, tmp_path / "out", format=kind)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_export_that_fails_leaves_nothing(
+    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_image(store, raw, "web")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "qemu-img").write_text("#!/bin/sh\necho 'qemu-img: no luck' >&2\nexit 1\n")
+    (tools / "qemu-img").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    target = tmp_path / "target"
+    target.mkdir()
+    with store.open("web") as volume, pytest.raises(FormatError, match="no luck"):
+        export_image(volume, target / "out.qcow2", format="qcow2")
+    assert list(target.iterdir()) == []
+
+
+def test_an_exported_snapshot_is_the_snapshot(store: Store, raw: Path, tmp_path: Path) -> None:
+    import_image(store, raw, "web")
+    with store.open("web") as volume:
+        volume.snapshot("clean")
+        volume.write(0, b"later")
+    with store.open("web", snapshot="clean") as view:
+        export_image(view, tmp_path / "out.qcow2", format="qcow2")
+    info = subprocess.run(
+        ["qemu-img", "info", "--output=json", tmp_path / "out.qcow2"], check=True, capture_output=True
+    )
+    assert json.loads(info.stdout)["format"] == "qcow2"
+    subprocess.run(["qemu-img", "compare", "-f", "raw", raw, tmp_path / "out.qcow2"], check=True)

@@ -1,0 +1,34 @@
+"""Runs of zero blocks, against a loop over blocks."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onionskin.zeros import split_zeros
+
+
+@given(
+    blocks=st.lists(st.booleans(), max_size=12),
+    tail=st.integers(0, 63),
+    tail_is_zero=st.booleans(),
+    block_size=st.sampled_from([8, 64]),
+)
+def test_runs_are_those_that_a_loop_over_blocks_finds(
+    blocks: list[bool], tail: int, tail_is_zero: bool, block_size: int
+) -> None:
+    tail %= block_size
+    data = np.zeros(len(blocks) * block_size + tail, dtype=np.uint8)
+    for index, is_zero in enumerate(blocks):
+        if not is_zero:
+            data[index * block_size + block_size - 1] = 1
+    if tail and not tail_is_zero:
+        data[-1] = 1
+    expected: list[tuple[int, int, bool]] = []
+    for start in range(0, len(data), block_size):
+        stop = min(start + block_size, len(data))
+        is_zero = not data[start:stop].any()
+        if expected and expected[-1][2] == is_zero:
+            expected[-1] = (expected[-1][0], stop, is_zero)
+        else:
+            expected.append((start, stop, is_zero))
+    assert list(split_zeros(data, block_size)) == expected
