@@ -15,7 +15,8 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin import forks, merging, pending, usage
+from onionskin import forks, merging, pending
+from onionskin import usage as usages
 from onionskin.barriers import sync_directory
 from onionskin.catalog import (
     BaseRow,
@@ -292,8 +293,7 @@ class Store:
                 self.catalog.delete(SnapshotRow, "volume = ?", row.id)
                 self.catalog.delete(VolumeRow, "id = ?", row.id)
                 for id in (row.head, *(snapshot.layer for snapshot in named)):
-                    if self.catalog.row(LayerRow, "id = ?", id):
-                        free_unneeded(self.catalog, id)
+                    free_unneeded(self.catalog, id)
 
             self.with_reserve(lambda: self.in_transaction(remove))
             self.layout.volume_lock(row.id).unlink(missing_ok=True)
@@ -403,20 +403,20 @@ class Store:
         except FileNotFoundError:
             return 0
 
-    def usage(self, name: str) -> list[usage.Usage]:
+    def usage(self, name: str) -> list[usages.Usage]:
         """Return what each snapshot of a volume holds; the head's entry, with snapshot None, is the last."""
-        return usage.usage(self, name)
+        return usages.usage(self, name)
 
     def diff(self, name: str, a: str, b: str | None = None) -> Any:
         """Return the extents (offset, length, state) in which `b` (None: the head) may differ from `a`."""
-        return usage.diff(self, name, a, b)
+        return usages.diff(self, name, a, b)
 
-    def check(self, *, repair: bool = False) -> list[usage.Problem]:
+    def check(self, *, repair: bool = False) -> list[usages.Problem]:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
         if repair:
             pending.sweep_orphans(self)
             pending.do_pending(self)
-        return usage.check(self)
+        return usages.check(self)
 
     # ---- for the other modules of the package ----
 

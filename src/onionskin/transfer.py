@@ -247,8 +247,7 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
     volume.restart(flat.id, lambda: None)
     with catalog.transaction():
         for id in (head_before, old.id):
-            if catalog.row(LayerRow, "id = ?", id):
-                free_unneeded(catalog, id)
+            free_unneeded(catalog, id)
     store.work_soon()
 
 
@@ -260,13 +259,13 @@ def _write_flat(
     store: "Store", path: "DataPath", chain: Chain, segment: bytes, map_id: bytes, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
     """Write a segment whose slots follow the disk, and a map for it. Returns (slots, what the map file is)."""
-    from onionskin._maplog import encode_header
+    from onionskin._maplog import MAGIC_SEGMENT, encode_header
 
     block_size, size_bytes, wipe_zero = path.block_size, path.size_bytes, chain.top.wipe == "zero"
     target = store.layout.segment_file(segment)
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        header = encode_header("ONIONSEG", uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
+        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
         os.pwrite(descriptor, header, 0)
         blocks = _needed_blocks(path, chain, size_bytes)
         done, total = 0, len(blocks) * block_size

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin._maplog import LayerMap, decode_header
+from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.chain import SIZE_BYTES_MAX, check_base, open_chain, read_chain
 from onionskin.errors import ChainError, FormatError, OnionskinError
@@ -250,11 +250,11 @@ def _check_layers(store: "Store") -> list[Problem]:
 def _segment_fault(path: Path, id: bytes, layer: LayerRow, slots: int) -> str | None:
     try:
         with path.open("rb") as file:
-            header = decode_header(file.read(4096), "ONIONSEG", path=str(path))
+            header = decode_header(file.read(4096), MAGIC_SEGMENT, path=str(path))
         size = path.stat().st_size
     except (OSError, FormatError) as error:
         return str(error)
-    if header["uuid"] != id or header["block_size"] != layer.block_size:
+    if header.uuid != id or header.block_size != layer.block_size:
         return "it is not the segment that the catalog names"
     if size < 4096 + slots * layer.block_size:
         return f"it is truncated: {size} bytes, and slot {slots - 1} is named"

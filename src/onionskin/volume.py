@@ -397,10 +397,8 @@ class Volume:
                 named = [*above, layer]
                 for id in named:
                     catalog.delete(SnapshotRow, "layer = ?", id)
-                for id in above:
-                    if catalog.row(LayerRow, "id = ?", id):
-                        free_unneeded(catalog, id)
-                free_unneeded(catalog, layer) if catalog.row(LayerRow, "id = ?", layer) else None
+                for id in named:
+                    free_unneeded(catalog, id)
 
             if self.head in above:
                 self._restart_on(layer, drop)
