@@ -253,7 +253,7 @@ def test_a_full_destination_is_enospc_and_copying_again_with_room_succeeds(
         assert contents_of(destination) == NOISE[:length]
 
 
-def test_a_write_that_fails_stops_all_threads(tmp_path: Path) -> None:
+def test_a_write_that_fails_is_reported_by_its_errno(tmp_path: Path) -> None:
     with file_of(tmp_path / "from", NOISE) as source, file_of(tmp_path / "to") as destination:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB + 10, before[1]))
@@ -265,6 +265,20 @@ def test_a_write_that_fails_stops_all_threads(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert failed.value.errno == errno.EFBIG
         assert job.bytes_done <= MIB + 10
+
+
+def test_after_a_failure_no_piece_is_begun(tmp_path: Path) -> None:
+    with (
+        file_of(tmp_path / "empty") as empty,
+        file_of(tmp_path / "from", NOISE) as source,
+        file_of(tmp_path / "to") as destination,
+    ):
+        assert empty < source  # extents are copied in the order of their sources
+        rows = [(source, destination, 0, 0, len(NOISE)), (empty, destination, 0, len(NOISE), 1)]
+        job = CopyJob(rows, threads=1)
+        with pytest.raises(OSError):
+            job.run()
+        assert job.bytes_done == 0
 
 
 @pytest.mark.parametrize(
