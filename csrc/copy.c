@@ -7,7 +7,7 @@
  * - what two files refuse once is not asked of them again.
  *
  * Little is lost by that. Measured on ext4 (Linux 6.18, 2 cores): 1 GiB in shuffled extents of 64 KiB into an existing
- * file, copy + fdatasync, in seconds (best and worst of two runs):
+ * file, copy + fdatasync, in seconds (two runs, of the bare calls in a loop, one call an extent):
  *
  *                           source in the page cache    source on the disk
  *   pread/pwrite, 1 thread        0.72 0.83                 1.17 1.20

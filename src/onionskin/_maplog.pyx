@@ -21,7 +21,7 @@ cdef extern from "blockmap.h" nogil:
     ctypedef uint64_t onion_place
     enum:
         ONION_SEGMENT_LAST
-        ONION_SLOT_LAST
+    const uint64_t ONION_SLOT_LAST
     const onion_place ONION_PLACE_HOLE
     const onion_place ONION_PLACE_ZERO
     uint32_t onion_place_segment(onion_place place)

@@ -115,16 +115,19 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
 def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
     """Remove a layer, and what is below it, as far up to the first that is needed; inside a transaction.
 
-    Their files become pending work. Returns the needed layer that it came to, or None.
+    Their files become pending work. Returns the needed layer that it came to, or None. A layer that is already gone
+    is passed over.
     """
     while layer_id is not None:
+        layer = catalog.row(LayerRow, "id = ?", layer_id)
+        if layer is None:
+            break
         if (
             catalog.row(LayerRow, "parent = ?", layer_id)
             or catalog.row(SnapshotRow, "layer = ?", layer_id)
             or catalog.row(VolumeRow, "head = ?", layer_id)
         ):
             return layer_id
-        layer = catalog.layer(layer_id)
         drop_layer(catalog, layer)
         layer_id = layer.parent
     catalog.delete(BaseRow, "id NOT IN (SELECT base FROM layers WHERE base IS NOT NULL)")

@@ -1,0 +1,71 @@
+"""onionskin: a copy-on-write snapshot engine for virtual disks.
+
+`Store` is the way in. Names are loaded when they are first used, so that importing the package costs little.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onionskin.errors import (
+        ChainError,
+        FormatError,
+        OnionskinError,
+        SnapshotExistsError,
+        SnapshotNotFoundError,
+        StateError,
+        VerifyError,
+        VolumeExistsError,
+        VolumeNotFoundError,
+    )
+    from onionskin.sizes import format_size, parse_size
+    from onionskin.snapshots import Snapshot
+    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.usage import Problem, Usage
+    from onionskin.volume import Volume
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(
+        (
+            "ChainError", "FormatError", "OnionskinError", "SnapshotExistsError", "SnapshotNotFoundError",
+            "StateError", "VerifyError", "VolumeExistsError", "VolumeNotFoundError",
+        ),
+        "onionskin.errors",
+    ),
+    **dict.fromkeys(("format_size", "parse_size"), "onionskin.sizes"),
+    **dict.fromkeys(("Problem", "Usage"), "onionskin.usage"),
+    **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
+    "Snapshot": "onionskin.snapshots",
+    "Volume": "onionskin.volume",
+}  # fmt: skip
+
+__all__ = [
+    "ChainError",
+    "FormatError",
+    "OnionskinError",
+    "Problem",
+    "Snapshot",
+    "SnapshotExistsError",
+    "SnapshotNotFoundError",
+    "StateError",
+    "Store",
+    "TreeNode",
+    "Usage",
+    "VerifyError",
+    "Volume",
+    "VolumeExistsError",
+    "VolumeInfo",
+    "VolumeNotFoundError",
+    "format_size",
+    "parse_size",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'onionskin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,315 @@
+"""Joining layers: folding a layer into its only child, compacting a head's map, merging into the base.
+
+What must hold: a new map file is durable before the one transaction that switches to it; that transaction also moves
+the segments and notes what has to be freed; reads do not change, whatever step a crash comes after.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onionskin import transfer
+from onionskin.barriers import sync_directory, sync_file
+from onionskin.catalog import (
+    BaseRow,
+    LayerRow,
+    PendingRow,
+    SegmentRow,
+    SnapshotRow,
+    VolumeRow,
+    new_id,
+)
+from onionskin.chain import Chain, read_chain
+from onionskin.errors import StateError
+from onionskin.locks import BaseLock
+from onionskin.pending import load_layer
+from onionskin.snapshots import find_snapshot, free_unneeded
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+    from onionskin.volume import Progress, Volume
+
+
+# ---- folding a layer into its only child ----
+
+
+def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None:
+    """Fold each of these layers into its child, where it has no name and only one, and that one is in reach."""
+    for id in layers:
+        if id is not None:
+            fold(volume, id)
+
+
+def fold(volume: "Volume", layer_id: bytes) -> bool:
+    """Fold one layer into its only child, if that can be done here; returns whether it was."""
+    catalog = volume.store.catalog
+    with catalog.reading():
+        lower = catalog.row(LayerRow, "id = ?", layer_id)
+        children = catalog.rows(LayerRow, "parent = ?", layer_id)
+        needed = catalog.row(SnapshotRow, "layer = ?", layer_id) or catalog.row(VolumeRow, "head = ?", layer_id)
+    if lower is None or needed or len(children) != 1:
+        return False
+    (upper,) = children
+    if upper.id == volume.head:
+        _fold_into_head(volume, lower, upper)
+    elif upper.sealed:
+        _fold_sealed(volume, lower, upper)
+    else:  # the head of another volume: whoever opens that one folds it
+        return False
+    volume.store.work_soon()
+    return True
+
+
+def _nothing_below(layer: LayerRow) -> bool:
+    return layer.parent is None and layer.base is None
+
+
+def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
+    store = volume.store
+    map_id = new_id()
+    path = store.layout.map_file(map_id)
+    with load_layer(store, lower) as folded:
+        with load_layer(store, upper) as upper_map:
+            folded.fold(upper_map)
+        if _nothing_below(lower):
+            folded.drop_zero()
+        length, frames, crc = folded.write(
+            str(path), map_id=map_id, wipe_zero=upper.wipe == "zero", size_bytes=upper.size_bytes
+        )
+    try:
+        sync_directory(store.layout.layers)  # BARRIER: folded map name
+
+        def switch() -> None:
+            _check_unchanged(store, lower, upper)
+            _switch_map(store, lower, upper, map_id, (length, frames, crc))
+
+        store.with_reserve(lambda: store.in_transaction(switch))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+
+
+def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
+    store = volume.store
+    segments = store.catalog.rows(SegmentRow, "layer = ?", lower.id)
+    source = (
+        str(store.layout.map_file(lower.map_id)),
+        lower.map_id,
+        lower.map_length,
+        lower.map_frames,
+        lower.map_crc,
+        [(segment.id, segment.slots) for segment in segments],
+    )
+    _rewrite(volume, upper, lower, source)
+
+
+def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: object) -> None:
+    store, map_id = volume.store, new_id()
+    volume.path.rewrite_map(
+        new_path=str(store.layout.map_file(map_id)),
+        new_id=map_id,
+        lower=source,
+        drop_zero=_nothing_below(lower or head),
+    )
+    try:
+
+        def switch() -> None:
+            if lower:
+                _check_unchanged(store, lower, head)
+            _switch_map(store, lower, head, map_id, (0, 0, 0))
+
+        store.with_reserve(lambda: store.in_transaction(switch))
+    except BaseException:
+        volume.path.rewrite_abort()
+        raise
+    volume.path.rewrite_commit()
+    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+
+
+def compact(volume: "Volume") -> None:
+    """Write the head's map log anew, without what is dead in it."""
+    _rewrite(volume, volume.store.catalog.layer(volume.head), None, None)
+
+
+def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
+    """Another process may have folded the same layers, or cloned one of them, since they were read."""
+    unchanged = (
+        store.catalog.layer(lower.id) == lower
+        and store.catalog.layer(upper.id) == upper
+        and [child.id for child in store.catalog.rows(LayerRow, "parent = ?", lower.id)] == [upper.id]
+        and not store.catalog.row(SnapshotRow, "layer = ?", lower.id)
+    )
+    if not unchanged:
+        raise StateError("the layers changed while they were merged: another process works on the tree; try again")
+
+
+def _switch_map(
+    store: "Store", lower: LayerRow | None, upper: LayerRow, map_id: bytes, written: tuple[int, int, int]
+) -> None:
+    """Give `upper` its new map, and all that `lower` had. Inside a transaction."""
+    catalog = store.catalog
+    catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
+    length, frames, crc = written
+    catalog.update(
+        LayerRow,
+        upper.id,
+        map_id=map_id,
+        map_lock_byte=catalog.take_lock_byte(),
+        map_length=length,
+        map_frames=frames,
+        map_crc=crc,
+    )
+    if lower is None:
+        return
+    wipe = "zero" if "zero" in (lower.wipe, upper.wipe) else upper.wipe
+    for segment in catalog.rows(SegmentRow, "layer = ?", lower.id):
+        catalog.update(SegmentRow, segment.id, layer=upper.id)
+        catalog.add_pending("scrub", segment.id, segment.lock_byte, wipe)
+    catalog.update(LayerRow, upper.id, parent=lower.parent, base=lower.base)
+    catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
+    catalog.delete(LayerRow, "id = ?", lower.id)
+
+
+def fold_unnamed_below(volume: "Volume") -> None:
+    """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
+    catalog = volume.store.catalog
+    named = {row.layer for row in catalog.rows(SnapshotRow)}
+    for layer in read_chain(catalog, volume.head).layers[:-1]:
+        if layer.id not in named:
+            fold(volume, layer.id)
+
+
+# ---- merging into the base ----
+
+
+def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress | None", threads: int) -> None:
+    """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`."""
+    store, catalog = volume.store, volume.store.catalog
+    chain = read_chain(catalog, volume.head)
+    if chain.base is None:
+        raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
+    if upto is None:
+        refuse_older(store, volume, chain, None)
+        target = volume.seal(lambda: None, lambda layer, created_ns: None).id
+    else:
+        target = find_snapshot(catalog, volume.row, upto).layer
+        if target not in {layer.id for layer in chain.layers}:
+            raise StateError(f"the disk does not descend from {upto!r}: revert to it (or to a newer one) first")
+        refuse_older(store, volume, chain, target)
+    folded = read_chain(catalog, target)
+    transfer.check_room(store, folded)
+    lock = _lock_base_alone(volume, chain.base)
+    try:
+        with catalog.transaction():
+            catalog.add_pending("base-merge", target, 0, volume.wipe)
+        _copy_into_base(store, folded, lock.descriptor, progress=progress, threads=threads)
+        dropped = _finish(store, folded)
+        base = read_chain(catalog, volume.head).base
+        assert base is not None
+        volume.path.rebase(path=base.path, size_bytes=base.size_bytes, dropped=dropped)
+    finally:
+        lock.close()
+        volume.base_lock = BaseLock(Path(chain.base.path))
+    fold_where_unnamed(volume, [target])
+    store.work_soon()
+
+
+def _lock_base_alone(volume: "Volume", base: BaseRow) -> BaseLock:
+    if volume.base_lock:
+        volume.base_lock.close()
+    try:
+        return BaseLock(Path(base.path), exclusive=True)
+    except StateError:
+        volume.base_lock = BaseLock(Path(base.path))
+        raise
+
+
+def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes | None) -> None:
+    """Raise where somebody needs the base, or a layer below the target, as it is now."""
+    catalog = store.catalog
+    ids = [layer.id for layer in chain.layers]
+    folded = ids[: ids.index(target) + 1] if target else ids
+    names = {row.id: row.name for row in catalog.rows(VolumeRow)}
+    needed = [
+        f"{names[row.volume]}@{row.name}"
+        for row in catalog.rows(SnapshotRow)
+        if row.layer in folded and row.layer != target
+    ]
+    for below in folded[:-1] if target else folded:
+        needed += [f"a branch on layer {child.id.hex()[:8]}" for child in catalog.rows(LayerRow, "parent = ?", below)
+                   if child.id not in ids]
+    assert chain.base is not None
+    paths = {base.id for base in catalog.rows(BaseRow) if base.path == chain.base.path}
+    for bottom in catalog.rows(LayerRow, "base IS NOT NULL AND id != ?", ids[0]):
+        if bottom.base in paths:
+            needed += [names[row.id] for row in catalog.rows(VolumeRow)
+                       if bottom.id in {layer.id for layer in catalog.chain(row.head)}] or ["a branch on the same base"]
+    if needed:
+        raise StateError(
+            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}: merge or discard those "
+            "snapshots, flatten or delete those volumes first"
+        )
+
+
+def _copy_into_base(
+    store: "Store", folded: Chain, descriptor: int, *, progress: "Progress | None", threads: int
+) -> None:
+    """Write what the layers hold into the base, and make it durable. May be done again."""
+    size_bytes = folded.top.size_bytes
+    if os.fstat(descriptor).st_size != size_bytes:
+        os.ftruncate(descriptor, size_bytes)
+    reflink = all(layer.wipe == "release" for layer in folded.layers)
+    with transfer.chain_path(store, folded) as path:
+        transfer.copy_runs(
+            store, path, descriptor, size_bytes, reflink=reflink, punch=reflink, progress=progress, threads=threads
+        )
+    sync_file(descriptor)  # BARRIER: merged base
+
+
+def _finish(store: "Store", folded: Chain) -> list[bytes]:
+    """Let what stood on the folded layers stand on the base. Returns the segments that are no longer read."""
+    catalog = store.catalog
+    assert folded.base is not None
+    dropped = [segment.id for rows in folded.segments.values() for segment in rows]
+    top = folded.top
+
+    def switch() -> None:
+        found = Path(folded.base.path).stat() if folded.base else None
+        assert found is not None and folded.base is not None
+        base = replace(
+            folded.base, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns, digest=None
+        )
+        catalog.update(
+            BaseRow, base.id, inode=base.inode, size_bytes=base.size_bytes, mtime_ns=base.mtime_ns, digest=None
+        )
+        for segment in catalog.rows(SegmentRow, "layer = ?", top.id):
+            catalog.add_pending("segment", segment.id, segment.lock_byte, top.wipe)
+        catalog.delete(SegmentRow, "layer = ?", top.id)
+        catalog.add_pending("map", top.map_id, top.map_lock_byte, top.wipe)
+        catalog.update(
+            LayerRow, top.id, parent=None, base=base.id, map_id=new_id(), map_lock_byte=catalog.take_lock_byte(),
+            map_length=0, map_frames=0, map_crc=0,
+        )
+        if top.parent:
+            free_unneeded(catalog, top.parent)
+        catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", top.id)
+
+    store.in_transaction(switch)
+    return dropped
+
+
+def resume_base_merge(store: "Store", target: bytes) -> None:
+    """Do again, to its end, a merge into the base that was interrupted. Nobody may have the base open."""
+    folded = read_chain(store.catalog, target)
+    assert folded.base is not None
+    lock = BaseLock(Path(folded.base.path), exclusive=True)
+    try:
+        _copy_into_base(store, folded, lock.descriptor, progress=None, threads=0)
+        _finish(store, folded)
+    finally:
+        lock.close()
+
+

@@ -1,0 +1,285 @@
+"""What snapshots hold, what they differ in, and whether the store is sound: all read from the maps, no block data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
+from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.chain import SIZE_BYTES_MAX, check_base, open_chain, read_chain
+from onionskin.errors import ChainError, FormatError, OnionskinError
+from onionskin.pending import load_layer
+from onionskin.snapshots import descendants, find_snapshot, nearest_name
+from onionskin.transfer import EXTENT_DTYPE
+
+if TYPE_CHECKING:
+    import numpy.typing
+
+    from onionskin.store import Store
+
+    Array = numpy.typing.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one snapshot costs; snapshot None stands for the head.
+
+    Attributes
+    ----------
+    bytes_held : int
+        Data written between the snapshot before it and this one.
+    bytes_freed_by_discard : int
+        Data that goes when it is discarded with all that descends from it.
+    bytes_freed_by_merge : int
+        Data that goes when it is merged: blocks that were written again after it.
+    """
+
+    snapshot: str | None
+    bytes_held: int
+    bytes_freed_by_discard: int
+    bytes_freed_by_merge: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that `check` found. severity is `error` (data is at risk) or `notice` (work that is left)."""
+
+    severity: str
+    what: str
+    where: str
+    advice: str
+
+
+def load_any(store: "Store", layer: LayerRow) -> LayerMap:
+    """Load the map of a sealed layer, or of a head as it is durable now. The caller closes it."""
+    if layer.sealed:
+        with load_layer(store, layer) as loaded:
+            copy = LayerMap(block_size=layer.block_size, block_count=SIZE_BYTES_MAX // layer.block_size)
+            copy.fold(loaded)
+            return copy
+    try:
+        return LayerMap.load(
+            str(store.layout.map_file(layer.map_id)),
+            map_id=layer.map_id,
+            block_size=layer.block_size,
+            block_count=SIZE_BYTES_MAX // layer.block_size,
+        )
+    except FileNotFoundError:
+        return LayerMap(block_size=layer.block_size, block_count=SIZE_BYTES_MAX // layer.block_size)
+
+
+def usage(store: "Store", name: str) -> list[Usage]:
+    """Return what each snapshot of a volume, and its head (last), hold."""
+    catalog = store.catalog
+    volume = catalog.volume(name)
+    layers = {layer.id: layer for layer in catalog.rows(LayerRow)}
+    rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
+    names = {row.layer: row.name for row in rows}
+    maps = {id: load_any(store, layer) for id, layer in layers.items() if _belongs(layers, id, volume, names)}
+    held = {id: layer_map.count()[0] * layers[id].block_size for id, layer_map in maps.items()}
+    children: dict[bytes, list[bytes]] = {}
+    for layer in layers.values():
+        if layer.parent:
+            children.setdefault(layer.parent, []).append(layer.id)
+
+    def freed_by_merge(id: bytes) -> int:
+        (only,) = children.get(id, []) if len(children.get(id, [])) == 1 else (None,)
+        shadowed = maps[id].count_shadowed(maps[only]) if only in maps else 0
+        return int(shadowed * layers[id].block_size)
+
+    def one(name: str | None, id: bytes) -> Usage:
+        own, layer = held[id], layers[id].parent
+        while layer in maps and layer not in names:
+            own, layer = own + held[layer], layers[layer].parent
+        gone = held[id] + sum(held.get(above, 0) for above in descendants(catalog, id))
+        return Usage(name, own, gone, freed_by_merge(id) if name else 0)
+
+    try:
+        return [one(row.name, row.layer) for row in rows] + [one(None, volume.head)]
+    finally:
+        for layer_map in maps.values():
+            layer_map.close()
+
+
+def _belongs(layers: dict[bytes, LayerRow], id: bytes, volume: VolumeRow, names: dict[bytes, str]) -> bool:
+    """Whether a layer is on the way to one of the volume's snapshots or to its head."""
+    tops = [*names, volume.head]
+    return any(id in _below(layers, top) for top in tops)
+
+
+def _below(layers: dict[bytes, LayerRow], top: bytes | None) -> set[bytes]:
+    found = set()
+    while top is not None:
+        found.add(top)
+        top = layers[top].parent
+    return found
+
+
+def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
+    """Return the extents that may differ between two snapshots (b None: the head, as it is durable)."""
+    catalog = store.catalog
+    volume = catalog.volume(name)
+    chain_a = read_chain(catalog, find_snapshot(catalog, volume, a).layer)
+    chain_b = read_chain(catalog, find_snapshot(catalog, volume, b).layer if b else volume.head)
+    shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
+    if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
+        raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common: compare exported images instead")
+    touched_a = _touched(store, [layer for layer in chain_a.layers if layer.id not in shared], chain_a.top.block_size)
+    touched_b = _touched(store, [layer for layer in chain_b.layers if layer.id not in shared], chain_b.top.block_size)
+    try:
+        stretches = touched_a.touched(touched_b)
+        state = _states(store, chain_b, b is None)
+        return _clip(_split(stretches, state, chain_b.top.block_size), _size(store, chain_b, b is None))
+    finally:
+        touched_a.close()
+        touched_b.close()
+
+
+def _touched(store: "Store", layers: list[LayerRow], block_size: int) -> LayerMap:
+    union = LayerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+    for layer in layers:
+        loaded = load_any(store, layer)
+        union.fold(loaded)
+        loaded.close()
+    return union
+
+
+def _size(store: "Store", chain: Any, head: bool) -> int:
+    if head:
+        path = store.path_of_head(chain.top.id)
+        if path is not None:
+            return int(path.size_bytes)
+    return int(chain.top.size_bytes)
+
+
+def _states(store: "Store", chain: Any, head: bool) -> "Array":
+    """Return the runs of what `b` reads: DATA, ZERO; what is in none of them is the base's."""
+    path = store.path_of_head(chain.top.id) if head else None
+    if path is not None:
+        return path.runs()
+    union = _touched(store, list(chain.layers), chain.top.block_size)
+    try:
+        runs = union.runs()
+    finally:
+        union.close()
+    out = numpy.empty(len(runs), dtype=EXTENT_DTYPE)
+    out["offset"] = runs["block_index"] * chain.top.block_size
+    out["length"] = runs["block_count"] * chain.top.block_size
+    out["state"] = runs["state"]
+    return out
+
+
+def _split(stretches: "Array", runs: "Array", block_size: int) -> "Array":
+    """Cut stretches of blocks at the borders of runs, so that each piece has one state (0: the base's)."""
+    names = stretches.dtype.names
+    assert names is not None
+    starts = stretches[names[0]].astype(numpy.int64) * block_size
+    ends = starts + stretches[names[1]].astype(numpy.int64) * block_size
+    run_starts = runs["offset"].astype(numpy.int64)
+    run_ends = run_starts + runs["length"].astype(numpy.int64)
+    cuts = numpy.unique(numpy.concatenate((starts, ends, run_starts, run_ends)))
+    if len(cuts) < 2:
+        return numpy.empty(0, dtype=EXTENT_DTYPE)
+    left, right = cuts[:-1], cuts[1:]
+    inside = _covered(left, starts, ends) >= 0
+    run = _covered(left, run_starts, run_ends)
+    out = numpy.empty(int(inside.sum()), dtype=EXTENT_DTYPE)
+    out["offset"], out["length"] = left[inside], (right - left)[inside]
+    states = runs["state"] if len(runs) else numpy.zeros(1, dtype=numpy.uint8)
+    out["state"] = numpy.where(run >= 0, states[numpy.maximum(run, 0)], 0)[inside]
+    return out
+
+
+def _covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
+    """Return for each point which of the sorted intervals it lies in, or -1."""
+    if not len(starts):
+        return numpy.full(len(points), -1)
+    at = numpy.searchsorted(starts, points, side="right") - 1
+    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)
+
+
+def _clip(extents: "Array", size_bytes: int) -> "Array":
+    extents = extents[extents["offset"] < size_bytes]
+    extents["length"] = numpy.minimum(extents["length"], size_bytes - extents["offset"])
+    return extents
+
+
+def check(store: "Store") -> list[Problem]:
+    """Look at every file that the catalog names. Reads headers and maps, and no block data."""
+    problems = [*_check_layers(store), *_check_bases(store), *_check_chains(store)]
+    catalog = store.catalog
+    for row in catalog.rows(PendingRow):
+        problems.append(
+            Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
+        )
+    named = {store.layout.map_file(row.map_id) for row in catalog.rows(LayerRow)}
+    named |= {store.layout.segment_file(row.id) for row in catalog.rows(SegmentRow)}
+    for row in catalog.rows(PendingRow):
+        named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
+    for directory in (store.layout.layers, store.layout.segments):
+        for path in sorted(set(directory.iterdir()) - named):
+            problems.append(Problem("notice", "a file that no row names", str(path), "'check --repair' removes it"))
+    return problems
+
+
+def _check_layers(store: "Store") -> list[Problem]:
+    problems = []
+    advice = "restore the file from a copy of the store"
+    for layer in store.catalog.rows(LayerRow):
+        try:
+            layer_map = load_any(store, layer)
+        except (OnionskinError, OSError) as error:
+            problems.append(Problem("error", str(error), str(store.layout.map_file(layer.map_id)), advice))
+            continue
+        segments = {row.id: row for row in store.catalog.rows(SegmentRow, "layer = ?", layer.id)}
+        for id in layer_map.segments:
+            slots = layer_map.live_slots(id)
+            if not len(slots):
+                continue
+            path = store.layout.segment_file(id)
+            named = int(slots[-1][0]) + int(slots[-1][1])
+            fault = "a map names a segment of another layer" if id not in segments else _segment_fault(path, id, layer, named)
+            if fault:
+                problems.append(Problem("error", fault, str(path), advice))
+        layer_map.close()
+    return problems
+
+
+def _segment_fault(path: Path, id: bytes, layer: LayerRow, slots: int) -> str | None:
+    try:
+        with path.open("rb") as file:
+            header = decode_header(file.read(4096), MAGIC_SEGMENT, path=str(path))
+        size = path.stat().st_size
+    except (OSError, FormatError) as error:
+        return str(error)
+    if header.uuid != id or header.block_size != layer.block_size:
+        return "it is not the segment that the catalog names"
+    if size < 4096 + slots * layer.block_size:
+        return f"it is truncated: {size} bytes, and slot {slots - 1} is named"
+    return None
+
+
+def _check_bases(store: "Store") -> list[Problem]:
+    problems = []
+    for base in store.catalog.rows(BaseRow):
+        try:
+            check_base(store.catalog, base)
+        except (OnionskinError, OSError) as error:
+            problems.append(Problem("error", str(error), base.path, "see 'onionskin relocate --help'"))
+    return problems
+
+
+def _check_chains(store: "Store") -> list[Problem]:
+    """Open every snapshot as a reader would."""
+    problems = []
+    for row in store.catalog.rows(SnapshotRow):
+        try:
+            open_chain(store.layout, read_chain(store.catalog, row.layer), writable=False).close()
+        except (OnionskinError, OSError) as error:
+            problems.append(Problem("error", str(error), f"snapshot {row.name}", "see the errors above"))
+    return problems
+
+
+__all__ = ["Problem", "Usage", "check", "diff", "nearest_name", "usage"]

@@ -1,0 +1,540 @@
+"""A volume that is open for writing, or a read-only view of a snapshot.
+
+What must hold: reading and writing go straight to the data path; what changes the tree is one catalog transaction, and
+the data path is told the outcome afterwards. A new data path is opened in full before the transaction that makes it
+the right one, so a failure at any step leaves the old one working.
+"""
+
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from onionskin import forks, merging, transfer
+from onionskin.catalog import (
+    CommitUnknownError,
+    LayerRow,
+    SegmentRow,
+    SnapshotRow,
+    VolumeRow,
+    new_id,
+)
+from onionskin.chain import Chain, NewHead, open_chain, read_chain
+from onionskin.diskfile import DiskFile
+from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.names import check_name
+from onionskin.snapshots import (
+    Snapshot,
+    descendants,
+    find_snapshot,
+    free_unneeded,
+    list_snapshots,
+    users_of,
+)
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin._volume import DataPath
+    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
+    from onionskin.store import Store
+
+    Array = numpy.typing.NDArray[Any]
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+
+
+class Volume:
+    """One open volume. Made by `Store.create` and `Store.open`; a context manager that flushes and closes.
+
+    Offsets and lengths are bytes; block indices count blocks of `block_size`. Reading and writing may be done from any
+    number of threads; operations on snapshots are one after the other. Nothing written is durable before `flush`,
+    `snapshot`, `resize` or `close`.
+    """
+
+    def __init__(
+        self,
+        store: "Store",
+        row: VolumeRow,
+        path: "DataPath",
+        chain: Chain,
+        *,
+        locks: "ByteLocks",
+        base_lock: "BaseLock | None",
+        volume_lock: "VolumeLock | None",
+        snapshot: str | None = None,
+    ) -> None:
+        self.store = store
+        self.row = row
+        self.path = path
+        self.locks = locks
+        self.snapshot_name = snapshot
+        self.base_lock = base_lock
+        self.head = chain.top.id
+        self.block_size: int = chain.top.block_size
+        self.wipe: str = chain.top.wipe
+        self._volume_lock = volume_lock
+        self._guard = threading.RLock()
+        self._closed = False
+        self._forked = False
+        forks.register(self)
+
+    # ---- what it is ----
+
+    @property
+    def name(self) -> str:
+        """The volume's name."""
+        return self.row.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk in bytes."""
+        return int(self.path.size_bytes)
+
+    @property
+    def writable(self) -> bool:
+        """Whether this is the head, and not a view of a snapshot."""
+        return self._volume_lock is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        at = f"@{self.snapshot_name}" if self.snapshot_name else ""
+        return f"<Volume {self.store.path}/{self.name}{at}{' closed' if self._closed else ''}>"
+
+    def __enter__(self) -> "Volume":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- bytes ----
+
+    def _on_path(self, call: "Callable[[DataPath], Result]") -> Result:
+        """Run a call; again on the new data path if a revert replaced the old one meanwhile."""
+        while True:
+            path = self.path
+            try:
+                return call(path)
+            except StateError:
+                if path is self.path:
+                    raise
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        OSError
+            EIO where a file under the volume fails or was truncated.
+        """
+        return self._on_path(lambda path: path.read(offset, length))
+
+    def readinto(self, offset: int, buffer: Any) -> int:
+        """Fill a writable buffer from `offset` on; returns its length in bytes."""
+        return self._on_path(lambda path: path.readinto(offset, buffer))
+
+    def write(self, offset: int, data: Any) -> int:
+        """Write a buffer at `offset`; returns its length in bytes.
+
+        Raises
+        ------
+        OSError
+            ENOSPC where the disk is full: the bytes before the failed block may be written, nothing else changed.
+        StateError
+            A view, closed, or poisoned by a failed sync.
+        """
+        return self._on_path(lambda path: path.write(offset, data))
+
+    def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Array | None" = None) -> "Array":
+        """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""
+        return self._on_path(lambda path: path.read_blocks(block_indices, out))
+
+    def write_blocks(self, block_indices: "Sequence[int] | Array", data: Any) -> None:
+        """Write n whole blocks from a buffer of n * block_size bytes. Of an index given twice the last one counts."""
+        self._on_path(lambda path: path.write_blocks(block_indices, data))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read zero, without writing zeros where whole blocks can be forgotten."""
+        self._on_path(lambda path: path.zero(offset, length))
+
+    def trim(self, offset: int, length: int) -> None:
+        """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush."""
+        self._on_path(lambda path: path.trim(offset, length))
+
+    def view(self, offset: int, length: int) -> "Array":
+        """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
+
+        The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard.
+        """
+        return self._on_path(lambda path: path.view(offset, length, (self.locks, self.base_lock)))
+
+    def flush(self) -> None:
+        """Make everything that was written before the call durable.
+
+        Raises
+        ------
+        OSError
+            ENOSPC: nothing changed, it can be tried again. Any other failure of a sync poisons the volume.
+        """
+        self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
+        self._scrub_adopted()
+
+    def _scrub_adopted(self) -> None:
+        wanted = self.path.scrub_wanted()
+        if wanted:
+            self.store.scrub(wanted, self.wipe)
+
+    def resize(self, size: "int | str", *, force: bool = False) -> None:
+        """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero."""
+        from onionskin.sizes import parse_size
+
+        size_bytes = parse_size(size)
+        with self._operation():
+            if size_bytes < self.size_bytes and not force:
+                raise StateError(
+                    f"resize would cut {self.name!r} from {self.size_bytes} to {size_bytes} bytes and lose what lies "
+                    "behind: pass force if that is meant"
+                )
+            self.path.resize(size_bytes)
+            with self.store.catalog.transaction():
+                self.store.catalog.update(LayerRow, self.head, size_bytes=size_bytes)
+
+    def open_file(self) -> io.RawIOBase:
+        """Return the disk as a raw, unbuffered, seekable binary file."""
+        return DiskFile(self)
+
+    def extents(self) -> "Array":
+        """Return what is not the base's (or a hole): structured (offset, length, state), bytes; state 1 DATA, 2 ZERO."""
+        return transfer.extents(self)
+
+    # ---- snapshots ----
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The volume's snapshots, oldest first."""
+        return list_snapshots(self.store.catalog, self.row)
+
+    def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
+        """Name the disk as it is now. Everything written before the call is in it, and durable on return.
+
+        Parameters
+        ----------
+        name : str
+            At most 255 bytes, without '/', '@' and control characters.
+        note : str
+            Kept with it.
+        guid : str, optional
+            32 hex digits; drawn where not given. `apply` keeps the one of the other store.
+
+        Raises
+        ------
+        SnapshotExistsError
+            The name is taken.
+        OSError
+            ENOSPC: no snapshot was taken, the volume goes on.
+        """
+        check_name("snapshot", name)
+        guid_bytes = bytes.fromhex(guid) if guid else new_id()
+        with self._operation():
+
+            def name_it(sealed: LayerRow, created_ns: int) -> None:
+                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note)
+                self.store.catalog.insert(row)
+
+            def check_free() -> None:
+                if self.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
+                    raise SnapshotExistsError(f"volume {self.name!r} already has a snapshot {name!r}: choose another name")
+
+            self.seal(check_free, name_it)
+        return next(snapshot for snapshot in self.snapshots if snapshot.name == name)
+
+    def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
+        """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""
+        catalog = self.store.catalog
+        self._need_spare()
+        old = catalog.layer(self.head)
+        head = NewHead.on(old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes)
+        is_sealed = False
+        try:
+            with catalog.transaction():
+                check()
+                sealed = self.path.seal(map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id)
+                is_sealed = True
+                spare_row = self._write_sealed(old, sealed, head)
+                row = catalog.layer(old.id)
+                also(row, head.layer.created_ns)
+        except CommitUnknownError:
+            self.path.poison()
+            raise
+        except BaseException:
+            if is_sealed:
+                self.path.seal_abort()
+            raise
+        self.head = head.layer.id
+        self.path.seal_commit(spare_row.id)
+        self.locks.take_shared(read_chain(catalog, self.head).lock_bytes)
+        return row
+
+    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
+        """Write what a seal changes: the old head's files as they are now, the new head with the old one's spare."""
+        catalog = self.store.catalog
+        catalog.update(
+            LayerRow,
+            old.id,
+            sealed=1,
+            size_bytes=sealed.size_bytes,
+            map_length=sealed.map_length,
+            map_frames=sealed.map_frames,
+            map_crc=sealed.map_crc,
+        )
+        (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", old.id)
+        for id, slots in sealed.segments:
+            if slots:
+                catalog.update(SegmentRow, id, role="sealed", slots=slots)
+        catalog.delete(SegmentRow, "layer = ? AND role = 'own'", old.id)  # never made: no file, no row
+        layer = head.layer
+        byte = catalog.take_lock_byte()
+        catalog.insert(
+            LayerRow(
+                layer.id, old.id, None, layer.block_size, layer.wipe, sealed.size_bytes, 0, layer.map_id, byte, 0, 0, 0,
+                layer.created_ns,
+            )
+        )
+        catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
+        next_spare = SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte())
+        catalog.insert(next_spare)
+        self.store.set_head(self.row, layer.id)
+        return next_spare
+
+    def _need_spare(self) -> None:
+        """Register a spare segment where an aborted snapshot used it up."""
+        if self.path.has_spare:
+            return
+        catalog = self.store.catalog
+        with catalog.transaction():
+            for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head):
+                catalog.update(SegmentRow, row.id, role="own")
+            spare = SegmentRow(new_id(), self.head, "spare", 0, catalog.take_lock_byte())
+            catalog.insert(spare)
+        self.path.set_spare(spare.id)
+        self.locks.take_shared({spare.lock_byte})
+
+    def revert(self, name: str) -> None:
+        """Make the disk read as a snapshot again. What was written since the last snapshot is dropped.
+
+        The snapshot stays, and so do newer ones. Durable on return. Other threads' calls go on, on the old disk or on
+        the new one.
+        """
+        with self._operation():
+            target = find_snapshot(self.store.catalog, self.row, name).layer
+            self._restart_on(target, lambda: None)
+
+    def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
+        """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
+        catalog = self.store.catalog
+        below = read_chain(catalog, layer_id)
+        top = below.top
+        head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
+        if not self.locks.take_shared(below.lock_bytes):
+            raise StateError("files of the snapshot are being wiped: try again when that is done")
+        new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
+        old_head = self.head
+        try:
+
+            def commit() -> None:
+                with catalog.transaction():
+                    head.insert(catalog)
+                    self.store.set_head(self.row, head.layer.id)
+                    also()
+                    free_unneeded(catalog, old_head)
+
+            self.store.with_reserve(commit)
+        except CommitUnknownError:
+            self.path.poison()
+            new_path.close()
+            raise
+        except BaseException:
+            new_path.close()
+            raise
+        self._switch(new_path, head.layer.id)
+
+    def _switch(self, new_path: "DataPath", head: bytes) -> None:
+        old_path, self.path, self.head = self.path, new_path, head
+        old_path.close()
+        chain = read_chain(self.store.catalog, head)
+        self.locks.take_shared(chain.lock_bytes)
+        self.locks.keep_shared(chain.lock_bytes)
+        self.store.work_soon()
+
+    def discard(self, name: str, *, recursive: bool = False) -> None:
+        """Drop a snapshot's name and all that was written after it on its branch.
+
+        If the head descends from it, the disk reads as when the snapshot was taken.
+
+        Raises
+        ------
+        StateError
+            A descendant has a name and `recursive` is not given, or a clone needs one; they are listed.
+        """
+        with self._operation():
+            catalog = self.store.catalog
+            layer = find_snapshot(catalog, self.row, name).layer
+            above = descendants(catalog, layer)
+            self._refuse_discard(name, above, recursive)
+            parent = catalog.layer(layer).parent
+
+            def drop() -> None:
+                named = [*above, layer]
+                for id in named:
+                    catalog.delete(SnapshotRow, "layer = ?", id)
+                for id in named:
+                    free_unneeded(catalog, id)
+
+            if self.head in above:
+                self._restart_on(layer, drop)
+            else:
+                self.store.with_reserve(lambda: self.store.in_transaction(drop))
+                self.store.work_soon()
+            merging.fold_where_unnamed(self, [layer, parent])
+
+    def _refuse_discard(self, name: str, above: set[bytes], recursive: bool) -> None:
+        catalog = self.store.catalog
+        users = users_of(catalog, above, besides=self.row.id)
+        if users:
+            raise StateError(
+                f"snapshot {name!r} is needed by {', '.join(users)}: delete or flatten those volumes first, or merge the "
+                "snapshot instead"
+            )
+        named = sorted(row.name for row in catalog.rows(SnapshotRow, "volume = ?", self.row.id) if row.layer in above)
+        if named and not recursive:
+            raise StateError(
+                f"snapshots were taken after {name!r}: {', '.join(named)}; pass recursive to discard them too, or merge "
+                f"{name!r} to keep what was written"
+            )
+
+    def merge(self, name: str) -> None:
+        """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
+
+        No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
+        children stays, without a name, until one is left.
+        """
+        with self._operation():
+            catalog = self.store.catalog
+            row = find_snapshot(catalog, self.row, name)
+
+            def drop() -> None:
+                catalog.delete(SnapshotRow, "volume = ? AND name = ?", self.row.id, name)
+                free_unneeded(catalog, row.layer)
+
+            self.store.with_reserve(lambda: self.store.in_transaction(drop))
+            merging.fold_where_unnamed(self, [row.layer])
+
+    def merge_into_base(self, upto: str | None = None, *, progress: Progress | None = None, threads: int = 0) -> None:
+        """Fold the layers up to a snapshot, or the whole volume, into the base file.
+
+        Raises
+        ------
+        StateError
+            An older snapshot, another branch, a clone or another volume needs the base as it is (listed).
+        OSError
+            ENOSPC: there is no room, checked before anything is written.
+        """
+        with self._operation():
+            merging.merge_into_base(self, upto, progress=progress, threads=threads)
+
+    def flatten(self, *, progress: Progress | None = None) -> None:
+        """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
+        with self._operation():
+            transfer.flatten(self, progress=progress)
+
+    def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
+        """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
+        if self.writable:
+            self.flush()
+        transfer.export(self, os.fspath(path), progress=progress)
+
+    def diff(self, a: str, b: str | None = None) -> "Array":
+        """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
+        if b is None and self.writable:
+            self.flush()
+        return self.store.diff(self.name, a, b)
+
+    def usage(self) -> list[Any]:
+        """Return what each snapshot holds and what discard or merge of it would free."""
+        if self.writable:
+            self.flush()
+        return self.store.usage(self.name)
+
+    # ---- the end ----
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        """Hold the volume for one operation on its tree."""
+        if self._forked:
+            raise forks.forked_error(f"volume {self.name!r}")
+        with self._guard:
+            if self._closed:
+                raise StateError(f"volume {self.name!r} is closed: open it again")
+            if not self.writable:
+                raise StateError(f"{self!r} is a view of a snapshot: open the volume itself")
+            if self.path.poisoned:
+                raise StateError(f"volume {self.name!r} is poisoned by a failed sync: close it and open it again")
+            yield
+
+    def wait_for_readers(self) -> None:
+        """Return when every read that began before has ended."""
+        self.path.wait_for_readers()
+
+    def restart(self, layer_id: bytes, also: Callable[[], None]) -> None:
+        """Replace the head by an empty child of a layer: for the modules of the same layer of the code."""
+        self._restart_on(layer_id, also)
+
+    def close(self) -> None:
+        """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
+        with self._guard:
+            if self._closed or self._forked:
+                return
+            self._closed = True
+            try:
+                if self.writable and not self.path.poisoned:
+                    self._flush_and_compact()
+            finally:
+                self._release()
+
+    def _flush_and_compact(self) -> None:
+        self.flush()
+        if self.path.map_dead_ratio() > 0.5:
+            merging.compact(self)
+        self.store.work_soon()
+        self.store.finish_work()
+
+    def _release(self) -> None:
+        self.path.close()
+        self.store.forget(self)
+        if self.writable:
+            self.locks.close()
+            if self.base_lock:
+                self.base_lock.close()
+        # A view's locks end with the last array over it: they close when nothing refers to them.
+        del self.locks
+        self.base_lock = None
+        if self._volume_lock:
+            self._volume_lock.close()
+
+    def after_fork(self) -> None:
+        """In the child of a fork: raise from now on, release nothing."""
+        self._forked = True
+        self.path.after_fork()
+
+
+__all__ = ["Snapshot", "SnapshotNotFoundError", "Volume"]

@@ -1,0 +1,68 @@
+"""File systems in loop-mounted images: what a test needs to look at the bytes on the medium.
+
+The fixtures give functions: ``mount(size_bytes) -> Path`` makes an image, mounts it, and hands out the
+directory. The image is ``image_of(directory)``; ``unmount(directory)`` writes all to it. All is unmounted at
+the end of the test. They need root, ``mount`` and the mkfs tools, and fail without them: a wipe that nobody
+looked at on a medium is not tested.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+Mount = Callable[..., Path]  # (size_bytes: int = the least) -> directory
+
+# mkfs command and the least size that it takes.
+MKFS = {
+    "ext4": (["mkfs.ext4", "-q", "-F"], 16 * MIB),
+    "xfs": (["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], 320 * MIB),
+    "btrfs": (["mkfs.btrfs", "-q", "-f"], 128 * MIB),
+}
+
+
+def image_of(directory: Path) -> Path:
+    return directory.with_suffix(".img")
+
+
+def unmount(directory: Path) -> None:
+    subprocess.run(["umount", directory], check=True)
+
+
+def _mounts(kind: str, tmp_path: Path) -> Iterator[Mount]:
+    mkfs, size_bytes_min = MKFS[kind]
+    made: list[Path] = []
+
+    def mount(size_bytes: int = size_bytes_min) -> Path:
+        directory = tmp_path / f"{kind}-{len(made)}"
+        directory.mkdir()
+        with image_of(directory).open("wb") as image:
+            image.truncate(max(size_bytes, size_bytes_min))
+        subprocess.run([*mkfs, image_of(directory)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["mount", "-o", "loop", image_of(directory), directory], check=True)
+        made.append(directory)
+        return directory
+
+    yield mount
+    for directory in made:
+        if directory.is_mount():
+            # Lazily: a test that failed may still hold a file open.
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.fixture
+def ext4_mount(tmp_path: Path) -> Iterator[Mount]:
+    yield from _mounts("ext4", tmp_path)
+
+
+@pytest.fixture
+def xfs_mount(tmp_path: Path) -> Iterator[Mount]:
+    """XFS with reflink."""
+    yield from _mounts("xfs", tmp_path)
+
+
+@pytest.fixture
+def btrfs_mount(tmp_path: Path) -> Iterator[Mount]:
+    yield from _mounts("btrfs", tmp_path)
