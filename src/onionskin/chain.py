@@ -166,7 +166,9 @@ class NewHead:
     spare: bytes
 
     @classmethod
-    def on(cls, parent: LayerRow | None, *, base: BaseRow | None, block_size: int, wipe: str, size_bytes: int) -> "NewHead":
+    def on(
+        cls, parent: LayerRow | None, *, base: BaseRow | None, block_size: int, wipe: str, size_bytes: int
+    ) -> "NewHead":
         """Describe an empty head over `parent`, or over `base`, or over nothing."""
         layer = LayerRow(
             id=new_id(),

@@ -41,9 +41,7 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
 
 def _is_locked(descriptor: int, start: int, count: int) -> bool:
     """Whether another open file description holds any lock on the bytes."""
-    answer = fcntl.fcntl(
-        descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-    )
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
@@ -105,9 +103,7 @@ class ByteLocks:
     def exclusive(self, number: int) -> Iterator[bool]:
         """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it."""
         with self._guard:
-            held = number not in self._exclusive and _set_lock(
-                self._open_descriptor(), fcntl.F_WRLCK, number, 1
-            )
+            held = number not in self._exclusive and _set_lock(self._open_descriptor(), fcntl.F_WRLCK, number, 1)
             if held:
                 self._exclusive.add(number)
         try:

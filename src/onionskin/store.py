@@ -270,9 +270,7 @@ class Store:
             layer = self.catalog.layer(find_snapshot(self.catalog, source, snapshot).layer)
             policy = wipe or layer.wipe
             _check_geometry(layer.block_size, policy)
-            head = NewHead.on(
-                layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes
-            )
+            head = NewHead.on(layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes)
             self._insert_volume(new_name, head)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
@@ -307,7 +305,9 @@ class Store:
             above |= descendants(self.catalog, snapshot.layer)
         users = users_of(self.catalog, above, besides=row.id)
         if users:
-            raise StateError(f"volume {row.name!r} has snapshots that {', '.join(users)} need: delete or flatten those first")
+            raise StateError(
+                f"volume {row.name!r} has snapshots that {', '.join(users)} need: delete or flatten those first"
+            )
         if named and not recursive:
             names = ", ".join(sorted(snapshot.name for snapshot in named))
             raise StateError(f"volume {row.name!r} has snapshots: {names}; pass recursive to remove them too")
@@ -321,9 +321,7 @@ class Store:
                 raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}: choose another name")
             self.catalog.update(VolumeRow, row.id, name=new_name)
 
-    def relocate(
-        self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False
-    ) -> None:
+    def relocate(self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
 
         Without `trust` and `verify` the file must have the size and modification time that the base had; `verify`
@@ -335,13 +333,17 @@ class Store:
             raise ChainError(f"volume {name!r} has no base to relocate")
         old, new = chain.base, base_row(Path(base))
         if new.size_bytes != old.size_bytes:
-            raise ChainError(f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image")
+            raise ChainError(
+                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
+            )
         if verify and old.digest is None:
             raise ChainError("no digest of the base was taken by create(digest=True): relocate with trust instead")
         if verify and digest_of(Path(new.path)) != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
-            raise ChainError(f"{new.path} was modified at another time than the base: pass trust if it is the same image")
+            raise ChainError(
+                f"{new.path} was modified at another time than the base: pass trust if it is the same image"
+            )
         with self.catalog.transaction():
             for other in self.catalog.rows(BaseRow, "path = ?", old.path):
                 self.catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin import forks, merging, transfer
@@ -24,6 +25,7 @@ from onionskin.catalog import (
 from onionskin.chain import Chain, NewHead, open_chain, read_chain
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
@@ -31,6 +33,7 @@ from onionskin.snapshots import (
     find_snapshot,
     free_unneeded,
     list_snapshots,
+    nearest_name,
     users_of,
 )
 
@@ -220,6 +223,26 @@ class Volume:
     # ---- snapshots ----
 
     @property
+    def parent(self) -> Snapshot | None:
+        """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
+        names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
+        name = nearest_name(layers, names, layers[self.head].parent)
+        return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
+
+    @property
+    def head_changed(self) -> bool:
+        """Whether anything was written, trimmed or resized since `parent`. Flushes, to know."""
+        self.flush()
+        named = {row.layer for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        chain = read_chain(self.store.catalog, self.head).layers
+        above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
+        below = chain[-len(above) - 1] if len(above) < len(chain) else None
+        if below and below.size_bytes != self.size_bytes:
+            return True
+        return any(map_is_used(self.store, layer) for layer in above)
+
+    @property
     def snapshots(self) -> list[Snapshot]:
         """The volume's snapshots, oldest first."""
         return list_snapshots(self.store.catalog, self.row)
@@ -253,7 +276,9 @@ class Volume:
 
             def check_free() -> None:
                 if self.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
-                    raise SnapshotExistsError(f"volume {self.name!r} already has a snapshot {name!r}: choose another name")
+                    raise SnapshotExistsError(
+                        f"volume {self.name!r} already has a snapshot {name!r}: choose another name"
+                    )
 
             self.seal(check_free, name_it)
         return next(snapshot for snapshot in self.snapshots if snapshot.name == name)
@@ -268,7 +293,9 @@ class Volume:
         try:
             with catalog.transaction():
                 check()
-                sealed = self.path.seal(map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id)
+                sealed = self.path.seal(
+                    map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
+                )
                 is_sealed = True
                 spare_row = self._write_sealed(old, sealed, head)
                 row = catalog.layer(old.id)
@@ -306,7 +333,18 @@ class Volume:
         byte = catalog.take_lock_byte()
         catalog.insert(
             LayerRow(
-                layer.id, old.id, None, layer.block_size, layer.wipe, sealed.size_bytes, 0, layer.map_id, byte, 0, 0, 0,
+                layer.id,
+                old.id,
+                None,
+                layer.block_size,
+                layer.wipe,
+                sealed.size_bytes,
+                0,
+                layer.map_id,
+                byte,
+                0,
+                0,
+                0,
                 layer.created_ns,
             )
         )

@@ -180,7 +180,9 @@ class StoreMachine(RuleBasedStateMachine):
             disk = self.model.volumes[name].disk
             assert volume.size_bytes == len(disk)
             assert volume.read(0, len(disk)) == disk
-        names = {(info.name, snapshot.name) for info in self.store.volumes() for snapshot in self.store.snapshots(info.name)}
+        names = {
+            (info.name, snapshot.name) for info in self.store.volumes() for snapshot in self.store.snapshots(info.name)
+        }
         assert names == {(snapshot.volume, snapshot.name) for snapshot in self.model.snapshots}
 
 
