@@ -162,7 +162,7 @@ class Catalog:
         self._depth = 0
         if not path.exists():
             if not create:
-                raise VolumeNotFoundError(f"{path.parent} is not a store: make one with 'onionskin create'")
+                raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
             _make(path)
         self._connection = _connect(path)
         forks.register(self)
@@ -176,7 +176,7 @@ class Catalog:
             raise FormatError(f"{self.path} is a SQLite file, but not the catalog of a store")
         if version != SCHEMA_VERSION:
             raise FormatError(
-                f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}: use a newer onionskin"
+                f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
 
     # ---- transactions ----
@@ -311,7 +311,7 @@ class Catalog:
         found = self.row(VolumeRow, "name = ?", name)
         if found is None:
             raise VolumeNotFoundError(
-                f"the store {self.path.parent} has no volume {name!r}: 'onionskin tree' lists them"
+                f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
             )
         return found
 
@@ -390,11 +390,11 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
     if primary == sqlite3.SQLITE_FULL:
-        return OSError(ENOSPC, "the disk is full: free some room, or discard snapshots", str(path))
+        return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StateError(f"{path} is locked by another process for over a minute: try again when it is done")
+        return StateError(f"{path} is locked by another process for over a minute; try again when it is done")
     if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT):
-        return FormatError(f"{path} is damaged ({error}): restore it from a copy of the store")
+        return FormatError(f"{path} is damaged ({error}); restore it from a copy of the store")
     if primary in (
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_CANTOPEN,

@@ -137,7 +137,7 @@ class ByteLocks:
 
     def _open_descriptor(self) -> int:
         if self._descriptor < 0:
-            raise StateError(f"the locks of {self.path} are closed: open the volume again")
+            raise StateError(f"the locks of {self.path} are closed; open the volume again")
         return self._descriptor
 
 
@@ -161,7 +161,7 @@ class VolumeLock:
             if not _set_lock(self._descriptor, fcntl.F_WRLCK, 0, 1):
                 holder = _read_holder(self._descriptor)
                 raise StateError(
-                    f"volume {volume_name!r} is open for writing in {holder}: close it there, "
+                    f"volume {volume_name!r} is open for writing in {holder}; close it there, "
                     "or open one of its snapshots instead"
                 )
             os.ftruncate(self._descriptor, 0)
@@ -233,9 +233,9 @@ class BaseLock:
             os.close(self.descriptor)
             self.descriptor = -1
             raise StateError(
-                f"the base {path} is in use: close the volumes and views that stand on it, and try again"
+                f"the base {path} is in use; close the volumes and views that stand on it, and try again"
                 if exclusive
-                else f"a merge is writing the base {path}: wait for it to end, and open again"
+                else f"a merge is writing the base {path}; wait for it to end, and open again"
             )
         forks.register(self)
 

@@ -197,7 +197,7 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
     else:
         target = find_snapshot(catalog, volume.row, upto).layer
         if target not in {layer.id for layer in chain.layers}:
-            raise StateError(f"the disk does not descend from {upto!r}: revert to it (or to a newer one) first")
+            raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
         refuse_older(store, volume, chain, target)
     folded = read_chain(catalog, target)
     transfer.check_room(store, folded)
@@ -255,7 +255,7 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
             ] or ["a branch on the same base"]
     if needed:
         raise StateError(
-            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}: merge or discard those "
+            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}; merge or discard those "
             "snapshots, flatten or delete those volumes first"
         )
 

@@ -151,4 +151,4 @@ def _sweep(path: "os.PathLike[str]") -> None:
 def require_no_base_merge(store: "Store") -> None:
     """Refuse while a merge into a base waits to be resumed by the volume that began it."""
     if store.catalog.row(PendingRow, "kind = 'base-merge'"):
-        raise StateError("a merge into a base is pending: open its volume for writing, which resumes it")
+        raise StateError("a merge into a base is pending; open its volume for writing, which resumes it")

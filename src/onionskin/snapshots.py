@@ -54,7 +54,7 @@ def find_snapshot(catalog: Catalog, volume: VolumeRow, name: str) -> SnapshotRow
     row = catalog.row(SnapshotRow, "volume = ? AND name = ?", volume.id, name)
     if row is None:
         raise SnapshotNotFoundError(
-            f"volume {volume.name!r} has no snapshot {name!r}: 'onionskin tree' lists those it has"
+            f"volume {volume.name!r} has no snapshot {name!r}; 'onionskin tree' lists those it has"
         )
     return row
 

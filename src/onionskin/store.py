@@ -187,7 +187,7 @@ class Store:
 
     def _insert_volume(self, name: str, head: NewHead) -> None:
         if self.catalog.row(VolumeRow, "name = ?", name):
-            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}: choose another name")
+            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}; choose another name")
         head.insert(self.catalog)
         self.catalog.insert(VolumeRow(new_id(), name, head.layer.id, head.layer.created_ns))
 
@@ -306,7 +306,7 @@ class Store:
         users = users_of(self.catalog, above, besides=row.id)
         if users:
             raise StateError(
-                f"volume {row.name!r} has snapshots that {', '.join(users)} need: delete or flatten those first"
+                f"volume {row.name!r} has snapshots that {', '.join(users)} need; delete or flatten those first"
             )
         if named and not recursive:
             names = ", ".join(sorted(snapshot.name for snapshot in named))
@@ -318,7 +318,7 @@ class Store:
         with self.catalog.transaction():
             row = self.catalog.volume(name)
             if self.catalog.row(VolumeRow, "name = ?", new_name):
-                raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}: choose another name")
+                raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}; choose another name")
             self.catalog.update(VolumeRow, row.id, name=new_name)
 
     def relocate(self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False) -> None:
@@ -337,12 +337,12 @@ class Store:
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
             )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken by create(digest=True): relocate with trust instead")
+            raise ChainError("no digest of the base was taken by create(digest=True); relocate with trust instead")
         if verify and digest_of(Path(new.path)) != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
-                f"{new.path} was modified at another time than the base: pass trust if it is the same image"
+                f"{new.path} was modified at another time than the base; pass trust if it is the same image"
             )
         with self.catalog.transaction():
             for other in self.catalog.rows(BaseRow, "path = ?", old.path):

@@ -107,7 +107,7 @@ def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
     chain_b = read_chain(catalog, find_snapshot(catalog, volume, b).layer if b else volume.head)
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
-        raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common: compare exported images instead")
+        raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common; compare exported images instead")
     touched_a = _touched(store, [layer for layer in chain_a.layers if layer.id not in shared], chain_a.top.block_size)
     touched_b = _touched(store, [layer for layer in chain_b.layers if layer.id not in shared], chain_b.top.block_size)
     try:

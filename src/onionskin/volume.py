@@ -206,7 +206,7 @@ class Volume:
             if size_bytes < self.size_bytes and not force:
                 raise StateError(
                     f"resize would cut {self.name!r} from {self.size_bytes} to {size_bytes} bytes and lose what lies "
-                    "behind: pass force if that is meant"
+                    "behind; pass force if that is meant"
                 )
             self.path.resize(size_bytes)
             with self.store.catalog.transaction():
@@ -277,7 +277,7 @@ class Volume:
             def check_free() -> None:
                 if self.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
                     raise SnapshotExistsError(
-                        f"volume {self.name!r} already has a snapshot {name!r}: choose another name"
+                        f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
             self.seal(check_free, name_it)
@@ -384,7 +384,7 @@ class Volume:
         top = below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         if not self.locks.take_shared(below.lock_bytes):
-            raise StateError("files of the snapshot are being wiped: try again when that is done")
+            raise StateError("files of the snapshot are being wiped; try again when that is done")
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
         old_head = self.head
         try:
@@ -450,7 +450,7 @@ class Volume:
         users = users_of(catalog, above, besides=self.row.id)
         if users:
             raise StateError(
-                f"snapshot {name!r} is needed by {', '.join(users)}: delete or flatten those volumes first, or merge the "
+                f"snapshot {name!r} is needed by {', '.join(users)}; delete or flatten those volumes first, or merge the "
                 "snapshot instead"
             )
         named = sorted(row.name for row in catalog.rows(SnapshotRow, "volume = ?", self.row.id) if row.layer in above)
@@ -522,11 +522,11 @@ class Volume:
             raise forks.forked_error(f"volume {self.name!r}")
         with self._guard:
             if self._closed:
-                raise StateError(f"volume {self.name!r} is closed: open it again")
+                raise StateError(f"volume {self.name!r} is closed; open it again")
             if not self.writable:
-                raise StateError(f"{self!r} is a view of a snapshot: open the volume itself")
+                raise StateError(f"{self!r} is a view of a snapshot; open the volume itself")
             if self.path.poisoned:
-                raise StateError(f"volume {self.name!r} is poisoned by a failed sync: close it and open it again")
+                raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
             yield
 
     def wait_for_readers(self) -> None:
