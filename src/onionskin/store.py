@@ -110,6 +110,7 @@ class Store:
         self._closed = False
         self._guard = threading.RLock()
         self._worker: threading.Thread | None = None
+        self._work_wanted = False
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
         if create and not self.layout.catalog.exists():
             self._make_directories()
@@ -415,6 +416,7 @@ class Store:
 
     def check(self, *, repair: bool = False) -> list[usages.Problem]:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
+        self.finish_work()  # what is under way here is no problem
         if repair:
             pending.sweep_orphans(self)
             pending.do_pending(self)
@@ -457,14 +459,21 @@ class Store:
             return
         pending.do_pending(self, policy="zero")
         with self._guard:
-            if self._worker is None or not self._worker.is_alive():
+            self._work_wanted = True
+            if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
                 self._worker.start()
 
     def _work(self) -> None:
-        # What fails here stays in the catalog, and is tried again at the next open, which reports it.
-        with suppress(OSError, StateError, VolumeNotFoundError):
-            pending.do_pending(self, policy="release")
+        """Work until nothing was asked for since the last look. What fails stays in the catalog for the next open."""
+        while True:
+            with self._guard:
+                if not self._work_wanted:
+                    self._worker = None
+                    return
+                self._work_wanted = False
+            with suppress(OSError, StateError, VolumeNotFoundError):
+                pending.do_pending(self, policy="release")
 
     def finish_work(self) -> None:
         """Wait for the background to be done."""

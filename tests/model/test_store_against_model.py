@@ -1,5 +1,6 @@
 """Drives a store and a plain model through every operation, and compares all that can be read."""
 
+import os
 import random
 import shutil
 import tempfile
@@ -188,5 +189,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("ONIONSKIN_EXAMPLES", "60")), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
