@@ -1,0 +1,147 @@
+"""The block map of one layer, and the bytes of headers and map logs: the types of _maplog.pyx."""
+
+import os
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+_Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+MAGIC_SEGMENT: bytes
+MAGIC_MAP: bytes
+HEADER_BYTES: int
+PLACE_HOLE: int
+PLACE_ZERO: int
+STATE_DATA: int
+STATE_ZERO: int
+RUN_DTYPE: np.dtype[np.void]
+STRETCH_DTYPE: np.dtype[np.void]
+SLOT_DTYPE: np.dtype[np.void]
+RECORD_DTYPE: np.dtype[np.void]
+
+class Header(NamedTuple):
+    """What the header of a file of the store says."""
+
+    version: int
+    block_size: int
+    incompatible: int
+    compatible: int
+    uuid: bytes
+
+class Frame(NamedTuple):
+    """One whole frame of a map log."""
+
+    offset: int
+    sequence: int
+    salt: int
+    crc: int
+    records: npt.NDArray[np.void]
+
+def crc32c(data: _Buffer, crc: int = 0, *, reference: bool = False) -> int:
+    """CRC-32C of bytes."""
+
+def encode_header(magic: bytes, *, block_size: int, uuid: bytes, wipe_zero: bool = False) -> bytes:
+    """Return the header of a file."""
+
+def decode_header(data: _Buffer, magic: bytes, *, path: str | os.PathLike[str] = "header") -> Header:
+    """Check and read a header."""
+
+def decode_log(data: _Buffer, *, path: str | os.PathLike[str] = "map log") -> tuple[list[Frame], int, bool]:
+    """Read the frames of a whole map file: (frames, length, torn)."""
+
+class LayerMap:
+    """The block map of one layer."""
+
+    def __init__(self, *, block_size: int, block_count: int) -> None: ...
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        map_id: bytes,
+        block_size: int,
+        block_count: int,
+        length: int | None = None,
+        frames: int | None = None,
+        crc: int | None = None,
+    ) -> LayerMap:
+        """Read a map file."""
+
+    @property
+    def block_size(self) -> int:
+        """In bytes."""
+
+    @property
+    def map_length(self) -> int:
+        """Bytes of the file it came from that are sound."""
+
+    @property
+    def map_frames(self) -> int:
+        """Frames in them."""
+
+    @property
+    def map_crc(self) -> int:
+        """CRC of the last frame: it chains all of them."""
+
+    @property
+    def torn(self) -> bool:
+        """A torn frame follows them."""
+
+    @property
+    def segments(self) -> list[bytes]:
+        """The ids of its segments."""
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The size that the last SIZE record gave the layer."""
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that the map has room for."""
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of memory that the index holds."""
+
+    def lookup(self, block_index: int) -> int:
+        """Return the place of a block."""
+
+    def runs(self) -> npt.NDArray[np.void]:
+        """Return all runs that are not HOLE."""
+
+    def count(self) -> tuple[int, int]:
+        """Return (DATA blocks, ZERO blocks)."""
+
+    def count_shadowed(self, upper: LayerMap) -> int:
+        """Return how many blocks a merge of the two frees."""
+
+    def touched(self, other: LayerMap) -> npt.NDArray[np.void]:
+        """Return the blocks that are not HOLE in one of the two."""
+
+    def live_slots(self, segment: bytes) -> npt.NDArray[np.void]:
+        """Return the slots of a segment that the map names."""
+
+    def add_segment(self, segment: bytes) -> int:
+        """Return the number of a segment."""
+
+    def set(self, block_index: int, block_count: int, place: int) -> None:
+        """Map blocks to a place."""
+
+    def fold(self, upper: LayerMap) -> None:
+        """Lay another map over this one."""
+
+    def drop_zero(self) -> None:
+        """Turn ZERO into HOLE."""
+
+    def replace(
+        self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike
+    ) -> int:
+        """Point blocks of one segment to their copies in another."""
+
+    def write(
+        self, path: str | os.PathLike[str], *, map_id: bytes, wipe_zero: bool, size_bytes: int | None
+    ) -> tuple[int, int, int]:
+        """Write a compact log to a new file: (length, frames, crc)."""
+
+    def close(self) -> None:
+        """Free the memory."""
