@@ -1,4 +1,4 @@
-"""The block map of one layer, and the bytes of headers and map logs: types of _maplog.pyx, which says more."""
+"""The block map of one layer, and the bytes of headers and map logs: the types of _maplog.pyx."""
 
 import os
 from typing import NamedTuple, TypeAlias
@@ -133,7 +133,9 @@ class LayerMap:
     def drop_zero(self) -> None:
         """Turn ZERO into HOLE."""
 
-    def replace(self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike) -> int:
+    def replace(
+        self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike
+    ) -> int:
         """Point blocks of one segment to their copies in another."""
 
     def write(

@@ -29,11 +29,12 @@ from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
+    describe_snapshot,
     descendants,
     find_snapshot,
     free_unneeded,
     list_snapshots,
-    nearest_name,
+    nearest_snapshot,
     users_of,
 )
 
@@ -225,10 +226,9 @@ class Volume:
     @property
     def parent(self) -> Snapshot | None:
         """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
-        names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
-        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
-        name = nearest_name(layers, names, layers[self.head].parent)
-        return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
+        catalog = self.store.catalog
+        row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
+        return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
 
     @property
     def head_changed(self) -> bool:
@@ -280,8 +280,8 @@ class Volume:
                         f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
-            self.seal(check_free, name_it)
-        return next(snapshot for snapshot in self.snapshots if snapshot.name == name)
+            sealed = self.seal(check_free, name_it)
+            return describe_snapshot(self.store.catalog, self.row, find_snapshot(self.store.catalog, self.row, name), sealed)
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
         """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""
@@ -309,7 +309,8 @@ class Volume:
             raise
         self.head = head.layer.id
         self.path.seal_commit(spare_row.id)
-        self.locks.take_shared(read_chain(catalog, self.head).lock_bytes)
+        made = catalog.layer(self.head)
+        self.locks.take_shared({made.map_lock_byte, spare_row.lock_byte})
         return row
 
     def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
