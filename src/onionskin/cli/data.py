@@ -41,7 +41,7 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
             data = base64.b64encode(volume.read(offset, length)).decode()
             output.show(True, {"offset": offset, "length": length, "base64": data}, str)
             return
-        out = click.get_binary_stream("stdout")
+        out = sys.stdout.buffer
         for at in range(offset, offset + length, _CHUNK_BYTES):
             out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
         out.flush()
@@ -61,7 +61,7 @@ def write(name: Name, offset: int, as_json: bool) -> None:
     """
     if sys.stdin.isatty():
         raise click.UsageError("write takes its data from stdin: pipe something to it")
-    source = click.get_binary_stream("stdin")
+    source = sys.stdin.buffer
     written = 0
     with name.open_store() as store, store.open(name.volume) as volume:
         _check_range(volume, name, offset, _length_of_file(source))

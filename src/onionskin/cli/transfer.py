@@ -128,7 +128,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
     """Give stdout, or a new file that is durable and whole in the end, or gone."""
     if path is None:
-        yield click.get_binary_stream("stdout")
+        yield sys.stdout.buffer
         return
     with open(path, "xb") as file:
         try:
@@ -157,7 +157,7 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
         elif sys.stdin.isatty():
             raise click.UsageError("apply reads a stream: pipe delta to it, or give FILE")
         else:
-            source = click.get_binary_stream("stdin")
+            source = sys.stdin.buffer
         store = stack.enter_context(name.open_store())
         volume = stack.enter_context(store.open(name.volume))
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
