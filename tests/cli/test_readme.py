@@ -24,7 +24,7 @@ def shape(drawn: str) -> list[tuple[int, str]]:
     lines = []
     for line in drawn.rstrip().splitlines():
         name = line.lstrip("│├└─ ")
-        lines.append(((len(line) - len(name)) // 4, name.split()[0]))
+        lines.append(((len(line) - len(name)) // 4, name.split()[0].rstrip(",")))
     return lines
 
 
