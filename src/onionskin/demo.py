@@ -285,7 +285,7 @@ def _digest(volume: Volume) -> str:
     for offset in range(0, volume.size_bytes, _CHUNK_BYTES):
         piece = buffer[: min(_CHUNK_BYTES, volume.size_bytes - offset)]
         volume.readinto(offset, piece)
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.hexdigest()
 
 

@@ -162,7 +162,7 @@ def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = No
         while at < stop:
             # The first piece of a range ends on a boundary, so that the others are whole blocks.
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
-            length = os.preadv(descriptor, [buffer[:wanted]], at)
+            length = os.preadv(descriptor, [buffer[:wanted].data], at)
             if length == 0:
                 return  # the file was cut short meanwhile; what is missing reads zero, as a hole would
             for first, last, is_zero in split_zeros(buffer[:length], volume.block_size):

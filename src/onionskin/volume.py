@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from onionskin import forks, merging, transfer
 from onionskin.catalog import (
@@ -34,7 +34,11 @@ from onionskin.snapshots import (
     find_snapshot,
     free_unneeded,
     list_snapshots,
+<<<<<<< HEAD
     nearest_snapshot,
+=======
+    nearest_name,
+>>>>>>> cli
     users_of,
 )
 
@@ -141,11 +145,11 @@ class Volume:
         OSError
             EIO where a file under the volume fails or was truncated.
         """
-        return self._on_path(lambda path: path.read(offset, length))
+        return self._on_path(lambda path: cast(bytes, path.read(offset, length)))
 
     def readinto(self, offset: int, buffer: Any) -> int:
         """Fill a writable buffer from `offset` on; returns its length in bytes."""
-        return self._on_path(lambda path: path.readinto(offset, buffer))
+        return self._on_path(lambda path: cast(int, path.readinto(offset, buffer)))
 
     def write(self, offset: int, data: Any) -> int:
         """Write a buffer at `offset`; returns its length in bytes.
@@ -157,7 +161,7 @@ class Volume:
         StateError
             A view, closed, or poisoned by a failed sync.
         """
-        return self._on_path(lambda path: path.write(offset, data))
+        return self._on_path(lambda path: cast(int, path.write(offset, data)))
 
     def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Array | None" = None) -> "Array":
         """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""
@@ -246,6 +250,22 @@ class Volume:
     def snapshots(self) -> list[Snapshot]:
         """The volume's snapshots, oldest first."""
         return list_snapshots(self.store.catalog, self.row)
+
+    @property
+    def parent(self) -> Snapshot | None:
+        """The newest snapshot on the branch of the head, or None where it has none of this volume's."""
+        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
+        names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        name = nearest_name(layers, names, layers[self.head].parent)
+        return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
+
+    @property
+    def head_changed(self) -> bool:
+        """Whether the disk was written to, trimmed or resized since `parent`. Flushes, to look at the maps."""
+        parent = self.parent
+        if parent is None:
+            return len(self.extents()) > 0
+        return self.size_bytes != parent.size_bytes or len(self.diff(parent.name)) > 0
 
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
@@ -506,7 +526,7 @@ class Volume:
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
         if b is None and self.writable:
             self.flush()
-        return self.store.diff(self.name, a, b)
+        return cast("Array", self.store.diff(self.name, a, b))
 
     def usage(self) -> list[Any]:
         """Return what each snapshot holds and what discard or merge of it would free."""

@@ -27,7 +27,8 @@ def split_zeros(data: npt.NDArray[np.uint8], block_size: int) -> Iterator[tuple[
     if not len(data):
         return
     whole = len(data) // block_size * block_size
-    zero = ~data[:whole].view(np.uint64).reshape(-1, block_size // 8).any(axis=1)
+    words = data[:whole].view(np.uint64).reshape(-1, block_size // 8)
+    zero: npt.NDArray[np.bool_] = np.logical_not(np.any(words, axis=1))
     if whole < len(data):
         zero = np.append(zero, not data[whole:].any())
     turns = np.flatnonzero(zero[1:] != zero[:-1]) + 1

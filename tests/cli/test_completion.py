@@ -58,7 +58,7 @@ def test_scripts_are_printed(run: Run, shell: str) -> None:
     assert f"{shell}_complete" in script
 
 
-def bash(tmp_path: Path, line: str, breaks: str) -> list[str]:
+def bash(line: str, breaks: str) -> list[str]:
     """Complete a line in a real bash, which is told where words break."""
     program = f"""
         onionskin() {{ {sys.executable} -m onionskin "$@"; }}
@@ -68,12 +68,12 @@ def bash(tmp_path: Path, line: str, breaks: str) -> list[str]:
         _onionskin_completion
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    shell = subprocess.run(["bash", "-c", program], check=True, capture_output=True, text=True, cwd=tmp_path)
+    shell = subprocess.run(["bash", "-c", program], check=True, capture_output=True, text=True)
     return shell.stdout.split()
 
 
-def test_bash_gets_what_it_puts_behind_the_part_that_it_keeps(tmp_path: Path, vms: Path) -> None:
+def test_bash_gets_what_it_puts_behind_the_part_that_it_keeps(vms: Path) -> None:
     line = f"onionskin revert {vms}/web@cl"
-    assert bash(tmp_path, line, r" \t\n") == [f"{vms}/web@clean"]
-    assert bash(tmp_path, line, r" \t\n@") == ["@clean"]
-    assert bash(tmp_path, f"onionskin revert {vms}/we", r" \t\n@") == [f"{vms}/web@clean"]
+    assert bash(line, r" \t\n") == [f"{vms}/web@clean"]
+    assert bash(line, r" \t\n@") == ["@clean"]
+    assert bash(f"onionskin revert {vms}/we", r" \t\n@") == [f"{vms}/web@clean"]

@@ -179,8 +179,9 @@ def test_relocate_finds_a_moved_base(run: Run, tmp_path: Path) -> None:
     assert run("read", f"{tmp_path}/vms/web", 0, 4).stdout_bytes == b"base"
 
 
-def test_delete_says_what_is_gone(run: Run, vms: Path) -> None:
-    assert as_json(run("delete", f"{vms}/web", "--json")) == {"deleted": ["web"]}
+def test_delete_takes_snapshots_only_where_asked(run: Run, vms: Path) -> None:
+    assert run("delete", f"{vms}/web").exit_code == 5
+    assert as_json(run("delete", f"{vms}/web", "--recursive", "--json")) == {"deleted": ["web"]}
     assert as_json(run("list", vms, "--json")) == []
 
 

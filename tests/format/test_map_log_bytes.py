@@ -133,9 +133,7 @@ def test_a_sealed_log_with_other_frames_or_crc_is_refused(tmp_path: Path, wrong:
         load(tmp_path / "m", SMALL, **{"length": len(SMALL), "frames": 3, **wrong})
 
 
-@pytest.mark.parametrize(
-    "change", [{"version": 0}, {"version": 2}, {"incompatible": 1}, {"incompatible": 1 << 63}]
-)
+@pytest.mark.parametrize("change", [{"version": 0}, {"version": 2}, {"incompatible": 1}, {"incompatible": 1 << 63}])
 def test_an_unknown_version_or_incompatible_feature_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(FormatError, match="newer onionskin"):
         _maplog.decode_header(reference.encode_header(b"ONIONMAP", MAP_ID, **change), b"ONIONMAP")

@@ -221,9 +221,7 @@ def test_replace_refuses_an_unknown_segment_and_the_same_one() -> None:
 
 @settings(max_examples=50)
 @given(changes, st.booleans())
-def test_a_written_map_loads_again(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[Change], wipe: bool
-) -> None:
+def test_a_written_map_loads_again(tmp_path_factory: pytest.TempPathFactory, steps: list[Change], wipe: bool) -> None:
     layer, model = build(steps)
     path = tmp_path_factory.mktemp("map") / "m"
     length, frames, crc = layer.write(str(path), map_id=MAP_ID, wipe_zero=wipe, size_bytes=BLOCKS * 4096 - 5)
@@ -235,9 +233,7 @@ def test_a_written_map_loads_again(
     assert (again.map_length, again.map_frames, again.map_crc, again.torn) == (length, frames, crc, False)
     assert path.stat().st_size == length
     assert _maplog.decode_header(path.read_bytes(), b"ONIONMAP").compatible == wipe
-    assert (
-        sum(map(len, reference.decode_log(path.read_bytes()))) == len(layer.runs()) + len(again.segments) + 1
-    )
+    assert sum(map(len, reference.decode_log(path.read_bytes()))) == len(layer.runs()) + len(again.segments) + 1
 
 
 def test_a_written_map_names_only_segments_that_are_used(tmp_path: Path) -> None:
@@ -283,9 +279,7 @@ def test_write_never_replaces_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wipe", [False, True])
-def test_a_write_that_fails_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: bool
-) -> None:
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: bool) -> None:
     left: list[bytes] = []
 
     def refuse(descriptor: int) -> None:

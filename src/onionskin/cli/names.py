@@ -61,7 +61,7 @@ def parse_name(text: str) -> Name:
     return Name(Path(directory or "/"), volume, snapshot or None)
 
 
-class NameType(click.ParamType):
+class NameType(click.ParamType):  # type: ignore[type-arg]
     """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
 
     ``fresh``: the last part is about to be made, so only what comes before it is completed.
@@ -104,7 +104,7 @@ class NameType(click.ParamType):
         return [CompletionItem(f"{directory}/{name}") for name in names]
 
 
-class StoreType(click.ParamType):
+class StoreType(click.ParamType):  # type: ignore[type-arg]
     """The directory of a store."""
 
     name = "STORE"
@@ -118,7 +118,7 @@ class StoreType(click.ParamType):
         return [CompletionItem(incomplete, type="dir")]
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, as 4096, 512K, 20G or 1TiB."""
 
     name = "SIZE"

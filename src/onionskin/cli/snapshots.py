@@ -173,7 +173,11 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
     def draw() -> str:
         rows = [(str(o), str(n), output.STATES[s]) for o, n, s in extents]
         listed = output.table(("OFFSET", "LENGTH", "NOW"), rows, right="OFFSET LENGTH")
-        return f"{listed}\n{output.size(changed)} in {len(rows)} extents" if rows else "no difference"
+        return (
+            f"{listed}\n{output.size(changed)} in {len(rows)} extent{'s' * (len(rows) > 1)}"
+            if rows
+            else "no difference"
+        )
 
     output.show(as_json, value, draw)
 

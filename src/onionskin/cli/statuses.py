@@ -129,7 +129,7 @@ class Verbs(click.Group):
         """List the verbs in the order in which they are met, not by the alphabet."""
         return list(self.commands)
 
-    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one command line and exit; never returns."""
         instruction = os.environ.get("_ONIONSKIN_COMPLETE")
         if instruction:

@@ -107,11 +107,19 @@ _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bri
 
 def _node_line(node: TreeNode) -> str:
     # A layer without a name is what a merge left standing because several children need it.
+<<<<<<< HEAD
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind]
     if node.size_bytes is not None:
         about.append(output.size(node.size_bytes))
     if node.bytes_held is not None:
+=======
+    label = click.style(
+        output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True
+    )
+    about = [node.kind, output.size(node.size_bytes)]
+    if node.kind != "base":
+>>>>>>> cli
         about.append(f"holds {output.size(node.bytes_held)}")
     if node.kind == "snapshot" and node.created is not None:
         about.append(output.when(node.created))
@@ -281,10 +289,10 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.option("--recursive", is_flag=True, help="Delete the clones of its snapshots too.")
+@click.option("--recursive", is_flag=True, help="Delete its snapshots too.")
 @json_option
 def delete(name: Name, recursive: bool, as_json: bool) -> None:
-    """Delete a volume with its snapshots.
+    """Delete a volume, with --recursive its snapshots too.
 
     Refused while a clone needs one of them.
     """
