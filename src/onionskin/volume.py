@@ -29,16 +29,12 @@ from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
-    describe_snapshot,
     descendants,
+    describe_snapshot,
     find_snapshot,
     free_unneeded,
     list_snapshots,
-<<<<<<< HEAD
     nearest_snapshot,
-=======
-    nearest_name,
->>>>>>> cli
     users_of,
 )
 
@@ -301,7 +297,9 @@ class Volume:
                     )
 
             sealed = self.seal(check_free, name_it)
-            return describe_snapshot(self.store.catalog, self.row, find_snapshot(self.store.catalog, self.row, name), sealed)
+            return describe_snapshot(
+                self.store.catalog, self.row, find_snapshot(self.store.catalog, self.row, name), sealed
+            )
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
         """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""

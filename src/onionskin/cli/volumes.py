@@ -107,19 +107,9 @@ _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bri
 
 def _node_line(node: TreeNode) -> str:
     # A layer without a name is what a merge left standing because several children need it.
-<<<<<<< HEAD
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
-    about = [node.kind]
-    if node.size_bytes is not None:
-        about.append(output.size(node.size_bytes))
-    if node.bytes_held is not None:
-=======
-    label = click.style(
-        output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True
-    )
     about = [node.kind, output.size(node.size_bytes)]
     if node.kind != "base":
->>>>>>> cli
         about.append(f"holds {output.size(node.bytes_held)}")
     if node.kind == "snapshot" and node.created is not None:
         about.append(output.when(node.created))
