@@ -65,6 +65,8 @@
 #define TOUCHED_WORD_ENTRIES (ROOT_PAGE_ENTRIES * 64)
 
 #define LOOKUP_GROUP 32
+#define CACHE_LINE_BYTES 64
+#define SET_PREFETCH_LINES 5
 
 struct sparse_leaf {
     uint32_t count;
@@ -583,11 +585,19 @@ static int become_dense(struct onion_map *map, uint64_t range, uint64_t entry, c
     return 0;
 }
 
+/* The first lines of a leaf, all at once: a binary search would miss on them one after the other. */
+static inline void prefetch_whole_leaf(const struct sparse_leaf *leaf) {
+    for (int line = 0; line < SET_PREFETCH_LINES; line++)
+        __builtin_prefetch((const char *)leaf + line * CACHE_LINE_BYTES);
+}
+
 /* The entry is HOLE, a whole-range run or a sparse leaf: each of them a list of runs. */
 static int set_in_runs(struct onion_map *map, uint64_t range, uint64_t entry, struct stretch put) {
     uint64_t whole_range[RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX];
     struct sparse_leaf *leaf = entry_tag(entry) == ENTRY_RUN ? NULL : entry_leaf(entry);
     const uint64_t *runs = leaf ? leaf->runs : whole_range;
+    if (leaf)
+        prefetch_whole_leaf(leaf);
     uint32_t count = leaf ? leaf->count : 0;
     if (entry_tag(entry) == ENTRY_RUN)
         count = pack_runs((struct stretch){0, range_blocks(map), entry_place(entry)}, whole_range);
