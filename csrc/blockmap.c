@@ -13,8 +13,8 @@
  *   [ block   | length - 1 | segment    | slot    ]      block is counted within the range
  *
  * so the order of the numbers is the order of the blocks, and the low 48 bits are a place. A stretch of more than
- * RUN_BLOCKS_MAX blocks is cut into runs of RUN_BLOCKS_MAX from its first block on, the last one shorter. Neighbours that
- * continue each other are otherwise always one run: there is exactly one list for each content.
+ * RUN_BLOCKS_MAX blocks is cut into several runs. What is put beside blocks that it continues is joined with them, so a
+ * range that fills in order stays at a few runs and ends as one entry of the root.
  *
  * A dense leaf has one place for each block of the range, and counts those that are not HOLE.
  *
@@ -449,7 +449,6 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
         struct stretch over = unpack(runs[last - 1]);
         uint32_t into = put_end - over.block;
         right = (struct stretch){put_end, over.block_count - into, onion_place_advance(over.place, into)};
-        join_after(runs, count, &last, &right);
     }
     if (put.place == ONION_PLACE_HOLE)
         put.block_count = 0;

@@ -163,7 +163,7 @@ def test_fold_lays_upper_over_lower(
     upper, upper_places = map_of(upper_count, made[1], data.draw(history(upper_count)))
     numbers = np.arange(SEGMENT_NUMBERS, dtype=np.uint16)
     if renumbered:
-        numbers[[1, 2, 3, 0xFFFE]] = [7, 1, 0xFFFE, 2]
+        numbers[[1, 2, 3, 0xFFFE, ZERO >> 32]] = [7, 1, 0xFFFE, 2, 9]  # ZERO is no segment
 
     lower.fold(upper, numbers if renumbered else None)
 
@@ -226,6 +226,18 @@ def test_a_range_filled_in_any_order_ends_as_one_root_entry(order: list[int], tr
     assert (block_map.memory_bytes == without_leaves) is trimmed
 
 
+@pytest.mark.parametrize(
+    "order",
+    [range(300), range(299, -1, -1), [*range(100), *range(200, 300), *range(100, 200)]],
+    ids=["forwards", "backwards", "gap closed last"],
+)
+def test_blocks_in_consecutive_slots_cost_one_small_leaf(order: list[int]) -> None:
+    block_map = BlockMap(RANGE_BLOCKS)
+    for block in order:
+        block_map.set(block, 1, place_of(1, block))
+    assert block_map.memory_bytes <= 4096 + 128
+
+
 def test_a_dense_leaf_that_is_written_whole_is_given_back() -> None:
     block_map, _ = map_of(2 * RANGE_BLOCKS, 12, [(block, 1, place_of(1, 0)) for block in range(0, 512, 2)])
     assert block_map.memory_bytes > 4096 + 4096
@@ -255,7 +267,8 @@ def test_an_empty_map_of_the_largest_disk_costs_little_and_is_walked_at_once() -
 def test_walks_cross_the_borders_of_what_was_never_touched() -> None:
     entries_of_a_word = 64 * ENTRIES_OF_A_TOUCHED_BIT
     last = 3 * entries_of_a_word + 700
-    ranges = [0, 511, 512, 513, 1023, 1024, entries_of_a_word - 1, entries_of_a_word, last]
+    ranges = [0, 511, 512, 513, 1023, 1024, 5 * ENTRIES_OF_A_TOUCHED_BIT, entries_of_a_word - 1]
+    ranges += [entries_of_a_word, 3 * entries_of_a_word, last]
     block_map = BlockMap((last + 100) * RANGE_BLOCKS)
     for number in ranges:
         block_map.set(number * RANGE_BLOCKS + 3, 2, place_of(1, number))
