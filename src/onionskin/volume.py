@@ -247,22 +247,6 @@ class Volume:
         """The volume's snapshots, oldest first."""
         return list_snapshots(self.store.catalog, self.row)
 
-    @property
-    def parent(self) -> Snapshot | None:
-        """The newest snapshot on the branch of the head, or None where it has none of this volume's."""
-        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
-        names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
-        name = nearest_name(layers, names, layers[self.head].parent)
-        return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
-
-    @property
-    def head_changed(self) -> bool:
-        """Whether the disk was written to, trimmed or resized since `parent`. Flushes, to look at the maps."""
-        parent = self.parent
-        if parent is None:
-            return len(self.extents()) > 0
-        return self.size_bytes != parent.size_bytes or len(self.diff(parent.name)) > 0
-
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
 

@@ -76,9 +76,7 @@ def one_change(block_count: int) -> st.SearchStrategy[Change]:
             place = place_of(place >> 32, start)
         return start, count, place
 
-    lengths = st.one_of(
-        st.integers(0, 4), st.sampled_from([127, 128, 129, 512, 513]), st.integers(1, block_count)
-    )
+    lengths = st.one_of(st.integers(0, 4), st.sampled_from([127, 128, 129, 512, 513]), st.integers(1, block_count))
     return st.builds(change, starts, lengths, places, st.booleans())
 
 
@@ -88,9 +86,7 @@ def scattered(block_count: int) -> st.SearchStrategy[list[Change]]:
     def changes(start: int, step: int, place: int) -> list[Change]:
         return [(block, 1, place) for block in range(start, block_count, step)]
 
-    return st.builds(
-        changes, st.integers(0, 8), st.integers(2, 5), st.sampled_from([HOLE, ZERO, place_of(2, 7)])
-    )
+    return st.builds(changes, st.integers(0, 8), st.integers(2, 5), st.sampled_from([HOLE, ZERO, place_of(2, 7)]))
 
 
 def history(block_count: int) -> st.SearchStrategy[list[Change]]:
@@ -117,9 +113,7 @@ def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) 
 
 @given(maps(), st.data())
 @settings(deadline=None)
-def test_run_at_is_a_true_run_of_at_most_the_limit(
-    made: tuple[int, int, list[Change]], data: st.DataObject
-) -> None:
+def test_run_at_is_a_true_run_of_at_most_the_limit(made: tuple[int, int, list[Change]], data: st.DataObject) -> None:
     block_map, places = map_of(*made)
     for _ in range(20):
         block_index = data.draw(st.integers(0, len(places) - 1))
@@ -145,9 +139,7 @@ def test_next_finds_the_first_whole_run_within_its_bounds(
 
 @given(maps(), st.data())
 @settings(deadline=None)
-def test_lookup_many_keeps_the_order_it_was_asked_in(
-    made: tuple[int, int, list[Change]], data: st.DataObject
-) -> None:
+def test_lookup_many_keeps_the_order_it_was_asked_in(made: tuple[int, int, list[Change]], data: st.DataObject) -> None:
     block_map, places = map_of(*made)
     wanted = data.draw(st.lists(st.integers(0, len(places) - 1), max_size=100))
     assert block_map.lookup_many(np.array(wanted, dtype=np.uint64)).tolist() == [places[i] for i in wanted]
@@ -155,9 +147,7 @@ def test_lookup_many_keeps_the_order_it_was_asked_in(
 
 @given(maps(), st.data(), st.booleans())
 @settings(deadline=None)
-def test_fold_lays_upper_over_lower(
-    made: tuple[int, int, list[Change]], data: st.DataObject, renumbered: bool
-) -> None:
+def test_fold_lays_upper_over_lower(made: tuple[int, int, list[Change]], data: st.DataObject, renumbered: bool) -> None:
     lower, lower_places = map_of(*made)
     upper_count = data.draw(st.integers(1, 2 * len(lower_places)))
     upper, upper_places = map_of(upper_count, made[1], data.draw(history(upper_count)))
@@ -190,9 +180,7 @@ def test_count_shadowed_counts_data_below_what_is_not_hole(
 
 @given(maps(), st.data())
 @settings(deadline=None)
-def test_resize_keeps_what_is_left_and_adds_holes(
-    made: tuple[int, int, list[Change]], data: st.DataObject
-) -> None:
+def test_resize_keeps_what_is_left_and_adds_holes(made: tuple[int, int, list[Change]], data: st.DataObject) -> None:
     block_map, places = map_of(*made)
     for _ in range(3):
         block_count = data.draw(st.integers(0, 2 * len(places) + 2))
@@ -246,9 +234,7 @@ def test_a_dense_leaf_that_is_written_whole_is_given_back() -> None:
 
 
 def test_a_dense_leaf_that_trims_leave_nearly_empty_becomes_small_again() -> None:
-    block_map, places = map_of(
-        2 * RANGE_BLOCKS, 12, [(block, 1, place_of(1, 0)) for block in range(0, 512, 2)]
-    )
+    block_map, places = map_of(2 * RANGE_BLOCKS, 12, [(block, 1, place_of(1, 0)) for block in range(0, 512, 2)])
     block_map.set(20, 492, HOLE)
     places[20:512] = [HOLE] * 492
     assert_same(block_map, places)
@@ -291,9 +277,7 @@ def test_runs_join_across_ranges_to_one() -> None:
 def test_scattered_blocks_cost_at_most_sixteen_bytes_each_at_thirty_in_a_range() -> None:
     block_count = (1 << 30) >> 12
     block_map = BlockMap(block_count)
-    blocks = np.random.default_rng(1).choice(
-        block_count, size=(block_count * 30) // RANGE_BLOCKS, replace=False
-    )
+    blocks = np.random.default_rng(1).choice(block_count, size=(block_count * 30) // RANGE_BLOCKS, replace=False)
     for slot, block in enumerate(blocks.tolist()):
         block_map.set(block, 1, place_of(1, slot))
     assert block_map.memory_bytes <= 16 * len(blocks)
