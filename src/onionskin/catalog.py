@@ -354,7 +354,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog commits
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.Error as error:
@@ -368,7 +368,7 @@ def _make(path: Path) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog schema
         connection.execute("BEGIN")
         for statement in _SCHEMA.split(";\n"):
             connection.execute(statement)

@@ -426,7 +426,7 @@ class Store:
 
     def open_volumes(self) -> list[Volume]:
         """Return the volumes and views that are open here."""
-        return [volume for volume in self._open if not volume.closed]
+        return list(self._open)
 
     def path_of_head(self, layer: bytes) -> "DataPath | None":
         """Return the data path of the volume that is open here with this head."""
@@ -446,12 +446,15 @@ class Store:
 
     def scrub(self, segments: Iterable[bytes], wipe: str) -> None:
         """Free the slots of segments that their owners' maps do not name."""
-        with self.catalog.transaction():
-            for id in segments:
-                row = self.catalog.row(SegmentRow, "id = ?", id)
-                if row and not self.catalog.row(PendingRow, "kind = 'scrub' AND target = ?", id):
-                    self.catalog.add_pending("scrub", id, row.lock_byte, wipe)
+        self.in_transaction(lambda: self.add_scrubs(segments, wipe))
         self.work_soon()
+
+    def add_scrubs(self, segments: Iterable[bytes], wipe: str) -> None:
+        """Note that slots of these segments have to be freed. Inside a transaction."""
+        for id in segments:
+            row = self.catalog.row(SegmentRow, "id = ?", id)
+            if row and not self.catalog.row(PendingRow, "kind = 'scrub' AND target = ?", id):
+                self.catalog.add_pending("scrub", id, row.lock_byte, wipe)
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""

@@ -299,6 +299,8 @@ class Volume:
                     map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
                 )
                 is_sealed = True
+                # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
+                self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
                 spare_row = self._write_sealed(old, sealed, head)
                 row = catalog.layer(old.id)
                 also(row, head.layer.created_ns)
@@ -313,6 +315,7 @@ class Volume:
         self.path.seal_commit(spare_row.id)
         made = catalog.layer(self.head)
         self.locks.take_shared({made.map_lock_byte, spare_row.lock_byte})
+        self.store.work_soon()
         return row
 
     def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
@@ -534,7 +537,12 @@ class Volume:
 
     def wait_for_readers(self) -> None:
         """Return when every read that began before has ended."""
-        self.path.wait_for_readers()
+        path = self.path
+        try:
+            path.wait_for_readers()
+        except StateError:
+            if not path.closed:  # a closed path has no readers
+                raise
 
     def restart(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer: for the modules of the same layer of the code."""
@@ -560,8 +568,8 @@ class Volume:
         self.store.finish_work()
 
     def _release(self) -> None:
-        self.path.close()
         self.store.forget(self)
+        self.path.close()
         if self.writable:
             self.locks.close()
             if self.base_lock:

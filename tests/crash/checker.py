@@ -4,7 +4,9 @@ In each state:
 - the store opens, and so does every volume for writing, which resumes pending work;
 - all volumes, names, sizes, snapshots (bit for bit) and heads (sector by sector) are those before the step
   that was under way, or those after it: never a mixture;
-- store.check() finds nothing;
+- a marker that says what an opening read (see `recover`) is true of every later one;
+- store.check() finds no error, and nothing at all once every volume has been opened and closed again a few
+  times: work that a background thread does may outlive one opening, but is not left pending for ever;
 - a second opening reads the same;
 - policy `zero`: once closed again, no file of the store holds bytes of a write that no volume and no snapshot
   reads.
@@ -14,15 +16,20 @@ The engine must be importable: the checker opens stores in this process.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crash.harness import mark
 from crash.model import StoreModel, plan
 from crash.workload import STORE
 
+OPENINGS_MAX = 8
 CANARY = re.compile(rb"CANARY-\d{9}")
 
 
@@ -41,13 +48,15 @@ def workload_checker(seed: int, wipe: str, step_count: int) -> Callable[[Path, S
     def check(directory: Path, markers: Sequence[str]) -> list[str]:
         under_way, models = StoreModel(), [StoreModel()]
         text = "before the first step"
-        if markers:
-            word, number = markers[-1].split()
+        read = [marker for marker in markers if marker.startswith("read ")]
+        reached = [marker for marker in markers if not marker.startswith("read ")]
+        if reached:
+            word, number = reached[-1].split()
             step = steps[int(number)]
             under_way = step.after
             models = [step.after] if word == "done" else [step.before, step.after]
             text = f"{word} {step}"
-        problems = check_store(directory / STORE, models)
+        problems = check_store(directory / STORE, models, read[-1] if read else None)
         if wipe == "zero" and not problems and not under_way.hides:
             problems = stray_canaries(directory / STORE)
         return [f"{text}: {problem}" for problem in problems]
@@ -55,13 +64,21 @@ def workload_checker(seed: int, wipe: str, step_count: int) -> Callable[[Path, S
     return check
 
 
-def check_store(path: Path, models: Sequence[StoreModel]) -> list[str]:
-    """What is wrong with a store that must be one of `models`."""
+def check_store(path: Path, models: Sequence[StoreModel], read: str | None = None) -> list[str]:
+    """What is wrong with a store that must be one of `models`, and what an opening has read before."""
     first = read_store(path)
     differences = [difference(model, first) for model in models]
     problems = [] if None in differences else [" and ".join(f"not as wanted: {text}" for text in differences)]
+    if read is not None and read != f"read {digest_of(first)}":
+        problems.append("an opening before the crash read something else")
     problems += check_again(path, first)
     return problems
+
+
+def digest_of(found: dict[str, Found]) -> str:
+    """Of all that a store reads."""
+    parts = [(name, found[name].head, sorted(found[name].snapshots.items())) for name in sorted(found)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def read_store(path: Path) -> dict[str, Found]:
@@ -87,10 +104,18 @@ def check_again(path: Path, first: dict[str, Found]) -> list[str]:
     import onionskin
 
     with onionskin.Store(path, create=False) as store:
-        problems = [f"check: {problem}" for problem in store.check()]
+        problems = [f"check: {problem}" for problem in store.check() if problem.severity == "error"]
     if read_store(path) != first:
         problems.append("a second opening reads something else")
-    return problems
+    left: list[Any] = []
+    for _ in range(OPENINGS_MAX):
+        with onionskin.Store(path, create=False) as store:
+            for info in store.volumes():
+                store.open(info.name).close()
+            left = store.check()
+        if not left:
+            break
+    return problems + [f"still there after {OPENINGS_MAX} more openings: {problem}" for problem in left]
 
 
 def difference(model: StoreModel, found: dict[str, Found]) -> str | None:
@@ -121,3 +146,24 @@ def stray_canaries(path: Path) -> list[str]:
             if stray:
                 problems.append(f"{file.relative_to(path)} still holds {sorted(stray)[:4]}, which nothing reads")
     return problems
+
+
+def recover(root: Path) -> None:
+    """Opens what a crash left, says what it read, and dies without closing: for `harness.resume`."""
+    import onionskin
+
+    store = onionskin.Store(root / STORE)
+    found: dict[str, Found] = {}
+    opened = [store.open(info.name) for info in store.volumes()]
+    for volume in opened:
+        snapshots = {}
+        for snapshot in volume.snapshots:
+            with store.open(volume.name, snapshot=snapshot.name) as view:
+                snapshots[snapshot.name] = view.read(0, view.size_bytes)
+        found[volume.name] = Found(volume.read(0, volume.size_bytes), snapshots)
+    mark(root, f"read {digest_of(found)}")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    recover(Path(sys.argv[1]))

@@ -681,6 +681,22 @@ class Replay:
         self._initial = initial
         self._root_inode = root_inode
 
+    def inodes(self, index: int) -> dict[str, tuple[int, int]]:
+        """The inodes of all that the program sees after `index` records, by path."""
+        tree = Tree(self._initial, self._root_inode)
+        for number, entry in enumerate(self._entries[:index]):
+            tree.apply(number, entry)
+        inode_of = {file: inode for inode, file in tree.by_inode.items()}
+        found: dict[str, tuple[int, int]] = {}
+        unvisited = [("", ROOT)]
+        while unvisited:
+            prefix, directory = unvisited.pop()
+            for name, file in tree.entries[directory].items():
+                found[prefix + name] = inode_of[file]
+                if tree.is_directory[file]:
+                    unvisited.append((f"{prefix}{name}/", file))
+        return found
+
     def plans(self, kinds: Sequence[str] = KINDS) -> list[Plan]:
         """All states of these kinds, in the order of the log; some may turn out to be equal."""
         unknown = set(kinds) - set(KINDS)

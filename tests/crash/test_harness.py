@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from crash.harness import Recording, check_states, choose_states, run
+from crash.harness import Recording, check_states, choose_states, resume, run
 from crash.replay import (
     ALL,
     KEEP_SIZE,
@@ -559,6 +559,53 @@ def test_a_sync_covers_only_what_ended_before_it_began() -> None:
     recording = Recording(Path("unused"), entries, False, [], (1, 9), "")
     last = list(choose_states(recording, ["durable"]))[-1]
     assert last.files["file"].image.contents() == b""
+
+
+# ---- a crash, a second program, and another crash ----
+
+
+def recover_program(root: Path) -> None:
+    """Reads what is there and says so: without a sync, which is what the tests want to be found."""
+    from crash.harness import mark
+
+    mark(root, "read " + (root / "file").read_text()[:4])
+
+
+def recover_and_sync_program(root: Path) -> None:
+    import os
+
+    from crash.harness import mark
+
+    file = os.open(root / "file", os.O_RDWR)
+    os.fsync(file)
+    os.fsync(os.open(root, os.O_RDONLY))
+    mark(root, "read " + os.pread(file, 4, 0).decode())
+
+
+def check_read(directory: Path, markers: Sequence[str]) -> list[str]:
+    reads = [marker for marker in markers if marker.startswith("read")]
+    found = (directory / "file").read_text()[:4] if reads else ""
+    return [] if not reads or reads == [f"read {found}"] else [f"{reads[-1]}, and now {found}"]
+
+
+@pytest.mark.parametrize(("program", "is_found"), [(recover_program, True), (recover_and_sync_program, False)])
+def test_what_a_second_program_read_is_lost_unless_it_synced_what_it_found(
+    root: Path, program: Callable[[Path], None], is_found: bool
+) -> None:
+    def first(root: Path) -> None:
+        import os
+
+        file = os.open(root / "file", os.O_RDWR | os.O_CREAT, 0o644)
+        os.write(file, b"old!")
+        os.fsync(file)
+        os.fsync(os.open(root, os.O_RDONLY))
+        os.pwrite(file, b"new!", 0)
+
+    recording = run(first, root)
+    resumed = resume(recording, len(recording.entries), program)
+    report = check_states(resumed, check_read)
+    assert bool(report.violations) == is_found, report
+    assert contents_below(root) == {"file": b"new!"}
 
 
 # ---- states on disk ----
