@@ -133,9 +133,7 @@ class LayerMap:
     def drop_zero(self) -> None:
         """Turn ZERO into HOLE."""
 
-    def replace(
-        self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike
-    ) -> int:
+    def replace(self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike) -> int:
         """Point blocks of one segment to their copies in another."""
 
     def write(

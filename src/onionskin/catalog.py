@@ -162,7 +162,7 @@ class Catalog:
         self._depth = 0
         if not path.exists():
             if not create:
-                raise VolumeNotFoundError(f"{path.parent} is not a store: make one with 'onionskin create'")
+                raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
             _make(path)
         self._connection = _connect(path)
         forks.register(self)
@@ -176,7 +176,7 @@ class Catalog:
             raise FormatError(f"{self.path} is a SQLite file, but not the catalog of a store")
         if version != SCHEMA_VERSION:
             raise FormatError(
-                f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}: use a newer onionskin"
+                f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
 
     # ---- transactions ----
@@ -292,7 +292,11 @@ class Catalog:
     def add_pending(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> None:
         """Note work that has to be done. Inside a transaction."""
         self._execute(
-            "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)", kind, target, lock_byte, wipe
+            "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)",
+            kind,
+            target,
+            lock_byte,
+            wipe,
         )
 
     def take_lock_byte(self) -> int:
@@ -306,7 +310,9 @@ class Catalog:
         """Return a volume by name, or raise VolumeNotFoundError."""
         found = self.row(VolumeRow, "name = ?", name)
         if found is None:
-            raise VolumeNotFoundError(f"the store {self.path.parent} has no volume {name!r}: 'onionskin tree' lists them")
+            raise VolumeNotFoundError(
+                f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
+            )
         return found
 
     def layer(self, id: bytes) -> LayerRow:
@@ -384,12 +390,17 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
     if primary == sqlite3.SQLITE_FULL:
-        return OSError(ENOSPC, "the disk is full: free some room, or discard snapshots", str(path))
+        return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StateError(f"{path} is locked by another process for over a minute: try again when it is done")
+        return StateError(f"{path} is locked by another process for over a minute; try again when it is done")
     if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT):
-        return FormatError(f"{path} is damaged ({error}): restore it from a copy of the store")
-    if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        return FormatError(f"{path} is damaged ({error}); restore it from a copy of the store")
+    if primary in (
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+    ):
         return OSError(EIO if primary == sqlite3.SQLITE_IOERR else 13, str(error), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return FormatError(f"{path}: {error}; restore it from a copy of the store")

@@ -60,7 +60,7 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
                 return chain
             locks.keep_shared(held_before)
         elif time.monotonic() > deadline:
-            raise StateError("files of the volume are being wiped by another process: try again when it is done")
+            raise StateError("files of the volume are being wiped by another process; try again when it is done")
         else:
             time.sleep(0.01)  # somebody frees slots in one of the files; nothing tells us when it is done
 
@@ -69,7 +69,7 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
     """Refuse a base that is not the file that the volume was made on."""
     if catalog.row(PendingRow, "kind = 'base-merge' AND target IN (SELECT id FROM layers WHERE base = ?)", base.id):
         raise StateError(
-            f"a merge into the base {base.path} was interrupted: open the volume that it was started from for writing, "
+            f"a merge into the base {base.path} was interrupted; open the volume that it was started from for writing, "
             "which resumes it"
         )
     advice = "put the file back, or name the right one with 'onionskin relocate'"
@@ -166,7 +166,9 @@ class NewHead:
     spare: bytes
 
     @classmethod
-    def on(cls, parent: LayerRow | None, *, base: BaseRow | None, block_size: int, wipe: str, size_bytes: int) -> "NewHead":
+    def on(
+        cls, parent: LayerRow | None, *, base: BaseRow | None, block_size: int, wipe: str, size_bytes: int
+    ) -> "NewHead":
         """Describe an empty head over `parent`, or over `base`, or over nothing."""
         layer = LayerRow(
             id=new_id(),

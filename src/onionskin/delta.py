@@ -424,9 +424,7 @@ class _Reader:
     def header(self) -> Delta:
         fixed = self._take(HEADER.size)
         fields = HEADER.unpack(fixed)
-        magic, version, features, block_size, name_length, note_length, size_a, size_b, guid_a, guid_b = (
-            fields
-        )
+        magic, version, features, block_size, name_length, note_length, size_a, size_b, guid_a, guid_b = fields
         if magic != MAGIC:
             raise FormatError("the input is not a delta stream; write one with onionskin delta")
         if version != VERSION or features & ~FEATURES_KNOWN:
@@ -476,9 +474,7 @@ class _Reader:
             zero_bytes += length - len(payload)
             yield offset, length, payload if kind == DATA else None
 
-    def _check_end(
-        self, crc: int, offset: int, length: int, size_b: int, counted: tuple[int, int, int]
-    ) -> None:
+    def _check_end(self, crc: int, offset: int, length: int, size_b: int, counted: tuple[int, int, int]) -> None:
         counts = self._take(COUNTS.size)
         expected = self._digest.digest()
         same_crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, offset, length))) == crc

@@ -231,9 +231,7 @@ def _program(name: str) -> str | None:
 
 
 def _run(*command: str) -> None:
-    ended = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if ended.returncode:
         said = ended.stderr.strip() or f"exit status {ended.returncode}"
         raise OnionskinError(f"{command[0]} failed: {said}; look for room on the disk, or try another --size")

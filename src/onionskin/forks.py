@@ -28,7 +28,7 @@ def register(handle: Forkable) -> None:
 
 def forked_error(what: str) -> StateError:
     """Make the error of every handle that is used in a child."""
-    return StateError(f"{what} was opened before fork() and belongs to the parent process: open it again in the child")
+    return StateError(f"{what} was opened before fork() and belongs to the parent process; open it again in the child")
 
 
 def _after_fork_in_child() -> None:

@@ -174,9 +174,7 @@ def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = No
                 progress(done, total)
 
 
-def export_image(
-    volume: Volume, path: AnyPath, *, format: str = "raw", progress: Progress | None = None
-) -> None:
+def export_image(volume: Volume, path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
     """Write what a volume, or a view of a snapshot, reads as an image; durable on return.
 
     Parameters

@@ -41,9 +41,7 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
 
 def _is_locked(descriptor: int, start: int, count: int) -> bool:
     """Whether another open file description holds any lock on the bytes."""
-    answer = fcntl.fcntl(
-        descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-    )
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
@@ -105,9 +103,7 @@ class ByteLocks:
     def exclusive(self, number: int) -> Iterator[bool]:
         """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it."""
         with self._guard:
-            held = number not in self._exclusive and _set_lock(
-                self._open_descriptor(), fcntl.F_WRLCK, number, 1
-            )
+            held = number not in self._exclusive and _set_lock(self._open_descriptor(), fcntl.F_WRLCK, number, 1)
             if held:
                 self._exclusive.add(number)
         try:
@@ -141,7 +137,7 @@ class ByteLocks:
 
     def _open_descriptor(self) -> int:
         if self._descriptor < 0:
-            raise StateError(f"the locks of {self.path} are closed: open the volume again")
+            raise StateError(f"the locks of {self.path} are closed; open the volume again")
         return self._descriptor
 
 
@@ -165,7 +161,7 @@ class VolumeLock:
             if not _set_lock(self._descriptor, fcntl.F_WRLCK, 0, 1):
                 holder = _read_holder(self._descriptor)
                 raise StateError(
-                    f"volume {volume_name!r} is open for writing in {holder}: close it there, "
+                    f"volume {volume_name!r} is open for writing in {holder}; close it there, "
                     "or open one of its snapshots instead"
                 )
             os.ftruncate(self._descriptor, 0)
@@ -237,9 +233,9 @@ class BaseLock:
             os.close(self.descriptor)
             self.descriptor = -1
             raise StateError(
-                f"the base {path} is in use: close the volumes and views that stand on it, and try again"
+                f"the base {path} is in use; close the volumes and views that stand on it, and try again"
                 if exclusive
-                else f"a merge is writing the base {path}: wait for it to end, and open again"
+                else f"a merge is writing the base {path}; wait for it to end, and open again"
             )
         forks.register(self)
 

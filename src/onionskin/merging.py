@@ -23,8 +23,8 @@ from onionskin.catalog import (
 )
 from onionskin.chain import Chain, read_chain
 from onionskin.errors import StateError
+from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock
-from onionskin.pending import load_layer
 from onionskin.snapshots import find_snapshot, free_unneeded
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
     else:
         target = find_snapshot(catalog, volume.row, upto).layer
         if target not in {layer.id for layer in chain.layers}:
-            raise StateError(f"the disk does not descend from {upto!r}: revert to it (or to a newer one) first")
+            raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
         refuse_older(store, volume, chain, target)
     folded = read_chain(catalog, target)
     transfer.check_room(store, folded)
@@ -239,17 +239,23 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
         if row.layer in folded and row.layer != target
     ]
     for below in folded[:-1] if target else folded:
-        needed += [f"a branch on layer {child.id.hex()[:8]}" for child in catalog.rows(LayerRow, "parent = ?", below)
-                   if child.id not in ids]
+        needed += [
+            f"a branch on layer {child.id.hex()[:8]}"
+            for child in catalog.rows(LayerRow, "parent = ?", below)
+            if child.id not in ids
+        ]
     assert chain.base is not None
     paths = {base.id for base in catalog.rows(BaseRow) if base.path == chain.base.path}
     for bottom in catalog.rows(LayerRow, "base IS NOT NULL AND id != ?", ids[0]):
         if bottom.base in paths:
-            needed += [names[row.id] for row in catalog.rows(VolumeRow)
-                       if bottom.id in {layer.id for layer in catalog.chain(row.head)}] or ["a branch on the same base"]
+            needed += [
+                names[row.id]
+                for row in catalog.rows(VolumeRow)
+                if bottom.id in {layer.id for layer in catalog.chain(row.head)}
+            ] or ["a branch on the same base"]
     if needed:
         raise StateError(
-            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}: merge or discard those "
+            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}; merge or discard those "
             "snapshots, flatten or delete those volumes first"
         )
 
@@ -264,7 +270,14 @@ def _copy_into_base(
     reflink = all(layer.wipe == "release" for layer in folded.layers)
     with transfer.chain_path(store, folded) as path:
         transfer.copy_runs(
-            store, path, descriptor, size_bytes, reflink=reflink, punch=reflink, progress=progress, threads=threads
+            store,
+            path,
+            descriptor,
+            size_bytes,
+            reflink=reflink,
+            punch=reflink,
+            progress=progress,
+            threads=threads,
         )
     sync_file(descriptor)  # BARRIER: merged base
 
@@ -283,15 +296,27 @@ def _finish(store: "Store", folded: Chain) -> list[bytes]:
             folded.base, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns, digest=None
         )
         catalog.update(
-            BaseRow, base.id, inode=base.inode, size_bytes=base.size_bytes, mtime_ns=base.mtime_ns, digest=None
+            BaseRow,
+            base.id,
+            inode=base.inode,
+            size_bytes=base.size_bytes,
+            mtime_ns=base.mtime_ns,
+            digest=None,
         )
         for segment in catalog.rows(SegmentRow, "layer = ?", top.id):
             catalog.add_pending("segment", segment.id, segment.lock_byte, top.wipe)
         catalog.delete(SegmentRow, "layer = ?", top.id)
         catalog.add_pending("map", top.map_id, top.map_lock_byte, top.wipe)
         catalog.update(
-            LayerRow, top.id, parent=None, base=base.id, map_id=new_id(), map_lock_byte=catalog.take_lock_byte(),
-            map_length=0, map_frames=0, map_crc=0,
+            LayerRow,
+            top.id,
+            parent=None,
+            base=base.id,
+            map_id=new_id(),
+            map_lock_byte=catalog.take_lock_byte(),
+            map_length=0,
+            map_frames=0,
+            map_crc=0,
         )
         if top.parent:
             free_unneeded(catalog, top.parent)
@@ -311,5 +336,3 @@ def resume_base_merge(store: "Store", target: bytes) -> None:
         _finish(store, folded)
     finally:
         lock.close()
-
-

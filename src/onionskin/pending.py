@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy
 import numpy.typing
 
-from onionskin._maplog import LayerMap
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.chain import SIZE_BYTES_MAX
 from onionskin.errors import StateError
+from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
 if TYPE_CHECKING:
@@ -122,28 +121,6 @@ def _gaps(
     return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
 
 
-@contextmanager
-def load_layer(store: "Store", layer: LayerRow) -> Iterator[LayerMap]:
-    """Load a sealed layer's block map, checked against the catalog."""
-    block_count = SIZE_BYTES_MAX // layer.block_size
-    if layer.map_length == 0:
-        layer_map = LayerMap(block_size=layer.block_size, block_count=block_count)
-    else:
-        layer_map = LayerMap.load(
-            str(store.layout.map_file(layer.map_id)),
-            map_id=layer.map_id,
-            block_size=layer.block_size,
-            block_count=block_count,
-            length=layer.map_length,
-            frames=layer.map_frames,
-            crc=layer.map_crc,
-        )
-    try:
-        yield layer_map
-    finally:
-        layer_map.close()
-
-
 def sweep_orphans(store: "Store") -> list[str]:
     """Remove files that no row names: what a crash left. Only while nobody else has the store open."""
     with store.locks.exclusive(STORE_BYTE) as held:
@@ -174,4 +151,4 @@ def _sweep(path: "os.PathLike[str]") -> None:
 def require_no_base_merge(store: "Store") -> None:
     """Refuse while a merge into a base waits to be resumed by the volume that began it."""
     if store.catalog.row(PendingRow, "kind = 'base-merge'"):
-        raise StateError("a merge into a base is pending: open its volume for writing, which resumes it")
+        raise StateError("a merge into a base is pending; open its volume for writing, which resumes it")

@@ -54,7 +54,7 @@ def find_snapshot(catalog: Catalog, volume: VolumeRow, name: str) -> SnapshotRow
     row = catalog.row(SnapshotRow, "volume = ? AND name = ?", volume.id, name)
     if row is None:
         raise SnapshotNotFoundError(
-            f"volume {volume.name!r} has no snapshot {name!r}: 'onionskin tree' lists those it has"
+            f"volume {volume.name!r} has no snapshot {name!r}; 'onionskin tree' lists those it has"
         )
     return row
 
@@ -101,9 +101,7 @@ def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
     """Return what other volumes than `besides` have on these layers: `web-2` (its head) or `web-2@clean`."""
     names = {volume.id: volume.name for volume in catalog.rows(VolumeRow)}
-    heads = [
-        volume.name for volume in catalog.rows(VolumeRow) if volume.head in layers and volume.id != besides
-    ]
+    heads = [volume.name for volume in catalog.rows(VolumeRow) if volume.head in layers and volume.id != besides]
     named = [
         f"{names[row.volume]}@{row.name}"
         for row in catalog.rows(SnapshotRow)

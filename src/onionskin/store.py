@@ -110,6 +110,7 @@ class Store:
         self._closed = False
         self._guard = threading.RLock()
         self._worker: threading.Thread | None = None
+        self._work_wanted = False
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
         if create and not self.layout.catalog.exists():
             self._make_directories()
@@ -187,7 +188,7 @@ class Store:
 
     def _insert_volume(self, name: str, head: NewHead) -> None:
         if self.catalog.row(VolumeRow, "name = ?", name):
-            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}: choose another name")
+            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}; choose another name")
         head.insert(self.catalog)
         self.catalog.insert(VolumeRow(new_id(), name, head.layer.id, head.layer.created_ns))
 
@@ -270,9 +271,7 @@ class Store:
             layer = self.catalog.layer(find_snapshot(self.catalog, source, snapshot).layer)
             policy = wipe or layer.wipe
             _check_geometry(layer.block_size, policy)
-            head = NewHead.on(
-                layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes
-            )
+            head = NewHead.on(layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes)
             self._insert_volume(new_name, head)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
@@ -307,7 +306,9 @@ class Store:
             above |= descendants(self.catalog, snapshot.layer)
         users = users_of(self.catalog, above, besides=row.id)
         if users:
-            raise StateError(f"volume {row.name!r} has snapshots that {', '.join(users)} need: delete or flatten those first")
+            raise StateError(
+                f"volume {row.name!r} has snapshots that {', '.join(users)} need; delete or flatten those first"
+            )
         if named and not recursive:
             names = ", ".join(sorted(snapshot.name for snapshot in named))
             raise StateError(f"volume {row.name!r} has snapshots: {names}; pass recursive to remove them too")
@@ -318,12 +319,10 @@ class Store:
         with self.catalog.transaction():
             row = self.catalog.volume(name)
             if self.catalog.row(VolumeRow, "name = ?", new_name):
-                raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}: choose another name")
+                raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}; choose another name")
             self.catalog.update(VolumeRow, row.id, name=new_name)
 
-    def relocate(
-        self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False
-    ) -> None:
+    def relocate(self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
 
         Without `trust` and `verify` the file must have the size and modification time that the base had; `verify`
@@ -335,13 +334,17 @@ class Store:
             raise ChainError(f"volume {name!r} has no base to relocate")
         old, new = chain.base, base_row(Path(base))
         if new.size_bytes != old.size_bytes:
-            raise ChainError(f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image")
+            raise ChainError(
+                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
+            )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken by create(digest=True): relocate with trust instead")
+            raise ChainError("no digest of the base was taken by create(digest=True); relocate with trust instead")
         if verify and digest_of(Path(new.path)) != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
-            raise ChainError(f"{new.path} was modified at another time than the base: pass trust if it is the same image")
+            raise ChainError(
+                f"{new.path} was modified at another time than the base; pass trust if it is the same image"
+            )
         with self.catalog.transaction():
             for other in self.catalog.rows(BaseRow, "path = ?", old.path):
                 self.catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
@@ -413,6 +416,7 @@ class Store:
 
     def check(self, *, repair: bool = False) -> list[usages.Problem]:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
+        self.finish_work()  # what is under way here is no problem
         if repair:
             pending.sweep_orphans(self)
             pending.do_pending(self)
@@ -455,14 +459,21 @@ class Store:
             return
         pending.do_pending(self, policy="zero")
         with self._guard:
-            if self._worker is None or not self._worker.is_alive():
+            self._work_wanted = True
+            if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
                 self._worker.start()
 
     def _work(self) -> None:
-        # What fails here stays in the catalog, and is tried again at the next open, which reports it.
-        with suppress(OSError, StateError, VolumeNotFoundError):
-            pending.do_pending(self, policy="release")
+        """Work until nothing was asked for since the last look. What fails stays in the catalog for the next open."""
+        while True:
+            with self._guard:
+                if not self._work_wanted:
+                    self._worker = None
+                    return
+                self._work_wanted = False
+            with suppress(OSError, StateError, VolumeNotFoundError):
+                pending.do_pending(self, policy="release")
 
     def finish_work(self) -> None:
         """Wait for the background to be done."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from onionskin._copy import CopyCancelled, CopyJob
-from onionskin._maplog import LayerMap
+from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import LayerRow, SegmentRow, new_id
-from onionskin.chain import SIZE_BYTES_MAX, Chain, open_chain, read_chain
+from onionskin.chain import Chain, open_chain, read_chain
+from onionskin.layermaps import empty_map
 from onionskin.snapshots import free_unneeded
 
 if TYPE_CHECKING:
@@ -35,7 +36,13 @@ OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
 EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 _COPY_DTYPE = numpy.dtype(
-    [("source", "<i8"), ("destination", "<i8"), ("source_offset", "<u8"), ("destination_offset", "<u8"), ("length", "<u8")]
+    [
+        ("source", "<i8"),
+        ("destination", "<i8"),
+        ("source_offset", "<u8"),
+        ("destination_offset", "<u8"),
+        ("length", "<u8"),
+    ]
 )
 
 
@@ -123,9 +130,7 @@ def copy_runs(
                 os.close(descriptor)
 
 
-def _by_segments(
-    table: "Array", segment: "Array", paths: dict[int, Path]
-) -> "Iterator[tuple[Array, list[int]]]":
+def _by_segments(table: "Array", segment: "Array", paths: dict[int, Path]) -> "Iterator[tuple[Array, list[int]]]":
     """Cut a table into parts that need few descriptors each; open them and fill in the sources."""
     numbers = numpy.unique(segment)
     for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
@@ -198,9 +203,7 @@ def export(volume: "Volume", target: str, *, progress: "Progress | None") -> Non
         layer = volume.head if volume.writable else volume.store.catalog.layer(volume.head).id
         chain = read_chain(volume.store.catalog, layer)
         copy_base(volume.path, chain, descriptor, size_bytes, reflink=reflink)
-        copy_runs(
-            volume.store, volume.path, descriptor, size_bytes, reflink=reflink, punch=True, progress=progress
-        )
+        copy_runs(volume.store, volume.path, descriptor, size_bytes, reflink=reflink, punch=True, progress=progress)
         sync_file(descriptor)  # BARRIER: exported image
         Path(draft).replace(target)
         sync_directory(Path(target).absolute().parent)  # BARRIER: exported image name
@@ -232,7 +235,19 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
         raise
     length, frames, crc = written
     flat = LayerRow(
-        new_id(), None, None, old.block_size, old.wipe, old.size_bytes, 1, map_id, 0, length, frames, crc, old.created_ns
+        new_id(),
+        None,
+        None,
+        old.block_size,
+        old.wipe,
+        old.size_bytes,
+        1,
+        map_id,
+        0,
+        length,
+        frames,
+        crc,
+        old.created_ns,
     )
 
     def insert() -> None:
@@ -259,8 +274,6 @@ def _write_flat(
     store: "Store", path: "DataPath", chain: Chain, segment: bytes, map_id: bytes, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
     """Write a segment whose slots follow the disk, and a map for it. Returns (slots, what the map file is)."""
-    from onionskin._maplog import MAGIC_SEGMENT, encode_header
-
     block_size, size_bytes, wipe_zero = path.block_size, path.size_bytes, chain.top.wipe == "zero"
     target = store.layout.segment_file(segment)
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -279,7 +292,7 @@ def _write_flat(
         sync_file(descriptor)  # BARRIER: flat segment
     finally:
         os.close(descriptor)
-    with_map = LayerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+    with_map = empty_map(block_size)
     try:
         if len(blocks):
             number = with_map.add_segment(segment)
@@ -325,5 +338,3 @@ def _data_of(path: Path, size_bytes: int) -> Iterator[tuple[int, int]]:
             yield start, min(end, size_bytes)
     finally:
         os.close(descriptor)
-
-

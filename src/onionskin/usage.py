@@ -8,9 +8,9 @@ import numpy
 
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
-from onionskin.chain import SIZE_BYTES_MAX, check_base, open_chain, read_chain
+from onionskin.chain import check_base, open_chain, read_chain
 from onionskin.errors import ChainError, FormatError, OnionskinError
-from onionskin.pending import load_layer
+from onionskin.layermaps import empty_map, open_map
 from onionskin.snapshots import descendants, find_snapshot, nearest_name
 from onionskin.transfer import EXTENT_DTYPE
 
@@ -52,24 +52,6 @@ class Problem:
     advice: str
 
 
-def load_any(store: "Store", layer: LayerRow) -> LayerMap:
-    """Load the map of a sealed layer, or of a head as it is durable now. The caller closes it."""
-    if layer.sealed:
-        with load_layer(store, layer) as loaded:
-            copy = LayerMap(block_size=layer.block_size, block_count=SIZE_BYTES_MAX // layer.block_size)
-            copy.fold(loaded)
-            return copy
-    try:
-        return LayerMap.load(
-            str(store.layout.map_file(layer.map_id)),
-            map_id=layer.map_id,
-            block_size=layer.block_size,
-            block_count=SIZE_BYTES_MAX // layer.block_size,
-        )
-    except FileNotFoundError:
-        return LayerMap(block_size=layer.block_size, block_count=SIZE_BYTES_MAX // layer.block_size)
-
-
 def usage(store: "Store", name: str) -> list[Usage]:
     """Return what each snapshot of a volume, and its head (last), hold."""
     catalog = store.catalog
@@ -77,7 +59,7 @@ def usage(store: "Store", name: str) -> list[Usage]:
     layers = {layer.id: layer for layer in catalog.rows(LayerRow)}
     rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
     names = {row.layer: row.name for row in rows}
-    maps = {id: load_any(store, layer) for id, layer in layers.items() if _belongs(layers, id, volume, names)}
+    maps = {id: open_map(store, layer) for id, layer in layers.items() if _belongs(layers, id, volume, names)}
     held = {id: layer_map.count()[0] * layers[id].block_size for id, layer_map in maps.items()}
     children: dict[bytes, list[bytes]] = {}
     for layer in layers.values():
@@ -125,7 +107,7 @@ def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
     chain_b = read_chain(catalog, find_snapshot(catalog, volume, b).layer if b else volume.head)
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
-        raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common: compare exported images instead")
+        raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common; compare exported images instead")
     touched_a = _touched(store, [layer for layer in chain_a.layers if layer.id not in shared], chain_a.top.block_size)
     touched_b = _touched(store, [layer for layer in chain_b.layers if layer.id not in shared], chain_b.top.block_size)
     try:
@@ -138,9 +120,9 @@ def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
 
 
 def _touched(store: "Store", layers: list[LayerRow], block_size: int) -> LayerMap:
-    union = LayerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+    union = empty_map(block_size)
     for layer in layers:
-        loaded = load_any(store, layer)
+        loaded = open_map(store, layer)
         union.fold(loaded)
         loaded.close()
     return union
@@ -212,7 +194,12 @@ def check(store: "Store") -> list[Problem]:
     catalog = store.catalog
     for row in catalog.rows(PendingRow):
         problems.append(
-            Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
+            Problem(
+                "notice",
+                f"pending work: {row.kind}",
+                row.target.hex(),
+                "it is done when the store is next written",
+            )
         )
     named = {store.layout.map_file(row.map_id) for row in catalog.rows(LayerRow)}
     named |= {store.layout.segment_file(row.id) for row in catalog.rows(SegmentRow)}
@@ -229,7 +216,7 @@ def _check_layers(store: "Store") -> list[Problem]:
     advice = "restore the file from a copy of the store"
     for layer in store.catalog.rows(LayerRow):
         try:
-            layer_map = load_any(store, layer)
+            layer_map = open_map(store, layer)
         except (OnionskinError, OSError) as error:
             problems.append(Problem("error", str(error), str(store.layout.map_file(layer.map_id)), advice))
             continue
@@ -240,7 +227,11 @@ def _check_layers(store: "Store") -> list[Problem]:
                 continue
             path = store.layout.segment_file(id)
             named = int(slots[-1][0]) + int(slots[-1][1])
-            fault = "a map names a segment of another layer" if id not in segments else _segment_fault(path, id, layer, named)
+            fault = (
+                "a map names a segment of another layer"
+                if id not in segments
+                else _segment_fault(path, id, layer, named)
+            )
             if fault:
                 problems.append(Problem("error", fault, str(path), advice))
         layer_map.close()

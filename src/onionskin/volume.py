@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin import forks, merging, transfer
@@ -24,6 +25,7 @@ from onionskin.catalog import (
 from onionskin.chain import Chain, NewHead, open_chain, read_chain
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
@@ -204,7 +206,7 @@ class Volume:
             if size_bytes < self.size_bytes and not force:
                 raise StateError(
                     f"resize would cut {self.name!r} from {self.size_bytes} to {size_bytes} bytes and lose what lies "
-                    "behind: pass force if that is meant"
+                    "behind; pass force if that is meant"
                 )
             self.path.resize(size_bytes)
             with self.store.catalog.transaction():
@@ -221,25 +223,29 @@ class Volume:
     # ---- snapshots ----
 
     @property
-    def snapshots(self) -> list[Snapshot]:
-        """The volume's snapshots, oldest first."""
-        return list_snapshots(self.store.catalog, self.row)
-
-    @property
     def parent(self) -> Snapshot | None:
-        """The newest snapshot on the branch of the head, or None where it has none of this volume's."""
-        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
+        """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
         names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
         name = nearest_name(layers, names, layers[self.head].parent)
         return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
 
     @property
     def head_changed(self) -> bool:
-        """Whether the disk was written to, trimmed or resized since `parent`. Flushes, to look at the maps."""
-        parent = self.parent
-        if parent is None:
-            return len(self.extents()) > 0
-        return self.size_bytes != parent.size_bytes or len(self.diff(parent.name)) > 0
+        """Whether anything was written, trimmed or resized since `parent`. Flushes, to know."""
+        self.flush()
+        named = {row.layer for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        chain = read_chain(self.store.catalog, self.head).layers
+        above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
+        below = chain[-len(above) - 1] if len(above) < len(chain) else None
+        if below and below.size_bytes != self.size_bytes:
+            return True
+        return any(map_is_used(self.store, layer) for layer in above)
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The volume's snapshots, oldest first."""
+        return list_snapshots(self.store.catalog, self.row)
 
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
@@ -270,7 +276,9 @@ class Volume:
 
             def check_free() -> None:
                 if self.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
-                    raise SnapshotExistsError(f"volume {self.name!r} already has a snapshot {name!r}: choose another name")
+                    raise SnapshotExistsError(
+                        f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
+                    )
 
             self.seal(check_free, name_it)
         return next(snapshot for snapshot in self.snapshots if snapshot.name == name)
@@ -285,7 +293,9 @@ class Volume:
         try:
             with catalog.transaction():
                 check()
-                sealed = self.path.seal(map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id)
+                sealed = self.path.seal(
+                    map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
+                )
                 is_sealed = True
                 spare_row = self._write_sealed(old, sealed, head)
                 row = catalog.layer(old.id)
@@ -323,7 +333,18 @@ class Volume:
         byte = catalog.take_lock_byte()
         catalog.insert(
             LayerRow(
-                layer.id, old.id, None, layer.block_size, layer.wipe, sealed.size_bytes, 0, layer.map_id, byte, 0, 0, 0,
+                layer.id,
+                old.id,
+                None,
+                layer.block_size,
+                layer.wipe,
+                sealed.size_bytes,
+                0,
+                layer.map_id,
+                byte,
+                0,
+                0,
+                0,
                 layer.created_ns,
             )
         )
@@ -363,7 +384,7 @@ class Volume:
         top = below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         if not self.locks.take_shared(below.lock_bytes):
-            raise StateError("files of the snapshot are being wiped: try again when that is done")
+            raise StateError("files of the snapshot are being wiped; try again when that is done")
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
         old_head = self.head
         try:
@@ -429,7 +450,7 @@ class Volume:
         users = users_of(catalog, above, besides=self.row.id)
         if users:
             raise StateError(
-                f"snapshot {name!r} is needed by {', '.join(users)}: delete or flatten those volumes first, or merge the "
+                f"snapshot {name!r} is needed by {', '.join(users)}; delete or flatten those volumes first, or merge the "
                 "snapshot instead"
             )
         named = sorted(row.name for row in catalog.rows(SnapshotRow, "volume = ?", self.row.id) if row.layer in above)
@@ -501,11 +522,11 @@ class Volume:
             raise forks.forked_error(f"volume {self.name!r}")
         with self._guard:
             if self._closed:
-                raise StateError(f"volume {self.name!r} is closed: open it again")
+                raise StateError(f"volume {self.name!r} is closed; open it again")
             if not self.writable:
-                raise StateError(f"{self!r} is a view of a snapshot: open the volume itself")
+                raise StateError(f"{self!r} is a view of a snapshot; open the volume itself")
             if self.path.poisoned:
-                raise StateError(f"volume {self.name!r} is poisoned by a failed sync: close it and open it again")
+                raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
             yield
 
     def wait_for_readers(self) -> None:

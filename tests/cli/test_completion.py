@@ -17,11 +17,7 @@ def completed(line: str) -> list[str]:
     """Ask as the bash script does."""
     environment = {"_ONIONSKIN_COMPLETE": "bash_complete", "_ONIONSKIN_LINE": line}
     answer = CliRunner().invoke(onionskin, [], env=environment)
-    return [
-        text
-        for kind, _, text in (one.partition(",") for one in answer.stdout.splitlines())
-        if kind == "plain"
-    ]
+    return [text for kind, _, text in (one.partition(",") for one in answer.stdout.splitlines()) if kind == "plain"]
 
 
 def test_verbs_complete() -> None:

@@ -94,7 +94,12 @@ def frame_crc(frame: bytes) -> int:
 
 
 def encode_log(
-    frames: Iterable[Iterable[Record]], uuid: bytes, block_size: int = 4096, *, salt: int = 7, compatible: int = 0
+    frames: Iterable[Iterable[Record]],
+    uuid: bytes,
+    block_size: int = 4096,
+    *,
+    salt: int = 7,
+    compatible: int = 0,
 ) -> bytes:
     out = encode_header(b"ONIONMAP", uuid, block_size, compatible=compatible)
     crc = 0

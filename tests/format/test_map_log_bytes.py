@@ -274,7 +274,13 @@ def test_a_flood_of_frame_headers_is_damage_and_ends_soon() -> None:
 records = st.one_of(
     st.builds(reference.hole, st.integers(0, 200), st.integers(1, 56)),
     st.builds(reference.zero, st.integers(0, 200), st.integers(1, 56)),
-    st.builds(reference.data, st.integers(0, 200), st.integers(1, 56), st.sampled_from([9, 4]), st.integers(0, 1 << 31)),
+    st.builds(
+        reference.data,
+        st.integers(0, 200),
+        st.integers(1, 56),
+        st.sampled_from([9, 4]),
+        st.integers(0, 1 << 31),
+    ),
 )
 
 

@@ -1,5 +1,6 @@
 """Drives a store and a plain model through every operation, and compares all that can be read."""
 
+import os
 import random
 import shutil
 import tempfile
@@ -180,11 +181,13 @@ class StoreMachine(RuleBasedStateMachine):
             disk = self.model.volumes[name].disk
             assert volume.size_bytes == len(disk)
             assert volume.read(0, len(disk)) == disk
-        names = {(info.name, snapshot.name) for info in self.store.volumes() for snapshot in self.store.snapshots(info.name)}
+        names = {
+            (info.name, snapshot.name) for info in self.store.volumes() for snapshot in self.store.snapshots(info.name)
+        }
         assert names == {(snapshot.volume, snapshot.name) for snapshot in self.model.snapshots}
 
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("ONIONSKIN_EXAMPLES", "60")), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -231,9 +231,7 @@ def test_a_source_that_ends_early_is_an_error(tmp_path: Path, zero_holes: bool, 
     assert failed.value.errno == errno.EIO
 
 
-def test_a_full_destination_is_enospc_and_copying_again_with_room_succeeds(
-    ext4_mount: Mount, tmp_path: Path
-) -> None:
+def test_a_full_destination_is_enospc_and_copying_again_with_room_succeeds(ext4_mount: Mount, tmp_path: Path) -> None:
     directory = ext4_mount(16 * MIB)
     with (
         file_of(directory / "ballast", NOISE[: 4 * MIB]) as ballast,

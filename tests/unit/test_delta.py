@@ -120,9 +120,7 @@ def test_volumes_of_other_block_sizes_can_follow(stores: tuple[Store, Store]) ->
 
 
 changes = st.lists(
-    st.tuples(
-        st.sampled_from(["write", "zero", "trim", "resize"]), st.integers(0, SIZE), st.integers(1, 5 * BLOCK)
-    ),
+    st.tuples(st.sampled_from(["write", "zero", "trim", "resize"]), st.integers(0, SIZE), st.integers(1, 5 * BLOCK)),
     max_size=8,
 )
 

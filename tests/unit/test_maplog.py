@@ -61,7 +61,10 @@ def blocks(stretches: np.ndarray) -> list[int]:
 
 changes = st.lists(
     st.tuples(
-        st.integers(0, BLOCKS - 1), st.integers(1, 900), st.sampled_from([A, B, "zero", None]), st.integers(0, 5000)
+        st.integers(0, BLOCKS - 1),
+        st.integers(1, 900),
+        st.sampled_from([A, B, "zero", None]),
+        st.integers(0, 5000),
     ).map(lambda change: (change[0], min(change[1], BLOCKS - change[0]), change[2], change[3])),
     max_size=12,
 )
@@ -248,7 +251,13 @@ def test_a_map_of_many_frames_loads_again(tmp_path: Path) -> None:
     length, frames, crc = layer.write(str(tmp_path / "m"), map_id=MAP_ID, wipe_zero=False, size_bytes=7)
     assert frames == 3
     again = LayerMap.load(
-        str(tmp_path / "m"), map_id=MAP_ID, block_size=4096, block_count=400_000, length=length, frames=3, crc=crc
+        str(tmp_path / "m"),
+        map_id=MAP_ID,
+        block_size=4096,
+        block_count=400_000,
+        length=length,
+        frames=3,
+        crc=crc,
     )
     assert contents(again) == contents(layer)
 

@@ -90,9 +90,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} names a snapshot where a volume is wanted", param, ctx)
         return name
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer directories until a store is reached, then the names in it."""
         directory, slash, last = incomplete.rpartition("/")
         store = Path(directory or "/")
@@ -115,9 +113,7 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]
         """Make a path of it."""
         return Path(value)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Let the shell offer directories."""
         return [CompletionItem(incomplete, type="dir")]
 

@@ -63,13 +63,9 @@ def snapshots(name: Name, as_json: bool) -> None:
     """List the snapshots of a volume."""
     with name.open_store() as store:
         found = store.snapshots(name.volume)
-    rows = [
-        (s.name, output.size(s.size_bytes), output.when(s.created), s.parent or "-", s.note) for s in found
-    ]
+    rows = [(s.name, output.size(s.size_bytes), output.when(s.created), s.parent or "-", s.note) for s in found]
     headings = ("SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE")
-    output.show(
-        as_json, [snapshot_value(s) for s in found], lambda: output.table(headings, rows, right="SIZE")
-    )
+    output.show(as_json, [snapshot_value(s) for s in found], lambda: output.table(headings, rows, right="SIZE"))
 
 
 @click.command()
@@ -132,9 +128,7 @@ def _ancestors(volume: Volume) -> list[str]:
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
-@click.option(
-    "--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file."
-)
+@click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
 @json_option
 def merge(name: Name, into_base: bool, threads: int, as_json: bool) -> None:

@@ -21,9 +21,7 @@ def check(store: Path, repair: bool, as_json: bool) -> None:
     """Look for damage in a store."""
     with Store(store, create=False) as opened:
         problems = opened.check(repair=repair)
-    value = [
-        {"severity": p.severity, "what": p.what, "where": str(p.where), "advice": p.advice} for p in problems
-    ]
+    value = [{"severity": p.severity, "what": p.what, "where": str(p.where), "advice": p.advice} for p in problems]
     lines = [output.cell(f"{p.severity}: {p.where}: {p.what}; {p.advice}") for p in problems]
     output.show(as_json, value, lambda: "\n".join(lines) or f"{store}: no problem found")
     if any(p.severity == "error" for p in problems):
@@ -32,9 +30,7 @@ def check(store: Path, repair: bool, as_json: bool) -> None:
 
 @click.command()
 @click.option("--size", type=SIZE, default="256M", show_default=True, help="Size of the disk.")
-@click.option(
-    "--keep", type=click.Path(path_type=Path), help="Work in this new directory and leave everything in it."
-)
+@click.option("--keep", type=click.Path(path_type=Path), help="Work in this new directory and leave everything in it.")
 @json_option
 def demo(size: int, keep: Path | None, as_json: bool) -> None:
     """Show and prove the main job on a real disk image.
@@ -50,10 +46,7 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
             click.echo(f"{step.seconds * 1000:10.1f} ms  {step.what}{proof}")
 
     result = demonstrate(size, keep, report)
-    steps = [
-        {"what": s.what, "seconds": s.seconds, "operation": s.operation, "proof": s.proof}
-        for s in result.steps
-    ]
+    steps = [{"what": s.what, "seconds": s.seconds, "operation": s.operation, "proof": s.proof} for s in result.steps]
     value = {
         "size_bytes": result.size_bytes,
         "file_system": result.file_system,
@@ -65,11 +58,7 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
 
 def _draw_result(result: Result) -> str:
     copy = result.full_copy_seconds
-    rows = [
-        (s.what, f"{s.seconds * 1000:.1f} ms", f"{copy / s.seconds:.1f} x")
-        for s in result.steps
-        if s.operation
-    ]
+    rows = [(s.what, f"{s.seconds * 1000:.1f} ms", f"{copy / s.seconds:.1f} x") for s in result.steps if s.operation]
     rows.append(("a full copy of the image, fsync included", f"{copy * 1000:.1f} ms", "1.0 x"))
     listed = output.table(("OPERATION", "TOOK", "FASTER-BY"), rows, right="TOOK FASTER-BY")
     proofs = sum(bool(s.proof) for s in result.steps)

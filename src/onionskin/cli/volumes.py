@@ -63,9 +63,7 @@ def create(
     if base is not None:
         base.stat()  # a base that is missing shall not leave an empty store behind
     with Store(name.store) as store:
-        volume = store.create(
-            name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest
-        )
+        volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
         volume.close()
         about = store.info(name.volume)
     over = f" over {about.base}" if about.base else ""
@@ -109,9 +107,7 @@ _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bri
 
 def _node_line(node: TreeNode) -> str:
     # A layer without a name is what a merge left standing because several children need it.
-    label = click.style(
-        output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True
-    )
+    label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
     if node.kind != "base":
         about.append(f"holds {output.size(node.bytes_held)}")

@@ -1,0 +1,56 @@
+"""Loading the block map of one layer from its file, as the catalog describes it.
+
+What must hold: a sealed layer's map is checked against the length, frame count and CRC that the catalog has; a head's
+is read as far as it is durable.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from onionskin._maplog import LayerMap
+from onionskin.catalog import LayerRow
+from onionskin.chain import SIZE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+
+def empty_map(block_size: int) -> LayerMap:
+    """Return a map without a block, with room for any."""
+    return LayerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+
+
+def open_map(store: "Store", layer: LayerRow) -> LayerMap:
+    """Load the map of a sealed layer, or of a head as it is durable now. The caller closes it."""
+    if layer.sealed and layer.map_length == 0:
+        return empty_map(layer.block_size)
+    sealed = {"length": layer.map_length, "frames": layer.map_frames, "crc": layer.map_crc} if layer.sealed else {}
+    try:
+        return LayerMap.load(
+            str(store.layout.map_file(layer.map_id)),
+            map_id=layer.map_id,
+            block_size=layer.block_size,
+            block_count=SIZE_BYTES_MAX // layer.block_size,
+            **sealed,
+        )
+    except FileNotFoundError:
+        if layer.sealed:
+            raise
+        return empty_map(layer.block_size)  # nothing was flushed to this head yet
+
+
+@contextmanager
+def load_layer(store: "Store", layer: LayerRow) -> Iterator[LayerMap]:
+    """Load a layer's block map for the time of a with block."""
+    layer_map = open_map(store, layer)
+    try:
+        yield layer_map
+    finally:
+        layer_map.close()
+
+
+def map_is_used(store: "Store", layer: LayerRow) -> bool:
+    """Whether a layer changes anything over what is below it."""
+    with load_layer(store, layer) as layer_map:
+        return len(layer_map.runs()) > 0
