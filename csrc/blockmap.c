@@ -13,8 +13,8 @@
  *   [ block   | length - 1 | segment    | slot    ]      block is counted within the range
  *
  * so the order of the numbers is the order of the blocks, and the low 48 bits are a place. A stretch of more than
- * RUN_BLOCKS_MAX blocks is cut into runs of RUN_BLOCKS_MAX from its first block on, the last one shorter. Neighbours that
- * continue each other are otherwise always one run: there is exactly one list for each content.
+ * RUN_BLOCKS_MAX blocks is cut into several runs. What is put beside blocks that it continues is joined with them, so a
+ * range that fills in order stays at a few runs and ends as one entry of the root.
  *
  * A dense leaf has one place for each block of the range, and counts those that are not HOLE.
  *
@@ -65,6 +65,8 @@
 #define TOUCHED_WORD_ENTRIES (ROOT_PAGE_ENTRIES * 64)
 
 #define LOOKUP_GROUP 32
+#define CACHE_LINE_BYTES 64
+#define SET_PREFETCH_LINES 5
 
 struct sparse_leaf {
     uint32_t count;
@@ -447,7 +449,6 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
         struct stretch over = unpack(runs[last - 1]);
         uint32_t into = put_end - over.block;
         right = (struct stretch){put_end, over.block_count - into, onion_place_advance(over.place, into)};
-        join_after(runs, count, &last, &right);
     }
     if (put.place == ONION_PLACE_HOLE)
         put.block_count = 0;
@@ -583,11 +584,19 @@ static int become_dense(struct onion_map *map, uint64_t range, uint64_t entry, c
     return 0;
 }
 
+/* The first lines of a leaf, all at once: a binary search would miss on them one after the other. */
+static inline void prefetch_whole_leaf(const struct sparse_leaf *leaf) {
+    for (int line = 0; line < SET_PREFETCH_LINES; line++)
+        __builtin_prefetch((const char *)leaf + line * CACHE_LINE_BYTES);
+}
+
 /* The entry is HOLE, a whole-range run or a sparse leaf: each of them a list of runs. */
 static int set_in_runs(struct onion_map *map, uint64_t range, uint64_t entry, struct stretch put) {
     uint64_t whole_range[RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX];
     struct sparse_leaf *leaf = entry_tag(entry) == ENTRY_RUN ? NULL : entry_leaf(entry);
     const uint64_t *runs = leaf ? leaf->runs : whole_range;
+    if (leaf)
+        prefetch_whole_leaf(leaf);
     uint32_t count = leaf ? leaf->count : 0;
     if (entry_tag(entry) == ENTRY_RUN)
         count = pack_runs((struct stretch){0, range_blocks(map), entry_place(entry)}, whole_range);

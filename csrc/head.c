@@ -472,6 +472,23 @@ int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spa
 
 int onion_volume_has_spare(struct onion_volume *volume) { return volume->spare != 0; }
 
+/* What the sealed head wrote is only read from now on: it needs no descriptor, so that a deep chain costs none. */
+static void close_sealed_segments(struct onion_volume *volume) {
+    pthread_rwlock_wrlock(&volume->gate);
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || onion_segment_is_head(volume, segment))
+            continue;
+        pthread_mutex_lock(&segment->mapping_lock);
+        if (segment->fd >= 0)
+            close(segment->fd);
+        segment->fd = -1;
+        segment->own = 0;
+        pthread_mutex_unlock(&segment->mapping_lock);
+    }
+    pthread_rwlock_unlock(&volume->gate);
+}
+
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
     if (!volume->sealing)
         return -EINVAL;
@@ -480,6 +497,7 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
+        close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
     volume->sealing = 0;

@@ -1,4 +1,4 @@
-"""The block map of one layer, and the bytes of headers and map logs: types of _maplog.pyx, which says more."""
+"""The block map of one layer, and the bytes of headers and map logs: the types of _maplog.pyx."""
 
 import os
 from typing import NamedTuple, TypeAlias

@@ -23,6 +23,7 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 1
+_VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 
 _SCHEMA = """
 CREATE TABLE store (uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL);
@@ -336,9 +337,12 @@ class Catalog:
     def segments_of(self, layers: list[LayerRow]) -> dict[bytes, list[SegmentRow]]:
         """Return the segments of each layer, spare ones included."""
         found: dict[bytes, list[SegmentRow]] = {layer.id: [] for layer in layers}
+        ids = list(found)
         with self.reading():
-            for layer in layers:
-                found[layer.id] = self.rows(SegmentRow, "layer = ?", layer.id)
+            for first in range(0, len(ids), _VALUES_MAX):
+                part = ids[first : first + _VALUES_MAX]
+                for row in self.rows(SegmentRow, f"layer IN ({', '.join('?' * len(part))})", *part):
+                    found[row.layer].append(row)
         return found
 
     def _execute(self, text: str, *values: Any) -> None:

@@ -8,6 +8,7 @@ All of it may be done twice.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
@@ -126,24 +127,28 @@ def sweep_orphans(store: "Store") -> list[str]:
     with store.locks.exclusive(STORE_BYTE) as held:
         if not held:
             return []
-        named = {store.layout.map_file(row.map_id) for row in store.catalog.rows(LayerRow)}
-        named |= {store.layout.segment_file(row.id) for row in store.catalog.rows(SegmentRow)}
-        for row in store.catalog.rows(PendingRow):
-            named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
-        swept = []
-        for directory in (store.layout.layers, store.layout.segments):
-            for path in sorted(set(directory.iterdir()) - named):
-                _sweep(path)
-                swept.append(str(path))
-        return swept
+        swept = orphans(store)
+        for path in swept:
+            _sweep(path)
+        return [str(path) for path in swept]
 
 
-def _sweep(path: "os.PathLike[str]") -> None:
+def orphans(store: "Store") -> list[Path]:
+    """Return the files of maps and segments that no row names."""
+    named = {store.layout.map_file(row.map_id) for row in store.catalog.rows(LayerRow)}
+    named |= {store.layout.segment_file(row.id) for row in store.catalog.rows(SegmentRow)}
+    for row in store.catalog.rows(PendingRow):
+        named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
+    directories = (store.layout.layers, store.layout.segments)
+    return sorted(path for directory in directories for path in directory.iterdir() if path not in named)
+
+
+def _sweep(path: Path) -> None:
     """Wipe and unlink; a file without a row may have belonged to a volume with policy `zero`."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
-        os.unlink(path)
+        path.unlink()
     finally:
         os.close(descriptor)
 

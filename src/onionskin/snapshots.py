@@ -78,6 +78,24 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
     ]
 
 
+def nearest_snapshot(catalog: Catalog, volume: VolumeRow, layer: bytes | None) -> SnapshotRow | None:
+    """Return the volume's snapshot of a layer, or of the nearest one below it that has one."""
+    while layer is not None:
+        row = catalog.row(SnapshotRow, "layer = ? AND volume = ?", layer, volume.id)
+        if row:
+            return row
+        layer = catalog.layer(layer).parent
+    return None
+
+
+def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, layer: LayerRow) -> Snapshot:
+    """Make the public description of one snapshot."""
+    parent = nearest_snapshot(catalog, volume, layer.parent)
+    return Snapshot(
+        row.name, row.guid.hex(), when(row.created_ns), parent.name if parent else None, row.note, layer.size_bytes
+    )
+
+
 def nearest_name(layers: dict[bytes, LayerRow], names: dict[bytes, str], layer: bytes | None) -> str | None:
     """Return the name on a layer, or on the nearest one below it that has one."""
     while layer is not None:

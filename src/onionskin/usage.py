@@ -11,6 +11,7 @@ from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, Snapsho
 from onionskin.chain import check_base, open_chain, read_chain
 from onionskin.errors import ChainError, FormatError, OnionskinError
 from onionskin.layermaps import empty_map, open_map
+from onionskin.pending import orphans
 from onionskin.snapshots import descendants, find_snapshot, nearest_name
 from onionskin.transfer import EXTENT_DTYPE
 
@@ -140,7 +141,8 @@ def _states(store: "Store", chain: Any, head: bool) -> "Array":
     """Return the runs of what `b` reads: DATA, ZERO; what is in none of them is the base's."""
     path = store.path_of_head(chain.top.id) if head else None
     if path is not None:
-        return path.runs()
+        head_runs: Array = path.runs()
+        return head_runs
     union = _touched(store, list(chain.layers), chain.top.block_size)
     try:
         runs = union.runs()
@@ -192,22 +194,14 @@ def check(store: "Store") -> list[Problem]:
     """Look at every file that the catalog names. Reads headers and maps, and no block data."""
     problems = [*_check_layers(store), *_check_bases(store), *_check_chains(store)]
     catalog = store.catalog
-    for row in catalog.rows(PendingRow):
-        problems.append(
-            Problem(
-                "notice",
-                f"pending work: {row.kind}",
-                row.target.hex(),
-                "it is done when the store is next written",
-            )
-        )
-    named = {store.layout.map_file(row.map_id) for row in catalog.rows(LayerRow)}
-    named |= {store.layout.segment_file(row.id) for row in catalog.rows(SegmentRow)}
-    for row in catalog.rows(PendingRow):
-        named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
-    for directory in (store.layout.layers, store.layout.segments):
-        for path in sorted(set(directory.iterdir()) - named):
-            problems.append(Problem("notice", "a file that no row names", str(path), "'check --repair' removes it"))
+    problems += [
+        Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
+        for row in catalog.rows(PendingRow)
+    ]
+    problems += [
+        Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
+        for path in orphans(store)
+    ]
     return problems
 
 

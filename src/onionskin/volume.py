@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from onionskin import forks, merging, transfer
 from onionskin.catalog import (
@@ -30,10 +30,11 @@ from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
     descendants,
+    describe_snapshot,
     find_snapshot,
     free_unneeded,
     list_snapshots,
-    nearest_name,
+    nearest_snapshot,
     users_of,
 )
 
@@ -140,11 +141,11 @@ class Volume:
         OSError
             EIO where a file under the volume fails or was truncated.
         """
-        return self._on_path(lambda path: path.read(offset, length))
+        return self._on_path(lambda path: cast(bytes, path.read(offset, length)))
 
     def readinto(self, offset: int, buffer: Any) -> int:
         """Fill a writable buffer from `offset` on; returns its length in bytes."""
-        return self._on_path(lambda path: path.readinto(offset, buffer))
+        return self._on_path(lambda path: cast(int, path.readinto(offset, buffer)))
 
     def write(self, offset: int, data: Any) -> int:
         """Write a buffer at `offset`; returns its length in bytes.
@@ -156,7 +157,7 @@ class Volume:
         StateError
             A view, closed, or poisoned by a failed sync.
         """
-        return self._on_path(lambda path: path.write(offset, data))
+        return self._on_path(lambda path: cast(int, path.write(offset, data)))
 
     def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Array | None" = None) -> "Array":
         """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""
@@ -225,10 +226,9 @@ class Volume:
     @property
     def parent(self) -> Snapshot | None:
         """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
-        names = {row.layer: row.name for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
-        layers = {layer.id: layer for layer in self.store.catalog.chain(self.head)}
-        name = nearest_name(layers, names, layers[self.head].parent)
-        return next((snapshot for snapshot in self.snapshots if snapshot.name == name), None)
+        catalog = self.store.catalog
+        row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
+        return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
 
     @property
     def head_changed(self) -> bool:
@@ -280,8 +280,10 @@ class Volume:
                         f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
-            self.seal(check_free, name_it)
-        return next(snapshot for snapshot in self.snapshots if snapshot.name == name)
+            sealed = self.seal(check_free, name_it)
+            return describe_snapshot(
+                self.store.catalog, self.row, find_snapshot(self.store.catalog, self.row, name), sealed
+            )
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
         """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""
@@ -309,7 +311,8 @@ class Volume:
             raise
         self.head = head.layer.id
         self.path.seal_commit(spare_row.id)
-        self.locks.take_shared(read_chain(catalog, self.head).lock_bytes)
+        made = catalog.layer(self.head)
+        self.locks.take_shared({made.map_lock_byte, spare_row.lock_byte})
         return row
 
     def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
@@ -505,7 +508,7 @@ class Volume:
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
         if b is None and self.writable:
             self.flush()
-        return self.store.diff(self.name, a, b)
+        return cast("Array", self.store.diff(self.name, a, b))
 
     def usage(self) -> list[Any]:
         """Return what each snapshot holds and what discard or merge of it would free."""

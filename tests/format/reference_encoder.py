@@ -134,7 +134,7 @@ def decode_log(log: bytes) -> list[list[Record]]:
 MAP_ID = bytes(range(16))
 SEGMENT_A = bytes(range(0x20, 0x30))
 SEGMENT_B = bytes(range(0xF0, 0x100))
-# What the golden log says, frame by frame: every kind of record, two segments, a size, a layer that was grown.
+# What the golden log says, by frame: every kind of record, two segments, a size, a layer that was grown.
 GOLDEN_FRAMES = [
     [size(1 << 20), segment(1, SEGMENT_A), data(0, 8, 1, 0), data(100, 1, 1, 8)],
     [zero(4, 2), segment(2, SEGMENT_B), data(200, 56, 2, 0xFFFFFF00)],
