@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the extensions with the sanitizers in a copy of the tree ($1, with a .venv), and runs the model tests on them.
+# Builds the extensions with the sanitizers in a copy of the tree ($1, with a .venv-test), and runs the model tests on them.
 set -euo pipefail
 tree=$1
 cd "$tree"
-. .venv/bin/activate
+. .venv-test/bin/activate
 pip install -q "Cython>=3.1,<4" "setuptools>=77"
 ONIONSKIN_SANITIZE=address,undefined python setup.py -q build_ext --inplace --force >/dev/null
 # Python itself is not built with the sanitizer, so its run time is loaded first; Python's own leaks are not ours.
