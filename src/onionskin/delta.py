@@ -4,7 +4,7 @@
     record, record, ...     DATA (bytes) or ZERO (a length), in rising order of offset, each with a CRC-32
     END record              the counts, and the SHA-256 of every byte before it
 
-The byte tables are in docs ("Delta stream"). What must hold:
+The byte tables are in docs/format.md ("Delta stream"). What must hold:
 
 - The stream is written and read front to back, so that it goes through a pipe.
 - It names its starting point by GUID. A volume that is not exactly there (its head stands on another

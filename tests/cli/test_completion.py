@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from onionskin.cli import onionskin
+from onionskin.cli.verbs import onionskin
 
 Run = Callable[..., Result]
 

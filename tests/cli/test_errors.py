@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from onionskin.cli import onionskin, statuses
+from onionskin.cli import statuses
+from onionskin.cli.verbs import onionskin
 from onionskin.errors import FormatError, StateError, VerifyError, VolumeNotFoundError
 from onionskin.store import Store
 

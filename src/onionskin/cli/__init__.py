@@ -1,40 +1,18 @@
 """The command line: ``onionskin VERB NAME``.
 
-Each verb is a few lines over `onionskin.Store` and `onionskin.Volume`. Exit statuses are in ``statuses``,
-names in ``names``, what is printed in ``output``.
+Each verb is a few lines over `onionskin.Store` and `onionskin.Volume`. The list of them is in ``verbs``, exit
+statuses are in ``statuses``, names in ``names``, what is printed in ``output``.
 """
 
-import click
+import sys
 
-from onionskin.cli import data, snapshots, statuses, transfer, upkeep, volumes
-
-__all__ = ["main", "onionskin"]
-
-_VERBS = (
-    *(volumes.create, volumes.tree, volumes.list_volumes, volumes.info),
-    *(snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
-    *(volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate, volumes.delete),
-    *(snapshots.diff, snapshots.usage),
-    *(transfer.import_, transfer.export, transfer.delta, transfer.apply),
-    *(data.read, data.write, data.trim, data.zero),
-    *(upkeep.check, upkeep.demo, upkeep.completion),
-)
-
-
-@click.group(cls=statuses.Verbs, epilog=statuses.EPILOG, invoke_without_command=True)
-@click.version_option(package_name="onionskin", message="onionskin %(version)s")
-@click.pass_context
-def onionskin(ctx: click.Context) -> None:
-    """Copy-on-write snapshots of virtual disks: snapshot, revert, merge, discard, clone."""
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-        ctx.exit(statuses.USAGE)
-
-
-for _verb in _VERBS:
-    onionskin.add_command(_verb)
+__all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line of this process, and end it with a documented status."""
+    try:
+        from onionskin.cli.verbs import onionskin
+    except KeyboardInterrupt:  # the imports take long enough to be interrupted
+        sys.exit(130)
     onionskin()
