@@ -11,6 +11,7 @@ there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import os
@@ -27,8 +28,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from crash.replay import KINDS, SYNC_END, Entry, InitialFile, Marker, Replay, State, parked_name, parse_log
+from crash.replay import (
+    KINDS,
+    SYNC_END,
+    Entry,
+    InitialFile,
+    Marker,
+    Plan,
+    Replay,
+    State,
+    parked_name,
+    parse_log,
+)
 
 RECORDER_SOURCE = Path(__file__).with_name("recorder.c")
 MARK_NAME = ".crash-mark"
@@ -104,6 +117,47 @@ def read_initial(root: Path) -> list[InitialFile]:
             InitialFile(str(path.relative_to(root)), inode, path.is_dir(), contents, state.st_mtime_ns)
         )
     return found
+
+
+def resume(
+    recording: Recording, index: int, program: Sequence[str] | Callable[[Path], None], **options: Any
+) -> Recording:
+    """Kills the recorded program after `index` records, runs another on what it left, and records on.
+
+    Nothing is made durable by the kill: the states of the result are those of a power loss during or after
+    the second program, with all that the first had not synced still open. `options` as for `run`.
+    """
+    (left,) = recording.replay().states([Plan(index, "prefix")])
+    carried = recording.replay().inodes(index)
+    with StateDirectory(recording, None) as place:
+        root = place.make(left)
+        known = {inode_of(root / path): inode for path, inode in carried.items()}
+        known[inode_of(root)] = recording.root_inode
+        second = run(
+            program, root, log=recording.root.with_name(recording.root.name + ".resumed.log"), **options
+        )
+    entries = [
+        dataclasses.replace(
+            entry,
+            inode=known.get(entry.inode, (entry.inode[0] + RESUMED_DEVICE, entry.inode[1])),
+            sync=-entry.sync,
+        )
+        for entry in second.entries
+    ]
+    # Syncs that the first program had begun never return.
+    joined = [*recording.entries[:index], *entries]
+    return Recording(
+        recording.root, joined, second.truncated, recording.initial, recording.root_inode, second.output
+    )
+
+
+# Keeps the inodes of files that the second program makes apart from those of the first.
+RESUMED_DEVICE = 1 << 40
+
+
+def inode_of(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_dev, state.st_ino
 
 
 def script_of(function: Callable[[Path], None]) -> str:
@@ -203,11 +257,16 @@ class Report:
 
 
 def choose_states(
-    recording: Recording, kinds: Sequence[str] = KINDS, limit: int | None = None, seed: int = 0
+    recording: Recording,
+    kinds: Sequence[str] = KINDS,
+    limit: int | None = None,
+    seed: int = 0,
+    begin: int = 0,
 ) -> Iterator[State]:
-    """The states of a recording, or a seeded choice of at most `limit` of them, in the order of the log."""
+    """The states of a recording after its first `begin` records, or a seeded choice of at most `limit` of
+    them, in the order of the log."""
     replay = recording.replay()
-    plans = replay.plans(kinds)
+    plans = [plan for plan in replay.plans(kinds) if plan.index >= begin]
     if limit is not None and len(plans) > limit:
         plans = random.Random(seed).sample(plans, limit)
     return replay.states(plans, seed)
@@ -269,6 +328,7 @@ def check_states(
     seed: int = 0,
     directory: Path | None = None,
     violations_max: int | None = None,
+    begin: int = 0,
 ) -> Report:
     """Makes the states of a recording and lets a checker judge each.
 
@@ -283,11 +343,13 @@ def check_states(
         Where to make the states; None: in the recorded root itself (see `StateDirectory`).
     violations_max
         Stop after so many.
+    begin
+        Leave out the states at earlier points of the log.
     """
     report = Report()
     start = time.monotonic()
     with StateDirectory(recording, directory) as place:
-        for state in choose_states(recording, kinds, limit, seed):
+        for state in choose_states(recording, kinds, limit, seed, begin):
             path = place.make(state)
             problems = judge(checker, path, state.markers)
             report.tried += 1

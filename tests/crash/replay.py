@@ -10,8 +10,8 @@ are those that ext4 (data=ordered) and XFS share:
 
 1. Bytes. A write is durable once an fsync or fdatasync of its file that *began after the write ended* has
    returned. Until then each of its 512-byte sectors is, by itself, old or new, and so writes are also
-   reordered freely. A sector is never a mixture: drives write sectors whole, and the page cache does not
-   split them.
+   reordered freely. A sector is never a mixture: drives write sectors whole, and what is written back is a
+   page of the page cache as it was at one moment, so bytes bring all earlier ones of their sector along.
 2. Sizes. Changes of one file's size (growing writes, truncations, allocations) reach the medium in their
    order: a prefix of them persists. Size and bytes are independent: where a file has grown and the bytes are
    missing, it reads zero, never old contents of the medium. Bytes past the persisted size do not exist. What
@@ -308,13 +308,18 @@ def settle_file(image: Image, changes: Sequence[FileChange], selection: Selectio
     cut_at: int | None = (
         None  # the least size of a truncation that has not persisted: nothing later reaches past it
     )
-    for change in changes:
+    cuts: list[FileChange] = []  # truncations that have persisted
+    for position, change in enumerate(changes):
         if change.resizes_to is not None:
             sizes_persist = sizes_persist and selection.sizes(change)
             if sizes_persist:
+                if change.resizes_to < image.size_bytes:
+                    cuts.append(change)
                 image.resize(change.resizes_to)
             elif change.length == 0 and (cut_at is None or change.resizes_to < cut_at):
                 cut_at = change.resizes_to
+            if sizes_persist:
+                image.mtime_ns = change.mtime_ns
         if change.length == 0:
             continue
         chosen = selection.units(change)
@@ -323,11 +328,29 @@ def settle_file(image: Image, changes: Sequence[FileChange], selection: Selectio
             if cut_at is not None:
                 length = min(length, cut_at - offset)
             if length > 0:
+                bring_along(image, changes[:position], cuts, offset, length)
                 change.apply_bytes(image, offset, length)
                 image.mtime_ns = change.mtime_ns
-        if change.resizes_to is not None and sizes_persist:
-            image.mtime_ns = change.mtime_ns
     return image
+
+
+def bring_along(
+    image: Image, earlier: Sequence[FileChange], cuts: Sequence[FileChange], offset: int, length: int
+) -> None:
+    """Makes the sectors that a range covers only in part be as the program saw them just before."""
+    end = offset + length
+    first, last = offset // SECTOR_BYTES, (end - 1) // SECTOR_BYTES
+    for sector in {first} | {last}:
+        start, stop = sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES
+        if offset <= start and stop <= end:
+            continue
+        for change in earlier:
+            if change in cuts and change.resizes_to is not None and change.resizes_to < stop:
+                cleared = max(start, change.resizes_to)
+                image.clear(cleared, stop - cleared)
+            piece, piece_end = max(start, change.offset), min(stop, change.offset + change.length)
+            if piece < piece_end:
+                change.apply_bytes(image, piece, piece_end - piece)
 
 
 def settle_names(entries: Entries, changes: Sequence[NameChange], selection: Selection) -> Entries:
@@ -667,6 +690,22 @@ class Replay:
         self._entries = entries
         self._initial = initial
         self._root_inode = root_inode
+
+    def inodes(self, index: int) -> dict[str, tuple[int, int]]:
+        """The inodes of all that the program sees after `index` records, by path."""
+        tree = Tree(self._initial, self._root_inode)
+        for number, entry in enumerate(self._entries[:index]):
+            tree.apply(number, entry)
+        inode_of = {file: inode for inode, file in tree.by_inode.items()}
+        found: dict[str, tuple[int, int]] = {}
+        unvisited = [("", ROOT)]
+        while unvisited:
+            prefix, directory = unvisited.pop()
+            for name, file in tree.entries[directory].items():
+                found[prefix + name] = inode_of[file]
+                if tree.is_directory[file]:
+                    unvisited.append((f"{prefix}{name}/", file))
+        return found
 
     def plans(self, kinds: Sequence[str] = KINDS) -> list[Plan]:
         """All states of these kinds, in the order of the log; some may turn out to be equal."""

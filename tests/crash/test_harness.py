@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from crash.harness import Recording, check_states, choose_states, run
+from crash.harness import Recording, check_states, choose_states, resume, run
 from crash.replay import (
     ALL,
     KEEP_SIZE,
@@ -419,6 +419,31 @@ def test_what_is_written_after_a_truncation_needs_it() -> None:
     assert settle_file(Image.of(b"o" * 8), changes, ALL).contents() == b"oooonnnn"
 
 
+def test_a_change_of_size_alone_brings_its_mtime() -> None:
+    grown = FileChange(0, 1, "", 0, 0, None, 20, 777, 512)
+    assert settle_file(Image.of(b"o" * 10, 5), [grown], ALL).mtime_ns == 777
+    assert settle_file(Image.of(b"o" * 10, 5), [grown], Selection(sizes=lambda _: False)).mtime_ns == 5
+
+
+def test_a_sector_is_as_it_was_at_one_moment() -> None:
+    first, second = change(0, b"1" * 16), change(16, b"2" * 16)
+    kept = settle_file(
+        Image.of(b"o" * 1024),
+        [first, second],
+        Selection(units=lambda c: None if c is second else frozenset()),
+    )
+    assert kept.contents() == b"1" * 16 + b"2" * 16 + b"o" * 992
+
+
+def test_a_sector_does_not_bring_back_what_a_truncation_cut_off() -> None:
+    last = change(20, b"3" * 4, 24)
+    changes = [change(0, b"1" * 512), cut(16), last]
+    kept = settle_file(
+        Image.of(b"o" * 512), changes, Selection(units=lambda c: None if c is last else frozenset())
+    )
+    assert kept.contents() == b"1" * 16 + bytes(4) + b"3" * 4
+
+
 def states_of(root: Path, program: Callable[[Path], None], kind: str) -> list[dict[str, bytes]]:
     states: list[State] = list(choose_states(run(program, root), [kind]))
     return [{path: file.image.contents() for path, file in state.files.items()} for state in states]
@@ -544,6 +569,55 @@ def test_a_sync_covers_only_what_ended_before_it_began() -> None:
     recording = Recording(Path("unused"), entries, False, [], (1, 9), "")
     last = list(choose_states(recording, ["durable"]))[-1]
     assert last.files["file"].image.contents() == b""
+
+
+# ---- a crash, a second program, and another crash ----
+
+
+def recover_program(root: Path) -> None:
+    """Reads what is there and says so: without a sync, which is what the tests want to be found."""
+    from crash.harness import mark
+
+    mark(root, "read " + (root / "file").read_text()[:4])
+
+
+def recover_and_sync_program(root: Path) -> None:
+    import os
+
+    from crash.harness import mark
+
+    file = os.open(root / "file", os.O_RDWR)
+    os.fsync(file)
+    os.fsync(os.open(root, os.O_RDONLY))
+    mark(root, "read " + os.pread(file, 4, 0).decode())
+
+
+def check_read(directory: Path, markers: Sequence[str]) -> list[str]:
+    reads = [marker for marker in markers if marker.startswith("read")]
+    found = (directory / "file").read_text()[:4] if reads else ""
+    return [] if not reads or reads == [f"read {found}"] else [f"{reads[-1]}, and now {found}"]
+
+
+@pytest.mark.parametrize(
+    ("program", "is_found"), [(recover_program, True), (recover_and_sync_program, False)]
+)
+def test_what_a_second_program_read_is_lost_unless_it_synced_what_it_found(
+    root: Path, program: Callable[[Path], None], is_found: bool
+) -> None:
+    def first(root: Path) -> None:
+        import os
+
+        file = os.open(root / "file", os.O_RDWR | os.O_CREAT, 0o644)
+        os.write(file, b"old!")
+        os.fsync(file)
+        os.fsync(os.open(root, os.O_RDONLY))
+        os.pwrite(file, b"new!", 0)
+
+    recording = run(first, root)
+    resumed = resume(recording, len(recording.entries), program)
+    report = check_states(resumed, check_read)
+    assert bool(report.violations) == is_found, report
+    assert contents_below(root) == {"file": b"new!"}
 
 
 # ---- states on disk ----

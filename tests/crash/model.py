@@ -1,0 +1,344 @@
+"""The plan of a crash workload: seeded operations on a tiny store, and what the store must hold before and
+after each.
+
+`plan(seed, wipe)` is a pure function, so the program that runs the steps and the checker that judges the
+states which a crash leaves make the same plan and nothing has to be handed over but the number of a step, in
+a marker.
+
+What a sector of the head may hold after a crash: what the last flush covered, or anything written to it
+since. Every write is a pattern of 16 bytes of its own, repeated: a canary, whose bytes tell where they came
+from.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+SECTOR_BYTES = 512
+BLOCK_BYTES = 4096
+CANARY_BYTES = 16
+VOLUME_BYTES = 64 * BLOCK_BYTES
+BASE_BYTES = 48 * BLOCK_BYTES
+STEPS = 40
+SNAPSHOTS_MAX = 5
+MAIN = "main"
+MAIN_CLONE = "clone"
+
+
+def canary(number: int) -> bytes:
+    return b"CANARY-%09d" % number
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a disk reads, and for sectors that were changed since the last flush what else they may hold."""
+
+    content: bytes
+    unflushed: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
+
+    def changed(self, offset: int, data: bytes) -> Disk:
+        content = self.content[:offset] + data + self.content[offset + len(data) :]
+        unflushed = dict(self.unflushed)
+        for sector in range(offset // SECTOR_BYTES, -(-(offset + len(data)) // SECTOR_BYTES)):
+            place = slice(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)
+            before = unflushed.get(sector, frozenset({self.content[place]}))
+            unflushed[sector] = before | {content[place]}
+        return Disk(content, unflushed)
+
+    def flushed(self) -> Disk:
+        return Disk(self.content)
+
+    def difference(self, found: bytes) -> str | None:
+        """Why `found` is not what this disk may read after a crash; None where it is."""
+        if len(found) != len(self.content):
+            return f"has {len(found)} bytes instead of {len(self.content)}"
+        if found == self.content:
+            return None
+        for sector in range(len(found) // SECTOR_BYTES):
+            place = slice(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)
+            allowed = self.unflushed.get(sector, frozenset({self.content[place]}))
+            if found[place] not in allowed:
+                wanted = ", ".join(sorted(repr(value[:CANARY_BYTES]) for value in allowed))
+                return f"sector {sector} begins with {found[place][:CANARY_BYTES]!r}, not with {wanted}"
+        return None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A snapshot: what the disk was, and the snapshot that it was written over."""
+
+    content: bytes
+    parent: str | None
+
+
+@dataclass(frozen=True)
+class VolumeModel:
+    """A volume, its snapshots and the snapshot that its head is a child of."""
+
+    head: Disk
+    snapshots: Mapping[str, Taken] = field(default_factory=dict)
+    parent: str | None = None
+
+    def subtree(self, name: str) -> set[str]:
+        found = {name}
+        while True:
+            more = {child for child, taken in self.snapshots.items() if taken.parent in found} | found
+            if more == found:
+                return found
+            found = more
+
+    def children(self, name: str) -> int:
+        return sum(taken.parent == name for taken in self.snapshots.values()) + (self.parent == name)
+
+
+@dataclass(frozen=True)
+class StoreModel:
+    """All volumes.
+
+    `cloned` is the snapshot of the main volume that the clone was made of. `hides` is set once a layer
+    without a name may hold blocks that nothing reads: it had several children when its name was merged away.
+    """
+
+    volumes: Mapping[str, VolumeModel] = field(default_factory=dict)
+    cloned: str | None = None
+    hides: bool = False
+
+    def with_volume(self, name: str, volume: VolumeModel) -> StoreModel:
+        return replace(self, volumes={**self.volumes, name: volume})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation and the store before and after it."""
+
+    number: int
+    operation: str
+    arguments: tuple[object, ...]
+    before: StoreModel
+    after: StoreModel
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{len(a)} bytes" if isinstance(a, bytes) else repr(a) for a in self.arguments)
+        return f"step {self.number}: {self.operation}({shown})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one seed, and the base file that is there before the first (None: a volume without a
+    base)."""
+
+    seed: int
+    wipe: str
+    base: bytes | None
+    steps: list[Step]
+
+
+def plan(seed: int, wipe: str, step_count: int = STEPS) -> Plan:
+    """The same steps for the same arguments, always."""
+    planner = Planner(random.Random(f"{seed} {wipe}"), seed)
+    planner.create()
+    while len(planner.steps) < step_count:
+        planner.add_one()
+    planner.finish()
+    return Plan(seed, wipe, planner.base, planner.steps)
+
+
+class Planner:
+    """Draws operations that the store will not refuse, and keeps the model."""
+
+    def __init__(self, source: random.Random, seed: int) -> None:
+        self.source = source
+        self.store = StoreModel()
+        self.steps: list[Step] = []
+        self.canaries = 0
+        self.names = 0
+        self.base = (
+            None
+            if seed % 3 == 2
+            else b"".join(
+                canary(900_000_000 + index) * (BLOCK_BYTES // CANARY_BYTES)
+                for index in range(BASE_BYTES // BLOCK_BYTES)
+            )
+        )
+
+    @property
+    def main(self) -> VolumeModel:
+        return self.store.volumes[MAIN]
+
+    def step(self, operation: str, arguments: tuple[object, ...], after: StoreModel) -> None:
+        self.steps.append(Step(len(self.steps), operation, arguments, self.store, after))
+        self.store = after
+
+    def step_main(self, operation: str, arguments: tuple[object, ...], after: VolumeModel) -> None:
+        self.step(operation, arguments, self.store.with_volume(MAIN, after))
+
+    def create(self) -> None:
+        content = (self.base or b"").ljust(VOLUME_BYTES, b"\0")
+        self.step("create", (VOLUME_BYTES,), StoreModel({MAIN: VolumeModel(Disk(content))}))
+
+    def add_one(self) -> None:
+        weighted: list[tuple[int, Callable[[], None]]] = [
+            (14, self.write),
+            (3, self.zero),
+            (4, self.trim),
+            (7, self.flush),
+            (5, self.snapshot),
+            (2, self.revert),
+            (2, self.discard),
+            (3, self.merge),
+            (1, self.resize),
+            (1, self.clone),
+            (2, self.write_clone),
+            (1, self.delete_clone),
+            (1, self.reopen),
+            (2, self.merge_upto_into_base),
+        ]
+        (chosen,) = self.source.choices([add for _, add in weighted], [weight for weight, _ in weighted])
+        chosen()
+
+    def place(self, unit: int, size_bytes: int) -> tuple[int, int]:
+        """A range: mostly a part of a block or two, sometimes many blocks."""
+        units = size_bytes // unit
+        offset = (
+            self.source.randrange(units) if self.source.random() < 0.6 else self.source.randrange(units // 8)
+        )
+        length = self.source.choice(
+            (1, 2, BLOCK_BYTES // unit, 2 * BLOCK_BYTES // unit, 6 * BLOCK_BYTES // unit)
+        )
+        if self.source.random() < 0.5:  # whole blocks
+            offset = offset * unit // BLOCK_BYTES * BLOCK_BYTES // unit
+        return offset * unit, max(1, min(length, units - offset)) * unit
+
+    def pattern(self, length: int) -> bytes:
+        self.canaries += 1
+        return canary(self.canaries) * (length // CANARY_BYTES)
+
+    def write(self) -> None:
+        offset, length = self.place(CANARY_BYTES, len(self.main.head.content))
+        data = self.pattern(length)
+        self.step_main("write", (offset, data), replace(self.main, head=self.main.head.changed(offset, data)))
+
+    def _clear(self, operation: str) -> None:
+        offset, length = self.place(SECTOR_BYTES, len(self.main.head.content))
+        after = replace(self.main, head=self.main.head.changed(offset, bytes(length)))
+        self.step_main(operation, (offset, length), after)
+
+    def zero(self) -> None:
+        self._clear("zero")
+
+    def trim(self) -> None:
+        self._clear("trim")
+
+    def flush(self) -> None:
+        self.step_main("flush", (), replace(self.main, head=self.main.head.flushed()))
+
+    def snapshot(self) -> None:
+        if len(self.main.snapshots) >= SNAPSHOTS_MAX:
+            return
+        self.names += 1
+        name = f"s{self.names}"
+        main = self.main
+        taken = {**main.snapshots, name: Taken(main.head.content, main.parent)}
+        self.step_main("snapshot", (name,), VolumeModel(main.head.flushed(), taken, name))
+
+    def _some_snapshot(self) -> str | None:
+        return self.source.choice(sorted(self.main.snapshots)) if self.main.snapshots else None
+
+    def revert(self) -> None:
+        name = self._some_snapshot()
+        if name is not None:
+            main = self.main
+            after = VolumeModel(Disk(main.snapshots[name].content), main.snapshots, name)
+            self.step_main("revert", (name,), after)
+
+    def discard(self) -> None:
+        name = self._some_snapshot()
+        if name is None:
+            return
+        main = self.main
+        gone = main.subtree(name)
+        if self.store.cloned in gone or self.store.hides:
+            return  # refused; or the clone's origin lost its name, and where it was is not in the model
+        taken = main.snapshots[name]
+        kept = {other: found for other, found in main.snapshots.items() if other not in gone}
+        if main.parent in gone:
+            after = VolumeModel(Disk(taken.content), kept, taken.parent)
+        else:
+            after = replace(main, snapshots=kept)
+        self.step_main("discard", (name,), after)
+
+    def merge(self) -> None:
+        name = self._some_snapshot()
+        if name is None or name == self.store.cloned:
+            return
+        main = self.main
+        gone = main.snapshots[name]
+        kept = {
+            other: replace(found, parent=gone.parent) if found.parent == name else found
+            for other, found in main.snapshots.items()
+            if other != name
+        }
+        parent = gone.parent if main.parent == name else main.parent
+        store = replace(self.store, hides=self.store.hides or main.children(name) > 1)
+        self.step("merge", (name,), store.with_volume(MAIN, VolumeModel(main.head, kept, parent)))
+
+    def resize(self) -> None:
+        size_bytes = self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice(
+            (0, SECTOR_BYTES)
+        )
+        content = self.main.head.content
+        if size_bytes == len(content):
+            return
+        resized = content[:size_bytes].ljust(size_bytes, b"\0")
+        self.step_main("resize", (size_bytes,), replace(self.main, head=Disk(resized)))
+
+    def clone(self) -> None:
+        name = self._some_snapshot()
+        if name is None or MAIN_CLONE in self.store.volumes:
+            return
+        store = replace(self.store, cloned=name)
+        made = VolumeModel(Disk(self.main.snapshots[name].content))
+        self.step("clone", (name,), store.with_volume(MAIN_CLONE, made))
+
+    def write_clone(self) -> None:
+        """Opens the clone and writes; then closes it, which flushes."""
+        if MAIN_CLONE not in self.store.volumes:
+            return
+        clone = self.store.volumes[MAIN_CLONE]
+        offset, length = self.place(SECTOR_BYTES, len(clone.head.content))
+        data = self.pattern(length)
+        written = replace(clone, head=clone.head.changed(offset, data))
+        flushed = replace(clone, head=written.head.flushed())
+        self.step("open_clone", (offset, data), self.store.with_volume(MAIN_CLONE, written))
+        self.step("close_clone", (), self.store.with_volume(MAIN_CLONE, flushed))
+
+    def delete_clone(self) -> None:
+        if MAIN_CLONE in self.store.volumes and not self.store.hides:
+            left = {name: volume for name, volume in self.store.volumes.items() if name != MAIN_CLONE}
+            self.step("delete_clone", (), replace(self.store, volumes=left, cloned=None))
+
+    def reopen(self) -> None:
+        self.step_main("reopen", (), replace(self.main, head=self.main.head.flushed()))
+
+    def merge_upto_into_base(self) -> None:
+        """Of the oldest snapshot, where all else descends from it."""
+        main = self.main
+        oldest = [name for name, taken in main.snapshots.items() if taken.parent is None]
+        if self.base is None or MAIN_CLONE in self.store.volumes or self.store.hides or len(oldest) != 1:
+            return
+        (name,) = oldest
+        if main.parent is not None:
+            self.step_main("merge_into_base", (name,), main)
+
+    def finish(self) -> None:
+        """Everything goes into the base, where there is one and it may."""
+        self.flush()
+        if self.base is None or MAIN_CLONE in self.store.volumes or self.store.hides:
+            return
+        while self.main.snapshots:
+            self.merge()
+            if self.store.hides:
+                return
+        self.step_main("merge_into_base", (None,), replace(self.main, head=self.main.head.flushed()))

@@ -1,0 +1,137 @@
+"""The program that is crashed: runs the steps of a plan on a store, with a marker before and after each.
+
+    python -m crash.workload ROOT SEED WIPE [STEPS]
+
+ROOT holds store/ and, for some seeds, base.raw, which `prepare` puts there before the recording.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crash.harness import Recording, mark, run
+from crash.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, plan
+
+STORE = "store"
+BASE = "base.raw"
+
+
+def prepare(root: Path, steps: Plan) -> None:
+    """Puts what is there before the first step below the root."""
+    root.mkdir(parents=True, exist_ok=True)
+    if steps.base is not None:
+        (root / BASE).write_bytes(steps.base)
+
+
+def record(
+    root: Path, seed: int, wipe: str, step_count: int = STEPS, source: Path | None = None
+) -> Recording:
+    """Runs a workload under the recorder, on the engine in `source` (a src/ directory) or the one in use."""
+    prepare(root, plan(seed, wipe, step_count))
+    command = [sys.executable, "-m", "crash.workload", str(root), str(seed), wipe, str(step_count)]
+    if source is not None:
+        command[1:3] = ["-c", PROGRAM, str(source)]
+    return run(command, root)
+
+
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"
+)
+
+
+class Workload:
+    """One method for each operation of a plan."""
+
+    def __init__(self, root: Path, wipe: str, base: bytes | None) -> None:
+        self.root = root
+        self.wipe = wipe
+        self.base = root / BASE if base is not None else None
+        self.store: Any = None
+        self.main: Any = None
+        self.cloned: Any = None
+
+    def create(self, size_bytes: int) -> None:
+        import onionskin
+
+        self.store = onionskin.Store(self.root / STORE)
+        self.main = self.store.create(
+            MAIN, base=self.base, size=size_bytes, block_size=BLOCK_BYTES, wipe=self.wipe
+        )
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.main.write(offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        self.main.zero(offset, length)
+
+    def trim(self, offset: int, length: int) -> None:
+        self.main.trim(offset, length)
+
+    def flush(self) -> None:
+        self.main.flush()
+
+    def snapshot(self, name: str) -> None:
+        self.main.snapshot(name)
+
+    def revert(self, name: str) -> None:
+        self.main.revert(name)
+
+    def discard(self, name: str) -> None:
+        self.main.discard(name, recursive=True)
+
+    def merge(self, name: str) -> None:
+        self.main.merge(name)
+
+    def resize(self, size_bytes: int) -> None:
+        self.main.resize(size_bytes, force=True)
+
+    def clone(self, name: str) -> None:
+        self.store.clone(MAIN, name, MAIN_CLONE)
+
+    def open_clone(self, offset: int, data: bytes) -> None:
+        self.cloned = self.store.open(MAIN_CLONE)
+        self.cloned.write(offset, data)
+
+    def close_clone(self) -> None:
+        self.cloned.close()
+
+    def delete_clone(self) -> None:
+        self.store.delete(MAIN_CLONE, recursive=True)
+
+    def reopen(self) -> None:
+        import onionskin
+
+        self.main.close()
+        self.store.close()
+        self.store = onionskin.Store(self.root / STORE, create=False)
+        self.main = self.store.open(MAIN)
+
+    def merge_into_base(self, upto: str | None) -> None:
+        self.main.merge_into_base(upto)
+
+    def close(self) -> None:
+        self.main.close()
+        self.store.close()
+
+
+def main(arguments: list[str]) -> None:
+    root, seed, wipe = Path(arguments[0]), int(arguments[1]), arguments[2]
+    steps = plan(seed, wipe, int(arguments[3]) if len(arguments) > 3 else STEPS)
+    workload = Workload(root, wipe, steps.base)
+    for step in steps.steps:
+        mark(root, f"begin {step.number}")
+        operation: Callable[..., None] = getattr(workload, step.operation)
+        try:
+            operation(*step.arguments)
+        except Exception as error:
+            error.add_note(f"in {step} of seed {seed}, policy {wipe}")
+            raise
+        mark(root, f"done {step.number}")
+    workload.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
