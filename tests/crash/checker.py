@@ -148,7 +148,7 @@ def stray_canaries(path: Path) -> list[str]:
 
 
 def recover(root: Path) -> None:
-    """Opens what a crash left, says what it read, and dies without closing: the program for `harness.resume`."""
+    """Opens what a crash left, says what it read, and dies without closing: for `harness.resume`."""
     import onionskin
 
     store = onionskin.Store(root / STORE)

@@ -45,6 +45,17 @@ class BarrierError(Exception):
 
 
 @dataclass(frozen=True)
+class Amount:
+    """How much is tried of each engine."""
+
+    seeds: int
+    steps: int
+    states: int
+    recoveries: int
+    wipes: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Barrier:
     """A marked line: `path` below the source tree, `line` counted from 0."""
 
@@ -82,7 +93,8 @@ def closing_bracket(code: str, position: int) -> int:
 
 def source_files(tree: Path) -> list[Path]:
     files = [*(tree / "csrc").glob("*.c"), *(tree / "src").rglob("*.py"), *(tree / "src").rglob("*.pyx")]
-    return sorted(file.relative_to(tree) for file in files)
+    paths = sorted(file.relative_to(tree) for file in files)
+    return [path for path in paths if str(path) not in DEFINITIONS]
 
 
 def find_barriers(tree: Path) -> tuple[list[Barrier], list[str]]:
@@ -98,11 +110,7 @@ def find_barriers(tree: Path) -> tuple[list[Barrier], list[str]]:
                 if barrier.name in barriers:
                     raise BarrierError(f"two barriers have one name: {barrier}, {barriers[barrier.name]}")
                 barriers[barrier.name] = barrier
-            elif (
-                CALL.search(line)
-                and str(path) not in DEFINITIONS
-                and not line.lstrip().startswith(("*", "#", "def "))
-            ):
+            elif CALL.search(line) and not line.lstrip().startswith(("*", "#", "def ")):
                 unnamed.append(f"{path}:{number + 1}: {line.strip()}")
     return list(barriers.values()), unnamed
 
@@ -131,14 +139,15 @@ def take_out(tree: Path, barrier: Barrier) -> str:
     return before
 
 
-def judge(source: Path, seeds: int, steps: int, states: int, wipes: Sequence[str] = WIPES) -> str | None:
+def judge(source: Path, amount: Amount) -> str | None:
     """The first violation of workloads on the engine in `source`; None where there is none.
 
     In a process of its own, because the checker imports the engine that it judges.
     """
     command = [sys.executable, "-m", "crash.drop_each_barrier", "--judge", str(source)]
-    command += ["--seeds", str(seeds), "--steps", str(steps), "--states", str(states)]
-    command += [argument for wipe in wipes for argument in ("--wipe", wipe)]
+    command += ["--seeds", str(amount.seeds), "--steps", str(amount.steps), "--states", str(amount.states)]
+    command += ["--recoveries", str(amount.recoveries)]
+    command += [argument for wipe in amount.wipes for argument in ("--wipe", wipe)]
     tests = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
@@ -146,13 +155,15 @@ def judge(source: Path, seeds: int, steps: int, states: int, wipes: Sequence[str
     return done.stdout.strip() if done.returncode == 1 else None
 
 
-def judge_here(source: Path, seeds: int, steps: int, states: int, wipes: Sequence[str]) -> int:
+def judge_here(source: Path, amount: Amount) -> int:
     """Runs in the process that `judge` starts: 1 and a description where there is a violation, else 0."""
     sys.path.insert(0, str(source))
     sys.dont_write_bytecode = True
     from crash.judging import first_violation
 
-    violation = first_violation(source, range(seeds), wipes, steps, states)
+    violation = first_violation(
+        source, range(amount.seeds), amount.wipes, amount.steps, amount.states, amount.recoveries
+    )
     if violation is not None:
         print(violation)
     return int(violation is not None)
@@ -165,13 +176,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--states", type=int, default=400, help="states tried of each workload")
+    parser.add_argument(
+        "--recoveries", type=int, default=6, help="recoveries crashed again, of each workload"
+    )
     parser.add_argument("--wipe", action="append", choices=WIPES, help="policies tried; both by default")
     parser.add_argument("--only", action="append", help="the name of a barrier; may be given more than once")
     parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    amount = (given.seeds, given.steps, given.states, given.wipe or WIPES)
+    amount = Amount(given.seeds, given.steps, given.states, given.recoveries, given.wipe or WIPES)
     if given.judge:
-        return judge_here(given.judge, *amount)
+        return judge_here(given.judge, amount)
     barriers, unnamed = find_barriers(given.tree)
     for place in unnamed:
         print(f"a sync without a name: {place}")
@@ -179,7 +193,7 @@ def main() -> int:
         copy = Path(directory) / "tree"
         copy_tree(given.tree, copy)
         build(copy)
-        whole = judge(copy / "src", *amount)
+        whole = judge(copy / "src", amount)
         print(f"all barriers: {whole or 'no violation'}", flush=True)
         if whole:
             return 1
@@ -188,7 +202,7 @@ def main() -> int:
             if given.only and barrier.name not in given.only:
                 continue
             before = take_out(copy, barrier)
-            violation = judge(copy / "src", *amount)
+            violation = judge(copy / "src", amount)
             (copy / barrier.path).write_text(before)
             missed += violation is None
             print(

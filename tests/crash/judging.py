@@ -14,7 +14,6 @@ from crash.harness import Recording, check_states, resume
 from crash.replay import SYNC_END
 from crash.workload import record
 
-RECOVERIES = 6
 RECOVER = """
 import sys
 from pathlib import Path
@@ -25,39 +24,41 @@ recover(Path(sys.argv[2]))
 
 
 def first_violation(
-    source: Path, seeds: Iterable[int], wipes: Iterable[str], steps: int, states: int
+    source: Path, seeds: Iterable[int], wipes: Iterable[str], steps: int, states: int, recoveries: int
 ) -> str | None:
     """Describes the first violation found on the engine in `source`, which this process imports too."""
     for seed in seeds:
         for wipe in wipes:
             with tempfile.TemporaryDirectory(dir=state_parent()) as directory:
                 root = Path(directory) / "root"
-                violation = violation_of(root, source, seed, wipe, steps, states)
+                violation = violation_of(root, source, seed, wipe, steps, states, recoveries)
             if violation is not None:
                 return f"seed {seed}, policy {wipe}: {violation}"
     return None
 
 
-def violation_of(root: Path, source: Path, seed: int, wipe: str, steps: int, states: int) -> str | None:
+def violation_of(
+    root: Path, source: Path, seed: int, wipe: str, steps: int, states: int, recoveries: int
+) -> str | None:
     recording = record(root, seed, wipe, steps, source)
     checker = workload_checker(seed, wipe, steps)
     report = check_states(recording, checker, limit=states, seed=seed, violations_max=1)
     if report.violations:
         return str(report.violations[0])
-    for index in recovery_points(recording, seed):
+    for index in recovery_points(recording, seed, recoveries):
         resumed = resume(recording, index, [sys.executable, "-c", RECOVER, str(source), str(root)])
         report = check_states(
-            resumed, checker, limit=states // RECOVERIES, seed=seed, violations_max=1, begin=index
+            resumed, checker, limit=states // recoveries, seed=seed, violations_max=1, begin=index
         )
         if report.violations:
             return f"crashed again in or after a recovery: {report.violations[0]}"
     return None
 
 
-def recovery_points(recording: Recording, seed: int) -> list[int]:
+def recovery_points(recording: Recording, seed: int, count: int) -> list[int]:
     """Where most is not durable yet: before a sync returns."""
     points = [number for number, entry in enumerate(recording.entries) if entry.kind == SYNC_END]
-    return sorted(random.Random(seed).sample(points, min(RECOVERIES, len(points))))
+    return sorted(random.Random(seed).sample(points, min(count, len(points))))
 
 
 def state_parent() -> str | None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from crash.drop_each_barrier import BarrierError, find_barriers, without_barrier
 
 
