@@ -1,0 +1,24 @@
+"""Whatever a crash leaves of a store, it opens as it was before or after the operation that was under way."""
+
+from pathlib import Path
+
+import pytest
+from crash.judging import first_violation
+from crash.model import STEPS
+
+import onionskin
+
+SOURCE = Path(onionskin.__file__).parents[1]
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -> None:
+    assert first_violation(SOURCE, [seed], [wipe], steps=20, states=150, recoveries=3) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+@pytest.mark.parametrize("seed", range(3, 15))
+def test_a_crash_leaves_each_operation_done_or_not_begun_in_long_workloads(seed: int, wipe: str) -> None:
+    assert first_violation(SOURCE, [seed], [wipe], steps=STEPS, states=1500, recoveries=8) is None
