@@ -1,5 +1,7 @@
 """The plan and the model of the crash workload, without an engine."""
 
+import itertools
+
 import pytest
 from crash.model import BLOCK_BYTES, SECTOR_BYTES, Disk, canary, plan
 
@@ -11,7 +13,7 @@ def test_a_plan_is_the_same_for_the_same_seed_and_policy() -> None:
 
 def test_each_step_begins_where_the_one_before_ended() -> None:
     steps = plan(1, "zero", 60).steps
-    assert all(step.before == last.after for last, step in zip(steps, steps[1:], strict=False))
+    assert all(step.before == last.after for last, step in itertools.pairwise(steps))
     assert [step.number for step in steps] == list(range(len(steps)))
 
 
