@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onionskin import forks
-from onionskin.barriers import sync_directory
+from onionskin.barriers import sync_directory, sync_file
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
@@ -179,6 +179,22 @@ class Catalog:
             raise FormatError(
                 f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
+
+    def sync_found(self) -> None:
+        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo."""
+        with self._guard:
+            with self.reading():
+                self._connection.execute("SELECT stamp FROM store").fetchone()
+            for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                try:
+                    sync_file(descriptor)  # BARRIER: opened catalog
+                finally:
+                    os.close(descriptor)
+            sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
 

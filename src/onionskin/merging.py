@@ -268,7 +268,8 @@ def _copy_into_base(
     if os.fstat(descriptor).st_size != size_bytes:
         os.ftruncate(descriptor, size_bytes)
     reflink = all(layer.wipe == "release" for layer in folded.layers)
-    with transfer.chain_path(store, folded) as path:
+    # Without the base: nothing is read from it, and it may be shorter now than it was.
+    with transfer.chain_path(store, replace(folded, base=None)) as path:
         transfer.copy_runs(
             store,
             path,

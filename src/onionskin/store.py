@@ -209,6 +209,7 @@ class Store:
             return self._open_view(row, snapshot, verify)
         lock = VolumeLock(self.layout.volume_lock(row.id), name)
         try:
+            self.catalog.sync_found()
             volume = self._open_head(self.catalog.volume(name), lock, verify)
         except BaseException:
             lock.close()

@@ -22,7 +22,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, open_chain, read_chain
+from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
@@ -386,11 +386,9 @@ class Volume:
     def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
         catalog = self.store.catalog
-        below = read_chain(catalog, layer_id)
+        below = lock_chain(catalog, layer_id, self.locks)
         top = below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
-        if not self.locks.take_shared(below.lock_bytes):
-            raise StateError("files of the snapshot are being wiped; try again when that is done")
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
         old_head = self.head
         try:

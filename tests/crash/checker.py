@@ -124,9 +124,7 @@ def difference(model: StoreModel, found: dict[str, Found]) -> str | None:
         return f"volumes {sorted(found)} instead of {sorted(model.volumes)}"
     for name, volume in model.volumes.items():
         if set(found[name].snapshots) != set(volume.snapshots):
-            return (
-                f"snapshots {sorted(found[name].snapshots)} of {name} instead of {sorted(volume.snapshots)}"
-            )
+            return f"snapshots {sorted(found[name].snapshots)} of {name} instead of {sorted(volume.snapshots)}"
         for snapshot, taken in volume.snapshots.items():
             if found[name].snapshots[snapshot] != taken.content:
                 return f"snapshot {snapshot} of {name} does not read as it was taken"
@@ -146,9 +144,7 @@ def stray_canaries(path: Path) -> list[str]:
         if file.is_file():
             stray = set(CANARY.findall(file.read_bytes())) - reachable
             if stray:
-                problems.append(
-                    f"{file.relative_to(path)} still holds {sorted(stray)[:4]}, which nothing reads"
-                )
+                problems.append(f"{file.relative_to(path)} still holds {sorted(stray)[:4]}, which nothing reads")
     return problems
 
 

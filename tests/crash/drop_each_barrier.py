@@ -176,9 +176,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--states", type=int, default=400, help="states tried of each workload")
-    parser.add_argument(
-        "--recoveries", type=int, default=6, help="recoveries crashed again, of each workload"
-    )
+    parser.add_argument("--recoveries", type=int, default=6, help="recoveries crashed again, of each workload")
     parser.add_argument("--wipe", action="append", choices=WIPES, help="policies tried; both by default")
     parser.add_argument("--only", action="append", help="the name of a barrier; may be given more than once")
     parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)

@@ -113,9 +113,7 @@ def read_initial(root: Path) -> list[InitialFile]:
         state = path.lstat()
         contents = b"" if path.is_dir() else path.read_bytes()
         inode = (state.st_dev, state.st_ino)
-        found.append(
-            InitialFile(str(path.relative_to(root)), inode, path.is_dir(), contents, state.st_mtime_ns)
-        )
+        found.append(InitialFile(str(path.relative_to(root)), inode, path.is_dir(), contents, state.st_mtime_ns))
     return found
 
 
@@ -133,9 +131,7 @@ def resume(
         root = place.make(left)
         known = {inode_of(root / path): inode for path, inode in carried.items()}
         known[inode_of(root)] = recording.root_inode
-        second = run(
-            program, root, log=recording.root.with_name(recording.root.name + ".resumed.log"), **options
-        )
+        second = run(program, root, log=recording.root.with_name(recording.root.name + ".resumed.log"), **options)
     entries = [
         dataclasses.replace(
             entry,
@@ -146,9 +142,7 @@ def resume(
     ]
     # Syncs that the first program had begun never return.
     joined = [*recording.entries[:index], *entries]
-    return Recording(
-        recording.root, joined, second.truncated, recording.initial, recording.root_inode, second.output
-    )
+    return Recording(recording.root, joined, second.truncated, recording.initial, recording.root_inode, second.output)
 
 
 # Keeps the inodes of files that the second program makes apart from those of the first.
@@ -196,9 +190,7 @@ def run(
     log.unlink(missing_ok=True)
     state = root.stat()
     initial = read_initial(root)
-    command = (
-        list(program) if not callable(program) else [sys.executable, "-c", script_of(program), str(root)]
-    )
+    command = list(program) if not callable(program) else [sys.executable, "-c", script_of(program), str(root)]
     search = [str(Path(__file__).parent.parent), *(entry for entry in sys.path if entry)]
     variables = {
         **os.environ,
@@ -209,15 +201,11 @@ def run(
         "ONIONSKIN_CRASH_ROOT": str(root),
         "ONIONSKIN_CRASH_LOG": str(log),
     }
-    done = subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout_s, check=False)
     if expect_success and done.returncode != 0:
         raise ProgramError(f"{command[0]} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
     entries, truncated = parse_log(log.read_bytes()) if log.exists() else ([], False)
-    return Recording(
-        root, entries, truncated, initial, (state.st_dev, state.st_ino), done.stdout + done.stderr
-    )
+    return Recording(root, entries, truncated, initial, (state.st_dev, state.st_ino), done.stdout + done.stderr)
 
 
 @dataclass(frozen=True)
@@ -356,9 +344,7 @@ def check_states(
             report.by_kind[state.kind] += 1
             if problems:
                 last = state.markers[-1].text if state.markers else ""
-                report.violations.append(
-                    Violation(state.index, state.kind, state.description, last, problems)
-                )
+                report.violations.append(Violation(state.index, state.kind, state.description, last, problems))
                 if violations_max is not None and len(report.violations) >= violations_max:
                     break
     report.seconds = time.monotonic() - start

@@ -47,9 +47,7 @@ def violation_of(
         return str(report.violations[0])
     for index in recovery_points(recording, seed, recoveries):
         resumed = resume(recording, index, [sys.executable, "-c", RECOVER, str(source), str(root)])
-        report = check_states(
-            resumed, checker, limit=states // recoveries, seed=seed, violations_max=1, begin=index
-        )
+        report = check_states(resumed, checker, limit=states // recoveries, seed=seed, violations_max=1, begin=index)
         if report.violations:
             return f"crashed again in or after a recovery: {report.violations[0]}"
     return None

@@ -201,12 +201,8 @@ class Planner:
     def place(self, unit: int, size_bytes: int) -> tuple[int, int]:
         """A range: mostly a part of a block or two, sometimes many blocks."""
         units = size_bytes // unit
-        offset = (
-            self.source.randrange(units) if self.source.random() < 0.6 else self.source.randrange(units // 8)
-        )
-        length = self.source.choice(
-            (1, 2, BLOCK_BYTES // unit, 2 * BLOCK_BYTES // unit, 6 * BLOCK_BYTES // unit)
-        )
+        offset = self.source.randrange(units) if self.source.random() < 0.6 else self.source.randrange(units // 8)
+        length = self.source.choice((1, 2, BLOCK_BYTES // unit, 2 * BLOCK_BYTES // unit, 6 * BLOCK_BYTES // unit))
         if self.source.random() < 0.5:  # whole blocks
             offset = offset * unit // BLOCK_BYTES * BLOCK_BYTES // unit
         return offset * unit, max(1, min(length, units - offset)) * unit
@@ -285,9 +281,7 @@ class Planner:
         self.step("merge", (name,), store.with_volume(MAIN, VolumeModel(main.head, kept, parent)))
 
     def resize(self) -> None:
-        size_bytes = self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice(
-            (0, SECTOR_BYTES)
-        )
+        size_bytes = self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice((0, SECTOR_BYTES))
         content = self.main.head.content
         if size_bytes == len(content):
             return

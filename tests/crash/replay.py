@@ -60,9 +60,7 @@ TORN_STATES_PER_WRITE = 5
 
 RECORD = struct.Struct("<IIQQqqqQQIIII")
 RECORD_MAGIC = 0x3152434F
-CREATE, TRUNCATE, WRITE, ALLOCATE, RENAME, UNLINK, LINK, SYNC_BEGIN, SYNC_END, MARK, MAP, MSYNC, REFUSED = (
-    range(1, 14)
-)
+CREATE, TRUNCATE, WRITE, ALLOCATE, RENAME, UNLINK, LINK, SYNC_BEGIN, SYNC_END, MARK, MAP, MSYNC, REFUSED = range(1, 14)
 CREATE_DIRECTORY, CREATE_UNNAMED = 1, 2
 SYNC_ALL = 4
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
@@ -305,9 +303,7 @@ def settle_file(image: Image, changes: Sequence[FileChange], selection: Selectio
     """What a file holds when the selected part of `changes` has persisted."""
     image = image.copy()
     sizes_persist = True
-    cut_at: int | None = (
-        None  # the least size of a truncation that has not persisted: nothing later reaches past it
-    )
+    cut_at: int | None = None  # the least size of a truncation that has not persisted: nothing later reaches past it
     cuts: list[FileChange] = []  # truncations that have persisted
     for position, change in enumerate(changes):
         if change.resizes_to is not None:
@@ -430,9 +426,7 @@ class Tree:
                 self._make_durable(entry)
             case 11:  # MAP
                 if self._known(entry) not in self.ignored:
-                    raise LogError(
-                        f"{entry.path}: mapped shared and writable; stores to it cannot be recorded"
-                    )
+                    raise LogError(f"{entry.path}: mapped shared and writable; stores to it cannot be recorded")
             case 13:  # REFUSED
                 raise LogError(f"the program made a change that has no model: {entry.path}")
 
@@ -573,9 +567,7 @@ def file_change(number: int, file: int, entry: Entry, size_bytes: int) -> FileCh
     elif entry.flags & (PUNCH_HOLE | ZERO_RANGE):
         change.label = f"zero or punch {entry.length} bytes at {entry.offset} of {entry.path}"
         change.offset, change.length, change.unit = entry.offset, entry.length, PAGE_BYTES
-        change.length = max(
-            0, min(end, max(size_bytes, 0 if entry.flags & KEEP_SIZE else end)) - entry.offset
-        )
+        change.length = max(0, min(end, max(size_bytes, 0 if entry.flags & KEEP_SIZE else end)) - entry.offset)
     elif entry.flags & ~KEEP_SIZE:
         raise LogError(f"{entry.path}: fallocate mode {entry.flags} has no model")
     else:
@@ -684,9 +676,7 @@ class Replay:
         (device, inode) of the root.
     """
 
-    def __init__(
-        self, entries: Sequence[Entry], initial: Sequence[InitialFile], root_inode: tuple[int, int]
-    ) -> None:
+    def __init__(self, entries: Sequence[Entry], initial: Sequence[InitialFile], root_inode: tuple[int, int]) -> None:
         self._entries = entries
         self._initial = initial
         self._root_inode = root_inode
@@ -750,17 +740,11 @@ def widest_plans(number: int, tree: Tree, kinds: Sequence[str]) -> list[Plan]:
         return []
     plans = [Plan(number, kind) for kind in ("names", "bytes", "zeros") if kind in kinds]
     for change in pending:
-        grows_with_bytes = (
-            isinstance(change, FileChange) and change.resizes_to is not None and change.length > 0
-        )
+        grows_with_bytes = isinstance(change, FileChange) and change.resizes_to is not None and change.length > 0
         if "dropped" in kinds:
-            plans += [
-                Plan(number, "dropped", change.number, variant) for variant in range(1 + grows_with_bytes)
-            ]
+            plans += [Plan(number, "dropped", change.number, variant) for variant in range(1 + grows_with_bytes)]
         if "torn" in kinds and isinstance(change, FileChange) and change.units() > 1:
-            plans += [
-                Plan(number, "torn", change.number, variant) for variant in range(TORN_STATES_PER_WRITE)
-            ]
+            plans += [Plan(number, "torn", change.number, variant) for variant in range(TORN_STATES_PER_WRITE)]
     if "random" in kinds:
         plans += [Plan(number, "random", variant=variant) for variant in range(RANDOM_STATES_PER_POINT)]
     return plans
@@ -786,13 +770,9 @@ def make_selection(plan: Plan, pending: Sequence[Change], source: random.Random)
         case "prefix":
             return ALL, "everything persisted"
         case "durable":
-            return Selection(
-                lambda _: False, lambda _: False, lambda _: NOTHING
-            ), "only what was synced persisted"
+            return Selection(lambda _: False, lambda _: False, lambda _: NOTHING), "only what was synced persisted"
         case "names":
-            return Selection(
-                sizes=lambda _: False, units=lambda _: NOTHING
-            ), "unsynced names, no unsynced bytes"
+            return Selection(sizes=lambda _: False, units=lambda _: NOTHING), "unsynced names, no unsynced bytes"
         case "bytes":
             return Selection(names=lambda _: False), "unsynced bytes, no unsynced names"
         case "zeros":

@@ -106,11 +106,7 @@ def check_renamed(directory: Path, markers: Sequence[str]) -> list[str]:
         return ["the file is gone"] if markers else []
     contents = path.read_bytes()
     least = int(markers[-1]) if markers else 0
-    return (
-        []
-        if contents in [b"%04d" % number * 300 for number in range(least, 5)]
-        else [f"holds {contents[:8]!r}"]
-    )
+    return [] if contents in [b"%04d" % number * 300 for number in range(least, 5)] else [f"holds {contents[:8]!r}"]
 
 
 def database_program(root: Path, *, synchronous: str = "FULL") -> None:
@@ -395,9 +391,7 @@ def test_a_write_tears_at_sectors_of_the_file_not_of_the_write() -> None:
 
 
 def test_growth_without_bytes_reads_zero() -> None:
-    grown = settle_file(
-        Image.of(b"o" * 10), [change(10, b"n" * 10, 20)], Selection(units=lambda _: frozenset())
-    )
+    grown = settle_file(Image.of(b"o" * 10), [change(10, b"n" * 10, 20)], Selection(units=lambda _: frozenset()))
     assert grown.contents() == b"o" * 10 + bytes(10)
 
 
@@ -438,9 +432,7 @@ def test_a_sector_is_as_it_was_at_one_moment() -> None:
 def test_a_sector_does_not_bring_back_what_a_truncation_cut_off() -> None:
     last = change(20, b"3" * 4, 24)
     changes = [change(0, b"1" * 512), cut(16), last]
-    kept = settle_file(
-        Image.of(b"o" * 512), changes, Selection(units=lambda c: None if c is last else frozenset())
-    )
+    kept = settle_file(Image.of(b"o" * 512), changes, Selection(units=lambda c: None if c is last else frozenset()))
     assert kept.contents() == b"1" * 16 + bytes(4) + b"3" * 4
 
 
@@ -557,9 +549,7 @@ def empty(root: Path) -> Path:
 
 
 def test_a_sync_covers_only_what_ended_before_it_began() -> None:
-    def record(
-        kind: int, inode: int = 5, sync: int = 0, data: bytes = b"", path: bytes = b"", flags: int = 0
-    ) -> bytes:
+    def record(kind: int, inode: int = 5, sync: int = 0, data: bytes = b"", path: bytes = b"", flags: int = 0) -> bytes:
         fields = (RECORD_MAGIC, kind, inode, 1, 0, 0, 0, sync, len(data), flags, len(path), 0, 7)
         return RECORD.pack(*fields) + path + data
 
@@ -598,9 +588,7 @@ def check_read(directory: Path, markers: Sequence[str]) -> list[str]:
     return [] if not reads or reads == [f"read {found}"] else [f"{reads[-1]}, and now {found}"]
 
 
-@pytest.mark.parametrize(
-    ("program", "is_found"), [(recover_program, True), (recover_and_sync_program, False)]
-)
+@pytest.mark.parametrize(("program", "is_found"), [(recover_program, True), (recover_and_sync_program, False)])
 def test_what_a_second_program_read_is_lost_unless_it_synced_what_it_found(
     root: Path, program: Callable[[Path], None], is_found: bool
 ) -> None:

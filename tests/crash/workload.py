@@ -26,9 +26,7 @@ def prepare(root: Path, steps: Plan) -> None:
         (root / BASE).write_bytes(steps.base)
 
 
-def record(
-    root: Path, seed: int, wipe: str, step_count: int = STEPS, source: Path | None = None
-) -> Recording:
+def record(root: Path, seed: int, wipe: str, step_count: int = STEPS, source: Path | None = None) -> Recording:
     """Runs a workload under the recorder, on the engine in `source` (a src/ directory) or the one in use."""
     prepare(root, plan(seed, wipe, step_count))
     command = [sys.executable, "-m", "crash.workload", str(root), str(seed), wipe, str(step_count)]
@@ -37,9 +35,7 @@ def record(
     return run(command, root)
 
 
-PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"
-)
+PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"
 
 
 class Workload:
@@ -57,9 +53,7 @@ class Workload:
         import onionskin
 
         self.store = onionskin.Store(self.root / STORE)
-        self.main = self.store.create(
-            MAIN, base=self.base, size=size_bytes, block_size=BLOCK_BYTES, wipe=self.wipe
-        )
+        self.main = self.store.create(MAIN, base=self.base, size=size_bytes, block_size=BLOCK_BYTES, wipe=self.wipe)
 
     def write(self, offset: int, data: bytes) -> None:
         self.main.write(offset, data)
