@@ -28,6 +28,7 @@ from onionskin.locks import BaseLock
 from onionskin.snapshots import find_snapshot, free_unneeded
 
 if TYPE_CHECKING:
+    from onionskin._volume import LowerLayer
     from onionskin.store import Store
     from onionskin.volume import Progress, Volume
 
@@ -106,7 +107,7 @@ def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
     _rewrite(volume, upper, lower, source)
 
 
-def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: object) -> None:
+def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:
     store, map_id = volume.store, new_id()
     volume.path.rewrite_map(
         new_path=str(store.layout.map_file(map_id)),

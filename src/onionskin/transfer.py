@@ -285,7 +285,7 @@ def _write_flat(
         for first in range(0, len(blocks), 4096):
             batch = blocks[first : first + 4096]
             data = path.read_blocks(batch)
-            os.pwrite(descriptor, data, HEADER_BYTES + first * block_size)
+            os.pwrite(descriptor, data.data, HEADER_BYTES + first * block_size)
             done += data.nbytes
             if progress:
                 progress(done, total)

@@ -141,11 +141,11 @@ class Volume:
         OSError
             EIO where a file under the volume fails or was truncated.
         """
-        return self._on_path(lambda path: cast(bytes, path.read(offset, length)))
+        return self._on_path(lambda path: path.read(offset, length))
 
     def readinto(self, offset: int, buffer: Any) -> int:
         """Fill a writable buffer from `offset` on; returns its length in bytes."""
-        return self._on_path(lambda path: cast(int, path.readinto(offset, buffer)))
+        return self._on_path(lambda path: path.readinto(offset, buffer))
 
     def write(self, offset: int, data: Any) -> int:
         """Write a buffer at `offset`; returns its length in bytes.
@@ -157,7 +157,7 @@ class Volume:
         StateError
             A view, closed, or poisoned by a failed sync.
         """
-        return self._on_path(lambda path: cast(int, path.write(offset, data)))
+        return self._on_path(lambda path: path.write(offset, data))
 
     def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Array | None" = None) -> "Array":
         """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""

@@ -43,6 +43,7 @@ def violation_of(
     recording = record(root, seed, wipe, steps, source)
     checker = workload_checker(seed, wipe, steps)
     report = check_states(recording, checker, limit=states, seed=seed, violations_max=1)
+    print(f"seed {seed}, policy {wipe}: {report}")  # how many states, how many violations: shown by pytest -s
     if report.violations:
         return str(report.violations[0])
     for index in recovery_points(recording, seed, recoveries):
