@@ -166,9 +166,10 @@ def _switch_map(
     if lower is None:
         return
     wipe = "zero" if "zero" in (lower.wipe, upper.wipe) else upper.wipe
-    for segment in catalog.rows(SegmentRow, "layer = ?", lower.id):
-        catalog.update(SegmentRow, segment.id, layer=upper.id)
-        catalog.add_pending("scrub", segment.id, segment.lock_byte, wipe)
+    adopted = [segment.id for segment in catalog.rows(SegmentRow, "layer = ?", lower.id)]
+    for id in adopted:
+        catalog.update(SegmentRow, id, layer=upper.id)
+    store.add_scrubs(adopted, wipe)
     catalog.update(LayerRow, upper.id, parent=lower.parent, base=lower.base)
     catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
     catalog.delete(LayerRow, "id = ?", lower.id)

@@ -77,13 +77,15 @@ def _free_file(store: "Store", row: PendingRow) -> None:
 
 
 def _scrub(store: "Store", row: PendingRow) -> bool:
-    segment = store.catalog.row(SegmentRow, "id = ?", row.target)
-    if segment is None:  # freed as a whole meanwhile
+    """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
+    with store.catalog.reading():
+        segment = store.catalog.row(SegmentRow, "id = ?", row.target)
+        owner = store.catalog.row(LayerRow, "id = ?", segment.layer) if segment else None
+    if segment is None or owner is None:  # freed as a whole meanwhile
         return True
-    live = _live_slots(store, segment)
+    live = _live_slots(store, segment, owner)
     if live is None:
         return False
-    block_size = store.catalog.layer(segment.layer).block_size
     for volume in store.open_volumes():
         volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
     path = store.layout.segment_file(segment.id)
@@ -92,7 +94,7 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
     except FileNotFoundError:
         return True
     try:
-        ranges = _gaps(live, block_size, os.fstat(descriptor).st_size)
+        ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
         if len(ranges):
             wipe(descriptor, ranges, zero=row.wipe == "zero", punch=True)
     finally:
@@ -100,8 +102,8 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
     return True
 
 
-def _live_slots(store: "Store", segment: SegmentRow) -> "numpy.typing.NDArray[numpy.void] | None":
-    owner = store.catalog.layer(segment.layer)
+def _live_slots(store: "Store", segment: SegmentRow, owner: LayerRow) -> "numpy.typing.NDArray[numpy.void] | None":
+    """Return the slots that are needed, or None where only the volume that has the owner as its head knows."""
     if not owner.sealed:
         path = store.path_of_head(owner.id)
         return None if path is None else path.live_slots(segment.id)

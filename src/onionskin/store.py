@@ -15,7 +15,7 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin import forks, merging, pending
+from onionskin import forks, gathering, merging, pending
 from onionskin import usage as usages
 from onionskin.barriers import sync_directory
 from onionskin.catalog import (
@@ -39,7 +39,7 @@ from onionskin.chain import (
     open_chain,
     read_chain,
 )
-from onionskin.errors import ChainError, StateError, VerifyError, VolumeExistsError, VolumeNotFoundError
+from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
 from onionskin.layout import DIRECTORIES, Layout
 from onionskin.locks import STORE_BYTE, ByteLocks, VolumeLock, volume_holder
 from onionskin.names import check_name
@@ -206,7 +206,9 @@ class Store:
         """
         row = self.catalog.volume(name)
         if snapshot is not None:
-            return self._open_view(row, snapshot, verify)
+            view = self._open_layer(row, find_snapshot(self.catalog, row, snapshot).layer, None, snapshot, verify)
+            self._open.add(view)
+            return view
         lock = VolumeLock(self.layout.volume_lock(row.id), name)
         try:
             self.catalog.sync_found()
@@ -222,38 +224,27 @@ class Store:
         for work in self.catalog.rows(PendingRow, "kind = 'base-merge'"):
             if work.target in {layer.id for layer in self.catalog.chain(row.head)}:
                 merging.resume_base_merge(self, work.target)
-        locks = ByteLocks(self.layout.lock)
-        base_lock = None
-        try:
-            chain = lock_chain(self.catalog, row.head, locks)
-            if chain.base:
-                base_lock = lock_base(chain.base)
-                check_base(self.catalog, chain.base, verify=verify)
-            path = open_chain(self.layout, chain, writable=True)
-        except BaseException:
-            locks.close()
-            if base_lock:
-                base_lock.close()
-            raise
-        return Volume(self, row, path, chain, locks=locks, base_lock=base_lock, volume_lock=lock)
+        gathering.gather_chain(self, row.head)
+        return self._open_layer(row, row.head, lock, None, verify)
 
-    def _open_view(self, row: VolumeRow, snapshot: str, verify: bool) -> Volume:
+    def _open_layer(
+        self, row: VolumeRow, layer: bytes, lock: VolumeLock | None, snapshot: str | None, verify: bool
+    ) -> Volume:
+        """Lock the files of a head (with its lock) or of a snapshot, and open its data path."""
         locks = ByteLocks(self.layout.lock)
         base_lock = None
         try:
-            chain = lock_chain(self.catalog, find_snapshot(self.catalog, row, snapshot).layer, locks)
+            chain = lock_chain(self.catalog, layer, locks)
             if chain.base:
                 base_lock = lock_base(chain.base)
                 check_base(self.catalog, chain.base, verify=verify)
-            path = open_chain(self.layout, chain, writable=False)
+            path = open_chain(self.layout, chain, writable=lock is not None)
         except BaseException:
             locks.close()
             if base_lock:
                 base_lock.close()
             raise
-        view = Volume(self, row, path, chain, locks=locks, base_lock=base_lock, volume_lock=None, snapshot=snapshot)
-        self._open.add(view)
-        return view
+        return Volume(self, row, path, chain, locks=locks, base_lock=base_lock, volume_lock=lock, snapshot=snapshot)
 
     def _after_open(self, volume: Volume) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""
@@ -476,7 +467,7 @@ class Store:
                     self._worker = None
                     return
                 self._work_wanted = False
-            with suppress(OSError, StateError, VolumeNotFoundError):
+            with suppress(OSError, OnionskinError):
                 pending.do_pending(self, policy="release")
 
     def finish_work(self) -> None:
