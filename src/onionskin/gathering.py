@@ -36,7 +36,8 @@ def gather_chain(store: "Store", head: bytes) -> None:
     for layer in layers:
         sealed = [row for row in store.catalog.rows(SegmentRow, "layer = ?", layer.id) if row.role == "sealed"]
         if len(sealed) > SEGMENTS_MAX:
-            _gather(store, layer, sealed)
+            with store.unnamed_files:
+                _gather(store, layer, sealed)
 
 
 def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:

@@ -54,9 +54,11 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
         return False
     (upper,) = children
     if upper.id == volume.head:
-        _fold_into_head(volume, lower, upper)
+        with volume.store.unnamed_files:
+            _fold_into_head(volume, lower, upper)
     elif upper.sealed:
-        _fold_sealed(volume, lower, upper)
+        with volume.store.unnamed_files:
+            _fold_sealed(volume, lower, upper)
     else:  # the head of another volume: whoever opens that one folds it
         return False
     volume.store.work_soon()
@@ -132,7 +134,8 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
 
 def compact(volume: "Volume") -> None:
     """Write the head's map log anew, without what is dead in it."""
-    _rewrite(volume, volume.store.catalog.layer(volume.head), None, None)
+    with volume.store.unnamed_files:
+        _rewrite(volume, volume.store.catalog.layer(volume.head), None, None)
 
 
 def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:

@@ -126,7 +126,7 @@ def _gaps(
 
 def sweep_orphans(store: "Store") -> list[str]:
     """Remove files that no row names: what a crash left. Only while nobody else has the store open."""
-    with store.locks.exclusive(STORE_BYTE) as held:
+    with store.unnamed_files, store.locks.exclusive(STORE_BYTE) as held:
         if not held:
             return []
         swept = orphans(store)

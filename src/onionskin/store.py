@@ -111,6 +111,8 @@ class Store:
         self._guard = threading.RLock()
         self._worker: threading.Thread | None = None
         self._work_wanted = False
+        # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
+        self.unnamed_files = threading.RLock()
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
         if create and not self.layout.catalog.exists():
             self._make_directories()
@@ -248,6 +250,7 @@ class Store:
 
     def _after_open(self, volume: Volume) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""
+        self._make_reserve()
         pending.sweep_orphans(self)
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]

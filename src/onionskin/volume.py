@@ -496,7 +496,7 @@ class Volume:
 
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
-        with self._operation():
+        with self._operation(), self.store.unnamed_files:
             transfer.flatten(self, progress=progress)
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
