@@ -91,6 +91,10 @@ class StoreModel:
         snapshot = self.of(volume)[name]
         self.volumes[new] = VolumeModel(new, bytearray(snapshot.disk), snapshot)
 
+    def flatten(self, volume: str) -> None:
+        # The disk stands on nothing from then on, so a discard of a snapshot that it stood on leaves it alone.
+        self.volumes[volume].parent = None
+
     def may_delete(self, volume: str, recursive: bool) -> bool:
         own = self.of(volume).values()
         users = [s for s in self.snapshots if s.volume != volume and any(self.descends(s, one) for one in own)]

@@ -146,6 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
     def flatten(self, name):
         if volume := self._volume(name):
             volume.flatten()
+            self.model.flatten(name)
 
     @rule(name=VOLUMES)
     def close(self, name):
