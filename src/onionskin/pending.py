@@ -45,11 +45,12 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 @contextmanager
 def _alone(store: "Store", lock_byte: int) -> Iterator[bool]:
     """Hold a byte exclusively: through the one open volume that reads the file, or through the store's own locks."""
-    holders = [volume for volume in store.open_volumes() if lock_byte in volume.locks.shared]
+    handles = {volume.locks for volume in store.open_volumes()}  # views of one layer share theirs
+    holders = [locks for locks in handles if lock_byte in locks.shared]
     if len(holders) > 1:
         yield False
         return
-    locks = holders[0].locks if holders else store.locks
+    locks = holders[0] if holders else store.locks
     with locks.exclusive(lock_byte) as held:
         yield held
 

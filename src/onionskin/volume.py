@@ -22,10 +22,11 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain
+from onionskin.chain import NewHead, lock_chain, open_chain, read_chain
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
+from onionskin.locks import ByteLocks
 from onionskin.names import check_name
 from onionskin.snapshots import (
     Snapshot,
@@ -37,13 +38,14 @@ from onionskin.snapshots import (
     nearest_snapshot,
     users_of,
 )
+from onionskin.views import OpenChain, closed_path
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
     from onionskin._volume import DataPath
-    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
+    from onionskin.locks import VolumeLock
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
@@ -64,23 +66,20 @@ class Volume:
         self,
         store: "Store",
         row: VolumeRow,
-        path: "DataPath",
-        chain: Chain,
+        opened: OpenChain,
         *,
-        locks: "ByteLocks",
-        base_lock: "BaseLock | None",
-        volume_lock: "VolumeLock | None",
+        volume_lock: "VolumeLock | None" = None,
         snapshot: str | None = None,
     ) -> None:
         self.store = store
         self.row = row
-        self.path = path
-        self.locks = locks
+        self.path = opened.path
+        self.locks = opened.locks
         self.snapshot_name = snapshot
-        self.base_lock = base_lock
-        self.head = chain.top.id
-        self.block_size: int = chain.top.block_size
-        self.wipe: str = chain.top.wipe
+        self.base_lock = opened.base_lock
+        self.head = opened.chain.top.id
+        self.block_size: int = opened.chain.top.block_size
+        self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
         self._guard = threading.RLock()
         self._closed = False
@@ -567,16 +566,17 @@ class Volume:
 
     def _release(self) -> None:
         self.store.forget(self)
+        if self._volume_lock is None:
+            self.path = closed_path(self.path)  # other views of the layer may go on with the open one
+            self.store.views.give_back(self.head)
+            # A view's locks end with the last array over it: they close when nothing refers to them.
+            self.locks, self.base_lock = ByteLocks(None), None
+            return
         self.path.close()
-        if self.writable:
-            self.locks.close()
-            if self.base_lock:
-                self.base_lock.close()
-        # A view's locks end with the last array over it: they close when nothing refers to them.
-        del self.locks
-        self.base_lock = None
-        if self._volume_lock:
-            self._volume_lock.close()
+        self.locks.close()
+        if self.base_lock:
+            self.base_lock.close()
+        self._volume_lock.close()
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
