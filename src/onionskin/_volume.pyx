@@ -66,6 +66,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_new(uint32_t, uint64_t, const char *, const char *, int, int, onion_volume **)
     int onion_volume_set_base(onion_volume *, const char *, uint64_t)
     int onion_volume_add_layer(onion_volume *, const onion_layer_source *, onion_fault_site *)
+    int onion_volume_fold_layers(onion_volume *, onion_fault_site *)
     int onion_volume_open_head(onion_volume *, const onion_head_source *, onion_fault_site *)
     int onion_volume_free_own_slots(onion_volume *)
     uint64_t onion_volume_size(const onion_volume *)
@@ -333,6 +334,16 @@ cdef class DataPath:
             status = onion_volume_add_layer(self._volume, &source.source, &site)
         if status < 0:
             _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
+
+    def fold_layers(self):
+        """Make the index of the layers that were added: before the first read of a view. `open_head` does it too."""
+        cdef onion_fault_site site
+        cdef int status
+        memset(&site, 0, sizeof(site))
+        with nogil:
+            status = onion_volume_fold_layers(self._volume, &site)
+        if status < 0:
+            _raise(status, "open", os.fsdecode(site.path) or self._directory, site.offset)
 
     def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=()):
         """Add the head, last, ready for writing. Returns the size in bytes of the volume."""

@@ -127,6 +127,8 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
         if writable:
             _open_head(layout, path, top, chain.segments[top.id])
             path.free_own_slots()
+        else:
+            path.fold_layers()
     except BaseException:
         path.close()
         raise
