@@ -92,7 +92,7 @@ def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+    volume.lock_what_is_read()
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
@@ -129,7 +129,7 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
         volume.path.rewrite_abort()
         raise
     volume.path.rewrite_commit()
-    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+    volume.lock_what_is_read()
 
 
 def compact(volume: "Volume") -> None:
@@ -215,6 +215,7 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
         base = read_chain(catalog, volume.head).base
         assert base is not None
         volume.path.rebase(path=base.path, size_bytes=base.size_bytes, dropped=dropped)
+        volume.lock_what_is_read()
     finally:
         lock.close()
         volume.base_lock = BaseLock(Path(chain.base.path))

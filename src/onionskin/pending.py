@@ -33,7 +33,7 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
     for row in store.catalog.rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
         if policy is not None and row.wipe != policy:
             continue
-        with _alone(store, row.lock_byte) as alone:
+        with _alone(store, row) as alone:
             if alone and _do(store, row):
                 with store.catalog.transaction():
                     store.catalog.delete(PendingRow, "id = ?", row.id)
@@ -43,14 +43,19 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 
 
 @contextmanager
-def _alone(store: "Store", lock_byte: int) -> Iterator[bool]:
-    """Hold a byte exclusively: through the one open volume that reads the file, or through the store's own locks."""
-    holders = [volume for volume in store.open_volumes() if lock_byte in volume.locks.shared]
-    if len(holders) > 1:
-        yield False
-        return
-    locks = holders[0].locks if holders else store.locks
-    with locks.exclusive(lock_byte) as held:
+def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
+    """Hold the byte of a file exclusively, through the store's own locks.
+
+    A scrub may borrow the lock of the one volume that has the file open for writing here: that never reads a slot which
+    the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
+    a lock on a file that goes as a whole still reads it.
+    """
+    locks = store.locks
+    if row.kind == "scrub":
+        for volume in store.open_volumes():
+            if volume.writable and row.lock_byte in volume.locks.shared:
+                locks = volume.locks
+    with locks.exclusive(row.lock_byte) as held:
         yield held
 
 

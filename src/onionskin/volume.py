@@ -75,7 +75,7 @@ class Volume:
         self.store = store
         self.row = row
         self.path = path
-        self.locks = locks
+        self._locks: ByteLocks | None = locks
         self.snapshot_name = snapshot
         self.base_lock = base_lock
         self.head = chain.top.id
@@ -88,6 +88,19 @@ class Volume:
         forks.register(self)
 
     # ---- what it is ----
+
+    @property
+    def locks(self) -> "ByteLocks":
+        """The locks on the files that the volume can read."""
+        if self._locks is None:
+            raise StateError(f"{self!r} is closed; open it again")
+        return self._locks
+
+    def lock_what_is_read(self) -> None:
+        """After a change of the tree: lock the files of the chain as it is now, and give the others up."""
+        bytes_read = read_chain(self.store.catalog, self.head).lock_bytes
+        self.locks.take_shared(bytes_read)
+        self.locks.keep_shared(bytes_read)
 
     @property
     def name(self) -> str:
@@ -180,7 +193,7 @@ class Volume:
 
         The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard.
         """
-        return self._on_path(lambda path: path.view(offset, length, (self.locks, self.base_lock)))
+        return self._on_path(lambda path: path.view(offset, length, (self._locks, self.base_lock)))
 
     def flush(self) -> None:
         """Make everything that was written before the call durable.
@@ -413,9 +426,7 @@ class Volume:
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
         old_path, self.path, self.head = self.path, new_path, head
         old_path.close()
-        chain = read_chain(self.store.catalog, head)
-        self.locks.take_shared(chain.lock_bytes)
-        self.locks.keep_shared(chain.lock_bytes)
+        self.lock_what_is_read()
         self.store.work_soon()
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
@@ -572,8 +583,8 @@ class Volume:
             self.locks.close()
             if self.base_lock:
                 self.base_lock.close()
-        # A view's locks end with the last array over it: they close when nothing refers to them.
-        del self.locks
+        else:  # a view's locks end with the last array over it: they close when nothing refers to them
+            self._locks = None
         self.base_lock = None
         if self._volume_lock:
             self._volume_lock.close()
