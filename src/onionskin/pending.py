@@ -7,7 +7,7 @@ All of it may be done twice.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy.typing
 
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.errors import StateError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
@@ -148,6 +148,16 @@ def orphans(store: "Store") -> list[Path]:
         named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
     directories = (store.layout.layers, store.layout.segments)
     return sorted(path for directory in directories for path in directory.iterdir() if path not in named)
+
+
+def drop_drafts(store: "Store", *paths: Path) -> None:
+    """Remove files whose transaction failed; not those that it names after all, when an interrupt came behind its commit.
+
+    What cannot be decided or removed now is left to a sweep.
+    """
+    with suppress(OSError, OnionskinError):
+        for path in set(orphans(store)).intersection(paths):
+            _sweep(path)
 
 
 def _sweep(path: Path) -> None:

@@ -22,7 +22,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain
+from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain, replace_spare
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
@@ -85,6 +85,7 @@ class Volume:
         self._guard = threading.RLock()
         self._closed = False
         self._forked = False
+        self._unsettled: Callable[[], None] | None = None
         forks.register(self)
 
     # ---- what it is ----
@@ -304,34 +305,60 @@ class Volume:
         self._need_spare()
         old = catalog.layer(self.head)
         head = NewHead.on(old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes)
-        is_sealed = False
-        try:
-            with catalog.transaction():
-                check()
-                sealed = self.path.seal(
-                    map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
-                )
-                is_sealed = True
-                # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-                self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
-                spare_row = self._write_sealed(old, sealed, head)
-                row = catalog.layer(old.id)
-                also(row, head.layer.created_ns)
-        except CommitUnknownError:
-            self.path.poison()
-            raise
-        except BaseException:
-            if is_sealed:
-                self.path.seal_abort()
-            raise
-        self.head = head.layer.id
-        self.path.seal_commit(spare_row.id)
-        made = catalog.layer(self.head)
-        self.locks.take_shared({made.map_lock_byte, spare_row.lock_byte})
+        with self.settling(lambda: self._settle_seal(head.layer.id)), catalog.transaction():
+            check()
+            sealed = self.path.seal(
+                map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
+            )
+            # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
+            self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
+            self._write_sealed(old, sealed, head)
+            row = catalog.layer(old.id)
+            also(row, head.layer.created_ns)
         self.store.work_soon()
         return row
 
-    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
+    def _settle_seal(self, new_head: bytes) -> None:
+        """Go on with the new head if the catalog has it, with the old one if not."""
+        catalog = self.store.catalog
+        if self.path.poisoned or catalog.head_of(self.row) != new_head:
+            merging.if_begun(self.path.seal_abort)
+            return
+        (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", new_head)
+        self.head = new_head
+        merging.if_begun(lambda: self.path.seal_commit(spare.id))
+        self.lock_what_is_read()
+
+    @contextmanager
+    def settling(self, settle: Callable[[], None]) -> Iterator[None]:
+        """Run a change of the catalog, then `settle`, which asks the catalog how it ended and tells the data path.
+
+        Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
+        rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
+        """
+        self._unsettled = settle
+        try:
+            yield
+        except CommitUnknownError:
+            self.path.poison()
+            raise
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        settle = self._unsettled
+        if settle is None:
+            return
+        try:
+            settle()
+        except Exception:
+            self.path.poison()  # the catalog cannot be read
+            settle()
+            self._unsettled = None
+            raise
+        self._unsettled = None
+
+    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> None:
         """Write what a seal changes: the old head's files as they are now, the new head with the old one's spare."""
         catalog = self.store.catalog
         catalog.update(
@@ -368,10 +395,8 @@ class Volume:
             )
         )
         catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
-        next_spare = SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte())
-        catalog.insert(next_spare)
+        catalog.insert(SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte()))
         self.store.set_head(self.row, layer.id)
-        return next_spare
 
     def _need_spare(self) -> None:
         """Register a spare segment where an aborted snapshot used it up."""
@@ -379,10 +404,7 @@ class Volume:
             return
         catalog = self.store.catalog
         with catalog.transaction():
-            for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head):
-                catalog.update(SegmentRow, row.id, role="own")
-            spare = SegmentRow(new_id(), self.head, "spare", 0, catalog.take_lock_byte())
-            catalog.insert(spare)
+            spare = replace_spare(catalog, self.head)
         self.path.set_spare(spare.id)
         self.locks.take_shared({spare.lock_byte})
 
@@ -403,31 +425,30 @@ class Volume:
         top = below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
-        old_head = self.head
-        try:
+        old_path, old_head = self.path, self.head
 
-            def commit() -> None:
-                with catalog.transaction():
-                    head.insert(catalog)
-                    self.store.set_head(self.row, head.layer.id)
-                    also()
-                    free_unneeded(catalog, old_head)
+        def commit() -> None:
+            with catalog.transaction():
+                head.insert(catalog)
+                self.store.set_head(self.row, head.layer.id)
+                also()
+                free_unneeded(catalog, old_head)
 
+        def settle() -> None:
+            if old_path.poisoned or catalog.head_of(self.row) != head.layer.id:
+                new_path.close()
+            else:
+                self._switch(new_path, head.layer.id)
+
+        with self.settling(settle):
             self.store.with_reserve(commit)
-        except CommitUnknownError:
-            self.path.poison()
-            new_path.close()
-            raise
-        except BaseException:
-            new_path.close()
-            raise
-        self._switch(new_path, head.layer.id)
+        self.store.work_soon()
 
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
         old_path, self.path, self.head = self.path, new_path, head
-        old_path.close()
+        if old_path is not new_path:
+            old_path.close()
         self.lock_what_is_read()
-        self.store.work_soon()
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
@@ -540,6 +561,7 @@ class Volume:
                 raise StateError(f"volume {self.name!r} is closed; open it again")
             if not self.writable:
                 raise StateError(f"{self!r} is a view of a snapshot; open the volume itself")
+            self._settle()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
             yield
@@ -564,6 +586,7 @@ class Volume:
                 return
             self._closed = True
             try:
+                self._settle()
                 if self.writable and not self.path.poisoned:
                     self._flush_and_compact()
             finally:
