@@ -159,6 +159,15 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
     )
 
 
+def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
+    """Make a head's spare segment one of its own, and register another. Inside a transaction."""
+    for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
+        catalog.update(SegmentRow, row.id, role="own")
+    spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
+    catalog.insert(spare)
+    return spare
+
+
 @dataclass(frozen=True, slots=True)
 class NewHead:
     """The rows of a head that is about to be made. Lock bytes are filled in by `insert`."""

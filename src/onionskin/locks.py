@@ -57,20 +57,15 @@ def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 class ByteLocks:
-    """One handle's locks on bytes of a lock file. All methods may be called by any thread.
+    """One handle's locks on bytes of a lock file. All methods may be called by any thread."""
 
-    With path None they are closed from the start: what a closed handle has.
-    """
-
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._guard = threading.Lock()
         self._shared: set[int] = set()
         self._exclusive: set[int] = set()
-        self._descriptor = -1
-        if path is not None:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            forks.register(self)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        forks.register(self)
 
     def take_shared(self, numbers: Iterable[int]) -> bool:
         """Lock all bytes for reading, or none of them; False if one is being freed by somebody else."""
@@ -108,14 +103,11 @@ class ByteLocks:
     def exclusive(self, number: int) -> Iterator[bool]:
         """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it.
 
-        Locks that were closed meanwhile have nothing: False.
+        Locks that were closed meanwhile by another thread hold nothing.
         """
         with self._guard:
-            held = (
-                self._descriptor >= 0
-                and number not in self._exclusive
-                and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
-            )
+            is_free = self._descriptor >= 0 and number not in self._exclusive
+            held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
             if held:
                 self._exclusive.add(number)
         try:

@@ -38,6 +38,7 @@ from onionskin.chain import (
     lock_chain,
     open_chain,
     read_chain,
+    replace_spare,
 )
 from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
 from onionskin.layout import DIRECTORIES, Layout
@@ -226,9 +227,16 @@ class Store:
         for work in self.catalog.rows(PendingRow, "kind = 'base-merge'"):
             if work.target in {layer.id for layer in self.catalog.chain(row.head)}:
                 merging.resume_base_merge(self, work.target)
+        self._adopt_used_spare(row.head)
         gathering.gather_chain(self, row.head)
         opened = self._open_layer(row.head, writable=True, verify=verify)
         return Volume(self, row, opened, volume_lock=lock)
+
+    def _adopt_used_spare(self, head: bytes) -> None:
+        """A snapshot that failed at its commit left the head with two segments: the spare has a file, and is in the map."""
+        (spare,) = self.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
+        if self.layout.segment_file(spare.id).exists():
+            self.with_reserve(lambda: self.in_transaction(lambda: replace_spare(self.catalog, head)))
 
     def _open_view(self, row: VolumeRow, snapshot: str, verify: bool) -> Volume:
         """Open a snapshot, or share what is open of it already: then only its base is looked at again."""
