@@ -403,6 +403,23 @@ static int open_log(struct onion_volume *volume, const struct onion_head_source 
     return 0;
 }
 
+static int open_head_segment(struct onion_volume *volume, const struct onion_layer *layer, uint32_t number, int own,
+                             uint64_t adopted_slots, struct onion_fault_site *site) {
+    struct onion_segment *segment = volume->segments[number];
+    uint64_t named = 0;
+    segment->generation = volume->generation;
+    segment->own = own;
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        if (!memcmp(layer->segment_ids[k], segment->uuid, ONION_UUID_BYTES)) {
+            segment->log_number = k + 1;
+            named = slots_named(layer, k + 1);
+        }
+    int status = own ? onion_segment_open_own(segment, named) : onion_segment_check(segment, adopted_slots);
+    if (status == 0 && segment->fd >= 0)
+        status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
+    return status < 0 ? site_error(site, segment->path, 0, status) : 0;
+}
+
 static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source,
                               const struct onion_layer *layer, struct onion_fault_site *site) {
     for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
@@ -410,25 +427,30 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
         const unsigned char *uuid = own ? source->own[i - source->adopted_count] : source->adopted[i].uuid;
         uint32_t number;
         int status = onion_volume_add_segment(volume, uuid, &number);
+        if (status == 0)
+            status = open_head_segment(volume, layer, number, own, own ? 0 : source->adopted[i].slots, site);
         if (status < 0)
             return status;
-        struct onion_segment *segment = volume->segments[number];
-        segment->generation = volume->generation;
-        segment->own = own;
-        uint64_t named = 0;
-        for (uint32_t k = 0; k < layer->segment_count; k++)
-            if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
-                segment->log_number = k + 1;
-                named = slots_named(layer, k + 1);
-            }
-        status = own ? onion_segment_open_own(segment, named) : onion_segment_check(segment, source->adopted[i].slots);
-        if (status == 0 && segment->fd >= 0)
-            status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
-        if (status < 0)
-            return site_error(site, segment->path, 0, status);
         if (own && !volume->own)
             volume->own = number;
     }
+    return 0;
+}
+
+/* A snapshot that failed leaves its spare to the head as a second segment, and a crash may come before the catalog
+ * says so: a spare that has a file, or that the map names, is the head's own. */
+static int open_spare(struct onion_volume *volume, const struct onion_head_source *source,
+                      const struct onion_layer *layer, struct onion_fault_site *site) {
+    uint32_t number;
+    int status = onion_volume_add_segment(volume, source->spare, &number);
+    if (status < 0)
+        return status;
+    int used = access(volume->segments[number]->path, F_OK) == 0;
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        used |= !memcmp(layer->segment_ids[k], source->spare, ONION_UUID_BYTES);
+    if (used)
+        return open_head_segment(volume, layer, number, 1, 0, site);
+    volume->spare = number;
     return 0;
 }
 
@@ -442,6 +464,8 @@ int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_
         status = open_log(volume, source, &layer, site);
     if (status == 0)
         status = open_head_segments(volume, source, &layer, site);
+    if (status == 0)
+        status = open_spare(volume, source, &layer, site);
     if (status == 0 && (status = number_segments(volume, &layer, first, &numbers)) < 0)
         status = site_error(site, source->map_path, 0, status);
     if (status == 0)
@@ -450,11 +474,8 @@ int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_
         status = fold_layer(volume, &layer, numbers);
     if (status == 0 && layer.has_size)
         status = layer.size_bytes > ONION_VOLUME_BYTES_MAX ? ONION_E_FORMAT : 0;
-    if (status == 0) {
-        if (layer.has_size)
-            volume->size_bytes = layer.size_bytes;
-        status = onion_volume_add_segment(volume, source->spare, &volume->spare);
-    }
+    if (status == 0 && layer.has_size)
+        volume->size_bytes = layer.size_bytes;
     free(numbers);
     onion_layer_destroy(&layer);
     if (status == 0)
