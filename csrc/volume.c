@@ -810,18 +810,35 @@ static uint64_t slots_in_file(const struct onion_segment *segment) {
     return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
 }
 
+static struct onion_segment_info info_of(const struct onion_volume *volume, const struct onion_segment *segment) {
+    struct onion_segment_info info = {
+        .number = segment->number, .slots = slots_in_file(segment), .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
+    memcpy(info.uuid, segment->uuid, ONION_UUID_BYTES);
+    return info;
+}
+
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
     pthread_rwlock_rdlock(&volume->gate);
     uint32_t count = volume->closed ? 0 : volume->segment_count;
-    for (uint32_t i = 1; i <= count && i <= capacity; i++) {
-        const struct onion_segment *segment = volume->segments[i];
-        infos[i - 1].number = i;
-        infos[i - 1].slots = slots_in_file(segment);
-        infos[i - 1].role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0;
-        memcpy(infos[i - 1].uuid, segment->uuid, ONION_UUID_BYTES);
-    }
+    for (uint32_t i = 1; i <= count && i <= capacity; i++)
+        infos[i - 1] = info_of(volume, volume->segments[i]);
     pthread_rwlock_unlock(&volume->gate);
     return count;
+}
+
+uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    pthread_rwlock_rdlock(&volume->gate);
+    uint32_t found = 0, count = volume->closed || !volume->sealing ? 0 : volume->segment_count;
+    for (uint32_t i = 1; i <= count; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || onion_segment_is_head(volume, segment))
+            continue;
+        if (found < capacity)
+            infos[found] = info_of(volume, segment);
+        found++;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return found;
 }
 
 /* ---- a view's own mapping ---- */

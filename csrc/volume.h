@@ -120,6 +120,8 @@ struct onion_segment_info {
 };
 /* Returns how many there are; fills as many as fit. */
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
+/* The same for those that a seal under way has sealed, until its outcome is known. */
+uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
 
 /* Snapshot. seal makes the head a sealed layer and starts a new one whose map file will be `map_path`, then makes
  * the sealed one durable. On 0 the flush gate stays closed until seal_commit or seal_abort is called by any thread.

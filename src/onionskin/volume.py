@@ -325,7 +325,8 @@ class Volume:
         (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", new_head)
         self.head = new_head
         merging.if_begun(lambda: self.path.seal_commit(spare.id))
-        self.lock_what_is_read()
+        # Not all of the chain anew: a snapshot must not cost more the more there are.
+        self.locks.take_shared({catalog.layer(new_head).map_lock_byte, spare.lock_byte})
 
     @contextmanager
     def settling(self, settle: Callable[[], None]) -> Iterator[None]:
