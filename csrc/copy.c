@@ -333,8 +333,9 @@ static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_p
     /* Asked here, because beyond the end of a file all looks like a hole, and copy_file_range just ends. */
     if (piece->source_offset + piece->length > pair->source_size_bytes)
         return -EIO;
-    return job->flags & ONION_COPY_ZERO_HOLES ? move_data_and_holes(job, buffer, piece)
-                                              : move_data(job, buffer, piece);
+    return (job->flags & (ONION_COPY_ZERO_HOLES | ONION_COPY_SOLID)) == ONION_COPY_ZERO_HOLES
+               ? move_data_and_holes(job, buffer, piece)
+               : move_data(job, buffer, piece);
 }
 
 /* 1 and the next piece, or 0: no more, or some thread has failed. */

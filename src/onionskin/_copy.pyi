@@ -1,7 +1,9 @@
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+EXTENT_FIELDS: list[tuple[str, str]]
 
 class CopyCancelled(Exception): ...
 
@@ -16,11 +18,12 @@ class CopyJob:
     bytes_per_second: int
     def __init__(
         self,
-        extents: Iterable[tuple[int, int, int, int, int]] | np.ndarray[Any, Any],
+        extents: Sequence[tuple[int, int, int, int, int]] | np.ndarray[Any, Any],
         *,
         threads: int = 0,
         reflink: bool = False,
         zero_holes: bool = False,
+        solid: bool = False,
         bytes_per_second: int = 0,
     ) -> None: ...
     @property

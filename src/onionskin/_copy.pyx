@@ -4,8 +4,10 @@ What must hold: the extents and the progress live as long as the job; a job runs
 the job cancelled, from any thread while it runs.
 """
 
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 import os
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from typing import NamedTuple
 cdef extern from "copy.h" nogil:
     enum: ONION_COPY_REFLINK
     enum: ONION_COPY_ZERO_HOLES
+    enum: ONION_COPY_SOLID
     enum: ONION_E_CANCELLED
 
     struct onion_copy_extent:
@@ -47,6 +50,11 @@ cdef extern from *:
 # measured.
 DEFAULT_THREADS = 2
 
+# A table of extents as a structured array: the fields of onion_copy_extent.
+EXTENT_FIELDS = [
+    ("source", "<i4"), ("destination", "<i4"), ("source_offset", "<u8"), ("destination_offset", "<u8"), ("length", "<u8")
+]
+
 
 class CopyCancelled(Exception):
     """The copy was cancelled; what was copied so far stays as it is."""
@@ -68,8 +76,8 @@ cdef class CopyJob:
     Parameters
     ----------
     extents : sequence or structured ndarray
-        Tuples ``(source_fd, destination_fd, source_offset, destination_offset, length)``, in bytes; a ``source_fd``
-        of -1 makes zeros. They must not overlap on the destination side. The descriptors must stay open until
+        Tuples ``(source, destination, source_offset, destination_offset, length)``, or an array with the fields
+        `EXTENT_FIELDS`: two descriptors, and bytes; a ``source`` of -1 makes zeros. They must not overlap on the destination side. The descriptors must stay open until
         ``run`` returns.
     threads : int, optional
         1 to 64; 0, the default, takes the number that was measured to be best.
@@ -77,6 +85,8 @@ cdef class CopyJob:
         Whether blocks may be shared. Never to be given under policy ``zero``.
     zero_holes : bool, optional
         Whether holes of the source (and extents of zeros) may become holes in the destination.
+    solid : bool, optional
+        Whether sources are not searched for holes: they have none, or their holes may be copied as zeros.
     bytes_per_second : int, optional
         An upper bound; 0 is none.
     """
@@ -89,18 +99,40 @@ cdef class CopyJob:
     cdef bint _started
     cdef readonly object bytes_total
 
-    def __cinit__(self, extents, *, int threads=0, bint reflink=False, bint zero_holes=False,
+    def __cinit__(self, extents, *, int threads=0, bint reflink=False, bint zero_holes=False, bint solid=False,
                   uint64_t bytes_per_second=0):
-        cdef size_t i
         if not 0 <= threads <= 64:
             raise ValueError(f"threads is {threads}: give 1 to 64, or 0 for the default")
-        rows = extents.tolist() if hasattr(extents, "tolist") else list(extents)
-        self._extent_count = len(rows)
+        self._threads = threads or DEFAULT_THREADS
+        self._flags = ((ONION_COPY_REFLINK if reflink else 0) | (ONION_COPY_ZERO_HOLES if zero_holes else 0)
+                       | (ONION_COPY_SOLID if solid else 0))
+        self._progress.bytes_per_second = bytes_per_second
+        self._extent_count = len(extents)
         self._extents = <onion_copy_extent *>calloc(self._extent_count or 1, sizeof(onion_copy_extent))
         if self._extents == NULL:
             raise MemoryError
+        if hasattr(extents, "dtype"):
+            self._take_table(extents)
+        else:
+            self._take_rows(extents)
+
+    cdef int _take_table(self, extents) except -1:
+        """A structured array is the C table already, if it has the same fields."""
+        cdef Py_buffer view
+        if [(name, extents.dtype[name].str) for name in extents.dtype.names or ()] != EXTENT_FIELDS:
+            raise ValueError(f"extents have the fields {extents.dtype}: they must have {EXTENT_FIELDS}")
+        PyObject_GetBuffer(extents, &view, PyBUF_ANY_CONTIGUOUS)
+        memcpy(self._extents, view.buf, view.len)
+        PyBuffer_Release(&view)
+        if self._extent_count and not extents["length"].all():
+            raise ValueError("an extent has length 0: it must be positive")
+        self.bytes_total = int(extents["length"].sum())
+        return 0
+
+    cdef int _take_rows(self, extents) except -1:
+        cdef size_t i
         total = 0
-        for i, (source, destination, source_offset, destination_offset, length) in enumerate(rows):
+        for i, (source, destination, source_offset, destination_offset, length) in enumerate(extents):
             if length <= 0:
                 raise ValueError(f"extent {i} has length {length}: it must be positive")
             self._extents[i].source = source
@@ -110,9 +142,7 @@ cdef class CopyJob:
             self._extents[i].length = length
             total += length
         self.bytes_total = total
-        self._threads = threads or DEFAULT_THREADS
-        self._flags = (ONION_COPY_REFLINK if reflink else 0) | (ONION_COPY_ZERO_HOLES if zero_holes else 0)
-        self._progress.bytes_per_second = bytes_per_second
+        return 0
 
     def __dealloc__(self):
         free(self._extents)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin._copy import CopyCancelled, CopyJob
+from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import LayerRow, SegmentRow, new_id
@@ -35,15 +35,7 @@ HEADER_BYTES = 4096
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
 EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
-_COPY_DTYPE = numpy.dtype(
-    [
-        ("source", "<i8"),
-        ("destination", "<i8"),
-        ("source_offset", "<u8"),
-        ("destination_offset", "<u8"),
-        ("length", "<u8"),
-    ]
-)
+_COPY_DTYPE = numpy.dtype(EXTENT_FIELDS)
 
 
 def extents(volume: "Volume") -> "Array":
@@ -122,7 +114,7 @@ def copy_runs(
     done = 0
     for extents, descriptors in _by_segments(table[keep], runs["segment"][keep], paths):
         try:
-            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch)
+            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch, solid=True)
             run_job(job, progress, done, total)
             done += job.bytes_done
         finally:

@@ -15,21 +15,13 @@ from conftest import Mount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin._copy import CopyCancelled, CopyJob, CopyResult
+from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob, CopyResult
 
 MIB = 1 << 20
 RNG = np.random.default_rng(7)
 NOISE = RNG.integers(1, 256, 40 * MIB, np.uint8).tobytes()
 
-EXTENT = np.dtype(
-    [
-        ("source_fd", "i4"),
-        ("destination_fd", "i4"),
-        ("source_offset", "u8"),
-        ("destination_offset", "u8"),
-        ("length", "u8"),
-    ]
-)
+EXTENT = np.dtype(EXTENT_FIELDS)
 
 
 @contextmanager
@@ -200,6 +192,21 @@ def test_holes_become_holes_only_if_asked_for(tmp_path: Path) -> None:
                 CopyJob([(source, destination, 0, 0, 20 * MIB)], zero_holes=zero_holes).run()
                 assert contents_of(destination) == contents_of(source)
                 assert least <= disk_bytes_of(destination) <= most
+
+
+def test_holes_of_solid_sources_are_copied_as_zeros(tmp_path: Path) -> None:
+    with file_of(tmp_path / "from", NOISE[:4096]) as source, file_of(tmp_path / "to", b"\xee" * MIB) as destination:
+        os.ftruncate(source, MIB)
+        CopyJob([(source, destination, 0, 0, MIB)], zero_holes=True, solid=True).run()
+        assert contents_of(destination) == contents_of(source)
+        assert disk_bytes_of(destination) >= MIB
+
+
+def test_a_table_with_other_fields_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fields"):
+        CopyJob(np.zeros(1, dtype=[("source", "<i8"), ("length", "<u8")]))
+    with pytest.raises(ValueError, match="length 0"):
+        CopyJob(np.zeros(1, dtype=EXTENT_FIELDS))
 
 
 def test_zeros_are_written_unless_holes_are_allowed(tmp_path: Path) -> None:
