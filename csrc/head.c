@@ -25,30 +25,40 @@
 
 /* ---- the flush gate ---- */
 
-static void flush_gate_close(struct onion_volume *volume) {
+/* Closes the gate, or says why not. Who keeps it closed may never come back to open it, where the outcome of a commit
+ * is unknown: so nobody waits on a volume that can no longer be used. */
+static int flush_gate_close(struct onion_volume *volume) {
+    int status = onion_volume_usable(volume);
+    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return status;
     pthread_mutex_lock(&volume->flush_lock);
-    while (volume->flush_busy)
+    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
         pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    volume->flush_busy = 1;
+    if (status == 0)
+        volume->flush_busy = 1;
+    pthread_mutex_unlock(&volume->flush_lock);
+    return status;
+}
+
+/* The gate stays closed until the outcome is known; close need not wait for that. */
+static void flush_gate_keep(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
+    pthread_mutex_lock(&volume->flush_lock);
+    *sealing_or_rewriting = kind;
+    pthread_cond_broadcast(&volume->flush_free);
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
 static void flush_gate_open(struct onion_volume *volume) {
     pthread_mutex_lock(&volume->flush_lock);
+    volume->sealing = volume->rewriting = 0;
     volume->flush_busy = 0;
     pthread_cond_broadcast(&volume->flush_free);
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
-/* The gate, closed for one who may go on; or why not. */
 static int flush_begin(struct onion_volume *volume) {
-    flush_gate_close(volume);
-    int status = onion_volume_usable(volume);
-    if (status == 0 && !volume->writable)
-        status = ONION_E_READ_ONLY;
-    if (status < 0)
-        flush_gate_open(volume);
-    return status;
+    int status = volume->writable ? flush_gate_close(volume) : onion_volume_usable(volume);
+    return status == 0 && !volume->writable ? ONION_E_READ_ONLY : status;
 }
 
 /* ---- segments ---- */
@@ -57,7 +67,7 @@ static int poison_on(struct onion_volume *volume, int status) {
     /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
      * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. */
     if (status < 0)
-        onion_volume_poison(volume);
+        onion_volume_mark_poisoned(volume);
     return status;
 }
 
@@ -190,7 +200,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
                 volume->segments[new_segments[i]]->log_number = 0;
             /* What a short write left must not stand in front of the next frame. */
             if (ftruncate(log->fd, (off_t)before))
-                onion_volume_poison(volume);
+                onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
@@ -242,7 +252,7 @@ static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
     } else {
         free(batch->records);
         free(batch->freed);
-        onion_volume_poison(volume); /* the order of changes is lost */
+        onion_volume_mark_poisoned(volume); /* the order of changes is lost */
     }
     pthread_mutex_unlock(&volume->pending_lock);
 }
@@ -455,13 +465,16 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
         flush_gate_open(volume);
         return status;
     }
-    volume->sealing = 1;
+    flush_gate_keep(volume, &volume->sealing, 1);
     return 0;
 }
 
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
-    pthread_rwlock_wrlock(&volume->gate);
     int status = onion_volume_usable(volume);
+    if (status < 0)
+        return status;
+    pthread_rwlock_wrlock(&volume->gate);
+    status = onion_volume_usable(volume);
     if (status == 0 && volume->spare)
         status = -EBUSY;
     if (status == 0)
@@ -500,7 +513,6 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
-    volume->sealing = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -514,7 +526,6 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
         onion_head_log_close(&volume->next_log);
         status = 0;
     }
-    volume->sealing = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -652,7 +663,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     }
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
                                      volume->next_log.cursor.crc, volume->size_bytes};
-    volume->rewriting = 1 + (drop_zero != 0);
+    flush_gate_keep(volume, &volume->rewriting, 1 + (drop_zero != 0));
     return 0;
 }
 
@@ -676,7 +687,6 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
-    volume->rewriting = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -687,7 +697,6 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (volume->next_log.path)
         unlink(volume->next_log.path);
     onion_head_log_close(&volume->next_log);
-    volume->rewriting = 0;
     flush_gate_open(volume);
     return 0;
 }
@@ -777,7 +786,7 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
             put_back(volume, &batch);
         /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
         if (status < 0)
-            onion_volume_poison(volume);
+            onion_volume_mark_poisoned(volume);
         pthread_rwlock_unlock(&volume->gate);
     }
     flush_gate_open(volume);

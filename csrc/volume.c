@@ -166,7 +166,14 @@ uint64_t onion_volume_size(const struct onion_volume *volume) {
 uint32_t onion_volume_block_size(const struct onion_volume *volume) { return volume->block_size; }
 int onion_volume_poisoned(const struct onion_volume *volume) { return __atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST); }
 int onion_volume_closed(const struct onion_volume *volume) { return __atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST); }
-void onion_volume_poison(struct onion_volume *volume) { __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST); }
+void onion_volume_poison(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return;
+    pthread_mutex_lock(&volume->flush_lock);
+    onion_volume_mark_poisoned(volume);
+    pthread_cond_broadcast(&volume->flush_free);
+    pthread_mutex_unlock(&volume->flush_lock);
+}
 void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&volume->forked, 1, __ATOMIC_SEQ_CST); }
 
 uint64_t onion_volume_memory(const struct onion_volume *volume) {
@@ -737,8 +744,11 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
 /* ---- writing ---- */
 
 static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    pthread_rwlock_rdlock(&volume->gate);
     int status = onion_volume_usable(volume);
+    if (status < 0) /* in the child of a fork the gate may be held by nobody, for ever */
+        return status;
+    pthread_rwlock_rdlock(&volume->gate);
+    status = onion_volume_usable(volume);
     if (status == 0 && !volume->writable)
         status = ONION_E_READ_ONLY;
     if (status == 0 && !in_bounds(volume, offset, length))
@@ -1103,6 +1113,8 @@ int onion_volume_wait_for_readers(struct onion_volume *volume) {
 
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity) {
     uint32_t count = 0;
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return 0;
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
         if (__atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
@@ -1122,6 +1134,8 @@ static uint64_t slots_in_file(const struct onion_segment *segment) {
 }
 
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return 0;
     pthread_rwlock_rdlock(&volume->gate);
     uint32_t count = volume->closed ? 0 : volume->segment_count;
     for (uint32_t i = 1; i <= count && i <= capacity; i++) {

@@ -73,6 +73,10 @@ struct onion_volume {
 
 /* 0, or why no verb may run now. */
 int onion_volume_usable(const struct onion_volume *volume);
+/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
+    __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
+}
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {

@@ -1,0 +1,154 @@
+"""The data path alone, by its own verbs: what the classes above it never do, or do in another order."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onionskin._volume import DataPath
+from onionskin.errors import StateError
+
+BLOCK = 4096
+
+
+class Files:
+    """A directory for one head, which can be opened again and again."""
+
+    def __init__(self, root: Path) -> None:
+        self.segments, self.layers = root / "segments", root / "layers"
+        self.segments.mkdir()
+        self.layers.mkdir()
+        self.map_id, self.own, self.spare = (os.urandom(16) for _ in range(3))
+
+    def map_file(self, map_id: bytes) -> str:
+        return str(self.layers / f"{map_id.hex()}.map")
+
+    def empty(self, *, blocks: int = 64, wipe_zero: bool = False) -> DataPath:
+        return DataPath(
+            block_size=BLOCK,
+            size_bytes=blocks * BLOCK,
+            segments_directory=self.segments,
+            layers_directory=self.layers,
+            wipe_zero=wipe_zero,
+            writable=True,
+        )
+
+    def open(self, *, wipe_zero: bool = False) -> DataPath:
+        path = self.empty(wipe_zero=wipe_zero)
+        path.open_head(
+            map_path=self.map_file(self.map_id), map_id=self.map_id, adopted=[], own=self.own, spare=self.spare
+        )
+        path.free_own_slots()
+        return path
+
+    def seal(self, path: DataPath) -> bytes:
+        map_id = os.urandom(16)
+        path.seal(map_path=self.map_file(map_id), map_id=map_id)
+        return map_id
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+@pytest.fixture
+def path(files: Files) -> Iterator[DataPath]:
+    path = files.open()
+    yield path
+    path.close()
+
+
+def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    """Run a call in a thread; what it raises is in the list when it has ended."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, raised
+
+
+WAITERS = ["flush", "live_slots", "resize"]
+
+
+def waiter(path: DataPath, files: Files, name: str) -> Callable[[], object]:
+    return {
+        "flush": path.flush,
+        "live_slots": lambda: path.live_slots(files.own),
+        "resize": lambda: path.resize(BLOCK),
+    }[name]
+
+
+@pytest.mark.parametrize("end", ["poison", "close"])
+@pytest.mark.parametrize("name", WAITERS)
+def test_nobody_waits_for_ever_for_a_seal_whose_outcome_is_unknown(
+    files: Files, path: DataPath, name: str, end: str
+) -> None:
+    files.seal(path)
+    thread, raised = in_thread(waiter(path, files, name))
+    thread.join(0.05)
+    assert thread.is_alive(), "it waits for the outcome"
+    getattr(path, end)()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(raised[0], StateError)
+
+
+@pytest.mark.parametrize("name", WAITERS)
+def test_a_poisoned_seal_refuses_at_once(files: Files, path: DataPath, name: str) -> None:
+    files.seal(path)
+    path.poison()
+    thread, raised = in_thread(waiter(path, files, name))
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(raised[0], StateError)
+
+
+def test_the_child_of_a_fork_waits_for_no_lock(files: Files, path: DataPath) -> None:
+    """The parent resizes without pause, so that the child finds its locks held."""
+    stop = threading.Event()
+
+    def resize() -> None:
+        while not stop.is_set():
+            path.resize(32 * BLOCK)
+            path.resize(64 * BLOCK)
+
+    thread, raised = in_thread(resize)
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                path.after_fork()
+                refused = 0
+                for call in (lambda: path.write(0, b"x"), path.flush, lambda: path.live_slots(files.own)):
+                    try:
+                        call()
+                    except StateError:
+                        refused += 1
+                path.segments()
+                os._exit(refused)
+            assert wait_for(child) == 3
+    finally:
+        stop.set()
+        thread.join()
+    assert raised == []
+
+
+def wait_for(child: int) -> int:
+    """Return the exit status of a child that must end soon."""
+    for _ in range(500):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        threading.Event().wait(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
