@@ -356,7 +356,52 @@ int onion_volume_flush(struct onion_volume *volume) {
     return status;
 }
 
-/* ---- free slots at open ---- */
+/* ---- free slots ---- */
+
+static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
+    for (uint64_t i = slot; i < slot + count && i < bits; i++)
+        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
+}
+
+/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
+static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
+    *bits = segment->next_slot;
+    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
+    if (!bitmap)
+        return NULL;
+    uint64_t at = 0;
+    struct onion_run run;
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
+        at = run.block_index + run.block_count;
+    }
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < volume->pending.freed_count; i++)
+        if (volume->pending.freed[i].segment == segment->number)
+            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return bitmap;
+}
+
+/* Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
+ * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
+int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
+                            uint64_t *bits) {
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = flush_locked(volume);
+    pthread_rwlock_wrlock(&volume->gate);
+    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
+    if (status == 0 && !number)
+        status = -ENOENT;
+    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+        status = -ENOMEM;
+    pthread_rwlock_unlock(&volume->gate);
+    flush_gate_open(volume);
+    return status;
+}
 
 static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
                            uint64_t bits) {

@@ -1061,49 +1061,6 @@ int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uin
     return count;
 }
 
-static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
-    for (uint64_t i = slot; i < slot + count && i < bits; i++)
-        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
-}
-
-/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
-static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
-    *bits = segment->next_slot;
-    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
-    if (!bitmap)
-        return NULL;
-    uint64_t at = 0;
-    struct onion_run run;
-    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
-            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
-        at = run.block_index + run.block_count;
-    }
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < volume->pending.freed_count; i++)
-        if (volume->pending.freed[i].segment == segment->number)
-            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
-    pthread_mutex_unlock(&volume->pending_lock);
-    return bitmap;
-}
-
-int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
-                            uint64_t *bits) {
-    pthread_mutex_lock(&volume->flush_lock); /* a frame under way may still fail: what it frees is needed till then */
-    while (volume->flush_busy)
-        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    pthread_rwlock_wrlock(&volume->gate);
-    int status = onion_volume_usable(volume);
-    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
-    if (status == 0 && !number)
-        status = -ENOENT;
-    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
-        status = -ENOMEM;
-    pthread_rwlock_unlock(&volume->gate);
-    pthread_mutex_unlock(&volume->flush_lock);
-    return status;
-}
-
 int onion_volume_wait_for_readers(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status == 0)

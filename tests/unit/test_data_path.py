@@ -152,3 +152,32 @@ def wait_for(child: int) -> int:
     os.kill(child, 9)
     os.waitpid(child, 0)
     raise AssertionError("the child hangs")
+
+
+def test_slots_of_a_segment_just_adopted_are_live_until_what_replaced_them_is_durable(files: Files) -> None:
+    lower_own, lower_map = files.own, files.map_id
+    path = files.open()
+    path.write(0, b"a" * 2 * BLOCK)
+    next_map = os.urandom(16)
+    sealed = path.seal(map_path=files.map_file(next_map), map_id=next_map)
+    path.seal_commit(os.urandom(16))
+    source = (
+        files.map_file(lower_map), lower_map, sealed.map_length, sealed.map_frames, sealed.map_crc, sealed.segments,
+    )  # fmt: skip
+    path.write(2 * BLOCK, b"b" * BLOCK)
+    rewritten = os.urandom(16)
+    path.rewrite_map(new_path=files.map_file(rewritten), new_id=rewritten, lower=source)
+    path.write(0, b"c" * BLOCK)  # while the outcome of the merge is not known yet
+    path.rewrite_commit()
+    live = path.live_slots(lower_own)
+    path.close()  # without a flush: what a crash would leave
+
+    again = files.empty()
+    again.open_head(
+        map_path=files.map_file(rewritten), map_id=rewritten, adopted=sealed.segments, own=files.spare,
+        spare=os.urandom(16),
+    )  # fmt: skip
+    needed = {int(run["slot"]) for run in again.runs() if again.segments()[run["segment"] - 1][1] == lower_own}
+    assert needed <= {slot for first, count in live for slot in range(first, first + count)}
+    assert again.read(BLOCK, BLOCK) == b"a" * BLOCK
+    again.close()
