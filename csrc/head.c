@@ -161,8 +161,8 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
 
 /* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
 static uint32_t own_segment_count(const struct onion_volume *volume) {
-    uint32_t count = 0;
-    for (uint32_t i = 1; i <= volume->segment_count; i++)
+    uint32_t count = 0, last = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE); /* a spare may be added */
+    for (uint32_t i = 1; i <= last; i++)
         count += (uint32_t)volume->segments[i]->own;
     return count;
 }
@@ -747,19 +747,22 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
 }
 
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
+    int status = flush_begin(volume); /* which keeps the log and the head what they are */
+    if (status < 0)
+        return status;
     *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
     *needed = 0;
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
-    int status = onion_volume_usable(volume);
     uint64_t at = 0;
     struct onion_run run;
-    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
         at = run.block_index + run.block_count;
         *needed += !onion_place_is_data(run.place) ||
                    onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
     }
     onion_epoch_leave(&volume->epoch, ticket);
-    return status;
+    flush_gate_open(volume);
+    return 0;
 }
 
 /* ---- resize ---- */

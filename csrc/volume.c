@@ -1083,7 +1083,7 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
 /* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */
 static uint64_t slots_in_file(const struct onion_segment *segment) {
     struct stat info;
-    if (!segment->created)
+    if (!__atomic_load_n(&segment->created, __ATOMIC_SEQ_CST))
         return 0;
     if (segment->fd < 0 || fstat(segment->fd, &info))
         return segment->next_slot;
