@@ -1014,6 +1014,19 @@ static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block
     return 0;
 }
 
+/* How many of the next blocks are whole and not the head's yet. A guess: other writers are at work, and so may replace
+ * the leaf that is looked at, which only a reader's ticket keeps. */
+static uint64_t count_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
+                            uint64_t whole_blocks) {
+    uint64_t fresh = 0;
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    while (fresh < count && fresh < WRITE_BATCH && block_indices[fresh] < whole_blocks &&
+           !is_own(volume, onion_map_lookup(&volume->index, block_indices[fresh])))
+        fresh++;
+    onion_epoch_leave(&volume->epoch, ticket);
+    return fresh;
+}
+
 int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const void *bytes) {
     int status = begin_write(volume, 0, 0);
@@ -1024,10 +1037,7 @@ int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block
     uint64_t size = onion_volume_size(volume), whole_blocks = size >> volume->block_shift;
     const char *from = bytes;
     for (uint64_t i = 0; i < count && status == 0;) {
-        uint64_t fresh = 0;
-        while (i + fresh < count && fresh < WRITE_BATCH && block_indices[i + fresh] < whole_blocks &&
-               !is_own(volume, onion_map_lookup(&volume->index, block_indices[i + fresh])))
-            fresh++;
+        uint64_t fresh = count_fresh(volume, block_indices + i, count - i, whole_blocks);
         if (fresh) {
             status = write_listed_fresh(volume, block_indices + i, fresh, from + (i << volume->block_shift));
             i += fresh;

@@ -290,6 +290,43 @@ static void run(double seconds, unsigned seed, int close_under_way) {
         pthread_join(threads[i], NULL);
 }
 
+/* ---- leaves that are replaced while write_blocks looks at them ---- */
+
+static void *split_runs(void *argument) {
+    unsigned seed = 7;
+    static uint64_t words[WORDS];
+    (void)argument;
+    while (!stopped()) {
+        uint64_t block = draw(&seed, 256) * 2;
+        CHECK(onion_volume_write(volume, block * BLOCK, BLOCK, words) == 0);
+        CHECK(onion_volume_zero(volume, block * BLOCK, BLOCK) == 0);
+        if (seed % 64 == 0)
+            CHECK(onion_volume_flush(volume) == 0);
+    }
+    return NULL;
+}
+
+static void *write_beside(void *argument) {
+    static uint64_t words[128 * WORDS], indices[128];
+    (void)argument;
+    for (int i = 0; i < 128; i++)
+        indices[i] = (uint64_t)i * 4 + 1;
+    while (!stopped())
+        CHECK(onion_volume_write_blocks(volume, indices, 128, words) == 0);
+    return NULL;
+}
+
+static void check_leaves(double seconds) {
+    pthread_t threads[2];
+    stop = 0;
+    CHECK(pthread_create(&threads[0], NULL, split_runs, NULL) == 0);
+    CHECK(pthread_create(&threads[1], NULL, write_beside, NULL) == 0);
+    usleep((useconds_t)(seconds * 1e6));
+    __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+    pthread_join(threads[0], NULL);
+    pthread_join(threads[1], NULL);
+}
+
 static void remove_files(const char *directory) {
     DIR *opened = opendir(directory);
     struct dirent *entry;
@@ -312,15 +349,16 @@ int main(int argument_count, char **arguments) {
     own_count = 1;
     CHECK(getrandom(own[0], sizeof(id), 0) == sizeof(id) && getrandom(spare, sizeof(id), 0) == sizeof(id));
     open_volume();
+    check_leaves(seconds / 5); /* writes zeros only */
     for (int round = 0; round < 3; round++) {
-        run(seconds / 4, seed + (unsigned)round, 0);
+        run(seconds / 5, seed + (unsigned)round, 0);
         check_all();
         CHECK(onion_volume_flush(volume) == 0);
         onion_volume_free(volume);
         open_volume();
         check_all();
     }
-    run(seconds / 4, seed + 3, 1);
+    run(seconds / 5, seed + 3, 1);
     onion_volume_free(volume);
     for (uint32_t i = 0; i < layer_count; i++)
         free(layers[i].segments);
