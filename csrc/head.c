@@ -294,8 +294,12 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
     int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
     int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
     free(ranges);
-    if (status < 0)
+    if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
+        poison_on(volume, status);
+    if (status < 0) {
+        __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
         return status;
+    }
     pthread_mutex_lock(&volume->slots_lock);
     for (size_t i = count; i; i--)
         onion_segment_give_back(segment, freed[i - 1].slot, freed[i - 1].count);
@@ -459,12 +463,17 @@ static void swap_heads(struct onion_volume *volume) {
     volume->nothing_below = 0;
 }
 
-/* The old head goes on, and what the new one took becomes its own too. */
+/* The old head goes on, and what the new one took becomes its own too. Nobody counted the slots of the old one that
+ * were replaced meanwhile. */
 static void unswap_heads(struct onion_volume *volume) {
     pthread_rwlock_wrlock(&volume->gate);
-    for (uint32_t i = 1; i <= volume->segment_count; i++)
-        if (volume->segments[i]->generation == volume->generation)
-            volume->segments[i]->generation--;
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (onion_segment_is_head(volume, segment))
+            segment->generation--;
+        if (segment->generation == volume->generation - 1)
+            segment->scrub_wanted = 1;
+    }
     volume->generation--;
     pthread_rwlock_unlock(&volume->gate);
 }

@@ -143,9 +143,10 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
     int torn = status == ONION_E_FORMAT || status == ONION_E_CHECKSUM;
     if (torn && slots_named == 0) {
-        /* A crash came before the first flush: nothing in this file was ever promised. */
-        status = ftruncate(fd, 0) ? -errno : write_header(segment, fd);
-        info.st_size = ONION_HEADER_BYTES;
+        /* A crash came before the first flush: nothing in this file was ever promised. Its bytes stay to be wiped. */
+        status = write_header(segment, fd);
+        if (info.st_size < ONION_HEADER_BYTES)
+            info.st_size = ONION_HEADER_BYTES;
         if (status == 0)
             note_made(segment, fd);
     }

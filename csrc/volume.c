@@ -781,7 +781,10 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
     return taken;
 }
 
+/* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, where the segment
+ * is sealed before, a scrub. */
 static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
+    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&volume->slots_lock);
     onion_segment_give_back(segment, slot, count);
     pthread_mutex_unlock(&volume->slots_lock);
@@ -1084,7 +1087,8 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
         return 0;
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
-        if (__atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
+        if (!is_own(volume, onion_place_make(i, 0)) &&
+            __atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
             numbers[count++] = i;
     pthread_rwlock_unlock(&volume->gate);
     return (int)count;

@@ -107,7 +107,8 @@ int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uu
                             uint64_t *bits);
 /* Returns when every read that began before has ended. */
 int onion_volume_wait_for_readers(struct onion_volume *volume);
-/* Adopted segments in which slots became free since the last call: up to capacity numbers, returns how many. */
+/* Segments, except those that the head writes, in which slots became free since the last call: up to capacity numbers,
+ * returns how many. */
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
 
 struct onion_segment_info {
