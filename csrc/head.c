@@ -224,7 +224,7 @@ static struct onion_pending take_pending(struct onion_volume *volume) {
 
 static void *joined_arrays(void *first, size_t first_count, const void *second, size_t second_count, size_t size) {
     void *both = realloc(first, (first_count + second_count + 1) * size);
-    if (both)
+    if (both && second_count)
         memcpy((char *)both + first_count * size, second, second_count * size);
     return both;
 }
