@@ -57,8 +57,8 @@ static void flush_gate_open(struct onion_volume *volume) {
 }
 
 static int flush_begin(struct onion_volume *volume) {
-    int status = volume->writable ? flush_gate_close(volume) : onion_volume_usable(volume);
-    return status == 0 && !volume->writable ? ONION_E_READ_ONLY : status;
+    int status = volume->own ? flush_gate_close(volume) : onion_volume_usable(volume);
+    return status == 0 && !volume->own ? ONION_E_READ_ONLY : status; /* a view, or its head was not opened */
 }
 
 /* ---- segments ---- */

@@ -749,7 +749,7 @@ static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t le
         return status;
     pthread_rwlock_rdlock(&volume->gate);
     status = onion_volume_usable(volume);
-    if (status == 0 && !volume->writable)
+    if (status == 0 && !volume->own) /* a view, or its head was not opened */
         status = ONION_E_READ_ONLY;
     if (status == 0 && !in_bounds(volume, offset, length))
         status = ONION_E_BOUNDS;

@@ -4,7 +4,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 
 from onionskin._volume import DataPath
@@ -181,3 +183,71 @@ def test_slots_of_a_segment_just_adopted_are_live_until_what_replaced_them_is_du
     assert needed <= {slot for first, count in live for slot in range(first, first + count)}
     assert again.read(BLOCK, BLOCK) == b"a" * BLOCK
     again.close()
+
+
+def test_nothing_can_be_changed_before_a_head_is_open(files: Files) -> None:
+    path = files.empty()
+    id = os.urandom(16)
+    calls: list[Callable[[], object]] = [
+        lambda: path.write(0, b"x"),
+        lambda: path.zero(0, BLOCK),
+        lambda: path.write_blocks([0], bytes(BLOCK)),
+        path.flush,
+        lambda: path.resize(BLOCK),
+        lambda: path.seal(map_path=files.map_file(id), map_id=id),
+        lambda: path.rewrite_map(new_path=files.map_file(id), new_id=id),
+        lambda: path.live_slots(id),
+        path.map_dead_ratio,
+    ]
+    for call in calls:
+        with pytest.raises(StateError):
+            call()
+    assert path.read(0, BLOCK) == bytes(BLOCK)
+    assert path.segments() == []
+    path.close()
+
+
+@pytest.mark.parametrize("offset", [-1, 1 << 63, 1 << 64, 1 << 80])
+def test_an_offset_that_no_volume_has_is_a_value_error(path: DataPath, offset: int) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: path.read(offset, 1),
+        lambda: path.read(0, offset),
+        lambda: path.readinto(offset, bytearray(1)),
+        lambda: path.write(offset, b"x"),
+        lambda: path.zero(offset, 1),
+        lambda: path.zero(0, offset),
+        lambda: path.read_blocks([offset]),
+        lambda: path.write_blocks([offset], bytes(BLOCK)),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)):
+            call()
+
+
+@pytest.mark.parametrize("indices", [[0.5], numpy.array([1.0]), [True, False], ["1"], [None]])
+def test_block_indices_that_are_no_whole_numbers_are_refused(path: DataPath, indices: Any) -> None:
+    with pytest.raises(TypeError):
+        path.read_blocks(indices)
+    with pytest.raises(TypeError):
+        path.write_blocks(indices, bytes(BLOCK * len(indices)))
+
+
+def test_block_indices_of_any_whole_type_and_none_at_all_are_taken(path: DataPath) -> None:
+    path.write(BLOCK, b"b" * BLOCK)
+    for dtype in ("u1", "i2", "<u8", ">i8"):
+        assert path.read_blocks(numpy.array([1, 0], dtype=dtype))[:, 0].tolist() == [ord("b"), 0]
+    assert path.read_blocks([]).shape == (0, BLOCK)
+    with pytest.raises(ValueError, match="from 0"):
+        path.read_blocks(numpy.array([-1]))
+
+
+def test_buffers_that_cannot_take_the_bytes_are_refused(path: DataPath) -> None:
+    for buffer in (bytes(4), numpy.zeros(16, "u1")[::2], memoryview(b"read-only")):
+        with pytest.raises((BufferError, ValueError, TypeError)):
+            path.readinto(0, buffer)
+    with pytest.raises(ValueError, match="out has"):
+        path.read_blocks([0, 1], out=numpy.empty((1, BLOCK), "u1"))
+    with pytest.raises((BufferError, ValueError)):
+        path.write(0, numpy.zeros(16, "u1")[::2])
+    assert path.write(0, b"") == 0
+    assert path.read(64 * BLOCK, 0) == b""
