@@ -406,6 +406,7 @@ static int open_log(struct onion_volume *volume, const struct onion_head_source 
         return site_error(site, source->map_path, fault, status);
     }
     log->fd = fd;
+    log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
     log->numbers_given = layer->segment_count;
     return 0;
 }

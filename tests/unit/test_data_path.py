@@ -251,3 +251,16 @@ def test_buffers_that_cannot_take_the_bytes_are_refused(path: DataPath) -> None:
         path.write(0, numpy.zeros(16, "u1")[::2])
     assert path.write(0, b"") == 0
     assert path.read(64 * BLOCK, 0) == b""
+
+
+def test_each_opening_draws_a_salt_of_its_own(files: Files) -> None:
+    salts = set()
+    for number in range(3):
+        path = files.open()
+        path.write(number * BLOCK, b"x" * BLOCK)
+        path.flush()
+        path.close()
+        frames = Path(files.map_file(files.map_id)).read_bytes()[4096:]
+        last = frames.rindex((0x4D52464F).to_bytes(4, "little"))
+        salts.add(frames[last + 16 : last + 24])
+    assert len(salts) == 3
