@@ -5,8 +5,10 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define COLLECT_EVERY 64
+#define YIELDS 100
 
 static uint32_t next_lane;
 static __thread uint32_t own_lane_plus_one;
@@ -93,14 +95,19 @@ void onion_epoch_retire(struct onion_epoch *epoch, onion_free_fn release, void *
 }
 
 void onion_epoch_wait(struct onion_epoch *epoch) {
+    const struct timespec nap = {.tv_nsec = 100000};
+    unsigned tries = 0;
     pthread_mutex_lock(&epoch->lock);
     uint64_t goal = epoch->now + 2;
     while (epoch->now < goal) {
         if (advance(epoch))
             continue;
-        /* Readers hold their place for the time of a copy, or of a page fault: yielding is enough. */
+        /* Readers hold their place for the time of a copy; where one waits for a slow disk, so does this thread. */
         pthread_mutex_unlock(&epoch->lock);
-        sched_yield();
+        if (tries++ < YIELDS)
+            sched_yield();
+        else
+            nanosleep(&nap, NULL);
         pthread_mutex_lock(&epoch->lock);
     }
     pthread_mutex_unlock(&epoch->lock);

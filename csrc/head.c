@@ -25,30 +25,40 @@
 
 /* ---- the flush gate ---- */
 
-static void flush_gate_close(struct onion_volume *volume) {
+/* Closes the gate, or says why not. Who keeps it closed may never come back to open it, where the outcome of a commit
+ * is unknown: so nobody waits on a volume that can no longer be used. */
+static int flush_gate_close(struct onion_volume *volume) {
+    int status = onion_volume_usable(volume);
+    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return status;
     pthread_mutex_lock(&volume->flush_lock);
-    while (volume->flush_busy)
+    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
         pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    volume->flush_busy = 1;
+    if (status == 0)
+        volume->flush_busy = 1;
+    pthread_mutex_unlock(&volume->flush_lock);
+    return status;
+}
+
+/* The gate stays closed until the outcome is known; close need not wait for that. */
+static void flush_gate_keep(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
+    pthread_mutex_lock(&volume->flush_lock);
+    *sealing_or_rewriting = kind;
+    pthread_cond_broadcast(&volume->flush_free);
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
 static void flush_gate_open(struct onion_volume *volume) {
     pthread_mutex_lock(&volume->flush_lock);
+    volume->sealing = volume->rewriting = 0;
     volume->flush_busy = 0;
     pthread_cond_broadcast(&volume->flush_free);
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
-/* The gate, closed for one who may go on; or why not. */
 static int flush_begin(struct onion_volume *volume) {
-    flush_gate_close(volume);
-    int status = onion_volume_usable(volume);
-    if (status == 0 && !volume->writable)
-        status = ONION_E_READ_ONLY;
-    if (status < 0)
-        flush_gate_open(volume);
-    return status;
+    int status = volume->own ? flush_gate_close(volume) : onion_volume_usable(volume);
+    return status == 0 && !volume->own ? ONION_E_READ_ONLY : status; /* a view, or its head was not opened */
 }
 
 /* ---- segments ---- */
@@ -57,7 +67,7 @@ static int poison_on(struct onion_volume *volume, int status) {
     /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
      * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. */
     if (status < 0)
-        onion_volume_poison(volume);
+        onion_volume_mark_poisoned(volume);
     return status;
 }
 
@@ -151,8 +161,8 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
 
 /* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
 static uint32_t own_segment_count(const struct onion_volume *volume) {
-    uint32_t count = 0;
-    for (uint32_t i = 1; i <= volume->segment_count; i++)
+    uint32_t count = 0, last = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE); /* a spare may be added */
+    for (uint32_t i = 1; i <= last; i++)
         count += (uint32_t)volume->segments[i]->own;
     return count;
 }
@@ -190,7 +200,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
                 volume->segments[new_segments[i]]->log_number = 0;
             /* What a short write left must not stand in front of the next frame. */
             if (ftruncate(log->fd, (off_t)before))
-                onion_volume_poison(volume);
+                onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
@@ -214,7 +224,7 @@ static struct onion_pending take_pending(struct onion_volume *volume) {
 
 static void *joined_arrays(void *first, size_t first_count, const void *second, size_t second_count, size_t size) {
     void *both = realloc(first, (first_count + second_count + 1) * size);
-    if (both)
+    if (both && second_count)
         memcpy((char *)both + first_count * size, second, second_count * size);
     return both;
 }
@@ -242,7 +252,7 @@ static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
     } else {
         free(batch->records);
         free(batch->freed);
-        onion_volume_poison(volume); /* the order of changes is lost */
+        onion_volume_mark_poisoned(volume); /* the order of changes is lost */
     }
     pthread_mutex_unlock(&volume->pending_lock);
 }
@@ -284,8 +294,12 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
     int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
     int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
     free(ranges);
-    if (status < 0)
+    if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
+        poison_on(volume, status);
+    if (status < 0) {
+        __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
         return status;
+    }
     pthread_mutex_lock(&volume->slots_lock);
     for (size_t i = count; i; i--)
         onion_segment_give_back(segment, freed[i - 1].slot, freed[i - 1].count);
@@ -346,7 +360,52 @@ int onion_volume_flush(struct onion_volume *volume) {
     return status;
 }
 
-/* ---- free slots at open ---- */
+/* ---- free slots ---- */
+
+static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
+    for (uint64_t i = slot; i < slot + count && i < bits; i++)
+        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
+}
+
+/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
+static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
+    *bits = segment->next_slot;
+    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
+    if (!bitmap)
+        return NULL;
+    uint64_t at = 0;
+    struct onion_run run;
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
+        at = run.block_index + run.block_count;
+    }
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < volume->pending.freed_count; i++)
+        if (volume->pending.freed[i].segment == segment->number)
+            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return bitmap;
+}
+
+/* Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
+ * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
+int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
+                            uint64_t *bits) {
+    int status = flush_begin(volume);
+    if (status < 0)
+        return status;
+    status = flush_locked(volume);
+    pthread_rwlock_wrlock(&volume->gate);
+    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
+    if (status == 0 && !number)
+        status = -ENOENT;
+    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+        status = -ENOMEM;
+    pthread_rwlock_unlock(&volume->gate);
+    flush_gate_open(volume);
+    return status;
+}
 
 static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
                            uint64_t bits) {
@@ -404,12 +463,17 @@ static void swap_heads(struct onion_volume *volume) {
     volume->nothing_below = 0;
 }
 
-/* The old head goes on, and what the new one took becomes its own too. */
+/* The old head goes on, and what the new one took becomes its own too. Nobody counted the slots of the old one that
+ * were replaced meanwhile. */
 static void unswap_heads(struct onion_volume *volume) {
     pthread_rwlock_wrlock(&volume->gate);
-    for (uint32_t i = 1; i <= volume->segment_count; i++)
-        if (volume->segments[i]->generation == volume->generation)
-            volume->segments[i]->generation--;
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (onion_segment_is_head(volume, segment))
+            segment->generation--;
+        if (segment->generation == volume->generation - 1)
+            segment->scrub_wanted = 1;
+    }
     volume->generation--;
     pthread_rwlock_unlock(&volume->gate);
 }
@@ -455,13 +519,16 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
         flush_gate_open(volume);
         return status;
     }
-    volume->sealing = 1;
+    flush_gate_keep(volume, &volume->sealing, 1);
     return 0;
 }
 
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
-    pthread_rwlock_wrlock(&volume->gate);
     int status = onion_volume_usable(volume);
+    if (status < 0)
+        return status;
+    pthread_rwlock_wrlock(&volume->gate);
+    status = onion_volume_usable(volume);
     if (status == 0 && volume->spare)
         status = -EBUSY;
     if (status == 0)
@@ -500,7 +567,6 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
-    volume->sealing = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -514,7 +580,6 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
         onion_head_log_close(&volume->next_log);
         status = 0;
     }
-    volume->sealing = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -652,7 +717,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     }
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
                                      volume->next_log.cursor.crc, volume->size_bytes};
-    volume->rewriting = 1 + (drop_zero != 0);
+    flush_gate_keep(volume, &volume->rewriting, 1 + (drop_zero != 0));
     return 0;
 }
 
@@ -676,7 +741,6 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
-    volume->rewriting = 0;
     flush_gate_open(volume);
     return status;
 }
@@ -687,25 +751,27 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (volume->next_log.path)
         unlink(volume->next_log.path);
     onion_head_log_close(&volume->next_log);
-    volume->rewriting = 0;
     flush_gate_open(volume);
     return 0;
 }
 
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
+    int status = flush_begin(volume); /* which keeps the log and the head what they are */
+    if (status < 0)
+        return status;
     *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
     *needed = 0;
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
-    int status = onion_volume_usable(volume);
     uint64_t at = 0;
     struct onion_run run;
-    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
         at = run.block_index + run.block_count;
         *needed += !onion_place_is_data(run.place) ||
                    onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
     }
     onion_epoch_leave(&volume->epoch, ticket);
-    return status;
+    flush_gate_open(volume);
+    return 0;
 }
 
 /* ---- resize ---- */
@@ -777,7 +843,7 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
             put_back(volume, &batch);
         /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
         if (status < 0)
-            onion_volume_poison(volume);
+            onion_volume_mark_poisoned(volume);
         pthread_rwlock_unlock(&volume->gate);
     }
     flush_gate_open(volume);

@@ -124,10 +124,15 @@ static int write_header(struct onion_segment *segment, int fd) {
                                   .compatible = segment->features};
     memcpy(header.uuid, segment->uuid, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_SEGMENT, bytes);
-    int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
-    if (status == 0)
-        segment->created = segment->directory_dirty = segment->dirty = 1;
-    return status;
+    return onion_pwrite_all(fd, bytes, sizeof bytes, 0);
+}
+
+/* The descriptor before the flags: a flush that runs beside it syncs what is dirty by its descriptor. */
+static void note_made(struct onion_segment *segment, int fd) {
+    segment->fd = fd;
+    __atomic_store_n(&segment->directory_dirty, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&segment->created, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&segment->dirty, 1, __ATOMIC_SEQ_CST);
 }
 
 int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) {
@@ -138,9 +143,12 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
     int torn = status == ONION_E_FORMAT || status == ONION_E_CHECKSUM;
     if (torn && slots_named == 0) {
-        /* A crash came before the first flush: nothing in this file was ever promised. */
-        status = ftruncate(fd, 0) ? -errno : write_header(segment, fd);
-        info.st_size = ONION_HEADER_BYTES;
+        /* A crash came before the first flush: nothing in this file was ever promised. Its bytes stay to be wiped. */
+        status = write_header(segment, fd);
+        if (info.st_size < ONION_HEADER_BYTES)
+            info.st_size = ONION_HEADER_BYTES;
+        if (status == 0)
+            note_made(segment, fd);
     }
     uint64_t slots = 0;
     if (status == 0) {
@@ -152,6 +160,7 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
     }
     if (status < 0) {
         close(fd);
+        segment->fd = -1;
         return status;
     }
     segment->fd = fd;
@@ -170,15 +179,16 @@ int onion_segment_create(struct onion_segment *segment) {
         close(fd);
         return status;
     }
-    segment->fd = fd;
+    note_made(segment, fd);
     return 0;
 }
 
 /* Maps enough for `end` bytes. The old mapping stays until the readers that may use it have left. */
 static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, uint64_t end) {
-    uint64_t length = onion_slot_offset(segment->block_shift, segment->next_slot);
-    if (segment->own) {
-        length = MAP_AHEAD_BYTES;
+    uint64_t length = MAP_AHEAD_BYTES;
+    if (!segment->own) {
+        length = onion_slot_offset(segment->block_shift, segment->next_slot);
+    } else {
         while (length < end)
             length *= 2;
     }

@@ -45,7 +45,7 @@ struct onion_segment {
     uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
     uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
     int own;                     /* 1: made by that head, so writable; 0: adopted */
-    int scrub_wanted;            /* adopted, and slots became free */
+    int scrub_wanted;            /* slots became free that nobody gives back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;

@@ -169,7 +169,14 @@ uint64_t onion_volume_size(const struct onion_volume *volume) {
 uint32_t onion_volume_block_size(const struct onion_volume *volume) { return volume->block_size; }
 int onion_volume_poisoned(const struct onion_volume *volume) { return __atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST); }
 int onion_volume_closed(const struct onion_volume *volume) { return __atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST); }
-void onion_volume_poison(struct onion_volume *volume) { __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST); }
+void onion_volume_poison(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return;
+    pthread_mutex_lock(&volume->flush_lock);
+    onion_volume_mark_poisoned(volume);
+    pthread_cond_broadcast(&volume->flush_free);
+    pthread_mutex_unlock(&volume->flush_lock);
+}
 void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&volume->forked, 1, __ATOMIC_SEQ_CST); }
 
 uint64_t onion_volume_memory(const struct onion_volume *volume) {
@@ -426,9 +433,12 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
 /* ---- writing ---- */
 
 static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    pthread_rwlock_rdlock(&volume->gate);
     int status = onion_volume_usable(volume);
-    if (status == 0 && !volume->writable)
+    if (status < 0) /* in the child of a fork the gate may be held by nobody, for ever */
+        return status;
+    pthread_rwlock_rdlock(&volume->gate);
+    status = onion_volume_usable(volume);
+    if (status == 0 && !volume->own) /* a view, or its head was not opened */
         status = ONION_E_READ_ONLY;
     if (status == 0 && !in_bounds(volume, offset, length))
         status = ONION_E_BOUNDS;
@@ -460,7 +470,10 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
     return taken;
 }
 
+/* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, where the segment
+ * is sealed before, a scrub. */
 static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
+    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&volume->slots_lock);
     onion_segment_give_back(segment, slot, count);
     pthread_mutex_unlock(&volume->slots_lock);
@@ -693,6 +706,19 @@ static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block
     return 0;
 }
 
+/* How many of the next blocks are whole and not the head's yet. A guess: other writers are at work, and so may replace
+ * the leaf that is looked at, which only a reader's ticket keeps. */
+static uint64_t count_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
+                            uint64_t whole_blocks) {
+    uint64_t fresh = 0;
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    while (fresh < count && fresh < WRITE_BATCH && block_indices[fresh] < whole_blocks &&
+           !is_own(volume, onion_map_lookup(&volume->index, block_indices[fresh])))
+        fresh++;
+    onion_epoch_leave(&volume->epoch, ticket);
+    return fresh;
+}
+
 int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const void *bytes) {
     int status = begin_write(volume, 0, 0);
@@ -703,10 +729,7 @@ int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block
     uint64_t size = onion_volume_size(volume), whole_blocks = size >> volume->block_shift;
     const char *from = bytes;
     for (uint64_t i = 0; i < count && status == 0;) {
-        uint64_t fresh = 0;
-        while (i + fresh < count && fresh < WRITE_BATCH && block_indices[i + fresh] < whole_blocks &&
-               !is_own(volume, onion_map_lookup(&volume->index, block_indices[i + fresh])))
-            fresh++;
+        uint64_t fresh = count_fresh(volume, block_indices + i, count - i, whole_blocks);
         if (fresh) {
             status = write_listed_fresh(volume, block_indices + i, fresh, from + (i << volume->block_shift));
             i += fresh;
@@ -740,49 +763,6 @@ int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uin
     return count;
 }
 
-static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
-    for (uint64_t i = slot; i < slot + count && i < bits; i++)
-        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
-}
-
-/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
-static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
-    *bits = segment->next_slot;
-    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
-    if (!bitmap)
-        return NULL;
-    uint64_t at = 0;
-    struct onion_run run;
-    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
-            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
-        at = run.block_index + run.block_count;
-    }
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < volume->pending.freed_count; i++)
-        if (volume->pending.freed[i].segment == segment->number)
-            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
-    pthread_mutex_unlock(&volume->pending_lock);
-    return bitmap;
-}
-
-int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
-                            uint64_t *bits) {
-    pthread_mutex_lock(&volume->flush_lock); /* a frame under way may still fail: what it frees is needed till then */
-    while (volume->flush_busy)
-        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    pthread_rwlock_wrlock(&volume->gate);
-    int status = onion_volume_usable(volume);
-    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
-    if (status == 0 && !number)
-        status = -ENOENT;
-    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
-        status = -ENOMEM;
-    pthread_rwlock_unlock(&volume->gate);
-    pthread_mutex_unlock(&volume->flush_lock);
-    return status;
-}
-
 int onion_volume_wait_for_readers(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status == 0)
@@ -792,9 +772,12 @@ int onion_volume_wait_for_readers(struct onion_volume *volume) {
 
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity) {
     uint32_t count = 0;
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return 0;
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
-        if (__atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
+        if (!is_own(volume, onion_place_make(i, 0)) &&
+            __atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
             numbers[count++] = i;
     pthread_rwlock_unlock(&volume->gate);
     return (int)count;
@@ -803,7 +786,7 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
 /* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */
 static uint64_t slots_in_file(const struct onion_segment *segment) {
     struct stat info;
-    if (!segment->created)
+    if (!__atomic_load_n(&segment->created, __ATOMIC_SEQ_CST))
         return 0;
     if (segment->fd < 0 || fstat(segment->fd, &info))
         return segment->next_slot;
@@ -818,6 +801,8 @@ static struct onion_segment_info info_of(const struct onion_volume *volume, cons
 }
 
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return 0;
     pthread_rwlock_rdlock(&volume->gate);
     uint32_t count = volume->closed ? 0 : volume->segment_count;
     for (uint32_t i = 1; i <= count && i <= capacity; i++)
@@ -827,6 +812,8 @@ uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment
 }
 
 uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return 0;
     pthread_rwlock_rdlock(&volume->gate);
     uint32_t found = 0, count = volume->closed || !volume->sealing ? 0 : volume->segment_count;
     for (uint32_t i = 1; i <= count; i++) {

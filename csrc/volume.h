@@ -104,12 +104,13 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
 int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
                           struct onion_run *runs, uint64_t capacity, uint64_t *next);
 /* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller
- * frees. Waits for writers. */
+ * frees. Flushes, and waits for writers. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits);
 /* Returns when every read that began before has ended. */
 int onion_volume_wait_for_readers(struct onion_volume *volume);
-/* Adopted segments in which slots became free since the last call: up to capacity numbers, returns how many. */
+/* Segments, except those that the head writes, in which slots became free since the last call: up to capacity numbers,
+ * returns how many. */
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
 
 struct onion_segment_info {

@@ -258,8 +258,10 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
     if (is_cancelled(job))
         return ONION_E_CANCELLED;
     /* Once only: after a failure the kernel takes the pages for clean, and a second call would succeed. */
-    if (job->bytes_taken > 0 && fdatasync(job->fd) < 0)
+    if (job->bytes_taken > 0 && fdatasync(job->fd) < 0) {
+        result->sync_failed = 1;
         return -errno;
+    }
     result->bytes_wiped = job->bytes_taken;
     result->bytes_skipped = job->bytes_skipped;
     result->bytes_unreachable = job->copy_on_write ? job->bytes_taken : job->bytes_shared;

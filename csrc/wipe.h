@@ -34,6 +34,7 @@ struct onion_wipe_result {
     uint64_t bytes_punched;
     uint64_t bytes_unreachable; /* overwritten, but the old bytes are (also) elsewhere: shared or copy-on-write */
     uint32_t filesystem_magic;  /* statfs f_type */
+    int sync_failed;            /* 1: the fdatasync failed, so other bytes written to this file may be lost too */
     int copy_on_write;          /* 1: the file system does not overwrite in place */
 };
 

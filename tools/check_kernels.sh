@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Builds and runs each csrc/check/check_*.c with the sanitizers. $1: a directory for the programs.
+# Builds and runs each csrc/check/check_*.c with the sanitizers. $1: a directory for the programs; $2: the sanitizers,
+# where not address,undefined (thread is worth a run after changes to locks).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/check}
+sanitizers=${2:-address,undefined}
 mkdir -p "$out"
 kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086
-  gcc -std=gnu11 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -Icsrc \
+  gcc -std=gnu11 -g -O1 -Wall -Wextra -Werror "-fsanitize=$sanitizers" -fno-sanitize-recover=all -pthread -Icsrc \
     -o "$out/$name" "$source" $(printf 'csrc/%s.c ' $kernels)
   echo "-- $name"
   (cd "$out" && "./$name")

@@ -165,6 +165,24 @@ cdef int _raise(int status, object what, object path=None, object offset=0) exce
     raise OSError(-status, os.strerror(-status), path)
 
 
+cdef uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
+    """An offset or a length: what no volume can have is outside of it, like any other that is too large."""
+    try:
+        return value
+    except OverflowError:
+        _raise(ONION_E_BOUNDS, what)
+
+
+cdef object _indices(object block_indices):
+    """A copy, as uint64: the caller's own array might change under the call, after the bounds were checked."""
+    indices = numpy.asarray(block_indices)
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"block indices are whole numbers, not {indices.dtype}")
+    if indices.dtype.kind == "i" and indices.size and indices.min() < 0:
+        raise ValueError("block indices count from 0")
+    return numpy.array(indices, dtype=numpy.uint64).reshape(-1)
+
+
 cdef int _copy_id(unsigned char *out, object id) except -1:
     if not isinstance(id, bytes) or len(id) != 16:
         raise ValueError(f"an id has 16 bytes, not {id!r}")
@@ -407,52 +425,56 @@ cdef class DataPath:
         """Whether the next seal has a segment to begin its head with."""
         return bool(onion_volume_has_spare(self._volume))
 
-    def read(self, uint64_t offset, uint64_t length):
+    def read(self, object offset, object length):
         """Return `length` bytes from `offset` on."""
+        cdef uint64_t at = _bytes_at(offset, "read"), count = _bytes_at(length, "read")
         cdef int status
-        if offset > onion_volume_size(self._volume) or length > onion_volume_size(self._volume) - offset:
+        if at > onion_volume_size(self._volume) or count > onion_volume_size(self._volume) - at:
             _raise(ONION_E_BOUNDS, "read")
-        cdef bytes out = PyBytes_FromStringAndSize(NULL, length)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, count)
         cdef char *to = PyBytes_AS_STRING(out)
         with nogil:
-            status = onion_volume_read(self._volume, offset, length, to)
+            status = onion_volume_read(self._volume, at, count, to)
         if status < 0:
             _raise(status, "read", self._directory)
         return out
 
-    def readinto(self, uint64_t offset, buffer):
+    def readinto(self, object offset, buffer):
         """Fill `buffer` from `offset` on; returns its length in bytes."""
+        cdef uint64_t at = _bytes_at(offset, "read")
         cdef Py_buffer view
         cdef int status
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             with nogil:
-                status = onion_volume_read(self._volume, offset, view.len, view.buf)
+                status = onion_volume_read(self._volume, at, view.len, view.buf)
             if status < 0:
                 _raise(status, "read", self._directory)
             return view.len
         finally:
             PyBuffer_Release(&view)
 
-    def write(self, uint64_t offset, data):
+    def write(self, object offset, data):
         """Write `data` at `offset`; returns its length in bytes. Not durable before flush."""
+        cdef uint64_t at = _bytes_at(offset, "write")
         cdef Py_buffer view
         cdef int status
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             with nogil:
-                status = onion_volume_write(self._volume, offset, view.len, view.buf)
+                status = onion_volume_write(self._volume, at, view.len, view.buf)
             if status < 0:
                 _raise(status, "write", self._directory)
             return view.len
         finally:
             PyBuffer_Release(&view)
 
-    def zero(self, uint64_t offset, uint64_t length):
+    def zero(self, object offset, object length):
         """Make a range read zero; the whole blocks in it are freed."""
+        cdef uint64_t at = _bytes_at(offset, "zero"), count = _bytes_at(length, "zero")
         cdef int status
         with nogil:
-            status = onion_volume_zero(self._volume, offset, length)
+            status = onion_volume_zero(self._volume, at, count)
         if status < 0:
             _raise(status, "zero", self._directory)
 
@@ -460,7 +482,7 @@ cdef class DataPath:
 
     def read_blocks(self, block_indices, out=None):
         """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given."""
-        cdef object indices = numpy.ascontiguousarray(block_indices, dtype=numpy.uint64).reshape(-1)
+        cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, out_view
         cdef int status
         if out is None:
@@ -484,7 +506,7 @@ cdef class DataPath:
 
     def write_blocks(self, block_indices, data):
         """Write whole blocks: `data` holds len(block_indices) * block_size bytes."""
-        cdef object indices = numpy.ascontiguousarray(block_indices, dtype=numpy.uint64).reshape(-1)
+        cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, data_view
         cdef int status
         PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
@@ -716,27 +738,28 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "merge", path)
 
-    def view(self, uint64_t offset, uint64_t length, keep=None):
+    def view(self, object offset, object length, keep=None):
         """Return a range of a snapshot as a read-only array of uint8.
 
         The array's memory is the segments' own pages, and stays valid after close; `keep` lives as long as it does.
         A range in more than 4,096 pieces is copied instead.
         """
+        cdef uint64_t at = _bytes_at(offset, "view"), count = _bytes_at(length, "view")
         cdef _MappedRange mapped = _MappedRange()
         cdef int status
         cdef void *address = NULL
-        if length == 0:
+        if count == 0:
             return numpy.frombuffer(b"", dtype=numpy.uint8)
         with nogil:
-            status = onion_volume_map_range(self._volume, offset, length, 4096, &address, &mapped.mapped_length)
+            status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length)
         if status == -7:
             copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
             return copied
         if status < 0:
             _raise(status, "view", self._directory)
         mapped.address = address
-        mapped.start = offset % self.block_size
-        mapped.length = length
+        mapped.start = at % <uint64_t>self.block_size
+        mapped.length = count
         mapped.keep = keep
         return numpy.frombuffer(mapped, dtype=numpy.uint8)
 

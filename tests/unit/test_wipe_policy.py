@@ -1,6 +1,10 @@
 """Policy `zero` leaves nothing of what was freed in the raw bytes of the file system that held the store."""
 
 import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,18 @@ def holds_canary(image: Path) -> bool:
                 return True
             tail = chunk[-len(CANARY) :]
     return False
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def trim(web: onionskin.Volume) -> None:
@@ -72,3 +88,31 @@ def test_release_leaves_it_as_documented(ext4_mount) -> None:
         trim(web)
     unmount(root)
     assert holds_canary(image_of(root))
+
+
+def test_what_a_failed_write_left_is_wiped_when_its_segment_is_sealed(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="8M", wipe="zero") as web:
+        web.write(0, b"kept" * (BLOCK // 4))
+        with file_size_limit(3 << 20), pytest.raises(OSError):
+            web.write(2 << 20, FILL * 6)
+        web.snapshot("after")
+        store.finish_work()
+        assert not any(holds_canary(path) for path in store.layout.segments.iterdir())
+        assert web.read(0, 4) == b"kept"
+
+
+def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        web = store.create("web", size="8M", wipe="zero")
+        web.write(0, FILL)
+        web.path.close()  # no flush: what a crash leaves
+        with pytest.raises(onionskin.StateError):
+            web.close()
+        (segment,) = store.layout.segments.iterdir()
+        length = segment.stat().st_size
+        with segment.open("r+b") as file:
+            file.write(bytes(BLOCK))
+        with store.open("web") as web:
+            assert segment.stat().st_size == length, "blocks were given back with what they hold"
+            assert not holds_canary(segment)
+            web.write(0, b"again")
