@@ -17,6 +17,7 @@ from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import LayerRow, SegmentRow, new_id
 from onionskin.errors import StateError
 from onionskin.layermaps import load_layer
+from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -81,7 +82,7 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
     target = os.open(store.layout.segment_file(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=layer.wipe == "zero")
-        os.pwrite(target, header, 0)
+        write_all(target, header)
         for row in small:
             live = layer_map.live_slots(row.id)
             if not len(live):

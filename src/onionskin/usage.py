@@ -13,7 +13,7 @@ from onionskin.errors import ChainError, FormatError, OnionskinError
 from onionskin.layermaps import empty_map, open_map
 from onionskin.pending import orphans
 from onionskin.snapshots import descendants, find_snapshot, nearest_name
-from onionskin.transfer import EXTENT_DTYPE
+from onionskin.transfer import EXTENT_DTYPE, covered
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -167,21 +167,13 @@ def _split(stretches: "Array", runs: "Array", block_size: int) -> "Array":
     if len(cuts) < 2:
         return numpy.empty(0, dtype=EXTENT_DTYPE)
     left, right = cuts[:-1], cuts[1:]
-    inside = _covered(left, starts, ends) >= 0
-    run = _covered(left, run_starts, run_ends)
+    inside = covered(left, starts, ends) >= 0
+    run = covered(left, run_starts, run_ends)
     out = numpy.empty(int(inside.sum()), dtype=EXTENT_DTYPE)
     out["offset"], out["length"] = left[inside], (right - left)[inside]
     states = runs["state"] if len(runs) else numpy.zeros(1, dtype=numpy.uint8)
     out["state"] = numpy.where(run >= 0, states[numpy.maximum(run, 0)], 0)[inside]
     return out
-
-
-def _covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
-    """Return for each point which of the sorted intervals it lies in, or -1."""
-    if not len(starts):
-        return numpy.full(len(points), -1)
-    at = numpy.searchsorted(starts, points, side="right") - 1
-    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)
 
 
 def _clip(extents: "Array", size_bytes: int) -> "Array":

@@ -22,7 +22,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain, replace_spare
+from onionskin.chain import Chain, NewHead, check_base, lock_base, lock_chain, open_chain, read_chain, replace_spare
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
@@ -420,15 +420,27 @@ class Volume:
 
     def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
-        catalog = self.store.catalog
-        below = lock_chain(catalog, layer_id, self.locks)
-        top = below.top
+        below = lock_chain(self.store.catalog, layer_id, self.locks)
+        if below.base and not self.base_lock:  # the head was flattened, and the snapshot is older than that
+            self.base_lock = lock_base(below.base)
+            check_base(self.store.catalog, below.base)
+        self.restart_over(below, also=also)
+
+    def restart_over(
+        self, below: Chain, *, first: Callable[[], None] = lambda: None, also: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the head by an empty child of the top of a chain that nobody can free.
+
+        `first` runs in the transaction before the head is named, `also` before layers are freed.
+        """
+        catalog, top = self.store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
         old_path, old_head = self.path, self.head
 
         def commit() -> None:
             with catalog.transaction():
+                first()
                 head.insert(catalog)
                 self.store.set_head(self.row, head.layer.id)
                 also()
@@ -530,6 +542,9 @@ class Volume:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
         with self._operation(), self.store.unnamed_files:
             transfer.flatten(self, progress=progress)
+            if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
+                self.base_lock.close()
+                self.base_lock = None
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
@@ -574,10 +589,6 @@ class Volume:
         except StateError:
             if not path.closed:  # a closed path has no readers
                 raise
-
-    def restart(self, layer_id: bytes, also: Callable[[], None]) -> None:
-        """Replace the head by an empty child of a layer: for the modules of the same layer of the code."""
-        self._restart_on(layer_id, also)
 
     def close(self) -> None:
         """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
