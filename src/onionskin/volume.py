@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from onionskin import forks, merging, transfer
 from onionskin.catalog import (
+    BaseRow,
     CommitUnknownError,
     LayerRow,
     SegmentRow,
@@ -22,7 +24,17 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, check_base, lock_base, lock_chain, open_chain, read_chain, replace_spare
+from onionskin.chain import (
+    Chain,
+    NewHead,
+    check_base,
+    lock_base,
+    lock_chain,
+    open_chain,
+    pending_base_merges,
+    read_chain,
+    replace_spare,
+)
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
@@ -217,6 +229,8 @@ class Volume:
         from onionskin.sizes import parse_size
 
         size_bytes = parse_size(size)
+        if size_bytes < 1:
+            raise ValueError("a volume has at least one byte; delete it if it is not needed")
         with self._operation():
             if size_bytes < self.size_bytes and not force:
                 raise StateError(
@@ -241,8 +255,9 @@ class Volume:
     def parent(self) -> Snapshot | None:
         """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
         catalog = self.store.catalog
-        row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
-        return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
+        with catalog.reading():
+            row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
+            return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
 
     @property
     def head_changed(self) -> bool:
@@ -535,7 +550,7 @@ class Volume:
         OSError
             ENOSPC: there is no room, checked before anything is written.
         """
-        with self._operation():
+        with self._operation(may_resume=True):
             merging.merge_into_base(self, upto, progress=progress, threads=threads)
 
     def flatten(self, *, progress: Progress | None = None) -> None:
@@ -548,6 +563,10 @@ class Volume:
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
+        if self.store.layout.holds(Path(path)):
+            raise ValueError(f"{os.fspath(path)} is in the store itself; choose a path outside of it")
+        if self.store.catalog.row(BaseRow, "path = ?", str(Path(path).resolve())):
+            raise StateError(f"{os.fspath(path)} is a base that volumes stand on; choose another path")
         if self.writable:
             self.flush()
         transfer.export(self, os.fspath(path), progress=progress)
@@ -567,8 +586,8 @@ class Volume:
     # ---- the end ----
 
     @contextmanager
-    def _operation(self) -> Iterator[None]:
-        """Hold the volume for one operation on its tree."""
+    def _operation(self, *, may_resume: bool = False) -> Iterator[None]:
+        """Hold the volume for one operation on its tree: one that resumes an interrupted merge into the base, or others."""
         if self._forked:
             raise forks.forked_error(f"volume {self.name!r}")
         with self._guard:
@@ -579,6 +598,11 @@ class Volume:
             self._settle()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
+            if not may_resume and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
+                raise StateError(
+                    f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
+                    "volume and open it again, which ends it"
+                )
             yield
 
     def wait_for_readers(self) -> None:
