@@ -23,6 +23,8 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 1
+_BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
+_RESTORE = "restore it from a copy of the store"
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 
 _SCHEMA = """
@@ -167,8 +169,13 @@ class Catalog:
             _make(path)
         self._connection = _connect(path)
         forks.register(self)
-        with self._errors():
-            self._check_version()
+        try:
+            with self._errors():
+                self._check_version()
+                self._check_references()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_version(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -179,6 +186,25 @@ class Catalog:
             raise FormatError(
                 f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
+
+    def _check_references(self) -> None:
+        """Refuse a catalog in which rows name others that are not there: all else here trusts that they are."""
+        dangling = self._connection.execute("PRAGMA foreign_key_check").fetchone()
+        incomplete = self._connection.execute(
+            "SELECT head FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "
+            "OR NOT EXISTS (SELECT 1 FROM segments WHERE layer = head AND role = 'own')"
+        ).fetchone()
+        impossible = self._connection.execute(
+            f"SELECT 1 FROM layers WHERE block_size NOT IN ({', '.join(map(str, _BLOCK_SIZES))}) "
+            "OR wipe NOT IN ('release', 'zero')"
+        ).fetchone()
+        if impossible:
+            raise FormatError(
+                f"{self.path} is damaged: a layer has a block size or policy that no layer has; {_RESTORE}"
+            )
+        if dangling or incomplete:
+            what = f"a row of {dangling[0]} names a row of {dangling[2]}" if dangling else "a head names segments"
+            raise FormatError(f"{self.path} is damaged: {what} that is not there; {_RESTORE}")
 
     def sync_found(self) -> None:
         """Make durable what is read: after a crash a commit may be visible that the next power loss would undo."""
@@ -271,6 +297,8 @@ class Catalog:
             yield
         except sqlite3.Error as error:
             raise _translated(error, self.path) from error
+        except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+            raise FormatError(f"{self.path} is damaged ({error}); restore it from a copy of the store") from error
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -278,8 +306,9 @@ class Catalog:
             self._connection.close()
 
     def after_fork(self) -> None:
-        """In the child: leave the connection alone."""
+        """In the child: leave the connection alone, and the lock that another thread of the parent may have held."""
         self._forked = True
+        self._guard = threading.RLock()
 
     # ---- rows ----
 
@@ -387,6 +416,9 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         connection.close()
         raise _translated(error, path) from error
+    except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+        connection.close()
+        raise FormatError(f"{path} is damaged ({error}); restore it from a copy of the store") from error
     return connection
 
 

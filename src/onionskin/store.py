@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from errno import ENOSPC
@@ -499,8 +499,13 @@ class Store:
                     self._worker = None
                     return
                 self._work_wanted = False
-            with suppress(OSError, OnionskinError):
+            try:
                 pending.do_pending(self, policy="release")
+            except (OSError, OnionskinError):
+                continue
+            except BaseException:
+                self._worker = None  # let the next one try
+                raise
 
     def finish_work(self) -> None:
         """Wait for the background to be done."""
@@ -548,11 +553,12 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        for volume in self.open_volumes():
-            volume.close()
-        self.finish_work()
-        self.locks.close()
-        self.catalog.close()
+        with ExitStack() as stack:  # one volume whose flush fails does not keep the others open
+            stack.callback(self.catalog.close)
+            stack.callback(self.locks.close)
+            stack.callback(self.finish_work)
+            for volume in self.open_volumes():
+                stack.callback(volume.close)
 
     def after_fork(self) -> None:
         """In the child: nothing is done here again."""

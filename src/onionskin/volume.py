@@ -650,6 +650,7 @@ class Volume:
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
         self._forked = True
+        self._guard = threading.RLock()  # another thread of the parent may have held it
         self.path.after_fork()
 
 
