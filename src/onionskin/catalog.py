@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from errno import EIO, ENOSPC
 from pathlib import Path
@@ -212,14 +212,8 @@ class Catalog:
             with self.reading():
                 self._connection.execute("SELECT stamp FROM store").fetchone()
             for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                try:
+                for descriptor in _descriptors_of(path):
                     sync_file(descriptor)  # BARRIER: opened catalog
-                finally:
-                    os.close(descriptor)
             sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
@@ -420,6 +414,24 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise FormatError(f"{path} is damaged ({error}); restore it from a copy of the store") from error
     return connection
+
+
+def _descriptors_of(path: Path) -> list[int]:
+    """Return the descriptors through which SQLite has a file open in this process.
+
+    A descriptor of our own must never be closed on a file of SQLite's: that releases every POSIX lock that the process has on
+    it, and another process which closes the catalog then takes itself for the last and removes the log under us.
+    """
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile, by another thread
+            if os.path.samestat(os.fstat(int(name)), wanted):
+                found.append(int(name))
+    return found
 
 
 def _make(path: Path) -> None:
