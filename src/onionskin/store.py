@@ -488,8 +488,9 @@ class Store:
         with self._guard:
             self._work_wanted = True
             if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
-                self._worker.start()
+                worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
+                worker.start()  # it waits for the guard; an interrupt in here leaves no thread to be joined
+                self._worker = worker
 
     def _work(self) -> None:
         """Work until nothing was asked for since the last look. What fails stays in the catalog for the next open."""

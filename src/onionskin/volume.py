@@ -37,6 +37,7 @@ from onionskin.chain import (
 )
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.interrupts import HeldBack
 from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
@@ -97,6 +98,7 @@ class Volume:
         self._guard = threading.RLock()
         self._closed = False
         self._forked = False
+        self._released = False
         self._unsettled: Callable[[], None] | None = None
         forks.register(self)
 
@@ -216,6 +218,9 @@ class Volume:
         OSError
             ENOSPC: nothing changed, it can be tried again. Any other failure of a sync poisons the volume.
         """
+        if self._unsettled:  # by an operation that goes on in another thread, or by two interrupts
+            with self._guard:
+                self._settle()
         self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
         self._scrub_adopted()
 
@@ -351,14 +356,15 @@ class Volume:
         Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
         rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
         """
-        self._unsettled = settle
-        try:
-            yield
-        except CommitUnknownError:
-            self.path.poison()
-            raise
-        finally:
-            self._settle()
+        with HeldBack():
+            self._unsettled = settle
+            try:
+                yield
+            except CommitUnknownError:
+                self.path.poison()
+                raise
+            finally:
+                self._settle()
 
     def _settle(self) -> None:
         settle = self._unsettled
@@ -617,12 +623,12 @@ class Volume:
     def close(self) -> None:
         """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
         with self._guard:
-            if self._closed or self._forked:
+            if self._released or self._forked:
                 return
-            self._closed = True
+            self._closed = True  # and again where an interrupt came before the end
             try:
                 self._settle()
-                if self.writable and not self.path.poisoned:
+                if self.writable and not self.path.poisoned and not self.path.closed:
                     self._flush_and_compact()
             finally:
                 self._release()
@@ -646,6 +652,7 @@ class Volume:
         self.base_lock = None
         if self._volume_lock:
             self._volume_lock.close()
+        self._released = True
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
