@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from errno import EIO, ENOSPC
+from errno import EACCES, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -461,6 +461,14 @@ def _make(path: Path) -> None:
     sync_directory(path.parent)  # BARRIER: catalog name
 
 
+def _refusal(path: Path) -> int:
+    """Say why a file cannot be opened or written: SQLite keeps the errno to itself."""
+    with suppress(OSError):
+        if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+            return EROFS
+    return EACCES
+
+
 def _translated(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
@@ -476,7 +484,7 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_PERM,
     ):
-        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else 13, str(error), str(path))
+        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else _refusal(path), str(error), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return FormatError(f"{path}: {error}; restore it from a copy of the store")
     return StateError(f"{path}: {error}")

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sqlite3
+import subprocess
 import threading
 import warnings
 from pathlib import Path
@@ -184,6 +185,16 @@ def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onions
         connection.close()
         with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
             onionskin.Store(store.path)
+
+
+def test_a_store_on_a_read_only_file_system_is_said_to_be_on_one(ext4_mount) -> None:
+    root = ext4_mount()
+    with onionskin.Store(root / "store") as store:
+        store.create("web", size=BLOCK).close()
+    subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+    with pytest.raises(OSError) as caught:
+        onionskin.Store(root / "store")
+    assert caught.value.errno == errno.EROFS
 
 
 def test_a_volume_that_cannot_be_flushed_does_not_keep_the_others_open(store: onionskin.Store, monkeypatch) -> None:
