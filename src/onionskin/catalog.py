@@ -470,6 +470,8 @@ def _refusal(path: Path) -> int:
 
 
 def _translated(error: sqlite3.Error, path: Path) -> Exception:
+    if isinstance(error, sqlite3.ProgrammingError):  # what this code asks is right, so the connection is closed
+        return StateError(f"the store {path.parent} is closed; open it again")
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
     if primary == sqlite3.SQLITE_FULL:

@@ -119,7 +119,11 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """The volume's name."""
+        """The volume's name: the one that it has now, where somebody renamed it meanwhile."""
+        if not (self._closed or self._forked):
+            found = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+            if found:
+                return found.name
         return self.row.name
 
     @property
