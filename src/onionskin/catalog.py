@@ -11,9 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from errno import EIO, ENOSPC
+from errno import EACCES, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 1
+_BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
+_RESTORE = "restore it from a copy of the store"
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 
 _SCHEMA = """
@@ -167,8 +169,13 @@ class Catalog:
             _make(path)
         self._connection = _connect(path)
         forks.register(self)
-        with self._errors():
-            self._check_version()
+        try:
+            with self._errors():
+                self._check_version()
+                self._check_references()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_version(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -180,20 +187,33 @@ class Catalog:
                 f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
 
+    def _check_references(self) -> None:
+        """Refuse a catalog in which rows name others that are not there: all else here trusts that they are."""
+        dangling = self._connection.execute("PRAGMA foreign_key_check").fetchone()
+        incomplete = self._connection.execute(
+            "SELECT head FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "
+            "OR NOT EXISTS (SELECT 1 FROM segments WHERE layer = head AND role = 'own')"
+        ).fetchone()
+        impossible = self._connection.execute(
+            f"SELECT 1 FROM layers WHERE block_size NOT IN ({', '.join(map(str, _BLOCK_SIZES))}) "
+            "OR wipe NOT IN ('release', 'zero')"
+        ).fetchone()
+        if impossible:
+            raise FormatError(
+                f"{self.path} is damaged: a layer has a block size or policy that no layer has; {_RESTORE}"
+            )
+        if dangling or incomplete:
+            what = f"a row of {dangling[0]} names a row of {dangling[2]}" if dangling else "a head names segments"
+            raise FormatError(f"{self.path} is damaged: {what} that is not there; {_RESTORE}")
+
     def sync_found(self) -> None:
         """Make durable what is read: after a crash a commit may be visible that the next power loss would undo."""
         with self._guard:
             with self.reading():
                 self._connection.execute("SELECT stamp FROM store").fetchone()
             for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                try:
+                for descriptor in _descriptors_of(path):
                     sync_file(descriptor)  # BARRIER: opened catalog
-                finally:
-                    os.close(descriptor)
             sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
@@ -271,6 +291,8 @@ class Catalog:
             yield
         except sqlite3.Error as error:
             raise _translated(error, self.path) from error
+        except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+            raise FormatError(f"{self.path} is damaged ({error}); restore it from a copy of the store") from error
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -278,8 +300,9 @@ class Catalog:
             self._connection.close()
 
     def after_fork(self) -> None:
-        """In the child: leave the connection alone."""
+        """In the child: leave the connection alone, and the lock that another thread of the parent may have held."""
         self._forked = True
+        self._guard = threading.RLock()
 
     # ---- rows ----
 
@@ -387,7 +410,28 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         connection.close()
         raise _translated(error, path) from error
+    except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+        connection.close()
+        raise FormatError(f"{path} is damaged ({error}); restore it from a copy of the store") from error
     return connection
+
+
+def _descriptors_of(path: Path) -> list[int]:
+    """Return the descriptors through which SQLite has a file open in this process.
+
+    A descriptor of our own must never be closed on a file of SQLite's: that releases every POSIX lock that the process has on
+    it, and another process which closes the catalog then takes itself for the last and removes the log under us.
+    """
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile, by another thread
+            if os.path.samestat(os.fstat(int(name)), wanted):
+                found.append(int(name))
+    return found
 
 
 def _make(path: Path) -> None:
@@ -417,7 +461,17 @@ def _make(path: Path) -> None:
     sync_directory(path.parent)  # BARRIER: catalog name
 
 
+def _refusal(path: Path) -> int:
+    """Say why a file cannot be opened or written: SQLite keeps the errno to itself."""
+    with suppress(OSError):
+        if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+            return EROFS
+    return EACCES
+
+
 def _translated(error: sqlite3.Error, path: Path) -> Exception:
+    if isinstance(error, sqlite3.ProgrammingError):  # what this code asks is right, so the connection is closed
+        return StateError(f"the store {path.parent} is closed; open it again")
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
     if primary == sqlite3.SQLITE_FULL:
@@ -432,7 +486,7 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_PERM,
     ):
-        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else 13, str(error), str(path))
+        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else _refusal(path), str(error), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return FormatError(f"{path}: {error}; restore it from a copy of the store")
     return StateError(f"{path}: {error}")

@@ -67,11 +67,7 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
 
 def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
     """Refuse a base that is not the file that the volume was made on."""
-    if catalog.row(PendingRow, "kind = 'base-merge' AND target IN (SELECT id FROM layers WHERE base = ?)", base.id):
-        raise StateError(
-            f"a merge into the base {base.path} was interrupted; open the volume that it was started from for writing, "
-            "which resumes it"
-        )
+    refuse_half_merged(catalog, base.path)
     advice = "put the file back, or name the right one with 'onionskin relocate'"
     try:
         found = Path(base.path).stat()
@@ -86,6 +82,24 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
         raise ChainError(f"no digest of the base {base.path} was taken: create volumes with digest=True to verify them")
     if verify and digest_of(Path(base.path)) != base.digest:
         raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {advice}")
+
+
+def pending_base_merges(catalog: Catalog, chain: Chain) -> list[bytes]:
+    """Return the layers of a chain up to which a merge into the base was begun and not ended."""
+    ids = {layer.id for layer in chain.layers}
+    return [work.target for work in catalog.rows(PendingRow, "kind = 'base-merge'") if work.target in ids]
+
+
+def refuse_half_merged(catalog: Catalog, base_path: str) -> None:
+    """Raise while a merge into a base is not ended: what the base holds is no disk by itself."""
+    for work in catalog.rows(PendingRow, "kind = 'base-merge'"):
+        layers = catalog.chain(work.target)
+        base = catalog.row(BaseRow, "id = ?", layers[0].base) if layers and layers[0].base else None
+        if base and base.path == base_path:
+            raise StateError(
+                f"a merge into the base {base_path} was interrupted; open the volume that it was started from for "
+                "writing, which resumes it"
+            )
 
 
 def digest_of(path: Path) -> bytes:

@@ -6,17 +6,18 @@ keep their contents; the old files become pending work, which waits for whoever 
 """
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin import pending
+from onionskin import merging, pending
 from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import LayerRow, SegmentRow, new_id
-from onionskin.errors import StateError
 from onionskin.layermaps import load_layer
+from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -37,8 +38,7 @@ def gather_chain(store: "Store", head: bytes) -> None:
     for layer in layers:
         sealed = [row for row in store.catalog.rows(SegmentRow, "layer = ?", layer.id) if row.role == "sealed"]
         if len(sealed) > SEGMENTS_MAX:
-            with store.unnamed_files:
-                _gather(store, layer, sealed)
+            merging.put_off(store, partial(_gather, store, layer, sealed))
 
 
 def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:
@@ -81,7 +81,7 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
     target = os.open(store.layout.segment_file(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=layer.wipe == "zero")
-        os.pwrite(target, header, 0)
+        write_all(target, header)
         for row in small:
             live = layer_map.live_slots(row.id)
             if not len(live):
@@ -120,8 +120,8 @@ def _switch(
 ) -> None:
     """Switch to the new files. Inside a transaction."""
     catalog = store.catalog
-    if catalog.layer(layer.id) != layer:
-        raise StateError("a layer changed while its segments were gathered; open the volume again")
+    if catalog.row(LayerRow, "id = ?", layer.id) != layer:
+        raise merging.TreeChangedError("a layer changed while its segments were gathered; open the volume again")
     for row in small:
         catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
         catalog.delete(SegmentRow, "id = ?", row.id)

@@ -55,6 +55,6 @@ class Layout:
         """The lock of the one writer of a volume."""
         return self.volumes / f"{uuid.hex()}.lock"
 
-    def relative(self, path: Path) -> str:
-        """A path as the catalog keeps it."""
-        return str(path.relative_to(self.root))
+    def holds(self, path: Path) -> bool:
+        """Whether a path leads into the store, by whatever links."""
+        return path.resolve().is_relative_to(self.root.resolve())

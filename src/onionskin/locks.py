@@ -131,6 +131,7 @@ class ByteLocks:
 
     def after_fork(self) -> None:
         """In the child: close, but unlock nothing, for the locks are the parent's."""
+        self._guard = threading.Lock()  # another thread of the parent may have held it
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -7,7 +7,7 @@ the segments and notes what has to be freed; reads do not change, whatever step 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from errno import EINVAL
+from errno import EDQUOT, EINVAL, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, read_chain
+from onionskin.chain import Chain, pending_base_merges, read_chain
 from onionskin.errors import StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock
@@ -54,15 +54,34 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
     if lower is None or needed or len(children) != 1:
         return False
     (upper,) = children
-    if upper.id == volume.head:
-        with volume.store.unnamed_files:
-            _fold_into_head(volume, lower, upper)
-    elif upper.sealed:
-        with volume.store.unnamed_files:
-            _fold_sealed(volume, lower, upper)
-    else:  # the head of another volume: whoever opens that one folds it
+    if upper.id != volume.head and not upper.sealed:
+        return False  # the head of another volume: whoever opens that one folds it
+    join = _fold_sealed if upper.sealed else _fold_into_head
+
+    def change() -> None:
+        try:
+            join(volume, lower, upper)
+        except FileNotFoundError:
+            _check_unchanged(volume.store, lower, upper)  # a map that another process folded meanwhile is no damage
+            raise
+
+    if not put_off(volume.store, change):
         return False
     volume.store.work_soon()
+    return True
+
+
+def put_off(store: "Store", change: Callable[[], None]) -> bool:
+    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
+    try:
+        with store.unnamed_files:
+            store.with_reserve(change)
+    except TreeChangedError:
+        return False
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        return False
     return True
 
 
@@ -149,20 +168,25 @@ def if_begun(tell: Callable[[], None]) -> None:
 
 def compact(volume: "Volume") -> None:
     """Write the head's map log anew, without what is dead in it."""
-    with volume.store.unnamed_files:
-        _rewrite(volume, volume.store.catalog.layer(volume.head), None, None)
+    put_off(volume.store, lambda: _rewrite(volume, volume.store.catalog.layer(volume.head), None, None))
+
+
+class TreeChangedError(StateError):
+    """Another process changed the layers that were about to be joined."""
 
 
 def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
     """Another process may have folded the same layers, or cloned one of them, since they were read."""
     unchanged = (
-        store.catalog.layer(lower.id) == lower
-        and store.catalog.layer(upper.id) == upper
+        store.catalog.row(LayerRow, "id = ?", lower.id) == lower
+        and store.catalog.row(LayerRow, "id = ?", upper.id) == upper
         and [child.id for child in store.catalog.rows(LayerRow, "parent = ?", lower.id)] == [upper.id]
         and not store.catalog.row(SnapshotRow, "layer = ?", lower.id)
     )
     if not unchanged:
-        raise StateError("the layers changed while they were merged: another process works on the tree; try again")
+        raise TreeChangedError(
+            "the layers changed while they were merged: another process works on the tree; try again"
+        )
 
 
 def _switch_map(
@@ -209,6 +233,9 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
     """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`."""
     store, catalog = volume.store, volume.store.catalog
     chain = read_chain(catalog, volume.head)
+    for interrupted in pending_base_merges(catalog, chain):
+        _merge_up_to(volume, interrupted, progress=progress, threads=threads)
+        chain = read_chain(catalog, volume.head)
     if chain.base is None:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
     if upto is None:
@@ -219,12 +246,21 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
         if target not in {layer.id for layer in chain.layers}:
             raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
         refuse_older(store, volume, chain, target)
+    _merge_up_to(volume, target, progress=progress, threads=threads)
+    fold_where_unnamed(volume, [target])
+    store.work_soon()
+
+
+def _merge_up_to(volume: "Volume", target: bytes, *, progress: "Progress | None", threads: int) -> None:
+    store, catalog = volume.store, volume.store.catalog
     folded = read_chain(catalog, target)
+    assert folded.base is not None
     transfer.check_room(store, folded)
-    lock = _lock_base_alone(volume, chain.base)
+    lock = _lock_base_alone(volume, folded.base)
     try:
-        with catalog.transaction():
-            catalog.add_pending("base-merge", target, 0, volume.wipe)
+        if not catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", target):
+            with catalog.transaction():
+                catalog.add_pending("base-merge", target, 0, volume.wipe)
         _copy_into_base(store, folded, lock.descriptor, progress=progress, threads=threads)
         dropped = _finish(store, folded)
         base = read_chain(catalog, volume.head).base
@@ -233,9 +269,7 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
         volume.lock_what_is_read()
     finally:
         lock.close()
-        volume.base_lock = BaseLock(Path(chain.base.path))
-    fold_where_unnamed(volume, [target])
-    store.work_soon()
+        volume.base_lock = BaseLock(Path(folded.base.path))
 
 
 def _lock_base_alone(volume: "Volume", base: BaseRow) -> BaseLock:

@@ -16,7 +16,7 @@ import numpy.typing
 
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.errors import OnionskinError, StateError
+from onionskin.errors import OnionskinError
 from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
@@ -168,9 +168,3 @@ def _sweep(path: Path) -> None:
         path.unlink()
     finally:
         os.close(descriptor)
-
-
-def require_no_base_merge(store: "Store") -> None:
-    """Refuse while a merge into a base waits to be resumed by the volume that began it."""
-    if store.catalog.row(PendingRow, "kind = 'base-merge'"):
-        raise StateError("a merge into a base is pending; open its volume for writing, which resumes it")

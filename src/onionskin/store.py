@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from errno import ENOSPC
@@ -38,6 +38,7 @@ from onionskin.chain import (
     lock_chain,
     open_chain,
     read_chain,
+    refuse_half_merged,
     replace_spare,
 )
 from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
@@ -177,10 +178,14 @@ class Store:
         """
         check_name("volume", name)
         _check_geometry(block_size, wipe)
-        below = base_row(Path(base), digest=digest_of(Path(base)) if digest else None) if base is not None else None
+        below = self._base_row(Path(base), digest=digest) if base is not None else None
         if size is None and below is None:
             raise ValueError("a volume without a base needs a size, such as '20G'")
         size_bytes = parse_size(size) if size is not None else below.size_bytes if below else 0
+        if size_bytes < 1:
+            raise ValueError(
+                f"a volume has at least one byte{f': the base {base} is empty' if below else ''}; give a size"
+            )
         if size_bytes > SIZE_BYTES_MAX:
             raise ValueError(f"a volume has at most {SIZE_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
         self._make_reserve()
@@ -190,6 +195,15 @@ class Store:
                 self.catalog.insert(below)
             self._insert_volume(name, head)
         return self.open(name)
+
+    def _base_row(self, path: Path, *, digest: bool = False) -> BaseRow:
+        """Describe a base, which must be an image of its own."""
+        if self.layout.holds(path):
+            raise ChainError(
+                f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
+            )
+        refuse_half_merged(self.catalog, str(path.resolve()))
+        return base_row(path, digest=digest_of(path) if digest else None)
 
     def _insert_volume(self, name: str, head: NewHead) -> None:
         if self.catalog.row(VolumeRow, "name = ?", name):
@@ -220,7 +234,11 @@ class Store:
             lock.close()
             raise
         self._open.add(volume)
-        self._after_open(volume)
+        try:
+            self._after_open(volume)
+        except BaseException:
+            volume.close()
+            raise
         return volume
 
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> Volume:
@@ -275,9 +293,10 @@ class Store:
         pending.sweep_orphans(self)
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
-        if segments:
-            self.scrub(segments, volume.wipe)
-        self.work_soon()
+        with suppress(OSError):  # what fails stays pending, and is no reason to refuse the volume
+            if segments:
+                self.scrub(segments, volume.wipe)
+            self.work_soon()
 
     def clone(self, name: str, snapshot: str, new_name: str, *, wipe: str | None = None) -> None:
         """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet."""
@@ -348,7 +367,7 @@ class Store:
         chain = read_chain(self.catalog, row.head)
         if chain.base is None:
             raise ChainError(f"volume {name!r} has no base to relocate")
-        old, new = chain.base, base_row(Path(base))
+        old, new = chain.base, self._base_row(Path(base))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
@@ -369,11 +388,13 @@ class Store:
 
     def volumes(self) -> list[VolumeInfo]:
         """Return all volumes, by name."""
-        return [self._info(row) for row in self.catalog.rows(VolumeRow, "1 ORDER BY name")]
+        with self.catalog.reading():
+            return [self._info(row) for row in self.catalog.rows(VolumeRow, "1 ORDER BY name")]
 
     def info(self, name: str) -> VolumeInfo:
         """Return one volume."""
-        return self._info(self.catalog.volume(name))
+        with self.catalog.reading():
+            return self._info(self.catalog.volume(name))
 
     def _info(self, row: VolumeRow) -> VolumeInfo:
         chain = read_chain(self.catalog, row.head)
@@ -480,8 +501,9 @@ class Store:
         with self._guard:
             self._work_wanted = True
             if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
-                self._worker.start()
+                worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
+                worker.start()  # it waits for the guard; an interrupt in here leaves no thread to be joined
+                self._worker = worker
 
     def _work(self) -> None:
         """Work until nothing was asked for since the last look. What fails stays in the catalog for the next open."""
@@ -491,8 +513,13 @@ class Store:
                     self._worker = None
                     return
                 self._work_wanted = False
-            with suppress(OSError, OnionskinError):
+            try:
                 pending.do_pending(self, policy="release")
+            except (OSError, OnionskinError):
+                continue
+            except BaseException:
+                self._worker = None  # let the next one try
+                raise
 
     def finish_work(self) -> None:
         """Wait for the background to be done."""
@@ -540,11 +567,12 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        for volume in self.open_volumes():
-            volume.close()
-        self.finish_work()
-        self.locks.close()
-        self.catalog.close()
+        with ExitStack() as stack:  # one volume whose flush fails does not keep the others open
+            stack.callback(self.catalog.close)
+            stack.callback(self.locks.close)
+            stack.callback(self.finish_work)
+            for volume in self.open_volumes():
+                stack.callback(volume.close)
 
     def after_fork(self) -> None:
         """In the child: nothing is done here again."""

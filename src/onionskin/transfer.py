@@ -8,19 +8,20 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from onionskin import pending
 from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
-from onionskin.catalog import LayerRow, SegmentRow, new_id
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, new_id
 from onionskin.chain import Chain, open_chain, read_chain
 from onionskin.layermaps import empty_map
-from onionskin.snapshots import free_unneeded
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -35,6 +36,8 @@ HEADER_BYTES = 4096
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
 EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
+_BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
+_PIECE_DTYPE = numpy.dtype([("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")])
 _COPY_DTYPE = numpy.dtype(EXTENT_FIELDS)
 
 
@@ -109,12 +112,34 @@ def copy_runs(
     table["length"] = numpy.where(ends > runs["offset"], ends - runs["offset"], 0)
     table["source_offset"] = HEADER_BYTES + runs["slot"].astype(numpy.uint64) * path.block_size
     keep = table["length"] > 0
-    total = int(table["length"].sum())
     paths = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
-    done = 0
-    for extents, descriptors in _by_segments(table[keep], runs["segment"][keep], paths):
+    _copy_table(
+        table[keep],
+        runs["segment"][keep],
+        paths,
+        reflink=reflink,
+        punch=punch,
+        solid=True,
+        progress=progress,
+        threads=threads,
+    )
+
+
+def _copy_table(
+    table: "Array",
+    segment: "Array",
+    paths: dict[int, Path],
+    *,
+    reflink: bool,
+    punch: bool,
+    solid: bool,
+    progress: "Progress | None",
+    threads: int = 0,
+) -> None:
+    done, total = 0, int(table["length"].sum())
+    for extents, descriptors in _by_segments(table, segment, paths):
         try:
-            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch, solid=True)
+            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch, solid=solid)
             run_job(job, progress, done, total)
             done += job.bytes_done
         finally:
@@ -213,108 +238,145 @@ def export(volume: "Volume", target: str, *, progress: "Progress | None") -> Non
 def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
     """Put all that the disk reads into one new layer without a parent, and the head on it."""
     store, catalog = volume.store, volume.store.catalog
-    old = volume.seal(lambda: None, lambda layer, created_ns: None)
-    sealed = read_chain(catalog, old.id)
-    if len(sealed.layers) == 1 and sealed.base is None:
+    if _stands_alone(catalog, volume.head):
         return
+    old = volume.seal(lambda: None, lambda layer, created_ns: None)
     segment, map_id = new_id(), new_id()
     try:
-        with chain_path(store, sealed) as path:
-            slots, written = _write_flat(store, path, sealed, segment, map_id, progress)
+        slots, written = _write_flat(store, read_chain(catalog, old.id), segment, map_id, progress)
+        length, frames, crc = written
+        flat = replace(
+            old,
+            id=new_id(),
+            parent=None,
+            base=None,
+            map_id=map_id,
+            map_length=length,
+            map_frames=frames,
+            map_crc=crc,
+        )
+        segments = [SegmentRow(segment, flat.id, "sealed", slots, 0)] if slots else []
+
+        def insert() -> None:
+            catalog.insert(replace(flat, map_lock_byte=catalog.take_lock_byte()))
+            for row in segments:
+                catalog.insert(replace(row, lock_byte=catalog.take_lock_byte()))
+
+        volume.restart_over(Chain((flat,), {flat.id: segments}, None), first=insert)
     except BaseException:
-        store.layout.segment_file(segment).unlink(missing_ok=True)
-        store.layout.map_file(map_id).unlink(missing_ok=True)
+        pending.drop_drafts(store, store.layout.segment_file(segment), store.layout.map_file(map_id))
         raise
-    length, frames, crc = written
-    flat = LayerRow(
-        new_id(),
-        None,
-        None,
-        old.block_size,
-        old.wipe,
-        old.size_bytes,
-        1,
-        map_id,
-        0,
-        length,
-        frames,
-        crc,
-        old.created_ns,
+
+
+def _stands_alone(catalog: Catalog, head: bytes) -> bool:
+    """Whether nothing below a head has a name, belongs to another volume, or is a base."""
+    layers = catalog.chain(head)
+    return layers[0].base is None and not any(
+        catalog.row(SnapshotRow, "layer = ?", layer.id) or len(catalog.rows(LayerRow, "parent = ?", layer.id)) > 1
+        for layer in layers
     )
-
-    def insert() -> None:
-        row = LayerRow(**{**_fields(flat), "map_lock_byte": catalog.take_lock_byte()})
-        catalog.insert(row)
-        if slots:
-            catalog.insert(SegmentRow(segment, flat.id, "sealed", slots, catalog.take_lock_byte()))
-
-    with catalog.transaction():
-        insert()
-    head_before = volume.head
-    volume.restart(flat.id, lambda: None)
-    with catalog.transaction():
-        for id in (head_before, old.id):
-            free_unneeded(catalog, id)
-    store.work_soon()
-
-
-def _fields(row: LayerRow) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in LayerRow.__slots__}
 
 
 def _write_flat(
-    store: "Store", path: "DataPath", chain: Chain, segment: bytes, map_id: bytes, progress: "Progress | None"
+    store: "Store", chain: Chain, segment: bytes, map_id: bytes, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
     """Write a segment whose slots follow the disk, and a map for it. Returns (slots, what the map file is)."""
-    block_size, size_bytes, wipe_zero = path.block_size, path.size_bytes, chain.top.wipe == "zero"
-    target = store.layout.segment_file(segment)
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    wipe_zero, block_size = chain.top.wipe == "zero", chain.top.block_size
+    with chain_path(store, chain) as path:
+        pieces = _flat_pieces(path, chain)
+        counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
+        slots = numpy.concatenate(([0], numpy.cumsum(counts)))
+        target = store.layout.segment_file(segment)
+        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(
+                descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
+            )
+            _copy_pieces(store, path, chain, pieces, slots[:-1], descriptor, progress)
+            os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
+            sync_file(descriptor)  # BARRIER: flat segment
+        finally:
+            os.close(descriptor)
+    flat_map = empty_map(block_size)
     try:
-        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
-        os.pwrite(descriptor, header, 0)
-        blocks = _needed_blocks(path, chain, size_bytes)
-        done, total = 0, len(blocks) * block_size
-        for first in range(0, len(blocks), 4096):
-            batch = blocks[first : first + 4096]
-            data = path.read_blocks(batch)
-            os.pwrite(descriptor, data.data, HEADER_BYTES + first * block_size)
-            done += data.nbytes
-            if progress:
-                progress(done, total)
-        sync_file(descriptor)  # BARRIER: flat segment
-    finally:
-        os.close(descriptor)
-    with_map = empty_map(block_size)
-    try:
-        if len(blocks):
-            number = with_map.add_segment(segment)
-            edges = numpy.flatnonzero(numpy.diff(blocks) != 1) + 1
-            starts = numpy.concatenate(([0], edges))
-            ends = numpy.concatenate((edges, [len(blocks)]))
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-                with_map.set(int(blocks[start]), end - start, number << 32 | start)
-        written = with_map.write(
-            str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=size_bytes
+        if len(pieces):
+            number = flat_map.add_segment(segment)
+            for first, count, slot in zip(pieces["first"].tolist(), counts.tolist(), slots.tolist(), strict=False):
+                flat_map.set(first, count, number << 32 | slot)
+        written = flat_map.write(
+            str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=chain.top.size_bytes
         )
     finally:
-        with_map.close()
+        flat_map.close()
     sync_directory(store.layout.segments)  # BARRIER: flat segment name
     sync_directory(store.layout.layers)  # BARRIER: flat map name
-    return len(blocks), written
+    return int(slots[-1]), written
 
 
-def _needed_blocks(path: "DataPath", chain: Chain, size_bytes: int) -> "Array":
-    """Return the indices of all blocks that may not read zero: DATA, and what is no hole of the base."""
-    block_size = path.block_size
-    count = -(-size_bytes // block_size)
-    needed = numpy.zeros(count, dtype=bool)
+def _flat_pieces(path: "DataPath", chain: Chain) -> "Array":
+    """Return stretches of blocks [first, end) that may not read zero, each from one place: a segment, or the base."""
+    block_size, runs = path.block_size, path.runs()
+    run_first = (runs["offset"] // block_size).astype(numpy.int64)
+    run_end = run_first + (runs["length"] // block_size).astype(numpy.int64)
+    base = numpy.zeros((0, 2), dtype=numpy.int64)
     if chain.base:
-        for start, end in _data_of(Path(chain.base.path), min(chain.base.size_bytes, size_bytes)):
-            needed[start // block_size : -(-end // block_size)] = True
-    for run in path.runs():
-        first = int(run["offset"]) // block_size
-        needed[first : first + int(run["length"]) // block_size] = run["state"] == 1
-    return numpy.flatnonzero(needed).astype(numpy.uint64)
+        found = list(_data_of(Path(chain.base.path), min(chain.base.size_bytes, path.size_bytes)))
+        base = numpy.array(found, dtype=numpy.int64).reshape(-1, 2)
+    base_first, base_end = base[:, 0] // block_size, -(-base[:, 1] // block_size)
+    cuts = numpy.unique(numpy.concatenate((run_first, run_end, base_first, base_end)))
+    first, end = cuts[:-1], cuts[1:]
+    run = covered(first, run_first, run_end)
+    hidden = run >= 0
+    is_data = hidden & (runs["state"][run] == 1) if len(runs) else hidden
+    keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
+    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_DTYPE)
+    pieces["first"], pieces["end"] = first[keep], end[keep]
+    pieces["segment"] = _BASE
+    inside, run = is_data[keep], run[is_data]
+    pieces["segment"][inside] = runs["segment"][run]
+    pieces["slot"][inside] = runs["slot"][run] + (first[is_data] - run_first[run])
+    return pieces
+
+
+def _copy_pieces(
+    store: "Store",
+    path: "DataPath",
+    chain: Chain,
+    pieces: "Array",
+    slots: "Array",
+    descriptor: int,
+    progress: "Progress | None",
+) -> None:
+    """Copy pieces of the disk behind each other, from the given slots on."""
+    block_size, from_base = path.block_size, pieces["segment"] == _BASE
+    table = numpy.empty(len(pieces), dtype=_COPY_DTYPE)
+    table["source"], table["destination"] = -1, descriptor
+    table["destination_offset"] = HEADER_BYTES + slots * block_size
+    table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
+    table["source_offset"][from_base] = pieces["first"][from_base] * block_size
+    table["length"] = (pieces["end"] - pieces["first"]) * block_size
+    paths = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    if chain.base:
+        paths[_BASE] = Path(chain.base.path)
+        inside = min(chain.base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
+        table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
+    reflink = all(layer.wipe == "release" for layer in chain.layers)
+    _copy_table(table, pieces["segment"], paths, reflink=reflink, punch=True, solid=False, progress=progress)
+
+
+def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
+    """Return for each point which of the sorted intervals it lies in, or -1."""
+    if not len(starts):
+        return numpy.full(len(points), -1)
+    at = numpy.searchsorted(starts, points, side="right") - 1
+    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write at the start of a file; a system that takes only a part of it says why at the rest."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], done)
 
 
 def _data_of(path: Path, size_bytes: int) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,8 @@
 """What snapshots hold, what they differ in, and whether the store is sound: all read from the maps, no block data."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +11,13 @@ import numpy
 
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
-from onionskin.chain import check_base, open_chain, read_chain
-from onionskin.errors import ChainError, FormatError, OnionskinError
+from onionskin.chain import LOCK_WAIT_SECONDS, Chain, check_base, open_chain
+from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.layermaps import empty_map, open_map
+from onionskin.locks import ByteLocks
 from onionskin.pending import orphans
-from onionskin.snapshots import descendants, find_snapshot, nearest_name
-from onionskin.transfer import EXTENT_DTYPE
+from onionskin.snapshots import find_snapshot, nearest_name
+from onionskin.transfer import EXTENT_DTYPE, covered
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -55,10 +59,14 @@ class Problem:
 
 def usage(store: "Store", name: str) -> list[Usage]:
     """Return what each snapshot of a volume, and its head (last), hold."""
-    catalog = store.catalog
-    volume = catalog.volume(name)
-    layers = {layer.id: layer for layer in catalog.rows(LayerRow)}
-    rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
+    with _tree(store) as tree:
+        return _usage(store, tree, store.catalog.volume(name).id)
+
+
+def _usage(store: "Store", tree: "_Tree", volume_id: bytes) -> list[Usage]:
+    (volume,) = (row for row in tree.volumes if row.id == volume_id)
+    layers = {layer.id: layer for layer in tree.layers}
+    rows = [row for row in tree.snapshots if row.volume == volume.id]
     names = {row.layer: row.name for row in rows}
     maps = {id: open_map(store, layer) for id, layer in layers.items() if _belongs(layers, id, volume, names)}
     held = {id: layer_map.count()[0] * layers[id].block_size for id, layer_map in maps.items()}
@@ -76,7 +84,7 @@ def usage(store: "Store", name: str) -> list[Usage]:
         own, layer = held[id], layers[id].parent
         while layer in maps and layer not in names:
             own, layer = own + held[layer], layers[layer].parent
-        gone = held[id] + sum(held.get(above, 0) for above in descendants(catalog, id))
+        gone = held[id] + sum(held.get(above, 0) for above in _above(children, id))
         return Usage(name, own, gone, freed_by_merge(id) if name else 0)
 
     try:
@@ -84,6 +92,88 @@ def usage(store: "Store", name: str) -> list[Usage]:
     finally:
         for layer_map in maps.values():
             layer_map.close()
+
+
+def _above(children: dict[bytes, list[bytes]], layer: bytes) -> Iterator[bytes]:
+    todo = [layer]
+    while todo:
+        above = children.get(todo.pop(), [])
+        yield from above
+        todo += above
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The rows of a store in one state of it."""
+
+    layers: list[LayerRow]
+    segments: list[SegmentRow]
+    volumes: list[VolumeRow]
+    snapshots: list[SnapshotRow]
+    bases: list[BaseRow]
+
+    def chain(self, layer_id: bytes) -> Chain:
+        """Return a layer and all below it."""
+        by_id = {layer.id: layer for layer in self.layers}
+        layers = [by_id[layer_id]]
+        while layers[-1].parent is not None:
+            layers.append(by_id[layers[-1].parent])
+        segments: dict[bytes, list[SegmentRow]] = {layer.id: [] for layer in layers}
+        for row in self.segments:
+            if row.layer in segments:
+                segments[row.layer].append(row)
+        base = [row for row in self.bases if row.id == layers[-1].base]
+        return Chain(tuple(reversed(layers)), segments, base[0] if base else None)
+
+    def layer_of(self, store: "Store", volume: VolumeRow, snapshot: str | None) -> bytes:
+        """Return the layer of a snapshot, or of the head (None)."""
+        if snapshot is None:
+            return next(row.head for row in self.volumes if row.id == volume.id)
+        for row in self.snapshots:
+            if row.volume == volume.id and row.name == snapshot:
+                return row.layer
+        return find_snapshot(store.catalog, volume, snapshot).layer
+
+
+def _read_tree(store: "Store") -> _Tree:
+    catalog = store.catalog
+    with catalog.reading():
+        return _Tree(
+            catalog.rows(LayerRow),
+            catalog.rows(SegmentRow),
+            catalog.rows(VolumeRow),
+            catalog.rows(SnapshotRow, "1 ORDER BY created_ns"),
+            catalog.rows(BaseRow),
+        )
+
+
+@contextmanager
+def _tree(store: "Store") -> Iterator[_Tree]:
+    """Read the tree and keep its files where they are, as an open volume does: others merge and discard meanwhile."""
+    locks = ByteLocks(store.layout.lock)
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    try:
+        while True:
+            tree = _read_tree(store)
+            wanted = {row.map_lock_byte for row in tree.layers} | {row.lock_byte for row in tree.segments}
+            if locks.take_shared(wanted) and _names_same_files(_read_tree(store), tree):
+                break
+            locks.keep_shared(())
+            if time.monotonic() > deadline:
+                raise StateError(f"the tree of {store.path} is being changed all the time; try again when that is done")
+            time.sleep(0.01)
+        yield tree
+    finally:
+        locks.close()
+        if any(volume.writable for volume in store.open_volumes()):
+            store.work_soon()  # what had to wait for these locks
+
+
+def _names_same_files(a: _Tree, b: _Tree) -> bool:
+    """Whether what was locked is what the catalog still names; sizes of heads may differ."""
+    return {row.map_lock_byte for row in a.layers} | {row.lock_byte for row in a.segments} == (
+        {row.map_lock_byte for row in b.layers} | {row.lock_byte for row in b.segments}
+    )
 
 
 def _belongs(layers: dict[bytes, LayerRow], id: bytes, volume: VolumeRow, names: dict[bytes, str]) -> bool:
@@ -102,10 +192,13 @@ def _below(layers: dict[bytes, LayerRow], top: bytes | None) -> set[bytes]:
 
 def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
     """Return the extents that may differ between two snapshots (b None: the head, as it is durable)."""
-    catalog = store.catalog
-    volume = catalog.volume(name)
-    chain_a = read_chain(catalog, find_snapshot(catalog, volume, a).layer)
-    chain_b = read_chain(catalog, find_snapshot(catalog, volume, b).layer if b else volume.head)
+    volume = store.catalog.volume(name)
+    with _tree(store) as tree:
+        chains = [tree.chain(tree.layer_of(store, volume, one)) for one in (a, b)]
+        return _diff(store, a, b, *chains)
+
+
+def _diff(store: "Store", a: str, b: str | None, chain_a: Chain, chain_b: Chain) -> "Array":
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
         raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common; compare exported images instead")
@@ -167,21 +260,13 @@ def _split(stretches: "Array", runs: "Array", block_size: int) -> "Array":
     if len(cuts) < 2:
         return numpy.empty(0, dtype=EXTENT_DTYPE)
     left, right = cuts[:-1], cuts[1:]
-    inside = _covered(left, starts, ends) >= 0
-    run = _covered(left, run_starts, run_ends)
+    inside = covered(left, starts, ends) >= 0
+    run = covered(left, run_starts, run_ends)
     out = numpy.empty(int(inside.sum()), dtype=EXTENT_DTYPE)
     out["offset"], out["length"] = left[inside], (right - left)[inside]
     states = runs["state"] if len(runs) else numpy.zeros(1, dtype=numpy.uint8)
     out["state"] = numpy.where(run >= 0, states[numpy.maximum(run, 0)], 0)[inside]
     return out
-
-
-def _covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
-    """Return for each point which of the sorted intervals it lies in, or -1."""
-    if not len(starts):
-        return numpy.full(len(points), -1)
-    at = numpy.searchsorted(starts, points, side="right") - 1
-    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)
 
 
 def _clip(extents: "Array", size_bytes: int) -> "Array":
@@ -192,7 +277,8 @@ def _clip(extents: "Array", size_bytes: int) -> "Array":
 
 def check(store: "Store") -> list[Problem]:
     """Look at every file that the catalog names. Reads headers and maps, and no block data."""
-    problems = [*_check_layers(store), *_check_bases(store), *_check_chains(store)]
+    with _tree(store) as tree:
+        problems = [*_check_layers(store, tree), *_check_bases(store), *_check_chains(store, tree)]
     catalog = store.catalog
     problems += [
         Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
@@ -205,16 +291,16 @@ def check(store: "Store") -> list[Problem]:
     return problems
 
 
-def _check_layers(store: "Store") -> list[Problem]:
+def _check_layers(store: "Store", tree: _Tree) -> list[Problem]:
     problems = []
     advice = "restore the file from a copy of the store"
-    for layer in store.catalog.rows(LayerRow):
+    for layer in tree.layers:
         try:
             layer_map = open_map(store, layer)
         except (OnionskinError, OSError) as error:
             problems.append(Problem("error", str(error), str(store.layout.map_file(layer.map_id)), advice))
             continue
-        segments = {row.id: row for row in store.catalog.rows(SegmentRow, "layer = ?", layer.id)}
+        segments = {row.id for row in tree.segments if row.layer == layer.id}
         for id in layer_map.segments:
             slots = layer_map.live_slots(id)
             if not len(slots):
@@ -256,12 +342,12 @@ def _check_bases(store: "Store") -> list[Problem]:
     return problems
 
 
-def _check_chains(store: "Store") -> list[Problem]:
+def _check_chains(store: "Store", tree: _Tree) -> list[Problem]:
     """Open every snapshot as a reader would."""
     problems = []
-    for row in store.catalog.rows(SnapshotRow):
+    for row in tree.snapshots:
         try:
-            open_chain(store.layout, read_chain(store.catalog, row.layer), writable=False).close()
+            open_chain(store.layout, tree.chain(row.layer), writable=False).close()
         except (OnionskinError, OSError) as error:
             problems.append(Problem("error", str(error), f"snapshot {row.name}", "see the errors above"))
     return problems

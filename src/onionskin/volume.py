@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from onionskin import forks, merging, transfer
 from onionskin.catalog import (
+    BaseRow,
     CommitUnknownError,
     LayerRow,
     SegmentRow,
@@ -22,9 +24,20 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import NewHead, lock_chain, open_chain, read_chain, replace_spare
+from onionskin.chain import (
+    Chain,
+    NewHead,
+    check_base,
+    lock_base,
+    lock_chain,
+    open_chain,
+    pending_base_merges,
+    read_chain,
+    replace_spare,
+)
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.interrupts import HeldBack
 from onionskin.layermaps import map_is_used
 from onionskin.names import check_name
 from onionskin.snapshots import (
@@ -83,6 +96,7 @@ class Volume:
         self._guard = threading.RLock()
         self._closed = False
         self._forked = False
+        self._released = False
         self._unsettled: Callable[[], None] | None = None
         forks.register(self)
 
@@ -103,7 +117,11 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """The volume's name."""
+        """The volume's name: the one that it has now, where somebody renamed it meanwhile."""
+        if not (self._closed or self._forked):
+            found = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+            if found:
+                return found.name
         return self.row.name
 
     @property
@@ -202,6 +220,9 @@ class Volume:
         OSError
             ENOSPC: nothing changed, it can be tried again. Any other failure of a sync poisons the volume.
         """
+        if self._unsettled:  # by an operation that goes on in another thread, or by two interrupts
+            with self._guard:
+                self._settle()
         self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
         self._scrub_adopted()
 
@@ -215,6 +236,8 @@ class Volume:
         from onionskin.sizes import parse_size
 
         size_bytes = parse_size(size)
+        if size_bytes < 1:
+            raise ValueError("a volume has at least one byte; delete it if it is not needed")
         with self._operation():
             if size_bytes < self.size_bytes and not force:
                 raise StateError(
@@ -239,8 +262,9 @@ class Volume:
     def parent(self) -> Snapshot | None:
         """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
         catalog = self.store.catalog
-        row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
-        return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
+        with catalog.reading():
+            row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
+            return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
 
     @property
     def head_changed(self) -> bool:
@@ -335,14 +359,15 @@ class Volume:
         Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
         rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
         """
-        self._unsettled = settle
-        try:
-            yield
-        except CommitUnknownError:
-            self.path.poison()
-            raise
-        finally:
-            self._settle()
+        with HeldBack():
+            self._unsettled = settle
+            try:
+                yield
+            except CommitUnknownError:
+                self.path.poison()
+                raise
+            finally:
+                self._settle()
 
     def _settle(self) -> None:
         settle = self._unsettled
@@ -419,15 +444,27 @@ class Volume:
 
     def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
-        catalog = self.store.catalog
-        below = lock_chain(catalog, layer_id, self.locks)
-        top = below.top
+        below = lock_chain(self.store.catalog, layer_id, self.locks)
+        if below.base and not self.base_lock:  # the head was flattened, and the snapshot is older than that
+            self.base_lock = lock_base(below.base)
+            check_base(self.store.catalog, below.base)
+        self.restart_over(below, also=also)
+
+    def restart_over(
+        self, below: Chain, *, first: Callable[[], None] = lambda: None, also: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the head by an empty child of the top of a chain that nobody can free.
+
+        `first` runs in the transaction before the head is named, `also` before layers are freed.
+        """
+        catalog, top = self.store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
         old_path, old_head = self.path, self.head
 
         def commit() -> None:
             with catalog.transaction():
+                first()
                 head.insert(catalog)
                 self.store.set_head(self.row, head.layer.id)
                 also()
@@ -522,16 +559,23 @@ class Volume:
         OSError
             ENOSPC: there is no room, checked before anything is written.
         """
-        with self._operation():
+        with self._operation(may_resume=True):
             merging.merge_into_base(self, upto, progress=progress, threads=threads)
 
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
         with self._operation(), self.store.unnamed_files:
             transfer.flatten(self, progress=progress)
+            if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
+                self.base_lock.close()
+                self.base_lock = None
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
+        if self.store.layout.holds(Path(path)):
+            raise ValueError(f"{os.fspath(path)} is in the store itself; choose a path outside of it")
+        if self.store.catalog.row(BaseRow, "path = ?", str(Path(path).resolve())):
+            raise StateError(f"{os.fspath(path)} is a base that volumes stand on; choose another path")
         if self.writable:
             self.flush()
         transfer.export(self, os.fspath(path), progress=progress)
@@ -551,8 +595,8 @@ class Volume:
     # ---- the end ----
 
     @contextmanager
-    def _operation(self) -> Iterator[None]:
-        """Hold the volume for one operation on its tree."""
+    def _operation(self, *, may_resume: bool = False) -> Iterator[None]:
+        """Hold the volume for one operation on its tree: one that resumes an interrupted merge into the base, or others."""
         if self._forked:
             raise forks.forked_error(f"volume {self.name!r}")
         with self._guard:
@@ -563,6 +607,11 @@ class Volume:
             self._settle()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
+            if not may_resume and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
+                raise StateError(
+                    f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
+                    "volume and open it again, which ends it"
+                )
             yield
 
     def wait_for_readers(self) -> None:
@@ -574,19 +623,15 @@ class Volume:
             if not path.closed:  # a closed path has no readers
                 raise
 
-    def restart(self, layer_id: bytes, also: Callable[[], None]) -> None:
-        """Replace the head by an empty child of a layer: for the modules of the same layer of the code."""
-        self._restart_on(layer_id, also)
-
     def close(self) -> None:
         """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
         with self._guard:
-            if self._closed or self._forked:
+            if self._released or self._forked:
                 return
-            self._closed = True
+            self._closed = True  # and again where an interrupt came before the end
             try:
                 self._settle()
-                if self.writable and not self.path.poisoned:
+                if self.writable and not self.path.poisoned and not self.path.closed:
                     self._flush_and_compact()
             finally:
                 self._release()
@@ -605,16 +650,19 @@ class Volume:
             self.store.views.give_back(self.head)
             # A view's locks end with the last array over it: they close when nothing refers to them.
             self._locks = self.base_lock = None
+            self._released = True
             return
         self.path.close()
         self.locks.close()
         if self.base_lock:
             self.base_lock.close()
         self._volume_lock.close()
+        self._released = True
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
         self._forked = True
+        self._guard = threading.RLock()  # another thread of the parent may have held it
         self.path.after_fork()
 
 

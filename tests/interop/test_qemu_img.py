@@ -1,12 +1,14 @@
 """Images that qemu-img made are read, and images that we make are read by qemu-img, byte for byte."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from onionskin.errors import FormatError
 from onionskin.images import export_image, import_image
 from onionskin.store import Store
 
@@ -62,3 +64,14 @@ def test_a_compressed_qcow2_is_read(raw: Path, tmp_path: Path) -> None:
         import_image(store, tmp_path / "disk", "web")
         with store.open("web") as volume:
             assert hashlib.sha256(volume.read(0, volume.size_bytes)).hexdigest() == digest(raw)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_an_image_that_was_cut_short_is_refused(raw: Path, tmp_path: Path, kind: str, share: float) -> None:
+    qemu_img("convert", "-f", "raw", "-O", kind, raw, tmp_path / "disk")
+    os.truncate(tmp_path / "disk", int((tmp_path / "disk").stat().st_size * share))
+    with Store(tmp_path / "store") as store:
+        with pytest.raises(FormatError):
+            import_image(store, tmp_path / "disk", "web")
+        assert store.volumes() == []

@@ -4,6 +4,10 @@ import errno
 import os
 import resource
 import signal
+import sqlite3
+import subprocess
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,6 +145,64 @@ def test_a_volume_used_in_the_child_of_a_fork_raises_and_the_parent_goes_on(stor
         with pytest.raises(onionskin.StateError):
             onionskin.Store(store.path).open("web")
         assert web.read(0, 6) == b"parent"
+
+
+def test_a_child_that_was_forked_while_a_thread_held_the_locks_raises_and_does_not_wait(store: onionskin.Store) -> None:
+    with store.create("web", size=64 * BLOCK) as web:
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with web._guard, store.catalog._guard, web.locks._guard:
+                held.set()
+                release.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of just this
+            child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            try:
+                web.close()
+                store.volumes()
+            except onionskin.StateError:
+                os._exit(0)
+            os._exit(1)
+        release.set()
+        holder.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onionskin.Store) -> None:
+    store.create("web", size=BLOCK).close()
+    for damage in ("DELETE FROM segments WHERE role = 'spare'", "DELETE FROM layers"):
+        store.close()
+        connection = sqlite3.connect(store.layout.catalog)
+        connection.execute(damage)
+        connection.commit()
+        connection.close()
+        with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
+            onionskin.Store(store.path)
+
+
+def test_a_store_on_a_read_only_file_system_is_said_to_be_on_one(ext4_mount) -> None:
+    root = ext4_mount()
+    with onionskin.Store(root / "store") as store:
+        store.create("web", size=BLOCK).close()
+    subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+    with pytest.raises(OSError) as caught:
+        onionskin.Store(root / "store")
+    assert caught.value.errno == errno.EROFS
+
+
+def test_a_volume_that_cannot_be_flushed_does_not_keep_the_others_open(store: onionskin.Store, monkeypatch) -> None:
+    volumes = [store.create(name, size=BLOCK) for name in ("a", "b", "c")]
+    monkeypatch.setattr(volumes[1], "_flush_and_compact", lambda: os.open("/nonexistent", os.O_RDONLY))
+    with pytest.raises(FileNotFoundError):
+        store.close()
+    assert all(volume.closed and volume.path.closed for volume in volumes)
 
 
 def test_a_closed_volume_raises(store: onionskin.Store) -> None:

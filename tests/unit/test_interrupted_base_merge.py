@@ -1,0 +1,55 @@
+"""A merge into the base that was interrupted is ended before anything else happens to the volume or the base."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import onionskin
+from onionskin import merging
+from onionskin.catalog import PendingRow
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def web(tmp_path: Path):
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * 64 * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", base=base) as web:
+        web.write(0, b"1" * 8 * BLOCK)
+        web.snapshot("a")
+        web.write(BLOCK, b"2" * 4 * BLOCK)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(merging, "sync_file", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                web.merge_into_base("a")
+        os.utime(base)
+        yield web
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_nothing_else_changes_the_tree_meanwhile(web: onionskin.Volume) -> None:
+    for change in (lambda: web.discard("a"), lambda: web.merge("a"), web.flatten, lambda: web.snapshot("b")):
+        with pytest.raises(onionskin.StateError, match="merge into the base again"):
+            change()
+
+
+def test_merging_again_ends_it(web: onionskin.Volume, tmp_path: Path) -> None:
+    before = web.read(0, web.size_bytes)
+    web.merge_into_base("a")
+    assert web.read(0, web.size_bytes) == before
+    assert (tmp_path / "base.raw").read_bytes() == b"1" * 8 * BLOCK + b"b" * 56 * BLOCK
+    assert web.store.catalog.rows(PendingRow, "kind = 'base-merge'") == []
+
+
+def test_no_volume_is_made_over_a_base_that_is_half_merged(web: onionskin.Volume, tmp_path: Path) -> None:
+    with pytest.raises(onionskin.StateError, match="interrupted"):
+        web.store.create("other", base=tmp_path / "base.raw")
+    web.close()
+    with web.store.open("web") as again:
+        assert again.read(0, BLOCK) == b"1" * BLOCK
+    web.store.create("other", base=tmp_path / "base.raw").close()

@@ -1,0 +1,80 @@
+"""Ctrl-C at any moment, as often as one likes: the disk reads as before or as after, and the volume goes on."""
+
+import _thread
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import onionskin
+
+BLOCK = 4096
+SECONDS = 6
+
+
+class Sniper:
+    """Interrupts the main thread at random moments while a call is under fire."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._armed = False
+        self._end = time.monotonic() + SECONDS
+        threading.Thread(target=self._shoot, daemon=True).start()
+
+    def _shoot(self) -> None:
+        while time.monotonic() < self._end:
+            time.sleep(random.random() * 0.02)
+            with self._lock:
+                if self._armed:
+                    _thread.interrupt_main()  # has happened when it returns, unlike a signal
+
+    def under_fire(self, call: Callable[[], object]) -> None:
+        try:
+            self._arm(True)
+            call()
+            self._arm(False)
+        except KeyboardInterrupt:
+            while self._armed:
+                try:
+                    self._arm(False)
+                except KeyboardInterrupt:
+                    continue
+
+    def _arm(self, armed: bool) -> None:
+        with self._lock:
+            self._armed = armed
+
+
+def test_a_volume_under_a_rain_of_interrupts_loses_nothing_and_never_hangs(tmp_path: Path) -> None:
+    sniper, chance = Sniper(), random.Random(3)
+    store = onionskin.Store(tmp_path / "store")
+    web = store.create("web", size=32 * BLOCK)
+    snapshots: dict[str, bytes] = {}
+    number = 0
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        number += 1
+        web.write(chance.randrange(24) * BLOCK, os.urandom(4 * BLOCK))
+        before = web.read(0, web.size_bytes)
+        name = chance.choice([*snapshots, f"s{number}"])
+        changes: list[Callable[[], object]] = [web.flush, web.flatten, partial(web.snapshot, f"s{number}")]
+        if name in snapshots:
+            changes += [partial(web.revert, name), partial(web.merge, name), partial(web.discard, name, recursive=True)]
+        sniper.under_fire(chance.choice(changes))
+        assert web.read(0, web.size_bytes) in (before, snapshots.get(name))
+        left = {snapshot.name for snapshot in web.snapshots}
+        snapshots = {name: disk for name, disk in snapshots.items() if name in left}
+        if f"s{number}" in left:
+            snapshots[f"s{number}"] = before
+    assert number > 10
+    last = web.read(0, web.size_bytes)
+    store.close()
+    with onionskin.Store(tmp_path / "store") as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == last
+        for name, disk in snapshots.items():
+            with store.open("web", snapshot=name) as view:
+                assert view.read(0, len(disk)) == disk
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
