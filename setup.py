@@ -11,12 +11,12 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # Extension module -> the kernels in csrc/ that it links.
-_MAP = ["blockmap", "layermap", "maplog", "crc32c"]
+_MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c"]
 EXTENSIONS = {
-    "_blockmap": ["blockmap"],
+    "_blockmap": ["blockmap", "mapbuild"],
     "_copy": ["copy", "linux_io"],
     "_maplog": _MAP,
-    "_volume": ["volume", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP],
+    "_volume": ["volume", "opening", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP],
     "_wipe": ["wipe", "linux_io"],
 }
 

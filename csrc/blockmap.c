@@ -651,6 +651,123 @@ int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_co
     return 0;
 }
 
+/* -- many changes at once ------------------------------------------------------------------------------------ */
+
+/* A range laid open: which of its blocks are mapped, and where those are. */
+struct open_range {
+    uint64_t mapped[RANGE_BLOCKS_MAX / 64];
+    onion_place places[RANGE_BLOCKS_MAX];
+};
+
+static void open_put(struct open_range *open, struct stretch put) {
+    for (uint32_t i = put.block; i < put.block + put.block_count; i++) {
+        uint64_t bit = (uint64_t)1 << i % 64;
+        open->places[i] = onion_place_advance(put.place, i - put.block);
+        open->mapped[i / 64] = put.place == ONION_PLACE_HOLE ? open->mapped[i / 64] & ~bit : open->mapped[i / 64] | bit;
+    }
+}
+
+static bool open_is_mapped(const struct open_range *open, uint32_t block) {
+    return open->mapped[block / 64] >> block % 64 & 1;
+}
+
+/* The stretch of mapped blocks at or after *block; length 0 at the end. *block moves behind it. */
+static struct stretch open_next(const struct open_range *open, uint32_t *block, uint32_t block_end) {
+    uint32_t at = *block;
+    while (at < block_end && !open_is_mapped(open, at)) {
+        uint64_t rest = open->mapped[at / 64] >> at % 64;
+        at = rest ? at + (uint32_t)__builtin_ctzll(rest) : (at | 63) + 1;
+    }
+    struct stretch stretch = {at, 0, at < block_end ? open->places[at] : ONION_PLACE_HOLE};
+    while (at < block_end && open_is_mapped(open, at) &&
+           open->places[at] == onion_place_advance(stretch.place, at - stretch.block))
+        at++;
+    stretch.block_count = at - stretch.block;
+    *block = at;
+    return stretch;
+}
+
+static void open_entry(const struct onion_map *map, uint64_t entry, struct open_range *open) {
+    uint32_t blocks = range_blocks(map);
+    memset(open->mapped, 0, sizeof open->mapped);
+    for (uint32_t block = 0; entry != 0 && block < blocks;) {
+        struct stretch stretch = entry_stretch_at(entry, block, blocks);
+        if (stretch.place != ONION_PLACE_HOLE)
+            open_put(open, stretch);
+        block += stretch.block_count;
+    }
+}
+
+static void raise_slots_end(uint64_t *slots_end, const struct stretch *stretch) {
+    if (!onion_place_is_data(stretch->place))
+        return;
+    uint64_t end = (uint64_t)onion_place_slot(stretch->place) + stretch->block_count;
+    uint64_t *highest = &slots_end[onion_place_segment(stretch->place)];
+    *highest = end > *highest ? end : *highest;
+}
+
+/* Packs what lies open into an entry of the root: the smallest form that it fits. */
+static int pack_range(struct onion_map *map, const struct open_range *open, uint64_t *slots_end, uint64_t *entry) {
+    uint64_t runs[RANGE_BLOCKS_MAX + RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX];
+    uint32_t count = 0, block = 0, blocks = range_blocks(map);
+    struct stretch stretch;
+    while ((stretch = open_next(open, &block, blocks)).block_count) {
+        raise_slots_end(slots_end, &stretch);
+        if (stretch.block_count == blocks) {
+            *entry = entry_of_run(stretch.place);
+            return 0;
+        }
+        count += pack_runs(stretch, runs + count);
+    }
+    if (count > sparse_limit(map)) {
+        struct dense_leaf *dense = dense_from_runs(map, runs, count);
+        *entry = entry_of_dense(dense);
+        return dense ? 0 : -ENOMEM;
+    }
+    struct splice all_kept = {.at = count};
+    struct sparse_leaf *sparse = count ? splice_copy(map, runs, count, &all_kept) : NULL;
+    *entry = count ? entry_of_sparse(sparse) : 0;
+    return count && !sparse ? -ENOMEM : 0;
+}
+
+static struct stretch piece_stretch(const struct onion_piece *piece) {
+    return (struct stretch){(uint32_t)piece->where >> 10 & 1023, (uint32_t)piece->where & 1023, piece->place};
+}
+
+/* Applies pieces of one range to its entry. */
+static int apply_in_range(struct onion_map *map, uint64_t range, const struct onion_piece *pieces, size_t count,
+                          uint64_t *slots_end) {
+    struct open_range open;
+    uint64_t old = map->root[range], entry;
+    struct stretch last = piece_stretch(&pieces[count - 1]);
+    int status = 0;
+    if (last.block_count == range_blocks(map)) { /* it hides all before it */
+        entry = last.place == ONION_PLACE_HOLE ? 0 : entry_of_run(last.place);
+        raise_slots_end(slots_end, &last);
+    } else {
+        open_entry(map, old, &open);
+        for (size_t i = 0; i < count; i++)
+            open_put(&open, piece_stretch(&pieces[i]));
+        status = pack_range(map, &open, slots_end, &entry);
+    }
+    if (status == 0)
+        replace_entry(map, range, old, entry);
+    return status;
+}
+
+int onion_map_apply(struct onion_map *map, const struct onion_piece *pieces, size_t count, uint64_t *slots_end) {
+    assert(!map->retire);
+    for (size_t first = 0, end; first < count; first = end) {
+        uint64_t range = pieces[first].where >> ONION_PIECE_RANGE_SHIFT;
+        for (end = first + 1; end < count && pieces[end].where >> ONION_PIECE_RANGE_SHIFT == range; end++)
+            ;
+        int status = apply_in_range(map, range, pieces + first, end - first, slots_end);
+        if (status < 0)
+            return status;
+    }
+    return 0;
+}
+
 /* -- two maps ------------------------------------------------------------------------------------------------ */
 
 static uint64_t blocks_of_both(const struct onion_map *lower, const struct onion_map *upper) {

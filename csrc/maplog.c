@@ -262,3 +262,14 @@ int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log
     *record_count = get32(frame + 4);
     return 1;
 }
+
+int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t offset) {
+    uint64_t frame_bytes;
+    while (offset < length && (frame_bytes = frame_stated_bytes(bytes + offset, length - offset))) {
+        const unsigned char *record = bytes + offset + ONION_FRAME_HEADER_BYTES;
+        for (offset += frame_bytes; record < bytes + offset; record += ONION_RECORD_BYTES)
+            if (get16(record + 16) == ONION_RECORD_HOLE)
+                return 1;
+    }
+    return 0;
+}

@@ -120,6 +120,9 @@ struct onion_log_cursor {
 int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log_cursor *cursor,
                    const unsigned char **records, uint32_t *record_count);
 
+/* Whether a HOLE record may stand in the frames from `offset` on: by their own word, without their checksums. */
+int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t offset);
+
 /* Decodes and checks one record: known kind, reserved bytes zero, fields unused by the kind zero, block_count > 0
  * and block_index + block_count <= block_limit, no slot above ONION_SLOT_LAST, segment number 1 to
  * ONION_SEGMENT_LAST where one is used. ONION_E_FORMAT. */

@@ -1,4 +1,5 @@
-/* volume.c: opening, reading and writing a volume. See volume.h for what must hold, head.c for flush, seal, rewrite. */
+/* volume.c: reading and writing a volume. See volume.h for what must hold, opening.c for how it begins, head.c for flush,
+ * seal and rewrite. */
 #define _GNU_SOURCE
 #include "volume.h"
 
@@ -12,7 +13,6 @@
 #include <unistd.h>
 
 #include "fault.h"
-#include "layermap.h"
 #include "volume_state.h"
 
 #define BATCH 32          /* blocks whose look-ups and loads overlap */
@@ -25,7 +25,7 @@ static void release_leaf(void *context, void *leaf) {
     free(leaf);
 }
 
-static void retire_leaf(void *context, void *leaf) {
+void onion_volume_retire_leaf(void *context, void *leaf) {
     struct onion_volume *volume = context;
     onion_epoch_retire(&volume->epoch, release_leaf, NULL, leaf);
 }
@@ -79,6 +79,8 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     uint64_t capacity_bytes = writable ? ONION_VOLUME_BYTES_MAX : size_bytes;
     uint64_t blocks = (capacity_bytes + block_size - 1) >> shift;
     status = onion_map_init(&volume->index, blocks ? blocks : 1, shift);
+    if (status == 0)
+        status = onion_build_init(&volume->build, &volume->index);
     if (status == 0 && (!volume->segments_directory || !volume->layers_directory || !volume->segments))
         status = -ENOMEM;
     if (status < 0) {
@@ -128,6 +130,7 @@ void onion_volume_close(struct onion_volume *volume) {
     onion_head_log_close(&volume->next_log);
     volume->index.retire = NULL;
     onion_map_destroy(&volume->index);
+    onion_build_destroy(&volume->build);
     pthread_rwlock_unlock(&volume->gate);
     pthread_mutex_lock(&volume->flush_lock);
     if (gate_is_ours)
@@ -179,321 +182,6 @@ void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&vo
 uint64_t onion_volume_memory(const struct onion_volume *volume) {
     uint64_t ranges = (onion_volume_size(volume) >> ONION_RANGE_BYTES_SHIFT) + 1;
     return ranges * sizeof(uint64_t) + (uint64_t)__atomic_load_n(&volume->index.leaf_bytes, __ATOMIC_RELAXED);
-}
-
-/* ---- opening ---- */
-
-static int map_base(const char *path, uint64_t size_bytes, struct onion_mapping **out) {
-    struct onion_mapping *mapping = calloc(1, sizeof *mapping);
-    if (!mapping)
-        return -ENOMEM;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat info;
-    int status = fd < 0 || fstat(fd, &info) ? -errno : 0;
-    if (status == 0 && (uint64_t)info.st_size < size_bytes)
-        status = ONION_E_FORMAT;
-    if (status == 0 && size_bytes) {
-        mapping->length = size_bytes;
-        mapping->address = mmap(NULL, size_bytes, PROT_READ, MAP_SHARED, fd, 0);
-        if (mapping->address == MAP_FAILED)
-            status = -errno;
-    }
-    if (fd >= 0)
-        close(fd);
-    if (status < 0) {
-        free(mapping);
-        return status;
-    }
-    *out = mapping;
-    return 0;
-}
-
-int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_t size_bytes) {
-    int status = map_base(path, size_bytes, &volume->base);
-    if (status == 0) {
-        volume->base_bytes = size_bytes;
-        volume->nothing_below = 0;
-    }
-    return status;
-}
-
-uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid) {
-    for (uint32_t i = volume->segment_count; i; i--)
-        if (!memcmp(volume->segments[i]->uuid, uuid, ONION_UUID_BYTES))
-            return i;
-    return 0;
-}
-
-int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number) {
-    if (volume->segment_count == ONION_SEGMENT_LAST)
-        return -EMFILE;
-    struct onion_segment *segment;
-    int status =
-        onion_segment_new(volume->segments_directory, uuid, volume->segment_count + 1, volume->block_shift, &segment);
-    if (status < 0)
-        return status;
-    segment->features = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0;
-    volume->segments[segment->number] = segment;
-    __atomic_store_n(&volume->segment_count, segment->number, __ATOMIC_RELEASE);
-    *number = segment->number;
-    return 0;
-}
-
-static int site_error(struct onion_fault_site *site, const char *path, uint64_t offset, int status) {
-    snprintf(site->path, sizeof site->path, "%s", path);
-    site->offset = offset;
-    return status;
-}
-
-/* The whole of a map file, its header checked. length_min: bytes that must be there. *torn_header: a file that a crash
- * left before its first flush. */
-static int read_map_file(struct onion_volume *volume, int fd, const unsigned char *map_id, uint64_t length_min,
-                         unsigned char **bytes, uint64_t *length, int *torn_header) {
-    struct stat info;
-    *bytes = NULL;
-    *torn_header = 0;
-    if (fstat(fd, &info))
-        return -errno;
-    if ((uint64_t)info.st_size < length_min)
-        return ONION_E_FORMAT;
-    *length = length_min ? length_min : (uint64_t)info.st_size;
-    *bytes = malloc(*length + 1);
-    if (!*bytes)
-        return -ENOMEM;
-    int status = onion_pread_all(fd, *bytes, *length, 0);
-    struct onion_header header;
-    if (status == 0)
-        status = onion_header_decode(*bytes, *length, ONION_MAGIC_MAP, &header);
-    /* The header is durable before the first frame is written, so a bad one without frames was never promised. */
-    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && *length <= ONION_HEADER_BYTES && !length_min)
-        *torn_header = 1;
-    if (status == 0 && (header.block_size != volume->block_size || memcmp(header.uuid, map_id, ONION_UUID_BYTES)))
-        status = ONION_E_FORMAT;
-    return status;
-}
-
-/* Lays a loaded layer over the index. numbers[i] is the index's number of the layer's segment i. */
-static int fold_layer(struct onion_volume *volume, const struct onion_layer *layer, const uint16_t *numbers) {
-    return onion_map_fold(&volume->index, &layer->map, numbers);
-}
-
-/* What the map names must be among what the catalog lists: numbers[k] for each segment of the layer. */
-static int number_segments(struct onion_volume *volume, const struct onion_layer *layer, uint32_t first,
-                           uint16_t **numbers) {
-    *numbers = calloc(layer->segment_count + 1, sizeof **numbers);
-    if (!*numbers)
-        return -ENOMEM;
-    for (uint32_t k = 0; k < layer->segment_count; k++) {
-        uint32_t number = onion_volume_find_segment(volume, layer->segment_ids[k]);
-        if (number < first)
-            return ONION_E_FORMAT;
-        (*numbers)[k + 1] = (uint16_t)number;
-    }
-    return 0;
-}
-
-/* Highest slot + 1 that the map names in segment k (its number in the layer). */
-static uint64_t slots_named(const struct onion_layer *layer, uint32_t k) {
-    uint64_t highest = 0, at = 0;
-    struct onion_run run;
-    while (onion_map_next(&layer->map, at, layer->map.block_count, &run)) {
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == k) {
-            uint64_t end = onion_place_slot(run.place) + run.block_count;
-            highest = end > highest ? end : highest;
-        }
-        at = run.block_index + run.block_count;
-    }
-    return highest;
-}
-
-static int check_slots(struct onion_volume *volume, const struct onion_layer *layer, const uint16_t *numbers,
-                       struct onion_fault_site *site) {
-    for (uint32_t k = 1; k <= layer->segment_count; k++) {
-        struct onion_segment *segment = volume->segments[numbers[k]];
-        if (slots_named(layer, k) > segment->next_slot)
-            return site_error(site, segment->path, onion_slot_offset(volume->block_shift, segment->next_slot),
-                              ONION_E_FORMAT);
-    }
-    return 0;
-}
-
-static int load_sealed_map(struct onion_volume *volume, const struct onion_layer_source *source,
-                           struct onion_layer *layer, struct onion_fault_site *site) {
-    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    unsigned char *bytes = NULL;
-    uint64_t length, fault = 0;
-    int torn;
-    int fd = open(source->map_path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return site_error(site, source->map_path, 0, -errno);
-    int status = read_map_file(volume, fd, source->map_id, source->map_length, &bytes, &length, &torn);
-    close(fd);
-    if (status == 0)
-        status = onion_layer_load(layer, bytes, length, &cursor, &fault);
-    if (status == ONION_E_TORN)
-        status = ONION_E_FORMAT;
-    if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
-        status = ONION_E_CHECKSUM;
-    free(bytes);
-    return status < 0 ? site_error(site, source->map_path, fault, status) : 0;
-}
-
-/* A layer may be longer than what stands on it (a volume that was shrunk): its map has room for any block. */
-static int layer_init(const struct onion_volume *volume, struct onion_layer *layer) {
-    return onion_layer_init(layer, ONION_VOLUME_BYTES_MAX >> volume->block_shift, volume->block_shift);
-}
-
-int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
-                           struct onion_fault_site *site) {
-    uint32_t first = volume->segment_count + 1;
-    volume->nothing_below = 0;
-    for (uint32_t i = 0; i < source->segment_count; i++) {
-        uint32_t number;
-        int status = onion_volume_add_segment(volume, source->segments[i].uuid, &number);
-        if (status == 0)
-            status = onion_segment_check(volume->segments[number], source->segments[i].slots);
-        if (status < 0)
-            return site_error(site, volume->segments[volume->segment_count]->path, 0, status);
-    }
-    if (!source->map_length)
-        return 0;
-    struct onion_layer layer = {0};
-    uint16_t *numbers = NULL;
-    int status = layer_init(volume, &layer);
-    if (status == 0)
-        status = load_sealed_map(volume, source, &layer, site);
-    if (status == 0 && (status = number_segments(volume, &layer, first, &numbers)) < 0)
-        status = site_error(site, source->map_path, 0, status);
-    if (status == 0)
-        status = check_slots(volume, &layer, numbers, site);
-    if (status == 0)
-        status = fold_layer(volume, &layer, numbers);
-    free(numbers);
-    onion_layer_destroy(&layer);
-    return status;
-}
-
-/* Opens the head's log: reads it into `layer`, cuts off a torn frame. A missing file is an empty log. */
-static int open_log(struct onion_volume *volume, const struct onion_head_source *source, struct onion_layer *layer,
-                    struct onion_fault_site *site) {
-    struct onion_head_log *log = &volume->log;
-    log->path = strdup(source->map_path);
-    memcpy(log->map_id, source->map_id, ONION_UUID_BYTES);
-    log->cursor = (struct onion_log_cursor){.offset = ONION_HEADER_BYTES};
-    if (!log->path)
-        return -ENOMEM;
-    int fd = open(source->map_path, O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return errno == ENOENT ? 0 : site_error(site, source->map_path, 0, -errno);
-    unsigned char *bytes = NULL;
-    uint64_t length = 0, fault = 0;
-    int torn_header;
-    int status = read_map_file(volume, fd, source->map_id, 0, &bytes, &length, &torn_header);
-    if (torn_header) { /* made again, by name, at the first flush */
-        free(bytes);
-        close(fd);
-        return unlink(source->map_path) ? site_error(site, source->map_path, 0, -errno) : 0;
-    }
-    if (status == 0)
-        status = onion_layer_load(layer, bytes, length, &log->cursor, &fault);
-    if (status == ONION_E_TORN)
-        status = ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
-    free(bytes);
-    if (status == 0)
-        status = onion_sync_file(fd); /* BARRIER: opened map */
-    if (status < 0) {
-        close(fd);
-        return site_error(site, source->map_path, fault, status);
-    }
-    log->fd = fd;
-    log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
-    log->numbers_given = layer->segment_count;
-    return 0;
-}
-
-static int open_head_segment(struct onion_volume *volume, const struct onion_layer *layer, uint32_t number, int own,
-                             uint64_t adopted_slots, struct onion_fault_site *site) {
-    struct onion_segment *segment = volume->segments[number];
-    uint64_t named = 0;
-    segment->generation = volume->generation;
-    segment->own = own;
-    for (uint32_t k = 0; k < layer->segment_count; k++)
-        if (!memcmp(layer->segment_ids[k], segment->uuid, ONION_UUID_BYTES)) {
-            segment->log_number = k + 1;
-            named = slots_named(layer, k + 1);
-        }
-    int status = own ? onion_segment_open_own(segment, named) : onion_segment_check(segment, adopted_slots);
-    if (status == 0 && segment->fd >= 0)
-        status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
-    return status < 0 ? site_error(site, segment->path, 0, status) : 0;
-}
-
-static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source,
-                              const struct onion_layer *layer, struct onion_fault_site *site) {
-    for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
-        int own = i >= source->adopted_count;
-        const unsigned char *uuid = own ? source->own[i - source->adopted_count] : source->adopted[i].uuid;
-        uint32_t number;
-        int status = onion_volume_add_segment(volume, uuid, &number);
-        if (status == 0)
-            status = open_head_segment(volume, layer, number, own, own ? 0 : source->adopted[i].slots, site);
-        if (status < 0)
-            return status;
-        if (own && !volume->own)
-            volume->own = number;
-    }
-    return 0;
-}
-
-/* A snapshot that failed leaves its spare to the head as a second segment, and a crash may come before the catalog
- * says so: a spare that has a file, or that the map names, is the head's own. */
-static int open_spare(struct onion_volume *volume, const struct onion_head_source *source,
-                      const struct onion_layer *layer, struct onion_fault_site *site) {
-    uint32_t number;
-    int status = onion_volume_add_segment(volume, source->spare, &number);
-    if (status < 0)
-        return status;
-    int used = access(volume->segments[number]->path, F_OK) == 0;
-    for (uint32_t k = 0; k < layer->segment_count; k++)
-        used |= !memcmp(layer->segment_ids[k], source->spare, ONION_UUID_BYTES);
-    if (used)
-        return open_head_segment(volume, layer, number, 1, 0, site);
-    volume->spare = number;
-    return 0;
-}
-
-int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
-                           struct onion_fault_site *site) {
-    struct onion_layer layer = {0};
-    uint16_t *numbers = NULL;
-    uint32_t first = volume->segment_count + 1;
-    int status = layer_init(volume, &layer);
-    if (status == 0)
-        status = open_log(volume, source, &layer, site);
-    if (status == 0)
-        status = open_head_segments(volume, source, &layer, site);
-    if (status == 0)
-        status = open_spare(volume, source, &layer, site);
-    if (status == 0 && (status = number_segments(volume, &layer, first, &numbers)) < 0)
-        status = site_error(site, source->map_path, 0, status);
-    if (status == 0)
-        status = check_slots(volume, &layer, numbers, site);
-    if (status == 0)
-        status = fold_layer(volume, &layer, numbers);
-    if (status == 0 && layer.has_size)
-        status = layer.size_bytes > ONION_VOLUME_BYTES_MAX ? ONION_E_FORMAT : 0;
-    if (status == 0 && layer.has_size)
-        volume->size_bytes = layer.size_bytes;
-    free(numbers);
-    onion_layer_destroy(&layer);
-    if (status == 0)
-        status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
-    if (status == 0)
-        status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
-    /* From here on others read while we write. */
-    volume->index.retire_context = volume;
-    volume->index.retire = retire_leaf;
-    return status;
 }
 
 /* ---- reading ---- */
@@ -1105,20 +793,37 @@ static uint64_t slots_in_file(const struct onion_segment *segment) {
     return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
 }
 
+static struct onion_segment_info info_of(const struct onion_volume *volume, const struct onion_segment *segment) {
+    struct onion_segment_info info = {
+        .number = segment->number, .slots = slots_in_file(segment), .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
+    memcpy(info.uuid, segment->uuid, ONION_UUID_BYTES);
+    return info;
+}
+
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
     pthread_rwlock_rdlock(&volume->gate);
     uint32_t count = volume->closed ? 0 : volume->segment_count;
-    for (uint32_t i = 1; i <= count && i <= capacity; i++) {
-        const struct onion_segment *segment = volume->segments[i];
-        infos[i - 1].number = i;
-        infos[i - 1].slots = slots_in_file(segment);
-        infos[i - 1].role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0;
-        memcpy(infos[i - 1].uuid, segment->uuid, ONION_UUID_BYTES);
-    }
+    for (uint32_t i = 1; i <= count && i <= capacity; i++)
+        infos[i - 1] = info_of(volume, volume->segments[i]);
     pthread_rwlock_unlock(&volume->gate);
     return count;
+}
+
+uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
+    pthread_rwlock_rdlock(&volume->gate);
+    uint32_t found = 0, count = volume->closed || !volume->sealing ? 0 : volume->segment_count;
+    for (uint32_t i = 1; i <= count; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || onion_segment_is_head(volume, segment))
+            continue;
+        if (found < capacity)
+            infos[found] = info_of(volume, segment);
+        found++;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    return found;
 }
 
 /* ---- a view's own mapping ---- */
@@ -1202,7 +907,7 @@ int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t 
     unsigned char *gone = calloc(ONION_SEGMENT_LAST + 1, 1);
     if (!gone)
         return -ENOMEM;
-    int status = map_base(path, size_bytes, &base);
+    int status = onion_base_map(path, size_bytes, &base);
     if (status < 0) {
         free(gone);
         return status;

@@ -72,6 +72,8 @@ int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_
 /* Adds a sealed layer over those added before; checks all that the source says. */
 int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
                            struct onion_fault_site *site);
+/* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
+int onion_volume_fold_layers(struct onion_volume *volume, struct onion_fault_site *site);
 /* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
  * not be durable. */
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
@@ -119,6 +121,8 @@ struct onion_segment_info {
 };
 /* Returns how many there are; fills as many as fit. */
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
+/* The same for those that a seal under way has sealed, until its outcome is known. */
+uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
 
 /* Snapshot. seal makes the head a sealed layer and starts a new one whose map file will be `map_path`, then makes
  * the sealed one durable. On 0 the flush gate stays closed until seal_commit or seal_abort is called by any thread.

@@ -1,4 +1,4 @@
-/* volume_state.h: what volume.c (reads and writes) and head.c (flush, seal, rewrite) share. Private to the two. */
+/* volume_state.h: what opening.c, volume.c (reads and writes) and head.c (flush, seal, rewrite) share. Private to them. */
 #ifndef ONIONSKIN_VOLUME_STATE_H
 #define ONIONSKIN_VOLUME_STATE_H
 
@@ -6,6 +6,7 @@
 
 #include "barrier.h"
 #include "epoch.h"
+#include "mapbuild.h"
 #include "segment.h"
 #include "volume.h"
 
@@ -44,6 +45,7 @@ struct onion_volume {
     char *segments_directory, *layers_directory;
 
     struct onion_map index;
+    struct onion_build build; /* what was replayed, until the index is made of it */
     struct onion_epoch epoch;
     struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 places */
     uint32_t segment_count;          /* numbers 1 to segment_count are in use */
@@ -77,6 +79,9 @@ int onion_volume_usable(const struct onion_volume *volume);
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+/* Maps a raw image that must hold size_bytes bytes. */
+int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out);
+void onion_volume_retire_leaf(void *context, void *leaf);
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {

@@ -6,13 +6,20 @@ the end of the test. They need root, ``mount`` and the mkfs tools, and fail with
 looked at on a medium is not tested.
 """
 
+import faulthandler
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 MIB = 1 << 20
+# More than pytest-timeout gives a test: it comes first, but its exception can be swallowed by what it interrupts, and then
+# the test goes on, or waits for ever for what the exception left undone.
+WATCHDOG_SECONDS = 1000
+_STDERR = pytest.StashKey[IO[str]]()
 Mount = Callable[..., Path]  # (size_bytes: int = the least) -> directory
 
 # mkfs command and the least size that it takes.
@@ -21,6 +28,24 @@ MKFS = {
     "xfs": (["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], 320 * MIB),
     "btrfs": (["mkfs.btrfs", "-q", "-f"], 128 * MIB),
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STDERR] = os.fdopen(os.dup(2), "w")  # a test's own is captured
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_STDERR].close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """End the whole run, with the stacks of all threads, when a test hangs: the watchdog needs neither GIL nor signal."""
+    faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def image_of(directory: Path) -> Path:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${1:-build/check}
 sanitizers=${2:-address,undefined}
 mkdir -p "$out"
-kernels="blockmap layermap maplog crc32c copy wipe linux_io epoch fault segment barrier volume head"
+kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086

@@ -29,7 +29,8 @@ enum fault { NONE, FULL, SYNC };
 static enum fault fault;
 static int fault_at, calls, hit;
 static char root[200], segments_directory[300], layers_directory[300], map_path[320], next_path[320];
-static const unsigned char own[1][ONION_UUID_BYTES] = {"own"}, spare[ONION_UUID_BYTES] = "spare",
+/* Once the snapshot has failed the spare is the head's second segment, as the catalog would say. */
+static const unsigned char own[2][ONION_UUID_BYTES] = {"own", "spare"}, spare[ONION_UUID_BYTES] = "next",
                            map_id[ONION_UUID_BYTES] = "map", next_id[ONION_UUID_BYTES] = "next";
 static struct onion_volume *volume;
 static unsigned char now[BLOCKS], flushed[BLOCKS]; /* what each block is filled with */
@@ -134,9 +135,11 @@ static void history(void) {
 
 static void open_volume(void) {
     struct onion_fault_site site;
-    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = 1};
+    char used[400];
+    snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
+    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2};
     memcpy(source.map_id, map_id, sizeof map_id);
-    memcpy(source.spare, spare, sizeof spare);
+    memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
     CHECK(onion_volume_open_head(volume, &source, &site) == 0);
     CHECK(onion_volume_free_own_slots(volume) == 0);

@@ -34,6 +34,15 @@ cdef extern from "blockmap.h" nogil:
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
 
+cdef extern from "mapbuild.h" nogil:
+    struct onion_build:
+        uint64_t *slots_end
+    int onion_build_init(onion_build *, onion_map *)
+    int onion_build_put(onion_build *, uint64_t, uint64_t, onion_place)
+    int onion_build_apply(onion_build *)
+    void onion_build_destroy(onion_build *)
+
+
 HOLE = int(ONION_PLACE_HOLE)
 ZERO = int(ONION_PLACE_ZERO)
 RUN_DTYPE = np.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("place", "<u8")])
@@ -158,6 +167,33 @@ cdef class BlockMap:
         with nogil:
             status = onion_map_set(&self.map, block_index, block_count, place)
         check(status)
+
+    def set_many(self, changes):
+        """Make many changes at once, as opening a volume does, and return what slots are named by the map then.
+
+        Parameters
+        ----------
+        changes : sequence of (block_index, block_count, place)
+            Later ones go over earlier ones; blocks past the end of the map are left out.
+
+        Returns
+        -------
+        dict of int to int
+            For each segment that a changed range names: the end of its highest slot.
+        """
+        cdef onion_build build
+        cdef int status
+        self.check_open()
+        check(onion_build_init(&build, &self.map))
+        try:
+            for block_index, block_count, place in changes:
+                check(onion_build_put(&build, block_index, block_count, place))
+            with nogil:
+                status = onion_build_apply(&build)
+            check(status)
+            return {number: build.slots_end[number] for number in range(1, 0xFFFF) if build.slots_end[number]}
+        finally:
+            onion_build_destroy(&build)
 
     def fold(self, BlockMap upper not None, renumber=None):
         """Lay `upper` over this map.

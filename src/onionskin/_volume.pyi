@@ -40,6 +40,7 @@ class DataPath:
     def add_layer(
         self, *, map_path: Path, map_id: bytes, length: int, frames: int, crc: int, segments: list[tuple[bytes, int]]
     ) -> None: ...
+    def fold_layers(self) -> None: ...
     def open_head(
         self,
         *,

@@ -66,6 +66,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_new(uint32_t, uint64_t, const char *, const char *, int, int, onion_volume **)
     int onion_volume_set_base(onion_volume *, const char *, uint64_t)
     int onion_volume_add_layer(onion_volume *, const onion_layer_source *, onion_fault_site *)
+    int onion_volume_fold_layers(onion_volume *, onion_fault_site *)
     int onion_volume_open_head(onion_volume *, const onion_head_source *, onion_fault_site *)
     int onion_volume_free_own_slots(onion_volume *)
     uint64_t onion_volume_size(const onion_volume *)
@@ -82,6 +83,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_wait_for_readers(onion_volume *)
     int onion_volume_scrub_wanted(onion_volume *, uint32_t *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
+    uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
@@ -352,6 +354,16 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
 
+    def fold_layers(self):
+        """Make the index of the layers that were added: before the first read of a view. `open_head` does it too."""
+        cdef onion_fault_site site
+        cdef int status
+        memset(&site, 0, sizeof(site))
+        with nogil:
+            status = onion_volume_fold_layers(self._volume, &site)
+        if status < 0:
+            _raise(status, "open", os.fsdecode(site.path) or self._directory, site.offset)
+
     def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=()):
         """Add the head, last, ready for writing. Returns the size in bytes of the volume."""
         cdef onion_head_source source
@@ -570,14 +582,25 @@ cdef class DataPath:
 
     def segments(self):
         """Return (number, id, role, slots) of every segment; slots is 0 where no file was made."""
-        cdef uint32_t count = onion_volume_segments(self._volume, NULL, 0), i
+        cdef uint32_t count = onion_volume_segments(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
             raise MemoryError
         try:
             count = min(count, onion_volume_segments(self._volume, infos, count))
-            return [(infos[i].number, infos[i].uuid[:16], _ROLES[infos[i].role], infos[i].slots)
-                    for i in range(count)]
+            return _segment_list(infos, count)
+        finally:
+            free(infos)
+
+    cdef list _just_sealed(self):
+        """(id, slots) of the segments that a seal under way has sealed: one, and one more for each aborted seal."""
+        cdef uint32_t count = onion_volume_just_sealed(self._volume, NULL, 0)
+        cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
+        if infos == NULL:
+            raise MemoryError
+        try:
+            count = min(count, onion_volume_just_sealed(self._volume, infos, count))
+            return [(id, slots) for _, id, _, slots in _segment_list(infos, count)]
         finally:
             free(infos)
 
@@ -635,14 +658,13 @@ cdef class DataPath:
         path = os.fsencode(map_path)
         cdef const char *c_path = path
         _copy_id(id, map_id)
-        before = {segment for _, segment, role, _ in self.segments() if role == "own"}
         with nogil:
             status = onion_volume_seal(self._volume, c_path, id, &raw)
         if status < 0:
             if status == -16:
                 raise StateError("snapshot: no spare segment is registered")
             _raise(status, "snapshot", self._directory)
-        return _sealed(&raw, [(segment, slots) for _, segment, role, slots in self.segments() if segment in before])
+        return _sealed(&raw, self._just_sealed())
 
     def seal_commit(self, next_spare):
         """The catalog names the new head: go on with it."""
@@ -755,6 +777,11 @@ cdef class DataPath:
         """Wait for calls under way, then unmap and close. Does not flush. Idempotent."""
         with nogil:
             onion_volume_close(self._volume)
+
+
+cdef list _segment_list(const onion_segment_info *infos, uint32_t count):
+    cdef uint32_t i
+    return [(infos[i].number, infos[i].uuid[:16], _ROLES[infos[i].role], infos[i].slots) for i in range(count)]
 
 
 def _runs_of_bits(bits):

@@ -208,11 +208,17 @@ class Catalog:
             ENOSPC where the disk is full: nothing happened.
         CommitUnknownError
             It is not known whether it happened.
+
+        Notes
+        -----
+        An interrupt that comes while COMMIT runs is raised behind it: the transaction did happen then. So whoever
+        takes back what belongs to a transaction asks the catalog first how that ended.
         """
         with self._guard, self._errors():
             stamp = os.urandom(16)
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._roll_back()  # what a second interrupt left open
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
             except BaseException:
@@ -251,8 +257,8 @@ class Catalog:
             if self._connection.in_transaction:
                 yield
                 return
-            self._connection.execute("BEGIN")
             try:
+                self._connection.execute("BEGIN")
                 yield
             finally:
                 self._roll_back()
@@ -322,6 +328,11 @@ class Catalog:
         with self._errors():
             (number,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
         return int(number)
+
+    def head_of(self, volume: VolumeRow) -> bytes | None:
+        """Return the layer that is a volume's head now."""
+        found = self.row(VolumeRow, "id = ?", volume.id)
+        return found.head if found else None
 
     def volume(self, name: str) -> VolumeRow:
         """Return a volume by name, or raise VolumeNotFoundError."""

@@ -127,6 +127,8 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
         if writable:
             _open_head(layout, path, top, chain.segments[top.id])
             path.free_own_slots()
+        else:
+            path.fold_layers()
     except BaseException:
         path.close()
         raise
@@ -155,6 +157,15 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
         more_own=own[:-1],
         spare=spare,
     )
+
+
+def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
+    """Make a head's spare segment one of its own, and register another. Inside a transaction."""
+    for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
+        catalog.update(SegmentRow, row.id, role="own")
+    spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
+    catalog.insert(spare)
+    return spare
 
 
 @dataclass(frozen=True, slots=True)

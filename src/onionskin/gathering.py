@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from onionskin import pending
 from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.barriers import sync_directory, sync_file
@@ -57,8 +58,7 @@ def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:
             lambda: store.in_transaction(lambda: _switch(store, layer, small, segment, slots, map_id, written))
         )
     except BaseException:
-        segment_path.unlink(missing_ok=True)
-        map_path.unlink(missing_ok=True)
+        pending.drop_drafts(store, segment_path, map_path)
         raise
 
 

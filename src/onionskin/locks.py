@@ -101,9 +101,13 @@ class ByteLocks:
 
     @contextmanager
     def exclusive(self, number: int) -> Iterator[bool]:
-        """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it."""
+        """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it.
+
+        Locks that were closed meanwhile by another thread hold nothing.
+        """
         with self._guard:
-            held = number not in self._exclusive and _set_lock(self._open_descriptor(), fcntl.F_WRLCK, number, 1)
+            is_free = self._descriptor >= 0 and number not in self._exclusive
+            held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
             if held:
                 self._exclusive.add(number)
         try:

@@ -5,12 +5,13 @@ the segments and notes what has to be freed; reads do not change, whatever step 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from errno import EINVAL
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import transfer
+from onionskin import pending, transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
@@ -73,26 +74,26 @@ def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
     store = volume.store
     map_id = new_id()
     path = store.layout.map_file(map_id)
-    with load_layer(store, lower) as folded:
-        with load_layer(store, upper) as upper_map:
-            folded.fold(upper_map)
-        if _nothing_below(lower):
-            folded.drop_zero()
-        length, frames, crc = folded.write(
-            str(path), map_id=map_id, wipe_zero=upper.wipe == "zero", size_bytes=upper.size_bytes
-        )
+
+    def switch() -> None:
+        _check_unchanged(store, lower, upper)
+        _switch_map(store, lower, upper, map_id, written)
+
     try:
+        with load_layer(store, lower) as folded:
+            with load_layer(store, upper) as upper_map:
+                folded.fold(upper_map)
+            if _nothing_below(lower):
+                folded.drop_zero()
+            written = folded.write(
+                str(path), map_id=map_id, wipe_zero=upper.wipe == "zero", size_bytes=upper.size_bytes
+            )
         sync_directory(store.layout.layers)  # BARRIER: folded map name
-
-        def switch() -> None:
-            _check_unchanged(store, lower, upper)
-            _switch_map(store, lower, upper, map_id, (length, frames, crc))
-
         store.with_reserve(lambda: store.in_transaction(switch))
     except BaseException:
-        path.unlink(missing_ok=True)
+        pending.drop_drafts(store, path)
         raise
-    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+    volume.lock_what_is_read()
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
@@ -111,25 +112,39 @@ def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
 
 def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:
     store, map_id = volume.store, new_id()
-    volume.path.rewrite_map(
-        new_path=str(store.layout.map_file(map_id)),
-        new_id=map_id,
-        lower=source,
-        drop_zero=_nothing_below(lower or head),
-    )
-    try:
 
-        def switch() -> None:
-            if lower:
-                _check_unchanged(store, lower, head)
-            _switch_map(store, lower, head, map_id, (0, 0, 0))
+    def switch() -> None:
+        if lower:
+            _check_unchanged(store, lower, head)
+        _switch_map(store, lower, head, map_id, (0, 0, 0))
 
+    with volume.settling(lambda: _settle_rewrite(volume, head.id, map_id)):
+        volume.path.rewrite_map(
+            new_path=str(store.layout.map_file(map_id)),
+            new_id=map_id,
+            lower=source,
+            drop_zero=_nothing_below(lower or head),
+        )
         store.with_reserve(lambda: store.in_transaction(switch))
-    except BaseException:
-        volume.path.rewrite_abort()
-        raise
-    volume.path.rewrite_commit()
-    volume.locks.take_shared(read_chain(store.catalog, volume.head).lock_bytes)
+
+
+def _settle_rewrite(volume: "Volume", head: bytes, map_id: bytes) -> None:
+    """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
+    if not volume.path.poisoned and volume.store.catalog.layer(head).map_id != map_id:
+        if_begun(volume.path.rewrite_abort)
+        return
+    if_begun(volume.path.rewrite_commit)
+    if not volume.path.poisoned:
+        volume.lock_what_is_read()
+
+
+def if_begun(tell: Callable[[], None]) -> None:
+    """Tell the data path how a seal or a rewrite ended; one that was not begun, or was told already, needs nothing."""
+    try:
+        tell()
+    except OSError as error:
+        if error.errno != EINVAL:
+            raise
 
 
 def compact(volume: "Volume") -> None:
@@ -215,6 +230,7 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
         base = read_chain(catalog, volume.head).base
         assert base is not None
         volume.path.rebase(path=base.path, size_bytes=base.size_bytes, dropped=dropped)
+        volume.lock_what_is_read()
     finally:
         lock.close()
         volume.base_lock = BaseLock(Path(chain.base.path))

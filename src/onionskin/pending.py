@@ -7,7 +7,7 @@ All of it may be done twice.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy.typing
 
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.errors import StateError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
@@ -33,7 +33,7 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
     for row in store.catalog.rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
         if policy is not None and row.wipe != policy:
             continue
-        with _alone(store, row.lock_byte) as alone:
+        with _alone(store, row) as alone:
             if alone and _do(store, row):
                 with store.catalog.transaction():
                     store.catalog.delete(PendingRow, "id = ?", row.id)
@@ -43,14 +43,19 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 
 
 @contextmanager
-def _alone(store: "Store", lock_byte: int) -> Iterator[bool]:
-    """Hold a byte exclusively: through the one open volume that reads the file, or through the store's own locks."""
-    holders = [volume for volume in store.open_volumes() if lock_byte in volume.locks.shared]
-    if len(holders) > 1:
-        yield False
-        return
-    locks = holders[0].locks if holders else store.locks
-    with locks.exclusive(lock_byte) as held:
+def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
+    """Hold the byte of a file exclusively, through the store's own locks.
+
+    A scrub may borrow the lock of the one volume that has the file open for writing here: that never reads a slot which
+    the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
+    a lock on a file that goes as a whole still reads it.
+    """
+    locks = store.locks
+    if row.kind == "scrub":
+        for volume in store.open_volumes():
+            if volume.writable and row.lock_byte in volume.locks.shared:
+                locks = volume.locks
+    with locks.exclusive(row.lock_byte) as held:
         yield held
 
 
@@ -143,6 +148,16 @@ def orphans(store: "Store") -> list[Path]:
         named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
     directories = (store.layout.layers, store.layout.segments)
     return sorted(path for directory in directories for path in directory.iterdir() if path not in named)
+
+
+def drop_drafts(store: "Store", *paths: Path) -> None:
+    """Remove files whose transaction failed; not those that it names after all, when an interrupt came behind its commit.
+
+    What cannot be decided or removed now is left to a sweep.
+    """
+    with suppress(OSError, OnionskinError):
+        for path in set(orphans(store)).intersection(paths):
+            _sweep(path)
 
 
 def _sweep(path: Path) -> None:

@@ -38,6 +38,7 @@ from onionskin.chain import (
     lock_chain,
     open_chain,
     read_chain,
+    replace_spare,
 )
 from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
 from onionskin.layout import DIRECTORIES, Layout
@@ -53,6 +54,7 @@ from onionskin.snapshots import (
     users_of,
     when,
 )
+from onionskin.views import OpenChain, SealedViews
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ class Store:
         # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
         self.unnamed_files = threading.RLock()
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
+        self.views = SealedViews()
         if create and not self.layout.catalog.exists():
             self._make_directories()
         self.catalog = Catalog(self.layout.catalog, create=create)
@@ -208,9 +211,7 @@ class Store:
         """
         row = self.catalog.volume(name)
         if snapshot is not None:
-            view = self._open_layer(row, find_snapshot(self.catalog, row, snapshot).layer, None, snapshot, verify)
-            self._open.add(view)
-            return view
+            return self._open_view(row, snapshot, verify)
         lock = VolumeLock(self.layout.volume_lock(row.id), name)
         try:
             self.catalog.sync_found()
@@ -226,13 +227,33 @@ class Store:
         for work in self.catalog.rows(PendingRow, "kind = 'base-merge'"):
             if work.target in {layer.id for layer in self.catalog.chain(row.head)}:
                 merging.resume_base_merge(self, work.target)
+        self._adopt_used_spare(row.head)
         gathering.gather_chain(self, row.head)
-        return self._open_layer(row, row.head, lock, None, verify)
+        opened = self._open_layer(row.head, writable=True, verify=verify)
+        return Volume(self, row, opened, volume_lock=lock)
 
-    def _open_layer(
-        self, row: VolumeRow, layer: bytes, lock: VolumeLock | None, snapshot: str | None, verify: bool
-    ) -> Volume:
-        """Lock the files of a head (with its lock) or of a snapshot, and open its data path."""
+    def _adopt_used_spare(self, head: bytes) -> None:
+        """A snapshot that failed at its commit left the head with two segments: the spare has a file, and is in the map."""
+        (spare,) = self.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
+        if self.layout.segment_file(spare.id).exists():
+            self.with_reserve(lambda: self.in_transaction(lambda: replace_spare(self.catalog, head)))
+
+    def _open_view(self, row: VolumeRow, snapshot: str, verify: bool) -> Volume:
+        """Open a snapshot, or share what is open of it already: then only its base is looked at again."""
+        layer = find_snapshot(self.catalog, row, snapshot).layer
+        opened = self.views.take(layer, lambda: self._open_layer(layer, writable=False, verify=verify))
+        try:
+            if opened.chain.base and opened.users > 1:
+                check_base(self.catalog, opened.chain.base, verify=verify)
+            view = Volume(self, row, opened, snapshot=snapshot)
+        except BaseException:
+            self.views.give_back(layer)
+            raise
+        self._open.add(view)
+        return view
+
+    def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
+        """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)
         base_lock = None
         try:
@@ -240,13 +261,13 @@ class Store:
             if chain.base:
                 base_lock = lock_base(chain.base)
                 check_base(self.catalog, chain.base, verify=verify)
-            path = open_chain(self.layout, chain, writable=lock is not None)
+            path = open_chain(self.layout, chain, writable=writable)
         except BaseException:
             locks.close()
             if base_lock:
                 base_lock.close()
             raise
-        return Volume(self, row, path, chain, locks=locks, base_lock=base_lock, volume_lock=lock, snapshot=snapshot)
+        return OpenChain(chain, path, locks, base_lock)
 
     def _after_open(self, volume: Volume) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""

@@ -22,7 +22,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, NewHead, lock_chain, open_chain, read_chain
+from onionskin.chain import NewHead, lock_chain, open_chain, read_chain, replace_spare
 from onionskin.diskfile import DiskFile
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.layermaps import map_is_used
@@ -37,13 +37,14 @@ from onionskin.snapshots import (
     nearest_snapshot,
     users_of,
 )
+from onionskin.views import OpenChain, closed_path
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
     from onionskin._volume import DataPath
-    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
+    from onionskin.locks import ByteLocks, VolumeLock
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
@@ -64,30 +65,41 @@ class Volume:
         self,
         store: "Store",
         row: VolumeRow,
-        path: "DataPath",
-        chain: Chain,
+        opened: OpenChain,
         *,
-        locks: "ByteLocks",
-        base_lock: "BaseLock | None",
-        volume_lock: "VolumeLock | None",
+        volume_lock: "VolumeLock | None" = None,
         snapshot: str | None = None,
     ) -> None:
         self.store = store
         self.row = row
-        self.path = path
-        self.locks = locks
+        self.path = opened.path
+        self._locks: ByteLocks | None = opened.locks
         self.snapshot_name = snapshot
-        self.base_lock = base_lock
-        self.head = chain.top.id
-        self.block_size: int = chain.top.block_size
-        self.wipe: str = chain.top.wipe
+        self.base_lock = opened.base_lock
+        self.head = opened.chain.top.id
+        self.block_size: int = opened.chain.top.block_size
+        self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
         self._guard = threading.RLock()
         self._closed = False
         self._forked = False
+        self._unsettled: Callable[[], None] | None = None
         forks.register(self)
 
     # ---- what it is ----
+
+    @property
+    def locks(self) -> "ByteLocks":
+        """The locks on the files that the volume can read."""
+        if self._locks is None:
+            raise StateError(f"{self!r} is closed; open it again")
+        return self._locks
+
+    def lock_what_is_read(self) -> None:
+        """After a change of the tree: lock the files of the chain as it is now, and give the others up."""
+        bytes_read = read_chain(self.store.catalog, self.head).lock_bytes
+        self.locks.take_shared(bytes_read)
+        self.locks.keep_shared(bytes_read)
 
     @property
     def name(self) -> str:
@@ -180,7 +192,7 @@ class Volume:
 
         The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard.
         """
-        return self._on_path(lambda path: path.view(offset, length, (self.locks, self.base_lock)))
+        return self._on_path(lambda path: path.view(offset, length, (self._locks, self.base_lock)))
 
     def flush(self) -> None:
         """Make everything that was written before the call durable.
@@ -291,34 +303,61 @@ class Volume:
         self._need_spare()
         old = catalog.layer(self.head)
         head = NewHead.on(old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes)
-        is_sealed = False
-        try:
-            with catalog.transaction():
-                check()
-                sealed = self.path.seal(
-                    map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
-                )
-                is_sealed = True
-                # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-                self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
-                spare_row = self._write_sealed(old, sealed, head)
-                row = catalog.layer(old.id)
-                also(row, head.layer.created_ns)
-        except CommitUnknownError:
-            self.path.poison()
-            raise
-        except BaseException:
-            if is_sealed:
-                self.path.seal_abort()
-            raise
-        self.head = head.layer.id
-        self.path.seal_commit(spare_row.id)
-        made = catalog.layer(self.head)
-        self.locks.take_shared({made.map_lock_byte, spare_row.lock_byte})
+        with self.settling(lambda: self._settle_seal(head.layer.id)), catalog.transaction():
+            check()
+            sealed = self.path.seal(
+                map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
+            )
+            # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
+            self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
+            self._write_sealed(old, sealed, head)
+            row = catalog.layer(old.id)
+            also(row, head.layer.created_ns)
         self.store.work_soon()
         return row
 
-    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> SegmentRow:
+    def _settle_seal(self, new_head: bytes) -> None:
+        """Go on with the new head if the catalog has it, with the old one if not."""
+        catalog = self.store.catalog
+        if self.path.poisoned or catalog.head_of(self.row) != new_head:
+            merging.if_begun(self.path.seal_abort)
+            return
+        (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", new_head)
+        self.head = new_head
+        merging.if_begun(lambda: self.path.seal_commit(spare.id))
+        # Not all of the chain anew: a snapshot must not cost more the more there are.
+        self.locks.take_shared({catalog.layer(new_head).map_lock_byte, spare.lock_byte})
+
+    @contextmanager
+    def settling(self, settle: Callable[[], None]) -> Iterator[None]:
+        """Run a change of the catalog, then `settle`, which asks the catalog how it ended and tells the data path.
+
+        Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
+        rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
+        """
+        self._unsettled = settle
+        try:
+            yield
+        except CommitUnknownError:
+            self.path.poison()
+            raise
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        settle = self._unsettled
+        if settle is None:
+            return
+        try:
+            settle()
+        except Exception:
+            self.path.poison()  # the catalog cannot be read
+            settle()
+            self._unsettled = None
+            raise
+        self._unsettled = None
+
+    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> None:
         """Write what a seal changes: the old head's files as they are now, the new head with the old one's spare."""
         catalog = self.store.catalog
         catalog.update(
@@ -355,10 +394,8 @@ class Volume:
             )
         )
         catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
-        next_spare = SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte())
-        catalog.insert(next_spare)
+        catalog.insert(SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte()))
         self.store.set_head(self.row, layer.id)
-        return next_spare
 
     def _need_spare(self) -> None:
         """Register a spare segment where an aborted snapshot used it up."""
@@ -366,10 +403,7 @@ class Volume:
             return
         catalog = self.store.catalog
         with catalog.transaction():
-            for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head):
-                catalog.update(SegmentRow, row.id, role="own")
-            spare = SegmentRow(new_id(), self.head, "spare", 0, catalog.take_lock_byte())
-            catalog.insert(spare)
+            spare = replace_spare(catalog, self.head)
         self.path.set_spare(spare.id)
         self.locks.take_shared({spare.lock_byte})
 
@@ -390,33 +424,30 @@ class Volume:
         top = below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
         new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
-        old_head = self.head
-        try:
+        old_path, old_head = self.path, self.head
 
-            def commit() -> None:
-                with catalog.transaction():
-                    head.insert(catalog)
-                    self.store.set_head(self.row, head.layer.id)
-                    also()
-                    free_unneeded(catalog, old_head)
+        def commit() -> None:
+            with catalog.transaction():
+                head.insert(catalog)
+                self.store.set_head(self.row, head.layer.id)
+                also()
+                free_unneeded(catalog, old_head)
 
+        def settle() -> None:
+            if old_path.poisoned or catalog.head_of(self.row) != head.layer.id:
+                new_path.close()
+            else:
+                self._switch(new_path, head.layer.id)
+
+        with self.settling(settle):
             self.store.with_reserve(commit)
-        except CommitUnknownError:
-            self.path.poison()
-            new_path.close()
-            raise
-        except BaseException:
-            new_path.close()
-            raise
-        self._switch(new_path, head.layer.id)
+        self.store.work_soon()
 
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
         old_path, self.path, self.head = self.path, new_path, head
-        old_path.close()
-        chain = read_chain(self.store.catalog, head)
-        self.locks.take_shared(chain.lock_bytes)
-        self.locks.keep_shared(chain.lock_bytes)
-        self.store.work_soon()
+        if old_path is not new_path:
+            old_path.close()
+        self.lock_what_is_read()
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
@@ -529,6 +560,7 @@ class Volume:
                 raise StateError(f"volume {self.name!r} is closed; open it again")
             if not self.writable:
                 raise StateError(f"{self!r} is a view of a snapshot; open the volume itself")
+            self._settle()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
             yield
@@ -553,6 +585,7 @@ class Volume:
                 return
             self._closed = True
             try:
+                self._settle()
                 if self.writable and not self.path.poisoned:
                     self._flush_and_compact()
             finally:
@@ -567,16 +600,17 @@ class Volume:
 
     def _release(self) -> None:
         self.store.forget(self)
+        if self._volume_lock is None:
+            self.path = closed_path(self.path)  # other views of the layer may go on with the open one
+            self.store.views.give_back(self.head)
+            # A view's locks end with the last array over it: they close when nothing refers to them.
+            self._locks = self.base_lock = None
+            return
         self.path.close()
-        if self.writable:
-            self.locks.close()
-            if self.base_lock:
-                self.base_lock.close()
-        # A view's locks end with the last array over it: they close when nothing refers to them.
-        del self.locks
-        self.base_lock = None
-        if self._volume_lock:
-            self._volume_lock.close()
+        self.locks.close()
+        if self.base_lock:
+            self.base_lock.close()
+        self._volume_lock.close()
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""

@@ -14,6 +14,10 @@ from model.disk_model import StoreModel, VolumeModel
 
 import onionskin
 
+# Hypothesis takes the exception of pytest-timeout's signal for one of the example, and goes on: so end the process.
+EXAMPLES = int(os.environ.get("ONIONSKIN_EXAMPLES", "60"))
+pytestmark = pytest.mark.timeout(300 + 10 * EXAMPLES, method="thread")
+
 BLOCK = 4096
 BASE_BYTES = 40 * BLOCK + 1000
 NAMES = st.sampled_from([f"s{i}" for i in range(8)])
@@ -190,7 +194,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=int(os.environ.get("ONIONSKIN_EXAMPLES", "60")),
+    max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

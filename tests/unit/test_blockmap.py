@@ -112,6 +112,39 @@ def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) 
 
 
 @given(maps(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_many_changes_at_once_are_the_changes_one_by_one(
+    made: tuple[int, int, list[Change]], data: st.DataObject
+) -> None:
+    block_map, places = map_of(*made)
+    changes = data.draw(history(len(places)))
+    named = block_map.set_many(changes)
+    apply(places, changes)
+    assert_same(block_map, places)
+    changed = {block // (1 << (21 - made[1])) for first, count, _ in changes for block in range(first, first + count)}
+    ends: dict[int, int] = {}
+    for block, place in enumerate(places):
+        if is_data(place) and block // (1 << (21 - made[1])) in changed:
+            ends[place >> 32] = max(ends.get(place >> 32, 0), (place & 0xFFFFFFFF) + 1)
+    assert named == ends
+
+
+def test_many_changes_of_a_large_map_are_sorted_with_later_ones_last() -> None:
+    blocks = 1 << 24
+    block_map = BlockMap(blocks)
+    changes = [(i * 7919 % 4096 * 4096 + i % 3, 1, place_of(1, i)) for i in range(20000)]
+    block_map.set_many(changes)
+    last = {block: place for block, _, place in changes}
+    assert block_map.lookup_many(list(last)).tolist() == list(last.values())
+
+
+def test_changes_past_the_end_of_a_map_are_left_out() -> None:
+    block_map = BlockMap(700)
+    block_map.set_many([(600, 200, ZERO), (700, 5, ZERO), (1 << 40, 1, ZERO)])
+    assert block_map.runs().tolist() == [(600, 100, ZERO)]
+
+
+@given(maps(), st.data())
 @settings(deadline=None)
 def test_run_at_is_a_true_run_of_at_most_the_limit(made: tuple[int, int, list[Change]], data: st.DataObject) -> None:
     block_map, places = map_of(*made)
