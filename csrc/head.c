@@ -57,8 +57,12 @@ static void flush_gate_open(struct onion_volume *volume) {
 }
 
 static int flush_begin(struct onion_volume *volume) {
-    int status = volume->own ? flush_gate_close(volume) : onion_volume_usable(volume);
-    return status == 0 && !volume->own ? ONION_E_READ_ONLY : status; /* a view, or its head was not opened */
+    int status = flush_gate_close(volume);
+    if (status == 0 && !volume->own) { /* a view, or its head was not opened */
+        flush_gate_open(volume);
+        status = ONION_E_READ_ONLY;
+    }
+    return status;
 }
 
 /* ---- segments ---- */

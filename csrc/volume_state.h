@@ -75,13 +75,13 @@ struct onion_volume {
 
 /* 0, or why no verb may run now. */
 int onion_volume_usable(const struct onion_volume *volume);
-/* Maps a raw image that must hold size_bytes bytes. */
-int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out);
-void onion_volume_retire_leaf(void *context, void *leaf);
 /* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+/* Maps a raw image that must hold size_bytes bytes. */
+int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out);
+void onion_volume_retire_leaf(void *context, void *leaf);
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {

@@ -29,7 +29,8 @@ enum fault { NONE, FULL, SYNC };
 static enum fault fault;
 static int fault_at, calls, hit;
 static char root[200], segments_directory[300], layers_directory[300], map_path[320], next_path[320];
-static const unsigned char own[2][ONION_UUID_BYTES] = {"own", "spare"}, next_spare[ONION_UUID_BYTES] = "next spare",
+/* Once the snapshot has failed the spare is the head's second segment, as the catalog would say. */
+static const unsigned char own[2][ONION_UUID_BYTES] = {"own", "spare"}, spare[ONION_UUID_BYTES] = "next",
                            map_id[ONION_UUID_BYTES] = "map", next_id[ONION_UUID_BYTES] = "next";
 static struct onion_volume *volume;
 static unsigned char now[BLOCKS], flushed[BLOCKS]; /* what each block is filled with */
@@ -132,22 +133,13 @@ static void history(void) {
     TRY(flush());
 }
 
-/* As the catalog does: a spare that has a file was left to the head by a seal that failed, and is its own. */
-static int spare_is_used(void) {
-    char path[400];
-    int length = snprintf(path, sizeof path, "%s/", segments_directory);
-    for (int i = 0; i < ONION_UUID_BYTES; i++)
-        length += snprintf(path + length, sizeof path - (size_t)length, "%02x", own[1][i]);
-    snprintf(path + length, sizeof path - (size_t)length, ".seg");
-    return access(path, F_OK) == 0;
-}
-
 static void open_volume(void) {
     struct onion_fault_site site;
-    int used = spare_is_used();
-    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = 1 + (uint32_t)used};
+    char used[400];
+    snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
+    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2};
     memcpy(source.map_id, map_id, sizeof map_id);
-    memcpy(source.spare, used ? next_spare : own[1], sizeof source.spare);
+    memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
     CHECK(onion_volume_open_head(volume, &source, &site) == 0);
     CHECK(onion_volume_free_own_slots(volume) == 0);

@@ -582,12 +582,16 @@ cdef class DataPath:
 
     def segments(self):
         """Return (number, id, role, slots) of every segment; slots is 0 where no file was made."""
-        cdef uint32_t count = onion_volume_segments(self._volume, NULL, 0)
+        cdef uint32_t count, found
+        with nogil:
+            count = onion_volume_segments(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
             raise MemoryError
         try:
-            count = min(count, onion_volume_segments(self._volume, infos, count))
+            with nogil:
+                found = onion_volume_segments(self._volume, infos, count)
+            count = min(count, found)
             return _segment_list(infos, count)
         finally:
             free(infos)
@@ -632,7 +636,9 @@ cdef class DataPath:
     def scrub_wanted(self):
         """Return the ids of adopted segments in which slots became free since the last call."""
         cdef uint32_t numbers[256]
-        cdef int count = onion_volume_scrub_wanted(self._volume, numbers, 256)
+        cdef int count
+        with nogil:
+            count = onion_volume_scrub_wanted(self._volume, numbers, 256)
         if not count:
             return []
         ids = {number: id for number, id, _, _ in self.segments()}
@@ -670,13 +676,17 @@ cdef class DataPath:
         """The catalog names the new head: go on with it."""
         cdef unsigned char id[16]
         _copy_id(id, next_spare)
-        cdef int status = onion_volume_seal_commit(self._volume, id)
+        cdef int status
+        with nogil:
+            status = onion_volume_seal_commit(self._volume, id)
         if status < 0:
             _raise(status, "snapshot", self._directory)
 
     def seal_abort(self):
         """The catalog still names the old head: it goes on, and owns what was written since."""
-        cdef int status = onion_volume_seal_abort(self._volume)
+        cdef int status
+        with nogil:
+            status = onion_volume_seal_abort(self._volume)
         if status < 0:
             _raise(status, "snapshot", self._directory)
 
@@ -684,7 +694,9 @@ cdef class DataPath:
         """Register the id of the segment that the next head will begin with."""
         cdef unsigned char id[16]
         _copy_id(id, spare)
-        cdef int status = onion_volume_set_spare(self._volume, id)
+        cdef int status
+        with nogil:
+            status = onion_volume_set_spare(self._volume, id)
         if status < 0:
             _raise(status, "snapshot", self._directory)
 
@@ -714,13 +726,17 @@ cdef class DataPath:
 
     def rewrite_commit(self):
         """The catalog names the new map file: append to it from now on."""
-        cdef int status = onion_volume_rewrite_commit(self._volume)
+        cdef int status
+        with nogil:
+            status = onion_volume_rewrite_commit(self._volume)
         if status < 0:
             _raise(status, "merge", self._directory)
 
     def rewrite_abort(self):
         """The catalog still names the old map file: drop the new one."""
-        cdef int status = onion_volume_rewrite_abort(self._volume)
+        cdef int status
+        with nogil:
+            status = onion_volume_rewrite_abort(self._volume)
         if status < 0:
             _raise(status, "merge", self._directory)
 
@@ -767,7 +783,8 @@ cdef class DataPath:
 
     def poison(self):
         """Make every later call fail until the volume is opened again."""
-        onion_volume_poison(self._volume)
+        with nogil:
+            onion_volume_poison(self._volume)
 
     def after_fork(self):
         """In the child of a fork: every later call raises, and nothing is released."""

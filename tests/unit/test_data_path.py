@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,17 @@ def test_each_opening_draws_a_salt_of_its_own(files: Files) -> None:
         last = frames.rindex((0x4D52464F).to_bytes(4, "little"))
         salts.add(frames[last + 16 : last + 24])
     assert len(salts) == 3
+
+
+def test_python_goes_on_while_a_verb_waits_for_the_gate(files: Files, path: DataPath) -> None:
+    """A resize to 4 TiB holds the gate for a while; who asks for it meanwhile must not hold the interpreter."""
+    begun = time.monotonic()
+    growing, _ = in_thread(lambda: path.resize(4 << 40))
+    time.sleep(0.01)
+    asking, _ = in_thread(lambda: path.segments())
+    ticks = 0
+    while growing.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    asking.join()
+    assert ticks > 20 * (time.monotonic() - begun), "the interpreter stood still"
