@@ -106,8 +106,7 @@ def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
         web = store.create("web", size="8M", wipe="zero")
         web.write(0, FILL)
         web.path.close()  # no flush: what a crash leaves
-        with pytest.raises(onionskin.StateError):
-            web.close()
+        web.close()
         (segment,) = store.layout.segments.iterdir()
         length = segment.stat().st_size
         with segment.open("r+b") as file:
