@@ -2,10 +2,12 @@
  *
  * A flush, step by step, and what a crash between two steps leaves:
  *   1. take the pending records and the dirty flags     nothing happened
- *   2. sync the segments (and their directory, if new)  data in slots that no durable map names
- *   3. append one frame to the map log                  a torn frame, which the next open cuts off
- *   4. sync the map log (and its directory, if new)     the flush is done
- *   5. wipe and punch the slots that the frame freed    done again at the next open, or by the next scrub
+ *   2. make the map file, if there is none              an empty log, or a torn header
+ *   3. sync the segments (and their directory, if new)  data in slots that no durable map names
+ *   4. sync the header of a new map, and its directory  an empty log
+ *   5. append one frame to the map log                  a torn frame, which the next open cuts off
+ *   6. sync the map log                                 the flush is done
+ *   7. wipe and punch the slots that the frame freed    done again at the next open, or by the next scrub
  * The flush gate lets one flush run at a time, so at most one frame is unsynced; a flush never rides on another's
  * sync, it waits and then makes its own. */
 #define _GNU_SOURCE
@@ -22,6 +24,7 @@
 #include "wipe.h"
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
+#define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
 
 /* ---- the flush gate ---- */
 
@@ -95,40 +98,51 @@ static int sync_segments(struct onion_volume *volume) {
 
 /* ---- the map log ---- */
 
-static int create_map_file(struct onion_volume *volume, const char *path, const unsigned char *map_id, int *out) {
-    unsigned char bytes[ONION_HEADER_BYTES];
+/* Makes the file of a log: its header, and zeros for the first frames where there is room for them. */
+static int create_map_file(struct onion_volume *volume, struct onion_head_log *log) {
+    unsigned char bytes[LOG_STEP_BYTES] = {0};
     struct onion_header header = {.version = ONION_FORMAT_VERSION,
                                   .block_size = volume->block_size,
                                   .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
-    memcpy(header.uuid, map_id, ONION_UUID_BYTES);
+    memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    int fd = open(log->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
+    log->room_end = sizeof bytes;
     int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
+    if (status == -ENOSPC) {
+        log->room_end = ONION_HEADER_BYTES;
+        status = onion_pwrite_all(fd, bytes, ONION_HEADER_BYTES, 0);
+    }
     if (status < 0) {
-        unlink(path);
+        unlink(log->path);
         close(fd);
         return status;
     }
-    *out = fd;
+    log->fd = fd;
+    return 0;
+}
+
+/* Makes the file of a log that has none, and starts to write it out: so the commit of the file system's journal that the
+ * sync of the segments waits for holds this file too, and its own sync need not wait for another. */
+static int make_log(struct onion_volume *volume, struct onion_head_log *log) {
+    int status = create_map_file(volume, log);
+    if (status < 0)
+        return status;
+    onion_start_writing(log->fd);
+    log->is_new = 1;
     return 0;
 }
 
 /* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
-static int open_new_log(struct onion_volume *volume, struct onion_head_log *log) {
-    int fd, status = create_map_file(volume, log->path, log->map_id, &fd);
-    if (status < 0)
-        return status;
-    status = onion_sync_file(fd); /* BARRIER: map header */
+static int sync_new_log(struct onion_volume *volume, struct onion_head_log *log) {
+    int status = onion_sync_file(log->fd); /* BARRIER: map header */
     if (status == 0)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
-    if (status < 0) {
-        close(fd);
-        return poison_on(volume, status);
-    }
-    log->fd = fd;
-    return 0;
+    if (status == 0)
+        log->is_new = 0;
+    return poison_on(volume, status);
 }
 
 static int draw_salt(struct onion_head_log *log) {
@@ -171,13 +185,31 @@ static uint32_t own_segment_count(const struct onion_volume *volume) {
     return count;
 }
 
+/* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
+ * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
+ * are no frame: who reads the log sees its end. A disk with no room for them has room for the frame perhaps. */
+static int write_frame(struct onion_head_log *log, const unsigned char *bytes, size_t length, size_t with_room) {
+    uint64_t end = log->cursor.offset + length;
+    if (end <= log->room_end)
+        return onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
+    int status = onion_pwrite_all(log->fd, bytes, with_room, log->cursor.offset);
+    if (status == 0)
+        log->room_end = log->cursor.offset + with_room;
+    else if (status == -ENOSPC)
+        status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
+    return status;
+}
+
 static int append_frame(struct onion_head_log *log, const struct onion_record *records, uint32_t count) {
     size_t length = onion_frame_bytes(count);
-    unsigned char *bytes = malloc(length);
+    uint64_t end = log->cursor.offset + length;
+    size_t with_room = (size_t)((end / LOG_STEP_BYTES + 1) * LOG_STEP_BYTES - log->cursor.offset);
+    unsigned char *bytes = malloc(with_room);
     if (!bytes)
         return -ENOMEM;
+    memset(bytes + length, 0, with_room - length);
     uint32_t crc = onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
-    int status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
+    int status = write_frame(log, bytes, length, with_room);
     free(bytes);
     if (status < 0)
         return status;
@@ -193,8 +225,8 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
     int status = records && new_segments ? draw_salt(log) : -ENOMEM;
-    if (status == 0 && log->fd < 0)
-        status = open_new_log(volume, log);
+    if (status == 0 && log->is_new)
+        status = sync_new_log(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
         uint32_t count = number_records(volume, log, batch, records, new_segments, &new_count);
@@ -203,6 +235,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
             for (uint32_t i = 0; i < new_count; i++)
                 volume->segments[new_segments[i]]->log_number = 0;
             /* What a short write left must not stand in front of the next frame. */
+            log->room_end = before;
             if (ftruncate(log->fd, (off_t)before))
                 onion_volume_mark_poisoned(volume);
         } else {
@@ -336,7 +369,9 @@ static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batc
 
 /* Makes a batch durable in `log`. On failure it is back in the pending list. */
 static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch) {
-    int status = sync_segments(volume);
+    int status = batch->record_count && log->fd < 0 ? make_log(volume, log) : 0;
+    if (status == 0)
+        status = sync_segments(volume);
     if (status == 0 && batch->record_count)
         status = write_batch(volume, log, batch);
     if (status < 0) {
@@ -560,11 +595,18 @@ static void close_sealed_segments(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
+/* A sealed log grows no more. Not synced: what lies behind its length is ignored anyway. */
+static void cut_room(const struct onion_head_log *log) {
+    if (log->fd >= 0 && log->room_end > log->cursor.offset && ftruncate(log->fd, (off_t)log->cursor.offset))
+        return; /* the zeros stay */
+}
+
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
     if (!volume->sealing)
         return -EINVAL;
     int status = onion_volume_usable(volume);
     if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+        cut_room(&volume->log);
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
@@ -687,7 +729,7 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
     volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
     if (!volume->next_numbers)
         return -ENOMEM;
-    int status = create_map_file(volume, log->path, log->map_id, &log->fd);
+    int status = create_map_file(volume, log);
     if (status == 0)
         status = write_compact(volume, layer, log);
     if (status == 0)

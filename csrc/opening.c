@@ -211,8 +211,20 @@ static int replay_bytes(struct replay *replay, const unsigned char *bytes, uint6
 
 /* ---- map files ---- */
 
-/* The whole of a map file, its header checked. length_min: bytes that must be there. *torn_header: a file that a crash
- * left before its first flush. */
+/* Whether a crash left this file before its header was synced: the header is a part of what it should be, and only the
+ * zeros that were written with it stand behind. */
+static int is_unborn(const struct onion_volume *volume, const unsigned char *map_id, const unsigned char *bytes,
+                     uint64_t length) {
+    struct onion_header expected = {.version = ONION_FORMAT_VERSION, .block_size = volume->block_size};
+    memcpy(expected.uuid, map_id, ONION_UUID_BYTES);
+    for (uint64_t i = ONION_HEADER_BYTES; i < length; i++)
+        if (bytes[i])
+            return 0;
+    return onion_header_is_torn(bytes, length, ONION_MAGIC_MAP, &expected);
+}
+
+/* The whole of a map file, its header checked. length_min: bytes that must be there (a sealed layer's), or 0. *torn_header:
+ * a file that a crash left before its first flush. */
 static int read_map_file(struct onion_volume *volume, int fd, const unsigned char *map_id, uint64_t length_min,
                          unsigned char **bytes, uint64_t *length, int *torn_header) {
     struct stat info;
@@ -230,9 +242,8 @@ static int read_map_file(struct onion_volume *volume, int fd, const unsigned cha
     struct onion_header header;
     if (status == 0)
         status = onion_header_decode(*bytes, *length, ONION_MAGIC_MAP, &header);
-    /* The header is durable before the first frame is written, so a bad one without frames was never promised. */
-    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && *length <= ONION_HEADER_BYTES && !length_min)
-        *torn_header = 1;
+    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && !length_min)
+        *torn_header = is_unborn(volume, map_id, *bytes, *length);
     if (status == 0 && (header.block_size != volume->block_size || memcmp(header.uuid, map_id, ONION_UUID_BYTES)))
         status = ONION_E_FORMAT;
     return status;

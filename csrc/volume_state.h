@@ -35,6 +35,8 @@ struct onion_head_log {
     struct onion_log_cursor cursor;
     uint32_t numbers_given;
     uint64_t record_count;
+    uint64_t room_end; /* up to here the file has been written: frames, then zeros */
+    int is_new;        /* header and name are not synced yet */
 };
 
 struct onion_volume {
