@@ -15,8 +15,9 @@
  *   copy_file_range, 1 thread     0.52 0.53                 0.89 1.74
  *   copy_file_range, 2 threads    0.52 0.54                 1.01 1.65
  *
- * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). Under
- * ONION_COPY_REFLINK copy_file_range still comes first: there it can also copy inside a file server. */
+ * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). On a machine
+ * with other work two threads that both write spin at the file's lock (copying alone: 0.9 s against 0.2 s with one), so
+ * they take turns (begin_writing). */
 #define _GNU_SOURCE
 #include "copy.h"
 
@@ -34,7 +35,7 @@
 
 enum {
     PIECE_BYTES = 8 << 20,          /* what a thread takes at a time */
-    BUFFER_BYTES = 1 << 20,         /* one read and one write */
+    BUFFER_BYTES = 256 << 10,       /* one read and one write: what a core's cache holds in between */
     ALIGNMENT_BYTES = 4096,
     SLEEP_NS_MAX = 50 * 1000 * 1000 /* how late a waiting thread may see a cancel or a new rate */
 };
@@ -56,6 +57,7 @@ struct copy_job {
     struct onion_copy_progress *progress;
     const unsigned char *zeros;   /* BUFFER_BYTES */
 
+    pthread_mutex_t writing;      /* held while something is done to a destination */
     pthread_mutex_t lock;         /* guards all below */
     size_t extent_index, pair_index;
     uint64_t position;            /* in that extent, relative */
@@ -132,6 +134,13 @@ static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted)
     }
 }
 
+/* ---- the destination ---- */
+
+/* A file system lets one writer at a time into a file. Two threads that write to one take turns at its lock and spin
+ * there, so they take turns here: one writes, or shares blocks, while the other reads. */
+static void begin_writing(struct copy_job *job) { pthread_mutex_lock(&job->writing); }
+static void end_writing(struct copy_job *job) { pthread_mutex_unlock(&job->writing); }
+
 /* ---- the ways to move bytes: each takes a part from the front of the piece, or leaves it ---- */
 
 static void advance(struct copy_piece *piece, uint64_t bytes)
@@ -171,7 +180,9 @@ static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, stru
                 return -errno;
         if (got == 0)
             return -EIO; /* the source ends before the extent does */
+        begin_writing(job);
         status = pwrite_all(piece->pair->destination, buffer, (uint64_t)got, piece->destination_offset);
+        end_writing(job);
         if (status < 0)
             return status;
         advance(piece, (uint64_t)got);
@@ -190,8 +201,10 @@ static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece)
 
         if (turn < 0)
             return (int)turn;
+        begin_writing(job);
         copied = onion_copy_range(pair->source, piece->source_offset, pair->destination, piece->destination_offset,
                                   (uint64_t)turn);
+        end_writing(job);
         if (copied == -EOPNOTSUPP || copied == 0) {
             /* 0 is also what files without a size (procfs) answer: read() will tell whether the source ends. */
             __atomic_store_n(&pair->has_range, 0, __ATOMIC_RELAXED);
@@ -228,11 +241,16 @@ static int share(struct copy_job *job, struct copy_piece *piece)
         length = piece->length;
     if (length == 0)
         return 0;
+    begin_writing(job);
     status = onion_reflink(pair->source, piece->source_offset, pair->destination, piece->destination_offset, length);
+    end_writing(job);
     if (status < 0)
         return status;
     if (status == 0) {
+        /* Where blocks cannot be shared a copy inside the kernel goes page by page through a pipe: 0.42 s of 1 GiB where
+         * a buffer takes 0.22 s. Only a file server does better. */
         __atomic_store_n(&pair->has_reflink, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&pair->has_range, onion_is_remote(pair->destination), __ATOMIC_RELAXED);
         return 0;
     }
     advance(piece, length);
@@ -490,7 +508,7 @@ int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threa
                struct onion_copy_progress *progress)
 {
     struct copy_job job = {.extents = extents, .flags = flags, .progress = progress,
-                           .lock = PTHREAD_MUTEX_INITIALIZER};
+                           .lock = PTHREAD_MUTEX_INITIALIZER, .writing = PTHREAD_MUTEX_INITIALIZER};
     void *zeros = NULL;
     int status;
 

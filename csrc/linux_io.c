@@ -18,6 +18,19 @@
 
 /* Not in linux/magic.h: these live outside of the kernel tree, or keep their number to themselves. */
 enum { ZFS_MAGIC = 0x2fc12fc1, BCACHEFS_MAGIC = (int)0xca451a4e };
+/* Of a header that older kernels do not have whole. */
+#ifndef CIFS_SUPER_MAGIC
+#define CIFS_SUPER_MAGIC 0xff534d42
+#endif
+#ifndef SMB2_SUPER_MAGIC
+#define SMB2_SUPER_MAGIC 0xfe534d42
+#endif
+#ifndef CEPH_SUPER_MAGIC
+#define CEPH_SUPER_MAGIC 0x00c36400
+#endif
+#ifndef FUSE_SUPER_MAGIC
+#define FUSE_SUPER_MAGIC 0x65735546
+#endif
 
 static int ask_fiemap(struct onion_data_walk *walk, uint64_t offset, uint32_t flags)
 {
@@ -150,6 +163,24 @@ int64_t onion_copy_range(int source, uint64_t source_offset, int destination, ui
             return -errno;
     }
     return copied;
+}
+
+int onion_is_remote(int fd)
+{
+    struct statfs filesystem;
+
+    if (fstatfs(fd, &filesystem) < 0)
+        return 0;
+    switch ((uint32_t)filesystem.f_type) {
+    case NFS_SUPER_MAGIC:
+    case CIFS_SUPER_MAGIC:
+    case SMB2_SUPER_MAGIC:
+    case CEPH_SUPER_MAGIC:
+    case FUSE_SUPER_MAGIC:
+        return 1;
+    default:
+        return 0;
+    }
 }
 
 int onion_is_copy_on_write(int fd, uint32_t *filesystem_magic)

@@ -49,6 +49,9 @@ int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t 
 int64_t onion_copy_range(int source, uint64_t source_offset, int destination, uint64_t destination_offset,
                          uint64_t length);
 
+/* Whether fd is on a file server, which may copy between its files without moving bytes over the network: 1 or 0. */
+int onion_is_remote(int fd);
+
 /* Whether writes to fd land beside the old blocks instead of on them: 1 or 0, or -errno. *filesystem_magic is
  * statfs' f_type. btrfs with the NOCOW attribute overwrites in place, except where extents are shared. */
 int onion_is_copy_on_write(int fd, uint32_t *filesystem_magic);

@@ -326,7 +326,7 @@ class Catalog:
             *(getattr(row, column) for column in columns),
         )
 
-    def update(self, kind: type, id: bytes, **values: Any) -> None:
+    def update(self, kind: type, id: bytes | int, **values: Any) -> None:
         """Change columns of the row with this id. Inside a transaction."""
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {_TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)

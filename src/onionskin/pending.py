@@ -34,12 +34,20 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
         if policy is not None and row.wipe != policy:
             continue
         with _alone(store, row) as alone:
-            if alone and _do(store, row):
+            if alone and _do(store, row, unlink=policy != "zero"):
                 with store.catalog.transaction():
-                    store.catalog.delete(PendingRow, "id = ?", row.id)
+                    _settle(store, row, unlinked=policy != "zero")
             else:
                 left += 1
     return left
+
+
+def _settle(store: "Store", row: PendingRow, *, unlinked: bool) -> None:
+    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time."""
+    if row.kind in _FILE_KINDS and not unlinked:
+        store.catalog.update(PendingRow, row.id, wipe="release")
+    else:
+        store.catalog.delete(PendingRow, "id = ?", row.id)
 
 
 @contextmanager
@@ -59,15 +67,16 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
         yield held
 
 
-def _do(store: "Store", row: PendingRow) -> bool:
+def _do(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind in _FILE_KINDS:
-        _free_file(store, row)
+        _free_file(store, row, unlink=unlink)
         return True
     return _scrub(store, row)
 
 
-def _free_file(store: "Store", row: PendingRow) -> None:
+def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
+    """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -76,7 +85,8 @@ def _free_file(store: "Store", row: PendingRow) -> None:
     try:
         if row.wipe == "zero":
             wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
-        path.unlink()
+        if unlink:
+            path.unlink()
     finally:
         os.close(descriptor)
 
