@@ -67,11 +67,12 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
 
 def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
     """Refuse a base that is not the file that the volume was made on."""
-    if catalog.row(PendingRow, "kind = 'base-merge' AND target IN (SELECT id FROM layers WHERE base = ?)", base.id):
-        raise StateError(
-            f"a merge into the base {base.path} was interrupted; open the volume that it was started from for writing, "
-            "which resumes it"
-        )
+    for work in catalog.rows(PendingRow, "kind = 'base-merge'"):
+        if any(layer.base == base.id for layer in catalog.chain(work.target)):
+            raise StateError(
+                f"a merge into the base {base.path} is not finished; run it again, or open the volume that it was "
+                "started from for writing, which resumes it"
+            )
     advice = "put the file back, or name the right one with 'onionskin relocate'"
     try:
         found = Path(base.path).stat()

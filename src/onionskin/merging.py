@@ -49,7 +49,11 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
     with catalog.reading():
         lower = catalog.row(LayerRow, "id = ?", layer_id)
         children = catalog.rows(LayerRow, "parent = ?", layer_id)
-        needed = catalog.row(SnapshotRow, "layer = ?", layer_id) or catalog.row(VolumeRow, "head = ?", layer_id)
+        needed = (
+            catalog.row(SnapshotRow, "layer = ?", layer_id)
+            or catalog.row(VolumeRow, "head = ?", layer_id)
+            or catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", layer_id)
+        )
     if lower is None or needed or len(children) != 1:
         return False
     (upper,) = children
@@ -190,8 +194,45 @@ def fold_unnamed_below(volume: "Volume") -> None:
 # ---- merging into the base ----
 
 
-def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress | None", threads: int) -> None:
-    """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`."""
+def merge_into_base(
+    volume: "Volume", upto: str | None, *, progress: "Progress | None", threads: int, bytes_per_second: int
+) -> None:
+    """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`.
+
+    What is written is hidden by the layers that it comes from, until the transaction at the end. So reads, writes and
+    snapshots, which only add layers on top, go on during the copy; all else on the tree has to wait.
+    """
+    store = volume.store
+    with volume.operation():
+        folded, base, lock = _begin_base_merge(volume, upto)
+        volume.is_merging = True
+    try:
+        _copy_into_base(
+            store,
+            folded,
+            lock.descriptor,
+            progress=_stoppable(volume, progress),
+            threads=threads,
+            bytes_per_second=bytes_per_second,
+        )
+        with volume.guard:
+            dropped = _finish(store, folded)
+            below = read_chain(store.catalog, volume.head).base
+            assert below is not None
+            volume.path.rebase(path=below.path, size_bytes=below.size_bytes, dropped=dropped)
+            fold_where_unnamed(volume, [folded.top.id])
+    finally:
+        lock.close()
+        with volume.guard:
+            try:
+                volume.base_lock = BaseLock(Path(base.path))
+            finally:
+                volume.merge_ended()
+    store.work_soon()
+
+
+def _begin_base_merge(volume: "Volume", upto: str | None) -> tuple[Chain, BaseRow, BaseLock]:
+    """Check that it may be done, and write it down. Returns what is folded, the base, and the base's lock."""
     store, catalog = volume.store, volume.store.catalog
     chain = read_chain(catalog, volume.head)
     if chain.base is None:
@@ -209,17 +250,27 @@ def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress |
     lock = _lock_base_alone(volume, chain.base)
     try:
         with catalog.transaction():
-            catalog.add_pending("base-merge", target, 0, volume.wipe)
-        _copy_into_base(store, folded, lock.descriptor, progress=progress, threads=threads)
-        dropped = _finish(store, folded)
-        base = read_chain(catalog, volume.head).base
-        assert base is not None
-        volume.path.rebase(path=base.path, size_bytes=base.size_bytes, dropped=dropped)
-    finally:
+            if not catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", target):
+                catalog.add_pending("base-merge", target, 0, volume.wipe)
+    except BaseException:
         lock.close()
         volume.base_lock = BaseLock(Path(chain.base.path))
-    fold_where_unnamed(volume, [target])
-    store.work_soon()
+        raise
+    return folded, chain.base, lock
+
+
+def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
+    """Pass progress on, and end the copy when the volume is being closed."""
+
+    def report(done: int, total: int) -> None:
+        if volume.merge_stop:
+            raise StateError(
+                f"volume {volume.name!r} was closed during the merge into its base; it goes on when it is opened again"
+            )
+        if progress:
+            progress(done, total)
+
+    return report
 
 
 def _lock_base_alone(volume: "Volume", base: BaseRow) -> BaseLock:
@@ -266,7 +317,13 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
 
 
 def _copy_into_base(
-    store: "Store", folded: Chain, descriptor: int, *, progress: "Progress | None", threads: int
+    store: "Store",
+    folded: Chain,
+    descriptor: int,
+    *,
+    progress: "Progress | None",
+    threads: int,
+    bytes_per_second: int = 0,
 ) -> None:
     """Write what the layers hold into the base, and make it durable. May be done again."""
     size_bytes = folded.top.size_bytes
@@ -284,6 +341,7 @@ def _copy_into_base(
             punch=reflink,
             progress=progress,
             threads=threads,
+            bytes_per_second=bytes_per_second,
         )
     sync_file(descriptor)  # BARRIER: merged base
 

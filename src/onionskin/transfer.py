@@ -106,6 +106,7 @@ def copy_runs(
     punch: bool,
     progress: "Progress | None" = None,
     threads: int = 0,
+    bytes_per_second: int = 0,
 ) -> None:
     """Copy what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
     runs = path.runs()
@@ -122,7 +123,9 @@ def copy_runs(
     done = 0
     for extents, descriptors in _by_segments(table[keep], runs["segment"][keep], paths):
         try:
-            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch)
+            job = CopyJob(
+                extents, threads=threads, reflink=reflink, zero_holes=punch, bytes_per_second=bytes_per_second
+            )
             run_job(job, progress, done, total)
             done += job.bytes_done
         finally:
