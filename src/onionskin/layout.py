@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def volumes(self) -> Path:
-        """The directory of the writers' locks."""
+        """The directory of the writers' locks and of the servers' control sockets."""
         return self.root / "volumes"
 
     def map_file(self, map_id: bytes) -> Path:
@@ -54,6 +54,10 @@ class Layout:
     def volume_lock(self, uuid: bytes) -> Path:
         """The lock of the one writer of a volume."""
         return self.volumes / f"{uuid.hex()}.lock"
+
+    def volume_control(self, uuid: bytes) -> Path:
+        """The control socket of the server of a volume."""
+        return self.volumes / f"{uuid.hex()}.control"
 
     def relative(self, path: Path) -> str:
         """A path as the catalog keeps it."""
