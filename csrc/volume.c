@@ -101,6 +101,7 @@ static void base_release(void *context, void *object) {
     (void)context;
     if (mapping->length)
         munmap(mapping->address, mapping->length);
+    close(mapping->fd);
     free(mapping);
 }
 
@@ -191,12 +192,13 @@ static int map_base(const char *path, uint64_t size_bytes, struct onion_mapping 
         if (mapping->address == MAP_FAILED)
             status = -errno;
     }
-    if (fd >= 0)
-        close(fd);
     if (status < 0) {
+        if (fd >= 0)
+            close(fd);
         free(mapping);
         return status;
     }
+    mapping->fd = fd;
     *out = mapping;
     return 0;
 }
