@@ -104,8 +104,9 @@ def serve(
             return
 
         def ready() -> None:
-            value = {"ready": True, "exports": server.export_names(), "uris": [one.uri for one in server.listeners]}
-            click.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(value['uris'])}")  # type: ignore[arg-type]
+            uris = [one.uri for one in server.listeners]
+            value = {"ready": True, "exports": server.export_names(), "uris": uris}
+            click.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
             sys.stdout.flush()
             notify("READY=1")
 

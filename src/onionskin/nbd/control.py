@@ -14,7 +14,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -70,6 +70,9 @@ class Served(Protocol):
 
     def without_views(self, names: set[str] | None) -> AbstractContextManager[None]:
         """Close the views of these snapshots (None: of all) for the time of an operation: a context manager."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Hold all requests of clients back for the time of an operation."""
 
 
 class Cancelled(KeyboardInterrupt):
@@ -262,14 +265,16 @@ class _Session:
 
     def revert(self, name: str) -> None:
         self._refuse_unagreed("revert")
-        self._volume.revert(name)
+        with self._served.paused():
+            self._volume.revert(name)
 
     def discard(self, name: str, recursive: bool) -> None:
         going = self._descendants(name) if recursive else {name}
         at = self._volume.parent
-        if at and at.name in self._descendants(name):
+        reverts = at is not None and at.name in self._descendants(name)
+        if reverts:
             self._refuse_unagreed("discard of a snapshot that the disk stands on")
-        with self._served.without_views(going):
+        with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
             self._volume.discard(name, recursive=recursive)
 
     def merge(self, name: str) -> None:

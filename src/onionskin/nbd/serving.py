@@ -87,7 +87,8 @@ class Server:
         self._served: dict[str, ServedVolume] = {}
         self._views: dict[str, _View] = {}
         self._barred: set[str] = set()
-        self._guard = threading.RLock()  # the three above; never held while an operation runs
+        self._contexts: set[tuple[str, str]] = set()  # export, snapshot
+        self._guard = threading.RLock()  # the four above; never held while an operation runs
         self._stopping = threading.Event()
         self._wake, self._waker = socket.socketpair()
         self._handshakes = threading.BoundedSemaphore(limits.connections_max)
@@ -96,11 +97,9 @@ class Server:
             bytes_in_flight_max=limits.bytes_in_flight_max,
             idle_seconds=limits.idle_seconds,
             request_bytes_max=limits.request_bytes_max,
-            find_export=self._find_export,
-            list_exports=self.export_names,
-            find_context=self._find_context,
-            log=log,
         )
+        self.nbd.on_unknown_export = self._find_export
+        self.nbd.on_unknown_context = self._find_context
 
     # ---- what is served ----
 
@@ -191,25 +190,35 @@ class Server:
 
     def _find_context(self, export: str, context: str) -> bool:
         """Work out what changed since a snapshot, for the metadata context of that name."""
-        name, _, snapshot = export.partition("@")
+        name, _, snapshot = (export or self.only_export() or "").partition("@")
         since = context.removeprefix(CONTEXT_PREFIX)
         try:
             with self._guard:
                 served = self._served.get(name)
-                view = self._views.get(export)
-            if snapshot:
-                if view is None:
+                view = self._views.get(f"{name}@{snapshot}")
+                if snapshot and view is not None:
+                    extents = view.volume.store.diff(name, since, snapshot)
+                    self.nbd.set_changed_since(f"{name}@{snapshot}", context, _joined(extents))
+                elif served is not None and not snapshot:
+                    mark = self.nbd.change_mark(name)  # what is written from here on counts as changed
+                    self.nbd.set_changed_since(name, context, _joined(served.volume.diff(since)), mark=mark)
+                else:
                     return False
-                extents = view.volume.store.diff(name, since, snapshot)
-            elif served is not None:
-                extents = served.volume.diff(since)
-            else:
-                return False
-            self.nbd.set_changed_since(export, context, extents)
+                self._contexts.add((f"{name}@{snapshot}" if snapshot else name, since))
             return True
-        except (OnionskinError, OSError, ValueError) as error:
+        except (OnionskinError, OSError, ValueError, KeyError) as error:
             self.log(f"context {context!r} of {export!r}: {error}")
             return False
+
+    def _forget_contexts(self, volume_name: str, names: set[str]) -> None:
+        """A snapshot's name goes, and may come back for another disk: all counts as changed since it, till then."""
+        for export, since in list(self._contexts):
+            if since in names and export.partition("@")[0] == volume_name:
+                self._contexts.discard((export, since))
+                view, served = self._views.get(export), self._served.get(export)
+                volume = view.volume if view else served.volume if served else None
+                if volume is not None and volume.size_bytes:
+                    self.nbd.set_changed_since(export, CONTEXT_PREFIX + since, [(0, volume.size_bytes)])
 
     # ---- views ----
 
@@ -227,15 +236,12 @@ class Server:
             A client is reading one.
         """
         with self._guard:
-            prefix = f"{volume_name}@"
-            if names is None:
-                exports = {export for export in self._views if export.startswith(prefix)}
-            else:
-                exports = {prefix + name for name in names}
-            busy = sorted(export for export in exports if export in self._views and self.clients_of(export))
-            if busy:
-                raise StateError(f"clients are reading {', '.join(busy)}; disconnect them first")
-            for export in exports:
+            opened = {export for export in self._views if export.startswith(f"{volume_name}@")}
+            exports = opened if names is None else {f"{volume_name}@{name}" for name in names}
+            busy = {export for export in opened if self.clients_of(export)}
+            if busy & exports:
+                raise StateError(f"clients are reading {', '.join(sorted(busy & exports))}; disconnect them first")
+            for export in opened - busy:
                 self._close_view(export)
             self._barred |= exports
         try:
@@ -243,10 +249,21 @@ class Server:
         finally:
             with self._guard:
                 self._barred -= exports
+                self._forget_contexts(volume_name, names or set())
+
+    @contextmanager
+    def paused(self, volume_name: str) -> Iterator[None]:
+        """Hold all requests for a volume back meanwhile: clients wait, and see no error."""
+        self.nbd.pause(volume_name)
+        try:
+            yield
+        finally:
+            self.nbd.resume(volume_name)
 
     def _close_view(self, export: str) -> None:
         view = self._views.pop(export, None)
         if view:
+            self._contexts = {one for one in self._contexts if one[0] != export}
             self.nbd.remove_export(export)
             view.volume.close()
 
@@ -308,6 +325,7 @@ class Server:
             for served in self._served.values():
                 stack.callback(served.control.join, GRACE_SECONDS)
                 stack.callback(served.volume.close)
+            stack.callback(self._log_events)
             stack.callback(self.nbd.stop, grace_seconds=GRACE_SECONDS)
             for served in self._served.values():
                 stack.callback(served.control.close)
@@ -319,12 +337,18 @@ class Server:
     def _accept(self) -> None:
         by_descriptor = {listener.socket.fileno(): listener for listener in self.listeners}
         poll = select.poll()
-        for descriptor in (*by_descriptor, self._wake.fileno()):
+        for descriptor in (*by_descriptor, self._wake.fileno(), self.nbd.event_fd):
             poll.register(descriptor, select.POLLIN)
         while not self._stopping.is_set():
             for descriptor, _ in poll.poll():
                 if descriptor in by_descriptor:
                     self._take(by_descriptor[descriptor])
+                elif descriptor == self.nbd.event_fd:
+                    self._log_events()
+
+    def _log_events(self) -> None:
+        for line in self.nbd.events():
+            self.log(line)
 
     def _take(self, listener: Listener) -> None:
         try:
@@ -393,6 +417,17 @@ def peer_or_unknown(connection: socket.socket) -> str:
     return "a client"
 
 
+def _joined(extents: Any) -> list[tuple[int, int]]:
+    """Make (offset, length) of extents, those that touch joined."""
+    found: list[tuple[int, int]] = []
+    for offset, length, _ in extents.tolist():
+        if found and sum(found[-1]) == offset:
+            found[-1] = (found[-1][0], found[-1][1] + length)
+        else:
+            found.append((offset, length))
+    return found
+
+
 def _subject(outer: ssl.SSLSocket) -> str:
     certificate: Any = outer.getpeercert()
     names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
@@ -428,6 +463,10 @@ class ServedVolume:
     def allow_revert(self) -> bool:
         """Whether the clients agreed that the disk may change under them."""
         return self.server.allow_revert
+
+    def paused(self) -> Any:
+        """Hold all requests of clients back meanwhile."""
+        return self.server.paused(self.volume.name)
 
     def _switch(self, path: "DataPath") -> None:
         """After a revert: requests that come from now on go to the new data path; those under way have ended."""
