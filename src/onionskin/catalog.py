@@ -10,8 +10,8 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from errno import EIO, ENOSPC
 from pathlib import Path
@@ -185,15 +185,8 @@ class Catalog:
         with self._guard:
             with self.reading():
                 self._connection.execute("SELECT stamp FROM store").fetchone()
-            for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                try:
-                    sync_file(descriptor)  # BARRIER: opened catalog
-                finally:
-                    os.close(descriptor)
+            for descriptor in _descriptors_of((self.path, self.path.with_name(f"{self.path.name}-wal"))):
+                sync_file(descriptor)  # BARRIER: opened catalog
             sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
@@ -377,6 +370,26 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise _translated(error, path) from error
     return connection
+
+
+def _descriptors_of(paths: Iterable[Path]) -> list[int]:
+    """Return descriptors, one for each file, by which SQLite has these files open in this process.
+
+    A descriptor of our own would not do: closing it gives up all POSIX locks that the process has on the file, SQLite's
+    among them. Another process would take itself for the last user then, and remove the log that we go on writing to.
+    """
+    wanted = set()
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            wanted.add((found.st_dev, found.st_ino))
+    descriptors: dict[tuple[int, int], int] = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # one that was closed meanwhile
+            found = os.fstat(int(name))
+            if (found.st_dev, found.st_ino) in wanted:
+                descriptors[found.st_dev, found.st_ino] = int(name)
+    return list(descriptors.values())
 
 
 def _make(path: Path) -> None:
