@@ -91,8 +91,7 @@ def serve(
     try:
         # Sockets first: what is wrong with them shows before a volume is opened, which may have work to resume.
         context = _tls_context(tls_certificate, tls_key, tls_ca)
-        for listener in [] if stdio else _listeners(socket_path, mode, tcp, context):
-            server.listen(listener)
+        server.listen([] if stdio else _listeners(socket_path, mode, tcp, context))
         for name in names:
             _add(server, name)
         if (only := server.only_export()) is not None:

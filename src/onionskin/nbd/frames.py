@@ -73,7 +73,10 @@ def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | No
 def _exactly(connection: socket.socket, length: int) -> bytes | None:
     parts = []
     while length:
-        part = connection.recv(min(length, 1 << 16))
+        try:
+            part = connection.recv(min(length, 1 << 16))
+        except ConnectionResetError:  # it closed with something unread
+            return None
         if not part:
             return None
         parts.append(part)

@@ -45,6 +45,7 @@ def mount(name: str, directory: Path, file_name: str) -> Path:
             if isinstance(error, StateError) and lines:
                 raise StateError(f"{error}: {lines[0].removeprefix('onionskin: ')}") from None
             raise
+    process.returncode = 0  # it is left to itself, and ends with the mount: nobody here waits for it
     return file
 
 

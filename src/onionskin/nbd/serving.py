@@ -286,15 +286,17 @@ class Server:
 
     # ---- listening ----
 
-    def listen(self, listener: Listener) -> None:
-        """Listen on a socket; TCP that others than this machine reach wants TLS with clients' certificates."""
-        if not is_local(listener.socket) and not (listener.tls and listener.tls.verify_mode == ssl.CERT_REQUIRED):
-            raise StateError(
-                f"{listener.uri} can be reached from other machines: give --tls-certificate, --tls-key and --tls-ca, or "
-                "listen on 127.0.0.1 or on a Unix socket"
-            )
-        listener.socket.setblocking(False)
-        self.listeners.append(listener)
+    def listen(self, listeners: list[Listener]) -> None:
+        """Take sockets to listen on; TCP that others than this machine reach wants TLS with clients' certificates."""
+        self.listeners += listeners  # and with them what is refused: `close` closes them all
+        for listener in listeners:
+            has_authority = listener.tls is not None and listener.tls.verify_mode == ssl.CERT_REQUIRED
+            if not is_local(listener.socket) and not has_authority:
+                raise StateError(
+                    f"{listener.uri} can be reached from other machines: give --tls-certificate, --tls-key and "
+                    "--tls-ca, or listen on 127.0.0.1 or on a Unix socket"
+                )
+            listener.socket.setblocking(False)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop` is called; `ready` is called when clients can connect. Flushes all volumes at the end."""
