@@ -13,7 +13,7 @@
 
 #include "nbd_state.h"
 
-#define SOCKET_BUFFER_BYTES (4 << 20)
+#define SOCKET_BUFFER_BYTES (1 << 20) /* more leaves the caches before the client has read it */
 #define SLOW_ZERO_BYTES (32u << 20)    /* zeroing or trimming more than this is the helper's */
 #define SLOW_WRITE_BYTES (1u << 20)    /* zeros that must be written */
 #define SLOW_STATUS_BYTES (128u << 20)

@@ -1,6 +1,5 @@
 """A server for tests: a store with one volume, an NbdServer over it, and a Unix socket that accepts."""
 
-import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -56,7 +55,9 @@ def serving(server: NbdServer, path: Path, **flags: Any) -> Iterator[Serving]:
 
 
 @contextmanager
-def served_volume(directory: Path, *, size: int | str, base: Path | None = None, **options: Any) -> Iterator[tuple[Serving, Any]]:
+def served_volume(
+    directory: Path, *, size: int | str, base: Path | None = None, **options: Any
+) -> Iterator[tuple[Serving, Any]]:
     """A store with the volume `web`, which is also the default export."""
     with Store(directory / "store") as store:
         arguments = {"base": base} if base else {"size": size}
@@ -66,14 +67,3 @@ def served_volume(directory: Path, *, size: int | str, base: Path | None = None,
             server.set_default("web")
             with serving(server, directory / "socket") as at:
                 yield at, volume
-
-
-if __name__ == "__main__":
-    import sys
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
-        with served_volume(Path(name), size=sys.argv[1], base=Path(sys.argv[2]) if len(sys.argv) > 2 else None) as (at, _):
-            print(at.path, flush=True)
-            sys.stdin.read()
-            print("\n".join(at.server.events()), at.server.counters())
