@@ -538,13 +538,18 @@ class Volume:
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
         if b is None and self.writable:
             self.flush()
-        return cast("Array", self.store.diff(self.name, a, b))
+        return cast("Array", self.store.diff(self._name_now(), a, b))
 
     def usage(self) -> list[Any]:
         """Return what each snapshot holds and what discard or merge of it would free."""
         if self.writable:
             self.flush()
-        return self.store.usage(self.name)
+        return self.store.usage(self._name_now())
+
+    def _name_now(self) -> str:
+        """Look the name up: another process may have renamed the volume since it was opened."""
+        row = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+        return row.name if row else self.name
 
     # ---- the end ----
 

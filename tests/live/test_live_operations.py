@@ -96,6 +96,16 @@ def test_clone_diff_trim_zero_resize_info_and_list_work(vms: Path, serve: Start)
     assert onionskin("read", f"{vms}/web-2", "1M", 1).stdout == "\x01"
 
 
+def test_a_volume_that_is_renamed_while_it_is_served_is_reached_by_its_new_name(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        onionskin("rename", f"{vms}/web", "www")
+        client.write(0, b"x" * 4096)
+        onionskin("snapshot", f"{vms}/www@b")
+        assert [row["snapshot"] for row in onionskin_json("usage", f"{vms}/www")] == ["a", "b", None]
+        assert onionskin_json("diff", f"{vms}/www@a", f"{vms}/www")["bytes"] == 4096
+
+
 def test_what_would_pull_the_disk_away_is_refused_in_words(vms: Path, serve: Start) -> None:
     serve(f"{vms}/web")
     for command in (["flatten", f"{vms}/web"], ["delete", f"{vms}/web"], ["export", f"{vms}/web", vms / "out.raw"]):

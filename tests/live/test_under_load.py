@@ -217,3 +217,20 @@ def test_progress_of_a_merge_reaches_the_caller(vms: Path, serve: Start) -> None
     assert seen
     assert all(0 <= done <= total == 8 * MIB for done, total in seen)
     assert onionskin_json("usage", f"{vms}/web")[-1]["bytes_held"] == 0
+
+
+def test_a_server_that_is_told_to_end_under_load_keeps_all_that_it_acknowledged(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    running = [Writer(server.client(), index) for index in range(WRITERS)]
+    for writer in running:
+        writer.start()
+    for writer in running:
+        writer.wait_for_more(20)
+    assert server.terminate() == 0
+    for writer in running:
+        writer.join()
+        writer.client.close()
+        assert isinstance(writer.failure, OSError)
+    with library.Store(vms) as store, store.open("web") as web:
+        for writer in running:
+            assert writer.acknowledged <= number_of(web.read(writer.index * BLOCK, BLOCK)) <= writer.begun

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import EMFILE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TIDY_SECONDS = 5.0
 VIEW_IDLE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
+CARRY_SECONDS = 2.0
 CONTEXT_PREFIX = "onionskin:changed-since:"
 
 Log = Callable[[str], None]
@@ -89,6 +91,7 @@ class Server:
         self._barred: set[str] = set()
         self._contexts: set[tuple[str, str]] = set()  # export, snapshot
         self._guard = threading.RLock()  # the four above; never held while an operation runs
+        self._carriers: set[threading.Thread] = set()
         self._stopping = threading.Event()
         self._wake, self._waker = socket.socketpair()
         self._handshakes = threading.BoundedSemaphore(limits.connections_max)
@@ -327,6 +330,7 @@ class Server:
             for served in self._served.values():
                 stack.callback(served.control.join, GRACE_SECONDS)
                 stack.callback(served.volume.close)
+            stack.callback(self._join_carriers)
             stack.callback(self._log_events)
             stack.callback(self.nbd.stop, grace_seconds=GRACE_SECONDS)
             for served in self._served.values():
@@ -367,17 +371,27 @@ class Server:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             peer = peer_of(connection)
+        except OSError:  # it went away again
+            connection.close()
+            return
+        try:
             if listener.tls is None:
                 self.serve(connection, peer)
             else:
                 self._serve_tls(connection, peer, listener.tls)
         except (OnionskinError, OSError) as error:
-            self.log(f"{peer_or_unknown(connection)}: refused: {error}")
+            self.log(f"{peer}: refused: {error}")
             connection.close()
 
     def serve(self, connection: socket.socket, peer: str, *, is_tls: bool = False) -> None:
         """Hand a connected stream socket to the C server."""
-        self.nbd.serve(connection.detach(), peer, tls=is_tls)  # which closes it, also where it fails
+        try:
+            self.nbd.serve(connection.detach(), peer, tls=is_tls)  # which closes it, also where it fails
+        except OSError as error:
+            if error.errno == EMFILE:
+                full = f"{self._limits.connections_max} clients are connected; raise --connections to let more in"
+                raise StateError(full) from None
+            raise
 
     def serve_one(self, connection: socket.socket) -> None:
         """Serve one client, and return when it has gone, or `stop` was called. The caller closes the server."""
@@ -408,15 +422,21 @@ class Server:
                 connection.close()
             finally:
                 self._handshakes.release()
+                with self._guard:
+                    self._carriers.discard(threading.current_thread())
 
-        threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True).start()
+        carrier = threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
+        with self._guard:
+            self._carriers.add(carrier)
+        carrier.start()
 
-
-def peer_or_unknown(connection: socket.socket) -> str:
-    """Say who is at the other end, as far as that can still be told."""
-    with suppress(OSError):
-        return peer_of(connection)
-    return "a client"
+    def _join_carriers(self) -> None:
+        """Let the last replies of the C server out to clients with TLS; who is still in a handshake gets none."""
+        deadline = time.monotonic() + CARRY_SECONDS
+        with self._guard:
+            carriers = list(self._carriers)
+        for carrier in carriers:
+            carrier.join(max(0.0, deadline - time.monotonic()))
 
 
 def _joined(extents: Any) -> list[tuple[int, int]]:
