@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 # Extension module -> the kernels in csrc/ that it links.
 _MAP = ["blockmap", "layermap", "maplog", "crc32c"]
 _VOLUME = ["volume", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP]
-_NBD = ["server", "negotiate", "transmit", "send", "helper", "status", "wire"]
+_NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
     "_blockmap": ["blockmap"],
     "_copy": ["copy", "linux_io"],

@@ -399,6 +399,7 @@ static void free_connection(struct onion_nbd_connection *connection) {
     pthread_cond_destroy(&connection->helper.changed);
     free(connection->in);
     free(connection->payload);
+    free(connection->batch);
     free(connection);
 }
 

@@ -15,6 +15,7 @@ enum {
     ONION_NBD_HANDSHAKE_SECONDS = 30,
     ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
     ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
+    ONION_NBD_BATCH_MAX = 32,             /* writes that share system calls */
     ONION_NBD_QUEUE_MAX = 64,             /* requests that wait for the helper */
     ONION_NBD_EVENTS_MAX = 256,
 };
@@ -123,6 +124,7 @@ struct onion_nbd_connection {
     size_t in_from, in_to;
     unsigned char *payload; /* kept from one large write to the next */
     size_t payload_capacity;
+    unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
     struct onion_volume *volume; /* while in flight; NULL also where the export is gone */
     int in_flight;
     uint32_t gone; /* the error to answer while volume is NULL */
@@ -197,6 +199,12 @@ void onion_nbd_limits(const struct onion_nbd_session *session, const struct onio
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
+
+/* ---- nbd_batch.c ---- */
+
+/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests whose payloads lie behind each other; errors are zero before. */
+void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_request *requests, uint32_t count,
+                           const unsigned char *payloads, uint32_t *errors);
 
 /* ---- nbd_helper.c ---- */
 

@@ -208,6 +208,46 @@ static int write_slowly(struct onion_nbd_connection *connection, const struct on
                    : onion_nbd_reply_status(connection, request->cookie, ONION_NBD_ENOMEM);
 }
 
+/* Takes the next request off the buffer, if it is a write that can be run together with those before. */
+static int take_fellow(struct onion_nbd_connection *connection, struct onion_nbd_request *request, size_t room) {
+    struct onion_nbd_limits limits;
+    size_t held = connection->in_to - connection->in_from;
+    if (held < ONION_NBD_REQUEST_BYTES || onion_nbd_request_decode(connection->in + connection->in_from, request) < 0 ||
+        request->type != ONION_NBD_CMD_WRITE || request->flags || request->length > room ||
+        held - ONION_NBD_REQUEST_BYTES < request->length)
+        return 0;
+    onion_nbd_limits(&connection->session, connection->volume, &limits);
+    if (onion_nbd_request_check(request, &limits))
+        return 0;
+    connection->in_from += ONION_NBD_REQUEST_BYTES;
+    count(connection, request);
+    return 1;
+}
+
+/* All writes in the buffer from this one on, which is in flight, checked, and has its payload there. */
+static int write_together(struct onion_nbd_connection *connection, const struct onion_nbd_request *first) {
+    struct onion_nbd_request requests[ONION_NBD_BATCH_MAX] = {*first};
+    uint32_t errors[ONION_NBD_BATCH_MAX] = {0}, taken = 1, done = 0;
+    const unsigned char *payload = connection->in + connection->in_from;
+    size_t used = first->length;
+    int status = 0;
+    connection->in_from += first->length;
+    if (!connection->batch)
+        connection->batch = malloc(ONION_NBD_IN_BYTES);
+    while (connection->batch && taken < ONION_NBD_BATCH_MAX &&
+           take_fellow(connection, &requests[taken], ONION_NBD_IN_BYTES - used)) {
+        if (taken == 1)
+            memcpy(connection->batch, payload, first->length);
+        memcpy(connection->batch + used, connection->in + connection->in_from, requests[taken].length);
+        connection->in_from += requests[taken].length;
+        used += requests[taken++].length;
+    }
+    onion_nbd_write_batch(connection->volume, requests, taken, taken > 1 ? connection->batch : payload, errors);
+    for (; done < taken && status == 0; done++)
+        status = onion_nbd_reply_status(connection, requests[done].cookie, errors[done]);
+    return status;
+}
+
 /* The request's header was taken off; the payload is not. */
 static enum verdict run_write(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     size_t held = connection->in_to - connection->in_from;
@@ -220,8 +260,7 @@ static enum verdict run_write(struct onion_nbd_connection *connection, const str
     } else if (is_slow(request)) {
         status = write_slowly(connection, request);
     } else if (held >= request->length) {
-        status = write_now(connection, request, connection->in + connection->in_from);
-        connection->in_from += request->length;
+        status = write_together(connection, request);
     } else {
         status = write_large(connection, request);
     }

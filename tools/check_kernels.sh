@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/check}
 mkdir -p "$out"
-kernels="blockmap layermap maplog crc32c copy wipe linux_io epoch fault segment barrier volume head"
+kernels="blockmap layermap maplog crc32c copy wipe linux_io epoch fault segment barrier volume head plan
+  nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086

@@ -141,8 +141,11 @@ def test_qemu_img_map_shows_the_holes_of_a_sparse_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "mix", [["--rw=randwrite", "--bs=4k"], ["--rw=randrw", "--bsrange=512-128k", "--bs_unaligned=1"]]
 )
-def test_fio_verifies_what_it_wrote(overlay: Served, mix: list[str]) -> None:
+def test_fio_verifies_what_it_wrote(
+    overlay: Served, mix: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at, _ = overlay
+    monkeypatch.chdir(tmp_path)  # fio leaves files behind
     command = ["fio", "--name=verify", "--ioengine=nbd", f"--uri={at.uri()}", f"--size={SIZE // 2}", "--iodepth=16"]
     run(*command, "--verify=crc32c", "--verify_fatal=1", "--fsync=200", "--randrepeat=0", *mix)
     counters = at.server.counters()

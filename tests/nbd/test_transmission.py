@@ -131,6 +131,42 @@ def test_writes_and_reads_in_one_stream_keep_their_bytes_apart(at: Path) -> None
         assert all(reply.error == 0 for reply in replies.values())
 
 
+def test_writes_that_arrive_together_end_as_if_they_had_come_one_by_one(served: Served) -> None:
+    serving_at, volume = served
+    places = [(0, 4096), (4096, 4096), (40960, 4096), (81920, 4096), (40960, 4096), (100, 50), (150, 9000), (77, 4096)]
+    places += [(8192 * i % 200_000, 4096) for i in range(60)] + [(0, 0), (SIZE - 4096, 4096), (SIZE - 4096, 4096)]
+    expected = bytearray(SIZE)
+    with Client(serving_at.path) as client:
+        client.go()
+        for name in ("a", "b", "c"):  # on new blocks, in place, and after a snapshot
+            asked, stream = {}, b""
+            for offset, length in places:
+                data = noise(length)
+                expected[offset : offset + length] = data
+                stream += client.encode(WRITE, offset, length, payload=data)
+                asked[client._cookie] = (WRITE, offset, length)
+            client.socket.sendall(stream)
+            assert not any(client.reply(asked)[1].error for _ in asked)
+            assert client.read(0, 20 * MIB).data == expected[: 20 * MIB]
+            assert client.read(SIZE - 4096, 4096).data == expected[-4096:]
+            if name == "b":
+                volume.snapshot(name)
+    volume.flush()
+    assert volume.read(0, SIZE) == expected
+
+
+def test_a_bad_write_among_good_ones_fails_alone(at: Path) -> None:
+    with Client(at) as client:
+        client.go()
+        asked, stream = {}, b""
+        for offset in (0, 4096, SIZE, 8192, SIZE - 1, 65_536):
+            stream += client.encode(WRITE, offset, 4096, payload=b"w" * 4096)
+            asked[client._cookie] = (WRITE, offset, 4096)
+        client.socket.sendall(stream)
+        assert [client.reply(asked)[1].error for _ in asked] == [0, 0, ENOSPC, 0, ENOSPC, 0]
+        assert client.read(0, 12_288).data == b"w" * 12_288
+
+
 def test_bytes_that_dribble_in_are_put_together(at: Path) -> None:
     with Client(at) as client:
         client.go()
