@@ -492,7 +492,10 @@ class ServedVolume:
 
     def _switch(self, path: "DataPath") -> None:
         """After a revert: requests that come from now on go to the new data path; those under way have ended."""
-        self.server.nbd.replace_path(self.volume.name, path)
+        try:
+            self.server.nbd.replace_path(self.volume.name, path)
+        except (StateError, KeyError):  # the server is stopped, and uses no path any more
+            self.server.log(f"{self.volume.name}: changed its disk while the server was ending")
 
     def info(self) -> dict[str, Any]:
         """Say what it is and where it is served."""
