@@ -12,11 +12,15 @@ from setuptools import Extension, setup
 
 # Extension module -> the kernels in csrc/ that it links.
 _MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c"]
+_VOLUME = ["volume", "opening", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP]
+_NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
     "_blockmap": ["blockmap", "mapbuild"],
     "_copy": ["copy", "linux_io"],
     "_maplog": _MAP,
-    "_volume": ["volume", "opening", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP],
+    # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
+    "_nbd": [*(f"nbd_{part}" for part in _NBD), "plan", *_VOLUME],
+    "_volume": _VOLUME,
     "_wipe": ["wipe", "linux_io"],
 }
 

@@ -730,16 +730,16 @@ static int pack_range(struct onion_map *map, const struct open_range *open, uint
     return count && !sparse ? -ENOMEM : 0;
 }
 
-static struct stretch piece_stretch(const struct onion_piece *piece) {
+static struct stretch change_stretch(const struct onion_change *piece) {
     return (struct stretch){(uint32_t)piece->where >> 10 & 1023, (uint32_t)piece->where & 1023, piece->place};
 }
 
-/* Applies pieces of one range to its entry. */
-static int apply_in_range(struct onion_map *map, uint64_t range, const struct onion_piece *pieces, size_t count,
+/* Applies changes of one range to its entry. */
+static int apply_in_range(struct onion_map *map, uint64_t range, const struct onion_change *changes, size_t count,
                           uint64_t *slots_end) {
     struct open_range open;
     uint64_t old = map->root[range], entry;
-    struct stretch last = piece_stretch(&pieces[count - 1]);
+    struct stretch last = change_stretch(&changes[count - 1]);
     int status = 0;
     if (last.block_count == range_blocks(map)) { /* it hides all before it */
         entry = last.place == ONION_PLACE_HOLE ? 0 : entry_of_run(last.place);
@@ -747,7 +747,7 @@ static int apply_in_range(struct onion_map *map, uint64_t range, const struct on
     } else {
         open_entry(map, old, &open);
         for (size_t i = 0; i < count; i++)
-            open_put(&open, piece_stretch(&pieces[i]));
+            open_put(&open, change_stretch(&changes[i]));
         status = pack_range(map, &open, slots_end, &entry);
     }
     if (status == 0)
@@ -755,13 +755,13 @@ static int apply_in_range(struct onion_map *map, uint64_t range, const struct on
     return status;
 }
 
-int onion_map_apply(struct onion_map *map, const struct onion_piece *pieces, size_t count, uint64_t *slots_end) {
+int onion_map_apply(struct onion_map *map, const struct onion_change *changes, size_t count, uint64_t *slots_end) {
     assert(!map->retire);
     for (size_t first = 0, end; first < count; first = end) {
-        uint64_t range = pieces[first].where >> ONION_PIECE_RANGE_SHIFT;
-        for (end = first + 1; end < count && pieces[end].where >> ONION_PIECE_RANGE_SHIFT == range; end++)
+        uint64_t range = changes[first].where >> ONION_CHANGE_RANGE_SHIFT;
+        for (end = first + 1; end < count && changes[end].where >> ONION_CHANGE_RANGE_SHIFT == range; end++)
             ;
-        int status = apply_in_range(map, range, pieces + first, end - first, slots_end);
+        int status = apply_in_range(map, range, changes + first, end - first, slots_end);
         if (status < 0)
             return status;
     }

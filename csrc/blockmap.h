@@ -97,18 +97,18 @@ int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_co
  * renumber[number] (renumber may be NULL: kept). Blocks of upper past the end of lower are left out. -ENOMEM. */
 int onion_map_fold(struct onion_map *lower, const struct onion_map *upper, const uint16_t *renumber);
 /* A change to blocks of one range. */
-struct onion_piece {
-    uint64_t where; /* onion_piece_where */
+struct onion_change {
+    uint64_t where; /* onion_change_where */
     onion_place place;
 };
-#define ONION_PIECE_RANGE_SHIFT 20
-static inline uint64_t onion_piece_where(uint64_t range, uint32_t block, uint32_t block_count) {
-    return range << ONION_PIECE_RANGE_SHIFT | block << 10 | block_count;
+#define ONION_CHANGE_RANGE_SHIFT 20
+static inline uint64_t onion_change_where(uint64_t range, uint32_t block, uint32_t block_count) {
+    return range << ONION_CHANGE_RANGE_SHIFT | block << 10 | block_count;
 }
-/* Makes many changes at once, each leaf only once. The pieces are sorted by range and lie inside the map; within a range
+/* Makes many changes at once, each leaf only once. The changes are sorted by range and lie inside the map; within a range
  * later ones go over earlier ones. Nobody may read meanwhile (retire == NULL). slots_end[segment] is raised to the end of
  * the highest slot that a changed range names now. -ENOMEM: the ranges before the one that failed are changed. */
-int onion_map_apply(struct onion_map *map, const struct onion_piece *pieces, size_t count, uint64_t *slots_end);
+int onion_map_apply(struct onion_map *map, const struct onion_change *changes, size_t count, uint64_t *slots_end);
 
 /* How many blocks are DATA in lower and not HOLE in upper: the slots that a merge of the two frees. */
 uint64_t onion_map_count_shadowed(const struct onion_map *lower, const struct onion_map *upper);

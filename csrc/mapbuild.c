@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PIECES_FIRST ((size_t)1 << 12)
-#define PIECES_MAX ((size_t)1 << 22) /* 64 MiB, twice: then they are applied before more are collected */
+#define CHANGES_FIRST ((size_t)1 << 12)
+#define CHANGES_MAX ((size_t)1 << 22) /* 64 MiB, twice: then they are applied before more are collected */
 #define DIGIT_BITS_MAX 11
 
 int onion_build_init(struct onion_build *build, struct onion_map *map) {
@@ -18,7 +18,7 @@ int onion_build_init(struct onion_build *build, struct onion_map *map) {
 }
 
 void onion_build_destroy(struct onion_build *build) {
-    free(build->pieces);
+    free(build->changes);
     free(build->sorted);
     free(build->slots_end);
     memset(build, 0, sizeof *build);
@@ -27,13 +27,13 @@ void onion_build_destroy(struct onion_build *build) {
 static int make_room(struct onion_build *build) {
     if (build->count < build->capacity)
         return 0;
-    if (build->capacity == PIECES_MAX)
+    if (build->capacity == CHANGES_MAX)
         return onion_build_apply(build);
-    size_t capacity = build->capacity ? 2 * build->capacity : PIECES_FIRST;
-    struct onion_piece *pieces = realloc(build->pieces, capacity * sizeof *pieces);
-    if (!pieces)
+    size_t capacity = build->capacity ? 2 * build->capacity : CHANGES_FIRST;
+    struct onion_change *changes = realloc(build->changes, capacity * sizeof *changes);
+    if (!changes)
         return -ENOMEM;
-    build->pieces = pieces;
+    build->changes = changes;
     build->capacity = capacity;
     free(build->sorted); /* made when it is needed */
     build->sorted = NULL;
@@ -50,7 +50,7 @@ int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t bl
             return status;
         uint64_t range = at >> shift, range_end = (range + 1) << shift, next = range_end < end ? range_end : end;
         uint32_t block = (uint32_t)(at - (range << shift));
-        build->pieces[build->count++] = (struct onion_piece){onion_piece_where(range, block, (uint32_t)(next - at)),
+        build->changes[build->count++] = (struct onion_change){onion_change_where(range, block, (uint32_t)(next - at)),
                                                              onion_place_advance(place, at - block_index)};
         build->is_sorted &= range >= build->range_last;
         build->range_last = range;
@@ -61,7 +61,7 @@ int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t bl
 }
 
 /* One pass: from -> to, by the digit of `bits` bits at `shift`. */
-static void sort_by_digit(const struct onion_piece *from, struct onion_piece *to, size_t count, unsigned shift,
+static void sort_by_digit(const struct onion_change *from, struct onion_change *to, size_t count, unsigned shift,
                           unsigned bits) {
     size_t starts[(1 << DIGIT_BITS_MAX) + 1] = {0};
     uint64_t mask = ((uint64_t)1 << bits) - 1;
@@ -73,7 +73,7 @@ static void sort_by_digit(const struct onion_piece *from, struct onion_piece *to
         to[starts[from[i].where >> shift & mask]++] = from[i];
 }
 
-static int sort_pieces(struct onion_build *build) {
+static int sort_changes(struct onion_build *build) {
     if (build->is_sorted)
         return 0;
     if (!build->sorted && !(build->sorted = malloc(build->capacity * sizeof *build->sorted)))
@@ -82,18 +82,18 @@ static int sort_pieces(struct onion_build *build) {
     unsigned passes = (range_bits + DIGIT_BITS_MAX - 1) / DIGIT_BITS_MAX;
     unsigned bits = (range_bits + passes - 1) / passes;
     for (unsigned pass = 0; pass < passes; pass++) {
-        sort_by_digit(build->pieces, build->sorted, build->count, ONION_PIECE_RANGE_SHIFT + pass * bits, bits);
-        struct onion_piece *done = build->sorted;
-        build->sorted = build->pieces;
-        build->pieces = done;
+        sort_by_digit(build->changes, build->sorted, build->count, ONION_CHANGE_RANGE_SHIFT + pass * bits, bits);
+        struct onion_change *done = build->sorted;
+        build->sorted = build->changes;
+        build->changes = done;
     }
     return 0;
 }
 
 int onion_build_apply(struct onion_build *build) {
-    int status = sort_pieces(build);
+    int status = sort_changes(build);
     if (status == 0)
-        status = onion_map_apply(build->map, build->pieces, build->count, build->slots_end);
+        status = onion_map_apply(build->map, build->changes, build->count, build->slots_end);
     build->count = 0;
     build->is_sorted = 1;
     build->range_last = build->range_highest = 0;

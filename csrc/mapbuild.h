@@ -10,7 +10,7 @@
 
 struct onion_build {
     struct onion_map *map;
-    struct onion_piece *pieces, *sorted; /* capacity each */
+    struct onion_change *changes, *sorted; /* capacity each */
     size_t count, capacity;
     uint64_t range_last, range_highest;
     int is_sorted;

@@ -34,12 +34,13 @@ int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping *
         if (mapping->address == MAP_FAILED)
             status = -errno;
     }
-    if (fd >= 0)
-        close(fd);
     if (status < 0) {
+        if (fd >= 0)
+            close(fd);
         free(mapping);
         return status;
     }
+    mapping->fd = fd;
     *out = mapping;
     return 0;
 }

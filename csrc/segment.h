@@ -19,6 +19,7 @@
 struct onion_mapping {
     char *address;
     uint64_t length;
+    int fd; /* of a base, to ask for its holes; a segment's mapping has none of its own */
 };
 
 struct onion_slots {

@@ -103,6 +103,7 @@ static void base_release(void *context, void *object) {
     (void)context;
     if (mapping->length)
         munmap(mapping->address, mapping->length);
+    close(mapping->fd);
     free(mapping);
 }
 

@@ -20,6 +20,7 @@
 #include <stdint.h>
 
 #include "blockmap.h"
+#include "epoch.h"
 #include "maplog.h"
 #include "status.h"
 
@@ -94,6 +95,23 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
 int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count, void *out);
 int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const void *bytes);
+/* The read plan, for who sends bytes without copying them: between plan_begin and plan_end what onion_volume_plan hands
+ * out stays mapped, and its slots are not used again. The ticket keeps freed slots and replaced mappings of the whole
+ * volume waiting, so it is held for one system call that does not block, never while a client takes its time. */
+struct onion_piece {
+    const char *address; /* NULL: reads zero */
+    uint64_t length;
+};
+/* 0, or why no verb may run; then there is no ticket. */
+int onion_volume_plan_begin(struct onion_volume *volume, struct onion_ticket *ticket);
+void onion_volume_plan_end(struct onion_volume *volume, struct onion_ticket ticket);
+/* Up to `capacity` pieces that make up the range from its start on, neighbours joined; returns how many, and through
+ * *planned how many bytes they hold (all of the range, where capacity sufficed). */
+int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_piece *pieces,
+                          uint32_t capacity, uint64_t *planned);
+/* Loads a byte of each page, so that a file that fails under its mapping is known before its bytes are promised to
+ * anyone: 0 or -EIO. */
+int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count);
 /* Everything that was acknowledged before the call is durable after it. -ENOSPC: nothing changed, try again. Any
  * failure of a sync poisons the volume. */
 int onion_volume_flush(struct onion_volume *volume);
@@ -103,6 +121,25 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
 /* Up to `capacity` runs that are not HOLE from block_index on; *next is where to go on (the block count at the end). */
 int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
                           struct onion_run *runs, uint64_t capacity, uint64_t *next);
+enum onion_extent_kind {
+    ONION_EXTENT_NONE,  /* nothing anywhere: reads zero */
+    ONION_EXTENT_BASE,  /* the base's own bytes */
+    ONION_EXTENT_ZERO,  /* zero, and hides what is below */
+    ONION_EXTENT_HEAD,  /* data that the head holds */
+    ONION_EXTENT_BELOW, /* data of a layer below the head */
+};
+struct onion_extent {
+    uint64_t offset, length;
+    enum onion_extent_kind kind;
+    uint32_t segment; /* HEAD, BELOW: its number in the index; numbers grow in the order in which segments were added */
+};
+/* Up to `capacity` extents that make up the range from its start on; returns how many (at least 1). A hole of the base
+ * file is NONE; where its file system knows no holes, all of it is BASE. */
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
+                             uint32_t capacity);
+/* The number of the segment that new blocks go to: what is written from now on has this number or a greater one, or
+ * is in a block that the head holds already. 0: a view. */
+uint32_t onion_volume_own_segment(struct onion_volume *volume);
 /* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller
  * frees. Flushes, and waits for writers. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,

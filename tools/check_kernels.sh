@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 out=${1:-build/check}
 sanitizers=${2:-address,undefined}
 mkdir -p "$out"
-kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head"
+kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head plan
+  nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.nbd.remote import LiveVolume, connect
     from onionskin.sizes import format_size, parse_size
     from onionskin.snapshots import Snapshot
     from onionskin.store import Store, TreeNode, VolumeInfo
@@ -37,6 +38,7 @@ _HOME = {
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.usage"),
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
+    **dict.fromkeys(("LiveVolume", "connect"), "onionskin.nbd.remote"),
     "Snapshot": "onionskin.snapshots",
     "Volume": "onionskin.volume",
 }  # fmt: skip
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "ChainError",
     "FormatError",
+    "LiveVolume",
     "OnionskinError",
     "Problem",
     "Snapshot",
@@ -58,6 +61,7 @@ __all__ = [
     "VolumeExistsError",
     "VolumeInfo",
     "VolumeNotFoundError",
+    "connect",
     "format_size",
     "parse_size",
 ]

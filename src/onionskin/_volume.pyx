@@ -6,6 +6,7 @@ block runs without the GIL; every negative code becomes an exception here and no
 
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -778,6 +779,11 @@ cdef class DataPath:
         mapped.length = count
         mapped.keep = keep
         return numpy.frombuffer(mapped, dtype=numpy.uint8)
+
+    @property
+    def capsule(self):
+        """The C object, for other extension modules: lives as long as this one."""
+        return PyCapsule_New(self._volume, "onion_volume", NULL)
 
     # ---- the end ----
 

@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def volumes(self) -> Path:
-        """The directory of the writers' locks."""
+        """The directory of the writers' locks and of the servers' control sockets."""
         return self.root / "volumes"
 
     def map_file(self, map_id: bytes) -> Path:
@@ -58,3 +58,7 @@ class Layout:
     def holds(self, path: Path) -> bool:
         """Whether a path leads into the store, by whatever links."""
         return path.resolve().is_relative_to(self.root.resolve())
+
+    def volume_control(self, uuid: bytes) -> Path:
+        """The control socket of the server of a volume."""
+        return self.volumes / f"{uuid.hex()}.control"

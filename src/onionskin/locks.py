@@ -165,8 +165,12 @@ class VolumeLock:
         try:
             if not _set_lock(self._descriptor, fcntl.F_WRLCK, 0, 1):
                 holder = _read_holder(self._descriptor)
+                served = path.with_suffix(".control").exists()
+                advice = (
+                    "which serves it: stop that, work through it (onionskin.connect)" if served else "close it there"
+                )
                 raise StateError(
-                    f"volume {volume_name!r} is open for writing in {holder}; close it there, "
+                    f"volume {volume_name!r} is open for writing in {holder}{',' if served else ';'} {advice}, "
                     "or open one of its snapshots instead"
                 )
             os.ftruncate(self._descriptor, 0)

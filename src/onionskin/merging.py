@@ -50,7 +50,11 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
     with catalog.reading():
         lower = catalog.row(LayerRow, "id = ?", layer_id)
         children = catalog.rows(LayerRow, "parent = ?", layer_id)
-        needed = catalog.row(SnapshotRow, "layer = ?", layer_id) or catalog.row(VolumeRow, "head = ?", layer_id)
+        needed = (
+            catalog.row(SnapshotRow, "layer = ?", layer_id)
+            or catalog.row(VolumeRow, "head = ?", layer_id)
+            or catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", layer_id)
+        )
     if lower is None or needed or len(children) != 1:
         return False
     (upper,) = children
@@ -229,47 +233,107 @@ def fold_unnamed_below(volume: "Volume") -> None:
 # ---- merging into the base ----
 
 
-def merge_into_base(volume: "Volume", upto: str | None, *, progress: "Progress | None", threads: int) -> None:
-    """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`."""
+def merge_into_base(
+    volume: "Volume", upto: str | None, *, progress: "Progress | None", threads: int, bytes_per_second: int
+) -> None:
+    """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`.
+
+    What is written is hidden by the layers that it comes from, until the transaction at the end. So reads, writes and
+    snapshots, which only add layers on top, go on during the copy; all else on the tree has to wait. A merge that was
+    interrupted before is ended first.
+    """
+    resumes = True
+    while resumes:
+        with volume.operation(may_resume=True):
+            interrupted = pending_base_merges(volume.store.catalog, read_chain(volume.store.catalog, volume.head))
+            resumes = bool(interrupted)
+            folded, lock = _begin_base_merge(volume, interrupted[0] if interrupted else _target_of(volume, upto))
+            volume.is_merging = True
+        _run_base_merge(volume, folded, lock, progress, threads, bytes_per_second)
+    volume.store.work_soon()
+
+
+def _target_of(volume: "Volume", upto: str | None) -> bytes:
+    """Return the uppermost layer to fold: that of a snapshot, or what is sealed now."""
     store, catalog = volume.store, volume.store.catalog
     chain = read_chain(catalog, volume.head)
-    for interrupted in pending_base_merges(catalog, chain):
-        _merge_up_to(volume, interrupted, progress=progress, threads=threads)
-        chain = read_chain(catalog, volume.head)
     if chain.base is None:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
     if upto is None:
         refuse_older(store, volume, chain, None)
-        target = volume.seal(lambda: None, lambda layer, created_ns: None).id
-    else:
-        target = find_snapshot(catalog, volume.row, upto).layer
-        if target not in {layer.id for layer in chain.layers}:
-            raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
-        refuse_older(store, volume, chain, target)
-    _merge_up_to(volume, target, progress=progress, threads=threads)
-    fold_where_unnamed(volume, [target])
-    store.work_soon()
+        return volume.seal(lambda: None, lambda layer, created_ns: None).id
+    target = find_snapshot(catalog, volume.row, upto).layer
+    if target not in {layer.id for layer in chain.layers}:
+        raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
+    refuse_older(store, volume, chain, target)
+    return target
 
 
-def _merge_up_to(volume: "Volume", target: bytes, *, progress: "Progress | None", threads: int) -> None:
-    store, catalog = volume.store, volume.store.catalog
+def _begin_base_merge(volume: "Volume", target: bytes) -> tuple[Chain, BaseLock]:
+    """Check that there is room, take the base alone, and write down what is begun. Returns what is folded, and the lock."""
+    catalog = volume.store.catalog
     folded = read_chain(catalog, target)
     assert folded.base is not None
-    transfer.check_room(store, folded)
+    transfer.check_room(volume.store, folded)
     lock = _lock_base_alone(volume, folded.base)
     try:
         if not catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", target):
             with catalog.transaction():
                 catalog.add_pending("base-merge", target, 0, volume.wipe)
-        _copy_into_base(store, folded, lock.descriptor, progress=progress, threads=threads)
-        dropped = _finish(store, folded)
-        base = read_chain(catalog, volume.head).base
-        assert base is not None
-        volume.path.rebase(path=base.path, size_bytes=base.size_bytes, dropped=dropped)
-        volume.lock_what_is_read()
-    finally:
+    except BaseException:
         lock.close()
         volume.base_lock = BaseLock(Path(folded.base.path))
+        raise
+    return folded, lock
+
+
+def _run_base_merge(
+    volume: "Volume",
+    folded: Chain,
+    lock: BaseLock,
+    progress: "Progress | None",
+    threads: int,
+    bytes_per_second: int,
+) -> None:
+    store = volume.store
+    assert folded.base is not None
+    try:
+        _copy_into_base(
+            store,
+            folded,
+            lock.descriptor,
+            progress=_stoppable(volume, progress),
+            threads=threads,
+            bytes_per_second=bytes_per_second,
+        )
+        with volume.guard:
+            dropped = _finish(store, folded)
+            below = read_chain(store.catalog, volume.head).base
+            assert below is not None
+            volume.path.rebase(path=below.path, size_bytes=below.size_bytes, dropped=dropped)
+            volume.lock_what_is_read()
+            fold_where_unnamed(volume, [folded.top.id])
+    finally:
+        lock.close()
+        with volume.guard:
+            try:
+                volume.base_lock = BaseLock(Path(folded.base.path))
+            finally:
+                volume.merge_ended()
+
+
+def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
+    """Pass progress on, and end the copy when the volume is being closed."""
+
+    def report(done: int, total: int) -> None:
+        if volume.merge_stop:
+            raise StateError(
+                f"volume {volume.name!r} was closed during the merge into its base; it goes on when it is opened again"
+            )
+        if progress:
+            progress(done, total)
+
+    return report
 
 
 def _lock_base_alone(volume: "Volume", base: BaseRow) -> BaseLock:
@@ -316,7 +380,13 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
 
 
 def _copy_into_base(
-    store: "Store", folded: Chain, descriptor: int, *, progress: "Progress | None", threads: int
+    store: "Store",
+    folded: Chain,
+    descriptor: int,
+    *,
+    progress: "Progress | None",
+    threads: int,
+    bytes_per_second: int = 0,
 ) -> None:
     """Write what the layers hold into the base, and make it durable. May be done again."""
     size_bytes = folded.top.size_bytes
@@ -334,6 +404,7 @@ def _copy_into_base(
             punch=reflink,
             progress=progress,
             threads=threads,
+            bytes_per_second=bytes_per_second,
         )
     sync_file(descriptor)  # BARRIER: merged base
 

@@ -11,6 +11,7 @@ from onionskin.catalog import (
     BaseRow,
     Catalog,
     LayerRow,
+    PendingRow,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
@@ -157,3 +158,5 @@ def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     catalog.delete(SegmentRow, "layer = ?", layer.id)
     catalog.delete(LayerRow, "id = ?", layer.id)
+    # A merge of it into the base that was cancelled: nobody is left who needs it finished.
+    catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", layer.id)

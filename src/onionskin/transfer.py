@@ -101,6 +101,7 @@ def copy_runs(
     punch: bool,
     progress: "Progress | None" = None,
     threads: int = 0,
+    bytes_per_second: int = 0,
 ) -> None:
     """Copy what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
     runs = path.runs()
@@ -122,6 +123,7 @@ def copy_runs(
         solid=True,
         progress=progress,
         threads=threads,
+        bytes_per_second=bytes_per_second,
     )
 
 
@@ -135,11 +137,19 @@ def _copy_table(
     solid: bool,
     progress: "Progress | None",
     threads: int = 0,
+    bytes_per_second: int = 0,
 ) -> None:
     done, total = 0, int(table["length"].sum())
     for extents, descriptors in _by_segments(table, segment, paths):
         try:
-            job = CopyJob(extents, threads=threads, reflink=reflink, zero_holes=punch, solid=solid)
+            job = CopyJob(
+                extents,
+                threads=threads,
+                reflink=reflink,
+                zero_holes=punch,
+                solid=solid,
+                bytes_per_second=bytes_per_second,
+            )
             run_job(job, progress, done, total)
             done += job.bytes_done
         finally:

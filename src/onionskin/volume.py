@@ -93,7 +93,12 @@ class Volume:
         self.block_size: int = opened.chain.top.block_size
         self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
-        self._guard = threading.RLock()
+        self.guard = threading.RLock()
+        self._merge_end = threading.Condition(self.guard)
+        self.is_merging = False  # a merge into the base copies: under `guard`
+        self.merge_stop = False
+        # Called with the new data path before the old one is closed. Must not raise.
+        self.on_switch: Callable[[DataPath], None] | None = None
         self._closed = False
         self._forked = False
         self._released = False
@@ -221,12 +226,13 @@ class Volume:
             ENOSPC: nothing changed, it can be tried again. Any other failure of a sync poisons the volume.
         """
         if self._unsettled:  # by an operation that goes on in another thread, or by two interrupts
-            with self._guard:
+            with self.guard:
                 self._settle()
         self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
-        self._scrub_adopted()
+        self.scrub_freed()
 
-    def _scrub_adopted(self) -> None:
+    def scrub_freed(self) -> None:
+        """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
         wanted = self.path.scrub_wanted()
         if wanted:
             self.store.scrub(wanted, self.wipe)
@@ -238,7 +244,7 @@ class Volume:
         size_bytes = parse_size(size)
         if size_bytes < 1:
             raise ValueError("a volume has at least one byte; delete it if it is not needed")
-        with self._operation():
+        with self.operation():
             if size_bytes < self.size_bytes and not force:
                 raise StateError(
                     f"resize would cut {self.name!r} from {self.size_bytes} to {size_bytes} bytes and lose what lies "
@@ -304,7 +310,7 @@ class Volume:
         """
         check_name("snapshot", name)
         guid_bytes = bytes.fromhex(guid) if guid else new_id()
-        with self._operation():
+        with self.operation(during_merge=True):
 
             def name_it(sealed: LayerRow, created_ns: int) -> None:
                 row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note)
@@ -438,7 +444,7 @@ class Volume:
         The snapshot stays, and so do newer ones. Durable on return. Other threads' calls go on, on the old disk or on
         the new one.
         """
-        with self._operation():
+        with self.operation():
             target = find_snapshot(self.store.catalog, self.row, name).layer
             self._restart_on(target, lambda: None)
 
@@ -483,6 +489,8 @@ class Volume:
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
         old_path, self.path, self.head = self.path, new_path, head
         if old_path is not new_path:
+            if self.on_switch:
+                self.on_switch(new_path)
             old_path.close()
         self.lock_what_is_read()
 
@@ -496,7 +504,7 @@ class Volume:
         StateError
             A descendant has a name and `recursive` is not given, or a clone needs one; they are listed.
         """
-        with self._operation():
+        with self.operation():
             catalog = self.store.catalog
             layer = find_snapshot(catalog, self.row, name).layer
             above = descendants(catalog, layer)
@@ -538,7 +546,7 @@ class Volume:
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
         children stays, without a name, until one is left.
         """
-        with self._operation():
+        with self.operation():
             catalog = self.store.catalog
             row = find_snapshot(catalog, self.row, name)
 
@@ -549,8 +557,30 @@ class Volume:
             self.store.with_reserve(lambda: self.store.in_transaction(drop))
             merging.fold_where_unnamed(self, [row.layer])
 
-    def merge_into_base(self, upto: str | None = None, *, progress: Progress | None = None, threads: int = 0) -> None:
+    def merge_into_base(
+        self,
+        upto: str | None = None,
+        *,
+        progress: Progress | None = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
         """Fold the layers up to a snapshot, or the whole volume, into the base file.
+
+        Other threads read, write and take snapshots meanwhile; other operations on the tree are refused.
+
+        Parameters
+        ----------
+        upto : str, optional
+            A snapshot that the disk descends from. None: all that was written before the call.
+        progress : callable, optional
+            Called with the bytes copied so far and in all, five times a second. What it raises cancels the merge: the
+            base holds a part of the data then, hidden by the layers, and only the volumes that are open can be used
+            until the merge is run again or the volume is opened again, either of which ends it.
+        threads : int
+            That copy; 0 chooses.
+        bytes_per_second : int
+            At most so many are written; 0 is no bound.
 
         Raises
         ------
@@ -559,12 +589,11 @@ class Volume:
         OSError
             ENOSPC: there is no room, checked before anything is written.
         """
-        with self._operation(may_resume=True):
-            merging.merge_into_base(self, upto, progress=progress, threads=threads)
+        merging.merge_into_base(self, upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second)
 
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
-        with self._operation(), self.store.unnamed_files:
+        with self.operation(), self.store.unnamed_files:
             transfer.flatten(self, progress=progress)
             if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
                 self.base_lock.close()
@@ -584,22 +613,30 @@ class Volume:
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
         if b is None and self.writable:
             self.flush()
-        return cast("Array", self.store.diff(self.name, a, b))
+        return cast("Array", self.store.diff(self._name_now(), a, b))
 
     def usage(self) -> list[Any]:
         """Return what each snapshot holds and what discard or merge of it would free."""
         if self.writable:
             self.flush()
-        return self.store.usage(self.name)
+        return self.store.usage(self._name_now())
+
+    def _name_now(self) -> str:
+        """Look the name up: another process may have renamed the volume since it was opened."""
+        row = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+        return row.name if row else self.name
 
     # ---- the end ----
 
     @contextmanager
-    def _operation(self, *, may_resume: bool = False) -> Iterator[None]:
-        """Hold the volume for one operation on its tree: one that resumes an interrupted merge into the base, or others."""
+    def operation(self, *, during_merge: bool = False, may_resume: bool = False) -> Iterator[None]:
+        """Hold the volume for one operation on its tree.
+
+        `during_merge`: also while a merge into the base copies, or was interrupted. `may_resume`: it resumes that merge.
+        """
         if self._forked:
             raise forks.forked_error(f"volume {self.name!r}")
-        with self._guard:
+        with self.guard:
             if self._closed:
                 raise StateError(f"volume {self.name!r} is closed; open it again")
             if not self.writable:
@@ -607,12 +644,22 @@ class Volume:
             self._settle()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
-            if not may_resume and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
+            if self.is_merging and not during_merge:
+                raise StateError(
+                    f"a merge into the base of volume {self.name!r} is under way; wait for it to end, or cancel it"
+                )
+            may_be_half = may_resume or during_merge
+            if not may_be_half and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
                 raise StateError(
                     f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
                     "volume and open it again, which ends it"
                 )
             yield
+
+    def merge_ended(self) -> None:
+        """Let other operations, and a `close` that waits, go on. Under `guard`."""
+        self.is_merging = False
+        self._merge_end.notify_all()
 
     def wait_for_readers(self) -> None:
         """Return when every read that began before has ended."""
@@ -625,8 +672,15 @@ class Volume:
 
     def close(self) -> None:
         """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
-        with self._guard:
-            if self._released or self._forked:
+        if self._forked:
+            return
+        with self.guard:
+            if self._released:
+                return
+            self.merge_stop = True
+            while self.is_merging:
+                self._merge_end.wait()
+            if self._released:  # by another thread that waited too
                 return
             self._closed = True  # and again where an interrupt came before the end
             try:
@@ -662,7 +716,7 @@ class Volume:
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
         self._forked = True
-        self._guard = threading.RLock()  # another thread of the parent may have held it
+        self.guard = threading.RLock()  # another thread of the parent may have held it
         self.path.after_fork()
 
 

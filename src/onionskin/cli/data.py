@@ -4,7 +4,7 @@ import base64
 import os
 import stat
 import sys
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -13,10 +13,13 @@ from onionskin.cli.names import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name
 from onionskin.cli.output import json_option
 from onionskin.volume import Volume
 
+if TYPE_CHECKING:
+    from onionskin.nbd.remote import LiveVolume
+
 _CHUNK_BYTES = 1 << 20
 
 
-def _check_range(volume: Volume, name: Name, offset: int, length: int) -> None:
+def _check_range(volume: "Volume | LiveVolume", name: Name, offset: int, length: int) -> None:
     """Refuse a range that does not lie in the disk before any of it is touched."""
     if offset + length > volume.size_bytes:
         raise ValueError(
@@ -35,7 +38,7 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
 
     With --json, as base64.
     """
-    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
+    with name.open_volume_or_view() as volume:
         _check_range(volume, name, offset, length)
         if as_json:
             data = base64.b64encode(volume.read(offset, length)).decode()
@@ -93,7 +96,7 @@ def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
 
     It reads zero from then on.
     """
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         _check_range(volume, name, offset, length)
         volume.trim(offset, length)
         volume.flush()
@@ -108,7 +111,7 @@ def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
 @json_option
 def zero(name: Name, offset: int, length: int, as_json: bool) -> None:
     """Make a range read zero."""
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         _check_range(volume, name, offset, length)
         volume.zero(offset, length)
         volume.flush()

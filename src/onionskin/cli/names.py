@@ -5,9 +5,11 @@ repairs anything: it reads the catalog of a directory that is a store, and says 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,6 +17,10 @@ from click.shell_completion import CompletionItem
 from onionskin.errors import OnionskinError
 from onionskin.sizes import parse_size
 from onionskin.store import Store
+from onionskin.volume import Volume
+
+if TYPE_CHECKING:
+    from onionskin.nbd.remote import LiveVolume
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,36 @@ class Name:
     def open_store(self) -> Store:
         """Open the store, which must exist."""
         return Store(self.store, create=False)
+
+    @contextmanager
+    def open_volume(self) -> "Iterator[tuple[Store, Volume | LiveVolume]]":
+        """Open the volume for writing or, where a server holds it, connect to that.
+
+        This is the one place where a verb comes to work on a volume that is being served.
+        """
+        with self.open_store() as store, live(store, self.volume) or store.open(self.volume) as volume:
+            yield store, volume
+
+    @contextmanager
+    def open_volume_or_view(self) -> "Iterator[Volume | LiveVolume]":
+        """Open what is named, to read it: a snapshot as a view."""
+        if self.snapshot is None:
+            with self.open_volume() as (_, volume):
+                yield volume
+            return
+        with self.open_store() as store, store.open(self.volume, snapshot=self.snapshot) as view:
+            yield view
+
+
+def live(store: Store, name: str) -> "LiveVolume | None":
+    """Connect to the server of a volume; None where no server holds it."""
+    from onionskin.locks import volume_holder
+
+    if volume_holder(store.layout.volume_lock(store.catalog.volume(name).id)) is None:
+        return None  # most often; and then the other end is not even imported
+    from onionskin.nbd import remote
+
+    return remote.find(store, name)
 
 
 def parse_name(text: str) -> Name:
@@ -94,7 +130,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         """Offer directories until a store is reached, then the names in it."""
         directory, slash, last = incomplete.rpartition("/")
         store = Path(directory or "/")
-        if not slash or not _is_store(store):
+        if not slash or not is_store(store):
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
             return []
@@ -140,7 +176,8 @@ VOLUME_OR_SNAPSHOT = NameType("optional")
 SIZE = SizeType()
 
 
-def _is_store(path: Path) -> bool:
+def is_store(path: Path) -> bool:
+    """Whether a directory is a store."""
     return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises for what it cannot search
 
 

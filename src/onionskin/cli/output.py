@@ -36,6 +36,11 @@ def as_json_text(value: Any) -> str:
     return json.dumps(value, indent=2)
 
 
+def as_json_line(value: Any) -> str:
+    """Write a value as JSON on one line, for who reads lines."""
+    return json.dumps(value)
+
+
 def printable(text: str) -> str:
     """Replace what the encoding of stdout lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

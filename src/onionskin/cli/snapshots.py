@@ -1,16 +1,20 @@
 """The verbs for snapshots: snapshot, snapshots, revert, discard, merge, diff, usage."""
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import NEW_SNAPSHOT, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.names import NEW_SNAPSHOT, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
 from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
 from onionskin.snapshots import Snapshot
 from onionskin.store import Store
 from onionskin.volume import Volume
+
+if TYPE_CHECKING:
+    from onionskin.nbd.remote import LiveVolume
 
 
 def snapshot_value(snapshot: Snapshot) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
 
     Nothing is copied, whatever the size.
     """
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         taken = volume.snapshot(name.required_snapshot, note)
     output.show(as_json, snapshot_value(taken), lambda: f"took {name}")
 
@@ -77,7 +81,7 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
 
     All snapshots stay. What was written since the last one is dropped.
     """
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         find_snapshot(volume.snapshots, name)
         if volume.head_changed:
             output.confirm_loss(
@@ -100,7 +104,7 @@ def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
 
     If the head is on that branch, the disk reads as when the snapshot was taken.
     """
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         find_snapshot(volume.snapshots, name)
         before = {s.name for s in volume.snapshots}
         if name.snapshot in _ancestors(volume) and volume.head_changed:
@@ -115,7 +119,7 @@ def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
     output.show(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
 
-def _ancestors(volume: Volume) -> list[str]:
+def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
     """Name the snapshots that the head stands on, the nearest first."""
     parents = {s.name: s.parent for s in volume.snapshots}
     at = volume.parent.name if volume.parent is not None else None
@@ -130,21 +134,25 @@ def _ancestors(volume: Volume) -> list[str]:
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
+@click.option("--rate", type=SIZE, metavar="SIZE", help="Copy at most so many bytes a second, as 100M.")
 @json_option
-def merge(name: Name, into_base: bool, threads: int, as_json: bool) -> None:
+def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: bool) -> None:
     """Drop a snapshot's name and keep all data.
 
-    With --into-base, write a snapshot, or the whole volume, into the base file itself.
+    With --into-base, write a snapshot, or the whole volume, into the base file itself. Ctrl-C ends that, and the same
+    command goes on with it. A volume that is being served is read and written meanwhile.
     """
+    if rate is not None and not into_base:
+        raise click.UsageError("--rate is about --into-base; a merge into a layer copies nothing")
     if not into_base and name.snapshot is None:
         raise click.UsageError(f"name the snapshot to merge, as {name}@SNAPSHOT, or give --into-base")
-    with name.open_store() as store, store.open(name.volume) as volume:
+    with name.open_volume() as (_, volume):
         if name.snapshot is not None:
             find_snapshot(volume.snapshots, name)
         before = {s.name for s in volume.snapshots}
         if into_base:
             with output.progress(f"merge {name} into its base", as_json) as progress:
-                volume.merge_into_base(name.snapshot, progress=progress, threads=threads)
+                volume.merge_into_base(name.snapshot, progress=progress, threads=threads, bytes_per_second=rate or 0)
         else:
             volume.merge(name.required_snapshot)
         gone = sorted(before - {s.name for s in volume.snapshots})
@@ -186,7 +194,8 @@ def _diff(store: Store, a: Name, b: Name) -> list[tuple[int, int, int]]:
     if b.snapshot is not None:
         found = store.diff(a.volume, a.required_snapshot, b.snapshot)
     else:
-        with store.open(a.volume) as volume:  # holding the head keeps it still meanwhile
+        # Holding the head keeps it still meanwhile; where it is served, it goes on changing.
+        with live(store, a.volume) or store.open(a.volume) as volume:
             found = volume.diff(a.required_snapshot, None)
     return [(int(offset), int(length), int(state)) for offset, length, state in found]
 
@@ -197,7 +206,9 @@ def _diff(store: Store, a: Name, b: Name) -> list[tuple[int, int, int]]:
 def usage(name: Name, as_json: bool) -> None:
     """Show what snapshots hold, and what dropping them frees."""
     with name.open_store() as store:
-        found = store.usage(name.volume)
+        served = live(store, name.volume)  # its server knows what is not durable yet
+        with served or nullcontext():
+            found = served.usage() if served else store.usage(name.volume)
     value = [
         {
             "snapshot": row.snapshot,

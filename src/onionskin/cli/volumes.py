@@ -6,7 +6,7 @@ from typing import Any, Literal
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
 from onionskin.store import Store, TreeNode, VolumeInfo
@@ -239,7 +239,7 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
     Snapshots keep theirs, and revert brings it back.
     """
     with name.open_store() as store:
-        with store.open(name.volume) as volume:
+        with live(store, name.volume) or store.open(name.volume) as volume:
             volume.resize(size, force=force)
         about = store.info(name.volume)
     output.show(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")

@@ -1,0 +1,80 @@
+"""A snapshot as a raw file: `nbdfuse` in front of a server for that one snapshot, which ends with it.
+
+What must hold: when `mount` returns the file can be read; when it raises nothing is mounted and nothing runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from onionskin.errors import OnionskinError, StateError
+
+READY_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+
+
+def mount(name: str, directory: Path, file_name: str) -> Path:
+    """Show a snapshot, given as STORE/VOLUME@SNAPSHOT, as a read-only file in a directory; returns the file's path."""
+    nbdfuse = _program("nbdfuse", "nbdfuse (Debian, Ubuntu, Fedora) or libnbd (Arch)")
+    if not directory.is_dir():
+        directory.stat()
+        raise NotADirectoryError(20, "a directory is wanted there; check the path", str(directory))
+    if os.path.ismount(directory):
+        raise StateError(f"something is mounted on {directory} already; unmount it, or choose another directory")
+    file = directory.absolute() / file_name
+    server = [sys.executable, "-m", "onionskin", "serve", "--stdio", name]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [nbdfuse, "--readonly", str(file), "--command", *server],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,  # it outlives this command, and Ctrl-C in its terminal
+        )
+        try:
+            _wait(process, file)
+        except BaseException as error:
+            process.terminate()
+            process.wait()
+            said.seek(0)
+            lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()
+            if isinstance(error, StateError) and lines:
+                raise StateError(f"{error}: {lines[0].removeprefix('onionskin: ')}") from None
+            raise
+    process.returncode = 0  # it is left to itself, and ends with the mount: nobody here waits for it
+    return file
+
+
+def _wait(process: "subprocess.Popen[bytes]", file: Path) -> None:
+    """Return when the file is there. Nothing tells us but the mount itself."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not (os.path.ismount(file.parent) and file.exists()):
+        if process.poll() is not None:
+            raise StateError(f"{file.parent} could not be mounted")
+        if time.monotonic() > deadline:
+            raise StateError(f"{file.parent} is not mounted after {READY_SECONDS:.0f} s; look at /dev/fuse")
+        time.sleep(_POLL_SECONDS)
+
+
+def unmount(directory: Path) -> None:
+    """Undo `mount`; its server ends by itself."""
+    if not os.path.ismount(directory):
+        directory.stat()
+        raise StateError(f"nothing is mounted on {directory}; 'mount' lists what is")
+    ended = subprocess.run(
+        [_program("fusermount3", "fuse3"), "-u", str(directory.absolute())], capture_output=True, text=True
+    )
+    if ended.returncode:
+        said = ended.stderr.strip().splitlines()[:1] or [f"exit status {ended.returncode}"]
+        raise StateError(f"{directory} could not be unmounted: {said[0]}; end the programs that read from it")
+
+
+def _program(name: str, package: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise OnionskinError(f"{name} is not installed, and mount needs it; install the package {package}")
+    return found

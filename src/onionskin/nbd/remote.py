@@ -1,0 +1,232 @@
+"""A volume that another process serves, worked on through its control socket.
+
+`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume; they raise the same errors. What it
+cannot do (write, flatten, apply) it does not have.
+"""
+
+import base64
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from errno import ECONNREFUSED, ENOENT, ENOTSOCK
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from onionskin.errors import FormatError, StateError
+from onionskin.locks import volume_holder
+from onionskin.nbd import frames
+from onionskin.nbd.sockets import connect_unix
+from onionskin.snapshots import Snapshot
+from onionskin.store import Store
+from onionskin.transfer import EXTENT_DTYPE
+from onionskin.usage import Usage
+
+if TYPE_CHECKING:
+    import numpy.typing
+
+Progress = Callable[[int, int], None]
+
+
+def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
+    """Connect to a volume that `onionskin serve` holds.
+
+    Raises
+    ------
+    VolumeNotFoundError
+        The store has no volume of that name.
+    StateError
+        Nobody serves the volume; open it instead.
+    """
+    if isinstance(store, Store):
+        found = find(store, name)
+    else:
+        with Store(store, create=False) as opened:
+            found = find(opened, name)
+    if found is None:
+        raise StateError(f"nobody serves volume {name!r}; open it, or start 'onionskin serve'")
+    return found
+
+
+def find(store: Store, name: str) -> "LiveVolume | None":
+    """Connect to the server of a volume, or return None where no server holds it."""
+    row = store.catalog.volume(name)
+    if volume_holder(store.layout.volume_lock(row.id)) is None:
+        return None
+    try:
+        connection = connect_unix(store.layout.volume_control(row.id))
+    except OSError as error:
+        if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
+            return None  # held by a process that does not serve it, or left by a crash
+        raise
+    return LiveVolume(connection, name)
+
+
+class LiveVolume:
+    """A volume in another process. A context manager; any thread may call it, one call is made after the other."""
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
+        self.name = name
+        self._connection = connection
+        self._guard = threading.Lock()
+        try:
+            greeting = self._receive()
+            if "error" in greeting:
+                raise frames.unpack_error(greeting["error"])
+            if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
+                raise StateError(
+                    f"the server of volume {name!r} speaks another version of the control protocol; use the same "
+                    "onionskin at both ends"
+                )
+        except BaseException:
+            connection.close()
+            raise
+
+    def __enter__(self) -> "LiveVolume":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the volume goes on being served. Idempotent."""
+        self._connection.close()
+
+    # ---- calls ----
+
+    def _call(self, verb: str, *, progress: Progress | None = None, **arguments: Any) -> Any:
+        request = {"version": frames.VERSION, "verb": verb, "arguments": arguments}
+        parts: list[Any] = []
+        with self._guard:
+            frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
+            while True:
+                try:
+                    reply = self._receive()
+                    if "progress" in reply and progress:
+                        progress(*reply["progress"])
+                except BaseException:
+                    self._cancel()
+                    raise
+                if "part" in reply:
+                    parts += reply["part"]
+                elif "error" in reply:
+                    raise frames.unpack_error(reply["error"])
+                elif "result" in reply:
+                    return parts if verb == "diff" else reply["result"]
+
+    def _cancel(self) -> None:
+        """Ask for an end, and wait until there is one: what comes next finds the volume free. The connection is spent."""
+        with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
+            frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
+            while not self._receive().keys() & {"result", "error"}:
+                pass
+        self._connection.close()
+
+    def _receive(self) -> dict[str, Any]:
+        reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
+        if reply is None:
+            raise StateError(f"the server of volume {self.name!r} went away; its log says why")
+        return reply
+
+    # ---- looking ----
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk in bytes."""
+        return int(self.info()["size_bytes"])
+
+    @property
+    def block_size(self) -> int:
+        """The unit of copy-on-write, in bytes."""
+        return int(self.info()["block_size"])
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The volume's snapshots, oldest first."""
+        return [frames.unpack_snapshot(value) for value in self._call("snapshots")]
+
+    @property
+    def parent(self) -> Snapshot | None:
+        """The snapshot that the disk stands on."""
+        value = self._call("parent")
+        return None if value is None else frames.unpack_snapshot(value)
+
+    @property
+    def head_changed(self) -> bool:
+        """Whether anything was written, trimmed or resized since `parent`."""
+        return bool(self._call("head_changed"))
+
+    def info(self) -> dict[str, Any]:
+        """Say what the volume is, and where and how it is served."""
+        return dict(self._call("info"))
+
+    def stats(self) -> dict[str, Any]:
+        """Give the server's counters, and who is connected."""
+        return dict(self._call("stats"))
+
+    def usage(self) -> list[Usage]:
+        """Return what each snapshot holds and what discard or merge of it would free."""
+        return [Usage(**value) for value in self._call("usage")]
+
+    def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
+        """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
+        return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=EXTENT_DTYPE)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, at most 1 MiB."""
+        return base64.b64decode(self._call("read", offset=offset, length=length))
+
+    # ---- changing ----
+
+    def trim(self, offset: int, length: int) -> None:
+        """Free a range; it reads zero from now on. Durable on return."""
+        self._call("trim", offset=offset, length=length)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read zero. Durable on return."""
+        self._call("zero", offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make everything durable that was written before the call, by whomever."""
+        self._call("flush")
+
+    def resize(self, size: "int | str", *, force: bool = False) -> None:
+        """Grow the disk; its clients see the new size when they connect again. Shrinking is refused."""
+        from onionskin.sizes import parse_size
+
+        self._call("resize", size_bytes=parse_size(size))
+
+    def snapshot(self, name: str, note: str = "") -> Snapshot:
+        """Name the disk as it is now: with all that any client had been told was written, nothing that came later."""
+        return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
+
+    def revert(self, name: str) -> None:
+        """Make the disk read as a snapshot again, if the server allows it."""
+        self._call("revert", name=name)
+
+    def discard(self, name: str, *, recursive: bool = False) -> None:
+        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`."""
+        self._call("discard", name=name, recursive=recursive)
+
+    def merge(self, name: str) -> None:
+        """Drop a snapshot's name and keep all data."""
+        self._call("merge", name=name)
+
+    def merge_into_base(
+        self,
+        upto: str | None = None,
+        *,
+        progress: Progress | None = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        """Fold the layers up to a snapshot, or the whole volume, into the base file; clients read and write meanwhile.
+
+        What `progress` raises, and Ctrl-C, cancel it; it goes on when it is called again.
+        """
+        self._call("merge_into_base", progress=progress, upto=upto, threads=threads, bytes_per_second=bytes_per_second)
+
+
+__all__ = ["LiveVolume", "connect", "find"]

@@ -1,0 +1,183 @@
+"""Sockets that only their owner may use, wherever they lie.
+
+What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask; a path of any
+length can be bound and connected to (the kernel's limit is 107 bytes); a socket that nobody listens on is replaced,
+one that somebody listens on never; and on the way out only what is still ours is removed.
+"""
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from onionskin.errors import StateError
+
+PORT = 10809
+BACKLOG = 128
+_CREDENTIALS = struct.Struct("3i")
+
+
+@contextmanager
+def _short_path(path: Path) -> Iterator[str]:
+    """Name a file by a descriptor of its directory: short enough for an address, however deep it lies."""
+    descriptor = os.open(path.absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{path.name}"
+    finally:
+        os.close(descriptor)
+
+
+class UnixListener:
+    """A listening Unix socket with a name in the file system.
+
+    Parameters
+    ----------
+    path : Path
+        A socket there that nobody listens on is replaced.
+    mode : int
+
+    Raises
+    ------
+    StateError
+        Somebody listens there.
+    FileExistsError
+        There is something else than a socket.
+    """
+
+    def __init__(self, path: Path, *, mode: int = 0o600) -> None:
+        self.path = path.absolute()
+        _refuse_taken(self.path)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # In place by rename, so that nobody ever finds a socket that does not listen yet.
+        draft = self.path.with_name(f".{self.path.name[:40]}.{os.getpid()}")
+        try:
+            os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, and less the umask
+            with _short_path(draft) as short:
+                with suppress(FileNotFoundError):
+                    Path(short).unlink()
+                self.socket.bind(short)
+                self.socket.listen(BACKLOG)
+                found = os.lstat(short)
+                if stat.S_IMODE(found.st_mode) != mode:
+                    os.chmod(short, mode)  # noqa: PTH101 - only ever widens: what the umask took away
+            self._identity = (found.st_dev, found.st_ino)
+            draft.rename(self.path)
+        except BaseException:
+            self.socket.close()
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise
+
+    def close(self) -> None:
+        """Stop listening, and remove the name if it is still this socket's. Idempotent."""
+        self.socket.close()
+        with suppress(OSError):
+            found = self.path.lstat()
+            if (found.st_dev, found.st_ino) == self._identity:
+                self.path.unlink()
+                self._identity = (-1, -1)
+
+
+def _refuse_taken(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "it is no socket; choose another path, or remove it first", str(path))
+    try:
+        connect_unix(path).close()
+    except OSError:
+        return
+    raise StateError(f"another server listens on {path}; stop it, or choose another path")
+
+
+def connect_unix(path: Path) -> socket.socket:
+    """Connect to a Unix socket."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _short_path(path) as short:
+            connection.connect(short)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Take HOST:PORT apart: `:10809` and `10809` are on loopback, `[::1]:10809` is IPv6, a host alone has the port of
+    NBD."""
+    host, colon, port = text.rpartition(":")
+    if not colon and text.isdigit():
+        host, port = "", text
+    elif not colon or text.endswith("]"):
+        host, port = text, str(PORT)
+    if not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{text!r} is no address: write HOST:PORT, as 127.0.0.1:10809")
+    host = host.removeprefix("[").removesuffix("]")
+    if ":" in host and not text.startswith("["):
+        raise ValueError(f"{text!r} is no address: write an IPv6 address in brackets, as [::1]:10809")
+    return host or "127.0.0.1", int(port)
+
+
+def listen_tcp(host: str, port: int) -> list[socket.socket]:
+    """Listen on all addresses that a host name stands for."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ValueError(f"{host!r} is no host that is known here: {error.strerror}; check the address") from None
+    listeners: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in found:
+            listener = socket.socket(family, kind, protocol)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise OSError(
+            error.errno, f"{os.strerror(error.errno or 0)}; choose another address", f"{host}:{port}"
+        ) from None
+    return listeners
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether only processes of this machine can connect."""
+    if listener.family == socket.AF_UNIX:
+        return True
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def peer_of(connection: socket.socket) -> str:
+    """Say who is at the other end, for a log."""
+    if connection.family == socket.AF_UNIX:
+        pid, uid, _ = credentials_of(connection)
+        return f"process {pid} of user {uid}"
+    host, port = connection.getpeername()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def credentials_of(connection: socket.socket) -> tuple[int, int, int]:
+    """Return (process id, user id, group id) of the process that connected to a Unix socket."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(found)
+    return pid, uid, gid
+
+
+def uri_of(listener: socket.socket, path: Path | None, *, tls: bool) -> str:
+    """Write where clients connect, without the name of an export."""
+    if path is not None:
+        return f"nbd+unix:///?socket={path}"
+    if listener.family == socket.AF_UNIX:
+        return f"nbd+unix:///?socket={os.fsdecode(listener.getsockname())}"
+    host, port = listener.getsockname()[:2]
+    return f"{'nbds' if tls else 'nbd'}://{f'[{host}]' if ':' in host else host}:{port}/"

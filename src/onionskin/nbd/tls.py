@@ -1,0 +1,247 @@
+"""TLS for NBD clients on TCP: the option haggling up to STARTTLS, the handshake, and a pump behind it.
+
+The C server speaks no TLS. A client that comes over TCP talks to a thread here first: it is asked for STARTTLS and
+answered with an error to anything else, so that nothing but the greeting ever goes over in the clear. Behind the
+handshake the C server gets one end of a pair of local sockets, and the thread carries bytes between the two.
+
+What must hold: nothing from a client is believed or kept beyond a small bound before its handshake is done, and a
+handshake that takes too long is ended. Certificates only: a pre-shared key needs Python 3.13 (docs/serving.md).
+"""
+
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onionskin.errors import StateError
+
+Result = TypeVar("Result")
+
+HANDSHAKE_SECONDS = 20.0
+BUFFER_BYTES = 1 << 18
+_OPTIONS_MAX = 32
+_OPTION_BYTES_MAX = 4096
+
+_GREETING = b"NBDMAGIC" + b"IHAVEOPT" + struct.pack(">H", 0b11)  # fixed newstyle, no zeroes
+_OPTION = struct.Struct(">8sII")
+_REPLY = struct.Struct(">QIII")
+_REPLY_MAGIC = 0x3E889045565A9
+_EXPORT_NAME, _ABORT, _STARTTLS = 1, 2, 5
+_ACK = 1
+_ERR_INVALID = 1 << 31 | 3
+_ERR_TLS_REQUIRED = 1 << 31 | 5
+
+
+class Refused(Exception):
+    """The client is sent away; the message is for the log."""
+
+
+def server_context(certificate: Path, key: Path, authority: Path | None) -> ssl.SSLContext:
+    """Make what the handshakes need. With an authority, clients must show a certificate that it signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for path in filter(None, (certificate, key, authority)):
+        with open(path, "rb"):  # the error of ssl does not name the file
+            pass
+    try:
+        context.load_cert_chain(certificate, key)
+        if authority is not None:
+            context.load_verify_locations(authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except ssl.SSLError as error:
+        raise StateError(
+            f"{certificate}, {key} or {authority} is no PEM file that TLS can use ({error.reason or error}); make them "
+            "as docs/serving.md shows"
+        ) from None
+    return context
+
+
+def accept(connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """Bring a client to TLS. Blocks; the connection is closed if that fails.
+
+    Raises
+    ------
+    Refused
+        The client wanted something else, took too long, or has no certificate that counts.
+    """
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    try:
+        _haggle(connection, deadline)
+        connection.settimeout(max(0.1, deadline - time.monotonic()))
+        return context.wrap_socket(connection, server_side=True)
+    except TimeoutError:
+        connection.close()
+        raise Refused(f"no TLS after {HANDSHAKE_SECONDS:.0f} s") from None
+    except ssl.SSLError as error:
+        connection.close()
+        raise Refused(f"TLS failed: {error.reason or error}") from None
+    except (OSError, Refused) as error:
+        connection.close()
+        raise Refused(str(error)) from None
+
+
+def _haggle(connection: socket.socket, deadline: float) -> None:
+    """Answer options until STARTTLS is one."""
+    _send(connection, _GREETING, deadline)
+    (flags,) = struct.unpack(">I", _take(connection, 4, deadline))
+    if flags & ~0b11 or not flags & 1:
+        raise Refused(f"it sent client flags {flags:#x}")
+    for _ in range(_OPTIONS_MAX):
+        magic, option, length = _OPTION.unpack(_take(connection, _OPTION.size, deadline))
+        if magic != b"IHAVEOPT" or length > _OPTION_BYTES_MAX:
+            raise Refused("it does not speak NBD, or sent too long an option")
+        _take(connection, length, deadline)
+        if option == _STARTTLS and length == 0:
+            _send(connection, _REPLY.pack(_REPLY_MAGIC, option, _ACK, 0), deadline)
+            return
+        if option == _EXPORT_NAME:  # has no form of an error
+            raise Refused("it did not ask for TLS")
+        if option == _ABORT:
+            _send(connection, _REPLY.pack(_REPLY_MAGIC, option, _ACK, 0), deadline)
+            raise Refused("it left before TLS")
+        code = _ERR_INVALID if option == _STARTTLS else _ERR_TLS_REQUIRED
+        text = b"this server wants TLS first"
+        _send(connection, _REPLY.pack(_REPLY_MAGIC, option, code, len(text)) + text, deadline)
+    raise Refused(f"it sent {_OPTIONS_MAX} options and did not ask for TLS")
+
+
+def _take(connection: socket.socket, length: int, deadline: float) -> bytes:
+    taken = b""
+    while len(taken) < length:
+        connection.settimeout(max(0.1, deadline - time.monotonic()))
+        part = connection.recv(length - len(taken))
+        if not part:
+            raise Refused("it went away before TLS")
+        taken += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return taken
+
+
+def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
+    connection.settimeout(max(0.1, deadline - time.monotonic()))
+    connection.sendall(data)
+
+
+def pump(outer: ssl.SSLSocket, inner: socket.socket) -> None:
+    """Carry bytes between a client and the C server until one of them ends; closes both."""
+    outer.setblocking(False)
+    inner.setblocking(False)
+    try:
+        _skip_greeting(inner)
+        _Pump(outer, inner).run()
+    except OSError:
+        pass  # one of the two went away, which ends the other
+    finally:
+        inner.close()
+        with suppress(OSError, ValueError):
+            outer.unwrap()  # says goodbye; the answer is not waited for
+        outer.close()
+
+
+def _skip_greeting(inner: socket.socket) -> None:
+    """The client has had a greeting, and sent its flags: take the C server's, and send them again."""
+    inner.settimeout(HANDSHAKE_SECONDS)
+    greeting = b""
+    while len(greeting) < len(_GREETING):
+        part = inner.recv(len(_GREETING) - len(greeting))
+        if not part:
+            raise ConnectionResetError
+        greeting += part
+    inner.sendall(struct.pack(">I", struct.unpack(">H", greeting[16:])[0] & 0b11))
+    inner.setblocking(False)
+
+
+class _Pump:
+    """Two directions, a bounded buffer each, one thread: an SSL object is not for two."""
+
+    def __init__(self, outer: ssl.SSLSocket, inner: socket.socket) -> None:
+        self._outer, self._inner = outer, inner
+        self._to_inner, self._to_outer = b"", b""
+        self._outer_wants_write = self._outer_wants_read = False
+
+    def run(self) -> None:
+        while True:
+            moved = self._client_to_server() | self._server_to_client()
+            if moved:
+                continue
+            self._wait()
+
+    def _client_to_server(self) -> bool:
+        moved = False
+        if not self._to_inner:
+            data = self._receive_from_client()
+            if data is not None:
+                if not data:
+                    raise ConnectionResetError
+                self._to_inner, moved = data, True
+        if self._to_inner:
+            sent = _try(self._inner.send, self._to_inner)
+            self._to_inner = self._to_inner[sent or 0 :]
+            moved = moved or bool(sent)
+        return moved
+
+    def _server_to_client(self) -> bool:
+        moved = False
+        if not self._to_outer:
+            data = _try(self._inner.recv, BUFFER_BYTES)
+            if data is not None:
+                if not data:
+                    raise ConnectionResetError
+                self._to_outer, moved = data, True
+        if self._to_outer:
+            try:
+                sent = self._outer.send(self._to_outer)
+            except ssl.SSLWantWriteError:
+                self._outer_wants_write = True
+            except ssl.SSLWantReadError:
+                self._outer_wants_read = True
+            else:
+                self._outer_wants_write = False
+                self._to_outer = self._to_outer[sent:]
+                moved = True
+        return moved
+
+    def _receive_from_client(self) -> bytes | None:
+        try:
+            return self._outer.recv(BUFFER_BYTES)
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLWantWriteError:
+            self._outer_wants_write = True
+            return None
+        except ssl.SSLEOFError:
+            return b""
+
+    def _wait(self) -> None:
+        readable: list[socket.socket] = []
+        writable: list[socket.socket] = []
+        if not self._to_inner or self._outer_wants_read:
+            readable.append(self._outer)
+            self._outer_wants_read = False
+        if self._to_inner:
+            writable.append(self._inner)
+        if not self._to_outer:
+            readable.append(self._inner)
+        if self._to_outer or self._outer_wants_write:
+            writable.append(self._outer)
+            self._outer_wants_write = False
+        poll = select.poll()
+        for one in {*readable, *writable}:
+            events = (select.POLLIN if one in readable else 0) | (select.POLLOUT if one in writable else 0)
+            poll.register(one, events)
+        poll.poll()
+        # Data that TLS holds already shows on no descriptor; `run` asks it before every wait.
+
+
+def _try(call: Callable[[Any], Result], argument: Any) -> Result | None:
+    """Make a call that must not block; None where it would."""
+    try:
+        return call(argument)
+    except BlockingIOError:
+        return None

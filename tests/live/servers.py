@@ -1,0 +1,91 @@
+"""`onionskin serve` in a process of its own, and the command line beside it, in this one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+from live.nbd_client import NbdClient
+
+from onionskin.cli.verbs import onionskin as group
+
+COMMAND = [sys.executable, "-m", "onionskin"]
+END_SECONDS = 60
+
+
+def onionskin(*arguments: object, status: int = 0, input: str | None = None) -> Result:
+    """Run a command line in this process, which saves the start of another."""
+    ended = CliRunner().invoke(group, [str(argument) for argument in arguments], input=input)
+    assert ended.exit_code == status, f"{arguments}: exit {ended.exit_code}: {ended.stdout}{ended.stderr}"
+    return ended
+
+
+def onionskin_json(*arguments: object) -> Any:
+    return json.loads(onionskin(*arguments, "--json").stdout)
+
+
+class Serve:
+    """A server that is ready when this is made."""
+
+    def __init__(self, *arguments: object, log: Path, **options: Any) -> None:
+        self.log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [*COMMAND, "serve", *map(str, arguments), "--json"], stdout=subprocess.PIPE, stderr=stderr, **options
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()  # the readiness line, or nothing at the end
+        if not line:
+            self.process.wait()
+            raise AssertionError(f"serve ended with {self.process.returncode}: {log.read_text()}")
+        self.ready = json.loads(line)
+
+    def __enter__(self) -> "Serve":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def terminate(self) -> int:
+        """Send SIGTERM; returns the exit status."""
+        self.process.terminate()
+        return self._ended()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self._ended()
+
+    def _ended(self) -> int:
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return self.process.wait(END_SECONDS)
+
+    @property
+    def socket(self) -> Path:
+        (uri,) = [uri for uri in self.ready["uris"] if uri.startswith("nbd+unix")]
+        return Path(uri.partition("socket=")[2])
+
+    def client(self, export: str = "web") -> NbdClient:
+        return NbdClient.unix(self.socket, export)
+
+    def uri(self, export: str = "web") -> str:
+        return f"nbd+unix:///{export}?socket={self.socket}"
+
+
+def short_socket(directory: Path) -> Path:
+    """A path for a socket that other people's programs can connect to: 107 bytes are the most."""
+    path = directory / "nbd"
+    if len(os.fsencode(path)) > 100:
+        raise AssertionError(f"{path} is too long; run the tests with a shorter --basetemp")
+    return path
+
+
+def run_tool(*command: object) -> str:
+    """Run somebody else's program; returns what it printed."""
+    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
+    return ended.stdout

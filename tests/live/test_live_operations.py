@@ -1,0 +1,209 @@
+"""The verbs of the command line on a volume that is being served, one by one; each does what it does at rest."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from live.nbd_client import NbdClient
+from live.servers import Serve, onionskin, onionskin_json, run_tool
+
+import onionskin as library
+
+MIB = 1 << 20
+Start = Callable[..., Serve]
+
+
+def test_a_snapshot_holds_what_was_acknowledged_though_never_flushed(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        client.write(MIB, b"x" * 4096)
+        assert onionskin_json("snapshot", f"{vms}/web@a", "--note", "n")["note"] == "n"
+        client.write(MIB, b"y" * 4096)
+        assert onionskin("read", f"{vms}/web@a", MIB, 4).stdout == "xxxx"
+        assert onionskin("read", f"{vms}/web", MIB, 4).stdout == "yyyy"
+
+
+def test_snapshots_taken_later_are_exports_too_and_read_only(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        client.write(0, b"a" * 4096)
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(0, b"b" * 4096)
+        with server.client("web@a") as view:
+            assert view.read(0, 4096) == b"a" * 4096
+            with pytest.raises(OSError, match="error 1"):
+                view.write(0, b"c" * 4096)
+        with pytest.raises(ConnectionRefusedError):
+            server.client("web@b")
+        with pytest.raises(ConnectionRefusedError):
+            server.client("db")
+
+
+def test_a_taken_name_has_the_same_exit_status_as_at_rest(vms: Path, serve: Start) -> None:
+    serve(f"{vms}/web")
+    onionskin("snapshot", f"{vms}/web@a")
+    assert "already has a snapshot" in onionskin("snapshot", f"{vms}/web@a", status=4).stderr
+    assert "has no snapshot" in onionskin("merge", f"{vms}/web@b", status=3).stderr
+    assert "do not lie in" in onionskin("trim", f"{vms}/web", "60M", "10M", status=2).stderr
+
+
+def test_merge_discard_and_usage_work_and_no_byte_changes_for_the_client(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        for name in ("a", "b", "c"):
+            client.write(0, name.encode() * 8192)
+            onionskin("snapshot", f"{vms}/web@{name}")
+        assert [row["snapshot"] for row in onionskin_json("usage", f"{vms}/web")] == ["a", "b", "c", None]
+        assert onionskin_json("merge", f"{vms}/web@b")["merged"] == ["b"]
+        assert client.read(0, 8192) == b"c" * 8192
+        assert "--allow-revert" in onionskin("discard", f"{vms}/web@a", "--recursive", "--yes", status=5).stderr
+        assert client.read(0, 8192) == b"c" * 8192
+        assert onionskin("snapshots", f"{vms}/web").stdout.count("\n") == 3
+
+
+def test_a_branch_that_the_disk_does_not_stand_on_can_be_discarded(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@root")
+    onionskin("snapshot", f"{vms}/web@side")
+    onionskin("revert", f"{vms}/web@root")
+    serve(f"{vms}/web")
+    assert onionskin_json("discard", f"{vms}/web@side")["discarded"] == ["side"]
+
+
+def test_a_snapshot_that_a_client_reads_is_neither_merged_nor_discarded(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    onionskin("snapshot", f"{vms}/web@a")
+    with server.client("web@a") as view:
+        assert "clients are reading web@a" in onionskin("merge", f"{vms}/web@a", status=5).stderr
+        assert view.read(5 * MIB, 1) == b"\x05"
+
+
+def test_clone_diff_trim_zero_resize_info_and_list_work(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        onionskin("clone", f"{vms}/web@a", f"{vms}/web-2")
+        onionskin("trim", f"{vms}/web", "1M", "1M")
+        onionskin("zero", f"{vms}/web", "2M", "64K")
+        assert client.read(MIB, MIB + 65536) == bytes(MIB + 65536)
+        extents = onionskin_json("diff", f"{vms}/web@a", f"{vms}/web")["extents"]
+        assert extents == [{"offset": MIB, "length": MIB + 65536, "state": "zero"}]
+        assert "stop the server" in onionskin("resize", f"{vms}/web", "1M", "--force", status=5).stderr
+        onionskin("resize", f"{vms}/web", "80M")
+    with server.client() as client:
+        assert client.size_bytes == 80 * MIB
+        assert client.read(79 * MIB, 4096) == bytes(4096)
+    assert onionskin_json("info", f"{vms}/web")["holder"] == server.process.pid
+    assert [about["name"] for about in onionskin_json("list", vms)] == ["web", "web-2"]
+    assert onionskin("read", f"{vms}/web-2", "1M", 1).stdout == "\x01"
+
+
+def test_a_volume_that_is_renamed_while_it_is_served_is_reached_by_its_new_name(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        onionskin("rename", f"{vms}/web", "www")
+        client.write(0, b"x" * 4096)
+        onionskin("snapshot", f"{vms}/www@b")
+        assert [row["snapshot"] for row in onionskin_json("usage", f"{vms}/www")] == ["a", "b", None]
+        assert onionskin_json("diff", f"{vms}/www@a", f"{vms}/www")["bytes"] == 4096
+
+
+def test_what_would_pull_the_disk_away_is_refused_in_words(vms: Path, serve: Start) -> None:
+    serve(f"{vms}/web")
+    for command in (["flatten", f"{vms}/web"], ["delete", f"{vms}/web"], ["export", f"{vms}/web", vms / "out.raw"]):
+        assert "open for writing in process" in onionskin(*command, status=5).stderr
+
+
+def test_export_and_delta_of_snapshots_work_beside_the_server(vms: Path, serve: Start, tmp_path: Path) -> None:
+    with serve(f"{vms}/web").client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(3 * MIB, b"n" * 65536)
+        onionskin("snapshot", f"{vms}/web@b")
+        client.write(3 * MIB, b"later" * 4096)
+        onionskin("export", f"{vms}/web@b", tmp_path / "b.raw")
+        onionskin("delta", f"{vms}/web@a", f"{vms}/web@b", "-o", tmp_path / "ab")
+    onionskin("create", f"{tmp_path}/other/web", "--base", tmp_path / "base.raw")
+    onionskin("delta", f"{vms}/web@a", "-o", tmp_path / "full")
+    onionskin("create", f"{tmp_path}/other/copy", "--size", "64M")
+    for stream in ("full", "ab"):
+        onionskin("apply", f"{tmp_path}/other/copy", tmp_path / stream)
+    onionskin("export", f"{tmp_path}/other/copy", tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes() == (tmp_path / "b.raw").read_bytes()
+    assert (tmp_path / "b.raw").read_bytes()[3 * MIB : 3 * MIB + 65536] == b"n" * 65536
+
+
+def test_revert_works_under_connected_clients_where_they_agreed(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web", "--allow-revert").client() as client:
+        client.write(0, b"a" * 4096)
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(0, b"b" * 4096)
+        client.flush()
+        assert "give --yes" in onionskin("revert", f"{vms}/web@a", status=5).stderr
+        assert client.read(0, 4096) == b"b" * 4096
+        onionskin("revert", f"{vms}/web@a", "--yes")
+        assert client.read(0, 4096) == b"a" * 4096
+        client.write(4096, b"c" * 4096)  # the same connection goes on, on the new disk
+        client.flush()
+        onionskin("snapshot", f"{vms}/web@c")
+        onionskin("discard", f"{vms}/web@a", "--recursive", "--yes")
+        assert client.read(4096, 4096) == b"\0" * 4096
+    with library.Store(vms) as store, pytest.raises(library.StateError):
+        store.open("web")
+
+
+def test_changed_since_follows_the_head_and_is_exact_for_snapshots(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+
+    def changed(export: str, since: str) -> list[tuple[int, int]]:
+        found = json.loads(run_tool("nbdinfo", "--json", f"--map=onionskin:changed-since:{since}", server.uri(export)))
+        runs: list[tuple[int, int]] = []
+        for extent in found:
+            if extent["type"] & 1:
+                start, length = extent["offset"], extent["length"]
+                runs = (
+                    [*runs[:-1], (runs[-1][0], length + runs[-1][1])]
+                    if runs and sum(runs[-1]) == start
+                    else [
+                        *runs,
+                        (start, length),
+                    ]
+                )
+        return runs
+
+    with server.client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(MIB, b"1" * 65536)
+        onionskin("snapshot", f"{vms}/web@b")
+        client.write(3 * MIB, b"2" * 65536)
+        assert changed("web@b", "a") == [(MIB, 65536)]
+        assert changed("web", "b") == [(3 * MIB, 65536)]
+        client.write(5 * MIB, b"3" * 65536)
+        assert changed("web", "b") == [(3 * MIB, 65536), (5 * MIB, 65536)]
+        assert changed("web", "a") == [(MIB, 65536), (3 * MIB, 65536), (5 * MIB, 65536)]
+
+
+def test_a_snapshots_name_that_comes_back_is_not_taken_for_the_old_one(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(MIB, b"1" * 65536)
+        onionskin("snapshot", f"{vms}/web@b")
+        with server.client("web@b"):  # keeps the export, and what it knows, from being closed
+            run_tool("nbdinfo", "--map=onionskin:changed-since:a", server.uri("web@b"))
+            onionskin("merge", f"{vms}/web@a")
+            text = run_tool("nbdinfo", "--json", "--map=onionskin:changed-since:a", server.uri("web@b"))
+            assert all(extent["type"] & 1 for extent in json.loads(text))
+
+
+def test_a_whole_store_is_served_and_volumes_made_later_too(vms: Path, serve: Start) -> None:
+    onionskin("create", f"{vms}/db", "--size", "1M")
+    server = serve(vms)
+    assert server.ready["exports"] == ["db", "web"]
+    with server.client("db") as client:
+        client.write(0, b"d" * 4096)
+    onionskin("snapshot", f"{vms}/web@a")
+    onionskin("clone", f"{vms}/web@a", f"{vms}/web-2")
+    with NbdClient.unix(server.socket, "web-2") as client:
+        client.write(0, b"e" * 4096)
+    onionskin("snapshot", f"{vms}/web-2@first")
+    assert server.terminate() == 0
+    assert onionskin("read", f"{vms}/web-2", 0, 4).stdout == "eeee"
+    assert onionskin("read", f"{vms}/db", 0, 4).stdout == "dddd"

@@ -1,0 +1,279 @@
+"""The server as a process: where it listens, who may connect, how it begins and how it ends."""
+
+import json
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from live.nbd_client import NbdClient
+from live.servers import COMMAND, END_SECONDS, Serve, onionskin, onionskin_json, run_tool, short_socket
+
+MIB = 1 << 20
+Start = Callable[..., Serve]
+
+
+def port_of(server: Serve) -> int:
+    (uri,) = server.ready["uris"]
+    return int(uri.rstrip("/").rpartition(":")[2])
+
+
+@pytest.mark.parametrize("umask", [0, 0o77, 0o777])
+def test_a_unix_socket_is_its_owners_whatever_the_umask(vms: Path, serve: Start, umask: int) -> None:
+    server = serve(f"{vms}/web", umask=umask)
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o600
+
+
+def test_the_mode_of_the_socket_can_be_chosen(vms: Path, serve: Start) -> None:
+    assert stat.S_IMODE(serve(f"{vms}/web", "--socket-mode", "0660").socket.stat().st_mode) == 0o660
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_or_a_file_is_not(vms: Path, serve: Start, tmp_path: Path) -> None:
+    onionskin("create", f"{vms}/db", "--size", "1M")
+    first = serve(f"{vms}/web")
+    assert "another server listens" in onionskin("serve", f"{vms}/db", "--socket", first.socket, status=5).stderr
+    first.kill()
+    assert first.socket.exists()
+    serve(f"{vms}/web", "--socket", first.socket).client().close()
+    (tmp_path / "file").touch()
+    assert "no socket" in onionskin("serve", f"{vms}/db", "--socket", tmp_path / "file", status=4).stderr
+    assert (tmp_path / "file").exists()
+
+
+def test_sigterm_flushes_removes_the_sockets_and_ends_with_zero(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        client.write(0, b"kept" * 1024)
+        assert server.terminate() == 0
+        with pytest.raises(OSError):
+            client.read(0, 4096)
+    assert not server.socket.exists()
+    assert not list((vms / "volumes").glob("*.control"))
+    assert onionskin("read", f"{vms}/web", 0, 4).stdout == "kept"
+    log = server.log.read_text()
+    assert f"process {os.getpid()} of user {os.getuid()}" in log
+    assert "Traceback" not in log
+
+
+def test_a_volume_that_is_held_cannot_be_served_a_second_time(vms: Path, serve: Start, tmp_path: Path) -> None:
+    serve(f"{vms}/web")
+    assert "open for writing" in onionskin("serve", f"{vms}/web", "--socket", tmp_path / "2", status=5).stderr
+    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "status"),
+    [
+        ([], "--socket PATH or --tcp", 2),
+        (["--tcp", "0.0.0.0:0"], "--tls-ca", 5),
+        (["--tcp", "[::]:0"], "--tls-ca", 5),
+        (["--tcp", "127.0.0.1:x"], "HOST:PORT", 2),
+        (["--tcp", "127.0.0.1:0", "--tls-key", "k"], "--tls-certificate", 2),
+        (["--tcp", "127.0.0.1:0", "--tls-key", "/no/k", "--tls-certificate", "/no/c"], "/no/c", 3),
+        (["--socket", "/no/where/at/all"], "/no/where", 3),
+        (["--socket", "x", "--socket-mode", "999"], "--socket-mode", 2),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_to_do(vms: Path, arguments: list[str], said: str, status: int) -> None:
+    ended = onionskin("serve", f"{vms}/web", *arguments, status=status)
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_tcp_listens_on_loopback_unless_told_otherwise(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web", "--tcp", ":0")
+    assert server.ready["uris"][0].startswith("nbd://127.0.0.1:")
+    with NbdClient(socket.create_connection(("127.0.0.1", port_of(server))), "") as client:
+        assert client.read(7 * MIB, 1) == b"\x07"
+
+
+def activated(listener: socket.socket, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    """Start a server as systemd does: the socket is descriptor 3, and the process id is its own."""
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(listener.fileno()), *COMMAND[1:], "serve", *map(str, arguments), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        close_fds=False,
+        env=os.environ | environment,
+    )
+
+
+def test_sockets_from_systemd_are_served_and_it_is_told(vms: Path, tmp_path: Path) -> None:
+    path = short_socket(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        listener.bind(str(path))
+        listener.listen()
+        os.set_inheritable(listener.fileno(), True)
+        manager.bind(f"\0onionskin-test-{os.getpid()}")
+        manager.settimeout(END_SECONDS)
+        with activated(listener, f"{vms}/web", NOTIFY_SOCKET=f"@onionskin-test-{os.getpid()}") as process:
+            assert manager.recv(100) == b"READY=1"
+            with NbdClient.unix(path, "web") as client:
+                assert client.read(3 * MIB, 1) == b"\x03"
+            process.terminate()
+            assert manager.recv(100) == b"STOPPING=1"
+            assert process.wait(END_SECONDS) == 0, process.stderr.read() if process.stderr else ""
+        assert path.exists()  # systemd's, and not ours to remove
+
+
+def test_a_descriptor_that_is_no_listening_socket_is_refused(vms: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as fresh:
+        os.set_inheritable(fresh.fileno(), True)
+        with activated(fresh, f"{vms}/web") as process:
+            assert process.wait(END_SECONDS) == 5
+            assert "ListenStream=" in (process.stderr.read() if process.stderr else "")
+
+
+# ---- TLS ----
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A directory with ca, server and client, each a pair of -cert.pem and -key.pem, as QEMU and libnbd want them."""
+    made = tmp_path / "pki"
+    made.mkdir()
+
+    def openssl(*arguments: str) -> None:
+        run_tool("openssl", *arguments)
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *new_key, "-keyout", f"{made}/ca-key.pem", "-out", f"{made}/ca-cert.pem", "-subj", "/CN=CA")
+    for name in ("server", "client"):
+        (made / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        openssl("req", *new_key, "-keyout", f"{made}/{name}-key.pem", "-out", f"{made}/csr", "-subj", f"/CN={name}")
+        openssl(
+            *("x509", "-req", "-in", f"{made}/csr", "-CA", f"{made}/ca-cert.pem", "-CAkey", f"{made}/ca-key.pem"),
+            *("-CAcreateserial", "-out", f"{made}/{name}-cert.pem", "-extfile", f"{made}/ext", "-days", "2"),
+        )
+    return made
+
+
+@pytest.fixture
+def with_tls(vms: Path, serve: Start, certificates: Path) -> Serve:
+    at = certificates
+    files = ("--tls-certificate", at / "server-cert.pem", "--tls-key", at / "server-key.pem")
+    return serve(f"{vms}/web", "--tcp", "127.0.0.1:0", *files, "--tls-ca", at / "ca-cert.pem")
+
+
+def test_nbdinfo_and_qemu_img_come_in_over_tls_with_a_certificate(
+    with_tls: Serve, certificates: Path, tmp_path: Path
+) -> None:
+    port = port_of(with_tls)
+    info = json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
+    assert info["TLS"] is True
+    assert info["exports"][0]["export-size"] == 64 * MIB
+    credentials = f"tls-creds-x509,id=tls,dir={certificates},endpoint=client"
+    source = f"driver=nbd,host=localhost,port={port},export=web,tls-creds=tls"
+    run_tool("qemu-img", "convert", "--object", credentials, "--image-opts", source, "-O", "raw", tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == (tmp_path / "base.raw").read_bytes()
+
+
+def test_what_is_written_over_tls_is_there(with_tls: Serve, certificates: Path) -> None:
+    plain = socket.create_connection(("127.0.0.1", port_of(with_tls)))
+    context = ssl.create_default_context(cafile=str(certificates / "ca-cert.pem"))
+    context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
+    client = NbdClient.__new__(NbdClient)
+    client.connection, client._handle = plain, 0
+    client.greet()
+    assert client.option(7, b"\0\0\0\3web\0\0")[-1][0] == 1 << 31 | 5  # ERR_TLS_REQD
+    assert client.option(5) == [(1, b"")]
+    client.connection = context.wrap_socket(plain, server_hostname="localhost")
+    client.go("web")
+    payload = os.urandom(8 * MIB)
+    client.write(MIB, payload)
+    client.flush()
+    assert client.read(MIB, len(payload)) == payload
+    client.close()
+    assert "TLSv1.3, 'client'" in with_tls.log.read_text()
+
+
+def test_a_client_without_a_certificate_or_without_tls_is_refused(with_tls: Serve, certificates: Path) -> None:
+    port = port_of(with_tls)
+    lonely = certificates.parent / "lonely"
+    lonely.mkdir()
+    (lonely / "ca-cert.pem").write_bytes((certificates / "ca-cert.pem").read_bytes())
+    for uri in (f"nbds://localhost:{port}/web?tls-certificates={lonely}", f"nbd://localhost:{port}/web"):
+        assert subprocess.run(["nbdinfo", uri], capture_output=True).returncode != 0
+    with socket.create_connection(("127.0.0.1", port)) as rude:
+        rude.sendall(b"\0\0\0\3" + b"IHAVEOPT\0\0\0\7\xff\xff\xff\xff")
+        while rude.recv(4096):  # the server hangs up, and takes nothing of the 4 GiB
+            pass
+    assert "refused" in with_tls.log.read_text()
+    assert json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
+
+
+# ---- looking ----
+
+
+def test_stats_are_counted_for_programs_people_and_prometheus(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        client.write(0, bytes(4096))
+        client.read(0, 8192)
+        client.flush()
+        found = onionskin_json("stats", f"{vms}/web")
+        assert found["volume"] == "web"
+        assert found["counters"]["bytes"]["write"] == 4096
+        assert found["counters"]["requests"]["flush"] == 1
+        assert [one["export"] for one in found["connections"]] == ["web"]
+        text = onionskin("stats", f"{vms}/web", "--prometheus").stdout
+        assert 'onionskin_nbd_bytes_total{volume="web",command="read"} 8192\n' in text
+        assert 'onionskin_connections{volume="web"} 1\n' in text
+        for line in text.splitlines():
+            assert line.startswith("# ") or len(line.rsplit(" ", 1)) == 2
+        assert "CLIENT" in onionskin("stats", f"{vms}/web").stdout
+    server.terminate()
+    assert "nobody serves" in onionskin("stats", f"{vms}/web", status=5).stderr
+
+
+def test_more_clients_than_allowed_are_turned_away(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web", "--connections", "1")
+    with server.client() as client:
+        with pytest.raises(OSError):
+            server.client()
+        assert client.read(2 * MIB, 1) == b"\x02"
+
+
+def test_one_snapshot_is_served_alone_and_the_volume_stays_free(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    server = serve(f"{vms}/web@a")
+    with server.client("") as client:
+        onionskin("write", f"{vms}/web", 0, input="changed")
+        assert client.read(0, 7) == bytes(7)
+
+
+def test_mount_shows_a_snapshot_as_a_file_and_umount_ends_it(vms: Path, serve: Start, tmp_path: Path) -> None:
+    serve(f"{vms}/web")
+    onionskin("snapshot", f"{vms}/web@a")
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    path = Path(onionskin_json("mount", f"{vms}/web@a", directory)["path"])
+    try:
+        assert path.name == "web@a.raw"
+        assert path.read_bytes() == (tmp_path / "base.raw").read_bytes()
+        with pytest.raises(OSError):
+            path.open("r+b").close()
+        assert "mounted" in onionskin("mount", f"{vms}/web@a", directory, status=5).stderr
+    finally:
+        onionskin("umount", directory)
+    assert not path.exists()
+    assert "nothing is mounted" in onionskin("umount", directory, status=5).stderr
+
+
+def test_mount_names_the_package_where_nbdfuse_is_missing(
+    vms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    monkeypatch.setenv("PATH", "/nowhere")
+    ended = onionskin("mount", f"{vms}/web@a", tmp_path, status=1)
+    assert "install the package nbdfuse" in ended.stderr
