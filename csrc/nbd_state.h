@@ -122,6 +122,7 @@ struct onion_nbd_connection {
     /* Only the connection's own thread uses these. */
     unsigned char *in;
     size_t in_from, in_to;
+    int requests_come_fast;
     unsigned char *payload; /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
