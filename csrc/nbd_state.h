@@ -203,7 +203,7 @@ static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
 
 /* ---- nbd_batch.c ---- */
 
-/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests whose payloads lie behind each other; errors are zero before. */
+/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests, payloads behind each other; errors are zero before. */
 void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_request *requests, uint32_t count,
                            const unsigned char *payloads, uint32_t *errors);
 
