@@ -122,6 +122,7 @@ struct onion_nbd_connection {
     /* Only the connection's own thread uses these. */
     unsigned char *in;
     size_t in_from, in_to;
+    int requests_come_fast;
     unsigned char *payload; /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
@@ -202,7 +203,7 @@ static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
 
 /* ---- nbd_batch.c ---- */
 
-/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests whose payloads lie behind each other; errors are zero before. */
+/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests, payloads behind each other; errors are zero before. */
 void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_request *requests, uint32_t count,
                            const unsigned char *payloads, uint32_t *errors);
 

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <time.h>
 
 #include "nbd_state.h"
 
@@ -18,6 +19,7 @@
 #define SLOW_WRITE_BYTES (1u << 20)    /* zeros that must be written */
 #define SLOW_STATUS_BYTES (128u << 20)
 #define PAYLOAD_BYTES_KEPT (4u << 20)
+#define SPIN_NS 50000 /* how long a receive may ask without sleeping */
 
 enum verdict { GO_ON, NEEDS_MORE, ENDED };
 
@@ -33,12 +35,37 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
     setsockopt(connection->fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
 }
 
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* recv, after a short while of asking without sleeping where several requests are under way and the last ones came
+ * that fast: to be woken costs more than a request. At queue depth 1 the client waits for its turn on the processor, often
+ * this one, so asking only keeps it waiting: measured, half as many reads. */
+static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, size_t length, int several) {
+    int64_t began = now_ns(), waited = 0;
+    ssize_t n = -1;
+    while (several && connection->requests_come_fast && waited < SPIN_NS && n < 0) {
+        n = recv(connection->fd, out, length, MSG_DONTWAIT);
+        if (n < 0 && errno != EAGAIN)
+            break;
+        waited = now_ns() - began;
+    }
+    if (n < 0)
+        n = recv(connection->fd, out, length, 0);
+    connection->requests_come_fast = now_ns() - began < SPIN_NS;
+    return n;
+}
+
 /* Waits for bytes, out of flight and with nothing unsent. Returns how many, 0 at the end, or -errno. */
 static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length) {
+    int several = connection->reply_count > 1;
     int status = onion_nbd_send_replies(connection);
     onion_nbd_connection_leave(connection);
     while (status == 0) {
-        ssize_t n = recv(connection->fd, out, length, 0);
+        ssize_t n = receive_soon(connection, out, length, several);
         if (n >= 0)
             return n;
         if (errno == EINTR || (errno == EAGAIN && !onion_nbd_helper_idle(connection)))
