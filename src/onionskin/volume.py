@@ -632,7 +632,7 @@ class Volume:
     def operation(self, *, during_merge: bool = False, may_resume: bool = False) -> Iterator[None]:
         """Hold the volume for one operation on its tree.
 
-        `during_merge`: also while a merge into the base copies, or was interrupted. `may_resume`: it resumes that merge.
+        `during_merge`: also while a merge into the base copies. `may_resume`: it ends one that was interrupted.
         """
         if self._forked:
             raise forks.forked_error(f"volume {self.name!r}")
@@ -648,7 +648,7 @@ class Volume:
                 raise StateError(
                     f"a merge into the base of volume {self.name!r} is under way; wait for it to end, or cancel it"
                 )
-            may_be_half = may_resume or during_merge
+            may_be_half = may_resume or self.is_merging
             if not may_be_half and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
                 raise StateError(
                     f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "

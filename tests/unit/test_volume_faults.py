@@ -152,13 +152,13 @@ def test_a_child_that_was_forked_while_a_thread_held_the_locks_raises_and_does_n
         held, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with web._guard, store.catalog._guard, web.locks._guard:
+            with web.guard, store.catalog._guard, web.locks._guard:
                 held.set()
                 release.wait()
 
         holder = threading.Thread(target=hold)
         holder.start()
-        held.wait()
+        assert held.wait(20)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of just this
             child = os.fork()
