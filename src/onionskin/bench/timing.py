@@ -28,15 +28,22 @@ class Samples:
 
     @property
     def median(self) -> float:
+        """The median, in seconds."""
         return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third quartile, in seconds."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
 
     @property
     def spread(self) -> float:
         """Half of the range between the quartiles, as a part of the median."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / 2 / self.median
+        low, high = self.quartiles
+        return (high - low) / 2 / self.median if self.median else 0.0
 
     def __str__(self) -> str:
         return f"{duration(self.median)} ±{self.spread:.0%}"
@@ -76,7 +83,7 @@ def ratio(samples: Mapping[str, Samples], slow: str, fast: str) -> float:
 
 def duration(seconds: float) -> str:
     """Write a time with the unit that fits."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
-        if seconds * factor >= 1:
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 0.9995:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
