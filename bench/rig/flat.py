@@ -32,7 +32,14 @@ class FlatFile:
         self._library = _library()
         self._map: mmap.mmap | None = None
 
+    def unmap(self) -> None:
+        """Give the mapping up: pages that are mapped cannot be put out of the cache."""
+        if self._map:
+            self._map.close()
+            self._map = None
+
     def close(self) -> None:
+        self.unmap()
         os.close(self.descriptor)
 
     def read_blocks(self, indices: Array, out: Array) -> None:

@@ -17,7 +17,11 @@ class Qmp:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._file = self._socket.makefile("r")
         self._file.readline()  # the greeting
         self.execute("qmp_capabilities")

@@ -105,10 +105,10 @@ def _snapshot(work: Path, base: Path, rounds: int) -> Comparison:
         else:
             skipped["reflink copy (cp, fsync)"] = "the file system has no reflink"
         if reason := peers.missing("qemu-img"):
-            skipped["qemu-img create -b"] = reason
+            skipped["qcow2 overlay (qemu-img create, fsync)"] = reason
         else:
-            contestants["qemu-img create -b"] = Contestant(
-                lambda: peers.create_qcow2(overlay, backing=base), finish=overlay.unlink
+            contestants["qcow2 overlay (qemu-img create, fsync)"] = Contestant(
+                lambda: peers.sync_file(peers.create_qcow2(overlay, backing=base)), finish=overlay.unlink
             )
         samples = interleave(contestants, rounds)
     info = {"bytes": base.stat().st_size, "dirty_bytes": EXTENT, "cache": "hot"}

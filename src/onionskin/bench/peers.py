@@ -81,16 +81,18 @@ def qemu_io_write(path: Path, offsets: Iterable[int], length: int, pattern: int)
     run("qemu-io", "-f", "qcow2", path, stdin="\n".join([*commands, "flush", "quit\n"]))
 
 
-def qemu_bench(path: Path, *, count: int, step: int, write: bool = False, depth: int = 1) -> float:
+def qemu_bench(
+    image: Path | str, *, count: int, step: int, write: bool = False, depth: int = 1, kind: str = "qcow2"
+) -> float:
     """Return the seconds that qemu-img bench takes for `count` requests of 4 KiB, `step` bytes apart, modulo the size.
 
     A write run ends with a flush, which is counted.
     """
-    command: list[object] = ["qemu-img", "bench", "-f", "qcow2", "-c", count, "-d", depth, "-s", 4096, "-S", step]
+    command: list[object] = ["qemu-img", "bench", "-f", kind, "-c", count, "-d", depth, "-s", 4096, "-S", step]
     command += ["-t", "writeback"]
     if write:
         command += ["-w", "--flush-interval", count, "--pattern", 90]
-    printed = run(*command, path)
+    printed = run(*command, image)
     found = re.search(r"Run completed in ([\d.]+) seconds", printed)
     if not found:
         raise OSError(f"qemu-img bench printed no time: {printed.strip()}")

@@ -13,8 +13,8 @@ from html import escape
 from onionskin.bench.headline import ENGINE, Comparison
 from onionskin.bench.timing import Samples, duration, ratio
 
-WIDTH, LABELS, RIGHT = 760, 250, 132
-ROW, GROUP_GAP, GROUP_TITLE, TOP, BOTTOM = 20, 12, 20, 14, 30
+WIDTH, LABELS, RIGHT = 760, 264, 146
+ROW, GROUP_GAP, GROUP_TITLE, TOP, BOTTOM = 20, 12, 20, 24, 30
 
 _COLOURS = """
 .onion{--ink:#1c1e21;--soft:#656b73;--line:#e2e4e8;--engine:#b3456b;--peer:#6b7683;--paper:#ffffff}
@@ -23,7 +23,8 @@ _COLOURS = """
 """
 _CHART_STYLE = """
 .onion text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--ink)}
-.onion .title{font-weight:600}.onion .soft{fill:var(--soft)}.onion .engine{fill:var(--engine);font-weight:600}
+.onion .title{font-weight:600;paint-order:stroke;stroke:var(--paper);stroke-width:5px}
+.onion .soft{fill:var(--soft)}.onion .engine{fill:var(--engine);font-weight:600}
 .onion .grid{stroke:var(--line)}.onion .paper{fill:var(--paper)}
 .onion .dot{fill:var(--peer)}.onion .spread{stroke:var(--peer);stroke-width:2;stroke-linecap:round}
 .onion .dot.engine{fill:var(--engine)}.onion .spread.engine{stroke:var(--engine)}
@@ -62,7 +63,7 @@ class Axis:
 def draw_chart(comparisons: Sequence[Comparison]) -> str:
     """Return the chart as an SVG document that carries its own style."""
     axis = Axis.over([s for c in comparisons for samples in c.samples.values() for s in samples.seconds])
-    parts, y = [], float(TOP)
+    parts, y = [_text(WIDTH - 4, TOP - 8, "times onionskin's", "soft", "end")], float(TOP)
     for comparison in comparisons:
         parts.append(_text(0, y + 14, comparison.title, "title"))
         y += GROUP_TITLE
@@ -105,7 +106,7 @@ def _row(axis: Axis, y: float, member: str, samples: Samples, factor: str) -> st
             _text(LABELS - 14, middle + 4, member, engine.strip(), "end"),
             f'<line class="spread{engine}" x1="{low:.1f}" x2="{high:.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>',
             f'<circle class="dot{engine}" cx="{at:.1f}" cy="{middle:.1f}" r="4.5"/>',
-            _text(WIDTH - 66, middle + 4, duration(samples.median), engine.strip(), "end"),
+            _text(WIDTH - 72, middle + 4, duration(samples.median), engine.strip(), "end"),
             _text(WIDTH - 4, middle + 4, factor, "soft", "end") if factor else "",
         ]
     )
