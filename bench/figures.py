@@ -39,7 +39,7 @@ from rig.flat import FlatFile
 from rig.live_qemu import QEMU, live_disk
 from rig.mounts import loop_mount, mount_missing
 from rig.pauses import measure_pauses
-from rig.waits import Stopwatch
+from rig.waits import Stopwatch, undisturbed
 
 import onionskin
 from onionskin._blockmap import BlockMap
@@ -170,10 +170,10 @@ def batch_reads(directory: Path) -> Iterator[Figure]:
     expected = blocks_of(wanted).reshape(out.shape)
     with layered(directory, "one", size, order, 1) as one, layered(directory, "deep", size, order, 256) as deep:
         contestants = {
-            "pread loop": Contestant(lambda: flat.read_blocks(wanted, out)),
-            "memcpy loop": Contestant(lambda: flat.copy_blocks(wanted, out)),
-            "depth 1": Contestant(lambda: one.read_blocks(wanted, out) is None),
-            "depth 256": Contestant(lambda: deep.read_blocks(wanted, out) is None),
+            "pread loop": Contestant(undisturbed(lambda: flat.read_blocks(wanted, out))),
+            "memcpy loop": Contestant(undisturbed(lambda: flat.copy_blocks(wanted, out))),
+            "depth 1": Contestant(undisturbed(lambda: one.read_blocks(wanted, out))),
+            "depth 256": Contestant(undisturbed(lambda: deep.read_blocks(wanted, out))),
         }
         for contestant in contestants.values():
             contestant.run()
@@ -205,7 +205,12 @@ def single_reads(view: onionskin.Volume, flat: FlatFile, wanted: Any) -> Iterato
             readinto(offset, buffer)
 
     samples = interleave(
-        {"readinto": Contestant(engine), "preadv": Contestant(system), "path.readinto": Contestant(data_path)}, 9
+        {
+            "readinto": Contestant(undisturbed(engine)),
+            "preadv": Contestant(undisturbed(system)),
+            "path.readinto": Contestant(undisturbed(data_path)),
+        },
+        9,
     )
     each = {name: duration(sample.median / len(offsets)) for name, sample in samples.items()}
     yield versus("one 4 KiB readinto, hot, against os.preadv", 1, samples, "preadv", "readinto", each=each)
