@@ -65,7 +65,7 @@ def draw_chart(comparisons: Sequence[Comparison]) -> str:
     axis = Axis.over([s for c in comparisons for samples in c.samples.values() for s in samples.seconds])
     parts, y = [_text(WIDTH - 4, TOP - 8, "times onionskin's", "soft", "end")], float(TOP)
     for comparison in comparisons:
-        parts.append(_text(0, y + 14, comparison.title, "title"))
+        parts.append(_text(4, y + 14, comparison.title, "title"))
         y += GROUP_TITLE
         for member, samples in comparison.samples.items():
             parts.append(_row(axis, y, member, samples, _times(comparison, member)))
