@@ -2,7 +2,7 @@
 
 import click
 
-from onionskin.cli import data, serving, snapshots, statuses, transfer, upkeep, volumes
+from onionskin.cli import bench, data, serving, snapshots, statuses, transfer, upkeep, volumes
 
 __all__ = ["onionskin"]
 
@@ -14,7 +14,7 @@ _VERBS = (
     *(transfer.import_, transfer.export, transfer.delta, transfer.apply),
     *(data.read, data.write, data.trim, data.zero),
     *(serving.serve, serving.stats, serving.mount, serving.umount),
-    *(upkeep.check, upkeep.demo, upkeep.completion),
+    *(upkeep.check, upkeep.demo, bench.bench, upkeep.completion),
 )
 
 

@@ -1,0 +1,66 @@
+"""The verb that measures: bench."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from onionskin.bench.headline import ENGINE, Comparison, compare
+from onionskin.bench.report import draw_chart, draw_page, draw_table, times
+from onionskin.bench.results import as_benchmarks, describe_machine
+from onionskin.bench.timing import duration, ratio
+from onionskin.cli import output
+from onionskin.cli.names import SIZE
+from onionskin.cli.output import json_option
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=".")
+@click.option("--size", type=SIZE, default="512M", show_default=True, help="Size of the disk that is measured.")
+@click.option("--rounds", type=click.IntRange(2, 1000), default=7, show_default=True, help="How often each is done.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page of HTML with charts.")
+@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Write the chart alone, as SVG.")
+@click.option(
+    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON that pytest-benchmark compares."
+)
+@click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
+@json_option
+def bench(
+    directory: Path,
+    size: int,
+    rounds: int,
+    report: Path | None,
+    chart: Path | None,
+    save: Path | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Compare onionskin with copies and qcow2 on the disk that DIRECTORY is on.
+
+    Works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
+    not installed are left out, and said to be.
+    """
+    comparisons = compare(directory, size, rounds, lambda step: click.echo(f"measuring: {step}", err=True))
+    machine, now = describe_machine(directory), datetime.now(UTC)
+    document = as_benchmarks(comparisons, machine, now)
+    if save:
+        save.write_text(json.dumps(document, indent=1))
+    if chart:
+        chart.write_text(draw_chart(comparisons), encoding="utf-8")
+    if report:
+        report.write_text(draw_page(comparisons, machine, now), encoding="utf-8")
+    output.show(as_json, document, lambda: draw_table(comparisons) if markdown else _draw(comparisons))
+
+
+def _draw(comparisons: list[Comparison]) -> str:
+    rows = []
+    for comparison in comparisons:
+        title = comparison.title
+        for member, samples in comparison.samples.items():
+            factor = "" if member == ENGINE else times(ratio(comparison.samples, member, ENGINE))
+            rows.append((title, member, duration(samples.median), f"±{samples.spread:.0%}", factor))
+            title = ""
+    drawn = output.table(("WHAT", "WAY", "MEDIAN", "SPREAD", "TIMES-OURS"), rows, right="MEDIAN SPREAD TIMES-OURS")
+    skipped = [f"not measured: {m}: {reason}" for c in comparisons for m, reason in c.skipped.items()]
+    return "\n".join([drawn, *skipped])

@@ -1,0 +1,32 @@
+"""The verb `bench`: what it writes, not how fast anything is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+GROUPS = ["snapshot", "read", "write", "revert", "merge"]
+
+
+@pytest.mark.slow
+def test_bench_writes_a_page_a_chart_and_json_and_leaves_nothing_else(run: Run, tmp_path: Path) -> None:
+    work = tmp_path / "disk"
+    work.mkdir()
+    page, chart, saved = tmp_path / "report.html", tmp_path / "chart.svg", tmp_path / "bench.json"
+    result = run("bench", work, "--size", "64M", "--rounds", 2, "--report", page, "--chart", chart, "--save", saved)
+    assert result.exit_code == 0, result.output
+    assert list(work.iterdir()) == []
+    assert chart.read_text() in page.read_text()
+    benchmarks = json.loads(saved.read_text())["benchmarks"]
+    assert sorted({benchmark["group"] for benchmark in benchmarks}) == sorted(GROUPS)
+    assert all(benchmark["stats"]["rounds"] == 2 for benchmark in benchmarks)
+
+
+def test_a_disk_too_small_to_measure_is_refused(run: Run, tmp_path: Path) -> None:
+    result = run("bench", tmp_path, "--size", "1M")
+    assert result.exit_code == 2
+    assert "67108864" in result.stderr
+    assert list(tmp_path.iterdir()) == []
