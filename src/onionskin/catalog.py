@@ -435,7 +435,11 @@ def _descriptors_of(path: Path) -> list[int]:
 
 
 def _make(path: Path) -> None:
-    """Make the catalog under another name and move it in place: a crash leaves a store or none."""
+    """Make the catalog under another name and move it in place: a crash leaves a store or none.
+
+    The name is durable once the catalog is opened, together with the store's directories, which are older: to change
+    the journal mode SQLite makes a journal, and syncs the directory for it.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
@@ -458,7 +462,6 @@ def _make(path: Path) -> None:
         pass
     finally:
         draft.unlink()
-    sync_directory(path.parent)  # BARRIER: catalog name
 
 
 def _refusal(path: Path) -> int:
