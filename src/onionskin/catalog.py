@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onionskin import forks
-from onionskin.barriers import sync_directory, sync_file
+from onionskin.barriers import sync_file
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
@@ -207,14 +207,16 @@ class Catalog:
             raise FormatError(f"{self.path} is damaged: {what} that is not there; {_RESTORE}")
 
     def sync_found(self) -> None:
-        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo."""
+        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo.
+
+        The names are durable: SQLite syncs the log's header, and the directory with it, before the first frame.
+        """
         with self._guard:
             with self.reading():
                 self._connection.execute("SELECT stamp FROM store").fetchone()
             for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
                 for descriptor in _descriptors_of(path):
                     sync_file(descriptor)  # BARRIER: opened catalog
-            sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
 
