@@ -333,8 +333,9 @@ class Planner:
         self.step_main("reopen", (), replace(self.main, head=self.main.head.flushed()))
 
     def flatten(self) -> None:
+        """It flushes where there is something to do, but does not promise it."""
         self.flat = True
-        self.step_main("flatten", (), replace(self.main, head=self.main.head.flushed(), parent=None))
+        self.step_main("flatten", (), replace(self.main, parent=None))
 
     def export(self) -> None:
         """To a new image file. Whether it is flushed before is not promised."""
