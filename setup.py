@@ -1,6 +1,7 @@
 """Builds the extension modules: one table says which C kernels each of them links.
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
+``ONIONSKIN_ONLY=head`` builds only what is made of that kernel (or the module of that name), as the crash tests do.
 """
 
 import os
@@ -28,6 +29,7 @@ if sys.platform != "linux":
     raise SystemExit("onionskin runs on Linux only for now; csrc/linux_io.h says what a port must replace")
 
 sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
+only = os.environ.get("ONIONSKIN_ONLY")
 compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 if sanitize:
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-O1"]
@@ -44,6 +46,7 @@ extensions = [
         extra_link_args=link_args,
     )
     for module, kernels in EXTENSIONS.items()
+    if only is None or only in (module, *kernels)
 ]
 setup(
     ext_modules=cythonize(
