@@ -35,6 +35,7 @@
 
 enum {
     PIECE_BYTES = 8 << 20,          /* what a thread takes at a time */
+    BEHIND_BYTES = 32 << 20,        /* what is left to the sync at the end, at least */
     BUFFER_BYTES = 256 << 10,       /* one read and one write: what a core's cache holds in between */
     ALIGNMENT_BYTES = 4096,
     SLEEP_NS_MAX = 50 * 1000 * 1000 /* how late a waiting thread may see a cancel or a new rate */
@@ -60,6 +61,8 @@ struct copy_job {
     pthread_mutex_t writing;      /* held while something is done to a destination */
     pthread_mutex_t lock;         /* guards all below */
     size_t extent_index, pair_index;
+    struct copy_pair *behind_pair; /* whose destination is being filled, in order, */
+    uint64_t behind;               /* and up to where its writing out was started */
     uint64_t position;            /* in that extent, relative */
     int status;                   /* the first failure of any thread */
     double tokens_bytes;          /* may be sent now; negative: owed */
@@ -384,6 +387,25 @@ static int take_piece(struct copy_job *job, struct copy_piece *piece)
     return taken;
 }
 
+/* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all of
+ * it still to be written takes as long as the copy did. */
+static void write_behind(struct copy_job *job, const struct copy_piece *done)
+{
+    uint64_t from = 0, to = 0;
+
+    pthread_mutex_lock(&job->lock);
+    if (job->behind_pair != done->pair) {
+        job->behind_pair = done->pair;
+        job->behind = done->destination_offset;
+    } else if (done->destination_offset >= job->behind + BEHIND_BYTES) {
+        from = job->behind;
+        to = job->behind = done->destination_offset;
+    }
+    pthread_mutex_unlock(&job->lock);
+    if (to > from)
+        onion_write_out(done->pair->destination, from, to - from);
+}
+
 static void fail(struct copy_job *job, int status)
 {
     pthread_mutex_lock(&job->lock);
@@ -406,6 +428,8 @@ static void *copy_pieces(void *argument)
         int status = copy_piece(job, buffer, &piece);
         if (status < 0)
             fail(job, status);
+        else
+            write_behind(job, &piece);
     }
     free(buffer);
     return NULL;

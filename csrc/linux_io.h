@@ -49,6 +49,9 @@ int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t 
 int64_t onion_copy_range(int source, uint64_t source_offset, int destination, uint64_t destination_offset,
                          uint64_t length);
 
+/* Starts to write a range of dirty pages out, and does not wait. A hint: nothing is durable. */
+void onion_write_out(int fd, uint64_t offset, uint64_t length);
+
 /* Whether fd is on a file server, which may copy between its files without moving bytes over the network: 1 or 0. */
 int onion_is_remote(int fd);
 
