@@ -98,19 +98,25 @@ def workspace(directory: Path) -> Iterator[Path]:
 # ---- snapshot ----
 
 
-def dirty_snapshot(volume: onionskin.Volume) -> Contestant:
-    """Snapshot a volume in which 64 KiB were written since the last one."""
+def dirty_snapshot(volume: onionskin.Volume, *, flushed: bool = False) -> Contestant:
+    """Snapshot a volume in which 64 KiB were written since the last one; `flushed`: and made durable, as a guest does."""
     names = count()
-    return Contestant(lambda _: volume.snapshot(f"s{next(names)}"), prepare=lambda: volume.write(0, b"\x07" * 65536))
+    prefix = "f" if flushed else "d"
+
+    def write() -> None:
+        volume.write(0, b"\x07" * 65536)
+        if flushed:
+            volume.flush()
+
+    return Contestant(lambda _: volume.snapshot(f"{prefix}{next(names)}"), prepare=write)
 
 
 def snapshot_against_copy(directory: Path) -> Iterator[Figure]:
     flat = make_flat(directory / "base.raw", 2 * GIB)
     copy = directory / "copy.raw"
     with onionskin.Store(directory / "store") as store, store.create("web", base=flat) as web:
-        one = dirty_snapshot(web)
 
-        def several() -> float:
+        def several(one: Contestant) -> float:
             return statistics.median(one_round(one) for _ in range(15))
 
         def settled() -> None:
@@ -118,8 +124,16 @@ def snapshot_against_copy(directory: Path) -> Iterator[Figure]:
             os.sync()
 
         copying = Contestant(lambda _: peers.full_copy(flat, copy), settled)
-        samples = interleave({"snapshot": Contestant(lambda _: several(), os.sync), "cp + fsync": copying}, 5)
-    yield versus("durable snapshot of 2 GiB, against a full copy", 1000, samples, "cp + fsync", "snapshot")
+        dirty, flushed = dirty_snapshot(web), dirty_snapshot(web, flushed=True)
+        contestants = {
+            "snapshot": Contestant(lambda _: several(dirty), os.sync),
+            "snapshot, flushed": Contestant(lambda _: several(flushed), os.sync),
+            "cp + fsync": copying,
+        }
+        samples = interleave(contestants, 5)
+    what = "durable snapshot of 2 GiB, against a full copy"
+    yield versus(f"{what}; 64 KiB dirty", 1000, samples, "cp + fsync", "snapshot")
+    yield versus(f"{what}; flushed before", 1000, samples, "cp + fsync", "snapshot, flushed")
 
 
 def snapshot_against_qemu(directory: Path) -> Iterator[Figure]:

@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("writer_pause.c")
 KERNELS = [
     "volume",
+    "opening",
+    "mapbuild",
     "head",
     "barrier",
     "epoch",
