@@ -2,6 +2,7 @@
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
+``ONIONSKIN_ONLY=head`` builds only what is made of that kernel (or the module of that name), as the crash tests do.
 """
 
 import os
@@ -29,6 +30,7 @@ if sys.platform != "linux":
     raise SystemExit("onionskin runs on Linux only for now; csrc/linux_io.h says what a port must replace")
 
 sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
+only = os.environ.get("ONIONSKIN_ONLY")
 compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 if sanitize:
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-O1"]
@@ -49,6 +51,7 @@ extensions = [
         extra_link_args=link_args,
     )
     for module, kernels in EXTENSIONS.items()
+    if only is None or only in (module, *kernels)
 ]
 setup(
     ext_modules=cythonize(

@@ -413,11 +413,13 @@ static void *copy_pieces(void *argument)
 
 /* ---- before the threads start ---- */
 
+/* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into one
+ * walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
+ * extents of 64 KiB into a fresh image of 4 GiB: 0.35 s so, 0.9 s in the order of the source. */
 static int compare_extents(const void *left, const void *right)
 {
     const struct onion_copy_extent *a = left, *b = right;
-    uint64_t a_offset = a->source < 0 ? a->destination_offset : a->source_offset;
-    uint64_t b_offset = b->source < 0 ? b->destination_offset : b->source_offset;
+    uint64_t a_offset = a->destination_offset, b_offset = b->destination_offset;
 
     if (a->source != b->source)
         return a->source < b->source ? -1 : 1;

@@ -597,18 +597,11 @@ static void close_sealed_segments(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
-/* A sealed log grows no more. Not synced: what lies behind its length is ignored anyway. */
-static void cut_room(const struct onion_head_log *log) {
-    if (log->fd >= 0 && log->room_end > log->cursor.offset && ftruncate(log->fd, (off_t)log->cursor.offset))
-        return; /* the zeros stay */
-}
-
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
     if (!volume->sealing)
         return -EINVAL;
     int status = onion_volume_usable(volume);
     if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
-        cut_room(&volume->log);
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};

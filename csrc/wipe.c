@@ -258,7 +258,7 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
     if (is_cancelled(job))
         return ONION_E_CANCELLED;
     /* Once only: after a failure the kernel takes the pages for clean, and a second call would succeed. */
-    if (job->bytes_taken > 0 && fdatasync(job->fd) < 0) {
+    if (job->bytes_taken > 0 && fdatasync(job->fd) < 0) { /* BARRIER: wiped bytes */
         result->sync_failed = 1;
         return -errno;
     }

@@ -498,7 +498,7 @@ cdef class LayerMap:
         try:
             _write_all(descriptor, header)
             written = self._write_frames(descriptor, size_bytes)
-            os.fsync(descriptor)
+            os.fsync(descriptor)  # BARRIER: written map
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = path
@@ -774,4 +774,4 @@ def _overwrite(descriptor):
         size = os.fstat(descriptor).st_size
         for offset in range(0, size, 1 << 20):
             os.pwrite(descriptor, bytes(min(1 << 20, size - offset)), offset)
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # BARRIER: overwritten map draft

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onionskin import forks
-from onionskin.barriers import sync_directory, sync_file
+from onionskin.barriers import sync_file
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
@@ -207,14 +207,16 @@ class Catalog:
             raise FormatError(f"{self.path} is damaged: {what} that is not there; {_RESTORE}")
 
     def sync_found(self) -> None:
-        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo."""
+        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo.
+
+        The names are durable: SQLite syncs the log's header, and the directory with it, before the first frame.
+        """
         with self._guard:
             with self.reading():
                 self._connection.execute("SELECT stamp FROM store").fetchone()
             for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
                 for descriptor in _descriptors_of(path):
                     sync_file(descriptor)  # BARRIER: opened catalog
-            sync_directory(self.path.parent)  # BARRIER: opened catalog name
 
     # ---- transactions ----
 
@@ -435,7 +437,11 @@ def _descriptors_of(path: Path) -> list[int]:
 
 
 def _make(path: Path) -> None:
-    """Make the catalog under another name and move it in place: a crash leaves a store or none."""
+    """Make the catalog under another name and move it in place: a crash leaves a store or none.
+
+    The name is durable once the catalog is opened, together with the store's directories, which are older: to change
+    the journal mode SQLite makes a journal, and syncs the directory for it.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
@@ -458,7 +464,6 @@ def _make(path: Path) -> None:
         pass
     finally:
         draft.unlink()
-    sync_directory(path.parent)  # BARRIER: catalog name
 
 
 def _refusal(path: Path) -> int:

@@ -84,10 +84,11 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
         raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {advice}")
 
 
-def pending_base_merges(catalog: Catalog, chain: Chain) -> list[bytes]:
-    """Return the layers of a chain up to which a merge into the base was begun and not ended."""
-    ids = {layer.id for layer in chain.layers}
-    return [work.target for work in catalog.rows(PendingRow, "kind = 'base-merge'") if work.target in ids]
+def pending_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
+    """Return the layers below a head up to which a merge into the base was begun and not ended. There seldom are any."""
+    begun = catalog.rows(PendingRow, "kind = 'base-merge'")
+    ids = {layer.id for layer in catalog.chain(head)} if begun else set()
+    return [work.target for work in begun if work.target in ids]
 
 
 def refuse_half_merged(catalog: Catalog, base_path: str) -> None:

@@ -215,9 +215,9 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         volume.export(raw, progress=progress)
         _run("convert", "-f", "raw", "-O", format, str(raw), str(made), about=path)
         with open(made, "rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # BARRIER: converted image
         os.link(made, target)  # unlike a rename it never replaces what appeared there meanwhile
-    sync_directory(target.parent)
+    sync_directory(target.parent)  # BARRIER: converted image name
 
 
 def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) -> None:

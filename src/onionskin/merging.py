@@ -245,7 +245,7 @@ def merge_into_base(
     resumes = True
     while resumes:
         with volume.operation(may_resume=True):
-            interrupted = pending_base_merges(volume.store.catalog, read_chain(volume.store.catalog, volume.head))
+            interrupted = pending_base_merges(volume.store.catalog, volume.head)
             resumes = bool(interrupted)
             folded, lock = _begin_base_merge(volume, interrupted[0] if interrupted else _target_of(volume, upto))
             volume.is_merging = True

@@ -126,13 +126,15 @@ class Store:
         forks.register(self)
 
     def _make_directories(self) -> None:
-        made = not self.path.exists()
-        self.layout.root.mkdir(parents=True, exist_ok=True)
-        if made:
-            sync_directory(self.layout.root.parent)  # BARRIER: store name
+        way = [self.layout.root, *self.layout.root.parents]
+        found = next(index for index, directory in enumerate(way) if directory.exists())
+        # From what is there already: one that crashed may have made it, and its name need not be durable.
+        for directory in reversed(way[: found + 1]):
+            directory.mkdir(exist_ok=True)
+            with suppress(PermissionError):  # somebody else's directory, so not one that we made
+                sync_directory(directory.parent)  # BARRIER: store name
         for name in DIRECTORIES:
             (self.layout.root / name).mkdir(exist_ok=True)
-        sync_directory(self.layout.root)  # BARRIER: store directories
 
     def __enter__(self) -> "Store":
         return self

@@ -649,7 +649,7 @@ class Volume:
                     f"a merge into the base of volume {self.name!r} is under way; wait for it to end, or cancel it"
                 )
             may_be_half = may_resume or self.is_merging
-            if not may_be_half and pending_base_merges(self.store.catalog, read_chain(self.store.catalog, self.head)):
+            if not may_be_half and pending_base_merges(self.store.catalog, self.head):
                 raise StateError(
                     f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
                     "volume and open it again, which ends it"

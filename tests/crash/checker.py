@@ -4,7 +4,9 @@ In each state:
 - the store opens, and so does every volume for writing, which resumes pending work;
 - all volumes, names, sizes, snapshots (bit for bit) and heads (sector by sector) are those before the step
   that was under way, or those after it: never a mixture;
-- a marker that says what an opening read (see `recover`) is true of every later one;
+- a marker that says what an opening read (see `recover`) is true of every later one, and so is one that says what it
+  wrote and flushed;
+- an image file that was exported is there and whole;
 - store.check() finds no error, and nothing at all once every volume has been opened and closed again a few
   times: work that a background thread does may outlive one opening, but is not left pending for ever;
 - a second opening reads the same;
@@ -21,16 +23,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from crash.harness import mark
-from crash.model import StoreModel, plan
-from crash.workload import STORE
+from crash.model import BLOCK_BYTES, CANARY_BYTES, MAIN, VOLUME_BYTES, Disk, Seed, StoreModel, VolumeModel, canary, plan
+from crash.workload import STORE, lower_limits
 
 OPENINGS_MAX = 8
 CANARY = re.compile(rb"CANARY-\d{9}")
+BUILT = canary(800_000_000) * (BLOCK_BYTES // CANARY_BYTES)  # what a recovery writes to the first block of each volume
+RECOVERY_WORDS = ("read", "building", "creating", "built")
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,23 @@ class Found:
     snapshots: dict[str, bytes]
 
 
-def workload_checker(seed: int, wipe: str, step_count: int) -> Callable[[Path, Sequence[str]], list[str]]:
+def workload_checker(seed: Seed, wipe: str, step_count: int) -> Callable[[Path, Sequence[str]], list[str]]:
     """A checker (see `harness.check_states`) of the workload with the same arguments."""
     steps = plan(seed, wipe, step_count).steps
 
     def check(directory: Path, markers: Sequence[str]) -> list[str]:
         under_way, models = StoreModel(), [StoreModel()]
         text = "before the first step"
-        read = [marker for marker in markers if marker.startswith("read ")]
-        reached = [marker for marker in markers if not marker.startswith("read ")]
+        recovery = [marker.split() for marker in markers if marker.split()[0] in RECOVERY_WORDS]
+        reached = [marker for marker in markers if marker.split()[0] not in RECOVERY_WORDS]
         if reached:
             word, number = reached[-1].split()
             step = steps[int(number)]
             under_way = step.after
             models = [step.after] if word == "done" else [step.before, step.after]
             text = f"{word} {step}"
-        problems = check_store(directory / STORE, models, read[-1] if read else None)
+        problems = check_store(directory / STORE, models, Recovered({word: digests for word, *digests in recovery}))
+        problems += check_files(directory, models)
         if wipe == "zero" and not problems and not under_way.hides:
             problems = stray_canaries(directory / STORE)
         return [f"{text}: {problem}" for problem in problems]
@@ -64,20 +69,65 @@ def workload_checker(seed: int, wipe: str, step_count: int) -> Callable[[Path, S
     return check
 
 
-def check_store(path: Path, models: Sequence[StoreModel], read: str | None = None) -> list[str]:
-    """What is wrong with a store that must be one of `models`, and what an opening has read before."""
+@dataclass(frozen=True)
+class Recovered:
+    """The markers of a recovery that was crashed again (see `recover`): each word, and the digests behind it."""
+
+    said: dict[str, list[str]]
+
+    def models(self, models: Sequence[StoreModel]) -> Sequence[StoreModel]:
+        """What the store may be, by what it may have been when the recovery began."""
+        if "creating" in self.said:
+            made = StoreModel({MAIN: VolumeModel(Disk(bytes(VOLUME_BYTES)).changed(0, BUILT))})
+            return [*models, made]
+        if "building" in self.said:
+            return [
+                replace(model, volumes={name: built_upon(volume) for name, volume in model.volumes.items()})
+                for model in models
+            ]
+        return models
+
+    def problems(self, found: dict[str, Found]) -> list[str]:
+        if "built" in self.said:
+            lost = [digest_of(found)] != self.said["built"]
+            return ["what a recovery flushed before the crash is lost"] if lost else []
+        if "creating" in self.said or "read" not in self.said:
+            return []
+        whole, besides = self.said["read"]
+        if "building" in self.said:
+            lost = digest_of(found, besides_first_block=True) != besides
+        else:
+            lost = digest_of(found) != whole
+        return ["an opening before the crash read something else"] if lost else []
+
+
+def built_upon(volume: VolumeModel) -> VolumeModel:
+    return replace(volume, head=volume.head.changed(0, BUILT))
+
+
+def check_store(path: Path, models: Sequence[StoreModel], recovered: Recovered) -> list[str]:
+    """What is wrong with a store that must be one of `models`, but for what a recovery did to it."""
     first = read_store(path)
-    differences = [difference(model, first) for model in models]
+    differences = [difference(model, first) for model in recovered.models(models)]
     problems = [] if None in differences else [" and ".join(f"not as wanted: {text}" for text in differences)]
-    if read is not None and read != f"read {digest_of(first)}":
-        problems.append("an opening before the crash read something else")
-    problems += check_again(path, first)
+    return problems + recovered.problems(first) + check_again(path, first)
+
+
+def check_files(directory: Path, models: Sequence[StoreModel]) -> list[str]:
+    """What is wrong with the image files beside a store: each is absent or whole, as one of `models` has it."""
+    problems = []
+    for name in sorted({name for model in models for name in model.files}):
+        path = directory / name
+        found = path.read_bytes() if path.exists() else None
+        if found not in [model.files.get(name) for model in models]:
+            problems.append(f"{name} is {'gone' if found is None else 'not what was exported'}")
     return problems
 
 
-def digest_of(found: dict[str, Found]) -> str:
+def digest_of(found: dict[str, Found], *, besides_first_block: bool = False) -> str:
     """Of all that a store reads."""
-    parts = [(name, found[name].head, sorted(found[name].snapshots.items())) for name in sorted(found)]
+    begin = BLOCK_BYTES if besides_first_block else 0
+    parts = [(name, found[name].head[begin:], sorted(found[name].snapshots.items())) for name in sorted(found)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -91,12 +141,15 @@ def read_store(path: Path) -> dict[str, Found]:
 
 def read_volume(store: Any, name: str) -> Found:
     with store.open(name) as volume:
-        head = volume.read(0, volume.size_bytes)
-        snapshots = {}
-        for snapshot in volume.snapshots:
-            with store.open(name, snapshot=snapshot.name) as view:
-                snapshots[snapshot.name] = view.read(0, view.size_bytes)
-        return Found(head, snapshots)
+        return read_all(store, volume)
+
+
+def read_all(store: Any, volume: Any) -> Found:
+    snapshots = {}
+    for snapshot in volume.snapshots:
+        with store.open(volume.name, snapshot=snapshot.name) as view:
+            snapshots[snapshot.name] = view.read(0, view.size_bytes)
+    return Found(volume.read(0, volume.size_bytes), snapshots)
 
 
 def check_again(path: Path, first: dict[str, Found]) -> list[str]:
@@ -149,19 +202,28 @@ def stray_canaries(path: Path) -> list[str]:
 
 
 def recover(root: Path) -> None:
-    """Opens what a crash left, says what it read, and dies without closing: for `harness.resume`."""
+    """Opens what a crash left, says what it read, builds upon it, and dies without closing: for `harness.resume`.
+
+    Markers: `read WHOLE BESIDES` (digests, of all and of all but the first blocks of the heads), then `building` before a
+    block is written to each volume, or `creating` before a volume is made where there is none, then `built WHOLE`.
+    """
     import onionskin
 
+    lower_limits()
     store = onionskin.Store(root / STORE)
-    found: dict[str, Found] = {}
     opened = [store.open(info.name) for info in store.volumes()]
+    found = {volume.name: read_all(store, volume) for volume in opened}
+    mark(root, f"read {digest_of(found)} {digest_of(found, besides_first_block=True)}")
+    if opened:
+        mark(root, "building")
+    else:
+        mark(root, "creating")
+        opened = [store.create(MAIN, size=VOLUME_BYTES, block_size=BLOCK_BYTES)]
     for volume in opened:
-        snapshots = {}
-        for snapshot in volume.snapshots:
-            with store.open(volume.name, snapshot=snapshot.name) as view:
-                snapshots[snapshot.name] = view.read(0, view.size_bytes)
-        found[volume.name] = Found(volume.read(0, volume.size_bytes), snapshots)
-    mark(root, f"read {digest_of(found)}")
+        volume.write(0, BUILT)
+        volume.flush()
+    found = {volume.name: read_all(store, volume) for volume in opened}
+    mark(root, f"built {digest_of(found)}")
     os._exit(0)
 
 

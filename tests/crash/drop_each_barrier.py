@@ -1,8 +1,10 @@
-"""Takes each barrier out of the engine, one at a time, and says which removals the crash workload notices.
+"""Takes each barrier out of the engine, one at a time, and says which removals the crash trials notice.
 
-    python -m crash.drop_each_barrier [--seeds N] [--steps N] [--states N] [--only NAME ...] [SOURCE_TREE]
+    python -m crash.drop_each_barrier [--only NAME ...] [--own] [--seeds N] [--jobs N] [SOURCE_TREE]
 
-A barrier that can be taken out unnoticed is either not needed, or not tested.
+An engine is judged by the scenarios (crash.scenarios), those that are for the barrier first, then by drawn workloads, to
+the first violation. A barrier that can be taken out unnoticed is either not needed, or not tested. The extensions are
+built, so Cython and setuptools have to be there.
 
 The convention: a barrier is one line that holds one whole call of onion_sync_file, onion_sync_directory,
 fdatasync, fsync or syncfs (C), or of sync_file, sync_directory or os.fsync (Python), and ends with its name:
@@ -14,20 +16,27 @@ Here the call is replaced by 0 or None. Or the line sets SQLite's durability, an
 
     connection.execute("PRAGMA synchronous=FULL")  # BARRIER: catalog commits
 
-Names are unique. A sync without a name is reported, because nothing tests it. Nothing of this is in the built
-engine: the tree is copied, one line of the copy is changed, and its extensions are built again.
+Names are unique. A sync without a name is reported, because nothing tests it, unless `EXEMPT` says why it is no
+barrier. Nothing of this is in the built engine: the tree is copied, one line of the copy is changed, and what is made
+of it is built again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MARK = re.compile(r"(?:/\*|#) BARRIER: (?P<name>[^*]+?)\s*(?:\*/)?$")
@@ -37,6 +46,11 @@ CALL = re.compile(
 DURABILITY = re.compile(r"(synchronous\s*=\s*)(FULL|EXTRA)", re.IGNORECASE)
 # Where the calls themselves are defined: what they are made of is named where they are used.
 DEFINITIONS = {"csrc/barrier.c", "csrc/barrier.h", "src/onionskin/barriers.py"}
+# Files and folders whose syncs promise nothing: why.
+EXEMPT = {
+    "src/onionskin/demo.py": "times a full copy for comparison, and deletes it",
+    "src/onionskin/bench/": "times what others do, in files that it deletes",
+}
 WIPES = ("release", "zero")
 
 
@@ -53,6 +67,16 @@ class Amount:
     states: int
     recoveries: int
     wipes: Sequence[str]
+    own_only: bool = False  # no scenario but those for the barrier
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many states of an engine were judged, the trial that was the last, and the violation that it ended with."""
+
+    trial: str
+    tried: int
+    violation: str | None
 
 
 @dataclass(frozen=True)
@@ -110,37 +134,52 @@ def find_barriers(tree: Path) -> tuple[list[Barrier], list[str]]:
                 if barrier.name in barriers:
                     raise BarrierError(f"two barriers have one name: {barrier}, {barriers[barrier.name]}")
                 barriers[barrier.name] = barrier
-            elif CALL.search(line) and not line.lstrip().startswith(("*", "#", "def ")):
+            elif CALL.search(line) and not line.lstrip().startswith(("*", "#", "def ")) and not is_exempt(path):
                 unnamed.append(f"{path}:{number + 1}: {line.strip()}")
     return list(barriers.values()), unnamed
 
 
+def is_exempt(path: Path) -> bool:
+    return str(path).startswith(tuple(EXEMPT))
+
+
 def copy_tree(tree: Path, target: Path) -> None:
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "*.so", "tests", "bench", "docs")
+    """Copies what is needed to build an engine, and what was built of it."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "tests", "bench", "docs")
     shutil.copytree(tree, target, ignore=ignored)
 
 
-def build(tree: Path) -> None:
+def build(tree: Path, only: str | None = None) -> None:
+    """Builds the extensions; those of one kernel or module only, where its name is given."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **({"ONIONSKIN_ONLY": only} if only else {})}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the extensions cannot be built in {tree}:\n{done.stdout}{done.stderr}")
 
 
-def take_out(tree: Path, barrier: Barrier) -> str:
-    """Changes the barrier's line in a copy, builds it, and returns what the file was."""
+@contextmanager
+def taken_out(tree: Path, barrier: Barrier) -> Iterator[None]:
+    """Changes the barrier's line in a copy and builds it, for the time of a with block."""
     path = tree / barrier.path
     before = path.read_text()
+    built = {module: module.read_bytes() for module in (tree / "src").rglob("*.so")} if path.suffix != ".py" else {}
     lines = before.splitlines()
     lines[barrier.line] = without_barrier(lines[barrier.line])
     path.write_text("\n".join(lines) + "\n")
-    if path.suffix != ".py":
-        build(tree)
-    return before
+    try:
+        if built:
+            build(tree, path.stem)
+        yield
+    finally:
+        path.write_text(before)
+        for module, contents in built.items():
+            if module.read_bytes() != contents:
+                module.write_bytes(contents)
 
 
-def judge(source: Path, amount: Amount) -> str | None:
-    """The first violation of workloads on the engine in `source`; None where there is none.
+def judge(source: Path, amount: Amount, first: str | None = None) -> Verdict:
+    """Judges an engine by the scenarios, those for the barrier `first` before others, and by drawn workloads.
 
     In a process of its own, because the checker imports the engine that it judges.
     """
@@ -148,66 +187,117 @@ def judge(source: Path, amount: Amount) -> str | None:
     command += ["--seeds", str(amount.seeds), "--steps", str(amount.steps), "--states", str(amount.states)]
     command += ["--recoveries", str(amount.recoveries)]
     command += [argument for wipe in amount.wipes for argument in ("--wipe", wipe)]
+    command += ["--first", first] if first else []
+    command += ["--own"] if amount.own_only else []
     tests = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        return f"the workload failed: {done.stderr.strip()[-400:]}"
-    return done.stdout.strip() if done.returncode == 1 else None
+    environment = {**os.environ, "PYTHONPATH": str(tests)}
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"a trial failed by itself: {done.stderr.strip()[-2000:]}")
+    return Verdict(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def judge_here(source: Path, amount: Amount) -> int:
-    """Runs in the process that `judge` starts: 1 and a description where there is a violation, else 0."""
+def judge_here(source: Path, amount: Amount, first: str | None) -> None:
+    """Runs in the process that `judge` starts; the last line that it prints is the verdict."""
     sys.path.insert(0, str(source))
     sys.dont_write_bytecode = True
-    from crash.judging import first_violation
+    from crash.judging import drawn_trial, try_all
+    from crash.scenarios import SCENARIOS
 
-    violation = first_violation(
-        source, range(amount.seeds), amount.wipes, amount.steps, amount.states, amount.recoveries
-    )
-    if violation is not None:
-        print(violation)
-    return int(violation is not None)
+    own = [scenario for scenario in SCENARIOS if first in scenario.barriers]
+    others = [scenario for scenario in SCENARIOS if scenario not in own]
+    trials = [(scenario.name, scenario.trial) for scenario in [*own, *([] if amount.own_only else others)]]
+    trials += [
+        drawn_trial(seed, wipe, amount.steps, amount.states, amount.recoveries)
+        for seed in range(amount.seeds)
+        for wipe in amount.wipes
+    ]
+    name, outcome = try_all(trials, source)
+    print(json.dumps({"trial": name, "tried": outcome.tried, "violation": outcome.violation}))
+
+
+class Table:
+    """Prints one line for each engine as it is judged, and counts those that are not as they should be."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self._guard = threading.Lock()
+        print("| barrier taken out | noticed by | states tried | first violation |\n|---|---|---|---|", flush=True)
+
+    def add(self, barrier: Barrier | None, verdict: Verdict) -> None:
+        name = str(barrier) if barrier else "none"
+        by = verdict.trial if verdict.violation else "NOT NOTICED" if barrier else "no violation"
+        with self._guard:
+            self.failed += (verdict.violation is None) != (barrier is None)
+            print(f"| {name} | {by} | {verdict.tried} | {(verdict.violation or '-')[:240]} |", flush=True)
+
+
+def judge_each(
+    tree: Path, work: queue.SimpleQueue[Barrier | None], amount: Amount, whole: Amount, table: Table
+) -> None:
+    """Works on one copy of the tree until nothing is left to do. None stands for the engine with all barriers."""
+    while True:
+        try:
+            barrier = work.get_nowait()
+        except queue.Empty:
+            return
+        if barrier is None:
+            table.add(None, judge(tree / "src", whole))
+            continue
+        with taken_out(tree, barrier):
+            table.add(barrier, judge(tree / "src", amount, barrier.name))
 
 
 def main() -> int:
-    """Reports each barrier; 1 where one was not noticed, has no name, or the whole engine has a violation."""
+    """Prints a table; 1 where a barrier was not noticed or a sync has no name, or the whole engine has a violation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("tree", nargs="?", type=Path, default=Path(__file__).parents[2])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3, help="drawn workloads of each policy, after the scenarios")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--states", type=int, default=400, help="states tried of each workload")
-    parser.add_argument("--recoveries", type=int, default=6, help="recoveries crashed again, of each workload")
+    parser.add_argument("--states", type=int, default=400, help="states tried of each drawn workload")
+    parser.add_argument("--recoveries", type=int, default=4, help="recoveries crashed again, of each drawn workload")
     parser.add_argument("--wipe", action="append", choices=WIPES, help="policies tried; both by default")
     parser.add_argument("--only", action="append", help="the name of a barrier; may be given more than once")
+    parser.add_argument(
+        "--own", action="store_true", help="judge by the scenarios that are for the barrier, and no others"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="engines judged at the same time")
     parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    amount = Amount(given.seeds, given.steps, given.states, given.recoveries, given.wipe or WIPES)
+    wipes = tuple(given.wipe or WIPES)
+    amount = Amount(given.seeds, given.steps, given.states, given.recoveries, wipes, given.own)
     if given.judge:
-        return judge_here(given.judge, amount)
+        judge_here(given.judge, amount, given.first)
+        return 0
     barriers, unnamed = find_barriers(given.tree)
     for place in unnamed:
         print(f"a sync without a name: {place}")
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / "tree"
-        copy_tree(given.tree, copy)
-        build(copy)
-        whole = judge(copy / "src", amount)
-        print(f"all barriers: {whole or 'no violation'}", flush=True)
-        if whole:
-            return 1
-        missed = 0
-        for barrier in barriers:
-            if given.only and barrier.name not in given.only:
-                continue
-            before = take_out(copy, barrier)
-            violation = judge(copy / "src", amount)
-            (copy / barrier.path).write_text(before)
-            missed += violation is None
-            print(
-                f"{'noticed' if violation else 'NOT NOTICED'}: {barrier}: {(violation or '')[:300]}",
-                flush=True,
-            )
-    return int(missed > 0 or bool(unnamed))
+    work: queue.SimpleQueue[Barrier | None] = queue.SimpleQueue()
+    if not given.only:
+        work.put(None)
+    for barrier in barriers:
+        if not given.only or barrier.name in given.only:
+            work.put(barrier)
+    failed = drop_each(given.tree, work, amount, given.jobs)
+    return int(failed > 0 or bool(unnamed))
+
+
+def drop_each(tree: Path, work: queue.SimpleQueue[Barrier | None], amount: Amount, jobs: int) -> int:
+    """Judges the engines in `work` with as many copies of the tree as there are jobs; how many are not as they should be."""
+    if amount.own_only:
+        amount = replace(amount, seeds=0)
+    whole = replace(amount, own_only=False)
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(jobs) as pool:
+        copies = [Path(directory) / f"tree-{number}" for number in range(jobs)]
+        copy_tree(tree, copies[0])
+        build(copies[0])
+        for copy in copies[1:]:
+            shutil.copytree(copies[0], copy)
+        table = Table()
+        for done in [pool.submit(judge_each, copy, work, amount, whole, table) for copy in copies]:
+            done.result()
+    return table.failed
 
 
 if __name__ == "__main__":

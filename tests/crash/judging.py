@@ -1,4 +1,7 @@
-"""Workloads, their states, and recoveries that are crashed again, until the first violation."""
+"""Trials: workloads and scenarios, the states that a crash of them may leave, and recoveries that are crashed again.
+
+A trial runs a program on an engine and says how many states it judged and what it found wrong first.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from crash.checker import workload_checker
 from crash.harness import Recording, check_states, resume
-from crash.replay import SYNC_END
+from crash.model import Seed
+from crash.replay import SYNC_END, freed_unwiped
 from crash.workload import record
 
 RECOVER = """
@@ -21,40 +26,98 @@ sys.path.insert(0, sys.argv[1])
 from crash.checker import recover
 recover(Path(sys.argv[2]))
 """
+# What a recovery made durable is missing in these; sampled where all are too many.
+RESUMED_KINDS = ("durable", "names", "bytes")
 
 
-def first_violation(
-    source: Path, seeds: Iterable[int], wipes: Iterable[str], steps: int, states: int, recoveries: int
-) -> str | None:
-    """Describes the first violation found on the engine in `source`, which this process imports too."""
-    for seed in seeds:
-        for wipe in wipes:
-            with tempfile.TemporaryDirectory(dir=state_parent()) as directory:
-                root = Path(directory) / "root"
-                violation = violation_of(root, source, seed, wipe, steps, states, recoveries)
-            if violation is not None:
-                return f"seed {seed}, policy {wipe}: {violation}"
-    return None
+@dataclass(frozen=True)
+class Outcome:
+    """How many states were judged, and the first violation."""
+
+    tried: int
+    violation: str | None = None
 
 
-def violation_of(
-    root: Path, source: Path, seed: int, wipe: str, steps: int, states: int, recoveries: int
-) -> str | None:
+# (where the recorded root is to be, a src/ directory with the engine) -> what came of it
+Trial = Callable[[Path, Path], Outcome]
+
+
+def try_all(trials: Iterable[tuple[str, Trial]], source: Path) -> tuple[str, Outcome]:
+    """Runs trials up to the first violation: the name of the last one, and how many states all of them judged.
+
+    `source` is what this process imports, too.
+    """
+    tried, name = 0, ""
+    for name, trial in trials:
+        with tempfile.TemporaryDirectory(dir=state_parent()) as directory:
+            outcome = trial(Path(directory) / "root", source)
+        tried += outcome.tried
+        if outcome.violation is not None:
+            return name, Outcome(tried, outcome.violation)
+    return name, Outcome(tried)
+
+
+def try_workload(
+    root: Path,
+    source: Path,
+    *,
+    seed: Seed,
+    wipe: str,
+    steps: int,
+    states: int | None,
+    choose_recoveries: Callable[[Recording], Sequence[int]],
+    resumed_kinds: Sequence[str] = RESUMED_KINDS,
+    resumed_states: int | None = None,
+) -> Outcome:
+    """A plan's steps, crashed; and recoveries from chosen points of them, crashed again."""
     recording = record(root, seed, wipe, steps, source)
     checker = workload_checker(seed, wipe, steps)
-    report = check_states(recording, checker, limit=states, seed=seed, violations_max=1)
-    print(f"seed {seed}, policy {wipe}: {report}")  # how many states, how many violations: shown by pytest -s
+    report = check_states(recording, checker, limit=states, seed=0, violations_max=1)
+    tried = report.tried
+    print(f"{seed}, policy {wipe}: {report}")  # how many states, how many violations: shown by pytest -s
     if report.violations:
-        return str(report.violations[0])
-    for index in recovery_points(recording, seed, recoveries):
+        return Outcome(tried, str(report.violations[0]))
+    violation = unwiped(recording) if wipe == "zero" else None
+    if violation is not None:
+        return Outcome(tried, violation)
+    for index in choose_recoveries(recording):
         resumed = resume(recording, index, [sys.executable, "-c", RECOVER, str(source), str(root)])
-        report = check_states(resumed, checker, limit=states // recoveries, seed=seed, violations_max=1, begin=index)
+        report = check_states(
+            resumed, checker, kinds=resumed_kinds, limit=resumed_states, seed=0, violations_max=1, begin=index
+        )
+        tried += report.tried
+        # Not `unwiped`: zeros that were written but not synced are holes in the files that a resumed program finds.
         if report.violations:
-            return f"crashed again in or after a recovery: {report.violations[0]}"
-    return None
+            return Outcome(tried, f"crashed again in or after a recovery: {report.violations[0]}")
+    print(f"{seed}, policy {wipe}: {tried} states with those of recoveries, 0 violations")
+    return Outcome(tried)
 
 
-def recovery_points(recording: Recording, seed: int, count: int) -> list[int]:
+def unwiped(recording: Recording) -> str | None:
+    """The first range or file of a store that was given back before zeros were durable in it."""
+    found = freed_unwiped(recording.replay(), ("segments", "layers"))
+    return f"not wiped: {found[0]}" if found else None
+
+
+def drawn_trial(seed: int, wipe: str, steps: int, states: int, recoveries: int) -> tuple[str, Trial]:
+    """A workload whose steps are drawn, as far as `states` states and a few recoveries show it."""
+
+    def trial(root: Path, source: Path) -> Outcome:
+        return try_workload(
+            root,
+            source,
+            seed=seed,
+            wipe=wipe,
+            steps=steps,
+            states=states,
+            choose_recoveries=lambda recording: some_syncs(recording, seed, recoveries),
+            resumed_states=states // recoveries if recoveries else None,
+        )
+
+    return f"seed {seed}, {wipe}", trial
+
+
+def some_syncs(recording: Recording, seed: int, count: int) -> list[int]:
     """Where most is not durable yet: before a sync returns."""
     points = [number for number, entry in enumerate(recording.entries) if entry.kind == SYNC_END]
     return sorted(random.Random(seed).sample(points, min(count, len(points))))

@@ -25,6 +25,7 @@ STEPS = 40
 SNAPSHOTS_MAX = 5
 MAIN = "main"
 MAIN_CLONE = "clone"
+Seed = int | str  # a number draws steps; a name is one of crash.scripts
 
 
 def canary(number: int) -> bytes:
@@ -95,7 +96,7 @@ class VolumeModel:
 
 @dataclass(frozen=True)
 class StoreModel:
-    """All volumes.
+    """All volumes, and the image files that were exported beside the store.
 
     `cloned` is the snapshot of the main volume that the clone was made of. `hides` is set once a layer
     without a name may hold blocks that nothing reads: it had several children when its name was merged away.
@@ -104,6 +105,7 @@ class StoreModel:
     volumes: Mapping[str, VolumeModel] = field(default_factory=dict)
     cloned: str | None = None
     hides: bool = False
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def with_volume(self, name: str, volume: VolumeModel) -> StoreModel:
         return replace(self, volumes={**self.volumes, name: volume})
@@ -129,15 +131,23 @@ class Plan:
     """The steps of one seed, and the base file that is there before the first (None: a volume without a
     base)."""
 
-    seed: int
+    seed: Seed
     wipe: str
     base: bytes | None
     steps: list[Step]
 
 
-def plan(seed: int, wipe: str, step_count: int = STEPS) -> Plan:
+def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
     """The same steps for the same arguments, always."""
-    planner = Planner(random.Random(f"{seed} {wipe}"), seed)
+    source = random.Random(f"{seed} {wipe}")
+    if isinstance(seed, str):
+        from crash.scripts import SCRIPTS
+
+        planner = Planner(source, has_base=SCRIPTS[seed].has_base)
+        planner.create()
+        SCRIPTS[seed].steps(planner)
+        return Plan(seed, wipe, planner.base, planner.steps)
+    planner = Planner(source, has_base=seed % 3 != 2)
     planner.create()
     while len(planner.steps) < step_count:
         planner.add_one()
@@ -148,15 +158,16 @@ def plan(seed: int, wipe: str, step_count: int = STEPS) -> Plan:
 class Planner:
     """Draws operations that the store will not refuse, and keeps the model."""
 
-    def __init__(self, source: random.Random, seed: int) -> None:
+    def __init__(self, source: random.Random, *, has_base: bool) -> None:
         self.source = source
+        self.flat = False  # the disk stands on nothing any more, or did once
         self.store = StoreModel()
         self.steps: list[Step] = []
         self.canaries = 0
         self.names = 0
         self.base = (
             None
-            if seed % 3 == 2
+            if not has_base
             else b"".join(
                 canary(900_000_000 + index) * (BLOCK_BYTES // CANARY_BYTES)
                 for index in range(BASE_BYTES // BLOCK_BYTES)
@@ -194,6 +205,8 @@ class Planner:
             (1, self.delete_clone),
             (1, self.reopen),
             (2, self.merge_upto_into_base),
+            (1, self.flatten),
+            (1, self.export),
         ]
         (chosen,) = self.source.choices([add for _, add in weighted], [weight for weight, _ in weighted])
         chosen()
@@ -212,20 +225,21 @@ class Planner:
         return canary(self.canaries) * (length // CANARY_BYTES)
 
     def write(self) -> None:
-        offset, length = self.place(CANARY_BYTES, len(self.main.head.content))
+        self.write_at(*self.place(CANARY_BYTES, len(self.main.head.content)))
+
+    def write_at(self, offset: int, length: int) -> None:
         data = self.pattern(length)
         self.step_main("write", (offset, data), replace(self.main, head=self.main.head.changed(offset, data)))
 
-    def _clear(self, operation: str) -> None:
-        offset, length = self.place(SECTOR_BYTES, len(self.main.head.content))
+    def clear_at(self, operation: str, offset: int, length: int) -> None:
         after = replace(self.main, head=self.main.head.changed(offset, bytes(length)))
         self.step_main(operation, (offset, length), after)
 
     def zero(self) -> None:
-        self._clear("zero")
+        self.clear_at("zero", *self.place(SECTOR_BYTES, len(self.main.head.content)))
 
     def trim(self) -> None:
-        self._clear("trim")
+        self.clear_at("trim", *self.place(SECTOR_BYTES, len(self.main.head.content)))
 
     def flush(self) -> None:
         self.step_main("flush", (), replace(self.main, head=self.main.head.flushed()))
@@ -267,8 +281,10 @@ class Planner:
 
     def merge(self) -> None:
         name = self._some_snapshot()
-        if name is None or name == self.store.cloned:
-            return
+        if name is not None and name != self.store.cloned:
+            self.merge_named(name)
+
+    def merge_named(self, name: str) -> None:
         main = self.main
         gone = main.snapshots[name]
         kept = {
@@ -316,20 +332,35 @@ class Planner:
     def reopen(self) -> None:
         self.step_main("reopen", (), replace(self.main, head=self.main.head.flushed()))
 
+    def flatten(self) -> None:
+        """It flushes where there is something to do, but does not promise it."""
+        self.flat = True
+        self.step_main("flatten", (), replace(self.main, parent=None))
+
+    def export(self) -> None:
+        """To a new image file. Whether it is flushed before is not promised."""
+        name = f"exported-{len(self.store.files) + 1}.raw"
+        files = {**self.store.files, name: self.main.head.content}
+        self.step("export", (name,), replace(self.store, files=files))
+
     def merge_upto_into_base(self) -> None:
         """Of the oldest snapshot, where all else descends from it."""
         main = self.main
         oldest = [name for name, taken in main.snapshots.items() if taken.parent is None]
-        if self.base is None or MAIN_CLONE in self.store.volumes or self.store.hides or len(oldest) != 1:
+        if not self._may_merge_into_base() or len(oldest) != 1:
             return
         (name,) = oldest
         if main.parent is not None:
             self.step_main("merge_into_base", (name,), main)
 
+    def _may_merge_into_base(self) -> bool:
+        in_the_way = self.flat or self.store.hides or MAIN_CLONE in self.store.volumes
+        return self.base is not None and not in_the_way
+
     def finish(self) -> None:
         """Everything goes into the base, where there is one and it may."""
         self.flush()
-        if self.base is None or MAIN_CLONE in self.store.volumes or self.store.hides:
+        if not self._may_merge_into_base():
             return
         while self.main.snapshots:
             self.merge()

@@ -48,6 +48,7 @@ import os
 import random
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,15 @@ class Image:
             self.pages.pop(index, None)
         else:
             self.pages[index] = page
+
+    def is_zero(self, begin: int, end: int) -> bool:
+        """Whether a range reads zero, as far as the file has it."""
+        for index, page in self.pages.items():
+            start = index * PAGE_BYTES
+            part = page[max(0, begin - start) : max(0, end - start)]
+            if part.count(0) < len(part):
+                return False
+        return True
 
     def runs(self) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of each stretch that is not zero, clipped to the size."""
@@ -429,6 +439,11 @@ class Tree:
                     raise LogError(f"{entry.path}: mapped shared and writable; stores to it cannot be recorded")
             case 13:  # REFUSED
                 raise LogError(f"the program made a change that has no model: {entry.path}")
+
+    def file_at(self, path: str) -> int:
+        """The file of this path, as the program sees it now."""
+        directory, name = self._locate(path)
+        return self.entries[directory][name]
 
     def pending(self) -> list[Change]:
         """The changes that are not durable yet, in their order."""
@@ -681,9 +696,17 @@ class Replay:
         self._initial = initial
         self._root_inode = root_inode
 
+    @property
+    def entries(self) -> Sequence[Entry]:
+        return self._entries
+
+    def tree(self) -> Tree:
+        """The files before the first record."""
+        return Tree(self._initial, self._root_inode)
+
     def inodes(self, index: int) -> dict[str, tuple[int, int]]:
         """The inodes of all that the program sees after `index` records, by path."""
-        tree = Tree(self._initial, self._root_inode)
+        tree = self.tree()
         for number, entry in enumerate(self._entries[:index]):
             tree.apply(number, entry)
         inode_of = {file: inode for inode, file in tree.by_inode.items()}
@@ -703,7 +726,7 @@ class Replay:
         if unknown:
             raise ValueError(f"no such kinds of states: {sorted(unknown)}; there are {KINDS}")
         plans: list[Plan] = []
-        tree = Tree(self._initial, self._root_inode)
+        tree = self.tree()
         for number, entry in enumerate([*self._entries, None]):
             if entry is None or entry.kind in (MARK, SYNC_END):
                 plans += widest_plans(number, tree, kinds)
@@ -716,7 +739,7 @@ class Replay:
 
     def states(self, plans: Sequence[Plan], seed: int = 0) -> Iterator[State]:
         """Makes the planned states, leaving out those equal to one before with the same markers."""
-        tree = Tree(self._initial, self._root_inode)
+        tree = self.tree()
         markers: list[Marker] = []
         seen: set[tuple[bytes, int]] = set()
         number = 0
@@ -858,3 +881,38 @@ def settle(tree: Tree, file: int, selection: Selection) -> Image:
     if selection is ALL:
         return tree.current[file].copy()
     return settle_file(tree.durable[file], changes, selection)
+
+
+# ---- what is given back to the file system ----
+
+
+def freed_unwiped(replay: Replay, directories: Sequence[str]) -> list[str]:
+    """What was punched or unlinked in directories of these names while the medium may have held bytes of it.
+
+    No state shows that: the bytes are in no file any more. The header of a file, its first page, holds none.
+    """
+    problems = []
+    tree = replay.tree()
+    for number, entry in enumerate(replay.entries):
+        if entry.kind in (ALLOCATE, UNLINK) and Path(entry.path).parent.name in directories:
+            problems += unwiped_by(tree, entry)
+        tree.apply(number, entry)
+    return problems
+
+
+def unwiped_by(tree: Tree, entry: Entry) -> list[str]:
+    if entry.kind == UNLINK:
+        file, begin, end = tree.file_at(entry.path), PAGE_BYTES, sys.maxsize
+    elif entry.flags & PUNCH_HOLE:
+        file, begin, end = tree.by_inode[entry.inode], entry.offset, entry.offset + entry.length
+    else:
+        return []
+    under_way = [
+        change.label
+        for change in tree.file_changes.get(file, [])
+        if change.data and change.data.strip(b"\0") and begin < change.offset + change.length and change.offset < end
+    ]
+    what = f"{'unlinked' if entry.kind == UNLINK else f'punched {begin} to {end}'}: {entry.path}"
+    if under_way:
+        return [f"{what}, while this was not durable, or zeros over it: {under_way[0]}"]
+    return [] if tree.durable[file].is_zero(begin, end) else [f"{what}, while the medium held other bytes than zeros"]

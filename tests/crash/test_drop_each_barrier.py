@@ -1,9 +1,26 @@
-"""The convention by which barriers are taken out of a source tree."""
+"""The convention by which barriers are taken out of a source tree, and some that are taken out for real."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from crash.drop_each_barrier import BarrierError, find_barriers, without_barrier
+from crash.drop_each_barrier import (
+    WIPES,
+    Amount,
+    BarrierError,
+    Verdict,
+    copy_tree,
+    find_barriers,
+    judge,
+    taken_out,
+    without_barrier,
+)
+from crash.scenarios import SCENARIOS
+
+import onionskin
+
+TREE = Path(__file__).parents[2]
+OWN_SCENARIOS = Amount(seeds=0, steps=0, states=0, recoveries=0, wipes=WIPES, own_only=True)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +67,38 @@ def test_two_barriers_of_one_name_are_refused(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, "a = fsync(1); /* BARRIER: one */\nb = fsync(2); /* BARRIER: one */\n")
     with pytest.raises(BarrierError, match="one name"):
         find_barriers(tree)
+
+
+def test_each_sync_has_a_name_and_each_name_a_scenario() -> None:
+    barriers, unnamed = find_barriers(TREE)
+    assert unnamed == []
+    assert {barrier.name for barrier in barriers} == {name for scenario in SCENARIOS for name in scenario.barriers}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with the extensions that are in use."""
+    copy = tmp_path_factory.mktemp("engine") / "tree"
+    copy_tree(TREE, copy)
+    for module in Path(onionskin.__file__).parent.glob("*.so"):
+        shutil.copy(module, copy / "src" / "onionskin")
+    return copy
+
+
+def judge_without(engine: Path, name: str) -> Verdict:
+    (barrier,) = (barrier for barrier in find_barriers(engine)[0] if barrier.name == name)
+    with taken_out(engine, barrier):
+        return judge(engine / "src", OWN_SCENARIOS, name)
+
+
+@pytest.mark.parametrize("name", ["exported image", "written delta name"])
+def test_a_barrier_taken_out_of_the_python_code_is_noticed(engine: Path, name: str) -> None:
+    verdict = judge_without(engine, name)
+    print(f"{name}: noticed by {verdict.trial} in {verdict.tried} states")
+    assert verdict.violation is not None
+
+
+def test_a_barrier_taken_out_of_the_c_code_is_noticed(engine: Path) -> None:
+    verdict = judge_without(engine, "map frame")
+    print(f"map frame: noticed by {verdict.trial} in {verdict.tried} states")
+    assert verdict.violation is not None

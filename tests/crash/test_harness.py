@@ -27,6 +27,7 @@ from crash.replay import (
     LogError,
     Selection,
     State,
+    freed_unwiped,
     parse_log,
     settle_file,
 )
@@ -640,6 +641,32 @@ def test_states_are_made_in_the_recorded_root_with_known_inodes_and_mtimes(root:
     assert len({entry[0] for entry in found}) == 1
     assert inode
     assert contents_below(root) == {"new": b"new"}
+
+
+def wiping_program(root: Path, *, sync: bool = True, zeros: bool = True) -> None:
+    """Gives back a file whose bytes were durable, overwritten or not."""
+    import os
+
+    os.mkdir(root / "segments")
+    file = os.open(root / "segments" / "one", os.O_RDWR | os.O_CREAT, 0o644)
+    os.pwrite(file, b"s" * 8192, 0)
+    os.fsync(file)
+    if zeros:
+        os.pwrite(file, bytes(4096), 4096)
+    if sync:
+        os.fsync(file)
+    os.unlink(root / "segments" / "one")
+
+
+def test_what_was_wiped_before_it_was_unlinked_is_no_problem(root: Path) -> None:
+    assert freed_unwiped(run(wiping_program, root).replay(), ["segments"]) == []
+
+
+@pytest.mark.parametrize("removed", ["sync", "zeros"])
+def test_what_was_unlinked_before_it_was_wiped_is_found(root: Path, removed: str) -> None:
+    recording = run(without(wiping_program, **{removed: False})(root), root)
+    assert len(freed_unwiped(recording.replay(), ["segments"])) == 1
+    assert freed_unwiped(recording.replay(), ["layers"]) == []
 
 
 def test_what_a_checker_raises_is_a_violation(root: Path) -> None:

@@ -21,7 +21,15 @@ def test_the_plans_of_some_seeds_have_every_operation() -> None:
     found = {step.operation for seed in range(12) for step in plan(seed, "release", 60).steps}
     cloning = {"clone", "open_clone", "close_clone", "delete_clone"}
     changing = {"create", "write", "zero", "trim", "flush", "resize", "reopen"}
-    assert found == cloning | changing | {"snapshot", "revert", "discard", "merge", "merge_into_base"}
+    assert found == cloning | changing | {
+        "snapshot",
+        "revert",
+        "discard",
+        "merge",
+        "merge_into_base",
+        "flatten",
+        "export",
+    }
 
 
 def test_an_unflushed_sector_may_be_old_or_new_but_nothing_else() -> None:

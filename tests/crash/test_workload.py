@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from crash.judging import first_violation
+from crash.judging import drawn_trial, try_all
 from crash.model import STEPS
 
 import onionskin
@@ -14,11 +14,13 @@ SOURCE = Path(onionskin.__file__).parents[1]
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -> None:
-    assert first_violation(SOURCE, [seed], [wipe], steps=20, states=150, recoveries=3) is None
+    _, outcome = try_all([drawn_trial(seed, wipe, steps=20, states=150, recoveries=3)], SOURCE)
+    assert outcome.violation is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("seed", range(3, 8))
 def test_a_crash_leaves_each_operation_done_or_not_begun_in_long_workloads(seed: int, wipe: str) -> None:
-    assert first_violation(SOURCE, [seed], [wipe], steps=STEPS, states=800, recoveries=4) is None
+    _, outcome = try_all([drawn_trial(seed, wipe, steps=STEPS, states=800, recoveries=4)], SOURCE)
+    assert outcome.violation is None

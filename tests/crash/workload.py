@@ -2,7 +2,8 @@
 
     python -m crash.workload ROOT SEED WIPE [STEPS]
 
-ROOT holds store/ and, for some seeds, base.raw, which `prepare` puts there before the recording.
+SEED is a number, or the name of a script (crash.scripts). ROOT holds the store and, for some seeds, base.raw,
+which `prepare` puts there before the recording.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from crash.harness import Recording, mark, run
-from crash.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, plan
+from crash.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, Seed, plan
 
-STORE = "store"
+STORE = "kept/store"  # making it makes a directory on the way as well
 BASE = "base.raw"
 
 
@@ -26,13 +27,20 @@ def prepare(root: Path, steps: Plan) -> None:
         (root / BASE).write_bytes(steps.base)
 
 
-def record(root: Path, seed: int, wipe: str, step_count: int = STEPS, source: Path | None = None) -> Recording:
+def record(root: Path, seed: Seed, wipe: str, step_count: int = STEPS, source: Path | None = None) -> Recording:
     """Runs a workload under the recorder, on the engine in `source` (a src/ directory) or the one in use."""
     prepare(root, plan(seed, wipe, step_count))
     command = [sys.executable, "-m", "crash.workload", str(root), str(seed), wipe, str(step_count)]
     if source is not None:
         command[1:3] = ["-c", PROGRAM, str(source)]
     return run(command, root)
+
+
+def lower_limits() -> None:
+    """Lets a layer be gathered that has three segments, which takes two of them."""
+    from onionskin import gathering
+
+    gathering.SEGMENTS_MAX, gathering.SEGMENTS_KEPT = 2, 1
 
 
 PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"
@@ -106,13 +114,21 @@ class Workload:
     def merge_into_base(self, upto: str | None) -> None:
         self.main.merge_into_base(upto)
 
+    def flatten(self) -> None:
+        self.main.flatten()
+
+    def export(self, name: str) -> None:
+        self.main.export(self.root / name)
+
     def close(self) -> None:
         self.main.close()
         self.store.close()
 
 
 def main(arguments: list[str]) -> None:
-    root, seed, wipe = Path(arguments[0]), int(arguments[1]), arguments[2]
+    root, wipe = Path(arguments[0]), arguments[2]
+    seed: Seed = int(arguments[1]) if arguments[1].isdigit() else arguments[1]
+    lower_limits()
     steps = plan(seed, wipe, int(arguments[3]) if len(arguments) > 3 else STEPS)
     workload = Workload(root, wipe, steps.base)
     for step in steps.steps:

@@ -1,7 +1,6 @@
 """The verbs that move disks between files and stores: import, export, delta, apply."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO, Literal
 import click
 
 import onionskin
+from onionskin.barriers import sync_directory, sync_file
 from onionskin.cli import output
 from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
 from onionskin.cli.output import json_option
@@ -134,7 +134,9 @@ def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
     with open(path, "xb") as file:
         try:
             yield file
-            os.fsync(file.fileno())
+            file.flush()
+            sync_file(file.fileno())  # BARRIER: written delta
+            sync_directory(path.absolute().parent)  # BARRIER: written delta name
         except BaseException:
             path.unlink()
             raise

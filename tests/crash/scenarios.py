@@ -1,0 +1,220 @@
+"""Small trials, each for a few barriers: scripts of the workload (crash.scripts), and programs with a checker of their own.
+
+`SCENARIOS` says which barriers each is for. With all barriers in place none has a violation; with one of its own taken
+out it must have one (crash.drop_each_barrier).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crash.harness import Recording, check_states, mark, run
+from crash.judging import Outcome, Trial, try_workload, unwiped
+from crash.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
+from crash.replay import MARK, SYNC_END
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A trial, and the barriers of which none can be taken out without a violation in it."""
+
+    name: str
+    trial: Trial
+    barriers: Sequence[str]
+
+
+# ---- scripts ----
+
+
+def scripted(
+    name: str, *barriers: str, wipe: str = "release", recover_in: Sequence[str] = (), states: int | None = None
+) -> Scenario:
+    """A script of the workload. Recoveries begin before each sync of the operations named `recover_in`."""
+
+    def trial(root: Path, source: Path) -> Outcome:
+        return try_workload(
+            root,
+            source,
+            seed=name,
+            wipe=wipe,
+            steps=0,
+            states=states,
+            choose_recoveries=lambda recording: syncs_in(recording, name, wipe, recover_in),
+        )
+
+    again = f", crashed again in {' and '.join(recover_in)}" if recover_in else ""
+    return Scenario(f"{name}, {wipe}{again}", trial, barriers)
+
+
+def syncs_in(recording: Recording, name: str, wipe: str, operations: Sequence[str]) -> list[int]:
+    """The points before each sync returns that belongs to a step with one of these operations."""
+    steps = plan(name, wipe).steps
+    inside, points = False, []
+    for number, entry in enumerate(recording.entries):
+        if entry.kind == MARK:
+            word, step = entry.data.decode().split()
+            inside = word == "begin" and steps[int(step)].operation in operations
+        elif entry.kind == SYNC_END and inside:
+            points.append(number)
+    return points
+
+
+# ---- programs ----
+
+CONTENT = b"".join(canary(number) * (BLOCK_BYTES // CANARY_BYTES) for number in range(1, 9))
+IMAGE = "made.image"
+
+
+def program_scenario(
+    name: str,
+    program: Callable[[Path], None],
+    check: Callable[[Path, Sequence[str]], list[str]],
+    *barriers: str,
+    wipes: bool = False,
+) -> Scenario:
+    """A program that works below a directory; with `wipes` all that it gives back must be overwritten before."""
+
+    def trial(root: Path, source: Path) -> Outcome:
+        root.mkdir()
+        text = f"import sys; sys.path.insert(0, sys.argv[1]); from crash.scenarios import {program.__name__} as program"
+        command = [sys.executable, "-c", f"{text}; from pathlib import Path; program(Path(sys.argv[2]))"]
+        recording = run([*command, str(source), str(root)], root)
+        report = check_states(recording, check, violations_max=1)
+        print(f"{name}: {report}")
+        violation = str(report.violations[0]) if report.violations else None
+        return Outcome(report.tried, violation or (unwiped(recording) if wipes else None))
+
+    return Scenario(name, trial, barriers)
+
+
+def make_volume(root: Path) -> tuple[Any, Any]:
+    import onionskin
+
+    store = onionskin.Store(root / "store")
+    volume = store.create("main", size=len(CONTENT), block_size=BLOCK_BYTES)
+    volume.write(0, CONTENT)
+    volume.snapshot("s")
+    return store, volume
+
+
+def make_store(root: Path) -> None:
+    """Two stores: what `Store` made is there once it has returned, before there is any volume."""
+    import onionskin
+
+    onionskin.Store(root / "on" / "the" / "way").close()
+    mark(root, "on/the/way")
+    onionskin.Store(root / "second").close()
+    mark(root, "second")
+
+
+def check_made_stores(directory: Path, markers: Sequence[str]) -> list[str]:
+    import onionskin
+
+    for made in markers:
+        with onionskin.Store(directory / made, create=False) as store:
+            store.create("main", size=BLOCK_BYTES).close()
+    return []
+
+
+def convert_image(root: Path) -> None:
+    """Exports to another format; what stands in for qemu-img only copies."""
+    from onionskin import images
+
+    def convert(*arguments: str, **_: Any) -> str:
+        shutil.copyfile(arguments[-2], arguments[-1])
+        return ""
+
+    images._run = convert
+    images._qemu_img = lambda: ""
+    store, volume = make_volume(root)
+    images.export_image(volume, root / IMAGE, format="qcow2")
+    mark(root, "done")
+    store.close()
+
+
+def check_converted(directory: Path, markers: Sequence[str]) -> list[str]:
+    path = directory / IMAGE
+    if not path.exists():
+        return ["the image is gone"] if markers else []
+    return [] if path.read_bytes() == CONTENT else ["the image is not what the disk read"]
+
+
+def write_delta(root: Path) -> None:
+    """Writes a delta to a file with the command line's verb."""
+    from onionskin.cli.transfer import delta
+
+    make_volume(root)[0].close()
+    arguments = [f"{root / 'store'}/main@s", "--output", str(root / IMAGE), "--json"]
+    delta.main(arguments, standalone_mode=False)
+    mark(root, f"done {hashlib.sha256((root / IMAGE).read_bytes()).hexdigest()}")
+
+
+def check_delta(directory: Path, markers: Sequence[str]) -> list[str]:
+    path = directory / IMAGE
+    if not markers:
+        return []  # it may be there in part
+    if not path.exists():
+        return ["the delta is gone"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [] if [f"done {digest}"] == markers else ["the delta is not what was written"]
+
+
+def fail_to_write_map(root: Path) -> None:
+    """Writes a block map for which there is no room: what was written of it is wiped."""
+    from onionskin import layermaps
+
+    (root / "layers").mkdir()
+    layer_map = layermaps.empty_map(BLOCK_BYTES)
+    number = layer_map.add_segment(bytes(range(16)))
+    for block_index in range(2000):
+        layer_map.set(2 * block_index, 1, number << 32 | block_index)
+    fsync = os.fsync
+
+    def fail_once(descriptor: int) -> None:
+        os.fsync = fsync
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = fail_once
+    with contextlib.suppress(OSError):
+        layer_map.write(str(root / "layers" / "new.map"), map_id=bytes(16), wipe_zero=True, size_bytes=None)
+    assert not (root / "layers" / "new.map").exists()
+
+
+def check_nothing(directory: Path, markers: Sequence[str]) -> list[str]:
+    return []
+
+
+SCENARIOS = (
+    scripted(
+        "write again",
+        "segment data", "segment name", "map header", "map name", "map frame", "catalog commits",
+    ),
+    scripted(
+        "make",
+        "opened map", "opened segments directory", "opened layers directory", "catalog schema",
+        recover_in=("create", "write", "flush"),
+    ),
+    scripted("write again", "opened catalog", "opened segment", states=1, recover_in=("reopen", "snapshot", "flush")),
+    scripted("gather", "gathered segment", "gathered segment name", "gathered map name", "written map", "folded map name"),
+    scripted("flatten", "flat segment", "opened segments directory", "opened layers directory"),
+    scripted("export", "exported image", "exported image name"),
+    scripted("merge into base", "merged base"),
+    scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
+    program_scenario("two stores are made", make_store, check_made_stores, "store name"),
+    program_scenario(
+        "an image is converted", convert_image, check_converted, "converted image", "converted image name"
+    ),
+    program_scenario("a delta is written", write_delta, check_delta, "written delta", "written delta name"),
+    program_scenario(
+        "a block map finds no room", fail_to_write_map, check_nothing, "overwritten map draft", wipes=True
+    ),
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""Plans written by hand, each for one part of the engine that drawn steps seldom reach in a way that shows a lost sync.
+
+A script gets a planner that has made the main volume, and adds its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from crash.model import BLOCK_BYTES, Planner
+
+
+@dataclass(frozen=True)
+class Script:
+    """`has_base`: whether the volume stands on a base file."""
+
+    steps: Callable[[Planner], None]
+    has_base: bool = False
+
+
+def make(planner: Planner) -> None:
+    """A store, a volume, and the first flush in it."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.flush()
+
+
+def write_again(planner: Planner) -> None:
+    """Overwrites in place, and new blocks, each flushed; a snapshot right after a store was opened."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.flush()
+    planner.reopen()
+    planner.snapshot()
+    planner.write_at(BLOCK_BYTES, 3 * BLOCK_BYTES)
+    planner.flush()
+    planner.write_at(BLOCK_BYTES, 3 * BLOCK_BYTES)
+    planner.flush()
+
+
+def gather(planner: Planner) -> None:
+    """Merges until a sealed layer has four segments, of which an opening makes one."""
+    for number in range(4):
+        planner.write_at(2 * number * BLOCK_BYTES, 2 * BLOCK_BYTES)
+        planner.snapshot()
+    for name in ("s1", "s2", "s3"):
+        planner.merge_named(name)
+    planner.reopen()
+    planner.write_at(0, BLOCK_BYTES)
+    planner.flush()
+
+
+def flatten(planner: Planner) -> None:
+    planner.write_at(BLOCK_BYTES, 3 * BLOCK_BYTES)
+    planner.snapshot()
+    planner.clear_at("zero", 2 * BLOCK_BYTES, BLOCK_BYTES)
+    planner.flatten()
+    planner.write_at(0, BLOCK_BYTES)
+    planner.flush()
+
+
+def export(planner: Planner) -> None:
+    planner.write_at(BLOCK_BYTES, 3 * BLOCK_BYTES)
+    planner.flush()
+    planner.export()
+
+
+def free(planner: Planner) -> None:
+    """Frees slots by trim, files by discard, and what a merge hides."""
+    planner.write_at(0, 6 * BLOCK_BYTES)
+    planner.flush()
+    planner.clear_at("trim", BLOCK_BYTES, 2 * BLOCK_BYTES)
+    planner.flush()
+    planner.snapshot()
+    planner.write_at(0, BLOCK_BYTES)
+    planner.merge_named("s1")
+    planner.flush()
+
+
+def merge_into_base(planner: Planner) -> None:
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.snapshot()
+    planner.write_at(BLOCK_BYTES, 2 * BLOCK_BYTES)
+    planner.finish()
+
+
+SCRIPTS = {
+    "make": Script(make),
+    "write again": Script(write_again),
+    "gather": Script(gather),
+    "flatten": Script(flatten, has_base=True),
+    "export": Script(export, has_base=True),
+    "free": Script(free),
+    "merge into base": Script(merge_into_base, has_base=True),
+}

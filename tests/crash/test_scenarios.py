@@ -1,0 +1,18 @@
+"""Each scenario: whatever a crash leaves of it, nothing that was promised is lost."""
+
+from pathlib import Path
+
+import pytest
+from crash.judging import try_all
+from crash.scenarios import SCENARIOS, Scenario
+
+import onionskin
+
+SOURCE = Path(onionskin.__file__).parents[1]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_no_crash_loses_what_was_promised(scenario: Scenario) -> None:
+    _, outcome = try_all([(scenario.name, scenario.trial)], SOURCE)
+    assert outcome.violation is None
+    assert outcome.tried > 10
