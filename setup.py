@@ -1,6 +1,7 @@
 """Builds the extension modules: one table says which C kernels each of them links.
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
+``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
 ``ONIONSKIN_ONLY=head`` builds only what is made of that kernel (or the module of that name), as the crash tests do.
 """
 
@@ -34,6 +35,10 @@ compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hid
 if sanitize:
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-O1"]
 link_args = ["-pthread"] + ([f"-fsanitize={sanitize}"] if sanitize else [])
+if os.environ.get("ONIONSKIN_COVERAGE"):
+    # Counters of threads that run side by side must not lose counts; without optimization each line is one.
+    compile_args += ["--coverage", "-fprofile-update=atomic", "-O0"]
+    link_args += ["--coverage"]
 
 csrc = Path("csrc")
 extensions = [

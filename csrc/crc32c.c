@@ -75,7 +75,14 @@ static inline uint64_t load64(const unsigned char *p) {
 #define JOIN_ONE 0xdd7e3b0c  /* x^(8 * STREAM_BYTES - 33) */
 #define JOIN_TWO 0x170076fa  /* x^(16 * STREAM_BYTES - 33) */
 
-__attribute__((target("sse4.2,pclmul"))) static uint64_t crc_three_streams(uint64_t crc, const unsigned char *p) {
+/* Newer clangs count the instruction apart from the SSE 4.2 that brought it. */
+#if defined(__clang__) && __clang_major__ >= 14
+#define WITH_INSTRUCTION __attribute__((target("sse4.2,crc32,pclmul")))
+#else
+#define WITH_INSTRUCTION __attribute__((target("sse4.2,pclmul")))
+#endif
+
+WITH_INSTRUCTION static uint64_t crc_three_streams(uint64_t crc, const unsigned char *p) {
     uint64_t a = crc, b = 0, c = 0;
     for (size_t i = 0; i < STREAM_BYTES; i += 8) {
         a = _mm_crc32_u64(a, load64(p + i));
@@ -89,8 +96,7 @@ __attribute__((target("sse4.2,pclmul"))) static uint64_t crc_three_streams(uint6
     return _mm_crc32_u64(0, moved) ^ c;
 }
 
-__attribute__((target("sse4.2,pclmul"))) static uint32_t crc_instruction(uint32_t crc, const unsigned char *p,
-                                                                         size_t length) {
+WITH_INSTRUCTION static uint32_t crc_instruction(uint32_t crc, const unsigned char *p, size_t length) {
     uint64_t state = (uint32_t)~crc;
     for (; length >= 3 * STREAM_BYTES; p += 3 * STREAM_BYTES, length -= 3 * STREAM_BYTES)
         state = crc_three_streams(state, p);

@@ -15,8 +15,8 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "layermap.h"
@@ -149,7 +149,9 @@ static int draw_salt(struct onion_head_log *log) {
     if (log->cursor.salt)
         return 0;
     while (log->cursor.salt == 0)
-        if (getrandom(&log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt && errno != EINTR)
+        /* glibc wraps it from 2.25 on, and a wheel may meet 2.17. */
+        if (syscall(SYS_getrandom, &log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt &&
+            errno != EINTR)
             return -errno;
     return 0;
 }

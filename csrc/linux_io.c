@@ -13,6 +13,7 @@
 #include <linux/magic.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/types.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -148,12 +149,18 @@ int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t 
     return 1;
 }
 
+/* glibc has it from 2.27 on, and a wheel may meet 2.17: weak, so that there it is absent rather than unresolved. Not
+ * syscall(), which the crash harness could not record. */
+extern ssize_t copy_file_range(int, loff_t *, int, loff_t *, size_t, unsigned) __attribute__((weak));
+
 int64_t onion_copy_range(int source, uint64_t source_offset, int destination, uint64_t destination_offset,
                          uint64_t length)
 {
-    off64_t from = (off64_t)source_offset, to = (off64_t)destination_offset;
+    loff_t from = (loff_t)source_offset, to = (loff_t)destination_offset;
     ssize_t copied;
 
+    if (!copy_file_range)
+        return -EOPNOTSUPP;
     while ((copied = copy_file_range(source, &from, destination, &to, length, 0)) < 0) {
         /* EBADF and EPERM: append-only or immutable in a way that write() may still allow; ETXTBSY: a swap file. */
         if (errno == EXDEV || errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP || errno == EBADF ||

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Builds and runs each csrc/check/check_*.c with the sanitizers. $1: a directory for the programs; $2: the sanitizers,
-# where not address,undefined (thread is worth a run after changes to locks).
+# where not address,undefined (thread is worth a run after changes to locks), or none. CC names another compiler than
+# gcc, and RUNNER what starts programs that it makes for another processor.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/check}
 sanitizers=${2:-address,undefined}
 mkdir -p "$out"
+flags=()
+[ "$sanitizers" = none ] || flags=("-fsanitize=$sanitizers" -fno-sanitize-recover=all)
 kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head plan
   nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086
-  gcc -std=gnu11 -g -O1 -Wall -Wextra -Werror "-fsanitize=$sanitizers" -fno-sanitize-recover=all -pthread -Icsrc \
+  ${CC:-gcc} -std=gnu11 -g -O1 -Wall -Wextra -Werror "${flags[@]}" -pthread -Icsrc \
     -o "$out/$name" "$source" $(printf 'csrc/%s.c ' $kernels)
   echo "-- $name"
-  (cd "$out" && "./$name")
+  (cd "$out" && ${RUNNER:-} "./$name")
 done

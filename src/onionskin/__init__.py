@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onionskin.usage import Problem, Usage
     from onionskin.volume import Volume
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 
 _HOME = {
     **dict.fromkeys(

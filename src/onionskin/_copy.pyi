@@ -1,8 +1,9 @@
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+DEFAULT_THREADS: int
 EXTENT_FIELDS: list[tuple[str, str]]
 
 class CopyCancelled(Exception): ...
@@ -16,8 +17,8 @@ class CopyResult(NamedTuple):
 
 class CopyJob:
     bytes_per_second: int
-    def __init__(
-        self,
+    def __new__(
+        cls,
         extents: Sequence[tuple[int, int, int, int, int]] | np.ndarray[Any, Any],
         *,
         threads: int = 0,
@@ -25,7 +26,7 @@ class CopyJob:
         zero_holes: bool = False,
         solid: bool = False,
         bytes_per_second: int = 0,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def bytes_done(self) -> int: ...
     @property

@@ -1,7 +1,7 @@
 """The block map of one layer, and the bytes of headers and map logs: the types of _maplog.pyx."""
 
 import os
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ def decode_log(data: _Buffer, *, path: str | os.PathLike[str] = "map log") -> tu
 class LayerMap:
     """The block map of one layer."""
 
-    def __init__(self, *, block_size: int, block_count: int) -> None: ...
+    def __new__(cls, *, block_size: int, block_count: int) -> Self: ...
     @classmethod
     def load(
         cls,

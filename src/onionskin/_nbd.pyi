@@ -1,21 +1,21 @@
 """The NBD server: types of _nbd.pyx, which says more."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from onionskin._volume import DataPath
 
 class NbdServer:
     on_unknown_export: Callable[[str], bool] | None
     on_unknown_context: Callable[[str, str], bool] | None
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         connections_max: int = ...,
         bytes_in_flight_max: int = ...,
         idle_seconds: int = ...,
         request_bytes_max: int = ...,
-    ) -> None: ...
+    ) -> Self: ...
     def add_export(self, name: str, path: DataPath, *, read_only: bool, description: str = ...) -> None: ...
     def set_default(self, name: str) -> None: ...
     def remove_export(self, name: str) -> None: ...

@@ -1,7 +1,9 @@
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+DEFAULT_THREADS: int
 
 class WipeCancelled(Exception): ...
 
@@ -15,8 +17,8 @@ class WipeResult(NamedTuple):
     copy_on_write: bool
 
 class WipeJob:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         fd: int,
         ranges: Iterable[tuple[int, int]] | np.ndarray[Any, Any],
         *,
@@ -24,7 +26,7 @@ class WipeJob:
         punch: bool,
         verify: bool = False,
         threads: int = 0,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def bytes_done(self) -> int: ...
     def run(self) -> WipeResult: ...

@@ -22,15 +22,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from onionskin.barriers import sync_directory
 from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
-from onionskin.store import Store
-from onionskin.volume import Volume
-from onionskin.zeros import split_zeros
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+    from onionskin.volume import Volume
 
 Progress = Callable[[int, int], None]
 AnyPath = str | os.PathLike[str]
@@ -91,7 +90,7 @@ def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, i
 
 
 def import_image(
-    store: Store,
+    store: "Store",
     path: AnyPath,
     name: str,
     *,
@@ -154,8 +153,12 @@ def import_image(
     return size_bytes
 
 
-def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = None) -> None:
+def copy_into(volume: "Volume", descriptor: int, *, progress: Progress | None = None) -> None:
     """Write the data of a raw image into a volume that reads zero, but not its zeros. No flush."""
+    import numpy as np
+
+    from onionskin.zeros import split_zeros
+
     ranges = list(data_ranges(descriptor, 0, volume.size_bytes))
     total = sum(stop - start for start, stop in ranges)
     done = 0
@@ -177,7 +180,7 @@ def copy_into(volume: Volume, descriptor: int, *, progress: Progress | None = No
                 progress(done, total)
 
 
-def export_image(volume: Volume, path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
+def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
     """Write what a volume, or a view of a snapshot, reads as an image; durable on return.
 
     Parameters

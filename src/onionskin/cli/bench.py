@@ -3,16 +3,16 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from onionskin.bench.headline import ENGINE, Comparison, compare
-from onionskin.bench.report import draw_chart, draw_page, draw_table, times
-from onionskin.bench.results import as_benchmarks, describe_machine
-from onionskin.bench.timing import duration, ratio
 from onionskin.cli import output
 from onionskin.cli.names import SIZE
 from onionskin.cli.output import json_option
+
+if TYPE_CHECKING:
+    from onionskin.bench.headline import Comparison
 
 
 @click.command()
@@ -41,6 +41,10 @@ def bench(
     Works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
     not installed are left out, and said to be.
     """
+    from onionskin.bench.headline import compare
+    from onionskin.bench.report import draw_chart, draw_page, draw_table
+    from onionskin.bench.results import as_benchmarks, describe_machine
+
     comparisons = compare(directory, size, rounds, lambda step: click.echo(f"measuring: {step}", err=True))
     machine, now = describe_machine(directory), datetime.now(UTC)
     document = as_benchmarks(comparisons, machine, now)
@@ -53,7 +57,11 @@ def bench(
     output.show(as_json, document, lambda: draw_table(comparisons) if markdown else _draw(comparisons))
 
 
-def _draw(comparisons: list[Comparison]) -> str:
+def _draw(comparisons: "list[Comparison]") -> str:
+    from onionskin.bench.headline import ENGINE
+    from onionskin.bench.report import times
+    from onionskin.bench.timing import duration, ratio
+
     rows = []
     for comparison in comparisons:
         title = comparison.title

@@ -11,10 +11,10 @@ import click
 from onionskin.cli import output
 from onionskin.cli.names import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name
 from onionskin.cli.output import json_option
-from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.nbd.remote import LiveVolume
+    from onionskin.volume import Volume
 
 _CHUNK_BYTES = 1 << 20
 

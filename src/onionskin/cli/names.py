@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+import onionskin  # its classes by name, when they are used: they bring NumPy, which no --help should wait for
 from onionskin.errors import OnionskinError
 from onionskin.sizes import parse_size
-from onionskin.store import Store
-from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.nbd.remote import LiveVolume
+    from onionskin.store import Store
+    from onionskin.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Name:
             raise AssertionError(f"{self} was parsed as the name of a snapshot")
         return self.snapshot
 
-    def open_store(self) -> Store:
+    def open_store(self) -> "Store":
         """Open the store, which must exist."""
-        return Store(self.store, create=False)
+        return onionskin.Store(self.store, create=False)
 
     @contextmanager
     def open_volume(self) -> "Iterator[tuple[Store, Volume | LiveVolume]]":
@@ -67,7 +68,7 @@ class Name:
             yield view
 
 
-def live(store: Store, name: str) -> "LiveVolume | None":
+def live(store: "Store", name: str) -> "LiveVolume | None":
     """Connect to the server of a volume; None where no server holds it."""
     from onionskin.locks import volume_holder
 
@@ -183,7 +184,7 @@ def is_store(path: Path) -> bool:
 
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:
     try:
-        with Store(path, create=False) as store:
+        with onionskin.Store(path, create=False) as store:
             volumes = [volume.name for volume in store.volumes()]
             if not with_snapshots:
                 return volumes

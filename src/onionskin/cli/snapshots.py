@@ -9,15 +9,15 @@ from onionskin.cli import output
 from onionskin.cli.names import NEW_SNAPSHOT, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
 from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
-from onionskin.snapshots import Snapshot
-from onionskin.store import Store
-from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.nbd.remote import LiveVolume
+    from onionskin.snapshots import Snapshot
+    from onionskin.store import Store
+    from onionskin.volume import Volume
 
 
-def snapshot_value(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_value(snapshot: "Snapshot") -> dict[str, Any]:
     """Give what JSON says of a snapshot."""
     return {
         "name": snapshot.name,
@@ -29,7 +29,7 @@ def snapshot_value(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def find_snapshot(snapshots: list[Snapshot], name: Name) -> Snapshot:
+def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     """Find the snapshot that a name means, before anybody is asked anything about it."""
     for snapshot in snapshots:
         if snapshot.name == name.snapshot:
@@ -190,7 +190,7 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
     output.show(as_json, value, draw)
 
 
-def _diff(store: Store, a: Name, b: Name) -> list[tuple[int, int, int]]:
+def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
     if b.snapshot is not None:
         found = store.diff(a.volume, a.required_snapshot, b.snapshot)
     else:

@@ -8,7 +8,7 @@ from typing import IO, Literal
 
 import click
 
-from onionskin import delta as stream
+import onionskin
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.cli import output
 from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
@@ -16,7 +16,6 @@ from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_volume, snapshot_value
 from onionskin.cli.volumes import WIPE, volume_value
 from onionskin.images import FORMATS, export_image, import_image
-from onionskin.store import Store
 
 FILE = click.Path(path_type=Path)
 FORMAT = click.Choice(FORMATS)
@@ -44,7 +43,7 @@ def import_(
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
         pass
-    with Store(name.store) as store:
+    with onionskin.Store(name.store) as store:
         with output.progress(f"import {image.name}", as_json) as progress:
             import_image(
                 store,
@@ -94,6 +93,8 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
     With --json the summary goes to stdout if the stream goes to a file, else to stderr.
     """
+    from onionskin import delta as stream
+
     if len(names) > 2:
         raise click.UsageError("delta takes one snapshot or two")
     b = names[-1]
@@ -153,6 +154,8 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
     The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
     made with create --size, of any size. A stream that is cut short or damaged changes nothing.
     """
+    from onionskin import delta as stream
+
     with contextlib.ExitStack() as stack:
         if str(file) != "-":
             source: IO[bytes] = stack.enter_context(open(file, "rb"))

@@ -1,16 +1,19 @@
 """The verbs around a store: check, demo, completion."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import get_completion_class
 
+import onionskin
 from onionskin.cli import completion as shells
 from onionskin.cli import output, statuses
 from onionskin.cli.names import SIZE, STORE
 from onionskin.cli.output import json_option
-from onionskin.demo import Result, Step, demonstrate
-from onionskin.store import Store
+
+if TYPE_CHECKING:
+    from onionskin.demo import Result, Step
 
 
 @click.command()
@@ -19,7 +22,7 @@ from onionskin.store import Store
 @json_option
 def check(store: Path, repair: bool, as_json: bool) -> None:
     """Look for damage in a store."""
-    with Store(store, create=False) as opened:
+    with onionskin.Store(store, create=False) as opened:
         problems = opened.check(repair=repair)
     value = [{"severity": p.severity, "what": p.what, "where": str(p.where), "advice": p.advice} for p in problems]
     lines = [output.cell(f"{p.severity}: {p.where}: {p.what}; {p.advice}") for p in problems]
@@ -40,7 +43,9 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
     any proof fails.
     """
 
-    def report(step: Step) -> None:
+    from onionskin.demo import demonstrate
+
+    def report(step: "Step") -> None:
         if not as_json:
             proof = f"  [{step.proof}]" if step.proof else ""
             click.echo(f"{step.seconds * 1000:10.1f} ms  {step.what}{proof}")
@@ -56,7 +61,7 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
     output.show(as_json, value, lambda: _draw_result(result))
 
 
-def _draw_result(result: Result) -> str:
+def _draw_result(result: "Result") -> str:
     copy = result.full_copy_seconds
     rows = [(s.what, f"{s.seconds * 1000:.1f} ms", f"{copy / s.seconds:.1f} x") for s in result.steps if s.operation]
     rows.append(("a full copy of the image, fsync included", f"{copy * 1000:.1f} ms", "1.0 x"))

@@ -1,21 +1,24 @@
 """The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+import onionskin
 from onionskin.cli import output
 from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
-from onionskin.store import Store, TreeNode, VolumeInfo
+
+if TYPE_CHECKING:
+    from onionskin.store import TreeNode, VolumeInfo
 
 FILE = click.Path(path_type=Path)
 WIPE = click.Choice(["release", "zero"])
 
 
-def volume_value(info: VolumeInfo) -> dict[str, Any]:
+def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     """Give what JSON says of a volume."""
     return {
         "name": info.name,
@@ -62,7 +65,7 @@ def create(
         raise click.UsageError("--digest is about the base: give --base FILE too")
     if base is not None:
         base.stat()  # a base that is missing shall not leave an empty store behind
-    with Store(name.store) as store:
+    with onionskin.Store(name.store) as store:
         volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
         volume.close()
         about = store.info(name.volume)
@@ -75,12 +78,12 @@ def create(
 @json_option
 def tree(store: Path, as_json: bool) -> None:
     """Draw the bases, snapshots, clones and heads of a store."""
-    with Store(store, create=False) as opened:
+    with onionskin.Store(store, create=False) as opened:
         nodes = opened.tree()
     output.show(as_json, [_node_value(node) for node in nodes] if as_json else None, lambda: _draw(nodes))
 
 
-def _node_value(root: TreeNode) -> dict[str, Any]:
+def _node_value(root: "TreeNode") -> dict[str, Any]:
     """Give what JSON says of a node and all below it; no recursion, as chains can be deep."""
     values: dict[int, dict[str, Any]] = {}
     pending = [root]
@@ -105,7 +108,7 @@ def _node_value(root: TreeNode) -> dict[str, Any]:
 _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bright_black", "head": "yellow"}
 
 
-def _node_line(node: TreeNode) -> str:
+def _node_line(node: "TreeNode") -> str:
     # A layer without a name is what a merge left standing because several children need it.
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
@@ -117,7 +120,7 @@ def _node_line(node: TreeNode) -> str:
     return f"{label}  {', '.join(about)}{note}"
 
 
-def _draw(nodes: list[TreeNode]) -> str:
+def _draw(nodes: "list[TreeNode]") -> str:
     """Draw trees; a node with one child goes straight down, so that a long chain stays on the page."""
     fancy = output.printable("├└│") == "├└│"
     branch, last, pipe = ("├── ", "└── ", "│   ") if fancy else ("|-- ", "`-- ", "|   ")
@@ -137,7 +140,7 @@ def _draw(nodes: list[TreeNode]) -> str:
 @json_option
 def list_volumes(store: Path, as_json: bool) -> None:
     """List the volumes of a store."""
-    with Store(store, create=False) as opened:
+    with onionskin.Store(store, create=False) as opened:
         volumes = opened.volumes()
     headings = ("VOLUME", "SIZE", "SNAPSHOTS", "WIPE", "BASE", "HELD-BY")
     rows = [
@@ -155,7 +158,7 @@ def list_volumes(store: Path, as_json: bool) -> None:
     output.show(as_json, value, lambda: output.table(headings, rows, right="SIZE SNAPSHOTS"))
 
 
-def _holder(about: VolumeInfo) -> str:
+def _holder(about: "VolumeInfo") -> str:
     return "" if about.holder is None else f"process {about.holder}"
 
 

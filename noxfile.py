@@ -1,0 +1,82 @@
+"""The tasks of development: ``nox -l`` lists them, ``nox -s lint`` runs one. ``.ci/run`` is all that must pass.
+
+Each runs in an environment of its own under ``.nox``; those that need the engine install the tree as it is.
+"""
+
+import shlex
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "types", "test"]
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHON_FILES = ("src", "tests", "bench", "tools", "setup.py", "noxfile.py")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of the Python code, and the shape of the workflow files."""
+    session.install("ruff>=0.9,<1", "check-jsonschema>=0.31,<1")
+    session.run("ruff", "check", *PYTHON_FILES)
+    session.run("ruff", "format", "--check", *PYTHON_FILES)
+    workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package, and the stubs of the extension modules beside what these are."""
+    session.install(".[lint]")
+    session.run("mypy")
+    session.run("bash", "tools/check_stubs.sh", external=True)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """The tests; arguments go to pytest: ``nox -s test -- tests/unit -k wipe``."""
+    session.install(".[test]")
+    session.run("pytest", *(session.posargs or ["-m", "not slow"]))
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The C kernels alone under the sanitizers; ``-- DIRECTORY thread`` for the thread sanitizer."""
+    session.run("bash", "tools/check_kernels.sh", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the C decoders, each for a minute; ``-- SECONDS`` for longer. Wants clang."""
+    session.run("bash", "tools/fuzz.sh", *(session.posargs or ["60"]), external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmark suite; arguments go to pytest: ``nox -s bench -- --size 1G --disk /mnt``."""
+    session.install(".[test,bench]")
+    session.run("pytest", "bench", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Which lines of Python and of C the tests run; arguments go to pytest."""
+    with tempfile.TemporaryDirectory(prefix="onionskin-coverage-") as tree:
+        session.run("bash", "-c", f"git ls-files -z | xargs -0 cp --parents -t {shlex.quote(tree)}", external=True)
+        session.install("setuptools>=77", "Cython>=3.1,<4", "gcovr>=8", "numpy", f"{tree}[test,coverage]")
+        with session.chdir(tree):
+            switch = {"ONIONSKIN_COVERAGE": "1"}
+            session.run("python", "setup.py", "-q", "build_ext", "--inplace", "--force", env=switch)
+            tests = session.posargs or ["-m", "not slow", "tests/unit", "tests/format", "tests/cli", "tests/nbd"]
+            session.run("coverage", "run", "-m", "pytest", "-q", *tests, env={"PYTHONPATH": "src"})
+            session.run("coverage", "combine", "-q")
+            session.run("coverage", "report")
+            session.run("gcovr", "--root", ".", "--filter", "csrc/", "--merge-lines", "build")
+
+
+@nox.session(venv_backend="none")
+def wheels(session: nox.Session) -> None:
+    """The sdist and the Linux wheels in dist, without a container, each tried where no compiler is."""
+    session.run("python3", "tools/build_wheels.py", *session.posargs, external=True)
