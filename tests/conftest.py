@@ -8,6 +8,7 @@ looked at on a medium is not tested.
 
 import faulthandler
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import IO
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has this ignored in what it starts in the background, and programs that a test interrupts inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MIB = 1 << 20
 # More than pytest-timeout gives a test: it comes first, but its exception can be swallowed by what it interrupts, and then
 # the test goes on, or waits for ever for what the exception left undone.
-WATCHDOG_SECONDS = 1000
+WATCHDOG_SECONDS = 500
 _STDERR = pytest.StashKey[IO[str]]()
 Mount = Callable[..., Path]  # (size_bytes: int = the least) -> directory
 
