@@ -5,7 +5,8 @@
  * Extents that continue each other on both sides are joined first. Each piece is copied by the first way that the
  * two files allow: FICLONERANGE (only where both offsets and the length are multiples of the file system's block, or
  * at the end of both files) and copy_file_range, both only if ONION_COPY_REFLINK is given, because copy_file_range
- * reflinks too where it can; then pread and pwrite through a buffer. */
+ * reflinks too where it can (and, where blocks cannot be shared, only on file servers); then pread and pwrite through a
+ * buffer. Extents are copied in the order of the destination, which is written out behind the copy. */
 #ifndef ONIONSKIN_COPY_H
 #define ONIONSKIN_COPY_H
 

@@ -157,7 +157,8 @@ static int draw_salt(struct onion_head_log *log) {
 }
 
 /* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
- * them. out has room for one SEGMENT record a record more. Nothing is remembered: see remember_numbers. */
+ * them. out has room for one SEGMENT record a record more. Where the frame is not written the
+ * caller takes the numbers back. */
 static uint32_t number_records(struct onion_volume *volume, const struct onion_head_log *log,
                                const struct onion_pending *batch, struct onion_record *out, uint32_t *new_segments,
                                uint32_t *new_count) {

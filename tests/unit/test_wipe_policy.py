@@ -115,3 +115,21 @@ def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
             assert segment.stat().st_size == length, "blocks were given back with what they hold"
             assert not holds_canary(segment)
             web.write(0, b"again")
+
+
+def test_a_file_is_wiped_when_the_operation_returns_and_unlinked_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="8M", wipe="zero") as web:
+        web.snapshot("start")
+        web.write(0, FILL)
+        web.flush()
+        (segment,) = (path for path in store.layout.segments.iterdir() if holds_canary(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_work", lambda: None)  # the background, held back
+            web.revert("start")
+            assert not holds_canary(segment), "returned before the zeros were written"
+        store._worker = None
+        store.work_soon()
+        store.finish_work()
+        assert not segment.exists()
