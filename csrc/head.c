@@ -78,22 +78,27 @@ static int poison_on(struct onion_volume *volume, int status) {
     return status;
 }
 
-static int sync_segments(struct onion_volume *volume) {
+static int sync_segment_names(struct onion_volume *volume) {
+    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
+    return poison_on(volume, status);
+}
+
+/* Those of the head, or of the one that a seal has just ended: what its successor has written since is not in the batch. */
+static int sync_segments(struct onion_volume *volume, int of_sealed) {
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     int directory_dirty = 0;
     for (uint32_t i = 1; i <= count; i++) {
         struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || !__atomic_exchange_n(&segment->dirty, 0, __ATOMIC_SEQ_CST))
+        if (!segment->own || (of_sealed && onion_segment_is_head(volume, segment)))
+            continue;
+        if (!__atomic_exchange_n(&segment->dirty, 0, __ATOMIC_SEQ_CST))
             continue;
         int status = onion_sync_file(segment->fd); /* BARRIER: segment data */
         if (status < 0)
             return poison_on(volume, status);
         directory_dirty |= __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST);
     }
-    if (!directory_dirty)
-        return 0;
-    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
-    return poison_on(volume, status);
+    return directory_dirty ? sync_segment_names(volume) : 0;
 }
 
 /* ---- the map log ---- */
@@ -371,10 +376,11 @@ static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batc
 /* ---- flush ---- */
 
 /* Makes a batch durable in `log`. On failure it is back in the pending list. */
-static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch) {
+static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
+                        int of_sealed) {
     int status = batch->record_count && log->fd < 0 ? make_log(volume, log) : 0;
     if (status == 0)
-        status = sync_segments(volume);
+        status = sync_segments(volume, of_sealed);
     if (status == 0 && batch->record_count)
         status = write_batch(volume, log, batch);
     if (status < 0) {
@@ -390,7 +396,7 @@ static int commit_batch(struct onion_volume *volume, struct onion_head_log *log,
 
 static int flush_locked(struct onion_volume *volume) {
     struct onion_pending batch = take_pending(volume);
-    return commit_batch(volume, &volume->log, &batch);
+    return commit_batch(volume, &volume->log, &batch, 0);
 }
 
 int onion_volume_flush(struct onion_volume *volume) {
@@ -400,6 +406,18 @@ int onion_volume_flush(struct onion_volume *volume) {
     status = flush_locked(volume);
     flush_gate_open(volume);
     return status;
+}
+
+void onion_volume_start_writing(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) < 0)
+        return;
+    pthread_rwlock_rdlock(&volume->gate);
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        if (segment->own && segment->fd >= 0 && __atomic_load_n(&segment->dirty, __ATOMIC_SEQ_CST))
+            onion_start_writing(segment->fd);
+    }
+    pthread_rwlock_unlock(&volume->gate);
 }
 
 /* ---- free slots ---- */
@@ -520,11 +538,76 @@ static void unswap_heads(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
-static int prepare_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
-    volume->next_log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
-    memcpy(volume->next_log.map_id, map_id, ONION_UUID_BYTES);
-    volume->next_log.path = strdup(map_path);
-    return volume->next_log.path ? 0 : -ENOMEM;
+/* A log that has no file yet. */
+static int describe_log(struct onion_head_log *log, const char *map_path, const unsigned char *map_id) {
+    *log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
+    memcpy(log->map_id, map_id, ONION_UUID_BYTES);
+    log->path = strdup(map_path);
+    return log->path ? 0 : -ENOMEM;
+}
+
+static int prepare_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    struct onion_head_log *log = &volume->prepared_log;
+    int status = 0;
+    if (log->fd < 0) {
+        onion_head_log_close(log);
+        status = describe_log(log, map_path, map_id);
+        if (status == 0)
+            status = make_log(volume, log);
+    }
+    return status;
+}
+
+/* Step by step, and each step may be the last: what is not done here the first flush of the next head does. */
+static int prepare_locked(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    pthread_rwlock_rdlock(&volume->gate);
+    int status = onion_volume_usable(volume);
+    struct onion_segment *spare = status == 0 && volume->spare ? volume->segments[volume->spare] : NULL;
+    if (spare && memcmp(spare->uuid, map_id, ONION_UUID_BYTES))
+        spare = NULL;
+    pthread_rwlock_unlock(&volume->gate);
+    if (!spare)
+        return status < 0 ? status : -EBUSY;
+    status = prepare_log(volume, map_path, map_id);
+    if (status == 0 && !spare->created)
+        status = onion_segment_create(spare);
+    if (status == 0 && spare->directory_dirty) {
+        status = sync_segment_names(volume);
+        if (status == 0)
+            spare->directory_dirty = 0;
+    }
+    if (status == 0 && volume->prepared_log.is_new)
+        status = sync_new_log(volume, &volume->prepared_log);
+    return status;
+}
+
+int onion_volume_prepare(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    int status = onion_volume_usable(volume);
+    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return status;
+    pthread_mutex_lock(&volume->prepare_lock);
+    status = prepare_locked(volume, map_path, map_id);
+    pthread_mutex_unlock(&volume->prepare_lock);
+    return status;
+}
+
+/* The log of the head that a seal begins: the prepared one, or one without a file. */
+static int take_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    struct onion_head_log *prepared = &volume->prepared_log;
+    if (prepared->fd < 0 || memcmp(prepared->map_id, map_id, ONION_UUID_BYTES))
+        return describe_log(&volume->next_log, map_path, map_id);
+    volume->next_log = *prepared;
+    *prepared = (struct onion_head_log){.fd = -1};
+    return 0;
+}
+
+/* After a seal that failed: what was prepared still is, unless the spare became the old head's. */
+static void give_next_log_back(struct onion_volume *volume) {
+    if (volume->spare && volume->next_log.fd >= 0)
+        volume->prepared_log = volume->next_log;
+    else
+        onion_head_log_close(&volume->next_log);
+    volume->next_log = (struct onion_head_log){.fd = -1};
 }
 
 static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
@@ -537,12 +620,12 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
     sealed->size_bytes = volume->size_bytes;
     swap_heads(volume);
     pthread_rwlock_unlock(&volume->gate);
-    status = commit_batch(volume, &volume->log, &batch);
+    status = commit_batch(volume, &volume->log, &batch, 1);
     if (status < 0) {
         unswap_heads(volume);
         return status;
     }
-    sealed->map_length = volume->log.fd < 0 ? 0 : volume->log.cursor.offset;
+    sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
     sealed->map_frames = volume->log.cursor.sequence;
     sealed->map_crc = volume->log.cursor.crc;
     return 0;
@@ -553,11 +636,14 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
     int status = flush_begin(volume);
     if (status < 0)
         return status;
-    status = volume->spare ? prepare_next_log(volume, map_path, map_id) : -EBUSY;
+    pthread_mutex_lock(&volume->prepare_lock); /* until the spare is taken */
+    status = volume->spare ? take_next_log(volume, map_path, map_id) : -EBUSY;
     if (status == 0)
         status = seal_locked(volume, sealed);
+    if (status < 0)
+        give_next_log_back(volume);
+    pthread_mutex_unlock(&volume->prepare_lock);
     if (status < 0) {
-        onion_head_log_close(&volume->next_log);
         flush_gate_open(volume);
         return status;
     }
@@ -744,7 +830,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
         return status;
     status = flush_locked(volume);
     if (status == 0)
-        status = prepare_next_log(volume, new_path, new_id);
+        status = describe_log(&volume->next_log, new_path, new_id);
     if (status == 0)
         status = gather_head(volume, lower, &layer, site);
     if (status == 0 && drop_zero)
@@ -880,7 +966,7 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
         /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
         struct onion_pending batch = take_pending(volume);
         if (status == 0)
-            status = commit_batch(volume, &volume->log, &batch);
+            status = commit_batch(volume, &volume->log, &batch, 0);
         else
             put_back(volume, &batch);
         /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */

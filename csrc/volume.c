@@ -44,6 +44,7 @@ static void init_locks(struct onion_volume *volume) {
     pthread_mutex_init(&volume->slots_lock, NULL);
     pthread_mutex_init(&volume->pending_lock, NULL);
     pthread_mutex_init(&volume->flush_lock, NULL);
+    pthread_mutex_init(&volume->prepare_lock, NULL);
     pthread_cond_init(&volume->flush_free, NULL);
 }
 
@@ -67,7 +68,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->wipe_zero = wipe_zero;
     volume->writable = writable;
     volume->generation = 1;
-    volume->log.fd = volume->next_log.fd = -1;
+    volume->log.fd = volume->next_log.fd = volume->prepared_log.fd = -1;
     volume->nothing_below = 1;
     init_locks(volume);
     onion_epoch_init(&volume->epoch);
@@ -117,6 +118,7 @@ void onion_volume_close(struct onion_volume *volume) {
     int gate_is_ours = !volume->flush_busy;
     volume->flush_busy = 1;
     pthread_mutex_unlock(&volume->flush_lock);
+    pthread_mutex_lock(&volume->prepare_lock);
     pthread_rwlock_wrlock(&volume->gate);
     onion_epoch_wait(&volume->epoch);
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
@@ -129,10 +131,12 @@ void onion_volume_close(struct onion_volume *volume) {
     volume->base = NULL;
     onion_head_log_close(&volume->log);
     onion_head_log_close(&volume->next_log);
+    onion_head_log_close(&volume->prepared_log);
     volume->index.retire = NULL;
     onion_map_destroy(&volume->index);
     onion_build_destroy(&volume->build);
     pthread_rwlock_unlock(&volume->gate);
+    pthread_mutex_unlock(&volume->prepare_lock);
     pthread_mutex_lock(&volume->flush_lock);
     if (gate_is_ours)
         volume->flush_busy = 0;

@@ -54,7 +54,7 @@ struct onion_head_source {
 };
 
 struct onion_sealed {
-    uint64_t map_length, map_frames; /* length 0: no map file was ever made */
+    uint64_t map_length, map_frames; /* length 0: nothing is in the map, whether it has a file or not */
     uint32_t map_crc;
     uint64_t size_bytes;
 };
@@ -115,6 +115,8 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count);
 /* Everything that was acknowledged before the call is durable after it. -ENOSPC: nothing changed, try again. Any
  * failure of a sync poisons the volume. */
 int onion_volume_flush(struct onion_volume *volume);
+/* Begins to write out what a flush would, for who has something else to do first. A hint: nothing is durable. */
+void onion_volume_start_writing(struct onion_volume *volume);
 /* Durable on return. */
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
 
@@ -168,6 +170,11 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
                       struct onion_sealed *sealed);
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare);
 int onion_volume_seal_abort(struct onion_volume *volume);
+/* Makes the files of the next head beforehand, durable: the spare segment, whose id is map_id too, and the map
+ * `map_path`, both empty. A seal with this map_id begins with them, so the first flush after it has three syncs less.
+ * -EBUSY: another segment is the spare, or none. Where it fails with -ENOSPC nothing is lost: the next head makes its
+ * files when it needs them. A seal that comes meanwhile waits. */
+int onion_volume_prepare(struct onion_volume *volume, const char *map_path, const unsigned char *map_id);
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare);
 int onion_volume_has_spare(struct onion_volume *volume);
 

@@ -71,6 +71,8 @@ struct onion_volume {
     uint32_t spare;      /* number of the next head's; 0: none */
     struct onion_head_log log;
     struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
+    pthread_mutex_t prepare_lock;   /* guards the next, and who makes the spare's file */
+    struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
     uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
     int sealing, rewriting;
 };

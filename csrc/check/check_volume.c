@@ -8,6 +8,7 @@
  * ./check_volume SECONDS SEED. The files are made in $TMPDIR or /tmp. */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,6 +45,7 @@ static struct layer layers[LAYERS_MAX];
 static uint32_t layer_count;
 static struct layer head; /* its path and map id, and the segments that it adopted */
 static id own[OWN_MAX], spare;
+static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
 static uint32_t own_count;
 static uint64_t begun[BLOCKS], acknowledged[BLOCKS];
 static int stop, closing;
@@ -56,11 +58,23 @@ static int done(int64_t status) {
     return status >= 0;
 }
 
-static void new_map(struct layer *layer) {
-    CHECK(getrandom(layer->source.map_id, sizeof(id), 0) == sizeof(id));
+static void name_map(struct layer *layer, const unsigned char *map_id) {
+    memcpy(layer->source.map_id, map_id, sizeof(id));
     snprintf(layer->path, sizeof layer->path, "%s/%016llx.map", layers_directory,
              (unsigned long long)*(uint64_t *)layer->source.map_id);
     layer->source.map_path = layer->path;
+}
+
+static void new_map(struct layer *layer) {
+    id drawn;
+    CHECK(getrandom(drawn, sizeof drawn, 0) == sizeof drawn);
+    name_map(layer, drawn);
+}
+
+static void new_spare(void) {
+    pthread_mutex_lock(&spare_lock);
+    CHECK(getrandom(spare, sizeof spare, 0) == sizeof spare);
+    pthread_mutex_unlock(&spare_lock);
 }
 
 /* ---- writers and readers ---- */
@@ -156,13 +170,14 @@ static void seal(unsigned *seed) {
     static struct onion_segment_info infos[ONION_SEGMENT_LAST];
     struct layer next = {.path = ""};
     struct onion_sealed sealed;
-    new_map(&next);
+    name_map(&next, spare);
     if (!done(onion_volume_seal(volume, next.path, next.source.map_id, &sealed)))
         return;
     usleep(draw(seed, 2000));
     if (draw(seed, 4) == 0 || own_count == OWN_MAX) { /* the head goes on with what was its spare, and gets another */
         memcpy(own[own_count++], spare, sizeof(id));
-        CHECK(getrandom(spare, sizeof spare, 0) == sizeof spare && own_count < OWN_MAX);
+        new_spare();
+        CHECK(own_count < OWN_MAX);
         if (done(onion_volume_seal_abort(volume)))
             done(onion_volume_set_spare(volume, spare));
         return;
@@ -186,8 +201,26 @@ static void seal(unsigned *seed) {
     head = next;
     own_count = 1;
     memcpy(own[0], spare, sizeof(id));
-    CHECK(getrandom(spare, sizeof spare, 0) == sizeof spare);
+    new_spare();
     done(onion_volume_seal_commit(volume, spare));
+}
+
+/* Makes the files of the next head beforehand, now and then, or is too late for it. */
+static void *prepare(void *argument) {
+    unsigned seed = (unsigned)(uintptr_t)argument;
+    struct layer next;
+    while (!stopped()) {
+        pthread_mutex_lock(&spare_lock);
+        name_map(&next, spare);
+        pthread_mutex_unlock(&spare_lock);
+        usleep(draw(&seed, 1000));
+        onion_volume_start_writing(volume);
+        int status = onion_volume_prepare(volume, next.path, next.source.map_id);
+        if (status != -EBUSY && !done(status))
+            return NULL;
+        usleep(draw(&seed, 3000));
+    }
+    return NULL;
 }
 
 static void merge(unsigned *seed) {
@@ -254,6 +287,7 @@ static void open_volume(void) {
                                        .adopted_count = head.source.segment_count,
                                        .own = (const unsigned char(*)[ONION_UUID_BYTES])own, .own_count = own_count};
     memcpy(source.map_id, head.source.map_id, sizeof(id));
+    new_spare(); /* the old one may have files */
     memcpy(source.spare, spare, sizeof(id));
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, getpid() % 2, 1, &volume) == 0);
     for (uint32_t i = 0; i < layer_count; i++)
@@ -274,7 +308,7 @@ static void check_all(void) {
 /* Runs all threads for a while. close_under_way: close while they are at it, instead of stopping them before. */
 static void run(double seconds, unsigned seed, int close_under_way) {
     void *(*work[])(void *) = {write_blocks, write_blocks, write_blocks, read_blocks, read_blocks,
-                               flush,        change_heads, ask};
+                               flush,        change_heads, prepare,      ask};
     enum { THREADS = sizeof work / sizeof *work };
     pthread_t threads[THREADS];
     stop = closing = 0;

@@ -88,6 +88,8 @@ cdef extern from "volume.h" nogil:
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
+    int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
+    void onion_volume_start_writing(onion_volume *)
     int onion_volume_set_spare(onion_volume *, const unsigned char *)
     int onion_volume_has_spare(onion_volume *)
     int onion_volume_rewrite(onion_volume *, const char *, const unsigned char *, const onion_layer_source *, int,
@@ -657,6 +659,11 @@ cdef class DataPath:
 
     # ---- seal and rewrite ----
 
+    def start_writing(self):
+        """Begin to write out what a flush would, and do not wait: a hint."""
+        with nogil:
+            onion_volume_start_writing(self._volume)
+
     def seal(self, *, map_path, map_id):
         """Make the head a durable sealed layer and begin a new head. Flushes wait for seal_commit or seal_abort."""
         cdef unsigned char id[16]
@@ -690,6 +697,18 @@ cdef class DataPath:
             status = onion_volume_seal_abort(self._volume)
         if status < 0:
             _raise(status, "snapshot", self._directory)
+
+    def prepare(self, *, map_path, map_id):
+        """Make the files of the next head, durable, before a seal whose map they are asks for them."""
+        cdef unsigned char id[16]
+        cdef int status
+        path = os.fsencode(map_path)
+        cdef const char *c_path = path
+        _copy_id(id, map_id)
+        with nogil:
+            status = onion_volume_prepare(self._volume, c_path, id)
+        if status < 0:
+            _raise(status, "prepare", self._directory)
 
     def set_spare(self, spare):
         """Register the id of the segment that the next head will begin with."""

@@ -349,10 +349,14 @@ class Catalog:
 
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""
-        self._execute("UPDATE store SET next_lock_byte = next_lock_byte + 1")
+        return self.take_lock_bytes(1)[0]
+
+    def take_lock_bytes(self, count: int) -> range:
+        """Hand out so many of them."""
+        self._execute("UPDATE store SET next_lock_byte = next_lock_byte + ?", count)
         with self._errors():
-            (number,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
-        return int(number)
+            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        return range(int(last) - count + 1, int(last) + 1)
 
     def head_of(self, volume: VolumeRow) -> bytes | None:
         """Return the layer that is a volume's head now."""
@@ -398,8 +402,8 @@ class Catalog:
         return found
 
     def _execute(self, text: str, *values: Any) -> None:
-        with self._guard, self._errors():
-            self._connection.execute(text, values)
+        """Run a statement of a transaction, which has the guard and translates what is raised."""
+        self._connection.execute(text, values)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -178,6 +178,7 @@ def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
     """Make a head's spare segment one of its own, and register another. Inside a transaction."""
     for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
         catalog.update(SegmentRow, row.id, role="own")
+        catalog.add_pending("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
     spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
     catalog.insert(spare)
     return spare
@@ -193,7 +194,14 @@ class NewHead:
 
     @classmethod
     def on(
-        cls, parent: LayerRow | None, *, base: BaseRow | None, block_size: int, wipe: str, size_bytes: int
+        cls,
+        parent: LayerRow | None,
+        *,
+        base: BaseRow | None,
+        block_size: int,
+        wipe: str,
+        size_bytes: int,
+        map_id: bytes | None = None,
     ) -> "NewHead":
         """Describe an empty head over `parent`, or over `base`, or over nothing."""
         layer = LayerRow(
@@ -204,7 +212,7 @@ class NewHead:
             wipe=wipe,
             size_bytes=size_bytes,
             sealed=0,
-            map_id=new_id(),
+            map_id=map_id or new_id(),
             map_lock_byte=0,
             map_length=0,
             map_frames=0,

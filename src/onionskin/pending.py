@@ -154,6 +154,8 @@ def orphans(store: "Store") -> list[Path]:
     """Return the files of maps and segments that no row names."""
     named = {store.layout.map_file(row.map_id) for row in store.catalog.rows(LayerRow)}
     named |= {store.layout.segment_file(row.id) for row in store.catalog.rows(SegmentRow)}
+    # A spare's id is that of the next head's map too.
+    named |= {store.layout.map_file(row.id) for row in store.catalog.rows(SegmentRow, "role = 'spare'")}
     for row in store.catalog.rows(PendingRow):
         named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
     directories = (store.layout.layers, store.layout.segments)

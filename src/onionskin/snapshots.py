@@ -155,6 +155,8 @@ def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     """Remove one layer's rows; its files become pending work. Inside a transaction."""
     for segment in catalog.rows(SegmentRow, "layer = ?", layer.id):
         catalog.add_pending("segment", segment.id, segment.lock_byte, layer.wipe)
+        if segment.role == "spare":  # the map of the head that it was for
+            catalog.add_pending("map", segment.id, segment.lock_byte, layer.wipe)
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     catalog.delete(SegmentRow, "layer = ?", layer.id)
     catalog.delete(LayerRow, "id = ?", layer.id)

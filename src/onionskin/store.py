@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin import forks, gathering, merging, pending
 from onionskin import usage as usages
+from onionskin.background import Background
 from onionskin.barriers import sync_directory
 from onionskin.catalog import (
     BaseRow,
@@ -111,9 +112,7 @@ class Store:
         self.path = Path(path)
         self.layout = Layout(self.path.absolute())
         self._closed = False
-        self._guard = threading.RLock()
-        self._worker: threading.Thread | None = None
-        self._work_wanted = False
+        self._background = Background(self._work, "onionskin pending work")
         # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
         self.unnamed_files = threading.RLock()
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
@@ -247,16 +246,24 @@ class Store:
         for work in self.catalog.rows(PendingRow, "kind = 'base-merge'"):
             if work.target in {layer.id for layer in self.catalog.chain(row.head)}:
                 merging.resume_base_merge(self, work.target)
-        self._adopt_used_spare(row.head)
+        self._look_at_spare(row.head)
         gathering.gather_chain(self, row.head)
         opened = self._open_layer(row.head, writable=True, verify=verify)
         return Volume(self, row, opened, volume_lock=lock)
 
-    def _adopt_used_spare(self, head: bytes) -> None:
-        """A snapshot that failed at its commit left the head with two segments: the spare has a file, and is in the map."""
+    def _look_at_spare(self, head: bytes) -> None:
+        """Tidy what stands for the next head.
+
+        A snapshot that failed at its commit left the head with two segments: the spare has blocks then, and is in the map.
+        Else its files were at most made beforehand, are empty, and are made again when they are needed.
+        """
         (spare,) = self.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
-        if self.layout.segment_file(spare.id).exists():
+        path = self.layout.segment_file(spare.id)
+        if path.exists() and path.stat().st_size > pending.HEADER_BYTES:
             self.with_reserve(lambda: self.in_transaction(lambda: replace_spare(self.catalog, head)))
+        else:
+            path.unlink(missing_ok=True)
+            self.layout.map_file(spare.id).unlink(missing_ok=True)
 
     def _open_view(self, row: VolumeRow, snapshot: str, verify: bool) -> Volume:
         """Open a snapshot, or share what is open of it already: then only its base is looked at again."""
@@ -497,38 +504,25 @@ class Store:
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
-        if not self.catalog.rows(PendingRow, "kind != 'base-merge' LIMIT 1"):
-            return
-        pending.do_pending(self, policy="zero")
-        with self._guard:
-            self._work_wanted = True
-            if self._worker is None:
-                worker = threading.Thread(target=self._work, name="onionskin pending work", daemon=True)
-                worker.start()  # it waits for the guard; an interrupt in here leaves no thread to be joined
-                self._worker = worker
+        if self.catalog.rows(PendingRow, "kind != 'base-merge' LIMIT 1"):
+            pending.do_pending(self, policy="zero")
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the background look for work."""
+        self._background.wake()
 
     def _work(self) -> None:
-        """Work until nothing was asked for since the last look. What fails stays in the catalog for the next open."""
-        while True:
-            with self._guard:
-                if not self._work_wanted:
-                    self._worker = None
-                    return
-                self._work_wanted = False
-            try:
-                pending.do_pending(self, policy="release")
-            except (OSError, OnionskinError):
-                continue
-            except BaseException:
-                self._worker = None  # let the next one try
-                raise
+        """Do what waits for nobody. What fails stays in the catalog for the next open."""
+        with suppress(OSError, OnionskinError):
+            pending.do_pending(self, policy="release")
+        for volume in self.open_volumes():
+            with suppress(OSError, OnionskinError):  # the next head makes its files itself then
+                volume.prepare_if_wanted()
 
     def finish_work(self) -> None:
         """Wait for the background to be done."""
-        with self._guard:
-            worker = self._worker
-        if worker and worker is not threading.current_thread():
-            worker.join()
+        self._background.finish()
 
     def with_reserve(self, change: Callable[[], object]) -> None:
         """Run a change that frees space; where the disk is too full for it, give the reserve up and try again."""
@@ -572,7 +566,7 @@ class Store:
         with ExitStack() as stack:  # one volume whose flush fails does not keep the others open
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)
-            stack.callback(self.finish_work)
+            stack.callback(self._background.end)
             for volume in self.open_volumes():
                 stack.callback(volume.close)
 

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -66,6 +67,16 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """What is new after a seal: the head, its spare, and the lock bytes of the head's map and of the spare."""
+
+    head: bytes
+    spare: bytes
+    map_byte: int
+    spare_byte: int
+
+
 class Volume:
     """One open volume. Made by `Store.create` and `Store.open`; a context manager that flushes and closes.
 
@@ -103,6 +114,7 @@ class Volume:
         self._forked = False
         self._released = False
         self._unsettled: Callable[[], None] | None = None
+        self._has_sealed = self._prepare_wanted = False
         forks.register(self)
 
     # ---- what it is ----
@@ -332,56 +344,74 @@ class Volume:
         check_name("snapshot", name)
         guid_bytes = bytes.fromhex(guid) if guid else new_id()
         with self.operation(during_merge=True):
-
-            def name_it(sealed: LayerRow, created_ns: int) -> None:
-                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note)
-                self.store.catalog.insert(row)
+            catalog = self.store.catalog
+            taken: list[Snapshot] = []
 
             def check_free() -> None:
-                if self.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
+                self._refuse_half_merged()
+                if catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
                     raise SnapshotExistsError(
                         f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
-            sealed = self.seal(check_free, name_it)
-            return describe_snapshot(
-                self.store.catalog, self.row, find_snapshot(self.store.catalog, self.row, name), sealed
-            )
+            def name_it(sealed: LayerRow, created_ns: int) -> None:
+                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note)
+                taken.append(describe_snapshot(catalog, self.row, row, sealed))
+                catalog.insert(row)
+
+            self.seal(check_free, name_it)
+            return taken[0]
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
         """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""
         catalog = self.store.catalog
+        self.path.start_writing()  # the disk need not wait for the catalog's rows
         self._need_spare()
-        old = catalog.layer(self.head)
-        head = NewHead.on(old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes)
-        with self.settling(lambda: self._settle_seal(head.layer.id)), catalog.transaction():
+        new: list[Sealing] = []
+        with self.settling(lambda: self._settle_seal(new), lambda: self._go_on(new[0])), catalog.transaction():
             check()
-            sealed = self.path.seal(
-                map_path=str(self.store.layout.map_file(head.layer.map_id)), map_id=head.layer.map_id
+            # The size as the map has it: a crash behind a resize may have left the row with the old one.
+            old, spare = replace(catalog.layer(self.head), size_bytes=self.size_bytes), self._spare()
+            # Its id is the spare's: so the catalog names the file before there is such a layer, if it is made beforehand.
+            head = NewHead.on(
+                old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes, map_id=spare.id
             )
+            new.append(Sealing(head.layer.id, new_id(), *catalog.take_lock_bytes(2)))
+            self._write_new_head(head.layer, spare, new[0])
+            also(old, head.layer.created_ns)
+            sealed = self.path.seal(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
             # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-            self.store.add_scrubs(self.path.scrub_wanted(), self.wipe)
-            self._write_sealed(old, sealed, head)
-            row = catalog.layer(old.id)
-            also(row, head.layer.created_ns)
-        self.store.work_soon()
+            scrubs = self.path.scrub_wanted()
+            self.store.add_scrubs(scrubs, self.wipe)
+            row, unused = self._write_sealed(old, sealed)
+        self.locks.drop_shared(unused)
+        if scrubs or unused:
+            self.store.work_soon()
+        # A first one may be all that this process is for; who takes a second will take more.
+        self._prepare_wanted, self._has_sealed = self._has_sealed, True
+        if self._prepare_wanted:
+            self.store.wake()
         return row
 
-    def _settle_seal(self, new_head: bytes) -> None:
+    def _settle_seal(self, begun: "list[Sealing]") -> None:
         """Go on with the new head if the catalog has it, with the old one if not."""
-        catalog = self.store.catalog
-        if self.path.poisoned or catalog.head_of(self.row) != new_head:
+        head = begun[0].head if begun else None
+        if head is None or self.path.poisoned or self.store.catalog.head_of(self.row) != head:
             merging.if_begun(self.path.seal_abort)
-            return
-        (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", new_head)
-        self.head = new_head
-        merging.if_begun(lambda: self.path.seal_commit(spare.id))
+        else:
+            self._go_on(begun[0])
+
+    def _go_on(self, new: "Sealing") -> None:
+        self.head = new.head
+        merging.if_begun(lambda: self.path.seal_commit(new.spare))
         # Not all of the chain anew: a snapshot must not cost more the more there are.
-        self.locks.take_shared({catalog.layer(new_head).map_lock_byte, spare.lock_byte})
+        self.locks.take_shared({new.map_byte, new.spare_byte})
 
     @contextmanager
-    def settling(self, settle: Callable[[], None]) -> Iterator[None]:
+    def settling(self, settle: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a change of the catalog, then `settle`, which asks the catalog how it ended and tells the data path.
+
+        `done` stands for it, where given, when the change returned: then there is nothing to ask.
 
         Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
         rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
@@ -390,6 +420,9 @@ class Volume:
             self._unsettled = settle
             try:
                 yield
+                if done:
+                    done()
+                    self._unsettled = None
             except CommitUnknownError:
                 self.path.poison()
                 raise
@@ -409,45 +442,57 @@ class Volume:
             raise
         self._unsettled = None
 
-    def _write_sealed(self, old: LayerRow, sealed: Any, head: NewHead) -> None:
-        """Write what a seal changes: the old head's files as they are now, the new head with the old one's spare."""
+    def _write_new_head(self, layer: LayerRow, spare: SegmentRow, new: "Sealing") -> None:
+        """Write the new head, which begins with the old one's spare, and make it the volume's."""
         catalog = self.store.catalog
-        catalog.update(
-            LayerRow,
-            old.id,
-            sealed=1,
-            size_bytes=sealed.size_bytes,
-            map_length=sealed.map_length,
-            map_frames=sealed.map_frames,
-            map_crc=sealed.map_crc,
-        )
-        (spare,) = catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", old.id)
+        catalog.insert(replace(layer, map_lock_byte=new.map_byte))
+        catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
+        catalog.insert(SegmentRow(new.spare, layer.id, "spare", 0, new.spare_byte))
+        self.store.set_head(self.row, layer.id)
+
+    def _write_sealed(self, old: LayerRow, sealed: Any) -> tuple[LayerRow, set[int]]:
+        """Write how the files of the old head are now. Returns its row, and the lock bytes of files made for nothing."""
+        catalog = self.store.catalog
+        what = {
+            "sealed": 1,
+            "size_bytes": sealed.size_bytes,
+            "map_length": sealed.map_length,
+            "map_frames": sealed.map_frames,
+            "map_crc": sealed.map_crc,
+        }
+        catalog.update(LayerRow, old.id, **what)
+        freed: set[int] = set()
         for id, slots in sealed.segments:
             if slots:
                 catalog.update(SegmentRow, id, role="sealed", slots=slots)
-        catalog.delete(SegmentRow, "layer = ? AND role = 'own'", old.id)  # never made: no file, no row
-        layer = head.layer
-        byte = catalog.take_lock_byte()
-        catalog.insert(
-            LayerRow(
-                layer.id,
-                old.id,
-                None,
-                layer.block_size,
-                layer.wipe,
-                sealed.size_bytes,
-                0,
-                layer.map_id,
-                byte,
-                0,
-                0,
-                0,
-                layer.created_ns,
-            )
-        )
-        catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
-        catalog.insert(SegmentRow(new_id(), layer.id, "spare", 0, catalog.take_lock_byte()))
-        self.store.set_head(self.row, layer.id)
+            else:
+                freed |= self._drop_empty_segment(id, old.wipe)
+        return replace(old, **what), freed
+
+    def _drop_empty_segment(self, id: bytes, wipe: str) -> set[int]:
+        """Remove the row of a segment without slots. If it has a file, that becomes pending work of the byte returned."""
+        catalog, freed = self.store.catalog, set()
+        for row in catalog.rows(SegmentRow, "id = ?", id):
+            if self.store.layout.segment_file(id).exists():
+                catalog.add_pending("segment", id, row.lock_byte, wipe)
+                freed.add(row.lock_byte)
+            catalog.delete(SegmentRow, "id = ?", id)
+        return freed
+
+    def _spare(self) -> SegmentRow:
+        """The segment that the next head begins with. Its id is the id of that head's map too."""
+        (spare,) = self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head)
+        return spare
+
+    def prepare_if_wanted(self) -> None:
+        """Make the files of the next head, so that a snapshot and the first flush after it need not."""
+        if not self._prepare_wanted or self._closed:
+            return
+        path = self.path
+        # None where a snapshot is just being told what it is: then somebody asks again.
+        for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head):
+            self._prepare_wanted = False
+            path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
 
     def _need_spare(self) -> None:
         """Register a spare segment where an aborted snapshot used it up."""
@@ -653,7 +698,8 @@ class Volume:
     def operation(self, *, during_merge: bool = False, may_resume: bool = False) -> Iterator[None]:
         """Hold the volume for one operation on its tree.
 
-        `during_merge`: also while a merge into the base copies. `may_resume`: it ends one that was interrupted.
+        `during_merge`: also while a merge into the base copies, and the caller looks for one that was interrupted.
+        `may_resume`: it ends one that was interrupted.
         """
         if self._forked:
             raise forks.forked_error(f"volume {self.name!r}")
@@ -669,13 +715,16 @@ class Volume:
                 raise StateError(
                     f"a merge into the base of volume {self.name!r} is under way; wait for it to end, or cancel it"
                 )
-            may_be_half = may_resume or self.is_merging
-            if not may_be_half and pending_base_merges(self.store.catalog, self.head):
-                raise StateError(
-                    f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
-                    "volume and open it again, which ends it"
-                )
+            if not (may_resume or during_merge):
+                self._refuse_half_merged()
             yield
+
+    def _refuse_half_merged(self) -> None:
+        if not self.is_merging and pending_base_merges(self.store.catalog, self.head):
+            raise StateError(
+                f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
+                "volume and open it again, which ends it"
+            )
 
     def merge_ended(self) -> None:
         """Let other operations, and a `close` that waits, go on. Under `guard`."""

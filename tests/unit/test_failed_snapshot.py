@@ -25,11 +25,16 @@ def fail_snapshot(volume: onionskin.Volume, monkeypatch: pytest.MonkeyPatch, *, 
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["reopened", "after another snapshot"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
 def test_a_volume_opens_after_a_snapshot_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: bool, again: bool
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=16 * BLOCK) as web:
+            if prepared:
+                web.snapshot("one")
+                web.snapshot("two")
+                store.finish_work()
             web.write(0, b"a" * BLOCK)
             fail_snapshot(web, monkeypatch, meanwhile=lambda: web.write(BLOCK, b"b" * BLOCK))
             web.flush()

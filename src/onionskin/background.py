@@ -1,0 +1,76 @@
+"""One thread for the work of a store that nobody waits for.
+
+What must hold: `finish` returns only when nothing is under way that was asked for before; an exception ends nobody's
+waiting. A thread stays a second for more work, since starting one costs more than most of what it is for.
+"""
+
+import threading
+from collections.abc import Callable
+
+LINGER_SECONDS = 1.0
+
+
+class Background:
+    """Runs `work` in a thread of its own when it is asked to. All methods may be called by any thread.
+
+    Parameters
+    ----------
+    work : callable
+        Asked for twice while it runs, it runs once more. It should raise nothing; what it raises ends the thread, and
+        the next request starts another.
+    name : str
+        Of the thread.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self._work, self._name = work, name
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._wanted = self._busy = self._ending = False
+
+    def wake(self) -> None:
+        """Ask for the work to be done soon."""
+        with self._changed:
+            self._wanted = True
+            if self._thread is None and not self._ending:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()  # it waits for the lock: an interrupt in here leaves no thread that nobody knows
+                self._thread = thread
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Wait until nothing is left to do."""
+        with self._changed:
+            if self._thread is threading.current_thread():
+                return
+            self._changed.wait_for(lambda: self._thread is None or not (self._wanted or self._busy))
+
+    def end(self) -> None:
+        """Finish, and let the thread go. Later requests are not heard."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._next():
+                self._work()
+        finally:
+            with self._changed:
+                if self._thread is threading.current_thread():
+                    self._busy, self._thread = False, None
+                    self._changed.notify_all()
+
+    def _next(self) -> bool:
+        """Wait for a request; False where none came for a while, or none will."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._wanted or self._ending, LINGER_SECONDS)
+            self._busy, self._wanted = self._wanted, False
+            if not self._busy:
+                self._thread = None  # under the lock: who asks from now on starts another
+            return self._busy

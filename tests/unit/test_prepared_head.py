@@ -1,0 +1,121 @@
+"""The files of the next head, made beforehand: they are used, and where they are not, they go."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+import onionskin
+from onionskin._volume import DataPath
+
+BLOCK = 4096
+
+
+def files(store: onionskin.Store) -> set[str]:
+    return {path.name for kind in ("segments", "layers") for path in (store.path / kind).iterdir()}
+
+
+def prepared(store: onionskin.Store) -> onionskin.Volume:
+    """A volume whose next head has its files."""
+    web = store.create("web", size=16 * BLOCK)
+    for name in ("one", "two"):
+        web.write(0, name.encode())
+        web.snapshot(name)
+    store.finish_work()
+    return web
+
+
+def test_a_first_snapshot_makes_no_file_that_it_does_not_need(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=16 * BLOCK) as web:
+        web.snapshot("one")
+        store.finish_work()
+        assert files(store) == set()
+
+
+def test_the_next_head_begins_with_the_files_that_were_made_for_it(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, prepared(store) as web:
+        made = files(store)
+        web.snapshot("three")
+        store.finish_work()
+        before = files(store)  # with those for the head after it
+        web.write(0, b"four")
+        web.flush()
+        assert files(store) == before >= made
+        assert web.read(0, 4) == b"four"
+
+
+def test_a_snapshot_of_a_prepared_head_in_which_nothing_was_written_leaves_no_file_behind(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with prepared(store) as web:
+            for number in range(4):
+                web.snapshot(f"empty {number}")
+                store.finish_work()
+            assert web.read(0, 3) == b"two"
+        assert store.check() == []
+        with store.open("web", snapshot="empty 3") as view:
+            assert view.read(0, 3) == b"two"
+
+
+def test_files_that_were_made_beforehand_go_at_the_next_opening(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with prepared(store):
+            made = files(store)
+        assert files(store) == made
+        with store.open("web") as web:
+            assert len(made - files(store)) == 2
+            web.write(BLOCK, b"more")
+            web.snapshot("three")
+            web.write(BLOCK, b"most")
+            web.flush()
+            assert web.read(BLOCK, 4) == b"most"
+        assert store.check() == []
+
+
+@pytest.mark.parametrize("drop", ["revert", "delete"])
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+def test_files_that_were_made_beforehand_go_with_their_head(tmp_path: Path, drop: str, wipe: str) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=16 * BLOCK, wipe=wipe) as web:
+            for name in ("one", "two"):
+                web.snapshot(name)
+            store.finish_work()
+            assert len(files(store)) == 2
+            if drop == "revert":
+                web.revert("one")
+                store.finish_work()
+                assert files(store) == set()
+        if drop == "delete":
+            store.delete("web", recursive=True)
+            store.finish_work()
+            assert files(store) == set()
+
+
+def test_a_head_that_could_not_be_prepared_makes_its_files_itself(tmp_path: Path) -> None:
+    own, spare, map_id = (os.urandom(16) for _ in range(3))
+    directories = [tmp_path / name for name in ("segments", "layers")]
+    for directory in directories:
+        directory.mkdir()
+    path = DataPath(
+        block_size=BLOCK,
+        size_bytes=16 * BLOCK,
+        segments_directory=str(directories[0]),
+        layers_directory=str(directories[1]),
+        wipe_zero=False,
+        writable=True,
+    )
+    path.open_head(map_path=str(directories[1] / "own.map"), map_id=map_id, adopted=[], own=own, spare=spare)
+    with pytest.raises(OSError) as refused:
+        path.prepare(map_path=str(tmp_path / "missing" / "next.map"), map_id=spare)
+    assert refused.value.errno == errno.ENOENT
+    with pytest.raises(OSError) as busy:
+        path.prepare(map_path=str(directories[1] / "next.map"), map_id=os.urandom(16))
+    assert busy.value.errno == errno.EBUSY
+    path.write(0, b"old")
+    path.seal(map_path=str(directories[1] / "next.map"), map_id=spare)
+    path.seal_commit(os.urandom(16))
+    path.write(0, b"new")
+    path.flush()
+    assert (directories[1] / "next.map").exists()
+    assert path.read(0, 3) == b"new"
+    path.close()
