@@ -40,7 +40,7 @@ class Window:
 
 
 def measure_pauses(directory: Path, snapshots: int) -> dict[str, list[Window]]:
-    """Return the windows of each kind: `snapshot`, `idle`, and `flush` (took only)."""
+    """Return the windows of each kind: `snapshot`, `idle` and `flush`."""
     program, store = directory / "writer_pause", directory / "pause-store"
     kernels = [ROOT / "csrc" / f"{kernel}.c" for kernel in KERNELS]
     command = ["gcc", "-O2", "-std=gnu11", f"-I{ROOT / 'csrc'}", "-pthread", "-o", program, SOURCE, *kernels]

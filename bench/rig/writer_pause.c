@@ -1,12 +1,13 @@
 /* The longest pause of two writers while snapshots are taken, without Python: the data path alone, as a server would
  * use it.
  *
- *     writer_pause DIRECTORY SNAPSHOTS
+ *     writer_pause DIRECTORY ROUNDS
  *
  * Two threads write 4 KiB at random places; a third seals the head again and again, with one fdatasync of a file as
- * the catalog's commit. Prints a line for each snapshot, then as many for sleeps of the same kind: `snapshot` or `idle`,
- * microseconds that it took, that the longest write beside it took, and of these that the writer was runnable without
- * a CPU (other programs had it: not the engine's doing). Last, `flush` lines: what a flush takes. */
+ * the catalog's commit, and makes the files of the next head, as the engine does. In turn with that it sleeps as long,
+ * and flushes what the writers wrote meanwhile. Prints a line for each: `snapshot`, `idle` or `flush`, microseconds that
+ * it took, that the longest write beside it took, and of these that the writer was runnable without a CPU (other
+ * programs had it: not the engine's doing). */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <inttypes.h>
@@ -22,7 +23,8 @@
 
 #include "volume.h"
 
-enum { BLOCK = 4096, WRITERS = 2, SNAPSHOTS_MAX = 10000, FLUSHES = 30, GAP_US = 5000, THINK_US = 20 };
+enum { BLOCK = 4096, WRITERS = 2, ROUNDS_MAX = 10000, GAP_US = 5000, THINK_US = 20 };
+enum { SNAPSHOT, IDLE, FLUSH, KINDS };
 /* Small, and a little time between writes: else the writers outrun the disk, and the kernel's throttling of dirty pages
  * is all that is seen. */
 #define SIZE_BYTES (64ull << 20)
@@ -32,8 +34,9 @@ struct pause {
 };
 
 static struct onion_volume *volume;
-static struct pause pauses[WRITERS][2 * SNAPSHOTS_MAX];
-static atomic_int window; /* odd while a snapshot (or an idle window) is under way: 2 * number + 1 */
+static struct pause pauses[WRITERS][KINDS * ROUNDS_MAX];
+static atomic_int window; /* odd while something is under way: 2 * number + 1 */
+static unsigned char spare[ONION_UUID_BYTES];
 static atomic_int stop;
 
 static void must(int status, const char *what) {
@@ -82,17 +85,26 @@ static void *writer(void *argument) {
     return NULL;
 }
 
-static void snapshot(const char *directory, int number, int catalog) {
+static void name_map(const char *directory, char *path, size_t size) {
+    snprintf(path, size, "%s/layers/", directory);
+    for (int i = 0; i < ONION_UUID_BYTES; i++)
+        snprintf(path + strlen(path), 3, "%02x", spare[i]);
+}
+
+static void snapshot(const char *directory, int catalog) {
     char map_path[4096];
-    unsigned char map_id[ONION_UUID_BYTES], spare[ONION_UUID_BYTES], row[BLOCK] = {0};
+    unsigned char next[ONION_UUID_BYTES], row[BLOCK] = {0};
     struct onion_sealed sealed;
-    must((int)getrandom(map_id, sizeof map_id, 0), "getrandom");
-    must((int)getrandom(spare, sizeof spare, 0), "getrandom");
-    snprintf(map_path, sizeof map_path, "%s/layers/%d.map", directory, number);
-    must(onion_volume_seal(volume, map_path, map_id, &sealed), "seal");
+    must((int)getrandom(next, sizeof next, 0), "getrandom");
+    name_map(directory, map_path, sizeof map_path);
+    onion_volume_start_writing(volume);
+    must(onion_volume_seal(volume, map_path, spare, &sealed), "seal");
     must((int)pwrite(catalog, row, sizeof row, 0), "pwrite");
     must(fdatasync(catalog), "fdatasync");
-    must(onion_volume_seal_commit(volume, spare), "commit");
+    must(onion_volume_seal_commit(volume, next), "commit");
+    memcpy(spare, next, sizeof spare);
+    name_map(directory, map_path, sizeof map_path);
+    must(onion_volume_prepare(volume, map_path, spare), "prepare");
 }
 
 static void open_volume(const char *directory) {
@@ -106,61 +118,56 @@ static void open_volume(const char *directory) {
     must(mkdir(segments, 0700) | mkdir(layers, 0700), "mkdir");
     must((int)getrandom(own, sizeof own, 0), "getrandom");
     must((int)getrandom(head.map_id, sizeof head.map_id, 0), "getrandom");
-    must((int)getrandom(head.spare, sizeof head.spare, 0), "getrandom");
+    must((int)getrandom(spare, sizeof spare, 0), "getrandom");
+    memcpy(head.spare, spare, sizeof spare);
     head.map_path = map_path;
     must(onion_volume_new(BLOCK, SIZE_BYTES, segments, layers, 0, 1, &volume), "new");
     must(onion_volume_open_head(volume, &head, &site), "open_head");
 }
 
-static void report(const char *kind, int first, int count, const double *took) {
-    for (int i = first; i < first + count; i++) {
-        struct pause *worst = &pauses[0][i];
-        for (int w = 1; w < WRITERS; w++)
-            if (pauses[w][i].longest_us > worst->longest_us)
-                worst = &pauses[w][i];
-        printf("%s %.1f %.1f %.1f\n", kind, took[i], worst->longest_us, worst->waited_us);
-    }
+static void report(int window_number, double took) {
+    static const char *const kinds[KINDS] = {"snapshot", "idle", "flush"};
+    struct pause *worst = &pauses[0][window_number];
+    for (int w = 1; w < WRITERS; w++)
+        if (pauses[w][window_number].longest_us > worst->longest_us)
+            worst = &pauses[w][window_number];
+    printf("%s %.1f %.1f %.1f\n", kinds[window_number % KINDS], took, worst->longest_us, worst->waited_us);
 }
 
-static void time_flushes(void) {
-    unsigned char block[BLOCK] = {1};
-    for (int i = 0; i < FLUSHES; i++) {
-        must(onion_volume_write(volume, (uint64_t)i * (1 << 20), BLOCK, block), "write");
-        double start = now_us();
+static void do_one(int kind, const char *directory, int catalog, double sleep_us) {
+    if (kind == SNAPSHOT)
+        snapshot(directory, catalog);
+    else if (kind == IDLE)
+        usleep((useconds_t)sleep_us);
+    else
         must(onion_volume_flush(volume), "flush");
-        printf("flush %.1f 0 0\n", now_us() - start);
-    }
 }
 
 int main(int argc, char **argv) {
-    static double took[2 * SNAPSHOTS_MAX];
+    static double took[KINDS * ROUNDS_MAX];
     pthread_t threads[WRITERS];
-    int snapshots = argc == 3 ? atoi(argv[2]) : 0, catalog;
+    int rounds = argc == 3 ? atoi(argv[2]) : 0, catalog;
     char path[4096];
-    if (snapshots < 1 || snapshots > SNAPSHOTS_MAX)
+    if (rounds < 1 || rounds > ROUNDS_MAX)
         return 2;
     open_volume(argv[1]);
     snprintf(path, sizeof path, "%s/commit", argv[1]);
     must(catalog = open(path, O_RDWR | O_CREAT, 0600), "open");
     for (int w = 0; w < WRITERS; w++)
         pthread_create(&threads[w], NULL, writer, pauses[w]);
-    for (int i = 0; i < 2 * snapshots; i++) {
+    for (int i = 0; i < KINDS * rounds; i++) {
         usleep(GAP_US);
         double start = now_us();
         atomic_store(&window, 2 * i + 1);
-        if (i < snapshots)
-            snapshot(argv[1], i, catalog);
-        else
-            usleep((useconds_t)took[i - snapshots]);
+        do_one(i % KINDS, argv[1], catalog, i % KINDS ? took[i - i % KINDS] : 0);
         atomic_store(&window, 2 * i + 2);
         took[i] = now_us() - start;
     }
     atomic_store(&stop, 1);
     for (int w = 0; w < WRITERS; w++)
         pthread_join(threads[w], NULL);
-    report("snapshot", 0, snapshots, took);
-    report("idle", snapshots, snapshots, took);
-    time_flushes();
+    for (int i = 0; i < KINDS * rounds; i++)
+        report(i, took[i]);
     onion_volume_close(volume);
     onion_volume_free(volume);
     return 0;
