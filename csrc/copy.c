@@ -58,6 +58,7 @@ struct copy_job {
     struct onion_copy_progress *progress;
     const unsigned char *zeros;   /* BUFFER_BYTES */
 
+    int alone;                    /* only one thread is at work, until a pair turns out to share no blocks */
     pthread_mutex_t writing;      /* held while something is done to a destination */
     pthread_mutex_t lock;         /* guards all below */
     size_t extent_index, pair_index;
@@ -245,6 +246,9 @@ static int share(struct copy_job *job, struct copy_piece *piece)
     if (length == 0)
         return 0;
     begin_writing(job);
+    /* The clone takes these pages out of the cache too, and splits each folio that lies partly in the range, which costs
+     * as much again as the clone: 1,024 of 1 MiB took 75 ms on XFS, and 45 with this. */
+    onion_drop_cached(pair->destination, piece->destination_offset, length);
     status = onion_reflink(pair->source, piece->source_offset, pair->destination, piece->destination_offset, length);
     end_writing(job);
     if (status < 0)
@@ -430,6 +434,8 @@ static void *copy_pieces(void *argument)
             fail(job, status);
         else
             write_behind(job, &piece);
+        if (job->alone && !__atomic_load_n(&piece.pair->has_reflink, __ATOMIC_RELAXED))
+            break;
     }
     free(buffer);
     return NULL;
@@ -550,6 +556,12 @@ int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threa
     job.extent_count = join_extents(extents, extent_count);
     status = find_pairs(&job);
     if (status == 0) {
+        /* One thread for as long as blocks are shared: all of it is done under the destination's lock, and two threads that
+         * take turns at it are slower than one: 65 ms for 1,024 clones on XFS, and 56. */
+        job.alone = job.pairs[0].has_reflink;
+        if (job.alone)
+            copy_pieces(&job);
+        job.alone = 0;
         onion_run_workers(copy_pieces, &job, threads);
         status = job.status;
     }

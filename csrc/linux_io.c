@@ -135,6 +135,13 @@ int onion_punch(int fd, uint64_t offset, uint64_t length)
     return 1;
 }
 
+void onion_drop_cached(int fd, uint64_t offset, uint64_t length)
+{
+    uint64_t mask = (2ull << 20) - 1, start = offset & ~mask; /* of the largest folio */
+
+    (void)posix_fadvise(fd, (off_t)start, (off_t)(((offset + length + mask) & ~mask) - start), POSIX_FADV_DONTNEED);
+}
+
 int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t destination_offset, uint64_t length)
 {
     struct file_clone_range range = {

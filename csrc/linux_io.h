@@ -41,6 +41,9 @@ int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_spa
 /* Makes a range a hole; the file's size stays. 1: done, 0: this file cannot be punched, or -errno. */
 int onion_punch(int fd, uint64_t offset, uint64_t length);
 
+/* Takes what the cache holds of a range out of it, in whole folios, where it is clean and nobody has it mapped. A hint. */
+void onion_drop_cached(int fd, uint64_t offset, uint64_t length);
+
 /* Shares the blocks of a range with another file. 1: done, 0: these two files cannot, or -errno. */
 int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t destination_offset, uint64_t length);
 
