@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "test"]
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHON_FILES = ("src", "tests", "bench", "tools", "setup.py", "noxfile.py")
+PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "setup.py", "noxfile.py")
 
 
 @nox.session
@@ -32,6 +32,15 @@ def types(session: nox.Session) -> None:
     session.install(".[lint]")
     session.run("mypy")
     session.run("bash", "tools/check_stubs.sh", external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site of the documentation, in build/html; ``-- linkcheck`` asks for the addresses elsewhere instead."""
+    session.install(".[docs]")
+    for builder in session.posargs or ["html"]:
+        options = ("-W", "-n", "--keep-going", "-c", "docs", "-b", builder)
+        session.run("sphinx-build", *options, ".", f"build/{builder}")
 
 
 @nox.session

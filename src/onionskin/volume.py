@@ -72,6 +72,13 @@ class Volume:
     Offsets and lengths are bytes; block indices count blocks of `block_size`. Reading and writing may be done from any
     number of threads; operations on snapshots are one after the other. Nothing written is durable before `flush`,
     `snapshot`, `resize` or `close`.
+
+    Attributes
+    ----------
+    block_size : int
+        The unit of copy-on-write, in bytes.
+    wipe : {"release", "zero"}
+        What happens to freed space.
     """
 
     def __init__(
@@ -122,7 +129,7 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """The volume's name: the one that it has now, where somebody renamed it meanwhile."""
+        """The volume's name, as it is now where somebody renamed it meanwhile."""
         if not (self._closed or self._forked):
             found = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
             if found:
@@ -287,7 +294,7 @@ class Volume:
 
     @property
     def parent(self) -> Snapshot | None:
-        """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
+        """The snapshot of this volume that the disk stands on, the last one on its branch or the one reverted to."""
         catalog = self.store.catalog
         with catalog.reading():
             row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
