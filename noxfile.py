@@ -28,9 +28,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types of the package, and the stubs of the extension modules beside what these are."""
+    """Types of the package, as its users see them too, and the stubs of the extension modules beside what these are."""
     session.install(".[lint]")
     session.run("mypy")
+    session.run("python", "tools/check_typing.py")
     session.run("bash", "tools/check_stubs.sh", external=True)
 
 

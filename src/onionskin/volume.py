@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin._volume import DataPath
-    from onionskin.locks import ByteLocks, VolumeLock
+    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
@@ -92,18 +92,18 @@ class Volume:
     ) -> None:
         self.store = store
         self.row = row
-        self.path = opened.path
+        self.path: DataPath = opened.path
         self._locks: ByteLocks | None = opened.locks
         self.snapshot_name = snapshot
-        self.base_lock = opened.base_lock
-        self.head = opened.chain.top.id
+        self.base_lock: BaseLock | None = opened.base_lock
+        self.head: bytes = opened.chain.top.id
         self.block_size: int = opened.chain.top.block_size
         self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
-        self.guard = threading.RLock()
+        self.guard: threading.RLock = threading.RLock()
         self._merge_end = threading.Condition(self.guard)
-        self.is_merging = False  # a merge into the base copies: under `guard`
-        self.merge_stop = False
+        self.is_merging: bool = False  # a merge into the base copies: under `guard`
+        self.merge_stop: bool = False
         # Called with the new data path before the old one is closed. Must not raise.
         self.on_switch: Callable[[DataPath], None] | None = None
         self._closed = False
