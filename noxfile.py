@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "test"]
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHON_FILES = ("src", "tests", "bench", "tools", "setup.py", "noxfile.py")
+PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "setup.py", "noxfile.py")
 
 
 @nox.session
@@ -28,10 +28,20 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types of the package, and the stubs of the extension modules beside what these are."""
+    """Types of the package, as its users see them too, and the stubs of the extension modules beside what these are."""
     session.install(".[lint]")
     session.run("mypy")
+    session.run("python", "tools/check_typing.py")
     session.run("bash", "tools/check_stubs.sh", external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site of the documentation, in build/html; ``-- linkcheck`` asks for the addresses elsewhere instead."""
+    session.install(".[docs]")
+    for builder in session.posargs or ["html"]:
+        options = ("-W", "-n", "--keep-going", "-c", "docs", "-b", builder)
+        session.run("sphinx-build", *options, ".", f"build/{builder}")
 
 
 @nox.session

@@ -237,7 +237,7 @@ class BaseLock:
     def __init__(self, path: Path, *, exclusive: bool = False) -> None:
         self.path = path
         access = os.O_RDWR if exclusive else os.O_RDONLY
-        self.descriptor = os.open(path, access | os.O_CLOEXEC)
+        self.descriptor: int = os.open(path, access | os.O_CLOEXEC)
         if not _set_lock(self.descriptor, fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, 0, 1):
             os.close(self.descriptor)
             self.descriptor = -1

@@ -109,18 +109,18 @@ class Store:
     """
 
     def __init__(self, path: "str | os.PathLike[str]", *, create: bool = True) -> None:
-        self.path = Path(path)
-        self.layout = Layout(self.path.absolute())
+        self.path: Path = Path(path)
+        self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
         self._background = Background(self._work, "onionskin pending work")
         # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
-        self.unnamed_files = threading.RLock()
+        self.unnamed_files: threading.RLock = threading.RLock()
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
-        self.views = SealedViews()
+        self.views: SealedViews = SealedViews()
         if create and not self.layout.catalog.exists():
             self._make_directories()
-        self.catalog = Catalog(self.layout.catalog, create=create)
-        self.locks = ByteLocks(self.layout.lock)
+        self.catalog: Catalog = Catalog(self.layout.catalog, create=create)
+        self.locks: ByteLocks = ByteLocks(self.layout.lock)
         self.locks.take_shared({STORE_BYTE})
         forks.register(self)
 

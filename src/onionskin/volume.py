@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin._volume import DataPath
-    from onionskin.locks import ByteLocks, VolumeLock
+    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
@@ -83,6 +83,13 @@ class Volume:
     Offsets and lengths are bytes; block indices count blocks of `block_size`. Reading and writing may be done from any
     number of threads; operations on snapshots are one after the other. Nothing written is durable before `flush`,
     `snapshot`, `resize` or `close`.
+
+    Attributes
+    ----------
+    block_size : int
+        The unit of copy-on-write, in bytes.
+    wipe : {"release", "zero"}
+        What happens to freed space.
     """
 
     def __init__(
@@ -96,18 +103,18 @@ class Volume:
     ) -> None:
         self.store = store
         self.row = row
-        self.path = opened.path
+        self.path: DataPath = opened.path
         self._locks: ByteLocks | None = opened.locks
         self.snapshot_name = snapshot
-        self.base_lock = opened.base_lock
-        self.head = opened.chain.top.id
+        self.base_lock: BaseLock | None = opened.base_lock
+        self.head: bytes = opened.chain.top.id
         self.block_size: int = opened.chain.top.block_size
         self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
-        self.guard = threading.RLock()
+        self.guard: threading.RLock = threading.RLock()
         self._merge_end = threading.Condition(self.guard)
-        self.is_merging = False  # a merge into the base copies: under `guard`
-        self.merge_stop = False
+        self.is_merging: bool = False  # a merge into the base copies: under `guard`
+        self.merge_stop: bool = False
         # Called with the new data path before the old one is closed. Must not raise.
         self.on_switch: Callable[[DataPath], None] | None = None
         self._closed = False
@@ -134,7 +141,7 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """The volume's name: the one that it has now, where somebody renamed it meanwhile."""
+        """The volume's name, as it is now where somebody renamed it meanwhile."""
         if not (self._closed or self._forked):
             found = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
             if found:
@@ -299,7 +306,7 @@ class Volume:
 
     @property
     def parent(self) -> Snapshot | None:
-        """The snapshot of this volume that the disk stands on: the last one on its branch, or the one reverted to."""
+        """The snapshot of this volume that the disk stands on, the last one on its branch or the one reverted to."""
         catalog = self.store.catalog
         with catalog.reading():
             row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)

@@ -1,4 +1,4 @@
-"""What README.md shows is true: the library example runs, and the trees are what the verbs make."""
+"""What README.md shows is true: the trees are what the verbs make."""
 
 import re
 from collections.abc import Callable
@@ -9,14 +9,6 @@ from click.testing import Result
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 Run = Callable[..., Result]
-
-
-def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "debian.raw").write_bytes(bytes(2 << 20))
-    exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "web-2.raw").read_bytes() == bytes(2 << 20)
 
 
 def shape(drawn: str) -> list[tuple[int, str]]:
@@ -30,7 +22,7 @@ def shape(drawn: str) -> list[tuple[int, str]]:
 
 def pictures() -> dict[str, list[tuple[int, str]]]:
     """Cut the three columns of the picture of verbs apart."""
-    (block,) = re.findall(r"```\n(revert web@clean .*?)\n\n(?:the head)", README, re.DOTALL)
+    (block,) = re.findall(r"```text\n(revert web@clean .*?)\n\n(?:the head)", README, re.DOTALL)
     titles, _, *rows = block.splitlines()
     starts = [match.start() for match in re.finditer(r"\S+ web@\S+", titles)]
     columns = {}
@@ -65,7 +57,7 @@ def drawn_by(run: Run, store: Path) -> list[tuple[int, str]]:
 
 
 def test_the_tree_is_drawn_as_shown(run: Run, web: Path) -> None:
-    (shown,) = re.findall(r"draws it\):\n\n```\n(.*?)```", README, re.DOTALL)
+    (shown,) = re.findall(r"draws it\):\n\n```text\n(.*?)```", README, re.DOTALL)
     assert drawn_by(run, web) == shape(shown)
 
 

@@ -1,0 +1,45 @@
+"""The reference of the Python API names every public name, and every public member of the classes."""
+
+import inspect
+import re
+
+import pytest
+from docs.blocks import ROOT
+
+import onionskin
+
+REFERENCE = (ROOT / "docs/reference/api.md").read_text()
+# Members without an underscore that are for the other modules of the package.
+INTERNAL = {
+    "Store": {
+        *("add_scrubs", "after_fork", "finish_work", "forget", "in_transaction", "open_volumes", "path_of_head"),
+        *("scrub", "set_head", "with_reserve", "work_soon"),
+    },
+    "Volume": {
+        *("after_fork", "lock_what_is_read", "locks", "merge_ended", "operation", "restart_over", "scrub_freed"),
+        *("seal", "settling", "wait_for_readers"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", onionskin.__all__)
+def test_a_public_name_is_in_the_reference(name: str) -> None:
+    assert re.search(rf"^\.\. auto(class|function|exception):: {name}\b", REFERENCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", INTERNAL)
+def test_a_public_member_is_in_the_reference(name: str) -> None:
+    members = {member for member in vars(getattr(onionskin, name)) if not member.startswith("_")}
+    assert INTERNAL[name] <= members
+    (section,) = re.findall(rf"^\.\. autoclass:: {name}\(.*?^## ", REFERENCE, re.MULTILINE | re.DOTALL)
+    documented = set(re.findall(r"\.\. auto(?:method|property):: (?:\w+\.)?(\w+)", section))
+    assert documented == members - INTERNAL[name]
+
+
+@pytest.mark.parametrize("name", onionskin.__all__)
+def test_a_public_name_has_a_docstring(name: str) -> None:
+    public = getattr(onionskin, name)
+    assert inspect.getdoc(public)
+    members = vars(public) if isinstance(public, type) else {}
+    without = [key for key, value in members.items() if key[0] != "_" and callable(value) and not inspect.getdoc(value)]
+    assert without == []
