@@ -122,7 +122,7 @@ class Store:
             self._make_directories()
         self.catalog = Catalog(self.layout.catalog, create=create)
         self.locks = ByteLocks(self.layout.lock)
-        self.locks.take_shared({STORE_BYTE})
+        self.locks.wait_shared(STORE_BYTE)
         forks.register(self)
 
     def _make_directories(self) -> None:
