@@ -18,12 +18,13 @@ PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "setup.py", "noxfile.p
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style of the Python code, and the shape of the workflow files."""
-    session.install("ruff>=0.9,<1", "check-jsonschema>=0.31,<1")
+    """Style of the Python code; shape and safety of the workflow files."""
+    session.install("ruff>=0.9,<1", "check-jsonschema>=0.31,<1", "zizmor>=1.20,<2")
     session.run("ruff", "check", *PYTHON_FILES)
     session.run("ruff", "format", "--check", *PYTHON_FILES)
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--quiet", ".github")
 
 
 @nox.session

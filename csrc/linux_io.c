@@ -181,7 +181,7 @@ int64_t onion_copy_range(int source, uint64_t source_offset, int destination, ui
 
 void onion_write_out(int fd, uint64_t offset, uint64_t length)
 {
-    (void)sync_file_range(fd, (off64_t)offset, (off64_t)length, SYNC_FILE_RANGE_WRITE);
+    (void)sync_file_range(fd, (off_t)offset, (off_t)length, SYNC_FILE_RANGE_WRITE);
 }
 
 int onion_is_remote(int fd)

@@ -7,15 +7,17 @@ cd "$(dirname "$0")/.."
 out=${1:-build/check}
 sanitizers=${2:-address,undefined}
 mkdir -p "$out"
-flags=()
-[ "$sanitizers" = none ] || flags=("-fsanitize=$sanitizers" -fno-sanitize-recover=all)
+compile="${CC:-gcc} -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -Icsrc"
+[ "$sanitizers" = none ] || compile+=" -fsanitize=$sanitizers -fno-sanitize-recover=all"
 kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head plan
   nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
+# Each kernel once for all programs, and as many at a time as there are processors.
+# shellcheck disable=SC2086
+printf '%s\n' $kernels | xargs -P "$(nproc)" -I KERNEL $compile -c -o "$out/KERNEL.o" csrc/KERNEL.c
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086
-  ${CC:-gcc} -std=gnu11 -g -O1 -Wall -Wextra -Werror "${flags[@]}" -pthread -Icsrc \
-    -o "$out/$name" "$source" $(printf 'csrc/%s.c ' $kernels)
+  $compile -o "$out/$name" "$source" $(printf "$out/%s.o " $kernels)
   echo "-- $name"
   (cd "$out" && ${RUNNER:-} "./$name")
 done

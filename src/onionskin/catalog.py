@@ -419,6 +419,9 @@ def _connect(path: Path) -> sqlite3.Connection:
     except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
         connection.close()
         raise FormatError(f"{path} is damaged ({error}); restore it from a copy of the store") from error
+    except BaseException:  # an interrupt
+        connection.close()
+        raise
     return connection
 
 

@@ -82,6 +82,11 @@ class ByteLocks:
             self._shared |= wanted
             return True
 
+    def wait_shared(self, number: int) -> None:
+        """Lock one byte for reading, and wait for whoever holds it alone. Nobody else may use this handle yet."""
+        fcntl.fcntl(self._open_descriptor(), fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
+        self._shared.add(number)
+
     def drop_shared(self, numbers: Iterable[int]) -> None:
         """Give bytes up; those that are not held are passed over."""
         with self._guard:

@@ -120,8 +120,12 @@ class Store:
         if create and not self.layout.catalog.exists():
             self._make_directories()
         self.catalog: Catalog = Catalog(self.layout.catalog, create=create)
-        self.locks: ByteLocks = ByteLocks(self.layout.lock)
-        self.locks.take_shared({STORE_BYTE})
+        try:
+            self.locks: ByteLocks = ByteLocks(self.layout.lock)
+            self.locks.wait_shared(STORE_BYTE)
+        except BaseException:
+            self.catalog.close()
+            raise
         forks.register(self)
 
     def _make_directories(self) -> None:

@@ -1,12 +1,14 @@
-"""The sweep of files without a row must not take those that a merge in another thread is about to name."""
+"""The sweep of files without a row must not take those that another thread, or another store, is about to name."""
 
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import onionskin
 from onionskin import pending
+from onionskin.locks import STORE_BYTE
 
 BLOCK = 4096
 
@@ -32,3 +34,16 @@ def test_a_sweep_waits_for_whoever_makes_files_without_a_row(tmp_path: Path, mon
         opener.join()
         assert looked.is_set()
         assert not draft.exists()
+
+
+def test_a_store_that_is_opened_during_a_sweep_keeps_the_next_one_away(tmp_path: Path) -> None:
+    with ExitStack() as opened:
+        first = opened.enter_context(onionskin.Store(tmp_path / "store"))
+        opener = threading.Thread(target=lambda: opened.enter_context(onionskin.Store(tmp_path / "store")))
+        with first.locks.exclusive(STORE_BYTE) as sweeping:
+            assert sweeping
+            opener.start()
+            opener.join(0.3)
+        opener.join()
+        with first.locks.exclusive(STORE_BYTE) as sweeping:
+            assert not sweeping

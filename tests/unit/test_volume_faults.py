@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,8 +143,8 @@ def test_a_volume_used_in_the_child_of_a_fork_raises_and_the_parent_goes_on(stor
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         web.snapshot("a")
-        with pytest.raises(onionskin.StateError):
-            onionskin.Store(store.path).open("web")
+        with onionskin.Store(store.path) as other, pytest.raises(onionskin.StateError):
+            other.open("web")
         assert web.read(0, 6) == b"parent"
 
 
@@ -185,6 +186,35 @@ def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onions
         connection.close()
         with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
             onionskin.Store(store.path)
+
+
+def descriptors_of(path: Path) -> list[str]:
+    """The descriptors that this process has open on a file."""
+    links = Path("/proc/self/fd").iterdir()
+    return [link.name for link in links if link.exists() and link.samefile(path)]
+
+
+def test_a_store_whose_lock_file_cannot_be_opened_leaves_nothing_open(store: onionskin.Store) -> None:
+    store.close()
+    store.layout.lock.unlink()
+    store.layout.lock.mkdir()
+    with pytest.raises(IsADirectoryError) as kept:  # it keeps the frames, and so what they leave open
+        onionskin.Store(store.path)
+    assert kept.traceback
+    assert descriptors_of(store.layout.catalog) == []
+
+
+def test_a_store_whose_opening_is_interrupted_leaves_nothing_open(store: onionskin.Store, monkeypatch) -> None:
+    class Interrupted(sqlite3.Connection):
+        def execute(self, *_: object) -> sqlite3.Cursor:
+            raise KeyboardInterrupt
+
+    store.close()
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
+    with pytest.raises(KeyboardInterrupt) as kept:
+        onionskin.Store(store.path)
+    assert kept.traceback
+    assert descriptors_of(store.layout.catalog) == []
 
 
 def test_a_store_on_a_read_only_file_system_is_said_to_be_on_one(ext4_mount) -> None:
