@@ -9,8 +9,8 @@ sanitizers=${2:-address,undefined}
 mkdir -p "$out"
 flags=()
 [ "$sanitizers" = none ] || flags=("-fsanitize=$sanitizers" -fno-sanitize-recover=all)
-kernels="blockmap mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head plan
-  nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
+kernels="blockmap owners mapbuild layermap maplog crc32c copy wipe linux_io epoch fault segment barrier opening volume head
+  plan nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086
