@@ -27,11 +27,12 @@ PIXELS_OF_CELL_MAX, PIXELS_WIDE_MAX = 8, 1600
 GREY = (128, 137, 148)
 _HOLE_OPACITY = 40
 _STYLE = (
-    ".skin .base{fill:var(--base)}.skin .zero{fill:url(#zero)}.skin .hole{fill:var(--line);opacity:.55}"
-    ".skin .stripe{stroke:var(--base);stroke-width:1.4}.skin .grid{stroke:var(--paper);fill:none;stroke-width:.12}"
+    ".skin .base{fill:var(--base)}.skin .hole{fill:var(--line);opacity:.55}"
+    ".skin .zero{fill:url(#zero)}.skin .cells .zero{fill:url(#zeros)}.skin .stripe{stroke:var(--base);stroke-width:1.4}"
+    ".skin .grid{stroke:var(--paper);fill:none;stroke-width:.12}"
 )
 _STRIPES = (
-    '<pattern id="zero" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<pattern id="{}" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="{}rotate(45)">'
     '<line class="stripe" y2="4"/></pattern>'
 )
 
@@ -57,7 +58,7 @@ def kind_of_cells(cells: Cells, legend: Legend) -> "Array":
 def label(band: Band) -> str:
     """Say what a band is."""
     suffix = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(band.kind, "")
-    return f"{svg.shortened(band.name, NAME_CHARACTERS_MAX)}{suffix}"
+    return f"{svg.shortened(svg.shown(band.name), NAME_CHARACTERS_MAX)}{suffix}"
 
 
 def map_svg(name: str, cells: Cells, legend: Legend) -> str:
@@ -72,12 +73,14 @@ def map_svg(name: str, cells: Cells, legend: Legend) -> str:
         for index in range(len(legend.layers))
     )
     fade_style = "".join(f".f{index}{{opacity:{opacity}}}" for index, opacity in enumerate(OPACITIES) if index)
+    # A pattern is drawn in the units of what it fills: cells, in the map.
+    stripes = _STRIPES.format("zero", "") + _STRIPES.format("zeros", f"scale({1 / width:.4f} {1 / height:.4f})")
     body = [
-        f"<defs>{_STRIPES}</defs>",
+        f"<defs>{stripes}</defs>",
         svg.text(4, 18, title, "title"),
         svg.text(WIDTH - 4, 18, f"a cell is {format_size(cells.cell_bytes)}", "soft end"),
         *_offsets(cells, height),
-        f'<g transform="translate({LEFT} {TOP}) scale({width:.4f} {height:.4f})">',
+        f'<g class="cells" transform="translate({LEFT} {TOP}) scale({width:.4f} {height:.4f})">',
         *_paths(cells, legend),
         f'<path class="grid" d="{_lines(cells)}"/></g>',
         *listed,
@@ -165,7 +168,7 @@ def map_png(name: str, cells: Cells, legend: Legend) -> bytes:
     pixels = grid.reshape(cells.rows, cells.columns).repeat(scale, axis=0).repeat(scale, axis=1)
     y, x = numpy.indices(pixels.shape)
     pixels[(pixels == zero) & ((x + y) % 4 != 0)] = 0  # stripes
-    return png.encode(pixels, palette, {"Title": name, "Description": describe(cells, legend)})
+    return png.encode(pixels, palette, {"Title": svg.shown(name), "Description": describe(cells, legend)})
 
 
 def describe(cells: Cells, legend: Legend) -> str:

@@ -41,9 +41,14 @@ def text(x: float, y: float, what: str, style: str = "") -> str:
     return f'<text x="{_short(x)}" y="{_short(y)}"{kind}>{clean(what)}</text>'
 
 
+def shown(what: str) -> str:
+    """Replace characters of a text from elsewhere that are not to be seen; what is left is fit for XML."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in what)
+
+
 def clean(what: str) -> str:
-    """Make a text from elsewhere fit for XML: escaped, and without characters that are not to be seen."""
-    return escape("".join(c if c.isprintable() else "\ufffd" for c in what))
+    """Make a text from elsewhere fit for XML: shown, and escaped."""
+    return escape(shown(what))
 
 
 def shortened(what: str, characters_max: int) -> str:
