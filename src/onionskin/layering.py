@@ -15,8 +15,8 @@ import numpy
 
 from onionskin._maplog import OwnerMap
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
-from onionskin.chain import SIZE_BYTES_MAX, Chain, check_base, lock_chain, pending_base_merges
-from onionskin.errors import StateError
+from onionskin.chain import SIZE_BYTES_MAX, Chain, check_base, lock_chain, pending_base_merges, read_chain
+from onionskin.errors import ChainError, StateError
 from onionskin.images import data_ranges
 from onionskin.layermaps import lay_map
 from onionskin.locks import ByteLocks
@@ -85,10 +85,24 @@ def layering_of(store: "Store", name: str, snapshot: str | None) -> Layering:
 
 def read_layering(store: "Store", find: Callable[[], bytes]) -> Layering:
     """Return the layering of the disk whose top layer `find` names; it is asked again where that went meanwhile."""
-    with _locked_chain(store, find) as chain:
-        members = _members(store, chain)
-        runs, size_bytes = _runs(store, chain)
-        return Layering(members, _extents(runs, _base_ranges(store, chain, size_bytes), size_bytes, len(chain.layers)))
+    while True:
+        with _locked_chain(store, find) as chain:
+            try:
+                return _read(store, chain)
+            except ChainError:
+                if not _base_is_merged_into(store, chain, find()):
+                    raise
+
+
+def _read(store: "Store", chain: Chain) -> Layering:
+    members = _members(store, chain)
+    runs, size_bytes = _runs(store, chain)
+    return Layering(members, _extents(runs, _base_ranges(store, chain, size_bytes), size_bytes, len(chain.layers)))
+
+
+def _base_is_merged_into(store: "Store", chain: Chain, top: bytes) -> bool:
+    """Whether a merge into the base began or ended since a chain was read: then its file differs from what that says."""
+    return read_chain(store.catalog, top).base != chain.base or bool(pending_base_merges(store.catalog, top))
 
 
 @contextmanager
