@@ -19,7 +19,7 @@ _NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", 
 EXTENSIONS = {
     "_blockmap": ["blockmap", "mapbuild"],
     "_copy": ["copy", "linux_io"],
-    "_maplog": _MAP,
+    "_maplog": [*_MAP, "owners"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
     "_nbd": [*(f"nbd_{part}" for part in _NBD), "plan", *_VOLUME],
     "_volume": _VOLUME,

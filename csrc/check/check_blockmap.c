@@ -1,14 +1,15 @@
 /* check_blockmap.c: the block map without Python, for the sanitizers.
  *
- *   cc -std=gnu11 -g -pthread -fsanitize=address,undefined -I.. check_blockmap.c ../blockmap.c
- *   cc -std=gnu11 -g -pthread -fsanitize=thread -I.. check_blockmap.c ../blockmap.c
+ *   cc -std=gnu11 -g -pthread -fsanitize=address,undefined -I.. check_blockmap.c ../{blockmap,mapbuild,maplog,crc32c,owners}.c
+ *   cc -std=gnu11 -g -pthread -fsanitize=thread -I.. check_blockmap.c ../{blockmap,mapbuild,maplog,crc32c,owners}.c
  *
- * Two checks. The first makes the same random changes to a map and to a plain array, with and without retire, for every
- * block size. The second lets readers look blocks up beside two writers of different ranges: every place that is
- * ever set names its block in the slot, so a reader can tell a place that was set for that block from any other;
- * blocks of the upper half are always mapped, and must never look like a HOLE; a freed leaf is seen by
- * the address sanitizer. Leaves that are retired are freed only when each reader has begun a new look-up since. */
+ * Three checks. One makes the same random changes to a map and to a plain array, with and without retire, for every
+ * block size. One lays layers over each other, and compares whose each block is with an array. The last lets readers look
+ * blocks up beside two writers of different ranges: every place that is ever set names its block in the slot, so a reader
+ * can tell a place that was set for that block from any other; blocks of the upper half are always mapped, and must never
+ * look like a HOLE; a freed leaf is seen by the address sanitizer. Leaves that are retired are freed only when each reader has begun a new look-up since. */
 #include "blockmap.h"
+#include "owners.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -276,7 +277,50 @@ static void check_readers_beside_writers(void) {
     onion_map_destroy(&shared.map);
 }
 
+/* -- whose block each is --------------------------------------------------------------------------------------- */
+
+#define OWNED_BLOCKS 4000
+#define OWNED_LAYERS 40
+
+/* Layers of random runs, laid over each other, against an array of owners: negative where the owner says ZERO. */
+static void check_owners(void) {
+    static int owner_of[OWNED_BLOCKS];
+    static struct onion_owner_run runs[OWNED_BLOCKS];
+    struct onion_owners owners;
+    uint64_t state = 7, at = 0;
+    EXPECT(onion_owners_init(&owners, OWNED_BLOCKS, ONION_BLOCK_SHIFT_MIN) == 0);
+    memset(owner_of, 0, sizeof owner_of);
+    for (int layer = 1; layer <= OWNED_LAYERS; layer++) {
+        struct onion_map upper;
+        EXPECT(onion_map_init(&upper, OWNED_BLOCKS, ONION_BLOCK_SHIFT_MIN) == 0);
+        for (int run = 0; run < 20; run++) {
+            uint64_t block = random_below(&state, OWNED_BLOCKS);
+            uint64_t count = random_below(&state, OWNED_BLOCKS - block < 600 ? OWNED_BLOCKS - block : 600) + 1;
+            int is_data = random_below(&state, 2) == 0;
+            EXPECT(onion_map_set(&upper, block, count, is_data ? onion_place_make(1, 9000) : ONION_PLACE_ZERO) == 0);
+            for (uint64_t i = block; i < block + count; i++)
+                owner_of[i] = is_data ? layer : -layer;
+        }
+        EXPECT(onion_owners_lay(&owners, &upper, (uint32_t)layer) == 0);
+        onion_map_destroy(&upper);
+    }
+    EXPECT(onion_owners_settle(&owners) == 0);
+    uint64_t count = onion_owners_runs(&owners, runs);
+    EXPECT(count == onion_owners_runs(&owners, NULL));
+    for (uint64_t i = 0; i < count; i++) {
+        for (; at < runs[i].block_index; at++)
+            EXPECT(owner_of[at] == 0);
+        for (; at < runs[i].block_index + runs[i].block_count; at++)
+            EXPECT(owner_of[at] == (runs[i].state == 1 ? 1 : -1) * (int)runs[i].owner);
+        EXPECT(i == 0 || at == OWNED_BLOCKS || owner_of[runs[i].block_index - 1] != owner_of[runs[i].block_index]);
+    }
+    for (; at < OWNED_BLOCKS; at++)
+        EXPECT(owner_of[at] == 0);
+    onion_owners_destroy(&owners);
+}
+
 int main(void) {
+    check_owners();
     for (uint32_t shift = ONION_BLOCK_SHIFT_MIN; shift <= ONION_BLOCK_SHIFT_MAX; shift++) {
         uint64_t block_count = (4u << (ONION_RANGE_BYTES_SHIFT - shift)) - 1;
         check_against_array(shift, block_count, NULL);

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.layering import ChainMember, Layering
     from onionskin.nbd.remote import LiveVolume, connect
     from onionskin.sizes import format_size, parse_size
     from onionskin.snapshots import Snapshot
@@ -38,6 +39,7 @@ _HOME = {
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.usage"),
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
+    **dict.fromkeys(("ChainMember", "Layering"), "onionskin.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.nbd.remote"),
     "Snapshot": "onionskin.snapshots",
     "Volume": "onionskin.volume",
@@ -45,7 +47,9 @@ _HOME = {
 
 __all__ = [
     "ChainError",
+    "ChainMember",
     "FormatError",
+    "Layering",
     "LiveVolume",
     "OnionskinError",
     "Problem",

@@ -1,4 +1,4 @@
-"""The block map of one layer, and the bytes of headers and map logs: the types of _maplog.pyx."""
+"""The block map of one layer, whose block each is, and the bytes of headers and map logs: the types of _maplog.pyx."""
 
 import os
 from typing import NamedTuple, Self, TypeAlias
@@ -16,6 +16,7 @@ PLACE_ZERO: int
 STATE_DATA: int
 STATE_ZERO: int
 RUN_DTYPE: np.dtype[np.void]
+OWNER_RUN_DTYPE: np.dtype[np.void]
 STRETCH_DTYPE: np.dtype[np.void]
 SLOT_DTYPE: np.dtype[np.void]
 RECORD_DTYPE: np.dtype[np.void]
@@ -140,6 +141,38 @@ class LayerMap:
         self, path: str | os.PathLike[str], *, map_id: bytes, wipe_zero: bool, size_bytes: int | None
     ) -> tuple[int, int, int]:
         """Write a compact log to a new file: (length, frames, crc)."""
+
+    def close(self) -> None:
+        """Free the memory."""
+
+class OwnerMap:
+    """Which layer each block comes from."""
+
+    def __new__(cls, *, block_size: int, block_count: int) -> Self: ...
+    @property
+    def block_size(self) -> int:
+        """In bytes."""
+
+    @property
+    def laid(self) -> int:
+        """How many layers were laid."""
+
+    def lay(self, upper: LayerMap) -> None:
+        """Lay a layer over those before it."""
+
+    def lay_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        map_id: bytes,
+        length: int | None = None,
+        frames: int | None = None,
+        crc: int | None = None,
+    ) -> int | None:
+        """Lay the layer of a map file: the size that it gives the layer."""
+
+    def runs(self) -> npt.NDArray[np.void]:
+        """Return the blocks that some layer has."""
 
     def close(self) -> None:
         """Free the memory."""

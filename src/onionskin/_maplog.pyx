@@ -1,4 +1,6 @@
-"""The block map of one layer, and the bytes of headers and map logs (thin over csrc/layermap.h and csrc/maplog.h).
+"""The block map of one layer, whose block each is, and the bytes of headers and map logs.
+
+Thin over csrc/layermap.h, csrc/owners.h and csrc/maplog.h.
 
 A LayerMap may be used by one thread at a time: its longer methods release the GIL and lock nothing.
 """
@@ -75,6 +77,7 @@ cdef extern from "maplog.h" nogil:
                                 uint64_t salt, uint32_t previous_crc, unsigned char *out)
     int onion_log_next(const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
                        const unsigned char **records, uint32_t *record_count)
+    int onion_log_has_holes(const unsigned char *data, uint64_t length, uint64_t offset)
 
 
 cdef extern from "layermap.h" nogil:
@@ -109,6 +112,22 @@ cdef extern from "layermap.h" nogil:
                                 const uint64_t *new_first, uint64_t count, uint32_t new_segment)
 
 
+cdef extern from "owners.h" nogil:
+    enum:
+        ONION_OWNER_LAST
+    struct onion_owners:
+        onion_map map
+    struct onion_owner_run:
+        pass
+    int onion_owners_init(onion_owners *owners, uint64_t block_count, uint32_t block_shift)
+    void onion_owners_destroy(onion_owners *owners)
+    int onion_owners_lay(onion_owners *owners, const onion_map *upper, uint32_t owner)
+    int onion_owners_lay_log(onion_owners *owners, const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
+                             uint32_t owner, uint64_t *size_bytes, uint64_t *fault_offset)
+    int onion_owners_settle(onion_owners *owners)
+    uint64_t onion_owners_runs(const onion_owners *owners, onion_owner_run *out)
+
+
 cdef extern from "crc32c.h" nogil:
     uint32_t onion_crc32c(uint32_t crc, const void *data, size_t length)
     uint32_t onion_crc32c_reference(uint32_t crc, const void *data, size_t length)
@@ -127,6 +146,14 @@ RUN_DTYPE = np.dtype(
         "names": ["block_index", "block_count", "state", "segment", "slot"],
         "formats": ["<u8", "<u8", "u1", "<u2", "<u4"],
         "offsets": [0, 8, 16, 18, 20],
+        "itemsize": 24,
+    }
+)
+OWNER_RUN_DTYPE = np.dtype(
+    {
+        "names": ["block_index", "block_count", "owner", "state"],
+        "formats": ["<u8", "<u8", "<u4", "u1"],
+        "offsets": [0, 8, 16, 20],
         "itemsize": 24,
     }
 )
@@ -328,6 +355,49 @@ def _read_map_file(path, length):
     return data
 
 
+def _header_is_torn(data, map_id, block_size):
+    """Whether a crash left this file before its header was synced."""
+    cdef onion_header expected
+    cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+    cdef const unsigned char *start = <const unsigned char *><size_t>_array_data(data)
+    cdef const unsigned char *records
+    cdef uint32_t count
+    cdef uint64_t length = len(data)
+    _fill_header(&expected, block_size, map_id, 0)
+    if not onion_header_is_torn(start, length, ONION_MAGIC_MAP, &expected):
+        return False
+    return length <= ONION_HEADER_BYTES or onion_log_next(
+        start, length, &cursor, &records, &count
+    ) == ONION_E_TORN
+
+
+def _read_sound_map(path, map_id, block_size, length):
+    """Read a map file and check its header. ``length``: of a sealed layer; None for a head, of which None is returned
+    where its header was never synced."""
+    data = _read_map_file(path, length)
+    if length is None and _header_is_torn(data, map_id, block_size):
+        return None
+    header = decode_header(data, MAGIC_MAP, path=path)
+    if header.uuid != map_id or header.block_size != block_size:
+        raise FormatError(
+            f"{path}: is the block map {header.uuid.hex()} with blocks of {header.block_size} bytes, not "
+            f"{map_id.hex()} with blocks of {block_size}. Put the right file in its place."
+        )
+    return data
+
+
+def _check_sealed(path, wanted, found):
+    """Compare (length, frames, crc) that the catalog has, None for what it does not know, with those of the file."""
+    length, frames, crc = found
+    _, wanted_frames, wanted_crc = wanted
+    if wanted_frames not in (None, frames) or wanted_crc not in (None, crc):
+        raise FormatError(
+            f"{path}: the {length} bytes of block map have {frames} frames with CRC "
+            f"{crc:08x}, but the catalog says otherwise (frames: {wanted_frames}, CRC: "
+            f"{'any' if wanted_crc is None else f'{wanted_crc:08x}'}). {_ADVICE}"
+        )
+
+
 def _write_all(descriptor, data):
     view = memoryview(data)
     while view:
@@ -415,38 +485,13 @@ cdef class LayerMap:
         """
         path = os.fspath(path)
         cdef LayerMap self = cls(block_size=block_size, block_count=block_count)
-        data = _read_map_file(path, length)
-        if length is None and self._header_is_torn(data, map_id):
+        data = _read_sound_map(path, map_id, block_size, length)
+        if data is None:
             self.torn = True
             return self
-        header = decode_header(data, MAGIC_MAP, path=path)
-        if header.uuid != map_id or header.block_size != block_size:
-            raise FormatError(
-                f"{path}: is the block map {header.uuid.hex()} with blocks of {header.block_size} bytes, not "
-                f"{map_id.hex()} with blocks of {block_size}. Put the right file in its place."
-            )
         self._apply(path, data, length is not None)
-        if (frames is not None and frames != self.map_frames) or (crc is not None and crc != self.map_crc):
-            raise FormatError(
-                f"{path}: the {self.map_length} bytes of block map have {self.map_frames} frames with CRC "
-                f"{self.map_crc:08x}, but the catalog says otherwise (frames: {frames}, CRC: "
-                f"{'any' if crc is None else f'{crc:08x}'}). {_ADVICE}"
-            )
+        _check_sealed(path, (length, frames, crc), (self.map_length, self.map_frames, self.map_crc))
         return self
-
-    def _header_is_torn(self, data, map_id):
-        cdef onion_header expected
-        cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
-        cdef const unsigned char *start = <const unsigned char *><size_t>_array_data(data)
-        cdef const unsigned char *records
-        cdef uint32_t count
-        cdef uint64_t length = len(data)
-        _fill_header(&expected, self.block_size, map_id, 0)
-        if not onion_header_is_torn(start, length, ONION_MAGIC_MAP, &expected):
-            return False
-        return length <= ONION_HEADER_BYTES or onion_log_next(
-            start, length, &cursor, &records, &count
-        ) == ONION_E_TORN
 
     def _apply(self, path, data, sealed):
         cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
@@ -755,6 +800,140 @@ cdef class LayerMap:
         if moved < 0:
             raise MemoryError("no memory for the index")
         return moved
+
+
+cdef class OwnerMap:
+    """Which layer each block comes from: layers are laid over each other, from the bottom up.
+
+    Layers get numbers in the order in which they are laid, 1 for the first. Use by one thread at a time. After an error
+    of a method that changes it, it is half changed: close it.
+
+    Parameters
+    ----------
+    block_size : int
+        In bytes.
+    block_count : int
+        Blocks that it has room for, which no layer may exceed.
+    """
+
+    cdef onion_owners _owners
+    cdef bint _open
+    cdef readonly object block_size
+    cdef readonly object laid
+
+    def __cinit__(self, *, block_size, block_count):
+        if block_count < 0:
+            raise ValueError(f"block_count {block_count} is negative")
+        status = onion_owners_init(&self._owners, block_count, _block_shift(block_size))
+        if status == -ENOMEM:
+            raise MemoryError(f"no memory for the index of {block_count} blocks")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        self._open = True
+        self.block_size = block_size
+        self.laid = 0
+
+    def __dealloc__(self):
+        onion_owners_destroy(&self._owners)
+
+    def lay(self, LayerMap upper not None):
+        """Lay a layer over those before it.
+
+        Raises
+        ------
+        StateError
+            There are as many layers as there are numbers.
+        """
+        cdef uint32_t owner = self._next()
+        cdef int status
+        upper._check_open()
+        if upper.block_size != self.block_size:
+            raise ValueError(f"blocks of {upper.block_size} bytes do not lie over blocks of {self.block_size}")
+        with nogil:
+            status = onion_owners_lay(&self._owners, &upper._layer.map, owner)
+        if status < 0:
+            raise MemoryError("no memory for the index")
+        self.laid = owner
+
+    def lay_file(self, path, *, map_id, length=None, frames=None, crc=None):
+        """Lay the layer of a map file over those before it; parameters and errors are those of `LayerMap.load`.
+
+        Returns
+        -------
+        int or None
+            The size in bytes that the last SIZE record gives the layer.
+        """
+        cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+        cdef const unsigned char *start
+        cdef uint32_t owner = self._next()
+        cdef uint64_t count
+        cdef uint64_t fault = 0
+        cdef uint64_t size_bytes = <uint64_t>-1
+        cdef int status
+        path = os.fspath(path)
+        data = _read_sound_map(path, map_id, self.block_size, length)
+        if data is None:
+            self.laid = owner
+            return None
+        start = <const unsigned char *><size_t>_array_data(data)
+        count = len(data)
+        if self.laid and onion_log_has_holes(start, count, ONION_HEADER_BYTES):
+            return self._lay_map(path, map_id, length, frames, crc)
+        with nogil:
+            status = onion_owners_lay_log(&self._owners, start, count, &cursor, owner, &size_bytes, &fault)
+        if status == -ENOMEM:
+            raise MemoryError(f"{path}: no memory for the block map")
+        if status < 0 and (status != ONION_E_TORN or length is not None):
+            raise FormatError(_log_fault(path, fault, status))
+        _check_sealed(path, (length, frames, crc), (cursor.offset, cursor.sequence, cursor.crc))
+        self.laid = owner
+        return None if size_bytes == <uint64_t>-1 else size_bytes
+
+    def _lay_map(self, path, map_id, length, frames, crc):
+        """Lay a layer whose log says of blocks that it has them no more: what lies below shows through there."""
+        layer = LayerMap.load(
+            path, map_id=map_id, block_size=self.block_size, block_count=self._owners.map.block_count,
+            length=length, frames=frames, crc=crc,
+        )
+        try:
+            self.lay(layer)
+            return layer.size_bytes
+        finally:
+            layer.close()
+
+    def runs(self):
+        """Return the blocks that some layer has, in order, as an array of OWNER_RUN_DTYPE; state 1 DATA, 2 ZERO."""
+        cdef uint64_t count
+        cdef onion_owner_run *out
+        cdef int status
+        self._check_open()
+        with nogil:
+            status = onion_owners_settle(&self._owners)
+            count = onion_owners_runs(&self._owners, NULL) if status == 0 else 0
+        if status < 0:
+            raise MemoryError("no memory for the index")
+        array = np.zeros(count, OWNER_RUN_DTYPE)
+        out = <onion_owner_run *><size_t>_array_data(array)
+        if count:
+            with nogil:
+                onion_owners_runs(&self._owners, out)
+        return array
+
+    def close(self):
+        """Free the memory; every later call raises StateError. May be called again."""
+        self._open = False
+        onion_owners_destroy(&self._owners)
+
+    cdef int _check_open(self) except -1:
+        if not self._open:
+            raise StateError("this map of owners is closed: make it again")
+        return 0
+
+    cdef int64_t _next(self) except -1:
+        self._check_open()
+        if self.laid == ONION_OWNER_LAST:
+            raise StateError(f"more than {ONION_OWNER_LAST} layers hold data: merge some of their snapshots first")
+        return self.laid + 1
 
 
 def _check_slots(slots, new_slots):

@@ -61,6 +61,7 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin._volume import DataPath
+    from onionskin.layering import Layering
 
 RESERVE_BYTES = 8 << 20
 WIPE_POLICIES = ("release", "zero")
@@ -463,6 +464,15 @@ class Store:
     def diff(self, name: str, a: str, b: str | None = None) -> Any:
         """Return the extents (offset, length, state) in which `b` (None: the head) may differ from `a`."""
         return usages.diff(self, name, a, b)
+
+    def layering(self, name: str, snapshot: str | None = None) -> "Layering":
+        """Return which layer each part of a snapshot, or of the head as it is durable, comes from; without opening it.
+
+        `Volume.layering` says what it holds. A volume that is open, here or elsewhere, is not disturbed.
+        """
+        from onionskin.layering import layering_of
+
+        return layering_of(self, name, snapshot)
 
     def check(self, *, repair: bool = False) -> list[usages.Problem]:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin._volume import DataPath
+    from onionskin.layering import Layering
     from onionskin.locks import BaseLock, ByteLocks, VolumeLock
     from onionskin.store import Store
 
@@ -693,6 +694,32 @@ class Volume:
         if self.writable:
             self.flush()
         return self.store.usage(self._name_now())
+
+    def layering(self) -> "Layering":
+        """Return which layer each part of the disk comes from: (chain, extents).
+
+        A writable volume is flushed first, to know. Any thread may call it; what is written meanwhile may be in it.
+
+        Returns
+        -------
+        Layering
+            `chain`, a tuple that describes the layers and the base by depth, and `extents`, a structured array of
+            (offset, length, state, depth) in order, without gaps; offsets and lengths are bytes.
+
+        Raises
+        ------
+        StateError
+            Closed, or poisoned.
+        ChainError
+            The base is not the file that it was.
+        """
+        from onionskin.layering import read_layering
+
+        if self._closed or self._forked:
+            raise StateError(f"volume {self.row.name!r} is closed, or was opened before a fork; open it again")
+        if self.writable:
+            self.flush()
+        return read_layering(self.store, lambda: self.head)
 
     def _name_now(self) -> str:
         """Look the name up: another process may have renamed the volume since it was opened."""

@@ -35,6 +35,7 @@ def test_snapshots_complete_where_one_is_wanted(run: Run, vms: Path) -> None:
     assert completed(f"onionskin revert {vms}/") == [f"{vms}/web@clean", f"{vms}/web@two"]
     assert completed(f"onionskin revert --yes {vms}/web@t") == [f"{vms}/web@two"]
     assert completed(f"onionskin info {vms}/web@c") == [f"{vms}/web@clean"]
+    assert completed(f"onionskin map --rows 4 {vms}/web@c") == [f"{vms}/web@clean"]
 
 
 def test_names_that_are_to_be_made_do_not_complete(vms: Path) -> None:

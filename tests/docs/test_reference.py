@@ -13,11 +13,11 @@ REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 INTERNAL = {
     "Store": {
         *("add_scrubs", "after_fork", "finish_work", "forget", "in_transaction", "open_volumes", "path_of_head"),
-        *("scrub", "set_head", "with_reserve", "work_soon"),
+        *("scrub", "set_head", "wake", "with_reserve", "work_soon"),
     },
     "Volume": {
-        *("after_fork", "lock_what_is_read", "locks", "merge_ended", "operation", "restart_over", "scrub_freed"),
-        *("seal", "settling", "wait_for_readers"),
+        *("after_fork", "lock_what_is_read", "locks", "merge_ended", "operation", "prepare_if_wanted"),
+        *("restart_over", "scrub_freed", "seal", "settling", "wait_for_readers"),
     },
 }
 

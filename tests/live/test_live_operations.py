@@ -207,3 +207,16 @@ def test_a_whole_store_is_served_and_volumes_made_later_too(vms: Path, serve: St
     assert server.terminate() == 0
     assert onionskin("read", f"{vms}/web-2", 0, 4).stdout == "eeee"
     assert onionskin("read", f"{vms}/db", 0, 4).stdout == "dddd"
+
+
+def test_the_map_shows_what_was_acknowledged_though_never_flushed(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        client.write(MIB, b"x" * MIB)
+        client.write(5 * MIB, b"x" * MIB)
+        shown = onionskin_json("map", f"{vms}/web", "--columns", 64, "--rows", 1)
+        assert [cell["depth"] for cell in shown["cells"][:7]] == [1, 0, 1, 1, 1, 0, 1]
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(MIB, b"y" * MIB)
+        shown = onionskin_json("map", f"{vms}/web@a", "--columns", 64, "--rows", 1)
+        assert [cell["depth"] for cell in shown["cells"][:3]] == [1, 0, 1]
+        assert client.read(MIB, 4) == b"yyyy"

@@ -1,4 +1,4 @@
-"""usage, diff, check and list see one state of the tree while another handle merges and discards."""
+"""usage, diff, layering, check and list see one state of the tree while another handle merges and discards."""
 
 import threading
 from pathlib import Path
@@ -36,5 +36,6 @@ def test_who_looks_is_told_neither_damage_nor_errors_while_another_changes_the_t
             assert [problem for problem in store.check() if problem.severity == "error"] == []
             assert store.usage("web")[-1].snapshot is None
             store.diff("web", "first")
+            assert store.layering("web").chain[0].kind in ("head", "snapshot")  # sealed while it was read
             assert [volume.name for volume in store.volumes()] == ["web"]
         other.join()

@@ -38,6 +38,11 @@ def test_nothing_else_changes_the_tree_meanwhile(web: onionskin.Volume) -> None:
             change()
 
 
+def test_where_data_is_can_be_seen_meanwhile(web: onionskin.Volume) -> None:
+    extents = web.layering().extents.tolist()
+    assert [(length // BLOCK, depth) for _, length, _, depth in extents] == [(1, 1), (4, 0), (3, 1), (56, 2)]
+
+
 def test_merging_again_ends_it(web: onionskin.Volume, tmp_path: Path) -> None:
     before = web.read(0, web.size_bytes)
     web.merge_into_base("a")

@@ -2,7 +2,7 @@
 
 import click
 
-from onionskin.cli import bench, data, serving, snapshots, statuses, transfer, upkeep, volumes
+from onionskin.cli import bench, data, pictures, serving, snapshots, statuses, transfer, upkeep, volumes
 
 __all__ = ["onionskin"]
 
@@ -10,7 +10,7 @@ _VERBS = (
     *(volumes.create, volumes.tree, volumes.list_volumes, volumes.info),
     *(snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
     *(volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate, volumes.delete),
-    *(snapshots.diff, snapshots.usage),
+    *(snapshots.diff, snapshots.usage, pictures.map_),
     *(transfer.import_, transfer.export, transfer.delta, transfer.apply),
     *(data.read, data.write, data.trim, data.zero),
     *(serving.serve, serving.stats, serving.mount, serving.umount),

@@ -9,6 +9,7 @@ import onionskin
 from onionskin.cli import output
 from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
 from onionskin.cli.output import json_option
+from onionskin.cli.pictures import PictureType, write_picture
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
 
 if TYPE_CHECKING:
@@ -75,12 +76,25 @@ def create(
 
 @click.command()
 @click.argument("store", type=STORE)
+@click.option("--output", "-o", "path", type=PictureType(".svg"), help="Write a picture as SVG; - is stdout.")
 @json_option
-def tree(store: Path, as_json: bool) -> None:
+def tree(store: Path, path: Path | None, as_json: bool) -> None:
     """Draw the bases, snapshots, clones and heads of a store."""
+    if as_json and path is not None and str(path) == "-":
+        raise click.UsageError("--json and --output - both want stdout: give --output a file")
     with onionskin.Store(store, create=False) as opened:
         nodes = opened.tree()
-    output.show(as_json, [_node_value(node) for node in nodes] if as_json else None, lambda: _draw(nodes))
+    if path is not None:
+        from onionskin.pictures.trees import tree_svg
+
+        write_picture(path, tree_svg(str(store), nodes).encode())
+        if str(path) == "-":
+            return
+    output.show(
+        as_json,
+        [_node_value(node) for node in nodes] if as_json else None,
+        lambda: _draw(nodes) if path is None else f"wrote {path}",
+    )
 
 
 def _node_value(root: "TreeNode") -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""What a map's legend lists: each layer, or neighbours together where there are too many to tell apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy
+
+from onionskin.layering import DATA, HOLE, ZERO, Layering
+
+BANDS_MAX = 12
+_HEAD_ALONE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Layers that share a colour, from depth `first` to `last`, both included.
+
+    Attributes
+    ----------
+    kind : str
+        As of `ChainMember`; `layers` where there are several; `zero` and `hole` for what is no data.
+    name : str
+        What the legend says.
+    bytes_shown : int
+        How much of the disk reads from them.
+    """
+
+    kind: str
+    name: str
+    first: int
+    last: int
+    bytes_shown: int
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """The layers' bands, by depth; the base's, where there is one; and what is no data."""
+
+    layers: tuple[Band, ...]
+    base: Band | None
+    zero: Band
+    hole: Band
+
+    @property
+    def all(self) -> tuple[Band, ...]:
+        """All of them, in the order in which they are listed."""
+        return (*self.layers, *([self.base] if self.base else []), self.zero, self.hole)
+
+
+def legend_of(layering: Layering) -> Legend:
+    """Return the legend of a layering."""
+    data = data_bytes(layering)
+    members = list(layering.chain)
+    base = members.pop() if members[-1].kind == "base" else None
+    depths: Sequence[int] = range(len(members))
+    if len(members) > BANDS_MAX:
+        depths = [depth for depth in depths if data[depth] or depth == 0]
+    bands = []
+    for group in _groups(depths):
+        first, last = members[group[0]], members[group[-1]]
+        kind, name = first.kind, first.name
+        if len(group) > 1:
+            kind, name = "layers", f"{first.name} to {last.name}"
+        bands.append(Band(kind, name, group[0], group[-1], sum(data[depth] for depth in group)))
+    below = len(members)
+    hole, zero = bytes_of_states(layering)
+    return Legend(
+        tuple(bands),
+        Band("base", base.name, below, below, data[below]) if base else None,
+        Band("zero", "reads zero: trimmed or zeroed", 0, below, zero),
+        Band("hole", "hole: nothing is stored", 0, below, hole),
+    )
+
+
+def data_bytes(layering: Layering) -> list[int]:
+    """Return how much data is read from each depth; the base's is at last, and 0 where there is none."""
+    extents = layering.extents[layering.extents["state"] == DATA]
+    # Sums of float64 are exact here: a disk has at most 2^46 bytes.
+    sums = numpy.bincount(extents["depth"], extents["length"], minlength=len(layering.chain) + 1)
+    return [int(one) for one in sums]
+
+
+def bytes_of_states(layering: Layering) -> tuple[int, int]:
+    """Return how much of the disk is a hole, and how much reads zero because a layer says so."""
+    extents = layering.extents
+    hole, zero = (int(extents["length"][extents["state"] == state].sum()) for state in (HOLE, ZERO))
+    return hole, zero
+
+
+def _groups(depths: Sequence[int]) -> list[Sequence[int]]:
+    """Share depths out over bands: the uppermost has one of its own, the others as equal numbers as can be."""
+    if len(depths) <= BANDS_MAX:
+        return [[depth] for depth in depths]
+    rest = depths[_HEAD_ALONE:]
+    count = BANDS_MAX - _HEAD_ALONE
+    edges = [index * len(rest) // count for index in range(count + 1)]
+    return [depths[:_HEAD_ALONE], *(rest[a:b] for a, b in pairwise(edges))]

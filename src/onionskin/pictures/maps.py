@@ -1,0 +1,177 @@
+"""Draws the map of a disk: as SVG with a legend, and as PNG, which has no text but what its reader is shown beside it."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from onionskin.layering import DATA, HOLE
+from onionskin.pictures import png, svg
+from onionskin.pictures.bands import Band, Legend
+from onionskin.pictures.cells import Cells
+from onionskin.sizes import format_size
+
+if TYPE_CHECKING:
+    import numpy.typing
+
+    Array = numpy.typing.NDArray[Any]
+
+WIDTH, LEFT, TOP, ROW = 760, 76, 34, 19
+GRID_WIDTH = WIDTH - LEFT - 4
+CELL_HEIGHT_MAX = 12.0
+NAME_CHARACTERS_MAX = 34
+# A cell of which less is shown than this is drawn paler.
+SHARES = (0.5, 1 / 16)
+OPACITIES = (1.0, 0.6, 0.3)
+NOTE = "Cells show the layer that has most of their data; pale where that is less than half, paler less than a 16th."
+PIXELS_OF_CELL_MAX, PIXELS_WIDE_MAX = 8, 1600
+GREY = (128, 137, 148)
+_HOLE_OPACITY = 40
+_STYLE = (
+    ".skin .base{fill:var(--base)}.skin .hole{fill:var(--line);opacity:.55}"
+    ".skin .zero{fill:url(#zero)}.skin .cells .zero{fill:url(#zeros)}.skin .stripe{stroke:var(--base);stroke-width:1.4}"
+    ".skin .grid{stroke:var(--paper);fill:none;stroke-width:.12}"
+)
+_STRIPES = (
+    '<pattern id="{}" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="{}rotate(45)">'
+    '<line class="stripe" y2="4"/></pattern>'
+)
+
+
+def fades(share: "Array") -> "Array":
+    """Return for each share how pale it is drawn: an index into OPACITIES."""
+    return (share < SHARES[0]).astype(numpy.uint8) + (share < SHARES[1])
+
+
+def kind_of_cells(cells: Cells, legend: Legend) -> "Array":
+    """Return for each cell its band: an index into `legend.all`."""
+    first = numpy.array([band.first for band in legend.layers])
+    kinds = numpy.searchsorted(first, cells.depth, side="right") - 1
+    layers = len(legend.layers)
+    if legend.base:
+        kinds[cells.depth == legend.base.first] = layers
+    zero = len(legend.all) - 2
+    kinds[cells.state != DATA] = zero
+    kinds[cells.state == HOLE] = zero + 1
+    return kinds
+
+
+def label(band: Band) -> str:
+    """Say what a band is."""
+    suffix = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(band.kind, "")
+    return f"{svg.shortened(svg.shown(band.name), NAME_CHARACTERS_MAX)}{suffix}"
+
+
+def map_svg(name: str, cells: Cells, legend: Legend) -> str:
+    """Return the map as an SVG document that can be read on light and on dark."""
+    width = GRID_WIDTH / cells.columns
+    height = min(width, CELL_HEIGHT_MAX)
+    bottom = TOP + height * cells.rows
+    title = f"{name}: {format_size(cells.size_bytes)}"
+    listed, end = _legend(legend, bottom + 24)
+    style = "".join(
+        f".skin .b{index}{{fill:{svg.hexadecimal(svg.ramp(index, len(legend.layers)))}}}"
+        for index in range(len(legend.layers))
+    )
+    fade_style = "".join(f".f{index}{{opacity:{opacity}}}" for index, opacity in enumerate(OPACITIES) if index)
+    # A pattern is drawn in the units of what it fills: cells, in the map.
+    stripes = _STRIPES.format("zero", "") + _STRIPES.format("zeros", f"scale({1 / width:.4f} {1 / height:.4f})")
+    body = [
+        f"<defs>{stripes}</defs>",
+        svg.text(4, 18, title, "title"),
+        svg.text(WIDTH - 4, 18, f"a cell is {format_size(cells.cell_bytes)}", "soft end"),
+        *_offsets(cells, height),
+        f'<g class="cells" transform="translate({LEFT} {TOP}) scale({width:.4f} {height:.4f})">',
+        *_paths(cells, legend),
+        f'<path class="grid" d="{_lines(cells)}"/></g>',
+        *listed,
+        svg.text(4, end + 12, NOTE, "soft"),
+    ]
+    return svg.document(WIDTH, end + 22, f"Where the data of {title} is", _STYLE + style + fade_style, body)
+
+
+def _class_of(index: int, legend: Legend) -> str:
+    band = legend.all[index]
+    return f"b{index}" if index < len(legend.layers) else band.kind
+
+
+def _paths(cells: Cells, legend: Legend) -> list[str]:
+    """Draw the cells: one path for each colour, of the runs of cells in each row that have it."""
+    kinds, pale = kind_of_cells(cells, legend), fades(cells.share)
+    pale[cells.state != DATA] = 0
+    look = kinds * len(OPACITIES) + pale
+    row = numpy.arange(cells.count) // cells.columns
+    starts = numpy.flatnonzero(numpy.diff(look, prepend=-1) | numpy.diff(row, prepend=-1))
+    lengths = numpy.diff(starts, append=cells.count)
+    parts: dict[int, list[str]] = {}
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        y, x = divmod(start, cells.columns)
+        parts.setdefault(int(look[start]), []).append(f"M{x} {y}h{length}v1h-{length}z")
+    paths = []
+    for key in sorted(parts):
+        index, fade = divmod(key, len(OPACITIES))
+        faded = f" f{fade}" if fade else ""
+        paths.append(f'<path class="{_class_of(index, legend)}{faded}" d="{"".join(parts[key])}"/>')
+    return paths
+
+
+def _lines(cells: Cells) -> str:
+    """Lines of the paper's colour between the cells, where those are large enough."""
+    if cells.columns > GRID_WIDTH / 4:
+        return ""
+    across = "".join(f"M0 {y}h{cells.columns}" for y in range(1, cells.rows))
+    return across + "".join(f"M{x} 0v{cells.rows}" for x in range(1, cells.columns))
+
+
+def _offsets(cells: Cells, height: float) -> list[str]:
+    """Say beside some rows where they begin."""
+    step = max(1, int(-(-16 // height)))
+    rows = range(0, cells.rows, step)
+    return [
+        svg.text(LEFT - 8, TOP + height * row + 10, format_size(int(cells.edges[row * cells.columns])), "soft end")
+        for row in rows
+    ]
+
+
+def _legend(legend: Legend, top: float) -> tuple[list[str], float]:
+    """List the bands in two columns; return what to draw and where it ends."""
+    bands = legend.all
+    rows = -(-len(bands) // 2)
+    parts = []
+    for index, band in enumerate(bands):
+        column, row = divmod(index, rows)
+        x, y = 4 + column * (WIDTH / 2 + 8), top + row * ROW
+        swatch = f'<rect class="{_class_of(index, legend)}" x="{x}" y="{y - 9:.1f}" width="14" height="11"/>'
+        parts += [
+            swatch,
+            svg.text(x + 22, y, label(band)),
+            svg.text(x + WIDTH / 2 - 16, y, format_size(band.bytes_shown), "soft end"),
+        ]
+    return parts, top + rows * ROW
+
+
+def map_png(name: str, cells: Cells, legend: Legend) -> bytes:
+    """Return the map as a PNG image, transparent behind the disk's end."""
+    bands = len(legend.layers)
+    colours = [svg.ramp(index, bands) for index in range(bands)] + ([GREY] if legend.base else [])
+    palette: list[png.Colour] = [(0, 0, 0, 0)]
+    for colour in colours:
+        palette += [(*colour, round(255 * opacity)) for opacity in OPACITIES]
+    palette += [(*GREY, 255), (*GREY, _HOLE_OPACITY)]
+    kinds = kind_of_cells(cells, legend)
+    # The colours of data come in as many fades each; the last two, zero and hole, stand alone.
+    zero = 1 + len(colours) * len(OPACITIES)
+    number = 1 + numpy.minimum(kinds, len(colours)) * len(OPACITIES) + numpy.maximum(kinds - len(colours), 0)
+    number += numpy.where(cells.state == DATA, fades(cells.share), 0)
+    grid = numpy.zeros(cells.rows * cells.columns, numpy.uint8)
+    grid[: cells.count] = number
+    scale = max(1, min(PIXELS_OF_CELL_MAX, PIXELS_WIDE_MAX // cells.columns))
+    pixels = grid.reshape(cells.rows, cells.columns).repeat(scale, axis=0).repeat(scale, axis=1)
+    y, x = numpy.indices(pixels.shape)
+    pixels[(pixels == zero) & ((x + y) % 4 != 0)] = 0  # stripes
+    return png.encode(pixels, palette, {"Title": svg.shown(name), "Description": describe(cells, legend)})
+
+
+def describe(cells: Cells, legend: Legend) -> str:
+    """Say in words what the picture's colours are."""
+    lines = [f"{label(band)}: {format_size(band.bytes_shown)}" for band in legend.all]
+    return "\n".join([f"a cell is {format_size(cells.cell_bytes)}", *lines, NOTE])
