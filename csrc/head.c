@@ -339,6 +339,8 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
     int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
     int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
     free(ranges);
+    if (status == 0 && volume->wipe_zero)
+        __atomic_add_fetch(&volume->bytes_unreachable, result.bytes_unreachable, __ATOMIC_RELAXED);
     if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
         poison_on(volume, status);
     if (status < 0) {

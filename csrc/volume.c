@@ -788,6 +788,10 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
     return (int)count;
 }
 
+uint64_t onion_volume_take_unreachable(struct onion_volume *volume) {
+    return __atomic_exchange_n(&volume->bytes_unreachable, 0, __ATOMIC_RELAXED);
+}
+
 /* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */
 static uint64_t slots_in_file(const struct onion_segment *segment) {
     struct stat info;

@@ -152,6 +152,9 @@ int onion_volume_wait_for_readers(struct onion_volume *volume);
  * returns how many. */
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
 
+/* Bytes of own slots that were wiped since the last call, and whose old contents overwriting cannot have reached. */
+uint64_t onion_volume_take_unreachable(struct onion_volume *volume);
+
 struct onion_segment_info {
     uint32_t number;
     unsigned char uuid[ONION_UUID_BYTES];

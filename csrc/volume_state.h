@@ -43,6 +43,7 @@ struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check against it */
     int wipe_zero, writable;
+    uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
     int poisoned, closed, forked; /* atomic */
     char *segments_directory, *layers_directory;
 

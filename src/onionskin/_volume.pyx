@@ -82,6 +82,7 @@ cdef extern from "volume.h" nogil:
     int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
     int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
     int onion_volume_wait_for_readers(onion_volume *)
+    uint64_t onion_volume_take_unreachable(onion_volume *)
     int onion_volume_scrub_wanted(onion_volume *, uint32_t *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
@@ -646,6 +647,10 @@ cdef class DataPath:
             return []
         ids = {number: id for number, id, _, _ in self.segments()}
         return [ids[numbers[i]] for i in range(count) if numbers[i] in ids]
+
+    def take_unreachable(self):
+        """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
+        return onion_volume_take_unreachable(self._volume)
 
     def map_dead_ratio(self):
         """Return the share of the head's log that a rewrite would save, 0.0 to 1.0."""

@@ -84,7 +84,8 @@ def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
         return
     try:
         if row.wipe == "zero":
-            wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+            result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+            store.note_unreachable(result.bytes_unreachable)
         if unlink:
             path.unlink()
     finally:
@@ -111,7 +112,8 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
     try:
         ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
         if len(ranges):
-            wipe(descriptor, ranges, zero=row.wipe == "zero", punch=True)
+            result = wipe(descriptor, ranges, zero=row.wipe == "zero", punch=True)
+            store.note_unreachable(result.bytes_unreachable)
     finally:
         os.close(descriptor)
     return True

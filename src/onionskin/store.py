@@ -4,6 +4,7 @@ What must hold: a writer of a volume holds its lock; a handle holds shared locks
 it trusts the catalog; what is freed goes through `pending`. Nothing here touches block data.
 """
 
+import logging
 import os
 import threading
 import weakref
@@ -46,7 +47,7 @@ from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError
 from onionskin.layout import DIRECTORIES, Layout
 from onionskin.locks import STORE_BYTE, ByteLocks, VolumeLock, volume_holder
 from onionskin.names import check_name
-from onionskin.sizes import parse_size
+from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
     Snapshot,
     descendants,
@@ -62,6 +63,8 @@ from onionskin.volume import Volume
 if TYPE_CHECKING:
     from onionskin._volume import DataPath
     from onionskin.layering import Layering
+
+_log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 8 << 20
 WIPE_POLICIES = ("release", "zero")
@@ -103,6 +106,12 @@ class Store:
     create : bool
         Whether to make a store where there is none. False: VolumeNotFoundError is raised.
 
+    Attributes
+    ----------
+    unreachable_bytes : int
+        Bytes that were overwritten through this handle with policy `zero`, and whose old contents may still be on the
+        medium: on a copy-on-write file system, or where other files share the blocks. The first time it is logged too.
+
     Notes
     -----
     A context manager. Any thread may call it; another process may have the same store open. After a fork the child
@@ -113,6 +122,9 @@ class Store:
         self.path: Path = Path(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
+        # Wiped through this handle with policy `zero`, and not reached by it: see `note_unreachable`.
+        self.unreachable_bytes: int = 0
+        self._counting = threading.Lock()
         self._background = Background(self._work, "onionskin pending work")
         # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
         self.unnamed_files: threading.RLock = threading.RLock()
@@ -537,6 +549,19 @@ class Store:
     def finish_work(self) -> None:
         """Wait for the background to be done."""
         self._background.finish()
+
+    def note_unreachable(self, count: int) -> None:
+        """Count bytes that a wipe overwrote and did not reach, and say so in the log, the first time."""
+        with self._counting:
+            first = count and not self.unreachable_bytes
+            self.unreachable_bytes += count
+        if first:
+            _log.warning(
+                "%s: a wipe overwrote %s whose old contents may still be on the medium, since the file system writes "
+                "elsewhere or other files share the blocks; keep the store on ext4 or XFS, or encrypt the device",
+                self.path,
+                format_size(count),
+            )
 
     def with_reserve(self, change: Callable[[], object]) -> None:
         """Run a change that frees space; where the disk is too full for it, give the reserve up and try again."""

@@ -274,6 +274,7 @@ class Volume:
 
     def scrub_freed(self) -> None:
         """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
+        self.store.note_unreachable(self.path.take_unreachable())
         wanted = self.path.scrub_wanted()
         if wanted:
             self.store.scrub(wanted, self.wipe)

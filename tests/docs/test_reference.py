@@ -12,8 +12,8 @@ REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 # Members without an underscore that are for the other modules of the package.
 INTERNAL = {
     "Store": {
-        *("add_scrubs", "after_fork", "finish_work", "forget", "in_transaction", "open_volumes", "path_of_head"),
-        *("scrub", "set_head", "wake", "with_reserve", "work_soon"),
+        *("add_scrubs", "after_fork", "finish_work", "forget", "in_transaction", "note_unreachable"),
+        *("open_volumes", "path_of_head", "scrub", "set_head", "wake", "with_reserve", "work_soon"),
     },
     "Volume": {
         *("after_fork", "lock_what_is_read", "locks", "merge_ended", "operation", "prepare_if_wanted"),
