@@ -53,4 +53,4 @@ def load_layer(store: "Store", layer: LayerRow) -> Iterator[LayerMap]:
 def map_is_used(store: "Store", layer: LayerRow) -> bool:
     """Whether a layer changes anything over what is below it."""
     with load_layer(store, layer) as layer_map:
-        return len(layer_map.runs()) > 0
+        return layer_map.count() != (0, 0)

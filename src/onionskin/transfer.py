@@ -13,17 +13,17 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin import pending
 from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, new_id
 from onionskin.chain import Chain, open_chain, read_chain
+from onionskin.later import dtypes
 from onionskin.layermaps import empty_map
 
 if TYPE_CHECKING:
+    import numpy
     import numpy.typing
 
     from onionskin._volume import DataPath
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from onionskin.volume import Progress, Volume
 
     Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.later import numpy
 
 HEADER_BYTES = 4096
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
-EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 _BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
-_PIECE_DTYPE = numpy.dtype([("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")])
-_COPY_DTYPE = numpy.dtype(EXTENT_FIELDS)
+_PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
 
 
 def extents(volume: "Volume") -> "Array":
     """Return (offset, length, state) of what is DATA (1) or ZERO (2) in the layers, clipped to the size."""
     runs = volume.path.runs()
-    out = numpy.empty(len(runs), dtype=EXTENT_DTYPE)
+    out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
     for name in ("offset", "length", "state"):
         out[name] = runs[name]
     if len(out):
@@ -106,7 +106,7 @@ def copy_runs(
     """Copy what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
     runs = path.runs()
     ends = numpy.minimum(runs["offset"] + runs["length"], size_bytes)
-    table = numpy.empty(len(runs), dtype=_COPY_DTYPE)
+    table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
     table["source"] = -1
     table["destination"] = destination
     table["destination_offset"] = runs["offset"]
@@ -198,7 +198,7 @@ def _base_extents(base_path: str, base_bytes: int, destination: int, source: int
     ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
     starts, ends = numpy.minimum(starts, base_bytes), numpy.minimum(ends, base_bytes)
     keep = ends > starts
-    table = numpy.empty(int(keep.sum()), dtype=_COPY_DTYPE)
+    table = numpy.empty(int(keep.sum()), dtype=EXTENT_FIELDS)
     table["source"], table["destination"] = source, destination
     table["source_offset"] = table["destination_offset"] = starts[keep]
     table["length"] = (ends - starts)[keep]
@@ -338,7 +338,7 @@ def _flat_pieces(path: "DataPath", chain: Chain) -> "Array":
     hidden = run >= 0
     is_data = hidden & (runs["state"][run] == 1) if len(runs) else hidden
     keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
-    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_DTYPE)
+    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_FIELDS)
     pieces["first"], pieces["end"] = first[keep], end[keep]
     pieces["segment"] = _BASE
     inside, run = is_data[keep], run[is_data]
@@ -358,7 +358,7 @@ def _copy_pieces(
 ) -> None:
     """Copy pieces of the disk behind each other, from the given slots on."""
     block_size, from_base = path.block_size, pieces["segment"] == _BASE
-    table = numpy.empty(len(pieces), dtype=_COPY_DTYPE)
+    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
     table["source"], table["destination"] = -1, descriptor
     table["destination_offset"] = HEADER_BYTES + slots * block_size
     table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
