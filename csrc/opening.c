@@ -135,7 +135,7 @@ static int replay_record(struct replay *replay, const struct onion_record *recor
     case ONION_RECORD_SIZE:
         replay->has_size = 1;
         replay->size_bytes = record->block_index;
-        return record->block_index > ONION_VOLUME_BYTES_MAX ? ONION_E_FORMAT : 0;
+        return 0;
     case ONION_RECORD_DATA:
         if (!replay->number_of[record->segment])
             return ONION_E_FORMAT;
@@ -190,8 +190,6 @@ static int replay_layer(struct replay *replay, const unsigned char *bytes, uint6
     }
     replay->has_size = layer.has_size;
     replay->size_bytes = layer.size_bytes;
-    if (status == 0 && layer.has_size && layer.size_bytes > ONION_VOLUME_BYTES_MAX)
-        status = ONION_E_FORMAT;
     onion_layer_destroy(&layer);
     return status == 0 ? end : status;
 }

@@ -38,6 +38,7 @@ cdef extern from "blockmap.h" nogil:
 
 
 cdef extern from "maplog.h" nogil:
+    const uint64_t ONION_VOLUME_BYTES_MAX
     enum:
         ONION_E_FORMAT
         ONION_E_VERSION
@@ -469,7 +470,7 @@ cdef class LayerMap:
             It could not be written: no room, for one.
         """
         self._check_open()
-        if size_bytes is not None and not 0 <= size_bytes < 1 << 63:
+        if size_bytes is not None and not 0 <= size_bytes <= ONION_VOLUME_BYTES_MAX:
             raise ValueError(f"{size_bytes} is no size of a volume")
         path = os.fspath(path)
         header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
