@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from onionskin._maplog import LayerMap
-from onionskin.catalog import LayerRow
-from onionskin.chain import SIZE_BYTES_MAX
+from onionskin.catalog import SIZE_BYTES_MAX, LayerRow
 
 if TYPE_CHECKING:
     from onionskin.store import Store

@@ -19,6 +19,7 @@ from onionskin import forks, gathering, merging, pending
 from onionskin import usage as usages
 from onionskin.barriers import sync_directory
 from onionskin.catalog import (
+    SIZE_BYTES_MAX,
     BaseRow,
     Catalog,
     LayerRow,
@@ -29,7 +30,6 @@ from onionskin.catalog import (
     new_id,
 )
 from onionskin.chain import (
-    SIZE_BYTES_MAX,
     NewHead,
     base_row,
     check_base,
