@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "test"]
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHON_FILES = ("src", "tests", "bench", "tools", "setup.py", "noxfile.py")
+PYTHON_FILES = ("src", "tests", "bench", "tools", "examples", "setup.py", "noxfile.py")
 
 
 @nox.session
@@ -49,7 +49,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
-    """Fuzz the C decoders, each for a minute; ``-- SECONDS`` for longer. Wants clang."""
+    """Fuzz what reads bytes of others, each for a minute; ``-- SECONDS`` for longer. Wants clang."""
     session.run("bash", "tools/fuzz.sh", *(session.posargs or ["60"]), external=True)
 
 
