@@ -42,6 +42,14 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def parallel(session: nox.Session) -> None:
+    """Tests that share nothing, each in four threads at once; arguments go to pytest."""
+    session.install(".[test]", "pytest-run-parallel>=0.10,<1")
+    tests = session.posargs or ["-m", "not slow and not thread_unsafe", "tests/unit", "tests/format"]
+    session.run("pytest", "--parallel-threads=4", "--iterations=1", *tests)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """The C kernels alone under the sanitizers; ``-- DIRECTORY thread`` for the thread sanitizer."""
     session.run("bash", "tools/check_kernels.sh", *session.posargs, external=True)
