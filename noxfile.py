@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "test"]
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "setup.py", "noxfile.py")
+PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "examples", "setup.py", "noxfile.py")
 
 
 @nox.session
@@ -53,6 +53,14 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def parallel(session: nox.Session) -> None:
+    """Tests that share nothing, each in four threads at once; arguments go to pytest."""
+    session.install(".[test]", "pytest-run-parallel>=0.10,<1")
+    tests = session.posargs or ["-m", "not slow and not thread_unsafe", "tests/unit", "tests/format"]
+    session.run("pytest", "--parallel-threads=4", "--iterations=1", *tests)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """The C kernels alone under the sanitizers; ``-- DIRECTORY thread`` for the thread sanitizer."""
     session.run("bash", "tools/check_kernels.sh", *session.posargs, external=True)
@@ -60,7 +68,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
-    """Fuzz the C decoders, each for a minute; ``-- SECONDS`` for longer. Wants clang."""
+    """Fuzz what reads bytes of others, each for a minute; ``-- SECONDS`` for longer. Wants clang."""
     session.run("bash", "tools/fuzz.sh", *(session.posargs or ["60"]), external=True)
 
 

@@ -157,7 +157,7 @@ static int record_is_sound(const struct onion_record *record, uint64_t block_lim
     case ONION_RECORD_SEGMENT:
         return segment_is_possible(record);
     case ONION_RECORD_SIZE:
-        return record->block_index <= INT64_MAX && record->block_count == 0 && record->slot == 0 &&
+        return record->block_index <= ONION_VOLUME_BYTES_MAX && record->block_count == 0 && record->slot == 0 &&
                record->segment == 0;
     default:
         return 0;

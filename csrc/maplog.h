@@ -53,6 +53,8 @@
 #define ONION_RECORD_BYTES 24u
 #define ONION_UUID_BYTES 16
 
+#define ONION_VOLUME_BYTES_MAX (1ull << 46) /* 64 TiB: no SIZE record names more */
+
 struct onion_header {
     uint32_t version;
     uint32_t block_size;

@@ -17,6 +17,8 @@
 #include "layermap.h"
 #include "volume_state.h"
 
+#define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
+
 /* ---- the base ---- */
 
 int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out) {
@@ -135,7 +137,7 @@ static int replay_record(struct replay *replay, const struct onion_record *recor
     case ONION_RECORD_SIZE:
         replay->has_size = 1;
         replay->size_bytes = record->block_index;
-        return record->block_index > ONION_VOLUME_BYTES_MAX ? ONION_E_FORMAT : 0;
+        return 0;
     case ONION_RECORD_DATA:
         if (!replay->number_of[record->segment])
             return ONION_E_FORMAT;
@@ -168,30 +170,57 @@ static int replay_log(struct replay *replay, const unsigned char *bytes, uint64_
     return status;
 }
 
+/* The SEGMENT records between two offsets, all of frames that are sound. */
+static int replay_segments(struct replay *replay, const unsigned char *bytes, uint64_t offset, uint64_t end) {
+    struct onion_log_cursor cursor = {.offset = offset};
+    const unsigned char *records;
+    uint32_t count;
+    int status = 0;
+    while (status == 0 && onion_log_next(bytes, end, &cursor, &records, &count) == 1)
+        for (uint32_t i = 0; i < count && status == 0; i++, records += ONION_RECORD_BYTES) {
+            struct onion_record record;
+            if (onion_record_decode(records, UINT64_MAX, &record) == 0 && record.kind == ONION_RECORD_SEGMENT)
+                status = replay_segment(replay, &record);
+        }
+    return status;
+}
+
+/* Puts all runs of a layer into the build. */
+static int replay_runs(struct replay *replay, const struct onion_layer *layer) {
+    struct onion_volume *volume = replay->volume;
+    uint32_t *index_of = calloc(layer->segment_count + 1, sizeof *index_of);
+    if (!index_of)
+        return -ENOMEM;
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        index_of[k + 1] = onion_volume_find_segment(volume, layer->segment_ids[k]);
+    struct onion_run run = {0, 0, 0};
+    int status = 0;
+    while (status == 0 &&
+           onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run)) {
+        onion_place place = run.place;
+        if (onion_place_is_data(place))
+            place = onion_place_make(index_of[onion_place_segment(place)], onion_place_slot(place));
+        status = onion_build_put(&volume->build, run.block_index, run.block_count, place);
+    }
+    free(index_of);
+    return status;
+}
+
 /* The same for a log with HOLE records that stands over something. */
 static int replay_layer(struct replay *replay, const unsigned char *bytes, uint64_t length,
                         struct onion_log_cursor *cursor, uint64_t *fault_offset) {
     struct onion_volume *volume = replay->volume;
     struct onion_layer layer;
+    uint64_t first = cursor->offset;
     int status = onion_layer_init(&layer, ONION_VOLUME_BYTES_MAX >> volume->block_shift, volume->block_shift);
     int end = status == 0 ? onion_layer_load(&layer, bytes, length, cursor, fault_offset) : status;
     status = end == ONION_E_TORN ? 0 : end;
-    for (uint32_t k = 0; k < layer.segment_count && status == 0; k++) {
-        struct onion_record record = onion_record_segment((uint16_t)(k + 1), layer.segment_ids[k]);
-        status = replay_segment(replay, &record);
-    }
-    struct onion_run run = {0, 0, 0};
-    while (status == 0 &&
-           onion_map_next(&layer.map, run.block_index + run.block_count, layer.map.block_count, &run)) {
-        onion_place place = run.place;
-        if (onion_place_is_data(place))
-            place = onion_place_make(replay->number_of[onion_place_segment(place)], onion_place_slot(place));
-        status = onion_build_put(&volume->build, run.block_index, run.block_count, place);
-    }
+    if (status == 0) /* by the log's own numbers, which a head goes on with */
+        status = replay_segments(replay, bytes, first, cursor->offset);
+    if (status == 0)
+        status = replay_runs(replay, &layer);
     replay->has_size = layer.has_size;
     replay->size_bytes = layer.size_bytes;
-    if (status == 0 && layer.has_size && layer.size_bytes > ONION_VOLUME_BYTES_MAX)
-        status = ONION_E_FORMAT;
     onion_layer_destroy(&layer);
     return status == 0 ? end : status;
 }
@@ -314,6 +343,8 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     }
     if (status == 0)
         status = replay_bytes(replay, bytes, length, &log->cursor, &fault);
+    if ((status == 0 || status == ONION_E_TORN) && replay->numbers_given > ONION_SEGMENT_LAST - NUMBERS_LEFT_MIN)
+        status = ONION_E_FORMAT; /* no log of ours: it would have no numbers for the segments to come */
     if (status == ONION_E_TORN)
         status = ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
     free(bytes);

@@ -24,8 +24,6 @@
 #include "maplog.h"
 #include "status.h"
 
-#define ONION_VOLUME_BYTES_MAX (1ull << 46) /* 64 TiB */
-
 struct onion_volume;
 
 struct onion_segment_ref {

@@ -24,6 +24,8 @@ MIB = 1 << 20
 # More than pytest-timeout gives a test: it comes first, but its exception can be swallowed by what it interrupts, and then
 # the test goes on, or waits for ever for what the exception left undone.
 WATCHDOG_SECONDS = 500
+# Modules of tests that count descriptors or threads, send signals, or run programs that take all there is.
+OF_THE_PROCESS = {"test_interrupts", "test_interrupted_changes", "test_examples", "test_imports", "test_deep_chains"}
 _STDERR = pytest.StashKey[IO[str]]()
 Mount = Callable[..., Path]  # (size_bytes: int = the least) -> directory
 
@@ -41,6 +43,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_STDERR].close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tell pytest-run-parallel, where it runs, which tests several threads cannot run at once (`nox -s parallel`).
+
+    Those are all whose fixtures give something: one store for all threads, a patch, the state of the process.
+    """
+    if not config.pluginmanager.hasplugin("run-parallel"):
+        return
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        given = set(item.callspec.params) if hasattr(item, "callspec") else set()
+        shares = set(item.fixturenames) - given - {"tmp_path"}
+        if shares or getattr(item.obj, "is_hypothesis_test", False) or item.path.stem in OF_THE_PROCESS:
+            item.add_marker("thread_unsafe")
 
 
 @pytest.hookimpl(wrapper=True)

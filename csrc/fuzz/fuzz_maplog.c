@@ -14,7 +14,7 @@
 
 #define BLOCK_SHIFT 16
 #define BLOCKS 200
-#define SIZE_BYTES_MAX (UINT64_C(1) << 32) /* a log may name any size; only memory is lost by trying it */
+#define SIZE_BYTES_MAX (UINT64_C(1) << 32) /* larger ones, up to 64 TiB, only take time */
 
 static void check(int holds) {
     if (!holds)

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 
 HOLE: int
 ZERO: int
-RUN_DTYPE: np.dtype[np.void]
 SEGMENT_NUMBERS: int
 
 class BlockMap:

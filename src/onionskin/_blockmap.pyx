@@ -4,9 +4,9 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 import os
 
-import numpy as np
-
 from onionskin.errors import StateError
+from onionskin.later import dtypes
+from onionskin.later import numpy as np
 
 cdef extern from "blockmap.h" nogil:
     ctypedef uint64_t onion_place
@@ -45,7 +45,6 @@ cdef extern from "mapbuild.h" nogil:
 
 HOLE = int(ONION_PLACE_HOLE)
 ZERO = int(ONION_PLACE_ZERO)
-RUN_DTYPE = np.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("place", "<u8")])
 SEGMENT_NUMBERS = 1 << 16
 
 
@@ -131,14 +130,14 @@ cdef class BlockMap:
         return (run.block_index, run.block_count, run.place) if found else None
 
     def runs(self):
-        """Return all runs that are not HOLE, as an ndarray of ``RUN_DTYPE`` in block order."""
+        """Return all runs that are not HOLE, as an ndarray of dtypes.PLACE_RUN in block order."""
         cdef onion_run run
         self.check_open()
         found = []
         run.block_index = run.block_count = 0
         while onion_map_next(&self.map, run.block_index + run.block_count, self.map.block_count, &run):
             found.append((run.block_index, run.block_count, run.place))
-        return np.array(found, dtype=RUN_DTYPE)
+        return np.array(found, dtype=dtypes.PLACE_RUN)
 
     def lookup_many(self, block_indices):
         """Return the places of many blocks, in their order, as an ndarray of uint64."""

@@ -15,11 +15,6 @@ PLACE_HOLE: int
 PLACE_ZERO: int
 STATE_DATA: int
 STATE_ZERO: int
-RUN_DTYPE: np.dtype[np.void]
-OWNER_RUN_DTYPE: np.dtype[np.void]
-STRETCH_DTYPE: np.dtype[np.void]
-SLOT_DTYPE: np.dtype[np.void]
-RECORD_DTYPE: np.dtype[np.void]
 
 class Header(NamedTuple):
     """What the header of a file of the store says."""

@@ -9,10 +9,11 @@ import contextlib
 import os
 from typing import NamedTuple
 
-import numpy as np
-
 from onionskin.errors import FormatError, StateError
+from onionskin.later import dtypes
+from onionskin.later import numpy as np
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -39,6 +40,7 @@ cdef extern from "blockmap.h" nogil:
 
 
 cdef extern from "maplog.h" nogil:
+    const uint64_t ONION_VOLUME_BYTES_MAX
     enum:
         ONION_E_FORMAT
         ONION_E_VERSION
@@ -140,36 +142,6 @@ PLACE_HOLE = ONION_PLACE_HOLE
 PLACE_ZERO = ONION_PLACE_ZERO
 STATE_DATA = 1
 STATE_ZERO = 2
-
-RUN_DTYPE = np.dtype(
-    {
-        "names": ["block_index", "block_count", "state", "segment", "slot"],
-        "formats": ["<u8", "<u8", "u1", "<u2", "<u4"],
-        "offsets": [0, 8, 16, 18, 20],
-        "itemsize": 24,
-    }
-)
-OWNER_RUN_DTYPE = np.dtype(
-    {
-        "names": ["block_index", "block_count", "owner", "state"],
-        "formats": ["<u8", "<u8", "<u4", "u1"],
-        "offsets": [0, 8, 16, 20],
-        "itemsize": 24,
-    }
-)
-STRETCH_DTYPE = np.dtype([("block_index", "<u8"), ("block_count", "<u8")])
-SLOT_DTYPE = np.dtype([("slot", "<u8"), ("count", "<u8")])
-RECORD_DTYPE = np.dtype(
-    [
-        ("block_index", "<u8"),
-        ("block_count", "<u4"),
-        ("slot", "<u4"),
-        ("kind", "<u2"),
-        ("segment", "<u2"),
-        ("reserved", "<u4"),
-    ]
-)
-
 # A map of this many bytes has 2.8 thousand million records: beyond any that is compacted when it should be.
 _MAP_BYTES_MAX = 64 << 30
 # Records in one frame of a compact log: bounds the memory that writing one takes.
@@ -196,7 +168,7 @@ class Frame(NamedTuple):
     sequence: int
     salt: int
     crc: int
-    records: np.ndarray
+    records: object
 
 
 cdef object _array_data(object array):
@@ -318,7 +290,7 @@ def decode_log(data, *, path="map log"):
             status = onion_log_next(&view[0], length, &cursor, &records, &count)
         if status != 1:
             break
-        array = np.frombuffer(data, RECORD_DTYPE, count, start + onion_frame_bytes(0))
+        array = np.frombuffer(data, dtypes.RECORD, count, start + onion_frame_bytes(0))
         array.flags.writeable = False
         frames.append(Frame(start, cursor.sequence, cursor.salt, cursor.crc, array))
     if status < 0 and status != ONION_E_TORN:
@@ -335,7 +307,7 @@ def _log_fault(path, offset, status):
 
 
 def _read_map_file(path, length):
-    """Read a map file, or its first ``length`` bytes, into an array of bytes."""
+    """Read a map file, or its first ``length`` bytes, into a bytearray."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if length is not None and size < length:
@@ -345,7 +317,7 @@ def _read_map_file(path, length):
         wanted = size if length is None else length
         if wanted > _MAP_BYTES_MAX:
             raise FormatError(f"{path}: {wanted} bytes are too many for a block map. {_ADVICE}")
-        data = np.empty(wanted, np.uint8)
+        data = bytearray(wanted)
         done = 0
         while done < wanted:
             got = file.readinto(memoryview(data)[done:])
@@ -355,11 +327,11 @@ def _read_map_file(path, length):
     return data
 
 
-def _header_is_torn(data, map_id, block_size):
+cdef bint _header_is_torn(bytearray data, map_id, block_size) except -1:
     """Whether a crash left this file before its header was synced."""
     cdef onion_header expected
     cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
-    cdef const unsigned char *start = <const unsigned char *><size_t>_array_data(data)
+    cdef const unsigned char *start = <const unsigned char *>PyByteArray_AS_STRING(data)
     cdef const unsigned char *records
     cdef uint32_t count
     cdef uint64_t length = len(data)
@@ -493,9 +465,9 @@ cdef class LayerMap:
         _check_sealed(path, (length, frames, crc), (self.map_length, self.map_frames, self.map_crc))
         return self
 
-    def _apply(self, path, data, sealed):
+    def _apply(self, path, bytearray data, sealed):
         cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
-        cdef const unsigned char *start = <const unsigned char *><size_t>_array_data(data)
+        cdef const unsigned char *start = <const unsigned char *>PyByteArray_AS_STRING(data)
         cdef uint64_t length = len(data)
         cdef uint64_t fault = 0
         cdef int status
@@ -535,7 +507,7 @@ cdef class LayerMap:
             It could not be written: no room, for one.
         """
         self._check_open()
-        if size_bytes is not None and not 0 <= size_bytes < 1 << 63:
+        if size_bytes is not None and not 0 <= size_bytes <= ONION_VOLUME_BYTES_MAX:
             raise ValueError(f"{size_bytes} is no size of a volume")
         path = os.fspath(path)
         header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
@@ -621,13 +593,13 @@ cdef class LayerMap:
         return onion_map_lookup(&self._layer.map, block_index)
 
     def runs(self):
-        """Return all runs that are not HOLE, in order, as an array of RUN_DTYPE."""
+        """Return all runs that are not HOLE, in order, as an array of dtypes.LAYER_RUN."""
         cdef uint64_t count
         cdef onion_layer_run *out
         self._check_open()
         with nogil:
             count = onion_layer_runs(&self._layer, NULL)
-        array = np.zeros(count, RUN_DTYPE)
+        array = np.zeros(count, dtypes.LAYER_RUN)
         out = <onion_layer_run *><size_t>_array_data(array)
         if count:
             with nogil:
@@ -653,14 +625,14 @@ cdef class LayerMap:
         return count
 
     def touched(self, LayerMap other not None):
-        """Return the blocks that are not HOLE here or in ``other``: sorted, joined, as an array of STRETCH_DTYPE."""
+        """Return the blocks that are not HOLE here or in ``other``: sorted, joined, as an array of dtypes.STRETCH."""
         cdef uint64_t count
         cdef onion_stretch *out
         self._check_open()
         other._check_open()
         with nogil:
             count = onion_layer_touched(&self._layer, &other._layer, NULL)
-        array = np.empty(count, STRETCH_DTYPE)
+        array = np.empty(count, dtypes.STRETCH)
         out = <onion_stretch *><size_t>_array_data(array)
         if count:
             with nogil:
@@ -668,7 +640,7 @@ cdef class LayerMap:
         return array
 
     def live_slots(self, segment):
-        """Return the slots of a segment that the map names: sorted, joined, as an array of SLOT_DTYPE.
+        """Return the slots of a segment that the map names: sorted, joined, as an array of dtypes.SLOTS.
 
         Empty for a segment that the map does not know.
         """
@@ -677,10 +649,10 @@ cdef class LayerMap:
         cdef uint32_t number = self._numbers.get(segment, 0)
         self._check_open()
         if number == 0:
-            return np.empty(0, SLOT_DTYPE)
+            return np.empty(0, dtypes.SLOTS)
         with nogil:
             count = onion_layer_slots(&self._layer, number, NULL)
-        array = np.empty(count, SLOT_DTYPE)
+        array = np.empty(count, dtypes.SLOTS)
         out = <onion_stretch *><size_t>_array_data(array)
         if count:
             with nogil:
@@ -735,14 +707,18 @@ cdef class LayerMap:
             raise ValueError("a block map cannot be folded into itself")
         if upper.block_size != self.block_size:
             raise ValueError(f"blocks of {upper.block_size} bytes do not fold into blocks of {self.block_size}")
-        numbers = np.zeros(ONION_SEGMENT_LAST + 1, np.uint16)
-        for number, segment in enumerate(upper._segments, 1):
-            numbers[number] = self.add_segment(segment)
-        renumber = <uint16_t *><size_t>_array_data(numbers)
-        with nogil:
-            status = onion_layer_grow(&self._layer, upper._layer.map.block_count)
-            if status == 0:
-                status = onion_map_fold(&self._layer.map, &upper._layer.map, renumber)
+        renumber = <uint16_t *>calloc(ONION_SEGMENT_LAST + 1, sizeof(uint16_t))
+        if renumber == NULL:
+            raise MemoryError("no memory for the numbers of segments")
+        try:
+            for number, segment in enumerate(upper._segments, 1):
+                renumber[number] = self.add_segment(segment)
+            with nogil:
+                status = onion_layer_grow(&self._layer, upper._layer.map.block_count)
+                if status == 0:
+                    status = onion_map_fold(&self._layer.map, &upper._layer.map, renumber)
+        finally:
+            free(renumber)
         if status < 0:
             raise MemoryError("no memory for the index")
         if upper._layer.has_size:
@@ -768,7 +744,7 @@ cdef class LayerMap:
         ----------
         segment, new_segment : bytes
             Ids. The map must know the first; the second joins ``segments``.
-        slots : array of SLOT_DTYPE
+        slots : array of dtypes.SLOTS
             As ``live_slots`` returns it: sorted, without overlaps.
         new_slots : array of uint64
             For each entry of ``slots`` its first slot in ``new_segment``.
@@ -789,7 +765,7 @@ cdef class LayerMap:
             raise ValueError(f"segment {segment.hex()} is not in this map")
         if segment == new_segment:
             raise ValueError(f"segment {segment.hex()} cannot be gathered into itself")
-        slots = np.ascontiguousarray(slots, SLOT_DTYPE)
+        slots = np.ascontiguousarray(slots, dtypes.SLOTS)
         new_slots = np.ascontiguousarray(new_slots, np.uint64)
         _check_slots(slots, new_slots)
         new_number = self.add_segment(new_segment)
@@ -875,7 +851,7 @@ cdef class OwnerMap:
         if data is None:
             self.laid = owner
             return None
-        start = <const unsigned char *><size_t>_array_data(data)
+        start = <const unsigned char *>PyByteArray_AS_STRING(data)
         count = len(data)
         if self.laid and onion_log_has_holes(start, count, ONION_HEADER_BYTES):
             return self._lay_map(path, map_id, length, frames, crc)
@@ -902,7 +878,7 @@ cdef class OwnerMap:
             layer.close()
 
     def runs(self):
-        """Return the blocks that some layer has, in order, as an array of OWNER_RUN_DTYPE; state 1 DATA, 2 ZERO."""
+        """Return the blocks that some layer has, in order, as an array of dtypes.OWNER_RUN; state 1 DATA, 2 ZERO."""
         cdef uint64_t count
         cdef onion_owner_run *out
         cdef int status
@@ -912,7 +888,7 @@ cdef class OwnerMap:
             count = onion_owners_runs(&self._owners, NULL) if status == 0 else 0
         if status < 0:
             raise MemoryError("no memory for the index")
-        array = np.zeros(count, OWNER_RUN_DTYPE)
+        array = np.zeros(count, dtypes.OWNER_RUN)
         out = <onion_owner_run *><size_t>_array_data(array)
         if count:
             with nogil:

@@ -11,10 +11,9 @@ from libc.stdlib cimport free, malloc
 import os
 import threading
 
-import numpy
-
 from onionskin._volume import DataPath
 from onionskin.errors import StateError
+from onionskin.later import numpy
 
 cdef extern from "nbd.h" nogil:
     struct onion_volume

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 # Whatever has the buffer protocol; a name for it came with Python 3.12.
@@ -13,9 +12,6 @@ _Buffer: TypeAlias = Any
 _Path: TypeAlias = str | os.PathLike[str]
 _Array: TypeAlias = npt.NDArray[Any]
 LowerLayer: TypeAlias = tuple[str, bytes, int, int, int, list[tuple[bytes, int]]]
-
-RUN_DTYPE: np.dtype[np.void]
-SLOTS_DTYPE: np.dtype[np.void]
 
 class Sealed:
     map_length: int

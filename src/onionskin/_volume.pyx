@@ -13,9 +13,8 @@ from libc.string cimport memcpy, memset
 
 import os
 
-import numpy
-
 from onionskin.errors import FormatError, StateError
+from onionskin.later import dtypes, numpy
 
 cdef extern from "sys/mman.h" nogil:
     int munmap(void *address, size_t length)
@@ -125,11 +124,6 @@ cdef extern from "status.h" nogil:
 _VIEW_PIECES_MAX = 4096
 _RUNS_AT_ONCE = 65536
 _ROLES = ("sealed", "adopted", "own")
-
-RUN_DTYPE = numpy.dtype(
-    [("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segment", "<u2"), ("slot", "<u4")]
-)
-SLOTS_DTYPE = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
 
 
 cdef object _damage(int status, object path, object offset):
@@ -548,7 +542,7 @@ cdef class DataPath:
     # ---- the index ----
 
     def runs(self, offset=0, length=None):
-        """Return the runs that are not HOLE as a structured array (RUN_DTYPE), clipped to whole blocks."""
+        """Return the runs that are not HOLE as a structured array (dtypes.RUN), clipped to whole blocks."""
         cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
         cdef uint64_t start = offset // block_size
         cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
@@ -569,12 +563,12 @@ cdef class DataPath:
                     parts.append(self._run_array(raw, count))
         finally:
             free(raw)
-        return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=RUN_DTYPE)
+        return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=dtypes.RUN)
 
     cdef object _run_array(self, onion_run *raw, int64_t count):
         cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
         table = numpy.frombuffer(bytes_, dtype="<u8").reshape(-1, 3)
-        out = numpy.empty(count, dtype=RUN_DTYPE)
+        out = numpy.empty(count, dtype=dtypes.RUN)
         segment = table[:, 2] >> 32
         data = (segment > 0) & (segment < 0xFFFF)
         out["offset"] = table[:, 0] * self.block_size
@@ -613,7 +607,7 @@ cdef class DataPath:
             free(infos)
 
     def live_slots(self, segment):
-        """Return the sorted runs of slots of a segment that are still needed (SLOTS_DTYPE). Waits for writers."""
+        """Return the sorted runs of slots of a segment that are still needed (dtypes.SLOTS). Waits for writers."""
         cdef unsigned char id[16]
         cdef unsigned char *bitmap = NULL
         cdef uint64_t bits = 0
@@ -834,7 +828,7 @@ cdef list _segment_list(const onion_segment_info *infos, uint32_t count):
 def _runs_of_bits(bits):
     """Return (slot, count) of each run of ones."""
     edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([0], bits, [0])).astype(numpy.int8)))
-    out = numpy.empty(len(edges) // 2, dtype=SLOTS_DTYPE)
+    out = numpy.empty(len(edges) // 2, dtype=dtypes.SLOTS)
     out["slot"] = edges[0::2]
     out["count"] = edges[1::2] - edges[0::2]
     return out

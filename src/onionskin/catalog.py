@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from errno import EACCES, EIO, ENOSPC, EROFS
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from onionskin import forks
 from onionskin.barriers import sync_file
@@ -23,6 +23,7 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 1
+SIZE_BYTES_MAX = 1 << 46
 _BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
 _RESTORE = "restore it from a copy of the store"
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
@@ -53,6 +54,73 @@ CREATE TABLE pending (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, target BLOB NOT NULL, lock_byte INTEGER NOT NULL,
     wipe TEXT NOT NULL);
 """
+
+
+def _is_id(column: str) -> str:
+    return f"(typeof({column}) = 'blob' AND length({column}) = 16)"
+
+
+def _is_number(column: str, least: int, most: int = (1 << 62) - 1) -> str:
+    return f"(typeof({column}) = 'integer' AND {column} BETWEEN {least} AND {most})"
+
+
+def _is_text(column: str) -> str:
+    return f"(typeof({column}) = 'text' AND instr({column}, char(0)) = 0)"
+
+
+def _all(*conditions: str) -> str:
+    return f"({' AND '.join(conditions)})"
+
+
+# What each row of a table fulfils. SQLite keeps whatever it was given, and a damaged page or a hostile file anything.
+_SOUND_ROWS = {
+    "store": _all(_is_id("uuid"), _is_number("next_lock_byte", 0), "typeof(stamp) = 'blob'"),
+    "bases": _all(
+        _is_id("id"), _is_text("path"), "length(path) > 0", "typeof(inode) = 'integer'", "typeof(mtime_ns) = 'integer'",
+        _is_number("size_bytes", 0), "(digest IS NULL OR typeof(digest) = 'blob')",
+    ),
+    "layers": _all(
+        _is_id("id"), _is_id("map_id"), "(parent IS NULL OR base IS NULL)",
+        f"block_size IN ({', '.join(map(str, _BLOCK_SIZES))})", "wipe IN ('release', 'zero')",
+        _is_number("size_bytes", 1, SIZE_BYTES_MAX), _is_number("sealed", 0, 1), _is_number("map_lock_byte", 1),
+        _is_number("map_length", 0), _is_number("map_frames", 0), _is_number("map_crc", 0, 0xFFFFFFFF),
+        "typeof(created_ns) = 'integer'",
+    ),
+    "segments": _all(
+        _is_id("id"), _is_id("layer"), "role IN ('own', 'spare', 'sealed')", _is_number("slots", 0, 1 << 32),
+        _is_number("lock_byte", 1),
+    ),
+    "volumes": _all(_is_id("id"), _is_text("name"), _is_id("head"), "typeof(created_ns) = 'integer'"),
+    "snapshots": _all(
+        _is_id("volume"), _is_text("name"), _is_id("layer"), _is_id("guid"), "typeof(created_ns) = 'integer'",
+        _is_text("note"),
+    ),
+    "pending": _all(
+        "kind IN ('map', 'segment', 'scrub', 'base-merge')", _is_id("target"), _is_number("lock_byte", 0),
+        "wipe IN ('release', 'zero')",
+    ),
+}  # fmt: skip
+
+# What the rows together must not be: a query that finds one that is.
+_UNSOUND_WHOLES = {
+    "it has not one row that says which store it is": "SELECT 1 WHERE 1 != (SELECT count(*) FROM store)",
+    "a head names segments that are not there": (
+        "SELECT head FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "
+        "OR NOT EXISTS (SELECT 1 FROM segments WHERE layer = head AND role = 'own')"
+    ),
+    "a head is sealed": "SELECT 1 FROM volumes JOIN layers ON layers.id = head WHERE sealed",
+    "a snapshot names a layer that is not sealed": (
+        "SELECT 1 FROM snapshots JOIN layers ON layers.id = layer WHERE NOT sealed"
+    ),
+    "layers stand on each other in a circle": (
+        "WITH RECURSIVE up(id) AS (SELECT id FROM layers WHERE parent IS NULL "
+        "UNION ALL SELECT layers.id FROM up JOIN layers ON layers.parent = up.id) "
+        "SELECT 1 WHERE (SELECT count(*) FROM up) != (SELECT count(*) FROM layers)"
+    ),
+    "a layer has blocks of another size than what it stands on": (
+        "SELECT 1 FROM layers JOIN layers AS below ON below.id = layers.parent WHERE below.block_size != layers.block_size"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,21 +258,17 @@ class Catalog:
     def _check_references(self) -> None:
         """Refuse a catalog in which rows name others that are not there: all else here trusts that they are."""
         dangling = self._connection.execute("PRAGMA foreign_key_check").fetchone()
-        incomplete = self._connection.execute(
-            "SELECT head FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "
-            "OR NOT EXISTS (SELECT 1 FROM segments WHERE layer = head AND role = 'own')"
-        ).fetchone()
-        impossible = self._connection.execute(
-            f"SELECT 1 FROM layers WHERE block_size NOT IN ({', '.join(map(str, _BLOCK_SIZES))}) "
-            "OR wipe NOT IN ('release', 'zero')"
-        ).fetchone()
-        if impossible:
-            raise FormatError(
-                f"{self.path} is damaged: a layer has a block size or policy that no layer has; {_RESTORE}"
-            )
-        if dangling or incomplete:
-            what = f"a row of {dangling[0]} names a row of {dangling[2]}" if dangling else "a head names segments"
-            raise FormatError(f"{self.path} is damaged: {what} that is not there; {_RESTORE}")
+        if dangling:
+            self._refuse(f"a row of {dangling[0]} names a row of {dangling[2]} that is not there")
+        for table, sound in _SOUND_ROWS.items():
+            if self._connection.execute(f"SELECT 1 FROM {table} WHERE NOT coalesce({sound}, 0)").fetchone():
+                self._refuse(f"a row of {table} has a value that none can have")
+        for what, query in _UNSOUND_WHOLES.items():
+            if self._connection.execute(query).fetchone():
+                self._refuse(what)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise FormatError(f"{self.path} is damaged: {what}; {_RESTORE}")
 
     def sync_found(self) -> None:
         """Make durable what is read: after a crash a commit may be visible that the next power loss would undo.

@@ -16,7 +16,6 @@ from onionskin.layout import Layout
 from onionskin.locks import BaseLock, ByteLocks
 
 LOCK_WAIT_SECONDS = 60.0
-SIZE_BYTES_MAX = 1 << 46
 
 
 @dataclass(frozen=True, slots=True)

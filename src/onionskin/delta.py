@@ -20,10 +20,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NoReturn, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from onionskin.errors import (
     ChainError,
@@ -38,6 +35,12 @@ from onionskin.snapshots import Snapshot
 from onionskin.store import Store
 from onionskin.volume import Volume
 from onionskin.zeros import split_zeros
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from onionskin.later import numpy as np
 
 MAGIC = b"ONIONDLT"
 VERSION = 1
@@ -289,7 +292,7 @@ def _write_records(writer: "_Writer", view: Volume, extents: Extents, progress: 
                 progress(done, total)
 
 
-def _write_piece(writer: "_Writer", offset: int, piece: npt.NDArray[np.uint8], block_size: int) -> None:
+def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]", block_size: int) -> None:
     for start, stop, is_zero in split_zeros(piece, block_size):
         if is_zero:
             writer.zero(offset + start, stop - start)

@@ -1,65 +1,146 @@
-"""A volume as a raw binary file, for code that wants one (`io.BufferedRandom`, parsers of file systems)."""
+"""A volume as a raw binary file, for code that wants one: `io.BufferedRandom`, archives, parsers of file systems.
+
+What must hold: it answers as `open(path, "r+b", buffering=0)` does, on a file that, like a block device, cannot change its
+size: past the end reads find nothing and writes have no room. It has no descriptor.
+"""
 
 import io
+import operator
 import os
-from typing import TYPE_CHECKING, Any
+from errno import EINVAL, ENOSPC
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 
 class DiskFile(io.RawIOBase):
-    """A seekable file of the volume's size. Closing it flushes a writable volume and leaves it open."""
+    """A seekable file of the volume's size, with a position of its own. Made by `Volume.open_file`.
+
+    `flush` and `close` make a writable volume's data durable, and leave the volume open; a file that is only dropped, and
+    collected, flushes nothing. A view of a snapshot can be read only. One thread at a time may use it.
+    """
 
     def __init__(self, volume: "Volume") -> None:
         self._volume = volume
         self._position = 0
+        self._collected = False
+
+    def __del__(self) -> None:
+        """Leave the volume alone: the collector may come in the middle of a snapshot, for which a flush would wait."""
+
+    def _dealloc_warn(self, source: object) -> None:
+        """Note that the close to come is the collector's: the io module says so when it collects a buffer over this."""
+        self._collected = True
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if not self._volume.writable:
+            raise io.UnsupportedOperation("a view of a snapshot cannot be written; open the volume itself")
+
+    def _bytes_left(self) -> int:
+        return max(0, self._volume.size_bytes - self._position)
+
+    @property
+    def mode(self) -> str:
+        """Return "rb+" over a head, "rb" over a view."""
+        return "rb+" if self._volume.writable else "rb"
 
     def readable(self) -> bool:
         """Return True."""
+        self._check_open()
         return True
 
     def writable(self) -> bool:
         """Return whether the volume is a head."""
+        self._check_open()
         return self._volume.writable
 
     def seekable(self) -> bool:
         """Return True."""
+        self._check_open()
         return True
 
     def tell(self) -> int:
         """Return the position in bytes."""
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position, which may pass the end."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._volume.size_bytes}[whence]
-        if start + offset < 0:
-            raise ValueError(f"position {start + offset} is before the start of the disk")
-        self._position = start + offset
-        return self._position
+        """Move the position, which may pass the end; returns it. OSError (EINVAL) before the start."""
+        self._check_open()
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._volume.size_bytes}
+        if whence not in starts:
+            raise OSError(EINVAL, f"whence is SEEK_SET, SEEK_CUR or SEEK_END, not {whence}; Volume.extents finds holes")
+        position = starts[whence] + operator.index(offset)
+        if position < 0:
+            raise OSError(EINVAL, f"position {position} is before the start of the disk")
+        self._position = position
+        return position
 
-    def readinto(self, buffer: Any) -> int:
-        """Read at the position; 0 at the end of the disk."""
-        view = memoryview(buffer).cast("B")
-        length = max(0, min(len(view), self._volume.size_bytes - self._position))
-        if length:
-            self._volume.readinto(self._position, view[:length])
-            self._position += length
+    def read(self, size: "int | None" = -1, /) -> bytes:
+        """Return at most `size` bytes from the position on, all to the end where it is negative or None."""
+        self._check_open()
+        length = self._bytes_left()
+        if size is not None and operator.index(size) >= 0:
+            length = min(length, size)
+        data = self._volume.read(self._position, length) if length else b""
+        self._position += length
+        return data
+
+    def readall(self) -> bytes:
+        """Return all bytes from the position to the end."""
+        return self.read()
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a writable buffer of any format from the position on; returns the bytes read, fewer at the end."""
+        self._check_open()
+        view = memoryview(buffer)
+        if view.readonly:
+            raise TypeError(f"readinto needs a buffer that can be written, not {type(buffer).__name__}")
+        if not 0 < view.nbytes <= self._bytes_left():
+            return io.BytesIO(self.read(view.nbytes)).readinto(buffer)
+        length = self._volume.readinto(self._position, buffer)
+        self._position += length
         return length
 
-    def write(self, data: Any) -> int:
-        """Write at the position; a disk does not grow by writing past its end: what fits is written."""
-        view = memoryview(data).cast("B")
-        length = max(0, min(len(view), self._volume.size_bytes - self._position))
-        if len(view) and not length:
-            raise OSError(28, "the end of the disk is reached: resize it to write more")
-        if length:
-            self._volume.write(self._position, view[:length])
-            self._position += length
+    def write(self, data: Any, /) -> int:
+        """Write at the position; returns the bytes written, of which there are fewer where the end is reached.
+
+        Raises
+        ------
+        OSError
+            ENOSPC: the position is at the end of the disk or behind it, or there is no room for the data.
+        UnsupportedOperation
+            The volume is a view of a snapshot.
+        """
+        self._check_writable()
+        view = memoryview(data)
+        left = self._bytes_left()
+        if view.nbytes == 0:
+            return 0
+        if left == 0:
+            raise OSError(ENOSPC, "the end of the disk is reached; Volume.resize makes it larger")
+        length = self._volume.write(self._position, data if view.nbytes <= left else view.tobytes()[:left])
+        self._position += length
         return length
+
+    def truncate(self, size: "SupportsIndex | None" = None, /) -> int:
+        """Return the size if it is the disk's own; UnsupportedOperation for any other: `Volume.resize` changes it."""
+        self._check_writable()
+        wanted = self._position if size is None else operator.index(size)
+        if wanted != self._volume.size_bytes:
+            raise io.UnsupportedOperation(
+                f"a file does not make a disk of {self._volume.size_bytes} bytes one of {wanted}; use Volume.resize"
+            )
+        return wanted
 
     def flush(self) -> None:
-        """Make what was written durable."""
-        if not self.closed and self._volume.writable and not self._volume.closed:
+        """Make what was written durable, here and through the volume."""
+        self._check_open()
+        if self._volume.writable and not self._volume.closed and not self._collected:
             self._volume.flush()

@@ -9,8 +9,6 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin import merging, pending
 from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
@@ -20,11 +18,14 @@ from onionskin.layermaps import load_layer
 from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
+    import numpy
     import numpy.typing
 
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.later import numpy
 
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16

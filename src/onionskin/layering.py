@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from onionskin._maplog import OwnerMap
-from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
-from onionskin.chain import SIZE_BYTES_MAX, Chain, check_base, lock_chain, pending_base_merges, read_chain
+from onionskin.catalog import SIZE_BYTES_MAX, LayerRow, SnapshotRow, VolumeRow
+from onionskin.chain import Chain, check_base, lock_chain, pending_base_merges, read_chain
 from onionskin.errors import ChainError, StateError
 from onionskin.images import data_ranges
 from onionskin.layermaps import lay_map

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from onionskin._maplog import LayerMap, OwnerMap
-from onionskin.catalog import LayerRow
-from onionskin.chain import SIZE_BYTES_MAX
+from onionskin.catalog import SIZE_BYTES_MAX, LayerRow
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -69,4 +68,4 @@ def load_layer(store: "Store", layer: LayerRow) -> Iterator[LayerMap]:
 def map_is_used(store: "Store", layer: LayerRow) -> bool:
     """Whether a layer changes anything over what is below it."""
     with load_layer(store, layer) as layer_map:
-        return len(layer_map.runs()) > 0
+        return layer_map.count() != (0, 0)

@@ -179,7 +179,7 @@ class VolumeLock:
                     "or open one of its snapshots instead"
                 )
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()} {_start_ticks(os.getpid())}\n".encode(), 0)
+            os.pwrite(self._descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
         except BaseException:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -227,7 +227,7 @@ def _read_holder(descriptor: int) -> Holder:
     return Holder(int(fields[0]), int(fields[1]))
 
 
-def _start_ticks(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """When a process began, in clock ticks since the machine did: tells it from a later one with the same id."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

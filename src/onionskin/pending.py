@@ -11,9 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
-import numpy.typing
-
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
 from onionskin.errors import OnionskinError
@@ -21,7 +18,12 @@ from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
 if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
     from onionskin.store import Store
+else:
+    from onionskin.later import numpy
 
 HEADER_BYTES = 4096
 _FILE_KINDS = ("map", "segment")

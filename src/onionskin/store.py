@@ -21,6 +21,7 @@ from onionskin import usage as usages
 from onionskin.background import Background
 from onionskin.barriers import sync_directory
 from onionskin.catalog import (
+    SIZE_BYTES_MAX,
     BaseRow,
     Catalog,
     LayerRow,
@@ -31,7 +32,6 @@ from onionskin.catalog import (
     new_id,
 )
 from onionskin.chain import (
-    SIZE_BYTES_MAX,
     NewHead,
     base_row,
     check_base,

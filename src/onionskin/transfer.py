@@ -4,7 +4,10 @@ What must hold: a destination is written under the exclusive use of whoever call
 The loops run in C: here are only tables of extents.
 """
 
+import fcntl
 import os
+import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,17 +16,17 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin import pending
 from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, new_id
 from onionskin.chain import Chain, open_chain, read_chain
+from onionskin.later import dtypes
 from onionskin.layermaps import empty_map
 
 if TYPE_CHECKING:
+    import numpy
     import numpy.typing
 
     from onionskin._volume import DataPath
@@ -31,20 +34,21 @@ if TYPE_CHECKING:
     from onionskin.volume import Progress, Volume
 
     Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.later import numpy
 
 HEADER_BYTES = 4096
+_FICLONERANGE = 0x4020940D
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
-EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 _BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
-_PIECE_DTYPE = numpy.dtype([("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")])
-_COPY_DTYPE = numpy.dtype(EXTENT_FIELDS)
+_PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
 
 
 def extents(volume: "Volume") -> "Array":
     """Return (offset, length, state) of what is DATA (1) or ZERO (2) in the layers, clipped to the size."""
     runs = volume.path.runs()
-    out = numpy.empty(len(runs), dtype=EXTENT_DTYPE)
+    out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
     for name in ("offset", "length", "state"):
         out[name] = runs[name]
     if len(out):
@@ -106,7 +110,7 @@ def copy_runs(
     """Copy what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
     runs = path.runs()
     ends = numpy.minimum(runs["offset"] + runs["length"], size_bytes)
-    table = numpy.empty(len(runs), dtype=_COPY_DTYPE)
+    table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
     table["source"] = -1
     table["destination"] = destination
     table["destination_offset"] = runs["offset"]
@@ -177,6 +181,39 @@ def _by_segments(table: "Array", segment: "Array", paths: dict[int, Path]) -> "I
         yield part, descriptors
 
 
+def _check_room_for_copy(volume: "Volume", chain: Chain, directory: Path) -> None:
+    """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
+    pieces = _flat_pieces(volume.path, chain)
+    lengths = (pieces["end"] - pieces["first"]) * volume.path.block_size
+    system = os.statvfs(directory)
+    needed, room = int(lengths.sum()), system.f_bavail * system.f_frsize
+    if needed > room and volume.wipe == "release":
+        is_base = pieces["segment"] == _BASE
+        needed = 0
+        if is_base.any() and chain.base and not _can_reflink(Path(chain.base.path), directory):
+            needed += int(lengths[is_base].sum())
+        numbers = set(pieces["segment"][~is_base].tolist())
+        paths = [
+            volume.store.layout.segment_file(id) for number, id, _, _ in volume.path.segments() if number in numbers
+        ]
+        if paths and not _can_reflink(paths[0], directory):
+            needed += int(lengths[~is_base].sum())
+    if needed > room:
+        raise OSError(
+            ENOSPC, f"the copy needs {needed} bytes, and the file system has {room}; free some room", str(directory)
+        )
+
+
+def _can_reflink(source: Path, directory: Path) -> bool:
+    """Whether a file in a directory can share blocks with another: by trying it with one."""
+    with source.open("rb") as file, tempfile.TemporaryFile(dir=directory) as probe:
+        try:
+            fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", file.fileno(), 0, HEADER_BYTES, 0))
+        except OSError:
+            return False
+        return True
+
+
 def check_room(store: "Store", folded: Chain) -> None:
     """Refuse a merge into the base for which its file system has no room."""
     assert folded.base is not None
@@ -198,7 +235,7 @@ def _base_extents(base_path: str, base_bytes: int, destination: int, source: int
     ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
     starts, ends = numpy.minimum(starts, base_bytes), numpy.minimum(ends, base_bytes)
     keep = ends > starts
-    table = numpy.empty(int(keep.sum()), dtype=_COPY_DTYPE)
+    table = numpy.empty(int(keep.sum()), dtype=EXTENT_FIELDS)
     table["source"], table["destination"] = source, destination
     table["source_offset"] = table["destination_offset"] = starts[keep]
     table["length"] = (ends - starts)[keep]
@@ -222,13 +259,14 @@ def copy_base(path: "DataPath", chain: Chain, destination: int, size_bytes: int,
 def export(volume: "Volume", target: str, *, progress: "Progress | None") -> None:
     """Write the disk to a raw image file. See `Volume.export`."""
     draft = f"{target}.{os.getpid()}.part"
+    layer = volume.head if volume.writable else volume.store.catalog.layer(volume.head).id
+    chain = read_chain(volume.store.catalog, layer)
+    _check_room_for_copy(volume, chain, Path(target).absolute().parent)
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         size_bytes = volume.size_bytes
         os.ftruncate(descriptor, size_bytes)
         reflink = volume.wipe == "release"
-        layer = volume.head if volume.writable else volume.store.catalog.layer(volume.head).id
-        chain = read_chain(volume.store.catalog, layer)
         copy_base(volume.path, chain, descriptor, size_bytes, reflink=reflink)
         copy_runs(volume.store, volume.path, descriptor, size_bytes, reflink=reflink, punch=True, progress=progress)
         sync_file(descriptor)  # BARRIER: exported image
@@ -250,6 +288,7 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
     store, catalog = volume.store, volume.store.catalog
     if _stands_alone(catalog, volume.head):
         return
+    _check_room_for_copy(volume, read_chain(catalog, volume.head), store.layout.segments)
     old = volume.seal(lambda: None, lambda layer, created_ns: None)
     segment, map_id = new_id(), new_id()
     try:
@@ -338,7 +377,7 @@ def _flat_pieces(path: "DataPath", chain: Chain) -> "Array":
     hidden = run >= 0
     is_data = hidden & (runs["state"][run] == 1) if len(runs) else hidden
     keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
-    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_DTYPE)
+    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_FIELDS)
     pieces["first"], pieces["end"] = first[keep], end[keep]
     pieces["segment"] = _BASE
     inside, run = is_data[keep], run[is_data]
@@ -358,7 +397,7 @@ def _copy_pieces(
 ) -> None:
     """Copy pieces of the disk behind each other, from the given slots on."""
     block_size, from_base = path.block_size, pieces["segment"] == _BASE
-    table = numpy.empty(len(pieces), dtype=_COPY_DTYPE)
+    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
     table["source"], table["destination"] = -1, descriptor
     table["destination_offset"] = HEADER_BYTES + slots * block_size
     table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size

@@ -7,24 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.chain import LOCK_WAIT_SECONDS, Chain, check_base, open_chain
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
+from onionskin.later import dtypes
 from onionskin.layermaps import empty_map, open_map
 from onionskin.locks import ByteLocks
 from onionskin.pending import orphans
 from onionskin.snapshots import find_snapshot, nearest_name
-from onionskin.transfer import EXTENT_DTYPE, covered
+from onionskin.transfer import covered
 
 if TYPE_CHECKING:
+    import numpy
     import numpy.typing
 
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.later import numpy
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +243,7 @@ def _states(store: "Store", chain: Any, head: bool) -> "Array":
         runs = union.runs()
     finally:
         union.close()
-    out = numpy.empty(len(runs), dtype=EXTENT_DTYPE)
+    out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
     out["offset"] = runs["block_index"] * chain.top.block_size
     out["length"] = runs["block_count"] * chain.top.block_size
     out["state"] = runs["state"]
@@ -258,11 +260,11 @@ def _split(stretches: "Array", runs: "Array", block_size: int) -> "Array":
     run_ends = run_starts + runs["length"].astype(numpy.int64)
     cuts = numpy.unique(numpy.concatenate((starts, ends, run_starts, run_ends)))
     if len(cuts) < 2:
-        return numpy.empty(0, dtype=EXTENT_DTYPE)
+        return numpy.empty(0, dtype=dtypes.EXTENT)
     left, right = cuts[:-1], cuts[1:]
     inside = covered(left, starts, ends) >= 0
     run = covered(left, run_starts, run_ends)
-    out = numpy.empty(int(inside.sum()), dtype=EXTENT_DTYPE)
+    out = numpy.empty(int(inside.sum()), dtype=dtypes.EXTENT)
     out["offset"], out["length"] = left[inside], (right - left)[inside]
     states = runs["state"] if len(runs) else numpy.zeros(1, dtype=numpy.uint8)
     out["state"] = numpy.where(run >= 0, states[numpy.maximum(run, 0)], 0)[inside]

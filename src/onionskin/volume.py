@@ -297,7 +297,10 @@ class Volume:
                 self.store.catalog.update(LayerRow, self.head, size_bytes=size_bytes)
 
     def open_file(self) -> io.RawIOBase:
-        """Return the disk as a raw, unbuffered, seekable binary file."""
+        """Return the disk as a raw, unbuffered, seekable binary file, whose `flush` and `close` make durable.
+
+        `io.BufferedRandom` over it makes small reads and writes cheap. It has no descriptor, and never changes the size.
+        """
         return DiskFile(self)
 
     def extents(self) -> "Array":

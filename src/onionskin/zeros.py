@@ -2,12 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from onionskin.later import numpy as np
 
 
-def split_zeros(data: npt.NDArray[np.uint8], block_size: int) -> Iterator[tuple[int, int, bool]]:
+def split_zeros(data: "npt.NDArray[np.uint8]", block_size: int) -> Iterator[tuple[int, int, bool]]:
     """Split a buffer into runs of blocks that are all zero and runs of blocks that are not.
 
     Parameters

@@ -3,12 +3,16 @@
 import base64
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+
+import onionskin
 
 Run = Callable[..., Result]
 
@@ -203,6 +207,17 @@ def test_usage_has_a_row_for_each_snapshot_and_the_head(run: Run, vms: Path) -> 
     assert set(rows[0]) == {"snapshot", "bytes_held", "bytes_freed_by_discard", "bytes_freed_by_merge"}
     assert rows[0]["bytes_held"] == 4096
     assert "(head)" in ok(run("usage", f"{vms}/web"))
+
+
+def test_export_to_stdout_is_raw_and_makes_no_file(run: Run, vms: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "onionskin", "export", f"{vms}/web@clean", "-"]
+    done = subprocess.run([*program, "--json"], cwd=tmp_path, check=True, capture_output=True)
+    with onionskin.Store(vms) as store, store.open("web", snapshot="clean") as view:
+        assert done.stdout == view.read(0, view.size_bytes)
+    assert json.loads(done.stderr)["format"] == "raw"
+    refused = subprocess.run([*program, "--format", "qcow2"], cwd=tmp_path, check=False, capture_output=True)
+    assert refused.returncode == 2
+    assert not (tmp_path / "-").exists()
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])

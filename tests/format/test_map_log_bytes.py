@@ -200,7 +200,8 @@ UNSOUND = {
     "slot too large": reference.data(0, 1, 1, 0xFFFFFFFF),
     "slots over the last": reference.data(0, 2, 1, 0xFFFFFFFE),
     "size with a count": reference.size(4096)._replace(block_count=1),
-    "size too large": reference.size(1 << 63),
+    "size too large": reference.size((1 << 46) + 1),
+    "size that no memory has an index for": reference.size(1 << 62),
     "another segment of that number": reference.segment(1, SEGMENT_B),
     "another number of that segment": reference.segment(2, SEGMENT_A),
 }

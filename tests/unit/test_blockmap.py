@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin._blockmap import HOLE, RUN_DTYPE, SEGMENT_NUMBERS, ZERO, BlockMap
+from onionskin import dtypes
+from onionskin._blockmap import HOLE, SEGMENT_NUMBERS, ZERO, BlockMap
 from onionskin.errors import StateError
 
 Change = tuple[int, int, int]  # block_index, block_count, place
@@ -303,7 +304,7 @@ def test_runs_join_across_ranges_to_one() -> None:
     block_map = BlockMap(1 << 20)
     block_map.set(5, 1 << 19, place_of(3, 11))
     runs = block_map.runs()
-    assert runs.dtype == RUN_DTYPE
+    assert runs.dtype == dtypes.PLACE_RUN
     assert runs.tolist() == [(5, 1 << 19, place_of(3, 11))]
 
 

@@ -38,6 +38,50 @@ def test_a_merge_on_a_full_disk_drops_the_name_and_is_finished_when_there_is_roo
             assert len(store.catalog.chain(web.head)) == 1
 
 
+def test_an_export_that_has_no_room_is_refused_before_anything_is_written(tmp_path: Path, ext4_mount) -> None:
+    root = ext4_mount(16 << 20)
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="1G") as web:
+        web.write(0, b"x" * (32 << 20))
+        before = os.statvfs(root).f_bavail
+        with pytest.raises(OSError, match=f"needs {32 << 20} bytes") as caught:
+            web.export(root / "web.raw")
+        assert caught.value.errno == 28
+        assert os.statvfs(root).f_bavail == before
+        assert [path.name for path in root.iterdir()] == ["lost+found"]
+        web.trim(0, 28 << 20)
+        web.export(root / "web.raw")
+        assert (root / "web.raw").stat().st_size == 1 << 30
+
+
+def test_a_flatten_that_has_no_room_is_refused_before_anything_is_written(tmp_path: Path, ext4_mount) -> None:
+    root = ext4_mount(48 << 20)
+    (tmp_path / "base.raw").write_bytes(b"x" * (40 << 20))
+    with onionskin.Store(root / "store") as store, store.create("web", base=tmp_path / "base.raw") as web:
+        head = web.head
+        with pytest.raises(OSError, match=f"needs {40 << 20} bytes") as caught:
+            web.flatten()
+        assert caught.value.errno == 28
+        assert web.head == head
+        assert list(store.layout.segments.iterdir()) == []
+        web.trim(0, 20 << 20)
+        web.flatten()
+        assert web.read(0, 40 << 20) == bytes(20 << 20) + b"x" * (20 << 20)
+
+
+def test_what_a_file_system_shares_needs_no_room(xfs_mount) -> None:
+    root = xfs_mount(320 << 20)
+    with onionskin.Store(root / "store") as store, store.create("web", size="1G") as web:
+        web.write(0, b"x" * (100 << 20))
+        web.flush()
+        fill(root)
+        os.truncate(root / "filler", (root / "filler").stat().st_size - (50 << 20))
+        os.sync()
+        assert os.statvfs(root).f_bavail < (100 << 20) // 4096
+        web.export(root / "web.raw")
+        with (root / "web.raw").open("rb") as image:
+            assert image.read(3) == b"xxx"
+
+
 def test_work_that_can_wait_does_not_keep_a_volume_from_opening(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,11 @@ Modules are counted, and not milliseconds, which a busy machine stretches.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import onionskin
 
 HEAVY = "{'numpy', 'rich', 'sqlite3', 'asyncio'}"
 
@@ -31,6 +34,56 @@ def test_a_command_line_that_opens_nothing_imports_no_numpy(arguments: list[str]
         "except SystemExit: pass\n"
         f"assert not {HEAVY} & sys.modules.keys(), {HEAVY} & sys.modules.keys()\n"
     )
+
+
+CALLS = """
+import os, sys, onionskin
+with onionskin.Store(sys.argv[1]) as store:
+    with store.create("web", size="64M", wipe="zero") as volume:
+        volume.write(5000, b"kept")
+        volume.snapshot("clean")
+        volume.write(5000, b"lost")
+        volume.snapshot("later")
+        volume.trim(0, 1 << 20)
+        volume.readinto(0, bytearray(4096))
+        volume.open_file().read(4096)
+        assert volume.head_changed
+        volume.revert("clean")
+        volume.discard("later")
+        assert volume.read(5000, 4) == b"kept"
+        volume.resize("65M")
+    store.clone("web", "clean", "copy")
+    with store.open("copy") as copy, store.open("web", snapshot="clean") as view:
+        copy.write(0, view.read(5000, 4))
+    store.delete("copy")
+    assert store.tree() and store.volumes()
+    assert "numpy" not in sys.modules
+    with store.open("web") as volume:
+        assert volume.extents()["state"].any() and "numpy" in sys.modules
+"""
+
+
+def test_volumes_are_made_written_and_taken_back_without_numpy(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", CALLS, tmp_path / "store"], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["create STORE/new --size 1G", "snapshot STORE/web@b", "revert STORE/web@a --yes", "tree STORE", "info STORE/web",
+     "clone STORE/web@a STORE/copy", "write STORE/web 5000", "read STORE/web 5000 4", "snapshots STORE/web"],
+)  # fmt: skip
+def test_a_verb_that_makes_no_array_imports_no_numpy(tmp_path: Path, arguments: str) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="64M") as volume:
+        volume.write(5000, b"kept")
+        volume.snapshot("a")
+        volume.write(5000, b"lost")
+    program = (
+        "import sys; from onionskin.cli.verbs import onionskin\n"
+        f"try: onionskin({[word.replace('STORE', str(tmp_path / 'store')) for word in arguments.split()]!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' not in sys.modules and 'sqlite3' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, input=b"")
 
 
 def test_every_public_name_is_there() -> None:

@@ -9,7 +9,7 @@ from format import reference_encoder as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin import _maplog
+from onionskin import _maplog, dtypes
 from onionskin._maplog import PLACE_ZERO, LayerMap
 from onionskin.errors import FormatError, StateError
 
@@ -182,7 +182,7 @@ def test_replace_of_all_live_slots_gathers_a_segment(steps: list[Change]) -> Non
 
 def test_replace_moves_only_the_slots_it_is_given() -> None:
     layer, model = build([(0, 100, A, 50), (200, 10, A, 10), (300, 100, B, 50)])
-    slots = np.array([(12, 2), (60, 5), (145, 900)], _maplog.SLOT_DTYPE)
+    slots = np.array([(12, 2), (60, 5), (145, 900)], dtypes.SLOTS)
     assert layer.replace(A, slots, B, [1000, 2000, 3000]) == 2 + 5 + 5
     for block in list(model):
         segment, slot = model[block]
@@ -206,7 +206,7 @@ def test_replace_moves_only_the_slots_it_is_given() -> None:
 def test_replace_refuses_impossible_slots(slots: list[tuple[int, int]], new_slots: list[int]) -> None:
     layer, model = build([(0, 9, A, 0)])
     with pytest.raises(ValueError, match="slot"):
-        layer.replace(A, np.array(slots, _maplog.SLOT_DTYPE), B, np.array(new_slots, np.uint64))
+        layer.replace(A, np.array(slots, dtypes.SLOTS), B, np.array(new_slots, np.uint64))
     assert contents(layer) == model
 
 

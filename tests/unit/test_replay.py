@@ -58,6 +58,34 @@ def test_a_hole_in_the_lowest_log_forgets_the_data_before_it(tmp_path: Path) -> 
     assert path.read(0, 2 * BLOCK) == bytes(BLOCK) + b"b" * BLOCK
 
 
+def test_a_head_goes_on_with_the_numbers_of_its_log_also_where_that_has_holes(tmp_path: Path) -> None:
+    low, own, map_id = b"L" * 16, b"O" * 16, b"M" * 16
+    make_segment(tmp_path, low, [b"a", b"b"])
+    make_segment(tmp_path, own, [b"x", b"y"])
+    lower = layer(tmp_path, 1, [segment(1, low), data(0, 2, 1, 0)], [(low, 2)])
+    map_path = tmp_path / f"{map_id.hex()}.map"
+    map_path.write_bytes(encode_log([[segment(2, own), data(0, 2, 2, 0), hole(0, 1)]], map_id))
+
+    def head() -> DataPath:
+        path = DataPath(
+            block_size=BLOCK, size_bytes=8 * BLOCK, segments_directory=str(tmp_path), layers_directory=str(tmp_path),
+            wipe_zero=False, writable=True,
+        )  # fmt: skip
+        path.add_layer(**lower)
+        path.open_head(map_path=str(map_path), map_id=map_id, adopted=[], own=own, spare=b"S" * 16)
+        path.free_own_slots()
+        return path
+
+    path = head()
+    path.write(3 * BLOCK, b"new" + bytes(BLOCK - 3))
+    path.flush()
+    path.close()
+    path = head()
+    assert path.read(0, 2 * BLOCK) == b"a" * BLOCK + b"y" * BLOCK
+    assert path.read(3 * BLOCK, 3) == b"new"
+    path.close()
+
+
 def test_a_log_that_names_a_segment_of_another_layer_is_refused(tmp_path: Path) -> None:
     low = b"L" * 16
     make_segment(tmp_path, low, [b"a"])

@@ -19,6 +19,7 @@ from onionskin.images import FORMATS, export_image, import_image
 
 FILE = click.Path(path_type=Path)
 FORMAT = click.Choice(FORMATS)
+_CHUNK_BYTES = 1 << 20
 
 
 @click.command(name="import")
@@ -67,8 +68,12 @@ def import_(
 def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
 
-    IMAGE must not exist yet; holes are kept.
+    IMAGE must not exist yet; holes are kept. "-" writes a raw image to stdout, holes as zeros, and the summary of
+    --json to stderr.
     """
+    if str(image) == "-":
+        _export_to_stdout(name, image_format, as_json)
+        return
     suffix = image.suffix[1:].lower()
     kind = image_format or (suffix if suffix in FORMATS else "raw")
     with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
@@ -78,6 +83,24 @@ def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> 
     allocated = image.stat().st_blocks * 512
     value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
     output.show(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+
+
+def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> None:
+    if image_format not in (None, "raw"):
+        raise click.UsageError(f"only a raw image can be written to stdout: give a file for {image_format}")
+    if sys.stdout.isatty():
+        raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
+    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
+        size_bytes = volume.size_bytes
+        with output.progress(f"export {name}", as_json) as progress:
+            for at in range(0, size_bytes, _CHUNK_BYTES):
+                sys.stdout.buffer.write(volume.read(at, min(_CHUNK_BYTES, size_bytes - at)))
+                if progress is not None:
+                    progress(at, size_bytes)
+            sys.stdout.buffer.flush()
+    if as_json:
+        value = {"path": "-", "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
+        click.echo(output.as_json_text(value), err=True)
 
 
 @click.command()

@@ -13,19 +13,21 @@ from errno import ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin.errors import FormatError, StateError
+from onionskin.later import dtypes
 from onionskin.locks import volume_holder
 from onionskin.nbd import frames
 from onionskin.nbd.sockets import connect_unix
 from onionskin.snapshots import Snapshot
 from onionskin.store import Store
-from onionskin.transfer import EXTENT_DTYPE
 from onionskin.usage import Usage
 
 if TYPE_CHECKING:
+    import numpy
     import numpy.typing
+
+else:
+    from onionskin.later import numpy
 
 Progress = Callable[[int, int], None]
 
@@ -172,7 +174,7 @@ class LiveVolume:
 
     def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
-        return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=EXTENT_DTYPE)
+        return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=dtypes.EXTENT)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, at most 1 MiB."""

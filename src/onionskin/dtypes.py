@@ -1,0 +1,38 @@
+"""The types of the structured arrays that the package hands out and takes. Importing this imports NumPy."""
+
+import numpy
+
+# What a data path's index holds, in bytes of the disk; state 1 is DATA, 2 ZERO.
+RUN = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segment", "<u2"), ("slot", "<u4")])
+EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
+SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
+STRETCH = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8")])
+# As onion_run in csrc/blockmap.h, onion_layer_run in csrc/layermap.h, and the records of docs/format.md.
+PLACE_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("place", "<u8")])
+LAYER_RUN = numpy.dtype(
+    {
+        "names": ["block_index", "block_count", "state", "segment", "slot"],
+        "formats": ["<u8", "<u8", "u1", "<u2", "<u4"],
+        "offsets": [0, 8, 16, 18, 20],
+        "itemsize": 24,
+    }
+)
+# As onion_owner_run in csrc/owners.h; state 1 is DATA, 2 ZERO.
+OWNER_RUN = numpy.dtype(
+    {
+        "names": ["block_index", "block_count", "owner", "state"],
+        "formats": ["<u8", "<u8", "<u4", "u1"],
+        "offsets": [0, 8, 16, 20],
+        "itemsize": 24,
+    }
+)
+RECORD = numpy.dtype(
+    [
+        ("block_index", "<u8"),
+        ("block_count", "<u4"),
+        ("slot", "<u4"),
+        ("kind", "<u2"),
+        ("segment", "<u2"),
+        ("reserved", "<u4"),
+    ]
+)

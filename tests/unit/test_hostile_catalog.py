@@ -1,0 +1,124 @@
+"""A catalog in which any one value is another than it was: an error that says so, or a store that works."""
+
+import itertools
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onionskin
+from onionskin.catalog import _SCHEMA, SegmentRow
+
+VALUES = [
+    None,
+    -1,
+    0,
+    1,
+    7,
+    1 << 40,
+    (1 << 63) - 1,
+    -(1 << 63),
+    1.5,
+    "",
+    "text",
+    "a/b@c",
+    "\0",
+    b"",
+    b"\xff" * 16,
+    b"x" * 5000,
+]
+COLUMNS = [
+    (statement.split()[2], column.split()[0])
+    for statement in _SCHEMA.strip().split(";\n")
+    if statement.startswith("CREATE TABLE")
+    for column in statement[statement.index("(") + 1 :].split("PRIMARY KEY (volume")[0].replace("\n", " ").split(", ")
+    if column.strip(" );")
+]
+
+
+@pytest.fixture(scope="module")
+def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with every kind of row, without the constraints that would keep values out."""
+    root = tmp_path_factory.mktemp("hostile")
+    (root / "base.raw").write_bytes(b"base" * 5000)
+    with onionskin.Store(root / "store") as store:
+        with store.create("web", base=root / "base.raw", digest=True) as web:
+            web.write(0, b"one")
+            web.snapshot("a", "note")
+            web.write(9000, b"two")
+            web.snapshot("b")
+            web.trim(0, 4096)
+        store.create("db", size="8M", wipe="zero").close()
+        store.clone("web", "a", "copy")
+        with store.catalog.transaction():
+            row = store.catalog.rows(SegmentRow)[0]
+            store.catalog.add_pending("scrub", row.id, row.lock_byte, "zero")
+    with closing(sqlite3.connect(root / "store" / "catalog.db")) as catalog:
+        catalog.execute("PRAGMA writable_schema = ON")
+        catalog.execute("UPDATE sqlite_schema SET sql = replace(sql, ' NOT NULL', '') WHERE type = 'table'")
+        catalog.commit()
+    (root / "store" / "reserve").unlink()
+    return root / "store"
+
+
+def use(path: Path) -> None:
+    """Do with a store all that reads its catalog, each for itself."""
+    calls: list[Callable[[onionskin.Store], Any]] = [
+        onionskin.Store.volumes,
+        onionskin.Store.tree,
+        onionskin.Store.check,
+        lambda store: store.usage("web"),
+        lambda store: store.diff("web", "a", "b"),
+        lambda store: store.snapshots("web"),
+        lambda store: store.open("web", snapshot="a").read(0, 1),
+        lambda store: store.open("web", snapshot="b").view(0, 1),
+        lambda store: store.open("db").read(0, 1),
+        write_and_take_back,
+        lambda store: store.clone("web", "b", "another"),
+        lambda store: store.rename("copy", "other"),
+        lambda store: store.delete("web", recursive=True),
+        lambda store: store.check(repair=True),
+    ]
+    for call in calls:
+        with suppress(onionskin.OnionskinError, OSError), onionskin.Store(path, create=False) as store:
+            call(store)
+
+
+def write_and_take_back(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"3")
+        web.snapshot("c")
+        web.revert("a")
+        web.merge("c")
+
+
+@pytest.mark.parametrize(("table", "column"), COLUMNS)
+def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: Path, table: str, column: str) -> None:
+    with closing(sqlite3.connect(store_path / "catalog.db")) as catalog:
+        rows = catalog.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    assert rows
+    for value, row in itertools.product(VALUES, {0, rows - 1}):
+        path = tmp_path / f"{row}-{VALUES.index(value)}"
+        shutil.copytree(store_path, path)
+        with suppress(sqlite3.IntegrityError), closing(sqlite3.connect(path / "catalog.db")) as catalog:
+            key = {"store": "uuid", "snapshots": "layer"}.get(table, "id")
+            (found,) = catalog.execute(f"SELECT {key} FROM {table} LIMIT 1 OFFSET {row}").fetchone()
+            catalog.execute(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (value, found))
+            catalog.commit()
+        with suppress(onionskin.FormatError):
+            onionskin.Store(path, create=False).close()
+            use(path)
+        shutil.rmtree(path)
+
+
+def test_layers_in_a_circle_are_refused_and_not_followed(store_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_path, tmp_path / "store")
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        catalog.execute("UPDATE layers SET parent = id, base = NULL WHERE base IS NOT NULL")
+        catalog.commit()
+    with pytest.raises(onionskin.FormatError, match="circle"):
+        onionskin.Store(tmp_path / "store")
