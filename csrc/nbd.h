@@ -34,11 +34,17 @@ enum {
     ONION_NBD_VERBS = 8,         /* numbered as the protocol's commands */
 };
 
-/* Asked, without any lock, when a client names what is not there; they may add it. 1: look again, 0: it does not exist.
- * Names are not terminated, and are any bytes that a client sent. */
+struct onion_nbd_listing;
+
+/* Asked without any lock. Names are not terminated; those of the first two are any bytes that a client sent.
+ * The first two: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
+ * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
+ * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed. */
 struct onion_nbd_hooks {
     int (*find_export)(void *context, const char *name, uint32_t length);
     int (*find_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
+    int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
     void *context;
 };
 
@@ -96,6 +102,9 @@ int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name)
  * which are copied, and, on a writable export, whatever was written since `mark` and whatever is ZERO. -ENOENT, -EINVAL. */
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
                           const uint64_t (*runs)[2], size_t run_count, uint32_t mark);
+
+/* For list_exports: adds a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
+int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description);
 
 /* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */

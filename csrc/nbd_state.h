@@ -12,6 +12,7 @@ enum {
     ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* longer ones are answered TOO_BIG ... */
     ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* ... or, longer than this, by closing */
     ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
+    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
     ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
     ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
@@ -61,6 +62,8 @@ struct onion_nbd_session {
     struct onion_nbd_server *server;
     int tls, require_tls, no_zeroes;
     int structured;
+    uint32_t listed_length; /* of the export that was listed last; 0: a list begins */
+    char listed[ONION_NBD_NAME_MAX];
     struct onion_nbd_export *chosen;      /* holds a reference */
     struct onion_nbd_export *meta_export; /* that the contexts were selected for; holds a reference */
     uint32_t context_count;
@@ -68,7 +71,8 @@ struct onion_nbd_session {
     struct onion_nbd_context *contexts[ONION_NBD_CONTEXTS_MAX]; /* NULL for the two fixed ones */
 };
 
-enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE };
+/* MORE_REPLIES: what was answered is sent, and the same option given again. */
+enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE, ONION_NBD_MORE_REPLIES };
 
 /* A request on its way to the helper, with its payload. */
 struct onion_nbd_job {

@@ -71,7 +71,9 @@ static size_t feed_option(struct onion_nbd_session *session, const uint8_t *byte
     if (option.length > ONION_NBD_OPTION_DATA_MAX)
         option.length = ONION_NBD_OPTION_DATA_MAX;
     unsigned char *data = exactly(bytes + ONION_NBD_OPTION_BYTES, option.length);
-    *next = onion_nbd_option(session, &option, data, &out);
+    do {
+        *next = onion_nbd_option(session, &option, data, &out);
+    } while (*next == ONION_NBD_MORE_REPLIES);
     check(!out.failed && session->context_count <= ONION_NBD_CONTEXTS_MAX);
     check((*next == ONION_NBD_TRANSMISSION) == (session->chosen != NULL));
     if (option.option != ONION_NBD_OPT_EXPORT_NAME)

@@ -1,6 +1,6 @@
 """The NBD server: types of _nbd.pyx, which says more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from onionskin._volume import DataPath
@@ -15,6 +15,7 @@ class NbdServer:
         bytes_in_flight_max: int = ...,
         idle_seconds: int = ...,
         request_bytes_max: int = ...,
+        list_exports: Callable[[str], Iterable[tuple[str, str]]] | None = ...,
     ) -> Self: ...
     def add_export(self, name: str, path: DataPath, *, read_only: bool, description: str = ...) -> None: ...
     def set_default(self, name: str) -> None: ...

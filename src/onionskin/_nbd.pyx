@@ -19,9 +19,11 @@ from onionskin.errors import StateError
 cdef extern from "nbd.h" nogil:
     struct onion_volume
     struct onion_nbd_server
+    struct onion_nbd_listing
     struct onion_nbd_hooks:
         int (*find_export)(void *, const char *, uint32_t) noexcept
         int (*find_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
+        int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
         void *context
     struct onion_nbd_options:
         uint32_t connections_max
@@ -52,6 +54,7 @@ cdef extern from "nbd.h" nogil:
     int onion_nbd_release(onion_nbd_server *, const char *)
     int64_t onion_nbd_change_mark(onion_nbd_server *, const char *)
     int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint32_t)
+    int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
     void onion_nbd_count(onion_nbd_server *, onion_nbd_counters *)
@@ -72,6 +75,7 @@ cdef class _Hooks:
     """What the server's threads call. Lives longer than the server."""
     cdef object find_export
     cdef object find_context
+    cdef object list_exports
 
 
 cdef object _name(const char *bytes_, uint32_t length):
@@ -106,10 +110,24 @@ cdef int _find_context(void *context, const char *name, uint32_t length, const c
         return 0
 
 
+cdef int _list_exports(void *context, const char *after, uint32_t length, onion_nbd_listing *listing) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    cdef int status = 0
+    try:
+        for name, description in hooks.list_exports(after[:length].decode()):
+            status = onion_nbd_list(listing, _encoded(name), _encoded(description))
+            if status != 0:
+                break
+        return status
+    except BaseException as error:
+        _report(error, hooks.list_exports)
+        return -5
+
+
 cdef void _report(object error, object callback) noexcept:
     """Hand an exception that nobody can catch to sys.unraisablehook."""
     try:
-        raise RuntimeError(f"{callback!r} failed for a client that asked for something unknown") from error
+        raise RuntimeError(f"{callback!r} failed for a client") from error
     except RuntimeError:
         import sys
         import types
@@ -142,6 +160,9 @@ cdef class NbdServer:
         A connection without requests, or that takes no replies, for so long is closed; 0: never.
     request_bytes_max : int
         Of one read or write, 65,536 to 32 MiB.
+    list_exports : callable(after) -> iterable of (name, description), optional
+        Names what clients can ask for, also what is not there yet: the names behind `after` (empty: all), in an order
+        that is always the same. No more of them are taken than are sent together. Called as `on_unknown_export` is.
 
     Attributes
     ----------
@@ -161,9 +182,10 @@ cdef class NbdServer:
     cdef object __weakref__
 
     def __cinit__(self, *, connections_max=64, bytes_in_flight_max=64 << 20, idle_seconds=0,
-                  request_bytes_max=32 << 20):
+                  request_bytes_max=32 << 20, list_exports=None):
         cdef onion_nbd_options options
         self._hooks = _Hooks()
+        self._hooks.list_exports = list_exports
         self._paths = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -173,6 +195,9 @@ cdef class NbdServer:
         options.bytes_in_flight_max = bytes_in_flight_max
         options.hooks.find_export = _find_export
         options.hooks.find_context = _find_context
+        options.hooks.list_exports = NULL
+        if list_exports is not None:
+            options.hooks.list_exports = _list_exports
         options.hooks.context = <void *>self._hooks
         cdef int status = onion_nbd_new(&options, &self._server)
         if status < 0:

@@ -39,6 +39,37 @@ def test_snapshots_taken_later_are_exports_too_and_read_only(vms: Path, serve: S
             server.client("db")
 
 
+def exports_of(server: Serve) -> list[str]:
+    exports = json.loads(run_tool("nbdinfo", "--list", "--json", f"nbd+unix://?socket={server.socket}"))["exports"]
+    assert all(export["export-size"] and export["is_read_only"] == ("@" in export["export-name"]) for export in exports)
+    return [export["export-name"] for export in exports]
+
+
+def test_the_list_of_exports_has_every_snapshot_and_is_always_current(vms: Path, serve: Start) -> None:
+    names = [f"s{number:02}" for number in range(20)]
+    with library.Store(vms) as store, store.open("web") as volume:
+        for name in names:
+            volume.snapshot(name)
+        store.clone("web", "s00", "db")
+    server = serve(vms, "--allow-revert")
+    assert exports_of(server) == ["db", "web", *(f"web@{name}" for name in names)]
+    onionskin("snapshot", f"{vms}/web@new")
+    onionskin("merge", f"{vms}/web@s03")
+    onionskin("clone", f"{vms}/web@s05", f"{vms}/db-2")
+    onionskin("snapshot", f"{vms}/db@first")
+    names.remove("s03")
+    assert exports_of(server) == ["db", "db@first", "db-2", "web", "web@new", *(f"web@{name}" for name in names)]
+    onionskin("discard", f"{vms}/web@new", "--yes")
+    assert "web@new" not in exports_of(server)
+
+
+def test_one_snapshot_of_a_free_volume_is_listed_alone(vms: Path, serve: Start) -> None:
+    with library.Store(vms) as store, store.open("web") as volume:
+        volume.snapshot("a")
+        volume.snapshot("b")
+    assert exports_of(serve(f"{vms}/web@b")) == ["web@b"]
+
+
 def test_a_taken_name_has_the_same_exit_status_as_at_rest(vms: Path, serve: Start) -> None:
     serve(f"{vms}/web")
     onionskin("snapshot", f"{vms}/web@a")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin._nbd import NbdServer
+from onionskin.catalog import SnapshotRow, VolumeRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.nbd import tls
 from onionskin.nbd.control import ControlSocket
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 TIDY_SECONDS = 5.0
 VIEW_IDLE_SECONDS = 30.0
+IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 GRACE_SECONDS = 10.0
 CARRY_SECONDS = 2.0
+LIST_PAGE = 256  # snapshots that are read from the catalog together
 CONTEXT_PREFIX = "onionskin:changed-since:"
 
 Log = Callable[[str], None]
@@ -100,6 +103,7 @@ class Server:
             bytes_in_flight_max=limits.bytes_in_flight_max,
             idle_seconds=limits.idle_seconds,
             request_bytes_max=limits.request_bytes_max,
+            list_exports=self._list_exports,
         )
         self.nbd.on_unknown_export = self._find_export
         self.nbd.on_unknown_context = self._find_context
@@ -145,6 +149,30 @@ class Server:
                 names += [name, *(f"{name}@{snapshot.name}" for snapshot in served.volume.snapshots)]
         return sorted(set(names))
 
+    def _list_exports(self, after: str) -> Iterator[tuple[str, str]]:
+        """Name all that clients can ask for behind an export, by volume and then by snapshot, with a description.
+
+        A page of a volume's snapshots at a time: their names alone are read, and nothing is opened.
+        """
+        volume_name, _, snapshot = after.partition("@")
+        with self._guard:
+            kept = sorted(name.partition("@")[::2] for name, view in self._views.items() if view.is_kept)
+            stores = {name: served.volume.store for name, served in self._served.items()}
+        for store in self._whole_stores:
+            stores |= {row.name: store for row in store.catalog.rows(VolumeRow) if row.name not in stores}
+        for name in sorted({*stores, *(volume for volume, _ in kept)}):
+            if name < volume_name:
+                continue
+            last = snapshot if name == volume_name else ""
+            if name in stores:
+                if name != volume_name:
+                    yield name, f"volume {name}"
+                names = _names_behind(stores[name], name, last)
+            else:
+                names = iter([one for volume, one in kept if volume == name and one > last])
+            for one in names:
+                yield f"{name}@{one}", f"snapshot {one} of {name}"
+
     def only_export(self) -> str | None:
         """Give the export that clients get who name none, where there is just one to choose."""
         if len(self._served) == 1:
@@ -169,11 +197,11 @@ class Server:
                 self._views[name].last_used = time.monotonic()
                 return True
             served = self._served.get(volume_name)
-            if served is None and not at:
+            if served is None:
                 for store in self._whole_stores:
-                    if any(about.name == name for about in store.volumes()):
-                        self._add(store, name)
-                        return True
+                    if store.catalog.row(VolumeRow, "name = ?", volume_name):
+                        served = self._add(store, volume_name)
+                        break
             if served is None or not at or self._stopping.is_set():
                 return served is not None
             if name in self._barred:
@@ -182,6 +210,7 @@ class Server:
             return True
 
     def _open_view(self, store: Store, name: str, snapshot: str, *, is_kept: bool) -> None:
+        self._close_idle_views(keep=IDLE_VIEWS_MAX - 1)
         view = store.open(name, snapshot=snapshot)
         export = f"{name}@{snapshot}"
         try:
@@ -270,15 +299,22 @@ class Server:
             self.nbd.remove_export(export)
             view.volume.close()
 
-    def _tidy(self) -> None:
-        """Close views that nobody reads any more, and free what clients' flushes freed."""
+    def _close_idle_views(self, *, keep: int) -> None:
+        """Close views that nobody reads any more; the one that was used last goes last."""
         now = time.monotonic()
+        in_use = {connection["export"] for connection in self.nbd.connections()}
+        for export in in_use & self._views.keys():
+            self._views[export].last_used = now
+        idle = [one for one, view in self._views.items() if one not in in_use and not view.is_kept]
+        idle.sort(key=lambda export: self._views[export].last_used, reverse=True)
+        for index, export in enumerate(idle):
+            if index >= keep or now - self._views[export].last_used > VIEW_IDLE_SECONDS:
+                self._close_view(export)
+
+    def _tidy(self) -> None:
+        """Close idle views, and free what clients' flushes freed."""
         with self._guard:
-            for export, view in list(self._views.items()):
-                if self.clients_of(export):
-                    view.last_used = now
-                elif not view.is_kept and now - view.last_used > VIEW_IDLE_SECONDS:
-                    self._close_view(export)
+            self._close_idle_views(keep=IDLE_VIEWS_MAX)
             served = list(self._served.values())
         for one in served:
             try:
@@ -437,6 +473,20 @@ class Server:
             carriers = list(self._carriers)
         for carrier in carriers:
             carrier.join(max(0.0, deadline - time.monotonic()))
+
+
+def _names_behind(store: Store, volume_name: str, last: str) -> Iterator[str]:
+    """Name a volume's snapshots, in order, behind the last one."""
+    volume = store.catalog.row(VolumeRow, "name = ?", volume_name)
+    while volume:
+        rows = store.catalog.rows(
+            SnapshotRow, f"volume = ? AND name > ? ORDER BY name LIMIT {LIST_PAGE}", volume.id, last
+        )
+        for row in rows:
+            yield row.name
+        if len(rows) < LIST_PAGE:
+            return
+        last = rows[-1].name
 
 
 def _joined(extents: Any) -> list[tuple[int, int]]:
