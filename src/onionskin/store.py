@@ -385,6 +385,8 @@ class Store:
         with self.catalog.transaction():
             for other in self.catalog.rows(BaseRow, "path = ?", old.path):
                 self.catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
+            for work in self.catalog.rows(PendingRow, "kind = 'base-merge' AND done_bytes"):
+                self.catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
 
     # ---- looking ----
 
