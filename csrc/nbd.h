@@ -36,14 +36,19 @@ enum {
 
 struct onion_nbd_listing;
 
-/* Asked without any lock. Names are not terminated; those of the first two are any bytes that a client sent.
+/* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are not
+ * terminated; those of the first two are any bytes that a client sent.
  * The first two: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ * make_room: a flush of that export found the disk full. 1: it is tried again, 0: there is none to be made.
+ * freed: a flush of that export left work for onion_volume_scrub_wanted.
  * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
  * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
  * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed. */
 struct onion_nbd_hooks {
     int (*find_export)(void *context, const char *name, uint32_t length);
     int (*find_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
+    int (*make_room)(void *context, const char *name);
+    void (*freed)(void *context, const char *name);
     int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
     void *context;
 };

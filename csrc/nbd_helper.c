@@ -90,13 +90,12 @@ static void run_jobs(struct onion_nbd_connection *connection, struct onion_nbd_j
         jobs[i].error = volume ? run_job(connection, volume, &jobs[i]) : ONION_NBD_ESHUTDOWN;
         flush_wanted |= !jobs[i].error && jobs[i].flush_wanted;
     }
-    /* A view has nothing to make durable. */
-    uint32_t flushed = flush_wanted && !export->read_only ? onion_nbd_error(onion_volume_flush(volume)) : 0;
+    if (volume)
+        onion_nbd_leave(export);
+    uint32_t flushed = flush_wanted ? onion_nbd_error(onion_nbd_flush(connection->server, export)) : 0;
     for (uint32_t i = 0; i < count; i++)
         if (!jobs[i].error && jobs[i].flush_wanted)
             jobs[i].error = flushed;
-    if (volume)
-        onion_nbd_leave(export);
     if (flushed)
         onion_nbd_event(connection->server, "%s: flush failed with error %u", connection->peer, flushed);
 }

@@ -224,6 +224,28 @@ void onion_nbd_leave(struct onion_nbd_export *export) {
     pthread_mutex_unlock(&export->lock);
 }
 
+static int flush_once(struct onion_nbd_export *export, int *wants_scrub) {
+    uint64_t generation;
+    struct onion_volume *volume = onion_nbd_enter(export, &generation);
+    if (!volume)
+        return -ESHUTDOWN;
+    int status = onion_volume_flush(volume);
+    *wants_scrub = onion_volume_wants_scrub(volume);
+    onion_nbd_leave(export);
+    return status;
+}
+
+int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    int wants_scrub = 0;
+    int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
+    if (status == -ENOSPC && hooks->make_room && hooks->make_room(hooks->context, export->name))
+        status = flush_once(export, &wants_scrub);
+    if (wants_scrub && hooks->freed)
+        hooks->freed(hooks->context, export->name);
+    return status;
+}
+
 /* With the export's lock. */
 static void hold(struct onion_nbd_export *export) {
     export->holds++;
@@ -580,12 +602,8 @@ static int flush_exports(struct onion_nbd_server *server) {
         pthread_mutex_unlock(&server->lock);
         if (!export)
             return status;
-        uint64_t generation;
-        struct onion_volume *volume = export->read_only ? NULL : onion_nbd_enter(export, &generation);
-        int one = volume ? onion_volume_flush(volume) : 0;
-        if (volume)
-            onion_nbd_leave(export);
-        status = status < 0 || one == ONION_E_CLOSED ? status : one;
+        int one = onion_nbd_flush(server, export);
+        status = status < 0 || one == ONION_E_CLOSED || one == -ESHUTDOWN ? status : one;
         take_volume_away(export);
         onion_nbd_unref(server, export);
     }

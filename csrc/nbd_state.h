@@ -168,6 +168,9 @@ void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *e
 /* The volume, with a request counted as in flight on it, or NULL where the export is gone. Waits while it is held. */
 struct onion_volume *onion_nbd_enter(struct onion_nbd_export *export, uint64_t *generation);
 void onion_nbd_leave(struct onion_nbd_export *export);
+/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
+ * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
+int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
 void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* ---- nbd_negotiate.c ---- */

@@ -8,6 +8,8 @@ from onionskin._volume import DataPath
 class NbdServer:
     on_unknown_export: Callable[[str], bool] | None
     on_unknown_context: Callable[[str, str], bool] | None
+    on_full_disk: Callable[[str], bool] | None
+    on_freed: Callable[[str], object] | None
     def __new__(
         cls,
         *,

@@ -23,6 +23,8 @@ cdef extern from "nbd.h" nogil:
     struct onion_nbd_hooks:
         int (*find_export)(void *, const char *, uint32_t) noexcept
         int (*find_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
+        int (*make_room)(void *, const char *) noexcept
+        void (*freed)(void *, const char *) noexcept
         int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
         void *context
     struct onion_nbd_options:
@@ -76,6 +78,8 @@ cdef class _Hooks:
     cdef object find_export
     cdef object find_context
     cdef object list_exports
+    cdef object make_room
+    cdef object freed
 
 
 cdef object _name(const char *bytes_, uint32_t length):
@@ -108,6 +112,24 @@ cdef int _find_context(void *context, const char *name, uint32_t length, const c
     except BaseException as error:
         _report(error, hooks.find_context)
         return 0
+
+
+cdef int _make_room(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        return hooks.make_room is not None and bool(hooks.make_room(name.decode()))
+    except BaseException as error:
+        _report(error, hooks.make_room)
+        return 0
+
+
+cdef void _freed(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        if hooks.freed is not None:
+            hooks.freed(name.decode())
+    except BaseException as error:
+        _report(error, hooks.freed)
 
 
 cdef int _list_exports(void *context, const char *after, uint32_t length, onion_nbd_listing *listing) noexcept with gil:
@@ -173,6 +195,11 @@ cdef class NbdServer:
         name is whatever the client sent.
     on_unknown_context : callable(name, context) -> bool, or None
         As above, for a context ``onionskin:changed-since:...`` of the export `name`: calls `set_changed_since`.
+    on_full_disk : callable(name) -> bool, or None
+        A client's flush of the export `name` found the disk full. True: it is tried again, once.
+    on_freed : callable(name), or None
+        A client's flush left segments for `DataPath.scrub_wanted`. Like `on_full_disk` it is called from the
+        connection's thread, before the client is answered, with no lock held.
     """
     cdef onion_nbd_server *_server
     cdef _Hooks _hooks
@@ -195,6 +222,8 @@ cdef class NbdServer:
         options.bytes_in_flight_max = bytes_in_flight_max
         options.hooks.find_export = _find_export
         options.hooks.find_context = _find_context
+        options.hooks.make_room = _make_room
+        options.hooks.freed = _freed
         options.hooks.list_exports = NULL
         if list_exports is not None:
             options.hooks.list_exports = _list_exports
@@ -237,6 +266,20 @@ cdef class NbdServer:
 
         def __set__(self, callback):
             self._hooks.find_context = callback
+
+    property on_full_disk:
+        def __get__(self):
+            return self._hooks.make_room
+
+        def __set__(self, callback):
+            self._hooks.make_room = callback
+
+    property on_freed:
+        def __get__(self):
+            return self._hooks.freed
+
+        def __set__(self, callback):
+            self._hooks.freed = callback
 
     # ---- exports ----
 

@@ -96,6 +96,7 @@ class Server:
         self._guard = threading.RLock()  # the four above; never held while an operation runs
         self._carriers: set[threading.Thread] = set()
         self._stopping = threading.Event()
+        self._tidying = threading.Event()  # set when there is something to tidy up now
         self._wake, self._waker = socket.socketpair()
         self._handshakes = threading.BoundedSemaphore(limits.connections_max)
         self.nbd = NbdServer(
@@ -107,6 +108,8 @@ class Server:
         )
         self.nbd.on_unknown_export = self._find_export
         self.nbd.on_unknown_context = self._find_context
+        self.nbd.on_full_disk = self._make_room
+        self.nbd.on_freed = lambda name: self._tidying.set()
 
     # ---- what is served ----
 
@@ -311,8 +314,16 @@ class Server:
             if index >= keep or now - self._views[export].last_used > VIEW_IDLE_SECONDS:
                 self._close_view(export)
 
+    def _make_room(self, name: str) -> bool:
+        """Give up a store's reserve for a client's flush, as `Volume.flush` does; it is set aside again soon after."""
+        served = self._served.get(name)
+        if served is None or not served.volume.store.give_up_reserve():
+            return False
+        self._tidying.set()
+        return True
+
     def _tidy(self) -> None:
-        """Close idle views, and free what clients' flushes freed."""
+        """Close idle views, free what clients' flushes freed, and set aside again what a full disk took."""
         with self._guard:
             self._close_idle_views(keep=IDLE_VIEWS_MAX)
             served = list(self._served.values())
@@ -320,6 +331,7 @@ class Server:
             try:
                 one.volume.scrub_freed()
                 one.volume.store.work_soon()
+                one.volume.store.make_reserve()
             except (OnionskinError, OSError) as error:
                 one.say_once(f"{one.volume.name}: {error}")
 
@@ -343,8 +355,10 @@ class Server:
         try:
             accepting.start()
             ready()
-            while not self._stopping.wait(TIDY_SECONDS):
+            while not self._stopping.is_set():
+                self._tidying.clear()
                 self._tidy()
+                self._tidying.wait(TIDY_SECONDS)
         finally:
             self._stopping.set()
             self._waker.send(b"x")
@@ -354,6 +368,7 @@ class Server:
     def stop(self) -> None:
         """End `run`. May be called by any thread and by a signal handler."""
         self._stopping.set()
+        self._tidying.set()
 
     def close(self) -> None:
         """Let clients finish what they are at, then flush and give all volumes up. Idempotent."""
