@@ -93,6 +93,9 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
                          const char *description);
 /* Answers to the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
+/* Connections that have the export open go on; later ones ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
+int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
+                            const char *description);
 /* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. -ENOENT. */
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name);
 /* Waits for requests in flight; later ones use the new volume. A reply that was sent in part ends in an error. The

@@ -105,7 +105,7 @@ static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const
     }
     pthread_mutex_lock(&server->lock);
     for (struct onion_nbd_export *export = server->exports; export; export = export->next)
-        put_export(out, export->name, export->description);
+        put_export(out, onion_nbd_label(export)->name, onion_nbd_label(export)->description);
     pthread_mutex_unlock(&server->lock);
     return acknowledge(out, option->option);
 }
@@ -144,6 +144,7 @@ static void put_info(struct onion_nbd_out *out, uint32_t option, uint16_t info, 
 
 static int put_infos(struct onion_nbd_session *session, uint32_t option, const struct onion_nbd_info_query *query,
                      struct onion_nbd_export *export, struct onion_nbd_out *out) {
+    const struct onion_nbd_label *label = onion_nbd_label(export);
     uint64_t size_bytes;
     uint32_t block_size;
     unsigned char bytes[12];
@@ -153,9 +154,9 @@ static int put_infos(struct onion_nbd_session *session, uint32_t option, const s
     onion_put16(bytes + 8, transmission_flags(session, export));
     put_info(out, option, ONION_NBD_INFO_EXPORT, bytes, 10);
     if (onion_nbd_info_asked(query, ONION_NBD_INFO_NAME))
-        put_info(out, option, ONION_NBD_INFO_NAME, export->name, strlen(export->name));
-    if (onion_nbd_info_asked(query, ONION_NBD_INFO_DESCRIPTION) && *export->description)
-        put_info(out, option, ONION_NBD_INFO_DESCRIPTION, export->description, strlen(export->description));
+        put_info(out, option, ONION_NBD_INFO_NAME, label->name, strlen(label->name));
+    if (onion_nbd_info_asked(query, ONION_NBD_INFO_DESCRIPTION) && *label->description)
+        put_info(out, option, ONION_NBD_INFO_DESCRIPTION, label->description, strlen(label->description));
     /* Whoever does not ask may still need the largest request; any byte may be read and written by itself. */
     onion_put32(bytes, 1);
     onion_put32(bytes + 4, block_size);
@@ -262,10 +263,11 @@ static struct onion_nbd_context *find_context(struct onion_nbd_export *export, c
 static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *server, struct onion_nbd_export *export,
                                                      const struct onion_nbd_string *name) {
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    const char *export_name = onion_nbd_label(export)->name;
     struct onion_nbd_context *context = find_context(export, name);
     if (!context && hooks->find_context && name->length > strlen(CHANGED) &&
         !memcmp(name->bytes, CHANGED, strlen(CHANGED)) &&
-        hooks->find_context(hooks->context, export->name, (uint32_t)strlen(export->name), name->bytes, name->length))
+        hooks->find_context(hooks->context, export_name, (uint32_t)strlen(export_name), name->bytes, name->length))
         context = find_context(export, name);
     return context;
 }

@@ -59,6 +59,26 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
     return 0;
 }
 
+static void free_label(struct onion_nbd_label *label) {
+    if (label) {
+        free(label->name);
+        free(label->description);
+        free(label);
+    }
+}
+
+static struct onion_nbd_label *make_label(const char *name, const char *description) {
+    struct onion_nbd_label *label = calloc(1, sizeof *label);
+    if (label) {
+        label->name = strdup(name);
+        label->description = strdup(description);
+    }
+    if (label && label->name && label->description)
+        return label;
+    free_label(label);
+    return NULL;
+}
+
 static void free_export(struct onion_nbd_export *export) {
     while (export->contexts) {
         struct onion_nbd_context *context = export->contexts;
@@ -69,8 +89,11 @@ static void free_export(struct onion_nbd_export *export) {
     }
     pthread_mutex_destroy(&export->lock);
     pthread_cond_destroy(&export->changed);
-    free(export->name);
-    free(export->description);
+    while (export->label) {
+        struct onion_nbd_label *label = export->label;
+        export->label = label->former;
+        free_label(label);
+    }
     free(export);
 }
 
@@ -132,7 +155,7 @@ uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NB
 
 static struct onion_nbd_export **place_of(struct onion_nbd_server *server, const char *name, size_t length) {
     struct onion_nbd_export **at = &server->exports;
-    while (*at && (strlen((*at)->name) != length || memcmp((*at)->name, name, length)))
+    while (*at && (strlen((*at)->label->name) != length || memcmp((*at)->label->name, name, length)))
         at = &(*at)->next;
     return at;
 }
@@ -166,15 +189,14 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     if (!export)
         return -ENOMEM;
     export->references = 1;
-    export->name = strdup(name);
-    export->description = strdup(description);
+    export->label = make_label(name, description);
     export->read_only = read_only;
     export->volume = volume;
     export->generation = 1;
     export->next_context_id = ONION_NBD_ID_CHANGED;
     pthread_mutex_init(&export->lock, NULL);
     pthread_cond_init(&export->changed, NULL);
-    int status = export->name && export->description ? 0 : -ENOMEM;
+    int status = export->label ? 0 : -ENOMEM;
     pthread_mutex_lock(&server->lock);
     struct onion_nbd_export **at = place_of(server, name, strlen(name));
     if (status == 0)
@@ -184,6 +206,33 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     pthread_mutex_unlock(&server->lock);
     if (status < 0)
         free_export(export);
+    return status;
+}
+
+int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
+                            const char *description) {
+    if (strlen(new_name) > ONION_NBD_NAME_MAX || strlen(description) > ONION_NBD_NAME_MAX)
+        return -EINVAL;
+    struct onion_nbd_label *label = make_label(new_name, description);
+    char *default_name = strdup(new_name);
+    pthread_mutex_lock(&server->lock);
+    struct onion_nbd_export *export = *place_of(server, name, strlen(name));
+    int status = !label || !default_name ? -ENOMEM : !export ? -ENOENT : 0;
+    if (status == 0 && *place_of(server, new_name, strlen(new_name)))
+        status = -EEXIST;
+    if (status == 0) {
+        label->former = export->label; /* connections may be reading it */
+        __atomic_store_n(&export->label, label, __ATOMIC_RELEASE);
+        label = NULL;
+    }
+    if (status == 0 && server->default_name && !strcmp(server->default_name, name)) {
+        char *old = server->default_name;
+        server->default_name = default_name;
+        default_name = old;
+    }
+    pthread_mutex_unlock(&server->lock);
+    free_label(label);
+    free(default_name);
     return status;
 }
 
@@ -239,10 +288,10 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     int wants_scrub = 0;
     int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
-    if (status == -ENOSPC && hooks->make_room && hooks->make_room(hooks->context, export->name))
+    if (status == -ENOSPC && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
         status = flush_once(export, &wants_scrub);
     if (wants_scrub && hooks->freed)
-        hooks->freed(hooks->context, export->name);
+        hooks->freed(hooks->context, onion_nbd_label(export)->name);
     return status;
 }
 
@@ -453,7 +502,7 @@ static void *run_connection(void *argument) {
     struct onion_nbd_connection *connection = argument;
     struct onion_nbd_server *server = connection->server;
     if (onion_nbd_negotiate(connection)) {
-        const char *name = connection->session.chosen->name;
+        const char *name = onion_nbd_label(connection->session.chosen)->name;
         pthread_mutex_lock(&server->lock);
         connection->negotiating = 0;
         pthread_mutex_unlock(&server->lock);
@@ -551,7 +600,7 @@ uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd
         info->tls = at->session.tls;
         info->negotiating = at->negotiating;
         if (!at->negotiating)
-            snprintf(info->export_name, sizeof info->export_name, "%s", at->session.chosen->name);
+            snprintf(info->export_name, sizeof info->export_name, "%s", onion_nbd_label(at->session.chosen)->name);
         add_counters(&info->counters, &at->counters);
     }
     pthread_mutex_unlock(&server->lock);

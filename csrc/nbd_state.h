@@ -35,10 +35,16 @@ struct onion_nbd_context {
     size_t run_count;
 };
 
+/* What an export is called. Lives as long as the export, though that may have another one meanwhile. */
+struct onion_nbd_label {
+    struct onion_nbd_label *former;
+    char *name, *description;
+};
+
 struct onion_nbd_export {
     struct onion_nbd_export *next;
     uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
-    char *name, *description;
+    struct onion_nbd_label *label; /* atomic; set with the server's lock */
     int read_only;
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t changed;
@@ -159,6 +165,10 @@ struct onion_nbd_server {
     uint32_t event_head, event_count;
     uint64_t events_dropped;
 };
+
+static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_nbd_export *export) {
+    return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
+}
 
 /* ---- nbd_server.c ---- */
 

@@ -50,6 +50,7 @@ cdef extern from "nbd.h" nogil:
     void onion_nbd_free(onion_nbd_server *)
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, int, const char *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
+    int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
     int onion_nbd_remove_export(onion_nbd_server *, const char *)
     int onion_nbd_replace_volume(onion_nbd_server *, const char *, onion_volume *)
     int onion_nbd_hold(onion_nbd_server *, const char *)
@@ -298,6 +299,20 @@ cdef class NbdServer:
     def set_default(self, name):
         """Make an export answer to the empty name, too."""
         cdef int status = onion_nbd_set_default(self._server, _encoded(name))
+        if status < 0:
+            self._raise(status, name)
+
+    def rename_export(self, name, new_name, *, description=""):
+        """Call an export something else: open connections go on, later ones ask for the new name.
+
+        FileExistsError where that is taken.
+        """
+        encoded, new, text = _encoded(name), _encoded(new_name), _encoded(description)
+        cdef int status
+        with self._lock:
+            status = onion_nbd_rename_export(self._server, encoded, new, text)
+            if status == 0:
+                self._paths[new_name] = self._paths.pop(name)
         if status < 0:
             self._raise(status, name)
 

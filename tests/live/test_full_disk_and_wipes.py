@@ -108,11 +108,10 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
 
     server = Server(limits=Limits(), allow_revert=False, log=print)
     server.add_volume(tmp_path / "vms", "web")
-    with in_this_process(server, short_socket(tmp_path)):
-        with NbdClient.unix(short_socket(tmp_path), "web") as client:
-            monkeypatch.setattr(library.Store, "scrub", scrub_and_tell)
-            client.trim(0, BLOCK)
-            client.flush()
-            assert wiped.wait(60)
-            assert secret[:24] not in segment.read_bytes()
-            assert client.read(BLOCK, 1) == b"x"
+    with in_this_process(server, short_socket(tmp_path)), NbdClient.unix(short_socket(tmp_path), "web") as client:
+        monkeypatch.setattr(library.Store, "scrub", scrub_and_tell)
+        client.trim(0, BLOCK)
+        client.flush()
+        assert wiped.wait(60)
+        assert secret[:24] not in segment.read_bytes()
+        assert client.read(BLOCK, 1) == b"x"

@@ -238,3 +238,54 @@ def test_a_whole_store_is_served_and_volumes_made_later_too(vms: Path, serve: St
     assert server.terminate() == 0
     assert onionskin("read", f"{vms}/web-2", 0, 4).stdout == "eeee"
     assert onionskin("read", f"{vms}/db", 0, 4).stdout == "dddd"
+
+
+def test_a_renamed_volume_is_exported_under_its_new_name_and_clients_go_on(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web", "--allow-revert")
+    with server.client() as client:
+        client.write(0, b"a" * 4096)
+        onionskin("snapshot", f"{vms}/web@a")
+        with server.client("web@a") as view:
+            onionskin("rename", f"{vms}/web", "www")
+            assert view.read(0, 4096) == b"a" * 4096
+            client.write(0, b"b" * 4096)
+            assert exports_of(server) == ["www", "www@a"]
+            assert "reading www@a" in onionskin("discard", f"{vms}/www@a", "--yes", status=5).stderr
+        with pytest.raises(ConnectionRefusedError):
+            server.client("web")
+        with server.client("www") as other, server.client("") as default:
+            assert other.read(0, 4096) == default.read(0, 4096) == b"b" * 4096
+        onionskin("revert", f"{vms}/www@a", "--yes")
+        assert client.read(0, 4096) == b"a" * 4096
+        assert onionskin_json("stats", f"{vms}/www")["volume"] == "www"
+        onionskin("clone", f"{vms}/www@a", f"{vms}/web")
+        assert [one["name"] for one in onionskin_json("list", vms)] == ["web", "www"]
+        assert "is open for writing in" in onionskin("delete", f"{vms}/www", status=5).stderr
+        onionskin("delete", f"{vms}/web")
+
+
+def test_a_name_that_was_changed_by_another_process_is_followed(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    with library.Store(vms) as store, server.client() as client:
+        client.write(0, b"a" * 4096)
+        client.flush()
+        store.rename("web", "www")
+        store.create("web", size="1M").close()
+        assert exports_of(server) == ["web", "www"]
+        with server.client("www") as renamed, server.client("web") as new:
+            assert (renamed.read(0, 1), new.read(0, 1)) == (b"a", b"\0")
+
+
+def test_a_volume_is_not_renamed_while_it_is_merged_into_its_base(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        for number in range(16):
+            client.write(number * MIB, b"n" * MIB)
+        refused = []
+
+        def rename(done: int, total: int) -> None:
+            refused.append(onionskin("rename", f"{vms}/web", "www", status=5).stderr)
+
+        with library.connect(vms, "web") as web:
+            web.merge_into_base(progress=rename, bytes_per_second=8 * MIB)
+        assert "is under way" in refused[0]
+        onionskin("rename", f"{vms}/web", "www")

@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ class Server:
         self._views: dict[str, _View] = {}
         self._barred: set[str] = set()
         self._contexts: set[tuple[str, str]] = set()  # export, snapshot
-        self._guard = threading.RLock()  # the four above; never held while an operation runs
+        self._operations: Counter[str] = Counter()  # by volume; they go by its name, so that stays meanwhile
+        self._guard = threading.RLock()  # the five above; never held while an operation runs
         self._carriers: set[threading.Thread] = set()
         self._stopping = threading.Event()
         self._tidying = threading.Event()  # set when there is something to tidy up now
@@ -152,6 +154,51 @@ class Server:
                 names += [name, *(f"{name}@{snapshot.name}" for snapshot in served.volume.snapshots)]
         return sorted(set(names))
 
+    def rename(self, served: "ServedVolume", new_name: str) -> None:
+        """Give a volume another name, in the catalog and to clients that come from now on.
+
+        Raises
+        ------
+        StateError
+            The name is another export's, or an operation that goes by the old one is under way.
+        """
+        with self._guard:
+            if self._operations[served.name]:
+                raise StateError(f"an operation on {served.name!r} is under way; rename it when that has ended")
+            if new_name in self._served and self._served[new_name] is not served:
+                raise StateError(f"this server serves another volume {new_name!r}; choose another name")
+            served.volume.store.rename(served.name, new_name)
+            self._follow_names()
+
+    def _follow_names(self) -> None:
+        """Export under their present names what was renamed, here or by whoever has the store open. With the guard."""
+        for old, served in list(self._served.items()):
+            new = served.volume.name
+            if new == old or self._operations[old] or new in self._served:  # the last: renamed itself, and next in line
+                continue
+            self.nbd.rename_export(old, new, description=f"volume {new}")
+            self._served[new] = self._served.pop(old)
+            served.name = new
+            self._contexts = {(new if export == old else export, since) for export, since in self._contexts}
+            self.log(f"{old} is {new} now")
+        for old, view in list(self._views.items()):
+            volume_name, (former, _, snapshot) = view.volume.name, old.partition("@")
+            new = f"{volume_name}@{snapshot}"
+            if new != old and not self._operations[former] and new not in self._views:
+                self.nbd.rename_export(old, new, description=f"snapshot {snapshot} of {volume_name}")
+                self._views[new] = self._views.pop(old)
+                self._contexts = {(new if export == old else export, since) for export, since in self._contexts}
+
+    @contextmanager
+    def _operation(self, volume_name: str) -> Iterator[None]:
+        with self._guard:
+            self._operations[volume_name] += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._operations[volume_name] -= 1
+
     def _list_exports(self, after: str) -> Iterator[tuple[str, str]]:
         """Name all that clients can ask for behind an export, by volume and then by snapshot, with a description.
 
@@ -159,6 +206,7 @@ class Server:
         """
         volume_name, _, snapshot = after.partition("@")
         with self._guard:
+            self._follow_names()
             kept = sorted(name.partition("@")[::2] for name, view in self._views.items() if view.is_kept)
             stores = {name: served.volume.store for name, served in self._served.items()}
         for store in self._whole_stores:
@@ -196,6 +244,7 @@ class Server:
     def _open_export(self, name: str) -> bool:
         with self._guard:
             volume_name, at, snapshot = name.partition("@")
+            self._follow_names()
             if name in self._views:
                 self._views[name].last_used = time.monotonic()
                 return True
@@ -270,6 +319,11 @@ class Server:
         StateError
             A client is reading one.
         """
+        with self._operation(volume_name), self._without_views(volume_name, names):
+            yield
+
+    @contextmanager
+    def _without_views(self, volume_name: str, names: set[str] | None) -> Iterator[None]:
         with self._guard:
             opened = {export for export in self._views if export.startswith(f"{volume_name}@")}
             exports = opened if names is None else {f"{volume_name}@{name}" for name in names}
@@ -289,11 +343,12 @@ class Server:
     @contextmanager
     def paused(self, volume_name: str) -> Iterator[None]:
         """Hold all requests for a volume back meanwhile: clients wait, and see no error."""
-        self.nbd.pause(volume_name)
-        try:
-            yield
-        finally:
-            self.nbd.resume(volume_name)
+        with self._operation(volume_name):
+            self.nbd.pause(volume_name)
+            try:
+                yield
+            finally:
+                self.nbd.resume(volume_name)
 
     def _close_view(self, export: str) -> None:
         view = self._views.pop(export, None)
@@ -325,6 +380,7 @@ class Server:
     def _tidy(self) -> None:
         """Close idle views, free what clients' flushes freed, and set aside again what a full disk took."""
         with self._guard:
+            self._follow_names()
             self._close_idle_views(keep=IDLE_VIEWS_MAX)
             served = list(self._served.values())
         for one in served:
@@ -333,7 +389,7 @@ class Server:
                 one.volume.store.work_soon()
                 one.volume.store.make_reserve()
             except (OnionskinError, OSError) as error:
-                one.say_once(f"{one.volume.name}: {error}")
+                one.say_once(f"{one.name}: {error}")
 
     # ---- listening ----
 
@@ -534,9 +590,10 @@ class ServedVolume:
     def __init__(self, server: Server, volume: Volume) -> None:
         self.server = server
         self.volume = volume
+        self.name = volume.name  # that clients ask for
         self._said: set[str] = set()
         try:
-            server.nbd.add_export(volume.name, volume.path, read_only=False, description=f"volume {volume.name}")
+            server.nbd.add_export(self.name, volume.path, read_only=False, description=f"volume {self.name}")
             volume.on_switch = self._switch
             path = volume.store.layout.volume_control(volume.row.id)
             with suppress(FileNotFoundError):
@@ -553,19 +610,19 @@ class ServedVolume:
 
     def paused(self) -> Any:
         """Hold all requests of clients back meanwhile."""
-        return self.server.paused(self.volume.name)
+        return self.server.paused(self.name)
 
     def _switch(self, path: "DataPath") -> None:
         """After a revert: requests that come from now on go to the new data path; those under way have ended."""
         try:
-            self.server.nbd.replace_path(self.volume.name, path)
+            self.server.nbd.replace_path(self.name, path)
         except (StateError, KeyError):  # the server is stopped, and uses no path any more
-            self.server.log(f"{self.volume.name}: changed its disk while the server was ending")
+            self.server.log(f"{self.name}: changed its disk while the server was ending")
 
     def info(self) -> dict[str, Any]:
         """Say what it is and where it is served."""
         return {
-            "name": self.volume.name,
+            "name": self.name,
             "size_bytes": self.volume.size_bytes,
             "block_size": self.volume.block_size,
             "pid": os.getpid(),
@@ -576,7 +633,7 @@ class ServedVolume:
     def stats(self) -> dict[str, Any]:
         """Give counters and connections."""
         return {
-            "volume": self.volume.name,
+            "volume": self.name,
             "uptime_seconds": round(time.monotonic() - self.server.started, 3),
             "memory_bytes": self.volume.path.memory_bytes,
             "poisoned": self.volume.path.poisoned,
@@ -586,7 +643,11 @@ class ServedVolume:
 
     def without_views(self, names: set[str] | None) -> Any:
         """Have no view of these snapshots (None: of any) open meanwhile."""
-        return self.server.without_views(self.volume.name, names)
+        return self.server.without_views(self.name, names)
+
+    def rename(self, new_name: str) -> None:
+        """Give it another name."""
+        self.server.rename(self, new_name)
 
     def say_once(self, line: str) -> None:
         """Log a failure that would come again every few seconds."""
