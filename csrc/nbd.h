@@ -61,10 +61,11 @@ struct onion_nbd_options {
     struct onion_nbd_hooks hooks;
 };
 
-/* Requests, bytes and errors of one connection or of all. */
+/* Requests, bytes and errors of one connection, of one export, or of all. */
 struct onion_nbd_counters {
     uint64_t requests[ONION_NBD_VERBS];
     uint64_t bytes[ONION_NBD_VERBS];
+    uint64_t latency_ns[ONION_NBD_VERBS]; /* summed up: from when a request had arrived until its reply was handed over */
     uint64_t errors;
     uint64_t sends; /* system calls that sent replies: requests over this is how many were answered together */
 };
@@ -123,6 +124,8 @@ uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd
                                uint32_t capacity);
 /* Of all connections since the start. */
 void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters *out);
+/* Of all connections to one export since it was added. -ENOENT. */
+int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out);
 
 /* What happened: a queue of lines that never blocks a connection. Where nobody reads, the oldest are dropped and counted.
  * The descriptor is an eventfd, readable while there are any. */

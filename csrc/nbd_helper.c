@@ -115,6 +115,10 @@ static void answer_jobs(struct onion_nbd_connection *connection, struct onion_nb
     }
     onion_nbd_send_all(connection, bytes, used);
     pthread_mutex_unlock(&connection->send_lock);
+    int64_t now_ns = onion_nbd_now_ns();
+    for (uint32_t i = 0; i < count; i++)
+        onion_nbd_counter_add(&connection->counters.latency_ns[jobs[i].request.type],
+                              (uint64_t)(now_ns - jobs[i].received_ns));
 }
 
 /* All jobs that wait. 0: there will be none. */
@@ -177,6 +181,7 @@ int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_
                     unsigned char *payload) {
     struct onion_nbd_helper *helper = &connection->helper;
     uint64_t more = payload ? request->length : 0;
+    connection->waiting[request->type]--; /* its latency is counted here */
     int status = start(connection);
     pthread_mutex_lock(&helper->lock);
     if (status == 0 && is_full(connection, more)) {
@@ -189,7 +194,8 @@ int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_
     }
     if (status == 0) {
         uint32_t at = (helper->head + helper->count++) % ONION_NBD_QUEUE_MAX;
-        helper->queue[at] = (struct onion_nbd_job){.request = *request, .payload = payload};
+        helper->queue[at] =
+            (struct onion_nbd_job){.request = *request, .payload = payload, .received_ns = connection->received_ns};
         helper->bytes += more;
         pthread_cond_broadcast(&helper->changed);
     }

@@ -458,6 +458,7 @@ static void add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_
     for (int i = 0; i < ONION_NBD_VERBS; i++) {
         sum->requests[i] += __atomic_load_n(&one->requests[i], __ATOMIC_RELAXED);
         sum->bytes[i] += __atomic_load_n(&one->bytes[i], __ATOMIC_RELAXED);
+        sum->latency_ns[i] += __atomic_load_n(&one->latency_ns[i], __ATOMIC_RELAXED);
     }
     sum->errors += __atomic_load_n(&one->errors, __ATOMIC_RELAXED);
     sum->sends += __atomic_load_n(&one->sends, __ATOMIC_RELAXED);
@@ -486,12 +487,16 @@ static void link_connection(struct onion_nbd_server *server, struct onion_nbd_co
 /* The last that a connection's thread does: once the count is down the server may be freed. */
 static void end_connection(struct onion_nbd_connection *connection) {
     struct onion_nbd_server *server = connection->server;
-    onion_nbd_session_end(&connection->session);
     pthread_mutex_lock(&server->lock);
     *connection->link = connection->next;
     if (connection->next)
         connection->next->link = connection->link;
     add_counters(&server->past, &connection->counters);
+    if (connection->session.chosen)
+        add_counters(&connection->session.chosen->past, &connection->counters);
+    pthread_mutex_unlock(&server->lock);
+    onion_nbd_session_end(&connection->session);
+    pthread_mutex_lock(&server->lock);
     free_connection(connection);
     server->connection_count--;
     pthread_cond_broadcast(&server->closed);
@@ -613,6 +618,18 @@ void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters 
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
         add_counters(out, &at->counters);
     pthread_mutex_unlock(&server->lock);
+}
+
+int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out) {
+    pthread_mutex_lock(&server->lock);
+    struct onion_nbd_export *export = *place_of(server, name, strlen(name));
+    if (export)
+        *out = export->past;
+    for (struct onion_nbd_connection *at = server->connections; export && at; at = at->next)
+        if (!at->negotiating && at->session.chosen == export)
+            add_counters(out, &at->counters);
+    pthread_mutex_unlock(&server->lock);
+    return export ? 0 : -ENOENT;
 }
 
 /* ---- stop ---- */

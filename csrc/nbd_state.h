@@ -44,7 +44,8 @@ struct onion_nbd_label {
 struct onion_nbd_export {
     struct onion_nbd_export *next;
     uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
-    struct onion_nbd_label *label; /* atomic; set with the server's lock */
+    struct onion_nbd_label *label;  /* atomic; set with the server's lock */
+    struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
     int read_only;
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t changed;
@@ -86,6 +87,7 @@ struct onion_nbd_job {
     unsigned char *payload; /* NULL: none */
     uint32_t error;
     int flush_wanted;
+    int64_t received_ns;
     unsigned char *reply; /* NULL: a plain one */
     size_t reply_length;
 };
@@ -133,6 +135,8 @@ struct onion_nbd_connection {
     unsigned char *in;
     size_t in_from, in_to;
     int requests_come_fast;
+    int64_t received_ns;               /* when the last bytes came */
+    uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
     unsigned char *payload; /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
@@ -214,6 +218,7 @@ void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 void onion_nbd_transmit(struct onion_nbd_connection *connection);
 void onion_nbd_limits(const struct onion_nbd_session *session, const struct onion_volume *volume,
                       struct onion_nbd_limits *limits);
+int64_t onion_nbd_now_ns(void);
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }

@@ -36,6 +36,7 @@ cdef extern from "nbd.h" nogil:
     struct onion_nbd_counters:
         uint64_t requests[8]
         uint64_t bytes[8]
+        uint64_t latency_ns[8]
         uint64_t errors
         uint64_t sends
     struct onion_nbd_connection_info:
@@ -61,6 +62,7 @@ cdef extern from "nbd.h" nogil:
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
     void onion_nbd_count(onion_nbd_server *, onion_nbd_counters *)
+    int onion_nbd_count_export(onion_nbd_server *, const char *, onion_nbd_counters *)
     int onion_nbd_event_fd(const onion_nbd_server *)
     uint32_t onion_nbd_next_event(onion_nbd_server *, char *, uint64_t *)
     int onion_nbd_stop(onion_nbd_server *, uint64_t)
@@ -163,6 +165,7 @@ cdef dict _counters(const onion_nbd_counters *raw):
     return {
         "requests": {verb: raw.requests[i] for i, verb in enumerate(_VERBS) if verb != "disc"},
         "bytes": {verb: raw.bytes[i] for i, verb in enumerate(_VERBS) if verb not in ("disc", "flush")},
+        "latency_seconds": {verb: raw.latency_ns[i] / 1e9 for i, verb in enumerate(_VERBS) if verb != "disc"},
         "errors": raw.errors,
         "sends": raw.sends,
     }
@@ -472,10 +475,20 @@ cdef class NbdServer:
         finally:
             free(infos)
 
-    def counters(self):
-        """Return requests and bytes by verb, errors, and system calls that sent replies, of all connections ever."""
+    def counters(self, name=None):
+        """Return requests, bytes and seconds of latency by verb, errors, and system calls that sent replies.
+
+        Of all connections that there ever were: to the server, or to the export `name`, since it was added. A request's
+        latency ends when its reply was handed to the socket.
+        """
         cdef onion_nbd_counters raw
-        onion_nbd_count(self._server, &raw)
+        cdef int status = 0
+        if name is None:
+            onion_nbd_count(self._server, &raw)
+        else:
+            status = onion_nbd_count_export(self._server, _encoded(name), &raw)
+        if status < 0:
+            self._raise(status, name)
         return _counters(&raw)
 
     # ---- events ----

@@ -236,6 +236,30 @@ def test_stats_are_counted_for_programs_people_and_prometheus(vms: Path, serve: 
     assert "nobody serves" in onionskin("stats", f"{vms}/web", status=5).stderr
 
 
+def test_each_export_has_counters_of_its_own(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    onionskin("clone", f"{vms}/web@a", f"{vms}/db")
+    server = serve(vms)
+    with server.client() as client, server.client("db") as other, server.client("web@a") as view:
+        client.write(0, bytes(8192))
+        client.flush()
+        other.write(0, bytes(4096))
+        view.read(0, 512)
+        with pytest.raises(OSError):
+            view.write(0, bytes(512))
+    web, db = (onionskin_json("stats", f"{vms}/{name}")["exports"] for name in ("web", "db"))
+    assert [one["export"] for one in (*web, *db)] == ["web", "web@a", "db"]
+    assert [one["bytes"]["write"] for one in (*web, *db)] == [8192, 512, 4096]
+    assert [one["errors"] for one in (*web, *db)] == [0, 1, 0]
+    assert web[0]["requests"]["flush"] == 1 and 0 < web[0]["latency_seconds"]["flush"] < 60
+    assert web[1]["bytes"]["read"] == 512 and 0 < web[1]["latency_seconds"]["read"] < 60
+    assert web[0]["latency_seconds"]["write"] > 0 == web[0]["latency_seconds"]["read"]
+    text = onionskin("stats", f"{vms}/web", "--prometheus").stdout
+    assert 'onionskin_export_bytes_total{volume="web",export="web@a",command="read"} 512\n' in text
+    assert 'onionskin_export_errors_total{volume="web",export="web"} 0\n' in text
+    assert text.count("# TYPE onionskin_export_requests_total counter\n") == 1
+
+
 def test_more_clients_than_allowed_are_turned_away(vms: Path, serve: Start) -> None:
     server = serve(f"{vms}/web", "--connections", "1")
     with server.client() as client:

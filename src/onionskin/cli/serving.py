@@ -193,11 +193,16 @@ def _draw_stats(value: dict[str, Any]) -> str:
     pairs = [("volume", value["volume"]), ("serving for", f"{value['uptime_seconds']:.0f} s")]
     pairs.append(("index", output.size(value["memory_bytes"])))
     for key, number in value["counters"].items():
-        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v}" for k, v in number.items() if v)
+        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v:.6g}" for k, v in number.items() if v)
         pairs.append((key.replace("_", " "), str(shown)))
     rows = [(str(one.get("id", "")), one.get("export") or "-", one.get("peer", "")) for one in value["connections"]]
     listed = output.table(("CLIENT", "EXPORT", "FROM"), rows)
-    return "\n\n".join(filter(None, (output.fields(pairs), listed)))
+    exports = [
+        (one["export"], str(one["connections"]), output.size(one["bytes"]["read"]), output.size(one["bytes"]["write"]))
+        for one in value["exports"]
+    ]
+    counted = output.table(("EXPORT", "CLIENTS", "READ", "WRITTEN"), exports)
+    return "\n\n".join(filter(None, (output.fields(pairs), counted, listed)))
 
 
 @click.command()

@@ -310,6 +310,15 @@ class Server:
         """Count the clients that have an export open."""
         return sum(connection.get("export") == export for connection in self.nbd.connections())
 
+    def counters_of(self, volume_name: str) -> list[dict[str, Any]]:
+        """Count what was asked of a volume, and of each of its snapshots that is open."""
+        with self._guard:
+            exports = [volume_name, *sorted(one for one in self._views if one.startswith(f"{volume_name}@"))]
+            return [
+                {"export": export, "connections": self.clients_of(export), **self.nbd.counters(export)}
+                for export in exports
+            ]
+
     @contextmanager
     def without_views(self, volume_name: str, names: set[str] | None) -> Iterator[None]:
         """Have no view of these snapshots of a volume (None: of any) open meanwhile.
@@ -638,6 +647,7 @@ class ServedVolume:
             "memory_bytes": self.volume.path.memory_bytes,
             "poisoned": self.volume.path.poisoned,
             "counters": self.server.nbd.counters(),
+            "exports": self.server.counters_of(self.name),
             "connections": self.server.nbd.connections(),
         }
 
