@@ -11,7 +11,6 @@ sockets, and the main thread, which tidies up every few seconds and waits for th
 import os
 import select
 import socket
-import ssl
 import threading
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from onionskin.errors import OnionskinError, StateError
 from onionskin.nbd import tls
 from onionskin.nbd.control import ControlSocket
 from onionskin.nbd.sockets import is_local, peer_of, uri_of
+from onionskin.nbd.tls import Terms
 from onionskin.store import Store
 from onionskin.volume import Volume
 
@@ -61,7 +61,7 @@ class Listener:
 
     socket: socket.socket
     path: Path | None = None
-    tls: ssl.SSLContext | None = None
+    tls: Terms | None = None
     close: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -402,15 +402,18 @@ class Server:
 
     # ---- listening ----
 
-    def listen(self, listeners: list[Listener]) -> None:
-        """Take sockets to listen on; TCP that others than this machine reach wants TLS with clients' certificates."""
+    def listen(self, listeners: list[Listener], *, anybody: bool = False) -> None:
+        """Take sockets to listen on; TCP that others than this machine reach wants TLS, and clients that show who they are.
+
+        Unless `anybody` says that all may come in who speak TLS.
+        """
         self.listeners += listeners  # and with them what is refused: `close` closes them all
         for listener in listeners:
-            has_authority = listener.tls is not None and listener.tls.verify_mode == ssl.CERT_REQUIRED
-            if not is_local(listener.socket) and not has_authority:
+            may_come = listener.tls is not None and (listener.tls.knows_clients or anybody)
+            if not is_local(listener.socket) and not may_come:
                 raise StateError(
                     f"{listener.uri} can be reached from other machines: give --tls-certificate, --tls-key and "
-                    "--tls-ca, or listen on 127.0.0.1 or on a Unix socket"
+                    "--tls-ca, or --tls-psk, or listen on 127.0.0.1 or on a Unix socket"
                 )
             listener.socket.setblocking(False)
 
@@ -519,7 +522,7 @@ class Server:
             pass
         watched.close()
 
-    def _serve_tls(self, connection: socket.socket, peer: str, context: ssl.SSLContext) -> None:
+    def _serve_tls(self, connection: socket.socket, peer: str, terms: Terms) -> None:
         if not self._handshakes.acquire(blocking=False):
             self.log(f"{peer}: refused: {self._limits.connections_max} clients are connected")
             connection.close()
@@ -527,9 +530,10 @@ class Server:
 
         def carry() -> None:
             try:
-                outer = tls.accept(connection, context)
+                outer = tls.accept(connection, terms)
+                name = tls.owner(outer)
                 inner, for_server = socket.socketpair()
-                self.serve(for_server, f"{peer} ({outer.version()}{_subject(outer)})", is_tls=True)
+                self.serve(for_server, f"{peer} ({outer.version()}{f', {name!r}' if name else ''})", is_tls=True)
                 tls.pump(outer, inner)
             except tls.Refused as refusal:
                 self.log(f"{peer}: refused: {refusal}")
@@ -578,12 +582,6 @@ def _joined(extents: Any) -> list[tuple[int, int]]:
         else:
             found.append((offset, length))
     return found
-
-
-def _subject(outer: ssl.SSLSocket) -> str:
-    certificate: Any = outer.getpeercert()
-    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
-    return f", {names[0]!r}" if names else ""
 
 
 @dataclass(slots=True)
