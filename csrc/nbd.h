@@ -54,7 +54,7 @@ struct onion_nbd_hooks {
 };
 
 struct onion_nbd_options {
-    uint32_t connections_max;
+    uint32_t connections_max; /* where they are open, the oldest that still negotiates gives way to a new one */
     uint32_t idle_seconds;      /* a connection without a request is closed after so long; 0: never */
     uint32_t request_bytes_max; /* of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;

@@ -561,6 +561,23 @@ static int start_thread(struct onion_nbd_connection *connection) {
     return status;
 }
 
+/* Whether there is room for one more. Who has not come to use an export yet gives way to who may, the oldest first: else a
+ * few silent clients would keep all others out until their time is over. With the server's lock. */
+static int has_room(struct onion_nbd_server *server) {
+    struct onion_nbd_connection *oldest = NULL;
+    uint64_t max = server->options.connections_max;
+    if (server->connection_count < max)
+        return 1;
+    for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
+        if (at->negotiating && !at->gives_way && (!oldest || at->id < oldest->id))
+            oldest = at;
+    if (!oldest || server->connection_count >= 2 * max) /* those that give way are on their way out */
+        return 0;
+    oldest->gives_way = 1;
+    shutdown(oldest->fd, SHUT_RDWR);
+    return 1;
+}
+
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags) {
     struct onion_nbd_connection *connection = new_connection(server, fd, peer, flags, client_flags);
     if (!connection) {
@@ -569,8 +586,8 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
     }
     pthread_mutex_lock(&server->lock);
     int64_t id = server->stopping ? -ESHUTDOWN
-                 : server->connection_count >= server->options.connections_max ? -EMFILE
-                                                                               : (int64_t)++server->next_id;
+                 : has_room(server) ? (int64_t)++server->next_id
+                                    : -EMFILE;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);

@@ -127,6 +127,7 @@ struct onion_nbd_connection {
     int flags;
     uint32_t client_flags;
     int negotiating;
+    int gives_way; /* it is ended for another one; with the server's lock */
     int broken; /* atomic: nothing more can be sent */
     struct onion_nbd_session session;
     struct onion_nbd_counters counters; /* atomic each */

@@ -179,7 +179,7 @@ cdef class NbdServer:
     Parameters
     ----------
     connections_max : int
-        More are refused by closing.
+        More are refused by closing; but the oldest that still negotiates gives way to a new one.
     bytes_in_flight_max : int
         Payload bytes of one connection that wait to be written durably (FUA); behind them nothing more is received.
     idle_seconds : int
