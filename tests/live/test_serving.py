@@ -6,9 +6,11 @@ import re
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,26 @@ def test_a_client_without_a_certificate_or_without_tls_is_refused(with_tls: Serv
             pass
     assert "refused" in with_tls.log.read_text()
     assert json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
+
+
+def test_handshakes_that_do_not_go_on_give_way(vms: Path, serve: Start, certificates: Path) -> None:
+    at = certificates
+    files = (
+        "--tls-certificate",
+        at / "server-cert.pem",
+        "--tls-key",
+        at / "server-key.pem",
+        "--tls-ca",
+        at / "ca-cert.pem",
+    )
+    server = serve(f"{vms}/web", "--tcp", "127.0.0.1:0", *files, "--connections", 4)
+    port = port_of(server)
+    with ExitStack() as stack:
+        for number in range(20):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            if number % 2:
+                silent.sendall(b"\0\0\0\3" + b"IHAVEOPT" + struct.pack(">II", 5, 0))  # and no word of TLS behind it
+        run_tool("nbdinfo", f"nbds://localhost:{port}/web?tls-certificates={certificates}")
 
 
 @pytest.mark.parametrize(

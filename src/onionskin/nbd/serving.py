@@ -39,6 +39,7 @@ VIEW_IDLE_SECONDS = 30.0
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 GRACE_SECONDS = 10.0
 CARRY_SECONDS = 2.0
+GIVE_WAY_SECONDS = 1.0
 LIST_PAGE = 256  # snapshots that are read from the catalog together
 CONTEXT_PREFIX = "onionskin:changed-since:"
 
@@ -100,7 +101,8 @@ class Server:
         self._stopping = threading.Event()
         self._tidying = threading.Event()  # set when there is something to tidy up now
         self._wake, self._waker = socket.socketpair()
-        self._handshakes = threading.BoundedSemaphore(limits.connections_max)
+        self._tls_places = threading.BoundedSemaphore(limits.connections_max)
+        self._handshakes: dict[threading.Thread, socket.socket] = {}  # that are not done, oldest first; with the guard
         self.nbd = NbdServer(
             connections_max=limits.connections_max,
             bytes_in_flight_max=limits.bytes_in_flight_max,
@@ -523,32 +525,56 @@ class Server:
         watched.close()
 
     def _serve_tls(self, connection: socket.socket, peer: str, terms: Terms) -> None:
-        if not self._handshakes.acquire(blocking=False):
+        if not self._tls_place():
             self.log(f"{peer}: refused: {self._limits.connections_max} clients are connected")
             connection.close()
             return
 
         def carry() -> None:
             try:
-                outer = tls.accept(connection, terms)
-                name = tls.owner(outer)
-                inner, for_server = socket.socketpair()
-                self.serve(for_server, f"{peer} ({outer.version()}{f', {name!r}' if name else ''})", is_tls=True)
-                tls.pump(outer, inner)
+                self._carry(connection, peer, terms)
             except tls.Refused as refusal:
                 self.log(f"{peer}: refused: {refusal}")
             except (OnionskinError, OSError) as error:
                 self.log(f"{peer}: {error}")
-                connection.close()
             finally:
-                self._handshakes.release()
+                self._tls_places.release()
                 with self._guard:
                     self._carriers.discard(threading.current_thread())
 
         carrier = threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
         with self._guard:
             self._carriers.add(carrier)
+            self._handshakes[carrier] = connection.dup()  # `accept` takes the other one over
         carrier.start()
+
+    def _tls_place(self) -> bool:
+        """Take a place for a client with TLS; the oldest that is still in its handshake gives way."""
+        if self._tls_places.acquire(blocking=False):
+            return True
+        with self._guard:
+            oldest = next(iter(self._handshakes.values()), None)
+            if oldest is None:
+                return False
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        return self._tls_places.acquire(timeout=GIVE_WAY_SECONDS)
+
+    def _carry(self, connection: socket.socket, peer: str, terms: Terms) -> None:
+        try:
+            outer = tls.accept(connection, terms)
+        finally:
+            with self._guard:
+                self._handshakes.pop(threading.current_thread()).close()
+        name = tls.owner(outer)
+        inner, for_server = socket.socketpair()
+        try:
+            self.serve(for_server, f"{peer} ({outer.version()}{f', {name!r}' if name else ''})", is_tls=True)
+        except BaseException:
+            inner.close()
+            outer.close()
+            raise
+        tls.pump(outer, inner)
 
     def _join_carriers(self) -> None:
         """Let the last replies of the C server out to clients with TLS; who is still in a handshake gets none."""
