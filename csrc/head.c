@@ -344,7 +344,7 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
     if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
         poison_on(volume, status);
     if (status < 0) {
-        __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+        onion_volume_want_scrub(volume, segment);
         return status;
     }
     pthread_mutex_lock(&volume->slots_lock);
@@ -369,7 +369,7 @@ static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batc
         if (segment->own)
             one = reclaim(volume, segment, batch->freed + i, end - i);
         else
-            __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+            onion_volume_want_scrub(volume, segment);
         status = status < 0 ? status : one;
     }
     return status;
@@ -534,7 +534,7 @@ static void unswap_heads(struct onion_volume *volume) {
         if (onion_segment_is_head(volume, segment))
             segment->generation--;
         if (segment->generation == volume->generation - 1)
-            segment->scrub_wanted = 1;
+            onion_volume_want_scrub(volume, segment);
     }
     volume->generation--;
     pthread_rwlock_unlock(&volume->gate);

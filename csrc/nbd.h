@@ -34,26 +34,38 @@ enum {
     ONION_NBD_VERBS = 8,         /* numbered as the protocol's commands */
 };
 
-/* Asked, without any lock, when a client names what is not there; they may add it. 1: look again, 0: it does not exist.
- * Names are not terminated, and are any bytes that a client sent. */
+struct onion_nbd_listing;
+
+/* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are not
+ * terminated; those of the first two are any bytes that a client sent.
+ * The first two: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ * make_room: a flush of that export found the disk full. 1: it is tried again, 0: there is none to be made.
+ * freed: a flush of that export left work for onion_volume_scrub_wanted.
+ * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
+ * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
+ * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed. */
 struct onion_nbd_hooks {
     int (*find_export)(void *context, const char *name, uint32_t length);
     int (*find_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
+    int (*make_room)(void *context, const char *name);
+    void (*freed)(void *context, const char *name);
+    int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
     void *context;
 };
 
 struct onion_nbd_options {
-    uint32_t connections_max;
+    uint32_t connections_max; /* where they are open, the oldest that still negotiates gives way to a new one */
     uint32_t idle_seconds;      /* a connection without a request is closed after so long; 0: never */
     uint32_t request_bytes_max; /* of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;
     struct onion_nbd_hooks hooks;
 };
 
-/* Requests, bytes and errors of one connection or of all. */
+/* Requests, bytes and errors of one connection, of one export, or of all. */
 struct onion_nbd_counters {
     uint64_t requests[ONION_NBD_VERBS];
     uint64_t bytes[ONION_NBD_VERBS];
+    uint64_t latency_ns[ONION_NBD_VERBS]; /* summed up: from when a request had arrived until its reply was handed over */
     uint64_t errors;
     uint64_t sends; /* system calls that sent replies: requests over this is how many were answered together */
 };
@@ -82,6 +94,9 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
                          const char *description);
 /* Answers to the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
+/* Connections that have the export open go on; later ones ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
+int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
+                            const char *description);
 /* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. -ENOENT. */
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name);
 /* Waits for requests in flight; later ones use the new volume. A reply that was sent in part ends in an error. The
@@ -97,6 +112,9 @@ int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name)
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
                           const uint64_t (*runs)[2], size_t run_count, uint32_t mark);
 
+/* For list_exports: adds a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
+int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description);
+
 /* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags);
@@ -106,6 +124,8 @@ uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd
                                uint32_t capacity);
 /* Of all connections since the start. */
 void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters *out);
+/* Of all connections to one export since it was added. -ENOENT. */
+int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out);
 
 /* What happened: a queue of lines that never blocks a connection. Where nobody reads, the oldest are dropped and counted.
  * The descriptor is an eventfd, readable while there are any. */

@@ -90,13 +90,12 @@ static void run_jobs(struct onion_nbd_connection *connection, struct onion_nbd_j
         jobs[i].error = volume ? run_job(connection, volume, &jobs[i]) : ONION_NBD_ESHUTDOWN;
         flush_wanted |= !jobs[i].error && jobs[i].flush_wanted;
     }
-    /* A view has nothing to make durable. */
-    uint32_t flushed = flush_wanted && !export->read_only ? onion_nbd_error(onion_volume_flush(volume)) : 0;
+    if (volume)
+        onion_nbd_leave(export);
+    uint32_t flushed = flush_wanted ? onion_nbd_error(onion_nbd_flush(connection->server, export)) : 0;
     for (uint32_t i = 0; i < count; i++)
         if (!jobs[i].error && jobs[i].flush_wanted)
             jobs[i].error = flushed;
-    if (volume)
-        onion_nbd_leave(export);
     if (flushed)
         onion_nbd_event(connection->server, "%s: flush failed with error %u", connection->peer, flushed);
 }
@@ -116,6 +115,10 @@ static void answer_jobs(struct onion_nbd_connection *connection, struct onion_nb
     }
     onion_nbd_send_all(connection, bytes, used);
     pthread_mutex_unlock(&connection->send_lock);
+    int64_t now_ns = onion_nbd_now_ns();
+    for (uint32_t i = 0; i < count; i++)
+        onion_nbd_counter_add(&connection->counters.latency_ns[jobs[i].request.type],
+                              (uint64_t)(now_ns - jobs[i].received_ns));
 }
 
 /* All jobs that wait. 0: there will be none. */
@@ -178,6 +181,7 @@ int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_
                     unsigned char *payload) {
     struct onion_nbd_helper *helper = &connection->helper;
     uint64_t more = payload ? request->length : 0;
+    connection->waiting[request->type]--; /* its latency is counted here */
     int status = start(connection);
     pthread_mutex_lock(&helper->lock);
     if (status == 0 && is_full(connection, more)) {
@@ -190,7 +194,8 @@ int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_
     }
     if (status == 0) {
         uint32_t at = (helper->head + helper->count++) % ONION_NBD_QUEUE_MAX;
-        helper->queue[at] = (struct onion_nbd_job){.request = *request, .payload = payload};
+        helper->queue[at] =
+            (struct onion_nbd_job){.request = *request, .payload = payload, .received_ns = connection->received_ns};
         helper->bytes += more;
         pthread_cond_broadcast(&helper->changed);
     }

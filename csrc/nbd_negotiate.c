@@ -60,21 +60,52 @@ static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, con
     return export;
 }
 
+struct onion_nbd_listing {
+    struct onion_nbd_session *session;
+    struct onion_nbd_out *out;
+    int full;
+};
+
+static void put_export(struct onion_nbd_out *out, const char *name, const char *description) {
+    unsigned char length[4];
+    put_reply(out, ONION_NBD_OPT_LIST, ONION_NBD_REP_SERVER, 4 + strlen(name) + strlen(description));
+    onion_put32(length, (uint32_t)strlen(name));
+    put(out, length, sizeof length);
+    put(out, name, strlen(name));
+    put(out, description, strlen(description));
+}
+
+int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description) {
+    size_t length = strlen(name);
+    if (!length || length > ONION_NBD_NAME_MAX || strlen(description) > ONION_NBD_NAME_MAX)
+        return -EINVAL;
+    put_export(listing->out, name, description);
+    memcpy(listing->session->listed, name, length);
+    listing->session->listed_length = (uint32_t)length;
+    return listing->full = listing->out->length >= ONION_NBD_LIST_BYTES;
+}
+
+/* Part after part, so that thousands of names take no more memory than a few. */
 static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                         struct onion_nbd_out *out) {
     struct onion_nbd_server *server = session->server;
+    const struct onion_nbd_hooks *hooks = &server->options.hooks;
     if (option->length)
         return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID, "LIST takes no data");
-    pthread_mutex_lock(&server->lock);
-    for (struct onion_nbd_export *export = server->exports; export; export = export->next) {
-        unsigned char length[4];
-        size_t name_length = strlen(export->name), description_length = strlen(export->description);
-        put_reply(out, option->option, ONION_NBD_REP_SERVER, 4 + name_length + description_length);
-        onion_put32(length, (uint32_t)name_length);
-        put(out, length, sizeof length);
-        put(out, export->name, name_length);
-        put(out, export->description, description_length);
+    if (hooks->list_exports) {
+        struct onion_nbd_listing listing = {session, out, 0};
+        uint32_t after = session->listed_length;
+        int status = hooks->list_exports(hooks->context, session->listed, after, &listing);
+        if (status >= 0 && listing.full)
+            return ONION_NBD_MORE_REPLIES;
+        session->listed_length = 0;
+        if (status < 0)
+            return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "the exports cannot be listed now");
+        return acknowledge(out, option->option);
     }
+    pthread_mutex_lock(&server->lock);
+    for (struct onion_nbd_export *export = server->exports; export; export = export->next)
+        put_export(out, onion_nbd_label(export)->name, onion_nbd_label(export)->description);
     pthread_mutex_unlock(&server->lock);
     return acknowledge(out, option->option);
 }
@@ -113,6 +144,7 @@ static void put_info(struct onion_nbd_out *out, uint32_t option, uint16_t info, 
 
 static int put_infos(struct onion_nbd_session *session, uint32_t option, const struct onion_nbd_info_query *query,
                      struct onion_nbd_export *export, struct onion_nbd_out *out) {
+    const struct onion_nbd_label *label = onion_nbd_label(export);
     uint64_t size_bytes;
     uint32_t block_size;
     unsigned char bytes[12];
@@ -122,9 +154,9 @@ static int put_infos(struct onion_nbd_session *session, uint32_t option, const s
     onion_put16(bytes + 8, transmission_flags(session, export));
     put_info(out, option, ONION_NBD_INFO_EXPORT, bytes, 10);
     if (onion_nbd_info_asked(query, ONION_NBD_INFO_NAME))
-        put_info(out, option, ONION_NBD_INFO_NAME, export->name, strlen(export->name));
-    if (onion_nbd_info_asked(query, ONION_NBD_INFO_DESCRIPTION) && *export->description)
-        put_info(out, option, ONION_NBD_INFO_DESCRIPTION, export->description, strlen(export->description));
+        put_info(out, option, ONION_NBD_INFO_NAME, label->name, strlen(label->name));
+    if (onion_nbd_info_asked(query, ONION_NBD_INFO_DESCRIPTION) && *label->description)
+        put_info(out, option, ONION_NBD_INFO_DESCRIPTION, label->description, strlen(label->description));
     /* Whoever does not ask may still need the largest request; any byte may be read and written by itself. */
     onion_put32(bytes, 1);
     onion_put32(bytes + 4, block_size);
@@ -231,10 +263,11 @@ static struct onion_nbd_context *find_context(struct onion_nbd_export *export, c
 static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *server, struct onion_nbd_export *export,
                                                      const struct onion_nbd_string *name) {
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    const char *export_name = onion_nbd_label(export)->name;
     struct onion_nbd_context *context = find_context(export, name);
     if (!context && hooks->find_context && name->length > strlen(CHANGED) &&
         !memcmp(name->bytes, CHANGED, strlen(CHANGED)) &&
-        hooks->find_context(hooks->context, export->name, (uint32_t)strlen(export->name), name->bytes, name->length))
+        hooks->find_context(hooks->context, export_name, (uint32_t)strlen(export_name), name->bytes, name->length))
         context = find_context(export, name);
     return context;
 }
@@ -368,10 +401,27 @@ static int receive(struct onion_nbd_connection *connection, void *out, size_t le
     return 0;
 }
 
+/* All of it before the deadline: nor can one that does not read what it asked for. */
+static int send_in_time(struct onion_nbd_connection *connection, const void *bytes, size_t length, int64_t deadline_ms) {
+    const char *from = bytes;
+    while (length) {
+        struct pollfd wait = {.fd = connection->fd, .events = POLLOUT};
+        int64_t left = deadline_ms - now_ms();
+        if (left <= 0 || (poll(&wait, 1, (int)left) < 0 && errno != EINTR))
+            return -ETIMEDOUT;
+        ssize_t n = send(connection->fd, from, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n < 0 && errno != EAGAIN && errno != EINTR)
+            return -errno;
+        if (n > 0)
+            from += n, length -= (size_t)n;
+    }
+    return 0;
+}
+
 static int greet(struct onion_nbd_connection *connection, int64_t deadline_ms) {
     unsigned char bytes[ONION_NBD_GREETING_BYTES];
     if (!(connection->flags & ONION_NBD_SERVE_RESUME_OPTIONS)) {
-        int status = onion_nbd_send_all(connection, bytes, onion_nbd_greeting(bytes));
+        int status = send_in_time(connection, bytes, onion_nbd_greeting(bytes), deadline_ms);
         if (status == 0)
             status = receive(connection, bytes, 4, deadline_ms);
         if (status < 0)
@@ -392,6 +442,12 @@ static int skip(struct onion_nbd_connection *connection, uint32_t length, int64_
     return status;
 }
 
+static int send_out(struct onion_nbd_connection *connection, struct onion_nbd_out *out, int64_t deadline_ms) {
+    int status = out->failed ? -ENOMEM : send_in_time(connection, out->bytes, out->length, deadline_ms);
+    out->length = 0;
+    return status;
+}
+
 /* One option: how to go on, or a negative code. */
 static int take_option(struct onion_nbd_connection *connection, int64_t deadline_ms) {
     unsigned char header[ONION_NBD_OPTION_BYTES];
@@ -407,15 +463,20 @@ static int take_option(struct onion_nbd_connection *connection, int64_t deadline
         return status;
     if (option.length > ONION_NBD_OPTION_DATA_MAX) {
         status = skip(connection, option.length, deadline_ms);
-        next = refuse(&out, option.option, ONION_NBD_REP_ERR_TOO_BIG, "more than 65536 bytes");
+        if (status == 0)
+            refuse(&out, option.option, ONION_NBD_REP_ERR_TOO_BIG, "more than 65536 bytes");
+        next = ONION_NBD_MORE_OPTIONS;
     } else {
         status = receive(connection, connection->in, option.length, deadline_ms);
-        if (status < 0)
-            return status;
+        next = ONION_NBD_MORE_REPLIES;
+    }
+    while (status == 0 && next == ONION_NBD_MORE_REPLIES) {
         next = onion_nbd_option(&connection->session, &option, connection->in, &out);
+        if (next == ONION_NBD_MORE_REPLIES)
+            status = send_out(connection, &out, deadline_ms);
     }
     if (status == 0)
-        status = out.failed ? -ENOMEM : onion_nbd_send_all(connection, out.bytes, out.length);
+        status = send_out(connection, &out, deadline_ms);
     free(out.bytes);
     return status < 0 ? status : (int)next;
 }

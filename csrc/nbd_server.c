@@ -59,6 +59,26 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
     return 0;
 }
 
+static void free_label(struct onion_nbd_label *label) {
+    if (label) {
+        free(label->name);
+        free(label->description);
+        free(label);
+    }
+}
+
+static struct onion_nbd_label *make_label(const char *name, const char *description) {
+    struct onion_nbd_label *label = calloc(1, sizeof *label);
+    if (label) {
+        label->name = strdup(name);
+        label->description = strdup(description);
+    }
+    if (label && label->name && label->description)
+        return label;
+    free_label(label);
+    return NULL;
+}
+
 static void free_export(struct onion_nbd_export *export) {
     while (export->contexts) {
         struct onion_nbd_context *context = export->contexts;
@@ -69,8 +89,11 @@ static void free_export(struct onion_nbd_export *export) {
     }
     pthread_mutex_destroy(&export->lock);
     pthread_cond_destroy(&export->changed);
-    free(export->name);
-    free(export->description);
+    while (export->label) {
+        struct onion_nbd_label *label = export->label;
+        export->label = label->former;
+        free_label(label);
+    }
     free(export);
 }
 
@@ -132,7 +155,7 @@ uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NB
 
 static struct onion_nbd_export **place_of(struct onion_nbd_server *server, const char *name, size_t length) {
     struct onion_nbd_export **at = &server->exports;
-    while (*at && (strlen((*at)->name) != length || memcmp((*at)->name, name, length)))
+    while (*at && (strlen((*at)->label->name) != length || memcmp((*at)->label->name, name, length)))
         at = &(*at)->next;
     return at;
 }
@@ -166,15 +189,14 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     if (!export)
         return -ENOMEM;
     export->references = 1;
-    export->name = strdup(name);
-    export->description = strdup(description);
+    export->label = make_label(name, description);
     export->read_only = read_only;
     export->volume = volume;
     export->generation = 1;
     export->next_context_id = ONION_NBD_ID_CHANGED;
     pthread_mutex_init(&export->lock, NULL);
     pthread_cond_init(&export->changed, NULL);
-    int status = export->name && export->description ? 0 : -ENOMEM;
+    int status = export->label ? 0 : -ENOMEM;
     pthread_mutex_lock(&server->lock);
     struct onion_nbd_export **at = place_of(server, name, strlen(name));
     if (status == 0)
@@ -184,6 +206,33 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     pthread_mutex_unlock(&server->lock);
     if (status < 0)
         free_export(export);
+    return status;
+}
+
+int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
+                            const char *description) {
+    if (strlen(new_name) > ONION_NBD_NAME_MAX || strlen(description) > ONION_NBD_NAME_MAX)
+        return -EINVAL;
+    struct onion_nbd_label *label = make_label(new_name, description);
+    char *default_name = strdup(new_name);
+    pthread_mutex_lock(&server->lock);
+    struct onion_nbd_export *export = *place_of(server, name, strlen(name));
+    int status = !label || !default_name ? -ENOMEM : !export ? -ENOENT : 0;
+    if (status == 0 && *place_of(server, new_name, strlen(new_name)))
+        status = -EEXIST;
+    if (status == 0) {
+        label->former = export->label; /* connections may be reading it */
+        __atomic_store_n(&export->label, label, __ATOMIC_RELEASE);
+        label = NULL;
+    }
+    if (status == 0 && server->default_name && !strcmp(server->default_name, name)) {
+        char *old = server->default_name;
+        server->default_name = default_name;
+        default_name = old;
+    }
+    pthread_mutex_unlock(&server->lock);
+    free_label(label);
+    free(default_name);
     return status;
 }
 
@@ -222,6 +271,28 @@ void onion_nbd_leave(struct onion_nbd_export *export) {
     if (--export->in_flight == 0 && (export->holds || !export->volume))
         pthread_cond_broadcast(&export->changed);
     pthread_mutex_unlock(&export->lock);
+}
+
+static int flush_once(struct onion_nbd_export *export, int *wants_scrub) {
+    uint64_t generation;
+    struct onion_volume *volume = onion_nbd_enter(export, &generation);
+    if (!volume)
+        return -ESHUTDOWN;
+    int status = onion_volume_flush(volume);
+    *wants_scrub = onion_volume_wants_scrub(volume);
+    onion_nbd_leave(export);
+    return status;
+}
+
+int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    int wants_scrub = 0;
+    int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
+    if (status == -ENOSPC && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
+        status = flush_once(export, &wants_scrub);
+    if (wants_scrub && hooks->freed)
+        hooks->freed(hooks->context, onion_nbd_label(export)->name);
+    return status;
 }
 
 /* With the export's lock. */
@@ -387,6 +458,7 @@ static void add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_
     for (int i = 0; i < ONION_NBD_VERBS; i++) {
         sum->requests[i] += __atomic_load_n(&one->requests[i], __ATOMIC_RELAXED);
         sum->bytes[i] += __atomic_load_n(&one->bytes[i], __ATOMIC_RELAXED);
+        sum->latency_ns[i] += __atomic_load_n(&one->latency_ns[i], __ATOMIC_RELAXED);
     }
     sum->errors += __atomic_load_n(&one->errors, __ATOMIC_RELAXED);
     sum->sends += __atomic_load_n(&one->sends, __ATOMIC_RELAXED);
@@ -415,12 +487,16 @@ static void link_connection(struct onion_nbd_server *server, struct onion_nbd_co
 /* The last that a connection's thread does: once the count is down the server may be freed. */
 static void end_connection(struct onion_nbd_connection *connection) {
     struct onion_nbd_server *server = connection->server;
-    onion_nbd_session_end(&connection->session);
     pthread_mutex_lock(&server->lock);
     *connection->link = connection->next;
     if (connection->next)
         connection->next->link = connection->link;
     add_counters(&server->past, &connection->counters);
+    if (connection->session.chosen)
+        add_counters(&connection->session.chosen->past, &connection->counters);
+    pthread_mutex_unlock(&server->lock);
+    onion_nbd_session_end(&connection->session);
+    pthread_mutex_lock(&server->lock);
     free_connection(connection);
     server->connection_count--;
     pthread_cond_broadcast(&server->closed);
@@ -431,7 +507,7 @@ static void *run_connection(void *argument) {
     struct onion_nbd_connection *connection = argument;
     struct onion_nbd_server *server = connection->server;
     if (onion_nbd_negotiate(connection)) {
-        const char *name = connection->session.chosen->name;
+        const char *name = onion_nbd_label(connection->session.chosen)->name;
         pthread_mutex_lock(&server->lock);
         connection->negotiating = 0;
         pthread_mutex_unlock(&server->lock);
@@ -485,6 +561,23 @@ static int start_thread(struct onion_nbd_connection *connection) {
     return status;
 }
 
+/* Whether there is room for one more. Who has not come to use an export yet gives way to who may, the oldest first: else a
+ * few silent clients would keep all others out until their time is over. With the server's lock. */
+static int has_room(struct onion_nbd_server *server) {
+    struct onion_nbd_connection *oldest = NULL;
+    uint64_t max = server->options.connections_max;
+    if (server->connection_count < max)
+        return 1;
+    for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
+        if (at->negotiating && !at->gives_way && (!oldest || at->id < oldest->id))
+            oldest = at;
+    if (!oldest || server->connection_count >= 2 * max) /* those that give way are on their way out */
+        return 0;
+    oldest->gives_way = 1;
+    shutdown(oldest->fd, SHUT_RDWR);
+    return 1;
+}
+
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags) {
     struct onion_nbd_connection *connection = new_connection(server, fd, peer, flags, client_flags);
     if (!connection) {
@@ -493,8 +586,8 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
     }
     pthread_mutex_lock(&server->lock);
     int64_t id = server->stopping ? -ESHUTDOWN
-                 : server->connection_count >= server->options.connections_max ? -EMFILE
-                                                                               : (int64_t)++server->next_id;
+                 : has_room(server) ? (int64_t)++server->next_id
+                                    : -EMFILE;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);
@@ -529,7 +622,7 @@ uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd
         info->tls = at->session.tls;
         info->negotiating = at->negotiating;
         if (!at->negotiating)
-            snprintf(info->export_name, sizeof info->export_name, "%s", at->session.chosen->name);
+            snprintf(info->export_name, sizeof info->export_name, "%s", onion_nbd_label(at->session.chosen)->name);
         add_counters(&info->counters, &at->counters);
     }
     pthread_mutex_unlock(&server->lock);
@@ -542,6 +635,18 @@ void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters 
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
         add_counters(out, &at->counters);
     pthread_mutex_unlock(&server->lock);
+}
+
+int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out) {
+    pthread_mutex_lock(&server->lock);
+    struct onion_nbd_export *export = *place_of(server, name, strlen(name));
+    if (export)
+        *out = export->past;
+    for (struct onion_nbd_connection *at = server->connections; export && at; at = at->next)
+        if (!at->negotiating && at->session.chosen == export)
+            add_counters(out, &at->counters);
+    pthread_mutex_unlock(&server->lock);
+    return export ? 0 : -ENOENT;
 }
 
 /* ---- stop ---- */
@@ -580,12 +685,8 @@ static int flush_exports(struct onion_nbd_server *server) {
         pthread_mutex_unlock(&server->lock);
         if (!export)
             return status;
-        uint64_t generation;
-        struct onion_volume *volume = export->read_only ? NULL : onion_nbd_enter(export, &generation);
-        int one = volume ? onion_volume_flush(volume) : 0;
-        if (volume)
-            onion_nbd_leave(export);
-        status = status < 0 || one == ONION_E_CLOSED ? status : one;
+        int one = onion_nbd_flush(server, export);
+        status = status < 0 || one == ONION_E_CLOSED || one == -ESHUTDOWN ? status : one;
         take_volume_away(export);
         onion_nbd_unref(server, export);
     }

@@ -12,6 +12,7 @@ enum {
     ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* longer ones are answered TOO_BIG ... */
     ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* ... or, longer than this, by closing */
     ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
+    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
     ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
     ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
@@ -34,10 +35,17 @@ struct onion_nbd_context {
     size_t run_count;
 };
 
+/* What an export is called. Lives as long as the export, though that may have another one meanwhile. */
+struct onion_nbd_label {
+    struct onion_nbd_label *former;
+    char *name, *description;
+};
+
 struct onion_nbd_export {
     struct onion_nbd_export *next;
     uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
-    char *name, *description;
+    struct onion_nbd_label *label;  /* atomic; set with the server's lock */
+    struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
     int read_only;
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t changed;
@@ -61,6 +69,8 @@ struct onion_nbd_session {
     struct onion_nbd_server *server;
     int tls, require_tls, no_zeroes;
     int structured;
+    uint32_t listed_length; /* of the export that was listed last; 0: a list begins */
+    char listed[ONION_NBD_NAME_MAX];
     struct onion_nbd_export *chosen;      /* holds a reference */
     struct onion_nbd_export *meta_export; /* that the contexts were selected for; holds a reference */
     uint32_t context_count;
@@ -68,7 +78,8 @@ struct onion_nbd_session {
     struct onion_nbd_context *contexts[ONION_NBD_CONTEXTS_MAX]; /* NULL for the two fixed ones */
 };
 
-enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE };
+/* MORE_REPLIES: what was answered is sent, and the same option given again. */
+enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE, ONION_NBD_MORE_REPLIES };
 
 /* A request on its way to the helper, with its payload. */
 struct onion_nbd_job {
@@ -76,6 +87,7 @@ struct onion_nbd_job {
     unsigned char *payload; /* NULL: none */
     uint32_t error;
     int flush_wanted;
+    int64_t received_ns;
     unsigned char *reply; /* NULL: a plain one */
     size_t reply_length;
 };
@@ -115,6 +127,7 @@ struct onion_nbd_connection {
     int flags;
     uint32_t client_flags;
     int negotiating;
+    int gives_way; /* it is ended for another one; with the server's lock */
     int broken; /* atomic: nothing more can be sent */
     struct onion_nbd_session session;
     struct onion_nbd_counters counters; /* atomic each */
@@ -123,6 +136,8 @@ struct onion_nbd_connection {
     unsigned char *in;
     size_t in_from, in_to;
     int requests_come_fast;
+    int64_t received_ns;               /* when the last bytes came */
+    uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
     unsigned char *payload; /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
@@ -156,6 +171,10 @@ struct onion_nbd_server {
     uint64_t events_dropped;
 };
 
+static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_nbd_export *export) {
+    return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
+}
+
 /* ---- nbd_server.c ---- */
 
 /* With a reference, or NULL. name is any bytes. */
@@ -164,6 +183,9 @@ void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *e
 /* The volume, with a request counted as in flight on it, or NULL where the export is gone. Waits while it is held. */
 struct onion_volume *onion_nbd_enter(struct onion_nbd_export *export, uint64_t *generation);
 void onion_nbd_leave(struct onion_nbd_export *export);
+/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
+ * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
+int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
 void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* ---- nbd_negotiate.c ---- */
@@ -197,6 +219,7 @@ void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 void onion_nbd_transmit(struct onion_nbd_connection *connection);
 void onion_nbd_limits(const struct onion_nbd_session *session, const struct onion_volume *volume,
                       struct onion_nbd_limits *limits);
+int64_t onion_nbd_now_ns(void);
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }

@@ -35,7 +35,7 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
     setsockopt(connection->fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
 }
 
-static int64_t now_ns(void) {
+int64_t onion_nbd_now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
@@ -45,25 +45,39 @@ static int64_t now_ns(void) {
  * that fast: to be woken costs more than a request. At queue depth 1 the client waits for its turn on the processor, often
  * this one, so asking only keeps it waiting: measured, half as many reads. */
 static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, size_t length, int several) {
-    int64_t began = now_ns(), waited = 0;
+    int64_t began = onion_nbd_now_ns(), waited = 0;
     ssize_t n = -1;
     while (several && connection->requests_come_fast && waited < SPIN_NS && n < 0) {
         n = recv(connection->fd, out, length, MSG_DONTWAIT);
         if (n < 0 && errno != EAGAIN)
             break;
-        waited = now_ns() - began;
+        waited = onion_nbd_now_ns() - began;
     }
     if (n < 0)
         n = recv(connection->fd, out, length, 0);
-    connection->requests_come_fast = now_ns() - began < SPIN_NS;
+    connection->received_ns = onion_nbd_now_ns();
+    connection->requests_come_fast = connection->received_ns - began < SPIN_NS;
     return n;
 }
 
-/* Waits for bytes, out of flight and with nothing unsent. Returns how many, 0 at the end, or -errno. */
-static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length) {
+/* Replies are in the socket: for all requests that came together the time is the same. */
+static void count_latency(struct onion_nbd_connection *connection) {
+    uint64_t ns = (uint64_t)(onion_nbd_now_ns() - connection->received_ns);
+    for (int verb = 0; verb < ONION_NBD_VERBS; verb++)
+        if (connection->waiting[verb]) {
+            onion_nbd_counter_add(&connection->counters.latency_ns[verb], ns * connection->waiting[verb]);
+            connection->waiting[verb] = 0;
+        }
+}
+
+/* Waits for bytes, out of flight and with nothing unsent; all_answered: none of them belong to a request that has begun.
+ * Returns how many, 0 at the end, or -errno. */
+static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length, int all_answered) {
     int several = connection->reply_count > 1;
     int status = onion_nbd_send_replies(connection);
     onion_nbd_connection_leave(connection);
+    if (all_answered)
+        count_latency(connection);
     while (status == 0) {
         ssize_t n = receive_soon(connection, out, length, several);
         if (n >= 0)
@@ -86,7 +100,7 @@ static enum verdict fill(struct onion_nbd_connection *connection) {
         connection->in_from = 0;
         connection->in_to = held;
     }
-    ssize_t n = receive(connection, connection->in + held, ONION_NBD_IN_BYTES - held);
+    ssize_t n = receive(connection, connection->in + held, ONION_NBD_IN_BYTES - held, 1);
     if (n <= 0)
         return ENDED;
     connection->in_to += (size_t)n;
@@ -103,7 +117,7 @@ static int take_bytes(struct onion_nbd_connection *connection, unsigned char *ou
     for (uint64_t done = part; done < length;) {
         /* The buffer is empty by now, so it has room for what nobody wants. */
         uint64_t room = out || length - done < ONION_NBD_IN_BYTES ? length - done : ONION_NBD_IN_BYTES;
-        ssize_t n = receive(connection, out ? out + done : connection->in, (size_t)room);
+        ssize_t n = receive(connection, out ? out + done : connection->in, (size_t)room, 0);
         if (n <= 0)
             return -ECONNRESET;
         done += (uint64_t)n;
@@ -144,6 +158,7 @@ static void count(struct onion_nbd_connection *connection, const struct onion_nb
         return;
     onion_nbd_counter_add(&connection->counters.requests[request->type], 1);
     onion_nbd_counter_add(&connection->counters.bytes[request->type], request->length);
+    connection->waiting[request->type]++;
 }
 
 /* What is wrong with a request, in flight from here on. */
@@ -328,5 +343,6 @@ void onion_nbd_transmit(struct onion_nbd_connection *connection) {
         verdict = (verdict = next_request(connection)) == NEEDS_MORE ? fill(connection) : verdict;
     onion_nbd_send_replies(connection);
     onion_nbd_connection_leave(connection);
+    count_latency(connection);
     onion_nbd_helper_end(connection);
 }

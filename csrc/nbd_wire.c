@@ -123,6 +123,7 @@ uint32_t onion_nbd_error(int64_t status) {
     case ONION_E_READ_ONLY:
         return ONION_NBD_EPERM;
     case ONION_E_CLOSED:
+    case -ESHUTDOWN:
         return ONION_NBD_ESHUTDOWN;
     default:
         return status > 0 ? 0 : ONION_NBD_EIO;

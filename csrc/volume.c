@@ -478,7 +478,7 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
 /* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, where the segment
  * is sealed before, a scrub. */
 static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
-    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+    onion_volume_want_scrub(volume, segment);
     pthread_mutex_lock(&volume->slots_lock);
     onion_segment_give_back(segment, slot, count);
     pthread_mutex_unlock(&volume->slots_lock);
@@ -779,17 +779,24 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
     uint32_t count = 0;
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
+    __atomic_store_n(&volume->scrub_wanted, 0, __ATOMIC_SEQ_CST);
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
         if (!is_own(volume, onion_place_make(i, 0)) &&
             __atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
             numbers[count++] = i;
     pthread_rwlock_unlock(&volume->gate);
+    if (count == capacity)
+        __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST); /* there may be more */
     return (int)count;
 }
 
 uint64_t onion_volume_take_unreachable(struct onion_volume *volume) {
     return __atomic_exchange_n(&volume->bytes_unreachable, 0, __ATOMIC_RELAXED);
+}
+
+int onion_volume_wants_scrub(struct onion_volume *volume) {
+    return __atomic_load_n(&volume->scrub_wanted, __ATOMIC_SEQ_CST);
 }
 
 /* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */

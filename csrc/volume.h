@@ -149,6 +149,8 @@ int onion_volume_wait_for_readers(struct onion_volume *volume);
 /* Segments, except those that the head writes, in which slots became free since the last call: up to capacity numbers,
  * returns how many. */
 int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
+/* Whether there may be some. Costs nothing. */
+int onion_volume_wants_scrub(struct onion_volume *volume);
 
 /* Bytes of own slots that were wiped since the last call, and whose old contents overwriting cannot have reached. */
 uint64_t onion_volume_take_unreachable(struct onion_volume *volume);

@@ -45,6 +45,7 @@ struct onion_volume {
     int wipe_zero, writable;
     uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
     int poisoned, closed, forked; /* atomic */
+    int scrub_wanted;             /* atomic: some segment's is set, or was */
     char *segments_directory, *layers_directory;
 
     struct onion_map index;
@@ -81,6 +82,12 @@ struct onion_volume {
 /* 0, or why no verb may run now. */
 int onion_volume_usable(const struct onion_volume *volume);
 /* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+/* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
+static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
+    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+}
+
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }

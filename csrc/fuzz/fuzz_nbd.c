@@ -22,8 +22,20 @@ static void check(int holds) {
         abort();
 }
 
+/* More exports than one part of a list holds: x, xx, xxx, ... */
+static int list_exports(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing) {
+    static char name[ONION_NBD_NAME_MAX + 1];
+    int status = 0;
+    (void)context, (void)after;
+    memset(name, 'x', sizeof name - 1);
+    while (length < ONION_NBD_NAME_MAX && status == 0)
+        status = onion_nbd_list(listing, name + ONION_NBD_NAME_MAX - ++length, "described");
+    return status;
+}
+
 static void set_up(void) {
     struct onion_nbd_options options = {.connections_max = 1, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    options.hooks.list_exports = list_exports;
     static const uint64_t runs[2][2] = {{0, 4096}, {1 << 20, 100}};
     struct onion_volume *volume;
     check(onion_volume_new(4096, SIZE_BYTES, ".", ".", 0, 0, &volume) == 0);
@@ -71,7 +83,14 @@ static size_t feed_option(struct onion_nbd_session *session, const uint8_t *byte
     if (option.length > ONION_NBD_OPTION_DATA_MAX)
         option.length = ONION_NBD_OPTION_DATA_MAX;
     unsigned char *data = exactly(bytes + ONION_NBD_OPTION_BYTES, option.length);
+    /* Of a long list the second part is as good as the last one. */
     *next = onion_nbd_option(session, &option, data, &out);
+    if (*next == ONION_NBD_MORE_REPLIES) {
+        check(out.length >= ONION_NBD_LIST_BYTES && option.option == ONION_NBD_OPT_LIST);
+        check_replies(&out, option.option);
+        out.length = 0;
+        *next = onion_nbd_option(session, &option, data, &out);
+    }
     check(!out.failed && session->context_count <= ONION_NBD_CONTEXTS_MAX);
     check((*next == ONION_NBD_TRANSMISSION) == (session->chosen != NULL));
     if (option.option != ONION_NBD_OPT_EXPORT_NAME)

@@ -18,9 +18,13 @@ from onionskin.later import numpy
 cdef extern from "nbd.h" nogil:
     struct onion_volume
     struct onion_nbd_server
+    struct onion_nbd_listing
     struct onion_nbd_hooks:
         int (*find_export)(void *, const char *, uint32_t) noexcept
         int (*find_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
+        int (*make_room)(void *, const char *) noexcept
+        void (*freed)(void *, const char *) noexcept
+        int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
         void *context
     struct onion_nbd_options:
         uint32_t connections_max
@@ -31,6 +35,7 @@ cdef extern from "nbd.h" nogil:
     struct onion_nbd_counters:
         uint64_t requests[8]
         uint64_t bytes[8]
+        uint64_t latency_ns[8]
         uint64_t errors
         uint64_t sends
     struct onion_nbd_connection_info:
@@ -45,15 +50,18 @@ cdef extern from "nbd.h" nogil:
     void onion_nbd_free(onion_nbd_server *)
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, int, const char *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
+    int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
     int onion_nbd_remove_export(onion_nbd_server *, const char *)
     int onion_nbd_replace_volume(onion_nbd_server *, const char *, onion_volume *)
     int onion_nbd_hold(onion_nbd_server *, const char *)
     int onion_nbd_release(onion_nbd_server *, const char *)
     int64_t onion_nbd_change_mark(onion_nbd_server *, const char *)
     int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint32_t)
+    int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
     void onion_nbd_count(onion_nbd_server *, onion_nbd_counters *)
+    int onion_nbd_count_export(onion_nbd_server *, const char *, onion_nbd_counters *)
     int onion_nbd_event_fd(const onion_nbd_server *)
     uint32_t onion_nbd_next_event(onion_nbd_server *, char *, uint64_t *)
     int onion_nbd_stop(onion_nbd_server *, uint64_t)
@@ -71,6 +79,9 @@ cdef class _Hooks:
     """What the server's threads call. Lives longer than the server."""
     cdef object find_export
     cdef object find_context
+    cdef object list_exports
+    cdef object make_room
+    cdef object freed
 
 
 cdef object _name(const char *bytes_, uint32_t length):
@@ -105,10 +116,42 @@ cdef int _find_context(void *context, const char *name, uint32_t length, const c
         return 0
 
 
+cdef int _make_room(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        return hooks.make_room is not None and bool(hooks.make_room(name.decode()))
+    except BaseException as error:
+        _report(error, hooks.make_room)
+        return 0
+
+
+cdef void _freed(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        if hooks.freed is not None:
+            hooks.freed(name.decode())
+    except BaseException as error:
+        _report(error, hooks.freed)
+
+
+cdef int _list_exports(void *context, const char *after, uint32_t length, onion_nbd_listing *listing) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    cdef int status = 0
+    try:
+        for name, description in hooks.list_exports(after[:length].decode()):
+            status = onion_nbd_list(listing, _encoded(name), _encoded(description))
+            if status != 0:
+                break
+        return status
+    except BaseException as error:
+        _report(error, hooks.list_exports)
+        return -5
+
+
 cdef void _report(object error, object callback) noexcept:
     """Hand an exception that nobody can catch to sys.unraisablehook."""
     try:
-        raise RuntimeError(f"{callback!r} failed for a client that asked for something unknown") from error
+        raise RuntimeError(f"{callback!r} failed for a client") from error
     except RuntimeError:
         import sys
         import types
@@ -121,6 +164,7 @@ cdef dict _counters(const onion_nbd_counters *raw):
     return {
         "requests": {verb: raw.requests[i] for i, verb in enumerate(_VERBS) if verb != "disc"},
         "bytes": {verb: raw.bytes[i] for i, verb in enumerate(_VERBS) if verb not in ("disc", "flush")},
+        "latency_seconds": {verb: raw.latency_ns[i] / 1e9 for i, verb in enumerate(_VERBS) if verb != "disc"},
         "errors": raw.errors,
         "sends": raw.sends,
     }
@@ -134,13 +178,16 @@ cdef class NbdServer:
     Parameters
     ----------
     connections_max : int
-        More are refused by closing.
+        More are refused by closing; but the oldest that still negotiates gives way to a new one.
     bytes_in_flight_max : int
         Payload bytes of one connection that wait to be written durably (FUA); behind them nothing more is received.
     idle_seconds : int
         A connection without requests, or that takes no replies, for so long is closed; 0: never.
     request_bytes_max : int
         Of one read or write, 65,536 to 32 MiB.
+    list_exports : callable(after) -> iterable of (name, description), optional
+        Names what clients can ask for, also what is not there yet: the names behind `after` (empty: all), in an order
+        that is always the same. No more of them are taken than are sent together. Called as `on_unknown_export` is.
 
     Attributes
     ----------
@@ -151,6 +198,11 @@ cdef class NbdServer:
         name is whatever the client sent.
     on_unknown_context : callable(name, context) -> bool, or None
         As above, for a context ``onionskin:changed-since:...`` of the export `name`: calls `set_changed_since`.
+    on_full_disk : callable(name) -> bool, or None
+        A client's flush of the export `name` found the disk full. True: it is tried again, once.
+    on_freed : callable(name), or None
+        A client's flush left segments for `DataPath.scrub_wanted`. Like `on_full_disk` it is called from the
+        connection's thread, before the client is answered, with no lock held.
     """
     cdef onion_nbd_server *_server
     cdef _Hooks _hooks
@@ -160,9 +212,10 @@ cdef class NbdServer:
     cdef object __weakref__
 
     def __cinit__(self, *, connections_max=64, bytes_in_flight_max=64 << 20, idle_seconds=0,
-                  request_bytes_max=32 << 20):
+                  request_bytes_max=32 << 20, list_exports=None):
         cdef onion_nbd_options options
         self._hooks = _Hooks()
+        self._hooks.list_exports = list_exports
         self._paths = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -172,6 +225,11 @@ cdef class NbdServer:
         options.bytes_in_flight_max = bytes_in_flight_max
         options.hooks.find_export = _find_export
         options.hooks.find_context = _find_context
+        options.hooks.make_room = _make_room
+        options.hooks.freed = _freed
+        options.hooks.list_exports = NULL
+        if list_exports is not None:
+            options.hooks.list_exports = _list_exports
         options.hooks.context = <void *>self._hooks
         cdef int status = onion_nbd_new(&options, &self._server)
         if status < 0:
@@ -212,6 +270,20 @@ cdef class NbdServer:
         def __set__(self, callback):
             self._hooks.find_context = callback
 
+    property on_full_disk:
+        def __get__(self):
+            return self._hooks.make_room
+
+        def __set__(self, callback):
+            self._hooks.make_room = callback
+
+    property on_freed:
+        def __get__(self):
+            return self._hooks.freed
+
+        def __set__(self, callback):
+            self._hooks.freed = callback
+
     # ---- exports ----
 
     def add_export(self, name, path, *, read_only, description=""):
@@ -229,6 +301,20 @@ cdef class NbdServer:
     def set_default(self, name):
         """Make an export answer to the empty name, too."""
         cdef int status = onion_nbd_set_default(self._server, _encoded(name))
+        if status < 0:
+            self._raise(status, name)
+
+    def rename_export(self, name, new_name, *, description=""):
+        """Call an export something else: open connections go on, later ones ask for the new name.
+
+        FileExistsError where that is taken.
+        """
+        encoded, new, text = _encoded(name), _encoded(new_name), _encoded(description)
+        cdef int status
+        with self._lock:
+            status = onion_nbd_rename_export(self._server, encoded, new, text)
+            if status == 0:
+                self._paths[new_name] = self._paths.pop(name)
         if status < 0:
             self._raise(status, name)
 
@@ -388,10 +474,20 @@ cdef class NbdServer:
         finally:
             free(infos)
 
-    def counters(self):
-        """Return requests and bytes by verb, errors, and system calls that sent replies, of all connections ever."""
+    def counters(self, name=None):
+        """Return requests, bytes and seconds of latency by verb, errors, and system calls that sent replies.
+
+        Of all connections that there ever were: to the server, or to the export `name`, since it was added. A request's
+        latency ends when its reply was handed to the socket.
+        """
         cdef onion_nbd_counters raw
-        onion_nbd_count(self._server, &raw)
+        cdef int status = 0
+        if name is None:
+            onion_nbd_count(self._server, &raw)
+        else:
+            status = onion_nbd_count_export(self._server, _encoded(name), &raw)
+        if status < 0:
+            self._raise(status, name)
         return _counters(&raw)
 
     # ---- events ----

@@ -22,7 +22,7 @@ from onionskin.barriers import sync_file
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SIZE_BYTES_MAX = 1 << 46
 _BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
 _RESTORE = "restore it from a copy of the store"
@@ -52,8 +52,10 @@ CREATE TABLE snapshots (
     PRIMARY KEY (volume, name)) WITHOUT ROWID;
 CREATE TABLE pending (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, target BLOB NOT NULL, lock_byte INTEGER NOT NULL,
-    wipe TEXT NOT NULL);
+    wipe TEXT NOT NULL, done_bytes INTEGER NOT NULL DEFAULT 0);
 """
+# What each older version lacks.
+_UPGRADES = {1: "ALTER TABLE pending ADD COLUMN done_bytes INTEGER NOT NULL DEFAULT 0"}
 
 
 def _is_id(column: str) -> str:
@@ -97,7 +99,7 @@ _SOUND_ROWS = {
     ),
     "pending": _all(
         "kind IN ('map', 'segment', 'scrub', 'base-merge')", _is_id("target"), _is_number("lock_byte", 0),
-        "wipe IN ('release', 'zero')",
+        _is_number("done_bytes", 0), "wipe IN ('release', 'zero')",
     ),
 }  # fmt: skip
 
@@ -192,7 +194,8 @@ class PendingRow:
     """Work that has to be done before it is forgotten.
 
     kind `map` or `segment`: wipe (policy `zero`) and unlink that file. `scrub`: free the slots of that segment which its
-    owner's map does not name. `base-merge`: fold the layers up to that one into their base.
+    owner's map does not name. `base-merge`: fold the layers up to that one into their base, which durably holds already
+    what they have in the first `done_bytes` of the disk.
     """
 
     id: int
@@ -200,6 +203,7 @@ class PendingRow:
     target: bytes
     lock_byte: int
     wipe: str
+    done_bytes: int = 0
 
 
 Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, PendingRow)
@@ -250,10 +254,20 @@ class Catalog:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
             raise FormatError(f"{self.path} is a SQLite file, but not the catalog of a store")
-        if version != SCHEMA_VERSION:
+        if version in _UPGRADES:
+            self._upgrade()
+        elif version != SCHEMA_VERSION:
             raise FormatError(
                 f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
             )
+
+    def _upgrade(self) -> None:
+        """Bring an older catalog up to this version, or find that another process just did."""
+        with self.transaction():
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            for older in range(version, SCHEMA_VERSION):
+                self._connection.execute(_UPGRADES[older])
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _check_references(self) -> None:
         """Refuse a catalog in which rows name others that are not there: all else here trusts that they are."""

@@ -1,10 +1,12 @@
 """Joining layers: folding a layer into its only child, compacting a head's map, merging into the base.
 
 What must hold: a new map file is durable before the one transaction that switches to it; that transaction also moves
-the segments and notes what has to be freed; reads do not change, whatever step a crash comes after.
+the segments and notes what has to be freed; reads do not change, whatever step a crash comes after; what is noted as
+copied into a base is durable in it.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from errno import EDQUOT, EINVAL, ENOSPC
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
     from onionskin._volume import LowerLayer
     from onionskin.store import Store
     from onionskin.volume import Progress, Volume
+
+# Of a merge into the base, what is copied between two notes of how far it is.
+STRETCH_SECONDS = 5
+FIRST_STRETCH_BYTES = 64 << 20
+STRETCH_BYTES_MIN = 1 << 20
 
 
 # ---- folding a layer into its only child ----
@@ -388,14 +395,19 @@ def _copy_into_base(
     threads: int,
     bytes_per_second: int = 0,
 ) -> None:
-    """Write what the layers hold into the base, and make it durable. May be done again."""
+    """Write what the layers hold into the base, and make it durable. May be done again, and goes on where it was.
+
+    It is copied in stretches of the disk. The end of one goes to the catalog once its bytes are durable in the base, so a
+    crash costs seconds of copying, and a slow merge, cancelled each night, ends one day.
+    """
     size_bytes = folded.top.size_bytes
+    start = _done_before(store, folded, descriptor)
     if os.fstat(descriptor).st_size != size_bytes:
         os.ftruncate(descriptor, size_bytes)
     reflink = all(layer.wipe == "release" for layer in folded.layers)
     # Without the base: nothing is read from it, and it may be shorter now than it was.
     with transfer.chain_path(store, replace(folded, base=None)) as path:
-        transfer.copy_runs(
+        copy = transfer.StretchCopy(
             store,
             path,
             descriptor,
@@ -406,7 +418,49 @@ def _copy_into_base(
             threads=threads,
             bytes_per_second=bytes_per_second,
         )
-    sync_file(descriptor)  # BARRIER: merged base
+        stretch_bytes = first_stretch_bytes(bytes_per_second)
+        while start < size_bytes:
+            begun = time.monotonic()
+            start = copy.run(start, stretch_bytes)
+            sync_file(descriptor)  # BARRIER: merged base
+            if start < size_bytes:
+                _note_done(store, folded, start)
+            stretch_bytes = _next_stretch_bytes(stretch_bytes, time.monotonic() - begun)
+
+
+def first_stretch_bytes(bytes_per_second: int) -> int:
+    """Return how much is copied before progress is noted for the first time: nobody knows yet how long that takes."""
+    if not bytes_per_second:
+        return FIRST_STRETCH_BYTES
+    return min(FIRST_STRETCH_BYTES, max(STRETCH_BYTES_MIN, bytes_per_second * STRETCH_SECONDS))
+
+
+def _next_stretch_bytes(stretch_bytes: int, seconds: float) -> int:
+    """Return what takes STRETCH_SECONDS at the pace of the last stretch; never much more than that had."""
+    paced = int(stretch_bytes * STRETCH_SECONDS / max(seconds, 1e-6))
+    return max(STRETCH_BYTES_MIN, min(paced, 8 * stretch_bytes))
+
+
+def _done_before(store: "Store", folded: Chain, descriptor: int) -> int:
+    """Return up to where the base holds the data already: 0 where it is not the file that it was."""
+    work = store.catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", folded.top.id)
+    found = os.fstat(descriptor)
+    assert folded.base is not None
+    is_same = (found.st_ino, found.st_size) == (folded.base.inode, folded.top.size_bytes)
+    return work.done_bytes if work and is_same else 0
+
+
+def _note_done(store: "Store", folded: Chain, done_bytes: int) -> None:
+    """Write down how far a merge is; a disk that has no room even for that does not end it."""
+    catalog = store.catalog
+    try:
+        with catalog.transaction():
+            work = catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", folded.top.id)
+            if work:
+                catalog.update(PendingRow, work.id, done_bytes=done_bytes)
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
 
 
 def _finish(store: "Store", folded: Chain) -> list[bytes]:
@@ -454,7 +508,7 @@ def _finish(store: "Store", folded: Chain) -> list[bytes]:
 
 
 def resume_base_merge(store: "Store", target: bytes) -> None:
-    """Do again, to its end, a merge into the base that was interrupted. Nobody may have the base open."""
+    """Take a merge into the base that was interrupted to its end. Nobody may have the base open."""
     folded = read_chain(store.catalog, target)
     assert folded.base is not None
     lock = BaseLock(Path(folded.base.path), exclusive=True)

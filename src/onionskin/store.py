@@ -206,7 +206,7 @@ class Store:
             )
         if size_bytes > SIZE_BYTES_MAX:
             raise ValueError(f"a volume has at most {SIZE_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
-        self._make_reserve()
+        self.make_reserve()
         head = NewHead.on(None, base=below, block_size=block_size, wipe=wipe, size_bytes=size_bytes)
         with self.catalog.transaction():
             if below:
@@ -315,7 +315,7 @@ class Store:
 
     def _after_open(self, volume: Volume) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""
-        self._make_reserve()
+        self.make_reserve()
         pending.sweep_orphans(self)
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
@@ -409,6 +409,8 @@ class Store:
         with self.catalog.transaction():
             for other in self.catalog.rows(BaseRow, "path = ?", old.path):
                 self.catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
+            for work in self.catalog.rows(PendingRow, "kind = 'base-merge' AND done_bytes"):
+                self.catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
 
     # ---- looking ----
 
@@ -518,7 +520,8 @@ class Store:
 
     def scrub(self, segments: Iterable[bytes], wipe: str) -> None:
         """Free the slots of segments that their owners' maps do not name."""
-        self.in_transaction(lambda: self.add_scrubs(segments, wipe))
+        found = list(segments)
+        self.with_reserve(lambda: self.in_transaction(lambda: self.add_scrubs(found, wipe)))
         self.work_soon()
 
     def add_scrubs(self, segments: Iterable[bytes], wipe: str) -> None:
@@ -568,19 +571,20 @@ class Store:
         try:
             change()
         except OSError as error:
-            if error.errno != ENOSPC or not self._give_up_reserve():
+            if error.errno != ENOSPC or not self.give_up_reserve():
                 raise
             change()
-            self._make_reserve()
+            self.make_reserve()
 
-    def _give_up_reserve(self) -> bool:
+    def give_up_reserve(self) -> bool:
+        """Free what is set aside for a full disk; False where there was nothing. `make_reserve` sets it aside again."""
         try:
             self.layout.reserve.unlink()
         except FileNotFoundError:
             return False
         return True
 
-    def _make_reserve(self) -> None:
+    def make_reserve(self) -> None:
         """Set space aside; a disk that has none left goes without."""
         if self.layout.reserve.exists():
             return

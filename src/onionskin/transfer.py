@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,79 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
         raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
 
 
+class StretchCopy:
+    """Copies what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
+
+    def __init__(
+        self,
+        store: "Store",
+        path: "DataPath",
+        destination: int,
+        size_bytes: int,
+        *,
+        reflink: bool,
+        punch: bool,
+        progress: "Progress | None" = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        self._block_size, self._size_bytes = path.block_size, size_bytes
+        self._copy = partial(
+            _copy_table,
+            paths={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
+            reflink=reflink,
+            punch=punch,
+            solid=True,
+            progress=progress,
+            threads=threads,
+            bytes_per_second=bytes_per_second,
+        )
+        runs = path.runs()
+        starts = runs["offset"].astype(numpy.int64)
+        lengths = numpy.minimum(runs["length"].astype(numpy.int64), size_bytes - starts)
+        keep = lengths > 0
+        runs, starts, lengths = runs[keep], starts[keep], lengths[keep]
+        self._table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
+        self._table["source"] = -1
+        self._table["destination"] = destination
+        self._table["destination_offset"] = starts
+        self._table["length"] = lengths
+        self._table["source_offset"] = HEADER_BYTES + runs["slot"].astype(numpy.uint64) * path.block_size
+        self._segment, self._starts, self._ends = runs["segment"], starts, starts + lengths
+        self._before = numpy.concatenate(([0], numpy.cumsum(lengths)))  # bytes to copy before each row, and of all
+
+    def run(self, start: int, length: int) -> int:
+        """Copy about `length` bytes of what lies from an offset on; returns the offset where it ended, or the disk's size.
+
+        Offsets within the disk are multiples of the block size. Nothing is durable on return.
+        """
+        done, total = self._bytes_before(start), int(self._before[-1])
+        end = self._size_bytes if done + length >= total else self._offset_after(done + length)
+        first = int(numpy.searchsorted(self._ends, start, "right"))
+        last = int(numpy.searchsorted(self._starts, end, "left"))
+        part = self._table[first:last].copy()
+        if len(part):
+            cut = max(0, start - int(self._starts[first]))
+            part["destination_offset"][0] += numpy.uint64(cut)
+            part["source_offset"][0] += numpy.uint64(cut)
+            part["length"][0] -= numpy.uint64(cut)
+            part["length"][-1] -= numpy.uint64(max(0, int(self._ends[last - 1]) - end))
+        self._copy(part, self._segment[first:last], done=done, total=total)
+        return end
+
+    def _bytes_before(self, offset: int) -> int:
+        """Return how many bytes there are to copy below an offset."""
+        row = int(numpy.searchsorted(self._ends, offset, "right"))
+        inside = max(0, offset - int(self._starts[row])) if row < len(self._starts) else 0
+        return int(self._before[row]) + inside
+
+    def _offset_after(self, copied: int) -> int:
+        """Return the offset of a block below which at least so many bytes, and not all, are to be copied."""
+        row = int(numpy.searchsorted(self._before, copied, "left")) - 1
+        offset = int(self._starts[row]) + copied - int(self._before[row])
+        return min(-(-offset // self._block_size) * self._block_size, self._size_bytes)
+
+
 def copy_runs(
     store: "Store",
     path: "DataPath",
@@ -104,31 +178,10 @@ def copy_runs(
     reflink: bool,
     punch: bool,
     progress: "Progress | None" = None,
-    threads: int = 0,
-    bytes_per_second: int = 0,
 ) -> None:
-    """Copy what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
-    runs = path.runs()
-    ends = numpy.minimum(runs["offset"] + runs["length"], size_bytes)
-    table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
-    table["source"] = -1
-    table["destination"] = destination
-    table["destination_offset"] = runs["offset"]
-    table["length"] = numpy.where(ends > runs["offset"], ends - runs["offset"], 0)
-    table["source_offset"] = HEADER_BYTES + runs["slot"].astype(numpy.uint64) * path.block_size
-    keep = table["length"] > 0
-    paths = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
-    _copy_table(
-        table[keep],
-        runs["segment"][keep],
-        paths,
-        reflink=reflink,
-        punch=punch,
-        solid=True,
-        progress=progress,
-        threads=threads,
-        bytes_per_second=bytes_per_second,
-    )
+    """Copy what the layers of a data path hold to the same offsets of a file, from the beginning to the end."""
+    copy = StretchCopy(store, path, destination, size_bytes, reflink=reflink, punch=punch, progress=progress)
+    copy.run(0, size_bytes)
 
 
 def _copy_table(
@@ -140,10 +193,13 @@ def _copy_table(
     punch: bool,
     solid: bool,
     progress: "Progress | None",
+    done: int = 0,
+    total: int | None = None,
     threads: int = 0,
     bytes_per_second: int = 0,
 ) -> None:
-    done, total = 0, int(table["length"].sum())
+    """Run a table of extents; progress counts on from `done`, and to `total` where it is part of a larger whole."""
+    total = int(table["length"].sum()) if total is None else total
     for extents, descriptors in _by_segments(table, segment, paths):
         try:
             job = CopyJob(

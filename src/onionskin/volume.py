@@ -654,7 +654,7 @@ class Volume:
         progress : callable, optional
             Called with the bytes copied so far and in all, five times a second. What it raises cancels the merge: the
             base holds a part of the data then, hidden by the layers, and only the volumes that are open can be used
-            until the merge is run again or the volume is opened again, either of which ends it.
+            until the merge is run again or the volume is opened again, either of which goes on with it.
         threads : int
             That copy; 0 chooses.
         bytes_per_second : int

@@ -208,6 +208,7 @@ SCENARIOS = (
     scripted("flatten", "flat segment", "opened segments directory", "opened layers directory"),
     scripted("export", "exported image", "exported image name"),
     scripted("merge into base", "merged base"),
+    scripted("merge into base", "merged base", states=1, recover_in=("merge_into_base",)),
     scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
     program_scenario("two stores are made", make_store, check_made_stores, "store name"),
     program_scenario(

@@ -37,9 +37,10 @@ def record(root: Path, seed: Seed, wipe: str, step_count: int = STEPS, source: P
 
 
 def lower_limits() -> None:
-    """Lets a layer be gathered that has three segments, which takes two of them."""
-    from onionskin import gathering
+    """Lets a layer be gathered that has three segments, which takes two of them; a merge into the base notes each block."""
+    from onionskin import gathering, merging
 
+    merging.FIRST_STRETCH_BYTES = merging.STRETCH_BYTES_MIN = 1
     gathering.SEGMENTS_MAX, gathering.SEGMENTS_KEPT = 2, 1
 
 

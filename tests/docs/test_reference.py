@@ -12,7 +12,16 @@ REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 # Members without an underscore that are for the other modules of the package.
 INTERNAL = {
     "Store": {
-        *("add_scrubs", "after_fork", "finish_work", "forget", "in_transaction", "note_unreachable"),
+        *(
+            "add_scrubs",
+            "after_fork",
+            "finish_work",
+            "forget",
+            "give_up_reserve",
+            "in_transaction",
+            "make_reserve",
+            "note_unreachable",
+        ),
         *("open_volumes", "path_of_head", "scrub", "set_head", "wake", "with_reserve", "work_soon"),
     },
     "Volume": {

@@ -39,6 +39,37 @@ def test_snapshots_taken_later_are_exports_too_and_read_only(vms: Path, serve: S
             server.client("db")
 
 
+def exports_of(server: Serve) -> list[str]:
+    exports = json.loads(run_tool("nbdinfo", "--list", "--json", f"nbd+unix://?socket={server.socket}"))["exports"]
+    assert all(export["export-size"] and export["is_read_only"] == ("@" in export["export-name"]) for export in exports)
+    return [export["export-name"] for export in exports]
+
+
+def test_the_list_of_exports_has_every_snapshot_and_is_always_current(vms: Path, serve: Start) -> None:
+    names = [f"s{number:02}" for number in range(20)]
+    with library.Store(vms) as store, store.open("web") as volume:
+        for name in names:
+            volume.snapshot(name)
+        store.clone("web", "s00", "db")
+    server = serve(vms, "--allow-revert")
+    assert exports_of(server) == ["db", "web", *(f"web@{name}" for name in names)]
+    onionskin("snapshot", f"{vms}/web@new")
+    onionskin("merge", f"{vms}/web@s03")
+    onionskin("clone", f"{vms}/web@s05", f"{vms}/db-2")
+    onionskin("snapshot", f"{vms}/db@first")
+    names.remove("s03")
+    assert exports_of(server) == ["db", "db@first", "db-2", "web", "web@new", *(f"web@{name}" for name in names)]
+    onionskin("discard", f"{vms}/web@new", "--yes")
+    assert "web@new" not in exports_of(server)
+
+
+def test_one_snapshot_of_a_free_volume_is_listed_alone(vms: Path, serve: Start) -> None:
+    with library.Store(vms) as store, store.open("web") as volume:
+        volume.snapshot("a")
+        volume.snapshot("b")
+    assert exports_of(serve(f"{vms}/web@b")) == ["web@b"]
+
+
 def test_a_taken_name_has_the_same_exit_status_as_at_rest(vms: Path, serve: Start) -> None:
     serve(f"{vms}/web")
     onionskin("snapshot", f"{vms}/web@a")
@@ -220,3 +251,54 @@ def test_the_map_shows_what_was_acknowledged_though_never_flushed(vms: Path, ser
         shown = onionskin_json("map", f"{vms}/web@a", "--columns", 64, "--rows", 1)
         assert [cell["depth"] for cell in shown["cells"][:3]] == [1, 0, 1]
         assert client.read(MIB, 4) == b"yyyy"
+
+
+def test_a_renamed_volume_is_exported_under_its_new_name_and_clients_go_on(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web", "--allow-revert")
+    with server.client() as client:
+        client.write(0, b"a" * 4096)
+        onionskin("snapshot", f"{vms}/web@a")
+        with server.client("web@a") as view:
+            onionskin("rename", f"{vms}/web", "www")
+            assert view.read(0, 4096) == b"a" * 4096
+            client.write(0, b"b" * 4096)
+            assert exports_of(server) == ["www", "www@a"]
+            assert "reading www@a" in onionskin("discard", f"{vms}/www@a", "--yes", status=5).stderr
+        with pytest.raises(ConnectionRefusedError):
+            server.client("web")
+        with server.client("www") as other, server.client("") as default:
+            assert other.read(0, 4096) == default.read(0, 4096) == b"b" * 4096
+        onionskin("revert", f"{vms}/www@a", "--yes")
+        assert client.read(0, 4096) == b"a" * 4096
+        assert onionskin_json("stats", f"{vms}/www")["volume"] == "www"
+        onionskin("clone", f"{vms}/www@a", f"{vms}/web")
+        assert [one["name"] for one in onionskin_json("list", vms)] == ["web", "www"]
+        assert "is open for writing in" in onionskin("delete", f"{vms}/www", status=5).stderr
+        onionskin("delete", f"{vms}/web")
+
+
+def test_a_name_that_was_changed_by_another_process_is_followed(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    with library.Store(vms) as store, server.client() as client:
+        client.write(0, b"a" * 4096)
+        client.flush()
+        store.rename("web", "www")
+        store.create("web", size="1M").close()
+        assert exports_of(server) == ["web", "www"]
+        with server.client("www") as renamed, server.client("web") as new:
+            assert (renamed.read(0, 1), new.read(0, 1)) == (b"a", b"\0")
+
+
+def test_a_volume_is_not_renamed_while_it_is_merged_into_its_base(vms: Path, serve: Start) -> None:
+    with serve(f"{vms}/web").client() as client:
+        for number in range(16):
+            client.write(number * MIB, b"n" * MIB)
+        refused = []
+
+        def rename(done: int, total: int) -> None:
+            refused.append(onionskin("rename", f"{vms}/web", "www", status=5).stderr)
+
+        with library.connect(vms, "web") as web:
+            web.merge_into_base(progress=rename, bytes_per_second=8 * MIB)
+        assert "is under way" in refused[0]
+        onionskin("rename", f"{vms}/web", "www")

@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from live.nbd_client import NbdClient
 from live.servers import COMMAND, END_SECONDS, Serve, onionskin, onionskin_json, run_tool, short_socket
+
+import onionskin as library
+from onionskin.nbd import tls
 
 MIB = 1 << 20
 Start = Callable[..., Serve]
@@ -126,6 +132,20 @@ def test_sockets_from_systemd_are_served_and_it_is_told(vms: Path, tmp_path: Pat
         assert path.exists()  # systemd's, and not ours to remove
 
 
+def test_systemd_itself_starts_the_server_when_a_client_comes(vms: Path, tmp_path: Path) -> None:
+    path = short_socket(tmp_path)
+    activate = ["systemd-socket-activate", f"--listen={path}", f"--setenv=PYTHONPATH={os.pathsep.join(sys.path)}"]
+    with subprocess.Popen([*activate, *COMMAND, "serve", f"{vms}/web"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "Listening" in process.stderr.readline()
+        with NbdClient.unix(path, "web") as client:
+            assert client.read(3 * MIB, 1) == b"\x03"
+        process.terminate()
+        said = process.stderr.read()
+        assert process.wait(END_SECONDS) == 0, said
+    assert path.exists()
+
+
 def test_a_descriptor_that_is_no_listening_socket_is_refused(vms: Path) -> None:
     with socket.socket(socket.AF_UNIX) as fresh:
         os.set_inheritable(fresh.fileno(), True)
@@ -147,7 +167,8 @@ def certificates(tmp_path: Path) -> Path:
         run_tool("openssl", *arguments)
 
     new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *new_key, "-keyout", f"{made}/ca-key.pem", "-out", f"{made}/ca-cert.pem", "-subj", "/CN=CA")
+    authority = ("-subj", "/CN=CA", "-addext", "keyUsage=critical,keyCertSign")
+    openssl("req", "-x509", *new_key, "-keyout", f"{made}/ca-key.pem", "-out", f"{made}/ca-cert.pem", *authority)
     for name in ("server", "client"):
         (made / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
         openssl("req", *new_key, "-keyout", f"{made}/{name}-key.pem", "-out", f"{made}/csr", "-subj", f"/CN={name}")
@@ -165,14 +186,28 @@ def with_tls(vms: Path, serve: Start, certificates: Path) -> Serve:
     return serve(f"{vms}/web", "--tcp", "127.0.0.1:0", *files, "--tls-ca", at / "ca-cert.pem")
 
 
-def test_nbdinfo_and_qemu_img_come_in_over_tls_with_a_certificate(
-    with_tls: Serve, certificates: Path, tmp_path: Path
+def exports_in(listed: str) -> dict[str, int]:
+    """Name and size of each export in what `qemu-nbd --list` prints."""
+    return {name: int(size) for name, size in re.findall(r"^ export: '(.*)'\n(?:  .*\n)*?  size:  (\d+)", listed, re.M)}
+
+
+def test_qemu_nbd_lists_volumes_and_snapshots(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    listed = run_tool("qemu-nbd", "--list", "--socket", serve(f"{vms}/web").socket)
+    assert exports_in(listed) == {"web": 64 * MIB, "web@a": 64 * MIB}
+
+
+def test_nbdinfo_qemu_nbd_and_qemu_img_come_in_over_tls_with_a_certificate(
+    with_tls: Serve, certificates: Path, vms: Path, tmp_path: Path
 ) -> None:
     port = port_of(with_tls)
     info = json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
     assert info["TLS"] is True
     assert info["exports"][0]["export-size"] == 64 * MIB
     credentials = f"tls-creds-x509,id=tls,dir={certificates},endpoint=client"
+    onionskin("snapshot", f"{vms}/web@a")
+    tls_client = ("--object", credentials, "--tls-creds", "tls", "--bind", "localhost", "--port", port)
+    assert exports_in(run_tool("qemu-nbd", "--list", *tls_client)) == {"web": 64 * MIB, "web@a": 64 * MIB}
     source = f"driver=nbd,host=localhost,port={port},export=web,tls-creds=tls"
     run_tool("qemu-img", "convert", "--object", credentials, "--image-opts", source, "-O", "raw", tmp_path / "out.raw")
     assert (tmp_path / "out.raw").read_bytes() == (tmp_path / "base.raw").read_bytes()
@@ -212,6 +247,126 @@ def test_a_client_without_a_certificate_or_without_tls_is_refused(with_tls: Serv
     assert json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
 
 
+def test_handshakes_that_do_not_go_on_give_way(vms: Path, serve: Start, certificates: Path) -> None:
+    at = certificates
+    files = (
+        "--tls-certificate",
+        at / "server-cert.pem",
+        "--tls-key",
+        at / "server-key.pem",
+        "--tls-ca",
+        at / "ca-cert.pem",
+    )
+    server = serve(f"{vms}/web", "--tcp", "127.0.0.1:0", *files, "--connections", 4)
+    port = port_of(server)
+    with ExitStack() as stack:
+        for number in range(20):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            if number % 2:
+                silent.sendall(b"\0\0\0\3" + b"IHAVEOPT" + struct.pack(">II", 5, 0))  # and no word of TLS behind it
+        run_tool("nbdinfo", f"nbds://localhost:{port}/web?tls-certificates={certificates}")
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "status"),
+    [
+        ("--tls-certificate server-cert.pem --tls-key server-key.pem", "can be reached from other machines", 5),
+        ("--tls-clients any", "goes with --tls-certificate", 2),
+        ("--tls-certificate server-cert.pem --tls-key server-key.pem --tls-psk keys", "or with a key", 2),
+    ],
+)
+def test_other_machines_come_in_on_terms_that_are_said(
+    vms: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch, options: str, said: str, status: int
+) -> None:
+    monkeypatch.chdir(certificates)
+    serve = ("serve", f"{vms}/web", "--tcp", "0.0.0.0:0", *options.split())
+    assert said in onionskin(*serve, status=status).stderr
+
+
+def test_any_client_with_tls_comes_in_where_that_is_asked_for(vms: Path, serve: Start, certificates: Path) -> None:
+    files = ("--tls-certificate", certificates / "server-cert.pem", "--tls-key", certificates / "server-key.pem")
+    server = serve(f"{vms}/web", "--tcp", "0.0.0.0:0", *files, "--tls-clients", "any")
+    lonely = certificates.parent / "lonely"
+    lonely.mkdir()
+    (lonely / "ca-cert.pem").write_bytes((certificates / "ca-cert.pem").read_bytes())
+    uri = f"nbds://localhost:{port_of(server)}/web?tls-certificates={lonely}"
+    assert json.loads(run_tool("nbdinfo", "--json", uri))["TLS"] is True
+
+
+# ---- pre-shared keys ----
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A directory with keys.psk, as QEMU wants it: of web-client, and of another."""
+    directory = tmp_path / "keys"
+    directory.mkdir()
+    for name in ("other", "web-client"):
+        run_tool("psktool", "--username", name, "--pskfile", directory / "keys.psk")
+    return directory
+
+
+if getattr(ssl, "HAS_PSK", False):
+
+    def test_nbdinfo_nbdcopy_and_qemu_img_come_in_with_a_pre_shared_key(
+        vms: Path, serve: Start, keys: Path, tmp_path: Path
+    ) -> None:
+        server = serve(f"{vms}/web", "--tcp", "0.0.0.0:0", "--tls-psk", keys / "keys.psk")
+        port, base = port_of(server), (tmp_path / "base.raw").read_bytes()
+        uri = f"nbds://web-client@localhost:{port}/web?tls-psk-file={keys}/keys.psk"
+        assert json.loads(run_tool("nbdinfo", "--json", uri))["TLS"] is True
+        run_tool("nbdcopy", uri, tmp_path / "copied.raw")
+        assert (tmp_path / "copied.raw").read_bytes() == base
+        credentials = f"tls-creds-psk,id=tls,dir={keys},username=web-client,endpoint=client"
+        source = f"driver=nbd,host=localhost,port={port},export=web,tls-creds=tls"
+        run_tool(
+            "qemu-img", "convert", "--object", credentials, "--image-opts", source, "-O", "raw", tmp_path / "out.raw"
+        )
+        assert (tmp_path / "out.raw").read_bytes() == base
+        assert "'web-client'" in server.log.read_text()
+
+    def test_a_client_with_a_wrong_key_or_an_unknown_name_is_refused(
+        vms: Path, serve: Start, keys: Path, tmp_path: Path
+    ) -> None:
+        server = serve(f"{vms}/web", "--tcp", "127.0.0.1:0", "--tls-psk", keys / "keys.psk")
+        wrong = tmp_path / "wrong.psk"
+        run_tool("psktool", "--username", "web-client", "--pskfile", wrong)
+        run_tool("psktool", "--username", "nobody", "--pskfile", wrong)
+        at = f"localhost:{port_of(server)}/web"
+        for uri in (f"nbds://{who}@{at}?tls-psk-file={wrong}" for who in ("web-client", "nobody")):
+            assert subprocess.run(["nbdinfo", uri], capture_output=True).returncode != 0
+        assert subprocess.run(["nbdinfo", f"nbd://{at}"], capture_output=True).returncode != 0
+        run_tool("nbdinfo", f"nbds://web-client@{at}?tls-psk-file={keys}/keys.psk")
+
+else:
+
+    def test_a_python_without_pre_shared_keys_says_what_to_use_instead(vms: Path, keys: Path) -> None:
+        said = onionskin("serve", f"{vms}/web", "--tcp", ":0", "--tls-psk", keys / "keys.psk", status=5).stderr
+        assert "Python 3.13" in said and "--tls-certificate" in said
+
+
+def test_keys_are_read_as_psktool_writes_them(keys: Path) -> None:
+    found = tls.read_keys(keys / "keys.psk")
+    assert set(found) == {"web-client", "other"} and {len(key) for key in found.values()} == {32}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "web\n", "web:xyz\n", "web:00ff\n", ":" + "00" * 32, "web:" + "0" * 600]
+)
+def test_a_file_with_anything_else_than_keys_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.psk"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ValueError, match="psktool"):
+        tls.read_keys(path)
+
+
+def test_keys_that_everybody_can_read_are_refused(keys: Path) -> None:
+    (keys / "keys.psk").chmod(0o644)
+    with pytest.raises(library.StateError, match="chmod 600"):
+        tls.read_keys(keys / "keys.psk")
+
+
 # ---- looking ----
 
 
@@ -234,6 +389,30 @@ def test_stats_are_counted_for_programs_people_and_prometheus(vms: Path, serve: 
         assert "CLIENT" in onionskin("stats", f"{vms}/web").stdout
     server.terminate()
     assert "nobody serves" in onionskin("stats", f"{vms}/web", status=5).stderr
+
+
+def test_each_export_has_counters_of_its_own(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    onionskin("clone", f"{vms}/web@a", f"{vms}/db")
+    server = serve(vms)
+    with server.client() as client, server.client("db") as other, server.client("web@a") as view:
+        client.write(0, bytes(8192))
+        client.flush()
+        other.write(0, bytes(4096))
+        view.read(0, 512)
+        with pytest.raises(OSError):
+            view.write(0, bytes(512))
+    web, db = (onionskin_json("stats", f"{vms}/{name}")["exports"] for name in ("web", "db"))
+    assert [one["export"] for one in (*web, *db)] == ["web", "web@a", "db"]
+    assert [one["bytes"]["write"] for one in (*web, *db)] == [8192, 512, 4096]
+    assert [one["errors"] for one in (*web, *db)] == [0, 1, 0]
+    assert web[0]["requests"]["flush"] == 1 and 0 < web[0]["latency_seconds"]["flush"] < 60
+    assert web[1]["bytes"]["read"] == 512 and 0 < web[1]["latency_seconds"]["read"] < 60
+    assert web[0]["latency_seconds"]["write"] > 0 == web[0]["latency_seconds"]["read"]
+    text = onionskin("stats", f"{vms}/web", "--prometheus").stdout
+    assert 'onionskin_export_bytes_total{volume="web",export="web@a",command="read"} 512\n' in text
+    assert 'onionskin_export_errors_total{volume="web",export="web"} 0\n' in text
+    assert text.count("# TYPE onionskin_export_requests_total counter\n") == 1
 
 
 def test_more_clients_than_allowed_are_turned_away(vms: Path, serve: Start) -> None:

@@ -1,7 +1,9 @@
 """Option haggling, by a client that speaks the protocol by hand."""
 
+import itertools
 import socket
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from nbd.phony_client import (
     UNSUP,
     Client,
 )
-from serving import Serving, serving
+from serving import Serving, served_volume, serving
 
 from onionskin._nbd import NbdServer
 
@@ -285,6 +287,52 @@ def test_an_export_is_added_when_a_client_asks_for_it(served: Served) -> None:
         assert client.info(INFO, "web@none")[-1][0] == UNKNOWN
         assert client.go("web@clean").flags & 2
     assert asked == ["web@none", "web@clean"]
+
+
+def listed(replies: list[tuple[int, bytes]]) -> list[str]:
+    assert replies[-1] == (ACK, b"") and {kind for kind, _ in replies[:-1]} == {SERVER}
+    return [body[4 : 4 + int.from_bytes(body[:4], "big")].decode() for _, body in replies[:-1]]
+
+
+def names_behind(names: list[str]) -> Callable[[str], Iterator[tuple[str, str]]]:
+    return lambda after: ((name, f"about {name}") for name in names if name > after)
+
+
+def test_a_list_of_thousands_is_complete_and_can_be_asked_for_again(tmp_path: Path) -> None:
+    names = [f"web@{number:05}-{'x' * (number % 200)}" for number in range(5000)]
+    with served_volume(tmp_path, size=SIZE, list_exports=names_behind(names)) as (at, _), Client(at.path) as client:
+        assert listed(client.option(LIST)) == names
+        assert listed(client.option(LIST)) == names
+        assert client.go("web").size == SIZE
+
+
+def test_no_more_is_gathered_than_a_client_takes(tmp_path: Path) -> None:
+    taken = 0
+
+    def endless(after: str) -> Iterator[tuple[str, str]]:
+        nonlocal taken
+        for number in itertools.count(int(after or 0) + 1):
+            taken = number
+            yield f"{number:0200}", ""
+
+    with served_volume(tmp_path, size=SIZE, list_exports=endless) as (at, _):
+        with Client(at.path) as client:
+            client.send_option(LIST)
+            client.receive(1 << 20)
+        with Client(at.path) as other:
+            assert other.go("web").size == SIZE
+    assert (1 << 20) // 224 < taken < 100_000  # what was read, and what sockets hold
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_list_that_fails_says_so_and_the_connection_goes_on(tmp_path: Path) -> None:
+    def broken(after: str) -> Iterator[tuple[str, str]]:
+        yield "web", ""
+        raise OSError("the catalog cannot be read")
+
+    with served_volume(tmp_path, size=SIZE, list_exports=broken) as (at, _), Client(at.path) as client:
+        assert [kind for kind, _ in client.option(LIST)] == [SERVER, UNKNOWN]
+        assert client.go("web").size == SIZE
 
 
 def test_names_that_are_no_text_are_unknown_without_asking(served: Served) -> None:

@@ -16,6 +16,7 @@ from onionskin.errors import StateError
 
 if TYPE_CHECKING:
     from onionskin.nbd.serving import Listener, Server
+    from onionskin.nbd.tls import Terms
 
 FILE = click.Path(path_type=Path)
 
@@ -41,10 +42,18 @@ class Log:
 @click.argument("names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...")
 @click.option("--socket", "socket_path", type=FILE, metavar="PATH", help="Listen on a Unix socket of mode 0600.")
 @click.option("--socket-mode", metavar="MODE", default="0600", show_default=True, help="Who may connect to that.")
-@click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need --tls-ca.")
+@click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need TLS.")
 @click.option("--tls-certificate", type=FILE, metavar="PEM", help="The server's certificate: TCP then wants TLS.")
 @click.option("--tls-key", type=FILE, metavar="PEM", help="Its key.")
 @click.option("--tls-ca", type=FILE, metavar="PEM", help="Who signs the certificates that clients must show.")
+@click.option("--tls-psk", type=FILE, metavar="KEYS", help="Pre-shared keys instead of certificates (Python 3.13).")
+@click.option(
+    "--tls-clients",
+    type=click.Choice(["known", "any"]),
+    default="known",
+    show_default=True,
+    help="'any' lets other machines in without --tls-ca.",
+)
 @click.option("--allow-revert", is_flag=True, help="Let revert change the disk under connected clients.")
 @click.option("--connections", type=click.IntRange(1, 4096), default=64, show_default=True, help="Clients at a time.")
 @click.option("--in-flight", type=SIZE, default="64M", show_default=True, help="Bytes under way for one client.")
@@ -61,6 +70,8 @@ def serve(
     tls_certificate: Path | None,
     tls_key: Path | None,
     tls_ca: Path | None,
+    tls_psk: Path | None,
+    tls_clients: str,
     allow_revert: bool,
     connections: int,
     in_flight: int,
@@ -86,12 +97,17 @@ def serve(
         raise click.UsageError(f"--socket-mode {socket_mode} is no mode: write it as 0600 or 0660")
     if (tls_certificate is None) != (tls_key is None) or (tls_ca and not tls_key):
         raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
+    if tls_psk and tls_certificate:
+        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
+    if tls_clients == "any" and (tls_ca or not tls_certificate):
+        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
     server = Server(limits=limits, allow_revert=allow_revert, log=Log())
     try:
         # Sockets first: what is wrong with them shows before a volume is opened, which may have work to resume.
-        context = _tls_context(tls_certificate, tls_key, tls_ca)
-        server.listen([] if stdio else _listeners(socket_path, mode, tcp, context))
+        terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
+        found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
+        server.listen(found, anybody=tls_clients == "any")
         for name in names:
             _add(server, name)
         if (only := server.only_export()) is not None:
@@ -115,15 +131,15 @@ def serve(
         server.close()
 
 
-def _tls_context(certificate: Path | None, key: Path | None, authority: Path | None) -> Any:
-    if certificate is None or key is None:
-        return None
-    from onionskin.nbd.tls import server_context
+def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None) -> "Terms | None":
+    from onionskin.nbd import tls
 
-    return server_context(certificate, key, authority)
+    if psk is not None:
+        return tls.terms_by_key(psk)
+    return tls.terms_by_certificate(certificate, key, authority) if certificate and key else None
 
 
-def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], context: Any) -> "list[Listener]":
+def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
     """Make or take over the sockets to listen on."""
     from onionskin.nbd.activation import inherited_listeners
     from onionskin.nbd.serving import Listener
@@ -135,13 +151,13 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], context: Any)
     if not given and not path and not tcp:
         raise click.UsageError("say where to listen: --socket PATH or --tcp HOST:PORT")
     addresses = [parse_address(text) for text in tcp]
-    found = [Listener(one, None, None if one.family == socket.AF_UNIX else context, one.close) for one in given]
+    found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
     try:
         if path:
             unix = UnixListener(path, mode=mode)
             found.append(Listener(unix.socket, unix.path, None, unix.close))
         for host, port in addresses:
-            found += [Listener(one, None, context, one.close) for one in listen_tcp(host, port)]
+            found += [Listener(one, None, terms, one.close) for one in listen_tcp(host, port)]
     except BaseException:
         for listener in found:
             listener.close()
@@ -193,11 +209,16 @@ def _draw_stats(value: dict[str, Any]) -> str:
     pairs = [("volume", value["volume"]), ("serving for", f"{value['uptime_seconds']:.0f} s")]
     pairs.append(("index", output.size(value["memory_bytes"])))
     for key, number in value["counters"].items():
-        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v}" for k, v in number.items() if v)
+        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v:.6g}" for k, v in number.items() if v)
         pairs.append((key.replace("_", " "), str(shown)))
     rows = [(str(one.get("id", "")), one.get("export") or "-", one.get("peer", "")) for one in value["connections"]]
     listed = output.table(("CLIENT", "EXPORT", "FROM"), rows)
-    return "\n\n".join(filter(None, (output.fields(pairs), listed)))
+    exports = [
+        (one["export"], str(one["connections"]), output.size(one["bytes"]["read"]), output.size(one["bytes"]["write"]))
+        for one in value["exports"]
+    ]
+    counted = output.table(("EXPORT", "CLIENTS", "READ", "WRITTEN"), exports)
+    return "\n\n".join(filter(None, (output.fields(pairs), counted, listed)))
 
 
 @click.command()

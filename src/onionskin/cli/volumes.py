@@ -269,13 +269,18 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 def rename(name: Name, new_name: str, as_json: bool) -> None:
     """Give a volume another name in its store.
 
-    NEW is the name alone, or STORE/NEW.
+    NEW is the name alone, or STORE/NEW. Where it is being served, clients that are connected go on; those that come ask
+    for the new name.
     """
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
         raise click.UsageError("a volume cannot move to another store; copy it with delta and apply")
     with name.open_store() as store:
-        store.rename(name.volume, new.volume)
+        if served := live(store, name.volume):
+            with served:
+                served.rename(new.volume)
+        else:
+            store.rename(name.volume, new.volume)
         about = store.info(new.volume)
     output.show(as_json, volume_value(about), lambda: f"{name} is {new} now")
 

@@ -40,6 +40,7 @@ _ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "revert": {"name": (str,)},
     "discard": {"name": (str,), "recursive": (bool,)},
     "merge": {"name": (str,)},
+    "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},
     "zero": {"offset": (int,), "length": (int,)},
@@ -67,6 +68,9 @@ class Served(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """Give counters and connections."""
+
+    def rename(self, new_name: str) -> None:
+        """Give it another name, to clients as well."""
 
     def without_views(self, names: set[str] | None) -> AbstractContextManager[None]:
         """Close the views of these snapshots (None: of all) for the time of an operation: a context manager."""
@@ -281,6 +285,9 @@ class _Session:
         with self._served.without_views({name}):
             self._volume.merge(name)
 
+    def rename(self, new_name: str) -> None:
+        self._served.rename(new_name)
+
     def merge_into_base(self, upto: str | None, threads: int, bytes_per_second: int) -> None:
         with self._served.without_views(None):
             self._volume.merge_into_base(
@@ -307,7 +314,7 @@ class _Session:
         return found
 
 
-_LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize"}
+_LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename"}
 
 
 def _checked(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:

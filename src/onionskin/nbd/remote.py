@@ -216,6 +216,11 @@ class LiveVolume:
         """Drop a snapshot's name and keep all data."""
         self._call("merge", name=name)
 
+    def rename(self, new_name: str) -> None:
+        """Give the volume another name: clients that are connected go on, those that come ask for the new one."""
+        self._call("rename", new_name=new_name)
+        self.name = new_name
+
     def merge_into_base(
         self,
         upto: str | None = None,

@@ -5,16 +5,21 @@ answered with an error to anything else, so that nothing but the greeting ever g
 handshake the C server gets one end of a pair of local sockets, and the thread carries bytes between the two.
 
 What must hold: nothing from a client is believed or kept beyond a small bound before its handshake is done, and a
-handshake that takes too long is ended. Certificates only: a pre-shared key needs Python 3.13 (docs/serving.md).
+handshake that takes too long is ended. Clients show who they are by a certificate or by a pre-shared key; the latter needs
+Python 3.13 (docs/serving.md).
 """
 
+import platform
 import select
 import socket
 import ssl
+import stat
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +29,7 @@ Result = TypeVar("Result")
 
 HANDSHAKE_SECONDS = 20.0
 BUFFER_BYTES = 1 << 18
+KEY_BYTES_MIN, KEY_BYTES_MAX = 16, 256
 _OPTIONS_MAX = 32
 _OPTION_BYTES_MAX = 4096
 
@@ -41,8 +47,77 @@ class Refused(Exception):
     """The client is sent away; the message is for the log."""
 
 
-def server_context(certificate: Path, key: Path, authority: Path | None) -> ssl.SSLContext:
-    """Make what the handshakes need. With an authority, clients must show a certificate that it signed."""
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms clients come in: `knows_clients` says that each has to show who it is."""
+
+    context: ssl.SSLContext
+    knows_clients: bool
+
+
+_shaking = threading.local()  # key_name: whose pre-shared key the handshake in this thread asked for
+
+
+def terms_by_key(keys: Path) -> Terms:
+    """Make what handshakes with pre-shared keys need.
+
+    Parameters
+    ----------
+    keys : Path
+        A file as GnuTLS's psktool writes it: lines of NAME:HEXADECIMAL.
+
+    Raises
+    ------
+    StateError
+        This Python cannot do that, or others can read the file.
+    ValueError
+        The file holds something else.
+    """
+    if not getattr(ssl, "HAS_PSK", False):
+        raise StateError(
+            f"pre-shared keys need Python 3.13 or newer with OpenSSL, and this is Python {platform.python_version()}; "
+            "use --tls-certificate, --tls-key and --tls-ca"
+        )
+    known = read_keys(keys)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("kECDHEPSK:kDHEPSK")  # of TLS 1.2: a key that leaks later opens nothing that was recorded
+
+    def find(name: str | None) -> bytes:
+        _shaking.key_name = name
+        return known.get(name or "", b"")
+
+    set_callback: Any = context.set_psk_server_callback  # type: ignore[attr-defined,unused-ignore]
+    set_callback(find)
+    return Terms(context, knows_clients=True)
+
+
+def read_keys(path: Path) -> dict[str, bytes]:
+    """Read the pre-shared keys by the names of their owners; see `terms_by_key`."""
+    if stat.S_IMODE(path.stat().st_mode) & 0o007:
+        raise StateError(f"{path} can be read by every user of this machine: chmod 600 it, and make new keys")
+    found: dict[str, bytes] = {}
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        if not line or line.startswith("#"):
+            continue
+        name, _, digits = line.rpartition(":")
+        try:
+            key = bytes.fromhex(digits)
+        except ValueError:
+            key = b""
+        if not name or not KEY_BYTES_MIN <= len(key) <= KEY_BYTES_MAX:
+            raise ValueError(
+                f"{path}, line {number}: a key is NAME:HEX with {KEY_BYTES_MIN} to {KEY_BYTES_MAX} bytes, as "
+                "'psktool -u NAME -p FILE' writes it"
+            )
+        found[name] = key
+    if not found:
+        raise ValueError(f"{path} has no key; 'psktool -u NAME -p {path}' adds one")
+    return found
+
+
+def terms_by_certificate(certificate: Path, key: Path, authority: Path | None) -> Terms:
+    """Make what handshakes with certificates need. With an authority, clients must show one that it signed."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for path in filter(None, (certificate, key, authority)):
@@ -58,10 +133,10 @@ def server_context(certificate: Path, key: Path, authority: Path | None) -> ssl.
             f"{certificate}, {key} or {authority} is no PEM file that TLS can use ({error.reason or error}); make them "
             "as docs/serving.md shows"
         ) from None
-    return context
+    return Terms(context, knows_clients=authority is not None)
 
 
-def accept(connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+def accept(connection: socket.socket, terms: Terms) -> ssl.SSLSocket:
     """Bring a client to TLS. Blocks; the connection is closed if that fails.
 
     Raises
@@ -73,7 +148,8 @@ def accept(connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
     try:
         _haggle(connection, deadline)
         connection.settimeout(max(0.1, deadline - time.monotonic()))
-        return context.wrap_socket(connection, server_side=True)
+        _shaking.key_name = None
+        return terms.context.wrap_socket(connection, server_side=True)
     except TimeoutError:
         connection.close()
         raise Refused(f"no TLS after {HANDSHAKE_SECONDS:.0f} s") from None
@@ -83,6 +159,14 @@ def accept(connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
     except (OSError, Refused) as error:
         connection.close()
         raise Refused(str(error)) from None
+
+
+def owner(outer: ssl.SSLSocket) -> str | None:
+    """Say who a client showed itself to be: of the certificate, or of the key in the handshake that this thread did last."""
+    certificate: Any = outer.getpeercert()
+    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
+    found: str | None = names[0] if names else _shaking.key_name
+    return found
 
 
 def _haggle(connection: socket.socket, deadline: float) -> None:

@@ -1,0 +1,117 @@
+"""What a server does at once, and not in some seconds: room for a flush on a full disk, and wipes of what a flush freed."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live.nbd_client import NbdClient
+from live.servers import Serve, onionskin, short_socket
+
+import onionskin as library
+from onionskin.nbd import serving
+from onionskin.nbd.serving import Limits, Listener, Server
+from onionskin.nbd.sockets import UnixListener
+
+BLOCK = 4096
+Start = Callable[..., Serve]
+
+
+def fill(directory: Path) -> None:
+    for length in (1 << 20, 1 << 12):
+        with suppress(OSError), (directory / f"filler-{length}").open("wb", buffering=0) as file:
+            while file.write(bytes(length)):
+                pass
+    os.sync()
+
+
+@pytest.fixture
+def full(ext4_mount, serve: Start) -> tuple[Path, Serve]:
+    """A server of a volume with three thousand lonely blocks that are not flushed, and no room for where they are."""
+    root = ext4_mount(96 << 20)
+    with library.Store(root / "vms") as store:
+        store.create("web", size="64M").close()
+    server = serve(f"{root}/vms/web")
+    with server.client() as client:
+        client.write(0, b"0" * BLOCK)
+        client.flush()
+        onionskin("snapshot", f"{root}/vms/web@a")
+        for block in range(1, 6000, 2):
+            client.write(block * BLOCK, block.to_bytes(2, "little") * (BLOCK // 2))
+    fill(root)
+    return root, server
+
+
+def test_a_clients_flush_on_a_full_disk_gets_the_reserve(full: tuple[Path, Serve]) -> None:
+    root, server = full
+    with server.client() as client:
+        client.flush()
+        server.kill()
+    with library.Store(root / "vms") as store, store.open("web") as web:
+        for block in range(1, 6000, 2):
+            assert web.read(block * BLOCK, BLOCK) == block.to_bytes(2, "little") * (BLOCK // 2)
+
+
+def test_verbs_through_the_server_on_a_full_disk_get_the_reserve(full: tuple[Path, Serve]) -> None:
+    root, server = full
+    onionskin("trim", f"{root}/vms/web", 0, 8 * BLOCK)  # which flushes
+    onionskin("merge", f"{root}/vms/web@a")
+    for filler in root.glob("filler-*"):
+        filler.unlink()
+    assert server.terminate() == 0
+    with library.Store(root / "vms") as store, store.open("web") as web:
+        assert web.read(0, 8 * BLOCK) == bytes(8 * BLOCK)
+        assert web.read(9 * BLOCK, 2) == (9).to_bytes(2, "little")
+        assert store.check() == []
+
+
+def test_a_server_on_a_full_disk_ends_with_all_data_and_status_zero(full: tuple[Path, Serve]) -> None:
+    root, server = full
+    assert server.terminate() == 0
+    with library.Store(root / "vms") as store, store.open("web") as web:
+        assert web.read(5999 * BLOCK, 2) == (5999).to_bytes(2, "little")
+
+
+@contextmanager
+def in_this_process(server: Server, socket: Path) -> Iterator[None]:
+    """Run a server in a thread, where it can be patched."""
+    listener = UnixListener(socket)
+    server.listen([Listener(listener.socket, listener.path, None, listener.close)])
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, args=(ready.set,))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield
+    finally:
+        server.stop()
+        thread.join()
+
+
+def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = b"never to be found again!" * (BLOCK // 24)
+    with library.Store(tmp_path / "vms") as store, store.create("web", size="1M", wipe="zero") as web:
+        web.write(0, secret + b"x" * BLOCK)
+        web.snapshot("a")
+        web.merge("a")  # the head adopts the segment, which another handle may be reading: it is scrubbed, not reused
+    (segment,) = [path for path in (tmp_path / "vms" / "segments").iterdir() if secret in path.read_bytes()]
+    monkeypatch.setattr(serving, "TIDY_SECONDS", 3600)
+    wiped = threading.Event()
+    scrub = library.Store.scrub
+
+    def scrub_and_tell(store: library.Store, segments: Any, wipe: str) -> None:
+        scrub(store, segments, wipe)
+        wiped.set()
+
+    server = Server(limits=Limits(), allow_revert=False, log=print)
+    server.add_volume(tmp_path / "vms", "web")
+    with in_this_process(server, short_socket(tmp_path)), NbdClient.unix(short_socket(tmp_path), "web") as client:
+        monkeypatch.setattr(library.Store, "scrub", scrub_and_tell)
+        client.trim(0, BLOCK)
+        client.flush()
+        assert wiped.wait(60)
+        assert secret[:24] not in segment.read_bytes()
+        assert client.read(BLOCK, 1) == b"x"
