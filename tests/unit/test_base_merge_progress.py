@@ -3,7 +3,7 @@
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,18 +101,13 @@ def test_opening_the_volume_copies_only_what_is_left(web: onionskin.Volume, copi
         assert (tmp_path / "base.raw").read_bytes() == before == again.read(0, again.size_bytes)
 
 
-def test_progress_counts_on_from_where_it_was(web: onionskin.Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_on_from_where_it_was(web: onionskin.Volume) -> None:
     with cancelled_after(2):
         web.merge_into_base()
-
-    def run_and_report(job: CopyJob, progress: Callable[[int, int], None], done_before: int, total: int) -> None:
-        job.run()
-        progress(done_before + job.bytes_done, total)
-
-    monkeypatch.setattr(transfer, "run_job", run_and_report)
     reported: list[tuple[int, int]] = []
     web.merge_into_base(progress=lambda *done: reported.append(done))
-    assert reported == [(3 * STRETCH, CHANGED), (4 * STRETCH, CHANGED)]
+    assert reported == sorted(reported) and {total for _, total in reported} == {CHANGED}
+    assert reported[0][0] >= 2 * STRETCH and {3 * STRETCH, CHANGED} <= {done for done, _ in reported}
 
 
 def test_a_base_that_is_another_file_is_merged_into_from_the_beginning(
