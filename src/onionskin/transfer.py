@@ -113,6 +113,7 @@ class StretchCopy:
         bytes_per_second: int = 0,
     ) -> None:
         self._block_size, self._size_bytes = path.block_size, size_bytes
+        self._progress = progress
         self._copy = partial(
             _copy_table,
             paths={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
@@ -154,6 +155,8 @@ class StretchCopy:
             part["length"][0] -= numpy.uint64(cut)
             part["length"][-1] -= numpy.uint64(max(0, int(self._ends[last - 1]) - end))
         self._copy(part, self._segment[first:last], done=done, total=total)
+        if self._progress and len(part):  # a short stretch may have had no time to report
+            self._progress(self._bytes_before(end), total)
         return end
 
     def _bytes_before(self, offset: int) -> int:

@@ -17,7 +17,6 @@ import pytest
 from live.nbd_client import NbdClient
 from live.servers import COMMAND, END_SECONDS, Serve, onionskin, onionskin_json, run_tool, short_socket
 
-import onionskin as library
 from onionskin.nbd import tls
 
 MIB = 1 << 20
@@ -348,23 +347,6 @@ else:
 def test_keys_are_read_as_psktool_writes_them(keys: Path) -> None:
     found = tls.read_keys(keys / "keys.psk")
     assert set(found) == {"web-client", "other"} and {len(key) for key in found.values()} == {32}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "web\n", "web:xyz\n", "web:00ff\n", ":" + "00" * 32, "web:" + "0" * 600]
-)
-def test_a_file_with_anything_else_than_keys_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "keys.psk"
-    path.write_text(text)
-    path.chmod(0o600)
-    with pytest.raises(ValueError, match="psktool"):
-        tls.read_keys(path)
-
-
-def test_keys_that_everybody_can_read_are_refused(keys: Path) -> None:
-    (keys / "keys.psk").chmod(0o644)
-    with pytest.raises(library.StateError, match="chmod 600"):
-        tls.read_keys(keys / "keys.psk")
 
 
 # ---- looking ----
