@@ -807,6 +807,19 @@ static int write_compact(struct onion_volume *volume, const struct onion_layer *
     return status;
 }
 
+/* Removes a map that nobody will name; with policy `zero` nothing of it stays on the medium either. */
+static void drop_draft(struct onion_volume *volume, struct onion_head_log *log) {
+    struct onion_byte_range all = {0};
+    struct onion_wipe_result result;
+    struct stat info;
+    if (log->fd < 0)
+        return;
+    all.length = fstat(log->fd, &info) ? 0 : (uint64_t)info.st_size;
+    if (volume->wipe_zero && all.length) /* a sync that fails here was of nothing that anybody was promised */
+        (void)onion_wipe(log->fd, &all, 1, ONION_WIPE_ZERO, 1, &result, NULL, NULL);
+    unlink(log->path);
+}
+
 static int write_rewritten(struct onion_volume *volume, const struct onion_layer *layer) {
     struct onion_head_log *log = &volume->next_log;
     free(volume->next_numbers);
@@ -818,8 +831,8 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
         status = write_compact(volume, layer, log);
     if (status == 0)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
-    if (status < 0 && log->fd >= 0)
-        unlink(log->path);
+    if (status < 0)
+        drop_draft(volume, log);
     return status;
 }
 
@@ -878,8 +891,7 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
 int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (!volume->rewriting)
         return -EINVAL;
-    if (volume->next_log.path)
-        unlink(volume->next_log.path);
+    drop_draft(volume, &volume->next_log);
     onion_head_log_close(&volume->next_log);
     flush_gate_open(volume);
     return 0;

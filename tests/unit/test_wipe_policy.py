@@ -11,6 +11,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
+from onionskin import merging
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -126,10 +127,35 @@ def test_a_file_is_wiped_when_the_operation_returns_and_unlinked_in_the_backgrou
         web.flush()
         (segment,) = (path for path in store.layout.segments.iterdir() if holds_canary(path))
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_work", lambda: None)  # the background, held back
+            patch.setattr(store, "wake", lambda: None)  # the background, held back
             web.revert("start")
             assert not holds_canary(segment), "returned before the zeros were written"
-        store._worker = None
         store.work_soon()
         store.finish_work()
         assert not segment.exists()
+
+
+def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="64M", wipe="zero") as web:
+        for name in ("one", "two"):
+            web.write(0, name.encode())
+            web.snapshot(name)
+        web.write(BLOCK, b"head")
+        web.flush()
+        before = set(store.layout.layers.iterdir())
+        drafts: list[int] = []
+
+        def fail(*_: object) -> None:
+            drafts.extend(os.open(path, os.O_RDONLY) for path in set(store.layout.layers.iterdir()) - before)
+            raise OSError("the catalog is full")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the catalog is full"):
+            patch.setattr(merging, "_switch_map", fail)
+            web.merge("two")
+        for draft in drafts:
+            size = os.fstat(draft).st_size
+            assert size > 4096
+            assert os.pread(draft, size, 0) == bytes(size)
+            os.close(draft)
+        assert len(drafts) == 1
+        assert web.read(0, 3) == b"two"
