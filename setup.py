@@ -1,4 +1,4 @@
-"""Builds the extension modules: one table says which C kernels each of them links.
+"""Builds the extension modules: one table says which C kernels each of them links, and each kernel is compiled once.
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
@@ -7,10 +7,13 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 # Extension module -> the kernels in csrc/ that it links.
 _MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c"]
@@ -30,32 +33,59 @@ if sys.platform != "linux":
     raise SystemExit("onionskin runs on Linux only for now; csrc/linux_io.h says what a port must replace")
 
 sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
+coverage = os.environ.get("ONIONSKIN_COVERAGE")
 only = os.environ.get("ONIONSKIN_ONLY")
-compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+compile_args = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", "-MMD"]
 if sanitize:
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-O1"]
 link_args = ["-pthread"] + ([f"-fsanitize={sanitize}"] if sanitize else [])
-if os.environ.get("ONIONSKIN_COVERAGE"):
+if coverage:
     # Counters of threads that run side by side must not lose counts; without optimization each line is one.
     compile_args += ["--coverage", "-fprofile-update=atomic", "-O0"]
     link_args += ["--coverage"]
 
-csrc = Path("csrc")
+
+class BuildObjectsOnce(build_ext):
+    """Compiles each file once for all modules that link it, and as many at a time as there are processors.
+
+    Objects stay in the build directory, those for the sanitizers and for gcov apart from others, and are made anew when a
+    file is newer that they were compiled from.
+    """
+
+    def build_extensions(self) -> None:
+        self.parallel = self.parallel or os.cpu_count()
+        self.build_temp = str(Path(self.build_temp, sanitize, "coverage" if coverage else ""))
+        sources = list(dict.fromkeys(source for extension in self.extensions for source in extension.sources))
+        with ThreadPoolExecutor(self.parallel) as pool:
+            objects = dict(zip(sources, pool.map(self.object_of, sources), strict=True))
+        for extension in self.extensions:  # what is left to do for setuptools is to link
+            extension.extra_objects = extension.depends = [objects[source] for source in extension.sources]
+            extension.sources = []
+        super().build_extensions()
+
+    def object_of(self, source: str) -> str:
+        """Compile a file, unless its object is there and newer than the files that the compiler (-MMD) listed then."""
+        (made,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        listed = Path(made).with_suffix(".d")
+        before = listed.read_text().replace("\\\n", "").split()[1:] if listed.exists() else []
+        if self.force or not before or newer_group(before, made, missing="newer"):
+            self.compiler.compile([source], self.build_temp, include_dirs=["csrc"], extra_postargs=compile_args)
+        return made
+
+
 extensions = [
     Extension(
         f"onionskin.{module}",
-        sources=[f"src/onionskin/{module}.pyx", *(str(csrc / f"{kernel}.c") for kernel in kernels)],
-        include_dirs=[str(csrc)],
-        depends=sorted(str(header) for header in csrc.glob("*.h")),
-        extra_compile_args=compile_args,
+        sources=[f"src/onionskin/{module}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)],
         extra_link_args=link_args,
     )
     for module, kernels in EXTENSIONS.items()
     if only is None or only in (module, *kernels)
 ]
 setup(
+    cmdclass={"build_ext": BuildObjectsOnce},
     ext_modules=cythonize(
         extensions,
         compiler_directives={"language_level": 3, "binding": True, "freethreading_compatible": False},
-    )
+    ),
 )

@@ -144,8 +144,8 @@ def is_exempt(path: Path) -> bool:
 
 
 def copy_tree(tree: Path, target: Path) -> None:
-    """Copies what is needed to build an engine, and what was built of it."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "tests", "bench", "docs")
+    """Copies what is needed to build an engine, and what was built of it: its objects save most of the time."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs")
     shutil.copytree(tree, target, ignore=ignored)
 
 

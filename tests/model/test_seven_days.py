@@ -63,11 +63,13 @@ class SevenDays:
             self.model.merge("web", name)
 
     def discard(self) -> None:
-        leaves = [name for name in self.names() if self.model.may_discard("web", name, False)]
-        if leaves:
-            name = self.random.choice(leaves)
-            self.volume.discard(name)
-            self.model.discard("web", name)
+        names = self.names()
+        self.random.shuffle(names)
+        for name in names:  # to the first leaf: to ask of all two hundred takes an eighth of the test
+            if self.model.may_discard("web", name, False):
+                self.volume.discard(name)
+                self.model.discard("web", name)
+                return
 
     def flush(self) -> None:
         self.volume.flush()
