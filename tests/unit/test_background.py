@@ -1,0 +1,75 @@
+"""The thread for work that nobody waits for."""
+
+import threading
+
+import pytest
+
+from onionskin.background import Background
+
+
+def test_what_is_asked_for_while_the_work_runs_is_done_once_more() -> None:
+    begun, go_on, done = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def work() -> None:
+        begun.release()
+        go_on.acquire()
+        done.append(threading.current_thread())
+
+    background = Background(work, "test")
+    background.wake()
+    begun.acquire()
+    background.wake()
+    background.wake()
+    go_on.release(2)
+    background.finish()
+    assert len(done) == 2
+    assert done[0] is done[1], "a second thread was started for what the first could do"
+    background.end()
+    assert not done[0].is_alive()
+
+
+def test_finish_returns_only_when_what_runs_has_ended() -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait()
+        ended.set()
+
+    background = Background(work, "test")
+    background.wake()
+    begun.wait()
+    waiter = threading.Thread(target=background.finish)
+    waiter.start()
+    assert waiter.is_alive()
+    go_on.set()
+    waiter.join()
+    assert ended.is_set()
+    background.end()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_that_raises_keeps_nobody_waiting_and_the_next_is_done() -> None:
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("meant to be seen")
+
+    background = Background(work, "test")
+    background.wake()
+    background.finish()
+    background.wake()
+    background.finish()
+    assert len(calls) == 2
+    background.end()
+
+
+def test_nothing_is_begun_after_the_end() -> None:
+    calls: list[int] = []
+    background = Background(lambda: calls.append(1), "test")
+    background.end()
+    background.wake()
+    background.finish()
+    assert calls == []
