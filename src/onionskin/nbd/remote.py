@@ -70,7 +70,7 @@ class LiveVolume:
     """A volume in another process. A context manager; any thread may call it, one call is made after the other."""
 
     def __init__(self, connection: socket.socket, name: str) -> None:
-        self.name = name
+        self.name: str = name
         self._connection = connection
         self._guard = threading.Lock()
         try:
