@@ -499,7 +499,7 @@ int onion_volume_free_own_slots(struct onion_volume *volume) {
     int status = 0;
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || !segment->created)
+        if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */
             continue;
         unsigned char *bitmap;
         uint64_t bits;
@@ -906,7 +906,7 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     uint64_t at = 0;
     struct onion_run run;
-    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+    while (*records && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
         at = run.block_index + run.block_count;
         *needed += !onion_place_is_data(run.place) ||
                    onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
