@@ -448,6 +448,15 @@ static int send_out(struct onion_nbd_connection *connection, struct onion_nbd_ou
     return status;
 }
 
+/* Before the client is told that it may use its export: from then on it gives way to nobody. */
+static int come_in(struct onion_nbd_connection *connection) {
+    pthread_mutex_lock(&connection->server->lock);
+    if (!connection->gives_way)
+        connection->negotiating = 0;
+    pthread_mutex_unlock(&connection->server->lock);
+    return connection->negotiating ? -ECONNABORTED : 0;
+}
+
 /* One option: how to go on, or a negative code. */
 static int take_option(struct onion_nbd_connection *connection, int64_t deadline_ms) {
     unsigned char header[ONION_NBD_OPTION_BYTES];
@@ -475,6 +484,8 @@ static int take_option(struct onion_nbd_connection *connection, int64_t deadline
         if (next == ONION_NBD_MORE_REPLIES)
             status = send_out(connection, &out, deadline_ms);
     }
+    if (status == 0 && next == ONION_NBD_TRANSMISSION)
+        status = come_in(connection);
     if (status == 0)
         status = send_out(connection, &out, deadline_ms);
     free(out.bytes);

@@ -508,9 +508,6 @@ static void *run_connection(void *argument) {
     struct onion_nbd_server *server = connection->server;
     if (onion_nbd_negotiate(connection)) {
         const char *name = onion_nbd_label(connection->session.chosen)->name;
-        pthread_mutex_lock(&server->lock);
-        connection->negotiating = 0;
-        pthread_mutex_unlock(&server->lock);
         onion_nbd_event(server, "%s: connected to %s%s", connection->peer, *name ? name : "(default)",
                         connection->session.tls ? " over TLS" : "");
         onion_nbd_transmit(connection);
