@@ -498,11 +498,13 @@ class Volume:
 
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that a snapshot and the first flush after it need not."""
-        if not self._prepare_wanted or self._closed:
+        path, head = self.path, self.head
+        if (
+            not self._prepare_wanted or self._closed
+        ):  # asked last: a revert meanwhile wants nothing made for its new head
             return
-        path = self.path
         # None where a snapshot is just being told what it is: then somebody asks again.
-        for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head):
+        for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
             self._prepare_wanted = False
             path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
 
@@ -565,6 +567,7 @@ class Volume:
         self.store.work_soon()
 
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
+        self._prepare_wanted = False  # it was for the head that is left; before the path, see prepare_if_wanted
         old_path, self.path, self.head = self.path, new_path, head
         if old_path is not new_path:
             if self.on_switch:

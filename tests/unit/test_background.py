@@ -48,22 +48,25 @@ def test_finish_returns_only_when_what_runs_has_ended() -> None:
     background.end()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_work_that_raises_keeps_nobody_waiting_and_the_next_is_done() -> None:
-    calls: list[int] = []
+def test_work_that_raises_keeps_nobody_waiting_and_the_next_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
 
     def work() -> None:
-        calls.append(1)
-        if len(calls) == 1:
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
             raise RuntimeError("meant to be seen")
 
     background = Background(work, "test")
     background.wake()
     background.finish()
+    threads[0].join()
     background.wake()
     background.finish()
-    assert len(calls) == 2
     background.end()
+    assert len(threads) == 2
+    assert [str(one.exc_value) for one in seen] == ["meant to be seen"]
 
 
 def test_nothing_is_begun_after_the_end() -> None:
