@@ -499,9 +499,8 @@ class Volume:
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that a snapshot and the first flush after it need not."""
         path, head = self.path, self.head
-        if (
-            not self._prepare_wanted or self._closed
-        ):  # asked last: a revert meanwhile wants nothing made for its new head
+        # Asked after the path was taken: a revert meanwhile wants nothing made for the head that it begins.
+        if not self._prepare_wanted or self._closed:
             return
         # None where a snapshot is just being told what it is: then somebody asks again.
         for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
