@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -52,8 +51,6 @@ static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, 
         n = recv(connection->fd, out, length, MSG_DONTWAIT);
         if (n < 0 && errno != EAGAIN)
             break;
-        if (n < 0)
-            sched_yield(); /* the client may be waiting for this very processor, and then both are seen to want one */
         waited = onion_nbd_now_ns() - began;
     }
     if (n < 0)
