@@ -422,6 +422,20 @@ void onion_volume_start_writing(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
+int onion_volume_unflushed(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) < 0)
+        return 0;
+    pthread_rwlock_rdlock(&volume->gate);
+    pthread_mutex_lock(&volume->pending_lock);
+    int found = volume->pending.record_count != 0;
+    pthread_mutex_unlock(&volume->pending_lock);
+    uint32_t count = volume->closed ? 0 : volume->segment_count;
+    for (uint32_t i = 1; i <= count && !found; i++)
+        found = volume->segments[i]->own && __atomic_load_n(&volume->segments[i]->dirty, __ATOMIC_SEQ_CST);
+    pthread_rwlock_unlock(&volume->gate);
+    return found;
+}
+
 /* ---- free slots ---- */
 
 static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
@@ -912,6 +926,16 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
                    onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
     }
     onion_epoch_leave(&volume->epoch, ticket);
+    flush_gate_open(volume);
+    return 0;
+}
+
+int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state) {
+    int status = flush_begin(volume); /* which keeps the log what it is */
+    if (status < 0)
+        return status;
+    *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
+                                   volume->log.cursor.sequence, volume->log.cursor.crc, volume->size_bytes};
     flush_gate_open(volume);
     return 0;
 }

@@ -113,6 +113,8 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count);
 /* Everything that was acknowledged before the call is durable after it. -ENOSPC: nothing changed, try again. Any
  * failure of a sync poisons the volume. */
 int onion_volume_flush(struct onion_volume *volume);
+/* Whether a flush would have something to make durable. */
+int onion_volume_unflushed(struct onion_volume *volume);
 /* Begins to write out what a flush would, for who has something else to do first. A hint: nothing is durable. */
 void onion_volume_start_writing(struct onion_volume *volume);
 /* Durable on return. */
@@ -190,6 +192,8 @@ int onion_volume_rewrite_commit(struct onion_volume *volume);
 int onion_volume_rewrite_abort(struct onion_volume *volume);
 /* Records in the head's log, and runs that a compact log would have: what a rewrite would save. */
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
+/* What the head's log durably is: length, frames and checksum of the last one. Zeros where it has no frame. */
+int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state);
 
 /* After a merge into the base: maps the base anew; entries that name a dropped segment read from it. */
 int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,

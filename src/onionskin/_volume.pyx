@@ -97,6 +97,8 @@ cdef extern from "volume.h" nogil:
     int onion_volume_rewrite_commit(onion_volume *)
     int onion_volume_rewrite_abort(onion_volume *)
     int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
+    int onion_volume_log_state(onion_volume *, onion_sealed *)
+    int onion_volume_unflushed(onion_volume *)
     int onion_volume_rebase(onion_volume *, const char *, uint64_t, const void *, uint32_t)
     int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *)
     int onion_volume_poisoned(const onion_volume *)
@@ -414,6 +416,11 @@ cdef class DataPath:
         return bool(onion_volume_poisoned(self._volume))
 
     @property
+    def unflushed(self):
+        """Whether a flush would have something to make durable."""
+        return bool(onion_volume_unflushed(self._volume))
+
+    @property
     def closed(self):
         """Whether close was called."""
         return bool(onion_volume_closed(self._volume))
@@ -655,6 +662,16 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "info")
         return max(0.0, 1.0 - needed / records) if records > 64 else 0.0
+
+    def log_state(self):
+        """Return (length, frames, crc) of what the head's log durably holds; zeros where it has no frame."""
+        cdef onion_sealed raw
+        cdef int status
+        with nogil:
+            status = onion_volume_log_state(self._volume, &raw)
+        if status < 0:
+            _raise(status, "close")
+        return raw.map_length, raw.map_frames, raw.map_crc
 
     # ---- seal and rewrite ----
 

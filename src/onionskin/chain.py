@@ -5,12 +5,15 @@ it then still names; so no file that an open data path reads is freed by anybody
 """
 
 import hashlib
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onionskin._volume import DataPath
-from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, new_id
+from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.errors import ChainError, StateError, VerifyError
 from onionskin.layout import Layout
 from onionskin.locks import BaseLock, ByteLocks
@@ -37,6 +40,11 @@ class Chain:
         maps = {layer.map_lock_byte for layer in self.layers}
         return maps.union(*({segment.lock_byte for segment in rows} for rows in self.segments.values()))
 
+    @property
+    def byte_of_segment(self) -> dict[bytes, int]:
+        """The lock byte of each segment, by its id."""
+        return {segment.id: segment.lock_byte for rows in self.segments.values() for segment in rows}
+
 
 def read_chain(catalog: Catalog, layer_id: bytes) -> Chain:
     """Read a chain from the catalog, in one state of it."""
@@ -44,12 +52,17 @@ def read_chain(catalog: Catalog, layer_id: bytes) -> Chain:
         layers = catalog.chain(layer_id)
         if not layers:
             raise StateError("the layer is gone: another process changed the tree; try again")
-        base = catalog.row(BaseRow, "id = ?", layers[0].base) if layers[0].base else None
-        return Chain(tuple(layers), catalog.segments_of(layers), base)
+        return Chain(tuple(layers), catalog.segments_of(layers), catalog.base_of(layers[0]))
 
 
 def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
-    """Take shared locks on all files of a chain, and return the chain as it is under them."""
+    """Take shared locks on all files of a chain, and return the chain as it is under them.
+
+    Raises
+    ------
+    StateError
+        The layer is gone, or somebody frees slots in one of the files all the time.
+    """
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     held_before = locks.shared
     while True:
@@ -64,66 +77,128 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
             time.sleep(0.01)  # somebody frees slots in one of the files; nothing tells us when it is done
 
 
-def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
-    """Refuse a base that is not the file that the volume was made on."""
-    refuse_half_merged(catalog, base.path)
-    advice = "put the file back, or name the right one with 'onionskin relocate'"
+def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLock | None:
+    """Open and lock the base of a chain, and refuse one that is not the file that it was.
+
+    Looked at is the file that is locked. A merge into the base that began and did not end has changed its size and time;
+    it is read all the same by a chain that has the layers which hide what was written, and by no other.
+    """
+    base = chain.base
+    if base is None:
+        return None
+    half_merged = refuse_half_merged(catalog, Path(base.path), above=chain)
     try:
-        found = Path(base.path).stat()
+        lock = BaseLock(Path(base.path))
     except FileNotFoundError:
-        raise ChainError(f"the base {base.path} is gone: {advice}") from None
-    if (found.st_ino, found.st_size, found.st_mtime_ns) != (base.inode, base.size_bytes, base.mtime_ns):
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    try:
+        _check_base(base, lock.descriptor, half_merged=half_merged, verify=verify)
+        if not lock.is_at_its_path:
+            raise ChainError(f"the base {base.path} was exchanged while it was opened: {_BASE_ADVICE}")
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+_BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
+
+
+def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
+    """Refuse a base that is not the file that it was, without locking it; one that a merge changed is as it should be."""
+    half_merged = bool(_merges_into(catalog, Path(base.path)))
+    try:
+        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    try:
+        _check_base(base, descriptor, half_merged=half_merged, verify=verify)
+    finally:
+        os.close(descriptor)
+
+
+def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bool) -> None:
+    found = os.fstat(descriptor)
+    same = found.st_ino == base.inode
+    if not half_merged:
+        same = same and (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
+    if not same:
         raise ChainError(
-            f"the base {base.path} has changed since the volume was made (inode, size or time differ): {advice} "
+            f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
             "(--trust if its contents are the same)"
         )
-    if verify and base.digest is None:
-        raise ChainError(f"no digest of the base {base.path} was taken: create volumes with digest=True to verify them")
-    if verify and digest_of(Path(base.path)) != base.digest:
-        raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {advice}")
+    if not verify:
+        return
+    if base.digest is None:
+        raise ChainError(f"no digest of the base {base.path} was taken: create volumes with a digest to verify them")
+    if digest_of(descriptor) != base.digest:
+        raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {_BASE_ADVICE}")
 
 
 def pending_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
     """Return the layers below a head up to which a merge into the base was begun and not ended. There seldom are any."""
-    begun = catalog.rows(PendingRow, "kind = 'base-merge'")
+    begun = catalog.base_merges()
     ids = {layer.id for layer in catalog.chain(head)} if begun else set()
     return [work.target for work in begun if work.target in ids]
 
 
-def refuse_half_merged(catalog: Catalog, base_path: str) -> None:
-    """Raise while a merge into a base is not ended: what the base holds is no disk by itself."""
-    for work in catalog.rows(PendingRow, "kind = 'base-merge'"):
+def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = None) -> bool:
+    """Raise while a merge into a base is not ended: what the base holds is no disk by itself.
+
+    Not for a chain that has the layers up to which it goes, which hide what was written. Returns whether there is one.
+    """
+    own = {layer.id for layer in above.layers} if above else set()
+    begun = _merges_into(catalog, path)
+    if any(target not in own for target in begun):
+        raise StateError(
+            f"a merge into the base {path} was begun and has not ended; end it from the volume that it was started from, "
+            "with 'onionskin merge --into-base'"
+        )
+    return bool(begun)
+
+
+def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
+    """Return the layers up to which merges go that were begun into the file at a path, by whatever name."""
+    begun = []
+    for work in catalog.base_merges():
         layers = catalog.chain(work.target)
-        base = catalog.row(BaseRow, "id = ?", layers[0].base) if layers and layers[0].base else None
-        if base and base.path == base_path:
-            raise StateError(
-                f"a merge into the base {base_path} was interrupted; open the volume that it was started from for "
-                "writing, which resumes it"
-            )
+        base = catalog.base_of(layers[0]) if layers else None
+        if base and is_same_file(Path(base.path), path):
+            begun.append(work.target)
+    return begun
 
 
-def digest_of(path: Path) -> bytes:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+def is_same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, through hard links, symlinks or mounts. What is gone is known by its path."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return a == b
+
+
+def digest_of(descriptor: int) -> bytes:
+    """Return the SHA-256 of an open file."""
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # with an offset of its own
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def base_row(path: Path, *, digest: bytes | None = None) -> BaseRow:
-    """Describe a raw image file as it is now."""
+@contextmanager
+def described_base(path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
+    """Describe a raw image as it is now, and keep it from being merged into for the time of a with block."""
     path = path.resolve(strict=True)
     if not path.is_file():
         raise ChainError(f"{path} is not a regular file: a base is a raw image file")
-    found = path.stat()
-    return BaseRow(new_id(), str(path), found.st_ino, found.st_size, found.st_mtime_ns, digest)
+    lock = BaseLock(path)
+    try:
+        found = os.fstat(lock.descriptor)
+        taken = digest_of(lock.descriptor) if digest else None
+        yield BaseRow(new_id(), str(path), found.st_ino, found.st_size, found.st_mtime_ns, taken)
+    finally:
+        lock.close()
 
 
-def lock_base(base: BaseRow | None) -> BaseLock | None:
-    """Take the shared lock of a base."""
-    return BaseLock(Path(base.path)) if base else None
-
-
-def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
-    """Open the data path of a chain. If `writable`, its top is a head; else all of it is sealed."""
+def open_chain(layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None) -> DataPath:
+    """Open the data path of a chain over the base that is locked. If `writable`, its top is a head; else it is sealed."""
     top = chain.top
     path = DataPath(
         block_size=top.block_size,
@@ -135,18 +210,27 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
     )
     try:
         if chain.base:
-            path.set_base(chain.base.path, chain.base.size_bytes)
-        for layer in chain.layers[:-1] if writable else chain.layers:
+            assert base_lock is not None
+            _set_base(path, chain.base, base_lock)
+        for layer in chain.layers[:-1] if top.sealed == 0 else chain.layers:
             _add_layer(layout, path, layer, chain.segments[layer.id])
         if writable:
             _open_head(layout, path, top, chain.segments[top.id])
             path.free_own_slots()
-        else:
+        elif top.sealed:
             path.fold_layers()
+        else:
+            _open_head_to_read(layout, path, top, chain.segments[top.id])
     except BaseException:
         path.close()
         raise
     return path
+
+
+def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
+    """Map a base; one that a merge has made shorter already hides behind the merge's layers what it no longer has."""
+    size_bytes = min(base.size_bytes, os.fstat(lock.descriptor).st_size)
+    path.set_base(f"/proc/self/fd/{lock.descriptor}", size_bytes)
 
 
 def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
@@ -162,7 +246,7 @@ def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[S
 
 def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
     own = [segment.id for segment in segments if segment.role == "own"]
-    (spare,) = [segment.id for segment in segments if segment.role == "spare"]
+    spare = next(segment.id for segment in segments if segment.role == "spare")
     path.open_head(
         map_path=str(layout.map_file(head.map_id)),
         map_id=head.map_id,
@@ -173,11 +257,23 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
     )
 
 
+def _open_head_to_read(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
+    own = [segment.id for segment in segments if segment.role == "own"]
+    path.open_head_to_read(
+        map_path=str(layout.map_file(head.map_id)),
+        map_id=head.map_id,
+        adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
+        own=own[-1],
+        more_own=own[:-1],
+        known=(head.map_length, head.map_frames, head.map_crc),
+    )
+
+
 def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
     """Make a head's spare segment one of its own, and register another. Inside a transaction."""
-    for row in catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
-        catalog.update(SegmentRow, row.id, role="own")
-        catalog.add_pending("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
+    row = catalog.spare_of(head)
+    catalog.update(SegmentRow, row.id, role="own")
+    catalog.add_pending("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
     spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
     catalog.insert(spare)
     return spare
@@ -220,17 +316,19 @@ class NewHead:
         )
         return cls(layer, new_id(), new_id())
 
-    def insert(self, catalog: Catalog) -> None:
-        """Write the rows. Inside a transaction."""
-        catalog.insert(replace(self.layer, map_lock_byte=catalog.take_lock_byte()))
-        for id, role in ((self.own, "own"), (self.spare, "spare")):
-            catalog.insert(SegmentRow(id, self.layer.id, role, 0, catalog.take_lock_byte()))
+    def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
+        """Write the rows. Inside a transaction. Returns the lock byte of the map, and those of the segments with ids."""
+        map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
+        catalog.insert(replace(self.layer, map_lock_byte=map_byte))
+        catalog.insert(SegmentRow(self.own, self.layer.id, "own", 0, own_byte))
+        catalog.insert(SegmentRow(self.spare, self.layer.id, "spare", 0, spare_byte))
+        return map_byte, {own_byte: self.own, spare_byte: self.spare}
 
-    def chain(self, below: Chain | None, base: BaseRow | None) -> Chain:
+    def chain(self, below: Chain) -> Chain:
         """Return the chain that ends in this head, before it is in the catalog."""
-        segments = dict(below.segments) if below else {}
+        segments = dict(below.segments)
         segments[self.layer.id] = [
             SegmentRow(self.own, self.layer.id, "own", 0, 0),
             SegmentRow(self.spare, self.layer.id, "spare", 0, 0),
         ]
-        return Chain((*(below.layers if below else ()), self.layer), segments, base)
+        return Chain((*below.layers, self.layer), segments, below.base)

@@ -5,16 +5,22 @@ keep their contents; the old files become pending work, which waits for whoever 
 `GATHER_BYTES_MAX` are copied for a layer each time a volume is opened for writing.
 """
 
+import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onionskin import merging, pending
+from onionskin import merging
 from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.barriers import sync_directory, sync_file
-from onionskin.catalog import LayerRow, SegmentRow, new_id
+from onionskin.catalog import Catalog, LayerRow, SegmentRow
+from onionskin.chain import pending_base_merges
+from onionskin.errors import OnionskinError
 from onionskin.layermaps import load_layer
+from onionskin.locks import ByteLocks
+from onionskin.pending import wants_zeros
+from onionskin.staging import StagedFiles, staged_files
 from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
 else:
     from onionskin.later import numpy
 
+_log = logging.getLogger(__name__)
+
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
 GATHER_BYTES_MAX = 256 << 20
@@ -34,33 +42,56 @@ HEADER_BYTES = 4096
 
 
 def gather_chain(store: "Store", head: bytes) -> None:
-    """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open."""
-    layers = store.catalog.chain(head)
-    for layer in layers:
-        sealed = [row for row in store.catalog.rows(SegmentRow, "layer = ?", layer.id) if row.role == "sealed"]
-        if len(sealed) > SEGMENTS_MAX:
-            merging.put_off(store, partial(_gather, store, layer, sealed))
+    """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open.
+
+    A layer that cannot be gathered now is left as it is: it reads the same.
+    """
+    catalog = store.catalog
+    if pending_base_merges(catalog, head):
+        return  # a merge into the base has to find its layers as they were
+    for layer, segments in _crowded(catalog, head):
+        try:
+            merging.put_off(partial(_gather, store, layer, segments))
+        except (OSError, OnionskinError) as error:
+            _log.warning("%s: the segments of layer %s could not be gathered: %s", store.path, layer.id.hex(), error)
+
+
+def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
+    """Return the layers of a chain that have too many segments, with those that are sealed."""
+    with catalog.reading():
+        layers = catalog.chain(head)
+        segments = catalog.segments_of(layers)
+    found = [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
+    return [(layer, sealed) for layer, sealed in found if len(sealed) > SEGMENTS_MAX]
 
 
 def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:
-    segment, map_id = new_id(), new_id()
-    segment_path, map_path = store.layout.segment_file(segment), store.layout.map_file(map_id)
+    locks = ByteLocks(store.layout.lock)
     try:
-        with load_layer(store, layer) as layer_map:
-            small = _smallest(layer_map, sealed, layer.block_size)
-            slots = _copy_slots(store, layer, layer_map, small, segment)
-            size_bytes = layer_map.size_bytes if layer_map.size_bytes is not None else layer.size_bytes
-            written = layer_map.write(
-                str(map_path), map_id=map_id, wipe_zero=layer.wipe == "zero", size_bytes=size_bytes
-            )
-        sync_directory(store.layout.segments)  # BARRIER: gathered segment name
-        sync_directory(store.layout.layers)  # BARRIER: gathered map name
-        store.with_reserve(
-            lambda: store.in_transaction(lambda: _switch(store, layer, small, segment, slots, map_id, written))
-        )
-    except BaseException:
-        pending.drop_drafts(store, segment_path, map_path)
-        raise
+        locks.must_share({layer.map_lock_byte, *(row.lock_byte for row in sealed)})
+        _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
+        with staged_files(store, ["segment", "map"], layer.wipe) as files:
+            segment_file, map_file = files.rows
+            with load_layer(store, layer) as layer_map:
+                small = _smallest(layer_map, sealed, layer.block_size)
+                slots = _copy_slots(store, layer, layer_map, small, segment_file.target)
+                size_bytes = layer_map.size_bytes if layer_map.size_bytes is not None else layer.size_bytes
+                written = layer_map.write(
+                    str(store.layout.map_file(map_file.target)),
+                    map_id=map_file.target,
+                    wipe_zero=layer.wipe == "zero",
+                    size_bytes=size_bytes,
+                )
+            sync_directory(store.layout.segments)  # BARRIER: gathered segment name
+            sync_directory(store.layout.layers)  # BARRIER: gathered map name
+            store.change(lambda: _switch(store, layer, small, files, slots, written))
+    finally:
+        locks.close()
+
+
+def _refuse_changed(store: "Store", layer: LayerRow) -> None:
+    if store.catalog.row(LayerRow, "id = ?", layer.id) != layer:
+        raise merging.TreeChangedError("a layer changed while its segments were gathered; open the volume again")
 
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int) -> list[SegmentRow]:
@@ -81,7 +112,8 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
     block_size, next_slot = layer.block_size, 0
     target = os.open(store.layout.segment_file(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=layer.wipe == "zero")
+        wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
+        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
         write_all(target, header)
         for row in small:
             live = layer_map.live_slots(row.id)
@@ -95,6 +127,12 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
     finally:
         os.close(target)
     return next_slot
+
+
+def _wants_zeros(store: "Store", row: SegmentRow) -> bool:
+    """Whether a segment came from a volume whose freed space is wiped: so must be what it is copied to."""
+    with store.layout.segment_file(row.id).open("rb", buffering=0) as file:
+        return wants_zeros(file.fileno())
 
 
 def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
@@ -114,22 +152,22 @@ def _switch(
     store: "Store",
     layer: LayerRow,
     small: list[SegmentRow],
-    segment: bytes,
+    files: StagedFiles,
     slots: int,
-    map_id: bytes,
     written: tuple[int, int, int],
 ) -> None:
     """Switch to the new files. Inside a transaction."""
     catalog = store.catalog
-    if catalog.row(LayerRow, "id = ?", layer.id) != layer:
-        raise merging.TreeChangedError("a layer changed while its segments were gathered; open the volume again")
+    _refuse_changed(store, layer)
+    segment_file, map_file = files.rows
     for row in small:
         catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
         catalog.delete(SegmentRow, "id = ?", row.id)
-    catalog.insert(SegmentRow(segment, layer.id, "sealed", slots, catalog.take_lock_byte()))
+    files.keep()
+    catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
-    length, frames, crc = written if layer.sealed else (0, 0, 0)
+    length, frames, crc = written
     catalog.update(
-        LayerRow, layer.id, map_id=map_id, map_lock_byte=catalog.take_lock_byte(), map_length=length,
+        LayerRow, layer.id, map_id=map_file.target, map_lock_byte=map_file.lock_byte, map_length=length,
         map_frames=frames, map_crc=crc,
     )  # fmt: skip

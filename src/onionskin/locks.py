@@ -6,7 +6,9 @@ byte exclusively, without waiting. Within one handle the lock of a byte may be r
 back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
 
 `VolumeLock` is held by the one writer of a volume. Its file says who that is; what it says counts only while the lock
-is held.
+is held. The file is looked at again once it is locked, since it may have been removed or replaced meanwhile; and since a
+file that somebody removes later locks nobody out, the writer also holds a byte of the store's `lock` file, far behind those
+that stand for files, whose number comes from the volume's id.
 
 Locks belong to the open file description, which a forked child shares: closing gives them up explicitly in the
 process that took them, and a child only closes its descriptor.
@@ -14,17 +16,22 @@ process that took them, and a child only closes its descriptor.
 
 import fcntl
 import os
+import stat
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
+from typing import NoReturn
 
 from onionskin import forks
 from onionskin.errors import StateError
+from onionskin.layout import Layout
 
 STORE_BYTE = 0
+_WRITER_BYTES = 1 << 62  # the first of those that stand for the writers of volumes
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -64,7 +71,7 @@ class ByteLocks:
         self._guard = threading.Lock()
         self._shared: set[int] = set()
         self._exclusive: set[int] = set()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = open_lock_file(path)
         forks.register(self)
 
     def take_shared(self, numbers: Iterable[int]) -> bool:
@@ -81,6 +88,17 @@ class ByteLocks:
                 taken.append((start, count))
             self._shared |= wanted
             return True
+
+    def must_share(self, numbers: Iterable[int]) -> None:
+        """Lock all bytes for reading.
+
+        Raises
+        ------
+        StateError
+            One is being freed by somebody else.
+        """
+        if not self.take_shared(numbers):
+            raise StateError(f"files of {self.path.parent} are being freed or wiped just now; try again")
 
     def wait_shared(self, number: int) -> None:
         """Lock one byte for reading, and wait for whoever holds it alone. Nobody else may use this handle yet."""
@@ -102,7 +120,14 @@ class ByteLocks:
     @property
     def shared(self) -> frozenset[int]:
         """The bytes held for reading."""
-        return frozenset(self._shared)
+        with self._guard:
+            return frozenset(self._shared)
+
+    def share_exclusive(self, number: int) -> None:
+        """Let others read a byte that is held alone. Nobody can take it alone before it is given up."""
+        with self._guard:
+            if number in self._exclusive:
+                _set_lock(self._open_descriptor(), fcntl.F_RDLCK, number, 1)
 
     @contextmanager
     def exclusive(self, number: int) -> Iterator[bool]:
@@ -163,48 +188,110 @@ class Holder:
 
 
 class VolumeLock:
-    """The lock of the one writer of a volume."""
+    """The lock of the one writer of a volume.
 
-    def __init__(self, path: Path, volume_name: str) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    Raises
+    ------
+    StateError
+        Another handle, of this process or of another one, holds the volume.
+    """
+
+    def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
+        path = layout.volume_lock(volume_id)
+        self._descriptor = self._byte_descriptor = -1
         try:
-            if not _set_lock(self._descriptor, fcntl.F_WRLCK, 0, 1):
-                holder = _read_holder(self._descriptor)
-                served = path.with_suffix(".control").exists()
-                advice = (
-                    "which serves it: stop that, work through it (onionskin.connect)" if served else "close it there"
-                )
-                raise StateError(
-                    f"volume {volume_name!r} is open for writing in {holder}{',' if served else ';'} {advice}, "
-                    "or open one of its snapshots instead"
-                )
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
+            self._descriptor = _lock_at_its_path(path)
+            if self._descriptor < 0:
+                _refuse_held(path, volume_name)
+            self._byte_descriptor = open_lock_file(layout.lock)
+            if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
+                _refuse_held(path, volume_name)
+            _write_holder(self._descriptor)
         except BaseException:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self.after_fork()
             raise
         forks.register(self)
 
     def close(self) -> None:
         """Give the volume up. Idempotent."""
         descriptor, self._descriptor = self._descriptor, -1
+        byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
         if descriptor >= 0:
             try:
                 os.ftruncate(descriptor, 0)
             finally:
-                _set_lock(descriptor, fcntl.F_UNLCK, 0, 1)
-                os.close(descriptor)
+                for one in (descriptor, byte_descriptor):
+                    _set_lock(one, fcntl.F_UNLCK, 0, 0)
+                    os.close(one)
 
     def after_fork(self) -> None:
         """In the child: close, but unlock nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        for descriptor in (self._descriptor, self._byte_descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._byte_descriptor = -1
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
             self.close()
+
+
+def _writer_byte(volume_id: bytes) -> int:
+    """Return the byte of the store's lock file that stands for the writer of a volume: none that stands for a file."""
+    return _WRITER_BYTES + int.from_bytes(volume_id[:7], "big")
+
+
+def _lock_at_its_path(path: Path) -> int:
+    """Open and lock the file at a path, and return its descriptor once it is known to be that file still; -1: it is held."""
+    while True:
+        descriptor = open_lock_file(path)
+        try:
+            if not _set_lock(descriptor, fcntl.F_WRLCK, 0, 1):
+                os.close(descriptor)
+                return -1
+            if is_file_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # it was removed, or replaced, before it was locked
+
+
+def _refuse_held(path: Path, volume_name: str) -> NoReturn:
+    holder = volume_holder(path) or Holder(0, 0)
+    served = path.with_suffix(".control").exists()
+    advice = "which serves it: stop that, work through it (onionskin.connect)" if served else "close it there"
+    raise StateError(
+        f"volume {volume_name!r} is open for writing in {holder}{',' if served else ';'} {advice}, "
+        "or open one of its snapshots instead"
+    )
+
+
+def _write_holder(descriptor: int) -> None:
+    """Say who holds a volume; a disk that is full keeps nobody from it."""
+    os.ftruncate(descriptor, 0)
+    try:
+        os.pwrite(descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+
+
+def open_lock_file(path: Path) -> int:
+    """Open a file to lock its bytes, made where it is not there: a regular one, reached by no link at its end."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StateError(f"{path} is not a regular file, as a lock of a store is; remove it")
+    return descriptor
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that a path leads to now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def volume_holder(path: Path) -> Holder | None:
@@ -236,28 +323,63 @@ def start_ticks(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
-class BaseLock:
-    """A lock on one byte of a base file: shared while something reads it, exclusive while a merge writes it."""
+_READERS_BYTE, _MERGER_BYTE = 0, 1
 
-    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+
+class BaseLock:
+    """The lock of a base file: shared while something reads it, exclusive while a merge writes it.
+
+    Whoever reads or writes the base does it through `descriptor`, the file that is locked: what its path leads to may be
+    another file at any time. Who wants to write first locks a byte that only mergers want, so that nobody else can come
+    between giving up the shared lock and having the exclusive one.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        access = os.O_RDWR if exclusive else os.O_RDONLY
-        self.descriptor: int = os.open(path, access | os.O_CLOEXEC)
-        if not _set_lock(self.descriptor, fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, 0, 1):
-            os.close(self.descriptor)
-            self.descriptor = -1
-            raise StateError(
-                f"the base {path} is in use; close the volumes and views that stand on it, and try again"
-                if exclusive
-                else f"a merge is writing the base {path}; wait for it to end, and open again"
-            )
+        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1):
+            self.after_fork()
+            raise StateError(f"a merge is writing the base {path}; wait for it to end, and open again")
         forks.register(self)
+
+    def write_alone(self) -> None:
+        """Hold the base alone, to write it; on an error it is held as before.
+
+        Raises
+        ------
+        StateError
+            Others have it open.
+        """
+        writer = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        if not _set_lock(writer, fcntl.F_WRLCK, _MERGER_BYTE, 1):
+            os.close(writer)
+            raise StateError(f"another merge is writing the base {self.path}; try again when it is done")
+        _set_lock(self.descriptor, fcntl.F_UNLCK, _READERS_BYTE, 1)
+        if not _set_lock(writer, fcntl.F_WRLCK, _READERS_BYTE, 1):
+            _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1)
+            os.close(writer)
+            raise StateError(
+                f"the base {self.path} is in use; close the volumes and views that stand on it, and try again"
+            )
+        os.close(self.descriptor)
+        self.descriptor = writer
+
+    def share(self) -> None:
+        """Let others read the base again that was held alone."""
+        if self.descriptor >= 0:
+            _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1)
+            _set_lock(self.descriptor, fcntl.F_UNLCK, _MERGER_BYTE, 1)
+
+    @property
+    def is_at_its_path(self) -> bool:
+        """Whether the path still leads to the file that is locked."""
+        return is_file_at(self.descriptor, self.path)
 
     def close(self) -> None:
         """Give the base up. Idempotent."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
-            _set_lock(descriptor, fcntl.F_UNLCK, 0, 1)
+            _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
             os.close(descriptor)
 
     def after_fork(self) -> None:
@@ -269,3 +391,15 @@ class BaseLock:
     def __del__(self) -> None:
         if getattr(self, "descriptor", -1) >= 0:
             self.close()
+
+
+def is_being_merged_into(path: Path) -> bool:
+    """Whether a merge writes the base at a path now, in any process."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return _is_locked(descriptor, _MERGER_BYTE, 1)
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ the segments and notes what has to be freed; reads do not change, whatever step 
 copied into a base is durable in it.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -13,10 +14,12 @@ from errno import EDQUOT, EINVAL, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import pending, transfer
+from onionskin import transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
+    Catalog,
+    CommitUnknownError,
     LayerRow,
     PendingRow,
     SegmentRow,
@@ -24,16 +27,19 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import Chain, pending_base_merges, read_chain
-from onionskin.errors import StateError
+from onionskin.chain import Chain, is_same_file, pending_base_merges, read_chain
+from onionskin.errors import ChainError, OnionskinError, StateError
 from onionskin.layermaps import load_layer
-from onionskin.locks import BaseLock
-from onionskin.snapshots import find_snapshot, free_unneeded
+from onionskin.locks import BaseLock, ByteLocks, is_file_at
+from onionskin.snapshots import descendants, find_snapshot, free_unneeded
+from onionskin.staging import StagedFiles, staged_files
 
 if TYPE_CHECKING:
     from onionskin._volume import LowerLayer
     from onionskin.store import Store
     from onionskin.volume import Progress, Volume
+
+_log = logging.getLogger(__name__)
 
 # Of a merge into the base, what is copied between two notes of how far it is.
 STRETCH_SECONDS = 5
@@ -45,10 +51,20 @@ STRETCH_BYTES_MIN = 1 << 20
 
 
 def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None:
-    """Fold each of these layers into its child, where it has no name and only one, and that one is in reach."""
+    """Fold each of these layers into its child, where it has no name and only one, and that one is in reach.
+
+    What the caller was asked for is done already: a fold that fails is left to the next opening, and logged.
+    """
     for id in layers:
-        if id is not None:
-            fold(volume, id)
+        try:
+            if id is not None:
+                fold(volume, id)
+        except CommitUnknownError:
+            raise
+        except (OSError, OnionskinError) as error:
+            if volume.path.poisoned:
+                raise
+            _log.warning("%s: layer %s could not be joined with the next one: %s", volume.store.path, id.hex(), error)
 
 
 def fold(volume: "Volume", layer_id: bytes) -> bool:
@@ -56,14 +72,14 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
     catalog = volume.store.catalog
     with catalog.reading():
         lower = catalog.row(LayerRow, "id = ?", layer_id)
-        children = catalog.rows(LayerRow, "parent = ?", layer_id)
+        children = catalog.children_of(layer_id)
         needed = (
-            catalog.row(SnapshotRow, "layer = ?", layer_id)
-            or catalog.row(VolumeRow, "head = ?", layer_id)
-            or catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", layer_id)
+            catalog.snapshot_of_layer(layer_id)
+            or catalog.has(VolumeRow, "head = ?", layer_id)
+            or catalog.base_merge_of(layer_id)
         )
-    if lower is None or needed or len(children) != 1:
-        return False
+        if lower is None or needed or len(children) != 1 or _is_being_merged(catalog, layer_id):
+            return False
     (upper,) = children
     if upper.id != volume.head and not upper.sealed:
         return False  # the head of another volume: whoever opens that one folds it
@@ -76,17 +92,21 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
             _check_unchanged(volume.store, lower, upper)  # a map that another process folded meanwhile is no damage
             raise
 
-    if not put_off(volume.store, change):
+    if not put_off(change):
         return False
     volume.store.work_soon()
     return True
 
 
-def put_off(store: "Store", change: Callable[[], None]) -> bool:
+def _is_being_merged(catalog: Catalog, layer: bytes) -> bool:
+    """Whether a merge into the base that began and did not end reads a layer: it has to find it as it was."""
+    return any(layer in {below.id for below in catalog.chain(work.target)} for work in catalog.base_merges())
+
+
+def put_off(change: Callable[[], None]) -> bool:
     """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
     try:
-        with store.unnamed_files:
-            store.with_reserve(change)
+        change()
     except TreeChangedError:
         return False
     except OSError as error:
@@ -102,28 +122,34 @@ def _nothing_below(layer: LayerRow) -> bool:
 
 def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
     store = volume.store
-    map_id = new_id()
-    path = store.layout.map_file(map_id)
-
-    def switch() -> None:
-        _check_unchanged(store, lower, upper)
-        _switch_map(store, lower, upper, map_id, written)
-
+    locks = ByteLocks(store.layout.lock)
+    wipe = _stricter(lower, upper)
     try:
-        with load_layer(store, lower) as folded:
-            with load_layer(store, upper) as upper_map:
-                folded.fold(upper_map)
-            if _nothing_below(lower):
-                folded.drop_zero()
-            written = folded.write(
-                str(path), map_id=map_id, wipe_zero=upper.wipe == "zero", size_bytes=upper.size_bytes
-            )
-        sync_directory(store.layout.layers)  # BARRIER: folded map name
-        store.with_reserve(lambda: store.in_transaction(switch))
-    except BaseException:
-        pending.drop_drafts(store, path)
-        raise
-    volume.lock_what_is_read()
+        locks.must_share({lower.map_lock_byte, upper.map_lock_byte})  # they need not be in the volume's own chain
+        _check_unchanged(store, lower, upper)
+        with staged_files(store, ["map"], wipe) as files:
+            (map_file,) = files.rows
+            with load_layer(store, lower) as folded:
+                with load_layer(store, upper) as upper_map:
+                    folded.fold(upper_map)
+                if _nothing_below(lower):
+                    folded.drop_zero()
+                written = folded.write(
+                    str(store.layout.map_file(map_file.target)),
+                    map_id=map_file.target,
+                    wipe_zero=wipe == "zero",
+                    size_bytes=upper.size_bytes,
+                )
+            sync_directory(store.layout.layers)  # BARRIER: folded map name
+
+            def switch() -> None:
+                _check_unchanged(store, lower, upper)
+                _switch_map(volume, lower, upper, files, written)
+
+            store.change(switch)
+    finally:
+        locks.close()
+    volume.give_up_unread()
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
@@ -141,21 +167,23 @@ def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
 
 
 def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:
-    store, map_id = volume.store, new_id()
+    store = volume.store
+    with staged_files(store, ["map"], _stricter(head, lower)) as files:
+        (map_file,) = files.rows
 
-    def switch() -> None:
-        if lower:
-            _check_unchanged(store, lower, head)
-        _switch_map(store, lower, head, map_id, (0, 0, 0))
+        def switch() -> None:
+            if lower:
+                _check_unchanged(store, lower, head)
+            _switch_map(volume, lower, head, files, (written.map_length, written.map_frames, written.map_crc))
 
-    with volume.settling(lambda: _settle_rewrite(volume, head.id, map_id)):
-        volume.path.rewrite_map(
-            new_path=str(store.layout.map_file(map_id)),
-            new_id=map_id,
-            lower=source,
-            drop_zero=_nothing_below(lower or head),
-        )
-        store.with_reserve(lambda: store.in_transaction(switch))
+        with volume.settling(lambda: _settle_rewrite(volume, head.id, map_file.target)):
+            written = volume.path.rewrite_map(
+                new_path=str(store.layout.map_file(map_file.target)),
+                new_id=map_file.target,
+                lower=source,
+                drop_zero=_nothing_below(lower or head),
+            )
+            store.change(switch)
 
 
 def _settle_rewrite(volume: "Volume", head: bytes, map_id: bytes) -> None:
@@ -165,7 +193,7 @@ def _settle_rewrite(volume: "Volume", head: bytes, map_id: bytes) -> None:
         return
     if_begun(volume.path.rewrite_commit)
     if not volume.path.poisoned:
-        volume.lock_what_is_read()
+        volume.give_up_unread()
 
 
 def if_begun(tell: Callable[[], None]) -> None:
@@ -179,7 +207,7 @@ def if_begun(tell: Callable[[], None]) -> None:
 
 def compact(volume: "Volume") -> None:
     """Write the head's map log anew, without what is dead in it."""
-    put_off(volume.store, lambda: _rewrite(volume, volume.store.catalog.layer(volume.head), None, None))
+    put_off(lambda: _rewrite(volume, volume.store.catalog.layer(volume.head), None, None))
 
 
 class TreeChangedError(StateError):
@@ -188,11 +216,13 @@ class TreeChangedError(StateError):
 
 def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
     """Another process may have folded the same layers, or cloned one of them, since they were read."""
+    catalog = store.catalog
     unchanged = (
-        store.catalog.row(LayerRow, "id = ?", lower.id) == lower
-        and store.catalog.row(LayerRow, "id = ?", upper.id) == upper
-        and [child.id for child in store.catalog.rows(LayerRow, "parent = ?", lower.id)] == [upper.id]
-        and not store.catalog.row(SnapshotRow, "layer = ?", lower.id)
+        catalog.row(LayerRow, "id = ?", lower.id) == lower
+        and catalog.row(LayerRow, "id = ?", upper.id) == upper
+        and [child.id for child in catalog.children_of(lower.id)] == [upper.id]
+        and not catalog.snapshot_of_layer(lower.id)
+        and not catalog.base_merge_of(lower.id)
     )
     if not unchanged:
         raise TreeChangedError(
@@ -200,29 +230,37 @@ def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
         )
 
 
+def _stricter(one: LayerRow, other: LayerRow | None) -> str:
+    """Return the policy of what comes of two layers."""
+    return "zero" if "zero" in (one.wipe, other.wipe if other else one.wipe) else "release"
+
+
 def _switch_map(
-    store: "Store", lower: LayerRow | None, upper: LayerRow, map_id: bytes, written: tuple[int, int, int]
+    volume: "Volume", lower: LayerRow | None, upper: LayerRow, files: StagedFiles, written: tuple[int, int, int]
 ) -> None:
     """Give `upper` its new map, and all that `lower` had. Inside a transaction."""
-    catalog = store.catalog
+    store, catalog = volume.store, volume.store.catalog
+    (map_file,) = files.rows
     catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
+    files.keep()
     length, frames, crc = written
     catalog.update(
         LayerRow,
         upper.id,
-        map_id=map_id,
-        map_lock_byte=catalog.take_lock_byte(),
+        map_id=map_file.target,
+        map_lock_byte=map_file.lock_byte,
         map_length=length,
         map_frames=frames,
         map_crc=crc,
     )
+    if upper.map_lock_byte in volume.locks.shared:
+        volume.locks.must_share({map_file.lock_byte})
     if lower is None:
         return
-    wipe = "zero" if "zero" in (lower.wipe, upper.wipe) else upper.wipe
     adopted = [segment.id for segment in catalog.rows(SegmentRow, "layer = ?", lower.id)]
     for id in adopted:
         catalog.update(SegmentRow, id, layer=upper.id)
-    store.add_scrubs(adopted, wipe)
+    store.add_scrubs(adopted, _stricter(lower, upper))
     catalog.update(LayerRow, upper.id, parent=lower.parent, base=lower.base)
     catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
     catalog.delete(LayerRow, "id = ?", lower.id)
@@ -231,10 +269,10 @@ def _switch_map(
 def fold_unnamed_below(volume: "Volume") -> None:
     """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
     catalog = volume.store.catalog
-    named = {row.layer for row in catalog.rows(SnapshotRow)}
-    for layer in read_chain(catalog, volume.head).layers[:-1]:
-        if layer.id not in named:
-            fold(volume, layer.id)
+    with catalog.reading():
+        below = [layer.id for layer in catalog.chain(volume.head)[:-1]]
+        named = {row.layer for row in catalog.rows_in(SnapshotRow, "layer", below)}
+    fold_where_unnamed(volume, [id for id in below if id not in named])
 
 
 # ---- merging into the base ----
@@ -254,9 +292,10 @@ def merge_into_base(
         with volume.operation(may_resume=True):
             interrupted = pending_base_merges(volume.store.catalog, volume.head)
             resumes = bool(interrupted)
-            folded, lock = _begin_base_merge(volume, interrupted[0] if interrupted else _target_of(volume, upto))
+            target = interrupted[0] if interrupted else _target_of(volume, upto)
+            folded = _begin_base_merge(volume, target, is_new=not interrupted)
             volume.is_merging = True
-        _run_base_merge(volume, folded, lock, progress, threads, bytes_per_second)
+        _run_base_merge(volume, folded, progress, threads, bytes_per_second)
     volume.store.work_soon()
 
 
@@ -276,57 +315,88 @@ def _target_of(volume: "Volume", upto: str | None) -> bytes:
     return target
 
 
-def _begin_base_merge(volume: "Volume", target: bytes) -> tuple[Chain, BaseLock]:
-    """Check that there is room, take the base alone, and write down what is begun. Returns what is folded, and the lock."""
-    catalog = volume.store.catalog
+def _begin_base_merge(volume: "Volume", target: bytes, *, is_new: bool) -> Chain:
+    """Check that there is room, take the base alone, and write down what is begun. Returns what is folded."""
+    store, catalog = volume.store, volume.store.catalog
     folded = read_chain(catalog, target)
-    assert folded.base is not None
-    transfer.check_room(volume.store, folded)
-    lock = _lock_base_alone(volume, folded.base)
+    assert folded.base is not None and volume.base_lock is not None
+    transfer.check_room(store, folded, volume.base_lock)
+    volume.base_lock.write_alone()
     try:
-        if not catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", target):
-            with catalog.transaction():
+        check_is_base(folded.base, volume.base_lock, half_merged=not is_new)
+
+        def begin() -> None:
+            # Asked again where nobody can change the answer: somebody may have made a clone since.
+            refuse_older(store, volume, read_chain(catalog, volume.head), target)
+            if not catalog.base_merge_of(target):
                 catalog.add_pending("base-merge", target, 0, volume.wipe)
+
+        store.change(begin)
     except BaseException:
-        lock.close()
-        volume.base_lock = BaseLock(Path(folded.base.path))
+        volume.base_lock.share()
         raise
-    return folded, lock
+    return folded
+
+
+def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
+    """Refuse to write a file that is not the base: not the one that was opened, or not at the base's path any more.
+
+    Raises
+    ------
+    ChainError
+        Nothing is dropped: the layers have all data.
+    """
+    found = os.fstat(lock.descriptor)
+    same = found.st_ino == base.inode
+    if not half_merged:
+        same = same and (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
+    if not (same and is_file_at(lock.descriptor, Path(base.path))):
+        raise ChainError(
+            f"the base {base.path} is not the file that the volume stands on any more: it was exchanged or changed. Put "
+            "it back, or name the right one with 'onionskin relocate'; nothing was dropped"
+        )
 
 
 def _run_base_merge(
-    volume: "Volume",
-    folded: Chain,
-    lock: BaseLock,
-    progress: "Progress | None",
-    threads: int,
-    bytes_per_second: int,
+    volume: "Volume", folded: Chain, progress: "Progress | None", threads: int, bytes_per_second: int
 ) -> None:
-    store = volume.store
-    assert folded.base is not None
+    store, lock = volume.store, volume.base_lock
+    assert folded.base is not None and lock is not None
     try:
         _copy_into_base(
             store,
             folded,
-            lock.descriptor,
+            lock,
             progress=_stoppable(volume, progress),
             threads=threads,
             bytes_per_second=bytes_per_second,
         )
         with volume.guard:
-            dropped = _finish(store, folded)
-            below = read_chain(store.catalog, volume.head).base
-            assert below is not None
-            volume.path.rebase(path=below.path, size_bytes=below.size_bytes, dropped=dropped)
-            volume.lock_what_is_read()
+            dropped = _finish(volume, folded, lock)
+            lock.share()
+            _read_from_base(volume, lock, dropped)
             fold_where_unnamed(volume, [folded.top.id])
     finally:
-        lock.close()
         with volume.guard:
             try:
-                volume.base_lock = BaseLock(Path(folded.base.path))
+                lock.share()
             finally:
                 volume.merge_ended()
+
+
+def _read_from_base(volume: "Volume", lock: BaseLock, dropped: list[bytes]) -> None:
+    """Let the open volume read from the base what it read from segments that are dropped.
+
+    Behind the commit nothing may fail. Where this does, the volume reads the same bytes from the old files, which its locks
+    keep from being freed as long as it is open.
+    """
+    try:
+        size_bytes = os.fstat(lock.descriptor).st_size
+        volume.path.rebase(path=f"/proc/self/fd/{lock.descriptor}", size_bytes=size_bytes, dropped=dropped)
+    except (OSError, OnionskinError) as error:
+        _log.warning("%s: %r goes on with the files from before the merge: %s", volume.store.path, volume, error)
+        return
+    volume.give_up_unread()
 
 
 def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
@@ -335,7 +405,7 @@ def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
     def report(done: int, total: int) -> None:
         if volume.merge_stop:
             raise StateError(
-                f"volume {volume.name!r} was closed during the merge into its base; it goes on when it is opened again"
+                f"volume {volume.name!r} was closed during the merge into its base; merge into the base again to end it"
             )
         if progress:
             progress(done, total)
@@ -343,42 +413,26 @@ def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
     return report
 
 
-def _lock_base_alone(volume: "Volume", base: BaseRow) -> BaseLock:
-    if volume.base_lock:
-        volume.base_lock.close()
-    try:
-        return BaseLock(Path(base.path), exclusive=True)
-    except StateError:
-        volume.base_lock = BaseLock(Path(base.path))
-        raise
-
-
 def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes | None) -> None:
     """Raise where somebody needs the base, or a layer below the target, as it is now."""
     catalog = store.catalog
     ids = [layer.id for layer in chain.layers]
-    folded = ids[: ids.index(target) + 1] if target else ids
-    names = {row.id: row.name for row in catalog.rows(VolumeRow)}
-    needed = [
-        f"{names[row.volume]}@{row.name}"
-        for row in catalog.rows(SnapshotRow)
-        if row.layer in folded and row.layer != target
-    ]
-    for below in folded[:-1] if target else folded:
-        needed += [
-            f"a branch on layer {child.id.hex()[:8]}"
-            for child in catalog.rows(LayerRow, "parent = ?", below)
-            if child.id not in ids
-        ]
+    folded = ids[: ids.index(target) + 1] if target in ids else ids
     assert chain.base is not None
-    paths = {base.id for base in catalog.rows(BaseRow) if base.path == chain.base.path}
-    for bottom in catalog.rows(LayerRow, "base IS NOT NULL AND id != ?", ids[0]):
-        if bottom.base in paths:
-            needed += [
-                names[row.id]
-                for row in catalog.rows(VolumeRow)
-                if bottom.id in {layer.id for layer in catalog.chain(row.head)}
-            ] or ["a branch on the same base"]
+    with catalog.reading():
+        needed = [
+            name
+            for row in catalog.rows_in(SnapshotRow, "layer", folded)
+            if row.layer != target
+            for name in _shown_names(catalog, row)
+        ]
+        children = catalog.rows_in(LayerRow, "parent", folded[:-1] if target else folded)
+        needed += [f"a branch on layer {child.id.hex()[:8]}" for child in children if child.id not in ids]
+        path = Path(chain.base.path)
+        same_file = [base.id for base in catalog.sound_rows(BaseRow) if is_same_file(Path(base.path), path)]
+        for bottom in catalog.rows_in(LayerRow, "base", same_file):
+            if bottom.id != ids[0]:
+                needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]
     if needed:
         raise StateError(
             f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}; merge or discard those "
@@ -386,10 +440,21 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
         )
 
 
+def _shown_names(catalog: Catalog, row: SnapshotRow) -> list[str]:
+    volume = catalog.volume_with_id(row.volume)
+    return [f"{volume.name}@{row.name}"] if volume else []
+
+
+def _volumes_above(catalog: Catalog, layer: bytes) -> list[str]:
+    """Return the names of the volumes whose heads stand on a layer."""
+    above = {layer, *descendants(catalog, layer)}
+    return [row.name for row in catalog.rows_in(VolumeRow, "head", above)]
+
+
 def _copy_into_base(
     store: "Store",
     folded: Chain,
-    descriptor: int,
+    lock: BaseLock,
     *,
     progress: "Progress | None",
     threads: int,
@@ -398,11 +463,13 @@ def _copy_into_base(
     """Write what the layers hold into the base, and make it durable. May be done again, and goes on where it was.
 
     It is copied in stretches of the disk. The end of one goes to the catalog once its bytes are durable in the base, so a
-    crash costs seconds of copying, and a slow merge, cancelled each night, ends one day.
+    crash costs seconds of copying, and a slow merge, cancelled each night, ends one day. The file is only made shorter at
+    the end: until then others map all of it.
     """
-    size_bytes = folded.top.size_bytes
+    assert folded.base is not None
+    size_bytes, descriptor = folded.top.size_bytes, lock.descriptor
     start = _done_before(store, folded, descriptor)
-    if os.fstat(descriptor).st_size != size_bytes:
+    if os.fstat(descriptor).st_size < size_bytes:
         os.ftruncate(descriptor, size_bytes)
     reflink = all(layer.wipe == "release" for layer in folded.layers)
     # Without the base: nothing is read from it, and it may be shorter now than it was.
@@ -423,9 +490,13 @@ def _copy_into_base(
             begun = time.monotonic()
             start = copy.run(start, stretch_bytes)
             sync_file(descriptor)  # BARRIER: merged base
+            check_is_base(folded.base, lock, half_merged=True)
             if start < size_bytes:
-                _note_done(store, folded, start)
+                _note_done(store, folded, descriptor, start)
             stretch_bytes = _next_stretch_bytes(stretch_bytes, time.monotonic() - begun)
+    if os.fstat(descriptor).st_size > size_bytes:
+        os.ftruncate(descriptor, size_bytes)
+        sync_file(descriptor)  # BARRIER: shortened base
 
 
 def first_stretch_bytes(bytes_per_second: int) -> int:
@@ -442,59 +513,68 @@ def _next_stretch_bytes(stretch_bytes: int, seconds: float) -> int:
 
 
 def _done_before(store: "Store", folded: Chain, descriptor: int) -> int:
-    """Return up to where the base holds the data already: 0 where it is not the file that it was."""
-    work = store.catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", folded.top.id)
+    """Return up to where the base holds the data already: 0 where it is not the file that it was when that was noted."""
+    work = store.catalog.base_merge_of(folded.top.id)
+    if not work or not work.done_bytes:
+        return 0
+    base = store.catalog.base_of(folded.layers[0])
     found = os.fstat(descriptor)
-    assert folded.base is not None
-    is_same = (found.st_ino, found.st_size) == (folded.base.inode, folded.top.size_bytes)
-    return work.done_bytes if work and is_same else 0
+    is_same = base and (found.st_ino, found.st_size, found.st_mtime_ns) == (base.inode, base.size_bytes, base.mtime_ns)
+    return work.done_bytes if is_same else 0
 
 
-def _note_done(store: "Store", folded: Chain, done_bytes: int) -> None:
+def _looks(descriptor: int) -> dict[str, int]:
+    """Return how a base looks now, as its row has it. A sync of our own came just before."""
+    found = os.fstat(descriptor)
+    return {"inode": found.st_ino, "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _same_row(store: "Store", folded: Chain) -> BaseRow:
+    """Return the row of the base that is merged into, unless somebody relocated it. Inside a transaction."""
+    base = store.catalog.base_of(store.catalog.layer(folded.layers[0].id))
+    if base is None or folded.base is None or (base.id, base.path) != (folded.base.id, folded.base.path):
+        raise TreeChangedError("the base was relocated while it was merged into; merge again: nothing was dropped")
+    return base
+
+
+def _note_done(store: "Store", folded: Chain, descriptor: int, done_bytes: int) -> None:
     """Write down how far a merge is; a disk that has no room even for that does not end it."""
     catalog = store.catalog
     try:
         with catalog.transaction():
-            work = catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", folded.top.id)
+            work = catalog.base_merge_of(folded.top.id)
             if work:
                 catalog.update(PendingRow, work.id, done_bytes=done_bytes)
+                catalog.update(BaseRow, _same_row(store, folded).id, **_looks(descriptor))
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
 
 
-def _finish(store: "Store", folded: Chain) -> list[bytes]:
+def _finish(volume: "Volume", folded: Chain, lock: BaseLock) -> list[bytes]:
     """Let what stood on the folded layers stand on the base. Returns the segments that are no longer read."""
-    catalog = store.catalog
-    assert folded.base is not None
+    store, catalog, top = volume.store, volume.store.catalog, folded.top
     dropped = [segment.id for rows in folded.segments.values() for segment in rows]
-    top = folded.top
 
     def switch() -> None:
-        found = Path(folded.base.path).stat() if folded.base else None
-        assert found is not None and folded.base is not None
-        base = replace(
-            folded.base, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns, digest=None
-        )
-        catalog.update(
-            BaseRow,
-            base.id,
-            inode=base.inode,
-            size_bytes=base.size_bytes,
-            mtime_ns=base.mtime_ns,
-            digest=None,
-        )
+        base = _same_row(store, folded)
+        check_is_base(base, lock, half_merged=True)
+        if catalog.layer(top.id) != top:
+            raise TreeChangedError("the layers changed while they were merged into the base; merge again")
+        catalog.update(BaseRow, base.id, **_looks(lock.descriptor), digest=None)
         for segment in catalog.rows(SegmentRow, "layer = ?", top.id):
             catalog.add_pending("segment", segment.id, segment.lock_byte, top.wipe)
         catalog.delete(SegmentRow, "layer = ?", top.id)
         catalog.add_pending("map", top.map_id, top.map_lock_byte, top.wipe)
+        map_byte = catalog.take_lock_byte()
+        volume.locks.must_share({map_byte})
         catalog.update(
             LayerRow,
             top.id,
             parent=None,
             base=base.id,
             map_id=new_id(),
-            map_lock_byte=catalog.take_lock_byte(),
+            map_lock_byte=map_byte,
             map_length=0,
             map_frames=0,
             map_crc=0,
@@ -503,17 +583,5 @@ def _finish(store: "Store", folded: Chain) -> list[bytes]:
             free_unneeded(catalog, top.parent)
         catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", top.id)
 
-    store.in_transaction(switch)
+    store.change(switch)
     return dropped
-
-
-def resume_base_merge(store: "Store", target: bytes) -> None:
-    """Take a merge into the base that was interrupted to its end. Nobody may have the base open."""
-    folded = read_chain(store.catalog, target)
-    assert folded.base is not None
-    lock = BaseLock(Path(folded.base.path), exclusive=True)
-    try:
-        _copy_into_base(store, folded, lock.descriptor, progress=None, threads=0)
-        _finish(store, folded)
-    finally:
-        lock.close()

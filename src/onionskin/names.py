@@ -6,19 +6,35 @@
 import unicodedata
 
 NAME_BYTES_MAX = 255
+NOTE_BYTES_MAX = 1 << 16
+# They change how the text around them is read: a name with one can look like another.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def check_name(kind: str, name: str) -> str:
     """Return `name` if a volume or snapshot (`kind`, for the message) may have it; else raise ValueError."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a {kind} is a string, not {name!r}")
+    name = str(name)  # of a subclass too, such as NumPy's
     fault = _fault(name)
     if fault:
         raise ValueError(f"{name!r} cannot be the name of a {kind}: {fault}")
     return name
 
 
+def check_note(note: str) -> str:
+    """Return a note that a snapshot may have; else raise TypeError or ValueError."""
+    if not isinstance(note, str):
+        raise TypeError(f"a note is a string, not {note!r}")
+    note = str(note)
+    if "\0" in note or any(unicodedata.category(character) == "Cs" for character in note):
+        raise ValueError("a note has no NUL, and is text that UTF-8 can hold")
+    if len(note.encode()) > NOTE_BYTES_MAX:
+        raise ValueError(f"a note has at most {NOTE_BYTES_MAX} bytes, not {len(note.encode())}")
+    return note
+
+
 def _fault(name: str) -> str | None:
-    if not isinstance(name, str):
-        return "a name is a string"
     if not name:
         return "it is empty"
     if name in (".", ".."):
@@ -27,6 +43,8 @@ def _fault(name: str) -> str | None:
         return "'/' and '@' stand between the parts of STORE/VOLUME@SNAPSHOT"
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         return "it has a control character"
+    if _BIDI.intersection(name):
+        return "it has a character that changes the direction of the text"
     if len(name.encode()) > NAME_BYTES_MAX:
         return f"it is longer than {NAME_BYTES_MAX} bytes"
     return None

@@ -5,15 +5,20 @@ work stays pending. With policy `zero` a file is overwritten before it is unlink
 All of it may be done twice.
 """
 
+import logging
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ELOOP
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onionskin._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.errors import OnionskinError
+from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import STORE_BYTE
 
@@ -25,31 +30,73 @@ if TYPE_CHECKING:
 else:
     from onionskin.later import numpy
 
+_log = logging.getLogger(__name__)
+
 HEADER_BYTES = 4096
+_WIPE_ZERO = 1  # the feature bit of a header
+_ROWS_AT_ONCE = 64  # that one transaction forgets
+_ID_NAME = re.compile("[0-9a-f]{32}")
 _FILE_KINDS = ("map", "segment")
 
 
 def do_pending(store: "Store", *, policy: str | None = None) -> int:
-    """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left."""
+    """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left.
+
+    What fails stays pending and is logged: the damage of one volume is no concern of the others.
+    """
     left = 0
-    for row in store.catalog.rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
+    done: list[PendingRow] = []
+    for row in store.catalog.sound_rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
         if policy is not None and row.wipe != policy:
             continue
-        with _alone(store, row) as alone:
-            if alone and _do(store, row, unlink=policy != "zero"):
-                with store.catalog.transaction():
-                    _settle(store, row, unlinked=policy != "zero")
-            else:
-                left += 1
+        try:
+            is_done = _do_alone(store, row, unlink=policy != "zero")
+        except (OSError, OnionskinError) as error:
+            is_done = False
+            _report(store, row, error)
+        if is_done:
+            done.append(row)
+        left += not is_done
+        if len(done) >= _ROWS_AT_ONCE:
+            _forget(store, done, unlinked=policy != "zero")
+            done = []
+    _forget(store, done, unlinked=policy != "zero")
     return left
 
 
-def _settle(store: "Store", row: PendingRow, *, unlinked: bool) -> None:
-    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time."""
-    if row.kind in _FILE_KINDS and not unlinked:
-        store.catalog.update(PendingRow, row.id, wipe="release")
-    else:
-        store.catalog.delete(PendingRow, "id = ?", row.id)
+def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
+    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
+
+    All of it may be done twice, so one transaction for many is enough.
+    """
+    if not done:
+        return
+
+    def change() -> None:
+        for row in done:
+            if row.kind in _FILE_KINDS and not unlinked:
+                store.catalog.update(PendingRow, row.id, wipe="release")
+            else:
+                store.catalog.delete(PendingRow, "id = ?", row.id)
+
+    store.change(change)
+
+
+def _report(store: "Store", row: PendingRow, error: Exception) -> None:
+    """Say once for each piece of work that it failed."""
+    if row.id not in store.reported_work:
+        store.reported_work.add(row.id)
+        _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
+
+
+def _do_alone(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
+    """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
+    with _alone(store, row) as alone:
+        if not alone:
+            return False
+        if store.catalog.row(PendingRow, "id = ?", row.id) != row:  # done, or kept, since it was read
+            return True
+        return _do(store, row, unlink=unlink)
 
 
 @contextmanager
@@ -72,26 +119,68 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
 def _do(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind in _FILE_KINDS:
+        _refuse_named(store, row)
         _free_file(store, row, unlink=unlink)
         return True
     return _scrub(store, row)
 
 
+def _refuse_named(store: "Store", row: PendingRow) -> None:
+    """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
+    catalog = store.catalog
+    named = (
+        catalog.has(LayerRow, "map_id = ?", row.target)
+        if row.kind == "map"
+        else catalog.has(SegmentRow, "id = ?", row.target)
+    )
+    if named:
+        raise FormatError(f"{catalog.path} is damaged: it frees the {row.kind} {row.target.hex()}, which a layer has")
+
+
+def open_to_free(path: Path) -> int | None:
+    """Open a file of the store that is about to be overwritten or unlinked; None where it is gone.
+
+    Raises
+    ------
+    StateError
+        It is no regular file, or has another name too: then it may be one of somebody else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == ELOOP:
+            raise StateError(f"{path} is a symbolic link, and no file of a store is; look at what it is") from None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+        raise StateError(f"{path} {what}, so it is neither wiped nor removed; look at what it is")
+    return descriptor
+
+
 def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
     """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    descriptor = open_to_free(path)
+    if descriptor is None:
         return
     try:
-        if row.wipe == "zero":
+        if row.wipe == "zero" or wants_zeros(descriptor):
             result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
             store.note_unreachable(result.bytes_unreachable)
         if unlink:
             path.unlink()
     finally:
         os.close(descriptor)
+
+
+def wants_zeros(descriptor: int) -> bool:
+    """Whether the header of a segment or a map says that it has to be wiped, whatever volume it belongs to by now."""
+    header = os.pread(descriptor, HEADER_BYTES, 0)
+    return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
 def _scrub(store: "Store", row: PendingRow) -> bool:
@@ -106,15 +195,13 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
         return False
     for volume in store.open_volumes():
         volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
-    path = store.layout.segment_file(segment.id)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    descriptor = open_to_free(store.layout.segment_file(segment.id))
+    if descriptor is None:
         return True
     try:
         ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
         if len(ranges):
-            result = wipe(descriptor, ranges, zero=row.wipe == "zero", punch=True)
+            result = wipe(descriptor, ranges, zero=row.wipe == "zero" or wants_zeros(descriptor), punch=True)
             store.note_unreachable(result.bytes_unreachable)
     finally:
         os.close(descriptor)
@@ -143,44 +230,42 @@ def _gaps(
     return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
 
 
-def sweep_orphans(store: "Store") -> list[str]:
-    """Remove files that no row names: what a crash left. Only while nobody else has the store open."""
-    with store.unnamed_files, store.locks.exclusive(STORE_BYTE) as held:
+def remove_orphans(store: "Store") -> list[str]:
+    """Wipe and remove files that no row names, for who asks for a repair: none that onionskin made is left by a crash.
+
+    Older versions could leave some. Nobody can name a file while this looks, and nobody else may have the store open.
+    """
+    removed = []
+    with store.locks.exclusive(STORE_BYTE) as held:
         if not held:
             return []
-        swept = orphans(store)
-        for path in swept:
-            _sweep(path)
-        return [str(path) for path in swept]
+        with store.catalog.transaction():
+            for path in orphans(store):
+                with suppress(StateError):  # not a file that a store makes: `check` names it
+                    descriptor = open_to_free(path)
+                    if descriptor is None:
+                        continue
+                    try:
+                        wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+                        path.unlink()
+                    finally:
+                        os.close(descriptor)
+                    removed.append(str(path))
+    return removed
 
 
 def orphans(store: "Store") -> list[Path]:
-    """Return the files of maps and segments that no row names."""
-    named = {store.layout.map_file(row.map_id) for row in store.catalog.rows(LayerRow)}
-    named |= {store.layout.segment_file(row.id) for row in store.catalog.rows(SegmentRow)}
-    # A spare's id is that of the next head's map too.
-    named |= {store.layout.map_file(row.id) for row in store.catalog.rows(SegmentRow, "role = 'spare'")}
-    for row in store.catalog.rows(PendingRow):
-        named |= {store.layout.map_file(row.target), store.layout.segment_file(row.target)}
-    directories = (store.layout.layers, store.layout.segments)
-    return sorted(path for directory in directories for path in directory.iterdir() if path not in named)
-
-
-def drop_drafts(store: "Store", *paths: Path) -> None:
-    """Remove files whose transaction failed; not those that it names after all, when an interrupt came behind its commit.
-
-    What cannot be decided or removed now is left to a sweep.
-    """
-    with suppress(OSError, OnionskinError):
-        for path in set(orphans(store)).intersection(paths):
-            _sweep(path)
-
-
-def _sweep(path: Path) -> None:
-    """Wipe and unlink; a file without a row may have belonged to a volume with policy `zero`."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
-        path.unlink()
-    finally:
-        os.close(descriptor)
+    """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
+    catalog, layout = store.catalog, store.layout
+    with catalog.reading():
+        work = catalog.sound_rows(PendingRow)
+        segments = catalog.sound_rows(SegmentRow)
+        maps = {row.map_id for row in catalog.sound_rows(LayerRow)} | {row.target for row in work}
+        maps |= {row.id for row in segments if row.role == "spare"}  # the next head's map, if it was made beforehand
+        files = {row.id for row in segments} | {row.target for row in work}
+        return sorted(
+            path
+            for directory, suffix, named in ((layout.layers, ".map", maps), (layout.segments, ".seg", files))
+            for path in directory.iterdir()
+            if path.suffix == suffix and _ID_NAME.fullmatch(path.stem) and bytes.fromhex(path.stem) not in named
+        )

@@ -63,7 +63,7 @@ def find_snapshot(catalog: Catalog, volume: VolumeRow, name: str) -> SnapshotRow
 def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
     """Return a volume's snapshots in the order in which they were taken."""
     with catalog.reading():
-        rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns, name", volume.id)
+        rows = catalog.snapshots_of(volume.id)
         layers = {layer.id: layer for layer in catalog.rows(LayerRow)}
     names = {row.layer: row.name for row in rows}
     return [
@@ -139,15 +139,12 @@ def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
         layer = catalog.row(LayerRow, "id = ?", layer_id)
         if layer is None:
             break
-        if (
-            catalog.row(LayerRow, "parent = ?", layer_id)
-            or catalog.row(SnapshotRow, "layer = ?", layer_id)
-            or catalog.row(VolumeRow, "head = ?", layer_id)
-        ):
+        if catalog.is_needed(layer_id):
             return layer_id
         drop_layer(catalog, layer)
         layer_id = layer.parent
-    catalog.delete(BaseRow, "id NOT IN (SELECT base FROM layers WHERE base IS NOT NULL)")
+        if layer.base and not catalog.has(LayerRow, "base = ?", layer.base):
+            catalog.delete(BaseRow, "id = ?", layer.base)
     return None
 
 

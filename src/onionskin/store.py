@@ -5,16 +5,17 @@ it trusts the catalog; what is freed goes through `pending`. Nothing here touche
 """
 
 import logging
+import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin import forks, gathering, merging, pending
 from onionskin import usage as usages
@@ -31,21 +32,31 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
+from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.chain import (
+    Chain,
     NewHead,
-    base_row,
     check_base,
+    described_base,
     digest_of,
     lock_base,
     lock_chain,
     open_chain,
+    pending_base_merges,
     read_chain,
     refuse_half_merged,
     replace_spare,
 )
-from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
+from onionskin.errors import (
+    ChainError,
+    OnionskinError,
+    StateError,
+    VerifyError,
+    VolumeExistsError,
+    VolumeNotFoundError,
+)
 from onionskin.layout import DIRECTORIES, Layout
-from onionskin.locks import STORE_BYTE, ByteLocks, VolumeLock, volume_holder
+from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, VolumeLock, is_being_merged_into, volume_holder
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
@@ -65,6 +76,8 @@ if TYPE_CHECKING:
     from onionskin.layering import Layering
 
 _log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RESERVE_BYTES = 8 << 20
 WIPE_POLICIES = ("release", "zero")
@@ -118,23 +131,26 @@ class Store:
     has to open the store again.
     """
 
-    def __init__(self, path: "str | os.PathLike[str]", *, create: bool = True) -> None:
+    def __init__(self, path: "str | os.PathLike[str]", *, create: bool = True, trust: bool = False) -> None:
         self.path: Path = Path(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
         # Wiped through this handle with policy `zero`, and not reached by it: see `note_unreachable`.
         self.unreachable_bytes: int = 0
+        # Ids of the pending work whose failure was logged.
+        self.reported_work: set[int] = set()
         self._counting = threading.Lock()
         self._background = Background(self._work, "onionskin pending work")
-        # Held by whoever makes files that no row names yet, and by the sweep that removes such files.
-        self.unnamed_files: threading.RLock = threading.RLock()
         self._open: weakref.WeakSet[Volume] = weakref.WeakSet()
+        self._open_guard = threading.Lock()
         self.views: SealedViews = SealedViews()
         if create and not self.layout.catalog.exists():
             self._make_directories()
-        self.catalog: Catalog = Catalog(self.layout.catalog, create=create)
+        if not trust:
+            refuse_foreign(self.layout)
+        self.catalog: Catalog = self.with_reserve(lambda: Catalog(self.layout.catalog, create=create))
         try:
-            self.locks: ByteLocks = ByteLocks(self.layout.lock)
+            self.locks: ByteLocks = self.with_reserve(lambda: ByteLocks(self.layout.lock))
             self.locks.wait_shared(STORE_BYTE)
         except BaseException:
             self.catalog.close()
@@ -146,11 +162,11 @@ class Store:
         found = next(index for index, directory in enumerate(way) if directory.exists())
         # From what is there already: one that crashed may have made it, and its name need not be durable.
         for directory in reversed(way[: found + 1]):
-            directory.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True, mode=0o700 if directory == self.layout.root else 0o777)
             with suppress(PermissionError):  # somebody else's directory, so not one that we made
                 sync_directory(directory.parent)  # BARRIER: store name
         for name in DIRECTORIES:
-            (self.layout.root / name).mkdir(exist_ok=True)
+            (self.layout.root / name).mkdir(exist_ok=True, mode=0o700)
 
     def __enter__(self) -> "Store":
         return self
@@ -194,43 +210,105 @@ class Store:
         VolumeExistsError
             The name is taken.
         """
-        check_name("volume", name)
-        _check_geometry(block_size, wipe)
-        below = self._base_row(Path(base), digest=digest) if base is not None else None
-        if size is None and below is None:
-            raise ValueError("a volume without a base needs a size, such as '20G'")
-        size_bytes = parse_size(size) if size is not None else below.size_bytes if below else 0
-        if size_bytes < 1:
-            raise ValueError(
-                f"a volume has at least one byte{f': the base {base} is empty' if below else ''}; give a size"
-            )
-        if size_bytes > SIZE_BYTES_MAX:
-            raise ValueError(f"a volume has at most {SIZE_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
-        self.make_reserve()
-        head = NewHead.on(None, base=below, block_size=block_size, wipe=wipe, size_bytes=size_bytes)
-        with self.catalog.transaction():
-            if below:
-                self.catalog.insert(below)
-            self._insert_volume(name, head)
-        return self.open(name)
+        return self._create(check_name("volume", name), base, size, block_size, wipe, digest)
 
-    def _base_row(self, path: Path, *, digest: bool = False) -> BaseRow:
-        """Describe a base, which must be an image of its own."""
+    def _create(
+        self,
+        name: str,
+        base: "str | os.PathLike[str] | None",
+        size: "int | str | None",
+        block_size: int,
+        wipe: str,
+        digest: bool,
+    ) -> Volume:
+        block_size, wipe = _check_geometry(block_size, wipe)
+        size_bytes = None if size is None else _check_size(parse_size(size))
+        if base is None:
+            if size_bytes is None:
+                raise ValueError("a volume without a base needs a size, such as '20G'")
+            return self._make_volume(name, None, None, block_size, wipe, size_bytes)
+        with self._base(Path(base), digest=digest) as below:
+            if size_bytes is None and not below.size_bytes:
+                raise ValueError(f"a volume has at least one byte: the base {base} is empty; give a size")
+            return self._make_volume(name, None, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
+
+    @contextmanager
+    def _base(self, path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
+        """Describe a base, which must be an image of its own, and keep it from being merged into."""
         if self.layout.holds(path):
             raise ChainError(
                 f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
             )
-        refuse_half_merged(self.catalog, str(path.resolve()))
-        return base_row(path, digest=digest_of(path) if digest else None)
+        with described_base(path, digest=digest) as base:
+            refuse_half_merged(self.catalog, Path(base.path))
+            yield base
 
-    def _insert_volume(self, name: str, head: NewHead) -> None:
-        if self.catalog.row(VolumeRow, "name = ?", name):
-            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}; choose another name")
+    def _make_volume(
+        self,
+        name: str,
+        source: "tuple[str, str] | None",
+        base: BaseRow | None,
+        block_size: int,
+        wipe: str,
+        size_bytes: int,
+    ) -> Volume:
+        """Make a volume and open it; the lock is held before anybody can see it, and a failure leaves none."""
+        id = new_id()
+        self.make_reserve()
+        lock = self.with_reserve(lambda: VolumeLock(self.layout, id, name))
+        try:
+            head = NewHead.on(None, base=base, block_size=block_size, wipe=wipe, size_bytes=size_bytes)
+
+            def insert() -> None:
+                if base:
+                    self.catalog.insert(base)
+                self._insert_volume(id, name, head)
+
+            self.change(insert)
+        except BaseException:
+            lock.close()
+            if self.catalog.volume_with_id(id) is None:  # an interrupt may have come behind the commit
+                self._forget_lock(id)
+            raise
+        return self._open_new(id, lock)
+
+    def _open_new(self, id: bytes, lock: VolumeLock) -> Volume:
+        """Open a volume that was just made; one that cannot be opened was not made."""
+        try:
+            row = self.catalog.volume_with_id(id)
+            assert row is not None
+            return self._open_locked(row, lock, verify=False)
+        except BaseException:
+            with suppress(OSError, OnionskinError):
+                self._drop_volume(id, recursive=True)
+            lock.close()
+            raise
+
+    def _forget_lock(self, id: bytes) -> None:
+        self.layout.volume_lock(id).unlink(missing_ok=True)
+
+    def _insert_volume(self, id: bytes, name: str, head: NewHead) -> None:
+        self._refuse_taken(name)
         head.insert(self.catalog)
-        self.catalog.insert(VolumeRow(new_id(), name, head.layer.id, head.layer.created_ns))
+        self.catalog.insert(VolumeRow(id, name, head.layer.id, head.layer.created_ns))
 
-    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False) -> Volume:
-        """Open a volume for writing, or a read-only view of one of its snapshots.
+    def _refuse_taken(self, name: str) -> None:
+        if self.catalog.has(VolumeRow, "name = ?", name):
+            raise VolumeExistsError(f"the store {self.path} already has a volume {name!r}; choose another name")
+
+    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> Volume:
+        """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
+
+        Parameters
+        ----------
+        name : str
+        snapshot : str, optional
+            Open a view of this snapshot; any number of handles may.
+        verify : bool
+            Compare the SHA-256 of the base with the one that `create(digest=True)` took.
+        mode : {"w", "r"}
+            "r" opens a head that nobody holds, read-only: nothing is written, made or freed by it, and nobody can open it
+            for writing meanwhile. With `snapshot` it makes no difference.
 
         Raises
         ------
@@ -241,17 +319,47 @@ class Store:
         FormatError
             A file of the volume is damaged or missing.
         """
-        row = self.catalog.volume(name)
+        if mode not in ("r", "w"):
+            raise ValueError(f"a volume is opened with mode 'w' or 'r', not {mode!r}")
         if snapshot is not None:
-            return self._open_view(row, snapshot, verify)
-        lock = VolumeLock(self.layout.volume_lock(row.id), name)
+            return self._open_view(name, snapshot, verify)
+        row, lock = self._lock_volume(name)
         try:
-            self.catalog.sync_found()
-            volume = self._open_head(self.catalog.volume(name), lock, verify)
+            return self._open_locked(row, lock, verify=verify, writable=mode == "w")
         except BaseException:
             lock.close()
             raise
-        self._open.add(volume)
+
+    def _lock_volume(self, name: str) -> tuple[VolumeRow, VolumeLock]:
+        """Take the writer's lock of the volume that has a name, and return it as it is under the lock.
+
+        What a name means may change until the lock is held: somebody renames the volume, or deletes it and makes another.
+        """
+        row = self.catalog.volume(name)
+        while True:
+            id = row.id
+            lock = self.with_reserve(lambda: VolumeLock(self.layout, id, name))  # noqa: B023
+            try:
+                row = self.catalog.volume(name)
+            except BaseException:
+                lock.close()
+                if self.catalog.volume_with_id(id) is None:
+                    self._forget_lock(id)
+                raise
+            if row.id == id:
+                return row, lock
+            lock.close()
+
+    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, writable: bool = True) -> Volume:
+        """Open the volume that is locked. On an error the lock stays the caller's."""
+        if writable:
+            self.catalog.sync_found()
+            volume = self._open_head(row, lock, verify)
+        else:
+            volume = Volume(self, row, self._open_layer(row.head, writable=False, verify=verify), read_lock=lock)
+        self._register(volume)
+        if not writable:
+            return volume
         try:
             self._after_open(volume)
         except BaseException:
@@ -259,10 +367,18 @@ class Store:
             raise
         return volume
 
+    def _register(self, volume: Volume) -> None:
+        with self._open_guard:
+            self._open.add(volume)
+
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> Volume:
-        for work in self.catalog.rows(PendingRow, "kind = 'base-merge'"):
-            if work.target in {layer.id for layer in self.catalog.chain(row.head)}:
-                merging.resume_base_merge(self, work.target)
+        if pending_base_merges(self.catalog, row.head):
+            _log.warning(
+                "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
+                "itself: end it with 'onionskin merge --into-base'",
+                self.path,
+                row.name,
+            )
         self._look_at_spare(row.head)
         gathering.gather_chain(self, row.head)
         opened = self._open_layer(row.head, writable=True, verify=verify)
@@ -274,38 +390,55 @@ class Store:
         A snapshot that failed at its commit left the head with two segments: the spare has blocks then, and is in the map.
         Else its files were at most made beforehand, are empty, and are made again when they are needed.
         """
-        (spare,) = self.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
+        spare = self.catalog.spare_of(head)
         path = self.layout.segment_file(spare.id)
         if path.exists() and path.stat().st_size > pending.HEADER_BYTES:
-            self.with_reserve(lambda: self.in_transaction(lambda: replace_spare(self.catalog, head)))
-        else:
-            path.unlink(missing_ok=True)
-            self.layout.map_file(spare.id).unlink(missing_ok=True)
+            self.change(lambda: replace_spare(self.catalog, head))
+            return
+        for made in (path, self.layout.map_file(spare.id)):
+            descriptor = pending.open_to_free(made)
+            if descriptor is not None:
+                os.close(descriptor)
+                made.unlink()
 
-    def _open_view(self, row: VolumeRow, snapshot: str, verify: bool) -> Volume:
-        """Open a snapshot, or share what is open of it already: then only its base is looked at again."""
-        layer = find_snapshot(self.catalog, row, snapshot).layer
-        opened = self.views.take(layer, lambda: self._open_layer(layer, writable=False, verify=verify))
-        try:
-            if opened.chain.base and opened.users > 1:
-                check_base(self.catalog, opened.chain.base, verify=verify)
-            view = Volume(self, row, opened, snapshot=snapshot)
-        except BaseException:
-            self.views.give_back(layer)
-            raise
-        self._open.add(view)
-        return view
+    def _open_view(self, name: str, snapshot: str, verify: bool) -> Volume:
+        """Open a snapshot, or share what is open of it already: then only its base is looked at again.
+
+        What the name means is asked again when the files are locked: it may have gone to another snapshot meanwhile.
+        """
+        while True:
+            row, layer = self._find_layer(name, snapshot)
+            try:
+                opened = self.views.take(layer, lambda: self._open_layer(layer, writable=False, verify=verify))  # noqa: B023
+            except OnionskinError:
+                if self._find_layer(name, snapshot)[1] == layer:
+                    raise
+                continue
+            try:
+                if self._find_layer(name, snapshot)[1] != layer:
+                    self.views.give_back(layer)
+                    continue
+                if opened.chain.base and opened.users > 1:
+                    check_base(self.catalog, opened.chain.base, verify=verify)
+                view = Volume(self, row, opened, snapshot=snapshot)
+            except BaseException:
+                self.views.give_back(layer)
+                raise
+            self._register(view)
+            return view
+
+    def _find_layer(self, name: str, snapshot: str) -> tuple[VolumeRow, bytes]:
+        with self.catalog.reading():
+            row = self.catalog.volume(name)
+            return row, find_snapshot(self.catalog, row, snapshot).layer
 
     def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)
         base_lock = None
         try:
-            chain = lock_chain(self.catalog, layer, locks)
-            if chain.base:
-                base_lock = lock_base(chain.base)
-                check_base(self.catalog, chain.base, verify=verify)
-            path = open_chain(self.layout, chain, writable=writable)
+            chain, base_lock = self._lock_layer(layer, locks, verify)
+            path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock)
         except BaseException:
             locks.close()
             if base_lock:
@@ -313,27 +446,42 @@ class Store:
             raise
         return OpenChain(chain, path, locks, base_lock)
 
+    def _lock_layer(self, layer: bytes, locks: ByteLocks, verify: bool) -> tuple[Chain, BaseLock | None]:
+        """Lock a chain and its base; again where a merge into the base ended between the two."""
+        while True:
+            chain = lock_chain(self.catalog, layer, locks)
+            try:
+                return chain, lock_base(self.catalog, chain, verify=verify)
+            except ChainError:
+                if read_chain(self.catalog, layer).base == chain.base:
+                    raise
+
     def _after_open(self, volume: Volume) -> None:
-        """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""
+        """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name.
+
+        What fails stays for the next time, and is no reason to refuse the volume.
+        """
         self.make_reserve()
-        pending.sweep_orphans(self)
+        with suppress(OSError, OnionskinError):
+            self._drop_dead_drafts()
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
-        with suppress(OSError):  # what fails stays pending, and is no reason to refuse the volume
+        with suppress(OSError, OnionskinError):
             if segments:
                 self.scrub(segments, volume.wipe)
             self.work_soon()
 
     def clone(self, name: str, snapshot: str, new_name: str, *, wipe: str | None = None) -> None:
         """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet."""
-        check_name("volume", new_name)
-        with self.catalog.transaction():
-            source = self.catalog.volume(name)
-            layer = self.catalog.layer(find_snapshot(self.catalog, source, snapshot).layer)
-            policy = wipe or layer.wipe
-            _check_geometry(layer.block_size, policy)
-            head = NewHead.on(layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes)
-            self._insert_volume(new_name, head)
+        new_name = check_name("volume", new_name)
+        self.change(lambda: self._insert_clone(new_id(), name, snapshot, new_name, wipe))
+
+    def _insert_clone(self, id: bytes, name: str, snapshot: str, new_name: str, wipe: str | None) -> None:
+        source = self.catalog.volume(name)
+        layer = self.catalog.layer(find_snapshot(self.catalog, source, snapshot).layer)
+        block_size, policy = _check_geometry(layer.block_size, wipe or layer.wipe)
+        head = NewHead.on(layer, base=None, block_size=block_size, wipe=policy, size_bytes=layer.size_bytes)
+        self._insert_volume(id, new_name, head)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
         """Remove a volume and its snapshots.
@@ -343,23 +491,29 @@ class Store:
         StateError
             It is open, it has snapshots and `recursive` is not given, or clones stand on them (listed).
         """
-        row = self.catalog.volume(name)
-        lock = VolumeLock(self.layout.volume_lock(row.id), name)
+        row, lock = self._lock_volume(name)
         try:
-            named = self.catalog.rows(SnapshotRow, "volume = ?", row.id)
-            self._refuse_delete(row, named, recursive)
-
-            def remove() -> None:
-                self.catalog.delete(SnapshotRow, "volume = ?", row.id)
-                self.catalog.delete(VolumeRow, "id = ?", row.id)
-                for id in (row.head, *(snapshot.layer for snapshot in named)):
-                    free_unneeded(self.catalog, id)
-
-            self.with_reserve(lambda: self.in_transaction(remove))
-            self.layout.volume_lock(row.id).unlink(missing_ok=True)
+            self._drop_volume(row.id, recursive=recursive)
         finally:
             lock.close()
         self.work_soon()
+
+    def _drop_volume(self, id: bytes, *, recursive: bool, only_draft: bool = False) -> None:
+        """Remove the volume with this id, whose lock is held; `only_draft`: unless it was given a name."""
+
+        def remove() -> None:
+            row = self.catalog.volume_with_id(id)
+            if row is None or (only_draft and not row.name.startswith(DRAFT_PREFIX)):
+                return
+            named = self.catalog.snapshots_of(id)
+            self._refuse_delete(row, named, recursive)
+            self.catalog.delete(SnapshotRow, "volume = ?", id)
+            self.catalog.delete(VolumeRow, "id = ?", id)
+            for layer in (row.head, *(snapshot.layer for snapshot in named)):
+                free_unneeded(self.catalog, layer)
+
+        self.change(remove)
+        self._forget_lock(id)
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
         above = {snapshot.layer for snapshot in named}
@@ -372,16 +526,108 @@ class Store:
             )
         if named and not recursive:
             names = ", ".join(sorted(snapshot.name for snapshot in named))
-            raise StateError(f"volume {row.name!r} has snapshots: {names}; pass recursive to remove them too")
+            raise StateError(
+                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
+            )
+
+    # ---- drafts ----
+
+    @contextmanager
+    def draft(
+        self,
+        name: str,
+        *,
+        size: "int | str | None" = None,
+        block_size: int = 4096,
+        wipe: str = "release",
+        clone_of: "tuple[bytes, bytes] | None" = None,
+    ) -> Iterator["Draft"]:
+        """Make a volume that nobody sees before it is published; what is not published by the end of the block is dropped.
+
+        Death of the process drops it too, at the next opening of a volume for writing. `clone_of` is the id of a volume
+        and of the layer of one of its snapshots that the draft stands on.
+        """
+        check_name("volume", name)
+        self._refuse_taken(name) if clone_of is None else None
+        volume = self._make_draft(size, block_size, wipe, clone_of)
+        draft = Draft(self, volume, name)
+        try:
+            yield draft
+        finally:
+            if not draft.is_published:
+                self._drop_draft(volume)
+            volume.close()
+
+    def _make_draft(
+        self, size: "int | str | None", block_size: int, wipe: str, clone_of: "tuple[bytes, bytes] | None"
+    ) -> Volume:
+        id = new_id()
+        hidden = f"{DRAFT_PREFIX}{id.hex()}"
+        if clone_of is None:
+            return self._create(hidden, None, size, block_size, wipe, False)
+        lock = VolumeLock(self.layout, id, hidden)
+        source, layer_id = clone_of
+
+        def insert() -> None:
+            if not self.catalog.has(SnapshotRow, "volume = ? AND layer = ?", source, layer_id):
+                raise StateError("the snapshot to start from is gone; try again")
+            layer = self.catalog.layer(layer_id)
+            head = NewHead.on(
+                layer, base=None, block_size=layer.block_size, wipe=layer.wipe, size_bytes=layer.size_bytes
+            )
+            self._insert_volume(id, hidden, head)
+
+        try:
+            self.change(insert)
+        except BaseException:
+            lock.close()
+            self._forget_lock(id)
+            raise
+        return self._open_new(id, lock)
+
+    def _drop_draft(self, volume: Volume) -> None:
+        """Remove a draft that is open here; where that fails the next opening does it."""
+        volume.abandon()
+        with suppress(OSError, OnionskinError):
+            self._drop_volume(volume.row.id, recursive=True, only_draft=True)
+        volume.close()
+        with suppress(OSError, OnionskinError):
+            self.work_soon()
+
+    def _drop_dead_drafts(self) -> None:
+        """Remove the drafts whose makers died: nobody holds their locks."""
+        for row in self.catalog.draft_volumes():
+            try:
+                lock = VolumeLock(self.layout, row.id, row.name)
+            except StateError:
+                continue
+            try:
+                self._drop_volume(row.id, recursive=True, only_draft=True)
+            finally:
+                lock.close()
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a volume another name. Handles that are open keep working."""
-        check_name("volume", new_name)
-        with self.catalog.transaction():
+        new_name = check_name("volume", new_name)
+
+        def change() -> None:
             row = self.catalog.volume(name)
-            if self.catalog.row(VolumeRow, "name = ?", new_name):
-                raise VolumeExistsError(f"the store {self.path} already has a volume {new_name!r}; choose another name")
+            self._refuse_taken(new_name)
             self.catalog.update(VolumeRow, row.id, name=new_name)
+
+        self.change(change)
+
+    def rename_volume(self, id: bytes, new_name: str) -> None:
+        """Give the volume with this id another name, whatever it is called now."""
+        new_name = check_name("volume", new_name)
+
+        def change() -> None:
+            if self.catalog.volume_with_id(id) is None:
+                raise VolumeNotFoundError(f"the volume {id.hex()} of {self.path} is gone")
+            self._refuse_taken(new_name)
+            self.catalog.update(VolumeRow, id, name=new_name)
+
+        self.change(change)
 
     def relocate(self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
@@ -389,35 +635,48 @@ class Store:
         Without `trust` and `verify` the file must have the size and modification time that the base had; `verify`
         compares its SHA-256, `trust` takes the caller's word. All volumes on the same base move with it.
         """
-        row = self.catalog.volume(name)
-        chain = read_chain(self.catalog, row.head)
-        if chain.base is None:
+        with described_base(Path(base)) as new:
+            if self.layout.holds(Path(new.path)):
+                raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
+            new_digest = None
+            if verify:
+                with open(new.path, "rb") as file:
+                    new_digest = digest_of(file.fileno())
+            self.change(lambda: self._relocate(name, new, new_digest, trust=trust, verify=verify))
+
+    def _relocate(self, name: str, new: BaseRow, new_digest: bytes | None, *, trust: bool, verify: bool) -> None:
+        """Change the rows of a base. Inside a transaction."""
+        catalog = self.catalog
+        row = catalog.volume(name)
+        old = read_chain(catalog, row.head).base
+        if old is None:
             raise ChainError(f"volume {name!r} has no base to relocate")
-        old, new = chain.base, self._base_row(Path(base))
+        if is_being_merged_into(Path(old.path)):
+            raise StateError(f"a merge writes the base {old.path} just now; wait for it to end, or cancel it")
+        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
             )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken by create(digest=True); relocate with trust instead")
-        if verify and digest_of(Path(new.path)) != old.digest:
+            raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
+        if verify and new_digest != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
-                f"{new.path} was modified at another time than the base; pass trust if it is the same image"
+                f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
             )
-        with self.catalog.transaction():
-            for other in self.catalog.rows(BaseRow, "path = ?", old.path):
-                self.catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
-            for work in self.catalog.rows(PendingRow, "kind = 'base-merge' AND done_bytes"):
-                self.catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
+        for other in catalog.rows(BaseRow, "path = ?", old.path):
+            catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
+        for work in catalog.base_merges():
+            catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
 
     # ---- looking ----
 
     def volumes(self) -> list[VolumeInfo]:
         """Return all volumes, by name."""
         with self.catalog.reading():
-            return [self._info(row) for row in self.catalog.rows(VolumeRow, "1 ORDER BY name")]
+            return [self._info(row) for row in self.catalog.listed_volumes()]
 
     def info(self, name: str) -> VolumeInfo:
         """Return one volume."""
@@ -434,7 +693,7 @@ class Store:
             wipe=chain.top.wipe,
             base=chain.base.path if chain.base else None,
             created=when(row.created_ns),
-            snapshots=len(self.catalog.rows(SnapshotRow, "volume = ?", row.id)),
+            snapshots=self.catalog.count(SnapshotRow, "volume = ?", row.id),
             holder=holder.pid if holder else None,
         )
 
@@ -444,25 +703,24 @@ class Store:
 
     def tree(self) -> list[TreeNode]:
         """Return the bases and the roots that stand on nothing, each with what stands on it."""
-        with self.catalog.reading():
-            layers = self.catalog.rows(LayerRow, "1 ORDER BY created_ns")
-            volumes = {row.id: row for row in self.catalog.rows(VolumeRow)}
-            names = {row.layer: row for row in self.catalog.rows(SnapshotRow)}
-            bases = self.catalog.rows(BaseRow, "1 ORDER BY path")
-            held = {row.id: 0 for row in layers}
-            for segment in self.catalog.rows(SegmentRow):
+        catalog = self.catalog
+        with catalog.reading():
+            layers = catalog.sound_rows(LayerRow, "1 ORDER BY created_ns")
+            volumes = {row.id: row for row in catalog.sound_rows(VolumeRow)}
+            names = {row.layer: row for row in catalog.sound_rows(SnapshotRow) if row.volume in volumes}
+            bases = catalog.sound_rows(BaseRow, "1 ORDER BY path")
+            segments = catalog.sound_rows(SegmentRow)
+        held = dict.fromkeys((row.id for row in layers), 0)
+        for segment in segments:
+            if segment.layer in held:
                 held[segment.layer] += self._bytes_of(segment)
         heads = {row.head: row.name for row in volumes.values()}
         nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
         roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
         by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
         for layer in layers:
-            if layer.parent:
-                nodes[layer.parent].children.append(nodes[layer.id])
-            elif layer.base:
-                by_base[layer.base].children.append(nodes[layer.id])
-            else:
-                roots.append(nodes[layer.id])
+            below = nodes.get(layer.parent) if layer.parent else by_base.get(layer.base) if layer.base else None
+            (below.children if below else roots).append(nodes[layer.id])
         return roots
 
     def _bytes_of(self, segment: SegmentRow) -> int:
@@ -492,7 +750,8 @@ class Store:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
         self.finish_work()  # what is under way here is no problem
         if repair:
-            pending.sweep_orphans(self)
+            self._drop_dead_drafts()
+            pending.remove_orphans(self)
             pending.do_pending(self)
         return usages.check(self)
 
@@ -500,7 +759,20 @@ class Store:
 
     def open_volumes(self) -> list[Volume]:
         """Return the volumes and views that are open here."""
-        return list(self._open)
+        with self._open_guard:
+            return list(self._open)
+
+    def change(self, change: "Callable[[], Result]") -> "Result":
+        """Run a change as one transaction, again with the reserve given up where the disk is full.
+
+        So a change may be run twice; of the first time nothing is in the catalog.
+        """
+
+        def once() -> "Result":
+            with self.catalog.transaction():
+                return change()
+
+        return self.with_reserve(once)
 
     def path_of_head(self, layer: bytes) -> "DataPath | None":
         """Return the data path of the volume that is open here with this head."""
@@ -513,27 +785,23 @@ class Store:
         """Make a layer a volume's head. Inside a transaction."""
         self.catalog.update(VolumeRow, volume.id, head=layer)
 
-    def in_transaction(self, change: Callable[[], object]) -> None:
-        """Run a change as one transaction."""
-        with self.catalog.transaction():
-            change()
-
     def scrub(self, segments: Iterable[bytes], wipe: str) -> None:
         """Free the slots of segments that their owners' maps do not name."""
         found = list(segments)
-        self.with_reserve(lambda: self.in_transaction(lambda: self.add_scrubs(found, wipe)))
+        self.change(lambda: self.add_scrubs(found, wipe))
         self.work_soon()
 
     def add_scrubs(self, segments: Iterable[bytes], wipe: str) -> None:
         """Note that slots of these segments have to be freed. Inside a transaction."""
         for id in segments:
             row = self.catalog.row(SegmentRow, "id = ?", id)
-            if row and not self.catalog.row(PendingRow, "kind = 'scrub' AND target = ?", id):
-                self.catalog.add_pending("scrub", id, row.lock_byte, wipe)
+            if row and not self.catalog.has(PendingRow, "target = ? AND kind = 'scrub'", id):
+                policy = "zero" if "zero" in (wipe, self.catalog.layer(row.layer).wipe) else wipe
+                self.catalog.add_pending("scrub", id, row.lock_byte, policy)
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
-        if self.catalog.rows(PendingRow, "kind != 'base-merge' LIMIT 1"):
+        if self.catalog.has(PendingRow, "kind != 'base-merge'"):
             pending.do_pending(self, policy="zero")
             self.wake()
 
@@ -544,6 +812,8 @@ class Store:
     def _work(self) -> None:
         """Do what waits for nobody. What fails stays in the catalog for the next open."""
         with suppress(OSError, OnionskinError):
+            if self.catalog.has(PendingRow, "kind != 'base-merge' AND wipe = 'zero'"):
+                pending.do_pending(self, policy="zero")
             pending.do_pending(self, policy="release")
         for volume in self.open_volumes():
             with suppress(OSError, OnionskinError):  # the next head makes its files itself then
@@ -566,15 +836,16 @@ class Store:
                 format_size(count),
             )
 
-    def with_reserve(self, change: Callable[[], object]) -> None:
-        """Run a change that frees space; where the disk is too full for it, give the reserve up and try again."""
+    def with_reserve(self, change: "Callable[[], Result]") -> "Result":
+        """Run what frees space, or frees it later; where the disk is too full for it, give the reserve up and try again."""
         try:
-            change()
+            return change()
         except OSError as error:
-            if error.errno != ENOSPC or not self.give_up_reserve():
+            if error.errno not in (ENOSPC, EDQUOT) or not self.give_up_reserve():
                 raise
-            change()
+            result = change()
             self.make_reserve()
+            return result
 
     def give_up_reserve(self) -> bool:
         """Free what is set aside for a full disk; False where there was nothing. `make_reserve` sets it aside again."""
@@ -599,7 +870,8 @@ class Store:
 
     def forget(self, volume: Volume) -> None:
         """Take a handle that closes off the list."""
-        self._open.discard(volume)
+        with self._open_guard:
+            self._open.discard(volume)
 
     def close(self) -> None:
         """Close the store, and the volumes that are still open in it. Idempotent."""
@@ -618,11 +890,67 @@ class Store:
         self._closed = True
 
 
-def _check_geometry(block_size: int, wipe: str) -> None:
+def _check_geometry(block_size: int, wipe: str) -> tuple[int, str]:
+    """Return a block size and a wipe policy as plain values, or refuse them."""
+    if isinstance(block_size, bool):
+        raise TypeError("a block size is a number of bytes, not a bool")
+    block_size = operator.index(block_size)
     if block_size & (block_size - 1) or not 4096 <= block_size <= 2 << 20:
         raise ValueError(f"a block is a power of two from 4096 to 2097152 bytes, not {block_size}")
-    if wipe not in WIPE_POLICIES:
+    if not isinstance(wipe, str) or str(wipe) not in WIPE_POLICIES:
         raise ValueError(f"the wipe policy is 'release' or 'zero', not {wipe!r}")
+    return block_size, str(wipe)
+
+
+def _check_size(size_bytes: int) -> int:
+    if size_bytes < 1:
+        raise ValueError("a volume has at least one byte; give a size")
+    if size_bytes > SIZE_BYTES_MAX:
+        raise ValueError(f"a volume has at most {SIZE_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
+    return size_bytes
+
+
+def refuse_foreign(layout: Layout) -> None:
+    """Refuse the store of another user: its rows name files that would be read and written with this user's rights."""
+    try:
+        owner = layout.root.stat().st_uid
+    except FileNotFoundError:
+        return
+    if owner != os.geteuid():
+        raise StateError(
+            f"the store {layout.root} belongs to user {owner}, and this is user {os.geteuid()}; a store can name any file "
+            "as a base, so open it only if you trust that user (--trust on the command line, trust=True in Python)"
+        )
+
+
+class Draft:
+    """A volume that is being filled, before it has a name. Made by `Store.draft`."""
+
+    def __init__(self, store: Store, volume: Volume, name: str) -> None:
+        self.store, self.volume, self.name = store, volume, name
+        self.is_published = False
+
+    def publish(self) -> Volume:
+        """Make what was written durable, and give the volume its name, in one transaction. Returns the open volume.
+
+        Raises
+        ------
+        VolumeExistsError
+            The name was taken meanwhile; the draft is dropped.
+        """
+        self.volume.flush()
+        self.store.rename_volume(self.volume.row.id, self.name)
+        self.is_published = True
+        return self.volume
+
+    def become_snapshot_of(self, volume: Volume, name: str, note: str = "", *, guid: str) -> Snapshot:
+        """Make the draft's disk a new snapshot of another volume, and that volume's disk, in one transaction.
+
+        The other volume's head must be as it was when the draft was made from what it stands on.
+        """
+        taken = volume.take_over(self.volume, name, note, guid=guid)
+        self.is_published = True
+        return taken
 
 
 def _node(

@@ -17,20 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin import pending
 from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.barriers import sync_directory, sync_file
-from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, new_id
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
 from onionskin.chain import Chain, open_chain, read_chain
+from onionskin.errors import StateError
 from onionskin.later import dtypes
 from onionskin.layermaps import empty_map
+from onionskin.snapshots import free_unneeded
+from onionskin.staging import StagedFiles, staged_files
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
     from onionskin._volume import DataPath
+    from onionskin.locks import BaseLock
     from onionskin.store import Store
     from onionskin.volume import Progress, Volume
 
@@ -58,9 +61,9 @@ def extents(volume: "Volume") -> "Array":
 
 
 @contextmanager
-def chain_path(store: "Store", chain: Chain) -> "Iterator[DataPath]":
+def chain_path(store: "Store", chain: Chain, base_lock: "BaseLock | None" = None) -> "Iterator[DataPath]":
     """Open a sealed chain for the time of a copy; its files must be locked by the caller."""
-    path = open_chain(store.layout, chain, writable=False)
+    path = open_chain(store.layout, chain, writable=False, base_lock=base_lock)
     try:
         yield path
     finally:
@@ -273,19 +276,20 @@ def _can_reflink(source: Path, directory: Path) -> bool:
         return True
 
 
-def check_room(store: "Store", folded: Chain) -> None:
+def check_room(store: "Store", folded: Chain, base_lock: "BaseLock") -> None:
     """Refuse a merge into the base for which its file system has no room."""
     assert folded.base is not None
-    base = Path(folded.base.path)
-    with chain_path(store, folded) as path:
+    with chain_path(store, replace(folded, base=None)) as path:
         runs = path.runs()
         needed = int(runs["length"][runs["state"] == 1].sum())
-    found = base.stat()
+    found = os.fstat(base_lock.descriptor)
     holes = max(0, found.st_size - found.st_blocks * 512) + max(0, folded.top.size_bytes - found.st_size)
     needed = min(needed, holes + 4096)
-    system = os.statvfs(base)
+    system = os.statvfs(base_lock.descriptor)
     if needed > system.f_bavail * system.f_frsize:
-        raise OSError(ENOSPC, f"merging needs up to {needed} bytes that the file system does not have", str(base))
+        raise OSError(
+            ENOSPC, f"merging needs up to {needed} bytes that the file system does not have", folded.base.path
+        )
 
 
 def _base_extents(base_path: str, base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
@@ -343,54 +347,85 @@ def export(volume: "Volume", target: str, *, progress: "Progress | None") -> Non
 
 
 def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
-    """Put all that the disk reads into one new layer without a parent, and the head on it."""
+    """Put all that the disk reads into one new layer without a parent, and the head on it.
+
+    The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
+    all that was written to it: it only stands on another layer afterwards.
+    """
     store, catalog = volume.store, volume.store.catalog
     if _stands_alone(catalog, volume.head):
         return
     _check_room_for_copy(volume, read_chain(catalog, volume.head), store.layout.segments)
     old = volume.seal(lambda: None, lambda layer, created_ns: None)
-    segment, map_id = new_id(), new_id()
-    try:
-        slots, written = _write_flat(store, read_chain(catalog, old.id), segment, map_id, progress)
-        length, frames, crc = written
+    chain = read_chain(catalog, old.id)
+    wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
+    with staged_files(store, ["segment", "map"], wipe) as files:
+        segment_file, map_file = files.rows
+        slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
         flat = replace(
             old,
             id=new_id(),
             parent=None,
             base=None,
-            map_id=map_id,
-            map_length=length,
-            map_frames=frames,
-            map_crc=crc,
+            wipe=wipe,
+            map_id=map_file.target,
+            map_lock_byte=map_file.lock_byte,
+            map_length=written[0],
+            map_frames=written[1],
+            map_crc=written[2],
         )
-        segments = [SegmentRow(segment, flat.id, "sealed", slots, 0)] if slots else []
+        segments = [SegmentRow(segment_file.target, flat.id, "sealed", slots, segment_file.lock_byte)] if slots else []
+        _stand_on(volume, old, flat, segments, files)
 
-        def insert() -> None:
-            catalog.insert(replace(flat, map_lock_byte=catalog.take_lock_byte()))
-            for row in segments:
-                catalog.insert(replace(row, lock_byte=catalog.take_lock_byte()))
 
-        volume.restart_over(Chain((flat,), {flat.id: segments}, None), first=insert)
-    except BaseException:
-        pending.drop_drafts(store, store.layout.segment_file(segment), store.layout.map_file(map_id))
-        raise
+def _stand_on(volume: "Volume", old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
+    """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
+    store, catalog = volume.store, volume.store.catalog
+
+    def switch() -> None:
+        head = catalog.layer(volume.head)
+        if head.parent != old.id:
+            raise StateError("another process changed the tree while the disk was flattened; flatten it again")
+        files.keep()
+        catalog.insert(flat)
+        for row in segments:
+            catalog.insert(row)
+        volume.share({row.lock_byte: row.target for row in files.rows})
+        catalog.update(LayerRow, volume.head, parent=flat.id)
+        free_unneeded(catalog, old.id)
+
+    def settle() -> None:
+        if volume.path.poisoned or catalog.layer(volume.head).parent != flat.id:
+            volume.path.abort_below()
+        else:
+            volume.path.commit_below()
+            volume.leave_base()
+            volume.give_up_unread()
+
+    source = (
+        str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,
+        [(row.id, row.slots) for row in segments],
+    )  # fmt: skip
+    below = [row.id for rows in read_chain(catalog, old.id).segments.values() for row in rows]
+    with volume.settling(settle):
+        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
+        store.change(switch)
 
 
 def _stands_alone(catalog: Catalog, head: bytes) -> bool:
     """Whether nothing below a head has a name, belongs to another volume, or is a base."""
     layers = catalog.chain(head)
     return layers[0].base is None and not any(
-        catalog.row(SnapshotRow, "layer = ?", layer.id) or len(catalog.rows(LayerRow, "parent = ?", layer.id)) > 1
-        for layer in layers
+        catalog.snapshot_of_layer(layer.id) or catalog.count(LayerRow, "parent = ?", layer.id) > 1 for layer in layers
     )
 
 
 def _write_flat(
-    store: "Store", chain: Chain, segment: bytes, map_id: bytes, progress: "Progress | None"
+    volume: "Volume", chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
-    """Write a segment whose slots follow the disk, and a map for it. Returns (slots, what the map file is)."""
-    wipe_zero, block_size = chain.top.wipe == "zero", chain.top.block_size
-    with chain_path(store, chain) as path:
+    """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
+    store, block_size = volume.store, chain.top.block_size
+    with chain_path(store, chain, volume.base_lock) as path:
         pieces = _flat_pieces(path, chain)
         counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
         slots = numpy.concatenate(([0], numpy.cumsum(counts)))
@@ -400,7 +435,7 @@ def _write_flat(
             write_all(
                 descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
             )
-            _copy_pieces(store, path, chain, pieces, slots[:-1], descriptor, progress)
+            _copy_pieces(store, path, chain, pieces, slots[:-1], descriptor, progress, volume.base_lock)
             os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
             sync_file(descriptor)  # BARRIER: flat segment
         finally:
@@ -416,7 +451,8 @@ def _write_flat(
         )
     finally:
         flat_map.close()
-    # Their names are durable once the new head is opened over them, which comes before the commit.
+    sync_directory(store.layout.segments)  # BARRIER: flat segment name
+    sync_directory(store.layout.layers)  # BARRIER: flat map name
     return int(slots[-1]), written
 
 
@@ -453,6 +489,7 @@ def _copy_pieces(
     slots: "Array",
     descriptor: int,
     progress: "Progress | None",
+    base_lock: "BaseLock | None",
 ) -> None:
     """Copy pieces of the disk behind each other, from the given slots on."""
     block_size, from_base = path.block_size, pieces["segment"] == _BASE
@@ -464,7 +501,8 @@ def _copy_pieces(
     table["length"] = (pieces["end"] - pieces["first"]) * block_size
     paths = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
     if chain.base:
-        paths[_BASE] = Path(chain.base.path)
+        assert base_lock is not None
+        paths[_BASE] = Path(f"/proc/self/fd/{base_lock.descriptor}")  # the file that is locked, whatever its path names
         inside = min(chain.base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
         table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
     reflink = all(layer.wipe == "release" for layer in chain.layers)

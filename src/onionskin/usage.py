@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
-from onionskin.chain import LOCK_WAIT_SECONDS, Chain, check_base, open_chain
+from onionskin.chain import LOCK_WAIT_SECONDS, Chain, check_base, lock_base, open_chain
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.later import dtypes
 from onionskin.layermaps import empty_map, open_map
@@ -349,7 +349,13 @@ def _check_chains(store: "Store", tree: _Tree) -> list[Problem]:
     problems = []
     for row in tree.snapshots:
         try:
-            open_chain(store.layout, tree.chain(row.layer), writable=False).close()
+            chain = tree.chain(row.layer)
+            base_lock = lock_base(store.catalog, chain)
+            try:
+                open_chain(store.layout, chain, writable=False, base_lock=base_lock).close()
+            finally:
+                if base_lock:
+                    base_lock.close()
         except (OnionskinError, OSError) as error:
             problems.append(Problem("error", str(error), f"snapshot {row.name}", "see the errors above"))
     return problems

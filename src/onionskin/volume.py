@@ -6,10 +6,13 @@ the right one, so a failure at any step leaves the old one working.
 """
 
 import io
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +31,6 @@ from onionskin.catalog import (
 from onionskin.chain import (
     Chain,
     NewHead,
-    check_base,
     lock_base,
     lock_chain,
     open_chain,
@@ -37,10 +39,10 @@ from onionskin.chain import (
     replace_spare,
 )
 from onionskin.diskfile import DiskFile
-from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.interrupts import HeldBack
 from onionskin.layermaps import map_is_used
-from onionskin.names import check_name
+from onionskin.names import check_name, check_note
 from onionskin.snapshots import (
     Snapshot,
     descendants,
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -100,6 +104,7 @@ class Volume:
         opened: OpenChain,
         *,
         volume_lock: "VolumeLock | None" = None,
+        read_lock: "VolumeLock | None" = None,
         snapshot: str | None = None,
     ) -> None:
         self.store = store
@@ -112,6 +117,8 @@ class Volume:
         self.block_size: int = opened.chain.top.block_size
         self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
+        self._read_lock = read_lock  # of a head that is open for reading only
+        self._is_abandoned = False
         self.guard: threading.RLock = threading.RLock()
         self._merge_end = threading.Condition(self.guard)
         self.is_merging: bool = False  # a merge into the base copies: under `guard`
@@ -123,6 +130,8 @@ class Volume:
         self._released = False
         self._unsettled: Callable[[], None] | None = None
         self._has_sealed = self._prepare_wanted = False
+        # The lock byte of each segment that the data path may read: known here also when the catalog has forgotten it.
+        self._byte_of_segment: dict[bytes, int] = opened.chain.byte_of_segment
         forks.register(self)
 
     # ---- what it is ----
@@ -134,11 +143,33 @@ class Volume:
             raise StateError(f"{self!r} is closed; open it again")
         return self._locks
 
-    def lock_what_is_read(self) -> None:
-        """After a change of the tree: lock the files of the chain as it is now, and give the others up."""
-        bytes_read = read_chain(self.store.catalog, self.head).lock_bytes
-        self.locks.take_shared(bytes_read)
-        self.locks.keep_shared(bytes_read)
+    def share(self, segments: "Mapping[int, bytes]", *others: int) -> None:
+        """Lock files that the volume will read, by lock byte, before the commit that names them; ids of segments are kept.
+
+        So nothing that can fail is left to do behind the commit.
+        """
+        self.locks.must_share({*segments, *others})
+        self._byte_of_segment.update((id, lock_byte) for lock_byte, id in segments.items())
+
+    def give_up_unread(self) -> None:
+        """After a change of the tree: give up the files that are not read any more, once no read is under way in them.
+
+        What is read is what the data path has open. The catalog may say less (somebody gathered segments of a layer that
+        is open here), and then the old files stay locked, and so stay.
+        """
+        chain = read_chain(self.store.catalog, self.head)
+        self._byte_of_segment |= chain.byte_of_segment
+        self.wait_for_readers()
+        open_segments = {id for _, id, _, _ in self.path.segments()}
+        self._byte_of_segment = {id: byte for id, byte in self._byte_of_segment.items() if id in open_segments}
+        self.locks.keep_shared(chain.lock_bytes.union(self._byte_of_segment.values()))
+
+    def leave_base(self) -> None:
+        """Give up the base, where the disk stands on none any more."""
+        if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
+            self.wait_for_readers()
+            self.base_lock.close()
+            self.base_lock = None
 
     @property
     def name(self) -> str:
@@ -274,10 +305,16 @@ class Volume:
 
     def scrub_freed(self) -> None:
         """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
-        self.store.note_unreachable(self.path.take_unreachable())
-        wanted = self.path.scrub_wanted()
-        if wanted:
+        path = self.path
+        self.store.note_unreachable(path.take_unreachable())
+        wanted = path.scrub_wanted()
+        if not wanted:
+            return
+        try:
             self.store.scrub(wanted, self.wipe)
+        except BaseException:
+            path.want_scrub(wanted)  # a wish is over when it is recorded
+            raise
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
         """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero."""
@@ -293,8 +330,14 @@ class Volume:
                     "behind; pass force if that is meant"
                 )
             self.path.resize(size_bytes)
-            with self.store.catalog.transaction():
-                self.store.catalog.update(LayerRow, self.head, size_bytes=size_bytes)
+            self._note_size()
+
+    def _note_size(self) -> None:
+        """Write the size to the catalog, which shows it without opening the disk; what counts is the one in the map."""
+        try:
+            self.store.change(lambda: self.store.catalog.update(LayerRow, self.head, size_bytes=self.size_bytes))
+        except OSError as error:
+            _log.warning("%r: its new size is not listed before it is next closed: %s", self, error)
 
     def open_file(self) -> io.RawIOBase:
         """Return the disk as a raw, unbuffered, seekable binary file, whose `flush` and `close` make durable.
@@ -353,21 +396,22 @@ class Volume:
         OSError
             ENOSPC: no snapshot was taken, the volume goes on.
         """
-        check_name("snapshot", name)
-        guid_bytes = bytes.fromhex(guid) if guid else new_id()
+        name = check_name("snapshot", name)
+        note = check_note(note)
+        guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         with self.operation(during_merge=True):
             catalog = self.store.catalog
             taken: list[Snapshot] = []
 
             def check_free() -> None:
                 self._refuse_half_merged()
-                if catalog.row(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
+                if catalog.has(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
                     raise SnapshotExistsError(
                         f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
             def name_it(sealed: LayerRow, created_ns: int) -> None:
-                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note)
+                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note, catalog.take_lock_byte())
                 taken.append(describe_snapshot(catalog, self.row, row, sealed))
                 catalog.insert(row)
 
@@ -375,27 +419,48 @@ class Volume:
             return taken[0]
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
-        """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer."""
+        """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer.
+
+        `check` is asked before anything happens, and again inside the transaction. No data is synced inside that: a slow
+        disk under this volume holds no other one up.
+        """
         catalog = self.store.catalog
-        self.path.start_writing()  # the disk need not wait for the catalog's rows
+        check()
         self._need_spare()
+        spare = self._spare()
         new: list[Sealing] = []
-        with self.settling(lambda: self._settle_seal(new), lambda: self._go_on(new[0])), catalog.transaction():
+        unused: set[int] = set()
+        scrubs: list[bytes] = []
+        rows: list[LayerRow] = []
+
+        def write_rows() -> None:
+            new.clear(), unused.clear(), rows.clear()
             check()
             # The size as the map has it: a crash behind a resize may have left the row with the old one.
-            old, spare = replace(catalog.layer(self.head), size_bytes=self.size_bytes), self._spare()
+            old = replace(catalog.layer(self.head), size_bytes=sealed.size_bytes)
             # Its id is the spare's: so the catalog names the file before there is such a layer, if it is made beforehand.
             head = NewHead.on(
                 old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes, map_id=spare.id
             )
             new.append(Sealing(head.layer.id, new_id(), *catalog.take_lock_bytes(2)))
             self._write_new_head(head.layer, spare, new[0])
-            also(old, head.layer.created_ns)
-            sealed = self.path.seal(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
-            # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-            scrubs = self.path.scrub_wanted()
             self.store.add_scrubs(scrubs, self.wipe)
-            row, unused = self._write_sealed(old, sealed)
+            row, freed = self._write_sealed(old, sealed)
+            also(row, head.layer.created_ns)
+            rows.append(row)
+            unused.update(freed)
+            self.share({new[0].spare_byte: new[0].spare}, new[0].map_byte)
+
+        try:
+            with self.settling(lambda: self._settle_seal(new), lambda: self._go_on(new[0])):
+                sealed = self.path.seal(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
+                # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
+                scrubs += self.path.scrub_wanted()
+                self.store.change(write_rows)
+        except BaseException:
+            if scrubs and not self.path.closed:
+                self.path.want_scrub(scrubs)
+            raise
         self.locks.drop_shared(unused)
         if scrubs or unused:
             self.store.work_soon()
@@ -403,7 +468,7 @@ class Volume:
         self._prepare_wanted, self._has_sealed = self._has_sealed, True
         if self._prepare_wanted:
             self.store.wake()
-        return row
+        return rows[0]
 
     def _settle_seal(self, begun: "list[Sealing]") -> None:
         """Go on with the new head if the catalog has it, with the old one if not."""
@@ -416,8 +481,6 @@ class Volume:
     def _go_on(self, new: "Sealing") -> None:
         self.head = new.head
         merging.if_begun(lambda: self.path.seal_commit(new.spare))
-        # Not all of the chain anew: a snapshot must not cost more the more there are.
-        self.locks.take_shared({new.map_byte, new.spare_byte})
 
     @contextmanager
     def settling(self, settle: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
@@ -493,8 +556,7 @@ class Volume:
 
     def _spare(self) -> SegmentRow:
         """The segment that the next head begins with. Its id is the id of that head's map too."""
-        (spare,) = self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", self.head)
-        return spare
+        return self.store.catalog.spare_of(self.head)
 
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that a snapshot and the first flush after it need not."""
@@ -511,11 +573,14 @@ class Volume:
         """Register a spare segment where an aborted snapshot used it up."""
         if self.path.has_spare:
             return
-        catalog = self.store.catalog
-        with catalog.transaction():
-            spare = replace_spare(catalog, self.head)
-        self.path.set_spare(spare.id)
-        self.locks.take_shared({spare.lock_byte})
+        spares: list[SegmentRow] = []
+
+        def register() -> None:
+            spares[:] = [replace_spare(self.store.catalog, self.head)]
+            self.share({spares[0].lock_byte: spares[0].id})
+
+        self.store.change(register)
+        self.path.set_spare(spares[0].id)
 
     def revert(self, name: str) -> None:
         """Make the disk read as a snapshot again. What was written since the last snapshot is dropped.
@@ -529,40 +594,48 @@ class Volume:
 
     def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
-        below = lock_chain(self.store.catalog, layer_id, self.locks)
-        if below.base and not self.base_lock:  # the head was flattened, and the snapshot is older than that
-            self.base_lock = lock_base(below.base)
-            check_base(self.store.catalog, below.base)
-        self.restart_over(below, also=also)
+        catalog = self.store.catalog
+        below = lock_chain(catalog, layer_id, self.locks)
+        base_lock = self.base_lock
+        if below.base and not base_lock:  # the head was flattened, and the snapshot is older than that
+            base_lock = lock_base(catalog, below)
+        try:
+            self.restart_over(below, base_lock, also=also)
+        except BaseException:
+            if base_lock is not self.base_lock and base_lock:
+                base_lock.close()
+            raise
 
-    def restart_over(
-        self, below: Chain, *, first: Callable[[], None] = lambda: None, also: Callable[[], None] = lambda: None
-    ) -> None:
-        """Replace the head by an empty child of the top of a chain that nobody can free.
+    def restart_over(self, below: Chain, base_lock: "BaseLock | None", *, also: Callable[[], None]) -> None:
+        """Replace the head by an empty child of the top of a chain whose files are locked.
 
-        `first` runs in the transaction before the head is named, `also` before layers are freed.
+        `also` runs in the transaction, before layers are freed.
         """
         catalog, top = self.store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
-        new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
-        old_path, old_head = self.path, self.head
+        new_path = open_chain(self.store.layout, head.chain(below), writable=True, base_lock=base_lock)
+        old_path, old_head, bytes_before = self.path, self.head, dict(self._byte_of_segment)
 
-        def commit() -> None:
-            with catalog.transaction():
-                first()
-                head.insert(catalog)
-                self.store.set_head(self.row, head.layer.id)
-                also()
-                free_unneeded(catalog, old_head)
+        def change() -> None:
+            if catalog.head_of(self.row) != old_head or not catalog.has(LayerRow, "id = ?", top.id):
+                raise StateError("another process changed the tree; close the volume and open it again")
+            map_byte, segments = head.insert(catalog)
+            self.share(segments, map_byte)
+            self.store.set_head(self.row, head.layer.id)
+            also()
+            free_unneeded(catalog, old_head)
 
         def settle() -> None:
             if old_path.poisoned or catalog.head_of(self.row) != head.layer.id:
                 new_path.close()
+                self._byte_of_segment = bytes_before
             else:
+                self._byte_of_segment |= below.byte_of_segment
+                self.base_lock = base_lock
                 self._switch(new_path, head.layer.id)
 
         with self.settling(settle):
-            self.store.with_reserve(commit)
+            self.store.change(change)
         self.store.work_soon()
 
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
@@ -571,8 +644,8 @@ class Volume:
         if old_path is not new_path:
             if self.on_switch:
                 self.on_switch(new_path)
-            old_path.close()
-        self.lock_what_is_read()
+            old_path.close()  # waits for those who read
+        self.give_up_unread()
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
@@ -587,21 +660,24 @@ class Volume:
         with self.operation():
             catalog = self.store.catalog
             layer = find_snapshot(catalog, self.row, name).layer
-            above = descendants(catalog, layer)
-            self._refuse_discard(name, above, recursive)
             parent = catalog.layer(layer).parent
 
             def drop() -> None:
+                # Asked where nobody can change the answer: others may clone a snapshot at any time.
+                above = descendants(catalog, layer)
+                self._refuse_discard(name, above, recursive)
                 named = [*above, layer]
                 for id in named:
                     catalog.delete(SnapshotRow, "layer = ?", id)
                 for id in named:
                     free_unneeded(catalog, id)
 
+            above = descendants(catalog, layer)
+            self._refuse_discard(name, above, recursive)
             if self.head in above:
                 self._restart_on(layer, drop)
             else:
-                self.store.with_reserve(lambda: self.store.in_transaction(drop))
+                self.store.change(drop)
                 self.store.work_soon()
             merging.fold_where_unnamed(self, [layer, parent])
 
@@ -620,6 +696,35 @@ class Volume:
                 f"{name!r} to keep what was written"
             )
 
+    def take_over(self, draft: "Volume", name: str, note: str, *, guid: str) -> Snapshot:
+        """Make the disk of a draft a new snapshot, and this disk what it is then: one transaction.
+
+        Raises
+        ------
+        StateError
+            This disk was changed since it was made what the draft was made from.
+        """
+        name, note, guid_bytes = check_name("snapshot", name), check_note(note), _guid_bytes(guid)
+        catalog, taken = self.store.catalog, []
+        with self.operation():
+            sealed = draft.seal(lambda: None, lambda layer, created_ns: None)
+            if self.head_changed:
+                raise StateError(f"volume {self.name!r} was written to meanwhile; revert it, and try again")
+
+            def also() -> None:
+                if catalog.has(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
+                    raise SnapshotExistsError(f"volume {self.name!r} already has a snapshot {name!r}")
+                row = SnapshotRow(
+                    self.row.id, name, sealed.id, guid_bytes, time.time_ns(), note, catalog.take_lock_byte()
+                )
+                catalog.insert(row)
+                taken.append(describe_snapshot(catalog, self.row, row, sealed))
+                catalog.delete(VolumeRow, "id = ?", draft.row.id)
+                free_unneeded(catalog, draft.head)
+
+            self._restart_on(sealed.id, also)
+        return taken[-1]
+
     def merge(self, name: str) -> None:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
@@ -634,7 +739,8 @@ class Volume:
                 catalog.delete(SnapshotRow, "volume = ? AND name = ?", self.row.id, name)
                 free_unneeded(catalog, row.layer)
 
-            self.store.with_reserve(lambda: self.store.in_transaction(drop))
+            self.store.change(drop)
+            self.store.work_soon()
             merging.fold_where_unnamed(self, [row.layer])
 
     def merge_into_base(
@@ -673,11 +779,8 @@ class Volume:
 
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
-        with self.operation(), self.store.unnamed_files:
+        with self.operation():
             transfer.flatten(self, progress=progress)
-            if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
-                self.base_lock.close()
-                self.base_lock = None
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
@@ -762,8 +865,7 @@ class Volume:
     def _refuse_half_merged(self) -> None:
         if not self.is_merging and pending_base_merges(self.store.catalog, self.head):
             raise StateError(
-                f"a merge of {self.name!r} into its base was interrupted; merge into the base again, or close the "
-                "volume and open it again, which ends it"
+                f"a merge of {self.name!r} into its base was begun and has not ended; merge into the base again"
             )
 
     def merge_ended(self) -> None:
@@ -795,7 +897,7 @@ class Volume:
             self._closed = True  # and again where an interrupt came before the end
             try:
                 self._settle()
-                if self.writable and not self.path.poisoned and not self.path.closed:
+                if self.writable and not (self._is_abandoned or self.path.poisoned or self.path.closed):
                     self._flush_and_compact()
             finally:
                 self._release()
@@ -804,30 +906,72 @@ class Volume:
         self.flush()
         if self.path.map_dead_ratio() > 0.5:
             merging.compact(self)
+        self._note_close()
         self.store.work_soon()
         self.store.finish_work()
 
+    def _note_close(self) -> None:
+        """Write down what the head's log durably holds: from then on, a map that holds less is damaged, not new.
+
+        An opening that changed nothing writes nothing.
+        """
+        catalog = self.store.catalog
+        length, frames, crc = self.path.log_state()
+        now = {"map_length": length, "map_frames": frames, "map_crc": crc, "size_bytes": self.size_bytes}
+        row = catalog.layer(self.head)
+        if frames and any(getattr(row, column) != value for column, value in now.items()):
+            with suppress(OSError):  # a full disk: then the next opening knows no more than this one did
+                self.store.change(lambda: catalog.update(LayerRow, self.head, **now))
+
     def _release(self) -> None:
         self.store.forget(self)
-        if self._volume_lock is None:
-            self.path = closed_path(self.path)  # other views of the layer may go on with the open one
-            self.store.views.give_back(self.head)
-            # A view's locks end with the last array over it: they close when nothing refers to them.
-            self._locks = self.base_lock = None
-            self._released = True
+        if self.snapshot_name is not None:
+            self._release_view()
             return
         self.path.close()
         self.locks.close()
         if self.base_lock:
             self.base_lock.close()
-        self._volume_lock.close()
+        for lock in (self._volume_lock, self._read_lock):
+            if lock:
+                lock.close()
         self._released = True
+
+    def abandon(self) -> None:
+        """Have `close` write nothing: the volume is about to be dropped."""
+        self._is_abandoned = True
+
+    def _release_view(self) -> None:
+        """Give a view up. Its locks end with the last array over it: they close when nothing refers to them."""
+        self.path = closed_path(self.path)  # other views of the layer may go on with the open one
+        self.store.views.give_back(self.head)
+        self._locks = self.base_lock = None
+        self._released = True
+        with suppress(OSError, OnionskinError):  # what waited for these files, perhaps with secrets in it
+            self.store.work_soon()
+
+    def __del__(self) -> None:
+        """Warn of an open volume that is lost with writes that were not flushed, which are lost too."""
+        if not getattr(self, "_released", True) and not self._forked and self.path.unflushed:
+            warnings.warn(
+                f"unclosed {type(self).__name__} {self.row.name!r}", ResourceWarning, source=self, stacklevel=2
+            )
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
         self._forked = True
         self.guard = threading.RLock()  # another thread of the parent may have held it
         self.path.after_fork()
+
+
+def _guid_bytes(guid: str) -> bytes:
+    try:
+        found = bytes.fromhex(guid)
+    except (TypeError, ValueError):
+        found = b""
+    if len(found) != 16:
+        raise ValueError(f"a GUID is 32 hex digits, not {guid!r}")
+    return found
 
 
 __all__ = ["Snapshot", "SnapshotNotFoundError", "Volume"]

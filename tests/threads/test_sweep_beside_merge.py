@@ -1,39 +1,43 @@
-"""The sweep of files without a row must not take those that another thread, or another store, is about to name."""
+"""Files are named before they are made: nobody may free those that another thread, or another store, is making."""
 
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
-
 import onionskin
 from onionskin import pending
 from onionskin.locks import STORE_BYTE
+from onionskin.staging import staged_files
 
 BLOCK = 4096
 
 
-def test_a_sweep_waits_for_whoever_makes_files_without_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = threading.Event()
-    orphans = pending.orphans
+def test_files_that_are_being_made_have_rows_and_nobody_frees_them(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
+        store.create("db", size=BLOCK).close()
+        with staged_files(store, ["map"], "release") as files:
+            (row,) = files.rows
+            draft = store.layout.map_file(row.target)
+            draft.write_bytes(b"not yet named")
+            for one in (store, other):
+                one.open("db").close()
+                pending.remove_orphans(one)
+                assert pending.do_pending(one) == 1
+            assert draft.exists()
+        assert pending.do_pending(other) == 0
+        assert not draft.exists(), "the block ended, and nobody kept the file"
 
-    def look(store: onionskin.Store) -> list[Path]:
-        looked.set()
-        return orphans(store)
 
+def test_an_opening_touches_nothing_that_no_row_names(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         store.create("db", size=BLOCK).close()
-        monkeypatch.setattr(pending, "orphans", look)
-        opener = threading.Thread(target=lambda: store.open("db").close())
-        with store.unnamed_files:
-            draft = store.layout.map_file(bytes(16))
-            draft.write_bytes(b"not yet named")
-            opener.start()
-            assert not looked.wait(0.3)
-            assert draft.exists()
-        opener.join()
-        assert looked.is_set()
-        assert not draft.exists()
+        orphan, foreign = store.layout.map_file(bytes(16)), store.layout.segments / "notes.txt"
+        for path in (orphan, foreign):
+            path.write_bytes(b"somebody's")
+        store.open("db").close()
+        assert orphan.exists() and foreign.exists()
+        assert store.check(repair=True) is not None
+        assert not orphan.exists() and foreign.exists()
 
 
 def test_a_store_that_is_opened_during_a_sweep_keeps_the_next_one_away(tmp_path: Path) -> None:

@@ -90,13 +90,18 @@ def test_a_cancelled_merge_copies_only_what_is_left(web: onionskin.Volume, copie
     assert (tmp_path / "base.raw").read_bytes() == before == web.read(0, web.size_bytes)
 
 
-def test_opening_the_volume_copies_only_what_is_left(web: onionskin.Volume, copied: list[int], tmp_path: Path) -> None:
+def test_merging_in_another_opening_copies_only_what_is_left(
+    web: onionskin.Volume, copied: list[int], tmp_path: Path
+) -> None:
     before = web.read(0, web.size_bytes)
     with cancelled_after(1):
         web.merge_into_base()
     copied.clear()
     web.close()
     with web.store.open("web") as again:
+        assert not copied, "an opening must not write the base"
+        assert again.read(0, again.size_bytes) == before
+        again.merge_into_base()
         assert sum(copied) == CHANGED - STRETCH
         assert (tmp_path / "base.raw").read_bytes() == before == again.read(0, again.size_bytes)
 
@@ -110,20 +115,37 @@ def test_progress_counts_on_from_where_it_was(web: onionskin.Volume) -> None:
     assert reported[0][0] >= 2 * STRETCH and {3 * STRETCH, CHANGED} <= {done for done, _ in reported}
 
 
-def test_a_base_that_is_another_file_is_merged_into_from_the_beginning(
+def test_a_base_that_was_written_to_meanwhile_is_merged_into_from_the_beginning(
     web: onionskin.Volume, copied: list[int], tmp_path: Path
 ) -> None:
     before = web.read(0, web.size_bytes)
     with cancelled_after(3):
         web.merge_into_base()
     base = tmp_path / "base.raw"
-    base.replace(tmp_path / "old.raw")
-    base.write_bytes(b"b" * BLOCKS * BLOCK)
+    with base.open("r+b") as file:
+        file.write(b"b" * BLOCKS * BLOCK)
     copied.clear()
     web.close()
-    with web.store.open("web"):
+    with web.store.open("web") as again:
+        again.merge_into_base()
         assert sum(copied) == CHANGED
     assert base.read_bytes() == before
+
+
+def test_a_base_that_is_another_file_is_not_merged_into(
+    web: onionskin.Volume, copied: list[int], tmp_path: Path
+) -> None:
+    before = web.read(0, web.size_bytes)
+    with cancelled_after(3):
+        web.merge_into_base()
+    base, foreign = tmp_path / "base.raw", b"f" * BLOCKS * BLOCK
+    base.replace(tmp_path / "old.raw")
+    base.write_bytes(foreign)
+    copied.clear()
+    with pytest.raises(onionskin.ChainError, match="exchanged"):
+        web.merge_into_base()
+    assert not copied and base.read_bytes() == foreign
+    assert web.read(0, web.size_bytes) == before
 
 
 def test_a_base_that_was_relocated_is_merged_into_from_the_beginning(
@@ -135,7 +157,8 @@ def test_a_base_that_was_relocated_is_merged_into_from_the_beginning(
     shutil.copyfile(tmp_path / "base.raw", tmp_path / "new.raw")
     web.store.relocate("web", base=tmp_path / "new.raw", trust=True)
     copied.clear()
-    web.store.open("web").close()
+    with web.store.open("web") as again:
+        again.merge_into_base()
     assert sum(copied) == CHANGED
 
 
@@ -145,11 +168,15 @@ def test_a_store_that_knows_no_progress_is_opened_and_learns_to(web: onionskin.V
     web.store.close()
     with sqlite3.connect(web.store.path / "catalog.db") as catalog:
         catalog.execute("ALTER TABLE pending DROP COLUMN done_bytes")
+        catalog.execute("ALTER TABLE snapshots DROP COLUMN number")
+        for index in ("layers_base", "pending_target", "pending_kind"):
+            catalog.execute(f"DROP INDEX {index}")
         catalog.execute("PRAGMA user_version = 1")
     catalog.close()
     copied.clear()
     with onionskin.Store(web.store.path, create=False) as store:
-        with store.open("web"):
+        with store.open("web") as again:
+            again.merge_into_base()
             assert sum(copied) == CHANGED
         assert store.check() == []
 

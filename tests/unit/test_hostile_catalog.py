@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.catalog import _SCHEMA, SegmentRow
+from onionskin.catalog import SegmentRow
+from onionskin.catalog.schema import SCHEMA
 
 VALUES = [
     None,
@@ -33,7 +34,7 @@ VALUES = [
 ]
 COLUMNS = [
     (statement.split()[2], column.split()[0])
-    for statement in _SCHEMA.strip().split(";\n")
+    for statement in SCHEMA.strip().split(";\n")
     if statement.startswith("CREATE TABLE")
     for column in statement[statement.index("(") + 1 :].split("PRIMARY KEY (volume")[0].replace("\n", " ").split(", ")
     if column.strip(" );")
@@ -120,5 +121,28 @@ def test_layers_in_a_circle_are_refused_and_not_followed(store_path: Path, tmp_p
     with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
         catalog.execute("UPDATE layers SET parent = id, base = NULL WHERE base IS NOT NULL")
         catalog.commit()
-    with pytest.raises(onionskin.FormatError, match="circle"):
-        onionskin.Store(tmp_path / "store")
+    with onionskin.Store(tmp_path / "store") as store:
+        with pytest.raises(onionskin.FormatError, match="circle"):
+            store.open("web")
+        with pytest.raises(onionskin.FormatError, match="circle"):
+            store.open("web", snapshot="a")
+        store.open("db").close()
+        assert any("circle" in fault for _, _, fault in store.catalog.unsound_rows())
+
+
+def test_a_bad_row_of_one_volume_keeps_nobody_from_the_others(store_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_path, tmp_path / "store")
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        catalog.execute("UPDATE snapshots SET note = ? WHERE name = 'a'", ("a\0b",))
+        catalog.execute("UPDATE layers SET wipe = 'shred' WHERE id = (SELECT head FROM volumes WHERE name = 'web')")
+        catalog.commit()
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.open("db") as db:
+            db.write(0, b"works")
+            db.snapshot("one")
+        with pytest.raises(onionskin.FormatError, match="layers"):
+            store.open("web")
+        assert {(table, bool(id)) for table, id, _ in store.catalog.unsound_rows()} == {
+            ("snapshots", True),
+            ("layers", True),
+        }

@@ -25,6 +25,8 @@ def web(tmp_path: Path):
             with pytest.raises(KeyboardInterrupt):
                 web.merge_into_base("a")
         os.utime(base)
+        os.link(base, tmp_path / "hard link")
+        (tmp_path / "symlink").symlink_to(base)
         yield web
 
 
@@ -52,9 +54,23 @@ def test_merging_again_ends_it(web: onionskin.Volume, tmp_path: Path) -> None:
 
 
 def test_no_volume_is_made_over_a_base_that_is_half_merged(web: onionskin.Volume, tmp_path: Path) -> None:
-    with pytest.raises(onionskin.StateError, match="interrupted"):
-        web.store.create("other", base=tmp_path / "base.raw")
-    web.close()
-    with web.store.open("web") as again:
-        assert again.read(0, BLOCK) == b"1" * BLOCK
+    for name in ("base.raw", "hard link", "symlink"):
+        with pytest.raises(onionskin.StateError, match="has not ended"):
+            web.store.create("other", base=tmp_path / name)
+    web.merge_into_base("a")
     web.store.create("other", base=tmp_path / "base.raw").close()
+
+
+def test_opening_the_volume_leaves_the_base_alone_and_says_so(
+    web: onionskin.Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = web.read(0, web.size_bytes)
+    web.close()
+    base = (tmp_path / "base.raw").stat()
+    with web.store.open("web") as again:
+        assert again.read(0, again.size_bytes) == before
+        again.write(0, b"goes on")
+        assert "merge --into-base" in caplog.text
+    with web.store.open("web", snapshot="a") as view:
+        assert view.read(0, BLOCK) == b"1" * BLOCK
+    assert (tmp_path / "base.raw").stat().st_mtime_ns == base.st_mtime_ns

@@ -2,13 +2,16 @@
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import onionskin
+from onionskin import merging
 from onionskin.catalog import Catalog, CommitUnknownError
+from onionskin.staging import StagedFiles
 
 BLOCK = 4096
 HANG_SECONDS = 20
@@ -61,7 +64,7 @@ def flatten(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    onionskin.merging.compact(web)
+    merging.compact(web)
 
 
 @pytest.mark.parametrize("change", [snapshot, revert, flatten, compact])
@@ -96,13 +99,15 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
             web.write(ord(name) % 8 * BLOCK, name.encode() * BLOCK)
             web.snapshot(name)
         with pytest.MonkeyPatch.context() as patch:
-            drop = store.in_transaction
+            begin = merging.staged_files
 
-            def then_interrupt(what) -> None:
-                drop(what)
-                interrupt()
+            @contextmanager
+            def then_interrupt(*arguments) -> Iterator[StagedFiles]:
+                with begin(*arguments) as files:
+                    interrupt()
+                    yield files
 
-            patch.setattr(store, "in_transaction", then_interrupt)
+            patch.setattr(merging, "staged_files", then_interrupt)
             with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
                 web.merge("b")
         assert [snapshot.name for snapshot in web.snapshots] == ["a", "c"]

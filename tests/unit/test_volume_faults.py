@@ -184,8 +184,10 @@ def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onions
         connection.execute(damage)
         connection.commit()
         connection.close()
-        with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
-            onionskin.Store(store.path)
+        with onionskin.Store(store.path) as again:
+            with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
+                again.open("web")
+            assert again.catalog.unsound_rows()
 
 
 def descriptors_of(path: Path) -> list[str]:

@@ -149,9 +149,9 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             drafts.extend(os.open(path, os.O_RDONLY) for path in set(store.layout.layers.iterdir()) - before)
             raise OSError("the catalog is full")
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="the catalog is full"):
+        with monkeypatch.context() as patch:
             patch.setattr(merging, "_switch_map", fail)
-            web.merge("two")
+            web.merge("two")  # the name is dropped; that the layers could not be joined is left to the next opening
         for draft in drafts:
             size = os.fstat(draft).st_size
             assert size > 4096

@@ -1,0 +1,30 @@
+"""The catalog: the one truth for names, and for which file belongs to what. See `connection` for what must hold."""
+
+from onionskin.catalog.connection import Catalog
+from onionskin.catalog.rows import (
+    BaseRow,
+    LayerRow,
+    PendingRow,
+    Row,
+    SegmentRow,
+    SnapshotRow,
+    VolumeRow,
+    new_id,
+)
+from onionskin.catalog.schema import SCHEMA_VERSION, SIZE_BYTES_MAX
+from onionskin.catalog.sqlite_errors import CommitUnknownError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "SIZE_BYTES_MAX",
+    "BaseRow",
+    "Catalog",
+    "CommitUnknownError",
+    "LayerRow",
+    "PendingRow",
+    "Row",
+    "SegmentRow",
+    "SnapshotRow",
+    "VolumeRow",
+    "new_id",
+]

@@ -1,0 +1,506 @@
+"""One connection to a store's catalog.
+
+What must hold: every change of more than one row is one transaction; no row names a file before the transaction that
+makes both known to each other; an id or a lock byte is never used twice. What is asked about the tree is asked inside the
+transaction that acts on the answer. SQLite does the crash safety (WAL, a full sync at each commit); it is never on the
+read or write path of a volume.
+"""
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onionskin import forks
+from onionskin.catalog.rows import (
+    COLUMNS,
+    DRAFT_PREFIX,
+    TABLES,
+    BaseRow,
+    LayerRow,
+    PendingRow,
+    Row,
+    SegmentRow,
+    SnapshotRow,
+    VolumeRow,
+    new_id,
+)
+from onionskin.catalog.schema import (
+    APPLICATION_ID,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SOUND_ROW,
+    SOUND_STORE,
+    UNSOUND_WHOLES,
+    UPGRADES,
+    VALUES,
+)
+from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, translated
+from onionskin.errors import FormatError, StateError, VolumeNotFoundError
+
+_VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
+_BUSY_SECONDS = 60
+
+
+class Catalog:
+    """One connection to a store's catalog. All methods may be called by any thread."""
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        self.path = path
+        self._guard = threading.RLock()
+        self._forked = False
+        self._changing = False
+        if not path.exists():
+            if not create:
+                raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
+            _make(path)
+        self._connection = _connect(path)
+        forks.register(self)
+        try:
+            with self._errors():
+                self._check_version()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_version(self) -> None:
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            raise FormatError(f"{self.path} is a SQLite file, but not the catalog of a store")
+        if version in UPGRADES:
+            self._upgrade()
+        elif version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{self.path} has version {version}, and this onionskin knows only {SCHEMA_VERSION}; use a newer onionskin"
+            )
+
+    def _upgrade(self) -> None:
+        """Bring an older catalog up to this version, or find that another process just did."""
+        with self.transaction():
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            for older in range(version, SCHEMA_VERSION):
+                UPGRADES[older](self._connection)
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def unsound_rows(self) -> list[tuple[str, str, str]]:
+        """Return (table, id as hex digits, what is wrong) of each row that nothing here would believe."""
+        found: list[tuple[str, str, str]] = []
+        with self.reading():
+            for kind, sound in SOUND_ROW.items():
+                key = "layer" if kind is SnapshotRow else "id"
+                for (id,) in self._connection.execute(
+                    f"SELECT {key} FROM {TABLES[kind]} WHERE NOT coalesce({sound}, 0)"
+                ):
+                    found.append((TABLES[kind], _shown(id), "it has a value that none can have"))
+            if self._connection.execute(f"SELECT 1 FROM store WHERE NOT coalesce({SOUND_STORE}, 0)").fetchone():
+                found.append(("store", "", "it has a value that none can have"))
+            if self._connection.execute("SELECT count(*) FROM store").fetchone() != (1,):
+                found.append(("store", "", "it has not one row that says which store it is"))
+            for what, query in UNSOUND_WHOLES.items():
+                table, _, fault = what.partition(": ")
+                found += [(table, _shown(id), fault) for (id,) in self._connection.execute(query)]
+            for table, _, other, _ in self._connection.execute("PRAGMA foreign_key_check").fetchall():
+                found.append((table, "", f"it names a row of {other} that is not there"))
+        return found
+
+    def sync_found(self) -> None:
+        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo.
+
+        A checkpoint syncs the log before it moves anything out of it. Where nothing is left to move, the log was synced
+        by the checkpoint that moved it. The names are durable: SQLite syncs the log's header, and the directory with it,
+        before the first frame.
+        """
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            with self._guard, self._errors():
+                busy, _, _ = self._connection.execute(
+                    "PRAGMA wal_checkpoint(PASSIVE)"
+                ).fetchone()  # BARRIER: opened catalog
+            if not busy:
+                return
+            if time.monotonic() > deadline:
+                raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
+            time.sleep(0.001)  # by somebody else, and nothing tells us when that is done
+
+    # ---- transactions ----
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run the body as one transaction that either is durable on return or did not happen.
+
+        Raises
+        ------
+        OSError
+            ENOSPC where the disk is full: nothing happened.
+        CommitUnknownError
+            It is not known whether it happened.
+
+        Notes
+        -----
+        An interrupt that comes while COMMIT runs is raised behind it: the transaction did happen then. So whoever
+        takes back what belongs to a transaction asks the catalog first how that ended.
+        """
+        with self._guard, self._errors():
+            if self._changing:  # it would be rolled back, with what it has done so far
+                raise AssertionError("a transaction was begun inside another one")
+            stamp = os.urandom(16)
+            self._roll_back()  # what a second interrupt left open
+            self._changing = True
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield
+                self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
+            except BaseException:
+                self._changing = False
+                self._roll_back()
+                raise
+            self._changing = False
+            try:
+                self._connection.execute("COMMIT")
+            except sqlite3.Error:
+                self._roll_back()
+                if not self._committed(stamp):
+                    raise
+
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def _committed(self, stamp: bytes) -> bool:
+        """Whether a transaction whose COMMIT failed took effect after all: asked on a fresh connection."""
+        try:
+            fresh = _connect(self.path)
+            try:
+                (found,) = fresh.execute("SELECT stamp FROM store").fetchone()
+                return bool(found == stamp)
+            finally:
+                fresh.close()
+        except sqlite3.Error as error:
+            raise CommitUnknownError(
+                f"{self.path}: a commit failed and the catalog cannot be read: {error}; close the store, mend the disk, "
+                "and open it again"
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Run the body on one state of the catalog."""
+        with self._guard, self._errors():
+            if self._connection.in_transaction:
+                yield
+                return
+            try:
+                self._connection.execute("BEGIN")
+                yield
+            finally:
+                self._roll_back()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        if self._forked:
+            raise forks.forked_error(f"the store {self.path.parent}")
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise translated(error, self.path) from error
+        except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+            raise damaged(self.path, error) from error
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        if not self._forked:
+            self._connection.close()
+
+    def after_fork(self) -> None:
+        """In the child: leave the connection alone, and the lock that another thread of the parent may have held."""
+        self._forked = True
+        self._guard = threading.RLock()
+
+    # ---- rows ----
+
+    def rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
+        """Return the rows of a table that fulfil an SQL condition.
+
+        Raises
+        ------
+        FormatError
+            One of them has a value that none can have.
+        """
+        found = self._select(kind, condition, values)
+        for *row, sound in found:
+            if not sound:
+                raise damaged(self.path, f"the row {_shown(row[0])} of {TABLES[kind]} has a value that none can have")
+        return [kind(*row[:-1]) for row in found]
+
+    def sound_rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
+        """Return the rows that can be believed: one bad row keeps nobody from the others. `unsound_rows` has those."""
+        return [kind(*row) for *row, sound in self._select(kind, condition, values) if sound]
+
+    def _select(self, kind: type[Row], condition: str, values: Iterable[Any]) -> list[Any]:
+        text = (
+            f"SELECT {', '.join(COLUMNS[kind])}, coalesce({SOUND_ROW[kind]}, 0) FROM {TABLES[kind]} WHERE {condition}"
+        )
+        with self._guard, self._errors():
+            return self._connection.execute(text, tuple(values)).fetchall()
+
+    def rows_in(self, kind: type[Row], column: str, wanted: Iterable[Any], condition: str = "1") -> list[Row]:
+        """Return the rows whose column has one of these values, in one state of the catalog."""
+        values, found = list(wanted), []
+        with self.reading():
+            for first in range(0, len(values), _VALUES_MAX):
+                part = values[first : first + _VALUES_MAX]
+                found += self.rows(kind, f"{column} IN ({', '.join('?' * len(part))}) AND {condition}", *part)
+        return found
+
+    def row(self, kind: type[Row], condition: str, *values: Any) -> Row | None:
+        """Return the one row that fulfils a condition, or None."""
+        found = self.rows(kind, condition, *values)
+        return found[0] if found else None
+
+    def has(self, kind: type, condition: str, *values: Any) -> bool:
+        """Whether there is a row that fulfils a condition."""
+        with self._guard, self._errors():
+            return bool(
+                self._connection.execute(f"SELECT 1 FROM {TABLES[kind]} WHERE {condition} LIMIT 1", values).fetchone()
+            )
+
+    def count(self, kind: type, condition: str, *values: Any) -> int:
+        """Return how many rows fulfil a condition."""
+        with self._guard, self._errors():
+            (count,) = self._connection.execute(
+                f"SELECT count(*) FROM {TABLES[kind]} WHERE {condition}", values
+            ).fetchone()
+        return int(count)
+
+    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow) -> None:
+        """Add a row. Inside a transaction."""
+        kind = type(row)
+        columns = COLUMNS[kind]
+        values = [getattr(row, column) for column in columns]
+        _check_values(kind, zip(columns, values, strict=True))
+        marks = ", ".join("?" * len(columns))
+        self._execute(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", *values)
+
+    def update(self, kind: type, id: bytes | int, **values: Any) -> None:
+        """Change columns of the row with this id. Inside a transaction."""
+        _check_values(kind, values.items())
+        assignments = ", ".join(f"{column} = ?" for column in values)
+        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
+
+    def delete(self, kind: type, condition: str, *values: Any) -> None:
+        """Remove rows. Inside a transaction."""
+        self._execute(f"DELETE FROM {TABLES[kind]} WHERE {condition}", *values)
+
+    def add_pending(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> PendingRow:
+        """Note work that has to be done. Inside a transaction."""
+        values = {"kind": kind, "target": target, "lock_byte": lock_byte, "wipe": wipe}
+        _check_values(PendingRow, values.items())
+        cursor = self._connection.execute(
+            "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)", tuple(values.values())
+        )
+        assert cursor.lastrowid is not None
+        return PendingRow(cursor.lastrowid, kind, target, lock_byte, wipe)
+
+    def take_lock_byte(self) -> int:
+        """Hand out a byte of the lock file that was never used. Inside a transaction."""
+        return self.take_lock_bytes(1)[0]
+
+    def take_lock_bytes(self, count: int) -> range:
+        """Hand out so many of them."""
+        self._execute("UPDATE store SET next_lock_byte = next_lock_byte + ?", count)
+        with self._errors():
+            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        if type(last) is not int or not count <= last < 1 << 61:
+            raise damaged(self.path, f"the next lock byte cannot be {last!r}")
+        return range(last - count + 1, last + 1)
+
+    # ---- volumes and snapshots ----
+
+    def head_of(self, volume: VolumeRow) -> bytes | None:
+        """Return the layer that is a volume's head now."""
+        found = self.volume_with_id(volume.id)
+        return found.head if found else None
+
+    def volume(self, name: str) -> VolumeRow:
+        """Return a volume by name, or raise VolumeNotFoundError."""
+        found = None if str(name).startswith(DRAFT_PREFIX) else self.row(VolumeRow, "name = ?", str(name))
+        if found is None:
+            raise VolumeNotFoundError(
+                f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
+            )
+        return found
+
+    def volume_with_id(self, id: bytes) -> VolumeRow | None:
+        """Return a volume by id, or None where it is gone."""
+        return self.row(VolumeRow, "id = ?", id)
+
+    def listed_volumes(self) -> list[VolumeRow]:
+        """Return all volumes that are no drafts, by name."""
+        return self.sound_rows(VolumeRow, "substr(name, 1, 1) != ? ORDER BY name", DRAFT_PREFIX)
+
+    def draft_volumes(self) -> list[VolumeRow]:
+        """Return the volumes that nobody has given a name yet."""
+        return self.sound_rows(VolumeRow, "name >= ? AND name < ?", DRAFT_PREFIX, chr(ord(DRAFT_PREFIX) + 1))
+
+    def snapshot_of_layer(self, layer: bytes) -> SnapshotRow | None:
+        """Return the name of a layer, or None."""
+        return self.row(SnapshotRow, "layer = ?", layer)
+
+    def snapshots_of(self, volume: bytes) -> list[SnapshotRow]:
+        """Return a volume's snapshots in the order of taking."""
+        return self.rows(SnapshotRow, "volume = ? ORDER BY number, name", volume)
+
+    # ---- layers and segments ----
+
+    def layer(self, id: bytes) -> LayerRow:
+        """Return a layer by id; that it is there is an invariant."""
+        found = self.row(LayerRow, "id = ?", id)
+        if found is None:
+            raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
+        return found
+
+    def children_of(self, layer: bytes) -> list[LayerRow]:
+        """Return the layers that stand on a layer."""
+        return self.rows(LayerRow, "parent = ?", layer)
+
+    def is_needed(self, layer: bytes) -> bool:
+        """Whether a layer has a name, is a head, or has a child."""
+        return (
+            self.has(LayerRow, "parent = ?", layer)
+            or self.has(SnapshotRow, "layer = ?", layer)
+            or self.has(VolumeRow, "head = ?", layer)
+        )
+
+    def chain(self, layer_id: bytes) -> list[LayerRow]:
+        """Return a layer and all below it, bottom first; nothing where it is gone."""
+        columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
+        text = (
+            "WITH RECURSIVE up(id) AS (SELECT ? UNION "  # UNION, not UNION ALL: a circle ends
+            "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL) "
+            f"SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
+        )
+        with self._guard, self._errors():
+            found = self._connection.execute(text, (layer_id,)).fetchall()
+        for *row, sound in found:
+            if not sound:
+                raise damaged(self.path, f"the row {_shown(row[0])} of layers has a value that none can have")
+        by_id = {row[0]: LayerRow(*row[:-1]) for row in found}
+        return self._in_order(by_id, layer_id)
+
+    def _in_order(self, by_id: dict[bytes, LayerRow], top: bytes) -> list[LayerRow]:
+        layers: list[LayerRow] = []
+        at: bytes | None = top if by_id else None
+        while at is not None:
+            layer = by_id.pop(at, None)
+            if layer is None:
+                raise damaged(self.path, f"layers stand on each other in a circle, or layer {at.hex()} is missing")
+            if layers and layer.block_size != layers[-1].block_size:
+                raise damaged(self.path, f"layer {at.hex()} has blocks of another size than what stands on it")
+            if layers and not layer.sealed:
+                raise damaged(self.path, f"layer {at.hex()} has layers above it and is not sealed")
+            layers.append(layer)
+            at = layer.parent
+        return layers[::-1]
+
+    def segments_of(self, layers: list[LayerRow]) -> dict[bytes, list[SegmentRow]]:
+        """Return the segments of each layer, spare ones included."""
+        found: dict[bytes, list[SegmentRow]] = {layer.id: [] for layer in layers}
+        for row in self.rows_in(SegmentRow, "layer", found):
+            found[row.layer].append(row)
+        return found
+
+    def spare_of(self, head: bytes) -> SegmentRow:
+        """Return the segment that is kept for the head after this one."""
+        found = self.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
+        if len(found) != 1:
+            raise damaged(self.path, f"the head {head.hex()} has {len(found)} spare segments, where one should be")
+        return found[0]
+
+    def base_of(self, layer: LayerRow) -> BaseRow | None:
+        """Return the base that a layer stands on itself, or None."""
+        if layer.base is None:
+            return None
+        found = self.row(BaseRow, "id = ?", layer.base)
+        if found is None:
+            raise damaged(self.path, f"the base {layer.base.hex()} is named but missing")
+        return found
+
+    def base_merges(self) -> list[PendingRow]:
+        """Return the merges into a base that were begun and not ended. There seldom are any."""
+        return self.sound_rows(PendingRow, "kind = 'base-merge'")
+
+    def base_merge_of(self, layer: bytes) -> PendingRow | None:
+        """Return the merge into the base up to this layer that was begun and not ended."""
+        return self.row(PendingRow, "kind = 'base-merge' AND target = ?", layer)
+
+    def _execute(self, text: str, *values: Any) -> None:
+        """Run a statement of a transaction, which has the guard and translates what is raised."""
+        self._connection.execute(text, values)
+
+
+_SOUND_LAYER = " AND ".join(value.sql.format(f"layers.{column}") for column, value in VALUES[LayerRow].items())
+_SOUND_LAYER += " AND (layers.parent IS NULL OR layers.base IS NULL)"
+
+
+def _check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
+    """Refuse to write what would not be believed when it is read."""
+    for column, value in values:
+        if not VALUES[kind][column].holds(value):
+            raise ValueError(f"{column} of {TABLES[kind]} cannot be {value!r}; nothing was changed")
+
+
+def _shown(id: object) -> str:
+    return id.hex() if isinstance(id, bytes) else str(id)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=256)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog commits
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.Error as error:
+        connection.close()
+        raise translated(error, path) from error
+    except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
+        connection.close()
+        raise damaged(path, error) from error
+    except BaseException:  # an interrupt
+        connection.close()
+        raise
+    return connection
+
+
+def _make(path: Path) -> None:
+    """Make the catalog under another name and move it in place: a crash leaves a store or none.
+
+    The name is durable once the catalog is opened, together with the store's directories, which are older: to change
+    the journal mode SQLite makes a journal, and syncs the directory for it.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
+    connection = sqlite3.connect(draft, isolation_level=None)
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog schema
+        connection.execute("BEGIN")
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+        connection.execute("INSERT INTO store VALUES (?, 0, ?)", (new_id(), b""))
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        draft.unlink(missing_ok=True)
+        raise translated(error, path) from error
+    finally:
+        connection.close()
+    try:
+        os.link(draft, path)  # unlike a rename it never replaces the catalog of somebody who was faster
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

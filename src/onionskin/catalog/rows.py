@@ -1,0 +1,111 @@
+"""The rows of the catalog's tables, as Python sees them."""
+
+import uuid
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRow:
+    """A raw image file that volumes stand on, and how it looked when they were made."""
+
+    id: bytes
+    path: str
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer.
+
+    map_length, map_frames and map_crc say what the map file is. Of a sealed layer they say it exactly, and length 0 means
+    that there is no map file. Of a head they say what its log holds at the least: it has a frame with the number
+    `map_frames` that ends at `map_length` with the checksum `map_crc`; zeros say nothing.
+    """
+
+    id: bytes
+    parent: bytes | None
+    base: bytes | None
+    block_size: int
+    wipe: str
+    size_bytes: int
+    sealed: int
+    map_id: bytes
+    map_lock_byte: int
+    map_length: int
+    map_frames: int
+    map_crc: int
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """One segment. role: `own` (the head writes it), `spare` (kept for the next head), `sealed` (read only)."""
+
+    id: bytes
+    layer: bytes
+    role: str
+    slots: int
+    lock_byte: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRow:
+    """One volume. A name that begins with '@' is that of a draft, which no list shows and no user can name."""
+
+    id: bytes
+    name: str
+    head: bytes
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A name for a sealed layer. `number` grows in the order of taking, whatever the clock did."""
+
+    volume: bytes
+    name: str
+    layer: bytes
+    guid: bytes
+    created_ns: int
+    note: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """Work that has to be done before it is forgotten.
+
+    kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made its row is here too, and
+    its maker holds `lock_byte` alone. `scrub`: free the slots of that segment which its owner's map does not name.
+    `base-merge`: fold the layers up to that one into their base, which durably holds already what they have in the first
+    `done_bytes` of the disk.
+    """
+
+    id: int
+    kind: str
+    target: bytes
+    lock_byte: int
+    wipe: str
+    done_bytes: int = 0
+
+
+Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, PendingRow)
+TABLES: dict[type, str] = {
+    BaseRow: "bases",
+    LayerRow: "layers",
+    SegmentRow: "segments",
+    VolumeRow: "volumes",
+    SnapshotRow: "snapshots",
+    PendingRow: "pending",
+}
+COLUMNS = {kind: tuple(field.name for field in fields(kind)) for kind in TABLES}
+DRAFT_PREFIX = "@"
+
+
+def new_id() -> bytes:
+    """Draw a random 128-bit id."""
+    return uuid.uuid4().bytes

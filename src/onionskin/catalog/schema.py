@@ -1,0 +1,171 @@
+"""What the tables of a catalog are, and what each value in them must be.
+
+What must hold: a condition on a value is written once, here, and is looked at on both ways: no value is written that does
+not fulfil it, and no row is believed that has one (SQLite keeps whatever it was given, and a damaged page or a
+hostile file holds anything).
+"""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onionskin.catalog.rows import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+
+APPLICATION_ID = 0x4F6E696F  # "Onio"
+SCHEMA_VERSION = 3
+SIZE_BYTES_MAX = 1 << 46
+BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
+WIPE_POLICIES = ("release", "zero")
+_NUMBER_MAX = (1 << 62) - 1
+
+SCHEMA = """
+CREATE TABLE store (uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL);
+CREATE TABLE bases (
+    id BLOB PRIMARY KEY, path TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, digest BLOB) WITHOUT ROWID;
+CREATE TABLE layers (
+    id BLOB PRIMARY KEY, parent BLOB REFERENCES layers, base BLOB REFERENCES bases, block_size INTEGER NOT NULL,
+    wipe TEXT NOT NULL, size_bytes INTEGER NOT NULL, sealed INTEGER NOT NULL, map_id BLOB NOT NULL UNIQUE,
+    map_lock_byte INTEGER NOT NULL UNIQUE, map_length INTEGER NOT NULL, map_frames INTEGER NOT NULL,
+    map_crc INTEGER NOT NULL, created_ns INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX layers_parent ON layers (parent);
+CREATE TABLE segments (
+    id BLOB PRIMARY KEY, layer BLOB NOT NULL REFERENCES layers, role TEXT NOT NULL, slots INTEGER NOT NULL,
+    lock_byte INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
+CREATE INDEX segments_layer ON segments (layer);
+CREATE TABLE volumes (
+    id BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, head BLOB NOT NULL UNIQUE REFERENCES layers,
+    created_ns INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE snapshots (
+    volume BLOB NOT NULL REFERENCES volumes, name TEXT NOT NULL, layer BLOB NOT NULL UNIQUE REFERENCES layers,
+    guid BLOB NOT NULL, created_ns INTEGER NOT NULL, note TEXT NOT NULL, number INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (volume, name)) WITHOUT ROWID;
+CREATE TABLE pending (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, target BLOB NOT NULL, lock_byte INTEGER NOT NULL,
+    wipe TEXT NOT NULL, done_bytes INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX layers_base ON layers (base) WHERE base IS NOT NULL;
+CREATE INDEX pending_target ON pending (target);
+CREATE INDEX pending_kind ON pending (kind)
+"""
+
+
+def _add_done_bytes(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE pending ADD COLUMN done_bytes INTEGER NOT NULL DEFAULT 0")
+
+
+def _number_snapshots(connection: sqlite3.Connection) -> None:
+    """Number the snapshots that are there by their times. Each has a lock byte of its own, so new numbers are greater."""
+    connection.execute("ALTER TABLE snapshots ADD COLUMN number INTEGER NOT NULL DEFAULT 0")
+    found = connection.execute("SELECT layer FROM snapshots ORDER BY created_ns, name").fetchall()
+    connection.executemany(
+        "UPDATE snapshots SET number = ? WHERE layer = ?", ((number, layer) for number, (layer,) in enumerate(found, 1))
+    )
+    connection.execute("CREATE INDEX layers_base ON layers (base) WHERE base IS NOT NULL")
+    connection.execute("CREATE INDEX pending_target ON pending (target)")
+    connection.execute("CREATE INDEX pending_kind ON pending (kind)")
+
+
+# What brings a catalog of each older version to the next one.
+UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_done_bytes, 2: _number_snapshots}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a value must be: as an SQL condition on a column, which stands as {0}, and as a Python predicate."""
+
+    sql: str
+    holds: Callable[[object], bool]
+
+
+def _number(least: int, most: int = _NUMBER_MAX) -> Value:
+    return Value(
+        f"(typeof({{0}}) = 'integer' AND {{0}} BETWEEN {least} AND {most})",
+        lambda value: type(value) is int and least <= value <= most,
+    )
+
+
+def _one_of(*values: "str | int") -> Value:
+    listed = ", ".join(repr(value) for value in values)
+    kind = "text" if isinstance(values[0], str) else "integer"
+    return Value(
+        f"(typeof({{0}}) = '{kind}' AND {{0}} IN ({listed}))",
+        lambda value: type(value) is type(values[0]) and value in values,
+    )
+
+
+def _text(least: int = 0) -> Value:
+    return Value(
+        f"(typeof({{0}}) = 'text' AND instr({{0}}, char(0)) = 0 AND length({{0}}) >= {least})",
+        lambda value: type(value) is str and "\0" not in value and len(value) >= least and _is_unicode(value),
+    )
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _or_null(value: Value) -> Value:
+    return Value(f"({{0}} IS NULL OR {value.sql})", lambda found: found is None or value.holds(found))
+
+
+_ID = Value("(typeof({0}) = 'blob' AND length({0}) = 16)", lambda value: type(value) is bytes and len(value) == 16)
+_BLOB = Value("(typeof({0}) = 'blob')", lambda value: type(value) is bytes)
+_INTEGER = Value("(typeof({0}) = 'integer')", lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63)
+
+VALUES: dict[type, dict[str, Value]] = {
+    BaseRow: {
+        "id": _ID, "path": _text(1), "inode": _INTEGER, "size_bytes": _number(0), "mtime_ns": _INTEGER,
+        "digest": _or_null(_BLOB),
+    },
+    LayerRow: {
+        "id": _ID, "parent": _or_null(_ID), "base": _or_null(_ID), "block_size": _one_of(*BLOCK_SIZES),
+        "wipe": _one_of(*WIPE_POLICIES), "size_bytes": _number(1, SIZE_BYTES_MAX), "sealed": _number(0, 1),
+        "map_id": _ID, "map_lock_byte": _number(1), "map_length": _number(0), "map_frames": _number(0),
+        "map_crc": _number(0, 0xFFFFFFFF), "created_ns": _INTEGER,
+    },
+    SegmentRow: {
+        "id": _ID, "layer": _ID, "role": _one_of("own", "spare", "sealed"), "slots": _number(0, 1 << 32),
+        "lock_byte": _number(1),
+    },
+    VolumeRow: {"id": _ID, "name": _text(1), "head": _ID, "created_ns": _INTEGER},
+    SnapshotRow: {
+        "volume": _ID, "name": _text(1), "layer": _ID, "guid": _ID, "created_ns": _INTEGER, "note": _text(),
+        "number": _number(0),
+    },
+    PendingRow: {
+        "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "base-merge"), "target": _ID,
+        "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),
+    },
+}  # fmt: skip
+
+_STORE = {"uuid": _ID, "next_lock_byte": _number(0), "stamp": _BLOB}
+SOUND_STORE = " AND ".join(value.sql.format(column) for column, value in _STORE.items())
+SOUND_ROW = {
+    kind: " AND ".join(value.sql.format(column) for column, value in values.items()) for kind, values in VALUES.items()
+}
+SOUND_ROW[LayerRow] += " AND (parent IS NULL OR base IS NULL)"
+
+# What the rows together must not be: a query that gives the ids of those that are.
+UNSOUND_WHOLES = {
+    "volumes: its head has not one spare segment, and one of its own": (
+        "SELECT id FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "
+        "OR NOT EXISTS (SELECT 1 FROM segments WHERE layer = head AND role = 'own')"
+    ),
+    "volumes: its head is sealed": "SELECT volumes.id FROM volumes JOIN layers ON layers.id = head WHERE sealed",
+    "snapshots: its layer is not sealed": (
+        "SELECT layer FROM snapshots JOIN layers ON layers.id = layer WHERE NOT sealed"
+    ),
+    "layers: it is in a circle, or stands on one": (
+        "WITH RECURSIVE up(id) AS (SELECT id FROM layers WHERE parent IS NULL "
+        "UNION ALL SELECT layers.id FROM up JOIN layers ON layers.parent = up.id) "
+        "SELECT id FROM layers WHERE id NOT IN (SELECT id FROM up)"
+    ),
+    "layers: its blocks are of another size than what it stands on": (
+        "SELECT layers.id FROM layers JOIN layers AS below ON below.id = layers.parent "
+        "WHERE below.block_size != layers.block_size"
+    ),
+}
