@@ -7,6 +7,7 @@
 The byte tables are in docs/format.md ("Delta stream"). What must hold:
 
 - The stream is written and read front to back, so that it goes through a pipe.
+- Header, data, size and GUIDs come from one pinned state of both snapshots.
 - It names its starting point by GUID. A volume that is not exactly there (its head stands on another
   snapshot, or was written to) is refused before a byte of it changes.
 - Nothing in it is believed: each size is checked against a limit before memory or disk is used for it, and
@@ -19,20 +20,21 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from onionskin.errors import (
-    ChainError,
-    FormatError,
-    SnapshotExistsError,
-    SnapshotNotFoundError,
-    StateError,
-)
-from onionskin.images import data_ranges
+from onionskin import usage
+from onionskin.catalog import SnapshotRow, VolumeRow
+from onionskin.chain import Chain, lock_chain
+from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
+from onionskin.files import data_ranges
+from onionskin.locks import ByteLocks
 from onionskin.names import check_name
-from onionskin.snapshots import Snapshot
+from onionskin.pinned import pinned
+from onionskin.snapshots import Snapshot, find_snapshot
 from onionskin.store import Store
+from onionskin.views import OpenChain, refuse_changed_base
 from onionskin.volume import Volume
 from onionskin.zeros import split_zeros
 
@@ -141,27 +143,22 @@ def delta(
     OSError
         Reading or writing failed.
     """
-    snapshots = {snapshot.name: snapshot for snapshot in store.snapshots(volume)}
-    start = None if a is None else _named(snapshots, volume, a)
-    end = _named(snapshots, volume, b)
-    with store.open(volume, snapshot=b) as view:
+    with _ends(store, volume, a, b) as ends:
+        top = ends.opened.chain.top
         header = Delta(
-            full=start is None,
-            name=end.name,
-            note=end.note,
-            guid_a=_guid(start) if start else NO_GUID,
-            guid_b=_guid(end),
-            size_a=start.size_bytes if start else 0,
-            size_b=view.size_bytes,
-            block_size=view.block_size,
+            full=ends.a is None,
+            name=ends.b.name,
+            note=ends.b.note,
+            guid_a=ends.a.guid if ends.a else NO_GUID,
+            guid_b=ends.b.guid,
+            size_a=ends.chain_a.top.size_bytes if ends.chain_a else 0,
+            size_b=top.size_bytes,
+            block_size=top.block_size,
         )
-        if start is None:
-            base = store.info(volume).base
-            extents = _full_extents(view, None if base is None else str(base))
-        else:
-            extents = [(int(o), int(n), int(s) == ZERO) for o, n, s in store.diff(volume, start.name, b)]
+        extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
         writer = _Writer(out, header)
-        _write_records(writer, view, _clipped(extents, view.size_bytes), progress)
+        _write_records(writer, ends.view, _clipped(extents, top.size_bytes), progress)
+        refuse_changed_base(ends.opened)
         return writer.end()
 
 
@@ -225,25 +222,67 @@ def read_header(stream: Readable) -> Delta:
     return _Reader(stream).header()
 
 
-def _named(snapshots: dict[str, Snapshot], volume: str, name: str) -> Snapshot:
-    if name not in snapshots:
-        raise SnapshotNotFoundError(
-            f"volume {volume!r} has no snapshot {name!r}; list them with: onionskin snapshots STORE/{volume}"
-        )
-    return snapshots[name]
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """The two snapshots of a stream, and their layers, whose files stay as they are: no name is looked up again."""
+
+    a: SnapshotRow | None
+    b: SnapshotRow
+    chain_a: Chain | None
+    view: Volume
+    opened: OpenChain
+
+
+@contextmanager
+def _ends(store: Store, volume: str, a: str | None, b: str) -> Iterator[_Ends]:
+    """Find both snapshots in one state of the catalog and pin what they read; again where a name meant another since."""
+    while True:
+        volume_row, row_a, row_b = _rows(store, volume, a, b)
+        with ExitStack() as stack:
+            view = stack.enter_context(store.open(volume, snapshot=b))
+            if (view.row.id, view.head) != (volume_row.id, row_b.layer):
+                continue
+            opened = stack.enter_context(pinned(view))
+            chain_a = None
+            if row_a:
+                locks = ByteLocks(store.layout.lock)
+                stack.callback(locks.close)
+                try:
+                    chain_a = lock_chain(store.catalog, row_a.layer, locks)
+                except StateError:
+                    if (volume_row, row_a, row_b) == _rows(store, volume, a, b):
+                        raise
+                    continue
+            yield _Ends(row_a, row_b, chain_a, view, opened)
+            return
+
+
+def _rows(store: Store, volume: str, a: str | None, b: str) -> tuple[VolumeRow, SnapshotRow | None, SnapshotRow]:
+    catalog = store.catalog
+    with catalog.reading():
+        row = catalog.volume(volume)
+        start = None if a is None else find_snapshot(catalog, row, a)
+        return row, start, find_snapshot(catalog, row, b)
 
 
 def _guid(snapshot: Snapshot) -> bytes:
     return bytes.fromhex(snapshot.guid)
 
 
-def _full_extents(view: Volume, base: str | None) -> Extents:
-    """List what can hold anything but zeros: the data of the layers, and what the base holds between."""
-    covered = [(int(o), int(n), int(s)) for o, n, s in view.extents() if int(s) != 0]
+def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
+    """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
+    assert ends.a is not None
+    found = usage.diff_of_chains(store, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
+    return [(int(offset), int(length), int(state) == ZERO) for offset, length, state in found]
+
+
+def _full_extents(ends: _Ends) -> Extents:
+    """List what can hold anything but zeros: the data of the layers, and what their own base holds between."""
+    covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != 0]
     extents = [(offset, length, False) for offset, length, state in covered if state == DATA]
-    if base is not None:
-        with open(base, "rb", buffering=0) as file:
-            inside = list(data_ranges(file.fileno(), 0, view.size_bytes))
+    base, lock = ends.opened.chain.base, ends.opened.base_lock
+    if base is not None and lock is not None:
+        inside = list(data_ranges(lock.descriptor, 0, min(ends.view.size_bytes, base.size_bytes)))
         extents += [(start, stop - start, False) for start, stop in _minus(inside, covered)]
     return sorted(extents)
 

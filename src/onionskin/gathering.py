@@ -14,8 +14,8 @@ from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import LayerRow, SegmentRow, new_id
+from onionskin.files import write_all
 from onionskin.layermaps import load_layer
-from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
     import numpy

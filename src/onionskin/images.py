@@ -20,12 +20,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from onionskin.barriers import sync_directory
 from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
+from onionskin.files import data_ranges
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -64,29 +65,6 @@ def detect_format(path: AnyPath) -> str:
         if start[offset : offset + len(magic)] == magic:
             return name
     return "raw"
-
-
-def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
-
-    Where the file system cannot tell, all of the file counts as data. What lies beyond its end is a hole.
-    """
-    at = start
-    stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
-    while at < stop:
-        try:
-            first = os.lseek(descriptor, at, os.SEEK_DATA)
-            last = os.lseek(descriptor, first, os.SEEK_HOLE)
-        except OSError as refusal:
-            if refusal.errno == errno.ENXIO:
-                return
-            if refusal.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            first, last = at, stop
-        if first >= stop:
-            return
-        yield first, min(last, stop)
-        at = last
 
 
 def import_image(

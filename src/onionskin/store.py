@@ -296,6 +296,10 @@ class Store:
         self._open.add(view)
         return view
 
+    def open_layer(self, layer: bytes) -> OpenChain:
+        """Open a sealed layer under locks of its own, which the caller closes with it."""
+        return self._open_layer(layer, writable=False, verify=False)
+
     def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)

@@ -15,9 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from onionskin import forks, merging, transfer
+from onionskin import exporting, forks, merging, transfer
 from onionskin.catalog import (
-    BaseRow,
     CommitUnknownError,
     LayerRow,
     SegmentRow,
@@ -163,6 +162,11 @@ class Volume:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is what a fork left in the child, where nothing of it works."""
+        return self._forked
 
     def __repr__(self) -> str:
         at = f"@{self.snapshot_name}" if self.snapshot_name else ""
@@ -680,14 +684,21 @@ class Volume:
                 self.base_lock = None
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
-        """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
-        if self.store.layout.holds(Path(path)):
-            raise ValueError(f"{os.fspath(path)} is in the store itself; choose a path outside of it")
-        if self.store.catalog.row(BaseRow, "path = ?", str(Path(path).resolve())):
-            raise StateError(f"{os.fspath(path)} is a base that volumes stand on; choose another path")
-        if self.writable:
-            self.flush()
-        transfer.export(self, os.fspath(path), progress=progress)
+        """Write the disk as a raw image file, holes kept. Durable on return; a regular file that is there is replaced.
+
+        Other threads read, write and change the tree meanwhile: what was written before the call is in the image, and
+        nothing that was written after the disk was sealed for it.
+
+        Raises
+        ------
+        StateError
+            The path is a base, of whatever name; or a merge into the base is under way.
+        ValueError
+            It leads into the store.
+        OSError
+            A file could not be read to its end; or ENOSPC. There is no image then, and what was there is unchanged.
+        """
+        exporting.export(self, Path(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Array":
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""

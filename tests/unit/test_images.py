@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onionskin import images
+from onionskin import files
 from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
 from onionskin.images import detect_format, export_image, import_image
 from onionskin.store import Store
@@ -66,14 +66,14 @@ def test_an_image_that_ends_inside_a_block_keeps_its_size(store: Store, tmp_path
 
 def test_data_ranges_follow_the_holes_of_a_file(raw: Path) -> None:
     with open(raw, "rb") as file:
-        ranges = list(images.data_ranges(file.fileno(), 0, 16 << 20))
+        ranges = list(files.data_ranges(file.fileno(), 0, 16 << 20))
     found = np.zeros(16 << 20, dtype=bool)
     for first, last in ranges:
         found[first:last] = True
     assert found[3 * BLOCK : 7 * BLOCK].all()
     assert found.sum() < 1 << 20
     with open(raw, "rb") as file:
-        assert list(images.data_ranges(file.fileno(), 4 * BLOCK, 5 * BLOCK)) == [(4 * BLOCK, 5 * BLOCK)]
+        assert list(files.data_ranges(file.fileno(), 4 * BLOCK, 5 * BLOCK)) == [(4 * BLOCK, 5 * BLOCK)]
 
 
 def test_progress_ends_at_all_that_there_is(store: Store, raw: Path) -> None:
