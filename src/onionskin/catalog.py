@@ -443,7 +443,7 @@ class Catalog:
 
     def volume(self, name: str) -> VolumeRow:
         """Return a volume by name, or raise VolumeNotFoundError."""
-        found = self.row(VolumeRow, "name = ?", name)
+        found = self.row(VolumeRow, "name = ? AND name NOT LIKE '/%'", name)  # which is a draft's
         if found is None:
             raise VolumeNotFoundError(
                 f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"

@@ -9,10 +9,11 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from onionskin import transfer
 from onionskin._wipe import wipe
@@ -43,25 +44,29 @@ def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress
     progress : callable, optional
         Called with the bytes copied so far and in all.
     """
-    with pinned(volume) as opened, _new_image(volume.store, target, opened, replace=replace) as descriptor:
+    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
+    with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
         transfer.check_room_for_copy(volume.store, opened, target.absolute().parent)
         transfer.copy_disk(volume.store, opened, descriptor, progress=progress)
 
 
 @contextmanager
-def _new_image(store: "Store", target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
-    """Give a new file to write the image to, and that file its name when the block has ended well."""
+def new_image(store: "Store", target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
+    """Give a new file to write the image to, and that file its name when the block has ended well.
+
+    What is written is the block's matter; here it is made durable, named, or wiped and removed.
+    """
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _refuse_directory(store, directory, target)
-        _refuse_target(store, directory, target, opened, replace=replace)
+        _refuse_file(store, directory, target, replace=replace)
         draft = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             try:
                 yield descriptor
                 sync_file(descriptor)  # BARRIER: exported image
-                _refuse_target(store, directory, target, opened, replace=replace)
+                _refuse_file(store, directory, target, replace=replace)
                 _give_name(directory, draft, target, replace=replace)
             except BaseException:
                 _drop_draft(store, directory, draft, descriptor, opened)
@@ -108,18 +113,46 @@ def _drop_draft(store: "Store", directory: int, draft: str, descriptor: int, ope
             return
         if os.fstat(descriptor).st_nlink == 1:
             with suppress(OSError):
-                wipe_draft(store, descriptor, [layer.wipe for layer in opened.chain.layers])
+                wipe_draft(store, descriptor, policies_of(opened))
         os.unlink(draft, dir_fd=directory)
 
 
-def wipe_draft(store: "Store", descriptor: int, policies: "list[str]") -> None:
+@contextmanager
+def passing_file(store: "Store", directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
+    """Give a file without a name for a copy of a disk that is needed for a while; what it held is wiped at the end.
+
+    It vanishes with the process, however that ends; a process that is killed wipes nothing.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            yield file
+        finally:
+            wipe_draft(store, file.fileno(), policies)
+
+
+def wipe_draft(store: "Store", descriptor: int, policies: Iterable[str]) -> None:
     """Overwrite a file with a copy of a disk, where a layer of the disk has policy `zero`, before its blocks are freed."""
     if "zero" in policies:
         result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
         store.note_unreachable(result.bytes_unreachable)
 
 
+def policies_of(opened: "OpenChain") -> set[str]:
+    """Return the wipe policies of the layers of a disk."""
+    return {layer.wipe for layer in opened.chain.layers}
+
+
 # ---- what is not replaced ----
+
+
+def refuse_target(store: "Store", target: Path, *, replace: bool) -> None:
+    """Raise where an image may not be put: in the store, or in the place of something that is not to be replaced."""
+    directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _refuse_directory(store, directory, target)
+        _refuse_file(store, directory, target, replace=replace)
+    finally:
+        os.close(directory)
 
 
 def _refuse_directory(store: "Store", directory: int, target: Path) -> None:
@@ -146,8 +179,7 @@ def _refuse_directory(store: "Store", directory: int, target: Path) -> None:
         os.close(at)
 
 
-def _refuse_target(store: "Store", directory: int, target: Path, opened: "OpenChain", *, replace: bool) -> None:
-    """Refuse to put the image in the place of something that is not to be replaced."""
+def _refuse_file(store: "Store", directory: int, target: Path, *, replace: bool) -> None:
     try:
         os.stat(target.name, dir_fd=directory, follow_symlinks=False)
         if not replace:
@@ -159,17 +191,16 @@ def _refuse_target(store: "Store", directory: int, target: Path, opened: "OpenCh
         raise FileExistsError(
             errno.EEXIST, "there is something that is no regular file; choose another path", str(target)
         )
-    if _is_base(store, found, opened):
+    if found.st_nlink > 1 and _is_own_file(store, found):
+        raise ValueError(f"{target} is a file of the store itself; choose another path")
+    if _is_base(store, found):
         raise StateError(f"{target} is a base that volumes stand on; choose another path")
     if _is_in_use(directory, target.name):
         raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
-    if found.st_nlink > 1 and _is_own_file(store, found):
-        raise ValueError(f"{target} is a file of the store itself; choose another path")
 
 
-def _is_base(store: "Store", found: os.stat_result, opened: "OpenChain") -> bool:
-    locks = [opened.base_lock, *(volume.base_lock for volume in store.open_volumes())]
-    for lock in locks:
+def _is_base(store: "Store", found: os.stat_result) -> bool:
+    for lock in [volume.base_lock for volume in store.open_volumes()]:
         with suppress(OSError):  # closed meanwhile
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True

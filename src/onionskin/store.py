@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from errno import ENOSPC
@@ -62,6 +62,7 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin._volume import DataPath
+    from onionskin.drafts import Draft
     from onionskin.layering import Layering
 
 _log = logging.getLogger(__name__)
@@ -300,6 +301,15 @@ class Store:
         """Open a sealed layer under locks of its own, which the caller closes with it."""
         return self._open_layer(layer, writable=False, verify=False)
 
+    def open_head(self, layer: bytes) -> OpenChain:
+        """Open a head for the holder of its volume's lock."""
+        self.catalog.sync_found()
+        return self._open_layer(layer, writable=True, verify=False)
+
+    def note_open(self, volume: Volume) -> None:
+        """Put a handle on the list of those that are open here."""
+        self._open.add(volume)
+
     def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)
@@ -320,6 +330,9 @@ class Store:
     def _after_open(self, volume: Volume) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name."""
         self.make_reserve()
+        from onionskin import drafts
+
+        drafts.drop_dead(self)
         pending.sweep_orphans(self)
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
@@ -338,6 +351,30 @@ class Store:
             _check_geometry(layer.block_size, policy)
             head = NewHead.on(layer, base=None, block_size=layer.block_size, wipe=policy, size_bytes=layer.size_bytes)
             self._insert_volume(new_name, head)
+
+    def draft(
+        self,
+        name: str | None = None,
+        *,
+        size: int | None = None,
+        block_size: int = 4096,
+        wipe: str = "release",
+        clone_of: bytes | None = None,
+    ) -> "AbstractContextManager[Draft]":
+        """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
+
+        Parameters
+        ----------
+        name : str, optional
+            What `publish` calls it; VolumeExistsError where it is taken already.
+        size, block_size, wipe
+            As for `create`; of a clone the size may differ from its layer's, and the block size is the layer's.
+        clone_of : bytes, optional
+            The id of the sealed layer that it begins as.
+        """
+        from onionskin import drafts
+
+        return drafts.draft(self, name, size=size, block_size=block_size, wipe=wipe, clone_of=clone_of)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
         """Remove a volume and its snapshots.
@@ -421,7 +458,7 @@ class Store:
     def volumes(self) -> list[VolumeInfo]:
         """Return all volumes, by name."""
         with self.catalog.reading():
-            return [self._info(row) for row in self.catalog.rows(VolumeRow, "1 ORDER BY name")]
+            return [self._info(row) for row in self.catalog.rows(VolumeRow, "name NOT LIKE '/%' ORDER BY name")]
 
     def info(self, name: str) -> VolumeInfo:
         """Return one volume."""
@@ -456,7 +493,7 @@ class Store:
             held = {row.id: 0 for row in layers}
             for segment in self.catalog.rows(SegmentRow):
                 held[segment.layer] += self._bytes_of(segment)
-        heads = {row.head: row.name for row in volumes.values()}
+        heads = {row.head: row.name for row in volumes.values() if not row.name.startswith("/")}
         nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
         roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
         by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}

@@ -529,9 +529,9 @@ class Volume:
         """
         with self.operation():
             target = find_snapshot(self.store.catalog, self.row, name).layer
-            self._restart_on(target, lambda: None)
+            self.restart_on(target, lambda: None)
 
-    def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
+    def restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
         below = lock_chain(self.store.catalog, layer_id, self.locks)
         if below.base and not self.base_lock:  # the head was flattened, and the snapshot is older than that
@@ -603,7 +603,7 @@ class Volume:
                     free_unneeded(catalog, id)
 
             if self.head in above:
-                self._restart_on(layer, drop)
+                self.restart_on(layer, drop)
             else:
                 self.store.with_reserve(lambda: self.store.in_transaction(drop))
                 self.store.work_soon()
@@ -809,6 +809,13 @@ class Volume:
                 if self.writable and not self.path.poisoned and not self.path.closed:
                     self._flush_and_compact()
             finally:
+                self._release()
+
+    def abandon(self) -> None:
+        """Give the volume up without a flush: what was written is not wanted."""
+        with self.guard:
+            if not self._released:
+                self._closed = True
                 self._release()
 
     def _flush_and_compact(self) -> None:
