@@ -60,7 +60,8 @@ class Draft(Volume):
         """
         catalog = self.store.catalog
         taken: list[Snapshot] = []
-        sealed = self.seal(lambda: None, lambda layer, created_ns: None)
+        with self.operation():
+            sealed = self.seal(lambda: None, lambda layer, created_ns: None)
 
         def name_it() -> None:
             if catalog.row(SnapshotRow, "volume = ? AND name = ?", volume.row.id, name):
