@@ -324,17 +324,6 @@ static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_pi
     return status < 0 ? status : copy_through_buffer(job, buffer, piece);
 }
 
-/* Behind the end of a file all looks like a hole. One that was cut since its size was taken has lost what was there: that
- * must not become zeros. Asked behind each look for data, so what was called a hole before was one. */
-static int refuse_cut(const struct copy_pair *pair)
-{
-    struct stat source;
-
-    if (fstat(pair->source, &source) < 0)
-        return -errno;
-    return S_ISREG(source.st_mode) && (uint64_t)source.st_size < pair->source_size_bytes ? -EIO : 0;
-}
-
 static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
 {
     while (piece->length > 0) {
@@ -346,9 +335,9 @@ static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, stru
         if (status < 0)
             return status;
         part.length = (status ? data.offset : end) - piece->source_offset;
-        status = part.length > 0 ? refuse_cut(piece->pair) : 0;
-        if (status < 0)
-            return status;
+        status = part.length > 0 ? onion_was_cut(piece->pair->source, piece->pair->source_size_bytes) : 0;
+        if (status != 0)
+            return status < 0 ? status : -EIO;
         advance(piece, part.length);
         status = make_zero(job, &part);
         if (status == 0 && piece->length > 0) {

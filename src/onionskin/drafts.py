@@ -112,6 +112,7 @@ def _make(
     store: "Store", name: str | None, size: int | None, block_size: int, wipe: str, clone_of: bytes | None
 ) -> Draft:
     catalog, id = store.catalog, new_id()
+    store.make_reserve()
     lock = VolumeLock(store.layout.volume_lock(id), name or "a draft")  # before there is a row that seems to be dead
     try:
         with catalog.transaction():
