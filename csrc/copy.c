@@ -335,6 +335,9 @@ static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, stru
         if (status < 0)
             return status;
         part.length = (status ? data.offset : end) - piece->source_offset;
+        status = part.length > 0 ? onion_was_cut(piece->pair->source, piece->pair->source_size_bytes) : 0;
+        if (status != 0)
+            return status < 0 ? status : -EIO;
         advance(piece, part.length);
         status = make_zero(job, &part);
         if (status == 0 && piece->length > 0) {

@@ -13,6 +13,7 @@
 #include <linux/magic.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -94,6 +95,15 @@ int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_spa
     span->offset = (uint64_t)start;
     span->length = (stop > start && (uint64_t)stop < end ? (uint64_t)stop : end) - (uint64_t)start;
     return 1;
+}
+
+int onion_was_cut(int fd, uint64_t size_bytes)
+{
+    struct stat found;
+
+    if (fstat(fd, &found) < 0)
+        return -errno;
+    return S_ISREG(found.st_mode) && (uint64_t)found.st_size < size_bytes;
 }
 
 int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t end, struct onion_data_span *span)

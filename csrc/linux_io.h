@@ -38,6 +38,10 @@ int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t
 /* The first range at or after `offset` that SEEK_DATA calls data, cut at `end`: 1, 0 or -errno as above. */
 int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span);
 
+/* Whether fd is a regular file that is shorter than it was when its size was taken: 1, 0 or -errno. Beyond the end of a file
+ * all looks like a hole, so whoever lets a hole read zero asks this behind onion_seek_data: what it said before was true. */
+int onion_was_cut(int fd, uint64_t size_bytes);
+
 /* Makes a range a hole; the file's size stays. 1: done, 0: this file cannot be punched, or -errno. */
 int onion_punch(int fd, uint64_t offset, uint64_t length);
 

@@ -121,7 +121,8 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
 
 /* ---- what holds them ---- */
 
-/* The base from offset on: cut where its file changes between data and hole. */
+/* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
+ * missing must be asked for, and fail, and not be skipped as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
     struct onion_extent extent = {.offset = offset, .length = length, .kind = ONION_EXTENT_NONE};
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
@@ -131,7 +132,8 @@ static struct onion_extent base_extent(const struct onion_volume *volume, uint64
         extent.length = length = base->length - offset;
     struct onion_data_span span;
     int found = onion_seek_data(base->fd, offset, offset + length, &span);
-    if (found < 0) { /* not known: then it counts as data */
+    if (found < 0 || ((!found || span.offset > offset) && onion_was_cut(base->fd, base->length))) {
+        /* not known: then it counts as data */
         extent.kind = ONION_EXTENT_BASE;
     } else if (found && span.offset <= offset) {
         extent.kind = ONION_EXTENT_BASE;

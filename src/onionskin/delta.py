@@ -7,38 +7,43 @@
 The byte tables are in docs/format.md ("Delta stream"). What must hold:
 
 - The stream is written and read front to back, so that it goes through a pipe.
+- Header, data, size and GUIDs come from one pinned state of both snapshots.
 - It names its starting point by GUID. A volume that is not exactly there (its head stands on another
   snapshot, or was written to) is refused before a byte of it changes.
 - Nothing in it is believed: each size is checked against a limit before memory or disk is used for it, and
   records can only lie inside the size that the header names, each behind the last, so that it has an end.
-- What arrives goes into the head, and becomes the snapshot b only when the SHA-256 at the end agrees;
-  whatever goes wrong before that, the head is put back.
+- What arrives goes into a draft, which becomes the snapshot b and the head, in one transaction, only when the SHA-256 at
+  the end agrees. Whatever goes wrong before that, a kill included, the volume has seen none of it.
+- What a stream costs is bound by how long it is, not by the sizes that it names.
 """
 
 import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from onionskin.errors import (
-    ChainError,
-    FormatError,
-    SnapshotExistsError,
-    SnapshotNotFoundError,
-    StateError,
-)
-from onionskin.images import data_ranges
+from onionskin import usage
+from onionskin.catalog import SIZE_BYTES_MAX, SnapshotRow, VolumeRow
+from onionskin.chain import Chain, lock_chain, read_chain
+from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
+from onionskin.files import data_ranges
+from onionskin.locks import ByteLocks
 from onionskin.names import check_name
-from onionskin.snapshots import Snapshot
+from onionskin.pinned import pinned
+from onionskin.snapshots import Snapshot, find_snapshot, nearest_snapshot
 from onionskin.store import Store
+from onionskin.views import OpenChain, refuse_changed_base
 from onionskin.volume import Volume
 from onionskin.zeros import split_zeros
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from onionskin.drafts import Draft
 else:
     from onionskin.later import numpy as np
 
@@ -58,7 +63,6 @@ NO_GUID = bytes(16)
 DATA_BYTES_MAX = 1 << 20
 NAME_BYTES_MAX = 255
 NOTE_BYTES_MAX = 1 << 16
-SIZE_BYTES_MAX = (1 << 63) - 1
 BLOCK_SIZE_MAX = 2 << 20
 
 Progress = Callable[[int, int], None]
@@ -141,27 +145,22 @@ def delta(
     OSError
         Reading or writing failed.
     """
-    snapshots = {snapshot.name: snapshot for snapshot in store.snapshots(volume)}
-    start = None if a is None else _named(snapshots, volume, a)
-    end = _named(snapshots, volume, b)
-    with store.open(volume, snapshot=b) as view:
+    with _ends(store, volume, a, b) as ends:
+        top = ends.opened.chain.top
         header = Delta(
-            full=start is None,
-            name=end.name,
-            note=end.note,
-            guid_a=_guid(start) if start else NO_GUID,
-            guid_b=_guid(end),
-            size_a=start.size_bytes if start else 0,
-            size_b=view.size_bytes,
-            block_size=view.block_size,
+            full=ends.a is None,
+            name=ends.b.name,
+            note=ends.b.note,
+            guid_a=ends.a.guid if ends.a else NO_GUID,
+            guid_b=ends.b.guid,
+            size_a=ends.chain_a.top.size_bytes if ends.chain_a else 0,
+            size_b=top.size_bytes,
+            block_size=top.block_size,
         )
-        if start is None:
-            base = store.info(volume).base
-            extents = _full_extents(view, None if base is None else str(base))
-        else:
-            extents = [(int(o), int(n), int(s) == ZERO) for o, n, s in store.diff(volume, start.name, b)]
+        extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
         writer = _Writer(out, header)
-        _write_records(writer, view, _clipped(extents, view.size_bytes), progress)
+        _write_records(writer, ends.view, _clipped(extents, top.size_bytes), progress)
+        refuse_changed_base(ends.opened)
         return writer.end()
 
 
@@ -197,21 +196,52 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     reader = _Reader(stream)
     header = reader.header()
     start = _check_start(volume, header)
-    size_before = volume.size_bytes
-    try:
-        if volume.size_bytes != header.size_b:
-            volume.resize(header.size_b, force=True)
+    with _draft_at(volume, start, header) as draft:
+        base_bytes = _base_bytes(draft) if start else 0
+        if header.size_b > header.size_a:
+            _zero(draft, header.size_a, header.size_b - header.size_a, base_bytes)
         for offset, length, data in reader.records(header):
             if data is None:
-                volume.zero(offset, length)
+                _zero(draft, offset, length, base_bytes)
             else:
-                volume.write(offset, data)
+                draft.write(offset, data)
             if progress is not None:
                 progress(offset + length, header.size_b)
-        return volume.snapshot(header.name, header.note, guid=header.guid_b.hex())
-    except BaseException:
-        _put_back(volume, start, size_before)
-        raise
+        return draft.become_snapshot_of(volume, name=header.name, note=header.note, guid=header.guid_b)
+
+
+@contextmanager
+def _draft_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iterator[Draft]":
+    """Give a draft of the size of b that reads as a: what arrives goes there, so that the volume has none of it before all.
+
+    That a disk grows is free, since nothing is behind its end. Only one that shrinks has something to forget.
+    """
+    size_bytes = max(header.size_a, header.size_b)
+    layer = start.layer if start else None
+    with volume.store.draft(size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer) as draft:
+        if size_bytes > header.size_b:
+            draft.resize(header.size_b, force=True)
+        yield draft
+
+
+def _base_bytes(draft: "Draft") -> int:
+    """Return up to where the base below a draft may show through."""
+    base = read_chain(draft.store.catalog, draft.head).base
+    return base.size_bytes if base else 0
+
+
+def _zero(draft: "Draft", offset: int, length: int, base_bytes: int) -> None:
+    """Zero what is not zero already: so a record, which is 24 bytes, costs what is there, and not what it says."""
+    end = offset + length
+    if offset < base_bytes:
+        draft.zero(offset, min(end, base_bytes) - offset)
+        offset = min(end, base_bytes)
+    if offset == end:
+        return
+    for run in draft.path.runs(offset, end - offset):
+        if int(run["state"]) == DATA:
+            first = max(offset, int(run["offset"]))
+            draft.zero(first, min(end, int(run["offset"]) + int(run["length"])) - first)
 
 
 def read_header(stream: Readable) -> Delta:
@@ -225,25 +255,74 @@ def read_header(stream: Readable) -> Delta:
     return _Reader(stream).header()
 
 
-def _named(snapshots: dict[str, Snapshot], volume: str, name: str) -> Snapshot:
-    if name not in snapshots:
-        raise SnapshotNotFoundError(
-            f"volume {volume!r} has no snapshot {name!r}; list them with: onionskin snapshots STORE/{volume}"
-        )
-    return snapshots[name]
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """The two snapshots of a stream, and their layers, whose files stay as they are: no name is looked up again."""
+
+    a: SnapshotRow | None
+    b: SnapshotRow
+    chain_a: Chain | None
+    view: Volume
+    opened: OpenChain
 
 
-def _guid(snapshot: Snapshot) -> bytes:
-    return bytes.fromhex(snapshot.guid)
+@contextmanager
+def _ends(store: Store, volume: str, a: str | None, b: str) -> Iterator[_Ends]:
+    """Find both snapshots in one state of the catalog and pin what they read; again where a name meant another since."""
+    while True:
+        rows = _rows(store, volume, a, b)
+        with ExitStack() as stack:
+            try:
+                ends = _pin(store, volume, rows, stack)
+            except StateError:  # a layer is gone, maybe
+                if rows == _rows(store, volume, a, b):
+                    raise
+                continue
+            if ends is not None:
+                yield ends
+                return
 
 
-def _full_extents(view: Volume, base: str | None) -> Extents:
-    """List what can hold anything but zeros: the data of the layers, and what the base holds between."""
-    covered = [(int(o), int(n), int(s)) for o, n, s in view.extents() if int(s) != 0]
+def _pin(store: Store, volume: str, rows: "_Rows", stack: ExitStack) -> _Ends | None:
+    """Pin what two snapshots read until the stack is unwound; None where a name means another than it did."""
+    volume_row, row_a, row_b = rows
+    view = stack.enter_context(store.open(volume, snapshot=row_b.name))
+    if (view.row.id, view.head) != (volume_row.id, row_b.layer):
+        return None
+    opened = stack.enter_context(pinned(view))
+    chain_a = None
+    if row_a:
+        locks = ByteLocks(store.layout.lock)
+        stack.callback(locks.close)
+        chain_a = lock_chain(store.catalog, row_a.layer, locks)
+    return _Ends(row_a, row_b, chain_a, view, opened)
+
+
+_Rows = tuple[VolumeRow, SnapshotRow | None, SnapshotRow]
+
+
+def _rows(store: Store, volume: str, a: str | None, b: str) -> _Rows:
+    catalog = store.catalog
+    with catalog.reading():
+        row = catalog.volume(volume)
+        start = None if a is None else find_snapshot(catalog, row, a)
+        return row, start, find_snapshot(catalog, row, b)
+
+
+def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
+    """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
+    assert ends.a is not None
+    found = usage.diff_of_chains(store, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
+    return [(int(offset), int(length), int(state) == ZERO) for offset, length, state in found]
+
+
+def _full_extents(ends: _Ends) -> Extents:
+    """List what can hold anything but zeros: the data of the layers, and what their own base holds between."""
+    covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != 0]
     extents = [(offset, length, False) for offset, length, state in covered if state == DATA]
-    if base is not None:
-        with open(base, "rb", buffering=0) as file:
-            inside = list(data_ranges(file.fileno(), 0, view.size_bytes))
+    base, lock = ends.opened.chain.base, ends.opened.base_lock
+    if base is not None and lock is not None:
+        inside = list(data_ranges(lock.descriptor, 0, min(ends.view.size_bytes, base.size_bytes)))
         extents += [(start, stop - start, False) for start, stop in _minus(inside, covered)]
     return sorted(extents)
 
@@ -300,18 +379,22 @@ def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]",
             writer.data(offset + start, piece[start:stop].tobytes())
 
 
-def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
+def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
-    names = {snapshot.name for snapshot in volume.snapshots}
-    parent = volume.parent
+    catalog = volume.store.catalog
+    with catalog.reading():
+        names = {row.name for row in catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
+        parent = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
+        base = read_chain(catalog, volume.head).base
+        size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0
     if header.full:
-        if names or volume.store.info(volume.name).base is not None or _holds_data(volume):
+        if names or base is not None or _holds_data(volume):
             raise ChainError(
                 f"volume {volume.name!r} is not empty, and this stream holds a whole disk; "
                 "make a volume with onionskin create --size, and apply it to that"
             )
         return None
-    if parent is None or _guid(parent) != header.guid_a:
+    if parent is None or parent.guid != header.guid_a:
         stands = "no snapshot" if parent is None else f"snapshot {parent.name!r}"
         raise ChainError(
             f"volume {volume.name!r} stands on {stands}, where the stream to {header.name!r} does not start; "
@@ -326,9 +409,9 @@ def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
         raise SnapshotExistsError(
             f"volume {volume.name!r} already has a snapshot {header.name!r}; merge or discard it first"
         )
-    if volume.size_bytes != header.size_a:
+    if size_bytes != header.size_a:
         raise ChainError(
-            f"volume {volume.name!r} has {volume.size_bytes} bytes, the stream starts at {header.size_a}; "
+            f"volume {volume.name!r} has {size_bytes} bytes, the stream starts at {header.size_a}; "
             "it was not made from this disk: transfer the whole snapshot"
         )
     return parent
@@ -336,16 +419,6 @@ def _check_start(volume: Volume, header: Delta) -> Snapshot | None:
 
 def _holds_data(volume: Volume) -> bool:
     return any(int(state) == DATA for _, _, state in volume.extents())
-
-
-def _put_back(volume: Volume, start: Snapshot | None, size_bytes: int) -> None:
-    if start is not None:
-        volume.revert(start.name)
-        return
-    volume.trim(0, volume.size_bytes)
-    if volume.size_bytes != size_bytes:
-        volume.resize(size_bytes, force=True)
-    volume.flush()
 
 
 class _Writer:
@@ -444,14 +517,16 @@ class _Reader:
         if not 512 <= block_size <= BLOCK_SIZE_MAX or block_size & (block_size - 1):
             self._damaged(f"a block size of {block_size}")
         if not 0 < size_b <= SIZE_BYTES_MAX or size_a > SIZE_BYTES_MAX:
-            self._damaged("sizes that no disk has")
+            self._damaged("sizes that no disk has: one has at most 64 TiB")
         if full != (guid_a == NO_GUID) or guid_b == NO_GUID or (full and size_a):
             self._damaged("a start that is there and is not")
         try:
             name, note = texts[:name_length].decode(), texts[name_length:].decode()
             check_name("snapshot", name)
         except ValueError:
-            self._damaged("a name that no snapshot can have")
+            self._damaged("a name or note that no snapshot can have")
+        if "\0" in note:
+            self._damaged("a note with a NUL, which no snapshot can have")
         return Delta(full, name, note, guid_a, guid_b, size_a, size_b, block_size)
 
     def records(self, header: Delta) -> Iterator[tuple[int, int, bytes | None]]:

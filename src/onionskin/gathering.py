@@ -17,11 +17,11 @@ from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow
 from onionskin.chain import pending_base_merges
 from onionskin.errors import OnionskinError
+from onionskin.files import write_all
 from onionskin.layermaps import load_layer
 from onionskin.locks import ByteLocks
 from onionskin.pending import wants_zeros
 from onionskin.staging import StagedFiles, staged_files
-from onionskin.transfer import write_all
 
 if TYPE_CHECKING:
     import numpy

@@ -9,7 +9,9 @@ What must hold:
 - A conversion goes through a raw file, since qemu-img needs a target that it can seek in. For an import that
   file has no name (it vanishes with the process, however that ends) and lies in the store's file system,
   where there must be room for the data anyhow.
-- An import that fails leaves no volume; an export that fails leaves no file.
+- An import is a draft until all of it is durable: one that fails, or is killed, leaves no volume, and one that is under
+  way deletes nothing by a name. An export that fails leaves no file.
+- An image that ends early, or becomes shorter while it is read, is an error: what is missing is not zeros.
 """
 
 import contextlib
@@ -19,13 +21,18 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from onionskin.barriers import sync_directory
-from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
+from onionskin import exporting, transfer
+from onionskin.catalog import SIZE_BYTES_MAX
+from onionskin.drafts import refuse_taken
+from onionskin.errors import FormatError, OnionskinError
+from onionskin.exporting import new_image, passing_file, policies_of, refuse_target
+from onionskin.files import data_ranges, refuse_shorter
+from onionskin.names import check_name
+from onionskin.pinned import pinned
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -64,29 +71,6 @@ def detect_format(path: AnyPath) -> str:
         if start[offset : offset + len(magic)] == magic:
             return name
     return "raw"
-
-
-def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
-
-    Where the file system cannot tell, all of the file counts as data. What lies beyond its end is a hole.
-    """
-    at = start
-    stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
-    while at < stop:
-        try:
-            first = os.lseek(descriptor, at, os.SEEK_DATA)
-            last = os.lseek(descriptor, first, os.SEEK_HOLE)
-        except OSError as refusal:
-            if refusal.errno == errno.ENXIO:
-                return
-            if refusal.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            first, last = at, stop
-        if first >= stop:
-            return
-        yield first, min(last, stop)
-        at = last
 
 
 def import_image(
@@ -128,8 +112,8 @@ def import_image(
     VolumeExistsError
         The store has a volume of that name.
     """
-    if any(volume.name == name for volume in store.volumes()):
-        raise VolumeExistsError(f"{store.path} has a volume {name!r} already; choose another name")
+    check_name("volume", name)
+    refuse_taken(store, name)
     kind = format or detect_format(path)
     if kind not in FORMATS:
         raise ValueError(f"{kind!r} is not a format: it is one of {', '.join(FORMATS)}")
@@ -137,29 +121,37 @@ def import_image(
         if kind == "raw":
             source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
         else:
-            source = stack.enter_context(tempfile.TemporaryFile(dir=store.path))
+            source = stack.enter_context(passing_file(store, store.path, [wipe]))
             _convert_to_raw(path, kind, source, vouched=format is not None)
         size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
         if size_bytes == 0:
             raise FormatError(f"{os.fspath(path)}: the image is empty; give one that holds a disk")
-        volume = store.create(name, size=size_bytes, block_size=block_size, wipe=wipe)
-        try:
-            with volume:
-                copy_into(volume, source.fileno(), progress=progress)
-                volume.flush()
-        except BaseException:
-            store.delete(name, recursive=True)
-            raise
+        if size_bytes > SIZE_BYTES_MAX:
+            raise FormatError(
+                f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {SIZE_BYTES_MAX} (64 TiB)"
+            )
+        draft = stack.enter_context(store.draft(name, size=size_bytes, block_size=block_size, wipe=wipe))
+        copy_into(draft, source.fileno(), path=path, progress=progress)
+        draft.publish()
     return size_bytes
 
 
-def copy_into(volume: "Volume", descriptor: int, *, progress: Progress | None = None) -> None:
-    """Write the data of a raw image into a volume that reads zero, but not its zeros. No flush."""
+def copy_into(
+    volume: "Volume", descriptor: int, *, path: AnyPath | None = None, progress: Progress | None = None
+) -> None:
+    """Write the data of a raw image into a volume that reads zero, but not its zeros. No flush.
+
+    Raises
+    ------
+    OSError
+        EIO: the image was cut short meanwhile; `path` is its name in the message.
+    """
     import numpy as np
 
     from onionskin.zeros import split_zeros
 
-    ranges = list(data_ranges(descriptor, 0, volume.size_bytes))
+    size_bytes = min(volume.size_bytes, os.lseek(descriptor, 0, os.SEEK_END))
+    ranges = list(data_ranges(descriptor, 0, size_bytes))
     total = sum(stop - start for start, stop in ranges)
     done = 0
     buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
@@ -170,7 +162,8 @@ def copy_into(volume: "Volume", descriptor: int, *, progress: Progress | None = 
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
             length = os.preadv(descriptor, [buffer[:wanted].data], at)
             if length == 0:
-                return  # the file was cut short meanwhile; what is missing reads zero, as a hole would
+                refuse_shorter(descriptor, size_bytes, path)
+                raise OSError(errno.EIO, f"the image cannot be read from byte {at} on", os.fspath(path or "image"))
             for first, last, is_zero in split_zeros(buffer[:length], volume.block_size):
                 if not is_zero:
                     volume.write(at + first, buffer[first:last])
@@ -178,6 +171,7 @@ def copy_into(volume: "Volume", descriptor: int, *, progress: Progress | None = 
             done += length
             if progress is not None:
                 progress(done, total)
+    refuse_shorter(descriptor, size_bytes, path)  # what was cut may have begun in a hole
 
 
 def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
@@ -204,24 +198,23 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     target = Path(path)
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     if format == "raw":
-        volume.export(target, progress=progress)
+        exporting.export(volume, target, replace=False, progress=progress)
         return
+    store, parent = volume.store, target.absolute().parent
+    refuse_target(store, target, replace=False)
     _qemu_img()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as directory:
-        raw, made = Path(directory).absolute() / "raw", Path(directory).absolute() / "made"
-        volume.export(raw, progress=progress)
-        _run("convert", "-f", "raw", "-O", format, str(raw), str(made), about=path)
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())  # BARRIER: converted image
-        os.link(made, target)  # unlike a rename it never replaces what appeared there meanwhile
-    sync_directory(target.parent)  # BARRIER: converted image name
+    with pinned(volume) as opened, new_image(store, target, opened, replace=False) as made:
+        transfer.check_room_for_copy(store, opened, parent)
+        with passing_file(store, parent, policies_of(opened)) as raw:
+            transfer.copy_disk(store, opened, raw.fileno(), progress=progress)
+            way = [f"/proc/self/fd/{descriptor}" for descriptor in (raw.fileno(), made)]
+            _run("convert", "-f", "raw", "-O", format, *way, about=path, keep=(raw.fileno(), made))
 
 
 def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) -> None:
     source = _absolute(path)
+    before = Path(source).stat()
     facts = json.loads(_run("info", "--output=json", "-f", kind, source, about=path))
     if not vouched:
         _refuse_other_files(path, kind, source, facts)
@@ -230,7 +223,12 @@ def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) 
     # -n: the target is there already, and all of it is a hole; qemu-img finds it by its descriptor.
     target = f"/proc/self/fd/{raw.fileno()}"
     options = ("-n", "--target-is-zero", "-f", kind, "-O", "raw")
-    _run("convert", *options, source, target, about=path, keep=raw.fileno())
+    _run("convert", *options, source, target, about=path, keep=(raw.fileno(),))
+    after = Path(source).stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+        raise FormatError(
+            f"{os.fspath(path)}: the image changed while it was read (size or time differ); import it again"
+        )
 
 
 def _refuse_other_files(path: AnyPath, kind: str, source: str, facts: dict[str, Any]) -> None:
@@ -277,7 +275,7 @@ def _qemu_img() -> str:
     return program
 
 
-def _run(*arguments: str, about: AnyPath, keep: int | None = None, also_fine: tuple[int, ...] = ()) -> str:
+def _run(*arguments: str, about: AnyPath, keep: tuple[int, ...] = (), also_fine: tuple[int, ...] = ()) -> str:
     """Run qemu-img and give what it printed; its process group is ours, so that Ctrl-C stops it too."""
     ended = subprocess.run(
         [_qemu_img(), *arguments],
@@ -286,7 +284,7 @@ def _run(*arguments: str, about: AnyPath, keep: int | None = None, also_fine: tu
         text=True,
         errors="replace",
         env=os.environ | {"LC_ALL": "C"},
-        pass_fds=() if keep is None else (keep,),
+        pass_fds=keep,
     )
     if ended.returncode and ended.returncode not in also_fine:
         if os.strerror(errno.ENOSPC) in ended.stderr:

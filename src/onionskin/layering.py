@@ -17,7 +17,7 @@ from onionskin._maplog import OwnerMap
 from onionskin.catalog import SIZE_BYTES_MAX, LayerRow, SnapshotRow, VolumeRow
 from onionskin.chain import Chain, check_base, lock_chain, pending_base_merges, read_chain
 from onionskin.errors import ChainError, StateError
-from onionskin.images import data_ranges
+from onionskin.files import data_ranges
 from onionskin.layermaps import lay_map
 from onionskin.locks import ByteLocks
 from onionskin.snapshots import find_snapshot, when

@@ -46,7 +46,7 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
     return True
 
 
-def _is_locked(descriptor: int, start: int, count: int) -> bool:
+def is_locked(descriptor: int, start: int, count: int) -> bool:
     """Whether another open file description holds any lock on the bytes."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -301,7 +301,7 @@ def volume_holder(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        return _read_holder(descriptor) if _is_locked(descriptor, 0, 1) else None
+        return _read_holder(descriptor) if is_locked(descriptor, 0, 1) else None
     finally:
         os.close(descriptor)
 
@@ -400,6 +400,6 @@ def is_being_merged_into(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return _is_locked(descriptor, _MERGER_BYTE, 1)
+        return is_locked(descriptor, _MERGER_BYTE, 1)
     finally:
         os.close(descriptor)

@@ -10,14 +10,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from onionskin import forks, gathering, merging, pending
+from onionskin import drafts, forks, gathering, merging, pending
 from onionskin import usage as usages
 from onionskin.background import Background
 from onionskin.barriers import sync_directory
@@ -357,7 +357,7 @@ class Store:
             volume = self._open_head(row, lock, verify)
         else:
             volume = Volume(self, row, self._open_layer(row.head, writable=False, verify=verify), read_lock=lock)
-        self._register(volume)
+        self.note_open(volume)
         if not writable:
             return volume
         try:
@@ -366,10 +366,6 @@ class Store:
             volume.close()
             raise
         return volume
-
-    def _register(self, volume: Volume) -> None:
-        with self._open_guard:
-            self._open.add(volume)
 
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> Volume:
         if pending_base_merges(self.catalog, row.head):
@@ -424,13 +420,27 @@ class Store:
             except BaseException:
                 self.views.give_back(layer)
                 raise
-            self._register(view)
+            self.note_open(view)
             return view
 
     def _find_layer(self, name: str, snapshot: str) -> tuple[VolumeRow, bytes]:
         with self.catalog.reading():
             row = self.catalog.volume(name)
             return row, find_snapshot(self.catalog, row, snapshot).layer
+
+    def open_layer(self, layer: bytes) -> OpenChain:
+        """Open a sealed layer under locks of its own, which the caller closes with it."""
+        return self._open_layer(layer, writable=False, verify=False)
+
+    def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
+        """Open a head for the holder of its volume's lock."""
+        self.catalog.sync_found()
+        return self._open_layer(layer, writable=True, verify=False)
+
+    def note_open(self, volume: Volume) -> None:
+        """Put a handle on the list of those that are open here."""
+        with self._open_guard:
+            self._open.add(volume)
 
     def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
@@ -463,7 +473,7 @@ class Store:
         """
         self.make_reserve()
         with suppress(OSError, OnionskinError):
-            self._drop_dead_drafts()
+            drafts.drop_dead(self)
         merging.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
         with suppress(OSError, OnionskinError):
@@ -483,6 +493,28 @@ class Store:
         head = NewHead.on(layer, base=None, block_size=block_size, wipe=policy, size_bytes=layer.size_bytes)
         self._insert_volume(id, new_name, head)
 
+    def draft(
+        self,
+        name: str | None = None,
+        *,
+        size: int | None = None,
+        block_size: int = 4096,
+        wipe: str = "release",
+        clone_of: bytes | None = None,
+    ) -> "AbstractContextManager[drafts.Draft]":
+        """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
+
+        Parameters
+        ----------
+        name : str, optional
+            What `publish` calls it; VolumeExistsError where it is taken already.
+        size, block_size, wipe
+            As for `create`; of a clone the size may differ from its layer's, and the block size is the layer's.
+        clone_of : bytes, optional
+            The id of the sealed layer that it begins as.
+        """
+        return drafts.draft(self, name, size=size, block_size=block_size, wipe=wipe, clone_of=clone_of)
+
     def delete(self, name: str, *, recursive: bool = False) -> None:
         """Remove a volume and its snapshots.
 
@@ -498,12 +530,12 @@ class Store:
             lock.close()
         self.work_soon()
 
-    def _drop_volume(self, id: bytes, *, recursive: bool, only_draft: bool = False) -> None:
-        """Remove the volume with this id, whose lock is held; `only_draft`: unless it was given a name."""
+    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:
+        """Remove the volume with this id, whose lock is held."""
 
         def remove() -> None:
             row = self.catalog.volume_with_id(id)
-            if row is None or (only_draft and not row.name.startswith(DRAFT_PREFIX)):
+            if row is None:
                 return
             named = self.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
@@ -529,82 +561,6 @@ class Store:
             raise StateError(
                 f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
             )
-
-    # ---- drafts ----
-
-    @contextmanager
-    def draft(
-        self,
-        name: str,
-        *,
-        size: "int | str | None" = None,
-        block_size: int = 4096,
-        wipe: str = "release",
-        clone_of: "tuple[bytes, bytes] | None" = None,
-    ) -> Iterator["Draft"]:
-        """Make a volume that nobody sees before it is published; what is not published by the end of the block is dropped.
-
-        Death of the process drops it too, at the next opening of a volume for writing. `clone_of` is the id of a volume
-        and of the layer of one of its snapshots that the draft stands on.
-        """
-        check_name("volume", name)
-        self._refuse_taken(name) if clone_of is None else None
-        volume = self._make_draft(size, block_size, wipe, clone_of)
-        draft = Draft(self, volume, name)
-        try:
-            yield draft
-        finally:
-            if not draft.is_published:
-                self._drop_draft(volume)
-            volume.close()
-
-    def _make_draft(
-        self, size: "int | str | None", block_size: int, wipe: str, clone_of: "tuple[bytes, bytes] | None"
-    ) -> Volume:
-        id = new_id()
-        hidden = f"{DRAFT_PREFIX}{id.hex()}"
-        if clone_of is None:
-            return self._create(hidden, None, size, block_size, wipe, False)
-        lock = VolumeLock(self.layout, id, hidden)
-        source, layer_id = clone_of
-
-        def insert() -> None:
-            if not self.catalog.has(SnapshotRow, "volume = ? AND layer = ?", source, layer_id):
-                raise StateError("the snapshot to start from is gone; try again")
-            layer = self.catalog.layer(layer_id)
-            head = NewHead.on(
-                layer, base=None, block_size=layer.block_size, wipe=layer.wipe, size_bytes=layer.size_bytes
-            )
-            self._insert_volume(id, hidden, head)
-
-        try:
-            self.change(insert)
-        except BaseException:
-            lock.close()
-            self._forget_lock(id)
-            raise
-        return self._open_new(id, lock)
-
-    def _drop_draft(self, volume: Volume) -> None:
-        """Remove a draft that is open here; where that fails the next opening does it."""
-        volume.abandon()
-        with suppress(OSError, OnionskinError):
-            self._drop_volume(volume.row.id, recursive=True, only_draft=True)
-        volume.close()
-        with suppress(OSError, OnionskinError):
-            self.work_soon()
-
-    def _drop_dead_drafts(self) -> None:
-        """Remove the drafts whose makers died: nobody holds their locks."""
-        for row in self.catalog.draft_volumes():
-            try:
-                lock = VolumeLock(self.layout, row.id, row.name)
-            except StateError:
-                continue
-            try:
-                self._drop_volume(row.id, recursive=True, only_draft=True)
-            finally:
-                lock.close()
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a volume another name. Handles that are open keep working."""
@@ -714,7 +670,7 @@ class Store:
         for segment in segments:
             if segment.layer in held:
                 held[segment.layer] += self._bytes_of(segment)
-        heads = {row.head: row.name for row in volumes.values()}
+        heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
         nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
         roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
         by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
@@ -750,7 +706,7 @@ class Store:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
         self.finish_work()  # what is under way here is no problem
         if repair:
-            self._drop_dead_drafts()
+            drafts.drop_dead(self)
             pending.remove_orphans(self)
             pending.do_pending(self)
         return usages.check(self)
@@ -921,36 +877,6 @@ def refuse_foreign(layout: Layout) -> None:
             f"the store {layout.root} belongs to user {owner}, and this is user {os.geteuid()}; a store can name any file "
             "as a base, so open it only if you trust that user (--trust on the command line, trust=True in Python)"
         )
-
-
-class Draft:
-    """A volume that is being filled, before it has a name. Made by `Store.draft`."""
-
-    def __init__(self, store: Store, volume: Volume, name: str) -> None:
-        self.store, self.volume, self.name = store, volume, name
-        self.is_published = False
-
-    def publish(self) -> Volume:
-        """Make what was written durable, and give the volume its name, in one transaction. Returns the open volume.
-
-        Raises
-        ------
-        VolumeExistsError
-            The name was taken meanwhile; the draft is dropped.
-        """
-        self.volume.flush()
-        self.store.rename_volume(self.volume.row.id, self.name)
-        self.is_published = True
-        return self.volume
-
-    def become_snapshot_of(self, volume: Volume, name: str, note: str = "", *, guid: str) -> Snapshot:
-        """Make the draft's disk a new snapshot of another volume, and that volume's disk, in one transaction.
-
-        The other volume's head must be as it was when the draft was made from what it stands on.
-        """
-        taken = volume.take_over(self.volume, name, note, guid=guid)
-        self.is_published = True
-        return taken
 
 
 def _node(

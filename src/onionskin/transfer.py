@@ -1,4 +1,4 @@
-"""Moving the bytes of whole disks: export, flatten, and the copying half of a merge into the base.
+"""Moving the bytes of whole disks: the copying half of an export and of a merge into the base, and flatten.
 
 What must hold: a destination is written under the exclusive use of whoever calls; what it names as done is durable.
 The loops run in C: here are only tables of extents.
@@ -9,8 +9,8 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
@@ -23,10 +23,12 @@ from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
 from onionskin.chain import Chain, open_chain, read_chain
 from onionskin.errors import StateError
+from onionskin.files import data_ranges, write_all
 from onionskin.later import dtypes
 from onionskin.layermaps import empty_map
 from onionskin.snapshots import free_unneeded
 from onionskin.staging import StagedFiles, staged_files
+from onionskin.views import OpenChain, refuse_changed_base
 
 if TYPE_CHECKING:
     import numpy
@@ -119,7 +121,7 @@ class StretchCopy:
         self._progress = progress
         self._copy = partial(
             _copy_table,
-            paths={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
+            sources={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
             reflink=reflink,
             punch=punch,
             solid=True,
@@ -193,7 +195,7 @@ def copy_runs(
 def _copy_table(
     table: "Array",
     segment: "Array",
-    paths: dict[int, Path],
+    sources: Mapping[int, Path | int],
     *,
     reflink: bool,
     punch: bool,
@@ -206,7 +208,7 @@ def _copy_table(
 ) -> None:
     """Run a table of extents; progress counts on from `done`, and to `total` where it is part of a larger whole."""
     total = int(table["length"].sum()) if total is None else total
-    for extents, descriptors in _by_segments(table, segment, paths):
+    for extents, descriptors in _by_segments(table, segment, sources):
         try:
             job = CopyJob(
                 extents,
@@ -223,8 +225,10 @@ def _copy_table(
                 os.close(descriptor)
 
 
-def _by_segments(table: "Array", segment: "Array", paths: dict[int, Path]) -> "Iterator[tuple[Array, list[int]]]":
-    """Cut a table into parts that need few descriptors each; open them and fill in the sources."""
+def _by_segments(
+    table: "Array", segment: "Array", sources: Mapping[int, Path | int]
+) -> "Iterator[tuple[Array, list[int]]]":
+    """Cut a table into parts that need few descriptors each; open those that are paths, and fill in the sources."""
     numbers = numpy.unique(segment)
     for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
         group = numbers[first : first + OPEN_SEGMENTS_MAX]
@@ -233,9 +237,13 @@ def _by_segments(table: "Array", segment: "Array", paths: dict[int, Path]) -> "I
         descriptors = []
         try:
             for number in group:
-                if number:
-                    descriptors.append(os.open(paths[int(number)], os.O_RDONLY | os.O_CLOEXEC))
-                    part["source"][segment[mine] == number] = descriptors[-1]
+                if not number:
+                    continue
+                source = sources[int(number)]
+                if isinstance(source, Path):
+                    source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+                    descriptors.append(source)
+                part["source"][segment[mine] == number] = source
         except BaseException:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -243,22 +251,20 @@ def _by_segments(table: "Array", segment: "Array", paths: dict[int, Path]) -> "I
         yield part, descriptors
 
 
-def _check_room_for_copy(volume: "Volume", chain: Chain, directory: Path) -> None:
+def check_room_for_copy(store: "Store", opened: OpenChain, directory: Path) -> None:
     """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
-    pieces = _flat_pieces(volume.path, chain)
-    lengths = (pieces["end"] - pieces["first"]) * volume.path.block_size
+    pieces = _flat_pieces(opened)
+    lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
     system = os.statvfs(directory)
     needed, room = int(lengths.sum()), system.f_bavail * system.f_frsize
-    if needed > room and volume.wipe == "release":
+    if needed > room and may_reflink(opened.chain):
         is_base = pieces["segment"] == _BASE
         needed = 0
-        if is_base.any() and chain.base and not _can_reflink(Path(chain.base.path), directory):
+        if is_base.any() and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
             needed += int(lengths[is_base].sum())
         numbers = set(pieces["segment"][~is_base].tolist())
-        paths = [
-            volume.store.layout.segment_file(id) for number, id, _, _ in volume.path.segments() if number in numbers
-        ]
-        if paths and not _can_reflink(paths[0], directory):
+        paths = [store.layout.segment_file(id) for number, id, _, _ in opened.path.segments() if number in numbers]
+        if paths and not _segment_can_reflink(paths[0], directory):
             needed += int(lengths[~is_base].sum())
     if needed > room:
         raise OSError(
@@ -266,11 +272,21 @@ def _check_room_for_copy(volume: "Volume", chain: Chain, directory: Path) -> Non
         )
 
 
-def _can_reflink(source: Path, directory: Path) -> bool:
+def may_reflink(chain: Chain) -> bool:
+    """Whether a copy may share blocks with the store: not what has to be wiped one day, in any layer."""
+    return all(layer.wipe == "release" for layer in chain.layers)
+
+
+def _segment_can_reflink(segment: Path, directory: Path) -> bool:
+    with segment.open("rb") as file:
+        return _can_reflink(file.fileno(), directory)
+
+
+def _can_reflink(source: int, directory: Path) -> bool:
     """Whether a file in a directory can share blocks with another: by trying it with one."""
-    with source.open("rb") as file, tempfile.TemporaryFile(dir=directory) as probe:
+    with tempfile.TemporaryFile(dir=directory) as probe:
         try:
-            fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", file.fileno(), 0, HEADER_BYTES, 0))
+            fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", source, 0, HEADER_BYTES, 0))
         except OSError:
             return False
         return True
@@ -292,7 +308,7 @@ def check_room(store: "Store", folded: Chain, base_lock: "BaseLock") -> None:
         )
 
 
-def _base_extents(base_path: str, base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
+def _base_extents(base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
     """Return the copy of what the base shows through: all of it that no run hides."""
     starts = numpy.concatenate(([0], runs["offset"] + runs["length"])).astype(numpy.uint64)
     ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
@@ -305,42 +321,33 @@ def _base_extents(base_path: str, base_bytes: int, destination: int, source: int
     return table
 
 
-def copy_base(path: "DataPath", chain: Chain, destination: int, size_bytes: int, *, reflink: bool) -> None:
-    """Copy the part of the base that shows through, holes kept, to a new file."""
-    if chain.base is None:
+def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: bool) -> None:
+    """Copy the part of the base that shows through, holes kept, to a new file: from the descriptor that is locked."""
+    if opened.chain.base is None:
         return
-    source = os.open(chain.base.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        base_bytes = min(chain.base.size_bytes, size_bytes)
-        table = _base_extents(chain.base.path, base_bytes, destination, source, path.runs())
-        if len(table):
-            run_job(CopyJob(table, reflink=reflink, zero_holes=True), None, 0, 0)
-    finally:
-        os.close(source)
+    assert opened.base_lock is not None
+    base_bytes = min(opened.chain.base.size_bytes, size_bytes)
+    table = _base_extents(base_bytes, destination, opened.base_lock.descriptor, opened.path.runs())
+    if len(table):
+        run_job(CopyJob(table, reflink=reflink, zero_holes=True), None, 0, 0)
 
 
-def export(volume: "Volume", target: str, *, progress: "Progress | None") -> None:
-    """Write the disk to a raw image file. See `Volume.export`."""
-    draft = f"{target}.{os.getpid()}.part"
-    layer = volume.head if volume.writable else volume.store.catalog.layer(volume.head).id
-    chain = read_chain(volume.store.catalog, layer)
-    _check_room_for_copy(volume, chain, Path(target).absolute().parent)
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        size_bytes = volume.size_bytes
-        os.ftruncate(descriptor, size_bytes)
-        reflink = volume.wipe == "release"
-        copy_base(volume.path, chain, descriptor, size_bytes, reflink=reflink)
-        copy_runs(volume.store, volume.path, descriptor, size_bytes, reflink=reflink, punch=True, progress=progress)
-        sync_file(descriptor)  # BARRIER: exported image
-        Path(draft).replace(target)
-        sync_directory(Path(target).absolute().parent)  # BARRIER: exported image name
-    except BaseException:
-        with suppress(FileNotFoundError):
-            Path(draft).unlink()
-        raise
-    finally:
-        os.close(descriptor)
+def copy_disk(store: "Store", opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
+    """Write all that a sealed chain reads to an empty file, holes kept. Nothing is durable on return.
+
+    Raises
+    ------
+    ChainError
+        The base is not, or at the end is no longer, as it was.
+    OSError
+        A file could not be read, or ended early; or the file system is full.
+    """
+    refuse_changed_base(opened)
+    size_bytes, reflink = opened.path.size_bytes, may_reflink(opened.chain)
+    os.ftruncate(destination, size_bytes)
+    copy_base(opened, destination, size_bytes, reflink=reflink)
+    copy_runs(store, opened.path, destination, size_bytes, reflink=reflink, punch=True, progress=progress)
+    refuse_changed_base(opened)
 
 
 # ---- flatten ----
@@ -355,7 +362,8 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
     store, catalog = volume.store, volume.store.catalog
     if _stands_alone(catalog, volume.head):
         return
-    _check_room_for_copy(volume, read_chain(catalog, volume.head), store.layout.segments)
+    before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
+    check_room_for_copy(store, before, store.layout.segments)
     old = volume.seal(lambda: None, lambda layer, created_ns: None)
     chain = read_chain(catalog, old.id)
     wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
@@ -426,7 +434,9 @@ def _write_flat(
     """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
     store, block_size = volume.store, chain.top.block_size
     with chain_path(store, chain, volume.base_lock) as path:
-        pieces = _flat_pieces(path, chain)
+        opened = OpenChain(chain, path, volume.locks, volume.base_lock)
+        refuse_changed_base(opened)
+        pieces = _flat_pieces(opened)
         counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
         slots = numpy.concatenate(([0], numpy.cumsum(counts)))
         target = store.layout.segment_file(segment)
@@ -435,7 +445,8 @@ def _write_flat(
             write_all(
                 descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
             )
-            _copy_pieces(store, path, chain, pieces, slots[:-1], descriptor, progress, volume.base_lock)
+            _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
+            refuse_changed_base(opened)
             os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
             sync_file(descriptor)  # BARRIER: flat segment
         finally:
@@ -456,14 +467,16 @@ def _write_flat(
     return int(slots[-1]), written
 
 
-def _flat_pieces(path: "DataPath", chain: Chain) -> "Array":
+def _flat_pieces(opened: OpenChain) -> "Array":
     """Return stretches of blocks [first, end) that may not read zero, each from one place: a segment, or the base."""
-    block_size, runs = path.block_size, path.runs()
+    path, block_size, runs = opened.path, opened.path.block_size, opened.path.runs()
     run_first = (runs["offset"] // block_size).astype(numpy.int64)
     run_end = run_first + (runs["length"] // block_size).astype(numpy.int64)
     base = numpy.zeros((0, 2), dtype=numpy.int64)
-    if chain.base:
-        found = list(_data_of(Path(chain.base.path), min(chain.base.size_bytes, path.size_bytes)))
+    if opened.chain.base:
+        assert opened.base_lock is not None
+        base_bytes = min(opened.chain.base.size_bytes, path.size_bytes)
+        found = list(data_ranges(opened.base_lock.descriptor, 0, base_bytes))
         base = numpy.array(found, dtype=numpy.int64).reshape(-1, 2)
     base_first, base_end = base[:, 0] // block_size, -(-base[:, 1] // block_size)
     cuts = numpy.unique(numpy.concatenate((run_first, run_end, base_first, base_end)))
@@ -483,15 +496,14 @@ def _flat_pieces(path: "DataPath", chain: Chain) -> "Array":
 
 def _copy_pieces(
     store: "Store",
-    path: "DataPath",
-    chain: Chain,
+    opened: OpenChain,
     pieces: "Array",
     slots: "Array",
     descriptor: int,
     progress: "Progress | None",
-    base_lock: "BaseLock | None",
 ) -> None:
     """Copy pieces of the disk behind each other, from the given slots on."""
+    path, base = opened.path, opened.chain.base
     block_size, from_base = path.block_size, pieces["segment"] == _BASE
     table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
     table["source"], table["destination"] = -1, descriptor
@@ -499,14 +511,13 @@ def _copy_pieces(
     table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
     table["source_offset"][from_base] = pieces["first"][from_base] * block_size
     table["length"] = (pieces["end"] - pieces["first"]) * block_size
-    paths = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
-    if chain.base:
-        assert base_lock is not None
-        paths[_BASE] = Path(f"/proc/self/fd/{base_lock.descriptor}")  # the file that is locked, whatever its path names
-        inside = min(chain.base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
+    sources: dict[int, Path | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    if base and opened.base_lock:
+        sources[_BASE] = opened.base_lock.descriptor
+        inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
         table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
-    reflink = all(layer.wipe == "release" for layer in chain.layers)
-    _copy_table(table, pieces["segment"], paths, reflink=reflink, punch=True, solid=False, progress=progress)
+    reflink = may_reflink(opened.chain)
+    _copy_table(table, pieces["segment"], sources, reflink=reflink, punch=True, solid=False, progress=progress)
 
 
 def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
@@ -515,25 +526,3 @@ def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
         return numpy.full(len(points), -1)
     at = numpy.searchsorted(starts, points, side="right") - 1
     return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write at the start of a file; a system that takes only a part of it says why at the rest."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], done)
-
-
-def _data_of(path: Path, size_bytes: int) -> Iterator[tuple[int, int]]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        end = 0
-        while end < size_bytes:
-            try:
-                start = os.lseek(descriptor, end, os.SEEK_DATA)
-            except OSError:
-                return
-            end = os.lseek(descriptor, start, os.SEEK_HOLE)
-            yield start, min(end, size_bytes)
-    finally:
-        os.close(descriptor)

@@ -197,10 +197,11 @@ def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
     volume = store.catalog.volume(name)
     with _tree(store) as tree:
         chains = [tree.chain(tree.layer_of(store, volume, one)) for one in (a, b)]
-        return _diff(store, a, b, *chains)
+        return diff_of_chains(store, a, b, *chains)
 
 
-def _diff(store: "Store", a: str, b: str | None, chain_a: Chain, chain_b: Chain) -> "Array":
+def diff_of_chains(store: "Store", a: str, b: str | None, chain_a: Chain, chain_b: Chain) -> "Array":
+    """Return the extents that may differ between two chains whose files are locked; a and b are what they are called."""
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
         raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common; compare exported images instead")

@@ -5,12 +5,14 @@ costs a look into a table. The shared locks are held until the last view of the 
 it is gone; the data path is closed with the last view.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from onionskin._volume import DataPath
 from onionskin.chain import Chain
+from onionskin.errors import ChainError
 from onionskin.locks import BaseLock, ByteLocks
 
 
@@ -23,6 +25,23 @@ class OpenChain:
     locks: ByteLocks
     base_lock: BaseLock | None
     users: int = 0
+
+
+def refuse_changed_base(opened: OpenChain) -> None:
+    """Raise ChainError where the base, by its locked descriptor, is not the file, or not as it was, that the chain says.
+
+    Whoever copied from it asks again at the end: what was read before a change and after it is no disk.
+    """
+    base = opened.chain.base
+    if base is None:
+        return
+    assert opened.base_lock is not None
+    found = os.fstat(opened.base_lock.descriptor)
+    if (found.st_ino, found.st_size, found.st_mtime_ns) != (base.inode, base.size_bytes, base.mtime_ns):
+        raise ChainError(
+            f"the base {base.path} has changed since the volume was opened (inode, size or time differ), so what was "
+            "read is no disk that there was: put the file back, or name the right one with 'onionskin relocate'"
+        )
 
 
 class SealedViews:

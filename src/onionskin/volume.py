@@ -9,7 +9,6 @@ import io
 import logging
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +17,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from onionskin import forks, merging, transfer
+from onionskin import exporting, forks, merging, transfer
 from onionskin.catalog import (
-    BaseRow,
     CommitUnknownError,
     LayerRow,
     SegmentRow,
@@ -118,7 +116,6 @@ class Volume:
         self.wipe: str = opened.chain.top.wipe
         self._volume_lock = volume_lock
         self._read_lock = read_lock  # of a head that is open for reading only
-        self._is_abandoned = False
         self.guard: threading.RLock = threading.RLock()
         self._merge_end = threading.Condition(self.guard)
         self.is_merging: bool = False  # a merge into the base copies: under `guard`
@@ -194,6 +191,11 @@ class Volume:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is what a fork left in the child, where nothing of it works."""
+        return self._forked
 
     def __repr__(self) -> str:
         at = f"@{self.snapshot_name}" if self.snapshot_name else ""
@@ -590,9 +592,9 @@ class Volume:
         """
         with self.operation():
             target = find_snapshot(self.store.catalog, self.row, name).layer
-            self._restart_on(target, lambda: None)
+            self.restart_on(target, lambda: None)
 
-    def _restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
+    def restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
         catalog = self.store.catalog
         below = lock_chain(catalog, layer_id, self.locks)
@@ -675,7 +677,7 @@ class Volume:
             above = descendants(catalog, layer)
             self._refuse_discard(name, above, recursive)
             if self.head in above:
-                self._restart_on(layer, drop)
+                self.restart_on(layer, drop)
             else:
                 self.store.change(drop)
                 self.store.work_soon()
@@ -695,35 +697,6 @@ class Volume:
                 f"snapshots were taken after {name!r}: {', '.join(named)}; pass recursive to discard them too, or merge "
                 f"{name!r} to keep what was written"
             )
-
-    def take_over(self, draft: "Volume", name: str, note: str, *, guid: str) -> Snapshot:
-        """Make the disk of a draft a new snapshot, and this disk what it is then: one transaction.
-
-        Raises
-        ------
-        StateError
-            This disk was changed since it was made what the draft was made from.
-        """
-        name, note, guid_bytes = check_name("snapshot", name), check_note(note), _guid_bytes(guid)
-        catalog, taken = self.store.catalog, []
-        with self.operation():
-            sealed = draft.seal(lambda: None, lambda layer, created_ns: None)
-            if self.head_changed:
-                raise StateError(f"volume {self.name!r} was written to meanwhile; revert it, and try again")
-
-            def also() -> None:
-                if catalog.has(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
-                    raise SnapshotExistsError(f"volume {self.name!r} already has a snapshot {name!r}")
-                row = SnapshotRow(
-                    self.row.id, name, sealed.id, guid_bytes, time.time_ns(), note, catalog.take_lock_byte()
-                )
-                catalog.insert(row)
-                taken.append(describe_snapshot(catalog, self.row, row, sealed))
-                catalog.delete(VolumeRow, "id = ?", draft.row.id)
-                free_unneeded(catalog, draft.head)
-
-            self._restart_on(sealed.id, also)
-        return taken[-1]
 
     def merge(self, name: str) -> None:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
@@ -783,14 +756,21 @@ class Volume:
             transfer.flatten(self, progress=progress)
 
     def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
-        """Write the disk as a raw image file, holes kept. Durable on return; a file that is there is replaced."""
-        if self.store.layout.holds(Path(path)):
-            raise ValueError(f"{os.fspath(path)} is in the store itself; choose a path outside of it")
-        if self.store.catalog.row(BaseRow, "path = ?", str(Path(path).resolve())):
-            raise StateError(f"{os.fspath(path)} is a base that volumes stand on; choose another path")
-        if self.writable:
-            self.flush()
-        transfer.export(self, os.fspath(path), progress=progress)
+        """Write the disk as a raw image file, holes kept. Durable on return; a regular file that is there is replaced.
+
+        Other threads read, write and change the tree meanwhile: what was written before the call is in the image, and
+        nothing that was written after the disk was sealed for it.
+
+        Raises
+        ------
+        StateError
+            The path is a base, of whatever name; or a merge into the base is under way.
+        ValueError
+            It leads into the store.
+        OSError
+            A file could not be read to its end; or ENOSPC. There is no image then, and what was there is unchanged.
+        """
+        exporting.export(self, Path(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Array":
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
@@ -897,9 +877,16 @@ class Volume:
             self._closed = True  # and again where an interrupt came before the end
             try:
                 self._settle()
-                if self.writable and not (self._is_abandoned or self.path.poisoned or self.path.closed):
+                if self.writable and not (self.path.poisoned or self.path.closed):
                     self._flush_and_compact()
             finally:
+                self._release()
+
+    def abandon(self) -> None:
+        """Give the volume up without a flush: what was written is not wanted."""
+        with self.guard:
+            if not self._released:
+                self._closed = True
                 self._release()
 
     def _flush_and_compact(self) -> None:
@@ -936,10 +923,6 @@ class Volume:
             if lock:
                 lock.close()
         self._released = True
-
-    def abandon(self) -> None:
-        """Have `close` write nothing: the volume is about to be dropped."""
-        self._is_abandoned = True
 
     def _release_view(self) -> None:
         """Give a view up. Its locks end with the last array over it: they close when nothing refers to them."""

@@ -1,5 +1,6 @@
 """What BLOCK_STATUS says of a disk with data of every kind."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_one_extent_is_what_req_one_gets_and_it_may_begin_anywhere(tmp_path: Pat
             DEPTH: [(2 * MIB - 1000, 0)],
         }
         assert client.status(2 * MIB + 1, 3)[ALLOCATION] == [(3, 0)]
+
+
+def test_a_base_that_was_cut_short_has_no_holes_that_a_client_could_skip(tmp_path: Path, base: Path) -> None:
+    with served_volume(tmp_path, size=0, base=base) as (at, _), Client(at.path) as client:
+        client.go(contexts=(ALLOCATION,))
+        os.truncate(base, MIB)
+        assert client.status(0, 8 * MIB)[ALLOCATION] == [(8 * MIB, 0)]
 
 
 def test_a_disk_too_scattered_for_one_reply_is_described_from_its_start(served: Served) -> None:

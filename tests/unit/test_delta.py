@@ -2,7 +2,11 @@
 
 import hashlib
 import io
+import os
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onionskin import delta
+from onionskin.catalog import LayerRow
 from onionskin.delta import COUNTS, CRC, DATA, END, HEADER, RECORD, ZERO, Delta
 from onionskin.errors import (
     ChainError,
@@ -256,6 +261,186 @@ def test_a_stream_may_arrive_in_any_pieces(pair: tuple[Store, Store]) -> None:
     assert contents(there) == contents(here)
 
 
+def test_a_whole_stream_of_a_snapshot_that_is_older_than_a_flatten_holds_its_base(
+    stores: tuple[Store, Store], tmp_path: Path
+) -> None:
+    here, there = stores
+    (tmp_path / "base.raw").write_bytes(b"base" * BLOCK)
+    with here.create("web", base=tmp_path / "base.raw") as web:
+        web.write(0, b"w" * BLOCK)
+        web.snapshot("a")
+        web.flatten()
+    there.create("web", size=BLOCK).close()
+    apply(there, stream_of(here, None, "a"))
+    assert contents(there) == contents(here, snapshot="a") == b"w" * BLOCK + b"base" * (3 * BLOCK // 4)
+
+
+@pytest.mark.parametrize("a", [None, "a"])
+def test_a_snapshot_that_takes_the_name_of_another_while_a_stream_begins_is_not_mixed_with_it(
+    pair: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch, a: str | None
+) -> None:
+    here, there = pair
+    with here.open("web") as web:
+        web.revert("a")
+        real = Store.open
+
+        def exchange(store: Store, name: str, *, snapshot: str | None = None, verify: bool = False) -> Volume:
+            monkeypatch.setattr(Store, "open", real)
+            web.discard("b")
+            web.write(5 * BLOCK, b"n" * BLOCK)
+            web.snapshot("b", "the new one")
+            return real(store, name, snapshot=snapshot, verify=verify)
+
+        monkeypatch.setattr(Store, "open", exchange)
+        stream = stream_of(here, a, "b")
+    there.create("new", size=BLOCK).close()
+    apply(there, stream, "new" if a is None else "web")
+    receiver = "new" if a is None else "web"
+    (ours,) = [snapshot for snapshot in here.snapshots("web") if snapshot.name == "b"]
+    (theirs,) = [snapshot for snapshot in there.snapshots(receiver) if snapshot.name == "b"]
+    assert (ours.guid, ours.note) == (theirs.guid, theirs.note)
+    assert contents(there, receiver) == contents(here, snapshot="b")
+
+
+def test_a_base_that_changes_under_a_stream_leaves_one_that_is_refused(
+    stores: tuple[Store, Store], tmp_path: Path
+) -> None:
+    here, there = stores
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"base" * BLOCK)
+    with here.create("web", base=base) as web:
+        web.snapshot("a")
+    out = io.BytesIO()
+    with pytest.raises(ChainError, match="has changed"):
+        delta.delta(here, "web", None, "a", out, progress=lambda done, total: os.utime(base, ns=(0, 0)))
+    there.create("web", size=BLOCK).close()
+    with pytest.raises(FormatError, match="ends early"):
+        apply(there, out.getvalue())
+
+
+base_changes = st.lists(
+    st.tuples(st.sampled_from(["write", "zero", "trim", "resize"]), st.integers(0, SIZE), st.integers(1, 5 * BLOCK)),
+    max_size=6,
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, SIZE), after=base_changes)
+def test_a_receiver_on_the_same_base_reads_the_same_whatever_was_zeroed_cut_or_grown(
+    tmp_path_factory: pytest.TempPathFactory, size: int, after: list[tuple[str, int, int]]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("delta")
+    (tmp_path / "base.raw").write_bytes(b"base" * (SIZE // 4 - 100))
+    with Store(tmp_path / "here") as here, Store(tmp_path / "there") as there:
+        for store in (here, there):
+            with store.create("web", base=tmp_path / "base.raw", size=size) as web:
+                web.write(0, b"w" * min(size, 5000))
+                web.snapshot("a", guid="ab" * 16)
+        with here.open("web") as web:
+            for what, at, length in after:
+                change(web, what, at, length)
+            web.snapshot("b")
+        apply(there, stream_of(here, "a", "b"))
+        assert contents(there) == contents(here)
+        for store in (here, there):
+            with store.open("web") as web:
+                web.resize(2 * SIZE)
+        assert contents(there) == contents(here)
+        assert there.check() == []
+
+
+def test_what_is_written_to_the_head_while_a_stream_arrives_is_kept_and_the_stream_refused(
+    pair: tuple[Store, Store],
+) -> None:
+    here, there = pair
+    with there.open("web") as web:
+
+        def write(done: int, total: int) -> None:
+            web.write(9 * BLOCK, b"mine")
+
+        with pytest.raises(StateError, match="written to meanwhile"):
+            delta.apply(io.BytesIO(stream_of(here, "a", "b")), web, progress=write)
+        assert web.read(9 * BLOCK, 4) == b"mine"
+        assert [snapshot.name for snapshot in web.snapshots] == ["a"]
+    assert [volume.name for volume in there.volumes()] == ["web"]
+    assert there.check() == []
+
+
+KILLED = """
+import io, os, signal, sys
+from onionskin import Store, delta
+
+class Killed(io.FileIO):
+    def read(self, length=-1, /):
+        if self.tell() >= int(sys.argv[3]):
+            os.kill(os.getpid(), signal.Signals[sys.argv[4]])
+        return super().read(length)
+
+with Store(sys.argv[1]) as store, store.open(sys.argv[5]) as volume:
+    delta.apply(Killed(sys.argv[2]), volume)
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_killed_apply_leaves_the_volume_as_it_was(
+    pair: tuple[Store, Store], tmp_path: Path, whole: bool, signal_name: str
+) -> None:
+    here, there = pair
+    there.create("new", size=BLOCK).close()
+    name = "new" if whole else "web"
+    stream = stream_of(here, None if whole else "a", "b")
+    (tmp_path / "stream").write_bytes(stream)
+    before = contents(there, name), there.snapshots(name), len(there.catalog.rows(LayerRow))
+    for position in (100, len(stream) // 2, len(stream) - 1):
+        arguments = [there.path, tmp_path / "stream", str(position), signal_name, name]
+        ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+        assert ended.returncode == -signal.Signals[signal_name], ended.stderr
+        assert sorted(volume.name for volume in there.volumes()) == ["new", "web"]
+        assert (contents(there, name), there.snapshots(name), len(there.catalog.rows(LayerRow))) == before
+    apply(there, stream, name)
+    assert contents(there, name) == contents(here, snapshot="b")
+    assert there.check() == []
+
+
+BOUND = """
+import io, resource, sys
+from onionskin import Store, delta
+import numpy
+
+with Store(sys.argv[1]) as store, store.open("web") as volume:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open(sys.argv[2], "rb") as stream:
+        delta.apply(stream, volume)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+    print(volume.size_bytes)
+"""
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_short_stream_that_names_the_largest_disk_costs_little(tmp_path: Path, full: bool) -> None:
+    """Also where it says of all of that disk that it is zero."""
+    size = 64 << 40
+    head = replace(HEAD, full=full, guid_a=bytes(16) if full else b"A" * 16, size_a=0 if full else BLOCK, size_b=size)
+    body = header_of(head, features=int(full)) + record(ZERO, 0, size)
+    (tmp_path / "stream").write_bytes(ended(body, 1, 0, size, size))
+    with Store(tmp_path / "store") as store, store.create("web", size=BLOCK) as web:
+        web.write(0, b"x" * BLOCK * (not full))
+        if not full:
+            web.snapshot("a", guid=(b"A" * 16).hex())
+    ran = subprocess.run(
+        [sys.executable, "-c", BOUND, tmp_path / "store", tmp_path / "stream"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    mebibytes, size_bytes = map(int, ran.stdout.split())
+    assert size_bytes == size
+    assert mebibytes < 16
+    with Store(tmp_path / "store") as store, store.open("web") as web:
+        assert web.read(0, BLOCK) == bytes(BLOCK)
+
+
 # ---- hostile streams: read without a volume, as nothing of them may get that far ----
 
 
@@ -334,7 +519,13 @@ def test_a_record_larger_than_records_may_be_is_refused_before_it_is_read() -> N
         (lambda: header_of(HEAD, name=b"\xff\xfe"), "name"),
         (lambda: header_of(HEAD, name=b"n" * 256), "name"),
         (lambda: header_of(replace(HEAD, note="n" * (1 << 16) + "n")), "note"),
+        (lambda: header_of(replace(HEAD, note="a\0b")), "NUL"),
+        (lambda: header_of(HEAD, name=b"a\0b"), "name"),
+        (lambda: header_of(HEAD, name=b"a/b"), "name"),
+        (lambda: header_of(HEAD, name=b"\xed\xb2\x80"), "name"),
         (lambda: header_of(replace(HEAD, size_b=0)), "sizes"),
+        (lambda: header_of(replace(HEAD, size_b=(64 << 40) + 1)), "64 TiB"),
+        (lambda: header_of(replace(HEAD, size_a=(64 << 40) + 1)), "64 TiB"),
         (lambda: header_of(replace(HEAD, size_b=1 << 63)), "sizes"),
         (lambda: header_of(replace(HEAD, size_a=1 << 63)), "sizes"),
         (lambda: header_of(replace(HEAD, block_size=4095)), "block size"),

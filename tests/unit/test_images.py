@@ -1,16 +1,22 @@
 """Disk images in and out: holes stay holes, and no image reads a file that nobody named."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
-from onionskin import images
-from onionskin.errors import FormatError, OnionskinError, VolumeExistsError
+from onionskin import files, images
+from onionskin.catalog import LayerRow, VolumeRow
+from onionskin.errors import FormatError, OnionskinError, VolumeExistsError, VolumeNotFoundError
 from onionskin.images import detect_format, export_image, import_image
 from onionskin.store import Store
 
@@ -66,14 +72,14 @@ def test_an_image_that_ends_inside_a_block_keeps_its_size(store: Store, tmp_path
 
 def test_data_ranges_follow_the_holes_of_a_file(raw: Path) -> None:
     with open(raw, "rb") as file:
-        ranges = list(images.data_ranges(file.fileno(), 0, 16 << 20))
+        ranges = list(files.data_ranges(file.fileno(), 0, 16 << 20))
     found = np.zeros(16 << 20, dtype=bool)
     for first, last in ranges:
         found[first:last] = True
     assert found[3 * BLOCK : 7 * BLOCK].all()
     assert found.sum() < 1 << 20
     with open(raw, "rb") as file:
-        assert list(images.data_ranges(file.fileno(), 4 * BLOCK, 5 * BLOCK)) == [(4 * BLOCK, 5 * BLOCK)]
+        assert list(files.data_ranges(file.fileno(), 4 * BLOCK, 5 * BLOCK)) == [(4 * BLOCK, 5 * BLOCK)]
 
 
 def test_progress_ends_at_all_that_there_is(store: Store, raw: Path) -> None:
@@ -154,6 +160,113 @@ def test_an_import_that_is_interrupted_leaves_no_volume(store: Store, raw: Path)
     with pytest.raises(KeyboardInterrupt):
         import_image(store, raw, "web", progress=stop)
     assert store.volumes() == []
+
+
+KILLED = """
+import os, signal, sys
+from onionskin import Store, images
+
+def kill(done, total):
+    if done >= total // 2:
+        os.kill(os.getpid(), signal.Signals[sys.argv[3]])
+
+with Store(sys.argv[1]) as store:
+    images.import_image(store, sys.argv[2], "web", progress=kill)
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_killed_import_leaves_no_volume(store: Store, raw: Path, tmp_path: Path, kind: str, signal_name: str) -> None:
+    qemu_img("convert", "-O", kind, raw, tmp_path / "image")
+    ended = subprocess.run([sys.executable, "-c", KILLED, store.path, tmp_path / "image", signal_name])
+    assert ended.returncode == -signal.Signals[signal_name]
+    assert store.volumes() == []
+    assert [node for node in store.tree() if node.kind == "head"] == []
+    with pytest.raises(VolumeNotFoundError):
+        store.open("web")
+    import_image(store, raw, "web")  # which drops what is left, too
+    assert contents(store, "web") == raw.read_bytes()
+    assert len(store.catalog.rows(VolumeRow)) == len(store.catalog.rows(LayerRow)) == 1
+    assert store.check() == []
+
+
+def test_a_volume_that_takes_the_name_during_an_import_is_kept_and_the_import_is_not(store: Store, raw: Path) -> None:
+    def take(done: int, total: int) -> None:
+        if not store.volumes():
+            with store.create("web", size=BLOCK) as volume:
+                volume.write(0, b"precious")
+                volume.snapshot("keep")
+
+    with pytest.raises(VolumeExistsError):
+        import_image(store, raw, "web", progress=take)
+    assert [(volume.name, volume.snapshots) for volume in store.volumes()] == [("web", 1)]
+    assert contents(store, "web")[:8] == b"precious"
+    assert len(store.catalog.rows(VolumeRow)) == 1
+
+
+def test_an_import_that_fails_leaves_a_volume_that_took_its_name(store: Store, raw: Path) -> None:
+    def take(done: int, total: int) -> None:
+        with store.create("web", size=BLOCK) as volume:
+            volume.write(0, b"precious")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_image(store, raw, "web", progress=take)
+    assert contents(store, "web")[:8] == b"precious"
+
+
+@pytest.mark.parametrize("cut_at", [4 * BLOCK, 10 << 20], ids=["in data", "in a hole"])
+def test_an_image_that_is_cut_short_while_it_is_imported_is_an_error(store: Store, raw: Path, cut_at: int) -> None:
+    with pytest.raises(OSError, match="cut to") as failure:
+        import_image(store, raw, "web", progress=lambda done, total: os.truncate(raw, cut_at))
+    assert failure.value.errno == errno.EIO
+    assert failure.value.filename == str(raw)
+    assert store.volumes() == []
+
+
+def test_a_qcow2_that_changes_while_it_is_converted_is_an_error(
+    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "disk.qcow2"
+    qemu_img("convert", "-O", "qcow2", raw, image)
+    real = images._run
+
+    def change(*arguments: str, **options: Any) -> str:
+        printed = real(*arguments, **options)
+        if arguments[0] == "convert":
+            os.truncate(image, image.stat().st_size // 2)
+        return printed
+
+    monkeypatch.setattr(images, "_run", change)
+    with pytest.raises(FormatError, match="changed while it was read"):
+        import_image(store, image, "web")
+    assert store.volumes() == []
+
+
+@pytest.mark.parametrize(("wipe", "rest"), [("zero", False), ("release", True)])
+def test_what_a_conversion_passes_through_is_wiped_where_the_disk_is(
+    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, rest: bool
+) -> None:
+    kept: list[int] = []
+    real = tempfile.TemporaryFile
+
+    def keep(**options: Any) -> IO[bytes]:
+        file = real(**options)
+        kept.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", keep)
+    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "disk")
+    import_image(store, tmp_path / "disk", "web", wipe=wipe)
+    with store.open("web") as volume:
+        export_image(volume, tmp_path / "out", format="qcow2")
+    copies = [os.pread(descriptor, 16 << 20, 0) for descriptor in kept]
+    for descriptor in kept:
+        os.close(descriptor)
+    whole = [copy for copy in copies if len(copy) == 16 << 20]  # the others only tried what the file system can do
+    assert len(whole) == 2
+    assert [b"data" in copy for copy in whole] == [rest, rest]
 
 
 def test_an_empty_image_is_refused(store: Store, tmp_path: Path) -> None:

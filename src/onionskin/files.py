@@ -1,0 +1,74 @@
+"""Files of the operating system: where one holds data, and writing all of a buffer.
+
+What must hold: an answer that the system could not give is an error, never a hole. A hole that is not one reads zero in
+every copy that is made from it, and no later check can tell.
+"""
+
+import os
+from collections.abc import Iterator
+from errno import EINVAL, EIO, ENXIO, EOPNOTSUPP
+from pathlib import Path
+
+# How a file system refuses SEEK_DATA as such: it knows of no holes.
+_UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)
+
+
+def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
+
+    Where the file system cannot tell, all of the file counts as data. What lies beyond its end, as that is when the
+    first range is asked for, is a hole.
+
+    Raises
+    ------
+    OSError
+        The system did not answer; or EIO: the file became shorter meanwhile, so what it held there is not known.
+    """
+    at = start
+    stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
+    while at < stop:
+        found = _next_range(descriptor, at, stop)
+        if found is None or found[0] >= stop:
+            break
+        yield found[0], min(found[1], stop)
+        at = found[1]
+    refuse_shorter(descriptor, stop)
+
+
+def _next_range(descriptor: int, at: int, stop: int) -> tuple[int, int] | None:
+    """Return the first range of data from `at` on, or None: there is none to the end of the file."""
+    try:
+        first = os.lseek(descriptor, at, os.SEEK_DATA)
+        last = os.lseek(descriptor, first, os.SEEK_HOLE)
+    except OSError as refusal:
+        if refusal.errno == ENXIO:  # also where the file was cut meanwhile: the caller looks
+            return None
+        if refusal.errno not in _UNKNOWN_TO_FILE_SYSTEM:
+            raise
+        return at, stop
+    return first, last if last > first else stop
+
+
+def refuse_shorter(descriptor: int, size_bytes: int, path: "str | os.PathLike[str] | None" = None) -> None:
+    """Raise EIO where a file, or a block device, has fewer bytes than it had when its size was taken."""
+    found = os.lseek(descriptor, 0, os.SEEK_END)
+    if found < size_bytes:
+        name = os.fspath(path) if path is not None else _name_of(descriptor)
+        raise OSError(
+            EIO, f"the file was cut to {found} of {size_bytes} bytes while it was read; the copy is not complete", name
+        )
+
+
+def _name_of(descriptor: int) -> str:
+    """Name an open file for a message, as the kernel does."""
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except OSError:
+        return f"descriptor {descriptor}"
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write at the start of a file; a system that takes only a part of it says why at the rest."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], done)
