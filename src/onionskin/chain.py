@@ -5,6 +5,7 @@ it then still names; so no file that an open data path reads is freed by anybody
 """
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +136,11 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
     )
     try:
         if chain.base:
-            path.set_base(chain.base.path, chain.base.size_bytes)
+            descriptor = os.open(chain.base.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                path.set_base(descriptor, chain.base.size_bytes)
+            finally:
+                os.close(descriptor)
         for layer in chain.layers[:-1] if writable else chain.layers:
             _add_layer(layout, path, layer, chain.segments[layer.id])
         if writable:

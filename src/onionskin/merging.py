@@ -314,11 +314,15 @@ def _run_base_merge(
             bytes_per_second=bytes_per_second,
         )
         with volume.guard:
-            dropped = _finish(store, folded)
-            below = read_chain(store.catalog, volume.head).base
-            assert below is not None
-            volume.path.rebase(path=below.path, size_bytes=below.size_bytes, dropped=dropped)
-            volume.lock_what_is_read()
+            dropped = [segment.id for rows in folded.segments.values() for segment in rows]
+            volume.path.prepare_below(lock.descriptor, folded.top.size_bytes, dropped=dropped)
+            try:
+                _finish(store, folded)
+            except BaseException:
+                volume.path.abort_below()
+                raise
+            if volume.path.commit_below():
+                volume.lock_what_is_read()
             fold_where_unnamed(volume, [folded.top.id])
     finally:
         lock.close()
@@ -463,11 +467,10 @@ def _note_done(store: "Store", folded: Chain, done_bytes: int) -> None:
             raise
 
 
-def _finish(store: "Store", folded: Chain) -> list[bytes]:
-    """Let what stood on the folded layers stand on the base. Returns the segments that are no longer read."""
+def _finish(store: "Store", folded: Chain) -> None:
+    """Let what stood on the folded layers stand on the base."""
     catalog = store.catalog
     assert folded.base is not None
-    dropped = [segment.id for rows in folded.segments.values() for segment in rows]
     top = folded.top
 
     def switch() -> None:
@@ -504,7 +507,6 @@ def _finish(store: "Store", folded: Chain) -> list[bytes]:
         catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", top.id)
 
     store.in_transaction(switch)
-    return dropped
 
 
 def resume_base_merge(store: "Store", target: bytes) -> None:
