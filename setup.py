@@ -16,8 +16,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 # Extension module -> the kernels in csrc/ that it links.
-_MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c"]
-_VOLUME = ["volume", "opening", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP]
+_MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c", "mapfile", "linux_io"]
+_VOLUME = ["volume", "opening", "head", "below", "barrier", "epoch", "fault", "site", "segment", "wipe", *_MAP]
 _NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
     "_blockmap": ["blockmap", "mapbuild"],

@@ -291,8 +291,9 @@ static uint64_t skip_hole_ranges(const struct onion_map *map, uint64_t block_ind
 
 int onion_map_next(const struct onion_map *map, uint64_t block_index, uint64_t block_end, struct onion_run *run) {
     struct onion_run more;
-    if (block_end > map->block_count)
-        block_end = map->block_count;
+    uint64_t block_count = __atomic_load_n(&map->block_count, __ATOMIC_ACQUIRE);
+    if (block_end > block_count)
+        block_end = block_count;
     for (;;) {
         if (block_index >= block_end)
             return 0;
@@ -699,7 +700,7 @@ static void open_entry(const struct onion_map *map, uint64_t entry, struct open_
 }
 
 static void raise_slots_end(uint64_t *slots_end, const struct stretch *stretch) {
-    if (!onion_place_is_data(stretch->place))
+    if (!slots_end || !onion_place_is_data(stretch->place))
         return;
     uint64_t end = (uint64_t)onion_place_slot(stretch->place) + stretch->block_count;
     uint64_t *highest = &slots_end[onion_place_segment(stretch->place)];
@@ -766,6 +767,57 @@ int onion_map_apply(struct onion_map *map, const struct onion_change *changes, s
             return status;
     }
     return 0;
+}
+
+/* -- what lies below ------------------------------------------------------------------------------------------ */
+
+uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range) {
+    if (range >= map->root_count)
+        return UINT64_MAX;
+    uint64_t block = skip_hole_ranges(map, range << map->range_shift, map->block_count);
+    return block < map->block_count ? block >> map->range_shift : UINT64_MAX;
+}
+
+static bool is_gone(onion_place place, const unsigned char *gone) {
+    return onion_place_is_data(place) && gone[onion_place_segment(place)];
+}
+
+/* Whether some block of an entry is HOLE (where below has something) or in a segment that is gone. */
+static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool below_has, const unsigned char *gone) {
+    for (uint32_t block = 0, blocks = range_blocks(map); block < blocks;) {
+        struct stretch stretch = entry_stretch_at(entry, block, blocks);
+        if (stretch.place == ONION_PLACE_HOLE ? below_has : is_gone(stretch.place, gone))
+            return true;
+        block += stretch.block_count;
+    }
+    return false;
+}
+
+/* Puts under an open range what `entry` of another map has. */
+static void open_put_below(const struct onion_map *map, struct open_range *open, uint64_t entry, const unsigned char *gone,
+                           bool drop) {
+    for (uint32_t block = 0, blocks = range_blocks(map); block < blocks; block++) {
+        if (open_is_mapped(open, block) && !is_gone(open->places[block], gone))
+            continue;
+        onion_place place = entry_lookup(entry, block);
+        if (place != ONION_PLACE_HOLE || drop)
+            open_put(open, (struct stretch){block, 1, place});
+    }
+}
+
+int onion_map_put_below(struct onion_map *map, uint64_t range, const struct onion_map *below, const unsigned char *gone,
+                        int drop) {
+    struct open_range open;
+    uint64_t old = load(&map->root[range]), entry;
+    uint64_t under = below && range < below->root_count ? load(&below->root[range]) : 0;
+    if (!entry_gives_way(map, old, under != 0, gone))
+        return 0;
+    open_entry(map, old, &open);
+    open_put_below(map, &open, under, gone, drop);
+    int status = pack_range(map, &open, NULL, &entry);
+    if (status == 0)
+        replace_entry(map, range, old, entry);
+    return status;
 }
 
 /* -- two maps ------------------------------------------------------------------------------------------------ */
@@ -901,6 +953,53 @@ int onion_map_resize(struct onion_map *map, uint64_t block_count) {
     }
     map->root_count = root_count;
     map->block_count = block_count;
+    return 0;
+}
+
+void onion_old_root_free(struct onion_old_root *old) {
+    munmap(old->root, old->root_bytes);
+    free(old->touched);
+    free(old);
+}
+
+/* Copies what was touched; pages that nothing was written to are not faulted in. */
+static void copy_root(const struct onion_map *map, uint64_t *root, uint64_t *touched) {
+    for (size_t word = 0; word < touched_words_for(map->root_count); word++) {
+        touched[word] = load(&map->touched[word]);
+        for (uint64_t bits = touched[word]; bits; bits &= bits - 1) {
+            uint64_t first = (word * 64 + (uint64_t)__builtin_ctzll(bits)) * ROOT_PAGE_ENTRIES;
+            uint64_t left = map->root_count - first;
+            memcpy(root + first, map->root + first,
+                   (left < ROOT_PAGE_ENTRIES ? left : ROOT_PAGE_ENTRIES) * sizeof(uint64_t));
+        }
+    }
+}
+
+/* A reader loads block_count before root and touched: so it never has a count that is too large for them. */
+int onion_map_grow(struct onion_map *map, uint64_t block_count, struct onion_old_root **old) {
+    uint64_t root_count = ranges_for(block_count, map->range_shift);
+    *old = NULL;
+    if (block_count <= map->block_count)
+        return 0;
+    if (!block_count_fits(root_count << map->range_shift, map->range_shift))
+        return -EINVAL;
+    size_t root_bytes = root_bytes_for(root_count);
+    struct onion_old_root *left = malloc(sizeof *left);
+    uint64_t *touched = calloc(touched_words_for(root_count), sizeof *touched);
+    uint64_t *root = left && touched ? root_map(root_bytes) : NULL;
+    if (!root) {
+        free(left);
+        free(touched);
+        return -ENOMEM;
+    }
+    copy_root(map, root, touched);
+    *left = (struct onion_old_root){map->root, map->touched, map->root_bytes};
+    __atomic_store_n(&map->touched, touched, __ATOMIC_RELEASE);
+    __atomic_store_n(&map->root, root, __ATOMIC_RELEASE);
+    map->root_bytes = root_bytes;
+    __atomic_store_n(&map->root_count, root_count, __ATOMIC_RELEASE);
+    __atomic_store_n(&map->block_count, root_count << map->range_shift, __ATOMIC_RELEASE);
+    *old = left;
     return 0;
 }
 

@@ -72,6 +72,15 @@ void onion_map_destroy(struct onion_map *map);
 /* Changes the number of blocks. Those past the new end must be HOLE. Nobody else may use the map.
  * -ENOMEM, or -EINVAL where the disk would pass 2^63 bytes; then nothing has changed. */
 int onion_map_resize(struct onion_map *map, uint64_t block_count);
+/* What a map that has grown leaves behind, while readers may still use it. */
+struct onion_old_root {
+    uint64_t *root, *touched;
+    size_t root_bytes;
+};
+/* Makes room for block_count blocks, rounded up to whole ranges; never fewer than there are. Readers may go on, writers not,
+ * until it returns; *old is to be freed when the readers of before have left. -ENOMEM, -EINVAL: nothing has changed. */
+int onion_map_grow(struct onion_map *map, uint64_t block_count, struct onion_old_root **old);
+void onion_old_root_free(struct onion_old_root *old);
 /* Bytes of memory held: leaves (without those given to retire), and the pages of the root that were touched. */
 uint64_t onion_map_memory(const struct onion_map *map);
 
@@ -109,6 +118,15 @@ static inline uint64_t onion_change_where(uint64_t range, uint32_t block, uint32
  * later ones go over earlier ones. Nobody may read meanwhile (retire == NULL). slots_end[segment] is raised to the end of
  * the highest slot that a changed range names now. -ENOMEM: the ranges before the one that failed are changed. */
 int onion_map_apply(struct onion_map *map, const struct onion_change *changes, size_t count, uint64_t *slots_end);
+
+/* The first range from `range` on in which some block is not HOLE, or UINT64_MAX. */
+uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range);
+/* Lays a range of `below` (NULL: all HOLE) under what the map has there. A block that is HOLE, or DATA in a segment of which
+ * gone[number] is not 0, gets the place that below has for it; where that is HOLE too, it becomes HOLE with `drop` and
+ * stays as it is without. Readers see each block as before or as after. The caller keeps writers to the range away.
+ * -ENOMEM: nothing has changed. */
+int onion_map_put_below(struct onion_map *map, uint64_t range, const struct onion_map *below, const unsigned char *gone,
+                        int drop);
 
 /* How many blocks are DATA in lower and not HOLE in upper: the slots that a merge of the two frees. */
 uint64_t onion_map_count_shadowed(const struct onion_map *lower, const struct onion_map *upper);

@@ -8,56 +8,89 @@
 #include <signal.h>
 #include <string.h>
 
+#define NESTED_MAX 4 /* handlers that call each other in a circle are left behind this one */
+
 __thread volatile struct onion_fault_range onion_fault_watched;
 static __thread sigjmp_buf landing;
+static __thread const char *fault_address;
+static __thread volatile uintptr_t outer_frame; /* of the handler that passed a signal on and has not returned */
+static __thread volatile unsigned nested;
 
-static struct sigaction previous;
-static int install_result;
-static pthread_once_t install_once = PTHREAD_ONCE_INIT;
+static struct sigaction previous; /* what our handler replaced last */
+static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 
+static void let_it_kill(void) {
+    /* Let the faulting instruction run again under the default action, so that the core dump shows the true place. */
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    sigaction(SIGBUS, &standard, NULL);
+}
+
+/* Whoever stands behind us may have us behind him, if he was installed over us and we over him again; and some pass a
+ * signal on by raising it anew. A handler that is entered from within itself stands lower on the stack. */
 static void pass_on(int signal_number, siginfo_t *info, void *ucontext) {
-    if (previous.sa_flags & SA_SIGINFO) {
-        previous.sa_sigaction(signal_number, info, ucontext);
-    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        previous.sa_handler(signal_number);
-    } else {
-        /* Nobody wanted it: let the faulting instruction run again under the default action, so that the core
-         * dump shows the true place. */
-        struct sigaction standard;
-        memset(&standard, 0, sizeof standard);
-        standard.sa_handler = SIG_DFL;
-        sigaction(SIGBUS, &standard, NULL);
-    }
+    uintptr_t frame = (uintptr_t)__builtin_frame_address(0), outer = outer_frame;
+    nested = frame < outer ? nested + 1 : 0;
+    outer_frame = frame;
+    struct sigaction next = previous;
+    if (nested > NESTED_MAX || (!(next.sa_flags & SA_SIGINFO) && (next.sa_handler == SIG_DFL || next.sa_handler == SIG_IGN)))
+        let_it_kill();
+    else if (next.sa_flags & SA_SIGINFO)
+        next.sa_sigaction(signal_number, info, ucontext);
+    else
+        next.sa_handler(signal_number);
+    outer_frame = outer;
+}
+
+/* Of the load that is watched: the kernel reports the page or the byte, depending on the fault, so whole pages are. A
+ * handler that was installed over ours, as that of Python's faulthandler, may have got the signal first and raised it
+ * anew: then it has no address, and comes in the middle of the load. */
+static int is_watched(const siginfo_t *info) {
+    if (!onion_fault_watched.high)
+        return 0;
+    if (info->si_code <= 0)
+        return 1;
+    uintptr_t address = (uintptr_t)info->si_addr;
+    return address >= (onion_fault_watched.low & ~(uintptr_t)4095) && address < onion_fault_watched.high;
 }
 
 static void on_sigbus(int signal_number, siginfo_t *info, void *ucontext) {
-    uintptr_t address = (uintptr_t)info->si_addr;
-    /* The kernel reports the page or the byte, depending on the fault: watch whole pages. */
-    if (onion_fault_watched.high && address >= (onion_fault_watched.low & ~(uintptr_t)4095) &&
-        address < onion_fault_watched.high) {
+    if (is_watched(info)) {
+        fault_address = info->si_code > 0 ? info->si_addr : (const char *)onion_fault_watched.low;
         onion_fault_unwatch();
         siglongjmp(landing, 1);
     }
     pass_on(signal_number, info, ucontext);
 }
 
-static void install(void) {
-    struct sigaction action;
+int onion_fault_install(void) {
+    struct sigaction now, action;
+    int status = 0;
     memset(&action, 0, sizeof action);
     action.sa_sigaction = on_sigbus;
     /* NODEFER: the jump leaves the handler without a return, and SIGBUS must not stay blocked after it. */
     action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
-    install_result = sigaction(SIGBUS, &action, &previous) ? -errno : 0;
-}
-
-int onion_fault_install(void) {
-    pthread_once(&install_once, install);
-    return install_result;
+    pthread_mutex_lock(&install_lock);
+    if (sigaction(SIGBUS, NULL, &now))
+        status = -errno;
+    if (status == 0 && !((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)) {
+        previous = now; /* before ours can be called */
+        status = sigaction(SIGBUS, &action, NULL) ? -errno : 0;
+    }
+    pthread_mutex_unlock(&install_lock);
+    return status;
 }
 
 int onion_fault_run(int (*work)(void *), void *context) {
     if (sigsetjmp(landing, 0))
         return -EIO;
     return work(context);
+}
+
+const char *onion_fault_address(void) {
+    const char *address = fault_address;
+    fault_address = NULL;
+    return address;
 }

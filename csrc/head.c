@@ -19,11 +19,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fault.h"
 #include "layermap.h"
+#include "mapfile.h"
 #include "volume_state.h"
 #include "wipe.h"
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
+#define NUMBERS_KEPT 256u /* of the segments, for what has to go on when no snapshot can be taken any more */
 #define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
 
 /* ---- the flush gate ---- */
@@ -68,6 +71,10 @@ static int flush_begin(struct onion_volume *volume) {
     return status;
 }
 
+/* For below.c. */
+int onion_volume_close_flush_gate(struct onion_volume *volume) { return flush_begin(volume); }
+void onion_volume_open_flush_gate(struct onion_volume *volume) { flush_gate_open(volume); }
+
 /* ---- segments ---- */
 
 static int poison_on(struct onion_volume *volume, int status) {
@@ -80,7 +87,7 @@ static int poison_on(struct onion_volume *volume, int status) {
 
 static int sync_segment_names(struct onion_volume *volume) {
     int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
-    return poison_on(volume, status);
+    return poison_on(volume, onion_site_set(status, volume->segments_directory, 0));
 }
 
 /* Those of the head, or of the one that a seal has just ended: what its successor has written since is not in the batch. */
@@ -95,7 +102,7 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
             continue;
         int status = onion_sync_file(segment->fd); /* BARRIER: segment data */
         if (status < 0)
-            return poison_on(volume, status);
+            return poison_on(volume, onion_site_set(status, segment->path, 0));
         directory_dirty |= __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST);
     }
     return directory_dirty ? sync_segment_names(volume) : 0;
@@ -134,7 +141,7 @@ static int create_map_file(struct onion_volume *volume, struct onion_head_log *l
 static int make_log(struct onion_volume *volume, struct onion_head_log *log) {
     int status = create_map_file(volume, log);
     if (status < 0)
-        return status;
+        return onion_site_set(status, log->path, 0);
     onion_start_writing(log->fd);
     log->is_new = 1;
     return 0;
@@ -147,7 +154,7 @@ static int sync_new_log(struct onion_volume *volume, struct onion_head_log *log)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
     if (status == 0)
         log->is_new = 0;
-    return poison_on(volume, status);
+    return poison_on(volume, onion_site_set(status, log->path, 0));
 }
 
 static int draw_salt(struct onion_head_log *log) {
@@ -220,7 +227,7 @@ static int append_frame(struct onion_head_log *log, const struct onion_record *r
     int status = write_frame(log, bytes, length, with_room);
     free(bytes);
     if (status < 0)
-        return status;
+        return onion_site_set(status, log->path, log->cursor.offset);
     log->cursor.offset += length;
     log->cursor.sequence++;
     log->cursor.crc = crc;
@@ -249,7 +256,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
         } else {
             log->numbers_given += new_count;
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
-            poison_on(volume, status);
+            poison_on(volume, onion_site_set(status, log->path, before));
         }
     }
     free(records);
@@ -345,7 +352,7 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
         poison_on(volume, status);
     if (status < 0) {
         onion_volume_want_scrub(volume, segment);
-        return status;
+        return onion_site_set(status, segment->path, count ? onion_slot_offset(volume->block_shift, freed[0].slot) : 0);
     }
     pthread_mutex_lock(&volume->slots_lock);
     for (size_t i = count; i; i--)
@@ -409,6 +416,8 @@ int onion_volume_flush(struct onion_volume *volume) {
     flush_gate_open(volume);
     return status;
 }
+
+int onion_volume_flush_behind_gate(struct onion_volume *volume) { return flush_locked(volume); }
 
 void onion_volume_start_writing(struct onion_volume *volume) {
     if (onion_volume_usable(volume) < 0)
@@ -647,13 +656,29 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
     return 0;
 }
 
+/* All that the commit of a seal would need and might not get: a number in the index and in the log that is sealed, and
+ * memory. Where a seal is refused there are numbers left for opening the volume again, and for a head that goes on with
+ * the spare after a seal that was aborted. */
+static int make_room_for_spare(struct onion_volume *volume) {
+    static const unsigned char no_id[ONION_UUID_BYTES];
+    if (onion_volume_numbers_left(volume) <= NUMBERS_KEPT ||
+        volume->log.numbers_given + own_segment_count(volume) > ONION_SEGMENT_LAST - 2 * NUMBERS_KEPT)
+        return ONION_E_NUMBERS;
+    if (volume->next_spare)
+        return 0;
+    return onion_segment_new(volume->segments_directory, no_id, 0, volume->block_shift, &volume->next_spare);
+}
+
 int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
                       struct onion_sealed *sealed) {
     int status = flush_begin(volume);
     if (status < 0)
         return status;
+    (void)onion_fault_install(); /* see fault.h */
     pthread_mutex_lock(&volume->prepare_lock); /* until the spare is taken */
-    status = volume->spare ? take_next_log(volume, map_path, map_id) : -EBUSY;
+    status = volume->spare ? make_room_for_spare(volume) : -EBUSY;
+    if (status == 0)
+        status = take_next_log(volume, map_path, map_id);
     if (status == 0)
         status = seal_locked(volume, sealed);
     if (status < 0)
@@ -675,8 +700,13 @@ int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spa
     status = onion_volume_usable(volume);
     if (status == 0 && volume->spare)
         status = -EBUSY;
-    if (status == 0)
+    if (status == 0 && volume->next_spare && onion_volume_numbers_left(volume)) {
+        onion_segment_rename(volume->next_spare, spare);
+        volume->spare = onion_volume_number_segment(volume, volume->next_spare);
+        volume->next_spare = NULL;
+    } else if (status == 0) {
         status = onion_volume_add_segment(volume, spare, &volume->spare);
+    }
     pthread_rwlock_unlock(&volume->gate);
     return status;
 }
@@ -688,14 +718,20 @@ static void close_sealed_segments(struct onion_volume *volume) {
     pthread_rwlock_wrlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
         struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || onion_segment_is_head(volume, segment))
+        if (onion_segment_is_head(volume, segment))
             continue;
+        segment->log_number = 0; /* it was of the log that is sealed */
+        if (!segment->own)
+            continue;
+        uint64_t slots = onion_segment_slots_in_file(segment);
         pthread_mutex_lock(&segment->mapping_lock);
         if (segment->fd >= 0)
             close(segment->fd);
         segment->fd = -1;
         segment->own = 0;
         pthread_mutex_unlock(&segment->mapping_lock);
+        if (!slots) /* no block was ever in it, so no reader knows of it, and the catalog has let it go */
+            onion_segment_free(onion_volume_vacate(volume, i));
     }
     pthread_rwlock_unlock(&volume->gate);
 }
@@ -730,22 +766,22 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
 
 /* ---- rewriting the head's map ---- */
 
-static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer,
-                         struct onion_fault_site *site) {
+static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
     struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    unsigned char *bytes = malloc(length + 1);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    int status = !bytes ? -ENOMEM : fd < 0 ? -errno : onion_pread_all(fd, bytes, length, 0);
+    struct onion_map_bytes map = {0};
+    uint64_t fault = 0;
+    int fd = onion_open_file(path, O_RDONLY);
+    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, length, &map, &fault);
     if (fd >= 0)
         close(fd);
-    site->offset = 0;
-    strncpy(site->path, path, sizeof site->path - 1);
     if (status == 0)
-        status = onion_layer_load(layer, bytes, length, &cursor, &site->offset);
+        status = onion_layer_grow(layer, onion_log_blocks(map.bytes, length, layer->block_shift));
+    if (status == 0)
+        status = onion_layer_load(layer, map.bytes, length, &cursor, &fault);
     if (status == 0 && (cursor.sequence != frames || cursor.crc != crc))
         status = ONION_E_CHECKSUM;
-    free(bytes);
-    return status;
+    onion_map_bytes_free(&map);
+    return onion_site_set(status, path, fault);
 }
 
 static int adopt_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
@@ -780,17 +816,18 @@ static int fold_layers(struct onion_layer *lower, const struct onion_layer *uppe
 }
 
 /* The head's map over `lower`, as it is durable now, in *layer. */
-static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer,
-                       struct onion_fault_site *site) {
+static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer) {
     struct onion_layer head = {0};
     int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
     if (status == 0)
         status = onion_layer_init(&head, volume->index.block_count, volume->block_shift);
     if (status == 0 && lower && lower->map_length)
-        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer, site);
+        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer);
     if (status == 0 && volume->log.fd >= 0)
         status = load_log_file(volume->log.path, volume->log.cursor.offset, volume->log.cursor.sequence,
-                               volume->log.cursor.crc, &head, site);
+                               volume->log.cursor.crc, &head);
+    if (status == 0)
+        status = onion_layer_grow(layer, head.map.block_count);
     if (status == 0)
         status = fold_layers(layer, &head);
     onion_layer_destroy(&head);
@@ -815,6 +852,7 @@ static int write_compact(struct onion_volume *volume, const struct onion_layer *
                 volume->next_numbers[number] = writer->number_of[k];
         }
         status = onion_sync_file(log->fd); /* BARRIER: rewritten map */
+        onion_site_set(status, log->path, 0);
     }
     free(writer);
     free(records);
@@ -851,8 +889,7 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
 }
 
 int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
-                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written,
-                         struct onion_fault_site *site) {
+                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written) {
     struct onion_layer layer = {0};
     int status = flush_begin(volume);
     if (status < 0)
@@ -861,7 +898,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     if (status == 0)
         status = describe_log(&volume->next_log, new_path, new_id);
     if (status == 0)
-        status = gather_head(volume, lower, &layer, site);
+        status = gather_head(volume, lower, &layer);
     if (status == 0 && drop_zero)
         status = onion_layer_drop_zero(&layer);
     if (status == 0)
@@ -976,7 +1013,9 @@ static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end
 static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
     uint64_t mask = volume->block_size - 1, old = volume->size_bytes;
     uint64_t small = size_bytes < old ? size_bytes : old, large = size_bytes < old ? old : size_bytes;
-    int status = zero_tail(volume, small);
+    int status = onion_volume_grow_index(volume, large);
+    if (status == 0)
+        status = zero_tail(volume, small);
     if (status == 0)
         status = hide_blocks(volume, (small + mask) >> volume->block_shift, (large + mask) >> volume->block_shift);
     struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};

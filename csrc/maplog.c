@@ -273,3 +273,54 @@ int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t of
     }
     return 0;
 }
+
+uint64_t onion_log_frame_end(const unsigned char *bytes, uint64_t length, uint64_t frame, uint32_t *crc) {
+    uint64_t offset = ONION_HEADER_BYTES, frame_bytes;
+    for (uint64_t i = 1; offset < length && (frame_bytes = frame_stated_bytes(bytes + offset, length - offset)); i++) {
+        *crc = get32(bytes + offset + FRAME_CRC_OFFSET);
+        offset += frame_bytes;
+        if (i == frame)
+            return offset;
+    }
+    return 0;
+}
+
+/* The largest value that `measure` finds in a record. */
+static uint64_t largest(const unsigned char *bytes, uint64_t length, uint64_t (*measure)(const unsigned char *, uint32_t),
+                        uint32_t block_shift) {
+    uint64_t offset = ONION_HEADER_BYTES, frame_bytes, most = 0;
+    while (offset < length && (frame_bytes = frame_stated_bytes(bytes + offset, length - offset))) {
+        const unsigned char *record = bytes + offset + ONION_FRAME_HEADER_BYTES;
+        for (offset += frame_bytes; record < bytes + offset; record += ONION_RECORD_BYTES) {
+            uint64_t found = measure(record, block_shift);
+            most = found > most ? found : most;
+        }
+    }
+    return most;
+}
+
+static uint64_t bytes_of_size(const unsigned char *record, uint32_t block_shift) {
+    (void)block_shift;
+    return get16(record + 16) == ONION_RECORD_SIZE ? get64(record) : 0;
+}
+
+static uint64_t blocks_of_record(const unsigned char *record, uint32_t block_shift) {
+    uint64_t most = ONION_VOLUME_BYTES_MAX >> block_shift, mask = ((uint64_t)1 << block_shift) - 1, first = get64(record);
+    switch (get16(record + 16)) {
+    case ONION_RECORD_SEGMENT:
+        return 0;
+    case ONION_RECORD_SIZE:
+        return first < ONION_VOLUME_BYTES_MAX ? (first + mask) >> block_shift : most;
+    default:
+        return first < most && get32(record + 8) < most - first ? first + get32(record + 8) : most;
+    }
+}
+
+uint64_t onion_log_blocks(const unsigned char *bytes, uint64_t length, uint32_t block_shift) {
+    return largest(bytes, length, blocks_of_record, block_shift);
+}
+
+uint64_t onion_log_size_bytes(const unsigned char *bytes, uint64_t length) {
+    uint64_t size = largest(bytes, length, bytes_of_size, 0);
+    return size < ONION_VOLUME_BYTES_MAX ? size : ONION_VOLUME_BYTES_MAX;
+}

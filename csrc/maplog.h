@@ -125,6 +125,15 @@ int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log
 /* Whether a HOLE record may stand in the frames from `offset` on: by their own word, without their checksums. */
 int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t offset);
 
+/* Blocks of a map that has room for all that the log says: by its own word, at most what the largest volume has. */
+uint64_t onion_log_blocks(const unsigned char *bytes, uint64_t length, uint32_t block_shift);
+/* The largest size that a SIZE record of it gives, in the same way; 0 without one. */
+uint64_t onion_log_size_bytes(const unsigned char *bytes, uint64_t length);
+
+/* Where the frame with the number `frame` ends, and its CRC: by the frames' own word, of a log that was read beyond it. 0:
+ * there are not so many. */
+uint64_t onion_log_frame_end(const unsigned char *bytes, uint64_t length, uint64_t frame, uint32_t *crc);
+
 /* Decodes and checks one record: known kind, reserved bytes zero, fields unused by the kind zero, block_count > 0
  * and block_index + block_count <= block_limit, no slot above ONION_SLOT_LAST, segment number 1 to
  * ONION_SEGMENT_LAST where one is used. ONION_E_FORMAT. */

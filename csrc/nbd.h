@@ -105,12 +105,12 @@ int onion_nbd_replace_volume(struct onion_nbd_server *server, const char *name, 
 /* hold waits for requests in flight; later ones wait until as many releases were made. -ENOENT. */
 int onion_nbd_hold(struct onion_nbd_server *server, const char *name);
 int onion_nbd_release(struct onion_nbd_server *server, const char *name);
-/* The mark to take before the runs of a changed-since context are computed: see onion_volume_own_segment. -ENOENT. */
+/* The mark to take before the runs of a changed-since context are computed: see onion_volume_birth. -ENOENT. */
 int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name);
 /* Adds or replaces a metadata context that answers flag 1 for what changed: the runs (offset, length; sorted, apart),
  * which are copied, and, on a writable export, whatever was written since `mark` and whatever is ZERO. -ENOENT, -EINVAL. */
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
-                          const uint64_t (*runs)[2], size_t run_count, uint32_t mark);
+                          const uint64_t (*runs)[2], size_t run_count, uint64_t mark);
 
 /* For list_exports: adds a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
 int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description);

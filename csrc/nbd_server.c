@@ -385,7 +385,7 @@ int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name)
     struct onion_nbd_export *export = find_named(server, name);
     uint64_t generation;
     struct onion_volume *volume = export ? onion_nbd_enter(export, &generation) : NULL;
-    int64_t mark = volume ? (int64_t)onion_volume_own_segment(volume) : -ENOENT;
+    int64_t mark = volume ? (int64_t)onion_volume_birth(volume) : -ENOENT;
     if (volume)
         onion_nbd_leave(export);
     onion_nbd_unref(server, export);
@@ -420,7 +420,7 @@ static struct onion_nbd_context *context_named(struct onion_nbd_export *export, 
 }
 
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
-                          const uint64_t (*runs)[2], size_t run_count, uint32_t mark) {
+                          const uint64_t (*runs)[2], size_t run_count, uint64_t mark) {
     if (strlen(meta) > ONION_NBD_NAME_MAX || !runs_are_sorted(runs, run_count))
         return -EINVAL;
     uint64_t (*copy)[2] = malloc((run_count + 1) * sizeof *copy);

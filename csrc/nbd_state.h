@@ -29,7 +29,7 @@ struct onion_nbd_context {
     struct onion_nbd_context *next;
     char *name;
     uint32_t id;
-    uint32_t mark;
+    uint64_t mark;
     int all_changed;
     uint64_t (*runs)[2];
     size_t run_count;

@@ -74,8 +74,7 @@ static int written_since(const struct onion_nbd_context *context, const struct o
     if (read_only)
         return 0;
     /* A trim after the runs were computed left nothing but a zero that might as well be old: it has to count. */
-    int is_data = extent->kind == ONION_EXTENT_HEAD || extent->kind == ONION_EXTENT_BELOW;
-    return extent->kind == ONION_EXTENT_ZERO || (is_data && extent->segment >= context->mark);
+    return extent->kind == ONION_EXTENT_ZERO || extent->birth >= context->mark;
 }
 
 /* 0 where there was no room. */

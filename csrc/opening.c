@@ -15,40 +15,75 @@
 #include <unistd.h>
 
 #include "layermap.h"
+#include "mapfile.h"
 #include "volume_state.h"
 
 #define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
 
 /* ---- the base ---- */
 
-int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out) {
+/* A descriptor of our own, with a file position and locks of its own. Where /proc is missing it shares them. */
+static int open_again(int fd) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int again = open(path, O_RDONLY | O_CLOEXEC);
+    if (again < 0)
+        again = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return again < 0 ? -errno : again;
+}
+
+static int size_of_base(int fd, uint64_t *size_bytes) {
+    struct stat info;
+    if (fstat(fd, &info))
+        return -errno;
+    off_t end = S_ISBLK(info.st_mode) ? lseek(fd, 0, SEEK_END) : info.st_size;
+    *size_bytes = (uint64_t)end;
+    return S_ISREG(info.st_mode) || S_ISBLK(info.st_mode) ? (end < 0 ? -errno : 0) : ONION_E_NOT_A_FILE;
+}
+
+static int map_base(struct onion_mapping *mapping, uint64_t size_bytes, int allow_short) {
+    uint64_t present;
+    int status = size_of_base(mapping->fd, &present);
+    if (status == 0 && present < size_bytes && !allow_short)
+        status = ONION_E_FORMAT;
+    uint64_t length = present < size_bytes ? present : size_bytes;
+    if (status < 0 || !length)
+        return status;
+    void *address = mmap(NULL, length, PROT_READ, MAP_SHARED, mapping->fd, 0);
+    if (address == MAP_FAILED)
+        return -errno;
+    mapping->address = address;
+    mapping->length = length;
+    return 0;
+}
+
+int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out) {
     struct onion_mapping *mapping = calloc(1, sizeof *mapping);
     if (!mapping)
         return -ENOMEM;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat info;
-    int status = fd < 0 || fstat(fd, &info) ? -errno : 0;
-    if (status == 0 && (uint64_t)info.st_size < size_bytes)
-        status = ONION_E_FORMAT;
-    if (status == 0 && size_bytes) {
-        mapping->length = size_bytes;
-        mapping->address = mmap(NULL, size_bytes, PROT_READ, MAP_SHARED, fd, 0);
-        if (mapping->address == MAP_FAILED)
-            status = -errno;
-    }
+    mapping->fd = open_again(fd);
+    int status = mapping->fd < 0 ? mapping->fd : map_base(mapping, size_bytes, allow_short);
     if (status < 0) {
-        if (fd >= 0)
-            close(fd);
+        if (mapping->fd >= 0)
+            close(mapping->fd);
         free(mapping);
         return status;
     }
-    mapping->fd = fd;
     *out = mapping;
     return 0;
 }
 
-int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_t size_bytes) {
-    int status = onion_base_map(path, size_bytes, &volume->base);
+void onion_base_release(void *context, void *object) {
+    struct onion_mapping *mapping = object;
+    (void)context;
+    if (mapping->length)
+        munmap(mapping->address, mapping->length);
+    close(mapping->fd);
+    free(mapping);
+}
+
+int onion_volume_set_base(struct onion_volume *volume, int fd, uint64_t size_bytes, int allow_short) {
+    int status = onion_base_map(fd, size_bytes, allow_short, &volume->base);
     if (status == 0) {
         volume->base_bytes = size_bytes;
         volume->nothing_below = 0;
@@ -60,39 +95,60 @@ int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_
 
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid) {
     for (uint32_t i = volume->segment_count; i; i--)
-        if (!memcmp(volume->segments[i]->uuid, uuid, ONION_UUID_BYTES))
+        if (!memcmp(volume->segments[i]->uuid, uuid, ONION_UUID_BYTES) && volume->segments[i] != volume->vacant)
             return i;
     return 0;
 }
 
-int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number) {
-    if (volume->segment_count == ONION_SEGMENT_LAST)
-        return -EMFILE;
-    struct onion_segment *segment;
-    int status =
-        onion_segment_new(volume->segments_directory, uuid, volume->segment_count + 1, volume->block_shift, &segment);
-    if (status < 0)
-        return status;
-    segment->features = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0;
-    volume->segments[segment->number] = segment;
-    __atomic_store_n(&volume->segment_count, segment->number, __ATOMIC_RELEASE);
-    *number = segment->number;
-    return 0;
+uint32_t onion_volume_numbers_left(const struct onion_volume *volume) {
+    return ONION_SEGMENT_LAST - volume->segment_count + volume->vacant_count;
 }
 
-static int site_error(struct onion_fault_site *site, const char *path, uint64_t offset, int status) {
-    snprintf(site->path, sizeof site->path, "%s", path);
-    site->offset = offset;
+/* A vacant number where there is one: while a volume is opened there is none, and numbers grow. */
+static uint32_t take_number(struct onion_volume *volume) {
+    uint32_t number = 1;
+    if (!volume->vacant_count)
+        return volume->segment_count + 1;
+    while (volume->segments[number] != volume->vacant)
+        number++;
+    volume->vacant_count--;
+    return number;
+}
+
+uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment) {
+    segment->number = take_number(volume);
+    segment->birth = ++volume->births;
+    segment->features = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0;
+    __atomic_store_n(&volume->segments[segment->number], segment, __ATOMIC_RELEASE);
+    if (segment->number > volume->segment_count)
+        __atomic_store_n(&volume->segment_count, segment->number, __ATOMIC_RELEASE);
+    return segment->number;
+}
+
+int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number) {
+    struct onion_segment *segment;
+    if (!onion_volume_numbers_left(volume))
+        return ONION_E_NUMBERS;
+    int status = onion_segment_new(volume->segments_directory, uuid, 0, volume->block_shift, &segment);
+    if (status == 0)
+        *number = onion_volume_number_segment(volume, segment);
     return status;
 }
 
+struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number) {
+    struct onion_segment *segment = volume->segments[number];
+    __atomic_store_n(&volume->segments[number], volume->vacant, __ATOMIC_RELEASE);
+    volume->vacant_count++;
+    return segment;
+}
+
 /* No slot that the index names may lie behind the end of its file. */
-static int check_slots(const struct onion_volume *volume, struct onion_fault_site *site) {
+static int check_slots(const struct onion_volume *volume) {
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
         const struct onion_segment *segment = volume->segments[i];
         if (volume->build.slots_end[i] > segment->next_slot)
-            return site_error(site, segment->path, onion_slot_offset(volume->block_shift, segment->next_slot),
-                              ONION_E_FORMAT);
+            return onion_site_set(ONION_E_FORMAT, segment->path,
+                                  onion_slot_offset(volume->block_shift, segment->next_slot));
     }
     return 0;
 }
@@ -212,7 +268,7 @@ static int replay_layer(struct replay *replay, const unsigned char *bytes, uint6
     struct onion_volume *volume = replay->volume;
     struct onion_layer layer;
     uint64_t first = cursor->offset;
-    int status = onion_layer_init(&layer, ONION_VOLUME_BYTES_MAX >> volume->block_shift, volume->block_shift);
+    int status = onion_layer_init(&layer, onion_log_blocks(bytes, length, volume->block_shift), volume->block_shift);
     int end = status == 0 ? onion_layer_load(&layer, bytes, length, cursor, fault_offset) : status;
     status = end == ONION_E_TORN ? 0 : end;
     if (status == 0) /* by the log's own numbers, which a head goes on with */
@@ -253,66 +309,47 @@ static int is_unborn(const struct onion_volume *volume, const unsigned char *map
     return onion_header_is_torn(bytes, length, ONION_MAGIC_MAP, &expected);
 }
 
-/* The whole of a map file, its header checked. length_min: bytes that must be there (a sealed layer's), or 0. *torn_header:
- * a file that a crash left before its first flush. */
-static int read_map_file(struct onion_volume *volume, int fd, const unsigned char *map_id, uint64_t length_min,
-                         unsigned char **bytes, uint64_t *length, int *torn_header) {
-    struct stat info;
-    *bytes = NULL;
-    *torn_header = 0;
-    if (fstat(fd, &info))
-        return -errno;
-    if ((uint64_t)info.st_size < length_min)
-        return ONION_E_FORMAT;
-    *length = length_min ? length_min : (uint64_t)info.st_size;
-    *bytes = malloc(*length + 1);
-    if (!*bytes)
-        return -ENOMEM;
-    int status = onion_pread_all(fd, *bytes, *length, 0);
+static int check_map_header(const struct onion_volume *volume, const unsigned char *map_id,
+                            const struct onion_map_bytes *map) {
     struct onion_header header;
-    if (status == 0)
-        status = onion_header_decode(*bytes, *length, ONION_MAGIC_MAP, &header);
-    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && !length_min)
-        *torn_header = is_unborn(volume, map_id, *bytes, *length);
+    int status = onion_header_decode(map->bytes, map->length, ONION_MAGIC_MAP, &header);
     if (status == 0 && (header.block_size != volume->block_size || memcmp(header.uuid, map_id, ONION_UUID_BYTES)))
         status = ONION_E_FORMAT;
     return status;
 }
 
-static int replay_sealed_map(struct replay *replay, const struct onion_layer_source *source,
-                             struct onion_fault_site *site) {
+static int replay_sealed_map(struct replay *replay, const struct onion_layer_source *source) {
     struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    unsigned char *bytes = NULL;
-    uint64_t length, fault = 0;
-    int torn;
-    int fd = open(source->map_path, O_RDONLY | O_CLOEXEC);
+    struct onion_map_bytes map = {0};
+    uint64_t fault = 0;
+    int fd = onion_open_file(source->map_path, O_RDONLY);
     if (fd < 0)
-        return site_error(site, source->map_path, 0, -errno);
-    int status = read_map_file(replay->volume, fd, source->map_id, source->map_length, &bytes, &length, &torn);
+        return onion_site_set(fd, source->map_path, 0);
+    int status = onion_map_bytes_read_sealed(fd, source->map_length, &map, &fault);
     close(fd);
     if (status == 0)
-        status = replay_bytes(replay, bytes, length, &cursor, &fault);
+        status = check_map_header(replay->volume, source->map_id, &map);
+    if (status == 0)
+        status = replay_bytes(replay, map.bytes, map.length, &cursor, &fault);
     if (status == ONION_E_TORN)
         status = ONION_E_FORMAT;
     if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
         status = ONION_E_CHECKSUM;
-    free(bytes);
-    return status < 0 ? site_error(site, source->map_path, fault, status) : 0;
+    onion_map_bytes_free(&map);
+    return onion_site_set(status, source->map_path, fault);
 }
 
-int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
-                           struct onion_fault_site *site) {
+int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source) {
     struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
     for (uint32_t i = 0; i < source->segment_count; i++) {
         uint32_t number;
         int status = onion_volume_add_segment(volume, source->segments[i].uuid, &number);
+        if (status == 0)
+            status = onion_segment_check(volume->segments[number], source->segments[i].slots);
         if (status < 0)
             return status;
-        status = onion_segment_check(volume->segments[number], source->segments[i].slots);
-        if (status < 0)
-            return site_error(site, volume->segments[number]->path, 0, status);
     }
-    int status = source->map_length ? replay_sealed_map(&replay, source, site) : 0;
+    int status = source->map_length ? replay_sealed_map(&replay, source) : 0;
     for (uint32_t i = replay.segment_first; i <= volume->segment_count; i++)
         volume->segments[i]->log_number = 0; /* these count for the head's log only */
     volume->nothing_below = 0;
@@ -321,40 +358,91 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 
 /* ---- the head ---- */
 
-/* Opens the head's log and replays it; cuts off a torn frame. A missing file is an empty log. */
-static int open_log(struct replay *replay, const struct onion_head_source *source, struct onion_fault_site *site) {
+/* A log that was replayed as far as it is whole must pass through the point that the catalog knows. */
+static int check_known(const struct onion_head_source *source, const struct onion_map_bytes *map,
+                       const struct onion_log_cursor *end, uint64_t *fault) {
+    uint32_t crc = 0;
+    uint64_t offset = source->known_frames ? onion_log_frame_end(map->bytes, map->length, source->known_frames, &crc) : 0;
+    if (end->sequence < source->known_frames) {
+        *fault = end->offset;
+        return ONION_E_CUT_LOG;
+    }
+    *fault = ONION_HEADER_BYTES;
+    return source->known_frames && (offset != source->known_length || crc != source->known_crc) ? ONION_E_CHECKSUM : 0;
+}
+
+/* Checks and replays the bytes of a head's log. *torn: a crash left a part of a frame, or of the header, at the cursor. */
+static int replay_head(struct replay *replay, const struct onion_head_source *source, const struct onion_map_bytes *map,
+                       int *torn, uint64_t *fault) {
+    struct onion_volume *volume = replay->volume;
+    struct onion_log_cursor *cursor = &volume->log.cursor;
+    *torn = 0;
+    *fault = 0;
+    int status = check_map_header(volume, source->map_id, map);
+    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && !source->known_frames &&
+        is_unborn(volume, source->map_id, map->bytes, map->length)) {
+        cursor->offset = 0;
+        *torn = 1;
+        return 0;
+    }
+    if (status == 0) /* what lies beyond its size no disk shows, and a disk that grows over it again hides */
+        status = onion_volume_grow_index(volume, onion_log_size_bytes(map->bytes, map->length));
+    if (status == 0)
+        status = replay_bytes(replay, map->bytes, map->length, cursor, fault);
+    if (status == ONION_E_TORN) {
+        *torn = 1;
+        status = 0;
+    }
+    if (status == 0 && replay->numbers_given > ONION_SEGMENT_LAST - NUMBERS_LEFT_MIN)
+        status = ONION_E_FORMAT; /* no log of ours: it would have no numbers for the segments to come */
+    return status == 0 ? check_known(source, map, cursor, fault) : status;
+}
+
+/* Makes what was read durable, without a torn frame. A file of which not even the header is whole is made again, by name,
+ * at the first flush. */
+static int settle_log(struct onion_head_log *log, int fd, int torn) {
+    if (torn && log->cursor.offset == 0) {
+        int status = unlink(log->path) ? -errno : 0;
+        close(fd);
+        log->cursor.offset = ONION_HEADER_BYTES;
+        return status;
+    }
+    int status = torn && ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
+    if (status == 0)
+        status = onion_sync_file(fd); /* BARRIER: opened map */
+    if (status == 0)
+        log->fd = fd;
+    else
+        close(fd);
+    return status;
+}
+
+/* Opens the head's log and replays it. A missing file is an empty log, where nothing is known of it. */
+static int open_log(struct replay *replay, const struct onion_head_source *source, int to_read) {
     struct onion_head_log *log = &replay->volume->log;
+    struct onion_map_bytes map = {0};
+    uint64_t fault = 0;
+    int torn = 0;
     log->path = strdup(source->map_path);
     memcpy(log->map_id, source->map_id, ONION_UUID_BYTES);
     log->cursor = (struct onion_log_cursor){.offset = ONION_HEADER_BYTES};
     if (!log->path)
         return -ENOMEM;
-    int fd = open(source->map_path, O_RDWR | O_CLOEXEC);
+    int fd = onion_open_file(source->map_path, to_read ? O_RDONLY : O_RDWR);
+    if (fd == -ENOENT)
+        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0) : 0;
     if (fd < 0)
-        return errno == ENOENT ? 0 : site_error(site, source->map_path, 0, -errno);
-    unsigned char *bytes = NULL;
-    uint64_t length = 0, fault = 0;
-    int torn_header;
-    int status = read_map_file(replay->volume, fd, source->map_id, 0, &bytes, &length, &torn_header);
-    if (torn_header) { /* made again, by name, at the first flush */
-        free(bytes);
-        close(fd);
-        return unlink(source->map_path) ? site_error(site, source->map_path, 0, -errno) : 0;
-    }
+        return onion_site_set(fd, source->map_path, 0);
+    int status = onion_map_bytes_read(fd, &map, &fault);
     if (status == 0)
-        status = replay_bytes(replay, bytes, length, &log->cursor, &fault);
-    if ((status == 0 || status == ONION_E_TORN) && replay->numbers_given > ONION_SEGMENT_LAST - NUMBERS_LEFT_MIN)
-        status = ONION_E_FORMAT; /* no log of ours: it would have no numbers for the segments to come */
-    if (status == ONION_E_TORN)
-        status = ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
-    free(bytes);
-    if (status == 0)
-        status = onion_sync_file(fd); /* BARRIER: opened map */
-    if (status < 0) {
+        status = replay_head(replay, source, &map, &torn, &fault);
+    onion_map_bytes_free(&map);
+    if (status < 0 || to_read)
         close(fd);
-        return site_error(site, source->map_path, fault, status);
-    }
-    log->fd = fd;
+    else
+        status = settle_log(log, fd, torn);
+    if (status < 0)
+        return onion_site_set(status, source->map_path, fault);
     log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
     log->numbers_given = replay->numbers_given;
     return 0;
@@ -377,8 +465,7 @@ static int add_head_segments(struct onion_volume *volume, const struct onion_hea
     return 0;
 }
 
-static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first,
-                              struct onion_fault_site *site) {
+static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first) {
     for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
         struct onion_segment *segment = volume->segments[first + i];
         int status = segment->own ? onion_segment_open_own(segment, volume->build.slots_end[segment->number])
@@ -386,38 +473,72 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
         if (status == 0 && segment->fd >= 0)
             status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
         if (status < 0)
-            return site_error(site, segment->path, 0, status);
+            return onion_site_note(status, segment->path, 0);
     }
     return 0;
 }
 
-int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
-                           struct onion_fault_site *site) {
-    struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
-    int status = add_head_segments(volume, source);
-    if (status == 0)
-        status = open_log(&replay, source, site);
-    if (status == 0 && replay.has_size)
-        volume->size_bytes = replay.size_bytes;
-    if (status == 0)
-        status = onion_build_apply(&volume->build);
-    if (status == 0)
-        status = open_head_segments(volume, source, replay.segment_first, site);
-    if (status == 0)
-        status = onion_volume_fold_layers(volume, site);
-    if (status == 0)
-        status = onion_volume_add_segment(volume, source->spare, &volume->spare);
-    if (status == 0)
-        status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
-    if (status == 0)
-        status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
+/* The segments that the head made become as those of a sealed layer: so they need no descriptor, and are mapped as far as
+ * they reach now. */
+static int check_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first) {
+    int status = 0;
+    for (uint32_t i = 0; i < source->adopted_count + source->own_count && status == 0; i++) {
+        struct onion_segment *segment = volume->segments[first + i];
+        status = segment->own ? onion_segment_check_own(segment, volume->build.slots_end[segment->number])
+                              : onion_segment_check(segment, source->adopted[i].slots);
+        segment->own = 0;
+    }
+    volume->own = 0;
     return status;
 }
 
-int onion_volume_fold_layers(struct onion_volume *volume, struct onion_fault_site *site) {
+/* Gives the head's segments their numbers, and replays its log into an index that has room for it. */
+static int replay_all(struct replay *replay, const struct onion_head_source *source, int to_read) {
+    struct onion_volume *volume = replay->volume;
+    int status = add_head_segments(volume, source);
+    if (status == 0)
+        status = open_log(replay, source, to_read);
+    if (status == 0 && replay->has_size)
+        volume->size_bytes = replay->size_bytes;
+    return status < 0 ? status : onion_build_apply(&volume->build);
+}
+
+static int sync_directories(const struct onion_volume *volume) {
+    const char *path = volume->segments_directory;
+    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
+    if (status == 0) {
+        path = volume->layers_directory;
+        status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
+    }
+    return onion_site_set(status, path, 0);
+}
+
+int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source) {
+    struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
+    int status = replay_all(&replay, source, 0);
+    if (status == 0)
+        status = open_head_segments(volume, source, replay.segment_first);
+    if (status == 0)
+        status = onion_volume_fold_layers(volume);
+    if (status == 0)
+        status = onion_volume_add_segment(volume, source->spare, &volume->spare);
+    return status < 0 ? status : sync_directories(volume);
+}
+
+int onion_volume_open_head_to_read(struct onion_volume *volume, const struct onion_head_source *source) {
+    struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
+    if (volume->writable)
+        return -EINVAL;
+    int status = replay_all(&replay, source, 1);
+    if (status == 0)
+        status = check_head_segments(volume, source, replay.segment_first);
+    return status < 0 ? status : onion_volume_fold_layers(volume);
+}
+
+int onion_volume_fold_layers(struct onion_volume *volume) {
     int status = onion_build_apply(&volume->build);
     if (status == 0)
-        status = check_slots(volume, site);
+        status = check_slots(volume);
     onion_build_destroy(&volume->build);
     /* From here on others read while we write. */
     volume->index.retire_context = volume;

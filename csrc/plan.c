@@ -124,7 +124,9 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
 /* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
  * missing must be asked for, and fail, and not be skipped as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    struct onion_extent extent = {.offset = offset, .length = length, .kind = ONION_EXTENT_NONE};
+    struct onion_extent extent = {
+        .offset = offset, .length = length, .kind = ONION_EXTENT_NONE,
+        .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     if (!base || offset >= base->length)
         return extent;
@@ -158,9 +160,9 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
     uint64_t bytes = (run.block_count << volume->block_shift) - start;
     struct onion_extent extent = {.offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
     if (onion_place_is_data(run.place)) {
-        extent.segment = onion_place_segment(run.place);
-        extent.kind = onion_segment_is_head(volume, volume->segments[extent.segment]) ? ONION_EXTENT_HEAD
-                                                                                     : ONION_EXTENT_BELOW;
+        const struct onion_segment *segment = volume->segments[onion_place_segment(run.place)];
+        extent.birth = segment->birth;
+        extent.kind = onion_segment_is_head(volume, segment) ? ONION_EXTENT_HEAD : ONION_EXTENT_BELOW;
     }
     return extent;
 }
@@ -183,9 +185,9 @@ int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint6
     return count;
 }
 
-uint32_t onion_volume_own_segment(struct onion_volume *volume) {
+uint64_t onion_volume_birth(struct onion_volume *volume) {
     pthread_rwlock_rdlock(&volume->gate);
-    uint32_t own = volume->own;
+    uint64_t birth = volume->own ? volume->segments[volume->own]->birth : 0;
     pthread_rwlock_unlock(&volume->gate);
-    return own;
+    return birth;
 }

@@ -11,8 +11,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fault.h"
+#include "mapfile.h"
+#include "site.h"
+
 /* A growing segment is mapped ahead of its end, in doublings, so that it is mapped a few times and not once a write. */
-#define MAP_AHEAD_BYTES (64ull << 20)
+#define MAP_AHEAD_BYTES (1ull << 20)
 
 int onion_pwrite_all(int fd, const void *bytes, uint64_t length, uint64_t offset) {
     const char *from = bytes;
@@ -46,19 +50,26 @@ int onion_pread_all(int fd, void *bytes, uint64_t length, uint64_t offset) {
     return 0;
 }
 
+void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid) {
+    static const char digits[] = "0123456789abcdef";
+    char *name = strrchr(segment->path, '/') + 1;
+    for (int i = 0; i < ONION_UUID_BYTES; i++) {
+        name[2 * i] = digits[uuid[i] >> 4];
+        name[2 * i + 1] = digits[uuid[i] & 15];
+    }
+    memcpy(segment->uuid, uuid, ONION_UUID_BYTES);
+}
+
 int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t number, uint32_t block_shift,
                       struct onion_segment **out) {
     struct onion_segment *segment = calloc(1, sizeof *segment);
     if (!segment)
         return -ENOMEM;
-    char name[2 * ONION_UUID_BYTES + 1];
-    for (int i = 0; i < ONION_UUID_BYTES; i++)
-        snprintf(name + 2 * i, 3, "%02x", uuid[i]);
-    if (asprintf(&segment->path, "%s/%s.seg", directory, name) < 0) {
+    if (asprintf(&segment->path, "%s/%0*d.seg", directory, 2 * ONION_UUID_BYTES, 0) < 0) {
         free(segment);
         return -ENOMEM;
     }
-    memcpy(segment->uuid, uuid, ONION_UUID_BYTES);
+    onion_segment_rename(segment, uuid);
     segment->number = number;
     segment->block_shift = block_shift;
     segment->fd = -1;
@@ -102,19 +113,41 @@ static int check_header(const struct onion_segment *segment, int fd) {
 }
 
 int onion_segment_check(struct onion_segment *segment, uint64_t slots) {
-    int fd = open(segment->path, O_RDONLY | O_CLOEXEC);
+    int fd = onion_open_file(segment->path, O_RDONLY);
     if (fd < 0)
-        return -errno;
+        return onion_site_note(fd, segment->path, 0);
+    struct stat info;
+    uint64_t end = onion_slot_offset(segment->block_shift, slots);
+    int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
+    close(fd);
+    if (status < 0)
+        return onion_site_note(status, segment->path, 0);
+    if ((uint64_t)info.st_size < end)
+        return onion_site_note(ONION_E_FORMAT, segment->path, (uint64_t)info.st_size);
+    segment->created = 1;
+    segment->next_slot = (uint32_t)slots;
+    return 0;
+}
+
+int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named) {
+    int fd = onion_open_file(segment->path, O_RDONLY);
+    if (fd == -ENOENT && slots_named == 0)
+        return 0;
+    if (fd < 0)
+        return onion_site_note(fd, segment->path, 0);
     struct stat info;
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
-    if (status == 0 && (uint64_t)info.st_size < onion_slot_offset(segment->block_shift, slots))
-        status = ONION_E_FORMAT;
     close(fd);
-    if (status == 0) {
-        segment->created = 1;
-        segment->next_slot = (uint32_t)slots;
-    }
-    return status;
+    if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && slots_named == 0)
+        return 0; /* made, and not flushed before a crash: nothing in it was ever promised */
+    if (status == 0 && (uint64_t)info.st_size < onion_slot_offset(segment->block_shift, slots_named))
+        return onion_site_note(ONION_E_FORMAT, segment->path, (uint64_t)info.st_size);
+    if (status < 0)
+        return onion_site_note(status, segment->path, 0);
+    uint64_t slots = ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+    segment->created = 1;
+    segment->next_slot = slots < ONION_SLOT_LAST ? (uint32_t)slots : ONION_SLOT_LAST;
+    return 0;
 }
 
 static int write_header(struct onion_segment *segment, int fd) {
@@ -136,9 +169,9 @@ static void note_made(struct onion_segment *segment, int fd) {
 }
 
 int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) {
-    int fd = open(segment->path, O_RDWR | O_CLOEXEC);
+    int fd = onion_open_file(segment->path, O_RDWR);
     if (fd < 0)
-        return errno == ENOENT && slots_named == 0 ? 0 : -errno;
+        return fd == -ENOENT && slots_named == 0 ? 0 : onion_site_note(fd, segment->path, 0);
     struct stat info;
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
     int torn = status == ONION_E_FORMAT || status == ONION_E_CHECKSUM;
@@ -150,18 +183,20 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
         if (status == 0)
             note_made(segment, fd);
     }
-    uint64_t slots = 0;
+    uint64_t slots = 0, fault = 0;
     if (status == 0) {
         uint64_t data = (uint64_t)info.st_size - ONION_HEADER_BYTES;
         slots = (data + (1ull << segment->block_shift) - 1) >> segment->block_shift;
         /* A named slot that the file does not hold in full was lost. */
-        if (data >> segment->block_shift < slots_named || slots > ONION_SLOT_LAST)
+        if (data >> segment->block_shift < slots_named || slots > ONION_SLOT_LAST) {
             status = ONION_E_FORMAT;
+            fault = (uint64_t)info.st_size;
+        }
     }
     if (status < 0) {
         close(fd);
         segment->fd = -1;
-        return status;
+        return onion_site_note(status, segment->path, fault);
     }
     segment->fd = fd;
     segment->created = 1;
@@ -170,15 +205,14 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
 }
 
 int onion_segment_create(struct onion_segment *segment) {
-    int fd = open(segment->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd < 0)
-        return -errno;
-    int status = write_header(segment, fd);
-    if (status < 0) {
+    int fd = onion_make_file(segment->path);
+    int status = fd < 0 ? fd : write_header(segment, fd);
+    if (status < 0 && fd >= 0) {
         unlink(segment->path);
         close(fd);
-        return status;
     }
+    if (status < 0)
+        return onion_site_set(status, segment->path, 0);
     note_made(segment, fd);
     return 0;
 }
@@ -193,12 +227,13 @@ static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, u
             length *= 2;
     }
     if (length < end)
-        return -EIO;
+        return onion_site_set(-EIO, segment->path, length);
+    (void)onion_fault_install(); /* is it still ours? Without it a failing load ends the process, as of any file */
     struct onion_mapping *mapping = malloc(sizeof *mapping);
     if (!mapping)
         return -ENOMEM;
-    int fd = segment->fd >= 0 ? segment->fd : open(segment->path, O_RDONLY | O_CLOEXEC);
-    int status = fd < 0 ? -errno : 0;
+    int fd = segment->fd >= 0 ? segment->fd : onion_open_file(segment->path, O_RDONLY);
+    int status = fd < 0 ? fd : 0;
     if (status == 0) {
         mapping->length = length;
         mapping->address = mmap(NULL, length, PROT_READ, MAP_SHARED, fd, 0);
@@ -208,7 +243,7 @@ static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, u
         close(fd);
     if (status < 0) {
         free(mapping);
-        return status;
+        return onion_site_set(status, segment->path, end);
     }
     struct onion_mapping *old = segment->mapping;
     __atomic_store_n(&segment->mapping, mapping, __ATOMIC_RELEASE);

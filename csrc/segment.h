@@ -42,7 +42,8 @@ struct onion_stream {
 #define ONION_STREAMS 8
 
 struct onion_segment {
-    uint32_t number;             /* in the index of this volume */
+    uint32_t number;             /* in the index of this volume; given to another one when this one is gone */
+    uint64_t birth;              /* the how manieth segment of this opening it is: given once */
     uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
     uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
     int own;                     /* 1: made by that head, so writable; 0: adopted */
@@ -70,6 +71,8 @@ static inline uint64_t onion_slot_offset(uint32_t block_shift, uint64_t slot) {
 /* Allocates the description of the segment `uuid` in `directory`; opens nothing. -ENOMEM. */
 int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t number, uint32_t block_shift,
                       struct onion_segment **out);
+/* Gives a segment that was not opened yet another id. */
+void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid);
 /* Closes and unmaps; nobody may be reading. NULL is fine. */
 void onion_segment_free(struct onion_segment *segment);
 
@@ -79,6 +82,8 @@ int onion_segment_check(struct onion_segment *segment, uint64_t slots);
 /* Opens a segment that this head made, if it is there, for writing. slots_named: the highest slot + 1 that the map
  * names; with 0 a missing or torn file is a new one. */
 int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named);
+/* The same to read only: changes nothing, and keeps no descriptor. */
+int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named);
 /* Makes the file (O_EXCL) and writes its header; the segment's directory has to be synced later. */
 int onion_segment_create(struct onion_segment *segment);
 

@@ -18,7 +18,11 @@ enum onion_status {
     ONION_E_CANCELLED = -5008,   /* the caller asked to stop */
     ONION_E_FORKED = -5009,      /* a handle that was opened before fork() is used in the child */
     ONION_E_VERIFY = -5010,      /* bytes read back from the medium are not those written */
-    ONION_E_FULL_SEGMENT = -5011 /* a segment has no slot number left */
+    ONION_E_FULL_SEGMENT = -5011, /* a segment has no slot number left */
+    ONION_E_CUT_LOG = -5012,      /* a map log ends before what the catalog knows to be durable in it */
+    ONION_E_NOT_A_FILE = -5013,   /* a file of a store is a symbolic link, or no regular file */
+    ONION_E_NUMBERS = -5014,      /* a volume has as many segments as it can have */
+    ONION_E_MAPPINGS = -5015      /* the process has as many mappings as the system allows it */
 };
 
 #endif

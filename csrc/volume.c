@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "fault.h"
+#include "mapfile.h"
 #include "volume_state.h"
 
 #define BATCH 32          /* blocks whose look-ups and loads overlap */
@@ -75,14 +76,15 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->segments_directory = strdup(segments_directory);
     volume->layers_directory = strdup(layers_directory);
     volume->segments = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->segments);
-    /* A writable volume may grow under its readers, so the root has room for the largest from the start: it is
-     * address space only, until it is touched. */
-    uint64_t capacity_bytes = writable ? ONION_VOLUME_BYTES_MAX : size_bytes;
-    uint64_t blocks = (capacity_bytes + block_size - 1) >> shift;
-    status = onion_map_init(&volume->index, blocks ? blocks : 1, shift);
+    static const unsigned char no_id[ONION_UUID_BYTES];
+    (void)onion_segment_new("", no_id, 0, shift, &volume->vacant); /* NULL: no memory */
+    /* Whole ranges; it grows with the volume. */
+    uint64_t ranges = (size_bytes + (1ull << ONION_RANGE_BYTES_SHIFT) - 1) >> ONION_RANGE_BYTES_SHIFT;
+    status = onion_map_init(&volume->index, (ranges ? ranges : 1) << (ONION_RANGE_BYTES_SHIFT - shift), shift);
     if (status == 0)
         status = onion_build_init(&volume->build, &volume->index);
-    if (status == 0 && (!volume->segments_directory || !volume->layers_directory || !volume->segments))
+    if (status == 0 && (!volume->segments_directory || !volume->layers_directory || !volume->segments ||
+                        !volume->vacant))
         status = -ENOMEM;
     if (status < 0) {
         onion_volume_free(volume);
@@ -92,20 +94,25 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     return 0;
 }
 
+static void release_root(void *context, void *old) {
+    (void)context;
+    onion_old_root_free(old);
+}
+
+int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes) {
+    struct onion_old_root *old;
+    uint64_t blocks = (size_bytes >> volume->block_shift) + ((size_bytes & (volume->block_size - 1)) != 0);
+    int status = onion_map_grow(&volume->index, blocks, &old);
+    if (status == 0 && old)
+        onion_epoch_retire(&volume->epoch, release_root, NULL, old);
+    return status;
+}
+
 void onion_head_log_close(struct onion_head_log *log) {
     if (log->fd >= 0)
         close(log->fd);
     free(log->path);
     *log = (struct onion_head_log){.fd = -1};
-}
-
-static void base_release(void *context, void *object) {
-    struct onion_mapping *mapping = object;
-    (void)context;
-    if (mapping->length)
-        munmap(mapping->address, mapping->length);
-    close(mapping->fd);
-    free(mapping);
 }
 
 void onion_volume_close(struct onion_volume *volume) {
@@ -121,13 +128,18 @@ void onion_volume_close(struct onion_volume *volume) {
     pthread_mutex_lock(&volume->prepare_lock);
     pthread_rwlock_wrlock(&volume->gate);
     onion_epoch_wait(&volume->epoch);
+    onion_below_free(volume->below);
+    volume->below = NULL;
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
-        onion_segment_free(volume->segments[i]);
+        if (volume->segments[i] != volume->vacant)
+            onion_segment_free(volume->segments[i]);
         volume->segments[i] = NULL;
     }
     volume->segment_count = 0;
+    onion_segment_free(volume->next_spare);
+    volume->next_spare = NULL;
     if (volume->base)
-        base_release(NULL, volume->base);
+        onion_base_release(NULL, volume->base);
     volume->base = NULL;
     onion_head_log_close(&volume->log);
     onion_head_log_close(&volume->next_log);
@@ -152,6 +164,7 @@ void onion_volume_free(struct onion_volume *volume) {
     free(volume->pending.records);
     free(volume->pending.freed);
     free(volume->next_numbers);
+    onion_segment_free(volume->vacant);
     free(volume->segments);
     free(volume->segments_directory);
     free(volume->layers_directory);
@@ -260,12 +273,34 @@ static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_
     return offset <= size && length <= size - offset;
 }
 
+/* Notes which file a load from a mapping failed in. The reader's ticket keeps the mappings. */
+static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume *volume) {
+    const char *address = onion_fault_address();
+    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+    uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
+    for (uint32_t i = 1; i <= count; i++) {
+        const struct onion_segment *segment = __atomic_load_n(&volume->segments[i], __ATOMIC_ACQUIRE);
+        const struct onion_mapping *mapping = __atomic_load_n(&segment->mapping, __ATOMIC_ACQUIRE);
+        if (mapping && address >= mapping->address && address < mapping->address + mapping->length)
+            onion_site_set(-EIO, segment->path, (uint64_t)(address - mapping->address));
+    }
+    if (base && address >= base->address && address < base->address + base->length) {
+        char path[4096], link[64];
+        snprintf(link, sizeof link, "/proc/self/fd/%d", base->fd);
+        ssize_t length = readlink(link, path, sizeof path - 1);
+        path[length < 0 ? 0 : length] = 0;
+        onion_site_set(-EIO, path, (uint64_t)(address - base->address));
+    }
+}
+
 /* Runs `work` as a reader. Closed is looked at after entering: close waits for those who are inside. */
 static int as_reader(struct onion_volume *volume, int (*work)(void *), void *context) {
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     int status = onion_volume_usable(volume);
     if (status == 0)
         status = onion_fault_run(work, context);
+    if (__builtin_expect(status == -EIO, 0) && onion_fault_address())
+        note_failed_load(volume);
     onion_epoch_leave(&volume->epoch, ticket);
     return status;
 }
@@ -472,7 +507,7 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
     if (taken == 0)
         taken = onion_segment_take(segment, block_index, count, volume->blocks_per_range, slot);
     pthread_mutex_unlock(&volume->slots_lock);
-    return taken;
+    return taken == ONION_E_FULL_SEGMENT ? onion_site_set(ONION_E_FULL_SEGMENT, segment->path, 0) : taken;
 }
 
 /* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, where the segment
@@ -484,12 +519,16 @@ static void return_slots(struct onion_volume *volume, struct onion_segment *segm
     pthread_mutex_unlock(&volume->slots_lock);
 }
 
+static __attribute__((noinline, cold)) int write_fault(int status, const struct onion_segment *segment, uint32_t slot) {
+    return onion_site_set(status, segment->path, onion_slot_offset(segment->block_shift, slot));
+}
+
 static int write_slots(struct onion_segment *segment, uint32_t slot, uint64_t start, uint64_t length,
                        const void *bytes) {
     int status =
         onion_pwrite_all(segment->fd, bytes, length, onion_slot_offset(segment->block_shift, slot) + start);
     __atomic_store_n(&segment->dirty, 1, __ATOMIC_SEQ_CST);
-    return status;
+    return __builtin_expect(status < 0, 0) ? write_fault(status, segment, slot) : status;
 }
 
 /* Writes whole blocks to new slots and maps them. */
@@ -775,7 +814,7 @@ int onion_volume_wait_for_readers(struct onion_volume *volume) {
     return status;
 }
 
-int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity) {
+int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES], uint32_t capacity) {
     uint32_t count = 0;
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
@@ -784,11 +823,24 @@ int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, ui
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
         if (!is_own(volume, onion_place_make(i, 0)) &&
             __atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
-            numbers[count++] = i;
+            memcpy(uuids[count++], volume->segments[i]->uuid, ONION_UUID_BYTES);
     pthread_rwlock_unlock(&volume->gate);
     if (count == capacity)
         __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST); /* there may be more */
     return (int)count;
+}
+
+void onion_volume_scrub_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
+                              uint32_t count) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return;
+    pthread_rwlock_rdlock(&volume->gate);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t number = onion_volume_find_segment(volume, uuids[i]);
+        if (number)
+            onion_volume_want_scrub(volume, volume->segments[number]);
+    }
+    pthread_rwlock_unlock(&volume->gate);
 }
 
 uint64_t onion_volume_take_unreachable(struct onion_volume *volume) {
@@ -799,8 +851,7 @@ int onion_volume_wants_scrub(struct onion_volume *volume) {
     return __atomic_load_n(&volume->scrub_wanted, __ATOMIC_SEQ_CST);
 }
 
-/* Whole slots in the file. Fewer than were handed out, where some were set aside and never written. */
-static uint64_t slots_in_file(const struct onion_segment *segment) {
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment) {
     struct stat info;
     if (!__atomic_load_n(&segment->created, __ATOMIC_SEQ_CST))
         return 0;
@@ -811,7 +862,7 @@ static uint64_t slots_in_file(const struct onion_segment *segment) {
 
 static struct onion_segment_info info_of(const struct onion_volume *volume, const struct onion_segment *segment) {
     struct onion_segment_info info = {
-        .number = segment->number, .slots = slots_in_file(segment), .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
+        .number = segment->number, .slots = onion_segment_slots_in_file(segment), .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
     memcpy(info.uuid, segment->uuid, ONION_UUID_BYTES);
     return info;
 }
@@ -820,11 +871,16 @@ uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
     pthread_rwlock_rdlock(&volume->gate);
-    uint32_t count = volume->closed ? 0 : volume->segment_count;
-    for (uint32_t i = 1; i <= count && i <= capacity; i++)
-        infos[i - 1] = info_of(volume, volume->segments[i]);
+    uint32_t found = 0, count = volume->closed ? 0 : volume->segment_count;
+    for (uint32_t i = 1; i <= count; i++) {
+        if (volume->segments[i] == volume->vacant)
+            continue;
+        if (found < capacity)
+            infos[found] = info_of(volume, volume->segments[i]);
+        found++;
+    }
     pthread_rwlock_unlock(&volume->gate);
-    return count;
+    return found;
 }
 
 uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity) {
@@ -857,13 +913,13 @@ static int map_piece(struct onion_volume *volume, const struct onion_run *run, c
     }
     if (!path)
         return 0; /* the anonymous pages that are there read zero */
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = onion_open_file(path, O_RDONLY);
     if (fd < 0)
-        return -errno;
+        return onion_site_set(fd, path, 0);
     void *got = mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)file_offset);
     int status = got == MAP_FAILED ? -errno : 0;
     close(fd);
-    return status;
+    return onion_site_set(status, path, file_offset);
 }
 
 /* The base is mapped by moving a second mapping of its pages: mremap with an old size of 0 copies a shared mapping. */
@@ -916,38 +972,5 @@ int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_
     if (status < 0 && at != MAP_FAILED)
         munmap(at, *mapped_length);
     *address = at;
-    return status;
-}
-
-int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,
-                        const unsigned char (*dropped)[ONION_UUID_BYTES], uint32_t dropped_count) {
-    struct onion_mapping *base;
-    unsigned char *gone = calloc(ONION_SEGMENT_LAST + 1, 1);
-    if (!gone)
-        return -ENOMEM;
-    int status = onion_base_map(path, size_bytes, &base);
-    if (status < 0) {
-        free(gone);
-        return status;
-    }
-    pthread_rwlock_wrlock(&volume->gate);
-    struct onion_mapping *old = volume->base;
-    __atomic_store_n(&volume->base, base, __ATOMIC_RELEASE);
-    volume->base_bytes = size_bytes;
-    for (uint32_t i = 0; i < dropped_count; i++)
-        gone[onion_volume_find_segment(volume, dropped[i])] = 1;
-    uint64_t at = 0;
-    struct onion_run run;
-    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        at = run.block_index + run.block_count;
-        if (onion_place_is_data(run.place) && gone[onion_place_segment(run.place)])
-            status = onion_map_set(&volume->index, run.block_index, run.block_count, ONION_PLACE_HOLE);
-    }
-    pthread_rwlock_unlock(&volume->gate);
-    free(gone);
-    if (old)
-        onion_epoch_retire(&volume->epoch, base_release, NULL, old);
-    if (status < 0)
-        onion_volume_poison(volume);
     return status;
 }

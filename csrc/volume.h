@@ -49,6 +49,10 @@ struct onion_head_source {
     const unsigned char (*own)[ONION_UUID_BYTES]; /* the first is where new blocks go */
     uint32_t own_count;
     unsigned char spare[ONION_UUID_BYTES];
+    /* What the catalog knows to be durable in the log: it passes through exactly this point, or it is damaged. 0 frames:
+     * nothing is known, and the log may be missing or torn anywhere. */
+    uint64_t known_length, known_frames;
+    uint32_t known_crc;
 };
 
 struct onion_sealed {
@@ -57,26 +61,22 @@ struct onion_sealed {
     uint64_t size_bytes;
 };
 
-/* Where something went wrong while files were opened: for the message. */
-struct onion_fault_site {
-    char path[4096];
-    uint64_t offset;
-};
-
 /* An empty volume: nothing is open yet. segments_directory and layers_directory are synced after files are made. */
 int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segments_directory,
                      const char *layers_directory, int wipe_zero, int writable, struct onion_volume **out);
-/* Maps the raw image at path; it must hold size_bytes bytes. Before the first layer. */
-int onion_volume_set_base(struct onion_volume *volume, const char *path, uint64_t size_bytes);
+/* Maps the raw image that fd is open on, which the caller may close; it must hold size_bytes bytes, unless allow_short: then
+ * what it does not hold reads zero. ONION_E_FORMAT: it is shorter. Before the first layer. */
+int onion_volume_set_base(struct onion_volume *volume, int fd, uint64_t size_bytes, int allow_short);
 /* Adds a sealed layer over those added before; checks all that the source says. */
-int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source,
-                           struct onion_fault_site *site);
+int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source);
 /* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
-int onion_volume_fold_layers(struct onion_volume *volume, struct onion_fault_site *site);
+int onion_volume_fold_layers(struct onion_volume *volume);
 /* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
  * not be durable. */
-int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
-                           struct onion_fault_site *site);
+int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source);
+/* The same for a volume that is not writable: reads the log as far as it is whole, and changes and syncs nothing. No writer
+ * may have the head open meanwhile. The spare is not looked at. */
+int onion_volume_open_head_to_read(struct onion_volume *volume, const struct onion_head_source *source);
 /* Finds the free slots of the head's own segments; with policy `zero` wipes those that still hold bytes. */
 int onion_volume_free_own_slots(struct onion_volume *volume);
 
@@ -133,24 +133,29 @@ enum onion_extent_kind {
 struct onion_extent {
     uint64_t offset, length;
     enum onion_extent_kind kind;
-    uint32_t segment; /* HEAD, BELOW: its number in the index; numbers grow in the order in which segments were added */
+    uint64_t birth; /* HEAD, BELOW: of its segment, see onion_volume_birth; BASE, NONE: of the youngest segment that was
+                     * merged into what lies there */
 };
 /* Up to `capacity` extents that make up the range from its start on; returns how many (at least 1). A hole of the base
  * file is NONE; where its file system knows no holes, all of it is BASE. */
 int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
                              uint32_t capacity);
-/* The number of the segment that new blocks go to: what is written from now on has this number or a greater one, or
- * is in a block that the head holds already. 0: a view. */
-uint32_t onion_volume_own_segment(struct onion_volume *volume);
+/* The birth of the segment that new blocks go to: segments are counted as they are added, and no count is given twice in an
+ * opening, as numbers are. What is written from now on has this birth or a greater one, or is in a block that the head
+ * holds already. 0: a view. */
+uint64_t onion_volume_birth(struct onion_volume *volume);
 /* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller
  * frees. Flushes, and waits for writers. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits);
 /* Returns when every read that began before has ended. */
 int onion_volume_wait_for_readers(struct onion_volume *volume);
-/* Segments, except those that the head writes, in which slots became free since the last call: up to capacity numbers,
- * returns how many. */
-int onion_volume_scrub_wanted(struct onion_volume *volume, uint32_t *numbers, uint32_t capacity);
+/* Segments, except those that the head writes, in which slots became free since the last call: the ids of up to
+ * `capacity`. Returns how many. */
+int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES], uint32_t capacity);
+/* Puts a wish back that scrub_wanted gave out. Ids of segments that are gone are left out. */
+void onion_volume_scrub_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
+                              uint32_t count);
 /* Whether there may be some. Costs nothing. */
 int onion_volume_wants_scrub(struct onion_volume *volume);
 
@@ -186,8 +191,7 @@ int onion_volume_has_spare(struct onion_volume *volume);
 /* Writes the head's map, folded over `lower` where given, as a compact log in a new synced file. On 0 the flush
  * gate stays closed until rewrite_commit or rewrite_abort. drop_zero: nothing lies below any more. */
 int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
-                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written,
-                         struct onion_fault_site *site);
+                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written);
 int onion_volume_rewrite_commit(struct onion_volume *volume);
 int onion_volume_rewrite_abort(struct onion_volume *volume);
 /* Records in the head's log, and runs that a compact log would have: what a rewrite would save. */
@@ -195,9 +199,33 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
 /* What the head's log durably is: length, frames and checksum of the last one. Zeros where it has no frame. */
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state);
 
-/* After a merge into the base: maps the base anew; entries that name a dropped segment read from it. */
-int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,
-                        const unsigned char (*dropped)[ONION_UUID_BYTES], uint32_t dropped_count);
+/* Replacing what lies lowest, in two steps, while reads and writes go on: layers that were merged into the base or
+ * copied into one new layer, and segments in which no block is left. Between the steps the caller commits.
+ *
+ * After commit_below, each block that was in a dropped segment, and each that nothing of the volume held, reads from
+ * `layer` if that has it, and else from the base. The caller answers for it that this is what it read before. ZERO stays
+ * ZERO, and what other segments hold stays. */
+struct onion_below_source {
+    int keep_base; /* 1: the base stays as it is; 0: it is what base_fd is open on, or none at -1 */
+    int base_fd;
+    uint64_t base_bytes;
+    const struct onion_layer_source *layer; /* the new lowest layer, or NULL */
+    const unsigned char (*dropped)[ONION_UUID_BYTES];
+    uint32_t dropped_count;
+};
+/* All that can fail: maps the base, loads and checks the layer, makes room. -EBUSY: another replacement is prepared, or
+ * the head still needs a segment that is to be dropped; -ENOENT: there is no such segment. */
+int onion_volume_prepare_below(struct onion_volume *volume, const struct onion_below_source *source);
+/* 0: done; the numbers, the memory and the mappings of dropped segments, and the old base, are given back: no read needs
+ * them any more. A negative code: memory is missing, or the volume cannot be used. All reads as before, from
+ * the old files as well as the new: the caller keeps their locks, and may call again. */
+int onion_volume_commit_below(struct onion_volume *volume);
+/* The old files stay. Nothing is done where nothing is prepared. */
+void onion_volume_abort_below(struct onion_volume *volume);
+/* Segments that the caller may drop, where the catalog says that they are the head's: no block and no record of the head's
+ * log names them. Flushes. Returns how many there are and gives the ids of as many as fit. */
+int64_t onion_volume_unused_segments(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
+                                     uint32_t capacity);
 
 /* A read-only mapping of a page-aligned range of a view, made of the segments' own pages. -E2BIG: more than run_max
  * pieces. The caller unmaps it. */

@@ -8,6 +8,7 @@
 #include "epoch.h"
 #include "mapbuild.h"
 #include "segment.h"
+#include "site.h"
 #include "volume.h"
 
 #define ONION_STRIPES 256
@@ -52,7 +53,12 @@ struct onion_volume {
     struct onion_build build; /* what was replayed, until the index is made of it */
     struct onion_epoch epoch;
     struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 places */
-    uint32_t segment_count;          /* numbers 1 to segment_count are in use */
+    uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
+    struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
+    uint32_t vacant_count;
+    uint64_t births;                 /* segments ever added */
+    uint64_t below_birth;            /* of the youngest segment that is now part of what HOLE reads */
+    struct onion_below *below;       /* a replacement that is prepared; guarded by the flush gate */
 
     struct onion_mapping *base; /* NULL: none */
     uint64_t base_bytes;
@@ -71,6 +77,7 @@ struct onion_volume {
     uint64_t generation; /* of the head; a segment is the head's if it carries the same */
     uint32_t own;        /* number of the segment that new blocks go to */
     uint32_t spare;      /* number of the next head's; 0: none */
+    struct onion_segment *next_spare; /* memory for the one after it, while a seal waits for its outcome */
     struct onion_head_log log;
     struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
     pthread_mutex_t prepare_lock;   /* guards the next, and who makes the spare's file */
@@ -91,11 +98,27 @@ static inline void onion_volume_want_scrub(struct onion_volume *volume, struct o
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
-/* Maps a raw image that must hold size_bytes bytes. */
-int onion_base_map(const char *path, uint64_t size_bytes, struct onion_mapping **out);
+/* Maps the raw image that fd is open on, through a descriptor of its own. */
+int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
+void onion_base_release(void *context, void *mapping);
+/* Waits at the flush gate and closes it, or says why there can be no flush; opens it. What head.c calls flush_begin. */
+int onion_volume_close_flush_gate(struct onion_volume *volume);
+void onion_volume_open_flush_gate(struct onion_volume *volume);
+int onion_volume_flush_behind_gate(struct onion_volume *volume);
+void onion_below_free(struct onion_below *below);
+/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
+int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
 void onion_volume_retire_leaf(void *context, void *leaf);
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
+/* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
+uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
+uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
+/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
+ * that did. The gate is held alone. */
+struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
+/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
     return segment->generation == volume->generation;
 }

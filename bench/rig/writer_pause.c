@@ -111,7 +111,6 @@ static void open_volume(const char *directory) {
     char segments[4096], layers[4096], map_path[4200];
     unsigned char own[1][ONION_UUID_BYTES];
     struct onion_head_source head = {.own = own, .own_count = 1};
-    struct onion_fault_site site;
     snprintf(segments, sizeof segments, "%s/segments", directory);
     snprintf(layers, sizeof layers, "%s/layers", directory);
     snprintf(map_path, sizeof map_path, "%s/layers/head.map", directory);
@@ -122,7 +121,7 @@ static void open_volume(const char *directory) {
     memcpy(head.spare, spare, sizeof spare);
     head.map_path = map_path;
     must(onion_volume_new(BLOCK, SIZE_BYTES, segments, layers, 0, 1, &volume), "new");
-    must(onion_volume_open_head(volume, &head, &site), "open_head");
+    must(onion_volume_open_head(volume, &head), "open_head");
 }
 
 static void report(int window_number, double took) {

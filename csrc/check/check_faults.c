@@ -134,14 +134,13 @@ static void history(void) {
 }
 
 static void open_volume(void) {
-    struct onion_fault_site site;
     char used[400];
     snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
     struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2};
     memcpy(source.map_id, map_id, sizeof map_id);
     memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
-    CHECK(onion_volume_open_head(volume, &source, &site) == 0);
+    CHECK(onion_volume_open_head(volume, &source) == 0);
     CHECK(onion_volume_free_own_slots(volume) == 0);
 }
 

@@ -85,7 +85,6 @@ static void check_requests(void) {
 
 static struct onion_volume *open_volume(void) {
     struct onion_volume *volume;
-    struct onion_fault_site site;
     static const unsigned char own[1][ONION_UUID_BYTES] = {"own-own-own-own"};
     struct onion_head_source source = {.map_path = "nbd-layers/head.map", .own = own, .own_count = 1};
     mkdir("nbd-segments", 0700);
@@ -93,7 +92,7 @@ static struct onion_volume *open_volume(void) {
     memcpy(source.map_id, "map-map-map-map", ONION_UUID_BYTES);
     memcpy(source.spare, "spare-spare-spa", ONION_UUID_BYTES);
     CHECK(onion_volume_new(4096, SIZE_BYTES, "nbd-segments", "nbd-layers", 0, 1, &volume) == 0);
-    CHECK(onion_volume_open_head(volume, &source, &site) == 0);
+    CHECK(onion_volume_open_head(volume, &source) == 0);
     return volume;
 }
 

@@ -228,9 +228,8 @@ static void merge(unsigned *seed) {
         return;
     struct layer *lower = &layers[layer_count - 1], next = head;
     struct onion_sealed written;
-    struct onion_fault_site site;
     new_map(&next);
-    if (!done(onion_volume_rewrite(volume, next.path, next.source.map_id, &lower->source, layer_count == 1, &written, &site)))
+    if (!done(onion_volume_rewrite(volume, next.path, next.source.map_id, &lower->source, layer_count == 1, &written)))
         return;
     usleep(draw(seed, 2000));
     if (draw(seed, 4) == 0) {
@@ -282,7 +281,6 @@ static void *ask(void *argument) {
 /* ---- the frame ---- */
 
 static void open_volume(void) {
-    struct onion_fault_site site;
     struct onion_head_source source = {.map_path = head.path, .adopted = head.segments,
                                        .adopted_count = head.source.segment_count,
                                        .own = (const unsigned char(*)[ONION_UUID_BYTES])own, .own_count = own_count};
@@ -291,8 +289,8 @@ static void open_volume(void) {
     memcpy(source.spare, spare, sizeof(id));
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, getpid() % 2, 1, &volume) == 0);
     for (uint32_t i = 0; i < layer_count; i++)
-        CHECK(onion_volume_add_layer(volume, &layers[i].source, &site) == 0);
-    CHECK(onion_volume_open_head(volume, &source, &site) == 0);
+        CHECK(onion_volume_add_layer(volume, &layers[i].source) == 0);
+    CHECK(onion_volume_open_head(volume, &source) == 0);
     CHECK(onion_volume_free_own_slots(volume) == 0);
 }
 

@@ -82,7 +82,6 @@ static size_t make_map(const uint8_t *data, size_t size, const unsigned char *id
 static struct onion_volume *open_all(const struct onion_layer_source *layer, int base_below) {
     const struct onion_head_source head = {.map_path = head_path, .own = own_segment, .own_count = 1};
     struct onion_head_source source = head;
-    struct onion_fault_site site;
     struct onion_volume *volume;
     memcpy(source.map_id, head_map, 16);
     memcpy(source.spare, spare, 16);
@@ -91,9 +90,9 @@ static struct onion_volume *open_all(const struct onion_layer_source *layer, int
     segment_path(base, sizeof base, sealed_segment); /* any file will do */
     int status = base_below ? onion_volume_set_base(volume, base, SLOTS * BLOCK) : 0;
     if (status == 0 && layer)
-        status = onion_volume_add_layer(volume, layer, &site);
+        status = onion_volume_add_layer(volume, layer);
     if (status == 0)
-        status = onion_volume_open_head(volume, &source, &site);
+        status = onion_volume_open_head(volume, &source);
     if (status == 0)
         status = onion_volume_free_own_slots(volume);
     if (status < 0) {

@@ -56,7 +56,7 @@ cdef extern from "nbd.h" nogil:
     int onion_nbd_hold(onion_nbd_server *, const char *)
     int onion_nbd_release(onion_nbd_server *, const char *)
     int64_t onion_nbd_change_mark(onion_nbd_server *, const char *)
-    int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint32_t)
+    int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint64_t)
     int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
@@ -402,7 +402,7 @@ cdef class NbdServer:
         encoded, meta = _encoded(name), _encoded(context)
         cdef const char *c_name = encoded
         cdef const char *c_meta = meta
-        cdef uint32_t since = self.change_mark(name) if mark is None else mark
+        cdef uint64_t since = self.change_mark(name) if mark is None else mark
         cdef int status
         with nogil:
             status = onion_nbd_set_context(self._server, c_name, c_meta, c_runs, count, since)

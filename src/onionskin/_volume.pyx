@@ -4,17 +4,31 @@ What must hold: memory and descriptors belong to the C object, which lives as lo
 block runs without the GIL; every negative code becomes an exception here and nowhere else.
 """
 
-from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
+from libc.errno cimport E2BIG, EBUSY, EINVAL, ENOENT
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 import os
+from operator import index
 
 from onionskin.errors import FormatError, StateError
 from onionskin.later import dtypes, numpy
+
+cdef extern from "Python.h":
+    ctypedef struct PyObject
+    bint PyLong_CheckExact(object)
+    bint PyBytes_CheckExact(object)
+    bint PyByteArray_CheckExact(object)
+    long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
+    # Declared without an exception value: its errors are told anew.
+    int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
+    void PyErr_Clear()
 
 cdef extern from "sys/mman.h" nogil:
     int munmap(void *address, size_t length)
@@ -49,14 +63,21 @@ cdef extern from "volume.h" nogil:
         const void *own
         uint32_t own_count
         unsigned char spare[16]
+        uint64_t known_length
+        uint64_t known_frames
+        uint32_t known_crc
+    struct onion_below_source:
+        int keep_base
+        int base_fd
+        uint64_t base_bytes
+        const onion_layer_source *layer
+        const void *dropped
+        uint32_t dropped_count
     struct onion_sealed:
         uint64_t map_length
         uint64_t map_frames
         uint32_t map_crc
         uint64_t size_bytes
-    struct onion_fault_site:
-        char path[4096]
-        uint64_t offset
     struct onion_segment_info:
         uint32_t number
         unsigned char uuid[16]
@@ -64,10 +85,11 @@ cdef extern from "volume.h" nogil:
         int role
 
     int onion_volume_new(uint32_t, uint64_t, const char *, const char *, int, int, onion_volume **)
-    int onion_volume_set_base(onion_volume *, const char *, uint64_t)
-    int onion_volume_add_layer(onion_volume *, const onion_layer_source *, onion_fault_site *)
-    int onion_volume_fold_layers(onion_volume *, onion_fault_site *)
-    int onion_volume_open_head(onion_volume *, const onion_head_source *, onion_fault_site *)
+    int onion_volume_set_base(onion_volume *, int, uint64_t, int)
+    int onion_volume_add_layer(onion_volume *, const onion_layer_source *)
+    int onion_volume_fold_layers(onion_volume *)
+    int onion_volume_open_head(onion_volume *, const onion_head_source *)
+    int onion_volume_open_head_to_read(onion_volume *, const onion_head_source *)
     int onion_volume_free_own_slots(onion_volume *)
     uint64_t onion_volume_size(const onion_volume *)
     uint64_t onion_volume_memory(const onion_volume *)
@@ -82,7 +104,9 @@ cdef extern from "volume.h" nogil:
     int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
     int onion_volume_wait_for_readers(onion_volume *)
     uint64_t onion_volume_take_unreachable(onion_volume *)
-    int onion_volume_scrub_wanted(onion_volume *, uint32_t *, uint32_t)
+    int onion_volume_scrub_wanted(onion_volume *, void *, uint32_t)
+    void onion_volume_scrub_again(onion_volume *, const void *, uint32_t)
+    int64_t onion_volume_unused_segments(onion_volume *, void *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
@@ -93,13 +117,15 @@ cdef extern from "volume.h" nogil:
     int onion_volume_set_spare(onion_volume *, const unsigned char *)
     int onion_volume_has_spare(onion_volume *)
     int onion_volume_rewrite(onion_volume *, const char *, const unsigned char *, const onion_layer_source *, int,
-                             onion_sealed *, onion_fault_site *)
+                             onion_sealed *)
     int onion_volume_rewrite_commit(onion_volume *)
     int onion_volume_rewrite_abort(onion_volume *)
     int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
     int onion_volume_log_state(onion_volume *, onion_sealed *)
     int onion_volume_unflushed(onion_volume *)
-    int onion_volume_rebase(onion_volume *, const char *, uint64_t, const void *, uint32_t)
+    int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
+    int onion_volume_commit_below(onion_volume *)
+    void onion_volume_abort_below(onion_volume *)
     int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *)
     int onion_volume_poisoned(const onion_volume *)
     int onion_volume_closed(const onion_volume *)
@@ -107,6 +133,14 @@ cdef extern from "volume.h" nogil:
     void onion_volume_after_fork(onion_volume *)
     void onion_volume_close(onion_volume *)
     void onion_volume_free(onion_volume *)
+
+cdef extern from "site.h" nogil:
+    struct onion_site:
+        int status
+        uint64_t offset
+        char path[4096]
+    const onion_site *onion_site_of(int)
+    void onion_site_clear()
 
 cdef extern from "status.h" nogil:
     enum:
@@ -121,6 +155,10 @@ cdef extern from "status.h" nogil:
         ONION_E_FORKED
         ONION_E_VERIFY
         ONION_E_FULL_SEGMENT
+        ONION_E_CUT_LOG
+        ONION_E_NOT_A_FILE
+        ONION_E_NUMBERS
+        ONION_E_MAPPINGS
 
 # More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
 _VIEW_PIECES_MAX = 4096
@@ -136,41 +174,138 @@ cdef object _damage(int status, object path, object offset):
         return FormatError(
             f"{where}checksum does not match at byte {offset}; restore the file from a copy of the store"
         )
+    if status == ONION_E_CUT_LOG:
+        return FormatError(
+            f"{where}missing, or ends at byte {offset}, before what was durable in it when the volume was last used; "
+            "restore the file from a copy of the store"
+        )
+    if status == ONION_E_NOT_A_FILE:
+        return FormatError(
+            f"{where}a symbolic link, or no regular file: nothing of a store is reached through a link; put the file "
+            "itself there"
+        )
     return FormatError(
         f"{where}damaged, missing bytes, or not the file that the catalog names (byte {offset}); "
         "run 'onionskin check' and restore the file from a copy of the store"
     )
 
 
-cdef int _raise(int status, object what, object path=None, object offset=0) except -1:
-    """Turns a negative code into its exception."""
-    if status in (ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN):
-        raise _damage(status, path, offset)
-    if status == ONION_E_BOUNDS:
-        raise ValueError(f"{what}: the range passes the end of the volume")
+cdef object _refusal(int status, object what):
+    """The exception of a code that is about the volume, and no file; None for others."""
     if status == ONION_E_POISONED:
-        raise StateError(
+        return StateError(
             f"{what}: an earlier sync failed, so what is durable is not known; close the volume and open it again"
         )
     if status == ONION_E_CLOSED:
-        raise StateError(f"{what}: the volume is closed; open it again")
+        return StateError(f"{what}: the volume is closed; open it again")
     if status == ONION_E_READ_ONLY:
-        raise StateError(f"{what}: only the head of a volume can be written, and only a snapshot has views")
+        return StateError(f"{what}: only the head of a volume can be written, and only a snapshot has views")
     if status == ONION_E_FORKED:
-        raise StateError(f"{what}: this handle was opened before fork(); open the volume again in the child")
+        return StateError(f"{what}: this handle was opened before fork(); open the volume again in the child")
+    if status == ONION_E_NUMBERS:
+        return StateError(
+            f"{what}: the disk stands on as many segments as a volume can have; merge or discard snapshots, and open the "
+            "volume again"
+        )
+    if status == ONION_E_MAPPINGS:
+        return StateError(
+            f"{what}: this process has about as many files mapped as the system lets it (vm.max_map_count); close volumes "
+            "or snapshots that are not needed, merge snapshots, or raise that limit with sysctl"
+        )
+    return None
+
+
+cdef int _raise(int status, object what, object path=None) except -1:
+    """Turns a negative code into its exception. The file is the one that the code was noted for, else `path`."""
+    cdef const onion_site *site = onion_site_of(status)
+    offset = 0
+    if site != NULL:
+        path, offset = os.fsdecode(site.path), site.offset
+    onion_site_clear()
+    refusal = _refusal(status, what)
+    if refusal is not None:
+        raise refusal
+    if status in (
+        ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN, ONION_E_CUT_LOG, ONION_E_NOT_A_FILE
+    ):
+        raise _damage(status, path, offset)
+    if status == ONION_E_BOUNDS:
+        raise ValueError(f"{what}: the range passes the end of the volume")
     if status == ONION_E_VERIFY:
         raise OSError(5, f"{what}: bytes read back after the wipe are not zero", path)
     if status == ONION_E_FULL_SEGMENT:
         raise OSError(27, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
-    raise OSError(-status, os.strerror(-status), path)
+    where = f" at byte {offset}" if offset else ""
+    raise OSError(-status, f"{os.strerror(-status)}{where}", path)
 
 
-cdef uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
-    """An offset or a length: what no volume can have is outside of it, like any other that is too large."""
+cdef int _raise_range(int status, object what, object offset, object length, uint64_t size_bytes, object path=None) except -1:
+    """As `_raise`, for a verb that was given a range of the disk."""
+    if status == ONION_E_BOUNDS:
+        raise ValueError(
+            f"{what}: {length} bytes at offset {offset} pass the end of the volume, which has {size_bytes} bytes"
+        )
+    return _raise(status, what, path)
+
+
+cdef uint64_t _whole(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
+    """A number of bytes that a caller gave: a whole number, of Python or of NumPy. One that no volume can have becomes the
+    largest, which is outside of all of them."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+            raise TypeError(f"{what} is a whole number, not {value!r}")
+        value = index(value)
+    if value < 0:
+        raise ValueError(f"{what} counts from 0, not {value}")
+    return value if value < 0xFFFFFFFFFFFFFFFF else 0xFFFFFFFFFFFFFFFE
+
+
+cdef inline uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
+    """An offset or a length."""
+    cdef long long small
+    cdef int overflow = 0
+    if PyLong_CheckExact(value):
+        small = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow == 0 and small >= 0:
+            return <uint64_t>small
+    return _whole(value, what)
+
+
+cdef int _refuse_buffer(object buffer, int flags) except -1:
+    """Says why a buffer cannot be had: one exception for each cause, whoever's object it is."""
     try:
-        return value
-    except OverflowError:
-        _raise(ONION_E_BOUNDS, what)
+        memory = memoryview(buffer)
+    except TypeError:
+        raise TypeError(f"a bytes-like object is wanted, not {type(buffer).__name__}") from None
+    if not memory.c_contiguous:
+        raise BufferError("the buffer is not contiguous: copy it, for instance with numpy.ascontiguousarray")
+    if flags & PyBUF_WRITABLE and memory.readonly:
+        raise BufferError("the buffer is read-only: it cannot be read into")
+    raise BufferError("the object gives no contiguous memory")
+
+
+cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
+    """Gets the bytes of a buffer: BufferError where they are not contiguous or, to be read into, read-only; TypeError where
+    there are none, or they are Python objects."""
+    cdef bint plain = PyBytes_CheckExact(buffer) or PyByteArray_CheckExact(buffer)
+    cdef const char *format
+    if GetBuffer(<PyObject *>buffer, view, flags if plain else flags | PyBUF_ND | PyBUF_FORMAT) < 0:
+        PyErr_Clear()
+        return _refuse_buffer(buffer, flags)
+    if plain or view.format == NULL:
+        return 0
+    format = view.format
+    while format[0]:
+        if format[0] == b"O":
+            PyBuffer_Release(view)
+            raise TypeError("an array of Python objects has no bytes that could be kept on a disk")
+        format += 1
+    return 0
+
+
+cdef list _ids(const unsigned char *ids, int64_t count):
+    cdef bytes joined = (<const char *>ids)[:16 * count]
+    return [joined[16 * i : 16 * i + 16] for i in range(count)]
 
 
 cdef object _indices(object block_indices):
@@ -319,7 +454,7 @@ cdef class DataPath:
         )
         if status < 0:
             self._volume = NULL
-            if status == -22:
+            if status == -EINVAL:
                 raise ValueError(f"block size {block_size} or volume size {size_bytes} is not supported: a block is a "
                                  "power of two from 4096 to 2097152, a volume at most 64 TiB")
             _raise(status, "open")
@@ -333,61 +468,92 @@ cdef class DataPath:
 
     # ---- opening ----
 
-    def set_base(self, path, size_bytes):
-        """Map the raw image at `path`, which must hold `size_bytes` bytes, below everything."""
-        encoded = os.fsencode(path)
-        cdef int status = onion_volume_set_base(self._volume, encoded, size_bytes)
+    def set_base(self, int fd, size_bytes, *, allow_short=False):
+        """Map the raw image that `fd` is open on below everything; the caller may close it.
+
+        Parameters
+        ----------
+        fd : int
+            A descriptor of a regular file or a block device. No path is looked at.
+        size_bytes : int
+            What is mapped. The file must hold it, unless `allow_short`: what it does not hold reads zero then.
+
+        Raises
+        ------
+        FormatError
+            The file is shorter, or no file.
+        """
+        cdef uint64_t size = _whole(size_bytes, "a size")
+        cdef int status, c_allow = bool(allow_short)
+        with nogil:
+            status = onion_volume_set_base(self._volume, fd, size, c_allow)
         if status == ONION_E_FORMAT:
-            raise FormatError(f"{path}: the base is shorter than the {size_bytes} bytes it had; put it back, or name "
-                              "another with 'onionskin relocate'")
+            raise FormatError(f"{_path_of(fd)}: the base is shorter than the {size_bytes} bytes it had; put it back, or "
+                              "name another with 'onionskin relocate'")
         if status < 0:
-            _raise(status, "open", path)
+            _raise(status, "open", _path_of(fd))
 
     def add_layer(self, *, map_path, map_id, length, frames, crc, segments):
         """Add a sealed layer over those added before; `segments` are (id, slots)."""
         cdef _LayerSource source = _LayerSource(map_path, map_id, length, frames, crc, segments)
-        cdef onion_fault_site site
         cdef int status
-        memset(&site, 0, sizeof(site))
         with nogil:
-            status = onion_volume_add_layer(self._volume, &source.source, &site)
+            status = onion_volume_add_layer(self._volume, &source.source)
         if status < 0:
-            _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
+            _raise(status, "open", map_path)
 
     def fold_layers(self):
         """Make the index of the layers that were added: before the first read of a view. `open_head` does it too."""
-        cdef onion_fault_site site
         cdef int status
-        memset(&site, 0, sizeof(site))
         with nogil:
-            status = onion_volume_fold_layers(self._volume, &site)
+            status = onion_volume_fold_layers(self._volume)
         if status < 0:
-            _raise(status, "open", os.fsdecode(site.path) or self._directory, site.offset)
+            _raise(status, "open", self._directory)
 
-    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=()):
-        """Add the head, last, ready for writing. Returns the size in bytes of the volume."""
+    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0)):
+        """Add the head, last, ready for writing. Returns the size in bytes of the volume.
+
+        Parameters
+        ----------
+        known : tuple of int
+            (length, frames, crc): the head's log passes through exactly this point, or it is damaged. (0, 0, 0): nothing
+            is known, so a missing log is an empty one, and a bad last frame is one that a crash tore.
+        """
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False)
+
+    def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0)):
+        """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
+
+        What is durable of the head is read; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
+        file system that is mounted read-only will do. The caller holds off writers of the head.
+        """
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True)
+
+    def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read):
         cdef onion_head_source source
-        cdef onion_fault_site site
-        cdef int status
+        cdef int status, c_to_read = to_read
         memset(&source, 0, sizeof(source))
-        memset(&site, 0, sizeof(site))
         path = os.fsencode(map_path)
-        owned = b"".join([own, *more_own])
+        owned = b"".join(own)
         source.map_path = path
         _copy_id(source.map_id, map_id)
         _copy_id(source.spare, spare)
         source.own = <const void *>PyBytes_AS_STRING(owned)
         source.own_count = len(owned) // 16
+        source.known_length, source.known_frames, source.known_crc = known
         cdef onion_segment_ref *refs = _segment_refs(adopted)
         source.adopted = refs
         source.adopted_count = len(adopted)
         try:
             with nogil:
-                status = onion_volume_open_head(self._volume, &source, &site)
+                if c_to_read:
+                    status = onion_volume_open_head_to_read(self._volume, &source)
+                else:
+                    status = onion_volume_open_head(self._volume, &source)
         finally:
             free(refs)
         if status < 0:
-            _raise(status, "open", os.fsdecode(site.path) or map_path, site.offset)
+            _raise(status, "open", map_path)
         return onion_volume_size(self._volume)
 
     def free_own_slots(self):
@@ -432,61 +598,84 @@ cdef class DataPath:
 
     def read(self, object offset, object length):
         """Return `length` bytes from `offset` on."""
-        cdef uint64_t at = _bytes_at(offset, "read"), count = _bytes_at(length, "read")
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
+        cdef uint64_t size = onion_volume_size(self._volume)
         cdef int status
-        if at > onion_volume_size(self._volume) or count > onion_volume_size(self._volume) - at:
-            _raise(ONION_E_BOUNDS, "read")
+        if at > size or count > size - at:
+            _raise_range(ONION_E_BOUNDS, "read", offset, length, size)
         cdef bytes out = PyBytes_FromStringAndSize(NULL, count)
         cdef char *to = PyBytes_AS_STRING(out)
         with nogil:
             status = onion_volume_read(self._volume, at, count, to)
         if status < 0:
-            _raise(status, "read", self._directory)
+            _raise_range(status, "read", offset, length, onion_volume_size(self._volume), self._directory)
         return out
 
     def readinto(self, object offset, buffer):
-        """Fill `buffer` from `offset` on; returns its length in bytes."""
-        cdef uint64_t at = _bytes_at(offset, "read")
+        """Fill `buffer` from `offset` on; returns its length in bytes.
+
+        Raises
+        ------
+        BufferError
+            The buffer is read-only, or not contiguous.
+        TypeError
+            It is no buffer, or one of Python objects; or `offset` is no whole number.
+        """
+        cdef uint64_t at = _bytes_at(offset, "an offset")
         cdef Py_buffer view
         cdef int status
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        _get_buffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             with nogil:
                 status = onion_volume_read(self._volume, at, view.len, view.buf)
             if status < 0:
-                _raise(status, "read", self._directory)
+                _raise_range(status, "read", offset, view.len, onion_volume_size(self._volume), self._directory)
             return view.len
         finally:
             PyBuffer_Release(&view)
 
     def write(self, object offset, data):
-        """Write `data` at `offset`; returns its length in bytes. Not durable before flush."""
-        cdef uint64_t at = _bytes_at(offset, "write")
+        """Write `data` at `offset`; returns its length in bytes. Not durable before flush.
+
+        Raises
+        ------
+        BufferError
+            The data is not contiguous.
+        TypeError
+            It is no buffer, or one of Python objects; or `offset` is no whole number.
+        """
+        cdef uint64_t at = _bytes_at(offset, "an offset")
         cdef Py_buffer view
         cdef int status
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        _get_buffer(data, &view, PyBUF_SIMPLE)
         try:
             with nogil:
                 status = onion_volume_write(self._volume, at, view.len, view.buf)
             if status < 0:
-                _raise(status, "write", self._directory)
+                _raise_range(status, "write", offset, view.len, onion_volume_size(self._volume), self._directory)
             return view.len
         finally:
             PyBuffer_Release(&view)
 
     def zero(self, object offset, object length):
         """Make a range read zero; the whole blocks in it are freed."""
-        cdef uint64_t at = _bytes_at(offset, "zero"), count = _bytes_at(length, "zero")
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
         cdef int status
         with nogil:
             status = onion_volume_zero(self._volume, at, count)
         if status < 0:
-            _raise(status, "zero", self._directory)
+            _raise_range(status, "zero", offset, length, onion_volume_size(self._volume), self._directory)
 
     trim = zero
 
+    cdef int _raise_blocks(self, int status, object what, object indices) except -1:
+        if status == ONION_E_BOUNDS:
+            count = -(-onion_volume_size(self._volume) // self.block_size)
+            raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks")
+        return _raise(status, what, self._directory)
+
     def read_blocks(self, block_indices, out=None):
-        """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given."""
+        """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given. As `readinto`, else."""
         cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, out_view
         cdef int status
@@ -494,7 +683,7 @@ cdef class DataPath:
             out = numpy.empty((len(indices), self.block_size), dtype=numpy.uint8)
         PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
         try:
-            PyObject_GetBuffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            _get_buffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             try:
                 if out_view.len != index_view.len // 8 * self.block_size:
                     raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
@@ -502,7 +691,7 @@ cdef class DataPath:
                     status = onion_volume_read_blocks(
                         self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, out_view.buf)
                 if status < 0:
-                    _raise(status, "read_blocks", self._directory)
+                    self._raise_blocks(status, "read_blocks", indices)
             finally:
                 PyBuffer_Release(&out_view)
         finally:
@@ -510,13 +699,13 @@ cdef class DataPath:
         return out
 
     def write_blocks(self, block_indices, data):
-        """Write whole blocks: `data` holds len(block_indices) * block_size bytes."""
+        """Write whole blocks: `data` holds len(block_indices) * block_size bytes. As `write`, else."""
         cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, data_view
         cdef int status
         PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
         try:
-            PyObject_GetBuffer(data, &data_view, PyBUF_SIMPLE)
+            _get_buffer(data, &data_view, PyBUF_SIMPLE)
             try:
                 if data_view.len != index_view.len // 8 * self.block_size:
                     raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
@@ -524,7 +713,7 @@ cdef class DataPath:
                     status = onion_volume_write_blocks(
                         self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, data_view.buf)
                 if status < 0:
-                    _raise(status, "write_blocks", self._directory)
+                    self._raise_blocks(status, "write_blocks", indices)
             finally:
                 PyBuffer_Release(&data_view)
         finally:
@@ -538,11 +727,12 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "flush", self._directory)
 
-    def resize(self, uint64_t size_bytes):
+    def resize(self, size_bytes):
         """Change the size; durable on return. What is new reads zero."""
+        cdef uint64_t size = _whole(size_bytes, "a size")
         cdef int status
         with nogil:
-            status = onion_volume_resize(self._volume, size_bytes)
+            status = onion_volume_resize(self._volume, size)
         if status < 0:
             _raise(status, "resize", self._directory)
 
@@ -639,15 +829,44 @@ cdef class DataPath:
             _raise(status, "scrub", self._directory)
 
     def scrub_wanted(self):
-        """Return the ids of adopted segments in which slots became free since the last call."""
-        cdef uint32_t numbers[256]
+        """Return the ids of adopted segments in which slots became free since the last call.
+
+        What is returned is forgotten here: whoever cannot write it down puts it back with `want_scrub`.
+        """
+        cdef unsigned char ids[256 * 16]
         cdef int count
         with nogil:
-            count = onion_volume_scrub_wanted(self._volume, numbers, 256)
-        if not count:
-            return []
-        ids = {number: id for number, id, _, _ in self.segments()}
-        return [ids[numbers[i]] for i in range(count) if numbers[i] in ids]
+            count = onion_volume_scrub_wanted(self._volume, ids, 256)
+        return _ids(ids, count)
+
+    def want_scrub(self, ids):
+        """Put back what `scrub_wanted` returned. Ids of segments that are gone are left out."""
+        joined = b"".join(ids)
+        cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
+        cdef uint32_t count = len(joined) // 16
+        with nogil:
+            onion_volume_scrub_again(self._volume, raw, count)
+
+    def unused_segments(self):
+        """Return the ids of segments that no block and no record of the head's log needs. Flushes.
+
+        Those of them that the catalog gives to the head may be dropped from it, with `prepare_below` before the commit and
+        `commit_below` after it.
+        """
+        cdef unsigned char *ids
+        cdef int64_t count
+        cdef uint32_t capacity = onion_volume_segments(self._volume, NULL, 0) + 1
+        ids = <unsigned char *>malloc(capacity * 16)
+        if ids == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                count = onion_volume_unused_segments(self._volume, ids, capacity)
+            if count < 0:
+                _raise(<int>count, "scrub", self._directory)
+            return _ids(ids, min(count, capacity))
+        finally:
+            free(ids)
 
     def take_unreachable(self):
         """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
@@ -691,7 +910,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_seal(self._volume, c_path, id, &raw)
         if status < 0:
-            if status == -16:
+            if status == -EBUSY:
                 raise StateError("snapshot: no spare segment is registered")
             _raise(status, "snapshot", self._directory)
         return _sealed(&raw, self._just_sealed())
@@ -743,11 +962,9 @@ cdef class DataPath:
         """
         cdef unsigned char id[16]
         cdef onion_sealed raw
-        cdef onion_fault_site site
         cdef _LayerSource source = None
         cdef const onion_layer_source *c_lower = NULL
         cdef int status, c_drop = bool(drop_zero)
-        memset(&site, 0, sizeof(site))
         path = os.fsencode(new_path)
         cdef const char *c_path = path
         _copy_id(id, new_id)
@@ -755,9 +972,9 @@ cdef class DataPath:
             source = _LayerSource(*lower)
             c_lower = &source.source
         with nogil:
-            status = onion_volume_rewrite(self._volume, c_path, id, c_lower, c_drop, &raw, &site)
+            status = onion_volume_rewrite(self._volume, c_path, id, c_lower, c_drop, &raw)
         if status < 0:
-            _raise(status, "merge", os.fsdecode(site.path) or new_path, site.offset)
+            _raise(status, "merge", new_path)
         return _sealed(&raw, [])
 
     def rewrite_commit(self):
@@ -776,19 +993,80 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "merge", self._directory)
 
-    def rebase(self, *, path, size_bytes, dropped):
-        """Map the base anew and read from it what the dropped segments (ids) held."""
-        encoded = os.fsencode(path)
+    # ---- what lies below ----
+
+    def prepare_below(self, base_fd=None, base_bytes=0, layer=None, dropped=(), *, keep_base=False):
+        """Prepare that other files answer for what lies lowest, while reads and writes go on. Before a commit.
+
+        After `commit_below` each block that was in a dropped segment, and each that nothing in the volume held, reads from
+        `layer` if that has it, and else from the base. The caller answers for it that both are what it read before. ZERO
+        stays ZERO, and what other segments hold stays.
+
+        Parameters
+        ----------
+        base_fd : int, optional
+            A descriptor of the new base, which the caller may close. None: there is no base any more.
+        base_bytes : int
+            What is mapped of it; the file must hold as much.
+        layer : tuple, optional
+            The new lowest layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]).
+        dropped : sequence of bytes
+            Ids of segments that are read no more. Of those that the head wrote or adopted, only such that
+            `unused_segments` returned.
+        keep_base : bool
+            The base stays what it is.
+
+        Raises
+        ------
+        StateError
+            Another replacement is prepared; the head still needs one of the segments; or one is not the volume's.
+        FormatError, OSError
+            A file is not what it should be, or could not be opened. Nothing has changed.
+        """
+        cdef onion_below_source source
+        cdef _LayerSource c_layer = None
+        cdef int status
+        memset(&source, 0, sizeof(source))
         ids = b"".join(dropped)
-        cdef const char *c_path = encoded
-        cdef const void *c_ids = <const void *>PyBytes_AS_STRING(ids)
-        cdef uint32_t count = len(dropped)
-        cdef uint64_t size = size_bytes
+        source.keep_base = bool(keep_base)
+        source.base_fd = -1 if base_fd is None else base_fd
+        source.base_bytes = _whole(base_bytes, "a size")
+        source.dropped = <const void *>PyBytes_AS_STRING(ids)
+        source.dropped_count = len(ids) // 16
+        if layer is not None:
+            c_layer = _LayerSource(*layer)
+            source.layer = &c_layer.source
+        with nogil:
+            status = onion_volume_prepare_below(self._volume, &source)
+        if status == -EBUSY or status == -ENOENT:
+            raise StateError(
+                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or gone"
+            )
+        if status < 0:
+            _raise(status, "merge", layer[0] if layer is not None else None if base_fd is None else _path_of(base_fd))
+
+    def commit_below(self):
+        """Make what was prepared so. After the commit.
+
+        Returns
+        -------
+        bool
+            True: no read needs the dropped segments or the old base any more, and they are unmapped. False: memory is
+            missing, or the volume is closed or poisoned; all reads as before, from old files and new ones, so their locks are
+            kept. May be called again.
+        """
         cdef int status
         with nogil:
-            status = onion_volume_rebase(self._volume, c_path, size, c_ids, count)
-        if status < 0:
-            _raise(status, "merge", path)
+            status = onion_volume_commit_below(self._volume)
+        if status == -EINVAL:
+            raise StateError("merge: nothing is prepared")
+        onion_site_clear()
+        return status == 0
+
+    def abort_below(self):
+        """Forget what was prepared. Nothing, where nothing is, or its commit has begun."""
+        with nogil:
+            onion_volume_abort_below(self._volume)
 
     def view(self, object offset, object length, keep=None):
         """Return a range of a snapshot as a read-only array of uint8.
@@ -796,7 +1074,7 @@ cdef class DataPath:
         The array's memory is the segments' own pages, and stays valid after close; `keep` lives as long as it does.
         A range in more than 4,096 pieces is copied instead.
         """
-        cdef uint64_t at = _bytes_at(offset, "view"), count = _bytes_at(length, "view")
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
         cdef _MappedRange mapped = _MappedRange()
         cdef int status
         cdef void *address = NULL
@@ -804,11 +1082,11 @@ cdef class DataPath:
             return numpy.frombuffer(b"", dtype=numpy.uint8)
         with nogil:
             status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length)
-        if status == -7:
+        if status == -E2BIG:
             copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
             return copied
         if status < 0:
-            _raise(status, "view", self._directory)
+            _raise_range(status, "view", offset, length, onion_volume_size(self._volume), self._directory)
         mapped.address = address
         mapped.start = at % <uint64_t>self.block_size
         mapped.length = count
@@ -835,6 +1113,14 @@ cdef class DataPath:
         """Wait for calls under way, then unmap and close. Does not flush. Idempotent."""
         with nogil:
             onion_volume_close(self._volume)
+
+
+def _path_of(fd):
+    """Return the path that a descriptor was opened by, for a message."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return f"descriptor {fd}"
 
 
 cdef list _segment_list(const onion_segment_info *infos, uint32_t count):

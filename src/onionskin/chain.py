@@ -212,7 +212,7 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseL
         if chain.base:
             assert base_lock is not None
             _set_base(path, chain.base, base_lock)
-        for layer in chain.layers[:-1] if top.sealed == 0 else chain.layers:
+        for layer in chain.layers if top.sealed else chain.layers[:-1]:
             _add_layer(layout, path, layer, chain.segments[layer.id])
         if writable:
             _open_head(layout, path, top, chain.segments[top.id])
@@ -229,8 +229,7 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseL
 
 def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
     """Map a base; one that a merge has made shorter already hides behind the merge's layers what it no longer has."""
-    size_bytes = min(base.size_bytes, os.fstat(lock.descriptor).st_size)
-    path.set_base(f"/proc/self/fd/{lock.descriptor}", size_bytes)
+    path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
 
 
 def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
@@ -254,6 +253,7 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
         own=own[-1],
         more_own=own[:-1],
         spare=spare,
+        known=(head.map_length, head.map_frames, head.map_crc),
     )
 
 

@@ -372,9 +372,7 @@ def _run_base_merge(
             bytes_per_second=bytes_per_second,
         )
         with volume.guard:
-            dropped = _finish(volume, folded, lock)
-            lock.share()
-            _read_from_base(volume, lock, dropped)
+            _switch_to_base(volume, folded, lock)
             fold_where_unnamed(volume, [folded.top.id])
     finally:
         with volume.guard:
@@ -384,19 +382,25 @@ def _run_base_merge(
                 volume.merge_ended()
 
 
-def _read_from_base(volume: "Volume", lock: BaseLock, dropped: list[bytes]) -> None:
-    """Let the open volume read from the base what it read from segments that are dropped.
+def _switch_to_base(volume: "Volume", folded: Chain, lock: BaseLock) -> None:
+    """Let the catalog and the open volume read from the base what they read from segments that are dropped.
 
-    Behind the commit nothing may fail. Where this does, the volume reads the same bytes from the old files, which its locks
-    keep from being freed as long as it is open.
+    All that can fail is done before the commit. Where memory is missing behind it, the volume reads the same bytes from the
+    old files, which its locks keep from being freed as long as it is open.
     """
-    try:
-        size_bytes = os.fstat(lock.descriptor).st_size
-        volume.path.rebase(path=f"/proc/self/fd/{lock.descriptor}", size_bytes=size_bytes, dropped=dropped)
-    except (OSError, OnionskinError) as error:
-        _log.warning("%s: %r goes on with the files from before the merge: %s", volume.store.path, volume, error)
-        return
-    volume.give_up_unread()
+    catalog = volume.store.catalog
+    dropped = [segment.id for rows in folded.segments.values() for segment in rows]
+
+    def settle() -> None:
+        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
+            volume.path.abort_below()
+        elif volume.path.commit_below():
+            volume.give_up_unread()
+
+    with volume.settling(settle):
+        volume.path.prepare_below(lock.descriptor, folded.top.size_bytes, dropped=dropped)
+        _finish(volume, folded, lock)
+    lock.share()
 
 
 def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
@@ -551,10 +555,9 @@ def _note_done(store: "Store", folded: Chain, descriptor: int, done_bytes: int) 
             raise
 
 
-def _finish(volume: "Volume", folded: Chain, lock: BaseLock) -> list[bytes]:
-    """Let what stood on the folded layers stand on the base. Returns the segments that are no longer read."""
+def _finish(volume: "Volume", folded: Chain, lock: BaseLock) -> None:
+    """Let what stood on the folded layers stand on the base."""
     store, catalog, top = volume.store, volume.store.catalog, folded.top
-    dropped = [segment.id for rows in folded.segments.values() for segment in rows]
 
     def switch() -> None:
         base = _same_row(store, folded)
@@ -584,4 +587,3 @@ def _finish(volume: "Volume", folded: Chain, lock: BaseLock) -> list[bytes]:
         catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", top.id)
 
     store.change(switch)
-    return dropped
