@@ -25,14 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from onionskin import exporting, transfer
-from onionskin.catalog import SIZE_BYTES_MAX
-from onionskin.drafts import refuse_taken
 from onionskin.errors import FormatError, OnionskinError
-from onionskin.exporting import new_image, passing_file, policies_of, refuse_target
 from onionskin.files import data_ranges, refuse_shorter
 from onionskin.names import check_name
-from onionskin.pinned import pinned
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -112,6 +107,11 @@ def import_image(
     VolumeExistsError
         The store has a volume of that name.
     """
+    # Here, as the command line comes to this module for a list of formats.
+    from onionskin.catalog import SIZE_BYTES_MAX
+    from onionskin.drafts import refuse_taken
+    from onionskin.exporting import passing_file
+
     check_name("volume", name)
     refuse_taken(store, name)
     kind = format or detect_format(path)
@@ -195,6 +195,9 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     OnionskinError
         qemu-img is wanted and is not installed.
     """
+    from onionskin import exporting, transfer
+    from onionskin.pinned import pinned
+
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     target = Path(path)
@@ -202,11 +205,11 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         exporting.export(volume, target, replace=False, progress=progress)
         return
     store, parent = volume.store, target.absolute().parent
-    refuse_target(store, target, replace=False)
+    exporting.refuse_target(store, target, replace=False)
     _qemu_img()
-    with pinned(volume) as opened, new_image(store, target, opened, replace=False) as made:
+    with pinned(volume) as opened, exporting.new_image(store, target, opened, replace=False) as made:
         transfer.check_room_for_copy(store, opened, parent)
-        with passing_file(store, parent, policies_of(opened)) as raw:
+        with exporting.passing_file(store, parent, exporting.policies_of(opened)) as raw:
             transfer.copy_disk(store, opened, raw.fileno(), progress=progress)
             way = [f"/proc/self/fd/{descriptor}" for descriptor in (raw.fileno(), made)]
             _run("convert", "-f", "raw", "-O", format, *way, about=path, keep=(raw.fileno(), made))

@@ -88,10 +88,12 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
     thread = threading.Thread(target=work, name="onionskin copy")
     thread.start()
     try:
-        while thread.is_alive():
+        while True:  # once at least, however short the copy is
             thread.join(PROGRESS_SECONDS)
             if progress:
                 progress(done_before + job.bytes_done, total)
+            if not thread.is_alive():
+                break
     except BaseException:
         job.cancel()
         raise
