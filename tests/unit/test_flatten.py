@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import volume as volumes
+from onionskin import transfer
 from onionskin.catalog import LayerRow
 
 BLOCK = 65536
@@ -60,7 +60,7 @@ def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
 
     before = web.read(0, web.size_bytes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(volumes, "free_unneeded", fail)
+        patch.setattr(transfer, "free_unneeded", fail)
         web.flatten()
     assert web.read(0, web.size_bytes) == before
     catalog = web.store.catalog
