@@ -1,18 +1,84 @@
-"""Loading the block map of one layer from its file, as the catalog describes it.
+"""Loading the block maps of layers from their files, as the catalog describes them; keeping those files where they are.
 
 What must hold: a sealed layer's map is checked against the length, frame count and CRC that the catalog has; a head's
-is read as far as it is durable.
+is read as far as it is durable. Who reads several maps locks them first, and knows that the catalog named them after
+the locks were taken: then nobody has freed one, and nobody will.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from onionskin._maplog import LayerMap, OwnerMap
-from onionskin.catalog import SIZE_BYTES_MAX, LayerRow
+from onionskin.catalog import SIZE_BYTES_MAX, BaseRow, Catalog, LayerRow
+from onionskin.chain import LOCK_WAIT_SECONDS, Chain
+from onionskin.errors import FormatError, StateError
+from onionskin.locks import ByteLocks
 
 if TYPE_CHECKING:
     from onionskin.store import Store
+
+_IDS_MAX = 500  # in one statement; SQLite allows 999 and more
+# A head's log is read beside its writer: two frames that come in the midst of it look as if one was missing.
+_TRIES = 3
+
+Found = TypeVar("Found")
+
+
+@contextmanager
+def locked_maps(
+    store: "Store", find: Callable[[], Found], layers_of: Callable[[Found], Collection[LayerRow]]
+) -> Iterator[Found]:
+    """Give what `find` read in one state of the catalog, its layers' map files locked against whoever frees them.
+
+    The layers are those of a state that was. What is named, written or dropped since then changes nothing in their
+    files: sealed ones never change, and of a head's log the frames that are added later may be seen too.
+
+    Raises
+    ------
+    StateError
+        The tree is being changed all the time.
+    """
+    locks = ByteLocks(store.layout.lock)
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    try:
+        while True:
+            with store.catalog.reading():
+                found = find()
+            layers = layers_of(found)
+            if locks.take_shared({layer.map_lock_byte for layer in layers}) and _are_named(store.catalog, layers):
+                break
+            locks.keep_shared(())
+            if time.monotonic() > deadline:
+                raise StateError(f"the tree of {store.path} is being changed all the time; try again when that is done")
+            time.sleep(0.01)  # somebody frees one of the files; nothing tells us when it is done
+        yield found
+    finally:
+        locks.close()
+        if any(volume.writable for volume in store.open_volumes()):
+            store.work_soon()  # what had to wait for these locks
+
+
+def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:
+    """Read a chain for its maps alone: without its segments. Inside `reading`."""
+    layers = catalog.chain(layer_id)
+    if not layers:
+        raise StateError("the layer is gone: another process changed the tree; try again")
+    base = catalog.row(BaseRow, "id = ?", layers[0].base) if layers[0].base else None
+    return Chain(tuple(layers), {}, base)
+
+
+def _are_named(catalog: Catalog, layers: Collection[LayerRow]) -> bool:
+    """Whether the catalog still names the map files of all these layers: then none was freed before it was locked."""
+    files = {layer.id: (layer.map_id, layer.map_lock_byte) for layer in layers}
+    ids, named = list(files), 0
+    with catalog.reading():
+        for first in range(0, len(ids), _IDS_MAX):
+            part = ids[first : first + _IDS_MAX]
+            for row in catalog.rows(LayerRow, f"id IN ({', '.join('?' * len(part))})", *part):
+                named += files[row.id] == (row.map_id, row.map_lock_byte)
+    return named == len(files)
 
 
 def empty_map(block_size: int) -> LayerMap:
@@ -25,17 +91,32 @@ def open_map(store: "Store", layer: LayerRow) -> LayerMap:
     if layer.sealed and layer.map_length == 0:
         return empty_map(layer.block_size)
     try:
-        return LayerMap.load(
-            str(store.layout.map_file(layer.map_id)),
-            map_id=layer.map_id,
-            block_size=layer.block_size,
-            block_count=SIZE_BYTES_MAX // layer.block_size,
-            **_sealed(layer),
-        )
+        return _settled(layer, lambda: load_map(store, layer))
     except FileNotFoundError:
         if layer.sealed:
             raise
         return empty_map(layer.block_size)  # nothing was flushed to this head yet
+
+
+def load_map(store: "Store", layer: LayerRow) -> LayerMap:
+    """Read the file of a layer's map, which must be there. The caller closes what is returned."""
+    return LayerMap.load(
+        str(store.layout.map_file(layer.map_id)),
+        map_id=layer.map_id,
+        block_size=layer.block_size,
+        block_count=SIZE_BYTES_MAX // layer.block_size,
+        **_sealed(layer),
+    )
+
+
+def _settled(layer: LayerRow, read: Callable[[], Found]) -> Found:
+    """Read a map; that of a head again where it seems damaged, for a writer may have been at it."""
+    for _ in range(0 if layer.sealed else _TRIES - 1):
+        try:
+            return read()
+        except FormatError:
+            pass
+    return read()
 
 
 def _sealed(layer: LayerRow) -> dict[str, int]:
@@ -46,7 +127,10 @@ def _sealed(layer: LayerRow) -> dict[str, int]:
 def lay_map(store: "Store", layer: LayerRow, owners: OwnerMap) -> int | None:
     """Lay a layer over those below it, as `open_map` loads one; return the size that a head's map gives the disk."""
     try:
-        size_bytes = owners.lay_file(str(store.layout.map_file(layer.map_id)), map_id=layer.map_id, **_sealed(layer))
+        size_bytes = _settled(
+            layer,
+            lambda: owners.lay_file(str(store.layout.map_file(layer.map_id)), map_id=layer.map_id, **_sealed(layer)),
+        )
     except FileNotFoundError:
         if layer.sealed:
             raise

@@ -28,7 +28,7 @@ from onionskin.chain import Chain, pending_base_merges, read_chain
 from onionskin.errors import StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock
-from onionskin.snapshots import find_snapshot, free_unneeded
+from onionskin.snapshots import find_snapshot, free_unneeded, unnamed_below
 
 if TYPE_CHECKING:
     from onionskin._volume import LowerLayer
@@ -231,10 +231,10 @@ def _switch_map(
 def fold_unnamed_below(volume: "Volume") -> None:
     """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
     catalog = volume.store.catalog
-    named = {row.layer for row in catalog.rows(SnapshotRow)}
-    for layer in read_chain(catalog, volume.head).layers[:-1]:
-        if layer.id not in named:
-            fold(volume, layer.id)
+    with catalog.reading():
+        unnamed = unnamed_below(catalog, volume.head)
+    for layer in unnamed:
+        fold(volume, layer)
 
 
 # ---- merging into the base ----

@@ -10,8 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,6 @@ from onionskin.catalog import (
     SIZE_BYTES_MAX,
     BaseRow,
     Catalog,
-    LayerRow,
     PendingRow,
     SegmentRow,
     SnapshotRow,
@@ -45,7 +42,8 @@ from onionskin.chain import (
 )
 from onionskin.errors import ChainError, OnionskinError, StateError, VerifyError, VolumeExistsError
 from onionskin.layout import DIRECTORIES, Layout
-from onionskin.locks import STORE_BYTE, ByteLocks, VolumeLock, volume_holder
+from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
+from onionskin.locks import STORE_BYTE, ByteLocks, VolumeLock
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
@@ -55,7 +53,6 @@ from onionskin.snapshots import (
     free_unneeded,
     list_snapshots,
     users_of,
-    when,
 )
 from onionskin.views import OpenChain, SealedViews
 from onionskin.volume import Volume
@@ -68,33 +65,6 @@ _log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 8 << 20
 WIPE_POLICIES = ("release", "zero")
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeInfo:
-    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing."""
-
-    name: str
-    size_bytes: int
-    block_size: int
-    wipe: str
-    base: str | None
-    created: datetime
-    snapshots: int
-    holder: int | None
-
-
-@dataclass(slots=True)
-class TreeNode:
-    """A node of the tree of a store: kind is `base`, `snapshot`, `layer` (without a name) or `head`."""
-
-    kind: str
-    name: str
-    size_bytes: int
-    created: datetime | None
-    note: str = ""
-    bytes_held: int = 0
-    children: list["TreeNode"] = field(default_factory=list)
 
 
 class Store:
@@ -416,27 +386,11 @@ class Store:
 
     def volumes(self) -> list[VolumeInfo]:
         """Return all volumes, by name."""
-        with self.catalog.reading():
-            return [self._info(row) for row in self.catalog.rows(VolumeRow, "1 ORDER BY name")]
+        return list_volumes(self)
 
     def info(self, name: str) -> VolumeInfo:
         """Return one volume."""
-        with self.catalog.reading():
-            return self._info(self.catalog.volume(name))
-
-    def _info(self, row: VolumeRow) -> VolumeInfo:
-        chain = read_chain(self.catalog, row.head)
-        holder = volume_holder(self.layout.volume_lock(row.id))
-        return VolumeInfo(
-            name=row.name,
-            size_bytes=chain.top.size_bytes,
-            block_size=chain.top.block_size,
-            wipe=chain.top.wipe,
-            base=chain.base.path if chain.base else None,
-            created=when(row.created_ns),
-            snapshots=len(self.catalog.rows(SnapshotRow, "volume = ?", row.id)),
-            holder=holder.pid if holder else None,
-        )
+        return volume_info(self, name)
 
     def snapshots(self, name: str) -> list[Snapshot]:
         """Return a volume's snapshots, oldest first, without opening it."""
@@ -444,32 +398,7 @@ class Store:
 
     def tree(self) -> list[TreeNode]:
         """Return the bases and the roots that stand on nothing, each with what stands on it."""
-        with self.catalog.reading():
-            layers = self.catalog.rows(LayerRow, "1 ORDER BY created_ns")
-            volumes = {row.id: row for row in self.catalog.rows(VolumeRow)}
-            names = {row.layer: row for row in self.catalog.rows(SnapshotRow)}
-            bases = self.catalog.rows(BaseRow, "1 ORDER BY path")
-            held = {row.id: 0 for row in layers}
-            for segment in self.catalog.rows(SegmentRow):
-                held[segment.layer] += self._bytes_of(segment)
-        heads = {row.head: row.name for row in volumes.values()}
-        nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
-        roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
-        by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
-        for layer in layers:
-            if layer.parent:
-                nodes[layer.parent].children.append(nodes[layer.id])
-            elif layer.base:
-                by_base[layer.base].children.append(nodes[layer.id])
-            else:
-                roots.append(nodes[layer.id])
-        return roots
-
-    def _bytes_of(self, segment: SegmentRow) -> int:
-        try:
-            return self.layout.segment_file(segment.id).stat().st_blocks * 512
-        except FileNotFoundError:
-            return 0
+        return read_tree(self)
 
     def usage(self, name: str) -> list[usages.Usage]:
         """Return what each snapshot of a volume holds; the head's entry, with snapshot None, is the last."""
@@ -625,18 +554,4 @@ def _check_geometry(block_size: int, wipe: str) -> None:
         raise ValueError(f"the wipe policy is 'release' or 'zero', not {wipe!r}")
 
 
-def _node(
-    layer: LayerRow,
-    names: dict[bytes, SnapshotRow],
-    heads: dict[bytes, str],
-    volumes: dict[bytes, VolumeRow],
-    held: int,
-) -> TreeNode:
-    created = when(layer.created_ns)
-    if layer.id in heads:
-        return TreeNode("head", heads[layer.id], layer.size_bytes, created, "", held)
-    if layer.id in names:
-        row = names[layer.id]
-        name = f"{volumes[row.volume].name}@{row.name}"
-        return TreeNode("snapshot", name, layer.size_bytes, when(row.created_ns), row.note, held)
-    return TreeNode("layer", layer.id.hex()[:8], layer.size_bytes, created, "", held)
+__all__ = ["Store", "TreeNode", "VolumeInfo"]

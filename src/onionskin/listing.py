@@ -1,0 +1,175 @@
+"""What there is in a store: its volumes and its tree, each read in one pass over the rows of one state of the catalog.
+
+What must hold: nothing is asked once for each volume, layer or segment, of the catalog or of a file that need not be there:
+a store may have a hundred thousand of them.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from onionskin.catalog import BaseRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.locks import volume_holder
+from onionskin.snapshots import when
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing."""
+
+    name: str
+    size_bytes: int
+    block_size: int
+    wipe: str
+    base: str | None
+    created: datetime
+    snapshots: int
+    holder: int | None
+
+
+@dataclass(slots=True)
+class TreeNode:
+    """A node of the tree of a store: kind is `base`, `snapshot`, `layer` (without a name) or `head`."""
+
+    kind: str
+    name: str
+    size_bytes: int
+    created: datetime | None
+    note: str = ""
+    bytes_held: int = 0
+    children: list["TreeNode"] = field(default_factory=list)
+
+
+def list_volumes(store: "Store") -> list[VolumeInfo]:
+    """Return all volumes, by name."""
+    catalog = store.catalog
+    with catalog.reading():
+        volumes = catalog.rows(VolumeRow, "1 ORDER BY name")
+        layers = {row.id: row for row in catalog.rows(LayerRow)}
+        bases = {row.id: row for row in catalog.rows(BaseRow)}
+        counts: dict[bytes, int] = {}
+        for snapshot in catalog.rows(SnapshotRow):
+            counts[snapshot.volume] = counts.get(snapshot.volume, 0) + 1
+    held = _lock_files_in_use(store)
+    bottoms: dict[bytes, LayerRow] = {}
+    infos = []
+    for row in volumes:
+        base = _bottom(layers, row.head, bottoms).base
+        infos.append(
+            _info(store, row, layers[row.head], bases.get(base) if base else None, counts.get(row.id, 0), held)
+        )
+    return infos
+
+
+def volume_info(store: "Store", name: str) -> VolumeInfo:
+    """Return one volume."""
+    catalog = store.catalog
+    with catalog.reading():
+        row = catalog.volume(name)
+        chain = catalog.chain(row.head)
+        base = catalog.row(BaseRow, "id = ?", chain[0].base) if chain[0].base else None
+        snapshots = len(catalog.rows(SnapshotRow, "volume = ?", row.id))
+    return _info(store, row, chain[-1], base, snapshots, None)
+
+
+def _info(
+    store: "Store", row: VolumeRow, head: LayerRow, base: BaseRow | None, snapshots: int, held: set[str] | None
+) -> VolumeInfo:
+    """Describe a volume; `held` are the names of lock files that may be in use, None where nobody looked."""
+    lock = store.layout.volume_lock(row.id)
+    holder = volume_holder(lock) if held is None or lock.name in held else None
+    return VolumeInfo(
+        name=row.name,
+        size_bytes=head.size_bytes,
+        block_size=head.block_size,
+        wipe=head.wipe,
+        base=base.path if base else None,
+        created=when(row.created_ns),
+        snapshots=snapshots,
+        holder=holder.pid if holder else None,
+    )
+
+
+def _lock_files_in_use(store: "Store") -> set[str]:
+    """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
+    names = set()
+    with os.scandir(store.layout.volumes) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.name.endswith(".lock") and entry.stat(follow_symlinks=False).st_size:
+                    names.add(entry.name)
+    return names
+
+
+def _bottom(layers: dict[bytes, LayerRow], top: bytes, known: dict[bytes, LayerRow]) -> LayerRow:
+    """Return the lowest layer below one; `known` has it for each layer that was on the way before."""
+    way = [top]
+    while way[-1] not in known:
+        parent = layers[way[-1]].parent
+        if parent is None:
+            known[way[-1]] = layers[way[-1]]
+        else:
+            way.append(parent)
+    bottom = known[way[-1]]
+    known.update(dict.fromkeys(way, bottom))
+    return bottom
+
+
+def read_tree(store: "Store") -> list[TreeNode]:
+    """Return the bases and the roots that stand on nothing, each with what stands on it."""
+    catalog = store.catalog
+    with catalog.reading():
+        layers = catalog.rows(LayerRow, "1 ORDER BY created_ns")
+        volumes = {row.id: row for row in catalog.rows(VolumeRow)}
+        names = {row.layer: row for row in catalog.rows(SnapshotRow)}
+        bases = catalog.rows(BaseRow, "1 ORDER BY path")
+        segments = catalog.rows(SegmentRow)
+    held = _bytes_of_layers(store, layers, segments)
+    heads = {row.head: row.name for row in volumes.values()}
+    nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
+    roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
+    by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
+    for layer in layers:
+        if layer.parent:
+            nodes[layer.parent].children.append(nodes[layer.id])
+        elif layer.base:
+            by_base[layer.base].children.append(nodes[layer.id])
+        else:
+            roots.append(nodes[layer.id])
+    return roots
+
+
+def _bytes_of_layers(store: "Store", layers: Iterable[LayerRow], segments: Iterable[SegmentRow]) -> dict[bytes, int]:
+    """Return what the segments of each layer take on the disk."""
+    owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
+    held = {layer.id: 0 for layer in layers}
+    with os.scandir(store.layout.segments) as entries:
+        for entry in entries:
+            owner = owners.get(entry.name)
+            if owner in held:
+                with suppress(FileNotFoundError):
+                    held[owner] += entry.stat(follow_symlinks=False).st_blocks * 512
+    return held
+
+
+def _node(
+    layer: LayerRow,
+    names: dict[bytes, SnapshotRow],
+    heads: dict[bytes, str],
+    volumes: dict[bytes, VolumeRow],
+    held: int,
+) -> TreeNode:
+    created = when(layer.created_ns)
+    if layer.id in heads:
+        return TreeNode("head", heads[layer.id], layer.size_bytes, created, "", held)
+    if layer.id in names:
+        row = names[layer.id]
+        name = f"{volumes[row.volume].name}@{row.name}"
+        return TreeNode("snapshot", name, layer.size_bytes, when(row.created_ns), row.note, held)
+    return TreeNode("layer", layer.id.hex()[:8], layer.size_bytes, created, "", held)
