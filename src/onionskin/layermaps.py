@@ -8,6 +8,7 @@ the locks were taken: then nobody has freed one, and nobody will.
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from onionskin._maplog import LayerMap, OwnerMap
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 # A head's log is read beside its writer: two frames that come in the midst of it look as if one was missing.
 _TRIES = 3
+STRETCHES_MAX = 256
 
 Found = TypeVar("Found")
 
@@ -47,7 +49,8 @@ def locked_maps(
             with store.catalog.reading():
                 found = find()
             layers = layers_of(found)
-            if locks.take_shared({layer.map_lock_byte for layer in layers}) and _are_named(store.catalog, layers):
+            wanted = in_few_stretches({layer.map_lock_byte for layer in layers})
+            if locks.take_shared(wanted) and _are_named(store.catalog, layers):
                 break
             locks.keep_shared(())
             if time.monotonic() > deadline:
@@ -58,6 +61,20 @@ def locked_maps(
         locks.close()
         if any(volume.writable for volume in store.open_volumes()):
             store.work_soon()  # what had to wait for these locks
+
+
+def in_few_stretches(numbers: set[int]) -> set[int]:
+    """Add numbers that lie between those given, until they are no more than STRETCHES_MAX stretches.
+
+    The time for a lock grows with the locks that a file has. A byte that is locked for nothing only keeps what belongs to it
+    from being freed until these locks are given up.
+    """
+    ordered = sorted(numbers)
+    gaps = sorted(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
+    filled = set(numbers)
+    for before, after in gaps[: max(len(gaps) + 1 - STRETCHES_MAX, 0)]:
+        filled.update(range(before + 1, after))
+    return filled
 
 
 def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:

@@ -33,7 +33,7 @@ _LAYERS_TO_NEAREST = (  # a layer and those below it, down to the first that has
     "WHERE layers.parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = below.id AND volume = ?)) "
     "SELECT id FROM below"
 )
-_LAYERS_BELOW = (  # a layer and all below it
+LAYERS_BELOW = (  # a layer and all below it
     "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
     "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
 )
@@ -147,7 +147,7 @@ def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
 def unnamed_below(catalog: Catalog, layer: bytes) -> list[bytes]:
     """Return the layers below one that have no name, bottom first."""
     unnamed = "NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
-    found = {row.id for row in catalog.rows(LayerRow, f"id IN ({_LAYERS_BELOW}) AND {unnamed}", layer)} - {layer}
+    found = {row.id for row in catalog.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {unnamed}", layer)} - {layer}
     return [row.id for row in catalog.chain(layer) if row.id in found] if found else []
 
 
