@@ -411,6 +411,10 @@ class Catalog:
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {_TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
 
+    def move_segments(self, layer: bytes, new_layer: bytes) -> None:
+        """Give all segments of a layer to another one. Inside a transaction."""
+        self._execute("UPDATE segments SET layer = ? WHERE layer = ?", new_layer, layer)
+
     def delete(self, kind: type, condition: str, *values: Any) -> None:
         """Remove rows. Inside a transaction."""
         self._execute(f"DELETE FROM {_TABLES[kind]} WHERE {condition}", *values)

@@ -7,13 +7,14 @@ copied into a base is durable in it.
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from errno import EDQUOT, EINVAL, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import pending, transfer
+from onionskin import folding, pending, transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
@@ -26,7 +27,6 @@ from onionskin.catalog import (
 )
 from onionskin.chain import Chain, pending_base_merges, read_chain
 from onionskin.errors import StateError
-from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock
 from onionskin.snapshots import find_snapshot, free_unneeded, unnamed_below
 
@@ -52,34 +52,49 @@ def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None
 
 
 def fold(volume: "Volume", layer_id: bytes) -> bool:
-    """Fold one layer into its only child, if that can be done here; returns whether it was."""
-    catalog = volume.store.catalog
-    with catalog.reading():
-        lower = catalog.row(LayerRow, "id = ?", layer_id)
-        children = catalog.rows(LayerRow, "parent = ?", layer_id)
-        needed = (
-            catalog.row(SnapshotRow, "layer = ?", layer_id)
-            or catalog.row(VolumeRow, "head = ?", layer_id)
-            or catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", layer_id)
-        )
-    if lower is None or needed or len(children) != 1:
+    """Fold what is worth it of the layers without a name around one (folding.py); returns whether any was."""
+    store = volume.store
+    try:
+        run = folding.run_around(volume, layer_id)
+        groups = folding.groups_to_fold(store, run)
+    except FileNotFoundError:
+        _check_run_is_gone(store, run)
         return False
-    (upper,) = children
-    if upper.id != volume.head and not upper.sealed:
-        return False  # the head of another volume: whoever opens that one folds it
-    join = _fold_sealed if upper.sealed else _fold_into_head
+    folded = [_fold_group(volume, group) for group in groups]
+    if not any(folded):
+        return False
+    store.work_soon()
+    return True
+
+
+def _fold_group(volume: "Volume", group: folding.Group) -> bool:
+    """Fold layers into the last of them, if that can be done now."""
+    *lowers, upper = group
+    if not upper.sealed and len(lowers) > 1:
+        if not _fold_group(volume, lowers):
+            return False
+        lowers = [volume.store.catalog.layer(lowers[-1].id)]
 
     def change() -> None:
         try:
-            join(volume, lower, upper)
+            if upper.sealed:
+                _fold_sealed(volume, lowers, upper)
+            else:
+                _fold_into_head(volume, lowers[0], upper)
         except FileNotFoundError:
-            _check_unchanged(volume.store, lower, upper)  # a map that another process folded meanwhile is no damage
+            _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
             raise
 
-    if not put_off(volume.store, change):
-        return False
-    volume.store.work_soon()
-    return True
+    return put_off(volume.store, change)
+
+
+def _check_run_is_gone(store: "Store", run: Sequence[LayerRow]) -> None:
+    """While a FileNotFoundError is handled: raise it on, unless another process folded the layers meanwhile."""
+    try:
+        _check_unchanged(store, run[:-1], run[-1])
+    except TreeChangedError:
+        return
+    raise
 
 
 def put_off(store: "Store", change: Callable[[], None]) -> bool:
@@ -100,22 +115,20 @@ def _nothing_below(layer: LayerRow) -> bool:
     return layer.parent is None and layer.base is None
 
 
-def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
+def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
     store = volume.store
     map_id = new_id()
     path = store.layout.map_file(map_id)
 
     def switch() -> None:
-        _check_unchanged(store, lower, upper)
-        _switch_map(store, lower, upper, map_id, written)
+        _check_unchanged(store, lowers, upper)
+        _switch_map(store, lowers, upper, map_id, written, scrubs=list(laid.freed))
 
     try:
-        with load_layer(store, lower) as folded:
-            with load_layer(store, upper) as upper_map:
-                folded.fold(upper_map)
-            if _nothing_below(lower):
-                folded.drop_zero()
-            written = folded.write(
+        with closing(folding.lay(store, [*lowers, upper])) as laid:
+            if _nothing_below(lowers[0]):
+                laid.map.drop_zero()
+            written = laid.map.write(
                 str(path), map_id=map_id, wipe_zero=upper.wipe == "zero", size_bytes=upper.size_bytes
             )
         sync_directory(store.layout.layers)  # BARRIER: folded map name
@@ -123,7 +136,18 @@ def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
     except BaseException:
         pending.drop_drafts(store, path)
         raise
-    volume.lock_what_is_read()
+    _lock_new_map(volume, [*lowers, upper])
+
+
+def _lock_new_map(volume: "Volume", folded: Sequence[LayerRow]) -> None:
+    """Lock the map that took the place of others, where the volume reads it: not all of its chain anew.
+
+    Segments have changed their owners, and not their bytes.
+    """
+    bytes_before = {layer.map_lock_byte for layer in folded}
+    if bytes_before & volume.locks.shared:
+        volume.locks.take_shared({volume.store.catalog.layer(folded[-1].id).map_lock_byte})
+        volume.locks.drop_shared(bytes_before)
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
@@ -145,10 +169,10 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
 
     def switch() -> None:
         if lower:
-            _check_unchanged(store, lower, head)
-        _switch_map(store, lower, head, map_id, (0, 0, 0))
+            _check_unchanged(store, [lower], head)
+        _switch_map(store, [lower] if lower else [], head, map_id, (0, 0, 0))
 
-    with volume.settling(lambda: _settle_rewrite(volume, head.id, map_id)):
+    with volume.settling(lambda: _settle_rewrite(volume, [lower, head] if lower else [head], map_id)):
         volume.path.rewrite_map(
             new_path=str(store.layout.map_file(map_id)),
             new_id=map_id,
@@ -158,14 +182,14 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
         store.with_reserve(lambda: store.in_transaction(switch))
 
 
-def _settle_rewrite(volume: "Volume", head: bytes, map_id: bytes) -> None:
+def _settle_rewrite(volume: "Volume", folded: Sequence[LayerRow], map_id: bytes) -> None:
     """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
-    if not volume.path.poisoned and volume.store.catalog.layer(head).map_id != map_id:
+    if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
         return
     if_begun(volume.path.rewrite_commit)
     if not volume.path.poisoned:
-        volume.lock_what_is_read()
+        _lock_new_map(volume, folded)
 
 
 def if_begun(tell: Callable[[], None]) -> None:
@@ -186,13 +210,14 @@ class TreeChangedError(StateError):
     """Another process changed the layers that were about to be joined."""
 
 
-def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
-    """Another process may have folded the same layers, or cloned one of them, since they were read."""
-    unchanged = (
-        store.catalog.row(LayerRow, "id = ?", lower.id) == lower
-        and store.catalog.row(LayerRow, "id = ?", upper.id) == upper
-        and [child.id for child in store.catalog.rows(LayerRow, "parent = ?", lower.id)] == [upper.id]
-        and not store.catalog.row(SnapshotRow, "layer = ?", lower.id)
+def _check_unchanged(store: "Store", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
+    """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
+    catalog = store.catalog
+    above = [*lowers[1:], upper]
+    unchanged = all(catalog.row(LayerRow, "id = ?", layer.id) == layer for layer in (*lowers, upper)) and all(
+        [row.id for row in catalog.rows(LayerRow, "parent = ? LIMIT 2", lower.id)] == [child.id]
+        and not catalog.row(SnapshotRow, "layer = ?", lower.id)
+        for lower, child in zip(lowers, above, strict=True)
     )
     if not unchanged:
         raise TreeChangedError(
@@ -201,9 +226,18 @@ def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
 
 
 def _switch_map(
-    store: "Store", lower: LayerRow | None, upper: LayerRow, map_id: bytes, written: tuple[int, int, int]
+    store: "Store",
+    lowers: Sequence[LayerRow],
+    upper: LayerRow,
+    map_id: bytes,
+    written: tuple[int, int, int],
+    *,
+    scrubs: Sequence[bytes] | None = None,
 ) -> None:
-    """Give `upper` its new map, and all that `lower` had. Inside a transaction."""
+    """Give `upper` its new map, and all that `lowers`, bottom first, had. Inside a transaction.
+
+    `scrubs`: the segments that have slots which the new map no longer names; None where nobody counted.
+    """
     catalog = store.catalog
     catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
     length, frames, crc = written
@@ -216,16 +250,17 @@ def _switch_map(
         map_frames=frames,
         map_crc=crc,
     )
-    if lower is None:
+    if not lowers:
         return
-    wipe = "zero" if "zero" in (lower.wipe, upper.wipe) else upper.wipe
-    adopted = [segment.id for segment in catalog.rows(SegmentRow, "layer = ?", lower.id)]
-    for id in adopted:
-        catalog.update(SegmentRow, id, layer=upper.id)
-    store.add_scrubs(adopted, wipe)
-    catalog.update(LayerRow, upper.id, parent=lower.parent, base=lower.base)
-    catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
-    catalog.delete(LayerRow, "id = ?", lower.id)
+    wipe = "zero" if "zero" in {layer.wipe for layer in (*lowers, upper)} else upper.wipe
+    if scrubs is None:
+        scrubs = [row.id for lower in lowers for row in catalog.rows(SegmentRow, "layer = ?", lower.id)]
+    store.add_scrubs(scrubs, wipe)
+    catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
+    for lower in reversed(lowers):
+        catalog.move_segments(lower.id, upper.id)
+        catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
+        catalog.delete(LayerRow, "id = ?", lower.id)
 
 
 def fold_unnamed_below(volume: "Volume") -> None:
@@ -233,8 +268,11 @@ def fold_unnamed_below(volume: "Volume") -> None:
     catalog = volume.store.catalog
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)
+    seen: set[bytes] = set()
     for layer in unnamed:
-        fold(volume, layer)
+        if layer not in seen:
+            seen |= {one.id for one in folding.run_around(volume, layer)}
+            fold(volume, layer)
 
 
 # ---- merging into the base ----
