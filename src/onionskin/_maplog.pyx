@@ -530,10 +530,12 @@ cdef class LayerMap:
 
     def _write_frames(self, descriptor, size_bytes):
         cdef onion_layer_writer *writer = <onion_layer_writer *>calloc(1, sizeof(onion_layer_writer))
-        cdef onion_record *records = <onion_record *>calloc(_FRAME_RECORDS, sizeof(onion_record))
+        # A SIZE record, and for each run a DATA record with a SEGMENT record before it; a run of more blocks than a record
+        # can have is several. Two is the least that onion_layer_records takes.
+        cdef uint32_t capacity = min(_FRAME_RECORDS, 4 + 2 * onion_layer_runs(&self._layer, NULL))
+        cdef onion_record *records = <onion_record *>calloc(capacity, sizeof(onion_record))
         cdef uint32_t used = 0
         cdef uint32_t crc = 0
-        cdef uint32_t capacity = _FRAME_RECORDS
         cdef uint64_t sequence = 0
         cdef uint64_t salt = int.from_bytes(os.urandom(8), "little")
         cdef unsigned char *out

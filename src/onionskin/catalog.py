@@ -392,6 +392,11 @@ class Catalog:
         with self._guard, self._errors():
             return [kind(*row) for row in self._connection.execute(text, values)]
 
+    def values(self, kind: type, columns: str, condition: str = "1", *values: Any) -> list[tuple[Any, ...]]:
+        """Return columns of a table, or what SQL makes of them: for many rows of which little is wanted."""
+        with self._guard, self._errors():
+            return list(self._connection.execute(f"SELECT {columns} FROM {_TABLES[kind]} WHERE {condition}", values))
+
     def row(self, kind: type[Row], condition: str, *values: Any) -> Row | None:
         """Return the one row that fulfils a condition, or None."""
         found = self.rows(kind, condition, *values)

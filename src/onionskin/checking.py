@@ -10,12 +10,12 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import ENXIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
+from onionskin._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.chain import check_base
 from onionskin.errors import FormatError, OnionskinError
@@ -99,32 +99,33 @@ def _check_layers(store: "Store", rows: _Rows) -> Iterator[Problem]:
     for layer in rows.layers:
         segments = rows.segments_of.get(layer.id, [])
         try:
-            with closing(_load(store, layer)) as layer_map:
-                yield from _check_segments(store, layer, layer_map, segments)
-                if layer.id in heads:
-                    yield from _data_without_map(store, heads[layer.id], layer_map, segments)
+            ends = _slots_named(store, layer)
         except (OnionskinError, OSError) as error:
             yield Problem("error", str(error), str(store.layout.map_file(layer.map_id)), RESTORE)
+            continue
+        yield from _check_segments(store, layer, ends, segments)
+        if layer.id in heads:
+            yield from _data_without_map(store, heads[layer.id], layer, ends, segments)
 
 
-def _load(store: "Store", layer: LayerRow) -> LayerMap:
-    """Load a layer's map; that of a head must hold what the catalog says that it durably had."""
-    if layer.sealed or not layer.map_length:
-        return open_map(store, layer)
-    path = store.layout.map_file(layer.map_id)
-    if not path.exists():
-        raise FormatError(f"{path}: the block map is gone, and the catalog says that it had {layer.map_length} bytes")
-    as_sealed = LayerRow(**{name: getattr(layer, name) for name in LayerRow.__slots__} | {"sealed": 1})
-    load_map(store, as_sealed).close()
-    return open_map(store, layer)
+def _slots_named(store: "Store", layer: LayerRow) -> dict[bytes, int]:
+    """Return one more than the highest slot that a layer's map names in each segment.
+
+    A head's map must hold what the catalog says that it durably had.
+    """
+    if not layer.map_length and (layer.sealed or not os.path.lexists(store.layout.map_file(layer.map_id))):
+        return {}
+    if layer.map_length and not layer.sealed:
+        load_map(store, replace(layer, sealed=1)).close()
+    with closing(open_map(store, layer)) as layer_map:
+        return {id: end for id, (_, end) in layer_map.segment_use().items()}
 
 
 def _check_segments(
-    store: "Store", layer: LayerRow, layer_map: LayerMap, segments: list[SegmentRow]
+    store: "Store", layer: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
     """Compare what a map names with the files of the segments that its layer owns."""
     owned = {row.id for row in segments}
-    ends = {id: end for id, (_, end) in layer_map.segment_use().items()}
     for id in ends:
         if id not in owned:
             where = str(store.layout.segment_file(id))
@@ -133,7 +134,7 @@ def _check_segments(
         end = ends.get(row.id, 0)
         if row.role == "sealed":
             end = max(end, row.slots)
-        if not end and row.role != "sealed":
+        elif not end:
             continue  # made when it is first needed
         path = store.layout.segment_file(row.id)
         fault = _segment_fault(path, row.id, layer.block_size, end)
@@ -161,14 +162,12 @@ def _segment_fault(path: Path, id: bytes, block_size: int, slots: int) -> str | 
 
 
 def _data_without_map(
-    store: "Store", volume: VolumeRow, layer_map: LayerMap, segments: list[SegmentRow]
+    store: "Store", volume: VolumeRow, head: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
     """Report blocks in a head's own segments behind the last that its map names: nobody writes the volume just now."""
-    use = layer_map.segment_use()
     found = []
     for path, id in ((store.layout.segment_file(row.id), row.id) for row in segments if row.role == "own"):
-        _, end = use.get(id, (0, 0))
-        offset = _data_from(path, HEADER_BYTES + end * layer_map.block_size)
+        offset = _data_from(path, HEADER_BYTES + ends.get(id, 0) * head.block_size)
         if offset is not None:
             found.append((path, offset))
     if found and volume_holder(store.layout.volume_lock(volume.id)) is None:

@@ -9,16 +9,24 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from onionskin._maplog import LayerMap, OwnerMap
+from onionskin._maplog import STATE_DATA, LayerMap, OwnerMap
 from onionskin.catalog import SIZE_BYTES_MAX, BaseRow, Catalog, LayerRow
 from onionskin.chain import LOCK_WAIT_SECONDS, Chain
 from onionskin.errors import FormatError, StateError
+from onionskin.later import dtypes
 from onionskin.locks import ByteLocks
 
 if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
     from onionskin.store import Store
+
+    Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.later import numpy
 
 _IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 # A head's log is read beside its writer: two frames that come in the midst of it look as if one was missing.
@@ -154,6 +162,38 @@ def lay_map(store: "Store", layer: LayerRow, owners: OwnerMap) -> int | None:
         owners.lay(empty_map(layer.block_size))  # nothing was flushed to this head yet
         return None
     return None if layer.sealed else size_bytes
+
+
+class SlotsOfLayers:
+    """The slots that sealed layers name, by segment: a layer's map is loaded once for all segments that are asked for.
+
+    Only for as long as the layers cannot get another map with fewer slots whose loss would matter: what is live never grows.
+    """
+
+    def __init__(self, store: "Store") -> None:
+        self._store = store
+        self._layer: LayerRow | None = None
+        self._runs: dict[bytes, Array] = {}
+
+    def of(self, layer: LayerRow, segment: bytes) -> "Array":
+        """Return the live slots of a segment of a layer, sorted: an array of dtypes.SLOTS."""
+        if self._layer != layer:
+            with load_layer(self._store, layer) as layer_map:
+                self._runs = _slots_by_segment(layer_map)
+            self._layer = layer
+        found = self._runs.get(segment)
+        return numpy.empty(0, dtypes.SLOTS) if found is None else found
+
+
+def _slots_by_segment(layer_map: LayerMap) -> "dict[bytes, Array]":
+    runs = layer_map.runs()
+    runs = runs[runs["state"] == STATE_DATA]
+    runs = runs[numpy.lexsort((runs["slot"], runs["segment"]))]
+    slots = numpy.empty(len(runs), dtypes.SLOTS)
+    slots["slot"], slots["count"] = runs["slot"], runs["block_count"]
+    numbers, first = numpy.unique(runs["segment"], return_index=True)
+    ids = layer_map.segments
+    return {ids[number - 1]: part for number, part in zip(numbers.tolist(), numpy.split(slots, first[1:]), strict=True)}
 
 
 @contextmanager

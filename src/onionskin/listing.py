@@ -51,20 +51,28 @@ def list_volumes(store: "Store") -> list[VolumeInfo]:
     catalog = store.catalog
     with catalog.reading():
         volumes = catalog.rows(VolumeRow, "1 ORDER BY name")
-        layers = {row.id: row for row in catalog.rows(LayerRow)}
-        bases = {row.id: row for row in catalog.rows(BaseRow)}
-        counts: dict[bytes, int] = {}
-        for snapshot in catalog.rows(SnapshotRow):
-            counts[snapshot.volume] = counts.get(snapshot.volume, 0) + 1
+        below = {id: (parent, base) for id, parent, base in catalog.values(LayerRow, "id, parent, base")}
+        heads = {
+            id: columns
+            for id, *columns in catalog.values(
+                LayerRow, "id, size_bytes, block_size, wipe", "id IN (SELECT head FROM volumes)"
+            )
+        }
+        paths = dict(catalog.values(BaseRow, "id, path"))
+        counts = dict(catalog.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
     held = _lock_files_in_use(store)
-    bottoms: dict[bytes, LayerRow] = {}
-    infos = []
-    for row in volumes:
-        base = _bottom(layers, row.head, bottoms).base
-        infos.append(
-            _info(store, row, layers[row.head], bases.get(base) if base else None, counts.get(row.id, 0), held)
+    bases: dict[bytes, bytes | None] = {}
+    return [
+        VolumeInfo(
+            row.name,
+            *heads[row.head],
+            base=paths.get(_base_of(below, row.head, bases)),
+            created=when(row.created_ns),
+            snapshots=counts.get(row.id, 0),
+            holder=_holder(store, row) if f"{row.id.hex()}.lock" in held else None,
         )
-    return infos
+        for row in volumes
+    ]
 
 
 def volume_info(store: "Store", name: str) -> VolumeInfo:
@@ -74,26 +82,22 @@ def volume_info(store: "Store", name: str) -> VolumeInfo:
         row = catalog.volume(name)
         chain = catalog.chain(row.head)
         base = catalog.row(BaseRow, "id = ?", chain[0].base) if chain[0].base else None
-        snapshots = len(catalog.rows(SnapshotRow, "volume = ?", row.id))
-    return _info(store, row, chain[-1], base, snapshots, None)
-
-
-def _info(
-    store: "Store", row: VolumeRow, head: LayerRow, base: BaseRow | None, snapshots: int, held: set[str] | None
-) -> VolumeInfo:
-    """Describe a volume; `held` are the names of lock files that may be in use, None where nobody looked."""
-    lock = store.layout.volume_lock(row.id)
-    holder = volume_holder(lock) if held is None or lock.name in held else None
+        ((snapshots,),) = catalog.values(SnapshotRow, "count(*)", "volume = ?", row.id)
     return VolumeInfo(
-        name=row.name,
-        size_bytes=head.size_bytes,
-        block_size=head.block_size,
-        wipe=head.wipe,
+        row.name,
+        chain[-1].size_bytes,
+        chain[-1].block_size,
+        chain[-1].wipe,
         base=base.path if base else None,
         created=when(row.created_ns),
         snapshots=snapshots,
-        holder=holder.pid if holder else None,
+        holder=_holder(store, row),
     )
+
+
+def _holder(store: "Store", row: VolumeRow) -> int | None:
+    holder = volume_holder(store.layout.volume_lock(row.id))
+    return holder.pid if holder else None
 
 
 def _lock_files_in_use(store: "Store") -> set[str]:
@@ -107,18 +111,18 @@ def _lock_files_in_use(store: "Store") -> set[str]:
     return names
 
 
-def _bottom(layers: dict[bytes, LayerRow], top: bytes, known: dict[bytes, LayerRow]) -> LayerRow:
-    """Return the lowest layer below one; `known` has it for each layer that was on the way before."""
-    way = [top]
-    while way[-1] not in known:
-        parent = layers[way[-1]].parent
-        if parent is None:
-            known[way[-1]] = layers[way[-1]]
-        else:
-            way.append(parent)
-    bottom = known[way[-1]]
-    known.update(dict.fromkeys(way, bottom))
-    return bottom
+def _base_of(
+    below: dict[bytes, tuple[bytes | None, bytes | None]], top: bytes, known: dict[bytes, bytes | None]
+) -> bytes | None:
+    """Return the base under a layer, given (parent, base) of each; `known` has it for those that were on the way before."""
+    layer: bytes | None = top
+    way, base = [], None
+    while layer is not None and layer not in known:
+        way.append(layer)
+        layer, base = below[layer]
+    base = base if layer is None else known[layer]
+    known.update(dict.fromkeys(way, base))
+    return base
 
 
 def read_tree(store: "Store") -> list[TreeNode]:

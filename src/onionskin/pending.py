@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
 from onionskin.errors import OnionskinError
-from onionskin.layermaps import load_layer
+from onionskin.layermaps import SlotsOfLayers
 from onionskin.locks import STORE_BYTE
 
 if TYPE_CHECKING:
@@ -26,30 +26,43 @@ else:
     from onionskin.later import numpy
 
 HEADER_BYTES = 4096
+SETTLED_AT_ONCE = 64
 _FILE_KINDS = ("map", "segment")
 
 
 def do_pending(store: "Store", *, policy: str | None = None) -> int:
     """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left."""
-    left = 0
-    for row in store.catalog.rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
-        if policy is not None and row.wipe != policy:
-            continue
-        with _alone(store, row) as alone:
-            if alone and _do(store, row, unlink=policy != "zero"):
-                with store.catalog.transaction():
-                    _settle(store, row, unlinked=policy != "zero")
-            else:
-                left += 1
+    left, done, slots = 0, [], SlotsOfLayers(store)
+    condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
+    unlinked = policy != "zero"
+    try:
+        for row in store.catalog.rows(PendingRow, f"kind != 'base-merge' {condition}ORDER BY id", *values):
+            with _alone(store, row) as alone:
+                if alone and _do(store, row, slots, unlink=unlinked):
+                    done.append(row)
+                else:
+                    left += 1
+            if len(done) == SETTLED_AT_ONCE:
+                _settle(store, done, unlinked=unlinked)
+                done = []
+    finally:
+        _settle(store, done, unlinked=unlinked)
     return left
 
 
-def _settle(store: "Store", row: PendingRow, *, unlinked: bool) -> None:
-    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time."""
-    if row.kind in _FILE_KINDS and not unlinked:
-        store.catalog.update(PendingRow, row.id, wipe="release")
-    else:
-        store.catalog.delete(PendingRow, "id = ?", row.id)
+def _settle(store: "Store", rows: list[PendingRow], *, unlinked: bool) -> None:
+    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
+
+    A crash before that only has it done once more; so do two who do it at the same time.
+    """
+    if not rows:
+        return
+    with store.catalog.transaction():
+        for row in rows:
+            if row.kind in _FILE_KINDS and not unlinked:
+                store.catalog.update(PendingRow, row.id, wipe="release")
+            else:
+                store.catalog.delete(PendingRow, "id = ?", row.id)
 
 
 @contextmanager
@@ -69,12 +82,12 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
         yield held
 
 
-def _do(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
+def _do(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind in _FILE_KINDS:
         _free_file(store, row, unlink=unlink)
         return True
-    return _scrub(store, row)
+    return _scrub(store, row, slots)
 
 
 def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
@@ -94,14 +107,14 @@ def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
         os.close(descriptor)
 
 
-def _scrub(store: "Store", row: PendingRow) -> bool:
+def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
         segment = store.catalog.row(SegmentRow, "id = ?", row.target)
         owner = store.catalog.row(LayerRow, "id = ?", segment.layer) if segment else None
     if segment is None or owner is None:  # freed as a whole meanwhile
         return True
-    live = _live_slots(store, segment, owner)
+    live = _live_slots(store, segment, owner, slots)
     if live is None:
         return False
     for volume in store.open_volumes():
@@ -121,13 +134,14 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
     return True
 
 
-def _live_slots(store: "Store", segment: SegmentRow, owner: LayerRow) -> "numpy.typing.NDArray[numpy.void] | None":
+def _live_slots(
+    store: "Store", segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
+) -> "numpy.typing.NDArray[numpy.void] | None":
     """Return the slots that are needed, or None where only the volume that has the owner as its head knows."""
     if not owner.sealed:
         path = store.path_of_head(owner.id)
         return None if path is None else path.live_slots(segment.id)
-    with load_layer(store, owner) as layer_map:
-        return layer_map.live_slots(segment.id)
+    return slots.of(owner, segment.id)
 
 
 def _gaps(
