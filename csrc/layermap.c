@@ -243,6 +243,18 @@ void onion_layer_count(const struct onion_layer *layer, uint64_t *data_blocks, u
         *(onion_place_is_data(run.place) ? data_blocks : zero_blocks) += run.block_count;
 }
 
+void onion_layer_segment_use(const struct onion_layer *layer, uint64_t *blocks, uint64_t *ends) {
+    struct onion_run run;
+    for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
+        if (!onion_place_is_data(run.place))
+            continue;
+        uint32_t segment = onion_place_segment(run.place);
+        uint64_t end = onion_place_slot(run.place) + run.block_count;
+        blocks[segment] += run.block_count;
+        ends[segment] = end > ends[segment] ? end : ends[segment];
+    }
+}
+
 /* ---- changing it ---- */
 
 int onion_layer_drop_zero(struct onion_layer *layer) {

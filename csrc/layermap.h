@@ -71,6 +71,9 @@ uint64_t onion_layer_slots(const struct onion_layer *layer, uint32_t segment, st
 uint64_t onion_stretches_join(struct onion_stretch *stretches, uint64_t count);
 
 void onion_layer_count(const struct onion_layer *layer, uint64_t *data_blocks, uint64_t *zero_blocks);
+/* For each segment number n: blocks[n] are in it, and ends[n] is one more than the highest slot of them (0: none). Both
+ * have segment_count + 1 entries, which are zero. */
+void onion_layer_segment_use(const struct onion_layer *layer, uint64_t *blocks, uint64_t *ends);
 /* ZERO becomes HOLE. -ENOMEM. */
 int onion_layer_drop_zero(struct onion_layer *layer);
 /* Blocks in slot slots[i].first + k of `segment` move to slot new_first[i] + k of new_segment. slots is sorted and

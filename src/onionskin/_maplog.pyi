@@ -108,6 +108,9 @@ class LayerMap:
     def count(self) -> tuple[int, int]:
         """Return (DATA blocks, ZERO blocks)."""
 
+    def segment_use(self) -> dict[bytes, tuple[int, int]]:
+        """Return the blocks in each segment, and one more than the highest slot of them."""
+
     def count_shadowed(self, upper: LayerMap) -> int:
         """Return how many blocks a merge of the two frees."""
 

@@ -109,6 +109,7 @@ cdef extern from "layermap.h" nogil:
     uint64_t onion_layer_slots(const onion_layer *layer, uint32_t segment, onion_stretch *out)
     uint64_t onion_stretches_join(onion_stretch *stretches, uint64_t count)
     void onion_layer_count(const onion_layer *layer, uint64_t *data_blocks, uint64_t *zero_blocks)
+    void onion_layer_segment_use(const onion_layer *layer, uint64_t *blocks, uint64_t *ends)
     int onion_layer_drop_zero(onion_layer *layer)
     int64_t onion_layer_replace(onion_layer *layer, uint32_t segment, const onion_stretch *slots,
                                 const uint64_t *new_first, uint64_t count, uint32_t new_segment)
@@ -529,10 +530,12 @@ cdef class LayerMap:
 
     def _write_frames(self, descriptor, size_bytes):
         cdef onion_layer_writer *writer = <onion_layer_writer *>calloc(1, sizeof(onion_layer_writer))
-        cdef onion_record *records = <onion_record *>calloc(_FRAME_RECORDS, sizeof(onion_record))
+        # A SIZE record, and for each run a DATA record with a SEGMENT record before it; a run of more blocks than a record
+        # can have is several. Two is the least that onion_layer_records takes.
+        cdef uint32_t capacity = min(_FRAME_RECORDS, 4 + 2 * onion_layer_runs(&self._layer, NULL))
+        cdef onion_record *records = <onion_record *>calloc(capacity, sizeof(onion_record))
         cdef uint32_t used = 0
         cdef uint32_t crc = 0
-        cdef uint32_t capacity = _FRAME_RECORDS
         cdef uint64_t sequence = 0
         cdef uint64_t salt = int.from_bytes(os.urandom(8), "little")
         cdef unsigned char *out
@@ -614,6 +617,23 @@ cdef class LayerMap:
         with nogil:
             onion_layer_count(&self._layer, &data, &zero)
         return data, zero
+
+    def segment_use(self):
+        """Return {id: (blocks, end)} of the segments that have blocks; ``end`` is one more than their highest slot."""
+        cdef uint64_t *blocks
+        cdef uint64_t *ends
+        self._check_open()
+        use = np.zeros((2, self._layer.segment_count + 1), np.uint64)
+        blocks = <uint64_t *><size_t>_array_data(use)
+        ends = blocks + self._layer.segment_count + 1
+        with nogil:
+            onion_layer_segment_use(&self._layer, blocks, ends)
+        counts, ends_of = use.tolist()
+        return {
+            segment: (counts[number], ends_of[number])
+            for number, segment in enumerate(self._segments, 1)
+            if counts[number]
+        }
 
     def count_shadowed(self, LayerMap upper not None):
         """Return how many blocks are DATA here and not HOLE in ``upper``: slots that a merge of the two frees."""

@@ -1,12 +1,12 @@
 """Which layer each part of a disk comes from: read from the block maps of its chain, and no block data.
 
-What must hold: the chain's files are locked while they are read, as an open volume locks them; nothing is opened for
-writing, made or changed, so that it can be asked beside whoever holds the volume. The loops over runs are in C
-(csrc/owners.h); here are only tables.
+What must hold: the chain and the names on it are read in one state of the catalog, and its map files are locked while they
+are read; the base that is looked at is one open file. Nothing is opened for writing, made or changed, so that it can be asked
+beside whoever holds the volume. The loops over runs are in C (csrc/owners.h); here are only tables.
 """
 
+import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from onionskin._maplog import OwnerMap
-from onionskin.catalog import SIZE_BYTES_MAX, LayerRow, SnapshotRow, VolumeRow
-from onionskin.chain import Chain, check_base, lock_chain, pending_base_merges, read_chain
-from onionskin.errors import ChainError, StateError
+from onionskin.catalog import SIZE_BYTES_MAX, BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, VolumeRow
+from onionskin.chain import Chain, pending_base_merges
+from onionskin.errors import ChainError
 from onionskin.files import data_ranges
-from onionskin.layermaps import lay_map
-from onionskin.locks import ByteLocks
-from onionskin.snapshots import find_snapshot, when
+from onionskin.layermaps import lay_map, locked_maps, read_layers
+from onionskin.snapshots import LAYERS_BELOW, find_snapshot, when
 from onionskin.transfer import covered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing
 
     from onionskin.store import Store
@@ -33,6 +30,7 @@ if TYPE_CHECKING:
     Array = numpy.typing.NDArray[Any]
 
 HOLE, DATA, ZERO = 0, 1, 2
+_BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
 LAYER_EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
 
 
@@ -86,60 +84,60 @@ def layering_of(store: "Store", name: str, snapshot: str | None) -> Layering:
 def read_layering(store: "Store", find: Callable[[], bytes]) -> Layering:
     """Return the layering of the disk whose top layer `find` names; it is asked again where that went meanwhile."""
     while True:
-        with _locked_chain(store, find) as chain:
+        with locked_maps(store, lambda: _find(store, find), lambda found: found.chain.layers) as found:
             try:
-                return _read(store, chain)
+                return _read(store, found)
             except ChainError:
-                if not _base_is_merged_into(store, chain, find()):
+                if not _base_is_merged_into(store, found.chain):
                     raise
 
 
-def _read(store: "Store", chain: Chain) -> Layering:
-    members = _members(store, chain)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A chain, described top first, and whether a merge into its base was under way: all in one state of the catalog."""
+
+    chain: Chain
+    members: tuple[ChainMember, ...]
+    is_merging: bool
+
+
+def _find(store: "Store", find: Callable[[], bytes]) -> _Found:
+    """Inside `reading`."""
+    top = find()
+    chain = read_layers(store.catalog, top)
+    return _Found(chain, _members(store.catalog, chain), bool(pending_base_merges(store.catalog, top)))
+
+
+def _read(store: "Store", found: _Found) -> Layering:
+    chain = found.chain
     runs, size_bytes = _runs(store, chain)
-    return Layering(members, _extents(runs, _base_ranges(store, chain, size_bytes), size_bytes, len(chain.layers)))
+    base = _base_ranges(chain.base, found.is_merging, size_bytes)
+    return Layering(found.members, _extents(runs, base, size_bytes, len(chain.layers)))
 
 
-def _base_is_merged_into(store: "Store", chain: Chain, top: bytes) -> bool:
+def _base_is_merged_into(store: "Store", chain: Chain) -> bool:
     """Whether a merge into the base began or ended since a chain was read: then its file differs from what that says."""
-    return read_chain(store.catalog, top).base != chain.base or bool(pending_base_merges(store.catalog, top))
-
-
-@contextmanager
-def _locked_chain(store: "Store", find: Callable[[], bytes]) -> "Iterator[Chain]":
-    locks = ByteLocks(store.layout.lock)
-    try:
-        yield _lock(store, find, locks)
-    finally:
-        locks.close()
-        if any(volume.writable for volume in store.open_volumes()):
-            store.work_soon()  # what had to wait for these locks
-
-
-def _lock(store: "Store", find: Callable[[], bytes], locks: ByteLocks) -> Chain:
-    while True:
-        layer = find()
-        try:
-            return lock_chain(store.catalog, layer, locks)
-        except StateError:
-            if find() == layer:
-                raise
-
-
-def _members(store: "Store", chain: Chain) -> tuple[ChainMember, ...]:
-    """Describe the chain, top first."""
     catalog = store.catalog
     with catalog.reading():
-        volumes = {row.id: row.name for row in catalog.rows(VolumeRow)}
-        heads = {row.head: row.name for row in catalog.rows(VolumeRow)}
-        named = {row.layer: row for row in catalog.rows(SnapshotRow)}
+        base = catalog.row(BaseRow, "id = ?", chain.base.id) if chain.base else None
+        merges = catalog.rows(PendingRow, "kind = 'base-merge'")
+        return base != chain.base or any(work.target == layer.id for work in merges for layer in chain.layers)
+
+
+def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
+    """Describe the chain, top first. Inside `reading`."""
+    top = chain.top.id
+    named = {row.layer: row for row in catalog.rows(SnapshotRow, f"layer IN ({LAYERS_BELOW})", top)}
+    ids = {row.volume for row in named.values()}
+    heads = {row.head: row for row in catalog.rows(VolumeRow, "head = ?", top)}
+    volumes = {id: row.name for id in ids for row in catalog.rows(VolumeRow, "id = ?", id)}
 
     def describe(layer: LayerRow) -> ChainMember:
         if layer.id in named:
             row = named[layer.id]
             return ChainMember("snapshot", f"{volumes[row.volume]}@{row.name}", when(row.created_ns))
         if layer.id in heads:
-            return ChainMember("head", heads[layer.id], when(layer.created_ns))
+            return ChainMember("head", heads[layer.id].name, when(layer.created_ns))
         return ChainMember("layer", layer.id.hex()[:8], when(layer.created_ns))
 
     layers = [describe(layer) for layer in reversed(chain.layers)]
@@ -178,15 +176,27 @@ def _clipped(extents: "Array", size_bytes: int) -> "Array":
     return extents
 
 
-def _base_ranges(store: "Store", chain: Chain, size_bytes: int) -> "Array":
+def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Array":
     """Return where the base file has data below the disk: an (n, 2) array of first and last offsets, the last exclusive."""
-    if chain.base is None:
+    if base is None:
         return numpy.empty((0, 2), numpy.int64)
-    # While a merge into the base runs, its file differs from what the catalog knows, and that is no fault.
-    if not pending_base_merges(store.catalog, chain.top.id):
-        check_base(store.catalog, chain.base)
-    with open(chain.base.path, "rb", buffering=0) as file:
-        ranges = list(data_ranges(file.fileno(), 0, min(size_bytes, chain.base.size_bytes)))
+    try:
+        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    try:
+        found = os.fstat(descriptor)
+        # While a merge into the base runs, its file differs from what the catalog knows, and that is no fault: all that it
+        # writes is hidden by the layers.
+        looks = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if not is_merging and looks != (base.inode, base.size_bytes, base.mtime_ns):
+            raise ChainError(
+                f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
+                "(--trust if its contents are the same)"
+            )
+        ranges = list(data_ranges(descriptor, 0, min(size_bytes, base.size_bytes)))
+    finally:
+        os.close(descriptor)
     return numpy.array(ranges, numpy.int64).reshape(-1, 2)
 
 

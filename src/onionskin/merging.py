@@ -8,13 +8,14 @@ copied into a base is durable in it.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from errno import EDQUOT, EINVAL, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import transfer
+from onionskin import folding, transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
@@ -29,9 +30,8 @@ from onionskin.catalog import (
 )
 from onionskin.chain import Chain, is_same_file, pending_base_merges, read_chain
 from onionskin.errors import ChainError, OnionskinError, StateError
-from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock, ByteLocks, is_file_at
-from onionskin.snapshots import descendants, find_snapshot, free_unneeded
+from onionskin.snapshots import descendants, find_snapshot, free_unneeded, unnamed_below
 from onionskin.staging import StagedFiles, staged_files
 
 if TYPE_CHECKING:
@@ -68,39 +68,57 @@ def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None
 
 
 def fold(volume: "Volume", layer_id: bytes) -> bool:
-    """Fold one layer into its only child, if that can be done here; returns whether it was."""
-    catalog = volume.store.catalog
-    with catalog.reading():
-        lower = catalog.row(LayerRow, "id = ?", layer_id)
-        children = catalog.children_of(layer_id)
-        needed = (
-            catalog.snapshot_of_layer(layer_id)
-            or catalog.has(VolumeRow, "head = ?", layer_id)
-            or catalog.base_merge_of(layer_id)
-        )
-        if lower is None or needed or len(children) != 1 or _is_being_merged(catalog, layer_id):
-            return False
-    (upper,) = children
-    if upper.id != volume.head and not upper.sealed:
-        return False  # the head of another volume: whoever opens that one folds it
-    join = _fold_sealed if upper.sealed else _fold_into_head
-
-    def change() -> None:
-        try:
-            join(volume, lower, upper)
-        except FileNotFoundError:
-            _check_unchanged(volume.store, lower, upper)  # a map that another process folded meanwhile is no damage
-            raise
-
-    if not put_off(change):
+    """Fold what is worth it of the layers without a name around one (folding.py); returns whether any was."""
+    store = volume.store
+    run = folding.run_around(volume, layer_id)
+    if _is_being_merged(store.catalog, run):
         return False
-    volume.store.work_soon()
+    try:
+        groups = folding.groups_to_fold(store, run)
+    except FileNotFoundError:
+        _check_run_is_gone(store, run)
+        return False
+    folded = [_fold_group(volume, group) for group in groups]
+    if not any(folded):
+        return False
+    store.work_soon()
     return True
 
 
-def _is_being_merged(catalog: Catalog, layer: bytes) -> bool:
+def _fold_group(volume: "Volume", group: folding.Group) -> bool:
+    """Fold layers into the last of them, if that can be done now."""
+    *lowers, upper = group
+    if not upper.sealed and len(lowers) > 1:
+        if not _fold_group(volume, lowers):
+            return False
+        lowers = [volume.store.catalog.layer(lowers[-1].id)]
+
+    def change() -> None:
+        try:
+            if upper.sealed:
+                _fold_sealed(volume, lowers, upper)
+            else:
+                _fold_into_head(volume, lowers[0], upper)
+        except FileNotFoundError:
+            _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
+            raise
+
+    return put_off(change)
+
+
+def _check_run_is_gone(store: "Store", run: Sequence[LayerRow]) -> None:
+    """While a FileNotFoundError is handled: raise it on, unless another process folded the layers meanwhile."""
+    try:
+        _check_unchanged(store, run[:-1], run[-1])
+    except TreeChangedError:
+        return
+    raise
+
+
+def _is_being_merged(catalog: Catalog, layers: Sequence[LayerRow]) -> bool:
     """Whether a merge into the base that began and did not end reads a layer: it has to find it as it was."""
-    return any(layer in {below.id for below in catalog.chain(work.target)} for work in catalog.base_merges())
+    ids = {layer.id for layer in layers}
+    return any(below.id in ids for work in catalog.base_merges() for below in catalog.chain(work.target))
 
 
 def put_off(change: Callable[[], None]) -> bool:
@@ -120,36 +138,42 @@ def _nothing_below(layer: LayerRow) -> bool:
     return layer.parent is None and layer.base is None
 
 
-def _fold_sealed(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
+def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
     store = volume.store
     locks = ByteLocks(store.layout.lock)
-    wipe = _stricter(lower, upper)
+    wipe = _stricter(upper, *lowers)
     try:
-        locks.must_share({lower.map_lock_byte, upper.map_lock_byte})  # they need not be in the volume's own chain
-        _check_unchanged(store, lower, upper)
-        with staged_files(store, ["map"], wipe) as files:
+        # They need not be in the volume's own chain.
+        locks.must_share({layer.map_lock_byte for layer in (*lowers, upper)})
+        _check_unchanged(store, lowers, upper)
+        with staged_files(store, ["map"], wipe) as files, closing(folding.lay(store, [*lowers, upper])) as laid:
             (map_file,) = files.rows
-            with load_layer(store, lower) as folded:
-                with load_layer(store, upper) as upper_map:
-                    folded.fold(upper_map)
-                if _nothing_below(lower):
-                    folded.drop_zero()
-                written = folded.write(
-                    str(store.layout.map_file(map_file.target)),
-                    map_id=map_file.target,
-                    wipe_zero=wipe == "zero",
-                    size_bytes=upper.size_bytes,
-                )
+            if _nothing_below(lowers[0]):
+                laid.map.drop_zero()
+            written = laid.map.write(
+                str(store.layout.map_file(map_file.target)),
+                map_id=map_file.target,
+                wipe_zero=wipe == "zero",
+                size_bytes=upper.size_bytes,
+            )
             sync_directory(store.layout.layers)  # BARRIER: folded map name
 
             def switch() -> None:
-                _check_unchanged(store, lower, upper)
-                _switch_map(volume, lower, upper, files, written)
+                _check_unchanged(store, lowers, upper)
+                _switch_map(volume, lowers, upper, files, written, scrubs=list(laid.freed))
 
             store.change(switch)
     finally:
         locks.close()
-    volume.give_up_unread()
+    _give_up_maps(volume, [*lowers, upper])
+
+
+def _give_up_maps(volume: "Volume", folded: Sequence[LayerRow]) -> None:
+    """Give up the maps that another took the place of: an open data path has read them, and needs them no more.
+
+    Not all of the chain is looked at: segments have changed their owners, and not their bytes.
+    """
+    volume.locks.drop_shared({layer.map_lock_byte for layer in folded})
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
@@ -168,15 +192,16 @@ def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
 
 def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:
     store = volume.store
-    with staged_files(store, ["map"], _stricter(head, lower)) as files:
+    with staged_files(store, ["map"], _stricter(head, *([lower] if lower else []))) as files:
         (map_file,) = files.rows
 
         def switch() -> None:
             if lower:
-                _check_unchanged(store, lower, head)
-            _switch_map(volume, lower, head, files, (written.map_length, written.map_frames, written.map_crc))
+                _check_unchanged(store, [lower], head)
+            written_as = (written.map_length, written.map_frames, written.map_crc)
+            _switch_map(volume, [lower] if lower else [], head, files, written_as)
 
-        with volume.settling(lambda: _settle_rewrite(volume, head.id, map_file.target)):
+        with volume.settling(lambda: _settle_rewrite(volume, [lower, head] if lower else [head], map_file.target)):
             written = volume.path.rewrite_map(
                 new_path=str(store.layout.map_file(map_file.target)),
                 new_id=map_file.target,
@@ -186,14 +211,14 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
             store.change(switch)
 
 
-def _settle_rewrite(volume: "Volume", head: bytes, map_id: bytes) -> None:
+def _settle_rewrite(volume: "Volume", folded: Sequence[LayerRow], map_id: bytes) -> None:
     """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
-    if not volume.path.poisoned and volume.store.catalog.layer(head).map_id != map_id:
+    if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
         return
     if_begun(volume.path.rewrite_commit)
     if not volume.path.poisoned:
-        volume.give_up_unread()
+        _give_up_maps(volume, folded)
 
 
 def if_begun(tell: Callable[[], None]) -> None:
@@ -214,15 +239,15 @@ class TreeChangedError(StateError):
     """Another process changed the layers that were about to be joined."""
 
 
-def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
-    """Another process may have folded the same layers, or cloned one of them, since they were read."""
+def _check_unchanged(store: "Store", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
+    """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
     catalog = store.catalog
-    unchanged = (
-        catalog.row(LayerRow, "id = ?", lower.id) == lower
-        and catalog.row(LayerRow, "id = ?", upper.id) == upper
-        and [child.id for child in catalog.children_of(lower.id)] == [upper.id]
+    above = [*lowers[1:], upper]
+    unchanged = all(catalog.row(LayerRow, "id = ?", layer.id) == layer for layer in (*lowers, upper)) and all(
+        [row.id for row in catalog.rows(LayerRow, "parent = ? LIMIT 2", lower.id)] == [child.id]
         and not catalog.snapshot_of_layer(lower.id)
         and not catalog.base_merge_of(lower.id)
+        for lower, child in zip(lowers, above, strict=True)
     )
     if not unchanged:
         raise TreeChangedError(
@@ -230,19 +255,28 @@ def _check_unchanged(store: "Store", lower: LayerRow, upper: LayerRow) -> None:
         )
 
 
-def _stricter(one: LayerRow, other: LayerRow | None) -> str:
-    """Return the policy of what comes of two layers."""
-    return "zero" if "zero" in (one.wipe, other.wipe if other else one.wipe) else "release"
+def _stricter(*layers: LayerRow) -> str:
+    """Return the policy of what comes of layers."""
+    return "zero" if any(layer.wipe == "zero" for layer in layers) else "release"
 
 
 def _switch_map(
-    volume: "Volume", lower: LayerRow | None, upper: LayerRow, files: StagedFiles, written: tuple[int, int, int]
+    volume: "Volume",
+    lowers: Sequence[LayerRow],
+    upper: LayerRow,
+    files: StagedFiles,
+    written: tuple[int, int, int],
+    *,
+    scrubs: Sequence[bytes] | None = None,
 ) -> None:
-    """Give `upper` its new map, and all that `lower` had. Inside a transaction."""
+    """Give `upper` its new map, and all that `lowers`, bottom first, had. Inside a transaction.
+
+    `scrubs`: the segments that have slots which the new map no longer names; None where nobody counted.
+    """
     store, catalog = volume.store, volume.store.catalog
     (map_file,) = files.rows
     catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
-    files.keep()
+    files.keep(volume.locks if upper.map_lock_byte in volume.locks.shared else None)
     length, frames, crc = written
     catalog.update(
         LayerRow,
@@ -253,26 +287,28 @@ def _switch_map(
         map_frames=frames,
         map_crc=crc,
     )
-    if upper.map_lock_byte in volume.locks.shared:
-        volume.locks.must_share({map_file.lock_byte})
-    if lower is None:
+    if not lowers:
         return
-    adopted = [segment.id for segment in catalog.rows(SegmentRow, "layer = ?", lower.id)]
-    for id in adopted:
-        catalog.update(SegmentRow, id, layer=upper.id)
-    store.add_scrubs(adopted, _stricter(lower, upper))
-    catalog.update(LayerRow, upper.id, parent=lower.parent, base=lower.base)
-    catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
-    catalog.delete(LayerRow, "id = ?", lower.id)
+    if scrubs is None:
+        scrubs = [row.id for lower in lowers for row in catalog.rows(SegmentRow, "layer = ?", lower.id)]
+    store.add_scrubs(scrubs, _stricter(upper, *lowers))
+    catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
+    for lower in reversed(lowers):
+        catalog.move_segments(lower.id, upper.id)
+        catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
+        catalog.delete(LayerRow, "id = ?", lower.id)
 
 
 def fold_unnamed_below(volume: "Volume") -> None:
     """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
     catalog = volume.store.catalog
     with catalog.reading():
-        below = [layer.id for layer in catalog.chain(volume.head)[:-1]]
-        named = {row.layer for row in catalog.rows_in(SnapshotRow, "layer", below)}
-    fold_where_unnamed(volume, [id for id in below if id not in named])
+        unnamed = unnamed_below(catalog, volume.head)
+    seen: set[bytes] = set()
+    for layer in unnamed:
+        if layer not in seen:
+            seen |= {one.id for one in folding.run_around(volume, layer)}
+            fold_where_unnamed(volume, [layer])
 
 
 # ---- merging into the base ----

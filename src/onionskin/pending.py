@@ -19,7 +19,7 @@ from onionskin._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin._wipe import wipe
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
 from onionskin.errors import FormatError, OnionskinError, StateError
-from onionskin.layermaps import load_layer
+from onionskin.layermaps import SlotsOfLayers
 from onionskin.locks import STORE_BYTE
 
 if TYPE_CHECKING:
@@ -44,30 +44,31 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 
     What fails stays pending and is logged: the damage of one volume is no concern of the others.
     """
-    left = 0
+    left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[PendingRow] = []
-    for row in store.catalog.sound_rows(PendingRow, "kind != 'base-merge' ORDER BY id"):
-        if policy is not None and row.wipe != policy:
-            continue
-        try:
-            is_done = _do_alone(store, row, unlink=policy != "zero")
-        except (OSError, OnionskinError) as error:
-            is_done = False
-            _report(store, row, error)
-        if is_done:
-            done.append(row)
-        left += not is_done
-        if len(done) >= _ROWS_AT_ONCE:
-            _forget(store, done, unlinked=policy != "zero")
-            done = []
-    _forget(store, done, unlinked=policy != "zero")
+    condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
+    try:
+        for row in store.catalog.sound_rows(PendingRow, f"kind != 'base-merge' {condition}ORDER BY id", *values):
+            try:
+                is_done = _do_alone(store, row, slots, unlink=unlinked)
+            except (OSError, OnionskinError) as error:
+                is_done = False
+                _report(store, row, error)
+            if is_done:
+                done.append(row)
+            left += not is_done
+            if len(done) == _ROWS_AT_ONCE:
+                _forget(store, done, unlinked=unlinked)
+                done = []
+    finally:
+        _forget(store, done, unlinked=unlinked)
     return left
 
 
 def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
     """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
 
-    All of it may be done twice, so one transaction for many is enough.
+    A crash before that only has it done once more; so do two who do it at the same time.
     """
     if not done:
         return
@@ -89,14 +90,14 @@ def _report(store: "Store", row: PendingRow, error: Exception) -> None:
         _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
 
 
-def _do_alone(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
+def _do_alone(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
     with _alone(store, row) as alone:
         if not alone:
             return False
         if store.catalog.row(PendingRow, "id = ?", row.id) != row:  # done, or kept, since it was read
             return True
-        return _do(store, row, unlink=unlink)
+        return _do(store, row, slots, unlink=unlink)
 
 
 @contextmanager
@@ -116,13 +117,13 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
         yield held
 
 
-def _do(store: "Store", row: PendingRow, *, unlink: bool) -> bool:
+def _do(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind in _FILE_KINDS:
         _refuse_named(store, row)
         _free_file(store, row, unlink=unlink)
         return True
-    return _scrub(store, row)
+    return _scrub(store, row, slots)
 
 
 def _refuse_named(store: "Store", row: PendingRow) -> None:
@@ -183,14 +184,14 @@ def wants_zeros(descriptor: int) -> bool:
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
-def _scrub(store: "Store", row: PendingRow) -> bool:
+def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
         segment = store.catalog.row(SegmentRow, "id = ?", row.target)
         owner = store.catalog.row(LayerRow, "id = ?", segment.layer) if segment else None
     if segment is None or owner is None:  # freed as a whole meanwhile
         return True
-    live = _live_slots(store, segment, owner)
+    live = _live_slots(store, segment, owner, slots)
     if live is None:
         return False
     for volume in store.open_volumes():
@@ -208,13 +209,14 @@ def _scrub(store: "Store", row: PendingRow) -> bool:
     return True
 
 
-def _live_slots(store: "Store", segment: SegmentRow, owner: LayerRow) -> "numpy.typing.NDArray[numpy.void] | None":
+def _live_slots(
+    store: "Store", segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
+) -> "numpy.typing.NDArray[numpy.void] | None":
     """Return the slots that are needed, or None where only the volume that has the owner as its head knows."""
     if not owner.sealed:
         path = store.path_of_head(owner.id)
         return None if path is None else path.live_slots(segment.id)
-    with load_layer(store, owner) as layer_map:
-        return layer_map.live_slots(segment.id)
+    return slots.of(owner, segment.id)
 
 
 def _gaps(

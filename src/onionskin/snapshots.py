@@ -18,6 +18,27 @@ from onionskin.catalog import (
 )
 from onionskin.errors import SnapshotNotFoundError
 
+# Conditions on `id`, or `layer`, of a row. In each a layer is named once, so they are linear in what they find.
+LAYERS_OF_VOLUME = (  # what a volume's head and its snapshots stand on, given its id twice
+    "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots "
+    "WHERE volume = ? UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
+    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
+)
+_LAYERS_ABOVE = (  # what stands on a layer
+    "WITH RECURSIVE above(id) AS (SELECT id FROM layers WHERE parent = ? UNION ALL SELECT layers.id FROM above "
+    "JOIN layers ON layers.parent = above.id) SELECT id FROM above"
+)
+_LAYERS_TO_NEAREST = (  # a layer and those below it, down to the first that has a name in a volume
+    "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
+    "WHERE layers.parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = below.id AND volume = ?)) "
+    "SELECT id FROM below"
+)
+LAYERS_BELOW = (  # a layer and all below it
+    "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
+    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
+)
+_IDS_MAX = 500  # in one statement; SQLite allows 999 and more
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -64,14 +85,17 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
     """Return a volume's snapshots in the order in which they were taken."""
     with catalog.reading():
         rows = catalog.snapshots_of(volume.id)
-        layers = {layer.id: layer for layer in catalog.rows(LayerRow)}
+        layers = {
+            layer.id: layer for layer in catalog.rows(LayerRow, f"id IN ({LAYERS_OF_VOLUME})", volume.id, volume.id)
+        }
     names = {row.layer: row.name for row in rows}
+    nearest: dict[bytes | None, str | None] = {None: None}
     return [
         Snapshot(
             name=row.name,
             guid=row.guid.hex(),
             created=when(row.created_ns),
-            parent=nearest_name(layers, names, layers[row.layer].parent),
+            parent=nearest_name(layers, names, layers[row.layer].parent, nearest),
             note=row.note,
             size_bytes=layers[row.layer].size_bytes,
         )
@@ -81,12 +105,10 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
 
 def nearest_snapshot(catalog: Catalog, volume: VolumeRow, layer: bytes | None) -> SnapshotRow | None:
     """Return the volume's snapshot of a layer, or of the nearest one below it that has one."""
-    while layer is not None:
-        row = catalog.row(SnapshotRow, "layer = ? AND volume = ?", layer, volume.id)
-        if row:
-            return row
-        layer = catalog.layer(layer).parent
-    return None
+    if layer is None:
+        return None
+    condition = f"volume = ? AND layer IN ({_LAYERS_TO_NEAREST})"
+    return catalog.row(SnapshotRow, condition, volume.id, layer, volume.id)
 
 
 def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, layer: LayerRow) -> Snapshot:
@@ -97,36 +119,50 @@ def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, lay
     )
 
 
-def nearest_name(layers: dict[bytes, LayerRow], names: dict[bytes, str], layer: bytes | None) -> str | None:
-    """Return the name on a layer, or on the nearest one below it that has one."""
-    while layer is not None:
-        if layer in names:
-            return names[layer]
+def nearest_name(
+    layers: dict[bytes, LayerRow],
+    names: dict[bytes, str],
+    layer: bytes | None,
+    known: dict[bytes | None, str | None] | None = None,
+) -> str | None:
+    """Return the name on a layer, or on the nearest one below it that has one.
+
+    `known` keeps what was found for each layer on the way: who asks for many layers walks over each of them once.
+    """
+    found: dict[bytes | None, str | None] = {None: None} if known is None else known
+    way: list[bytes] = []
+    while layer is not None and layer not in found and layer not in names:
+        way.append(layer)
         layer = layers[layer].parent
-    return None
+    name = names[layer] if layer in names else found[layer]
+    found.update(dict.fromkeys(way, name))
+    return name
 
 
 def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
     """Return all layers that stand on this one, at any height; not the layer itself."""
-    found: set[bytes] = set()
-    todo = [layer]
-    while todo:
-        for child in catalog.rows(LayerRow, "parent = ?", todo.pop()):
-            found.add(child.id)
-            todo.append(child.id)
-    return found
+    return {row.id for row in catalog.rows(LayerRow, f"id IN ({_LAYERS_ABOVE})", layer)}
+
+
+def unnamed_below(catalog: Catalog, layer: bytes) -> list[bytes]:
+    """Return the layers below one that have no name, bottom first."""
+    unnamed = "NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
+    found = {row.id for row in catalog.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {unnamed}", layer)} - {layer}
+    return [row.id for row in catalog.chain(layer) if row.id in found] if found else []
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
     """Return what other volumes than `besides` have on these layers: `web-2` (its head) or `web-2@clean`."""
-    names = {volume.id: volume.name for volume in catalog.rows(VolumeRow)}
-    heads = [volume.name for volume in catalog.rows(VolumeRow) if volume.head in layers and volume.id != besides]
-    named = [
-        f"{names[row.volume]}@{row.name}"
-        for row in catalog.rows(SnapshotRow)
-        if row.layer in layers and row.volume != besides
-    ]
-    return sorted(heads + named)
+    ids, users = list(layers), []
+    with catalog.reading():
+        for first in range(0, len(ids), _IDS_MAX):
+            part = ids[first : first + _IDS_MAX]
+            marks = ", ".join("?" * len(part))
+            users += [row.name for row in catalog.rows(VolumeRow, f"head IN ({marks}) AND id != ?", *part, besides)]
+            named = catalog.rows(SnapshotRow, f"layer IN ({marks}) AND volume != ?", *part, besides)
+            of = {volume: catalog.rows(VolumeRow, "id = ?", volume)[0].name for volume in {row.volume for row in named}}
+            users += [f"{of[row.volume]}@{row.name}" for row in named]
+    return sorted(users)
 
 
 def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:

@@ -7,11 +7,12 @@ what is not needed. While a file is being made its lock byte is held alone, so t
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from onionskin.catalog import PendingRow, new_id
 from onionskin.errors import OnionskinError
+from onionskin.locks import ByteLocks
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -23,15 +24,26 @@ class StagedFiles:
 
     store: "Store"
     rows: tuple[PendingRow, ...]
+    readers: list[ByteLocks] = field(default_factory=list)
 
-    def keep(self) -> None:
+    def keep(self, reader: ByteLocks | None = None) -> None:
         """Forget that the files are to be freed. Inside the transaction that names them for good.
 
-        Whoever reads them may take shared locks from now on; nobody can free them before the commit, nor behind it.
+        Whoever reads them may take shared locks from now on, and `reader` does; nobody can free them before the commit, nor
+        behind it.
         """
         for row in self.rows:
             self.store.catalog.delete(PendingRow, "id = ?", row.id)
             self.store.locks.share_exclusive(row.lock_byte)
+        if reader:
+            self.readers.append(reader)
+            reader.must_share({row.lock_byte for row in self.rows})
+
+    def let_go(self) -> None:
+        """Have nobody keep what was not kept after all."""
+        left = {row.lock_byte for row in self.store.catalog.rows_in(PendingRow, "id", [row.id for row in self.rows])}
+        for reader in self.readers:
+            reader.drop_shared(left)
 
 
 @contextmanager
@@ -60,5 +72,6 @@ def staged_files(store: "Store", kinds: Sequence[str], wipe: str) -> Iterator[St
         except BaseException:
             alone.close()
             with suppress(OSError, OnionskinError):  # what cannot be freed now stays pending
+                files.let_go()
                 store.work_soon()
             raise

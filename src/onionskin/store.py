@@ -11,8 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,14 +23,12 @@ from onionskin.catalog import (
     SIZE_BYTES_MAX,
     BaseRow,
     Catalog,
-    LayerRow,
     PendingRow,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
     new_id,
 )
-from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.chain import (
     Chain,
     NewHead,
@@ -56,7 +52,8 @@ from onionskin.errors import (
     VolumeNotFoundError,
 )
 from onionskin.layout import DIRECTORIES, Layout
-from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, VolumeLock, is_being_merged_into, volume_holder
+from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
+from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, VolumeLock, is_being_merged_into
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
@@ -66,7 +63,6 @@ from onionskin.snapshots import (
     free_unneeded,
     list_snapshots,
     users_of,
-    when,
 )
 from onionskin.views import OpenChain, SealedViews
 from onionskin.volume import Volume
@@ -81,33 +77,6 @@ Result = TypeVar("Result")
 
 RESERVE_BYTES = 8 << 20
 WIPE_POLICIES = ("release", "zero")
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeInfo:
-    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing."""
-
-    name: str
-    size_bytes: int
-    block_size: int
-    wipe: str
-    base: str | None
-    created: datetime
-    snapshots: int
-    holder: int | None
-
-
-@dataclass(slots=True)
-class TreeNode:
-    """A node of the tree of a store: kind is `base`, `snapshot`, `layer` (without a name) or `head`."""
-
-    kind: str
-    name: str
-    size_bytes: int
-    created: datetime | None
-    note: str = ""
-    bytes_held: int = 0
-    children: list["TreeNode"] = field(default_factory=list)
 
 
 class Store:
@@ -631,27 +600,11 @@ class Store:
 
     def volumes(self) -> list[VolumeInfo]:
         """Return all volumes, by name."""
-        with self.catalog.reading():
-            return [self._info(row) for row in self.catalog.listed_volumes()]
+        return list_volumes(self)
 
     def info(self, name: str) -> VolumeInfo:
         """Return one volume."""
-        with self.catalog.reading():
-            return self._info(self.catalog.volume(name))
-
-    def _info(self, row: VolumeRow) -> VolumeInfo:
-        chain = read_chain(self.catalog, row.head)
-        holder = volume_holder(self.layout.volume_lock(row.id))
-        return VolumeInfo(
-            name=row.name,
-            size_bytes=chain.top.size_bytes,
-            block_size=chain.top.block_size,
-            wipe=chain.top.wipe,
-            base=chain.base.path if chain.base else None,
-            created=when(row.created_ns),
-            snapshots=self.catalog.count(SnapshotRow, "volume = ?", row.id),
-            holder=holder.pid if holder else None,
-        )
+        return volume_info(self, name)
 
     def snapshots(self, name: str) -> list[Snapshot]:
         """Return a volume's snapshots, oldest first, without opening it."""
@@ -659,31 +612,7 @@ class Store:
 
     def tree(self) -> list[TreeNode]:
         """Return the bases and the roots that stand on nothing, each with what stands on it."""
-        catalog = self.catalog
-        with catalog.reading():
-            layers = catalog.sound_rows(LayerRow, "1 ORDER BY created_ns")
-            volumes = {row.id: row for row in catalog.sound_rows(VolumeRow)}
-            names = {row.layer: row for row in catalog.sound_rows(SnapshotRow) if row.volume in volumes}
-            bases = catalog.sound_rows(BaseRow, "1 ORDER BY path")
-            segments = catalog.sound_rows(SegmentRow)
-        held = dict.fromkeys((row.id for row in layers), 0)
-        for segment in segments:
-            if segment.layer in held:
-                held[segment.layer] += self._bytes_of(segment)
-        heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
-        nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
-        roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
-        by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
-        for layer in layers:
-            below = nodes.get(layer.parent) if layer.parent else by_base.get(layer.base) if layer.base else None
-            (below.children if below else roots).append(nodes[layer.id])
-        return roots
-
-    def _bytes_of(self, segment: SegmentRow) -> int:
-        try:
-            return self.layout.segment_file(segment.id).stat().st_blocks * 512
-        except FileNotFoundError:
-            return 0
+        return read_tree(self)
 
     def usage(self, name: str) -> list[usages.Usage]:
         """Return what each snapshot of a volume holds; the head's entry, with snapshot None, is the last."""
@@ -879,18 +808,4 @@ def refuse_foreign(layout: Layout) -> None:
         )
 
 
-def _node(
-    layer: LayerRow,
-    names: dict[bytes, SnapshotRow],
-    heads: dict[bytes, str],
-    volumes: dict[bytes, VolumeRow],
-    held: int,
-) -> TreeNode:
-    created = when(layer.created_ns)
-    if layer.id in heads:
-        return TreeNode("head", heads[layer.id], layer.size_bytes, created, "", held)
-    if layer.id in names:
-        row = names[layer.id]
-        name = f"{volumes[row.volume].name}@{row.name}"
-        return TreeNode("snapshot", name, layer.size_bytes, when(row.created_ns), row.note, held)
-    return TreeNode("layer", layer.id.hex()[:8], layer.size_bytes, created, "", held)
+__all__ = ["Store", "TreeNode", "VolumeInfo"]

@@ -396,11 +396,10 @@ def _stand_on(volume: "Volume", old: LayerRow, flat: LayerRow, segments: list[Se
         head = catalog.layer(volume.head)
         if head.parent != old.id:
             raise StateError("another process changed the tree while the disk was flattened; flatten it again")
-        files.keep()
+        files.keep(volume.locks)
         catalog.insert(flat)
         for row in segments:
             catalog.insert(row)
-        volume.share({row.lock_byte: row.target for row in files.rows})
         catalog.update(LayerRow, volume.head, parent=flat.id)
         free_unneeded(catalog, old.id)
 

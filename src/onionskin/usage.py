@@ -1,21 +1,22 @@
-"""What snapshots hold, what they differ in, and whether the store is sound: all read from the maps, no block data."""
+"""What snapshots hold and what they differ in: all read from the maps, and no block data.
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+What must hold: a question is answered from one state of the catalog, whose map files are locked while they are read. Each
+of them is loaded once, and no more than two are in memory at a time.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin._maplog import MAGIC_SEGMENT, LayerMap, decode_header
-from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
-from onionskin.chain import LOCK_WAIT_SECONDS, Chain, check_base, lock_base, open_chain
-from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
+from onionskin._maplog import LayerMap
+from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
+from onionskin.chain import Chain
+from onionskin.checking import Problem, check
+from onionskin.errors import ChainError
 from onionskin.later import dtypes
-from onionskin.layermaps import empty_map, open_map
-from onionskin.locks import ByteLocks
-from onionskin.pending import orphans
-from onionskin.snapshots import find_snapshot, nearest_name
+from onionskin.layermaps import empty_map, locked_maps, open_map, read_layers
+from onionskin.snapshots import LAYERS_OF_VOLUME, find_snapshot, nearest_name
 from onionskin.transfer import covered
 
 if TYPE_CHECKING:
@@ -49,154 +50,102 @@ class Usage:
     bytes_freed_by_merge: int
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that `check` found. severity is `error` (data is at risk) or `notice` (work that is left)."""
+# ---- what each snapshot holds ----
 
-    severity: str
-    what: str
-    where: str
-    advice: str
+
+@dataclass(frozen=True, slots=True)
+class _VolumeTree:
+    """What a volume's snapshots and its head stand on: `layers` with parents first."""
+
+    volume: VolumeRow
+    snapshots: list[SnapshotRow]
+    layers: list[LayerRow]
+    only_children: frozenset[bytes]  # layers whose parent has no other child in the whole store
 
 
 def usage(store: "Store", name: str) -> list[Usage]:
     """Return what each snapshot of a volume, and its head (last), hold."""
-    with _tree(store) as tree:
-        return _usage(store, tree, store.catalog.volume(name).id)
+    with locked_maps(store, lambda: _read_tree(store, name), lambda tree: tree.layers) as tree:
+        held, shadowed = _measure(store, tree)
+    names = {row.layer for row in tree.snapshots}
+    since_name, subtree = dict(held), dict(held)
+    for layer in tree.layers:
+        if layer.parent is not None and layer.parent not in names:
+            since_name[layer.id] += since_name[layer.parent]
+    for layer in reversed(tree.layers):
+        if layer.parent is not None:
+            subtree[layer.parent] += subtree[layer.id]
+    found = [
+        Usage(row.name, since_name[row.layer], subtree[row.layer], shadowed.get(row.layer, 0)) for row in tree.snapshots
+    ]
+    head = tree.volume.head
+    return [*found, Usage(None, since_name[head], subtree[head], 0)]
 
 
-def _usage(store: "Store", tree: "_Tree", volume_id: bytes) -> list[Usage]:
-    (volume,) = (row for row in tree.volumes if row.id == volume_id)
-    layers = {layer.id: layer for layer in tree.layers}
-    rows = [row for row in tree.snapshots if row.volume == volume.id]
-    names = {row.layer: row.name for row in rows}
-    maps = {id: open_map(store, layer) for id, layer in layers.items() if _belongs(layers, id, volume, names)}
-    held = {id: layer_map.count()[0] * layers[id].block_size for id, layer_map in maps.items()}
-    children: dict[bytes, list[bytes]] = {}
-    for layer in layers.values():
-        if layer.parent:
-            children.setdefault(layer.parent, []).append(layer.id)
-
-    def freed_by_merge(id: bytes) -> int:
-        (only,) = children.get(id, []) if len(children.get(id, [])) == 1 else (None,)
-        shadowed = maps[id].count_shadowed(maps[only]) if only in maps else 0
-        return int(shadowed * layers[id].block_size)
-
-    def one(name: str | None, id: bytes) -> Usage:
-        own, layer = held[id], layers[id].parent
-        while layer in maps and layer not in names:
-            own, layer = own + held[layer], layers[layer].parent
-        gone = held[id] + sum(held.get(above, 0) for above in _above(children, id))
-        return Usage(name, own, gone, freed_by_merge(id) if name else 0)
-
-    try:
-        return [one(row.name, row.layer) for row in rows] + [one(None, volume.head)]
-    finally:
-        for layer_map in maps.values():
-            layer_map.close()
-
-
-def _above(children: dict[bytes, list[bytes]], layer: bytes) -> Iterator[bytes]:
-    todo = [layer]
-    while todo:
-        above = children.get(todo.pop(), [])
-        yield from above
-        todo += above
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """The rows of a store in one state of it."""
-
-    layers: list[LayerRow]
-    segments: list[SegmentRow]
-    volumes: list[VolumeRow]
-    snapshots: list[SnapshotRow]
-    bases: list[BaseRow]
-
-    def chain(self, layer_id: bytes) -> Chain:
-        """Return a layer and all below it."""
-        by_id = {layer.id: layer for layer in self.layers}
-        layers = [by_id[layer_id]]
-        while layers[-1].parent is not None:
-            layers.append(by_id[layers[-1].parent])
-        segments: dict[bytes, list[SegmentRow]] = {layer.id: [] for layer in layers}
-        for row in self.segments:
-            if row.layer in segments:
-                segments[row.layer].append(row)
-        base = [row for row in self.bases if row.id == layers[-1].base]
-        return Chain(tuple(reversed(layers)), segments, base[0] if base else None)
-
-    def layer_of(self, store: "Store", volume: VolumeRow, snapshot: str | None) -> bytes:
-        """Return the layer of a snapshot, or of the head (None)."""
-        if snapshot is None:
-            return next(row.head for row in self.volumes if row.id == volume.id)
-        for row in self.snapshots:
-            if row.volume == volume.id and row.name == snapshot:
-                return row.layer
-        return find_snapshot(store.catalog, volume, snapshot).layer
-
-
-def _read_tree(store: "Store") -> _Tree:
+def _read_tree(store: "Store", name: str) -> _VolumeTree:
+    """Read the tree of a volume. Inside `reading`."""
     catalog = store.catalog
-    with catalog.reading():
-        return _Tree(
-            catalog.rows(LayerRow),
-            catalog.rows(SegmentRow),
-            catalog.rows(VolumeRow),
-            catalog.rows(SnapshotRow, "1 ORDER BY created_ns"),
-            catalog.rows(BaseRow),
-        )
-
-
-@contextmanager
-def _tree(store: "Store") -> Iterator[_Tree]:
-    """Read the tree and keep its files where they are, as an open volume does: others merge and discard meanwhile."""
-    locks = ByteLocks(store.layout.lock)
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    try:
-        while True:
-            tree = _read_tree(store)
-            wanted = {row.map_lock_byte for row in tree.layers} | {row.lock_byte for row in tree.segments}
-            if locks.take_shared(wanted) and _names_same_files(_read_tree(store), tree):
-                break
-            locks.keep_shared(())
-            if time.monotonic() > deadline:
-                raise StateError(f"the tree of {store.path} is being changed all the time; try again when that is done")
-            time.sleep(0.01)
-        yield tree
-    finally:
-        locks.close()
-        if any(volume.writable for volume in store.open_volumes()):
-            store.work_soon()  # what had to wait for these locks
-
-
-def _names_same_files(a: _Tree, b: _Tree) -> bool:
-    """Whether what was locked is what the catalog still names; sizes of heads may differ."""
-    return {row.map_lock_byte for row in a.layers} | {row.lock_byte for row in a.segments} == (
-        {row.map_lock_byte for row in b.layers} | {row.lock_byte for row in b.segments}
+    volume = catalog.volume(name)
+    layers = catalog.rows(LayerRow, f"id IN ({LAYERS_OF_VOLUME})", volume.id, volume.id)
+    only = catalog.rows(
+        LayerRow,
+        f"id IN (SELECT min(id) FROM layers WHERE parent IN ({LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1)",
+        volume.id,
+        volume.id,
     )
+    snapshots = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
+    return _VolumeTree(volume, snapshots, _parents_first(layers), frozenset(layer.id for layer in only))
 
 
-def _belongs(layers: dict[bytes, LayerRow], id: bytes, volume: VolumeRow, names: dict[bytes, str]) -> bool:
-    """Whether a layer is on the way to one of the volume's snapshots or to its head."""
-    tops = [*names, volume.head]
-    return any(id in _below(layers, top) for top in tops)
+def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
+    """Sort layers so that each stands behind its parent, and an only child directly behind it."""
+    children: dict[bytes | None, list[LayerRow]] = {}
+    for layer in layers:
+        children.setdefault(layer.parent, []).append(layer)
+    ordered: list[LayerRow] = []
+    todo = children.get(None, [])
+    while todo:
+        ordered.append(todo.pop())
+        todo += children.get(ordered[-1].id, [])
+    return ordered
 
 
-def _below(layers: dict[bytes, LayerRow], top: bytes | None) -> set[bytes]:
-    found = set()
-    while top is not None:
-        found.add(top)
-        top = layers[top].parent
-    return found
+def _measure(store: "Store", tree: _VolumeTree) -> tuple[dict[bytes, int], dict[bytes, int]]:
+    """Return the bytes that each layer holds, and those of it that its only child has anew."""
+    held: dict[bytes, int] = {}
+    shadowed: dict[bytes, int] = {}
+    loaded: list[tuple[bytes, LayerMap]] = []  # this layer's, and the one's before it
+    try:
+        for layer in tree.layers:
+            layer_map = open_map(store, layer)
+            loaded.append((layer.id, layer_map))
+            held[layer.id] = int(layer_map.count()[0]) * layer.block_size
+            below, below_map = loaded[0]
+            if below == layer.parent and layer.id in tree.only_children:
+                shadowed[below] = int(below_map.count_shadowed(layer_map)) * layer.block_size
+            if len(loaded) == 2:
+                loaded.pop(0)[1].close()
+    finally:
+        for _, layer_map in loaded:
+            layer_map.close()
+    return held, shadowed
+
+
+# ---- what two of them differ in ----
 
 
 def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
     """Return the extents that may differ between two snapshots (b None: the head, as it is durable)."""
-    volume = store.catalog.volume(name)
-    with _tree(store) as tree:
-        chains = [tree.chain(tree.layer_of(store, volume, one)) for one in (a, b)]
+
+    def find() -> tuple[Chain, Chain]:
+        volume = store.catalog.volume(name)
+        tops = [
+            volume.head if snapshot is None else find_snapshot(store.catalog, volume, snapshot).layer
+            for snapshot in (a, b)
+        ]
+        return read_layers(store.catalog, tops[0]), read_layers(store.catalog, tops[1])
+
+    with locked_maps(store, find, lambda chains: {*chains[0].layers, *chains[1].layers}) as chains:
         return diff_of_chains(store, a, b, *chains)
 
 
@@ -205,48 +154,41 @@ def diff_of_chains(store: "Store", a: str, b: str | None, chain_a: Chain, chain_
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
         raise ChainError(f"{a!r} and {b or 'the head'!r} have no base in common; compare exported images instead")
-    touched_a = _touched(store, [layer for layer in chain_a.layers if layer.id not in shared], chain_a.top.block_size)
-    touched_b = _touched(store, [layer for layer in chain_b.layers if layer.id not in shared], chain_b.top.block_size)
-    try:
-        stretches = touched_a.touched(touched_b)
-        state = _states(store, chain_b, b is None)
-        return _clip(_split(stretches, state, chain_b.top.block_size), _size(store, chain_b, b is None))
-    finally:
-        touched_a.close()
-        touched_b.close()
+    block_size, common = chain_b.top.block_size, [layer for layer in chain_b.layers if layer.id in shared]
+    size_bytes = chain_b.top.size_bytes
+    with (
+        closing(_laid(store, [layer for layer in chain_a.layers if layer.id not in shared], block_size)) as own_a,
+        closing(_laid(store, [layer for layer in chain_b.layers if layer.id not in shared], block_size)) as own_b,
+    ):
+        if not chain_b.top.sealed and own_b.size_bytes is not None:
+            size_bytes = int(own_b.size_bytes)  # what a resize left that is not in the catalog yet
+        stretches, runs = own_a.touched(own_b), own_b.runs()
+        if own_a.count() != (0, 0):
+            # What only a's layers have reads at b as the layers below both say.
+            with closing(_laid(store, common, block_size)) as whole_b:
+                whole_b.fold(own_b)
+                runs = whole_b.runs()
+    return _clip(_split(stretches, _extents_of(runs, block_size), block_size), size_bytes)
 
 
-def _touched(store: "Store", layers: list[LayerRow], block_size: int) -> LayerMap:
+def _laid(store: "Store", layers: Sequence[LayerRow], block_size: int) -> LayerMap:
+    """Load layers, bottom first, and lay them over each other."""
     union = empty_map(block_size)
-    for layer in layers:
-        loaded = open_map(store, layer)
-        union.fold(loaded)
-        loaded.close()
+    try:
+        for layer in layers:
+            with closing(open_map(store, layer)) as loaded:
+                union.fold(loaded)
+    except BaseException:
+        union.close()
+        raise
     return union
 
 
-def _size(store: "Store", chain: Any, head: bool) -> int:
-    if head:
-        path = store.path_of_head(chain.top.id)
-        if path is not None:
-            return int(path.size_bytes)
-    return int(chain.top.size_bytes)
-
-
-def _states(store: "Store", chain: Any, head: bool) -> "Array":
-    """Return the runs of what `b` reads: DATA, ZERO; what is in none of them is the base's."""
-    path = store.path_of_head(chain.top.id) if head else None
-    if path is not None:
-        head_runs: Array = path.runs()
-        return head_runs
-    union = _touched(store, list(chain.layers), chain.top.block_size)
-    try:
-        runs = union.runs()
-    finally:
-        union.close()
+def _extents_of(runs: "Array", block_size: int) -> "Array":
+    """Return runs of blocks as extents of bytes; what is in none of them is the base's."""
     out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
-    out["offset"] = runs["block_index"] * chain.top.block_size
-    out["length"] = runs["block_count"] * chain.top.block_size
+    out["offset"] = runs["block_index"] * block_size
+    out["length"] = runs["block_count"] * block_size
     out["state"] = runs["state"]
     return out
 
@@ -278,88 +220,4 @@ def _clip(extents: "Array", size_bytes: int) -> "Array":
     return extents
 
 
-def check(store: "Store") -> list[Problem]:
-    """Look at every file that the catalog names. Reads headers and maps, and no block data."""
-    with _tree(store) as tree:
-        problems = [*_check_layers(store, tree), *_check_bases(store), *_check_chains(store, tree)]
-    catalog = store.catalog
-    problems += [
-        Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
-        for row in catalog.rows(PendingRow)
-    ]
-    problems += [
-        Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
-        for path in orphans(store)
-    ]
-    return problems
-
-
-def _check_layers(store: "Store", tree: _Tree) -> list[Problem]:
-    problems = []
-    advice = "restore the file from a copy of the store"
-    for layer in tree.layers:
-        try:
-            layer_map = open_map(store, layer)
-        except (OnionskinError, OSError) as error:
-            problems.append(Problem("error", str(error), str(store.layout.map_file(layer.map_id)), advice))
-            continue
-        segments = {row.id for row in tree.segments if row.layer == layer.id}
-        for id in layer_map.segments:
-            slots = layer_map.live_slots(id)
-            if not len(slots):
-                continue
-            path = store.layout.segment_file(id)
-            named = int(slots[-1][0]) + int(slots[-1][1])
-            fault = (
-                "a map names a segment of another layer"
-                if id not in segments
-                else _segment_fault(path, id, layer, named)
-            )
-            if fault:
-                problems.append(Problem("error", fault, str(path), advice))
-        layer_map.close()
-    return problems
-
-
-def _segment_fault(path: Path, id: bytes, layer: LayerRow, slots: int) -> str | None:
-    try:
-        with path.open("rb") as file:
-            header = decode_header(file.read(4096), MAGIC_SEGMENT, path=str(path))
-        size = path.stat().st_size
-    except (OSError, FormatError) as error:
-        return str(error)
-    if header.uuid != id or header.block_size != layer.block_size:
-        return "it is not the segment that the catalog names"
-    if size < 4096 + slots * layer.block_size:
-        return f"it is truncated: {size} bytes, and slot {slots - 1} is named"
-    return None
-
-
-def _check_bases(store: "Store") -> list[Problem]:
-    problems = []
-    for base in store.catalog.rows(BaseRow):
-        try:
-            check_base(store.catalog, base)
-        except (OnionskinError, OSError) as error:
-            problems.append(Problem("error", str(error), base.path, "see 'onionskin relocate --help'"))
-    return problems
-
-
-def _check_chains(store: "Store", tree: _Tree) -> list[Problem]:
-    """Open every snapshot as a reader would."""
-    problems = []
-    for row in tree.snapshots:
-        try:
-            chain = tree.chain(row.layer)
-            base_lock = lock_base(store.catalog, chain)
-            try:
-                open_chain(store.layout, chain, writable=False, base_lock=base_lock).close()
-            finally:
-                if base_lock:
-                    base_lock.close()
-        except (OnionskinError, OSError) as error:
-            problems.append(Problem("error", str(error), f"snapshot {row.name}", "see the errors above"))
-    return problems
-
-
-__all__ = ["Problem", "Usage", "check", "diff", "nearest_name", "usage"]
+__all__ = ["Problem", "Usage", "check", "diff", "diff_of_chains", "nearest_name", "usage"]

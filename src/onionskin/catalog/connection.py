@@ -261,6 +261,12 @@ class Catalog:
         found = self.rows(kind, condition, *values)
         return found[0] if found else None
 
+    def values(self, kind: type, columns: str, condition: str = "1", *values: Any) -> list[tuple[Any, ...]]:
+        """Return columns of the rows that can be believed, or what SQL makes of them: where little of many is wanted."""
+        text = f"SELECT {columns} FROM {TABLES[kind]} WHERE coalesce({SOUND_ROW[kind]}, 0) AND {condition}"
+        with self._guard, self._errors():
+            return list(self._connection.execute(text, values))
+
     def has(self, kind: type, condition: str, *values: Any) -> bool:
         """Whether there is a row that fulfils a condition."""
         with self._guard, self._errors():
@@ -290,6 +296,10 @@ class Catalog:
         _check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
+
+    def move_segments(self, layer: bytes, new_layer: bytes) -> None:
+        """Give all segments of a layer to another one. Inside a transaction."""
+        self._execute("UPDATE segments SET layer = ? WHERE layer = ?", new_layer, layer)
 
     def delete(self, kind: type, condition: str, *values: Any) -> None:
         """Remove rows. Inside a transaction."""
