@@ -13,8 +13,8 @@ import onionskin
 from onionskin import delta
 
 BLOCK = 4096
-BLOCKS = 512
-EXPORTS = 25
+BLOCKS = 2048
+EXPORTS = 10
 
 
 @contextmanager
