@@ -349,6 +349,18 @@ def test_a_receiver_on_the_same_base_reads_the_same_whatever_was_zeroed_cut_or_g
         assert there.check() == []
 
 
+def test_a_disk_that_grows_over_its_base_reads_zero_there_though_no_record_says_so(
+    stores: tuple[Store, Store], tmp_path: Path
+) -> None:
+    _, there = stores
+    (tmp_path / "base.raw").write_bytes(b"b" * 8 * BLOCK)
+    with there.create("web", base=tmp_path / "base.raw", size=2 * BLOCK) as web:
+        web.snapshot("a", guid=HEAD.guid_a.hex())
+    head = replace(HEAD, size_a=2 * BLOCK, size_b=8 * BLOCK)
+    apply(there, ended(header_of(head), 0, 0, 0, 8 * BLOCK))
+    assert contents(there) == b"b" * 2 * BLOCK + bytes(6 * BLOCK)
+
+
 def test_what_is_written_to_the_head_while_a_stream_arrives_is_kept_and_the_stream_refused(
     pair: tuple[Store, Store],
 ) -> None:

@@ -4,11 +4,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import onionskin
-from onionskin import exporting
+from onionskin import exporting, transfer
 from onionskin.catalog import LayerRow
 from onionskin.images import export_image
 from onionskin.pinned import pinned
@@ -37,16 +38,21 @@ def web(store: onionskin.Store, base: Path) -> Iterator[onionskin.Volume]:
         yield volume
 
 
-def test_an_exported_head_is_as_it_was_when_the_export_began(web: onionskin.Volume, tmp_path: Path) -> None:
+def test_an_exported_head_is_as_it_was_when_the_export_began(
+    web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = web.read(0, SIZE)
+    real = transfer.copy_runs
 
-    def write(done: int, total: int) -> None:
+    def write_first(*arguments: Any, **options: Any) -> None:
         web.trim(0, 2 * BLOCK)
         web.flush()
-        web.write(8 * BLOCK, b"later" * BLOCK)
+        web.write(8 * BLOCK, b"later" * BLOCK)  # into the slots that were freed
         web.flush()
+        real(*arguments, **options)
 
-    web.export(tmp_path / "out", progress=write)
+    monkeypatch.setattr(transfer, "copy_runs", write_first)
+    web.export(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == before
     assert web.read(8 * BLOCK, 5) == b"later"
     assert web.read(0, 2 * BLOCK) == bytes(2 * BLOCK)
@@ -180,6 +186,22 @@ def test_a_file_that_appears_while_an_image_is_written_is_kept(
     assert failure.value.filename == str(directory / "out")
     assert [path.name for path in directory.iterdir()] == ["out"]
     assert (directory / "out").stat().st_size == 0
+
+
+def test_a_file_that_appears_just_when_the_image_gets_its_name_is_kept(
+    web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting._give_name
+
+    def appear(*arguments: Any, **options: Any) -> None:
+        (tmp_path / "out").write_text("mine")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(exporting, "_give_name", appear)
+    with pytest.raises(FileExistsError):
+        export_image(web, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+    assert list(tmp_path.glob("*.part")) == []
 
 
 def test_a_name_is_given_on_a_file_system_without_hard_links(
