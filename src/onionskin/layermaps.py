@@ -193,7 +193,7 @@ def _slots_by_segment(layer_map: LayerMap) -> "dict[bytes, Array]":
     slots["slot"], slots["count"] = runs["slot"], runs["block_count"]
     numbers, first = numpy.unique(runs["segment"], return_index=True)
     ids = layer_map.segments
-    return {ids[number - 1]: part for number, part in zip(numbers.tolist(), numpy.split(slots, first[1:]), strict=True)}
+    return {ids[number - 1]: part for number, part in zip(numbers.tolist(), numpy.split(slots, first)[1:], strict=True)}
 
 
 @contextmanager

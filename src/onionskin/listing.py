@@ -64,18 +64,16 @@ def list_volumes(store: "Store") -> list[VolumeInfo]:
         counts = dict(catalog.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
     held = _lock_files_in_use(store)
     bases: dict[bytes, bytes | None] = {}
-    return [
-        VolumeInfo(
-            row.name,
-            *heads[row.head],
-            base=paths.get(_base_of(below, row.head, bases)),
-            created=when(row.created_ns),
-            snapshots=counts.get(row.id, 0),
-            holder=_holder(store, row) if f"{row.id.hex()}.lock" in held else None,
-        )
-        for row in volumes
-        if row.head in heads
-    ]
+    infos = []
+    for row in volumes:
+        if row.head not in heads:  # damaged: `check` says so
+            continue
+        size_bytes, block_size, wipe = heads[row.head]
+        base = paths.get(_base_of(below, row.head, bases))
+        holder = _holder(store, row) if held and f"{row.id.hex()}.lock" in held else None
+        created = when(row.created_ns)
+        infos.append(VolumeInfo(row.name, size_bytes, block_size, wipe, base, created, counts.get(row.id, 0), holder))
+    return infos
 
 
 def volume_info(store: "Store", name: str) -> VolumeInfo:
