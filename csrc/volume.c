@@ -275,7 +275,7 @@ static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_
 
 /* Notes which file a load from a mapping failed in. The reader's ticket keeps the mappings. */
 static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume *volume) {
-    const char *address = onion_fault_address();
+    const char *address = onion_fault_address(); /* NULL: it was another error */
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     for (uint32_t i = 1; i <= count; i++) {
@@ -299,7 +299,7 @@ static int as_reader(struct onion_volume *volume, int (*work)(void *), void *con
     int status = onion_volume_usable(volume);
     if (status == 0)
         status = onion_fault_run(work, context);
-    if (__builtin_expect(status == -EIO, 0) && onion_fault_address())
+    if (__builtin_expect(status == -EIO, 0))
         note_failed_load(volume);
     onion_epoch_leave(&volume->epoch, ticket);
     return status;
