@@ -34,9 +34,7 @@ class Head:
 
     def open(self, known: Known = (0, 0, 0)) -> DataPath:
         path = self.empty(writable=True)
-        path.open_head(
-            map_path=self.map, map_id=self.map_id, adopted=[], own=self.own, spare=self.spare, known=known
-        )
+        path.open_head(map_path=self.map, map_id=self.map_id, adopted=[], own=self.own, spare=self.spare, known=known)
         path.free_own_slots()
         return path
 
@@ -270,15 +268,24 @@ def test_faulthandler_does_not_take_the_guard_away(tmp_path: Path) -> None:
 
 
 def test_the_guard_that_was_replaced_is_back_at_the_next_opening(tmp_path: Path) -> None:
-    program = FAULT.replace("faulthandler.enable()", "import signal; signal.signal(7, signal.SIG_DFL); head.open_to_read()")
+    program = FAULT.replace(
+        "faulthandler.enable()", "import signal; signal.signal(7, signal.SIG_DFL); head.open_to_read()"
+    )
     program = program.format(folder=str(Path(__file__).parent), root=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
 
 
 def test_a_fault_that_is_nobodys_still_ends_the_process_with_its_signal(tmp_path: Path) -> None:
-    program = FAULT.replace("for _ in range(2):", "import mmap\nfile = open(head.segment); m = mmap.mmap(file.fileno(), 0, prot=1)\n"
-                            "head.empty(writable=False); os.truncate(head.segment, 0); m[0]\nfor _ in range(2):")  # fmt: skip
+    fault = """
+import mmap
+with open(head.segment) as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+head.empty(writable=False)  # so that the guard stands over faulthandler, which stands over the guard
+os.truncate(head.segment, 0)
+mapped[0]
+for _ in range(2):"""
+    program = FAULT.replace("\nfor _ in range(2):", fault)
     program = program.format(folder=str(Path(__file__).parent), root=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.returncode == -7

@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_new_layer_is_found_before_the_commit(
 
 
 def test_a_base_that_is_shorter_than_it_should_be_is_refused(layered: Disk) -> None:
-    with layered.base.open("rb") as file, pytest.raises(FormatError, match="base.raw"):
+    with layered.base.open("rb") as file, pytest.raises(FormatError, match=r"base\.raw"):
         layered.path.prepare_below(file.fileno(), 801 * BLOCK)
     layered.check()
 
@@ -239,9 +239,7 @@ def test_reads_and_writes_beside_many_replacements_see_the_disk_as_it_is(tmp_pat
 
     def read() -> None:
         while not stop.is_set():
-            for at in still:
-                if disk.path.read(at * BLOCK, BLOCK) != block(b"b"):
-                    wrong.append(at)
+            wrong.extend(at for at in still if disk.path.read(at * BLOCK, BLOCK) != block(b"b"))
 
     def write() -> None:
         turn = 0
@@ -298,7 +296,7 @@ def cycle(disk: Disk, at: int, letter: bytes) -> None:
     rewritten, (lower,) = os.urandom(16), disk.below
     disk.path.rewrite_map(new_path=disk.map_file(rewritten), new_id=rewritten, lower=lower, drop_zero=True)
     disk.path.rewrite_commit()
-    os.unlink(lower[0])
+    Path(lower[0]).unlink()
     Path(disk.map_file(disk.map_id)).unlink(missing_ok=True)
     disk.map_id = rewritten
     disk.below = []
