@@ -113,6 +113,8 @@ static int number_layer(struct onion_volume *volume, struct onion_below *below) 
     pthread_rwlock_wrlock(&volume->gate);
     if (status == 0 && onion_volume_numbers_left(volume) < below->added_count + 1)
         status = ONION_E_NUMBERS;
+    if (status == 0)
+        status = onion_volume_take_mappings(volume, below->added_count);
     for (; status == 0 && below->numbered_count < below->added_count; below->numbered_count++) {
         struct onion_segment *segment = below->added[below->numbered_count];
         onion_volume_number_segment(volume, segment);

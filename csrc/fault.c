@@ -2,13 +2,15 @@
 #define _GNU_SOURCE
 #include "fault.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
 
-#define NESTED_MAX 4 /* handlers that call each other in a circle are left behind this one */
+/* Of another library before glibc 2.34. */
+extern int dladdr(const void *, Dl_info *) __attribute__((weak));
 
 __thread volatile struct onion_fault_range onion_fault_watched;
 static __thread sigjmp_buf landing;
@@ -16,7 +18,9 @@ static __thread const char *fault_address;
 static __thread volatile uintptr_t outer_frame; /* of the handler that passed a signal on and has not returned */
 static __thread volatile unsigned nested;
 
-static struct sigaction previous; /* what our handler replaced last */
+/* What our handler replaced when it was installed first, and last. */
+static struct sigaction replaced_first, replaced_last;
+static int installs;
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void let_it_kill(void) {
@@ -27,14 +31,16 @@ static void let_it_kill(void) {
     sigaction(SIGBUS, &standard, NULL);
 }
 
-/* Whoever stands behind us may have us behind him, if he was installed over us and we over him again; and some pass a
- * signal on by raising it anew. A handler that is entered from within itself stands lower on the stack. */
+/* What was installed over ours, and then had ours over it, may hand a signal on to us again: by a call, or by raising it
+ * anew. Then it goes to what was there before both. A handler that is entered from within itself stands lower on the
+ * stack. */
 static void pass_on(int signal_number, siginfo_t *info, void *ucontext) {
     uintptr_t frame = (uintptr_t)__builtin_frame_address(0), outer = outer_frame;
     nested = frame < outer ? nested + 1 : 0;
     outer_frame = frame;
-    struct sigaction next = previous;
-    if (nested > NESTED_MAX || (!(next.sa_flags & SA_SIGINFO) && (next.sa_handler == SIG_DFL || next.sa_handler == SIG_IGN)))
+    struct sigaction next = nested ? replaced_first : replaced_last;
+    int is_a_circle = nested > (installs > 1);
+    if (is_a_circle || (!(next.sa_flags & SA_SIGINFO) && (next.sa_handler == SIG_DFL || next.sa_handler == SIG_IGN)))
         let_it_kill();
     else if (next.sa_flags & SA_SIGINFO)
         next.sa_sigaction(signal_number, info, ucontext);
@@ -64,6 +70,22 @@ static void on_sigbus(int signal_number, siginfo_t *info, void *ucontext) {
     pass_on(signal_number, info, ucontext);
 }
 
+/* Ours, or that of another extension module with this code, which hands on to ours once it was installed over it. */
+static int is_ours(const struct sigaction *action) {
+    Dl_info of_theirs, of_ours;
+    if (!(action->sa_flags & SA_SIGINFO))
+        return 0;
+    if (action->sa_sigaction == on_sigbus)
+        return 1;
+    if (!installs || !dladdr || !dladdr((void *)(uintptr_t)action->sa_sigaction, &of_theirs) ||
+        !dladdr((void *)(uintptr_t)on_sigbus, &of_ours) || !of_theirs.dli_fname || !of_ours.dli_fname)
+        return 0;
+    const char *theirs = strrchr(of_theirs.dli_fname, '/'), *ours = strrchr(of_ours.dli_fname, '/');
+    size_t folder = ours ? (size_t)(ours - of_ours.dli_fname) : 0;
+    return theirs && folder && (size_t)(theirs - of_theirs.dli_fname) == folder &&
+           !memcmp(of_theirs.dli_fname, of_ours.dli_fname, folder);
+}
+
 int onion_fault_install(void) {
     struct sigaction now, action;
     int status = 0;
@@ -75,8 +97,10 @@ int onion_fault_install(void) {
     pthread_mutex_lock(&install_lock);
     if (sigaction(SIGBUS, NULL, &now))
         status = -errno;
-    if (status == 0 && !((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)) {
-        previous = now; /* before ours can be called */
+    if (status == 0 && !is_ours(&now)) {
+        replaced_last = now; /* before ours can be called */
+        if (!installs++)
+            replaced_first = now;
         status = sigaction(SIGBUS, &action, NULL) ? -errno : 0;
     }
     pthread_mutex_unlock(&install_lock);

@@ -666,6 +666,9 @@ static int make_room_for_spare(struct onion_volume *volume) {
         return ONION_E_NUMBERS;
     if (volume->next_spare)
         return 0;
+    int status = onion_volume_take_mappings(volume, 1);
+    if (status < 0)
+        return status;
     return onion_segment_new(volume->segments_directory, no_id, 0, volume->block_shift, &volume->next_spare);
 }
 

@@ -13,7 +13,7 @@
 
 /* Holes in a log are what a crash leaves in its last frame, whose pages were not all written. Up to this length nothing is
  * asked; a longer file that has more holes than data was made by no flush. */
-#define SPARSE_BYTES_MAX (256ull << 20)
+#define SPARSE_BYTES_MAX (64ull << 20)
 
 int onion_open_file(const char *path, int flags) {
     /* O_NONBLOCK: a pipe with nobody at the other end would be waited for. Regular files know nothing of it. */

@@ -18,6 +18,7 @@
 #include "mapfile.h"
 #include "volume_state.h"
 
+#define MAPPINGS_BESIDE 6 /* the spare, the base, the index, and what is being replaced */
 #define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
 
 /* ---- the base ---- */
@@ -139,7 +140,18 @@ struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t 
     struct onion_segment *segment = volume->segments[number];
     __atomic_store_n(&volume->segments[number], volume->vacant, __ATOMIC_RELEASE);
     volume->vacant_count++;
+    if (volume->mappings) {
+        volume->mappings--;
+        onion_mappings_give_back(1);
+    }
     return segment;
+}
+
+int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count) {
+    int status = onion_mappings_take(count);
+    if (status == 0)
+        volume->mappings += count;
+    return status;
 }
 
 /* No slot that the index names may lie behind the end of its file. */
@@ -539,6 +551,8 @@ int onion_volume_fold_layers(struct onion_volume *volume) {
     int status = onion_build_apply(&volume->build);
     if (status == 0)
         status = check_slots(volume);
+    if (status == 0) /* one for each file that may be read, or is the spare; what is replaced stays for a while */
+        status = onion_volume_take_mappings(volume, volume->segment_count + MAPPINGS_BESIDE);
     onion_build_destroy(&volume->build);
     /* From here on others read while we write. */
     volume->index.retire_context = volume;

@@ -136,6 +136,8 @@ void onion_volume_close(struct onion_volume *volume) {
         volume->segments[i] = NULL;
     }
     volume->segment_count = 0;
+    onion_mappings_give_back(volume->mappings);
+    volume->mappings = 0;
     onion_segment_free(volume->next_spare);
     volume->next_spare = NULL;
     if (volume->base)
@@ -275,7 +277,7 @@ static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_
 
 /* Notes which file a load from a mapping failed in. The reader's ticket keeps the mappings. */
 static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume *volume) {
-    const char *address = onion_fault_address();
+    const char *address = onion_fault_address(); /* NULL: it was another error */
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     for (uint32_t i = 1; i <= count; i++) {
@@ -299,7 +301,7 @@ static int as_reader(struct onion_volume *volume, int (*work)(void *), void *con
     int status = onion_volume_usable(volume);
     if (status == 0)
         status = onion_fault_run(work, context);
-    if (__builtin_expect(status == -EIO, 0) && onion_fault_address())
+    if (__builtin_expect(status == -EIO, 0))
         note_failed_load(volume);
     onion_epoch_leave(&volume->epoch, ticket);
     return status;
@@ -934,26 +936,33 @@ static int map_base_piece(struct onion_volume *volume, uint64_t offset, uint64_t
     return got == MAP_FAILED ? -errno : 0;
 }
 
-static int map_pieces(struct onion_volume *volume, uint64_t block, uint64_t end, uint64_t run_max, char *at) {
-    uint64_t pieces = 0, first = block;
+static int map_pieces(struct onion_volume *volume, uint64_t block, uint64_t end, uint64_t run_max, char *at,
+                      uint64_t *pieces) {
+    uint64_t first = block;
     while (block < end) {
         struct onion_run run;
         onion_map_run_at(&volume->index, block, end - block, &run);
+        if (*pieces == run_max || onion_mappings_take(1) < 0)
+            return -E2BIG;
+        ++*pieces;
         char *here = at + ((block - first) << volume->block_shift);
         int status = run.place == ONION_PLACE_HOLE
                          ? map_base_piece(volume, block << volume->block_shift, run.block_count << volume->block_shift, here)
                          : map_piece(volume, &run, here);
         if (status < 0)
             return status;
-        if (++pieces > run_max)
-            return -E2BIG;
         block += run.block_count;
     }
     return 0;
 }
 
+void onion_mapped_range_free(void *address, uint64_t mapped_length, uint64_t pieces) {
+    munmap(address, mapped_length);
+    onion_mappings_give_back(pieces);
+}
+
 int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max,
-                           void **address, uint64_t *mapped_length) {
+                           void **address, uint64_t *mapped_length, uint64_t *pieces) {
     if (volume->writable)
         return ONION_E_READ_ONLY;
     if (!in_bounds(volume, offset, length))
@@ -964,13 +973,14 @@ int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     int status = onion_volume_usable(volume);
     char *at = MAP_FAILED;
+    *pieces = 0;
     if (status == 0) {
         at = mmap(NULL, *mapped_length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        status = at == MAP_FAILED ? -errno : map_pieces(volume, block, end, run_max, at);
+        status = at == MAP_FAILED ? -errno : map_pieces(volume, block, end, run_max, at, pieces);
     }
     onion_epoch_leave(&volume->epoch, ticket);
     if (status < 0 && at != MAP_FAILED)
-        munmap(at, *mapped_length);
+        onion_mapped_range_free(at, *mapped_length, *pieces);
     *address = at;
     return status;
 }

@@ -228,9 +228,10 @@ int64_t onion_volume_unused_segments(struct onion_volume *volume, unsigned char 
                                      uint32_t capacity);
 
 /* A read-only mapping of a page-aligned range of a view, made of the segments' own pages. -E2BIG: more than run_max
- * pieces. The caller unmaps it. */
+ * pieces, or than the process may map. The caller frees it, with the number of pieces that it was told. */
 int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max,
-                           void **address, uint64_t *mapped_length);
+                           void **address, uint64_t *mapped_length, uint64_t *pieces);
+void onion_mapped_range_free(void *address, uint64_t mapped_length, uint64_t pieces);
 
 int onion_volume_poisoned(const struct onion_volume *volume);
 int onion_volume_closed(const struct onion_volume *volume);

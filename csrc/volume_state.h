@@ -7,6 +7,7 @@
 #include "barrier.h"
 #include "epoch.h"
 #include "mapbuild.h"
+#include "mappings.h"
 #include "segment.h"
 #include "site.h"
 #include "volume.h"
@@ -56,6 +57,7 @@ struct onion_volume {
     uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
     struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
     uint32_t vacant_count;
+    uint64_t mappings;               /* set aside: see mappings.h */
     uint64_t births;                 /* segments ever added */
     uint64_t below_birth;            /* of the youngest segment that is now part of what HOLE reads */
     struct onion_below *below;       /* a replacement that is prepared; guarded by the flush gate */
@@ -113,6 +115,8 @@ int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *u
 /* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
 uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
 uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
+/* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
+int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
 /* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
  * that did. The gate is held alone. */
 struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);

@@ -9,7 +9,7 @@ sanitizers=${2:-address,undefined}
 mkdir -p "$out"
 compile="${CC:-gcc} -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -Icsrc"
 [ "$sanitizers" = none ] || compile+=" -fsanitize=$sanitizers -fno-sanitize-recover=all"
-kernels="blockmap owners mapbuild layermap maplog mapfile crc32c copy wipe linux_io epoch fault site segment barrier opening volume
+kernels="blockmap owners mapbuild layermap maplog mapfile crc32c copy wipe linux_io epoch fault site segment mappings barrier opening volume
   head below plan nbd_server nbd_negotiate nbd_transmit nbd_send nbd_batch nbd_helper nbd_status nbd_wire"
 # Each kernel once for all programs, and as many at a time as there are processors.
 # shellcheck disable=SC2086

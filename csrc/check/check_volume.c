@@ -223,6 +223,24 @@ static void *prepare(void *argument) {
     return NULL;
 }
 
+/* What the head adopted, and no block is in any more: its number is another segment's soon. */
+static void drop_unused(void) {
+    static id unused[ONION_SEGMENT_LAST], dropped[ONION_SEGMENT_LAST];
+    struct onion_below_source below = {.keep_base = 1, .dropped = dropped};
+    int64_t count = onion_volume_unused_segments(volume, unused, ONION_SEGMENT_LAST);
+    if (!done(count))
+        return;
+    for (uint32_t i = 0; i < head.source.segment_count; i++)
+        for (int64_t k = 0; k < count; k++)
+            if (!memcmp(head.segments[i].uuid, unused[k], sizeof(id))) {
+                memcpy(dropped[below.dropped_count++], unused[k], sizeof(id));
+                head.segments[i--] = head.segments[--head.source.segment_count];
+                break;
+            }
+    if (done(onion_volume_prepare_below(volume, &below)))
+        done(onion_volume_commit_below(volume));
+}
+
 static void merge(unsigned *seed) {
     if (!layer_count)
         return;
@@ -245,7 +263,8 @@ static void merge(unsigned *seed) {
     unlink(lower->path);
     head = next;
     layer_count--;
-    done(onion_volume_rewrite_commit(volume));
+    if (done(onion_volume_rewrite_commit(volume)))
+        drop_unused();
 }
 
 static void *change_heads(void *argument) {

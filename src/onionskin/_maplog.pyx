@@ -13,7 +13,7 @@ from onionskin.errors import FormatError, StateError
 from onionskin.later import dtypes
 from onionskin.later import numpy as np
 
-from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -81,6 +81,22 @@ cdef extern from "maplog.h" nogil:
                        const unsigned char **records, uint32_t *record_count)
     int onion_log_has_holes(const unsigned char *data, uint64_t length, uint64_t offset)
 
+
+cdef extern from "fcntl.h" nogil:
+    int O_RDONLY
+
+cdef extern from "mapfile.h" nogil:
+    struct onion_map_bytes:
+        unsigned char *bytes
+        uint64_t length
+    int onion_open_file(const char *path, int flags)
+    int onion_map_bytes_read_sealed(int fd, uint64_t length, onion_map_bytes *out, uint64_t *fault)
+    int onion_map_bytes_read(int fd, onion_map_bytes *out, uint64_t *fault)
+    void onion_map_bytes_free(onion_map_bytes *read)
+
+cdef extern from "status.h" nogil:
+    enum:
+        ONION_E_NOT_A_FILE
 
 cdef extern from "layermap.h" nogil:
     struct onion_layer:
@@ -308,24 +324,43 @@ def _log_fault(path, offset, status):
 
 
 def _read_map_file(path, length):
-    """Read a map file, or its first ``length`` bytes, into a bytearray."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if length is not None and size < length:
+    """Read a map file up to its last data, or its first ``length`` bytes, into a bytearray: as much as is allocated."""
+    cdef onion_map_bytes read
+    cdef uint64_t fault = 0, sealed_length = 0 if length is None else length
+    cdef int fd, status, is_sealed = length is not None
+    encoded = os.fsencode(path)
+    cdef const char *c_path = encoded
+    with nogil:
+        fd = onion_open_file(c_path, O_RDONLY)
+    if fd == ONION_E_NOT_A_FILE:
+        raise FormatError(f"{path}: a symbolic link, or no regular file. {_ADVICE}")
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd), path)
+    try:
+        size = os.fstat(fd).st_size
+        if is_sealed and size < length:
             raise FormatError(
                 f"{path}: {size} bytes long, but the catalog says that its block map has {length}. {_ADVICE}"
             )
-        wanted = size if length is None else length
-        if wanted > _MAP_BYTES_MAX:
-            raise FormatError(f"{path}: {wanted} bytes are too many for a block map. {_ADVICE}")
-        data = bytearray(wanted)
-        done = 0
-        while done < wanted:
-            got = file.readinto(memoryview(data)[done:])
-            if not got:
-                raise FormatError(f"{path}: cut short to {done} bytes while it was read. {_ADVICE}")
-            done += got
-    return data
+        with nogil:
+            if is_sealed:
+                status = onion_map_bytes_read_sealed(fd, sealed_length, &read, &fault)
+            else:
+                status = onion_map_bytes_read(fd, &read, &fault)
+    finally:
+        os.close(fd)
+    try:
+        if status == ONION_E_FORMAT:
+            raise FormatError(f"{path}: a hole, or an end, where its frames should be (byte {fault}). {_ADVICE}")
+        if status == -ENOMEM:
+            raise MemoryError(f"{path}: no memory for its bytes")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status), path)
+        if read.length > _MAP_BYTES_MAX:
+            raise FormatError(f"{path}: {read.length} bytes are too many for a block map. {_ADVICE}")
+        return PyByteArray_FromStringAndSize(<char *>read.bytes, read.length)
+    finally:
+        onion_map_bytes_free(&read)
 
 
 cdef bint _header_is_torn(bytearray data, map_id, block_size) except -1:

@@ -30,9 +30,6 @@ cdef extern from "Python.h":
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
 
-cdef extern from "sys/mman.h" nogil:
-    int munmap(void *address, size_t length)
-
 cdef extern from "volume.h" nogil:
     ctypedef uint64_t onion_place
     struct onion_run:
@@ -126,7 +123,8 @@ cdef extern from "volume.h" nogil:
     int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
     int onion_volume_commit_below(onion_volume *)
     void onion_volume_abort_below(onion_volume *)
-    int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *)
+    int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *, uint64_t *)
+    void onion_mapped_range_free(void *, uint64_t, uint64_t)
     int onion_volume_poisoned(const onion_volume *)
     int onion_volume_closed(const onion_volume *)
     void onion_volume_poison(onion_volume *)
@@ -388,6 +386,7 @@ cdef class _MappedRange:
     """Read-only memory made of the segments' pages; unmapped when the last array over it is gone."""
     cdef void *address
     cdef uint64_t mapped_length
+    cdef uint64_t pieces
     cdef Py_ssize_t start
     cdef Py_ssize_t length
     cdef Py_ssize_t shape[1]
@@ -411,7 +410,7 @@ cdef class _MappedRange:
 
     def __dealloc__(self):
         if self.address != NULL:
-            munmap(self.address, self.mapped_length)
+            onion_mapped_range_free(self.address, self.mapped_length, self.pieces)
 
 
 cdef class DataPath:
@@ -670,7 +669,7 @@ cdef class DataPath:
 
     cdef int _raise_blocks(self, int status, object what, object indices) except -1:
         if status == ONION_E_BOUNDS:
-            count = -(-onion_volume_size(self._volume) // self.block_size)
+            count = -(-self.size_bytes // self.block_size)
             raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks")
         return _raise(status, what, self._directory)
 
@@ -1081,7 +1080,7 @@ cdef class DataPath:
         if count == 0:
             return numpy.frombuffer(b"", dtype=numpy.uint8)
         with nogil:
-            status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length)
+            status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length, &mapped.pieces)
         if status == -E2BIG:
             copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
             return copied

@@ -1,5 +1,6 @@
 """Sizes as people write and read them. K, M, G, T and P are powers of 1024, with or without `iB`."""
 
+import operator
 import re
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
@@ -27,9 +28,13 @@ def parse_size(text: str | int) -> int:
     ------
     ValueError
         If it is not a size, is no whole number of bytes, or is too large.
+    TypeError
+        If it is neither a text nor a whole number, of Python or of NumPy.
     """
-    if isinstance(text, int):
-        size_bytes = text
+    if not isinstance(text, str):
+        if isinstance(text, bool):
+            raise TypeError(f"a size is a number of bytes or a text such as 20G, not {text!r}")
+        size_bytes = operator.index(text)
     else:
         match = _SIZE.fullmatch(text.upper())
         if match is None:
