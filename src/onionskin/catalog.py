@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from errno import EACCES, EIO, ENOSPC, EROFS
+from errno import EACCES, EIO, EISDIR, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -485,7 +485,12 @@ class Catalog:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=256)
+    try:
+        connection = sqlite3.connect(
+            path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=256
+        )
+    except sqlite3.Error as error:
+        raise _translated(error, path) from error
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog commits
@@ -551,12 +556,21 @@ def _make(path: Path) -> None:
         draft.unlink()
 
 
-def _refusal(path: Path) -> int:
-    """Say why a file cannot be opened or written: SQLite keeps the errno to itself."""
+def _refusal(path: Path, otherwise: int) -> int:
+    """Say why a file cannot be opened or written: SQLite keeps the errno to itself.
+
+    A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index; both fail in ways
+    that SQLite reports as a fault of the medium, or as a file that cannot be opened.
+    """
     with suppress(OSError):
-        if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        if path.is_dir():
+            return EISDIR
+        found = os.statvfs(path.parent)
+        if found.f_flag & os.ST_RDONLY:
             return EROFS
-    return EACCES
+        if not found.f_bavail or (found.f_files and not found.f_favail):
+            return ENOSPC
+    return otherwise
 
 
 def _translated(error: sqlite3.Error, path: Path) -> Exception:
@@ -576,7 +590,9 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_PERM,
     ):
-        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else _refusal(path), str(error), str(path))
+        number = _refusal(path, EIO if primary == sqlite3.SQLITE_IOERR else EACCES)
+        # SQLite's words are of what it was about; where the reason is known they would only mislead.
+        return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return FormatError(f"{path}: {error}; restore it from a copy of the store")
     return StateError(f"{path}: {error}")

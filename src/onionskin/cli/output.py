@@ -34,12 +34,12 @@ def show(as_json: bool, value: Any, draw: Draw) -> None:
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print a text; what keeps it from being printed says that it was the output."""
-    with _naming("stderr" if err else "stdout"):
+    with naming("stderr" if err else "stdout"):
         click.echo(text, err=err, nl=nl)
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Name a stream in the errors of it, which have no file name."""
     try:
         yield
@@ -58,17 +58,17 @@ class StandardStream:
 
     def read(self, size: int = -1) -> bytes:
         """Read as a file does."""
-        with _naming(self._name):
+        with naming(self._name):
             return self._file.read(size)
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> int:
         """Write as a file does."""
-        with _naming(self._name):
+        with naming(self._name):
             return self._file.write(data)
 
     def flush(self) -> None:
         """Hand all that was written over."""
-        with _naming(self._name):
+        with naming(self._name):
             self._file.flush()
 
     def fileno(self) -> int:

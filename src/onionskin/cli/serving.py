@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onionskin.nbd.serving import Listener, Server
     from onionskin.nbd.tls import Terms
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 
 
 class Log:
@@ -102,6 +102,8 @@ def serve(
         raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
     if tls_clients == "any" and (tls_ca or not tls_certificate):
         raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
+    if in_flight < Limits().request_bytes_max:
+        raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
     server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted())
     try:

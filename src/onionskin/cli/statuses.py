@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from click.exceptions import Abort, Exit
@@ -93,7 +93,7 @@ _ADVICE = {
     errno.ENOSPC: "free space there and run it again",
     errno.EDQUOT: "free space under the quota and run it again",
     errno.EIO: "reading or writing failed below the file system; see the kernel's log, and run onionskin check",
-    errno.EROFS: "the file system is mounted read-only",
+    errno.EROFS: "mount it for writing",
     errno.ENOTDIR: "a directory is wanted there; check the path",
     errno.EISDIR: "a file is wanted there; check the path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -104,6 +104,8 @@ _ADVICE = {
     errno.ENOMEM: "close other programs, or raise the limit of memory (ulimit -v)",
     errno.EBADF: "it is closed, or not open that way",
 }
+# Where a file of a store is missing, or is something else: that is damage, and not a path that was typed wrongly.
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 _FREE_SPACE_OF_STORE = "free space there (discard or merge snapshots, delete volumes) and run it again"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -155,6 +157,8 @@ def status_of(error: BaseException) -> int:
     """Give the exit status that stands for an error."""
     if isinstance(error, Ended):
         return 128 + error.number
+    if isinstance(error, OSError) and error.errno in _MISSING and _is_in_store(error):
+        return DAMAGE
     for classes, status in _STATUS_OF:
         if isinstance(error, classes):
             return status
@@ -182,11 +186,21 @@ def line_of(error: BaseException) -> str:
 
 
 def _advice(error: OSError) -> str | None:
-    if error.errno in _NO_SPACE and error.filename is not None:
-        above = Path(os.fsdecode(error.filename)).parents
-        if any((directory / "catalog.db").exists() for directory in list(above)[:2]):
-            return _FREE_SPACE_OF_STORE
+    if error.errno in _NO_SPACE and _is_in_store(error):
+        return _FREE_SPACE_OF_STORE
+    if error.errno in _MISSING and _is_in_store(error):
+        return "the store is damaged: run onionskin check, and restore the file from a copy of the store"
     return _ADVICE.get(error.errno or 0)
+
+
+def _is_in_store(error: OSError) -> bool:
+    """Whether an error is about a file of a store, or about one of its directories."""
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return False
+    path = Path(os.fsdecode(error.filename))
+    with contextlib.suppress(OSError):
+        return any(os.path.lexists(directory / "catalog.db") for directory in list(path.parents)[:2])
+    return False
 
 
 def say(line: str) -> None:
@@ -210,12 +224,16 @@ class Verbs(click.Group):
         for of_click in ("standalone_mode", "complete_var", "windows_expand_args"):
             extra.pop(of_click, None)
         arguments = sys.argv[1:] if args is None else list(args)
-        sys.exit(self._run(arguments, extra))
+        status = self._run(arguments, extra)
+        _give_up_streams()
+        sys.exit(status)
 
     def _run(self, arguments: list[str], extra: dict[str, Any]) -> int:
         try:
             with ended_by_signals():
-                with self.make_context("onionskin", arguments, **extra) as ctx:
+                with output.naming("stdout"):  # --help and --version print in here
+                    ctx = self.make_context("onionskin", arguments, **extra)
+                with ctx:
                     self.invoke(ctx)
                 output.echo("", nl=False)  # flushes
         except Exit as leave:
@@ -226,7 +244,7 @@ class Verbs(click.Group):
             say("nothing was changed")
             return FAILED
         except BrokenPipeError:
-            _silence_stdout()
+            _silence(sys.stdout)
             return BROKEN_PIPE
         except KeyboardInterrupt as ended:
             how = f"ended by {signal.Signals(ended.number).name}" if isinstance(ended, Ended) else "interrupted"
@@ -247,9 +265,18 @@ def _usage(wrong: click.ClickException) -> int:
     return USAGE
 
 
-def _silence_stdout() -> None:
-    """Keep the interpreter from flushing into the closed pipe once more when it ends."""
+def _silence(stream: TextIO) -> None:
+    """Keep the interpreter from flushing into what is closed or full once more when it ends."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def _give_up_streams() -> None:
+    """Let what could not be printed go: it was said, and has its status; else the interpreter would end with its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _silence(stream)

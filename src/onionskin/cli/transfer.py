@@ -29,7 +29,7 @@ from onionskin.images import FORMATS, export_image, import_image
 if TYPE_CHECKING:
     from onionskin.delta import Readable
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 FORMAT = click.Choice(FORMATS)
 _CHUNK_BYTES = 1 << 20
 
@@ -183,7 +183,7 @@ def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True, readable=False), default="-")
 @trust_option
 @json_option
 def apply(name: Name, file: Path, as_json: bool) -> None:

@@ -26,7 +26,7 @@ from onionskin.cli.snapshots import find_snapshot, snapshot_value
 if TYPE_CHECKING:
     from onionskin.store import TreeNode, VolumeInfo
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 WIPE = click.Choice(["release", "zero"])
 
 

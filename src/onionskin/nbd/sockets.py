@@ -67,10 +67,12 @@ class UnixListener:
                     os.chmod(short, mode)  # noqa: PTH101 - only ever widens: what the umask took away
             self._identity = (found.st_dev, found.st_ino)
             draft.rename(self.path)
-        except BaseException:
+        except BaseException as error:
             self.socket.close()
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno:  # it names no file, or the one that stands for it
+                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
     def close(self) -> None:
