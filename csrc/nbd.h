@@ -37,14 +37,18 @@ enum {
 struct onion_nbd_listing;
 
 /* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are not
- * terminated; those of the first two are any bytes that a client sent.
- * The first two: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ * terminated; those of the first four are any bytes that a client sent.
+ * still_export, still_context: a client names what is there. 1: it still is what that name means, 0: the next two are
+ * asked as if it were not there. NULL: it always is.
+ * find_export, find_context: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
  * make_room: a flush of that export found the disk full. 1: it is tried again, 0: there is none to be made.
  * freed: a flush of that export left work for onion_volume_scrub_wanted.
  * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
  * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
  * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed. */
 struct onion_nbd_hooks {
+    int (*still_export)(void *context, const char *name, uint32_t length);
+    int (*still_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
     int (*find_export)(void *context, const char *name, uint32_t length);
     int (*find_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
     int (*make_room)(void *context, const char *name);
@@ -97,8 +101,9 @@ int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on; later ones ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
 int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
                             const char *description);
-/* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. -ENOENT. */
-int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name);
+/* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. With `if_unused` nothing is done
+ * where a connection has the export, or is just coming to it: -EBUSY. -ENOENT. */
+int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused);
 /* Waits for requests in flight; later ones use the new volume. A reply that was sent in part ends in an error. The
  * export's changed-since contexts say from then on that everything changed. -ENOENT. */
 int onion_nbd_replace_volume(struct onion_nbd_server *server, const char *name, struct onion_volume *volume);

@@ -55,6 +55,10 @@ static enum onion_nbd_next acknowledge(struct onion_nbd_out *out, uint32_t optio
 static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name) {
     struct onion_nbd_export *export = onion_nbd_find(server, name->bytes, name->length);
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    if (export && hooks->still_export && !hooks->still_export(hooks->context, name->bytes, name->length)) {
+        onion_nbd_unref(server, export);
+        export = NULL;
+    }
     if (!export && hooks->find_export && hooks->find_export(hooks->context, name->bytes, name->length))
         export = onion_nbd_find(server, name->bytes, name->length);
     return export;
@@ -264,10 +268,14 @@ static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *se
                                                      const struct onion_nbd_string *name) {
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     const char *export_name = onion_nbd_label(export)->name;
+    uint32_t length = (uint32_t)strlen(export_name);
     struct onion_nbd_context *context = find_context(export, name);
+    if (context && hooks->still_context &&
+        !hooks->still_context(hooks->context, export_name, length, name->bytes, name->length))
+        context = NULL;
     if (!context && hooks->find_context && name->length > strlen(CHANGED) &&
         !memcmp(name->bytes, CHANGED, strlen(CHANGED)) &&
-        hooks->find_context(hooks->context, export_name, (uint32_t)strlen(export_name), name->bytes, name->length))
+        hooks->find_context(hooks->context, export_name, length, name->bytes, name->length))
         context = find_context(export, name);
     return context;
 }

@@ -326,14 +326,15 @@ static struct onion_nbd_export *find_named(struct onion_nbd_server *server, cons
     return export;
 }
 
-int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name) {
+int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused) {
     pthread_mutex_lock(&server->lock);
     struct onion_nbd_export **at = place_of(server, name, strlen(name)), *export = *at;
-    if (export)
+    int status = !export ? -ENOENT : if_unused && export->references > 1 ? -EBUSY : 0; /* one is that of the list */
+    if (status == 0)
         *at = export->next;
     pthread_mutex_unlock(&server->lock);
-    if (!export)
-        return -ENOENT;
+    if (status < 0)
+        return status;
     take_volume_away(export);
     onion_nbd_unref(server, export);
     return 0;

@@ -20,6 +20,8 @@ cdef extern from "nbd.h" nogil:
     struct onion_nbd_server
     struct onion_nbd_listing
     struct onion_nbd_hooks:
+        int (*still_export)(void *, const char *, uint32_t) noexcept
+        int (*still_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
         int (*find_export)(void *, const char *, uint32_t) noexcept
         int (*find_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
         int (*make_room)(void *, const char *) noexcept
@@ -51,7 +53,7 @@ cdef extern from "nbd.h" nogil:
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, int, const char *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
     int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
-    int onion_nbd_remove_export(onion_nbd_server *, const char *)
+    int onion_nbd_remove_export(onion_nbd_server *, const char *, int)
     int onion_nbd_replace_volume(onion_nbd_server *, const char *, onion_volume *)
     int onion_nbd_hold(onion_nbd_server *, const char *)
     int onion_nbd_release(onion_nbd_server *, const char *)
@@ -77,6 +79,8 @@ _TLS, _REQUIRE_TLS, _RESUME_OPTIONS = 1, 2, 4
 
 cdef class _Hooks:
     """What the server's threads call. Lives longer than the server."""
+    cdef object still_export
+    cdef object still_context
     cdef object find_export
     cdef object find_context
     cdef object list_exports
@@ -91,6 +95,29 @@ cdef object _name(const char *bytes_, uint32_t length):
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else text
+
+
+cdef int _still_export(void *context, const char *name, uint32_t length) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        text = _name(name, length)
+        return hooks.still_export is None or text is None or bool(hooks.still_export(text))
+    except BaseException as error:
+        _report(error, hooks.still_export)
+        return 0
+
+
+cdef int _still_context(void *context, const char *name, uint32_t length, const char *meta,
+                        uint32_t meta_length) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        text, meta_text = _name(name, length), _name(meta, meta_length)
+        if hooks.still_context is None or text is None or meta_text is None:
+            return 1
+        return bool(hooks.still_context(text, meta_text))
+    except BaseException as error:
+        _report(error, hooks.still_context)
+        return 0
 
 
 cdef int _find_export(void *context, const char *name, uint32_t length) noexcept with gil:
@@ -198,6 +225,9 @@ cdef class NbdServer:
         name is whatever the client sent.
     on_unknown_context : callable(name, context) -> bool, or None
         As above, for a context ``onionskin:changed-since:...`` of the export `name`: calls `set_changed_since`.
+    on_known_export, on_known_context : callable, or None
+        Asked as the two above are, where there is an export or context of that name: whether it still is what the name
+        means. False: `on_unknown_export`, or `on_unknown_context`, is asked as if it were not there.
     on_full_disk : callable(name) -> bool, or None
         A client's flush of the export `name` found the disk full. True: it is tried again, once.
     on_freed : callable(name), or None
@@ -223,6 +253,8 @@ cdef class NbdServer:
         options.idle_seconds = idle_seconds
         options.request_bytes_max = request_bytes_max
         options.bytes_in_flight_max = bytes_in_flight_max
+        options.hooks.still_export = _still_export
+        options.hooks.still_context = _still_context
         options.hooks.find_export = _find_export
         options.hooks.find_context = _find_context
         options.hooks.make_room = _make_room
@@ -269,6 +301,20 @@ cdef class NbdServer:
 
         def __set__(self, callback):
             self._hooks.find_context = callback
+
+    property on_known_export:
+        def __get__(self):
+            return self._hooks.still_export
+
+        def __set__(self, callback):
+            self._hooks.still_export = callback
+
+    property on_known_context:
+        def __get__(self):
+            return self._hooks.still_context
+
+        def __set__(self, callback):
+            self._hooks.still_context = callback
 
     property on_full_disk:
         def __get__(self):
@@ -318,18 +364,25 @@ cdef class NbdServer:
         if status < 0:
             self._raise(status, name)
 
-    def remove_export(self, name):
-        """Take an export away: waits for requests in flight; later ones on open connections get ESHUTDOWN."""
+    def remove_export(self, name, *, if_unused=False):
+        """Take an export away: waits for requests in flight; later ones on open connections get ESHUTDOWN.
+
+        With `if_unused` only where no client has it, or is coming to it; returns whether it was taken away.
+        """
         encoded = _encoded(name)
         cdef const char *c_name = encoded
+        cdef int c_if_unused = bool(if_unused)
         cdef int status
         with self._lock:  # requests in flight call nothing of Python, so they cannot wait for it
             with nogil:
-                status = onion_nbd_remove_export(self._server, c_name)
+                status = onion_nbd_remove_export(self._server, c_name, c_if_unused)
             if status == 0:
                 del self._paths[name]
+        if c_if_unused and status == -16:
+            return False
         if status < 0:
             self._raise(status, name)
+        return True
 
     def replace_path(self, name, path):
         """Go on with another data path, as after a revert: waits for requests in flight, later ones use the new one.

@@ -1,4 +1,4 @@
-"""Holding Ctrl-C back while a commit and what follows from it are one step.
+"""Holding Ctrl-C, and the signals that end a command in the same way, back while a commit and what follows are one step.
 
 Only the main thread is interrupted, so only there is anything to do. Other signals whose handlers raise are not held back:
 whoever uses this must stand an exception at any point, but two in a row would leave a step half done.
@@ -11,26 +11,29 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
+HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class HeldBack:
-    """A context in which SIGINT is noted, and handled at its end."""
+    """A context in which these signals are noted, where they have a handler, and the first one is handled at its end."""
 
     def __init__(self) -> None:
-        self._handler: Handler | None = None
-        self._noted = False
+        self._handlers: dict[int, Handler] = {}
+        self._noted: list[int] = []
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self._handler = handler
-                signal.signal(signal.SIGINT, self._note)
+            for number in HELD_BACK:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
 
     def __exit__(self, *error: object) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            if self._noted:
-                self._handler(signal.SIGINT, None)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._noted:
+            self._handlers[self._noted[0]](self._noted[0], None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+        self._noted.append(number)

@@ -1,16 +1,21 @@
 """Errors are one line on stderr, and each kind has its exit status."""
 
+import ast
 import errno
 import os
+import re
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from onionskin.cli import statuses
+import onionskin as onionskin_package
+from onionskin.cli import names, statuses
 from onionskin.cli.verbs import onionskin
 from onionskin.errors import FormatError, StateError, VerifyError, VolumeNotFoundError
 from onionskin.store import Store
@@ -210,7 +215,7 @@ def test_a_defect_is_not_hidden(run: Run, vms: Path, monkeypatch: pytest.MonkeyP
 def test_statuses_are_documented_in_the_help_and_the_manual(run: Run) -> None:
     manual = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     shown = run("--help").stdout
-    for status in (0, 1, 2, 3, 4, 5, 6, 7, 130, 141):
+    for status in (0, 1, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143):
         assert f"\n    {status} " in shown
         assert f"\n| {status} |" in manual
 
@@ -261,3 +266,288 @@ def test_a_traceback_can_be_had(spawn: Spawn, tmp_path: Path) -> None:
     said = process.communicate()[1]
     assert said.startswith(b"Traceback")
     assert process.returncode == 3
+
+
+# ---- paths that are something else ----
+
+PATHS = [
+    (["import", "{d}", "{s}/new"], 1, "{d}: Is a directory"),
+    (["import", "{d}/none", "{s}/new"], 3, "{d}/none: No such file or directory; check the path"),
+    (["import", "{f}/x", "{s}/new"], 1, "Not a directory"),
+    (["import", "{d}/secret", "{s}/new"], 1, "{d}/secret: Permission denied; check its owner and mode"),
+    (["create", "{s}/new", "--base", "{d}/none"], 3, "{d}/none: No such file or directory; check the path"),
+    (["create", "{s}/new", "--base", "{d}/secret"], 1, "Permission denied"),
+    (["create", "{d}/secret/s/new", "--size", "1M"], 1, "Not a directory"),
+    (["export", "{s}/web", "{d}/none/out"], 3, "No such file or directory; check the path"),
+    (["export", "{s}/web", "{d}"], 4, "File exists"),
+    (["export", "{s}/web", "{s}/segments/out"], 2, "in the store itself"),
+    (["delta", "{s}/web@clean", "-o", "{d}/none/out"], 3, "{d}/none/out: No such file or directory; check the path"),
+    (["apply", "{s}/web", "{d}"], 1, "{d}: Is a directory"),
+    (["apply", "{s}/web", "{d}/none"], 3, "{d}/none: No such file or directory; check the path"),
+    (["apply", "{s}/web", "{d}/secret"], 1, "{d}/secret: Permission denied"),
+    (["map", "{s}/web", "-o", "{d}/none/x.svg"], 3, "{d}/none/x.svg: No such file or directory; check the path"),
+    (["tree", "{f}"], 3, "is not a store"),
+    (["create", "{f}/web", "--size", "1M"], 4, "File exists"),
+    (["serve", "{s}/web", "--socket", "{d}"], 4, "it is no socket"),
+    (["serve", "{s}/web", "--socket", "{d}/none/s"], 3, "{d}/none/s: No such file or directory; check the path"),
+    (["serve", "{s}/web", "--socket", "{d}/closed/s"], 1, "{d}/closed/s: Permission denied; check its owner and mode"),
+    (["serve", "{s}/web", "--tcp", ":0", "--in-flight", "1"], 2, "--in-flight is at least 32M"),
+    (
+        ["serve", "{s}/web", "--tcp", ":0", "--tls-certificate", "{f}", "--tls-key", "{f}"],
+        5,
+        "{f} or {f} is no PEM file",
+    ),
+    (["mount", "{s}/web@clean", "{d}/none"], 3, "{d}/none: No such file or directory"),
+    (["umount", "{d}/none"], 3, "{d}/none: No such file or directory"),
+    (["stats", "{s}/web"], 5, "nobody serves volume 'web'; start 'onionskin serve'"),
+    (["resize", "{s}/web", "64K"], 5, "give --force if that is meant"),
+    (["delete", "{s}/web"], 5, "give --recursive to remove them too"),
+]
+AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+@pytest.mark.parametrize(("words", "status", "said"), PATHS, ids=lambda value: value[0] if type(value) is list else "")
+def test_what_is_wrong_with_a_path_is_said_and_nothing_else(
+    spawn: Spawn, run: Run, vms: Path, tmp_path: Path, words: list[str], status: int, said: str
+) -> None:
+    directory, file = tmp_path / "d", tmp_path / "f"
+    directory.mkdir()
+    file.write_bytes(b"x" * 4096)
+    (directory / "secret").write_bytes(b"x" * 4096)
+    (directory / "secret").chmod(0)
+    (directory / "closed").mkdir(0)
+    arguments = [word.format(s=vms, d=directory, f=file) for word in words]
+    expected = said.format(s=vms, d=directory, f=file)
+    if "Permission denied" not in said:
+        one_line(run(*arguments), status, expected)
+        return
+    for one in (vms, *vms.rglob("*")):
+        os.chown(one, 65534, 65534)
+    for above in tmp_path.parents:
+        if above.name.startswith("pytest"):
+            above.chmod(0o755)
+    ended = subprocess.run([*AS_NOBODY, sys.executable, "-m", "onionskin", *arguments], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert expected in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("directory", ["segments", "layers"])
+@pytest.mark.parametrize("replace", [lambda path: None, lambda path: path.mkdir(), lambda path: path.symlink_to(path)])
+def test_a_file_of_a_store_that_is_missing_is_damage_and_no_slip_in_a_path(
+    run: Run, vms: Path, directory: str, replace: Callable[[Path], None]
+) -> None:
+    for path in (vms / directory).iterdir():
+        path.unlink()
+        replace(path)
+    result = run("read", f"{vms}/web@clean", 0, 1)
+    one_line(result, 6, f"{vms}/{directory}/", "run ", "onionskin check", "restore the file from a copy of the store")
+
+
+@pytest.mark.parametrize("name", ["catalog.db", "lock"])
+def test_a_directory_in_place_of_a_file_of_a_store_is_damage(run: Run, vms: Path, name: str) -> None:
+    (vms / name).unlink()
+    (vms / name).mkdir()
+    one_line(run("list", vms), 6, f"{vms}/{name}: Is a directory")
+
+
+def test_a_disk_that_is_full_to_the_last_block_is_said_to_be(
+    run: Run, spawn: Spawn, ext4_mount: Callable[[], Path]
+) -> None:
+    store = ext4_mount() / "vms"
+    assert run("create", f"{store}/web", "--size", "1M").exit_code == 0
+    (store / "reserve").unlink()
+    with (store.parent / "fill").open("wb", buffering=0) as file:
+        for piece in (1 << 16, 1 << 10):
+            with pytest.raises(OSError, match="No space"):
+                while file.write(bytes(piece)):
+                    pass
+        os.fsync(file.fileno())
+    one_line(run("create", f"{store}/new", "--size", "1M"), 7, "No space left on device; free space there")
+
+
+# ---- standard streams ----
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("list {s} >&-", 1, "stdout: Bad file descriptor"),
+        ("list {s} >&- 2>&-", 1, ""),
+        ("read {s}/web 0 16 >&-", 1, "stdout: Bad file descriptor"),
+        ("delta {s}/web@clean >&-", 1, "stdout: Bad file descriptor"),
+        ("export {s}/web - >&-", 1, "stdout: Bad file descriptor"),
+        ("write {s}/web 0 <&-", 1, "stdin: Bad file descriptor"),
+        ("apply {s}/web <&-", 1, "stdin: Bad file descriptor"),
+        ("list {s}/none 2>&-", 3, ""),
+        ("list {s} >/dev/full", 7, "stdout: No space left on device; free space there"),
+        ("read {s}/web 0 16 >/dev/full", 7, "stdout: No space left on device; free space there"),
+        ("delta {s}/web@clean >/dev/full", 7, "stdout: No space left on device; free space there"),
+        ("tree {s} -o - >/dev/full", 7, "stdout: No space left on device; free space there"),
+        ("--help >/dev/full", 7, "stdout: No space left on device; free space there"),
+        ("list {s} >/dev/full 2>/dev/full", 7, ""),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_is_named(vms: Path, command: str, status: int, said: str) -> None:
+    line = f"{sys.executable} -m onionskin {command.format(s=vms)}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stderr.count("\n") == (1 if said else 0)
+    assert said in ended.stderr
+
+
+# ---- signals ----
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make a command that copies get a signal when it first tells how far it is."""
+
+    def arrange(number: int) -> None:
+        @contextmanager
+        def progress(title: str, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+            yield lambda done, total: os.kill(os.getpid(), number)
+
+        monkeypatch.setattr("onionskin.cli.output.progress", progress)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", "{t}/image", "{s}/new"],
+        ["apply", "{s}/copy", "{t}/delta"],
+        ["flatten", "{s}/over"],
+        ["merge", "{s}/over", "--into-base"],
+        ["export", "{s}/over", "{t}/out"],
+        ["delta", "{s}/web@clean", "-o", "{t}/out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_signal_ends_what_copies_and_leaves_nothing_half_done(
+    run: Run, vms: Path, tmp_path: Path, signalled: Callable[[int], None], words: list[str], number: int
+) -> None:
+    (tmp_path / "image").write_bytes(os.urandom(4 << 20))
+    (tmp_path / "base").write_bytes(os.urandom(4 << 20))
+    assert run("delta", f"{vms}/web@clean", "-o", tmp_path / "delta").exit_code == 0
+    assert run("create", f"{vms}/copy", "--size", "1M").exit_code == 0
+    assert run("create", f"{vms}/over", "--base", tmp_path / "base").exit_code == 0
+    assert run("write", f"{vms}/over", 0, input=b"x" * 65536).exit_code == 0
+    before = run("list", vms).stdout
+    signalled(number)
+    said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    one_line(run(*(word.format(s=vms, t=tmp_path) for word in words)), 128 + number, said)
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert run("list", vms).stdout == before
+    assert not (tmp_path / "out").exists()
+    assert run("read", f"{vms}/over", 0, 1).stdout == "x"
+    assert run("snapshots", f"{vms}/copy").stdout == ""
+    assert run("read", f"{vms}/copy", 0, 5).stdout_bytes == bytes(5)
+    assert run("check", vms).exit_code == 0
+
+
+def test_a_signal_that_is_ignored_stays_so(
+    run: Run, vms: Path, tmp_path: Path, signalled: Callable[[int], None]
+) -> None:
+    signalled(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run("export", f"{vms}/web", tmp_path / "out").exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---- the words of the command line ----
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield (where, text) of every message that the library raises; what is put into it reads as {}."""
+    package = Path(onionskin_package.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.parent.name in ("cli", "bench") or path.name in NOT_REACHED:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                yield f"{path.name}:{node.lineno}", text_of(node.exc)
+
+
+def text_of(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.FormattedValue):
+        return "{}"
+    if isinstance(node, ast.Call):
+        return "".join(map(text_of, node.args))
+    return "".join(map(text_of, ast.iter_child_nodes(node)))
+
+
+NOT_REACHED = {"diskfile.py", "__init__.py", "control.py", "frames.py", "pytest_plugin.py"}
+OF_PYTHON = re.compile(
+    r"\bpass (?!the end|their)\w+|\w+=\w+\)|\w\(\)|\bonionskin\.[a-z]|\b(Store|Volume|LiveVolume)\.\w|with trust\b|=True"
+)
+
+
+def test_no_message_speaks_of_python_on_the_command_line() -> None:
+    found = [(where, statuses.line_of(StateError(text))) for where, text in messages()]
+    assert len(found) > 100
+    assert [(where, text) for where, text in found if OF_PYTHON.search(text)] == []
+
+
+def test_advice_of_the_library_is_said_in_the_words_of_the_command_line() -> None:
+    for said, wanted in [
+        ("x; pass recursive to remove them too", "x; give --recursive to remove them too"),
+        ("x; pass force if that is meant", "x; give --force if that is meant"),
+        ("x; pass trust if it is the same image", "x; give --trust if it is the same image"),
+    ]:
+        assert statuses.line_of(StateError(said)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "said"),
+    [
+        (errno.EIO, "/dev/x", "/dev/x: Input/output error; reading or writing failed below the file system"),
+        (errno.ENOSPC, "/x/out", "/x/out: No space left on device; free space there and run it again"),
+        (errno.EROFS, "/x/out", "/x/out: Read-only file system; mount it for writing"),
+        (errno.ENOENT, "/x/out", "/x/out: No such file or directory; check the path"),
+    ],
+)
+def test_advice_fits_what_happened(number: int, name: str, said: str) -> None:
+    assert statuses.line_of(OSError(number, os.strerror(number), name)).startswith(said)
+
+
+# ---- options that all verbs have ----
+
+
+@pytest.mark.parametrize(
+    "words", [one for one in READERS if one[0] not in ("relocate", "mount", "serve")], ids=lambda w: w[0]
+)
+def test_trust_reaches_the_store_of_every_verb(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    asked: list[object] = []
+
+    def refuse(path: Path, *, create: bool, trust: bool = False) -> None:
+        asked.append(trust)
+        raise StateError("a store of another user")
+
+    monkeypatch.setattr("onionskin.Store", refuse, raising=False)
+    given = [word.format(s=tmp_path / "s") for word in words]
+    assert run(*given).exit_code == 5
+    assert run(*given, "--trust").exit_code == 5
+    assert asked == [False, True]
+
+
+def test_a_completion_reads_names_and_nothing_else(vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a completion opened a volume, or looked at more than names")
+
+    for method in ("open", "volumes", "snapshots"):
+        monkeypatch.setattr(Store, method, opened)
+    before = sorted((path, path.stat().st_mtime_ns) for path in vms.rglob("*") if path.suffix in (".map", ".seg"))
+    assert [one.value for one in names.VOLUME.shell_complete(None, None, f"{vms}/w")] == [f"{vms}/web"]  # type: ignore[arg-type]
+    assert [one.value for one in names.SNAPSHOT.shell_complete(None, None, f"{vms}/")] == [f"{vms}/web@clean"]  # type: ignore[arg-type]
+    assert (
+        sorted((path, path.stat().st_mtime_ns) for path in vms.rglob("*") if path.suffix in (".map", ".seg")) == before
+    )

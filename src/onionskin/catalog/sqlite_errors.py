@@ -3,11 +3,12 @@
 import os
 import sqlite3
 from contextlib import suppress
-from errno import EACCES, EIO, ENOSPC, EROFS
+from errno import EACCES, EIO, EISDIR, ENOSPC, EROFS
 from pathlib import Path
 
 from onionskin.errors import FormatError, StateError
 
+_LOG_BYTES = 128 << 10  # less room than this is too little for SQLite's log and its index
 RESTORE = "restore it from a copy of the store"
 
 
@@ -20,12 +21,21 @@ def damaged(path: Path, what: object) -> FormatError:
     return FormatError(f"{path} is damaged: {what}; {RESTORE}")
 
 
-def _refusal(path: Path) -> int:
-    """Say why a file cannot be opened or written: SQLite keeps the errno to itself."""
+def _refusal(path: Path, otherwise: int) -> int:
+    """Say why a file cannot be opened or written: SQLite keeps the errno to itself.
+
+    A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index; both fail in ways
+    that SQLite reports as a fault of the medium, or as a file that cannot be opened.
+    """
     with suppress(OSError):
-        if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        if path.is_dir():
+            return EISDIR
+        found = os.statvfs(path.parent)
+        if found.f_flag & os.ST_RDONLY:
             return EROFS
-    return EACCES
+        if found.f_bavail * found.f_frsize < _LOG_BYTES or (found.f_files and not found.f_favail):
+            return ENOSPC
+    return otherwise
 
 
 def translated(error: sqlite3.Error, path: Path) -> Exception:
@@ -44,7 +54,9 @@ def translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_PERM,
     ):
-        return OSError(EIO if primary == sqlite3.SQLITE_IOERR else _refusal(path), str(error), str(path))
+        number = _refusal(path, EIO if primary == sqlite3.SQLITE_IOERR else EACCES)
+        # SQLite's words are of what it was about; where the reason is known they would only mislead.
+        return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return damaged(path, error)
     return StateError(f"{path}: {error}")

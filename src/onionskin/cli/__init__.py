@@ -12,7 +12,10 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line of this process, and end it with a documented status."""
     try:
+        from onionskin.cli.output import open_standard_streams
         from onionskin.cli.verbs import onionskin
+
+        open_standard_streams()
     except KeyboardInterrupt:  # the imports take long enough to be interrupted
         sys.exit(130)
     onionskin()

@@ -4,12 +4,12 @@ import base64
 import os
 import stat
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.names import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def _check_range(volume: "Volume | LiveVolume", name: Name, offset: int, length:
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("offset", type=SIZE)
 @click.argument("length", type=SIZE)
+@trust_option
 @json_option
 def read(name: Name, offset: int, length: int, as_json: bool) -> None:
     """Write a range of a disk to stdout.
@@ -44,7 +45,7 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
             data = base64.b64encode(volume.read(offset, length)).decode()
             output.show(True, {"offset": offset, "length": length, "base64": data}, str)
             return
-        out = sys.stdout.buffer
+        out = output.StandardStream("stdout")
         for at in range(offset, offset + length, _CHUNK_BYTES):
             out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
         out.flush()
@@ -53,6 +54,7 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("offset", type=SIZE)
+@trust_option
 @json_option
 def write(name: Name, offset: int, as_json: bool) -> None:
     """Write stdin to a disk at OFFSET.
@@ -64,7 +66,7 @@ def write(name: Name, offset: int, as_json: bool) -> None:
     """
     if sys.stdin.isatty():
         raise click.UsageError("write takes its data from stdin: pipe something to it")
-    source = sys.stdin.buffer
+    source = output.StandardStream("stdin")
     written = 0
     with name.open_store() as store, store.open(name.volume) as volume:
         _check_range(volume, name, offset, _length_of_file(source))
@@ -77,7 +79,7 @@ def write(name: Name, offset: int, as_json: bool) -> None:
     output.show(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
 
 
-def _length_of_file(source: IO[bytes]) -> int:
+def _length_of_file(source: output.StandardStream) -> int:
     """Give what a file still holds; 0 for a pipe, whose length nobody knows."""
     try:
         status = os.fstat(source.fileno())
@@ -90,6 +92,7 @@ def _length_of_file(source: IO[bytes]) -> int:
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("offset", type=SIZE)
 @click.argument("length", type=SIZE)
+@trust_option
 @json_option
 def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
     """Free a range that is no longer needed.
@@ -108,6 +111,7 @@ def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("offset", type=SIZE)
 @click.argument("length", type=SIZE)
+@trust_option
 @json_option
 def zero(name: Name, offset: int, length: int, as_json: bool) -> None:
     """Make a range read zero."""

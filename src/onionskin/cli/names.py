@@ -1,4 +1,4 @@
-"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; and how they complete.
+"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; how they are opened, and complete.
 
 The last component of the path is the volume, all before it is the store. A completion never makes, locks or
 repairs anything: it reads the catalog of a directory that is a store, and says nothing when it cannot.
@@ -46,7 +46,7 @@ class Name:
 
     def open_store(self) -> "Store":
         """Open the store, which must exist."""
-        return onionskin.Store(self.store, create=False)
+        return open_store(self.store)
 
     @contextmanager
     def open_volume(self) -> "Iterator[tuple[Store, Volume | LiveVolume]]":
@@ -60,12 +60,46 @@ class Name:
     @contextmanager
     def open_volume_or_view(self) -> "Iterator[Volume | LiveVolume]":
         """Open what is named, to read it: a snapshot as a view."""
-        if self.snapshot is None:
-            with self.open_volume() as (_, volume):
+        with self.open_store() as store:
+            served = live(store, self.volume) if self.snapshot is None else None
+            with served or open_to_read(store, self) as volume:
                 yield volume
-            return
-        with self.open_store() as store, store.open(self.volume, snapshot=self.snapshot) as view:
-            yield view
+
+
+_TRUST = "onionskin.trust"
+
+
+def trust_option(command: Any) -> Any:
+    """Give a verb the option --trust; `open_store` asks for what was given."""
+    return click.option(
+        "--trust", is_flag=True, expose_value=False, callback=note_trust, help="Open a store that another user owns."
+    )(command)
+
+
+def note_trust(ctx: click.Context, _: click.Parameter, trust: bool) -> bool:
+    """Keep what --trust said for `open_store`: the callback of that option."""
+    ctx.meta[_TRUST] = trust
+    return trust
+
+
+def is_trusted() -> bool:
+    """Whether --trust was given to the verb that runs."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.meta.get(_TRUST))
+
+
+def open_store(path: Path, *, create: bool = False) -> "Store":
+    """Open a store as the options of the verb say; it must exist, unless `create`."""
+    more: dict[str, bool] = {"trust": True} if is_trusted() else {}
+    return onionskin.Store(path, create=create, **more)
+
+
+def open_to_read(store: "Store", name: Name) -> "Volume":
+    """Open a snapshot, or a head that nobody else holds, so that nothing is written: neither to it nor to the store."""
+    if name.snapshot is not None:
+        return store.open(name.volume, snapshot=name.snapshot)
+    how: dict[str, Any] = {"mode": "r"} if "mode" in (onionskin.Store.open.__kwdefaults__ or ()) else {}
+    return store.open(name.volume, **how)
 
 
 def live(store: "Store", name: str) -> "LiveVolume | None":
@@ -183,11 +217,14 @@ def is_store(path: Path) -> bool:
 
 
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:
+    from onionskin.catalog import SnapshotRow, VolumeRow
+
     try:
-        with onionskin.Store(path, create=False) as store:
-            volumes = [volume.name for volume in store.volumes()]
+        with onionskin.Store(path, create=False) as store, store.catalog.reading():
+            volumes = {row.id: row.name for row in store.catalog.rows(VolumeRow, "1 ORDER BY name")}
             if not with_snapshots:
-                return volumes
-            return [f"{volume}@{snapshot.name}" for volume in volumes for snapshot in store.snapshots(volume)]
+                return list(volumes.values())
+            rows = store.catalog.rows(SnapshotRow, "1 ORDER BY created_ns")
+            return sorted(f"{volumes[row.volume]}@{row.name}" for row in rows)
     except (OnionskinError, OSError, ValueError):
         return []

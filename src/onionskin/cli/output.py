@@ -7,6 +7,7 @@ is imported only where a progress bar is drawn.
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -28,7 +29,74 @@ def show(as_json: bool, value: Any, draw: Draw) -> None:
     """Print ``value`` as JSON, or what ``draw`` makes of it for people."""
     text = as_json_text(value) if as_json else printable(draw())
     if text:
-        click.echo(text)
+        echo(text)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text; what keeps it from being printed says that it was the output."""
+    with naming("stderr" if err else "stdout"):
+        click.echo(text, err=err, nl=nl)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name a stream in the errors of it, which have no file name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, name) from None
+
+
+class StandardStream:
+    """Bytes from stdin or to stdout; its errors say which of them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._file = (sys.stdin if name == "stdin" else sys.stdout).buffer
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as a file does."""
+        with naming(self._name):
+            return self._file.read(size)
+
+    def write(self, data: "bytes | bytearray | memoryview[int]") -> int:
+        """Write as a file does."""
+        with naming(self._name):
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        """Hand all that was written over."""
+        with naming(self._name):
+            self._file.flush()
+
+    def fileno(self) -> int:
+        """Give the descriptor."""
+        return self._file.fileno()
+
+    def tell(self) -> int:
+        """Give the position in a file; a pipe has none."""
+        return self._file.tell()
+
+
+def open_standard_streams() -> None:
+    """Put something in place of standard streams that are closed: else a store's file would become one of them.
+
+    What is read from, or written to, such a stream fails as it should.
+    """
+    for descriptor, (name, way, mode) in enumerate(
+        [("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDONLY, "w")]
+    ):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                opened = os.open(os.devnull, way)
+                if opened != descriptor:
+                    os.dup2(opened, descriptor)
+                    os.close(opened)
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def as_json_text(value: Any) -> str:

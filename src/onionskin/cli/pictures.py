@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import VOLUME_OR_SNAPSHOT, Name, live
+from onionskin.cli.names import VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class PictureType(click.ParamType):  # type: ignore[type-arg]
 def write_picture(path: Path, picture: bytes) -> None:
     """Write a picture to a file, which is replaced, or to stdout."""
     if str(path) == "-":
-        sys.stdout.buffer.write(picture)
+        out = output.StandardStream("stdout")
+        out.write(picture)
+        out.flush()
     else:
         path.write_bytes(picture)
 
@@ -56,6 +58,7 @@ def write_picture(path: Path, picture: bytes) -> None:
 @click.option("--output", "-o", "path", type=PictureType(".svg", ".png"), help="Write SVG or PNG; - is SVG to stdout.")
 @click.option("--columns", type=click.IntRange(1, 1000), help="Cells in a row; by default what fits.")
 @click.option("--rows", type=click.IntRange(1, 1000), help="Rows of cells.")
+@trust_option
 @json_option
 def map_(name: Name, path: Path | None, columns: int | None, rows: int | None, as_json: bool) -> None:
     """Show which layer each part of a disk comes from.

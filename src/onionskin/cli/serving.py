@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import SIZE, SNAPSHOT, VOLUME, Name, is_store, parse_name
+from onionskin.cli.names import SIZE, SNAPSHOT, VOLUME, Name, is_store, is_trusted, parse_name, trust_option
 from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onionskin.nbd.serving import Listener, Server
     from onionskin.nbd.tls import Terms
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 
 
 class Log:
@@ -61,6 +61,7 @@ class Log:
     "--idle", type=click.IntRange(min=0), default=0, metavar="SECONDS", help="Drop clients that idle so long."
 )
 @click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
+@trust_option
 @json_option
 def serve(
     names: tuple[str, ...],
@@ -101,8 +102,10 @@ def serve(
         raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
     if tls_clients == "any" and (tls_ca or not tls_certificate):
         raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
+    if in_flight < Limits().request_bytes_max:
+        raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
-    server = Server(limits=limits, allow_revert=allow_revert, log=Log())
+    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted())
     try:
         # Sockets first: what is wrong with them shows before a volume is opened, which may have work to resume.
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
@@ -112,8 +115,9 @@ def serve(
             _add(server, name)
         if (only := server.only_export()) is not None:
             server.nbd.set_default(only)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
+                signal.signal(number, lambda *_: server.stop())
         if stdio:
             _serve_stdio(server)
             return
@@ -121,8 +125,7 @@ def serve(
         def ready() -> None:
             uris = [one.uri for one in server.listeners]
             value = {"ready": True, "exports": server.export_names(), "uris": uris}
-            click.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
-            sys.stdout.flush()
+            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
             notify("READY=1")
 
         server.run(ready)
@@ -189,6 +192,7 @@ def _serve_stdio(server: "Server") -> None:
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.option("--prometheus", is_flag=True, help="Print the text form of Prometheus.")
+@trust_option
 @json_option
 def stats(name: Name, prometheus: bool, as_json: bool) -> None:
     """Show the counters of the server of a volume.
@@ -200,7 +204,7 @@ def stats(name: Name, prometheus: bool, as_json: bool) -> None:
     with name.open_store() as store, remote.connect(store, name.volume) as volume:
         value = volume.stats()
     if prometheus:
-        click.echo(counters.prometheus(value), nl=False)
+        output.echo(counters.prometheus(value), nl=False)
         return
     output.show(as_json, value, lambda: _draw_stats(value))
 
@@ -224,6 +228,7 @@ def _draw_stats(value: dict[str, Any]) -> str:
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.argument("directory", type=FILE)
+@trust_option
 @json_option
 def mount(name: Name, directory: Path, as_json: bool) -> None:
     """Show a snapshot as a raw, read-only file in DIRECTORY.
@@ -235,7 +240,7 @@ def mount(name: Name, directory: Path, as_json: bool) -> None:
     with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as view:
         size_bytes = view.size_bytes  # what is wrong with the snapshot is said here, and not by nbdfuse
     text = f"{name.store.absolute()}/{name.volume}@{name.required_snapshot}"
-    path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw")
+    path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw", trust=is_trusted())
     value = {"path": str(path), "size_bytes": size_bytes}
     output.show(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import NEW_SNAPSHOT, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
+from onionskin.cli.names import (
+    NEW_SNAPSHOT,
+    SIZE,
+    SNAPSHOT,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    Name,
+    live,
+    open_to_read,
+    trust_option,
+)
 from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
 
@@ -49,6 +59,7 @@ def same_volume(a: Name, b: Name) -> None:
 @click.command()
 @click.argument("name", type=NEW_SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.option("--note", default="", help="A few words that tree and snapshots show.")
+@trust_option
 @json_option
 def snapshot(name: Name, note: str, as_json: bool) -> None:
     """Keep the disk as it is now under a name.
@@ -62,6 +73,7 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@trust_option
 @json_option
 def snapshots(name: Name, as_json: bool) -> None:
     """List the snapshots of a volume."""
@@ -75,6 +87,7 @@ def snapshots(name: Name, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@trust_option
 @json_option
 def revert(name: Name, yes: bool, as_json: bool) -> None:
     """Make the disk read as when a snapshot was taken.
@@ -98,6 +111,7 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
 @click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@trust_option
 @json_option
 def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
     """Drop a snapshot and all that was written after it.
@@ -135,6 +149,7 @@ def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
 @click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
 @click.option("--rate", type=SIZE, metavar="SIZE", help="Copy at most so many bytes a second, as 100M.")
+@trust_option
 @json_option
 def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: bool) -> None:
     """Drop a snapshot's name and keep all data.
@@ -164,6 +179,7 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
 @click.command()
 @click.argument("a", type=SNAPSHOT, metavar="STORE/VOLUME@A")
 @click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
+@trust_option
 @json_option
 def diff(a: Name, b: Name, as_json: bool) -> None:
     """Show what changed between snapshots, or up to the head."""
@@ -195,13 +211,14 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
         found = store.diff(a.volume, a.required_snapshot, b.snapshot)
     else:
         # Holding the head keeps it still meanwhile; where it is served, it goes on changing.
-        with live(store, a.volume) or store.open(a.volume) as volume:
+        with live(store, a.volume) or open_to_read(store, b) as volume:
             found = volume.diff(a.required_snapshot, None)
     return [(int(offset), int(length), int(state)) for offset, length, state in found]
 
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@trust_option
 @json_option
 def usage(name: Name, as_json: bool) -> None:
     """Show what snapshots hold, and what dropping them frees."""

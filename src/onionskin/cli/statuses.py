@@ -3,14 +3,23 @@
 What must hold: a condition that onionskin foresees never shows a traceback; an error is one line,
 ``onionskin: what happened; what to do``; a reader of our output that goes away is not an error worth a word.
 ``ONIONSKIN_TRACEBACK=1`` in the environment shows the traceback as well, for reports of defects.
+
+The library's messages are for who calls it from Python. What they advise in its words is said in those of the command line
+here, by `_IN_WORDS_OF_THE_COMMAND_LINE`.
 """
 
 import contextlib
 import errno
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
 
 import click
 from click.exceptions import Abort, Exit
@@ -50,8 +59,10 @@ Exit statuses:
   5    not now: busy, held by another process, still in use, or --yes is wanted
   6    damage: a format, chain or digest that does not hold
   7    no space
-  130  interrupted
+  129  ended by SIGHUP: the terminal went away
+  130  interrupted: SIGINT, which is Ctrl-C
   141  the reader of the output went away
+  143  ended by SIGTERM
 
 A name is STORE/VOLUME or STORE/VOLUME@SNAPSHOT; a store is a directory. Every command takes --json.
 """
@@ -75,23 +86,79 @@ _STATUS_OF_ERRNO = {
 }
 
 _ADVICE = {
-    errno.ENOENT: "check the path; only create and import make a store",
+    errno.ENOENT: "check the path",
     errno.EEXIST: "choose another path, or remove it first",
     errno.EACCES: "check its owner and mode",
     errno.EPERM: "check its owner and mode",
-    errno.ENOSPC: "free space (discard or merge snapshots) and run it again",
+    errno.ENOSPC: "free space there and run it again",
     errno.EDQUOT: "free space under the quota and run it again",
-    errno.EIO: "the medium failed; see the kernel's log, and run onionskin check",
-    errno.EROFS: "the file system is mounted read-only",
+    errno.EIO: "reading or writing failed below the file system; see the kernel's log, and run onionskin check",
+    errno.EROFS: "mount it for writing",
     errno.ENOTDIR: "a directory is wanted there; check the path",
     errno.EISDIR: "a file is wanted there; check the path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EFBIG: "the file system cannot hold a file of that size",
+    errno.ENFILE: "the machine has no more open files; close other programs and run it again",
+    errno.EFBIG: "the file system, or a limit (ulimit -f), does not let a file be so large",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "a symbolic link leads back to itself; check the path",
+    errno.ENOMEM: "close other programs, or raise the limit of memory (ulimit -v)",
+    errno.EBADF: "it is closed, or not open that way",
 }
+# Where a file of a store is missing, or is something else: that is damage, and not a path that was typed wrongly.
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_FREE_SPACE_OF_STORE = "free space there (discard or merge snapshots, delete volumes) and run it again"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+# Of the library's messages: what they say, and how a command says it. Tests see to it that none is missing or stale.
+_IN_WORDS_OF_THE_COMMAND_LINE = [
+    (re.compile(pattern), said)
+    for pattern, said in (
+        (r"pass (recursive|force|trust)\b", r"give --\1"),
+        (r"relocate with trust\b", "relocate with --trust"),
+        (r"taken by create\(digest=True\)", "taken by create --digest"),
+        (r"create volumes with digest=True to verify them", "create --digest takes one"),
+        (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
+        (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
+    )
+]
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends a command as Ctrl-C does: all that it has begun is put back, or can be gone on with."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does. One that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in ours:  # a second one would come between the steps that put things back
+            signal.signal(one, signal.SIG_IGN)
+        raise Ended(number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def status_of(error: BaseException) -> int:
     """Give the exit status that stands for an error."""
+    if isinstance(error, Ended):
+        return 128 + error.number
+    if isinstance(error, OSError) and error.errno in _MISSING and _is_in_store(error):
+        return DAMAGE
     for classes, status in _STATUS_OF:
         if isinstance(error, classes):
             return status
@@ -106,14 +173,34 @@ def line_of(error: BaseException) -> str:
         what = error.strerror or os.strerror(error.errno)
         if error.filename is not None:
             what = f"{os.fsdecode(error.filename)}: {what}"
-        advice = _ADVICE.get(error.errno)
+        advice = _advice(error)
         # A message that advises already is left as it is.
-        text = f"{what}; {advice}" if advice and ";" not in what else what
+        text = f"{what}; {advice}" if advice and "; " not in (error.strerror or "") else what
     elif isinstance(error, MemoryError):
         text = "out of memory; close other programs and run it again"
     else:
         text = str(error) or type(error).__name__
+    for pattern, said in _IN_WORDS_OF_THE_COMMAND_LINE:
+        text = pattern.sub(said, text)
     return output.cell(" ".join(text.split()))
+
+
+def _advice(error: OSError) -> str | None:
+    if error.errno in _NO_SPACE and _is_in_store(error):
+        return _FREE_SPACE_OF_STORE
+    if error.errno in _MISSING and _is_in_store(error):
+        return "the store is damaged: run onionskin check, and restore the file from a copy of the store"
+    return _ADVICE.get(error.errno or 0)
+
+
+def _is_in_store(error: OSError) -> bool:
+    """Whether an error is about a file of a store, or about one of its directories."""
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return False
+    path = Path(os.fsdecode(error.filename))
+    with contextlib.suppress(OSError):
+        return any(os.path.lexists(directory / "catalog.db") for directory in list(path.parents)[:2])
+    return False
 
 
 def say(line: str) -> None:
@@ -137,13 +224,18 @@ class Verbs(click.Group):
         for of_click in ("standalone_mode", "complete_var", "windows_expand_args"):
             extra.pop(of_click, None)
         arguments = sys.argv[1:] if args is None else list(args)
-        sys.exit(self._run(arguments, extra))
+        status = self._run(arguments, extra)
+        _give_up_streams()
+        sys.exit(status)
 
     def _run(self, arguments: list[str], extra: dict[str, Any]) -> int:
         try:
-            with self.make_context("onionskin", arguments, **extra) as ctx:
-                self.invoke(ctx)
-            sys.stdout.flush()
+            with ended_by_signals():
+                with output.naming("stdout"):  # --help and --version print in here
+                    ctx = self.make_context("onionskin", arguments, **extra)
+                with ctx:
+                    self.invoke(ctx)
+                output.echo("", nl=False)  # flushes
         except Exit as leave:
             return leave.exit_code
         except click.ClickException as wrong:
@@ -152,11 +244,12 @@ class Verbs(click.Group):
             say("nothing was changed")
             return FAILED
         except BrokenPipeError:
-            _silence_stdout()
+            _silence(sys.stdout)
             return BROKEN_PIPE
-        except KeyboardInterrupt:
-            say("interrupted; run the command again to go on or to begin anew")
-            return INTERRUPTED
+        except KeyboardInterrupt as ended:
+            how = f"ended by {signal.Signals(ended.number).name}" if isinstance(ended, Ended) else "interrupted"
+            say(f"{how}; run the command again to go on or to begin anew")
+            return status_of(ended)
         except (OnionskinError, OSError, ValueError, MemoryError) as error:
             if os.environ.get("ONIONSKIN_TRACEBACK"):
                 traceback.print_exc()
@@ -172,9 +265,18 @@ def _usage(wrong: click.ClickException) -> int:
     return USAGE
 
 
-def _silence_stdout() -> None:
-    """Keep the interpreter from flushing into the closed pipe once more when it ends."""
+def _silence(stream: TextIO) -> None:
+    """Keep the interpreter from flushing into what is closed or full once more when it ends."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def _give_up_streams() -> None:
+    """Let what could not be printed go: it was said, and has its status; else the interpreter would end with its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _silence(stream)

@@ -4,20 +4,32 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
-import onionskin
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.cli import output
-from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name
+from onionskin.cli.names import (
+    NEW_VOLUME,
+    SIZE,
+    SNAPSHOT,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    Name,
+    open_store,
+    open_to_read,
+    trust_option,
+)
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_volume, snapshot_value
 from onionskin.cli.volumes import WIPE, volume_value
 from onionskin.images import FORMATS, export_image, import_image
 
-FILE = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from onionskin.delta import Readable
+
+FILE = click.Path(path_type=Path, readable=False)
 FORMAT = click.Choice(FORMATS)
 _CHUNK_BYTES = 1 << 20
 
@@ -28,6 +40,7 @@ _CHUNK_BYTES = 1 << 20
 @click.option("--format", "image_format", type=FORMAT, help="By default told by the first bytes.")
 @click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
 @click.option("--wipe", type=WIPE, default="release", show_default=True, help="What happens to freed blocks.")
+@trust_option
 @json_option
 def import_(
     image: Path,
@@ -44,7 +57,7 @@ def import_(
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
         pass
-    with onionskin.Store(name.store) as store:
+    with open_store(name.store, create=True) as store:
         with output.progress(f"import {image.name}", as_json) as progress:
             import_image(
                 store,
@@ -64,6 +77,7 @@ def import_(
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("image", type=FILE)
 @click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@trust_option
 @json_option
 def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
@@ -76,7 +90,7 @@ def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> 
         return
     suffix = image.suffix[1:].lower()
     kind = image_format or (suffix if suffix in FORMATS else "raw")
-    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
+    with name.open_store() as store, open_to_read(store, name) as volume:
         with output.progress(f"export {name}", as_json) as progress:
             export_image(volume, image, format=kind, progress=progress)
         size_bytes = volume.size_bytes
@@ -90,22 +104,24 @@ def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> No
         raise click.UsageError(f"only a raw image can be written to stdout: give a file for {image_format}")
     if sys.stdout.isatty():
         raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
-    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as volume:
+    out = output.StandardStream("stdout")
+    with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
         with output.progress(f"export {name}", as_json) as progress:
             for at in range(0, size_bytes, _CHUNK_BYTES):
-                sys.stdout.buffer.write(volume.read(at, min(_CHUNK_BYTES, size_bytes - at)))
+                out.write(volume.read(at, min(_CHUNK_BYTES, size_bytes - at)))
                 if progress is not None:
                     progress(at, size_bytes)
-            sys.stdout.buffer.flush()
+            out.flush()
     if as_json:
         value = {"path": "-", "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
-        click.echo(output.as_json_text(value), err=True)
+        output.echo(output.as_json_text(value), err=True)
 
 
 @click.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
 @click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
+@trust_option
 @json_option
 def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
     """Write what changed between two snapshots as a stream.
@@ -145,14 +161,14 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
     if path is not None:
         output.show(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
     elif as_json:
-        click.echo(output.as_json_text(value), err=True)
+        output.echo(output.as_json_text(value), err=True)
 
 
 @contextlib.contextmanager
-def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
+def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
     """Give stdout, or a new file that is durable and whole in the end, or gone."""
     if path is None:
-        yield sys.stdout.buffer
+        yield output.StandardStream("stdout")
         return
     with open(path, "xb") as file:
         try:
@@ -167,7 +183,8 @@ def _new_file(path: Path | None) -> Iterator[IO[bytes]]:
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True, readable=False), default="-")
+@trust_option
 @json_option
 def apply(name: Name, file: Path, as_json: bool) -> None:
     """Bring a volume to the snapshot that a stream leads to.
@@ -181,11 +198,11 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
 
     with contextlib.ExitStack() as stack:
         if str(file) != "-":
-            source: IO[bytes] = stack.enter_context(open(file, "rb"))
+            source: Readable = stack.enter_context(open(file, "rb"))
         elif sys.stdin.isatty():
             raise click.UsageError("apply reads a stream: pipe delta to it, or give FILE")
         else:
-            source = sys.stdin.buffer
+            source = output.StandardStream("stdin")
         store = stack.enter_context(name.open_store())
         volume = stack.enter_context(store.open(name.volume))
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))

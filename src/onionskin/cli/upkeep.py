@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import get_completion_class
 
-import onionskin
 from onionskin.cli import completion as shells
 from onionskin.cli import output, statuses
-from onionskin.cli.names import SIZE, STORE
+from onionskin.cli.names import SIZE, STORE, open_store, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("store", type=STORE)
 @click.option("--repair", is_flag=True, help="Mend what can be mended without losing data.")
+@trust_option
 @json_option
 def check(store: Path, repair: bool, as_json: bool) -> None:
     """Look for damage in a store."""
-    with onionskin.Store(store, create=False) as opened:
+    with open_store(store) as opened:
         problems = opened.check(repair=repair)
     value = [{"severity": p.severity, "what": p.what, "where": str(p.where), "advice": p.advice} for p in problems]
     lines = [output.cell(f"{p.severity}: {p.where}: {p.what}; {p.advice}") for p in problems]
@@ -48,7 +48,7 @@ def demo(size: int, keep: Path | None, as_json: bool) -> None:
     def report(step: "Step") -> None:
         if not as_json:
             proof = f"  [{step.proof}]" if step.proof else ""
-            click.echo(f"{step.seconds * 1000:10.1f} ms  {step.what}{proof}")
+            output.echo(f"{step.seconds * 1000:10.1f} ms  {step.what}{proof}")
 
     result = demonstrate(size, keep, report)
     steps = [{"what": s.what, "seconds": s.seconds, "operation": s.operation, "proof": s.proof} for s in result.steps]
@@ -85,4 +85,4 @@ def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
     if complete is None:
         raise AssertionError(f"{shell} is offered and not registered")
     script = complete(ctx.find_root().command, {}, "onionskin", "_ONIONSKIN_COMPLETE").source()
-    click.echo(output.as_json_text({"shell": shell, "script": script}) if as_json else script)
+    output.echo(output.as_json_text({"shell": shell, "script": script}) if as_json else script)

@@ -5,9 +5,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-import onionskin
 from onionskin.cli import output
-from onionskin.cli.names import NEW_VOLUME, SIZE, SNAPSHOT, STORE, VOLUME, VOLUME_OR_SNAPSHOT, Name, live
+from onionskin.cli.names import (
+    NEW_VOLUME,
+    SIZE,
+    SNAPSHOT,
+    STORE,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    Name,
+    live,
+    note_trust,
+    open_store,
+    trust_option,
+)
 from onionskin.cli.output import json_option
 from onionskin.cli.pictures import PictureType, write_picture
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
@@ -15,7 +26,7 @@ from onionskin.cli.snapshots import find_snapshot, snapshot_value
 if TYPE_CHECKING:
     from onionskin.store import TreeNode, VolumeInfo
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 WIPE = click.Choice(["release", "zero"])
 
 
@@ -46,6 +57,7 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     help="What happens to freed blocks: given back, or overwritten with zeros first.",
 )
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
+@trust_option
 @json_option
 def create(
     name: Name,
@@ -66,7 +78,7 @@ def create(
         raise click.UsageError("--digest is about the base: give --base FILE too")
     if base is not None:
         base.stat()  # a base that is missing shall not leave an empty store behind
-    with onionskin.Store(name.store) as store:
+    with open_store(name.store, create=True) as store:
         volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
         volume.close()
         about = store.info(name.volume)
@@ -77,12 +89,13 @@ def create(
 @click.command()
 @click.argument("store", type=STORE)
 @click.option("--output", "-o", "path", type=PictureType(".svg"), help="Write a picture as SVG; - is stdout.")
+@trust_option
 @json_option
 def tree(store: Path, path: Path | None, as_json: bool) -> None:
     """Draw the bases, snapshots, clones and heads of a store."""
     if as_json and path is not None and str(path) == "-":
         raise click.UsageError("--json and --output - both want stdout: give --output a file")
-    with onionskin.Store(store, create=False) as opened:
+    with open_store(store) as opened:
         nodes = opened.tree()
     if path is not None:
         from onionskin.pictures.trees import tree_svg
@@ -151,10 +164,11 @@ def _draw(nodes: "list[TreeNode]") -> str:
 
 @click.command(name="list")
 @click.argument("store", type=STORE)
+@trust_option
 @json_option
 def list_volumes(store: Path, as_json: bool) -> None:
     """List the volumes of a store."""
-    with onionskin.Store(store, create=False) as opened:
+    with open_store(store) as opened:
         volumes = opened.volumes()
     headings = ("VOLUME", "SIZE", "SNAPSHOTS", "WIPE", "BASE", "HELD-BY")
     rows = [
@@ -178,6 +192,7 @@ def _holder(about: "VolumeInfo") -> str:
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@trust_option
 @json_option
 def info(name: Name, as_json: bool) -> None:
     """Say what is known of a volume or a snapshot."""
@@ -213,6 +228,7 @@ def info(name: Name, as_json: bool) -> None:
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.argument("new_name", type=NEW_VOLUME, metavar="STORE/NEW")
 @click.option("--wipe", type=WIPE, help="What happens to freed blocks; by default as where it comes from.")
+@trust_option
 @json_option
 def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, as_json: bool) -> None:
     """Make a new volume that starts as a snapshot.
@@ -232,6 +248,7 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@trust_option
 @json_option
 def flatten(name: Name, as_json: bool) -> None:
     """Make a volume independent of its base and of other volumes.
@@ -249,6 +266,7 @@ def flatten(name: Name, as_json: bool) -> None:
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("size", type=SIZE)
 @click.option("--force", is_flag=True, help="Shrink, which drops what lies beyond the new end.")
+@trust_option
 @json_option
 def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
     """Change the size of a disk.
@@ -265,6 +283,7 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("new_name", metavar="NEW")
+@trust_option
 @json_option
 def rename(name: Name, new_name: str, as_json: bool) -> None:
     """Give a volume another name in its store.
@@ -288,7 +307,12 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.option("--base", type=FILE, required=True, help="Where the base image is now.")
-@click.option("--trust", is_flag=True, help="Take your word that it holds the same bytes.")
+@click.option(
+    "--trust",
+    is_flag=True,
+    callback=note_trust,
+    help="Take your word that it holds the same bytes, and open a store that another user owns.",
+)
 @click.option("--verify", is_flag=True, help="Compare it with the digest that create --digest took.")
 @json_option
 def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -> None:
@@ -302,6 +326,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.option("--recursive", is_flag=True, help="Delete its snapshots too.")
+@trust_option
 @json_option
 def delete(name: Name, recursive: bool, as_json: bool) -> None:
     """Delete a volume, with --recursive its snapshots too.

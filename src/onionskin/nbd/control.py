@@ -2,7 +2,8 @@
 
 What must hold: only the user who runs the server, and root, get in (the file's mode says so, and SO_PEERCRED is asked
 too); what comes in is bounded and checked against one table before anything is called; an operation is cancelled when
-its caller goes away or says so; and what an operation raises is raised again at the other end.
+its caller goes away or says so; what an operation raises is raised again at the other end; and while an operation runs
+its caller hears every few seconds that there is somebody, so that it need not wait for a process that was stopped.
 
 A connection: the server greets; then requests and replies follow each other. The frames are in `frames`, the list of
 verbs is `_ARGUMENTS`, the protocol is described in docs/design.md under "Live operations".
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
 from typing import Any, Protocol
 
 from onionskin.errors import OnionskinError, StateError
@@ -29,27 +29,7 @@ CONNECTIONS_MAX = 16
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 EXTENTS_IN_FRAME = 20_000
-
-_ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
-    "info": {},
-    "stats": {},
-    "snapshots": {},
-    "parent": {},
-    "head_changed": {},
-    "snapshot": {"name": (str,), "note": (str,)},
-    "revert": {"name": (str,)},
-    "discard": {"name": (str,), "recursive": (bool,)},
-    "merge": {"name": (str,)},
-    "rename": {"new_name": (str,)},
-    "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
-    "trim": {"offset": (int,), "length": (int,)},
-    "zero": {"offset": (int,), "length": (int,)},
-    "read": {"offset": (int,), "length": (int,)},
-    "flush": {},
-    "resize": {"size_bytes": (int,)},
-    "diff": {"a": (str,), "b": (str, NoneType)},
-    "usage": {},
-}
+SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
 
 
 class Served(Protocol):
@@ -166,13 +146,33 @@ class _Session:
         self._served = served
         self._log = log
         self._peer = peer
+        self._sending = threading.Lock()
+        self._is_busy = False  # with an operation: then the caller is told that we live
+        self._ended = threading.Event()
 
     @property
     def _volume(self) -> Volume:
         return self._served.volume
 
     def run(self) -> None:
-        self._send({"onionskin": "control", "version": frames.VERSION, "volume": self._volume.name})
+        greeting = {"onionskin": "control", "version": frames.VERSION, "volume": self._volume.name}
+        self._send(greeting | {"alive_seconds": frames.ALIVE_SECONDS})
+        living = threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True)
+        living.start()
+        try:
+            self._answer_all()
+        finally:
+            self._ended.set()
+            living.join()
+
+    def _say_that_we_live(self) -> None:
+        """Tell the caller that its operation goes on. Never waits for a caller that takes nothing."""
+        while not self._ended.wait(frames.ALIVE_SECONDS):
+            with self._sending, suppress(OSError, ValueError):  # it is gone: who answers it will find out
+                if self._is_busy and select.select([], [self._connection], [], 0)[1]:
+                    frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
+
+    def _answer_all(self) -> None:
         while True:
             try:
                 request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
@@ -184,11 +184,17 @@ class _Session:
                 return
             if "cancel" in request:  # it came too late: the operation has ended
                 continue
-            self._send(self._answer(request))
+            self._is_busy = True
+            reply = self._answer(request)
+            self._is_busy = False
+            try:
+                self._send(reply)
+            except ValueError as error:  # longer than a frame
+                self._send({"error": frames.pack_error(error)})
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            verb, arguments = _checked(request)
+            verb, arguments = frames.checked_request(request)
             result = getattr(self, verb)(**arguments)
         except BaseException as error:
             packed = frames.pack_error(error)
@@ -199,7 +205,8 @@ class _Session:
         return {"result": result}
 
     def _send(self, value: dict[str, Any]) -> None:
-        frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
+        with self._sending:
+            frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
 
     def _report(self, done: int, total: int) -> None:
         """Tell the caller how far it is, and hear whether it wants an end."""
@@ -220,7 +227,11 @@ class _Session:
         return self._served.stats()
 
     def snapshots(self) -> list[Any]:
-        return [frames.pack_snapshot(snapshot) for snapshot in self._volume.snapshots]
+        found = [frames.pack_snapshot(snapshot) for snapshot in self._volume.snapshots]
+        while len(found) > SNAPSHOTS_IN_FRAME:
+            self._send({"part": found[:SNAPSHOTS_IN_FRAME]})
+            del found[:SNAPSHOTS_IN_FRAME]
+        return found
 
     def parent(self) -> Any:
         return frames.pack_snapshot(self._volume.parent)
@@ -231,10 +242,11 @@ class _Session:
     def usage(self) -> list[Any]:
         return [asdict(usage) for usage in self._volume.usage()]
 
-    def diff(self, a: str, b: str | None) -> None:
+    def diff(self, a: str, b: str | None) -> list[Any]:
         extents = self._volume.diff(a, b).tolist()
         for first in range(0, len(extents), EXTENTS_IN_FRAME):
             self._send({"part": extents[first : first + EXTENTS_IN_FRAME]})
+        return []
 
     def read(self, offset: int, length: int) -> str:
         if length > READ_BYTES_MAX:
@@ -255,12 +267,13 @@ class _Session:
         self._volume.flush()
 
     def resize(self, size_bytes: int) -> None:
-        if size_bytes < self._volume.size_bytes:
-            raise StateError(
-                f"volume {self._volume.name!r} is being served and its clients may write up to its end; stop the "
-                "server to shrink it"
-            )
-        self._volume.resize(size_bytes)
+        with self._volume.guard:
+            if size_bytes < self._volume.size_bytes:
+                raise StateError(
+                    f"volume {self._volume.name!r} is being served and its clients may write up to its end; stop the "
+                    "server to shrink it"
+                )
+            self._volume.resize(size_bytes)
 
     # ---- the tree ----
 
@@ -273,13 +286,14 @@ class _Session:
             self._volume.revert(name)
 
     def discard(self, name: str, recursive: bool) -> None:
-        going = self._descendants(name) if recursive else {name}
-        at = self._volume.parent
-        reverts = at is not None and at.name in self._descendants(name)
-        if reverts:
-            self._refuse_unagreed("discard of a snapshot that the disk stands on")
-        with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
-            self._volume.discard(name, recursive=recursive)
+        with self._volume.guard:  # what is found here about the tree holds until it is done
+            going = self._descendants(name) if recursive else {name}
+            at = self._volume.parent
+            reverts = at is not None and at.name in self._descendants(name)
+            if reverts:
+                self._refuse_unagreed("discard of a snapshot that the disk stands on")
+            with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
+                self._volume.discard(name, recursive=recursive)
 
     def merge(self, name: str) -> None:
         with self._served.without_views({name}):
@@ -315,23 +329,3 @@ class _Session:
 
 
 _LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename"}
-
-
-def _checked(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the verb and the arguments of a request that is well formed; else raise."""
-    if request.get("version") != frames.VERSION:
-        raise StateError(
-            f"this server speaks version {frames.VERSION} of the control protocol, not {request.get('version')!r}; use "
-            "the same onionskin at both ends"
-        )
-    verb, arguments = request.get("verb"), request.get("arguments")
-    wanted = _ARGUMENTS.get(verb) if isinstance(verb, str) else None
-    if wanted is None or not isinstance(verb, str):
-        raise ValueError(f"{verb!r} is no verb of the control socket: it is one of {', '.join(_ARGUMENTS)}")
-    if not isinstance(arguments, dict) or set(arguments) != set(wanted):
-        raise ValueError(f"{verb} takes exactly these arguments: {', '.join(wanted) or 'none'}")
-    for name, kinds in wanted.items():
-        value = arguments[name]
-        if type(value) not in kinds or (isinstance(value, int) and not 0 <= value < 1 << 63):
-            raise ValueError(f"{verb}: {name} cannot be {value!r}")
-    return verb, arguments

@@ -4,11 +4,14 @@ Both ends bound what they take before they allocate it. See "Live operations" in
 """
 
 import json
+import operator
 import os
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
+from types import NoneType
 from typing import Any
 
 from onionskin import errors
@@ -16,9 +19,33 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.snapshots import Snapshot
 
 VERSION = 1
+# While an operation runs the server says every so often that it lives; a caller that heard nothing for much longer gives up.
+ALIVE_SECONDS = 2.0
+SILENCE_SECONDS = 30.0
+TEXT_BYTES_MAX = 1 << 16  # of a note, and more than any name has
 REQUEST_BYTES_MAX = 1 << 18
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
+ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "info": {},
+    "stats": {},
+    "snapshots": {},
+    "parent": {},
+    "head_changed": {},
+    "snapshot": {"name": (str,), "note": (str,)},
+    "revert": {"name": (str,)},
+    "discard": {"name": (str,), "recursive": (bool,)},
+    "merge": {"name": (str,)},
+    "rename": {"new_name": (str,)},
+    "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
+    "trim": {"offset": (int,), "length": (int,)},
+    "zero": {"offset": (int,), "length": (int,)},
+    "read": {"offset": (int,), "length": (int,)},
+    "flush": {},
+    "resize": {"size_bytes": (int,)},
+    "diff": {"a": (str,), "b": (str, NoneType)},
+    "usage": {},
+}
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
@@ -32,6 +59,7 @@ _ERRORS: dict[str, type[Exception]] = {
         errors.VerifyError,
         errors.OnionskinError,
         ValueError,
+        TypeError,
     )
 }
 
@@ -85,6 +113,69 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
 
 
 # ---- what goes over in frames ----
+
+
+def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make a request of arguments that the caller of a method gave; what JSON, or the server, would not take is refused.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of another type, negative, or text that no catalog can hold.
+    """
+    for name, kinds in ARGUMENTS[verb].items():
+        value = arguments[name]
+        if bool not in kinds and int in kinds and not isinstance(value, bool):
+            with suppress(TypeError):
+                arguments[name] = value = operator.index(value)
+        if type(value) not in kinds:
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise TypeError(f"{verb}: {name} is of type {type(value).__name__}; give {wanted}")
+        if fault := _fault_of(value):
+            raise ValueError(f"{verb}: {name} cannot be {_shown(value)}: {fault}")
+    return {"version": VERSION, "verb": verb, "arguments": arguments}
+
+
+def checked_request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the verb and the arguments of a request that is well formed; else raise."""
+    if request.get("version") != VERSION:
+        raise StateError(
+            f"this server speaks version {VERSION} of the control protocol, not {request.get('version')!r}; use "
+            "the same onionskin at both ends"
+        )
+    verb, arguments = request.get("verb"), request.get("arguments")
+    wanted = ARGUMENTS.get(verb) if isinstance(verb, str) else None
+    if wanted is None or not isinstance(verb, str):
+        raise ValueError(f"{_shown(verb)} is no verb of the control socket: it is one of {', '.join(ARGUMENTS)}")
+    if not isinstance(arguments, dict) or set(arguments) != set(wanted):
+        raise ValueError(f"{verb} takes exactly these arguments: {', '.join(wanted) or 'none'}")
+    for name, kinds in wanted.items():
+        value = arguments[name]
+        if type(value) not in kinds or (fault := _fault_of(value)):
+            why = f": {fault}" if type(value) in kinds else ""
+            raise ValueError(f"{verb}: {name} cannot be {_shown(value)}{why}")
+    return verb, arguments
+
+
+def _fault_of(value: Any) -> str | None:
+    """Say what keeps a value of the right type from going further, or None."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "it has a zero byte"
+        try:
+            length = len(value.encode())
+        except UnicodeEncodeError:
+            return "it is not Unicode"
+        return f"it has more than {TEXT_BYTES_MAX} bytes" if length > TEXT_BYTES_MAX else None
+    if isinstance(value, int) and not 0 <= value < 1 << 63:
+        return "it is negative, or larger than any disk"
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Write a value for a message, not more than a line of it."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def pack_error(error: BaseException) -> dict[str, Any]:

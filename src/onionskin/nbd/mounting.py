@@ -17,7 +17,7 @@ READY_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 
-def mount(name: str, directory: Path, file_name: str) -> Path:
+def mount(name: str, directory: Path, file_name: str, *, trust: bool = False) -> Path:
     """Show a snapshot, given as STORE/VOLUME@SNAPSHOT, as a read-only file in a directory; returns the file's path."""
     nbdfuse = _program("nbdfuse", "nbdfuse (Debian, Ubuntu, Fedora) or libnbd (Arch)")
     if not directory.is_dir():
@@ -26,7 +26,7 @@ def mount(name: str, directory: Path, file_name: str) -> Path:
     if os.path.ismount(directory):
         raise StateError(f"something is mounted on {directory} already; unmount it, or choose another directory")
     file = directory.absolute() / file_name
-    server = [sys.executable, "-m", "onionskin", "serve", "--stdio", name]
+    server = [sys.executable, "-m", "onionskin", "serve", "--stdio", *["--trust"][:trust], name]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [nbdfuse, "--readonly", str(file), "--command", *server],

@@ -2,6 +2,9 @@
 
 `LiveVolume` has the methods of `onionskin.Volume` that work on a served volume; they raise the same errors. What it
 cannot do (write, flatten, apply) it does not have.
+
+A server that says nothing for SILENCE_SECONDS, though it says every few seconds that an operation goes on, was stopped or
+hangs: that is a StateError which names its process.
 """
 
 import base64
@@ -9,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from errno import ECONNREFUSED, ENOENT, ENOTSOCK
+from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ from onionskin.errors import FormatError, StateError
 from onionskin.later import dtypes
 from onionskin.locks import volume_holder
 from onionskin.nbd import frames
-from onionskin.nbd.sockets import connect_unix
+from onionskin.nbd.sockets import connect_unix, credentials_of
 from onionskin.snapshots import Snapshot
 from onionskin.store import Store
 from onionskin.usage import Usage
@@ -55,15 +58,31 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
 def find(store: Store, name: str) -> "LiveVolume | None":
     """Connect to the server of a volume, or return None where no server holds it."""
     row = store.catalog.volume(name)
-    if volume_holder(store.layout.volume_lock(row.id)) is None:
+    holder = volume_holder(store.layout.volume_lock(row.id))
+    if holder is None:
         return None
     try:
-        connection = connect_unix(store.layout.volume_control(row.id))
+        connection = connect_unix(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
     except OSError as error:
         if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
             return None  # held by a process that does not serve it, or left by a crash
+        if error.errno == EAGAIN:
+            raise StateError(_silent(name, holder.pid)) from None
         raise
-    return LiveVolume(connection, name)
+    live = LiveVolume(connection, name)
+    # The path is the volume's id's, and so is the server; the name may mean another volume by now.
+    if store.catalog.volume(name).id == row.id:
+        return live
+    live.close()
+    return find(store, name)
+
+
+def _silent(name: str, pid: int) -> str:
+    who = f"process {pid}" if pid else "the process"
+    return (
+        f"{who}, which serves volume {name!r}, has not answered for {frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
+        "it go on: kill -CONT), or its disk hangs"
+    )
 
 
 class LiveVolume:
@@ -73,6 +92,8 @@ class LiveVolume:
         self.name: str = name
         self._connection = connection
         self._guard = threading.Lock()
+        self._pid = credentials_of(connection)[0]
+        connection.settimeout(frames.SILENCE_SECONDS)
         try:
             greeting = self._receive()
             if "error" in greeting:
@@ -82,6 +103,8 @@ class LiveVolume:
                     f"the server of volume {name!r} speaks another version of the control protocol; use the same "
                     "onionskin at both ends"
                 )
+            if "alive_seconds" not in greeting:  # an older server, which is silent while it works
+                connection.settimeout(None)
         except BaseException:
             connection.close()
             raise
@@ -99,10 +122,10 @@ class LiveVolume:
     # ---- calls ----
 
     def _call(self, verb: str, *, progress: Progress | None = None, **arguments: Any) -> Any:
-        request = {"version": frames.VERSION, "verb": verb, "arguments": arguments}
+        request = frames.request(verb, arguments)
         parts: list[Any] = []
         with self._guard:
-            frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
+            self._request(request)
             while True:
                 try:
                     reply = self._receive()
@@ -116,7 +139,15 @@ class LiveVolume:
                 elif "error" in reply:
                     raise frames.unpack_error(reply["error"])
                 elif "result" in reply:
-                    return parts if verb == "diff" else reply["result"]
+                    return parts + reply["result"] if isinstance(reply["result"], list) else reply["result"]
+
+    def _request(self, request: dict[str, Any]) -> None:
+        try:
+            frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
+        except TimeoutError:
+            raise StateError(_silent(self.name, self._pid)) from None
+        except (BrokenPipeError, ConnectionResetError):
+            raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
     def _cancel(self) -> None:
         """Ask for an end, and wait until there is one: what comes next finds the volume free. The connection is spent."""
@@ -127,7 +158,10 @@ class LiveVolume:
         self._connection.close()
 
     def _receive(self) -> dict[str, Any]:
-        reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
+        try:
+            reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
+        except TimeoutError:
+            raise StateError(_silent(self.name, self._pid)) from None
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply

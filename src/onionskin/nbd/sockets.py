@@ -67,10 +67,12 @@ class UnixListener:
                     os.chmod(short, mode)  # noqa: PTH101 - only ever widens: what the umask took away
             self._identity = (found.st_dev, found.st_ino)
             draft.rename(self.path)
-        except BaseException:
+        except BaseException as error:
             self.socket.close()
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno:  # it names no file, or the one that stands for it
+                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
     def close(self) -> None:
@@ -91,18 +93,28 @@ def _refuse_taken(path: Path) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise FileExistsError(errno.EEXIST, "it is no socket; choose another path, or remove it first", str(path))
     try:
-        connect_unix(path).close()
-    except OSError:
+        connect_unix(path, seconds=1).close()
+    except (ConnectionRefusedError, FileNotFoundError):
         return
+    except BlockingIOError:
+        pass  # somebody listens, and is behind with accepting
     raise StateError(f"another server listens on {path}; stop it, or choose another path")
 
 
-def connect_unix(path: Path) -> socket.socket:
-    """Connect to a Unix socket."""
+def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
+    """Connect to a Unix socket.
+
+    Where so many wait that there is no place, as they do for a process that was stopped, it is waited for so many seconds
+    (0: for ever) and then BlockingIOError is raised.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # Not as Python's own time limit: a socket that does not block does not wait for a place either.
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with _short_path(path) as short:
             connection.connect(short)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
     except BaseException:
         connection.close()
         raise

@@ -129,9 +129,9 @@ def terms_by_certificate(certificate: Path, key: Path, authority: Path | None) -
             context.load_verify_locations(authority)
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError as error:
+        names = " or ".join(str(path) for path in (certificate, key, authority) if path)
         raise StateError(
-            f"{certificate}, {key} or {authority} is no PEM file that TLS can use ({error.reason or error}); make them "
-            "as docs/serving.md shows"
+            f"{names} is no PEM file that TLS can use ({error.reason or error}); make them as docs/serving.md shows"
         ) from None
     return Terms(context, knows_clients=authority is not None)
 
