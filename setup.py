@@ -17,7 +17,7 @@ from setuptools.modified import newer_group
 
 # Extension module -> the kernels in csrc/ that it links.
 _MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c"]
-_VOLUME = ["volume", "opening", "head", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP]
+_VOLUME = ["volume", "opening", "head", "journal", "barrier", "epoch", "fault", "segment", "wipe", "linux_io", *_MAP]
 _NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
     "_blockmap": ["blockmap", "mapbuild"],

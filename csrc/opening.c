@@ -321,6 +321,24 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 
 /* ---- the head ---- */
 
+/* What was pending when a process died goes over what its log says. */
+static int replay_journal(struct replay *replay, const unsigned char *bytes) {
+    struct onion_volume *volume = replay->volume;
+    const struct onion_head_log *log = &volume->log;
+    struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
+    memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
+    onion_journal_begin_at(volume, &owner);
+    int status = onion_journal_find(volume, bytes, log->cursor.offset, replay->segment_first);
+    for (size_t i = 0; i < volume->pending.record_count && status == 0; i++) {
+        const struct onion_record *record = &volume->pending.records[i];
+        onion_place place = record->kind == ONION_RECORD_DATA ? onion_place_make(record->segment, record->slot)
+                            : record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO
+                                                                : ONION_PLACE_HOLE;
+        status = onion_build_put(&volume->build, record->block_index, record->block_count, place);
+    }
+    return status;
+}
+
 /* Opens the head's log and replays it; cuts off a torn frame. A missing file is an empty log. */
 static int open_log(struct replay *replay, const struct onion_head_source *source, struct onion_fault_site *site) {
     struct onion_head_log *log = &replay->volume->log;
@@ -331,7 +349,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return -ENOMEM;
     int fd = open(source->map_path, O_RDWR | O_CLOEXEC);
     if (fd < 0)
-        return errno == ENOENT ? 0 : site_error(site, source->map_path, 0, -errno);
+        return errno == ENOENT ? replay_journal(replay, NULL) : site_error(site, source->map_path, 0, -errno);
     unsigned char *bytes = NULL;
     uint64_t length = 0, fault = 0;
     int torn_header;
@@ -339,7 +357,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     if (torn_header) { /* made again, by name, at the first flush */
         free(bytes);
         close(fd);
-        return unlink(source->map_path) ? site_error(site, source->map_path, 0, -errno) : 0;
+        return unlink(source->map_path) ? site_error(site, source->map_path, 0, -errno) : replay_journal(replay, NULL);
     }
     if (status == 0)
         status = replay_bytes(replay, bytes, length, &log->cursor, &fault);
@@ -347,6 +365,8 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         status = ONION_E_FORMAT; /* no log of ours: it would have no numbers for the segments to come */
     if (status == ONION_E_TORN)
         status = ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
+    if (status == 0)
+        status = replay_journal(replay, bytes);
     free(bytes);
     if (status == 0)
         status = onion_sync_file(fd); /* BARRIER: opened map */
@@ -391,10 +411,62 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
     return 0;
 }
 
+/* ---- after a failed sync ---- */
+
+/* Writes a part of a file again, so that its pages are dirty: the kernel may have marked them clean although they never
+ * reached the disk. What cannot be read now is an error of whoever reads it. */
+static int write_again(int fd, uint64_t offset, uint64_t length) {
+    char *bytes = malloc(1 << 20);
+    int status = bytes ? 0 : -ENOMEM;
+    while (length && status == 0) {
+        uint64_t part = length < 1 << 20 ? length : 1 << 20;
+        if (onion_pread_all(fd, bytes, part, offset) == 0)
+            status = onion_pwrite_all(fd, bytes, part, offset);
+        offset += part, length -= part;
+    }
+    free(bytes);
+    return status;
+}
+
+/* An overwrite in place leaves no record, so it is all that the head's own segments hold, and its log. */
+static int write_head_again(struct onion_volume *volume, struct onion_fault_site *site) {
+    const struct onion_head_log *log = &volume->log;
+    int status = log->fd < 0 ? 0 : write_again(log->fd, 0, log->cursor.offset);
+    if (status == 0 && log->fd >= 0)
+        status = onion_sync_file(log->fd); /* BARRIER: map written again */
+    if (status < 0)
+        return site_error(site, log->path, 0, status);
+    uint64_t at = 0;
+    struct onion_run run;
+    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        struct onion_segment *segment =
+            onion_place_is_data(run.place) ? volume->segments[onion_place_segment(run.place)] : NULL;
+        at = run.block_index + run.block_count;
+        if (segment && segment->own)
+            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_place_slot(run.place)),
+                                 run.block_count << volume->block_shift);
+    }
+    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || segment->fd < 0)
+            continue;
+        status = write_again(segment->fd, 0, ONION_HEADER_BYTES);
+        if (status == 0)
+            status = onion_sync_file(segment->fd); /* BARRIER: segment written again */
+        if (status < 0)
+            return site_error(site, segment->path, 0, status);
+    }
+    if (status == 0)
+        onion_journal_clear_poisoned(volume);
+    return status < 0 ? site_error(site, volume->segments_directory, 0, status) : 0;
+}
+
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
                            struct onion_fault_site *site) {
     struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
-    int status = add_head_segments(volume, source);
+    int status = onion_journal_set_path(volume, source->dirty_path);
+    if (status == 0)
+        status = add_head_segments(volume, source);
     if (status == 0)
         status = open_log(&replay, source, site);
     if (status == 0 && replay.has_size)
@@ -411,6 +483,8 @@ int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_
         status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
     if (status == 0)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
+    if (status == 0 && volume->journal.found_poisoned)
+        status = write_head_again(volume, site);
     return status;
 }
 

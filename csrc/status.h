@@ -18,7 +18,8 @@ enum onion_status {
     ONION_E_CANCELLED = -5008,   /* the caller asked to stop */
     ONION_E_FORKED = -5009,      /* a handle that was opened before fork() is used in the child */
     ONION_E_VERIFY = -5010,      /* bytes read back from the medium are not those written */
-    ONION_E_FULL_SEGMENT = -5011 /* a segment has no slot number left */
+    ONION_E_FULL_SEGMENT = -5011, /* a segment has no slot number left */
+    ONION_E_JOURNAL_FULL = -5012  /* no room for a pending record: a flush makes some. Stays inside the volume */
 };
 
 #endif

@@ -49,6 +49,7 @@ struct onion_head_source {
     const unsigned char (*own)[ONION_UUID_BYTES]; /* the first is where new blocks go */
     uint32_t own_count;
     unsigned char spare[ONION_UUID_BYTES];
+    const char *dirty_path; /* where pending records survive the process (journal.h); NULL: they do not */
 };
 
 struct onion_sealed {
@@ -74,7 +75,8 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 /* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
 int onion_volume_fold_layers(struct onion_volume *volume, struct onion_fault_site *site);
 /* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
- * not be durable. */
+ * not be durable. What a process that died in this boot left at dirty_path is pending again; and where a sync of its failed,
+ * all that the head's own files hold is written again. */
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
                            struct onion_fault_site *site);
 /* Finds the free slots of the head's own segments; with policy `zero` wipes those that still hold bytes. */

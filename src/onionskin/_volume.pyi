@@ -46,6 +46,7 @@ class DataPath:
         own: bytes,
         spare: bytes,
         more_own: Sequence[bytes] = ...,
+        dirty_path: _Path | None = ...,
     ) -> int: ...
     def free_own_slots(self) -> None: ...
     @property

@@ -49,6 +49,7 @@ cdef extern from "volume.h" nogil:
         const void *own
         uint32_t own_count
         unsigned char spare[16]
+        const char *dirty_path
     struct onion_sealed:
         uint64_t map_length
         uint64_t map_frames
@@ -362,8 +363,11 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "open", os.fsdecode(site.path) or self._directory, site.offset)
 
-    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=()):
-        """Add the head, last, ready for writing. Returns the size in bytes of the volume."""
+    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), dirty_path=None):
+        """Add the head, last, ready for writing. Returns the size in bytes of the volume.
+
+        What is written and not flushed survives the process in `dirty_path`, where given; what is found there is taken up.
+        """
         cdef onion_head_source source
         cdef onion_fault_site site
         cdef int status
@@ -372,6 +376,9 @@ cdef class DataPath:
         path = os.fsencode(map_path)
         owned = b"".join([own, *more_own])
         source.map_path = path
+        dirty = None if dirty_path is None else os.fsencode(dirty_path)
+        if dirty is not None:
+            source.dirty_path = dirty
         _copy_id(source.map_id, map_id)
         _copy_id(source.spare, spare)
         source.own = <const void *>PyBytes_AS_STRING(owned)

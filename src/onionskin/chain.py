@@ -122,8 +122,10 @@ def lock_base(base: BaseRow | None) -> BaseLock | None:
     return BaseLock(Path(base.path)) if base else None
 
 
-def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
-    """Open the data path of a chain. If `writable`, its top is a head; else all of it is sealed."""
+def open_chain(layout: Layout, chain: Chain, *, writable: bool, dirty: Path | None = None) -> DataPath:
+    """Open the data path of a chain. If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all
+    of it is sealed.
+    """
     top = chain.top
     path = DataPath(
         block_size=top.block_size,
@@ -139,7 +141,7 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool) -> DataPath:
         for layer in chain.layers[:-1] if writable else chain.layers:
             _add_layer(layout, path, layer, chain.segments[layer.id])
         if writable:
-            _open_head(layout, path, top, chain.segments[top.id])
+            _open_head(layout, path, top, chain.segments[top.id], dirty)
             path.free_own_slots()
         else:
             path.fold_layers()
@@ -160,7 +162,9 @@ def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[S
     )
 
 
-def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
+def _open_head(
+    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+) -> None:
     own = [segment.id for segment in segments if segment.role == "own"]
     (spare,) = [segment.id for segment in segments if segment.role == "spare"]
     path.open_head(
@@ -170,6 +174,7 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
         own=own[-1],
         more_own=own[:-1],
         spare=spare,
+        dirty_path=dirty,
     )
 
 

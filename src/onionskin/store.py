@@ -265,7 +265,8 @@ class Store:
                 merging.resume_base_merge(self, work.target)
         self._look_at_spare(row.head)
         gathering.gather_chain(self, row.head)
-        opened = self._open_layer(row.head, writable=True, verify=verify)
+        dirty = self.layout.dirty_file(row.id)
+        opened = self._open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return Volume(self, row, opened, volume_lock=lock)
 
     def _look_at_spare(self, head: bytes) -> None:
@@ -296,7 +297,7 @@ class Store:
         self._open.add(view)
         return view
 
-    def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
+    def _open_layer(self, layer: bytes, *, writable: bool, verify: bool, dirty: Path | None = None) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)
         base_lock = None
@@ -305,7 +306,7 @@ class Store:
             if chain.base:
                 base_lock = lock_base(chain.base)
                 check_base(self.catalog, chain.base, verify=verify)
-            path = open_chain(self.layout, chain, writable=writable)
+            path = open_chain(self.layout, chain, writable=writable, dirty=dirty)
         except BaseException:
             locks.close()
             if base_lock:
@@ -356,6 +357,7 @@ class Store:
                     free_unneeded(self.catalog, id)
 
             self.with_reserve(lambda: self.in_transaction(remove))
+            self.layout.dirty_file(row.id).unlink(missing_ok=True)
             self.layout.volume_lock(row.id).unlink(missing_ok=True)
         finally:
             lock.close()

@@ -544,7 +544,9 @@ class Volume:
         """
         catalog, top = self.store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
-        new_path = open_chain(self.store.layout, head.chain(below, below.base), writable=True)
+        layout = self.store.layout
+        dirty = layout.dirty_file(self.row.id)
+        new_path = open_chain(layout, head.chain(below, below.base), writable=True, dirty=dirty)
         old_path, old_head = self.path, self.head
 
         def commit() -> None:
