@@ -18,6 +18,7 @@
 #include "volume_state.h"
 
 #define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
+#define AGAIN_BYTES (1u << 20) /* read and written again at a time */
 
 /* ---- the base ---- */
 
@@ -321,6 +322,36 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 
 /* ---- the head ---- */
 
+/* Writes a part of a file again, so that its pages are dirty: where a sync failed, the kernel may have marked them clean although
+ * they never reached the disk, and the syncs of an opening would prove nothing. What cannot be read is left to whoever reads
+ * it. */
+static int write_again(int fd, uint64_t offset, uint64_t length) {
+    char *bytes = malloc(AGAIN_BYTES);
+    int status = bytes ? 0 : -ENOMEM;
+    while (length && status == 0) {
+        uint64_t part = length < AGAIN_BYTES ? length : AGAIN_BYTES;
+        if (onion_pread_all(fd, bytes, part, offset) == 0)
+            status = onion_pwrite_all(fd, bytes, part, offset);
+        offset += part, length -= part;
+    }
+    free(bytes);
+    return status;
+}
+
+/* An overwrite in place leaves no record, so it is all that the segment holds. */
+static int write_segment_again(struct onion_volume *volume, const struct onion_segment *segment) {
+    int status = write_again(segment->fd, 0, ONION_HEADER_BYTES);
+    uint64_t at = 0;
+    struct onion_run run;
+    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        at = run.block_index + run.block_count;
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_place_slot(run.place)),
+                                 run.block_count << volume->block_shift);
+    }
+    return status;
+}
+
 /* What was pending when a process died goes over what its log says. */
 static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     struct onion_volume *volume = replay->volume;
@@ -368,6 +399,8 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     if (status == 0)
         status = replay_journal(replay, bytes);
     free(bytes);
+    if (status == 0 && replay->volume->journal.found_poisoned)
+        status = write_again(fd, 0, log->cursor.offset);
     if (status == 0)
         status = onion_sync_file(fd); /* BARRIER: opened map */
     if (status < 0) {
@@ -403,62 +436,14 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
         struct onion_segment *segment = volume->segments[first + i];
         int status = segment->own ? onion_segment_open_own(segment, volume->build.slots_end[segment->number])
                                   : onion_segment_check(segment, source->adopted[i].slots);
+        if (status == 0 && segment->fd >= 0 && volume->journal.found_poisoned)
+            status = write_segment_again(volume, segment);
         if (status == 0 && segment->fd >= 0)
             status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
         if (status < 0)
             return site_error(site, segment->path, 0, status);
     }
     return 0;
-}
-
-/* ---- after a failed sync ---- */
-
-/* Writes a part of a file again, so that its pages are dirty: the kernel may have marked them clean although they never
- * reached the disk. What cannot be read now is an error of whoever reads it. */
-static int write_again(int fd, uint64_t offset, uint64_t length) {
-    char *bytes = malloc(1 << 20);
-    int status = bytes ? 0 : -ENOMEM;
-    while (length && status == 0) {
-        uint64_t part = length < 1 << 20 ? length : 1 << 20;
-        if (onion_pread_all(fd, bytes, part, offset) == 0)
-            status = onion_pwrite_all(fd, bytes, part, offset);
-        offset += part, length -= part;
-    }
-    free(bytes);
-    return status;
-}
-
-/* An overwrite in place leaves no record, so it is all that the head's own segments hold, and its log. */
-static int write_head_again(struct onion_volume *volume, struct onion_fault_site *site) {
-    const struct onion_head_log *log = &volume->log;
-    int status = log->fd < 0 ? 0 : write_again(log->fd, 0, log->cursor.offset);
-    if (status == 0 && log->fd >= 0)
-        status = onion_sync_file(log->fd); /* BARRIER: map written again */
-    if (status < 0)
-        return site_error(site, log->path, 0, status);
-    uint64_t at = 0;
-    struct onion_run run;
-    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        struct onion_segment *segment =
-            onion_place_is_data(run.place) ? volume->segments[onion_place_segment(run.place)] : NULL;
-        at = run.block_index + run.block_count;
-        if (segment && segment->own)
-            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_place_slot(run.place)),
-                                 run.block_count << volume->block_shift);
-    }
-    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
-        struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || segment->fd < 0)
-            continue;
-        status = write_again(segment->fd, 0, ONION_HEADER_BYTES);
-        if (status == 0)
-            status = onion_sync_file(segment->fd); /* BARRIER: segment written again */
-        if (status < 0)
-            return site_error(site, segment->path, 0, status);
-    }
-    if (status == 0)
-        onion_journal_clear_poisoned(volume);
-    return status < 0 ? site_error(site, volume->segments_directory, 0, status) : 0;
 }
 
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source,
@@ -484,7 +469,7 @@ int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_
     if (status == 0)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: opened layers directory */
     if (status == 0 && volume->journal.found_poisoned)
-        status = write_head_again(volume, site);
+        onion_journal_clear_poisoned(volume);
     return status;
 }
 
