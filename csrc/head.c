@@ -444,8 +444,9 @@ static int commit_batch(struct onion_volume *volume, struct onion_head_log *log,
         return status;
     }
     /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
+    struct onion_journal_owner now = owner_of(log);
     pthread_mutex_lock(&volume->pending_lock);
-    onion_journal_drop_taken(volume);
+    onion_journal_drop_taken(volume, &now);
     pthread_mutex_unlock(&volume->pending_lock);
     /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
     status = reclaim_freed(volume, batch);

@@ -421,8 +421,33 @@ void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch
     }
 }
 
-void onion_journal_drop_taken(struct onion_volume *volume) {
+/* Lets records go on from a later frame of the same map. No frames are any: whenever the process dies, one of the states
+ * that are stored here is right. */
+static int advance(struct onion_journal_owner *place, const struct onion_journal_owner *now) {
+    static const uint64_t any;
+    int status = store_bytes(&place->frames, &any, sizeof any);
+    if (status == 0)
+        status = store_bytes(&place->crc, &now->crc, sizeof now->crc);
+    return status < 0 ? status : store_bytes(&place->frames, &now->frames, sizeof now->frames);
+}
+
+static void advance_owners(struct onion_volume *volume, const struct onion_journal_owner *now) {
     struct onion_journal *journal = &volume->journal;
+    int is_owner = !memcmp(journal->owner.map_id, now->map_id, ONION_UUID_BYTES);
+    struct onion_journal_owner *mine = is_owner ? &journal->owner : &journal->alternative;
+    if (memcmp(mine->map_id, now->map_id, ONION_UUID_BYTES))
+        return;
+    *mine = *now;
+    if (!journal->header)
+        return;
+    struct onion_journal_half *half = &journal->header->halves[journal->current];
+    if (advance(is_owner ? &half->owner : &half->alternative, now) < 0)
+        onion_volume_mark_poisoned(volume);
+}
+
+void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now) {
+    struct onion_journal *journal = &volume->journal;
+    advance_owners(volume, now);
     if (journal->found_fd >= 0) { /* what it held is in the frame now */
         (void)!ftruncate(journal->found_fd, 0);
         close_found(journal);

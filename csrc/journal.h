@@ -88,8 +88,8 @@ void onion_journal_begin_at(struct onion_volume *volume, const struct onion_jour
  * be NULL. */
 void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch, const struct onion_journal_owner *owner,
                         const struct onion_journal_owner *alternative);
-/* The records that were taken are durable in a frame. */
-void onion_journal_drop_taken(struct onion_volume *volume);
+/* The records that were taken are durable in a frame, behind which the log stands as `now` says. */
+void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now);
 /* A flush that changed nothing gives its half back, before what came since. -EIO. */
 int onion_journal_put_back(struct onion_volume *volume, struct onion_pending *batch);
 /* Copies records out of a half; a page that cannot be read is -EIO. */

@@ -60,8 +60,11 @@ ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) {
         length /= 2;
     return syscall(SYS_pwrite64, fd, bytes, length, offset);
 }
+static void write_beside(void);
+
 int fdatasync(int fd) {
     step();
+    write_beside();
     return fd < 0;
 }
 int fsync(int fd) {
@@ -186,7 +189,27 @@ static void zero(uint64_t first, uint64_t count) {
     acknowledge();
 }
 
-static void flush(void) { CHECK(onion_volume_flush(volume) == 0); }
+/* What another thread does while a flush syncs: then both halves have records. */
+static int beside;
+
+static void write_beside(void) {
+    static unsigned char with = 200;
+    if (!beside || beside++ > 2)
+        return;
+    int before = beside;
+    beside = 0;
+    write_filled(18, 1, with++);
+    zero(19, 1);
+    write_filled(19, 1, with++);
+    zero(18, 1);
+    beside = before;
+}
+
+static void flush(void) {
+    beside = 1;
+    CHECK(onion_volume_flush(volume) == 0);
+    beside = 0;
+}
 
 static void some_changes(unsigned char with) {
     write_filled(2, 5, with);
@@ -205,7 +228,9 @@ static void seal(int commits, unsigned char with) {
     unsigned char id[ONION_UUID_BYTES];
     int next = catalog->spare, spare = catalog->next_id++;
     id_of(next, id);
+    beside = 1;
     CHECK(onion_volume_seal(volume, path_of(layers_directory, next, ".map", 0), id, &sealed) == 0);
+    beside = 0;
     write_filled(6, 2, with);
     zero(0, 1);
     uint32_t sealed_count = onion_volume_just_sealed(volume, infos, 8);
