@@ -79,9 +79,12 @@ void onion_volume_open_flush_gate(struct onion_volume *volume) { flush_gate_open
 
 static int poison_on(struct onion_volume *volume, int status) {
     /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
-     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. */
-    if (status < 0)
+     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The next
+     * opening has to know of it too, before anybody is told. */
+    if (status < 0) {
         onion_volume_mark_poisoned(volume);
+        onion_journal_mark_poisoned(volume);
+    }
     return status;
 }
 
@@ -172,12 +175,14 @@ static int draw_salt(struct onion_head_log *log) {
  * them. out has room for one SEGMENT record a record more. Where the frame is not written the
  * caller takes the numbers back. */
 static uint32_t number_records(struct onion_volume *volume, const struct onion_head_log *log,
-                               const struct onion_pending *batch, struct onion_record *out, uint32_t *new_segments,
-                               uint32_t *new_count) {
+                               const struct onion_record *records, size_t count, struct onion_record *out,
+                               uint32_t *new_segments, uint32_t *new_count) {
     uint32_t used = 0;
     *new_count = 0;
-    for (size_t i = 0; i < batch->record_count; i++) {
-        struct onion_record record = batch->records[i];
+    for (size_t i = 0; i < count; i++) {
+        struct onion_record record = records[i];
+        if (record.kind == ONION_RECORD_SEGMENT) /* with the number of the index */
+            continue;
         if (record.kind == ONION_RECORD_DATA) {
             struct onion_segment *segment = volume->segments[record.segment];
             if (!segment->log_number) {
@@ -235,16 +240,29 @@ static int append_frame(struct onion_head_log *log, const struct onion_record *r
     return 0;
 }
 
+/* The records of a batch, out of the half of the journal that they lie in, which may be moved but under pending_lock. */
+static int copy_batch(struct onion_volume *volume, const struct onion_pending *batch, struct onion_record *out) {
+    pthread_mutex_lock(&volume->pending_lock);
+    const struct onion_journal *journal = &volume->journal;
+    const struct onion_record *from = batch->published ? journal->records[!journal->current] : batch->records;
+    int status = onion_journal_copy(out, from, batch->record_count);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return status;
+}
+
 static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
     uint32_t own = own_segment_count(volume) + 1, new_count = 0;
+    struct onion_record *copied = malloc((batch->record_count + 1) * sizeof *copied);
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
-    int status = records && new_segments ? draw_salt(log) : -ENOMEM;
+    int status = copied && records && new_segments ? draw_salt(log) : -ENOMEM;
+    if (status == 0)
+        status = poison_on(volume, copy_batch(volume, batch, copied));
     if (status == 0 && log->is_new)
         status = sync_new_log(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
-        uint32_t count = number_records(volume, log, batch, records, new_segments, &new_count);
+        uint32_t count = number_records(volume, log, copied, batch->record_count, records, new_segments, &new_count);
         status = append_frame(log, records, count);
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
@@ -259,6 +277,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
             poison_on(volume, onion_site_set(status, log->path, before));
         }
     }
+    free(copied);
     free(records);
     free(new_segments);
     return status;
@@ -266,10 +285,21 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
 
 /* ---- taking the pending changes, and putting them back ---- */
 
-static struct onion_pending take_pending(struct onion_volume *volume) {
+/* What the journal's records go on from: a log as it is. */
+static struct onion_journal_owner owner_of(const struct onion_head_log *log) {
+    struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
+    memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
+    return owner;
+}
+
+/* next: the log of the head that a seal begins, or NULL. */
+static struct onion_pending take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
+    struct onion_journal_owner owner = owner_of(&volume->log), first = next ? owner_of(next) : owner;
     pthread_mutex_lock(&volume->pending_lock);
-    struct onion_pending batch = volume->pending;
-    volume->pending = (struct onion_pending){0};
+    struct onion_pending *pending = &volume->pending, batch = *pending;
+    pending->freed = NULL;
+    pending->freed_count = pending->freed_capacity = 0;
+    onion_journal_take(volume, &batch, &first, next ? &owner : NULL);
     pthread_mutex_unlock(&volume->pending_lock);
     return batch;
 }
@@ -281,32 +311,56 @@ static void *joined_arrays(void *first, size_t first_count, const void *second, 
     return both;
 }
 
+static int put_back_records(struct onion_volume *volume, struct onion_pending *batch) {
+    struct onion_pending *later = &volume->pending;
+    if (batch->published)
+        return onion_journal_put_back(volume, batch);
+    volume->journal.heap_taken = 0;
+    if (!batch->record_count)
+        return 0;
+    void *records =
+        joined_arrays(batch->records, batch->record_count, later->records, later->record_count, sizeof *batch->records);
+    if (!records)
+        return -ENOMEM;
+    free(later->records);
+    later->records = records;
+    later->record_count += batch->record_count;
+    later->record_capacity = later->record_count;
+    later->is_held = batch->is_held;
+    batch->records = NULL;
+    return 0;
+}
+
+static int put_back_freed(struct onion_volume *volume, struct onion_pending *batch) {
+    struct onion_pending *later = &volume->pending;
+    void *freed =
+        joined_arrays(batch->freed, batch->freed_count, later->freed, later->freed_count, sizeof *batch->freed);
+    if (!freed)
+        return -ENOMEM;
+    free(later->freed);
+    later->freed = freed;
+    later->freed_count += batch->freed_count;
+    later->freed_capacity = later->freed_count + 1;
+    batch->freed = NULL;
+    return 0;
+}
+
+static void release_batch(struct onion_pending *batch) {
+    if (!batch->published)
+        free(batch->records);
+    free(batch->freed);
+}
+
 /* A flush that changed nothing gives its batch back, before what came since. */
 static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
     pthread_mutex_lock(&volume->pending_lock);
-    struct onion_pending *later = &volume->pending;
-    void *records =
-        joined_arrays(batch->records, batch->record_count, later->records, later->record_count, sizeof *batch->records);
-    if (records)
-        batch->records = records;
-    void *freed = records ? joined_arrays(batch->freed, batch->freed_count, later->freed, later->freed_count,
-                                          sizeof *batch->freed)
-                          : NULL;
-    if (freed) {
-        batch->record_count += later->record_count;
-        batch->record_capacity = batch->record_count + 1;
-        batch->freed = freed;
-        batch->freed_count += later->freed_count;
-        batch->freed_capacity = batch->freed_count + 1;
-        free(later->records);
-        free(later->freed);
-        *later = *batch;
-    } else {
-        free(batch->records);
-        free(batch->freed);
+    int status = put_back_records(volume, batch);
+    if (status == 0)
+        status = put_back_freed(volume, batch);
+    if (status < 0)
         onion_volume_mark_poisoned(volume); /* the order of changes is lost */
-    }
     pthread_mutex_unlock(&volume->pending_lock);
+    release_batch(batch);
 }
 
 /* ---- giving freed slots back ---- */
@@ -396,15 +450,19 @@ static int commit_batch(struct onion_volume *volume, struct onion_head_log *log,
         put_back(volume, batch);
         return status;
     }
+    /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
+    struct onion_journal_owner now = owner_of(log);
+    pthread_mutex_lock(&volume->pending_lock);
+    onion_journal_drop_taken(volume, &now);
+    pthread_mutex_unlock(&volume->pending_lock);
     /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
     status = reclaim_freed(volume, batch);
-    free(batch->records);
-    free(batch->freed);
+    release_batch(batch);
     return status;
 }
 
 static int flush_locked(struct onion_volume *volume) {
-    struct onion_pending batch = take_pending(volume);
+    struct onion_pending batch = take_pending(volume, NULL);
     return commit_batch(volume, &volume->log, &batch, 0);
 }
 
@@ -518,8 +576,15 @@ static int give_back_unset(struct onion_volume *volume, struct onion_segment *se
     return status;
 }
 
+/* What a process that died left pending becomes durable; where the disk is full it stays pending. */
+static int flush_found(struct onion_volume *volume) {
+    return volume->pending.record_count ? onion_volume_flush(volume) : 0;
+}
+
 int onion_volume_free_own_slots(struct onion_volume *volume) {
-    int status = 0;
+    int status = flush_found(volume);
+    if (status == -ENOSPC || status == -EDQUOT)
+        return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
         if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */
@@ -635,19 +700,27 @@ static void give_next_log_back(struct onion_volume *volume) {
     volume->next_log = (struct onion_head_log){.fd = -1};
 }
 
+/* What is pending goes on from the head's log, whatever else was possible. */
+static void settle_owner(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->pending_lock);
+    onion_journal_settle_owner(volume, volume->log.map_id);
+    pthread_mutex_unlock(&volume->pending_lock);
+}
+
 static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
     /* First with writers at work, so that what is left behind the barrier is small. */
     int status = flush_locked(volume);
     if (status < 0)
         return status;
     pthread_rwlock_wrlock(&volume->gate);
-    struct onion_pending batch = take_pending(volume);
+    struct onion_pending batch = take_pending(volume, &volume->next_log);
     sealed->size_bytes = volume->size_bytes;
     swap_heads(volume);
     pthread_rwlock_unlock(&volume->gate);
     status = commit_batch(volume, &volume->log, &batch, 1);
     if (status < 0) {
         unswap_heads(volume);
+        settle_owner(volume);
         return status;
     }
     sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
@@ -747,6 +820,7 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
+        settle_owner(volume);
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
@@ -760,6 +834,7 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
         unswap_heads(volume);
+        settle_owner(volume);
         onion_head_log_close(&volume->next_log);
         status = 0;
     }
@@ -914,6 +989,10 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     }
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
                                      volume->next_log.cursor.crc, volume->size_bytes};
+    struct onion_journal_owner owner = owner_of(&volume->next_log);
+    pthread_mutex_lock(&volume->pending_lock);
+    onion_journal_add_owner(volume, &owner);
+    pthread_mutex_unlock(&volume->pending_lock);
     flush_gate_keep(volume, &volume->rewriting, 1 + (drop_zero != 0));
     return 0;
 }
@@ -935,6 +1014,7 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         }
         if (volume->rewriting == 2)
             volume->nothing_below = 1;
+        settle_owner(volume);
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
@@ -945,6 +1025,8 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
 int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (!volume->rewriting)
         return -EINVAL;
+    if (onion_volume_usable(volume) != ONION_E_FORKED)
+        settle_owner(volume);
     drop_draft(volume, &volume->next_log);
     onion_head_log_close(&volume->next_log);
     flush_gate_open(volume);
@@ -1024,12 +1106,26 @@ static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
     struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};
     if (status == 0) {
         pthread_mutex_lock(&volume->pending_lock);
-        status = onion_pending_append(&volume->pending, &record);
+        status = onion_pending_make_room(volume);
+        if (status == 0)
+            status = onion_pending_put(volume, &record);
         pthread_mutex_unlock(&volume->pending_lock);
     }
     if (status == 0)
         __atomic_store_n(&volume->size_bytes, size_bytes, __ATOMIC_RELEASE);
     return status;
+}
+
+/* A resize is whole or did not happen, also for who finds the journal: its records are not published, and are gone when
+ * their frame was not written. */
+static int hold_records(struct onion_volume *volume) {
+    struct onion_pending *pending = &volume->pending;
+    pthread_mutex_lock(&volume->pending_lock);
+    int status = onion_pending_make_room(volume);
+    pending->is_held = status == 0;
+    pending->join_from = pending->record_count;
+    pthread_mutex_unlock(&volume->pending_lock);
+    return status == ONION_E_JOURNAL_FULL ? -ENOSPC : status;
 }
 
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
@@ -1041,10 +1137,14 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
     status = flush_locked(volume);
     if (status == 0) {
         pthread_rwlock_wrlock(&volume->gate);
-        if (size_bytes != volume->size_bytes)
-            status = apply_resize(volume, size_bytes);
+        if (size_bytes == volume->size_bytes || (status = hold_records(volume)) < 0) {
+            pthread_rwlock_unlock(&volume->gate);
+            flush_gate_open(volume);
+            return status;
+        }
+        status = apply_resize(volume, size_bytes);
         /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
-        struct onion_pending batch = take_pending(volume);
+        struct onion_pending batch = take_pending(volume, NULL);
         if (status == 0)
             status = commit_batch(volume, &volume->log, &batch, 0);
         else

@@ -147,7 +147,7 @@ static int slots_are_possible(const struct onion_record *record) {
     return (uint64_t)record->slot + record->block_count - 1 <= ONION_SLOT_LAST;
 }
 
-static int record_is_sound(const struct onion_record *record, uint64_t block_limit) {
+int onion_record_is_sound(const struct onion_record *record, uint64_t block_limit) {
     switch (record->kind) {
     case ONION_RECORD_HOLE:
     case ONION_RECORD_ZERO:
@@ -172,7 +172,7 @@ int onion_record_decode(const unsigned char *bytes, uint64_t block_limit, struct
         .kind = get16(bytes + 16),
         .segment = get16(bytes + 18),
     };
-    if (get32(bytes + 20) != 0 || !record_is_sound(&record, block_limit))
+    if (get32(bytes + 20) != 0 || !onion_record_is_sound(&record, block_limit))
         return ONION_E_FORMAT;
     *out = record;
     return 0;
@@ -260,6 +260,18 @@ int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log
     cursor->crc = crc;
     *records = frame + ONION_FRAME_HEADER_BYTES;
     *record_count = get32(frame + 4);
+    return 1;
+}
+
+int onion_log_passes(const unsigned char *bytes, uint64_t end, uint64_t frames, uint32_t crc) {
+    uint64_t offset = ONION_HEADER_BYTES, frame_bytes;
+    for (uint64_t at = 1; at <= frames; at++, offset += frame_bytes) {
+        frame_bytes = offset < end ? frame_stated_bytes(bytes + offset, end - offset) : 0;
+        if (!frame_bytes)
+            return 0;
+        if (at == frames)
+            return get64(bytes + offset + 8) == frames && get32(bytes + offset + FRAME_CRC_OFFSET) == crc;
+    }
     return 1;
 }
 

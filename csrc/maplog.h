@@ -122,6 +122,9 @@ struct onion_log_cursor {
 int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log_cursor *cursor,
                    const unsigned char **records, uint32_t *record_count);
 
+/* Whether the log, whose frames up to `end` hold, passes through a state: `frames` frames, the last with this CRC. */
+int onion_log_passes(const unsigned char *bytes, uint64_t end, uint64_t frames, uint32_t crc);
+
 /* Whether a HOLE record may stand in the frames from `offset` on: by their own word, without their checksums. */
 int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t offset);
 
@@ -138,5 +141,7 @@ uint64_t onion_log_frame_end(const unsigned char *bytes, uint64_t length, uint64
  * and block_index + block_count <= block_limit, no slot above ONION_SLOT_LAST, segment number 1 to
  * ONION_SEGMENT_LAST where one is used. ONION_E_FORMAT. */
 int onion_record_decode(const unsigned char *bytes, uint64_t block_limit, struct onion_record *out);
+/* Whether a record that is not encoded meets all this: 1 or 0. */
+int onion_record_is_sound(const struct onion_record *record, uint64_t block_limit);
 
 #endif

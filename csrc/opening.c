@@ -20,6 +20,7 @@
 
 #define MAPPINGS_BESIDE 6 /* the spare, the base, the index, and what is being replaced */
 #define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
+#define AGAIN_BYTES (1u << 20) /* read and written again at a time */
 
 /* ---- the base ---- */
 
@@ -429,6 +430,54 @@ static int settle_log(struct onion_head_log *log, int fd, int torn) {
     return status;
 }
 
+/* Writes a part of a file again, so that its pages are dirty: where a sync failed, the kernel may have marked them clean although
+ * they never reached the disk, and the syncs of an opening would prove nothing. What cannot be read is left to whoever reads
+ * it. */
+static int write_again(int fd, uint64_t offset, uint64_t length) {
+    char *bytes = malloc(AGAIN_BYTES);
+    int status = bytes ? 0 : -ENOMEM;
+    while (length && status == 0) {
+        uint64_t part = length < AGAIN_BYTES ? length : AGAIN_BYTES;
+        if (onion_pread_all(fd, bytes, part, offset) == 0)
+            status = onion_pwrite_all(fd, bytes, part, offset);
+        offset += part, length -= part;
+    }
+    free(bytes);
+    return status;
+}
+
+/* An overwrite in place leaves no record, so it is all that the segment holds. */
+static int write_segment_again(struct onion_volume *volume, const struct onion_segment *segment) {
+    int status = write_again(segment->fd, 0, ONION_HEADER_BYTES);
+    uint64_t at = 0;
+    struct onion_run run;
+    while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        at = run.block_index + run.block_count;
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_place_slot(run.place)),
+                                 run.block_count << volume->block_shift);
+    }
+    return status;
+}
+
+/* What was pending when a process died goes over what its log says; bytes NULL: there is none. */
+static int replay_journal(struct replay *replay, const unsigned char *bytes) {
+    struct onion_volume *volume = replay->volume;
+    const struct onion_head_log *log = &volume->log;
+    struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
+    memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
+    onion_journal_begin_at(volume, &owner);
+    int status = onion_journal_find(volume, bytes, log->cursor.offset, replay->segment_first);
+    for (size_t i = 0; i < volume->pending.record_count && status == 0; i++) {
+        const struct onion_record *record = &volume->pending.records[i];
+        onion_place place = record->kind == ONION_RECORD_DATA ? onion_place_make(record->segment, record->slot)
+                            : record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO
+                                                                : ONION_PLACE_HOLE;
+        status = onion_build_put(&volume->build, record->block_index, record->block_count, place);
+    }
+    return status;
+}
+
 /* Opens the head's log and replays it. A missing file is an empty log, where nothing is known of it. */
 static int open_log(struct replay *replay, const struct onion_head_source *source, int to_read) {
     struct onion_head_log *log = &replay->volume->log;
@@ -442,13 +491,19 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return -ENOMEM;
     int fd = onion_open_file(source->map_path, to_read ? O_RDONLY : O_RDWR);
     if (fd == -ENOENT)
-        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0) : 0;
+        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0)
+               : to_read            ? 0
+                                    : replay_journal(replay, NULL);
     if (fd < 0)
         return onion_site_set(fd, source->map_path, 0);
     int status = onion_map_bytes_read(fd, &map, &fault);
     if (status == 0)
         status = replay_head(replay, source, &map, &torn, &fault);
+    if (status == 0 && !to_read)
+        status = replay_journal(replay, log->cursor.offset ? map.bytes : NULL);
     onion_map_bytes_free(&map);
+    if (status == 0 && !to_read && replay->volume->journal.found_poisoned)
+        status = write_again(fd, 0, log->cursor.offset);
     if (status < 0 || to_read)
         close(fd);
     else
@@ -482,6 +537,8 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
         struct onion_segment *segment = volume->segments[first + i];
         int status = segment->own ? onion_segment_open_own(segment, volume->build.slots_end[segment->number])
                                   : onion_segment_check(segment, source->adopted[i].slots);
+        if (status == 0 && segment->fd >= 0 && volume->journal.found_poisoned)
+            status = write_segment_again(volume, segment);
         if (status == 0 && segment->fd >= 0)
             status = onion_sync_file(segment->fd); /* BARRIER: opened segment */
         if (status < 0)
@@ -527,14 +584,20 @@ static int sync_directories(const struct onion_volume *volume) {
 
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source) {
     struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
-    int status = replay_all(&replay, source, 0);
+    int status = onion_journal_set_path(volume, source->dirty_path);
+    if (status == 0)
+        status = replay_all(&replay, source, 0);
     if (status == 0)
         status = open_head_segments(volume, source, replay.segment_first);
     if (status == 0)
         status = onion_volume_fold_layers(volume);
     if (status == 0)
         status = onion_volume_add_segment(volume, source->spare, &volume->spare);
-    return status < 0 ? status : sync_directories(volume);
+    if (status == 0)
+        status = sync_directories(volume);
+    if (status == 0 && volume->journal.found_poisoned)
+        onion_journal_clear_poisoned(volume);
+    return status;
 }
 
 int onion_volume_open_head_to_read(struct onion_volume *volume, const struct onion_head_source *source) {

@@ -18,6 +18,7 @@
 
 #define BATCH 32          /* blocks whose look-ups and loads overlap */
 #define WRITE_BATCH 256   /* blocks of write_blocks that share one pwrite */
+#define ROOM_ATTEMPTS 64  /* flushes for the room of one change, which other writers may take */
 
 /* ---- life ---- */
 
@@ -71,6 +72,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->generation = 1;
     volume->log.fd = volume->next_log.fd = volume->prepared_log.fd = -1;
     volume->nothing_below = 1;
+    onion_journal_init(&volume->journal);
     init_locks(volume);
     onion_epoch_init(&volume->epoch);
     volume->segments_directory = strdup(segments_directory);
@@ -146,6 +148,7 @@ void onion_volume_close(struct onion_volume *volume) {
     onion_head_log_close(&volume->log);
     onion_head_log_close(&volume->next_log);
     onion_head_log_close(&volume->prepared_log);
+    onion_journal_close(volume);
     volume->index.retire = NULL;
     onion_map_destroy(&volume->index);
     onion_build_destroy(&volume->build);
@@ -386,18 +389,92 @@ int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_
 
 /* ---- changing the map ---- */
 
-int onion_pending_append(struct onion_pending *pending, const struct onion_record *record) {
-    if (pending->record_count == pending->record_capacity) {
-        size_t capacity = pending->record_capacity ? pending->record_capacity * 2 : 256;
-        struct onion_record *records = realloc(pending->records, capacity * sizeof *records);
-        if (!records)
-            return -ENOMEM;
-        pending->records = records;
-        pending->record_capacity = capacity;
+int onion_pending_make_room(struct onion_volume *volume) {
+    struct onion_pending *pending = &volume->pending;
+    if (__builtin_expect(pending->record_count + 2 <= pending->record_capacity, 1))
+        return 0;
+    if (volume->journal.path) {
+        int status = onion_journal_make_room(volume);
+        if (status < 0 || pending->published)
+            return status;
     }
-    if (record)
-        pending->records[pending->record_count++] = *record;
+    size_t capacity = pending->record_capacity * 2 + 256;
+    struct onion_record *records = realloc(pending->records, capacity * sizeof *records);
+    if (!records)
+        return -ENOMEM;
+    pending->records = records;
+    pending->record_capacity = capacity;
     return 0;
+}
+
+/* Joins the record to the last one where it continues it, which is what sequential writes do. */
+static int joined(struct onion_pending *pending, const struct onion_record *record) {
+    if (pending->record_count == pending->join_from)
+        return 0;
+    struct onion_record *last = &pending->records[pending->record_count - 1];
+    int goes_on = last->kind == record->kind && last->segment == record->segment &&
+                  last->block_index + last->block_count == record->block_index &&
+                  (record->kind != ONION_RECORD_DATA || last->slot + last->block_count == record->slot) &&
+                  (uint64_t)last->block_count + record->block_count < UINT32_MAX;
+    if (goes_on)
+        last->block_count += record->block_count;
+    return goes_on;
+}
+
+struct put {
+    struct onion_volume *volume;
+    const struct onion_record *record;
+};
+
+/* A process that is killed here leaves the list as it was before, or with the whole record. */
+static int put_record(void *context) {
+    const struct put *put = context;
+    struct onion_pending *pending = &put->volume->pending;
+    size_t count = pending->record_count;
+    onion_fault_watch(pending->records + (count ? count - 1 : 0), 3 * sizeof *put->record);
+    if (joined(pending, put->record)) {
+        onion_fault_unwatch();
+        return 0;
+    }
+    int declares = put->record->kind == ONION_RECORD_DATA && put->record->segment != pending->declared;
+    if (declares)
+        pending->records[count++] = onion_record_segment(put->record->segment, put->volume->segments[put->record->segment]->uuid);
+    pending->records[count++] = *put->record;
+    if (pending->published && !pending->is_held) {
+        onion_fault_watch(pending->published, sizeof *pending->published);
+        __atomic_store_n(pending->published, count, __ATOMIC_RELEASE);
+    }
+    onion_fault_unwatch();
+    if (declares)
+        pending->declared = put->record->segment;
+    pending->record_count = count;
+    return 0;
+}
+
+int onion_pending_put(struct onion_volume *volume, const struct onion_record *record) {
+    struct put put = {volume, record};
+    return onion_fault_run(put_record, &put);
+}
+
+/* What a record that was put changed of the list. */
+struct mark {
+    size_t record_count;
+    uint32_t last_blocks, declared;
+};
+
+static struct mark mark_pending(const struct onion_pending *pending) {
+    size_t count = pending->record_count;
+    return (struct mark){count, count ? pending->records[count - 1].block_count : 0, pending->declared};
+}
+
+/* Takes the last record back, which the index could not take. */
+static void take_back(struct onion_pending *pending, const struct mark *mark) {
+    pending->record_count = mark->record_count;
+    pending->declared = mark->declared;
+    if (pending->published && !pending->is_held)
+        __atomic_store_n(pending->published, mark->record_count, __ATOMIC_RELEASE);
+    if (mark->record_count)
+        pending->records[mark->record_count - 1].block_count = mark->last_blocks;
 }
 
 static int reserve_freed(struct onion_pending *pending, size_t more) {
@@ -442,31 +519,22 @@ static struct onion_record record_of(uint64_t block_index, uint64_t block_count,
     return record;
 }
 
-/* Joins the record to the last one where it continues it, which is what sequential writes do. */
-static int joined(struct onion_pending *pending, const struct onion_record *record) {
-    if (!pending->record_count)
-        return 0;
-    struct onion_record *last = &pending->records[pending->record_count - 1];
-    int goes_on = last->kind == record->kind && last->segment == record->segment &&
-                  last->block_index + last->block_count == record->block_index &&
-                  (record->kind != ONION_RECORD_DATA || last->slot + last->block_count == record->slot) &&
-                  (uint64_t)last->block_count + record->block_count < UINT32_MAX;
-    if (goes_on)
-        last->block_count += record->block_count;
-    return goes_on;
-}
-
 int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place) {
     struct onion_record record = record_of(block_index, block_count, place);
+    struct onion_pending *pending = &volume->pending;
     pthread_mutex_lock(&volume->pending_lock);
-    int64_t noted = onion_pending_append(&volume->pending, NULL);
+    int64_t noted = onion_pending_make_room(volume);
     if (noted == 0)
         noted = note_freed(volume, block_index, block_count);
-    int status = noted < 0 ? (int)noted : onion_map_set(&volume->index, block_index, block_count, place);
+    struct mark mark = mark_pending(pending);
+    /* The record first: its page may fail, and then nothing has changed. */
+    int status = noted < 0 ? (int)noted : onion_pending_put(volume, &record);
     if (status == 0) {
-        volume->pending.freed_count += (size_t)noted;
-        if (!joined(&volume->pending, &record))
-            onion_pending_append(&volume->pending, &record);
+        status = onion_map_set(&volume->index, block_index, block_count, place);
+        if (status < 0)
+            take_back(pending, &mark);
+        else
+            pending->freed_count += (size_t)noted;
     }
     pthread_mutex_unlock(&volume->pending_lock);
     return status;
@@ -487,6 +555,14 @@ static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t le
     if (status < 0)
         pthread_rwlock_unlock(&volume->gate);
     return status;
+}
+
+/* For a change that found no room for its record: a flush makes some. The gate is given up meanwhile, and stays so on an
+ * error. */
+static int flush_for_room(struct onion_volume *volume, uint64_t offset, uint64_t length, uint32_t *attempts) {
+    pthread_rwlock_unlock(&volume->gate);
+    int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : -ENOSPC;
+    return status < 0 ? status : begin_write(volume, offset, length);
 }
 
 static pthread_mutex_t *stripe_of(struct onion_volume *volume, uint64_t block_index) {
@@ -636,13 +712,20 @@ int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t le
     if (status < 0)
         return status;
     const char *from = bytes;
+    uint32_t attempts = 0;
     while (length && status == 0) {
         uint64_t part = until_range_end(offset, length);
         pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
         pthread_mutex_lock(stripe);
         status = write_in_range(volume, offset, part, from);
         pthread_mutex_unlock(stripe);
-        offset += part, from += part, length -= part;
+        if (status == ONION_E_JOURNAL_FULL) {
+            status = flush_for_room(volume, offset, length, &attempts);
+            if (status < 0)
+                return status;
+            continue;
+        }
+        offset += part, from += part, length -= part, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
     return status;
@@ -696,14 +779,20 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
     int status = begin_write(volume, offset, length);
     if (status < 0)
         return status;
-    uint64_t size = onion_volume_size(volume);
+    uint32_t attempts = 0;
     while (length && status == 0) {
         uint64_t part = until_range_end(offset, length);
         pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
         pthread_mutex_lock(stripe);
-        status = zero_in_range(volume, offset, part, offset + part == size);
+        status = zero_in_range(volume, offset, part, offset + part == onion_volume_size(volume));
         pthread_mutex_unlock(stripe);
-        offset += part, length -= part;
+        if (status == ONION_E_JOURNAL_FULL) {
+            status = flush_for_room(volume, offset, length, &attempts);
+            if (status < 0)
+                return status;
+            continue;
+        }
+        offset += part, length -= part, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
     return status;
@@ -772,19 +861,27 @@ int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block
         return status;
     if (!indices_in_bounds(volume, block_indices, count))
         status = ONION_E_BOUNDS;
-    uint64_t size = onion_volume_size(volume), whole_blocks = size >> volume->block_shift;
     const char *from = bytes;
+    uint32_t attempts = 0;
     for (uint64_t i = 0; i < count && status == 0;) {
-        uint64_t fresh = count_fresh(volume, block_indices + i, count - i, whole_blocks);
+        uint64_t size = onion_volume_size(volume), done = 1, start = block_indices[i] << volume->block_shift;
+        uint64_t fresh = count_fresh(volume, block_indices + i, count - i, size >> volume->block_shift);
         if (fresh) {
             status = write_listed_fresh(volume, block_indices + i, fresh, from + (i << volume->block_shift));
-            i += fresh;
+            done = fresh;
+        } else {
+            uint64_t length = size - start < volume->block_size ? size - start : volume->block_size;
+            status = write_listed(volume, block_indices[i], from + (i << volume->block_shift), length);
+        }
+        if (status == ONION_E_JOURNAL_FULL) { /* what is written is the head's own now, and is written again in place */
+            status = flush_for_room(volume, 0, 0, &attempts);
+            if (status < 0)
+                return status;
+            if (!indices_in_bounds(volume, block_indices + i, count - i))
+                status = ONION_E_BOUNDS;
             continue;
         }
-        uint64_t start = block_indices[i] << volume->block_shift;
-        uint64_t length = size - start < volume->block_size ? size - start : volume->block_size;
-        status = write_listed(volume, block_indices[i], from + (i << volume->block_shift), length);
-        i++;
+        i += done, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
     return status;

@@ -53,6 +53,7 @@ struct onion_head_source {
      * nothing is known, and the log may be missing or torn anywhere. */
     uint64_t known_length, known_frames;
     uint32_t known_crc;
+    const char *dirty_path; /* where pending records survive the process (journal.h); NULL: they do not */
 };
 
 struct onion_sealed {
@@ -72,10 +73,11 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 /* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
 int onion_volume_fold_layers(struct onion_volume *volume);
 /* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
- * not be durable. */
+ * not be durable. What a process that died in this boot left at dirty_path is pending again; and where a sync of its failed,
+ * all that the head's own files hold is written again. */
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source);
 /* The same for a volume that is not writable: reads the log as far as it is whole, and changes and syncs nothing. No writer
- * may have the head open meanwhile. The spare is not looked at. */
+ * may have the head open meanwhile. The spare and dirty_path are not looked at. */
 int onion_volume_open_head_to_read(struct onion_volume *volume, const struct onion_head_source *source);
 /* Finds the free slots of the head's own segments; with policy `zero` wipes those that still hold bytes. */
 int onion_volume_free_own_slots(struct onion_volume *volume);

@@ -6,6 +6,7 @@
 
 #include "barrier.h"
 #include "epoch.h"
+#include "journal.h"
 #include "mapbuild.h"
 #include "mappings.h"
 #include "segment.h"
@@ -21,10 +22,15 @@ struct onion_freed {
     uint32_t count;
 };
 
-/* Map changes since the last flush, in order. Records name segments by their number in the index. */
+/* Map changes since the last flush, in order. Records name segments by their number in the index; a SEGMENT record, which is
+ * for who finds them in the journal, says which that is. */
 struct onion_pending {
-    struct onion_record *records;
+    struct onion_record *records; /* in a half of the journal, or in the heap */
     size_t record_count, record_capacity;
+    uint64_t *published; /* the half's count: what is counted there survives the process. NULL: in the heap */
+    size_t join_from;    /* records before this one are not to be changed any more */
+    int is_held;         /* nothing more is published: part of a change that is whole or did not happen */
+    uint32_t declared;   /* the segment of the last SEGMENT record */
     struct onion_freed *freed;
     size_t freed_count, freed_capacity;
 };
@@ -71,6 +77,7 @@ struct onion_volume {
     pthread_mutex_t slots_lock;
     pthread_mutex_t pending_lock;
     struct onion_pending pending;
+    struct onion_journal journal;
 
     pthread_mutex_t flush_lock; /* guards the two below; the gate is closed while flush_busy */
     pthread_cond_t flush_free;
@@ -132,7 +139,10 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
 /* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
 int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
                             const void *bytes, int fresh);
-int onion_pending_append(struct onion_pending *pending, const struct onion_record *record);
+/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
+ * nothing changed. The caller holds pending_lock. */
+int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+int onion_pending_make_room(struct onion_volume *volume);
 void onion_head_log_close(struct onion_head_log *log);
 
 #endif

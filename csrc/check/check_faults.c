@@ -2,7 +2,9 @@
  * (half of it written, then the disk is full), or the nth fdatasync.
  *
  * What must hold: after a pwrite that failed the verb can be called again, and in the end all is as without the fault;
- * after a sync that failed the volume is poisoned; and what an opening finds is never older than the last flush. */
+ * after a sync that failed the volume is poisoned, which its file says before anybody is told, and the next opening writes all
+ * that the head holds again, since the kernel may take for clean what never reached the disk; and what an opening finds is
+ * all that was acknowledged. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -13,6 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "journal.h"
 #include "volume.h"
 
 #define CHECK(condition)                                                                  \
@@ -28,12 +31,17 @@ enum fault { NONE, FULL, SYNC };
 
 static enum fault fault;
 static int fault_at, calls, hit;
-static char root[200], segments_directory[300], layers_directory[300], map_path[320], next_path[320];
+static char root[200], segments_directory[300], layers_directory[300], map_path[320], next_path[320], dirty_path[320];
 /* Once the snapshot has failed the spare is the head's second segment, as the catalog would say. */
 static const unsigned char own[2][ONION_UUID_BYTES] = {"own", "spare"}, spare[ONION_UUID_BYTES] = "next",
                            map_id[ONION_UUID_BYTES] = "map", next_id[ONION_UUID_BYTES] = "next";
 static struct onion_volume *volume;
 static unsigned char now[BLOCKS], flushed[BLOCKS]; /* what each block is filled with */
+static struct written {
+    ino_t file;
+    off_t offset, end;
+} written[4096]; /* by pwrite, since it was emptied */
+static size_t written_count;
 
 /* ---- the calls that fail: they stand before those of the C library ---- */
 
@@ -49,7 +57,19 @@ ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) {
         errno = ENOSPC;
         return -1;
     }
+    struct stat info;
+    fstat(fd, &info);
+    written[written_count++ % 4096] = (struct written){info.st_ino, offset, offset + (off_t)length};
     return syscall(SYS_pwrite64, fd, bytes, length, offset);
+}
+
+static int was_written(const char *path, off_t offset, off_t length) {
+    struct stat info;
+    CHECK(stat(path, &info) == 0 && written_count < 4096);
+    for (size_t i = 0; i < written_count; i++)
+        if (written[i].file == info.st_ino && written[i].offset <= offset && offset + length <= written[i].end)
+            return 1;
+    return 0;
 }
 
 int fdatasync(int fd) {
@@ -136,7 +156,8 @@ static void history(void) {
 static void open_volume(void) {
     char used[400];
     snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
-    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2};
+    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2,
+                                       .dirty_path = dirty_path};
     memcpy(source.map_id, map_id, sizeof map_id);
     memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
@@ -151,6 +172,41 @@ static void check_contents(int all_flushed) {
         CHECK(all_flushed ? bytes[0] == now[block] : bytes[0] == flushed[block] || bytes[0] >= flushed[block] || !bytes[0]);
         CHECK(memcmp(bytes, bytes + BLOCK / 2, BLOCK / 2) == 0 || !all_flushed);
     }
+}
+
+/* What the file of pending records says of a failed sync. */
+static int is_marked(void) {
+    struct onion_journal_header header = {0};
+    FILE *file = fopen(dirty_path, "rb");
+    size_t found = file ? fread(&header, sizeof header, 1, file) : 0;
+    if (file)
+        fclose(file);
+    return found && header.poisoned;
+}
+
+static void check_written_again(void) {
+    struct onion_segment_info infos[4];
+    struct onion_run runs[BLOCKS];
+    uint64_t next;
+    uint32_t count = onion_volume_segments(volume, infos, 4);
+    int64_t found = onion_volume_runs(volume, 0, BLOCKS, runs, BLOCKS, &next);
+    for (int64_t i = 0; i < found; i++) {
+        if (!onion_place_is_data(runs[i].place))
+            continue;
+        const char *name = NULL;
+        for (uint32_t k = 0; k < count; k++)
+            if (infos[k].number == onion_place_segment(runs[i].place))
+                name = (const char *)infos[k].uuid;
+        char path[400];
+        int length = snprintf(path, sizeof path, "%s/", segments_directory);
+        for (int byte = 0; byte < ONION_UUID_BYTES; byte++)
+            length += snprintf(path + length, sizeof path - (size_t)length, "%02x", (unsigned char)name[byte]);
+        snprintf(path + length, sizeof path - (size_t)length, ".seg");
+        CHECK(was_written(path, ONION_HEADER_BYTES + (off_t)onion_place_slot(runs[i].place) * BLOCK,
+                          (off_t)runs[i].block_count * BLOCK));
+    }
+    CHECK(access(map_path, F_OK) || was_written(map_path, 0, ONION_HEADER_BYTES));
+    CHECK(!is_marked());
 }
 
 static void empty(const char *directory) {
@@ -171,12 +227,17 @@ static int once(enum fault kind, int at) {
     fault = kind, fault_at = at;
     history();
     if (kind == SYNC && hit)
-        CHECK(onion_volume_poisoned(volume) && onion_volume_flush(volume) == ONION_E_POISONED);
+        CHECK(onion_volume_poisoned(volume) && is_marked() && onion_volume_flush(volume) == ONION_E_POISONED);
     fault = NONE;
     onion_volume_free(volume);
+    written_count = 0;
     open_volume();
-    check_contents(kind == FULL || !hit);
+    if (kind == SYNC && hit)
+        check_written_again();
+    check_contents(1);
+    CHECK(write_filled(7, 1, 77) == 0 && flush() == 0);
     onion_volume_free(volume);
+    unlink(dirty_path);
     empty(segments_directory);
     empty(layers_directory);
     return hit;
@@ -188,6 +249,7 @@ int main(void) {
     CHECK(mkdtemp(root));
     snprintf(segments_directory, sizeof segments_directory, "%s/segments", root);
     snprintf(layers_directory, sizeof layers_directory, "%s/layers", root);
+    snprintf(dirty_path, sizeof dirty_path, "%s/dirty", root);
     snprintf(map_path, sizeof map_path, "%s/map", layers_directory);
     snprintf(next_path, sizeof next_path, "%s/next", layers_directory);
     CHECK(mkdir(segments_directory, 0700) == 0 && mkdir(layers_directory, 0700) == 0);

@@ -47,6 +47,7 @@ class DataPath:
         spare: bytes,
         more_own: Sequence[bytes] = ...,
         known: tuple[int, int, int] = ...,
+        dirty_path: _Path | None = ...,
     ) -> int: ...
     def open_head_to_read(
         self,

@@ -63,6 +63,7 @@ cdef extern from "volume.h" nogil:
         uint64_t known_length
         uint64_t known_frames
         uint32_t known_crc
+        const char *dirty_path
     struct onion_below_source:
         int keep_base
         int base_fd
@@ -70,6 +71,7 @@ cdef extern from "volume.h" nogil:
         const onion_layer_source *layer
         const void *dropped
         uint32_t dropped_count
+        const char *dirty_path
     struct onion_sealed:
         uint64_t map_length
         uint64_t map_frames
@@ -509,7 +511,7 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "open", self._directory)
 
-    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0)):
+    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
         """Add the head, last, ready for writing. Returns the size in bytes of the volume.
 
         Parameters
@@ -517,8 +519,10 @@ cdef class DataPath:
         known : tuple of int
             (length, frames, crc): the head's log passes through exactly this point, or it is damaged. (0, 0, 0): nothing
             is known, so a missing log is an empty one, and a bad last frame is one that a crash tore.
+        dirty_path : path, optional
+            What is written and not flushed survives the process there; what is found there is taken up.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False)
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False, dirty_path)
 
     def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0)):
         """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
@@ -526,15 +530,18 @@ cdef class DataPath:
         What is durable of the head is read; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
         file system that is mounted read-only will do. The caller holds off writers of the head.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True)
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True, None)
 
-    def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read):
+    def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read, dirty_path):
         cdef onion_head_source source
         cdef int status, c_to_read = to_read
         memset(&source, 0, sizeof(source))
         path = os.fsencode(map_path)
         owned = b"".join(own)
         source.map_path = path
+        dirty = None if dirty_path is None else os.fsencode(dirty_path)
+        if dirty is not None:
+            source.dirty_path = dirty
         _copy_id(source.map_id, map_id)
         _copy_id(source.spare, spare)
         source.own = <const void *>PyBytes_AS_STRING(owned)

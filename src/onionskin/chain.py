@@ -197,8 +197,13 @@ def described_base(path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
         lock.close()
 
 
-def open_chain(layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None) -> DataPath:
-    """Open the data path of a chain over the base that is locked. If `writable`, its top is a head; else it is sealed."""
+def open_chain(
+    layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None, dirty: Path | None = None
+) -> DataPath:
+    """Open the data path of a chain over the base that is locked.
+
+    If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all of it is only read.
+    """
     top = chain.top
     path = DataPath(
         block_size=top.block_size,
@@ -215,7 +220,7 @@ def open_chain(layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseL
         for layer in chain.layers if top.sealed else chain.layers[:-1]:
             _add_layer(layout, path, layer, chain.segments[layer.id])
         if writable:
-            _open_head(layout, path, top, chain.segments[top.id])
+            _open_head(layout, path, top, chain.segments[top.id], dirty)
             path.free_own_slots()
         elif top.sealed:
             path.fold_layers()
@@ -243,7 +248,9 @@ def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[S
     )
 
 
-def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
+def _open_head(
+    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+) -> None:
     own = [segment.id for segment in segments if segment.role == "own"]
     spare = next(segment.id for segment in segments if segment.role == "spare")
     path.open_head(
@@ -254,6 +261,7 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
         more_own=own[:-1],
         spare=spare,
         known=(head.map_length, head.map_frames, head.map_crc),
+        dirty_path=dirty,
     )
 
 

@@ -162,6 +162,7 @@ def _drop(store: "Store", id: bytes) -> None:
             free_unneeded(catalog, row.head)
 
     store.change(remove)
+    store.layout.dirty_file(id).unlink(missing_ok=True)
     store.layout.volume_lock(id).unlink(missing_ok=True)
     store.work_soon()
 

@@ -41,7 +41,7 @@ GATHER_BYTES_MAX = 256 << 20
 HEADER_BYTES = 4096
 
 
-def gather_chain(store: "Store", head: bytes) -> None:
+def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:
     """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open.
 
     A layer that cannot be gathered now is left as it is: it reads the same.
@@ -50,6 +50,8 @@ def gather_chain(store: "Store", head: bytes) -> None:
     if pending_base_merges(catalog, head):
         return  # a merge into the base has to find its layers as they were
     for layer, segments in _crowded(catalog, head):
+        if not layer.sealed and may_hold_unflushed:
+            continue  # what a process that died left unflushed goes over the map that it had
         try:
             merging.put_off(partial(_gather, store, layer, segments))
         except (OSError, OnionskinError) as error:

@@ -55,6 +55,10 @@ class Layout:
         """The lock of the one writer of a volume."""
         return self.volumes / f"{uuid.hex()}.lock"
 
+    def dirty_file(self, uuid: bytes) -> Path:
+        """What the one writer of a volume has not flushed: for the next one in the same boot, if it dies."""
+        return self.volumes / f"{uuid.hex()}.dirty"
+
     def holds(self, path: Path) -> bool:
         """Whether a path leads into the store, by whatever links."""
         return path.resolve().is_relative_to(self.root.resolve())

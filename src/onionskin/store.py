@@ -254,6 +254,7 @@ class Store:
             raise
 
     def _forget_lock(self, id: bytes) -> None:
+        self.layout.dirty_file(id).unlink(missing_ok=True)
         self.layout.volume_lock(id).unlink(missing_ok=True)
 
     def _insert_volume(self, id: bytes, name: str, head: NewHead) -> None:
@@ -345,8 +346,9 @@ class Store:
                 row.name,
             )
         self._look_at_spare(row.head)
-        gathering.gather_chain(self, row.head)
-        opened = self._open_layer(row.head, writable=True, verify=verify)
+        dirty = self.layout.dirty_file(row.id)
+        gathering.gather_chain(self, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0)
+        opened = self._open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return Volume(self, row, opened, volume_lock=lock)
 
     def _look_at_spare(self, head: bytes) -> None:
@@ -404,20 +406,20 @@ class Store:
     def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
         """Open a head for the holder of its volume's lock."""
         self.catalog.sync_found()
-        return self._open_layer(layer, writable=True, verify=False)
+        return self._open_layer(layer, writable=True, verify=False, dirty=self.layout.dirty_file(volume_id))
 
     def note_open(self, volume: Volume) -> None:
         """Put a handle on the list of those that are open here."""
         with self._open_guard:
             self._open.add(volume)
 
-    def _open_layer(self, layer: bytes, *, writable: bool, verify: bool) -> OpenChain:
+    def _open_layer(self, layer: bytes, *, writable: bool, verify: bool, dirty: Path | None = None) -> OpenChain:
         """Lock the files of a head or of a sealed layer, and open its data path."""
         locks = ByteLocks(self.layout.lock)
         base_lock = None
         try:
             chain, base_lock = self._lock_layer(layer, locks, verify)
-            path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock)
+            path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock, dirty=dirty)
         except BaseException:
             locks.close()
             if base_lock:

@@ -615,7 +615,9 @@ class Volume:
         """
         catalog, top = self.store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
-        new_path = open_chain(self.store.layout, head.chain(below), writable=True, base_lock=base_lock)
+        layout = self.store.layout
+        dirty = layout.dirty_file(self.row.id)
+        new_path = open_chain(layout, head.chain(below), writable=True, base_lock=base_lock, dirty=dirty)
         old_path, old_head, bytes_before = self.path, self.head, dict(self._byte_of_segment)
 
         def change() -> None:

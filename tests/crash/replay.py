@@ -37,8 +37,8 @@ durable at that point which persisted. Kinds of states:
     random   a random set, with random sectors of writes
 
 The points of `dropped`, `torn` and `random` are those at which the set is largest: before a sync returns,
-before a marker, and at the end; a set at any other point is also a set at the next of these. -shm files of
-SQLite are left out: they are mapped, and SQLite makes them again.
+before a marker, and at the end; a set at any other point is also a set at the next of these. Files that are mapped are left
+out: those of SQLite, -shm, which it makes again, and what a volume has not flushed, .dirty, which is of one boot only.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ CREATE_DIRECTORY, CREATE_UNNAMED = 1, 2
 SYNC_ALL = 4
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
+
+
+def _is_mapped(name: str) -> bool:
+    return name.endswith("-shm") or ".dirty" in name
 
 
 class LogError(Exception):
@@ -459,7 +463,7 @@ class Tree:
         self.label[file] = path
         if is_directory:
             self.entries[file] = {}
-        if Path(path).name.endswith("-shm"):
+        if _is_mapped(Path(path).name):
             self.ignored.add(file)
         return file
 
@@ -498,7 +502,7 @@ class Tree:
             self._add_names(NameChange(number, f"link {entry.path2}", [(*target, self._known(entry))]))
             return
         directory, name = self._locate(entry.path)
-        if name.endswith("-shm"):
+        if _is_mapped(name):
             return
         file = self.entries[directory].get(name)
         if file is None:

@@ -108,6 +108,7 @@ def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
         web.write(0, FILL)
         web.path.close()  # no flush: what a crash leaves
         web.close()
+        store.layout.dirty_file(web.row.id).unlink()  # a crash of the machine, that is
         (segment,) = store.layout.segments.iterdir()
         length = segment.stat().st_size
         with segment.open("r+b") as file:

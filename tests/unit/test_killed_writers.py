@@ -1,0 +1,287 @@
+"""A process that is killed loses nothing that was acknowledged, flushed or not, whatever it was at."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import onionskin
+from onionskin.layout import Layout
+
+BLOCK = 4096
+BLOCKS = 32
+
+
+def killed(work: Callable[[], None]) -> bool:
+    """Run in a child, which ends by a kill; whether it came to the end of its work before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    assert os.WEXITSTATUS(status) == 0
+    return True
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at_call(number: int) -> Callable[..., None]:
+    """Make a profile function that kills the process at the nth call or return of a function."""
+    left = [number]
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            kill_me()
+
+    return profile
+
+
+def filled(letter: str, count: int = 1) -> bytes:
+    return letter.encode() * (BLOCK * count)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A store with a volume that has a snapshot, and some of whose head is flushed."""
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=BLOCKS * BLOCK) as web:
+        web.write(0, filled("a", 8))
+        web.snapshot("one")
+        web.write(0, filled("b", 4))
+    return tmp_path / "store"
+
+
+def dirty_file(root: Path) -> Path:
+    with onionskin.Store(root) as store:
+        return Layout(root).dirty_file(store.catalog.volume("web").id)
+
+
+def change(web: onionskin.Volume) -> bytes:
+    """Write, trim and overwrite, of which a part is flushed; returns what the disk reads then."""
+    web.write(6 * BLOCK, filled("c", 2))
+    web.flush()
+    web.write(2 * BLOCK, filled("d", 3))
+    web.trim(3 * BLOCK, BLOCK)
+    web.write(9 * BLOCK, filled("e"))
+    web.write(9 * BLOCK + 5, b"in place")
+    web.write_blocks([20, 12], filled("f", 2))
+    return bytes(web.read(0, web.size_bytes))
+
+
+EXPECTED = bytearray(filled("\0", BLOCKS))
+for first, data in (
+    *((0, filled("a", 8)), (0, filled("b", 4)), (6, filled("c", 2)), (2, filled("d", 3)), (3, filled("\0"))),
+    *((9, filled("e")), (20, filled("f")), (12, filled("f"))),
+):
+    EXPECTED[first * BLOCK : first * BLOCK + len(data)] = data
+EXPECTED[9 * BLOCK + 5 : 9 * BLOCK + 13] = b"in place"
+
+
+def write_and_die(root: Path) -> None:
+    def work() -> None:
+        with onionskin.Store(root) as store:
+            assert change(store.open("web")) == EXPECTED
+            kill_me()
+
+    assert not killed(work)
+
+
+def test_what_was_not_flushed_is_there_after_a_kill(root: Path) -> None:
+    write_and_die(root)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == EXPECTED
+        web.snapshot("two")
+    with onionskin.Store(root) as store:
+        assert store.check() == []
+        with store.open("web", snapshot="two") as two:
+            assert two.read(0, two.size_bytes) == EXPECTED
+
+
+def test_a_writer_that_is_killed_right_after_it_took_over_loses_nothing_either(root: Path) -> None:
+    write_and_die(root)
+
+    def work() -> None:
+        with onionskin.Store(root) as store:
+            store.open("web").write(30 * BLOCK, filled("z"))
+            kill_me()
+
+    for _ in range(3):
+        assert not killed(work)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, 30 * BLOCK) == EXPECTED[: 30 * BLOCK]
+        assert web.read(30 * BLOCK, BLOCK) == filled("z")
+
+
+def test_a_closed_volume_leaves_nothing_to_be_taken_up(root: Path) -> None:
+    with onionskin.Store(root) as store, store.open("web") as web:
+        change(web)
+        assert dirty_file(root).stat().st_size > 0
+        assert dirty_file(root).stat().st_mode & 0o777 == 0o600
+    assert dirty_file(root).stat().st_size == 0
+    with onionskin.Store(root) as store:
+        store.delete("web", recursive=True)
+        assert list(store.layout.volumes.glob("*.dirty")) == []
+
+
+def test_a_volume_that_is_only_read_makes_no_file(root: Path) -> None:
+    dirty_file(root).unlink(missing_ok=True)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, 1) == b"b"
+        web.flush()
+        assert not dirty_file(root).exists()
+
+
+BOOT_ID, DEVICE, COUNTS = 16, 32, (72, 152)
+FIRST_HALF = 4096
+
+
+@pytest.mark.parametrize(
+    ("at", "data"),
+    [
+        (0, b"ONIONSEG"),  # another kind of file
+        (8, b"\x02"),  # another version
+        (BOOT_ID, b"another boot"),
+        (DEVICE, b"another disk"),
+        (COUNTS[0], b"\xff" * 8),  # more records than the file has
+        (FIRST_HALF, b"\xff" * 8),  # a segment that is not the head's
+        (FIRST_HALF + 24, b"\xff" * 8),  # blocks behind the end of any disk
+        (FIRST_HALF + 24 + 12, b"\xff\xff\xff\x00"),  # slots behind the end of the segment
+        (FIRST_HALF + 24 + 16, b"\x05"),  # a record that does not belong there
+    ],
+)
+def test_a_file_that_is_not_sound_is_ignored_as_a_whole(root: Path, at: int, data: bytes) -> None:
+    write_and_die(root)
+    flushed = bytearray(filled("\0", BLOCKS))
+    flushed[: 8 * BLOCK] = filled("b", 2) + filled("d", 2) + filled("a", 2) + filled("c", 2)  # in place
+    descriptor = os.open(dirty_file(root), os.O_RDWR)
+    # The halves take turns: what is not flushed is in the second one.
+    found = [int.from_bytes(os.pread(descriptor, 8, place), "little") for place in COUNTS]
+    assert found[0] == 0
+    assert found[1] > 3
+    if at == COUNTS[0]:
+        at = COUNTS[1]
+    if at >= FIRST_HALF:
+        at += (1 << 19) * 24
+    os.pwrite(descriptor, data, at)
+    os.close(descriptor)
+    with onionskin.Store(root) as store:
+        with store.open("web") as web:
+            assert web.read(0, web.size_bytes) == flushed
+            web.write(0, filled("x"))
+        assert store.check() == []
+
+
+def test_a_map_that_is_older_than_what_was_pending_takes_none_of_it(root: Path) -> None:
+    with onionskin.Store(root) as store:
+        head = store.catalog.layer(store.catalog.volume("web").head)
+        log = store.layout.map_file(head.map_id)
+    older = log.read_bytes()
+    write_and_die(root)
+    log.write_bytes(older)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, 8 * BLOCK) == filled("b", 2) + filled("d", 2) + filled("a", 4)  # in place
+
+
+@pytest.mark.parametrize("verb", ["revert", "discard", "flatten"])
+def test_what_a_head_had_pending_does_not_come_back_in_another(root: Path, verb: str) -> None:
+    def work() -> None:
+        with onionskin.Store(root) as store:
+            web = store.open("web")
+            change(web)
+            if verb == "flatten":
+                web.flatten()
+            else:
+                getattr(web, verb)("one")
+            kill_me()
+
+    assert not killed(work)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == (
+            EXPECTED if verb == "flatten" else filled("a", 8) + filled("\0", BLOCKS - 8)
+        )
+
+
+def snapshot(web: onionskin.Volume) -> None:
+    web.snapshot("two")
+
+
+def fold(web: onionskin.Volume) -> None:
+    web.merge("one")
+
+
+def compact(web: onionskin.Volume) -> None:
+    from onionskin import merging
+
+    merging.compact(web)
+
+
+def flush(web: onionskin.Volume) -> None:
+    web.flush()
+
+
+def close(web: onionskin.Volume) -> None:
+    web.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [snapshot, fold, compact, flush, close])
+def test_a_kill_in_any_gap_of_a_verb_loses_nothing(root: Path, verb: Callable[[onionskin.Volume], None]) -> None:
+    _kill_in_each_gap(root, verb, 1)
+
+
+@pytest.mark.parametrize("verb", [snapshot, fold])
+def test_a_kill_in_some_gaps_of_a_verb_loses_nothing(root: Path, verb: Callable[[onionskin.Volume], None]) -> None:
+    _kill_in_each_gap(root, verb, 97)
+
+
+def _kill_in_each_gap(root: Path, verb: Callable[[onionskin.Volume], None], stride: int) -> None:
+    import shutil
+
+    template = root.with_name("template")
+    shutil.copytree(root, template)
+    number, ended = 0, False
+    while not ended:
+        shutil.rmtree(root)
+        shutil.copytree(template, root)
+
+        def work(number: int = number) -> None:
+            with onionskin.Store(root) as store:
+                web = store.open("web")
+                assert change(web) == EXPECTED
+                sys.setprofile(killed_at_call(number))
+                verb(web)
+                sys.setprofile(None)
+                if not web.closed:
+                    web.write(31 * BLOCK, filled("y"))
+                kill_me() if not web.closed else os._exit(0)
+
+        def count_down(number: int = number) -> None:
+            work(number)
+
+        reached = root.with_name("reached")
+        reached.unlink(missing_ok=True)
+        ended = killed(count_down)
+        with onionskin.Store(root) as store:
+            with store.open("web") as web:
+                disk = web.read(0, web.size_bytes)
+                assert disk[: 31 * BLOCK] == EXPECTED[: 31 * BLOCK], f"killed at call {number}"
+                ended |= disk[31 * BLOCK :] == filled("y")
+                names = [one.name for one in web.snapshots]
+            if "two" in names:
+                with store.open("web", snapshot="two") as two:
+                    assert two.read(0, two.size_bytes) == EXPECTED
+            assert store.check() == []
+        number += stride
+    assert number > 2 * stride
