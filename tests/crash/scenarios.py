@@ -212,7 +212,7 @@ SCENARIOS = (
     scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
     program_scenario("two stores are made", make_store, check_made_stores, "store name"),
     program_scenario(
-        "an image is converted", convert_image, check_converted, "converted image", "converted image name"
+        "an image is converted", convert_image, check_converted, "exported image", "exported image name"
     ),
     program_scenario("a delta is written", write_delta, check_delta, "written delta", "written delta name"),
     program_scenario(
