@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ class Disk:
 
 
 @pytest.fixture
-def layered(tmp_path: Path):
+def layered(tmp_path: Path) -> Iterator[Disk]:
     """A base, two layers with data, zeros and holes over it, and a head with its own."""
     disk = Disk(tmp_path, base=block(b"b", 800))
     disk.write(10, block(b"1", 20))
@@ -234,7 +234,8 @@ def test_what_the_head_needs_is_not_dropped(layered: Disk) -> None:
 
 def test_reads_and_writes_beside_many_replacements_see_the_disk_as_it_is(tmp_path: Path) -> None:
     disk = Disk(tmp_path, base=block(b"b", 1200))
-    stop, wrong = threading.Event(), []
+    stop = threading.Event()
+    wrong: list[int] = []
     still = [at for at in range(0, 1200, 7) if at % 3]
 
     def read() -> None:
