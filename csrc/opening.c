@@ -408,6 +408,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return site_error(site, source->map_path, fault, status);
     }
     log->fd = fd;
+    replay->volume->log_bytes = log->cursor.offset;
     log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
     log->numbers_given = replay->numbers_given;
     return 0;

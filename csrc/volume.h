@@ -192,6 +192,10 @@ int onion_volume_rewrite_commit(struct onion_volume *volume);
 int onion_volume_rewrite_abort(struct onion_volume *volume);
 /* Records in the head's log, and runs that a compact log would have: what a rewrite would save. */
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
+/* Whether more than half of a head's log that is not small is dead: 1 or 0. Costs nothing while little was added to it. */
+int onion_volume_wants_compaction(struct onion_volume *volume);
+/* Whether it is worth to ask that. Costs nothing. */
+int onion_volume_may_want_compaction(const struct onion_volume *volume);
 
 /* After a merge into the base: maps the base anew; entries that name a dropped segment read from it. */
 int onion_volume_rebase(struct onion_volume *volume, const char *path, uint64_t size_bytes,

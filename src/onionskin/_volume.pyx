@@ -98,6 +98,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_rewrite_commit(onion_volume *)
     int onion_volume_rewrite_abort(onion_volume *)
     int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
+    int onion_volume_wants_compaction(onion_volume *)
     int onion_volume_rebase(onion_volume *, const char *, uint64_t, const void *, uint32_t)
     int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *)
     int onion_volume_poisoned(const onion_volume *)
@@ -662,6 +663,15 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "info")
         return max(0.0, 1.0 - needed / records) if records > 64 else 0.0
+
+    def wants_compaction(self):
+        """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wants_compaction(self._volume)
+        if status < 0:
+            _raise(status, "flush", self._directory)
+        return status == 1
 
     # ---- seal and rewrite ----
 

@@ -271,6 +271,7 @@ class Volume:
                 self._settle()
         self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
         self.scrub_freed()
+        self.compact_if_wanted()
 
     def scrub_freed(self) -> None:
         """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
@@ -278,6 +279,18 @@ class Volume:
         wanted = self.path.scrub_wanted()
         if wanted:
             self.store.scrub(wanted, self.wipe)
+
+    def compact_if_wanted(self) -> None:
+        """Write the head's map log anew where most of it is dead: after flushes, also those that did not go through here."""
+        if not self.writable or not self.path.wants_compaction():
+            return
+        if not self.guard.acquire(blocking=False):  # an operation is under way: a later flush asks again
+            return
+        try:
+            if not (self._closed or self.is_merging or self._unsettled):
+                merging.compact(self)
+        finally:
+            self.guard.release()
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
         """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero."""

@@ -397,6 +397,7 @@ class Server:
         for one in served:
             try:
                 one.volume.scrub_freed()
+                one.volume.compact_if_wanted()
                 one.volume.store.work_soon()
                 one.volume.store.make_reserve()
             except (OnionskinError, OSError) as error:
