@@ -27,6 +27,8 @@
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
 #define NUMBERS_KEPT 256u /* of the segments, for what has to go on when no snapshot can be taken any more */
+#define COMPACT_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
+#define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
 #define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
 
 /* ---- the flush gate ---- */
@@ -240,6 +242,10 @@ static int append_frame(struct onion_head_log *log, const struct onion_record *r
     return 0;
 }
 
+static void note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log) {
+    __atomic_store_n(&volume->log_bytes, log->cursor.offset, __ATOMIC_RELAXED);
+}
+
 /* The records of a batch, out of the half of the journal that they lie in, which may be moved but under pending_lock. */
 static int copy_batch(struct onion_volume *volume, const struct onion_pending *batch, struct onion_record *out) {
     pthread_mutex_lock(&volume->pending_lock);
@@ -248,6 +254,47 @@ static int copy_batch(struct onion_volume *volume, const struct onion_pending *b
     int status = onion_journal_copy(out, from, batch->record_count);
     pthread_mutex_unlock(&volume->pending_lock);
     return status;
+}
+
+/* Replaces many records by what they come to, so that a frame is not longer than the index is fragmented, however often
+ * blocks were written and trimmed. Returns how many there are then: as many as before where that is no gain, or no memory. */
+static size_t net_records(struct onion_volume *volume, struct onion_record *records, size_t count) {
+    struct onion_map net = {0};
+    uint64_t end = 1, at = 0;
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint64_t last = records[i].block_index + records[i].block_count;
+        if (records[i].kind == ONION_RECORD_SIZE)
+            return count;
+        if (records[i].kind != ONION_RECORD_SEGMENT && last > end)
+            end = last;
+    }
+    struct onion_record *out = malloc(count * sizeof *out);
+    int status = onion_map_init(&net, end, volume->block_shift);
+    for (size_t i = 0; i < count && status == 0; i++)
+        if (records[i].kind != ONION_RECORD_SEGMENT)
+            status = onion_map_set(&net, records[i].block_index, records[i].block_count,
+                                   records[i].kind == ONION_RECORD_DATA
+                                       ? onion_place_make(records[i].segment, records[i].slot)
+                                       : ONION_PLACE_ZERO);
+    struct onion_run run;
+    uint16_t zero = volume->nothing_below ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
+    while (out && status == 0 && used < count && onion_map_next(&net, at, end, &run)) {
+        uint64_t blocks = run.block_count < UINT32_MAX ? run.block_count : UINT32_MAX;
+        int is_data = onion_place_is_data(run.place);
+        out[used++] = (struct onion_record){.block_index = run.block_index,
+                                            .block_count = (uint32_t)blocks,
+                                            .kind = is_data ? ONION_RECORD_DATA : zero,
+                                            .segment = is_data ? (uint16_t)onion_place_segment(run.place) : 0,
+                                            .slot = is_data ? onion_place_slot(run.place) : 0};
+        at = run.block_index + blocks;
+    }
+    int is_less = out && status == 0 && used < count;
+    if (is_less)
+        memcpy(records, out, used * sizeof *out);
+    onion_map_destroy(&net);
+    free(out);
+    return is_less ? used : count;
 }
 
 static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
@@ -262,7 +309,8 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
         status = sync_new_log(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
-        uint32_t count = number_records(volume, log, copied, batch->record_count, records, new_segments, &new_count);
+        size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count : net_records(volume, copied, batch->record_count);
+        uint32_t count = number_records(volume, log, copied, net, records, new_segments, &new_count);
         status = append_frame(log, records, count);
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
@@ -273,6 +321,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
                 onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;
+            note_log_bytes(volume, log);
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
             poison_on(volume, onion_site_set(status, log->path, before));
         }
@@ -299,6 +348,8 @@ static struct onion_pending take_pending(struct onion_volume *volume, const stru
     struct onion_pending *pending = &volume->pending, batch = *pending;
     pending->freed = NULL;
     pending->freed_count = pending->freed_capacity = 0;
+    pending->freed_slots = pending->flush_at_slots = pending->flush_at_records = 0;
+    __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
     onion_journal_take(volume, &batch, &first, next ? &owner : NULL);
     pthread_mutex_unlock(&volume->pending_lock);
     return batch;
@@ -341,6 +392,7 @@ static int put_back_freed(struct onion_volume *volume, struct onion_pending *bat
     later->freed = freed;
     later->freed_count += batch->freed_count;
     later->freed_capacity = later->freed_count + 1;
+    later->freed_slots += batch->freed_slots;
     batch->freed = NULL;
     return 0;
 }
@@ -476,6 +528,27 @@ int onion_volume_flush(struct onion_volume *volume) {
 }
 
 int onion_volume_flush_behind_gate(struct onion_volume *volume) { return flush_locked(volume); }
+
+int onion_volume_relieve(struct onion_volume *volume) {
+    struct onion_pending *pending = &volume->pending;
+    pthread_mutex_lock(&volume->pending_lock);
+    int must = pending->freed_slots > pending->flush_at_slots + (ONION_WAITING_BYTES_HARD >> volume->block_shift);
+    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->flush_lock);
+    int is_busy = volume->flush_busy;
+    pthread_mutex_unlock(&volume->flush_lock);
+    if (is_busy && !must) /* by a flush, which makes room too, or by a seal that may take longer */
+        return 0;
+    int status = onion_volume_flush(volume);
+    if (status != -ENOSPC && status != -EDQUOT)
+        return status;
+    pthread_mutex_lock(&volume->pending_lock);
+    pending->flush_at_records = pending->record_count;
+    pending->flush_at_slots = pending->freed_slots;
+    __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return 0;
+}
 
 void onion_volume_start_writing(struct onion_volume *volume) {
     if (onion_volume_usable(volume) < 0)
@@ -821,6 +894,7 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
         settle_owner(volume);
+        note_log_bytes(volume, &volume->log);
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
@@ -1015,6 +1089,7 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         if (volume->rewriting == 2)
             volume->nothing_below = 1;
         settle_owner(volume);
+        note_log_bytes(volume, &volume->log);
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
@@ -1059,6 +1134,26 @@ int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *sta
     *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
                                    volume->log.cursor.sequence, volume->log.cursor.crc, volume->size_bytes};
     flush_gate_open(volume);
+    return 0;
+}
+
+int onion_volume_may_want_compaction(const struct onion_volume *volume) {
+    return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) > __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
+}
+
+int onion_volume_wants_compaction(struct onion_volume *volume) {
+    uint64_t records, needed;
+    if (!onion_volume_may_want_compaction(volume))
+        return 0;
+    int status = onion_volume_log_records(volume, &records, &needed);
+    if (status < 0)
+        return status;
+    uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_BYTES_MIN;
+    if (bytes > most)
+        return 1;
+    /* Asked again when a part of it has been added: what is needed may have become less meanwhile. */
+    uint64_t next = bytes + (bytes / 8 > COMPACT_BYTES_MIN / 2 ? bytes / 8 : COMPACT_BYTES_MIN / 2);
+    __atomic_store_n(&volume->compact_at, next < most ? next : most, __ATOMIC_RELAXED);
     return 0;
 }
 

@@ -510,6 +510,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         status = settle_log(log, fd, torn);
     if (status < 0)
         return onion_site_set(status, source->map_path, fault);
+    replay->volume->log_bytes = log->cursor.offset;
     log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
     log->numbers_given = replay->numbers_given;
     return 0;

@@ -72,6 +72,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->generation = 1;
     volume->log.fd = volume->next_log.fd = volume->prepared_log.fd = -1;
     volume->nothing_below = 1;
+    volume->compact_at = 512u << 10;
     onion_journal_init(&volume->journal);
     init_locks(volume);
     onion_epoch_init(&volume->epoch);
@@ -519,6 +520,16 @@ static struct onion_record record_of(uint64_t block_index, uint64_t block_count,
     return record;
 }
 
+static void count_freed(struct onion_volume *volume, size_t noted) {
+    struct onion_pending *pending = &volume->pending;
+    for (size_t i = 0; i < noted; i++)
+        pending->freed_slots += pending->freed[pending->freed_count + i].count;
+    pending->freed_count += noted;
+    if (pending->record_count > pending->flush_at_records + ONION_WAITING_RECORDS_MAX ||
+        pending->freed_slots > pending->flush_at_slots + (ONION_WAITING_BYTES_MAX >> volume->block_shift))
+        __atomic_store_n(&volume->flush_wanted, 1, __ATOMIC_RELAXED);
+}
+
 int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place) {
     struct onion_record record = record_of(block_index, block_count, place);
     struct onion_pending *pending = &volume->pending;
@@ -534,7 +545,7 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
         if (status < 0)
             take_back(pending, &mark);
         else
-            pending->freed_count += (size_t)noted;
+            count_freed(volume, (size_t)noted);
     }
     pthread_mutex_unlock(&volume->pending_lock);
     return status;
@@ -728,7 +739,7 @@ int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t le
         offset += part, from += part, length -= part, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
-    return status;
+    return onion_volume_after_write(volume, status);
 }
 
 /* ---- zero and trim ---- */
@@ -795,7 +806,7 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
         offset += part, length -= part, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
-    return status;
+    return onion_volume_after_write(volume, status);
 }
 
 /* ---- many blocks at once ---- */
@@ -884,7 +895,7 @@ int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block
         i += done, attempts = 0;
     }
     pthread_rwlock_unlock(&volume->gate);
-    return status;
+    return onion_volume_after_write(volume, status);
 }
 
 /* ---- looking at the index ---- */

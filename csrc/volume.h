@@ -200,6 +200,10 @@ int onion_volume_rewrite_abort(struct onion_volume *volume);
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
 /* What the head's log durably is: length, frames and checksum of the last one. Zeros where it has no frame. */
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state);
+/* Whether more than half of a head's log that is not small is dead: 1 or 0. Costs nothing while little was added to it. */
+int onion_volume_wants_compaction(struct onion_volume *volume);
+/* Whether it is worth to ask that. Costs nothing. */
+int onion_volume_may_want_compaction(const struct onion_volume *volume);
 
 /* Replacing what lies lowest, in two steps, while reads and writes go on: layers that were merged into the base or
  * copied into one new layer, and segments in which no block is left. Between the steps the caller commits.

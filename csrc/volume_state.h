@@ -33,7 +33,17 @@ struct onion_pending {
     uint32_t declared;   /* the segment of the last SEGMENT record */
     struct onion_freed *freed;
     size_t freed_count, freed_capacity;
+    uint64_t freed_slots; /* in all of them */
+    /* Where the volume flushes by itself; later after an attempt that found the disk full. */
+    size_t flush_at_records;
+    uint64_t flush_at_slots;
 };
+
+/* What may wait for a flush that nobody asks for: records (memory, and the size of a frame) and bytes that were freed, which a
+ * guest could else write and trim without end. Above the second bound writers wait. */
+#define ONION_WAITING_RECORDS_MAX (1u << 18)
+#define ONION_WAITING_BYTES_MAX (16ull << 20)
+#define ONION_WAITING_BYTES_HARD (32ull << 20)
 
 /* The head's map log: where the next frame goes. */
 struct onion_head_log {
@@ -54,6 +64,8 @@ struct onion_volume {
     uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
     int poisoned, closed, forked; /* atomic */
     int scrub_wanted;             /* atomic: some segment's is set, or was */
+    int flush_wanted;             /* atomic: more waits for a flush than should */
+    uint64_t log_bytes, compact_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
     char *segments_directory, *layers_directory;
 
     struct onion_map index;
@@ -143,6 +155,14 @@ int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, u
  * nothing changed. The caller holds pending_lock. */
 int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
 int onion_pending_make_room(struct onion_volume *volume);
+/* Flushes by itself where too much waits for it. A full disk is no error here. */
+int onion_volume_relieve(struct onion_volume *volume);
+/* After a write, its locks given up. */
+static inline int onion_volume_after_write(struct onion_volume *volume, int status) {
+    if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
+        return onion_volume_relieve(volume);
+    return status;
+}
 void onion_head_log_close(struct onion_head_log *log);
 
 #endif

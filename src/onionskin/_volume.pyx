@@ -122,6 +122,7 @@ cdef extern from "volume.h" nogil:
     int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
     int onion_volume_log_state(onion_volume *, onion_sealed *)
     int onion_volume_unflushed(onion_volume *)
+    int onion_volume_wants_compaction(onion_volume *)
     int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
     int onion_volume_commit_below(onion_volume *)
     void onion_volume_abort_below(onion_volume *)
@@ -897,6 +898,15 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "close")
         return raw.map_length, raw.map_frames, raw.map_crc
+
+    def wants_compaction(self):
+        """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wants_compaction(self._volume)
+        if status < 0:
+            _raise(status, "flush", self._directory)
+        return status == 1
 
     # ---- seal and rewrite ----
 

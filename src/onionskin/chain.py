@@ -248,9 +248,7 @@ def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[S
     )
 
 
-def _open_head(
-    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
-) -> None:
+def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None) -> None:
     own = [segment.id for segment in segments if segment.role == "own"]
     spare = next(segment.id for segment in segments if segment.role == "spare")
     path.open_head(

@@ -292,7 +292,7 @@ def _named_files(rows: _Rows) -> set[str]:
     for row in rows.pending:
         named |= {f"{row.target.hex()}.map", f"{row.target.hex()}.seg"}
     for volume in rows.volumes:
-        named |= {f"{volume.id.hex()}.lock", f"{volume.id.hex()}.control"}
+        named |= {f"{volume.id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
     return named
 
 

@@ -304,6 +304,7 @@ class Volume:
                 self._settle()
         self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
         self.scrub_freed()
+        self.compact_if_wanted()
 
     def scrub_freed(self) -> None:
         """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
@@ -317,6 +318,22 @@ class Volume:
         except BaseException:
             path.want_scrub(wanted)  # a wish is over when it is recorded
             raise
+
+    def compact_if_wanted(self) -> None:
+        """Write the head's map log anew where most of it is dead: after flushes, also those that did not go through here."""
+        if not self.writable or not self.path.wants_compaction():
+            return
+        if not self.guard.acquire(blocking=False):  # an operation is under way: a later flush asks again
+            return
+        try:
+            if not (self._closed or self.is_merging or self._unsettled):
+                merging.compact(self)
+        except (OSError, OnionskinError) as error:
+            if self.path.poisoned:
+                raise
+            _log.warning("%r: its map could not be written anew, and goes on as it is: %s", self, error)
+        finally:
+            self.guard.release()
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
         """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero."""

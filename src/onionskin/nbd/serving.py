@@ -607,7 +607,8 @@ class Server:
             ("names", self._follow_names),
             ("views", lambda: self._close_idle_views(keep=IDLE_VIEWS_MAX)),
         ]
-        steps += [(one.name, one.volume.scrub_freed) for one in served]
+        for one in served:
+            steps += [(one.name, one.volume.scrub_freed), (one.name, one.volume.compact_if_wanted)]
         for store in list(self._stores.values()):
             steps += [(str(store.path), store.work_soon), (str(store.path), store.make_reserve)]
         for what, step in steps:
