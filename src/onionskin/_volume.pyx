@@ -23,8 +23,6 @@ from onionskin.later import dtypes, numpy
 cdef extern from "Python.h":
     ctypedef struct PyObject
     bint PyLong_CheckExact(object)
-    bint PyBytes_CheckExact(object)
-    bint PyByteArray_CheckExact(object)
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
     # Declared without an exception value: its errors are told anew.
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
@@ -288,15 +286,18 @@ cdef int _refuse_buffer(object buffer, int flags) except -1:
 cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
     """Gets the bytes of a buffer: BufferError where they are not contiguous or, to be read into, read-only; TypeError where
     there are none, or they are Python objects."""
-    cdef bint plain = PyBytes_CheckExact(buffer) or PyByteArray_CheckExact(buffer)
     cdef const char *format
-    if GetBuffer(<PyObject *>buffer, view, flags if plain else flags | PyBUF_ND | PyBUF_FORMAT) < 0:
+    if GetBuffer(<PyObject *>buffer, view, flags) < 0:
         PyErr_Clear()
         return _refuse_buffer(buffer, flags)
-    if plain or view.format == NULL:
+    if view.itemsize == 1:  # no room for a reference to an object
         return 0
+    PyBuffer_Release(view)
+    if GetBuffer(<PyObject *>buffer, view, flags | PyBUF_ND | PyBUF_FORMAT) < 0:
+        PyErr_Clear()
+        return _refuse_buffer(buffer, flags)
     format = view.format
-    while format[0]:
+    while format != NULL and format[0]:
         if format[0] == b"O":
             PyBuffer_Release(view)
             raise TypeError("an array of Python objects has no bytes that could be kept on a disk")

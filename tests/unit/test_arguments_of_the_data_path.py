@@ -151,3 +151,40 @@ def test_an_opening_is_refused_before_the_process_has_too_many_files_to_map(tmp_
     open_view()
     for path in opened:
         path.close()
+
+
+def test_a_snapshot_that_is_refused_for_want_of_mappings_is_not_taken_and_the_volume_goes_on(
+    web: onionskin.Volume, tmp_path: Path
+) -> None:
+    paths: list[DataPath] = []
+    ids = [os.urandom(16) for _ in range(500)]
+    for id in ids:
+        header = encode_header(MAGIC_SEGMENT, uuid=id, block_size=BLOCK, wipe_zero=False)
+        (tmp_path / f"{id.hex()}.seg").write_bytes(header)
+    web.snapshot("before")
+    with pytest.raises(StateError, match="max_map_count"):
+        for count in (*[500] * 1000, 1):
+            path = DataPath(
+                block_size=BLOCK, size_bytes=BLOCK, segments_directory=tmp_path, layers_directory=tmp_path,
+                wipe_zero=False, writable=False,
+            )  # fmt: skip
+            paths.append(path)
+            segments = [(id, 0) for id in ids[:count]]
+            path.add_layer(map_path="", map_id=bytes(16), length=0, frames=0, crc=0, segments=segments)
+            path.fold_layers()
+    with pytest.raises(StateError, match="max_map_count"):
+        for turn in range(600):  # what is left
+            web.write(0, b"%d" % (turn % 10))
+            web.snapshot(f"s{turn}")
+    taken = len(web.snapshots)
+    web.write(0, b"after")
+    web.flush()
+    for path in paths:
+        path.close()
+    web.snapshot("after")
+    assert len(web.snapshots) == taken + 1
+    assert web.read(0, 5) == b"after"
+    name, store = web.name, web.store
+    web.close()
+    with store.open(name) as again:
+        assert again.read(0, 5) == b"after"
