@@ -98,8 +98,7 @@ def open_to_read(store: "Store", name: Name) -> "Volume":
     """Open a snapshot, or a head that nobody else holds, so that nothing is written: neither to it nor to the store."""
     if name.snapshot is not None:
         return store.open(name.volume, snapshot=name.snapshot)
-    how: dict[str, Any] = {"mode": "r"} if "mode" in (onionskin.Store.open.__kwdefaults__ or ()) else {}
-    return store.open(name.volume, **how)
+    return store.open(name.volume, mode="r")
 
 
 def live(store: "Store", name: str) -> "LiveVolume | None":

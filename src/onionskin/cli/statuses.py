@@ -114,9 +114,10 @@ _IN_WORDS_OF_THE_COMMAND_LINE = [
     (re.compile(pattern), said)
     for pattern, said in (
         (r"pass (recursive|force|trust)\b", r"give --\1"),
-        (r"relocate with trust\b", "relocate with --trust"),
-        (r"taken by create\(digest=True\)", "taken by create --digest"),
-        (r"create volumes with digest=True to verify them", "create --digest takes one"),
+        (r"ask for a recursive removal\b", "give --recursive"),
+        (r"say that you trust it if", "give --trust if"),
+        (r" \(--trust on the command line, trust=True in Python\)", " (--trust)"),
+        (r"create volumes with a digest to verify them", "create --digest takes one"),
         (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
         (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
     )
