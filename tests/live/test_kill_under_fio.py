@@ -1,10 +1,10 @@
 """kill -9 of the server under fio's verified load: fio itself finds everything that it was answered for.
 
 One fio writes to two halves of a volume. In the lower one, parts are written one after the other, each to its end, with a
-flush behind it or without one: a part that fio ended without an error was answered for as a whole. In the upper one, a load with sixteen
-requests under way and, where the parts have some, flushes of its own goes on until the server is gone. Without flushes a
-snapshot comes first, so that all that is written is new to the head, and only pending records say where it is. Every part has a seed of its own each time, so
-that fio takes what an earlier round wrote for the error that it would be.
+flush behind it or without one: a part that fio ended without an error was answered for as a whole. In the upper one, a load
+with sixteen requests under way and, where the parts have some, flushes of its own goes on until the server is gone. Without
+flushes a snapshot comes first, so that all that is written is new to the head, and only pending records say where it is.
+Every part has a seed of its own each time, so that fio takes what an earlier round wrote for the error that it would be.
 """
 
 import json
