@@ -93,7 +93,7 @@ class Explorer:
         (relation,), (place,) = self._chosen("relation", ("same",)), self._chosen("place", ("threads",))
         (wipe,), (fault,) = self._chosen("wipe", ("release",)), self._chosen("fault", ("none",))
         case = Case(first, second, relation, place, wipe, fault, self.given.step)
-        verdict = run_pair(self.conductor, self.world(wipe), case, strict=self.given.strict, trace=True)
+        verdict = run_pair(self.conductor, self.world(wipe), case, strict=self.given.strict, trace=True, trace_hangs=True)
         for number, label in enumerate(verdict.labels):
             print(f"{number:5} {label}{'   <- held here' if number == case.step else ''}")
         print(*verdict.outcomes, sep="\n")
@@ -120,7 +120,7 @@ class Explorer:
             if fault.startswith("kill") and case.place != "processes":
                 continue
             label = verdict.labels[step] if step < len(verdict.labels) else ""
-            if fault in ("EIO", "ENOSPC") and not label.startswith(CAN_FAIL):
+            if fault in CAN_FAIL and not label.startswith(CAN_FAIL[fault]):
                 continue
             yield fault
 

@@ -11,7 +11,7 @@ import gc
 import os
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,8 +39,11 @@ def find(root: Path, *, half_merged: bool, strict: bool) -> Findings:
     if strict:
         found.wrong += [f"before any opening: {fault}" for fault in structure(root / "store", ended=False)]
     with onionskin.Store(root / "store") as store:
-        for info in store.volumes():
-            _attempt(found, f"volume {info.name}", lambda name=info.name: _read_volume(store, name, found))
+        names = [info.name for info in store.volumes()]
+        if half_merged:
+            end_merges(store, names)
+        for name in names:
+            _attempt(found, f"volume {name}", lambda name=name: _read_volume(store, name, found))
         _attempt(found, "check", lambda: _check(store, found, half_merged))
     for path in sorted(root.glob("*.img*")):
         if path.suffix == ".img":
@@ -49,6 +52,13 @@ def find(root: Path, *, half_merged: bool, strict: bool) -> Findings:
             found.wrong.append(f"{path.name.split('.')[0]} left a part behind")
     found.wrong += structure(root / "store", ended=not half_merged)
     return found
+
+
+def end_merges(store: Any, names: list[str]) -> None:
+    """Let the volume that began a merge into a base end it: until then its base is for nobody else."""
+    for name in names:
+        with suppress(Exception), store.open(name) as volume:
+            volume.merge_into_base("s1")
 
 
 def _attempt(found: Findings, what: str, call: Callable[[], Any]) -> None:

@@ -20,6 +20,7 @@ from pairs.units import BLOCK_UNITS
 Disk = tuple[int, ...]
 Operation = tuple[Any, ...]
 Key = str  # names a volume for good, whatever its name is
+NODES_MAX = 20000
 NOTHING: Mapping[int, frozenset[int]] = {}
 
 
@@ -350,9 +351,9 @@ def held(state: State, result: Any, handle: str) -> State:
     return _same(state, result, True)
 
 
-def gone(state: State, result: Any, prefix: str) -> State:
+def gone(state: State, result: Any, handles: tuple[str, ...]) -> State:
     """A process died: its handles went with it."""
-    return replace(state, handles={h: what for h, what in state.handles.items() if not h.startswith(prefix)})
+    return replace(state, handles={h: what for h, what in state.handles.items() if h not in handles})
 
 
 def _same(state: State, found: Any, wanted: Any) -> State:
@@ -401,6 +402,7 @@ class Explanation:
     """Whether an order was found; if not, what was nearest to one. `late`: an operation that raised had been done."""
 
     found: bool = False
+    unknown: bool = False  # there were too many orders to try them all
     late: str | None = None
     nearest: str = "no order of the operations gives their results"
     distance: int = 1 << 30
@@ -410,64 +412,71 @@ def explain(initial: State, actors: list[list[Event]], found: Found, *, faulty: 
     """Look for an order. `faulty`: what was not flushed may be lost. `torn`: images that may be half merged."""
     best = Explanation()
     for late_allowed in (False, True):
-        for state, late in _orders(initial, actors, tuple(0 for _ in actors), None, late_allowed, best):
+        search = _Search(actors, late_allowed, best)
+        for state, late in search.orders(initial, tuple(0 for _ in actors), None):
             why = _differences(state, found, faulty, torn)
             if not why:
                 return Explanation(found=True, late=late)
             if len(why) < best.distance:
                 best.distance, best.nearest = len(why), "; ".join(why[:4])
+        best.unknown |= search.left <= 0
     return best
 
 
-def _orders(
-    state: State,
-    actors: list[list[Event]],
-    at: tuple[int, ...],
-    late: str | None,
-    late_allowed: bool,
-    best: Explanation,
-) -> Iterator[tuple[State, str | None]]:
-    if all(position == len(events) for position, events in zip(at, actors, strict=True)):
-        yield state, late
-        return
-    for which, events in enumerate(actors):
-        if at[which] == len(events):
-            continue
-        event = events[at[which]]
-        others = [a[p] for w, (p, a) in enumerate(zip(at, actors, strict=True)) if w != which and p < len(a)]
-        if any(other.ended < event.begun for other in others):
-            continue
-        after = tuple(position + (w == which) for w, position in enumerate(at))
-        for reached, now_late in _after(state, event, actors, at, which, late_allowed, best):
-            yield from _orders(reached, actors, after, late or now_late, late_allowed, best)
+class _Search:
+    """Goes through the orders of events; each state is gone on from once at each place in them."""
 
+    def __init__(self, actors: list[list[Event]], late_allowed: bool, best: Explanation) -> None:
+        self.actors, self.late_allowed, self.best = actors, late_allowed, best
+        self.seen: set[object] = set()
+        self.left = NODES_MAX
 
-def _after(
-    state: State, event: Event, actors: list[list[Event]], at: tuple[int, ...], which: int, late_allowed: bool,
-    best: Explanation,
-) -> Iterator[tuple[State, str | None]]:  # fmt: skip
-    """Return the states in which an operation may leave a state."""
-    name, *arguments = event.operation
-    if event.status != "done":
-        try:
-            done = RULES[name](state, None, *arguments) if name not in _LOOK else state
-        except (RefusedError, WrongResultError) as refusal:
-            if event.status == "maybe" or event.result in ("busy", str(refusal)):
-                yield state, None
+    def orders(self, state: State, at: tuple[int, ...], late: str | None) -> Iterator[tuple[State, str | None]]:
+        key = (at, late, repr(state))
+        self.left -= 1
+        if key in self.seen or self.left <= 0:
             return
-        if event.status == "maybe" or event.result == "busy":
-            yield state, None
-        if event.status == "maybe" or late_allowed:
-            yield done, f"{name} raised and was done" if event.status == "raised" else None
-        return
-    try:
-        if name == "read":
-            _check_read(state, event, actors, at, which)
-        yield RULES[name](state, event.result, *arguments), None
-    except RefusedError as refusal:
-        _note(best, f"{name} was done, and had to be refused ({refusal})")
-    except WrongResultError as wrong:
-        _note(best, f"{name}{tuple(arguments)}: {wrong}")
+        self.seen.add(key)
+        if all(position == len(events) for position, events in zip(at, self.actors, strict=True)):
+            yield state, late
+            return
+        for which, events in enumerate(self.actors):
+            if at[which] == len(events) or self._comes_later(events[at[which]], at, which):
+                continue
+            after = tuple(position + (w == which) for w, position in enumerate(at))
+            for reached, now_late in self.after(state, events[at[which]], at, which):
+                yield from self.orders(reached, after, late or now_late)
+
+    def _comes_later(self, event: Event, at: tuple[int, ...], which: int) -> bool:
+        """Whether something that has not had its turn ended before the event began."""
+        return any(
+            w != which and position < len(events) and events[position].ended < event.begun
+            for w, (position, events) in enumerate(zip(at, self.actors, strict=True))
+        )
+
+    def after(self, state: State, event: Event, at: tuple[int, ...], which: int) -> Iterator[tuple[State, str | None]]:
+        """Return the states in which an operation may leave a state."""
+        name, *arguments = event.operation
+        if event.status != "done":
+            try:
+                done = RULES[name](state, None, *arguments) if name not in _LOOK else state
+            except (RefusedError, WrongResultError) as refusal:
+                if event.status == "maybe" or event.result in ("busy", str(refusal)):
+                    yield state, None
+                return
+            if event.status == "maybe" or event.result == "busy":
+                yield state, None
+            if name not in _LOOK and (event.status == "maybe" or self.late_allowed):
+                yield done, f"{name} raised and was done" if event.status == "raised" else None
+            return
+        try:
+            if name == "read":
+                _check_read(state, event, self.actors, at, which)
+            yield RULES[name](state, event.result, *arguments), None
+        except RefusedError as refusal:
+            _note(self.best, f"{name} was done, and had to be refused ({refusal})")
+        except WrongResultError as wrong:
+            _note(self.best, f"{name}{tuple(arguments)}: {wrong}")
 
 
 _LOOK = {"volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read"}

@@ -8,19 +8,15 @@ one goes on to its end. At step k the first may be killed, before or after the s
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
 
 from pairs import judging, model
-from pairs.model import Event, Found, Operation, State
+from pairs.model import Event, Found, Operation
 from pairs.steps import FREE, Conductor, Thread
 from pairs.verbs import BY_NAME, NEEDS_CLONE, Place, Verb, program
 from pairs.worker import Actor, Process
@@ -31,9 +27,10 @@ PLACES = ("threads", "stores", "processes")
 FAULTS = ("none", "kill first", "kill last", "EIO", "ENOSPC")
 ERRORS = {"EIO": 5, "ENOSPC": 28}
 # Steps at which a call can fail. Locks, looks and what is between calls cannot.
-CAN_FAIL = ("create", "open", "unlink", "rename", "link", "write", "read", "sync", "truncate", "allocate", "punch",
-            "copy to", "catalog")  # fmt: skip
-RUN_SECONDS = 20.0
+CAN_FILL = ("create", "rename", "link", "write", "sync", "truncate", "allocate", "copy to", "catalog: COMMIT",
+            "catalog: INSERT", "catalog: UPDATE", "catalog: DELETE")  # fmt: skip
+CAN_FAIL = {"ENOSPC": CAN_FILL, "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog: BEGIN", "catalog: SELECT")}
+RUN_SECONDS = 120.0
 HANG_SECONDS = 3.0
 IDLE_STEPS_MAX = 600
 
@@ -68,6 +65,7 @@ class Verdict:
 
     violations: list[str] = field(default_factory=list)
     weak: list[str] = field(default_factory=list)  # raised, and was done
+    unknown: bool = False  # too many orders to try
     steps: int = 0
     at: str = ""
     labels: list[str] = field(default_factory=list)
@@ -192,11 +190,11 @@ class Run:
         return not self.conductor.of(actor)
 
     def settle(self) -> None:
-        """Wait until no thread runs. One that runs without a step for long counts as one that waits."""
-        if not self.conductor.settle():
-            self._look_for_deaths()
+        """Wait until no thread runs. One that does nothing, and says nothing, waits for something unknown."""
+        while not self.conductor.settle():
+            self._look_at_the_clock()
             for thread in self.conductor.threads.values():
-                if thread.state == "runs":
+                if thread.state == "runs" and not is_at_work(thread.process):
                     thread.state, thread.label = "blocked", f"something unknown behind {thread.label}"
         self._look_at_the_clock()
 
@@ -254,6 +252,9 @@ class Run:
         """Whether somebody who waits goes on after all: a thread that is no actor's may have done what he waits for."""
         before = [(thread.slot, thread.state) for thread in self.conductor.threads.values()]
         self.conductor.wait_for_any(HANG_SECONDS)
+        while any(is_at_work(pid) for pid in self.pids.values()):
+            self._look_at_the_clock()
+            self.conductor.wait_for_any(0.1)
         return before != [(thread.slot, thread.state) for thread in self.conductor.threads.values()]
 
     def where(self) -> str:
@@ -290,6 +291,12 @@ class Run:
                 self.verdict.violations += closed if isinstance(closed, list) else [closed]
             os.waitpid(self.pids.pop(process), 0)
 
+    def print_stacks(self) -> None:
+        """Let the processes of a run that hangs say on stderr where they are."""
+        for pid in self.pids.values():
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+
     def end_all(self) -> None:
         """Kill what is left of a run that hangs."""
         for pid in self.pids.values():
@@ -316,7 +323,9 @@ class Run:
         found = Found(findings.volumes, findings.snaps, findings.images)
         faulty = bool(self.dead or self.faulty)
         explanation = model.explain(self.before, events, found, faulty=faulty, torn=torn)
-        if not explanation.found:
+        if explanation.unknown and not explanation.found:
+            self.verdict.unknown = True
+        elif not explanation.found:
             self.verdict.violations.append(explanation.nearest)
         elif explanation.late:
             self.verdict.weak.append(explanation.late)
@@ -341,6 +350,8 @@ class Run:
                 status, result, text = outcomes[index]
                 if status == "raised":
                     status = self._judge_error(plan, operation, result, text)
+                elif plan.number in self.faulty and operation[0] in ("check", "repair"):
+                    result = []  # it says of the error what it should
             self.verdict.outcomes.append(f"{plan.place.actor} {operation[0]}: {text or status}")
             events.append(
                 Event(self._modelled(plan, operation, index), status, result, begun[index], ended.get(index, 1 << 30))
@@ -348,8 +359,7 @@ class Run:
         if plan.number in self.dead:
             at = self.died_at[plan.number]
             events = [replace(event, ended=min(event.ended, at)) for event in events]
-            prefix = "AB" if plan.handle and plan.handle[0] == "AB" else plan.place.actor
-            events.append(Event(("gone", prefix), "done", None, at, at))
+            events.append(Event(("gone", (plan.place.handle, plan.place.own)), "done", None, at, at))
         return events
 
     def _judge_error(self, plan: Plan, operation: Operation, kind: str, text: str) -> str:
@@ -380,6 +390,16 @@ class Run:
                 held.pop(note.actor, None)
 
 
+def is_at_work(pid: int) -> bool:
+    """Whether any thread of a process runs or would like to: on a busy machine it may wait long for a processor."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] in "RD":
+                    return True
+    return False
+
+
 def look(world: World, *, half_merged: bool, strict: bool) -> judging.Findings:
     """Read the store in a process of its own."""
     mine, its = Pipe(duplex=False)
@@ -401,7 +421,15 @@ def look(world: World, *, half_merged: bool, strict: bool) -> judging.Findings:
         mine.close()
 
 
-def run_pair(conductor: Conductor, world: World, case: Case, *, strict: bool = False, trace: bool = False) -> Verdict:
+def run_pair(
+    conductor: Conductor,
+    world: World,
+    case: Case,
+    *,
+    strict: bool = False,
+    trace: bool = False,
+    trace_hangs: bool = False,
+) -> Verdict:
     """Run one case and judge it."""
     run = Run(conductor, world, plans_of(case))
     conductor.set_trace(trace)
@@ -413,6 +441,8 @@ def run_pair(conductor: Conductor, world: World, case: Case, *, strict: bool = F
         run.judge(strict=strict)
     except HangError as hang:
         run.verdict.violations.append(f"hang: {hang}")
+        if trace_hangs:
+            run.print_stacks()
     finally:
         run.verdict.labels = [label for actor, _, label in sorted(conductor.trace) if actor == 0]
         run.end_all()
@@ -442,8 +472,6 @@ def _arrange_pair(run: Run, case: Case) -> None:
         run.faulty.add(0)
         for thread in held[:1]:
             run.conductor.limit(0, FREE)
-            run.conductor.resume(thread, ERRORS[case.fault] if thread.label.startswith(CAN_FAIL) else 0)
+            run.conductor.resume(thread, ERRORS[case.fault] if thread.label.startswith(CAN_FAIL[case.fault]) else 0)
     run.to_end(0, [])
 
-
-__all__ = ["Case", "Counter", "Run", "Verdict", "random", "run_pair", "State", "Iterator", "Callable", "Any"]

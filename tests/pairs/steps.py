@@ -21,7 +21,6 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("steps.c")
 RECORD = struct.Struct("<iiiiq104s")
 FREE = 1 << 60  # a limit that no actor reaches
-STALL_SECONDS = 5.0  # how long a thread may run without a step before it counts as one that waits for something unknown
+STALL_SECONDS = 0.5  # how long a thread may run without a step before somebody looks whether it runs
 
 
 class NotPreloadedError(Exception):
@@ -80,7 +79,7 @@ class SteppedConnection(sqlite3.Connection):
 
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         words = statement.lstrip()[:6].upper().rstrip()
-        if words == "SELECT" and self.in_transaction and not self._begins:
+        if words in ("SELECT", "WITH") and self.in_transaction and not self._begins:
             return super().execute(statement, *values)
         self._begins = words == "BEGIN"
         error = _LIBRARY.pairs_step(_label_of(statement).encode()) if _LIBRARY else 0
@@ -267,7 +266,3 @@ class Conductor:
                 thread.number = number
                 self.trace.append((actor, number, label))
 
-
-def hang_seconds_since(begun: float) -> float:
-    """Return the seconds since a time of `time.monotonic`."""
-    return time.monotonic() - begun

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import gc
 import io
 import mmap
@@ -58,6 +59,7 @@ class Process:
         import onionskin
         from onionskin import background
 
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         background.LINGER_SECONDS = 0.0  # so that each thread of it belongs to the actor that woke it
         try:
             for actor in self.actors:
