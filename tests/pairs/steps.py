@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,18 +73,29 @@ def preloaded() -> bool:
 # ---- in the processes that are conducted ----
 
 
-class SteppedConnection(sqlite3.Connection):
-    """A connection whose statements are steps: all that change something, and reads that begin a new state."""
+class _Announced(threading.local):
+    """What this thread is about to ask of the catalog was a step already; `error` is what it has to fail with."""
 
-    _under_steps = True
+    is_set = False
+    error = 0
+
+
+_announced = _Announced()
+_LIBRARY: Any = None
+# Of onionskin.catalog.Catalog: each takes its guard, and a thread that is held must not hold that.
+GUARDED = ("rows", "chain", "reading", "transaction")
+
+
+class SteppedConnection(sqlite3.Connection):
+    """A connection whose statements are steps: all that change something, and those that begin to read."""
 
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        words = statement.lstrip()[:6].upper().rstrip()
-        if words in ("SELECT", "WITH") and self.in_transaction and not self._begins:
+        word = (statement.split(None, 1) or [""])[0].upper()
+        if _LIBRARY is None or word == "ROLLBACK" or (word in ("SELECT", "WITH") and self.in_transaction):
             return super().execute(statement, *values)
-        self._begins = words == "BEGIN"
-        error = _LIBRARY.pairs_step(_label_of(statement).encode()) if _LIBRARY else 0
-        if error and words == "COMMIT":
+        error = _announced.error if _announced.is_set else _LIBRARY.pairs_step(_label_of(statement).encode())
+        _announced.is_set = False
+        if error and word == "COMMIT":
             # As SQLite would meet it: its own write to the log fails.
             _LIBRARY.pairs_fail_catalog(error)
             try:
@@ -94,10 +106,20 @@ class SteppedConnection(sqlite3.Connection):
             raise _sqlite_error(error)
         return super().execute(statement, *values)
 
-    _begins = False
 
+def _announcing(name: str, method: Any) -> Any:
+    """Make a call of the catalog a step before it takes the catalog's guard."""
 
-_LIBRARY: Any = None
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not self._connection.in_transaction:
+            what = arguments[1:2] if name == "rows" else ()
+            table = getattr(arguments[0], "__name__", "") if name == "rows" else ""
+            label = " ".join(str(part) for part in ("catalog:", name, table, *what) if part)
+            _announced.error = _LIBRARY.pairs_step(label[:90].encode())
+            _announced.is_set = True
+        return method(self, *arguments, **options)
+
+    return call
 
 
 def _label_of(statement: str) -> str:
@@ -126,6 +148,11 @@ def step_the_catalog() -> None:
             return plain(*arguments, **{"factory": SteppedConnection, **options})
 
         sqlite3.connect = connect  # type: ignore[assignment]
+        from onionskin.catalog import Catalog
+
+        for name in GUARDED:
+            if hasattr(Catalog, name):
+                setattr(Catalog, name, _announcing(name, getattr(Catalog, name)))
 
 
 @contextmanager
