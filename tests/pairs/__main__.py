@@ -27,7 +27,7 @@ def under_steps() -> None:
             **os.environ,
             "LD_PRELOAD": str(steps.build()),
             "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])))),
         }
         os.execve(sys.executable, [sys.executable, "-m", "pairs", *sys.argv[1:]], environment)
 
@@ -45,12 +45,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--relation", action="append", help="same, related or other; may be repeated")
     parser.add_argument("--place", action="append", help="threads, stores or processes; may be repeated")
     parser.add_argument("--wipe", action="append", help="release or zero; may be repeated")
-    parser.add_argument("--fault", action="append", help="none, 'kill first', 'kill last', EIO or ENOSPC; may be repeated")
+    parser.add_argument(
+        "--fault", action="append", help="none, 'kill first', 'kill last', EIO or ENOSPC; may be repeated"
+    )
     parser.add_argument("--step", type=int, default=-1, help="of --one: where the first one is held; -1 is its end")
     parser.add_argument("--seconds", type=float, help="end after so long")
     parser.add_argument("--seed", type=int, help="what the order of what is tried is drawn from")
     parser.add_argument("--part", default="0/1", help="of several that run side by side, which: 0/2 and 1/2")
-    parser.add_argument("--strict", action="store_true", help="no file without a row before the first opening, too")
     parser.add_argument("--stop", action="store_true", help="end at the first violation")
     parser.add_argument("--directory", type=Path, help="where the stores are made; /dev/shm where there is one")
     return parser
@@ -63,7 +64,9 @@ def main() -> int:
     from pairs.exploring import Explorer
 
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="pairs.", dir=given.directory or (memory if memory.is_dir() else None)) as root:
+    with tempfile.TemporaryDirectory(
+        prefix="pairs.", dir=given.directory or (memory if memory.is_dir() else None)
+    ) as root:
         return Explorer(given, Path(root)).run()
 
 

@@ -33,7 +33,7 @@ def _one(explorer: Explorer, number: int, *, tell: bool) -> None:
     fault = source.choice(("none", "none", "none", "kill", "EIO", "ENOSPC"))
     who = " + ".join(f"{plan.verb.name} {plan.place.volume}" for plan in plans)
     crowd = Crowd(explorer.conductor, world, plans, source, fault)
-    verdict = crowd.run(strict=explorer.given.strict, tell=tell)
+    verdict = crowd.run(tell=tell)
     explorer.tally.runs["kill" if crowd.dead else fault if crowd.faulty else "none"] += 1
     explorer.tally.pairs |= {(a.verb.name, b.verb.name) for a in plans for b in plans if a is not b}
     explorer.add(verdict, f"python -m pairs --one-random {number}", who)
@@ -72,14 +72,14 @@ class Crowd(Run):
         self.source, self.fault = source, fault
         self.fault_at = source.randrange(2, 40)
 
-    def run(self, *, strict: bool, tell: bool) -> Verdict:
+    def run(self, *, tell: bool) -> Verdict:
         """Run it and judge it."""
         self.conductor.set_trace(tell)
         try:
             self.begin()
             self.arrange()
             self.finish()
-            self.judge(strict=strict)
+            self.judge()
         except HangError as hang:
             self.verdict.violations.append(f"hang: {hang}")
             if tell:

@@ -93,7 +93,7 @@ class Explorer:
         (relation,), (place,) = self._chosen("relation", ("same",)), self._chosen("place", ("threads",))
         (wipe,), (fault,) = self._chosen("wipe", ("release",)), self._chosen("fault", ("none",))
         case = Case(first, second, relation, place, wipe, fault, self.given.step)
-        verdict = run_pair(self.conductor, self.world(wipe), case, strict=self.given.strict, trace=True, trace_hangs=True)
+        verdict = run_pair(self.conductor, self.world(wipe), case, trace=True, trace_hangs=True)
         for number, label in enumerate(verdict.labels):
             print(f"{number:5} {label}{'   <- held here' if number == case.step else ''}")
         print(*verdict.outcomes, sep="\n")
@@ -136,7 +136,7 @@ class Explorer:
                 self._one_of(first, second, steps)
 
     def _one_of(self, first: str, second: str, known: dict[Case, Verdict]) -> None:
-        choices = [case for case in self._combinations_of(first, second)]
+        choices = list(self._combinations_of(first, second))
         case = self.random.choice(choices)
         if case not in known:
             known[case] = self._try(case, trace=True)
@@ -157,7 +157,7 @@ class Explorer:
     # ---- one run ----
 
     def _try(self, case: Case, *, trace: bool = False) -> Verdict:
-        verdict = run_pair(self.conductor, self.world(case.wipe), case, strict=self.given.strict, trace=trace)
+        verdict = run_pair(self.conductor, self.world(case.wipe), case, trace=trace)
         self.tally.pairs.add((case.first, case.second))
         self.tally.runs[case.fault] += 1
         self.add(verdict, f"python -m pairs --one {case}", f"{case.first} / {case.second}")
@@ -193,6 +193,7 @@ class Explorer:
 def load_all() -> None:
     """Import what the engine would import when it is first used: forked processes have it then."""
     import numpy
+
     import onionskin
 
     for module in ("images", "delta", "layering", "usage", "transfer", "gathering", "background", "store"):

@@ -31,13 +31,12 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
 
 
-def find(root: Path, *, half_merged: bool, strict: bool) -> Findings:
+def find(root: Path, *, half_merged: bool, killed: bool) -> Findings:
     """Open the store of a run and look at all of it. `half_merged`: a merge into the base may not have ended."""
     import onionskin
 
     found = Findings()
-    if strict:
-        found.wrong += [f"before any opening: {fault}" for fault in structure(root / "store", ended=False)]
+    found.wrong += [f"before any opening: {fault}" for fault in structure(root / "store", ended=False)]
     with onionskin.Store(root / "store") as store:
         names = [info.name for info in store.volumes()]
         if half_merged:
@@ -48,7 +47,7 @@ def find(root: Path, *, half_merged: bool, strict: bool) -> Findings:
     for path in sorted(root.glob("*.img*")):
         if path.suffix == ".img":
             found.images[path.name] = numbers_of(path.read_bytes())
-        elif strict:
+        elif not killed:
             found.wrong.append(f"{path.name.split('.')[0]} left a part behind")
     found.wrong += structure(root / "store", ended=not half_merged)
     return found
@@ -124,11 +123,11 @@ def _unreached(layers: list[tuple[Any, ...]], tops: set[bytes]) -> set[bytes]:
     return set(parents) - reached
 
 
-def find_and_send(root: Path, answer: Connection, *, half_merged: bool, strict: bool) -> None:
+def find_and_send(root: Path, answer: Connection, *, half_merged: bool, killed: bool) -> None:
     """Run in a forked process. Never returns."""
     gc.disable()
     try:
-        answer.send(find(root, half_merged=half_merged, strict=strict))
+        answer.send(find(root, half_merged=half_merged, killed=killed))
     except BaseException as error:
         answer.send(Findings(wrong=[f"the store cannot be looked at: {type(error).__name__}: {error}"]))
     finally:

@@ -166,7 +166,7 @@ class Run:
                 mine, its = Pipe(duplex=False)
                 self.results[plan.number] = mine
                 theirs.append(its)
-                streams = {h: self.world.streams[plan.place.volume][0] for h in (plan.place.handle, plan.place.own)}
+                streams = dict.fromkeys((plan.place.handle, plan.place.own), self.world.streams[plan.place.volume][0])
                 actors.append(Actor(plan.number, plan.operations, its, plan.store, plan.handle, streams))
         mine, its = Pipe()
         pid = os.fork()
@@ -184,7 +184,9 @@ class Run:
     # ---- moving ----
 
     def movable(self, actor: int, *states: str) -> list[Thread]:
-        return [thread for thread in self.conductor.of(actor) if thread.state in (states or ("parked", "got", "sleeps"))]
+        return [
+            thread for thread in self.conductor.of(actor) if thread.state in (states or ("parked", "got", "sleeps"))
+        ]
 
     def ended(self, actor: int) -> bool:
         return not self.conductor.of(actor)
@@ -310,14 +312,14 @@ class Run:
 
     # ---- judging ----
 
-    def judge(self, *, strict: bool) -> None:
+    def judge(self) -> None:
         """Compare what is there with what may be."""
         self.conductor.settle(0.0)
         events = [self._events(plan) for plan in self.plans]
         merges = [event for of_one in events for event in of_one if event.operation[0] == "merge_base"]
         half_merged = any(event.status != "done" for event in merges)
         self._judge_holders()
-        findings = look(self.world, half_merged=half_merged, strict=strict)
+        findings = look(self.world, half_merged=half_merged, killed=bool(self.dead))
         self.verdict.violations += findings.wrong
         torn = {"base.img", "moved.img"} if half_merged else set()
         found = Found(findings.volumes, findings.snaps, findings.images)
@@ -400,12 +402,12 @@ def is_at_work(pid: int) -> bool:
     return False
 
 
-def look(world: World, *, half_merged: bool, strict: bool) -> judging.Findings:
+def look(world: World, *, half_merged: bool, killed: bool) -> judging.Findings:
     """Read the store in a process of its own."""
     mine, its = Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
-        judging.find_and_send(world.root, its, half_merged=half_merged, strict=strict)
+        judging.find_and_send(world.root, its, half_merged=half_merged, killed=killed)
     its.close()
     try:
         if not mine.poll(RUN_SECONDS):
@@ -426,7 +428,6 @@ def run_pair(
     world: World,
     case: Case,
     *,
-    strict: bool = False,
     trace: bool = False,
     trace_hangs: bool = False,
 ) -> Verdict:
@@ -438,7 +439,7 @@ def run_pair(
         _arrange_pair(run, case)
         run.verdict.steps = conductor.count(0)
         run.finish()
-        run.judge(strict=strict)
+        run.judge()
     except HangError as hang:
         run.verdict.violations.append(f"hang: {hang}")
         if trace_hangs:
@@ -474,4 +475,3 @@ def _arrange_pair(run: Run, case: Case) -> None:
             run.conductor.limit(0, FREE)
             run.conductor.resume(thread, ERRORS[case.fault] if thread.label.startswith(CAN_FAIL[case.fault]) else 0)
     run.to_end(0, [])
-

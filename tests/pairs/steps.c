@@ -348,6 +348,22 @@ static int at_path(const char *what, const char *path) {
     return name && !is_catalog(name) ? step(what, name) : 0;
 }
 
+/* The same for a name in an open directory. */
+static int at_name(const char *what, int directory, const char *path) {
+    char link[64], whole[PATH_MAX];
+    if (!own_actor || directory == AT_FDCWD || path[0] == '/')
+        return at_path(what, path);
+    int saved = errno;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+    ssize_t length = readlink(link, whole, sizeof whole - 1);
+    errno = saved;
+    if (length < 0 || (size_t)length + strlen(path) + 2 > sizeof whole)
+        return 0;
+    whole[length] = '/';
+    strcpy(whole + length + 1, path);
+    return at_path(what, whole);
+}
+
 static int at_file(const char *what, int fd) {
     char out[64];
     const char *name = own_actor ? name_of(fd, out) : NULL;
@@ -369,7 +385,7 @@ static int at_file(const char *what, int fd) {
     } while (0)
 
 static int open_stepped(int directory, const char *path, int flags, mode_t mode) {
-    FAIL_AT(at_path(flags & O_CREAT ? "create" : "open", path));
+    FAIL_AT(at_name(flags & O_CREAT ? "create" : "open", directory, path));
     return (int)syscall(SYS_openat, directory, path, flags, mode);
 }
 
@@ -399,7 +415,7 @@ EXPORT int unlink(const char *path) {
     return (int)syscall(SYS_unlinkat, AT_FDCWD, path, 0);
 }
 EXPORT int unlinkat(int directory, const char *path, int flags) {
-    FAIL_AT(at_path("unlink", path));
+    FAIL_AT(at_name("unlink", directory, path));
     return (int)syscall(SYS_unlinkat, directory, path, flags);
 }
 EXPORT int rename(const char *from, const char *to) {
@@ -407,11 +423,11 @@ EXPORT int rename(const char *from, const char *to) {
     return (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
 }
 EXPORT int renameat(int from_directory, const char *from, int to_directory, const char *to) {
-    FAIL_AT(at_path("rename", to));
+    FAIL_AT(at_name("rename", to_directory, to));
     return (int)syscall(SYS_renameat2, from_directory, from, to_directory, to, 0);
 }
 EXPORT int renameat2(int from_directory, const char *from, int to_directory, const char *to, unsigned flags) {
-    FAIL_AT(at_path("rename", to));
+    FAIL_AT(at_name("rename", to_directory, to));
     return (int)syscall(SYS_renameat2, from_directory, from, to_directory, to, flags);
 }
 EXPORT int link(const char *from, const char *to) {
@@ -419,7 +435,7 @@ EXPORT int link(const char *from, const char *to) {
     return (int)syscall(SYS_linkat, AT_FDCWD, from, AT_FDCWD, to, 0);
 }
 EXPORT int linkat(int from_directory, const char *from, int to_directory, const char *to, int flags) {
-    FAIL_AT(at_path("link", to));
+    FAIL_AT(at_name("link", to_directory, to));
     return (int)syscall(SYS_linkat, from_directory, from, to_directory, to, flags);
 }
 EXPORT int stat(const char *path, struct stat *out) {

@@ -46,7 +46,17 @@ def build() -> Path:
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
         if shutil.which(compiler[0]) is None:
             compiler = ["cc"]
-        options = "-std=gnu11 -O2 -Wall -Wextra -Werror -fvisibility=hidden -shared -fPIC -pthread".split()
+        options = [
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fvisibility=hidden",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+        ]
         draft = target.with_suffix(f".{os.getpid()}")
         subprocess.run([*compiler, *options, "-o", draft, SOURCE, "-ldl"], check=True)
         draft.replace(target)
@@ -83,7 +93,9 @@ class _Announced(threading.local):
 _announced = _Announced()
 _LIBRARY: Any = None
 # Of onionskin.catalog.Catalog: each takes its guard, and a thread that is held must not hold that.
-GUARDED = ("rows", "chain", "reading", "transaction")
+GUARDED = ("_select", "has", "count", "chain", "reading", "transaction", "sync_found")
+
+_ASKING = ("_select", "has", "count")
 
 
 class SteppedConnection(sqlite3.Connection):
@@ -112,9 +124,8 @@ def _announcing(name: str, method: Any) -> Any:
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         if not self._connection.in_transaction:
-            what = arguments[1:2] if name == "rows" else ()
-            table = getattr(arguments[0], "__name__", "") if name == "rows" else ""
-            label = " ".join(str(part) for part in ("catalog:", name, table, *what) if part)
+            what = [getattr(argument, "__name__", argument) for argument in arguments[:2]] if name in _ASKING else []
+            label = " ".join(str(part) for part in ("catalog:", name.strip("_"), *what))
             _announced.error = _LIBRARY.pairs_step(label[:90].encode())
             _announced.is_set = True
         return method(self, *arguments, **options)
@@ -292,4 +303,3 @@ class Conductor:
             if kind == "P":
                 thread.number = number
                 self.trace.append((actor, number, label))
-
