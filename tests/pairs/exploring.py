@@ -43,6 +43,7 @@ class Explorer:
         self.conductor = Conductor()
         self.worlds: dict[str, world.World] = {}
         self.tally = Tally()
+        self.said = time.monotonic()
         self.until = time.monotonic() + given.seconds if given.seconds else None
 
     def world(self, wipe: str) -> world.World:
@@ -156,8 +157,15 @@ class Explorer:
 
     # ---- one run ----
 
+    def _say_how_far(self) -> None:
+        """Say each minute how much was tried."""
+        if time.monotonic() > self.said + 60:
+            self.said = time.monotonic()
+            print(f"  {sum(self.tally.runs.values())} runs of {len(self.tally.pairs)} pairs so far", flush=True)
+
     def _try(self, case: Case, *, trace: bool = False) -> Verdict:
         verdict = run_pair(self.conductor, self.world(case.wipe), case, trace=trace)
+        self._say_how_far()
         self.tally.pairs.add((case.first, case.second))
         self.tally.runs[case.fault] += 1
         self.add(verdict, f"python -m pairs --one {case}", f"{case.first} / {case.second}")

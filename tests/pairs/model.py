@@ -12,6 +12,7 @@ it was found. An operation that raised did nothing. One that was killed, or that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -229,10 +230,8 @@ def apply(state: State, result: Any, handle: str, snap: str, disk: Disk, start: 
 
 def close(state: State, result: Any, handle: str) -> State:
     if not isinstance(state.handles.get(handle), tuple):
-        try:
+        with suppress(RefusedError):  # it is deleted: `held` says whether it may be
             state = flush(state, None, handle)
-        except RefusedError:
-            pass  # it is deleted: `held` says whether it may be
     return replace(state, handles={other: what for other, what in state.handles.items() if other != handle})
 
 
@@ -290,8 +289,8 @@ def rename(state: State, result: Any, name: str, new: str) -> State:
 
 def relocate(state: State, result: Any, name: str, path: str) -> State:
     old = state.volume(name).base
-    if old is None:
-        raise RefusedError("needed")
+    if old is None or state.images[path] != state.images[old]:
+        raise RefusedError("needed")  # its time of modification tells that it is another image
     volumes = {n: replace(v, base=path) if v.base == old else v for n, v in state.volumes.items()}
     return replace(state, volumes=volumes)
 
@@ -367,7 +366,8 @@ RULES: dict[str, Callable[..., State]] = {
     "discard": discard, "merge": merge, "merge_base": merge_base, "flatten": flatten, "export": export, "apply": apply,
     "close": close, "open": open_, "view": view, "create": create, "import": import_, "clone": clone, "delete": delete,
     "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
-    "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing, "read": nothing,
+    "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
+    "read": nothing,
 }  # fmt: skip
 
 

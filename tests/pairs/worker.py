@@ -303,9 +303,7 @@ DO: dict[str, Callable[..., Any]] = {
     "clone": _on_store(lambda store, name, snap, new: store.clone(name, snap, new)),
     "delete": _on_store(lambda store, name: store.delete(name, recursive=True)),
     "rename": _on_store(lambda store, name, new: store.rename(name, new)),
-    "relocate": lambda process, actor, name, path: process.stores[actor.store].relocate(
-        name, base=process.path(path), trust=True
-    ),
+    "relocate": lambda process, actor, name, path: process.stores[actor.store].relocate(name, base=process.path(path)),
     "diff": _diff,
     "usage": _on_store(lambda store, name: {usage.snapshot for usage in store.usage(name)} - {None}),
     "layering": _layering,
