@@ -29,27 +29,45 @@ class Findings:
     snaps: dict[tuple[str, str], Disk] = field(default_factory=dict)
     images: dict[str, Disk] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    passed: set[str] = field(default_factory=set)  # volumes that are there and were not read
 
 
-def find(root: Path, *, half_merged: bool, killed: bool) -> Findings:
-    """Open the store of a run and look at all of it. `half_merged`: a merge into the base may not have ended."""
+@dataclass(frozen=True)
+class Question:
+    """What has to be looked at. `half_merged`: a merge into the base may not have ended.
+
+    `only`: the volumes that were used, where the others, and `check`, which opens all of them once more, are passed over;
+    that their files are there is seen in any case.
+    """
+
+    half_merged: bool = False
+    killed: bool = False
+    only: frozenset[str] | None = None
+
+
+def find(root: Path, asked: Question) -> Findings:
+    """Open the store of a run and look at it."""
     import onionskin
 
     found = Findings()
     found.wrong += [f"before any opening: {fault}" for fault in structure(root / "store", ended=False)]
     with onionskin.Store(root / "store") as store:
         names = [info.name for info in store.volumes()]
-        if half_merged:
+        if asked.half_merged:
             end_merges(store, names)
         for name in names:
-            _attempt(found, f"volume {name}", lambda name=name: _read_volume(store, name, found))
-        _attempt(found, "check", lambda: _check(store, found, half_merged))
+            if asked.only is None or name not in ("v", "c", "w") or name in asked.only:
+                _attempt(found, f"volume {name}", lambda name=name: _read_volume(store, name, found))
+            else:
+                found.passed.add(name)
+        if asked.only is None:
+            _attempt(found, "check", lambda: _check(store, found, asked.half_merged))
     for path in sorted(root.glob("*.img*")):
         if path.suffix == ".img":
             found.images[path.name] = numbers_of(path.read_bytes())
-        elif not killed:
+        elif not asked.killed:
             found.wrong.append(f"{path.name.split('.')[0]} left a part behind")
-    found.wrong += structure(root / "store", ended=not half_merged)
+    found.wrong += structure(root / "store", ended=not asked.half_merged and asked.only is None)
     return found
 
 
@@ -123,11 +141,11 @@ def _unreached(layers: list[tuple[Any, ...]], tops: set[bytes]) -> set[bytes]:
     return set(parents) - reached
 
 
-def find_and_send(root: Path, answer: Connection, *, half_merged: bool, killed: bool) -> None:
+def find_and_send(root: Path, answer: Connection, asked: Question) -> None:
     """Run in a forked process. Never returns."""
     gc.disable()
     try:
-        answer.send(find(root, half_merged=half_merged, killed=killed))
+        answer.send(find(root, asked))
     except BaseException as error:
         answer.send(Findings(wrong=[f"the store cannot be looked at: {type(error).__name__}: {error}"]))
     finally:

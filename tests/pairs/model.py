@@ -395,6 +395,7 @@ class Found:
     volumes: Mapping[str, Disk]
     snaps: Mapping[tuple[str, str], Disk]
     images: Mapping[str, Disk]
+    passed: frozenset[str] = frozenset()  # volumes that are there, and were not read
 
 
 @dataclass
@@ -524,9 +525,11 @@ def _meanwhile(
 def _differences(state: State, found: Found, faulty: bool, torn: set[str]) -> list[str]:
     why = []
     names = {volume.key: name for name, volume in state.volumes.items()}
-    if set(found.volumes) != set(state.volumes):
-        why.append(f"volumes {sorted(found.volumes)} instead of {sorted(state.volumes)}")
+    there = set(found.volumes) | found.passed
+    if there != set(state.volumes):
+        why.append(f"volumes {sorted(there)} instead of {sorted(state.volumes)}")
     snaps = {(names[key], snap): taken.disk for (key, snap), taken in state.snaps.items() if key in names}
+    snaps = {at: disk for at, disk in snaps.items() if at[0] not in found.passed}
     if set(found.snaps) != set(snaps):
         why.append(f"snapshots {sorted(found.snaps)} instead of {sorted(snaps)}")
     for name, volume in state.volumes.items():

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 from pairs import judging, model
 from pairs.model import Event, Found, Operation
@@ -31,6 +32,7 @@ CAN_FILL = ("create", "rename", "link", "write", "sync", "truncate", "allocate",
             "catalog: INSERT", "catalog: UPDATE", "catalog: DELETE")  # fmt: skip
 CAN_FAIL = {"ENOSPC": CAN_FILL, "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog")}
 RUN_SECONDS = 120.0
+THOROUGH_EVERY = 4
 HANG_SECONDS = 3.0
 IDLE_STEPS_MAX = 600
 
@@ -138,6 +140,9 @@ class Run:
         self.faulty: set[int] = set()  # actors that an error met
         self.deadline = time.monotonic() + RUN_SECONDS
         self.before = world.state
+        self.outcomes: dict[int, list[tuple[str, Any, str]]] = {plan.number: [] for plan in plans}
+        self.findings: judging.Findings | None = None
+        self.thorough = True  # look at what was not used too
 
     # ---- beginning ----
 
@@ -281,17 +286,26 @@ class Run:
 
     def finish(self) -> None:
         """Close what is open, in order, and end the processes."""
+        looks = len(self.pids) == 1 and not self.dead
         for process in list(self.pids):
             control = self.controls[process]
-            control.send("close")
-            deadline = time.monotonic() + RUN_SECONDS
-            while not control.poll(0.2):
-                if time.monotonic() > deadline:
-                    raise HangError("closing what is open does not end")
-            closed = control.recv()
+            control.send(self.question() if looks else None)
+            closed = self._receive(control, "closing what is open does not end")
             if closed and not self.faulty:
                 self.verdict.violations += closed if isinstance(closed, list) else [closed]
+            if looks:
+                self.findings = self._receive(control, "looking at the store does not end")
             os.waitpid(self.pids.pop(process), 0)
+
+    def _receive(self, control: Connection, late: str) -> Any:
+        deadline = time.monotonic() + RUN_SECONDS
+        while not control.poll(0.2):
+            if time.monotonic() > deadline:
+                raise HangError(late)
+        try:
+            return control.recv()
+        except EOFError:
+            raise HangError("a process died at its end") from None
 
     def print_stacks(self) -> None:
         """Let the processes of a run that hangs say on stderr where they are."""
@@ -315,14 +329,13 @@ class Run:
     def judge(self) -> None:
         """Compare what is there with what may be."""
         self.conductor.settle(0.0)
+        asked = self.question()
         events = [self._events(plan) for plan in self.plans]
-        merges = [event for of_one in events for event in of_one if event.operation[0] == "merge_base"]
-        half_merged = any(event.status != "done" for event in merges)
         self._judge_holders()
-        findings = look(self.world, half_merged=half_merged, killed=bool(self.dead))
+        findings = self.findings or look(self.world, asked)
         self.verdict.violations += findings.wrong
-        torn = {"base.img", "moved.img"} if half_merged else set()
-        found = Found(findings.volumes, findings.snaps, findings.images)
+        torn = {"base.img", "moved.img"} if asked.half_merged else set()
+        found = Found(findings.volumes, findings.snaps, findings.images, frozenset(findings.passed))
         faulty = bool(self.dead or self.faulty)
         explanation = model.explain(self.before, events, found, faulty=faulty, torn=torn)
         if explanation.unknown and not explanation.found:
@@ -332,16 +345,37 @@ class Run:
         elif explanation.late:
             self.verdict.weak.append(explanation.late)
 
+    def question(self) -> judging.Question:
+        """Return what has to be looked at."""
+        used = {volume for plan in self.plans for volume in (plan.place.volume, plan.place.other)[: 1 + plan.verb.alone]}
+        used |= {"v", "c"} if used & {"v", "c"} else set()  # one stands on the other
+        only = None if self.thorough or self.dead or self.faulty else frozenset(used)
+        return judging.Question(self.half_merged(), bool(self.dead), only)
+
+    def half_merged(self) -> bool:
+        """Whether a merge into the base did not end well: then its base may hold a part of it."""
+        self.receive_outcomes()
+        for plan in self.plans:
+            for index, operation in enumerate(plan.operations):
+                ended = self.outcomes[plan.number][index : index + 1]
+                if operation[0] == "merge_base" and (not ended or ended[0][0] != "done"):
+                    return True
+        return False
+
+    def receive_outcomes(self) -> None:
+        """Take what the actors have told of their operations."""
+        for number, results in self.results.items():
+            with suppress(EOFError):
+                while results.poll():
+                    self.outcomes[number].append(results.recv())
+
     def _events(self, plan: Plan) -> list[Event]:
         begun, ended = {}, {}
         for at, note in enumerate(self.conductor.notes):
             words = note.text.split()
             if note.actor == plan.number and words[0] in ("begin", "end"):
                 (begun if words[0] == "begin" else ended)[int(words[1])] = at
-        outcomes = []
-        with suppress(EOFError):
-            while self.results[plan.number].poll():
-                outcomes.append(self.results[plan.number].recv())
+        outcomes = self.outcomes[plan.number]
         events = []
         for index, operation in enumerate(plan.operations):
             if index not in begun:
@@ -402,12 +436,12 @@ def is_at_work(pid: int) -> bool:
     return False
 
 
-def look(world: World, *, half_merged: bool, killed: bool) -> judging.Findings:
+def look(world: World, asked: judging.Question) -> judging.Findings:
     """Read the store in a process of its own."""
     mine, its = Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
-        judging.find_and_send(world.root, its, half_merged=half_merged, killed=killed)
+        judging.find_and_send(world.root, its, asked)
     its.close()
     try:
         if not mine.poll(RUN_SECONDS):
@@ -434,6 +468,7 @@ def run_pair(
     """Run one case and judge it."""
     run = Run(conductor, world, plans_of(case))
     conductor.set_trace(trace)
+    run.thorough = case.step % THOROUGH_EVERY == THOROUGH_EVERY - 1
     try:
         run.begin()
         _arrange_pair(run, case)
