@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import logging
 import random
 import re
 import time
@@ -208,6 +209,7 @@ def load_all() -> None:
         importlib.import_module(f"onionskin.{module}")
     numpy.unique(numpy.zeros(2))
     assert onionskin.Store
+    logging.disable(logging.CRITICAL)
     gc.collect()
     gc.freeze()
 

@@ -460,8 +460,8 @@ class _Search:
         name, *arguments = event.operation
         if event.status != "done":
             try:
-                done = RULES[name](state, None, *arguments) if name not in _LOOK else state
-            except (RefusedError, WrongResultError) as refusal:
+                done = _done_unseen(state, name, arguments)
+            except RefusedError as refusal:
                 if event.status == "maybe" or event.result in ("busy", str(refusal)):
                     yield state, None
                 return
@@ -478,6 +478,15 @@ class _Search:
             _note(self.best, f"{name} was done, and had to be refused ({refusal})")
         except WrongResultError as wrong:
             _note(self.best, f"{name}{tuple(arguments)}: {wrong}")
+
+
+def _done_unseen(state: State, name: str, arguments: list[Any]) -> State:
+    """Do an operation whose result nobody saw."""
+    if name not in _LOOK:
+        return RULES[name](state, None, *arguments)
+    with suppress(WrongResultError, TypeError):
+        RULES[name](state, None, *arguments)  # for what it refuses
+    return state
 
 
 _LOOK = {"volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read"}
