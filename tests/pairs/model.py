@@ -455,6 +455,14 @@ class _Search:
             for w, (position, events) in enumerate(zip(at, self.actors, strict=True))
         )
 
+    def _beside_a_failure(self, event: Event) -> bool:
+        """Whether it ran beside an operation that failed: what that had done already, and took back, may have been seen."""
+        return any(
+            other.status == "maybe" and other.begun < event.ended and event.begun < other.ended
+            for events in self.actors
+            for other in events
+        )
+
     def after(self, state: State, event: Event, at: tuple[int, ...], which: int) -> Iterator[tuple[State, str | None]]:
         """Return the states in which an operation may leave a state."""
         name, *arguments = event.operation
@@ -465,7 +473,7 @@ class _Search:
                 if event.status == "maybe" or event.result in ("busy", str(refusal)):
                     yield state, None
                 return
-            if event.status == "maybe" or event.result == "busy":
+            if event.status == "maybe" or event.result == "busy" or self._beside_a_failure(event):
                 yield state, None
             if name not in _LOOK and (event.status == "maybe" or self.late_allowed):
                 yield done, f"{name} raised and was done" if event.status == "raised" else None

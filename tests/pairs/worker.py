@@ -178,7 +178,7 @@ def _holds(process: Process, actor: Actor, handle: str, volume: Any) -> None:
 
 
 def _close(process: Process, actor: Actor, handle: str) -> None:
-    volume = process.handles.pop(handle)
+    volume = process.handles[handle]
     if volume.writable:
         steps.note("gives up")
     volume.close()
@@ -192,12 +192,15 @@ def _held(process: Process, actor: Actor, handle: str) -> Any:
     """Whether the volume of a handle is held, as others see it."""
     import onionskin
 
-    with steps.unseen():
-        volume = process.handles[handle]
-        with onionskin.Store(process.root / "store") as store:
-            names = [name for name in (info.name for info in store.volumes()) if name == volume.name]
-            holder = store.info(names[0]).holder if names else "the volume is gone"
-        return True if holder == os.getpid() else f"the holder is {holder}"
+    volume = process.handles[handle]
+    with steps.unseen(), onionskin.Store(process.root / "store") as store:
+        while True:
+            name = volume.name
+            found = [info.holder for info in store.volumes() if info.name == name]
+            if volume.name == name:  # nobody renamed it meanwhile
+                break
+    holder = found[0] if found else "nobody: the volume is gone"
+    return True if holder == os.getpid() else f"the holder is {holder}"
 
 
 def _delta(process: Process, actor: Actor, name: str, a: str | None, b: str) -> tuple[str, dict[int, int]]:
