@@ -51,7 +51,50 @@ def _pairs(first: str, second: str, relation: str, place: str, wipe: str, fault:
 
 FAULTS = [
     Fault(
-        "A4: a name means what it meant before the lock was held",
+        "A1: each opening sweeps what it takes for orphans, read in several statements",
+        (
+            Edit(
+                "src/onionskin/store.py",
+                "        self.make_reserve()\n        with suppress(OSError, OnionskinError):\n            drafts.drop_dead(self)\n",
+                "        self.make_reserve()\n        pending.remove_orphans(self)\n",
+            ),
+            Edit(
+                "src/onionskin/pending.py",
+                "        with store.catalog.transaction():\n            for path in orphans(store):",
+                "        if held:\n            for path in orphans(store):",
+            ),
+            Edit(
+                "src/onionskin/pending.py",
+                "    with catalog.reading():\n        work = catalog.sound_rows(PendingRow)",
+                "    if catalog:\n        work = catalog.sound_rows(PendingRow)",
+            ),
+        ),
+        _pairs("open", "snapshots", "other", "threads", "release"),
+    ),
+    Fault(
+        "A2: flatten puts an empty head over the copy",
+        (
+            Edit(
+                "src/onionskin/transfer.py",
+                """    with volume.settling(settle):
+        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
+        store.change(switch)
+""",
+                """    def put() -> None:
+        files.keep()
+        catalog.insert(flat)
+        for row in segments:
+            catalog.insert(row)
+
+    store.change(put)
+    volume.restart_over(read_chain(catalog, flat.id), None, also=lambda: None)
+""",
+            ),
+        ),
+        _pairs("flatten", "write", "same", "threads", "release"),
+    ),
+    Fault(
+        "A4: an opening believes what the name meant before the lock was held",
         (
             Edit(
                 "src/onionskin/store.py",
@@ -61,7 +104,74 @@ FAULTS = [
         ),
         _pairs("open", "swap", "same", "processes", "release"),
     ),
-]
+    Fault(
+        "A4: delete removes the head that was read before the lock was held",
+        (
+            Edit("src/onionskin/store.py", "            self._drop_volume(row.id, recursive=recursive)\n        finally:",
+                 "            self._drop_volume(row.id, recursive=recursive, row=row)\n        finally:"),
+            Edit("src/onionskin/store.py", "        row, lock = self._lock_volume(name)\n        try:\n            self._drop",
+                 "        row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name)\n        try:\n"
+                 "            self._drop"),
+            Edit("src/onionskin/store.py", "    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:",
+                 "    def _drop_volume(self, id: bytes, *, recursive: bool, row: VolumeRow | None = None) -> None:"),
+            Edit("src/onionskin/store.py", "            row = self.catalog.volume_with_id(id)\n            if row is None:",
+                 "            nonlocal row\n            row = row or self.catalog.volume_with_id(id)\n"
+                 "            if row is None:"),
+        ),
+        _pairs("delete", "revert", "same", "processes", "release"),
+    ),
+    Fault(
+        "A5: what a merge into the base has dropped is wiped while a read still copies from it",
+        (
+            Edit(
+                "src/onionskin/merging.py",
+                "        elif volume.path.commit_below():\n            volume.give_up_unread()",
+                """        else:
+            volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
+            pending.do_pending(volume.store)
+            volume.path.commit_below()""",
+            ),
+            Edit(
+                "src/onionskin/merging.py",
+                "from onionskin.snapshots import",
+                "from onionskin import pending\nfrom onionskin.snapshots import",
+            ),
+        ),
+        _pairs("read", "merge into base", "same", "threads", "zero"),
+    ),
+    Fault(
+        "A6: a base is relocated while a merge writes it",
+        (
+            Edit("src/onionskin/store.py", "        if is_being_merged_into(Path(old.path)):", "        if False:"),
+            Edit("src/onionskin/store.py", "        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))\n",
+                 ""),
+            Edit("src/onionskin/merging.py",
+                 "folded.base is None or (base.id, base.path) != (folded.base.id, folded.base.path):", "folded.base is None:"),
+            Edit("src/onionskin/merging.py",
+                 "        check_is_base(base, lock, half_merged=True)\n        if catalog.layer", "        if catalog.layer"),
+        ),
+        _pairs("merge into base", "relocate", "same", "threads", "release"),
+    ),
+    Fault(
+        "A7: an export reads a head that others write",
+        (
+            Edit("src/onionskin/exporting.py", "    with pinned(volume) as opened, new_image(",
+                 "    live = OpenChain(read_chain(volume.store.catalog, volume.head), volume.path, volume.locks, volume.base_lock)\n"
+                 "    with nullcontext(live) as opened, new_image("),
+            Edit("src/onionskin/exporting.py", "from onionskin.pinned import pinned\n",
+                 "from contextlib import nullcontext\nfrom onionskin.chain import read_chain\nfrom onionskin.views import OpenChain\n"),
+        ),
+        _pairs("export", "write", "same", "threads", "release"),
+    ),
+    Fault(
+        "A9: an import gives the volume its name before its data is there",
+        (
+            Edit("src/onionskin/images.py", "        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.publish()\n",
+                 "        draft.publish()\n        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.flush()\n"),
+        ),
+        _pairs("import", "tree", "other", "processes", "release", "kill last"),
+    ),
+]  # fmt: skip
 
 
 class EditError(Exception):
