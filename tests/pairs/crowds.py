@@ -97,6 +97,8 @@ class Crowd(Run):
         while any(not self.ended(plan.number) for plan in self.plans):
             self.settle()
             ready = [plan.number for plan in self.plans if self.movable(plan.number, "parked", "got")]
+            if not ready and self.somebody_wakes():
+                continue
             if not ready:
                 idle += 1
                 sleepers = [t for plan in self.plans for t in self.movable(plan.number, "sleeps")]

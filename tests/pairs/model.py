@@ -532,11 +532,9 @@ def _meanwhile(
         for step in events[at[other] :] if other != which else ():
             if step.begun > event.ended:
                 break
-            try:
-                reached = RULES[step.operation[0]](reached, step.result, *step.operation[1:])
-            except (RefusedError, WrongResultError):
-                continue
-            yield reached
+            with suppress(RefusedError):
+                reached = _done_unseen(reached, step.operation[0], list(step.operation[1:]))
+                yield reached
 
 
 def _differences(state: State, found: Found, faulty: bool, torn: set[str]) -> list[str]:

@@ -230,6 +230,8 @@ class Run:
             if self.movable(actor, "parked"):
                 return True
             goers = self.movable(actor, "got", "sleeps")
+            if not goers and self.somebody_wakes():
+                continue
             idle += 1
             if idle > IDLE_STEPS_MAX or not (goers or self.hears_something()):
                 raise HangError(self.where())
@@ -247,6 +249,8 @@ class Run:
             if self.ended(actor):
                 return
             goers = self.movable(actor, "parked", "got")
+            if not goers and self.somebody_wakes():
+                continue
             if not goers:
                 goers = [*self.movable(actor, "sleeps"), *(t for other in beside for t in self.movable(other))]
                 idle += 1
@@ -254,6 +258,14 @@ class Run:
                 raise HangError(self.where())
             for thread in goers:
                 self.conductor.resume(thread)
+
+    def somebody_wakes(self) -> bool:
+        """Whether a thread that was said to wait is awake again, and has not said so yet."""
+        wakes = any(is_at_work(pid) for pid in self.pids.values())
+        if wakes:
+            self.conductor.wait_for_any(0.01)
+        self._look_at_the_clock()
+        return wakes
 
     def hears_something(self) -> bool:
         """Whether somebody who waits goes on after all: a thread that is no actor's may have done what he waits for."""
