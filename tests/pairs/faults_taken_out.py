@@ -1,0 +1,244 @@
+"""Takes each fix of a race out of the engine, one at a time, and says whether the harness of pairs finds the race again.
+
+    python -m pairs.faults_taken_out [--only NAME ...] [SOURCE_TREE]
+
+A fix is taken out by replacing a piece of a source file by what was there before it, or by what a hasty hand would write.
+The tree is copied, the copy is changed, extensions are built again where C was changed, and the pairs that are named are
+tried at every step until one is violated. A fault that is not found, or whose text is not in its file any more, makes
+the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from crash.drop_each_barrier import build, copy_tree
+
+TREE = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A piece of a file, which is there once, and what is put in its place."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fix to take out, and the arguments of `python -m pairs` with which the race must be found."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    arguments: tuple[str, ...]
+
+
+def _pairs(first: str, second: str, relation: str, place: str, wipe: str, fault: str = "none") -> tuple[str, ...]:
+    return (
+        "--all", "--stop", "--first", first, "--second", second, "--relation", relation, "--place", place,
+        "--wipe", wipe, "--fault", fault,
+    )  # fmt: skip
+
+
+FAULTS = [
+    Fault(
+        "A1: each opening sweeps what it takes for orphans, read in several statements",
+        (
+            Edit(
+                "src/onionskin/store.py",
+                "        self.make_reserve()\n        with suppress(OSError, OnionskinError):\n            drafts.drop_dead(self)\n",
+                "        self.make_reserve()\n        pending.remove_orphans(self)\n",
+            ),
+            Edit(
+                "src/onionskin/pending.py",
+                "        with store.catalog.transaction():\n            for path in orphans(store):",
+                "        if held:\n            for path in orphans(store):",
+            ),
+            Edit(
+                "src/onionskin/pending.py",
+                "    with catalog.reading():\n        work = catalog.sound_rows(PendingRow)",
+                "    if catalog:\n        work = catalog.sound_rows(PendingRow)",
+            ),
+        ),
+        _pairs("open", "snapshots", "other", "threads", "release"),
+    ),
+    Fault(
+        "A2: flatten puts an empty head over the copy",
+        (
+            Edit(
+                "src/onionskin/transfer.py",
+                """    with volume.settling(settle):
+        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
+        store.change(switch)
+""",
+                """    def put() -> None:
+        files.keep()
+        catalog.insert(flat)
+        for row in segments:
+            catalog.insert(row)
+
+    store.change(put)
+    volume.restart_over(read_chain(catalog, flat.id), None, also=lambda: None)
+""",
+            ),
+        ),
+        _pairs("flatten", "write", "same", "threads", "release"),
+    ),
+    Fault(
+        "A4: an opening believes what the name meant before the lock was held",
+        (
+            Edit(
+                "src/onionskin/store.py",
+                "            if row.id == id:\n                return row, lock\n            lock.close()\n",
+                "            return row, lock\n",
+            ),
+        ),
+        _pairs("open", "swap", "same", "processes", "release"),
+    ),
+    Fault(
+        "A4: delete removes the head that was read before the lock was held",
+        (
+            Edit("src/onionskin/store.py", "            self._drop_volume(row.id, recursive=recursive)\n        finally:",
+                 "            self._drop_volume(row.id, recursive=recursive, row=row)\n        finally:"),
+            Edit("src/onionskin/store.py", "        row, lock = self._lock_volume(name)\n        try:\n            self._drop",
+                 "        row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name)\n        try:\n"
+                 "            self._drop"),
+            Edit("src/onionskin/store.py", "    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:",
+                 "    def _drop_volume(self, id: bytes, *, recursive: bool, row: VolumeRow | None = None) -> None:"),
+            Edit("src/onionskin/store.py", "            row = self.catalog.volume_with_id(id)\n            if row is None:",
+                 "            nonlocal row\n            row = row or self.catalog.volume_with_id(id)\n"
+                 "            if row is None:"),
+        ),
+        _pairs("delete", "revert", "same", "processes", "release"),
+    ),
+    Fault(
+        "A5: what a merge into the base has dropped is wiped while a read still copies from it",
+        (
+            Edit(
+                "src/onionskin/merging.py",
+                "        elif volume.path.commit_below():\n            volume.give_up_unread()",
+                """        else:
+            volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
+            pending.do_pending(volume.store)
+            volume.path.commit_below()""",
+            ),
+            Edit(
+                "src/onionskin/merging.py",
+                "from onionskin.snapshots import",
+                "from onionskin import pending\nfrom onionskin.snapshots import",
+            ),
+        ),
+        _pairs("read", "merge into base", "same", "threads", "zero"),
+    ),
+    Fault(
+        "A6: a base is relocated while a merge writes it",
+        (
+            Edit("src/onionskin/store.py", "        if is_being_merged_into(Path(old.path)):", "        if False:"),
+            Edit("src/onionskin/store.py", "        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))\n",
+                 ""),
+            Edit("src/onionskin/merging.py",
+                 "folded.base is None or (base.id, base.path) != (folded.base.id, folded.base.path):", "folded.base is None:"),
+            Edit("src/onionskin/merging.py",
+                 "        check_is_base(base, lock, half_merged=True)\n        if catalog.layer", "        if catalog.layer"),
+        ),
+        _pairs("merge into base", "relocate", "same", "threads", "release"),
+    ),
+    Fault(
+        "A7: an export reads a head that others write",
+        (
+            Edit("src/onionskin/exporting.py", "    with pinned(volume) as opened, new_image(",
+                 "    live = OpenChain(read_chain(volume.store.catalog, volume.head), volume.path, volume.locks, volume.base_lock)\n"
+                 "    with nullcontext(live) as opened, new_image("),
+            Edit("src/onionskin/exporting.py", "from onionskin.pinned import pinned\n",
+                 "from contextlib import nullcontext\nfrom onionskin.chain import read_chain\nfrom onionskin.views import OpenChain\n"),
+        ),
+        _pairs("export", "write", "same", "threads", "release"),
+    ),
+    Fault(
+        "A9: an import gives the volume its name before its data is there",
+        (
+            Edit("src/onionskin/images.py", "        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.publish()\n",
+                 "        draft.publish()\n        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.flush()\n"),
+        ),
+        _pairs("import", "tree", "other", "processes", "release", "kill last"),
+    ),
+]  # fmt: skip
+
+
+class EditError(Exception):
+    """A piece that is to be replaced is not in its file, or more than once."""
+
+
+def take_out(tree: Path, fault: Fault) -> None:
+    """Change a copy of the tree."""
+    for edit in fault.edits:
+        path = tree / edit.file
+        text = path.read_text()
+        if text.count(edit.old) != 1:
+            raise EditError(f"{fault.name}: {edit.file} has its piece {text.count(edit.old)} times; write it anew")
+        path.write_text(text.replace(edit.old, edit.new))
+    if any(not edit.file.endswith(".py") for edit in fault.edits):
+        build(tree)
+
+
+def is_found(tree: Path, fault: Fault) -> str | None:
+    """Return the first violation that is found in a tree, or None."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tests}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pairs", *fault.arguments, "--seed", "1"]
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1) or "orders" not in done.stdout:
+        raise RuntimeError(f"{fault.name}: the harness failed by itself: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+    found = [line for line in done.stdout.splitlines() if line.startswith("VIOLATION")]
+    return found[0] if found else None
+
+
+def built_tree(work: Path, source: Path) -> Path:
+    """Copy a tree, with its extensions in place: those that are installed, where they are built from the same sources."""
+    tree = work / "tree"
+    copy_tree(source, tree)
+    import onionskin
+
+    installed = Path(onionskin.__file__).parent
+    modules = list(installed.glob("*.so"))
+    if not modules:
+        build(tree)
+    for module in modules:
+        shutil.copy(module, tree / "src" / "onionskin")
+    return tree
+
+
+def main() -> int:
+    """Print a line for each fault."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("tree", nargs="?", type=Path, default=TREE)
+    parser.add_argument("--only", action="append", help="the beginning of a name; may be repeated")
+    given = parser.parse_args()
+    missed = 0
+    for fault in FAULTS:
+        if given.only and not any(fault.name.startswith(name) for name in given.only):
+            continue
+        with tempfile.TemporaryDirectory(prefix="pairs.") as work:
+            try:
+                tree = built_tree(Path(work), given.tree)
+                take_out(tree, fault)
+                found = is_found(tree, fault)
+            except EditError as error:
+                found = None
+                print(error)
+        missed += found is None
+        print(f"{'found' if found else 'NOT FOUND'}: {fault.name}: {(found or '-')[:200]}", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,577 @@
+"""A plain model of a store for operations that run at the same time, and the search for an order that explains them.
+
+A disk is a tuple of numbers, one for each unit of 2 KiB: 0 is a unit of zeros, any other number is a unit that was
+written with it (units.py). An operation is a tuple: its name and its arguments. The model knows nothing of layers and
+files. It does not know either when a store says that it is busy: that it may always say, as long as nothing happened.
+
+What must hold of a run: there is one order of all operations, which keeps each actor's own order and puts nothing
+before what had ended before it began, in which every result is what the model says, and at whose end the store is as
+it was found. An operation that raised did nothing. One that was killed, or that met an injected error, was done or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pairs.units import BLOCK_UNITS
+
+Disk = tuple[int, ...]
+Operation = tuple[Any, ...]
+Key = str  # names a volume for good, whatever its name is
+NODES_MAX = 20000
+NOTHING: Mapping[int, frozenset[int]] = {}
+
+
+class RefusedError(Exception):
+    """What the model says must be refused: `kind` is `not found`, `exists` or `needed`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class WrongResultError(Exception):
+    """An operation returned what it cannot have found in this state."""
+
+
+@dataclass(frozen=True)
+class Snap:
+    """A name for a disk of the past; `parent` is the snapshot that it was written over."""
+
+    disk: Disk
+    parent: tuple[Key, str] | None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A disk. `unflushed` has what else a unit may hold where the process dies."""
+
+    key: Key
+    disk: Disk
+    parent: tuple[Key, str] | None = None
+    base: str | None = None
+    unflushed: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    changed: bool = False  # since `parent`
+
+    def flushed(self) -> Volume:
+        return replace(self, unflushed=NOTHING)
+
+
+@dataclass(frozen=True)
+class State:
+    """A store, the images beside it, and the handles that are open: on a volume (its key), or on a snapshot's disk."""
+
+    volumes: Mapping[str, Volume] = field(default_factory=dict)
+    snaps: Mapping[tuple[Key, str], Snap] = field(default_factory=dict)
+    images: Mapping[str, Disk] = field(default_factory=dict)
+    handles: Mapping[str, Key | Disk] = field(default_factory=dict)
+
+    # ---- finding ----
+
+    def volume(self, name: str) -> Volume:
+        if name not in self.volumes:
+            raise RefusedError("not found")
+        return self.volumes[name]
+
+    def named(self, handle: str) -> tuple[str, Volume]:
+        key = self.handles.get(handle)
+        for name, volume in self.volumes.items():
+            if volume.key == key:
+                return name, volume
+        raise RefusedError("not found")  # deleted under its handle
+
+    def snap(self, key: Key, name: str) -> Snap:
+        if (key, name) not in self.snaps:
+            raise RefusedError("not found")
+        return self.snaps[key, name]
+
+    def of(self, key: Key) -> set[str]:
+        return {name for owner, name in self.snaps if owner == key}
+
+    def descends(self, start: tuple[Key, str] | None, from_: tuple[Key, str]) -> bool:
+        while start is not None:
+            if start == from_:
+                return True
+            start = self.snaps[start].parent if start in self.snaps else None
+        return False
+
+    def above(self, at: tuple[Key, str]) -> set[tuple[Key, str]]:
+        return {other for other in self.snaps if other != at and self.descends(other, at)}
+
+    # ---- changing ----
+
+    def with_volume(self, name: str, volume: Volume) -> State:
+        return replace(self, volumes={**self.volumes, name: volume})
+
+    def with_image(self, path: str, disk: Disk) -> State:
+        return replace(self, images={**self.images, path: disk})
+
+    def with_handle(self, handle: str, what: Key | Disk) -> State:
+        return replace(self, handles={**self.handles, handle: what})
+
+    def without_snaps(self, gone: set[tuple[Key, str]]) -> State:
+        return replace(self, snaps={at: snap for at, snap in self.snaps.items() if at not in gone})
+
+
+# ---- what operations do: each returns the state after it, and checks the result where there is one ----
+
+
+def _written(state: State, handle: str, first: int, units: Disk) -> State:
+    name, volume = state.named(handle)
+    if first + len(units) > len(volume.disk):
+        raise RefusedError("bounds")
+    disk = volume.disk[:first] + units + volume.disk[first + len(units) :]
+    unflushed = dict(volume.unflushed)
+    for unit in range(first, first + len(units)):
+        unflushed[unit] = unflushed.get(unit, frozenset()) | {volume.disk[unit]}
+    return state.with_volume(name, replace(volume, disk=disk, unflushed=unflushed, changed=True))
+
+
+def write(state: State, result: Any, handle: str, first: int, stamp: int, count: int) -> State:
+    return _written(state, handle, first, (stamp,) * count)
+
+
+def trim(state: State, result: Any, handle: str, first: int, count: int) -> State:
+    return _written(state, handle, first, (0,) * count)
+
+
+def flush(state: State, result: Any, handle: str) -> State:
+    name, volume = state.named(handle)
+    return state.with_volume(name, volume.flushed())
+
+
+def resize(state: State, result: Any, handle: str, units: int) -> State:
+    name, volume = state.named(handle)
+    disk = volume.disk[:units] + (0,) * (units - len(volume.disk))
+    kept = {unit: values for unit, values in volume.unflushed.items() if unit < units}
+    return state.with_volume(name, replace(volume, disk=disk, unflushed=kept, changed=True).flushed())
+
+
+def snapshot(state: State, result: Any, handle: str, snap: str) -> State:
+    name, volume = state.named(handle)
+    if (volume.key, snap) in state.snaps:
+        raise RefusedError("exists")
+    taken = {**state.snaps, (volume.key, snap): Snap(volume.disk, volume.parent)}
+    after = replace(volume, parent=(volume.key, snap), changed=False).flushed()
+    return replace(state, snaps=taken).with_volume(name, after)
+
+
+def revert(state: State, result: Any, handle: str, snap: str) -> State:
+    name, volume = state.named(handle)
+    disk = state.snap(volume.key, snap).disk
+    return state.with_volume(name, replace(volume, disk=disk, parent=(volume.key, snap), changed=False).flushed())
+
+
+def discard(state: State, result: Any, handle: str, snap: str, recursive: bool) -> State:
+    name, volume = state.named(handle)
+    at = (volume.key, snap)
+    taken = state.snap(*at)
+    above = state.above(at)
+    others = any(key != volume.key for key, _ in above) or any(
+        other.key != volume.key and state.descends(other.parent, at) for other in state.volumes.values()
+    )
+    if others or (above and not recursive):
+        raise RefusedError("needed")
+    after = state.without_snaps(above | {at})
+    if state.descends(volume.parent, at):
+        volume = replace(volume, disk=taken.disk, parent=taken.parent, changed=False).flushed()
+    return after.with_volume(name, volume)
+
+
+def merge(state: State, result: Any, handle: str, snap: str) -> State:
+    _, volume = state.named(handle)
+    at = (volume.key, snap)
+    below = state.snap(*at).parent
+    snaps = {
+        key: replace(other, parent=below) if other.parent == at else other
+        for key, other in state.snaps.items()
+        if key != at
+    }
+    volumes = {
+        name: replace(other, parent=below, changed=True) if other.parent == at else other
+        for name, other in state.volumes.items()
+    }
+    return replace(state, snaps=snaps, volumes=volumes)
+
+
+def merge_base(state: State, result: Any, handle: str, snap: str | None) -> State:
+    _, volume = state.named(handle)
+    if volume.base is None:
+        raise RefusedError("needed")
+    disk = volume.disk if snap is None else state.snap(volume.key, snap).disk
+    return state.with_image(volume.base, disk)
+
+
+def flatten(state: State, result: Any, handle: str) -> State:
+    name, volume = state.named(handle)
+    # The disk stands on nothing from then on, so a discard of a snapshot that it stood on leaves it alone.
+    return state.with_volume(name, replace(volume, parent=None, base=None))
+
+
+def export(state: State, result: Any, handle: str, path: str) -> State:
+    what = state.handles.get(handle)
+    disk = what if isinstance(what, tuple) else state.named(handle)[1].disk
+    return state.with_image(path, disk)
+
+
+def apply(state: State, result: Any, handle: str, snap: str, disk: Disk, start: Disk) -> State:
+    name, volume = state.named(handle)
+    if (volume.key, snap) in state.snaps:
+        raise RefusedError("exists")
+    if volume.disk != start:
+        raise RefusedError("needed")
+    taken = {**state.snaps, (volume.key, snap): Snap(disk, volume.parent)}
+    after = replace(volume, disk=disk, parent=(volume.key, snap), changed=False).flushed()
+    return replace(state, snaps=taken).with_volume(name, after)
+
+
+def close(state: State, result: Any, handle: str) -> State:
+    if not isinstance(state.handles.get(handle), tuple):
+        with suppress(RefusedError):  # it is deleted: `held` says whether it may be
+            state = flush(state, None, handle)
+    return replace(state, handles={other: what for other, what in state.handles.items() if other != handle})
+
+
+def open_(state: State, result: Any, handle: str, name: str) -> State:
+    return state.with_handle(handle, state.volume(name).key)
+
+
+def view(state: State, result: Any, handle: str, name: str, snap: str) -> State:
+    return state.with_handle(handle, state.snap(state.volume(name).key, snap).disk)
+
+
+def create(state: State, result: Any, handle: str, name: str, units: int, base: str | None, key: Key) -> State:
+    if name in state.volumes:
+        raise RefusedError("exists")
+    disk = (state.images[base] if base else ())[:units]
+    state = state.with_volume(name, Volume(key, disk + (0,) * (units - len(disk)), base=base))
+    return state.with_handle(handle, key)
+
+
+def import_(state: State, result: Any, path: str, name: str, key: Key) -> State:
+    if name in state.volumes:
+        raise RefusedError("exists")
+    return state.with_volume(name, Volume(key, state.images[path]))
+
+
+def clone(state: State, result: Any, name: str, snap: str, new: str, key: Key) -> State:
+    source = state.volume(name)
+    disk = state.snap(source.key, snap).disk
+    if new in state.volumes:
+        raise RefusedError("exists")
+    return state.with_volume(new, Volume(key, disk, (source.key, snap), source.base))
+
+
+def delete(state: State, result: Any, name: str) -> State:
+    volume = state.volume(name)
+    own = {(volume.key, snap) for snap in state.of(volume.key)}
+    for at in own:
+        users = {key for key, _ in state.above(at) if key != volume.key}
+        heads = [v for v in state.volumes.values() if v.key != volume.key and state.descends(v.parent, at)]
+        if users or heads:
+            raise RefusedError("needed")
+    if volume.key in state.handles.values():
+        raise RefusedError("needed")
+    left = {other: found for other, found in state.volumes.items() if other != name}
+    return replace(state, volumes=left).without_snaps(own)
+
+
+def rename(state: State, result: Any, name: str, new: str) -> State:
+    volume = state.volume(name)
+    if new in state.volumes and new != name:
+        raise RefusedError("exists")
+    left = {other: found for other, found in state.volumes.items() if other != name}
+    return replace(state, volumes={**left, new: volume})
+
+
+def relocate(state: State, result: Any, name: str, path: str) -> State:
+    old = state.volume(name).base
+    if old is None or state.images[path] != state.images[old]:
+        raise RefusedError("needed")  # its time of modification tells that it is another image
+    volumes = {n: replace(v, base=path) if v.base == old else v for n, v in state.volumes.items()}
+    return replace(state, volumes=volumes)
+
+
+def volumes(state: State, result: Any) -> State:
+    wanted = {name: len(state.of(volume.key)) for name, volume in state.volumes.items()}
+    return _same(state, result, wanted)
+
+
+def tree(state: State, result: Any) -> State:
+    names = {volume.key: name for name, volume in state.volumes.items()}
+    return _same(state, result, set(names.values()) | {f"{names[key]}@{snap}" for key, snap in state.snaps})
+
+
+def usage(state: State, result: Any, name: str) -> State:
+    return _same(state, result, state.of(state.volume(name).key))
+
+
+def layering(state: State, result: Any, name: str, snap: str | None) -> State:
+    volume = state.volume(name)
+    disk = volume.disk if snap is None else state.snap(volume.key, snap).disk
+    return _same(state, result, len(disk))
+
+
+def diff(state: State, result: Any, name: str, a: str, b: str | None) -> State:
+    """What differs must be listed; what was not flushed may be."""
+    volume = state.volume(name)
+    disk_a = state.snap(volume.key, a).disk
+    disk_b = volume.disk if b is None else state.snap(volume.key, b).disk
+    unsure = set(volume.unflushed) if b is None else set()
+    differs = {u for u in range(min(len(disk_a), len(disk_b))) if disk_a[u] != disk_b[u]} - unsure
+    if not differs <= result:
+        raise WrongResultError(f"units {sorted(differs - result)} differ and are not listed")
+    return state
+
+
+def delta(state: State, result: Any, name: str, a: str | None, b: str) -> State:
+    volume = state.volume(name)
+    disk_b = state.snap(volume.key, b).disk
+    disk = list(state.snap(volume.key, a).disk if a else (0,) * len(disk_b))
+    header, units = result
+    for unit, value in units.items():
+        disk[unit] = value
+    _same(state, header, b)
+    return _same(state, tuple(disk), disk_b)
+
+
+def nothing(state: State, result: Any, *arguments: Any) -> State:
+    return state
+
+
+def sound(state: State, result: Any) -> State:
+    return _same(state, result, [])
+
+
+def held(state: State, result: Any, handle: str) -> State:
+    return _same(state, result, True)
+
+
+def gone(state: State, result: Any, handles: tuple[str, ...]) -> State:
+    """A process died: its handles went with it."""
+    return replace(state, handles={h: what for h, what in state.handles.items() if h not in handles})
+
+
+def _same(state: State, found: Any, wanted: Any) -> State:
+    if found != wanted:
+        raise WrongResultError(f"{found!r} instead of {wanted!r}")
+    return state
+
+
+RULES: dict[str, Callable[..., State]] = {
+    "write": write, "trim": trim, "flush": flush, "resize": resize, "snapshot": snapshot, "revert": revert,
+    "discard": discard, "merge": merge, "merge_base": merge_base, "flatten": flatten, "export": export, "apply": apply,
+    "close": close, "open": open_, "view": view, "create": create, "import": import_, "clone": clone, "delete": delete,
+    "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
+    "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
+    "read": nothing,
+}  # fmt: skip
+
+
+# ---- the search ----
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operation as it ran. status: `done`, `raised`, `maybe` (killed in it, or raised by an injected error).
+
+    `begun` and `ended` order it among the events of others.
+    """
+
+    operation: Operation
+    status: str
+    result: Any
+    begun: int
+    ended: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A store as it was found at the end: what each volume, each snapshot (volume name, name) and each image reads."""
+
+    volumes: Mapping[str, Disk]
+    snaps: Mapping[tuple[str, str], Disk]
+    images: Mapping[str, Disk]
+    passed: frozenset[str] = frozenset()  # volumes that are there, and were not read
+
+
+@dataclass
+class Explanation:
+    """Whether an order was found; if not, what was nearest to one. `late`: an operation that raised had been done."""
+
+    found: bool = False
+    unknown: bool = False  # there were too many orders to try them all
+    late: str | None = None
+    nearest: str = "no order of the operations gives their results"
+    distance: int = 1 << 30
+
+
+def explain(initial: State, actors: list[list[Event]], found: Found, *, faulty: bool, torn: set[str]) -> Explanation:
+    """Look for an order. `faulty`: what was not flushed may be lost. `torn`: images that may be half merged."""
+    best = Explanation()
+    for late_allowed in (False, True):
+        search = _Search(actors, late_allowed, best)
+        for state, late in search.orders(initial, tuple(0 for _ in actors), None):
+            why = _differences(state, found, faulty, torn)
+            if not why:
+                return Explanation(found=True, late=late)
+            if len(why) < best.distance:
+                best.distance, best.nearest = len(why), "; ".join(why[:4])
+        best.unknown |= search.left <= 0
+    return best
+
+
+class _Search:
+    """Goes through the orders of events; each state is gone on from once at each place in them."""
+
+    def __init__(self, actors: list[list[Event]], late_allowed: bool, best: Explanation) -> None:
+        self.actors, self.late_allowed, self.best = actors, late_allowed, best
+        self.seen: set[object] = set()
+        self.left = NODES_MAX
+
+    def orders(self, state: State, at: tuple[int, ...], late: str | None) -> Iterator[tuple[State, str | None]]:
+        key = (at, late, repr(state))
+        self.left -= 1
+        if key in self.seen or self.left <= 0:
+            return
+        self.seen.add(key)
+        if all(position == len(events) for position, events in zip(at, self.actors, strict=True)):
+            yield state, late
+            return
+        for which, events in enumerate(self.actors):
+            if at[which] == len(events) or self._comes_later(events[at[which]], at, which):
+                continue
+            after = tuple(position + (w == which) for w, position in enumerate(at))
+            for reached, now_late in self.after(state, events[at[which]], at, which):
+                yield from self.orders(reached, after, late or now_late)
+
+    def _comes_later(self, event: Event, at: tuple[int, ...], which: int) -> bool:
+        """Whether something that has not had its turn ended before the event began."""
+        return any(
+            w != which and position < len(events) and events[position].ended < event.begun
+            for w, (position, events) in enumerate(zip(at, self.actors, strict=True))
+        )
+
+    def _beside_a_failure(self, event: Event) -> bool:
+        """Whether it ran beside an operation that failed: what that had done already, and took back, may have been seen."""
+        return any(
+            other.status == "maybe" and other.begun < event.ended and event.begun < other.ended
+            for events in self.actors
+            for other in events
+        )
+
+    def after(self, state: State, event: Event, at: tuple[int, ...], which: int) -> Iterator[tuple[State, str | None]]:
+        """Return the states in which an operation may leave a state."""
+        name, *arguments = event.operation
+        if event.status != "done":
+            try:
+                done = _done_unseen(state, name, arguments)
+            except RefusedError as refusal:
+                if event.status == "maybe" or event.result in ("busy", str(refusal)):
+                    yield state, None
+                return
+            if event.status == "maybe" or event.result == "busy" or self._beside_a_failure(event):
+                yield state, None
+            if name not in _LOOK and (event.status == "maybe" or self.late_allowed):
+                yield done, f"{name} raised and was done" if event.status == "raised" else None
+            return
+        try:
+            if name == "read":
+                _check_read(state, event, self.actors, at, which)
+            yield RULES[name](state, event.result, *arguments), None
+        except RefusedError as refusal:
+            _note(self.best, f"{name} was done, and had to be refused ({refusal})")
+        except WrongResultError as wrong:
+            _note(self.best, f"{name}{tuple(arguments)}: {wrong}")
+
+
+def _done_unseen(state: State, name: str, arguments: list[Any]) -> State:
+    """Do an operation whose result nobody saw."""
+    if name not in _LOOK:
+        return RULES[name](state, None, *arguments)
+    with suppress(WrongResultError, TypeError):
+        RULES[name](state, None, *arguments)  # for what it refuses
+    return state
+
+
+_LOOK = {"volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read"}
+
+
+def _note(best: Explanation, what: str) -> None:
+    if best.distance > 1 << 20:
+        best.nearest = what
+
+
+def _check_read(state: State, event: Event, actors: list[list[Event]], at: tuple[int, ...], which: int) -> None:
+    """A unit of a read has one of the values that it had while the read ran."""
+    _, handle, first = event.operation
+    allowed = [set() for _ in event.result]
+    for reached in (state, *_meanwhile(state, event, actors, at, which)):
+        what = reached.handles.get(handle)
+        try:
+            disk = what if isinstance(what, tuple) else reached.named(handle)[1].disk
+        except RefusedError:
+            continue
+        for index in range(len(event.result)):
+            if first + index < len(disk):
+                allowed[index].add(disk[first + index])
+    for index, values in enumerate(event.result):
+        if not values <= allowed[index]:
+            raise WrongResultError(f"unit {first + index} reads {sorted(values)}, and had {sorted(allowed[index])}")
+
+
+def _meanwhile(
+    state: State, event: Event, actors: list[list[Event]], at: tuple[int, ...], which: int
+) -> Iterator[State]:
+    """Return states that others lead to while an operation runs."""
+    for other, events in enumerate(actors):
+        reached = state
+        for step in events[at[other] :] if other != which else ():
+            if step.begun > event.ended:
+                break
+            with suppress(RefusedError):
+                reached = _done_unseen(reached, step.operation[0], list(step.operation[1:]))
+                yield reached
+
+
+def _differences(state: State, found: Found, faulty: bool, torn: set[str]) -> list[str]:
+    why = []
+    names = {volume.key: name for name, volume in state.volumes.items()}
+    there = set(found.volumes) | found.passed
+    if there != set(state.volumes):
+        why.append(f"volumes {sorted(there)} instead of {sorted(state.volumes)}")
+    snaps = {(names[key], snap): taken.disk for (key, snap), taken in state.snaps.items() if key in names}
+    snaps = {at: disk for at, disk in snaps.items() if at[0] not in found.passed}
+    if set(found.snaps) != set(snaps):
+        why.append(f"snapshots {sorted(found.snaps)} instead of {sorted(snaps)}")
+    for name, volume in state.volumes.items():
+        if name in found.volumes:
+            unsure = volume.unflushed if faulty else NOTHING
+            why += _compare(f"head of {name}", found.volumes[name], volume.disk, unsure)
+    for at, disk in snaps.items():
+        if at in found.snaps:
+            why += _compare("@".join(at), found.snaps[at], disk, NOTHING)
+    for path, disk in state.images.items():
+        if path in torn:
+            continue
+        if path not in found.images:
+            why.append(f"{path} is not there")
+        else:
+            why += _compare(path, found.images[path], disk, NOTHING)
+    return why
+
+
+def _compare(what: str, found: Disk, wanted: Disk, unsure: Mapping[int, frozenset[int]]) -> list[str]:
+    if len(found) != len(wanted):
+        return [f"{what} has {len(found)} units instead of {len(wanted)}"]
+    wrong = [u for u in range(len(found)) if found[u] != wanted[u] and found[u] not in unsure.get(u, ())]
+    shown = [f"{u}: {found[u]} for {wanted[u]}" for u in wrong[:6]]
+    return [f"{what} reads wrong in {len(wrong)} units ({', '.join(shown)})"] if wrong else []
+
+
+def block_of(unit: int) -> int:
+    """Return the first unit of the block that a unit lies in."""
+    return unit // BLOCK_UNITS * BLOCK_UNITS

@@ -1,0 +1,127 @@
+"""The harness of pairs: that its model judges rightly, that it holds where it says, and what it finds within minutes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pairs import model
+from pairs.model import Event, Found, State, Volume
+from pairs.units import ALIEN, disk_bytes, numbers_of, values_of
+
+TESTS = Path(__file__).parents[1]
+CI_SECONDS = 230
+DISK = (1, 1, 2, 2)
+BEFORE = State(volumes={"v": Volume("v", DISK)}, handles={"h": "v"})
+
+
+def pairs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pairs", *arguments],
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def event(*operation: object, begun: int, ended: int, status: str = "done", result: object = None) -> Event:
+    return Event(operation, status, result, begun, ended)
+
+
+def explained(actors: list[list[Event]], head: tuple[int, ...], *, faulty: bool = False) -> model.Explanation:
+    return model.explain(BEFORE, actors, Found({"v": head}, {}, {}), faulty=faulty, torn=set())
+
+
+def test_two_writes_at_once_may_come_in_either_order() -> None:
+    first, second = event("write", "h", 0, 7, 2, begun=0, ended=5), event("write", "h", 0, 8, 2, begun=1, ended=3)
+    assert explained([[first], [second]], (7, 7, 2, 2)).found
+    assert explained([[first], [second]], (8, 8, 2, 2)).found
+
+
+def test_a_write_that_ended_before_another_began_does_not_win() -> None:
+    first, second = event("write", "h", 0, 7, 2, begun=0, ended=1), event("write", "h", 0, 8, 2, begun=2, ended=3)
+    assert explained([[first], [second]], (8, 8, 2, 2)).found
+    lost = explained([[first], [second]], (7, 7, 2, 2))
+    assert not lost.found
+    assert "head of v reads wrong in 2 units" in lost.nearest
+
+
+def test_a_write_that_is_nowhere_is_not_explained() -> None:
+    assert not explained([[event("write", "h", 0, 7, 2, begun=0, ended=1)]], DISK).found
+
+
+def test_only_a_death_may_lose_what_was_not_flushed() -> None:
+    written, flushed = event("write", "h", 0, 7, 2, begun=0, ended=1), event("flush", "h", begun=2, ended=3)
+    assert explained([[written]], DISK, faulty=True).found
+    assert not explained([[written, flushed]], DISK, faulty=True).found
+
+
+def test_an_operation_that_was_killed_was_done_or_not() -> None:
+    killed = event("write", "h", 0, 7, 2, begun=0, ended=1 << 30, status="maybe")
+    assert explained([[killed]], DISK).found
+    assert explained([[killed]], (7, 7, 2, 2)).found
+    assert not explained([[killed]], (9, 7, 2, 2)).found
+
+
+def test_an_operation_that_raised_and_was_done_is_told_apart() -> None:
+    raised = event("write", "h", 0, 7, 2, begun=0, ended=1, status="raised", result="busy")
+    assert explained([[raised]], DISK).late is None
+    assert explained([[raised]], (7, 7, 2, 2)).late == "write raised and was done"
+
+
+def test_a_name_that_is_there_may_not_be_missed() -> None:
+    missed = event("rename", "v", "n", begun=0, ended=1, status="raised", result="not found")
+    assert not explained([[missed]], DISK).found
+    missed = replace(missed, operation=("rename", "x", "n"))
+    assert explained([[missed]], DISK).found
+
+
+def test_a_read_has_what_was_there_before_or_what_is_written_meanwhile() -> None:
+    written = event("write", "h", 0, 7, 2, begun=1, ended=4)
+    for unit, is_right in ((1, True), (7, True), (2, False)):
+        result = [frozenset({unit}), frozenset({1, 7}), frozenset({2}), frozenset({2})]
+        read = event("read", "h", 0, begun=0, ended=5, result=result)
+        assert explained([[read], [written]], (7, 7, 2, 2)).found is is_right
+
+
+def test_an_image_is_the_disk_at_one_instant() -> None:
+    writes = [event("write", "h", 0, 7, 2, begun=1, ended=2), event("write", "h", 2, 8, 2, begun=3, ended=4)]
+    exported = event("export", "h", "x.img", begun=0, ended=5)
+    for image, is_right in (((7, 7, 2, 2), True), ((1, 1, 8, 8), False)):
+        found = Found({"v": (7, 7, 8, 8)}, {}, {"x.img": image})
+        assert model.explain(BEFORE, [[exported], writes], found, faulty=False, torn=set()).found is is_right
+
+
+def test_a_unit_says_where_and_when_it_was_written() -> None:
+    data = disk_bytes((5, 0, 6), first=3)
+    assert numbers_of(data, first=3) == (5, 0, 6)
+    assert numbers_of(data, first=2) == (ALIEN, 0, ALIEN)
+    assert values_of(data[:1024] + bytes(1024), first=3) == [frozenset({5, 0})]
+
+
+def test_a_pair_is_held_at_the_step_that_is_asked_for() -> None:
+    done = pairs("--one", "write", "snapshot", "--step", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (held,) = [line for line in done.stdout.splitlines() if "held here" in line]
+    assert held.split()[0] == "3"
+    assert "B snapshot: done" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(CI_SECONDS + 120)
+def test_pairs_of_verbs_at_some_of_their_steps() -> None:
+    """Every pair once, and as many again as there is time for; the seed is in what it prints."""
+    done = pairs("--seconds", str(CI_SECONDS))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_crowd_of_actors_in_random_orders() -> None:
+    done = pairs("--random", "--seconds", "60")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
