@@ -101,6 +101,8 @@ def _check_layers(store: "Store", rows: _Rows) -> Iterator[Problem]:
             ends = _slots_named(store, layer)
         except (OnionskinError, OSError) as error:
             yield Problem("error", str(error), str(store.layout.map_file(layer.map_id)), RESTORE)
+            if layer.id in heads:
+                yield from _data_without_map(store, heads[layer.id], layer, {}, segments)
             continue
         yield from _check_segments(store, layer, ends, segments)
         if layer.id in heads:

@@ -91,7 +91,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("folding")
 
 
-@pytest.mark.thread_unsafe
 @given(STEPS, st.randoms(use_true_random=False), st.sampled_from(["release", "zero"]), st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
