@@ -916,6 +916,33 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
     return status;
 }
 
+/* ---- holding writers ---- */
+
+int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
+    int status = flush_begin(volume); /* so that nobody is inside who waits for the gate below */
+    if (status < 0)
+        return status;
+    pthread_rwlock_wrlock(&volume->gate);
+    pthread_mutex_lock(&volume->pending_lock);
+    int is_changed = volume->pending.record_count || volume->log.cursor.sequence != frames;
+    pthread_mutex_unlock(&volume->pending_lock);
+    if (is_changed) {
+        pthread_rwlock_unlock(&volume->gate);
+        flush_gate_open(volume);
+        return -EBUSY;
+    }
+    flush_gate_keep(volume, &volume->frozen, 1);
+    return 0;
+}
+
+void onion_volume_thaw(struct onion_volume *volume) {
+    if (!volume->frozen || onion_volume_closed(volume))
+        return;
+    volume->frozen = 0;
+    pthread_rwlock_unlock(&volume->gate);
+    flush_gate_open(volume);
+}
+
 /* ---- rewriting the head's map ---- */
 
 static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {

@@ -123,13 +123,14 @@ void onion_volume_close(struct onion_volume *volume) {
         return;
     /* A flush under way goes first; one that waits for its outcome (seal, rewrite) finds the volume closed. */
     pthread_mutex_lock(&volume->flush_lock);
-    while (volume->flush_busy && !volume->sealing && !volume->rewriting)
+    while (volume->flush_busy && !volume->sealing && !volume->rewriting && !volume->frozen)
         pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
     int gate_is_ours = !volume->flush_busy;
     volume->flush_busy = 1;
     pthread_mutex_unlock(&volume->flush_lock);
     pthread_mutex_lock(&volume->prepare_lock);
-    pthread_rwlock_wrlock(&volume->gate);
+    if (!volume->frozen) /* else this thread has it */
+        pthread_rwlock_wrlock(&volume->gate);
     onion_epoch_wait(&volume->epoch);
     onion_below_free(volume->below);
     volume->below = NULL;

@@ -115,6 +115,10 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count);
 /* Everything that was acknowledged before the call is durable after it. -ENOSPC: nothing changed, try again. Any
  * failure of a sync poisons the volume. */
 int onion_volume_flush(struct onion_volume *volume);
+/* Holds writers off until the same thread thaws the volume or closes it; then they go on, or find it closed. -EBUSY:
+ * something was written, or a frame was added, since the log had `frames` frames. */
+int onion_volume_freeze(struct onion_volume *volume, uint64_t frames);
+void onion_volume_thaw(struct onion_volume *volume);
 /* Whether a flush would have something to make durable. */
 int onion_volume_unflushed(struct onion_volume *volume);
 /* Begins to write out what a flush would, for who has something else to do first. A hint: nothing is durable. */

@@ -105,6 +105,7 @@ struct onion_volume {
     struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
     uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
     int sealing, rewriting;
+    int frozen; /* the gate is held, for who closes or thaws the volume */
 };
 
 /* 0, or why no verb may run now. */

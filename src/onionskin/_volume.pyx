@@ -120,6 +120,8 @@ cdef extern from "volume.h" nogil:
     int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
     int onion_volume_log_state(onion_volume *, onion_sealed *)
     int onion_volume_unflushed(onion_volume *)
+    int onion_volume_freeze(onion_volume *, uint64_t)
+    void onion_volume_thaw(onion_volume *)
     int onion_volume_wants_compaction(onion_volume *)
     int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
     int onion_volume_commit_below(onion_volume *)
@@ -908,6 +910,26 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "flush", self._directory)
         return status == 1
+
+    def freeze(self, frames):
+        """Hold writers off until `thaw` or `close`, which the same thread calls. Nothing may be flushed meanwhile.
+
+        Returns
+        -------
+        bool
+            False: something was written since the head's log had `frames` frames; nobody is held off.
+        """
+        cdef uint64_t c_frames = frames
+        cdef int status
+        with nogil:
+            status = onion_volume_freeze(self._volume, c_frames)
+        if status < 0 and status != -EBUSY:
+            _raise(status, "apply")
+        return status == 0
+
+    def thaw(self):
+        """Let writers go on. Nothing, where they are not held off."""
+        onion_volume_thaw(self._volume)
 
     # ---- seal and rewrite ----
 

@@ -7,7 +7,7 @@ for writing, drops it, by its id.
 The row of a draft is a volume's, under a name that no volume can have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -71,8 +71,7 @@ class Draft(Volume):
             catalog.insert(row)
             taken.append(describe_snapshot(catalog, volume.row, row, sealed))
 
-        with volume.operation():
-            self._refuse_changed(volume)
+        with volume.operation(), _unchanged(volume, self._refuse_changed):
             volume.restart_on(sealed.id, name_it)
         return taken[0]
 
@@ -83,6 +82,24 @@ class Draft(Volume):
             raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
         if volume.head_changed if below else any(int(state) == 1 for _, _, state in volume.extents()):
             raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
+
+
+@contextmanager
+def _unchanged(volume: Volume, refuse_changed: Callable[[Volume], None]) -> Iterator[None]:
+    """Hold the writers of a disk that is about to be replaced, once it is known that nothing of theirs would be lost.
+
+    They go on with the new disk, or with this one where it was not replaced.
+    """
+    volume.flush()
+    path = volume.path
+    _, frames, _ = path.log_state()
+    refuse_changed(volume)
+    if not path.freeze(frames):
+        raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
+    try:
+        yield
+    finally:
+        path.thaw()
 
 
 @contextmanager

@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 STRETCH_SECONDS = 5
 FIRST_STRETCH_BYTES = 64 << 20
 STRETCH_BYTES_MIN = 1 << 20
+SEGMENTS_OPEN = 64  # of an open volume: with more, those without a block are looked for after a fold
 
 
 # ---- folding a layer into its only child ----
@@ -188,6 +189,36 @@ def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
         [(segment.id, segment.slots) for segment in segments],
     )
     _rewrite(volume, upper, lower, source)
+    if len(volume.path.segments()) > SEGMENTS_OPEN:
+        _drop_unused(volume)
+
+
+def _drop_unused(volume: "Volume") -> None:
+    """Give back the segments of the head that no block is in any more, with their numbers and their mappings.
+
+    A disk whose snapshots come and go while it is open would else collect them, until it has no number left.
+    """
+    store, catalog = volume.store, volume.store.catalog
+    owned = {row.id for row in catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)}
+    dropped = [id for id in volume.path.unused_segments() if id in owned]
+    if not dropped:
+        return
+
+    def drop() -> None:
+        wipe = catalog.layer(volume.head).wipe
+        for row in catalog.rows_in(SegmentRow, "id", dropped):
+            catalog.add_pending("segment", row.id, row.lock_byte, wipe)
+            catalog.delete(SegmentRow, "id = ?", row.id)
+
+    def settle() -> None:
+        if volume.path.poisoned or catalog.has(SegmentRow, "id = ?", dropped[0]):
+            volume.path.abort_below()
+        elif volume.path.commit_below():
+            volume.give_up_unread()
+
+    with volume.settling(settle):
+        volume.path.prepare_below(dropped=dropped, keep_base=True)
+        store.change(drop)
 
 
 def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:

@@ -278,11 +278,11 @@ class Volume:
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read zero, without writing zeros where whole blocks can be forgotten."""
-        self._on_path(lambda path: path.zero(offset, length))
+        self.store.with_reserve(lambda: self._on_path(lambda path: path.zero(offset, length)))
 
     def trim(self, offset: int, length: int) -> None:
         """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush."""
-        self._on_path(lambda path: path.trim(offset, length))
+        self.store.with_reserve(lambda: self._on_path(lambda path: path.trim(offset, length)))
 
     def view(self, offset: int, length: int) -> "Array":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.

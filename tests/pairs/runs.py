@@ -359,7 +359,9 @@ class Run:
 
     def question(self) -> judging.Question:
         """Return what has to be looked at."""
-        used = {volume for plan in self.plans for volume in (plan.place.volume, plan.place.other)[: 1 + plan.verb.alone]}
+        used = {
+            volume for plan in self.plans for volume in (plan.place.volume, plan.place.other)[: 1 + plan.verb.alone]
+        }
         used |= {"v", "c"} if used & {"v", "c"} else set()  # one stands on the other
         only = None if self.thorough or self.dead or self.faulty else frozenset(used)
         return judging.Question(self.half_merged(), bool(self.dead), only)
