@@ -76,6 +76,8 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 RESERVE_BYTES = 8 << 20
+CATALOG_ROOM_BYTES = 256 << 10
+CATALOG_INDEX_BYTES = 48 << 10  # 32 KiB, and what the log and the names of both take
 WIPE_POLICIES = ("release", "zero")
 
 
@@ -117,6 +119,7 @@ class Store:
             self._make_directories()
         if not trust:
             refuse_foreign(self.layout)
+        self._make_room_for_catalog()
         self.catalog: Catalog = self.with_reserve(lambda: Catalog(self.layout.catalog, create=create))
         try:
             self.locks: ByteLocks = self.with_reserve(lambda: ByteLocks(self.layout.lock))
@@ -733,6 +736,35 @@ class Store:
             result = change()
             self.make_reserve()
             return result
+
+    def _make_room_for_catalog(self) -> None:
+        """Give the reserve up before SQLite makes its index on a disk that is all but full.
+
+        SQLite writes one byte of each page of the index and maps it. Where a block of the file system is smaller than a page
+        the others have no block then, and with none left the first access to one of them is SIGBUS: no error could tell.
+        Without a reserve it is tried whether there is room, and where there is none the store is not opened.
+
+        Raises
+        ------
+        OSError
+            ENOSPC.
+        """
+        with suppress(FileNotFoundError, PermissionError):
+            found = os.statvfs(self.layout.root)
+            is_short = found.f_bavail * found.f_frsize < CATALOG_ROOM_BYTES and not found.f_flag & os.ST_RDONLY
+            if is_short and not self.give_up_reserve():
+                self._try_room()
+
+    def _try_room(self) -> None:
+        try:
+            descriptor = os.open(self.layout.root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, CATALOG_INDEX_BYTES)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT):
+                raise OSError(error.errno, os.strerror(error.errno), str(self.layout.catalog)) from None
 
     def give_up_reserve(self) -> bool:
         """Free what is set aside for a full disk; False where there was nothing. `make_reserve` sets it aside again."""
