@@ -119,7 +119,8 @@ def _base_of(
 ) -> bytes | None:
     """Return the base under a layer, given (parent, base) of each; `known` has it for those that were on the way before."""
     layer: bytes | None = top
-    way, base = [], None
+    way: list[bytes] = []
+    base: bytes | None = None
     while layer is not None and layer not in known and len(way) <= len(below):  # a damaged catalog may have circles
         way.append(layer)
         layer, base = below.get(layer, (None, None))

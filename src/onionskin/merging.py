@@ -57,9 +57,10 @@ def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None
     What the caller was asked for is done already: a fold that fails is left to the next opening, and logged.
     """
     for id in layers:
+        if id is None:
+            continue
         try:
-            if id is not None:
-                fold(volume, id)
+            fold(volume, id)
         except CommitUnknownError:
             raise
         except (OSError, OnionskinError) as error:

@@ -453,7 +453,8 @@ class Volume:
         rows: list[LayerRow] = []
 
         def write_rows() -> None:
-            new.clear(), unused.clear(), rows.clear()
+            for found in (new, unused, rows):
+                found.clear()
             check()
             # The size as the map has it: a crash behind a resize may have left the row with the old one.
             old = replace(catalog.layer(self.head), size_bytes=sealed.size_bytes)
