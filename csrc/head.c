@@ -115,6 +115,11 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
 
 /* ---- the map log ---- */
 
+/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
+static int has_no_room(int status) {
+    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
+}
+
 /* Makes the file of a log: its header, and zeros for the first frames where there is room for them. */
 static int create_map_file(struct onion_volume *volume, struct onion_head_log *log) {
     unsigned char bytes[LOG_STEP_BYTES] = {0};
@@ -123,12 +128,12 @@ static int create_map_file(struct onion_volume *volume, struct onion_head_log *l
                                   .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
     memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = open(log->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    int fd = open(log->path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
     log->room_end = sizeof bytes;
     int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
-    if (status == -ENOSPC) {
+    if (has_no_room(status)) {
         log->room_end = ONION_HEADER_BYTES;
         status = onion_pwrite_all(fd, bytes, ONION_HEADER_BYTES, 0);
     }
@@ -217,7 +222,7 @@ static int write_frame(struct onion_head_log *log, const unsigned char *bytes, s
     int status = onion_pwrite_all(log->fd, bytes, with_room, log->cursor.offset);
     if (status == 0)
         log->room_end = log->cursor.offset + with_room;
-    else if (status == -ENOSPC)
+    else if (has_no_room(status))
         status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
     return status;
 }
@@ -540,7 +545,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     if (is_busy && !must) /* by a flush, which makes room too, or by a seal that may take longer */
         return 0;
     int status = onion_volume_flush(volume);
-    if (status != -ENOSPC && status != -EDQUOT)
+    if (!has_no_room(status))
         return status;
     pthread_mutex_lock(&volume->pending_lock);
     pending->flush_at_records = pending->record_count;

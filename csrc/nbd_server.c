@@ -288,7 +288,7 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     int wants_scrub = 0;
     int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
-    if (status == -ENOSPC && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
+    if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
         status = flush_once(export, &wants_scrub);
     if (wants_scrub && hooks->freed)
         hooks->freed(hooks->context, onion_nbd_label(export)->name);

@@ -547,7 +547,7 @@ cdef class LayerMap:
             raise ValueError(f"{size_bytes} is no size of a volume")
         path = os.fspath(path)
         header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _write_all(descriptor, header)
             written = self._write_frames(descriptor, size_bytes)

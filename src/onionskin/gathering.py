@@ -138,7 +138,7 @@ def _wants_zeros(store: "Store", row: SegmentRow) -> bool:
 
 
 def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
-    source = os.open(store.layout.segment_file(row.id), os.O_RDONLY | os.O_CLOEXEC)
+    source = os.open(store.layout.segment_file(row.id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         table = [
             (source, target, HEADER_BYTES + int(slot) * block_size, HEADER_BYTES + int(to) * block_size,

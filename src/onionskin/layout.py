@@ -29,6 +29,12 @@ class Layout:
         return self.root / "reserve"
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the store that are in none of its directories, those that SQLite makes included."""
+        beside = (self.catalog.with_name(f"{CATALOG}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
+        return (self.catalog, *beside, self.lock, self.reserve)
+
+    @property
     def layers(self) -> Path:
         """The directory of block maps."""
         return self.root / "layers"

@@ -5,7 +5,7 @@ one process exclude each other as two processes do. A handle holds its bytes sha
 byte exclusively, without waiting. Within one handle the lock of a byte may be raised from shared to exclusive and
 back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
 
-`VolumeLock` is held by the one writer of a volume. Its file says who that is; what it says counts only while the lock
+`ReadersLock` is held by those who read a head that nobody writes. `VolumeLock` is held by the one writer of a volume. Its file says who that is; what it says counts only while the lock
 is held. The file is looked at again once it is locked, since it may have been removed or replaced meanwhile; and since a
 file that somebody removes later locks nobody out, the writer also holds a byte of the store's `lock` file, far behind those
 that stand for files, whose number comes from the volume's id.
@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
+from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,7 +71,7 @@ class ByteLocks:
         self._guard = threading.Lock()
         self._shared: set[int] = set()
         self._exclusive: set[int] = set()
-        self._descriptor = open_lock_file(path)
+        self._descriptor = _open_to_share(path)
         forks.register(self)
 
     def take_shared(self, numbers: Iterable[int]) -> bool:
@@ -205,6 +205,11 @@ class VolumeLock:
                 _refuse_held(path, volume_name)
             self._byte_descriptor = open_lock_file(layout.lock)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
+                if _is_only_read(self._byte_descriptor, volume_id):
+                    raise StateError(
+                        f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its "
+                        "snapshots instead"
+                    )
                 _refuse_held(path, volume_name)
             _write_holder(self._descriptor)
         except BaseException:
@@ -236,9 +241,35 @@ class VolumeLock:
             self.close()
 
 
+class ReadersLock:
+    """What keeps writers from a volume whose head is read. Any number of handles may have it; it leaves no trace in a file.
+
+    Raises
+    ------
+    StateError
+        A handle, of this process or of another one, holds the volume for writing.
+    """
+
+    def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
+        self._bytes = ByteLocks(layout.lock)
+        if not self._bytes.take_shared([_writer_byte(volume_id)]):
+            self._bytes.close()
+            _refuse_held(layout.volume_lock(volume_id), volume_name)
+
+    def close(self) -> None:
+        """Give the volume up. Idempotent."""
+        self._bytes.close()
+
+
 def _writer_byte(volume_id: bytes) -> int:
     """Return the byte of the store's lock file that stands for the writer of a volume: none that stands for a file."""
     return _WRITER_BYTES + int.from_bytes(volume_id[:7], "big")
+
+
+def _is_only_read(descriptor: int, volume_id: bytes) -> bool:
+    """Whether a volume could be locked for reading: those who have it locked do no more."""
+    wanted = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _writer_byte(volume_id), 1, 0)
+    return bool(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))[0] == fcntl.F_UNLCK)
 
 
 def _lock_at_its_path(path: Path) -> int:
@@ -279,10 +310,37 @@ def _write_holder(descriptor: int) -> None:
 
 def open_lock_file(path: Path) -> int:
     """Open a file to lock its bytes, made where it is not there: a regular one, reached by no link at its end."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    return _checked_lock_file(path, os.O_RDWR | os.O_CREAT)
+
+
+def _open_to_share(path: Path) -> int:
+    """Open a lock file; where it may only be read, to lock it for reading alone.
+
+    Where there is none, and none can be made, nobody can have made a file that somebody has to keep from being freed.
+    """
+    try:
+        return open_lock_file(path)
+    except OSError as error:
+        if error.errno not in (EROFS, EACCES):
+            raise
+    try:
+        return _checked_lock_file(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return os.memfd_create("onionskin lock")
+
+
+def _checked_lock_file(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == ELOOP:
+            raise StateError(f"{path} is a symbolic link, and no file of a store is; remove it") from None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise StateError(f"{path} is not a regular file, as a lock of a store is; remove it")
+        what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+        raise StateError(f"{path} {what}, and a lock of a store is a file of its own; remove it")
     return descriptor
 
 
@@ -297,7 +355,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 def volume_holder(path: Path) -> Holder | None:
     """Who holds a volume for writing, without touching its lock."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _checked_lock_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:

@@ -7,6 +7,7 @@ it trusts the catalog; what is freed goes through `pending`. Nothing here touche
 import logging
 import operator
 import os
+import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
+from onionskin.catalog.read_only import can_be_written
 from onionskin.chain import (
     Chain,
     NewHead,
@@ -53,7 +55,7 @@ from onionskin.errors import (
 )
 from onionskin.layout import DIRECTORIES, Layout
 from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, VolumeLock, is_being_merged_into
+from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, ReadersLock, VolumeLock, is_being_merged_into
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Lock = TypeVar("Lock", VolumeLock, ReadersLock)
 
 RESERVE_BYTES = 8 << 20
 CATALOG_ROOM_BYTES = 256 << 10
@@ -92,6 +95,9 @@ class Store:
 
     Attributes
     ----------
+    read_only : bool
+        Whether the store can only be read: its file system is mounted so or full to the last block, or its owner lets
+        this user do no more. What changes it raises OSError then.
     unreachable_bytes : int
         Bytes that were overwritten through this handle with policy `zero`, and whose old contents may still be on the
         medium: on a copy-on-write file system, or where other files share the blocks. The first time it is logged too.
@@ -119,8 +125,9 @@ class Store:
             self._make_directories()
         if not trust:
             refuse_foreign(self.layout)
-        self._make_room_for_catalog()
-        self.catalog: Catalog = self.with_reserve(lambda: Catalog(self.layout.catalog, create=create))
+        refuse_links(self.layout)
+        self.read_only: bool = self.layout.catalog.exists() and not can_be_written(self.layout.catalog)
+        self.catalog: Catalog = self._open_catalog(create)
         try:
             self.locks: ByteLocks = self.with_reserve(lambda: ByteLocks(self.layout.lock))
             self.locks.wait_shared(STORE_BYTE)
@@ -128,6 +135,19 @@ class Store:
             self.catalog.close()
             raise
         forks.register(self)
+
+    def _open_catalog(self, create: bool) -> Catalog:
+        """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
+        try:
+            if not self.read_only:
+                self._make_room_for_catalog()
+            return self.with_reserve(lambda: Catalog(self.layout.catalog, create=create, read_only=self.read_only))
+        except OSError as error:
+            if error.errno not in (ENOSPC, EDQUOT) or not self.layout.catalog.exists():
+                raise
+        _log.warning("%s: the disk is full to the last block, so the store is opened to be read alone", self.path)
+        self.read_only = True
+        return Catalog(self.layout.catalog, create=False, read_only=True)
 
     def _make_directories(self) -> None:
         way = [self.layout.root, *self.layout.root.parents]
@@ -225,6 +245,7 @@ class Store:
         size_bytes: int,
     ) -> Volume:
         """Make a volume and open it; the lock is held before anybody can see it, and a failure leaves none."""
+        self.catalog.refuse_read_only()
         id = new_id()
         self.make_reserve()
         lock = self.with_reserve(lambda: VolumeLock(self.layout, id, name))
@@ -280,8 +301,8 @@ class Store:
         verify : bool
             Compare the SHA-256 of the base with the one that `create(digest=True)` took.
         mode : {"w", "r"}
-            "r" opens a head that nobody holds, read-only: nothing is written, made or freed by it, and nobody can open it
-            for writing meanwhile. With `snapshot` it makes no difference.
+            "r" opens a head that nobody writes, read-only: nothing is written, made or freed by it, and nobody can open it
+            for writing meanwhile; others may read it too. With `snapshot` it makes no difference.
 
         Raises
         ------
@@ -296,43 +317,53 @@ class Store:
             raise ValueError(f"a volume is opened with mode 'w' or 'r', not {mode!r}")
         if snapshot is not None:
             return self._open_view(name, snapshot, verify)
-        row, lock = self._lock_volume(name)
+        if mode == "r":
+            return self._open_to_read(name, verify)
+        row, lock = self._lock_volume(name, VolumeLock)
         try:
-            return self._open_locked(row, lock, verify=verify, writable=mode == "w")
+            return self._open_locked(row, lock, verify=verify)
         except BaseException:
             lock.close()
             raise
 
-    def _lock_volume(self, name: str) -> tuple[VolumeRow, VolumeLock]:
-        """Take the writer's lock of the volume that has a name, and return it as it is under the lock.
+    def _open_to_read(self, name: str, verify: bool) -> Volume:
+        """Open a head that nobody writes. Nothing is written for it, in no file."""
+        row, lock = self._lock_volume(name, ReadersLock)
+        try:
+            volume = Volume(self, row, self._open_layer(row.head, writable=False, verify=verify), read_lock=lock)
+        except BaseException:
+            lock.close()
+            raise
+        self.note_open(volume)
+        return volume
+
+    def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
+        """Take a lock of the volume that has a name, and return it as it is under the lock.
 
         What a name means may change until the lock is held: somebody renames the volume, or deletes it and makes another.
         """
         row = self.catalog.volume(name)
+        if kind is VolumeLock:
+            self.catalog.refuse_read_only()
         while True:
             id = row.id
-            lock = self.with_reserve(lambda: VolumeLock(self.layout, id, name))  # noqa: B023
+            lock = self.with_reserve(lambda: kind(self.layout, id, name))  # noqa: B023
             try:
                 row = self.catalog.volume(name)
             except BaseException:
                 lock.close()
-                if self.catalog.volume_with_id(id) is None:
+                if kind is VolumeLock and self.catalog.volume_with_id(id) is None:
                     self._forget_lock(id)
                 raise
             if row.id == id:
                 return row, lock
             lock.close()
 
-    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, writable: bool = True) -> Volume:
+    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool) -> Volume:
         """Open the volume that is locked. On an error the lock stays the caller's."""
-        if writable:
-            self.catalog.sync_found()
-            volume = self._open_head(row, lock, verify)
-        else:
-            volume = Volume(self, row, self._open_layer(row.head, writable=False, verify=verify), read_lock=lock)
+        self.catalog.sync_found()
+        volume = self._open_head(row, lock, verify)
         self.note_open(volume)
-        if not writable:
-            return volume
         try:
             self._after_open(volume)
         except BaseException:
@@ -487,6 +518,7 @@ class Store:
         clone_of : bytes, optional
             The id of the sealed layer that it begins as.
         """
+        self.catalog.refuse_read_only()
         return drafts.draft(self, name, size=size, block_size=block_size, wipe=wipe, clone_of=clone_of)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
@@ -497,7 +529,7 @@ class Store:
         StateError
             It is open, it has snapshots and `recursive` is not given, or clones stand on them (listed).
         """
-        row, lock = self._lock_volume(name)
+        row, lock = self._lock_volume(name, VolumeLock)
         try:
             self._drop_volume(row.id, recursive=recursive)
         finally:
@@ -640,6 +672,7 @@ class Store:
         """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
         self.finish_work()  # what is under way here is no problem
         if repair:
+            self.catalog.refuse_read_only()
             drafts.drop_dead(self)
             pending.remove_orphans(self)
             pending.do_pending(self)
@@ -691,7 +724,7 @@ class Store:
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
-        if self.catalog.has(PendingRow, "kind != 'base-merge'"):
+        if not self.read_only and self.catalog.has(PendingRow, "kind != 'base-merge'"):
             pending.do_pending(self, policy="zero")
             self.wake()
 
@@ -705,6 +738,7 @@ class Store:
             if self.catalog.has(PendingRow, "kind != 'base-merge' AND wipe = 'zero'"):
                 pending.do_pending(self, policy="zero")
             pending.do_pending(self, policy="release")
+        self.make_reserve()  # where it was given up, and what was freed makes room for it
         for volume in self.open_volumes():
             with suppress(OSError, OnionskinError):  # the next head makes its files itself then
                 volume.prepare_if_wanted()
@@ -776,10 +810,12 @@ class Store:
 
     def make_reserve(self) -> None:
         """Set space aside; a disk that has none left goes without."""
-        if self.layout.reserve.exists():
+        if self.read_only or os.path.lexists(self.layout.reserve):
             return
         with suppress(OSError):
-            descriptor = os.open(self.layout.reserve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(
+                self.layout.reserve, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             except OSError:
@@ -840,6 +876,20 @@ def refuse_foreign(layout: Layout) -> None:
             f"the store {layout.root} belongs to user {owner}, and this is user {os.geteuid()}; a store can name any file "
             "as a base, so open it only if you trust that user (--trust on the command line, trust=True in Python)"
         )
+
+
+def refuse_links(layout: Layout) -> None:
+    """Refuse a store one of whose own files or directories is something else: a link leads out of the store."""
+    for path in (*(layout.root / name for name in DIRECTORIES), *layout.files):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        wanted = stat.S_ISDIR(mode) if path.name in DIRECTORIES else stat.S_ISREG(mode)
+        if not wanted:
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+            kind = "directory" if path.name in DIRECTORIES else "regular file"
+            raise StateError(f"{path} is {what}, where a store has a {kind} of its own; look at what it is, and remove it")
 
 
 __all__ = ["Store", "TreeNode", "VolumeInfo"]

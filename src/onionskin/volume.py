@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from onionskin._volume import DataPath
     from onionskin.layering import Layering
-    from onionskin.locks import BaseLock, ByteLocks, VolumeLock
+    from onionskin.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
     from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
@@ -102,7 +102,7 @@ class Volume:
         opened: OpenChain,
         *,
         volume_lock: "VolumeLock | None" = None,
-        read_lock: "VolumeLock | None" = None,
+        read_lock: "ReadersLock | None" = None,
         snapshot: str | None = None,
     ) -> None:
         self.store = store

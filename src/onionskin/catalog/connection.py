@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from onionskin import forks
+from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
     DRAFT_PREFIX,
@@ -49,8 +51,10 @@ _BUSY_SECONDS = 60
 class Catalog:
     """One connection to a store's catalog. All methods may be called by any thread."""
 
-    def __init__(self, path: Path, *, create: bool) -> None:
+    def __init__(self, path: Path, *, create: bool, read_only: bool = False) -> None:
         self.path = path
+        self.read_only = read_only
+        self._copy: TemporaryDirectory[str] | None = None
         self._guard = threading.RLock()
         self._forked = False
         self._changing = False
@@ -58,7 +62,10 @@ class Catalog:
             if not create:
                 raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
             _make(path)
-        self._connection = _connect(path)
+        if self.read_only:
+            self._connection, self._copy = connect_to_read(path)
+        else:
+            self._connection = _connect(path)
         forks.register(self)
         try:
             with self._errors():
@@ -80,8 +87,14 @@ class Catalog:
             )
 
     def _upgrade(self) -> None:
-        """Bring an older catalog up to this version, or find that another process just did."""
-        with self.transaction():
+        """Bring an older catalog up to this version, or find that another process just did.
+
+        Of one that may only be read, a private copy.
+        """
+        if self.read_only and self._copy is None:
+            self._connection.close()
+            self._connection, self._copy = copied(self.path)
+        with self._transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
             for older in range(version, SCHEMA_VERSION):
                 UPGRADES[older](self._connection)
@@ -145,6 +158,18 @@ class Catalog:
         An interrupt that comes while COMMIT runs is raised behind it: the transaction did happen then. So whoever
         takes back what belongs to a transaction asks the catalog first how that ended.
         """
+        self.refuse_read_only()
+        with self._transaction():
+            yield
+
+    def refuse_read_only(self) -> None:
+        """Raise OSError where the store may only be read."""
+        if self.read_only:
+            number, why = why_not_written(self.path)
+            raise OSError(number, f"the store is read-only: {why}", str(self.path.parent))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         with self._guard, self._errors():
             if self._changing:  # it would be rolled back, with what it has done so far
                 raise AssertionError("a transaction was begun inside another one")
@@ -214,10 +239,14 @@ class Catalog:
         """Close the connection. Idempotent."""
         if not self._forked:
             self._connection.close()
+            if self._copy:
+                self._copy.cleanup()
 
     def after_fork(self) -> None:
         """In the child: leave the connection alone, and the lock that another thread of the parent may have held."""
         self._forked = True
+        if self._copy:
+            self._copy._finalizer.detach()  # type: ignore[attr-defined]  # the parent removes it
         self._guard = threading.RLock()
 
     # ---- rows ----
@@ -498,6 +527,8 @@ def _make(path: Path) -> None:
     the journal mode SQLite makes a journal, and syncs the directory for it.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
+    # SQLite would let everybody read it; its log and its index get the modes of this one.
+    os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog schema

@@ -2,8 +2,9 @@
 
 import os
 import sqlite3
+import threading
 from contextlib import suppress
-from errno import EACCES, EIO, EISDIR, ENOSPC, EROFS
+from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS
 from pathlib import Path
 
 from onionskin.errors import FormatError, StateError
@@ -25,7 +26,7 @@ def _refusal(path: Path, otherwise: int) -> int:
     """Say why a file cannot be opened or written: SQLite keeps the errno to itself.
 
     A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index; both fail in ways
-    that SQLite reports as a fault of the medium, or as a file that cannot be opened.
+    that SQLite reports as a fault of the medium, or as a file that cannot be opened. So what it needs is tried.
     """
     with suppress(OSError):
         if path.is_dir():
@@ -35,7 +36,30 @@ def _refusal(path: Path, otherwise: int) -> int:
             return EROFS
         if found.f_bavail * found.f_frsize < _LOG_BYTES or (found.f_files and not found.f_favail):
             return ENOSPC
-    return otherwise
+    refused = _cannot_make(path, 2)
+    return refused if refused in (ENOSPC, EDQUOT, EFBIG, EMFILE, ENFILE) else otherwise
+
+
+def _cannot_make(path: Path, count: int) -> int:
+    """Make so many files as large as SQLite's log beside the catalog, and remove them: 0, or the errno of what fails.
+
+    What is free by the numbers of a file system may be kept back, under a quota, or in too small pieces.
+    """
+    if not count:
+        return 0
+    probe = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{count}.probe")
+    try:
+        descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        return error.errno or 0
+    try:
+        os.posix_fallocate(descriptor, 0, _LOG_BYTES)
+        return _cannot_make(path, count - 1)
+    except OSError as error:
+        return error.errno or 0
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 def translated(error: sqlite3.Error, path: Path) -> Exception:

@@ -1,0 +1,111 @@
+"""Opening a catalog that may only be read: in its place where SQLite can do that, or as a private copy.
+
+What must hold: nothing is made or written beside the catalog. What a crash left in SQLite's log is read too; where only a
+copy can be brought up to that, or to this version, the copy is.
+"""
+
+import logging
+import os
+import shutil
+import sqlite3
+import tempfile
+from errno import EACCES, ENOSPC, EROFS
+from pathlib import Path
+
+from onionskin.catalog.sqlite_errors import translated
+from onionskin.errors import StateError
+
+_log = logging.getLogger(__name__)
+
+_TRIES = 5
+
+
+def can_be_written(catalog: Path) -> bool:
+    """Whether this process may write a catalog, and make files beside it."""
+    return all(os.access(path, os.W_OK, effective_ids=True) for path in (catalog, catalog.parent))
+
+
+def why_not_written(catalog: Path) -> tuple[int, str]:
+    """Say why a catalog can only be read: an errno, and in words."""
+    if _cannot_change(catalog):
+        return EROFS, "its file system is mounted so"
+    if can_be_written(catalog):
+        return ENOSPC, "the disk was full to the last block when it was opened; free some room, and open it again"
+    return EACCES, f"it belongs to user {catalog.stat().st_uid}, who lets user {os.geteuid()} do no more"
+
+
+def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str] | None]":
+    """Connect to a catalog that may only be read; with the directory of the copy that is read, where it is one."""
+    log = _log_of(path)
+    if log.exists() and (log.stat().st_size or not _cannot_change(path)):
+        try:
+            connection = _connect(path, "mode=ro")
+        except sqlite3.Error:
+            return copied(path)
+        if log.stat().st_size:
+            _log.info("%s is read with what its log holds, which nobody has moved into it", path)
+        return connection, None
+    if _cannot_change(path):  # nobody can write it, and it is whole
+        try:
+            return _connect(path, "mode=ro&immutable=1"), None
+        except sqlite3.Error as error:
+            raise translated(error, path) from error
+    return copied(path)
+
+
+def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str]]":
+    """Connect to a private copy of a catalog and its log, as they are now."""
+    directory = tempfile.TemporaryDirectory(prefix="onionskin-")
+    try:
+        copy = Path(directory.name) / path.name
+        for _ in range(_TRIES):
+            before = _looks(path)
+            for one, target in ((path, copy), (_log_of(path), _log_of(copy))):
+                target.unlink(missing_ok=True)
+                if one.exists():
+                    shutil.copyfile(one, target, follow_symlinks=False)
+            if _looks(path) == before:
+                break
+        else:
+            raise StateError(f"{path} is being changed all the time by another process; try again")
+        held = f" and the {_log_of(copy).stat().st_size} bytes of its log" if _log_of(copy).exists() else ""
+        _log.info("%s can only be read: what is shown is a private copy of it%s, as they are now", path, held)
+        return _connect(copy, "mode=rw"), directory
+    except sqlite3.Error as error:
+        directory.cleanup()
+        raise translated(error, path) from error
+    except BaseException:
+        directory.cleanup()
+        raise
+
+
+def _connect(path: Path, how: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, check_same_thread=False, timeout=60
+    )
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _cannot_change(path: Path) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def _looks(path: Path) -> list[tuple[int, int, int] | None]:
+    found: list[tuple[int, int, int] | None] = []
+    for one in (path, _log_of(path)):
+        try:
+            info = one.lstat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((info.st_ino, info.st_size, info.st_mtime_ns))
+    return found

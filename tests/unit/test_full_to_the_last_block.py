@@ -1,0 +1,101 @@
+"""A disk that is full to the last block: what there is can be read, and what frees space does; also under a quota or a limit."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from errno import EDQUOT, EFBIG, ENOSPC
+from pathlib import Path
+
+import pytest
+
+import onionskin
+
+MIB = 1 << 20
+SYSTEMS = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+
+
+def fill(root: Path) -> None:
+    """Take every block, as another program would: in a large file, then in small ones, which need inodes too."""
+    with suppress(OSError), (root / "filler").open("wb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, max(os.statvfs(root).f_bavail * os.statvfs(root).f_frsize - MIB, 4096))
+    for length in (1 << 16, 4096, 512, 1):
+        with suppress(OSError), (root / f"filler-{length}").open("xb", buffering=0) as file:
+            while file.write(b"x" * length) == length:
+                pass
+            os.fsync(file.fileno())
+    for number in range(20000):
+        try:
+            (root / f"filler-{number}").write_bytes(b"x" * 4096)
+        except OSError:
+            break
+    os.sync()
+
+
+@pytest.fixture(params=list(SYSTEMS))
+def root(request: pytest.FixtureRequest) -> Path:
+    """A file system with a store of a volume with two snapshots of 4 MiB each, and room for more."""
+    root: Path = request.getfixturevalue(f"{request.param}_mount")(SYSTEMS[request.param])
+    with onionskin.Store(root / "store") as store, store.create("web", size="1G") as web:
+        for name in ("a", "b"):
+            web.write(0, name.encode() * (4 * MIB))
+            web.snapshot(name)
+    return root
+
+
+def run(*arguments: object) -> str:
+    ended = subprocess.run([sys.executable, "-m", "onionskin", *map(str, arguments)], capture_output=True, text=True)
+    assert ended.returncode == 0, (arguments, ended)
+    return ended.stdout
+
+
+def test_all_that_reads_and_all_that_frees_works_in_processes_of_their_own(root: Path, tmp_path: Path) -> None:
+    store = root / "store"
+    fill(root)
+    assert "web@a" in run("tree", store)
+    run("check", store)
+    run("export", f"{store}/web@a", tmp_path / "a.raw")
+    run("export", f"{store}/web", tmp_path / "web.raw")
+    before = os.statvfs(root).f_bavail
+    run("trim", f"{store}/web", 0, "1M")
+    run("merge", f"{store}/web@a")
+    run("discard", f"{store}/web@b", "--yes")
+    run("delete", f"{store}/web", "--recursive")
+    assert (os.statvfs(root).f_bavail - before) * os.statvfs(root).f_frsize > -9 * MIB  # the reserve is there again
+    assert (store / "reserve").stat().st_blocks * 512 >= 8 * MIB
+    assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)
+
+
+def test_a_store_that_is_open_goes_on(root: Path) -> None:
+    with onionskin.Store(root / "store") as store, store.open("web") as web:
+        web.write(0, b"c" * MIB)
+        web.flush()
+        os.sync()
+        fill(root)
+        web.trim(0, MIB)
+        web.flush()
+        web.merge("a")
+        web.discard("b")
+        store.create("other", size="1M").close()
+        store.delete("other")
+        assert web.read(0, MIB) == b"b" * MIB
+    with onionskin.Store(root / "store") as store:
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+        store.delete("web", recursive=True)
+        store.finish_work()
+        assert store.layout.reserve.exists()
+        assert list(store.layout.segments.iterdir()) == []
+
+
+def test_what_there_is_can_be_read_where_even_the_reserve_is_gone(root: Path, tmp_path: Path) -> None:
+    (root / "store" / "reserve").unlink()
+    fill(root)
+    with onionskin.Store(root / "store") as store:
+        assert [volume.name for volume in store.volumes()] == ["web"]
+        with store.open("web", snapshot="a") as view:
+            view.export(tmp_path / "a.raw")
+        with store.open("web", mode="r") as web:
+            assert web.read(0, 3) == b"bbb"
+    assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)
