@@ -9,6 +9,7 @@ In each state:
 - an image file that was exported is there and whole;
 - store.check() finds no error, and nothing at all once every volume has been opened and closed again a few
   times: work that a background thread does may outlive one opening, but is not left pending for ever;
+- then there is no file without a row, and no row without a file;
 - a second opening reads the same;
 - policy `zero`: once closed again, no file of the store holds bytes of a write that no volume and no snapshot
   reads.
@@ -30,6 +31,7 @@ from typing import Any
 from crash.harness import mark
 from crash.model import BLOCK_BYTES, CANARY_BYTES, MAIN, VOLUME_BYTES, Disk, Seed, StoreModel, VolumeModel, canary, plan
 from crash.workload import STORE, lower_limits
+from strays import strays
 
 OPENINGS_MAX = 8
 CANARY = re.compile(rb"CANARY-\d{9}")
@@ -168,7 +170,8 @@ def check_again(path: Path, first: dict[str, Found]) -> list[str]:
             left = store.check()
         if not left:
             break
-    return problems + [f"still there after {OPENINGS_MAX} more openings: {problem}" for problem in left]
+    problems += [f"still there after {OPENINGS_MAX} more openings: {problem}" for problem in left]
+    return problems + [f"after {OPENINGS_MAX} more openings: {problem}" for problem in strays(path)]
 
 
 def difference(model: StoreModel, found: dict[str, Found]) -> str | None:

@@ -297,7 +297,9 @@ class Planner:
         self.step("merge", (name,), store.with_volume(MAIN, VolumeModel(main.head, kept, parent)))
 
     def resize(self) -> None:
-        size_bytes = self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice((0, SECTOR_BYTES))
+        self.resize_to(self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice((0, SECTOR_BYTES)))
+
+    def resize_to(self, size_bytes: int) -> None:
         content = self.main.head.content
         if size_bytes == len(content):
             return

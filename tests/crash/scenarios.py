@@ -205,10 +205,11 @@ SCENARIOS = (
     ),
     scripted("write again", "opened catalog", "opened segment", states=1, recover_in=("reopen", "snapshot", "flush")),
     scripted("gather", "gathered segment", "gathered segment name", "gathered map name", "written map", "folded map name"),
-    scripted("flatten", "flat segment", "opened segments directory", "opened layers directory"),
+    scripted("flatten", "flat segment", "flat segment name", "flat map name"),
     scripted("export", "exported image", "exported image name"),
     scripted("merge into base", "merged base"),
     scripted("merge into base", "merged base", states=1, recover_in=("merge_into_base",)),
+    scripted("merge into longer base", "shortened base"),
     scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
     program_scenario("two stores are made", make_store, check_made_stores, "store name"),
     program_scenario(

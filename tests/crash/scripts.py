@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crash.model import BLOCK_BYTES, Planner
+from crash.model import BASE_BYTES, BLOCK_BYTES, Planner
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ def merge_into_base(planner: Planner) -> None:
     planner.finish()
 
 
+def merge_into_longer_base(planner: Planner) -> None:
+    """The base is longer than the disk that is merged into it."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.resize_to(BASE_BYTES - 8 * BLOCK_BYTES)
+    planner.finish()
+
+
 SCRIPTS = {
     "make": Script(make),
     "write again": Script(write_again),
@@ -91,4 +98,5 @@ SCRIPTS = {
     "export": Script(export, has_base=True),
     "free": Script(free),
     "merge into base": Script(merge_into_base, has_base=True),
+    "merge into longer base": Script(merge_into_longer_base, has_base=True),
 }

@@ -130,15 +130,18 @@ class Catalog:
         """
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
-            with self._guard, self._errors():
-                busy, _, _ = self._connection.execute(
-                    "PRAGMA wal_checkpoint(PASSIVE)"
-                ).fetchone()  # BARRIER: opened catalog
+            busy = self._checkpoint()  # BARRIER: opened catalog
             if not busy:
                 return
             if time.monotonic() > deadline:
                 raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
             time.sleep(0.001)  # by somebody else, and nothing tells us when that is done
+
+    def _checkpoint(self) -> bool:
+        """Sync the log, and move what can be moved from it; True where somebody else is about it just now."""
+        with self._guard, self._errors():
+            busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return bool(busy)
 
     # ---- transactions ----
 
