@@ -5,8 +5,8 @@ one process exclude each other as two processes do. A handle holds its bytes sha
 byte exclusively, without waiting. Within one handle the lock of a byte may be raised from shared to exclusive and
 back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
 
-`ReadersLock` is held by those who read a head that nobody writes. `VolumeLock` is held by the one writer of a volume. Its file says who that is; what it says counts only while the lock
-is held. The file is looked at again once it is locked, since it may have been removed or replaced meanwhile; and since a
+`ReadersLock` is held by those who read a head that nobody writes. `VolumeLock` is held by the one writer of a volume.
+Its file says who that is; what it says counts only while the lock is held. The file is looked at again once it is locked, since it may have been removed or replaced meanwhile; and since a
 file that somebody removes later locks nobody out, the writer also holds a byte of the store's `lock` file, far behind those
 that stand for files, whose number comes from the volume's id.
 
