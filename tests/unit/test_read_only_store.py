@@ -131,9 +131,9 @@ def test_a_store_of_another_user_that_may_be_read_and_not_written(tmp_path: Path
     try:
         make(root)
         for directory, _, names in os.walk(root):
-            os.chmod(directory, 0o755)
+            Path(directory).chmod(0o755)
             for name in names:
-                os.chmod(Path(directory, name), 0o644)
+                Path(directory, name).chmod(0o644)
         before = {path: path.lstat().st_ctime_ns for path in root.rglob("*")}
         out = root.with_name(f"{root.name}-out")
         out.mkdir()
@@ -170,8 +170,6 @@ def test_a_head_that_is_opened_to_be_read_changes_no_file(tmp_path: Path) -> Non
         for name in ("web", "clone"):
             with store.open(name, mode="r") as volume:
                 assert volume.read(0, 1)
-                with pytest.raises(onionskin.StateError, match="open for reading"):
-                    store.open(name)
         after = {path: path.lstat() for path in sorted(store.layout.root.rglob("*"))}
         for path, found in before.items():
             if not path.name.endswith("-shm"):  # the marks of SQLite's readers

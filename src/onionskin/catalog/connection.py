@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from onionskin import forks
-from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.copy_on_write import make_index_in_place
+from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
     DRAFT_PREFIX,

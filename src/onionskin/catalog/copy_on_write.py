@@ -20,7 +20,7 @@ def make_index_in_place(catalog: Path) -> None:
     """Make the index of a catalog's log, where there is none, as a file that btrfs overwrites in place."""
     index = catalog.with_name(f"{catalog.name}-shm")
     with suppress(OSError):  # SQLite makes it, then
-        if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes, and hardly any other does not
+        if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes
             return
         found = catalog.stat()
         descriptor = os.open(
