@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -265,6 +267,16 @@ static int is_replaced(const struct onion_journal *journal, const struct onion_j
     return replaced;
 }
 
+/* On btrfs a write to a mapped page wants a new place for it, and SIGBUS where a full disk has none; a file that is
+ * overwritten in place has its blocks. It has to be asked for before there are any. */
+static void overwrite_in_place(int fd) {
+    int flags = 0;
+    if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
+        flags |= FS_NOCOW_FL;
+        (void)ioctl(fd, FS_IOC_SETFLAGS, &flags); /* other file systems know nothing of it, and need not */
+    }
+}
+
 /* Makes the file under another name, and gives it blocks and mappings. */
 static int make_file(struct onion_volume *volume, const char *draft) {
     struct onion_journal *journal = &volume->journal;
@@ -277,6 +289,7 @@ static int make_file(struct onion_volume *volume, const char *draft) {
     journal->fd = open(draft, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (journal->fd < 0)
         return -errno;
+    overwrite_in_place(journal->fd);
     int status = describe_here(journal->fd, &header);
     if (status == 0 && is_replaced(journal, &header))
         status = -ENOSYS;

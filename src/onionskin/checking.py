@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from errno import ENXIO
 from pathlib import Path
@@ -68,7 +68,7 @@ def check(store: "Store") -> list[Problem]:
         Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
         for row in rows.pending
     ]
-    return [*problems, *_check_files(store, rows, listed)]
+    return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
 
 
 def _read_rows(store: "Store") -> _Rows:
@@ -285,6 +285,17 @@ def _check_files(store: "Store", rows: _Rows, listed: list[os.DirEntry[str]]) ->
             yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
         if ours and not what and entry.name not in named:
             yield Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
+
+
+def _check_modes(store: "Store") -> Iterator[Problem]:
+    """Report what users other than the owner may do: who may read the locks can keep the owner out, for one."""
+    layout = store.layout
+    for path in (layout.root, layout.layers, layout.segments, layout.volumes, *layout.files):
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(path.lstat().st_mode)
+            if mode & 0o077:
+                advice = "nobody but the owner needs it: chmod " + ("700" if path.is_dir() else "600")
+                yield Problem("notice", f"its mode is {mode:o}, so other users may get at it", str(path), advice)
 
 
 def _named_files(rows: _Rows) -> set[str]:

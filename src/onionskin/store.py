@@ -889,7 +889,9 @@ def refuse_links(layout: Layout) -> None:
         if not wanted:
             what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
             kind = "directory" if path.name in DIRECTORIES else "regular file"
-            raise StateError(f"{path} is {what}, where a store has a {kind} of its own; look at what it is, and remove it")
+            raise StateError(
+                f"{path} is {what}, where a store has a {kind} of its own; look at what it is, and remove it"
+            )
 
 
 __all__ = ["Store", "TreeNode", "VolumeInfo"]

@@ -1,12 +1,9 @@
 """A disk that is full to the last block: what there is can be read, and what frees space does; also under a quota or a limit."""
 
 import os
-import resource
-import signal
 import subprocess
 import sys
 from contextlib import suppress
-from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 import pytest

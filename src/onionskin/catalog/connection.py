@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from onionskin import forks
+from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
@@ -500,6 +501,7 @@ def _shown(id: object) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    make_index_in_place(path)
     try:
         connection = sqlite3.connect(
             path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256

@@ -43,7 +43,7 @@ def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.Temporary
         except sqlite3.Error:
             return copied(path)
         if log.stat().st_size:
-            _log.info("%s is read with what its log holds, which nobody has moved into it", path)
+            _log.warning("%s is read with what its log holds, which a crash or another process left there", path)
         return connection, None
     if _cannot_change(path):  # nobody can write it, and it is whole
         try:
@@ -68,8 +68,13 @@ def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory
                 break
         else:
             raise StateError(f"{path} is being changed all the time by another process; try again")
-        held = f" and the {_log_of(copy).stat().st_size} bytes of its log" if _log_of(copy).exists() else ""
-        _log.info("%s can only be read: what is shown is a private copy of it%s, as they are now", path, held)
+        held = _log_of(copy).stat().st_size if _log_of(copy).exists() else 0
+        _log.log(
+            logging.WARNING if held else logging.INFO,
+            "%s can only be read: what is shown is a private copy of it and the %s bytes of its log, as they are now",
+            path,
+            held,
+        )
         return _connect(copy, "mode=rw"), directory
     except sqlite3.Error as error:
         directory.cleanup()
