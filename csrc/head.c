@@ -609,7 +609,10 @@ static unsigned char *live_bitmap(struct onion_volume *volume, const struct onio
     return bitmap;
 }
 
-/* Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
+/* A head that was sealed meanwhile is asked no more: the index of the next one forgets what that writes over, and the layer
+ * still has it. So whose the segment is counts only here, behind the flush, which waits for a seal to end.
+ *
+ * Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
  * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits) {
@@ -621,11 +624,12 @@ int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uu
     uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
     if (status == 0 && !number)
         status = -ENOENT;
-    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+    int is_head = number && onion_segment_is_head(volume, volume->segments[number]);
+    if (is_head && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
         status = -ENOMEM;
     pthread_rwlock_unlock(&volume->gate);
     flush_gate_open(volume);
-    return status;
+    return status < 0 ? status : !is_head;
 }
 
 static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
@@ -670,10 +674,12 @@ int onion_volume_free_own_slots(struct onion_volume *volume) {
         unsigned char *bitmap;
         uint64_t bits;
         status = onion_volume_live_slots(volume, segment->uuid, &bitmap, &bits);
-        if (status < 0)
-            break;
-        status = give_back_unset(volume, segment, bitmap, bits);
-        free(bitmap);
+        if (status == 0) {
+            status = give_back_unset(volume, segment, bitmap, bits);
+            free(bitmap);
+        } else if (status > 0) {
+            status = 0;
+        }
     }
     return status;
 }

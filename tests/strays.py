@@ -17,6 +17,7 @@ def strays(store: Path) -> list[str]:
         segments = catalog.execute("SELECT id, role, slots FROM segments").fetchall()
         pending = catalog.execute("SELECT kind, target FROM pending").fetchall()
         volumes = {id.hex() for (id,) in catalog.execute("SELECT id FROM volumes")}
+    volumes |= targets(pending, "volume")
     spares = {id for id, role, _ in segments if role == "spare"}  # the next head's map may be there already
     maps = {id.hex() for id, _ in layers} | {id.hex() for id in spares} | targets(pending, "map")
     datas = {id.hex() for id, _, _ in segments} | targets(pending, "segment")

@@ -814,7 +814,10 @@ cdef class DataPath:
             free(infos)
 
     def live_slots(self, segment):
-        """Return the sorted runs of slots of a segment that are still needed (dtypes.SLOTS). Waits for writers."""
+        """Return the sorted runs of slots of a segment of the head that are still needed (dtypes.SLOTS). Waits for writers.
+
+        None where the segment is not the head's, or is no more: it was sealed meanwhile.
+        """
         cdef unsigned char id[16]
         cdef unsigned char *bitmap = NULL
         cdef uint64_t bits = 0
@@ -824,6 +827,8 @@ cdef class DataPath:
             status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
         if status < 0:
             _raise(status, "scrub", self._directory)
+        if status:
+            return None
         try:
             raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
         finally:

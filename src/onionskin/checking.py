@@ -304,8 +304,9 @@ def _named_files(rows: _Rows) -> set[str]:
     named |= {f"{row.id.hex()}.map" for row in rows.segments if row.role == "spare"}
     for row in rows.pending:
         named |= {f"{row.target.hex()}.map", f"{row.target.hex()}.seg"}
-    for volume in rows.volumes:
-        named |= {f"{volume.id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
+    volumes = [volume.id for volume in rows.volumes] + [row.target for row in rows.pending if row.kind == "volume"]
+    for id in volumes:
+        named |= {f"{id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
     return named
 
 

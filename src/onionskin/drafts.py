@@ -17,6 +17,7 @@ from onionskin.chain import NewHead
 from onionskin.errors import ChainError, SnapshotExistsError, StateError, VolumeExistsError
 from onionskin.locks import VolumeLock
 from onionskin.names import check_name
+from onionskin.pending import add_files_of, unlink_files_of
 from onionskin.snapshots import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
 from onionskin.volume import Volume
 
@@ -149,6 +150,7 @@ def _make(
 
     try:
         row, layer = store.change(insert)
+        store.with_reserve(lock.make_file)
         made = Draft(store, row, store.open_head(layer, id), volume_lock=lock)
     except BaseException:
         lock.close()
@@ -176,11 +178,11 @@ def _drop(store: "Store", id: bytes) -> None:
         row = catalog.volume_with_id(id)
         if row and row.name.startswith(DRAFT_PREFIX):
             catalog.delete(VolumeRow, "id = ?", id)
+            add_files_of(catalog, id)
             free_unneeded(catalog, row.head)
 
     store.change(remove)
-    store.layout.dirty_file(id).unlink(missing_ok=True)
-    store.layout.volume_lock(id).unlink(missing_ok=True)
+    unlink_files_of(store, id)
     store.work_soon()
 
 

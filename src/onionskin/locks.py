@@ -188,7 +188,10 @@ class Holder:
 
 
 class VolumeLock:
-    """The lock of the one writer of a volume.
+    """The lock of the one writer of a volume: a byte of the store's lock file, and a file of the volume's own.
+
+    Whoever gets the byte is the writer. Only he makes the file, and only while the volume has a row (`make_file`): so a
+    crash leaves none that no row names.
 
     Raises
     ------
@@ -197,12 +200,9 @@ class VolumeLock:
     """
 
     def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
-        path = layout.volume_lock(volume_id)
+        self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
         self._descriptor = self._byte_descriptor = -1
         try:
-            self._descriptor = _lock_at_its_path(path)
-            if self._descriptor < 0:
-                _refuse_held(path, volume_name)
             self._byte_descriptor = open_lock_file(layout.lock)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
                 if _is_only_read(self._byte_descriptor, volume_id):
@@ -210,22 +210,29 @@ class VolumeLock:
                         f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its "
                         "snapshots instead"
                     )
-                _refuse_held(path, volume_name)
-            _write_holder(self._descriptor)
+                _refuse_held(self._path, volume_name)
         except BaseException:
             self.after_fork()
             raise
         forks.register(self)
 
+    def make_file(self) -> None:
+        """Lock the volume's own file too, and write into it who holds the volume. The volume has a row."""
+        self._descriptor = _lock_at_its_path(self._path)
+        if self._descriptor < 0:
+            _refuse_held(self._path, self._volume_name)
+        _write_holder(self._descriptor)
+
     def close(self) -> None:
         """Give the volume up. Idempotent."""
         descriptor, self._descriptor = self._descriptor, -1
         byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
-        if descriptor >= 0:
-            try:
+        try:
+            if descriptor >= 0:
                 os.ftruncate(descriptor, 0)
-            finally:
-                for one in (descriptor, byte_descriptor):
+        finally:
+            for one in (descriptor, byte_descriptor):
+                if one >= 0:
                     _set_lock(one, fcntl.F_UNLCK, 0, 0)
                     os.close(one)
 
@@ -237,7 +244,7 @@ class VolumeLock:
         self._descriptor = self._byte_descriptor = -1
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
+        if getattr(self, "_byte_descriptor", -1) >= 0:
             self.close()
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from onionskin._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin._wipe import wipe
-from onionskin.catalog import LayerRow, PendingRow, SegmentRow
+from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.layermaps import SlotsOfLayers
 from onionskin.locks import STORE_BYTE
@@ -119,11 +119,27 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
 
 def _do(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
+    if row.kind == "volume":
+        unlink_files_of(store, row.target)
+        return True
     if row.kind in _FILE_KINDS:
         _refuse_named(store, row)
         _free_file(store, row, unlink=unlink)
         return True
     return _scrub(store, row, slots)
+
+
+def add_files_of(catalog: Catalog, volume: bytes) -> None:
+    """Note that the files of a volume go, whose row does. Inside that transaction."""
+    catalog.add_pending("volume", volume, catalog.take_lock_byte(), "release")
+
+
+def unlink_files_of(store: "Store", volume: bytes) -> None:
+    """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
+    if store.catalog.has(VolumeRow, "id = ?", volume):
+        raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
+    for path in (store.layout.dirty_file(volume), store.layout.volume_lock(volume)):
+        path.unlink(missing_ok=True)
 
 
 def _refuse_named(store: "Store", row: PendingRow) -> None:
@@ -212,7 +228,11 @@ def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
 def _live_slots(
     store: "Store", segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
 ) -> "numpy.typing.NDArray[numpy.void] | None":
-    """Return the slots that are needed, or None where only the volume that has the owner as its head knows."""
+    """Return the slots that are needed, or None where only the volume that has the owner as its head knows.
+
+    The head may be sealed, and the next one written, before the path is asked: then that has no answer, and the next look
+    at the catalog has one.
+    """
     if not owner.sealed:
         path = store.path_of_head(owner.id)
         return None if path is None else path.live_slots(segment.id)

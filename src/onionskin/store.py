@@ -260,8 +260,6 @@ class Store:
             self.change(insert)
         except BaseException:
             lock.close()
-            if self.catalog.volume_with_id(id) is None:  # an interrupt may have come behind the commit
-                self._forget_lock(id)
             raise
         return self._open_new(id, lock)
 
@@ -270,16 +268,13 @@ class Store:
         try:
             row = self.catalog.volume_with_id(id)
             assert row is not None
+            self.with_reserve(lock.make_file)
             return self._open_locked(row, lock, verify=False)
         except BaseException:
             with suppress(OSError, OnionskinError):
                 self._drop_volume(id, recursive=True)
             lock.close()
             raise
-
-    def _forget_lock(self, id: bytes) -> None:
-        self.layout.dirty_file(id).unlink(missing_ok=True)
-        self.layout.volume_lock(id).unlink(missing_ok=True)
 
     def _insert_volume(self, id: bytes, name: str, head: NewHead) -> None:
         self._refuse_taken(name)
@@ -350,13 +345,13 @@ class Store:
             lock = self.with_reserve(lambda: kind(self.layout, id, name))  # noqa: B023
             try:
                 row = self.catalog.volume(name)
+                if row.id == id:
+                    if isinstance(lock, VolumeLock):
+                        self.with_reserve(lock.make_file)
+                    return row, lock
             except BaseException:
                 lock.close()
-                if kind is VolumeLock and self.catalog.volume_with_id(id) is None:
-                    self._forget_lock(id)
                 raise
-            if row.id == id:
-                return row, lock
             lock.close()
 
     def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool) -> Volume:
@@ -547,11 +542,12 @@ class Store:
             self._refuse_delete(row, named, recursive)
             self.catalog.delete(SnapshotRow, "volume = ?", id)
             self.catalog.delete(VolumeRow, "id = ?", id)
+            pending.add_files_of(self.catalog, id)
             for layer in (row.head, *(snapshot.layer for snapshot in named)):
                 free_unneeded(self.catalog, layer)
 
         self.change(remove)
-        self._forget_lock(id)
+        pending.unlink_files_of(self, id)
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
         above = {snapshot.layer for snapshot in named}

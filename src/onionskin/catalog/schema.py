@@ -137,7 +137,7 @@ VALUES: dict[type, dict[str, Value]] = {
         "number": _number(0),
     },
     PendingRow: {
-        "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "base-merge"), "target": _ID,
+        "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
         "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),
     },
 }  # fmt: skip

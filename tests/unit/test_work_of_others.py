@@ -1,0 +1,120 @@
+"""Pending work of one volume that fails is no other volume's matter, and a wish to scrub is over when it is written down."""
+
+from errno import ENOSPC
+from pathlib import Path
+
+import pytest
+
+import onionskin
+from onionskin.catalog import LayerRow, SegmentRow
+from onionskin.pending import do_pending
+
+SIZE = 1 << 20
+BLOCK = 4096
+SECRET = b"CANARY00" * (BLOCK // 8)
+
+
+def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("bad", size=SIZE, wipe="zero") as bad:
+            bad.write(0, b"x" * 2 * BLOCK)
+            bad.snapshot("a")
+            bad.write(0, b"y" * BLOCK)
+        store.create("good", size=SIZE, wipe="zero").close()
+        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        with store.catalog.transaction():
+            store.catalog.add_pending("scrub", segment.id, segment.lock_byte, "zero")
+        damaged = store.layout.map_file(store.catalog.layer(segment.layer).map_id)
+    contents = bytearray(damaged.read_bytes())
+    contents[BLOCK + 40] ^= 1
+    damaged.write_bytes(contents)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.open("good") as good:
+            good.write(0, b"1" * BLOCK)
+            good.flush()
+            good.snapshot("b")
+            store.finish_work()
+        assert "pending work" in caplog.text and segment.id.hex() in caplog.text
+        assert any(str(damaged) in problem.where for problem in store.check() if problem.severity == "error")
+        with pytest.raises(onionskin.FormatError):
+            store.open("bad")
+
+
+def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_secret() -> list[Path]:
+        return [path for path in (tmp_path / "store" / "segments").iterdir() if SECRET[:8] in path.read_bytes()]
+
+    with (
+        onionskin.Store(tmp_path / "store") as store,
+        store.create("web", size=SIZE, wipe="zero") as web,
+    ):
+        web.write(0, SECRET)
+        web.snapshot("a")
+        web.write(2 * BLOCK, b"z" * BLOCK)
+        web.merge("a")  # the head adopts the segment
+        web.flush()
+        web.trim(0, BLOCK)
+
+        def full(*_: object) -> None:
+            raise OSError(ENOSPC, "no space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "scrub", full)
+            with pytest.raises(OSError, match="no space"):
+                web.flush()
+        assert with_secret()
+        web.flush()
+        store.finish_work()
+        assert with_secret() == []
+
+
+def test_no_layer_is_named_by_work_that_is_left(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
+        web.write(0, b"x" * BLOCK)
+        web.snapshot("a")
+        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        layer = store.catalog.layer(segment.layer)
+        with store.catalog.transaction():
+            store.catalog.add_pending("segment", segment.id, segment.lock_byte, "zero")
+            store.catalog.add_pending("map", layer.map_id, layer.map_lock_byte, "zero")
+        web.close()
+        store.work_soon()
+        store.finish_work()
+        assert store.layout.segment_file(segment.id).read_bytes()[BLOCK:] == b"x" * BLOCK
+        assert store.catalog.count(LayerRow, "map_id = ?", layer.map_id) == 1
+        with store.open("web", snapshot="a") as view:
+            assert view.read(0, BLOCK) == b"x" * BLOCK
+
+
+def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head that owned the segment is sealed, and the next one written, while a scrub is about to ask for live slots."""
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
+        web.write(0, b"x" * 4 * BLOCK)
+        web.snapshot("a")
+        web.merge("a")  # the head adopts the segment
+        store.finish_work()
+        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        with store.catalog.transaction():
+            store.catalog.add_pending("scrub", segment.id, segment.lock_byte, "release")
+        find_path = store.path_of_head
+
+        def find_path_and_seal(layer: bytes) -> object:
+            path = find_path(layer)
+            if "b" not in {snapshot.name for snapshot in web.snapshots}:
+                web.snapshot("b")
+                web.zero(0, 3 * BLOCK)
+                web.flush()
+            return path
+
+        monkeypatch.setattr(store, "path_of_head", find_path_and_seal)
+        do_pending(store)
+        do_pending(store)
+        assert web.read(0, 4 * BLOCK) == bytes(3 * BLOCK) + b"x" * BLOCK
+        with store.open("web", snapshot="b") as view:
+            assert view.read(0, 4 * BLOCK) == b"x" * 4 * BLOCK
