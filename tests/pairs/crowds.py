@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 from pairs import steps
-from pairs.runs import CAN_FAIL, ERRORS, FREE, IDLE_STEPS_MAX, HangError, Plan, Run, Verdict
+from pairs.runs import CAN_FAIL, ERRORS, IDLE_STEPS_MAX, HangError, Plan, Run, Verdict
 from pairs.verbs import VERBS, Place, program
 from pairs.world import World
 
@@ -123,6 +123,3 @@ class Crowd(Run):
                 if error:
                     self.faulty.add(actor)
             self.conductor.resume(thread, error)
-
-
-__all__ = ["FREE", "Crowd", "explore_random"]

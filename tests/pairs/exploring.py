@@ -21,6 +21,7 @@ from pairs.verbs import BY_NAME, VERBS
 
 WIPES = ("release", "zero")
 SHOWN_MAX = 40
+STEPS_GUESSED = 60
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Explorer:
         self.worlds: dict[str, world.World] = {}
         self.tally = Tally()
         self.said = time.monotonic()
+        self.steps_of: dict[tuple[str, str], int] = {}
         self.until = time.monotonic() + given.seconds if given.seconds else None
 
     def world(self, wipe: str) -> world.World:
@@ -119,7 +121,7 @@ class Explorer:
 
     def _faults(self, case: Case, verdict: Verdict, step: int) -> Iterator[str]:
         for fault in self._chosen("fault", FAULTS):
-            if fault.startswith("kill") and case.place != "processes":
+            if not self._can_meet(case, fault):
                 continue
             label = verdict.labels[step] if step < len(verdict.labels) else ""
             if fault in CAN_FAIL and not label.startswith(CAN_FAIL[fault]):
@@ -127,34 +129,29 @@ class Explorer:
             yield fault
 
     def _few(self) -> None:
-        """Every pair once, then again at other steps and places, as long as there is time."""
-        pairs = sorted({(case.first, case.second) for case in self._combinations()})
-        steps: dict[Case, Verdict] = {}
+        """Every pair once, at a step, a place and with a fault that are drawn, then all again, as long as there is time."""
+        pairs: dict[tuple[str, str], list[Case]] = {}
+        for case in self._combinations():
+            pairs.setdefault((case.first, case.second), []).append(case)
+        order = sorted(pairs)
         while not self.is_over():
-            self.random.shuffle(pairs)
-            for first, second in pairs:
+            self.random.shuffle(order)
+            for pair in order:
                 if self.is_over():
                     return
-                self._one_of(first, second, steps)
+                self._drawn(self.random.choice(pairs[pair]))
 
-    def _one_of(self, first: str, second: str, known: dict[Case, Verdict]) -> None:
-        choices = list(self._combinations_of(first, second))
-        case = self.random.choice(choices)
-        if case not in known:
-            known[case] = self._try(case, trace=True)
-        verdict = known[case]
-        for _ in range(3):
-            step = self.random.randrange(max(1, verdict.steps))
-            faults = list(self._faults(case, verdict, step))
-            weights = [6 if fault == "none" else 1 for fault in faults]
-            self._try(replace(case, step=step, fault=self.random.choices(faults, weights)[0]))
+    def _drawn(self, case: Case) -> None:
+        faults = [fault for fault in self._chosen("fault", FAULTS) if self._can_meet(case, fault)]
+        weights = [6 if fault == "none" else 1 for fault in faults]
+        (fault,) = self.random.choices(faults, weights)
+        # How many steps there are is known when the verb was run once; a step behind the end is the end.
+        step = self.random.randrange(self.steps_of.get((case.first, case.place), STEPS_GUESSED) + 1)
+        verdict = self._try(replace(case, step=step, fault=fault))
+        self.steps_of[case.first, case.place] = max(8, verdict.steps)
 
-    def _combinations_of(self, first: str, second: str) -> Iterator[Case]:
-        for relation in self._chosen("relation", RELATIONS):
-            for place in self._chosen("place", PLACES):
-                for wipe in self._chosen("wipe", WIPES):
-                    if can_be(BY_NAME[first], BY_NAME[second], relation, place):
-                        yield Case(first, second, relation, place, wipe)
+    def _can_meet(self, case: Case, fault: str) -> bool:
+        return case.place == "processes" or not fault.startswith("kill")
 
     # ---- one run ----
 
@@ -168,7 +165,7 @@ class Explorer:
         verdict = run_pair(self.conductor, self.world(case.wipe), case, trace=trace)
         self._say_how_far()
         self.tally.pairs.add((case.first, case.second))
-        self.tally.runs[case.fault] += 1
+        self.tally.runs[verdict.met] += 1
         self.add(verdict, f"python -m pairs --one {case}", f"{case.first} / {case.second}")
         return verdict
 
@@ -190,7 +187,7 @@ class Explorer:
         kills = sum(count for fault, count in runs.items() if fault.startswith("kill"))
         errors = runs["EIO"] + runs["ENOSPC"]
         print(
-            f"pairs {len(tally.pairs)}, orders {sum(runs.values())}, kills {kills}, errors {errors}, "
+            f"pairs {len(tally.pairs)} of {len(VERBS) ** 2}, orders {sum(runs.values())}, kills {kills}, errors {errors}, "
             f"runs with a violation {sum(tally.violations.values())} (kinds {len(tally.violations)}), "
             f"raised though done {sum(tally.weak.values())}"
         )

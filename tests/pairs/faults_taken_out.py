@@ -55,8 +55,8 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "        self.make_reserve()\n        with suppress(OSError, OnionskinError):\n            drafts.drop_dead(self)\n",
-                "        self.make_reserve()\n        pending.remove_orphans(self)\n",
+                "with suppress(OSError, OnionskinError):\n            drafts.drop_dead(self)\n",
+                "pending.remove_orphans(self)\n",
             ),
             Edit(
                 "src/onionskin/pending.py",
@@ -107,16 +107,28 @@ FAULTS = [
     Fault(
         "A4: delete removes the head that was read before the lock was held",
         (
-            Edit("src/onionskin/store.py", "            self._drop_volume(row.id, recursive=recursive)\n        finally:",
-                 "            self._drop_volume(row.id, recursive=recursive, row=row)\n        finally:"),
-            Edit("src/onionskin/store.py", "        row, lock = self._lock_volume(name)\n        try:\n            self._drop",
-                 "        row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name)\n        try:\n"
-                 "            self._drop"),
-            Edit("src/onionskin/store.py", "    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:",
-                 "    def _drop_volume(self, id: bytes, *, recursive: bool, row: VolumeRow | None = None) -> None:"),
-            Edit("src/onionskin/store.py", "            row = self.catalog.volume_with_id(id)\n            if row is None:",
-                 "            nonlocal row\n            row = row or self.catalog.volume_with_id(id)\n"
-                 "            if row is None:"),
+            Edit(
+                "src/onionskin/store.py",
+                "            self._drop_volume(row.id, recursive=recursive)\n        finally:",
+                "            self._drop_volume(row.id, recursive=recursive, row=row)\n        finally:",
+            ),
+            Edit(
+                "src/onionskin/store.py",
+                "row, lock = self._lock_volume(name)\n        try:\n            self._drop",
+                "row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name)\n        try:\n"
+                "            self._drop",
+            ),
+            Edit(
+                "src/onionskin/store.py",
+                "    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:",
+                "    def _drop_volume(self, id: bytes, *, recursive: bool, row: VolumeRow | None = None) -> None:",
+            ),
+            Edit(
+                "src/onionskin/store.py",
+                "            row = self.catalog.volume_with_id(id)\n            if row is None:",
+                "            nonlocal row\n            row = row or self.catalog.volume_with_id(id)\n"
+                "            if row is None:",
+            ),
         ),
         _pairs("delete", "revert", "same", "processes", "release"),
     ),
@@ -143,35 +155,56 @@ FAULTS = [
         "A6: a base is relocated while a merge writes it",
         (
             Edit("src/onionskin/store.py", "        if is_being_merged_into(Path(old.path)):", "        if False:"),
-            Edit("src/onionskin/store.py", "        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))\n",
-                 ""),
-            Edit("src/onionskin/merging.py",
-                 "folded.base is None or (base.id, base.path) != (folded.base.id, folded.base.path):", "folded.base is None:"),
-            Edit("src/onionskin/merging.py",
-                 "        check_is_base(base, lock, half_merged=True)\n        if catalog.layer", "        if catalog.layer"),
+            Edit(
+                "src/onionskin/store.py",
+                "refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))",
+                "pass",
+            ),
+            Edit("src/onionskin/merging.py", " or (base.id, base.path) != (folded.base.id, folded.base.path):", ":"),
+            Edit(
+                "src/onionskin/merging.py",
+                "        check_is_base(base, lock, half_merged=True)\n        if catalog.layer",
+                "        if catalog.layer",
+            ),
         ),
         _pairs("merge into base", "relocate", "same", "threads", "release"),
     ),
     Fault(
         "A7: an export reads a head that others write",
         (
-            Edit("src/onionskin/exporting.py", "    with pinned(volume) as opened, new_image(",
-                 "    live = OpenChain(read_chain(volume.store.catalog, volume.head), volume.path, volume.locks, volume.base_lock)\n"
-                 "    with nullcontext(live) as opened, new_image("),
-            Edit("src/onionskin/exporting.py", "from onionskin.pinned import pinned\n",
-                 "from contextlib import nullcontext\nfrom onionskin.chain import read_chain\nfrom onionskin.views import OpenChain\n"),
+            Edit(
+                "src/onionskin/exporting.py",
+                "    with pinned(volume) as opened, new_image(",
+                "    chain = read_chain(volume.store.catalog, volume.head)\n"
+                "    live = OpenChain(chain, volume.path, volume.locks, volume.base_lock)\n"
+                "    with nullcontext(live) as opened, new_image(",
+            ),
+            Edit(
+                "src/onionskin/exporting.py",
+                "from onionskin.pinned import pinned\n",
+                "from contextlib import nullcontext\nfrom onionskin.chain import read_chain\n"
+                "from onionskin.views import OpenChain\n",
+            ),
         ),
         _pairs("export", "write", "same", "threads", "release"),
     ),
     Fault(
         "A9: an import gives the volume its name before its data is there",
         (
-            Edit("src/onionskin/images.py", "        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.publish()\n",
-                 "        draft.publish()\n        copy_into(draft, source.fileno(), path=path, progress=progress)\n        draft.flush()\n"),
+            Edit(
+                "src/onionskin/images.py",
+                """        copy_into(draft, source.fileno(), path=path, progress=progress)
+        draft.publish()
+""",
+                """        draft.publish()
+        copy_into(draft, source.fileno(), path=path, progress=progress)
+        draft.flush()
+""",
+            ),
         ),
         _pairs("import", "tree", "other", "processes", "release", "kill last"),
     ),
-]  # fmt: skip
+]
 
 
 class EditError(Exception):

@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pairs.units import BLOCK_UNITS
-
 Disk = tuple[int, ...]
 Operation = tuple[Any, ...]
 Key = str  # names a volume for good, whatever its name is
@@ -570,8 +568,3 @@ def _compare(what: str, found: Disk, wanted: Disk, unsure: Mapping[int, frozense
     wrong = [u for u in range(len(found)) if found[u] != wanted[u] and found[u] not in unsure.get(u, ())]
     shown = [f"{u}: {found[u]} for {wanted[u]}" for u in wrong[:6]]
     return [f"{what} reads wrong in {len(wrong)} units ({', '.join(shown)})"] if wrong else []
-
-
-def block_of(unit: int) -> int:
-    """Return the first unit of the block that a unit lies in."""
-    return unit // BLOCK_UNITS * BLOCK_UNITS

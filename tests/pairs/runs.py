@@ -69,6 +69,7 @@ class Verdict:
     weak: list[str] = field(default_factory=list)  # raised, and was done
     unknown: bool = False  # too many orders to try
     steps: int = 0
+    met: str = "none"  # the fault that was tried
     at: str = ""
     labels: list[str] = field(default_factory=list)
     outcomes: list[str] = field(default_factory=list)
@@ -348,7 +349,7 @@ class Run:
         self.verdict.violations += findings.wrong
         torn = {"base.img", "moved.img"} if asked.half_merged else set()
         found = Found(findings.volumes, findings.snaps, findings.images, frozenset(findings.passed))
-        faulty = bool(self.dead or self.faulty)
+        faulty = bool(self.faulty)  # the death of a process loses nothing; a sync that failed may
         explanation = model.explain(self.before, events, found, faulty=faulty, torn=torn)
         if explanation.unknown and not explanation.found:
             self.verdict.unknown = True
@@ -508,19 +509,22 @@ def _arrange_pair(run: Run, case: Case) -> None:
     held = run.movable(0, "parked")
     run.verdict.at = held[0].label if reached and held else "its end"
     if case.fault == "kill first" and reached:
+        run.verdict.met = case.fault
         run.kill(0)
     if 1 not in run.dead:
         run.to_end(1, [0])
     if 0 in run.dead or run.ended(0):
         return
     if case.fault == "kill last":
+        run.verdict.met = case.fault
         run.kill(0)
         return
     if case.fault in ERRORS:
         # Where the second one had to wait the first has gone on since: then what comes next fails.
-        held = run.movable(0, "parked")
-        run.faulty.add(0)
-        for thread in held[:1]:
-            run.conductor.limit(0, FREE)
-            run.conductor.resume(thread, ERRORS[case.fault] if thread.label.startswith(CAN_FAIL[case.fault]) else 0)
+        for thread in run.movable(0, "parked")[:1]:
+            if thread.label.startswith(CAN_FAIL[case.fault]):
+                run.verdict.met = case.fault
+                run.faulty.add(0)
+                run.conductor.limit(0, FREE)
+                run.conductor.resume(thread, ERRORS[case.fault])
     run.to_end(0, [])

@@ -24,7 +24,7 @@ from typing import Any
 
 from pairs import judging, steps
 from pairs.model import Operation
-from pairs.units import BLOCK_BYTES, UNIT_BYTES, disk_bytes, numbers_of, values_of
+from pairs.units import UNIT_BYTES, disk_bytes, numbers_of, values_of
 
 PR_SET_PDEATHSIG = 1
 
@@ -319,5 +319,3 @@ DO: dict[str, Callable[..., Any]] = {
     "volumes": _on_store(lambda store: {info.name: info.snapshots for info in store.volumes()}),
     "store": _store,
 }
-
-assert BLOCK_BYTES % UNIT_BYTES == 0

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairs import model
-from pairs.model import Disk, Snap, State, Volume
+from pairs.model import Disk, State
 from pairs.units import UNIT_BYTES, disk_bytes, numbers_of
 from pairs.verbs import VOLUME_UNITS
 
 BASE_UNITS = 24
 IMAGES = {"base.img": 9, "moved.img": 9, "import.img": 8}  # name -> the number that it is written with
-STREAMS = "v", "c", "w"
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,3 @@ def build(root: Path, wipe: str) -> World:
     state = model.replace(builder.state, handles={})
     mtimes = {name: (root / name).stat().st_mtime_ns for name in images}
     return World(root, wipe, files, images, mtimes, streams, state)
-
-
-def volume_of(world: World, name: str) -> Volume:
-    return world.state.volumes[name]
-
-
-__all__ = ["Snap", "World", "build", "lay_image"]
