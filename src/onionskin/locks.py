@@ -6,9 +6,10 @@ byte exclusively, without waiting. Within one handle the lock of a byte may be r
 back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
 
 `ReadersLock` is held by those who read a head that nobody writes. `VolumeLock` is held by the one writer of a volume.
-Its file says who that is; what it says counts only while the lock is held. The file is looked at again once it is locked, since it may have been removed or replaced meanwhile; and since a
-file that somebody removes later locks nobody out, the writer also holds a byte of the store's `lock` file, far behind those
-that stand for files, whose number comes from the volume's id.
+Its file says who that is; what it says counts only while the lock is held. The file is looked at again once it is locked,
+since it may have been removed or replaced meanwhile; and since a file that somebody removes later locks nobody out, the
+writer also holds a byte of the store's `lock` file, far behind those that stand for files, whose number comes from the
+volume's id.
 
 Locks belong to the open file description, which a forked child shares: closing gives them up explicitly in the
 process that took them, and a child only closes its descriptor.
