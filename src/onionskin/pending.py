@@ -95,8 +95,9 @@ def _do_alone(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: 
     with _alone(store, row) as alone:
         if not alone:
             return False
-        if store.catalog.row(PendingRow, "id = ?", row.id) != row:  # done, or kept, since it was read
-            return True
+        now = store.catalog.row(PendingRow, "id = ?", row.id)
+        if now != row:  # kept or done since it was read; or done in part, and the rest is left to who reads it anew
+            return now is None
         return _do(store, row, slots, unlink=unlink)
 
 
