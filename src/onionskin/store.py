@@ -307,6 +307,8 @@ class Store:
             try:
                 row = self.catalog.volume(name)
                 if row.id == id:
+                    if not self.layout.volume_lock(id).exists():
+                        self.catalog.sync_found()  # no file whose row a crash of the machine would undo
                     self.with_reserve(lock.make_file)
                     return row, lock
             except BaseException:
