@@ -81,8 +81,8 @@ class PendingRow:
 
     kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made its row is here too, and
     its maker holds `lock_byte` alone. `scrub`: free the slots of that segment which its owner's map does not name.
-    `volume`: unlink the lock of a volume that was removed, and what it had not flushed. `base-merge`: fold the layers up to that one into their base, which durably holds already what they have in the first
-    `done_bytes` of the disk.
+    `volume`: unlink the lock of a volume that was removed, and what it had not flushed. `base-merge`: fold the layers up to
+    that one into their base, which durably holds already what they have in the first `done_bytes` of the disk.
     """
 
     id: int
