@@ -17,8 +17,8 @@ from setuptools.modified import newer_group
 
 # Extension module -> the kernels in csrc/ that it links.
 _MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c", "mapfile", "linux_io"]
-_VOLUME = ["volume", "opening", "head", "journal", "below", "barrier", "epoch", "fault", "site", "segment", "mappings", "wipe"]
-_VOLUME += _MAP
+_OPEN = ["volume", "opening", "head", "journal", "below", "segment", "mappings"]
+_VOLUME = [*_OPEN, "barrier", "epoch", "fault", "site", "wipe", *_MAP]
 _NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
     "_blockmap": ["blockmap", "mapbuild"],

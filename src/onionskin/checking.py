@@ -139,7 +139,8 @@ def _check_segments(
             continue  # made when it is first needed
         path = store.layout.segment_file(row.id)
         fault = _segment_fault(path, row.id, layer.block_size, end)
-        if fault:
+        # One that was freed meanwhile may be overwritten or gone; its row went before.
+        if fault and store.catalog.has(SegmentRow, "id = ?", row.id):
             yield Problem("error", fault, str(path), RESTORE)
 
 

@@ -347,6 +347,8 @@ class Store:
                 row = self.catalog.volume(name)
                 if row.id == id:
                     if isinstance(lock, VolumeLock):
+                        if not self.layout.volume_lock(id).exists():
+                            self.catalog.sync_found()  # no file whose row a crash of the machine would undo
                         self.with_reserve(lock.make_file)
                     return row, lock
             except BaseException:

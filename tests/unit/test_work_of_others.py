@@ -2,10 +2,12 @@
 
 from errno import ENOSPC
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import onionskin
+from onionskin import checking
 from onionskin.catalog import LayerRow, SegmentRow
 from onionskin.pending import do_pending
 
@@ -118,3 +120,25 @@ def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_
         assert web.read(0, 4 * BLOCK) == bytes(3 * BLOCK) + b"x" * BLOCK
         with store.open("web", snapshot="b") as view:
             assert view.read(0, 4 * BLOCK) == b"x" * 4 * BLOCK
+
+
+def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        for name in ("gone", "left"):
+            with store.create(name, size=SIZE, wipe="zero") as volume:
+                volume.write(0, b"x" * BLOCK)
+                volume.snapshot("a")
+        look = checking._segment_fault
+
+        def delete_and_look(*arguments: Any) -> str | None:
+            monkeypatch.setattr(checking, "_segment_fault", look)
+            with onionskin.Store(store.path) as other:
+                other.delete("gone", recursive=True)
+                other.finish_work()
+            return look(*arguments)
+
+        monkeypatch.setattr(checking, "_segment_fault", delete_and_look)
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+        assert [info.name for info in store.volumes()] == ["left"]

@@ -1,0 +1,24 @@
+"""Whoever is killed or stopped in whatever it does: nobody finds anything but what was acknowledged."""
+
+from pathlib import Path
+
+import pytest
+from live.many_processes import soak
+
+
+def report(tmp_path: Path, seconds: float, seed: int) -> list[str]:
+    outcome = soak(tmp_path, seconds, seed)
+    print(f"{outcome.verbs} verbs, {outcome.kills} kills, {outcome.stops} stops")
+    assert outcome.verbs > 10 and outcome.kills > 1
+    return outcome.violations
+
+
+@pytest.mark.timeout(120)
+def test_processes_that_are_killed_and_stopped_lose_nothing(tmp_path: Path) -> None:
+    assert report(tmp_path, 8, seed=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_processes_that_are_killed_and_stopped_for_a_minute_lose_nothing(tmp_path: Path) -> None:
+    assert report(tmp_path, 60, seed=2) == []

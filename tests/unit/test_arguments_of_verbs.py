@@ -1,0 +1,73 @@
+"""Whatever a verb is given, it works or raises before a row is written: the store opens afterwards."""
+
+import fractions
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+import onionskin
+
+SIZE = 1 << 20
+
+
+def create(**values: Any) -> Callable[[onionskin.Store], object]:
+    return lambda store: store.create(**{"name": "q", "size": SIZE, **values}).close()
+
+
+def snapshot(*arguments: Any, **values: Any) -> Callable[[onionskin.Store], object]:
+    def take(store: onionskin.Store) -> None:
+        with store.open("a") as volume:
+            volume.snapshot(*arguments, **values)
+
+    return take
+
+
+VERBS: dict[str, Callable[[onionskin.Store], object]] = {
+    "block size of NumPy": create(block_size=numpy.int64(8192)),
+    "block size that is no power": create(block_size=8191),
+    "fraction as block size": create(block_size=8192.0),
+    "truth as block size": create(block_size=True),
+    "truth as size": create(size=True),
+    "fraction as size": create(size=fractions.Fraction(1 << 20)),
+    "policy of NumPy": create(wipe=numpy.str_("zero")),
+    "bytes as policy": create(wipe=b"zero"),
+    "name of NumPy": create(name=numpy.str_("q")),
+    "bytes as name": create(name=b"q"),
+    "path as name": create(name=Path("q")),
+    "number as name": create(name=1),
+    "number as note": snapshot("n", 123),
+    "bytes as note": snapshot("n", b"x"),
+    "number of NumPy as note": snapshot("n", numpy.int64(5)),
+    "fraction as note": snapshot("n", 1.5),
+    "half a surrogate as note": snapshot("n", "\udc80"),
+    "NUL in a note": snapshot("n", "a\0b"),
+    "snapshot of NumPy": snapshot(numpy.str_("n")),
+    "number as snapshot": snapshot(1),
+    "no GUID": snapshot("n", guid="zz"),
+    "bytes as GUID": snapshot("n", guid=b"0" * 16),
+    "bytes as policy of a clone": lambda store: store.clone("a", "s", "b", wipe=b"zero"),
+    "bytes as new name": lambda store: store.rename("a", b"x"),
+    "half a surrogate as new name": lambda store: store.rename("a", "\udcff"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_a_verb_works_or_raises_and_the_store_is_good(
+    tmp_path: Path, verb: Callable[[onionskin.Store], object]
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("a", size=SIZE) as volume:
+            volume.snapshot("s")
+        try:
+            verb(store)
+        except (TypeError, ValueError):
+            assert [info.name for info in store.volumes()] == ["a"]
+            assert [snapshot.name for snapshot in store.snapshots("a")] == ["s"]
+    with onionskin.Store(tmp_path / "store") as store:
+        for info in store.volumes():
+            with store.open(info.name) as volume:
+                assert volume.read(0, 1) == b"\0"
+        assert store.check() == []

@@ -1,0 +1,106 @@
+"""A base is the file that was opened and locked, whatever its path names: nothing is written to another file, nor dropped."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onionskin
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.raw"
+    path.write_bytes(b"b" * SIZE)
+    return path
+
+
+@pytest.fixture
+def web(tmp_path: Path, base: Path) -> Iterator[onionskin.Volume]:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", base=base) as web:
+        web.write(0, b"new" * 1000)
+        web.flush()
+        yield web
+
+
+def exchange(base: Path) -> Path:
+    """Put another image in the base's place; returns where the base itself is then."""
+    kept = base.with_name("kept.raw")
+    shutil.copy2(base, base.with_name("other.raw"))
+    base.rename(kept)
+    base.with_name("other.raw").write_bytes(b"x" * SIZE)
+    base.with_name("other.raw").rename(base)
+    return kept
+
+
+def expected() -> bytes:
+    return b"new" * 1000 + b"b" * (SIZE - 3000)
+
+
+def test_a_base_that_was_exchanged_before_a_merge_into_it_is_not_written(web: onionskin.Volume, base: Path) -> None:
+    kept = exchange(base)
+    with pytest.raises(onionskin.ChainError, match="nothing was dropped"):
+        web.merge_into_base()
+    assert base.read_bytes() == b"x" * SIZE
+    assert kept.read_bytes() == b"b" * SIZE
+    assert web.read(0, SIZE) == expected()
+
+
+def test_a_base_that_is_exchanged_during_a_merge_into_it_loses_nothing(web: onionskin.Volume, base: Path) -> None:
+    def exchange_once(done: int, total: int) -> None:
+        if not base.with_name("kept.raw").exists():
+            exchange(base)
+
+    with pytest.raises(onionskin.ChainError, match="nothing was dropped"):
+        web.merge_into_base(progress=exchange_once)
+    assert base.read_bytes() == b"x" * SIZE
+    assert web.read(0, SIZE) == expected()
+    base.with_name("kept.raw").replace(base)
+    web.merge_into_base()
+    assert base.read_bytes() == web.read(0, SIZE) == expected()
+
+
+def test_a_base_that_is_relocated_during_a_merge_into_it_loses_nothing(web: onionskin.Volume, base: Path) -> None:
+    moved = base.with_name("moved.raw")
+    refused: list[Exception] = []
+
+    def relocate(done: int, total: int) -> None:
+        if not moved.exists():
+            shutil.copy2(base, moved)
+            with onionskin.Store(web.store.path) as other:
+                try:
+                    other.relocate("web", base=moved, trust=True)
+                except onionskin.StateError as error:
+                    refused.append(error)
+
+    try:
+        web.merge_into_base(progress=relocate)
+    except onionskin.OnionskinError as error:
+        assert "relocated" in str(error)
+    assert web.read(0, SIZE) == expected()
+    name, store = Path(web.store.info("web").base or ""), web.store
+    web.close()
+    assert name == (base if refused else moved)
+    with store.open("web") as again:
+        assert again.read(0, SIZE) == expected()
+        again.merge_into_base()
+        assert name.read_bytes() == expected()
+
+
+@pytest.mark.parametrize("link", ["hardlink_to", "symlink_to"])
+def test_a_base_that_another_volume_has_under_another_name_is_not_merged_into(
+    web: onionskin.Volume, base: Path, link: str
+) -> None:
+    other_name = base.with_name("other name")
+    getattr(other_name, link)(base)
+    with web.store.create("other", base=other_name) as other:
+        with pytest.raises(onionskin.StateError):
+            web.merge_into_base()
+        assert other.read(0, SIZE) == b"b" * SIZE
+        other.close()
+        with pytest.raises(onionskin.StateError, match="other"):
+            web.merge_into_base()
+    assert base.read_bytes() == b"b" * SIZE
