@@ -1,4 +1,4 @@
-"""A disk that is full to the last block: what there is can be read, and what frees space does; also under a quota or a limit."""
+"""A disk that is full to the last block: what there is can be read, and what frees space does; also under a quota."""
 
 import os
 import subprocess
