@@ -277,7 +277,8 @@ static void overwrite_in_place(int fd) {
     }
 }
 
-/* Makes the file under another name, and gives it blocks and mappings. */
+/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another path of the volume has the name;
+ * what a process left that was killed here is removed by the next one that opens the volume for writing. */
 static int make_file(struct onion_volume *volume, const char *draft) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header header = {.magic = ONION_JOURNAL_MAGIC,
@@ -285,7 +286,6 @@ static int make_file(struct onion_volume *volume, const char *draft) {
                                           .block_size = volume->block_size,
                                           .opened_ns = journal->opened_ns};
     void *mapped = NULL;
-    unlink(draft);
     journal->fd = open(draft, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (journal->fd < 0)
         return -errno;
@@ -339,11 +339,18 @@ static int begin(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
     if (journal->heap_taken)
         return ONION_E_JOURNAL_FULL;
-    char *draft;
-    if (asprintf(&draft, "%s.%02x%02x%02x%02x", journal->path, volume->log.map_id[0], volume->log.map_id[1],
-                 volume->log.map_id[2], volume->log.map_id[3]) < 0)
-        return -ENOMEM;
-    int status = make_file(volume, draft);
+    char *draft = NULL;
+    int status = -EEXIST;
+    for (int number = 0; status == -EEXIST && number < ONION_JOURNAL_DRAFTS; number++) {
+        free(draft);
+        if (asprintf(&draft, "%s.%d", journal->path, number) < 0)
+            return -ENOMEM;
+        status = make_file(volume, draft);
+    }
+    if (status == -EEXIST) { /* the paths of one volume are fewer: then the records stay in the heap */
+        free(draft);
+        return -ENOSYS;
+    }
     if (status == 0)
         status = move_pending(volume);
     if (status == 0 && rename(draft, journal->path)) {
@@ -376,7 +383,7 @@ static int grow(struct onion_volume *volume) {
         status = grow_half(journal, !journal->current);
     use_half(volume, journal->current);
     set_limit(volume);
-    return status == -ENOSPC || status == -EDQUOT ? ONION_E_JOURNAL_FULL : status;
+    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG ? ONION_E_JOURNAL_FULL : status;
 }
 
 int onion_journal_make_room(struct onion_volume *volume) {

@@ -25,6 +25,7 @@
 struct onion_volume;
 struct onion_pending;
 
+#define ONION_JOURNAL_DRAFTS 4 /* names of files that are being made: the path's, and .0 to .3 */
 #define ONION_JOURNAL_MAGIC "ONIONDTY"
 #define ONION_JOURNAL_VERSION 1u
 #define ONION_JOURNAL_HEADER_BYTES 4096u

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 HEADER_BYTES = 4096
 SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 bits
 RESTORE = "restore the file from a copy of the store"
-_OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty)")
+_OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")
+
+_DIRTY_DRAFTS = [f"dirty.{number}" for number in range(4)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,11 @@ class Layout:
         """What the one writer of a volume has not flushed: for the next one in the same boot, if it dies."""
         return self.volumes / f"{uuid.hex()}.dirty"
 
+    def dirty_drafts(self, uuid: bytes) -> list[Path]:
+        """Where such a file is made. One that is there when nobody writes the volume was left by a kill."""
+        path = self.dirty_file(uuid)
+        return [path.with_name(f"{path.name}.{number}") for number in range(4)]
+
     def holds(self, path: Path) -> bool:
         """Whether a path leads into the store, by whatever links."""
         return path.resolve().is_relative_to(self.root.resolve())

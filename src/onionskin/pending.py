@@ -139,7 +139,8 @@ def unlink_files_of(store: "Store", volume: bytes) -> None:
     """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
     if store.catalog.has(VolumeRow, "id = ?", volume):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
-    for path in (store.layout.dirty_file(volume), store.layout.volume_lock(volume)):
+    layout = store.layout
+    for path in (*layout.dirty_drafts(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
         path.unlink(missing_ok=True)
 
 

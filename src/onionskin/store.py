@@ -378,6 +378,8 @@ class Store:
             )
         self._look_at_spare(row.head)
         dirty = self.layout.dirty_file(row.id)
+        for left in self.layout.dirty_drafts(row.id):
+            left.unlink(missing_ok=True)
         gathering.gather_chain(self, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0)
         opened = self._open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return Volume(self, row, opened, volume_lock=lock)

@@ -1,9 +1,11 @@
-"""A disk that is full to the last block: what there is can be read, and what frees space does; also under a quota."""
+"""A disk that is full to the last block, or a limit on files: what there is can be read, and what frees space does."""
 
 import os
+import resource
 import subprocess
 import sys
 from contextlib import suppress
+from errno import EFBIG
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,51 @@ def test_what_there_is_can_be_read_where_even_the_reserve_is_gone(root: Path, tm
         with store.open("web", mode="r") as web:
             assert web.read(0, 3) == b"bbb"
     assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_a_limit_on_the_size_of_files_is_an_error_and_loses_nothing(tmp_path: Path, lifted: bool) -> None:
+    """`ulimit -f`; Python ignores the signal, and what comes is EFBIG."""
+    with onionskin.Store(tmp_path / "store") as store:
+        web = store.create("web", size="64M")
+        web.write(0, b"a" * MIB)
+        web.snapshot("a")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, before[1]))
+        try:
+            web.write(0, b"b" * MIB)
+            with pytest.raises(OSError) as caught:
+                web.write(4 * MIB, b"c" * (8 * MIB))
+            assert caught.value.errno == EFBIG
+            web.flush()
+            web.write(0, b"d" * 4096)
+            if not lifted:
+                web.snapshot("b")
+                web.merge("a")
+                web.close()
+                assert store.open("web").read(0, 4096) == b"d" * 4096
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if lifted:
+            web.close()
+        for volume in store.open_volumes():
+            volume.close()
+        with store.open("web") as again:
+            assert again.read(0, 4096) == b"d" * 4096
+            assert again.read(4096, MIB - 4096) == b"b" * (MIB - 4096)
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+def test_a_catalog_that_meets_the_limit_says_so(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                store.rename("web", "other")
+            assert caught.value.errno == EFBIG
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [volume.name for volume in store.volumes()] == ["web"]
+        store.rename("web", "other")
