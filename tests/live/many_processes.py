@@ -393,8 +393,9 @@ def work(root: Path, seed: int) -> None:
     try:
         Worker(root, seed).run()
     except BaseException:
-        with (root / "violations").open("a") as file:
-            file.write(f"process {os.getpid()}, seed {seed}: {traceback.format_exc()}\n")
+        said = root / f"said-{os.getpid()}"
+        said.write_text(f"process {os.getpid()}, seed {seed}: {traceback.format_exc()}\n")
+        said.rename(root / "violations")  # it is whole when it is there
         raise
 
 
