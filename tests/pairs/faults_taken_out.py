@@ -98,8 +98,8 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "            if row.id == id:\n                return row, lock\n            lock.close()\n",
-                "            return row, lock\n",
+                "                if row.id == id:\n                    if not self.layout",
+                "                if True:\n                    if not self.layout",
             ),
         ),
         _pairs("open", "swap", "same", "processes", "release"),
