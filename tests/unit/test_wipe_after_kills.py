@@ -1,4 +1,4 @@
-"""Policy `zero` after random operations and kills: on the whole device nothing is left that no volume and no snapshot reads."""
+"""Policy `zero` after random operations and kills: on the whole device is nothing that no volume and no snapshot reads."""
 
 import os
 import random
