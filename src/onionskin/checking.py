@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin._maplog import MAGIC_SEGMENT, decode_header
-from onionskin.catalog import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.chain import check_base
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.layermaps import load_map, locked_maps, open_map
@@ -259,10 +259,26 @@ def _fault_below(layer: LayerRow, layers: dict[bytes, LayerRow], bases: set[byte
 
 def _check_bases(store: "Store", rows: _Rows) -> Iterator[Problem]:
     for base in rows.bases:
-        try:
-            check_base(store.catalog, base)
-        except (OnionskinError, OSError) as error:
-            yield Problem("error", str(error), base.path, "see 'onionskin relocate --help'")
+        row: BaseRow | None = base
+        while row:
+            try:
+                check_base(store.catalog, row)
+                break
+            except (OnionskinError, OSError) as error:
+                before, row = row, _other_row(store.catalog, row)
+                if row == before:
+                    yield Problem("error", str(error), before.path, "see 'onionskin relocate --help'")
+                    break
+
+
+def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
+    """Return the row of a base that is not as its row says: another one if a merge into it ended meanwhile.
+
+    None where it is gone, or one is merged into it: a row of pending work says so.
+    """
+    with catalog.reading():
+        merged = {layer.base for work in catalog.base_merges() for layer in catalog.chain(work.target)}
+        return None if base.id in merged else catalog.row(BaseRow, "id = ?", base.id)
 
 
 # ---- the directories ----

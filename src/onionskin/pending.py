@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from onionskin._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin._wipe import wipe
+from onionskin.barriers import sync_directory
 from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.layermaps import SlotsOfLayers
@@ -72,6 +73,8 @@ def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
     """
     if not done:
         return
+    if unlinked:
+        _sync_directories(store, {row.kind for row in done})
 
     def change() -> None:
         for row in done:
@@ -81,6 +84,16 @@ def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
                 store.catalog.delete(PendingRow, "id = ?", row.id)
 
     store.change(change)
+
+
+def _sync_directories(store: "Store", kinds: set[str]) -> None:
+    """Make durable that files are gone, before their rows are: a crash would bring back files that no row names."""
+    if "map" in kinds:
+        sync_directory(store.layout.layers)  # BARRIER: freed map name
+    if "segment" in kinds:
+        sync_directory(store.layout.segments)  # BARRIER: freed segment name
+    if "volume" in kinds:
+        sync_directory(store.layout.volumes)  # BARRIER: freed lock name
 
 
 def _report(store: "Store", row: PendingRow, error: Exception) -> None:

@@ -206,6 +206,7 @@ SCENARIOS = (
     scripted("write again", "opened catalog", "opened segment", states=1, recover_in=("reopen", "snapshot", "flush")),
     scripted("gather", "gathered segment", "gathered segment name", "gathered map name", "written map", "folded map name"),
     scripted("flatten", "flat segment", "flat segment name", "flat map name"),
+    scripted("delete", "freed map name", "freed segment name", "freed lock name"),
     scripted("export", "exported image", "exported image name"),
     scripted("merge into base", "merged base"),
     scripted("merge into base", "merged base", states=1, recover_in=("merge_into_base",)),

@@ -90,6 +90,16 @@ def merge_into_longer_base(planner: Planner) -> None:
     planner.finish()
 
 
+def delete(planner: Planner) -> None:
+    """A volume that was opened goes, and work that its files leave is done."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.snapshot()
+    planner.clone()
+    planner.write_clone()
+    planner.delete_clone()
+    planner.reopen()
+
+
 SCRIPTS = {
     "make": Script(make),
     "write again": Script(write_again),
@@ -97,6 +107,7 @@ SCRIPTS = {
     "flatten": Script(flatten, has_base=True),
     "export": Script(export, has_base=True),
     "free": Script(free),
+    "delete": Script(delete),
     "merge into base": Script(merge_into_base, has_base=True),
     "merge into longer base": Script(merge_into_longer_base, has_base=True),
 }
