@@ -624,12 +624,11 @@ int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uu
     uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
     if (status == 0 && !number)
         status = -ENOENT;
-    int is_head = number && onion_segment_is_head(volume, volume->segments[number]);
-    if (is_head && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
         status = -ENOMEM;
     pthread_rwlock_unlock(&volume->gate);
     flush_gate_open(volume);
-    return status < 0 ? status : !is_head;
+    return status;
 }
 
 static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
@@ -674,12 +673,10 @@ int onion_volume_free_own_slots(struct onion_volume *volume) {
         unsigned char *bitmap;
         uint64_t bits;
         status = onion_volume_live_slots(volume, segment->uuid, &bitmap, &bits);
-        if (status == 0) {
-            status = give_back_unset(volume, segment, bitmap, bits);
-            free(bitmap);
-        } else if (status > 0) {
-            status = 0;
-        }
+        if (status < 0)
+            break;
+        status = give_back_unset(volume, segment, bitmap, bits);
+        free(bitmap);
     }
     return status;
 }

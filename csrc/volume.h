@@ -150,8 +150,8 @@ int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint6
  * opening, as numbers are. What is written from now on has this birth or a greater one, or is in a block that the head
  * holds already. 0: a view. */
 uint64_t onion_volume_birth(struct onion_volume *volume);
-/* Slots of a segment of the head that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller
- * frees. 1, and no bitmap: the segment is a sealed layer's (by now). Flushes, and waits for writers. */
+/* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller frees. It
+ * is the index of the head as it is then, which the caller looks at behind the answer. Flushes, and waits for writers. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits);
 /* Returns when every read that began before has ended. */

@@ -814,9 +814,9 @@ cdef class DataPath:
             free(infos)
 
     def live_slots(self, segment):
-        """Return the sorted runs of slots of a segment of the head that are still needed (dtypes.SLOTS). Waits for writers.
+        """Return the sorted runs of slots of a segment that the index still needs (dtypes.SLOTS). Waits for writers.
 
-        None where the segment is not the head's, or is no more: it was sealed meanwhile.
+        It is the index of the head as it is then: the caller looks behind the answer whether that is the one it means.
         """
         cdef unsigned char id[16]
         cdef unsigned char *bitmap = NULL
@@ -827,8 +827,6 @@ cdef class DataPath:
             status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
         if status < 0:
             _raise(status, "scrub", self._directory)
-        if status:
-            return None
         try:
             raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
         finally:

@@ -245,12 +245,14 @@ def _live_slots(
 ) -> "numpy.typing.NDArray[numpy.void] | None":
     """Return the slots that are needed, or None where only the volume that has the owner as its head knows.
 
-    The head may be sealed, and the next one written, before the path is asked: then that has no answer, and the next look
-    at the catalog has one.
+    The head may be sealed, and the next one written, before the path is asked: then its answer is of the next head, which
+    no longer has what was written again. So whose head that is is looked at behind the answer: a volume has its new head
+    before the data path goes on with it, and while a seal is under way the path gives no answer.
     """
     if not owner.sealed:
         path = store.path_of_head(owner.id)
-        return None if path is None else path.live_slots(segment.id)
+        live = None if path is None else path.live_slots(segment.id)
+        return live if path is store.path_of_head(owner.id) else None
     return slots.of(owner, segment.id)
 
 
