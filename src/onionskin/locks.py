@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from onionskin import forks
-from onionskin.errors import StateError
+from onionskin.errors import FormatError, StateError
 from onionskin.layout import Layout
 
 STORE_BYTE = 0
@@ -347,8 +347,11 @@ def _checked_lock_file(path: Path, flags: int) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
-        raise StateError(f"{path} {what}, and a lock of a store is a file of its own; remove it")
+        is_regular = stat.S_ISREG(found.st_mode)
+        what = "has another name too (a hard link)" if is_regular else "is not a regular file"
+        raise (StateError if is_regular else FormatError)(
+            f"{path} {what}, and a lock of a store is a file of its own; remove it"
+        )
     return descriptor
 
 

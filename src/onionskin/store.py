@@ -47,6 +47,7 @@ from onionskin.chain import (
 )
 from onionskin.errors import (
     ChainError,
+    FormatError,
     OnionskinError,
     StateError,
     VerifyError,
@@ -883,13 +884,14 @@ def refuse_links(layout: Layout) -> None:
     for path in (*(layout.root / name for name in DIRECTORIES), *layout.files):
         try:
             mode = path.lstat().st_mode
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         wanted = stat.S_ISDIR(mode) if path.name in DIRECTORIES else stat.S_ISREG(mode)
         if not wanted:
-            what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+            is_link = stat.S_ISLNK(mode)
+            what = "a symbolic link" if is_link else "something else"
             kind = "directory" if path.name in DIRECTORIES else "regular file"
-            raise StateError(
+            raise (StateError if is_link else FormatError)(
                 f"{path} is {what}, where a store has a {kind} of its own; look at what it is, and remove it"
             )
 

@@ -349,7 +349,7 @@ def test_a_file_of_a_store_that_is_missing_is_damage_and_no_slip_in_a_path(
 def test_a_directory_in_place_of_a_file_of_a_store_is_damage(run: Run, vms: Path, name: str) -> None:
     (vms / name).unlink()
     (vms / name).mkdir()
-    one_line(run("list", vms), 6, f"{vms}/{name}: Is a directory")
+    one_line(run("list", vms), 6, f"{vms}/{name} is something else, where a store has a regular file of its own")
 
 
 def test_a_disk_that_is_full_to_the_last_block_is_said_to_be(
@@ -364,7 +364,7 @@ def test_a_disk_that_is_full_to_the_last_block_is_said_to_be(
                 while file.write(bytes(piece)):
                     pass
         os.fsync(file.fileno())
-    one_line(run("create", f"{store}/new", "--size", "1M"), 7, "No space left on device; free space there")
+    one_line(run("create", f"{store}/new", "--size", "1M"), 7, "the disk was full to the last block")
 
 
 @pytest.mark.parametrize("has_reserve", [True, False], ids=["reserve", "no reserve"])

@@ -15,18 +15,22 @@ INTERNAL = {
         *(
             "add_scrubs",
             "after_fork",
+            "change",
+            "draft",
             "finish_work",
             "forget",
             "give_up_reserve",
-            "in_transaction",
             "make_reserve",
+            "note_open",
             "note_unreachable",
         ),
-        *("open_volumes", "path_of_head", "scrub", "set_head", "wake", "with_reserve", "work_soon"),
+        *("open_head", "open_layer", "open_volumes", "path_of_head", "rename_volume", "scrub", "set_head", "wake"),
+        *("with_reserve", "work_soon"),
     },
     "Volume": {
-        *("after_fork", "lock_what_is_read", "locks", "merge_ended", "operation", "prepare_if_wanted"),
-        *("restart_over", "scrub_freed", "seal", "settling", "wait_for_readers"),
+        *("abandon", "after_fork", "compact_if_wanted", "forked", "give_up_unread", "leave_base", "locks"),
+        *("merge_ended", "operation", "prepare_if_wanted", "restart_on", "restart_over", "scrub_freed", "seal"),
+        *("settling", "share", "wait_for_readers"),
     },
 }
 
