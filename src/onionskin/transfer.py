@@ -440,18 +440,10 @@ def _write_flat(
         pieces = _flat_pieces(opened)
         counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
         slots = numpy.concatenate(([0], numpy.cumsum(counts)))
-        target = store.layout.segment_file(segment)
-        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            write_all(
-                descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
-            )
-            _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
-            refuse_changed_base(opened)
-            os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
-            sync_file(descriptor)  # BARRIER: flat segment
-        finally:
-            os.close(descriptor)
+        # A disk that reads as zeros has no segment: no row would name its file.
+        if len(pieces):
+            _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
+        refuse_changed_base(opened)
     flat_map = empty_map(block_size)
     try:
         if len(pieces):
@@ -466,6 +458,28 @@ def _write_flat(
     sync_directory(store.layout.segments)  # BARRIER: flat segment name
     sync_directory(store.layout.layers)  # BARRIER: flat map name
     return int(slots[-1]), written
+
+
+def _write_flat_segment(
+    store: "Store",
+    opened: OpenChain,
+    pieces: "Array",
+    slots: "Array",
+    segment: bytes,
+    wipe_zero: bool,
+    progress: "Progress | None",
+) -> None:
+    """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
+    block_size = opened.chain.top.block_size
+    target = store.layout.segment_file(segment)
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
+        _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
+        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
+        sync_file(descriptor)  # BARRIER: flat segment
+    finally:
+        os.close(descriptor)
 
 
 def _flat_pieces(opened: OpenChain) -> "Array":

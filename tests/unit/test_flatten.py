@@ -7,7 +7,7 @@ import pytest
 
 import onionskin
 from onionskin import transfer
-from onionskin.catalog import LayerRow
+from onionskin.catalog import LayerRow, SegmentRow
 
 BLOCK = 65536
 
@@ -43,6 +43,24 @@ def test_a_flattened_volume_reads_the_same_without_its_base(web: onionskin.Volum
         assert again.read(0, again.size_bytes) == before
         assert again.parent is None
     assert web.store.check() == []
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+def test_a_disk_of_zeros_is_flattened_into_no_segment(tmp_path: Path, wipe: str) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=4 * BLOCK, wipe=wipe) as web:
+            web.write(0, b"x" * BLOCK)
+            web.snapshot("a")
+            web.trim(0, web.size_bytes)
+            web.flatten()
+            web.discard("a")
+            assert web.read(0, web.size_bytes) == bytes(web.size_bytes)
+        store.finish_work()
+        assert store.check() == []
+        rows = store.catalog.rows(SegmentRow)
+        assert {path.stem for path in store.layout.segments.iterdir()} <= {row.id.hex() for row in rows}
+        with store.open("web") as web:
+            assert web.read(0, web.size_bytes) == bytes(web.size_bytes)
 
 
 def test_a_volume_that_stands_alone_is_not_touched_by_flatten(web: onionskin.Volume) -> None:
