@@ -98,6 +98,7 @@ def test_a_barrier_taken_out_of_the_python_code_is_noticed(engine: Path, name: s
     assert verdict.violation is not None
 
 
+@pytest.mark.slow
 def test_a_barrier_taken_out_of_the_c_code_is_noticed(engine: Path) -> None:
     verdict = judge_without(engine, "map frame")
     print(f"map frame: noticed by {verdict.trial} in {verdict.tried} states")

@@ -74,6 +74,7 @@ class Writer(threading.Thread):
             self.answered[block] = self.begun[block] = number
 
 
+@pytest.mark.slow
 def test_fifty_kills_under_load_lose_nothing_that_was_answered_for(tmp_path: Path, serve: Start) -> None:
     onionskin("create", f"{tmp_path}/vms/web", "--size", BLOCKS * BLOCK)
     seed = random.SystemRandom().randrange(1 << 32)

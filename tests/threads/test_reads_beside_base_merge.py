@@ -3,6 +3,8 @@
 import threading
 from pathlib import Path
 
+import pytest
+
 import onionskin
 
 SIZE = 8 << 20
@@ -10,6 +12,7 @@ READERS = 8
 MERGES = 12
 
 
+@pytest.mark.slow
 def test_reads_beside_merges_into_the_base_see_no_wiped_byte(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"0" * SIZE)
     zeros: list[int] = []

@@ -50,6 +50,7 @@ def run(*arguments: object) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_all_that_reads_and_all_that_frees_works_in_processes_of_their_own(root: Path, tmp_path: Path) -> None:
     store = root / "store"
     fill(root)

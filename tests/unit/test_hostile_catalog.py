@@ -98,6 +98,7 @@ def write_and_take_back(store: onionskin.Store) -> None:
 
 
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
+@pytest.mark.slow
 def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: Path, table: str, column: str) -> None:
     with closing(sqlite3.connect(store_path / "catalog.db")) as catalog:
         rows = catalog.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
