@@ -99,7 +99,8 @@ def _read_tree(store: "Store", name: str) -> _VolumeTree:
     missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}
     if missing:
         raise damaged(
-            catalog.path, f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle"
+            catalog.path,
+            f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle",
         )
     return _VolumeTree(volume, snapshots, ordered, frozenset(layer.id for layer in only))
 
