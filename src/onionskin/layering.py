@@ -135,7 +135,8 @@ def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
     def describe(layer: LayerRow) -> ChainMember:
         if layer.id in named:
             row = named[layer.id]
-            return ChainMember("snapshot", f"{volumes[row.volume]}@{row.name}", when(row.created_ns))
+            name = volumes.get(row.volume, row.volume.hex())  # it has no row in a damaged catalog
+            return ChainMember("snapshot", f"{name}@{row.name}", when(row.created_ns))
         if layer.id in heads:
             return ChainMember("head", heads[layer.id].name, when(layer.created_ns))
         return ChainMember("layer", layer.id.hex()[:8], when(layer.created_ns))

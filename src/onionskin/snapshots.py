@@ -6,6 +6,7 @@ that removes layers, and it only ever removes leaves that are neither.
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from onionskin.catalog import (
     BaseRow,
@@ -16,6 +17,7 @@ from onionskin.catalog import (
     SnapshotRow,
     VolumeRow,
 )
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import SnapshotNotFoundError
 
 # Conditions on `id`, or `layer`, of a row. In each a layer is named once, so they are linear in what they find.
@@ -89,13 +91,16 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
             layer.id: layer for layer in catalog.rows(LayerRow, f"id IN ({LAYERS_OF_VOLUME})", volume.id, volume.id)
         }
     names = {row.layer: row.name for row in rows}
+    for row in rows:
+        if row.layer not in layers:
+            raise damaged(catalog.path, f"layer {row.layer.hex()}, which snapshot {row.name!r} names, is missing")
     nearest: dict[bytes | None, str | None] = {None: None}
     return [
         Snapshot(
             name=row.name,
             guid=row.guid.hex(),
             created=when(row.created_ns),
-            parent=nearest_name(layers, names, layers[row.layer].parent, nearest),
+            parent=nearest_name(catalog.path, layers, names, layers[row.layer].parent, nearest),
             note=row.note,
             size_bytes=layers[row.layer].size_bytes,
         )
@@ -120,6 +125,7 @@ def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, lay
 
 
 def nearest_name(
+    catalog: Path,
     layers: dict[bytes, LayerRow],
     names: dict[bytes, str],
     layer: bytes | None,
@@ -128,10 +134,13 @@ def nearest_name(
     """Return the name on a layer, or on the nearest one below it that has one.
 
     `known` keeps what was found for each layer on the way: who asks for many layers walks over each of them once.
+    `catalog` is what is said to be damaged where the layers do not end.
     """
     found: dict[bytes | None, str | None] = {None: None} if known is None else known
     way: list[bytes] = []
     while layer is not None and layer not in found and layer not in names:
+        if layer not in layers or len(way) == len(layers):
+            raise damaged(catalog, f"layers stand on each other in a circle, or layer {layer.hex()} is missing")
         way.append(layer)
         layer = layers[layer].parent
     name = names[layer] if layer in names else found[layer]
@@ -160,8 +169,10 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
             marks = ", ".join("?" * len(part))
             users += [row.name for row in catalog.rows(VolumeRow, f"head IN ({marks}) AND id != ?", *part, besides)]
             named = catalog.rows(SnapshotRow, f"layer IN ({marks}) AND volume != ?", *part, besides)
-            of = {volume: catalog.rows(VolumeRow, "id = ?", volume)[0].name for volume in {row.volume for row in named}}
-            users += [f"{of[row.volume]}@{row.name}" for row in named]
+            of = {volume: catalog.volume_with_id(volume) for volume in {row.volume for row in named}}
+            for row in named:
+                volume = of[row.volume]  # None in a damaged catalog
+                users.append(f"{volume.name if volume else row.volume.hex()}@{row.name}")
     return sorted(users)
 
 

@@ -270,7 +270,7 @@ class Store:
             row = self.catalog.volume_with_id(id)
             assert row is not None
             self.with_reserve(lock.make_file)
-            return self._open_locked(row, lock, verify=False)
+            return self._open_locked(row, lock, verify=False, found=False)
         except BaseException:
             with suppress(OSError, OnionskinError):
                 self._drop_volume(id, recursive=True)
@@ -357,9 +357,13 @@ class Store:
                 raise
             lock.close()
 
-    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool) -> Volume:
-        """Open the volume that is locked. On an error the lock stays the caller's."""
-        self.catalog.sync_found()
+    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, found: bool = True) -> Volume:
+        """Open the volume that is locked. On an error the lock stays the caller's.
+
+        Not `found` is one that this handle has just made: its commit synced the log, and with it all that was read of it.
+        """
+        if found:
+            self.catalog.sync_found()
         volume = self._open_head(row, lock, verify)
         self.note_open(volume)
         try:

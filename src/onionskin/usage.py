@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin._maplog import LayerMap
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.chain import Chain
 from onionskin.checking import Problem, check
 from onionskin.errors import ChainError
@@ -94,7 +95,14 @@ def _read_tree(store: "Store", name: str) -> _VolumeTree:
         volume.id,
     )
     snapshots = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
-    return _VolumeTree(volume, snapshots, _parents_first(layers), frozenset(layer.id for layer in only))
+    ordered = _parents_first(layers)
+    missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}
+    if missing:
+        raise damaged(
+            catalog.path,
+            f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle",
+        )
+    return _VolumeTree(volume, snapshots, ordered, frozenset(layer.id for layer in only))
 
 
 def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live.guest import Guest, GuestImage, build_guest
 from live.nbd_client import NbdClient
-from live.servers import Serve, onionskin
+from live.servers import Serve, onionskin, onionskin_json
 
 BLOCK = 4096
 BLOCKS = 2048
@@ -99,7 +99,9 @@ def test_fifty_kills_under_load_lose_nothing_that_was_answered_for(tmp_path: Pat
         for writer in writers:
             writer.join()
     assert all(writer.flushes > KILLS // 4 for writer in writers)
-    assert onionskin("check", f"{tmp_path}/vms").stdout.endswith("no problem found\n")
+    # What the last writers wrote and never flushed may be noticed: the next one who opens the volume frees it.
+    found = onionskin_json("check", f"{tmp_path}/vms")
+    assert all(p["severity"] == "notice" and "data that no map names" in p["what"] for p in found), found
 
 
 @pytest.fixture(scope="module")

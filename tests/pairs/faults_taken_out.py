@@ -98,8 +98,8 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "                if row.id == id:\n                    if not self.layout",
-                "                if True:\n                    if not self.layout",
+                "                if row.id == id:\n                    if isinstance(lock",
+                "                if True:\n                    if isinstance(lock",
             ),
         ),
         _pairs("open", "swap", "same", "processes", "release"),
@@ -114,8 +114,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/store.py",
-                "row, lock = self._lock_volume(name)\n        try:\n            self._drop",
-                "row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name)\n        try:\n"
+                "row, lock = self._lock_volume(name, VolumeLock)\n        try:\n            self._drop",
+                "row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name, VolumeLock)\n        try:\n"
                 "            self._drop",
             ),
             Edit(
@@ -137,8 +137,13 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/merging.py",
-                "        elif volume.path.commit_below():\n            volume.give_up_unread()",
-                """        else:
+                """        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
+            volume.path.abort_below()
+        elif volume.path.commit_below():
+            volume.give_up_unread()""",
+                """        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
+            volume.path.abort_below()
+        else:
             volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
             pending.do_pending(volume.store)
             volume.path.commit_below()""",
