@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 import os
-from errno import EIO
+from errno import EIO as _EIO
 from typing import NamedTuple
 
 cdef extern from "copy.h" nogil:
@@ -194,6 +194,6 @@ cdef class CopyJob:
         if status < 0:
             raise OSError(-status, os.strerror(-status))
         if self._progress.bytes_done != self.bytes_total:  # whoever lets the source go next has only this to rely on
-            raise OSError(EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes")
+            raise OSError(_EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes")
         return CopyResult(self._progress.bytes_done, self._progress.bytes_reflinked, self._progress.bytes_ranged,
                           self._progress.bytes_copied, self._progress.bytes_zeroed)
