@@ -25,7 +25,14 @@ MIB = 1 << 20
 # the test goes on, or waits for ever for what the exception left undone.
 WATCHDOG_SECONDS = 500
 # Modules of tests that count descriptors or threads, send signals, or run programs that take all there is.
-OF_THE_PROCESS = {"test_interrupts", "test_interrupted_changes", "test_examples", "test_imports", "test_deep_chains"}
+OF_THE_PROCESS = {
+    "test_hostile_store",
+    "test_interrupts",
+    "test_interrupted_changes",
+    "test_examples",
+    "test_imports",
+    "test_deep_chains",
+}
 _STDERR = pytest.StashKey[IO[str]]()
 Mount = Callable[..., Path]  # (size_bytes: int = the least) -> directory
 
