@@ -108,7 +108,7 @@ def test_the_commands_of_the_readme_make_an_environment_and_run_in_it() -> None:
     for block in blocks_of(ROOT / "README.md"):
         if made := ENVIRONMENT.fullmatch(block.text):
             programs[made[3]] = made[2]
-    assert programs == {"onionskin demo": None, "pytest -n 2 --dist loadfile -m 'not slow'": "test"}
+    assert programs == {"onionskin demo": None, "pytest -n 2 --dist loadfile -m 'not slow and not soak'": "test"}
     assert "test" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 

@@ -111,7 +111,7 @@ def test_a_pair_is_held_at_the_step_that_is_asked_for() -> None:
     assert "B snapshot: done" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_some_pairs_of_verbs_at_some_of_their_steps() -> None:
     """The seed is in what it prints; `.ci/run` takes more time for it."""
     done = pairs("--seconds", "20")
@@ -119,7 +119,7 @@ def test_some_pairs_of_verbs_at_some_of_their_steps() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_crowds_of_actors_in_random_orders() -> None:
     done = pairs("--random", "--seconds", "20")
     print(done.stdout)

@@ -66,7 +66,7 @@ def test_threads_on_different_volumes_of_one_store_lose_nothing(tmp_path: Path, 
     run_threads(tmp_path / "store", mode, threads=8, volumes=24)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_on_fifty_volumes_lose_nothing_in_any_of_many_runs(tmp_path: Path, mode: str) -> None:
     for number in range(10):

@@ -236,7 +236,7 @@ def close(web: onionskin.Volume) -> None:
     web.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("verb", [snapshot, fold, compact, flush, close])
 def test_a_kill_in_many_gaps_of_a_verb_loses_nothing(root: Path, verb: Callable[[onionskin.Volume], None]) -> None:
     _kill_in_each_gap(root, verb, 11)

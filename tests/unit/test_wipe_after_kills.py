@@ -81,7 +81,7 @@ def test_nothing_is_left_after_random_operations_and_kills(
     run(request.getfixturevalue(f"{system}_mount"), tmp_path, seed=1, rounds=3, seconds=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(100, 600, 100))
 @pytest.mark.parametrize("system", ["ext4", "xfs"])
