@@ -49,14 +49,14 @@ def docs(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """The tests; arguments go to pytest: ``nox -s test -- tests/unit -k wipe``."""
     session.install(".[test]")
-    session.run("pytest", *(session.posargs or ["-m", "not slow"]))
+    session.run("pytest", *(session.posargs or ["-m", "not slow and not soak"]))
 
 
 @nox.session
 def parallel(session: nox.Session) -> None:
     """Tests that share nothing, each in four threads at once; arguments go to pytest."""
     session.install(".[test]", "pytest-run-parallel>=0.10,<1")
-    tests = session.posargs or ["-m", "not slow and not thread_unsafe", "tests/unit", "tests/format"]
+    tests = session.posargs or ["-m", "not slow and not soak and not thread_unsafe", "tests/unit", "tests/format"]
     session.run("pytest", "--parallel-threads=4", "--iterations=1", *tests)
 
 
@@ -88,7 +88,7 @@ def coverage(session: nox.Session) -> None:
         with session.chdir(tree):
             switch = {"ONIONSKIN_COVERAGE": "1"}
             session.run("python", "setup.py", "-q", "build_ext", "--inplace", "--force", env=switch)
-            tests = session.posargs or ["-m", "not slow", "tests/unit", "tests/format", "tests/cli", "tests/nbd"]
+            tests = session.posargs or ["-m", "not slow and not soak", "tests/unit", "tests/format", "tests/cli", "tests/nbd"]
             session.run("coverage", "run", "-m", "pytest", "-q", *tests, env={"PYTHONPATH": "src"})
             session.run("coverage", "combine", "-q")
             session.run("coverage", "report")

@@ -184,7 +184,7 @@ def try_wheel(wheel: Path, python: Path, tree: Path, directory: Path, path: Path
     if directory not in Path(home).parents:
         raise SystemExit(f"onionskin was imported from {home}, and not from the wheel")
     call(interpreter, "-m", "onionskin", "demo", environment=environment, cwd=directory)
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *QUICK_TESTS)
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not soak", *QUICK_TESTS)
     call(interpreter, *tests, environment=environment, cwd=tree)
 
 
