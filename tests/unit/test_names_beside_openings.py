@@ -28,13 +28,16 @@ def before_the_lock(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> 
     """Has another process' work done between the look-up of a name and the lock of the volume, once."""
 
     def arrange(work: Callable[[onionskin.Store], None]) -> None:
-        def lock(*arguments: Any) -> VolumeLock:
-            monkeypatch.setattr(store_module, "VolumeLock", VolumeLock)
-            with onionskin.Store(store.path) as other:
-                work(other)
-            return VolumeLock(*arguments)
+        waiting = [work]
 
-        monkeypatch.setattr(store_module, "VolumeLock", lock)
+        class LockAfterWork(VolumeLock):
+            def __init__(self, *arguments: Any) -> None:
+                while waiting:
+                    with onionskin.Store(store.path) as other:
+                        waiting.pop()(other)
+                super().__init__(*arguments)
+
+        monkeypatch.setattr(store_module, "VolumeLock", LockAfterWork)
 
     return arrange
 
