@@ -38,11 +38,14 @@ class Outcome:
     violation: str | None = None
 
 
-# (where the recorded root is to be, a src/ directory with the engine) -> what came of it
-Trial = Callable[[Path, Path], Outcome]
+# (where the recorded root is to be, a src/ directory with the engine, how many states to draw: None for all of them) ->
+# what came of it
+Trial = Callable[[Path, Path, int | None], Outcome]
+# Of those that a trial draws recoveries for, where it does not try all.
+RECOVERIES_DRAWN = 2
 
 
-def try_all(trials: Iterable[tuple[str, Trial]], source: Path) -> tuple[str, Outcome]:
+def try_all(trials: Iterable[tuple[str, Trial]], source: Path, states: int | None = None) -> tuple[str, Outcome]:
     """Runs trials up to the first violation: the name of the last one, and how many states all of them judged.
 
     `source` is what this process imports, too.
@@ -50,7 +53,7 @@ def try_all(trials: Iterable[tuple[str, Trial]], source: Path) -> tuple[str, Out
     tried, name = 0, ""
     for name, trial in trials:
         with tempfile.TemporaryDirectory(dir=state_parent()) as directory:
-            outcome = trial(Path(directory) / "root", source)
+            outcome = trial(Path(directory) / "root", source, states)
         tried += outcome.tried
         if outcome.violation is not None:
             return name, Outcome(tried, outcome.violation)
@@ -102,7 +105,7 @@ def unwiped(recording: Recording) -> str | None:
 def drawn_trial(seed: int, wipe: str, steps: int, states: int, recoveries: int) -> tuple[str, Trial]:
     """A workload whose steps are drawn, as far as `states` states and a few recoveries show it."""
 
-    def trial(root: Path, source: Path) -> Outcome:
+    def trial(root: Path, source: Path, _: int | None) -> Outcome:
         return try_workload(
             root,
             source,
@@ -121,6 +124,11 @@ def some_syncs(recording: Recording, seed: int, count: int) -> list[int]:
     """Where most is not durable yet: before a sync returns."""
     points = [number for number, entry in enumerate(recording.entries) if entry.kind == SYNC_END]
     return sorted(random.Random(seed).sample(points, min(count, len(points))))
+
+
+def drawn(points: Sequence[int], count: int) -> list[int]:
+    """So many of some points of a recording, the same ones each time."""
+    return sorted(random.Random(len(points)).sample(points, min(count, len(points))))
 
 
 def state_parent() -> str | None:

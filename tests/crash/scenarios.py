@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crash.harness import Recording, check_states, mark, run
-from crash.judging import Outcome, Trial, try_workload, unwiped
+from crash.judging import RECOVERIES_DRAWN, Outcome, Trial, drawn, try_workload, unwiped
 from crash.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
 from crash.replay import MARK, SYNC_END
 
@@ -36,19 +36,28 @@ class Scenario:
 
 
 def scripted(
-    name: str, *barriers: str, wipe: str = "release", recover_in: Sequence[str] = (), states: int | None = None
+    name: str, *barriers: str, wipe: str = "release", recover_in: Sequence[str] = (), first_states: int | None = None
 ) -> Scenario:
-    """A script of the workload. Recoveries begin before each sync of the operations named `recover_in`."""
+    """A script of the workload. Recoveries begin before each sync of the operations named `recover_in`.
 
-    def trial(root: Path, source: Path) -> Outcome:
+    `first_states` are those of the script itself, where another scenario has them all. Where states are drawn, a few
+    recoveries are, and as many states of them.
+    """
+
+    def trial(root: Path, source: Path, states: int | None) -> Outcome:
+        def choose_recoveries(recording: Recording) -> Sequence[int]:
+            points = syncs_in(recording, name, wipe, recover_in)
+            return points if states is None else drawn(points, RECOVERIES_DRAWN)
+
         return try_workload(
             root,
             source,
             seed=name,
             wipe=wipe,
             steps=0,
-            states=states,
-            choose_recoveries=lambda recording: syncs_in(recording, name, wipe, recover_in),
+            states=first_states or states,
+            choose_recoveries=choose_recoveries,
+            resumed_states=None if states is None else states // RECOVERIES_DRAWN,
         )
 
     again = f", crashed again in {' and '.join(recover_in)}" if recover_in else ""
@@ -83,12 +92,12 @@ def program_scenario(
 ) -> Scenario:
     """A program that works below a directory; with `wipes` all that it gives back must be overwritten before."""
 
-    def trial(root: Path, source: Path) -> Outcome:
+    def trial(root: Path, source: Path, states: int | None) -> Outcome:
         root.mkdir()
         text = f"import sys; sys.path.insert(0, sys.argv[1]); from crash.scenarios import {program.__name__} as program"
         command = [sys.executable, "-c", f"{text}; from pathlib import Path; program(Path(sys.argv[2]))"]
         recording = run([*command, str(source), str(root)], root)
-        report = check_states(recording, check, violations_max=1)
+        report = check_states(recording, check, limit=states, violations_max=1)
         print(f"{name}: {report}")
         violation = str(report.violations[0]) if report.violations else None
         return Outcome(report.tried, violation or (unwiped(recording) if wipes else None))
@@ -203,13 +212,13 @@ SCENARIOS = (
         "opened map", "opened segments directory", "opened layers directory", "catalog schema",
         recover_in=("create", "write", "flush"),
     ),
-    scripted("write again", "opened catalog", "opened segment", states=1, recover_in=("reopen", "snapshot", "flush")),
+    scripted("write again", "opened catalog", "opened segment", first_states=1, recover_in=("reopen", "snapshot", "flush")),
     scripted("gather", "gathered segment", "gathered segment name", "gathered map name", "written map", "folded map name"),
     scripted("flatten", "flat segment", "flat segment name", "flat map name"),
     scripted("delete", "freed map name", "freed segment name", "freed lock name"),
     scripted("export", "exported image", "exported image name"),
     scripted("merge into base", "merged base"),
-    scripted("merge into base", "merged base", states=1, recover_in=("merge_into_base",)),
+    scripted("merge into base", "merged base", first_states=1, recover_in=("merge_into_base",)),
     scripted("merge into longer base", "shortened base"),
     scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
     program_scenario("two stores are made", make_store, check_made_stores, "store name"),

@@ -12,15 +12,15 @@ SOURCE = Path(onionskin.__file__).parents[1]
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -> None:
-    _, outcome = try_all([drawn_trial(seed, wipe, steps=20, states=150, recoveries=3)], SOURCE)
+    _, outcome = try_all([drawn_trial(seed, wipe, steps=20, states=60, recoveries=2)], SOURCE)
     assert outcome.violation is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-@pytest.mark.parametrize("seed", range(3, 8))
+@pytest.mark.parametrize("seed", range(2, 8))
 def test_a_crash_leaves_each_operation_done_or_not_begun_in_long_workloads(seed: int, wipe: str) -> None:
     _, outcome = try_all([drawn_trial(seed, wipe, steps=STEPS, states=800, recoveries=4)], SOURCE)
     assert outcome.violation is None

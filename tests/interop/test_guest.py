@@ -21,6 +21,7 @@ def mounted(image: Path, directory: Path) -> Iterator[Path]:
         subprocess.run(["umount", directory], check=True)
 
 
+@pytest.mark.slow
 def test_each_of_ten_snapshots_of_a_working_machine_replays_and_holds_what_was_synced(tmp_path: Path) -> None:
     onionskin("create", f"{tmp_path}/vms/web", "--size", "256M")
     synced = []
