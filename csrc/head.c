@@ -128,9 +128,9 @@ static int create_map_file(struct onion_volume *volume, struct onion_head_log *l
                                   .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
     memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = open(log->path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int fd = onion_make_file(log->path);
     if (fd < 0)
-        return -errno;
+        return fd;
     log->room_end = sizeof bytes;
     int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
     if (has_no_room(status)) {

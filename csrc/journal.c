@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "fault.h"
+#include "mapfile.h"
 #include "volume_state.h"
 
 #define FIRST_BYTES 16384u /* of a half; then it doubles */
@@ -286,9 +287,9 @@ static int make_file(struct onion_volume *volume, const char *draft) {
                                           .block_size = volume->block_size,
                                           .opened_ns = journal->opened_ns};
     void *mapped = NULL;
-    journal->fd = open(draft, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    journal->fd = onion_make_file(draft);
     if (journal->fd < 0)
-        return -errno;
+        return journal->fd;
     overwrite_in_place(journal->fd);
     int status = describe_here(journal->fd, &header);
     if (status == 0 && is_replaced(journal, &header))

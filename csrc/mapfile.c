@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -28,9 +29,34 @@ int onion_open_file(const char *path, int flags) {
     return status;
 }
 
+/* Whether the directory of a file is shared with its group; -errno. src/onionskin/modes.py asks the same. */
+static int is_in_shared_directory(const char *path) {
+    char directory[PATH_MAX];
+    const char *slash = strrchr(path, '/');
+    size_t length = slash == NULL ? 1 : slash == path ? 1 : (size_t)(slash - path);
+    struct stat info;
+    if (length >= sizeof directory)
+        return -ENAMETOOLONG;
+    memcpy(directory, slash == NULL ? "." : path, length);
+    directory[length] = '\0';
+    if (stat(directory, &info))
+        return -errno;
+    return (info.st_mode & (S_ISGID | S_IRWXG)) == (S_ISGID | S_IRWXG);
+}
+
 int onion_make_file(const char *path) {
+    int shared = is_in_shared_directory(path);
+    if (shared < 0)
+        return shared;
     int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    return fd < 0 ? -errno : fd;
+    if (fd < 0)
+        return -errno;
+    if (!shared || fchmod(fd, 0660) == 0) /* the umask does not count */
+        return fd;
+    int status = -errno;
+    close(fd);
+    unlink(path);
+    return status;
 }
 
 static int read_span(int fd, const struct onion_data_span *span, unsigned char *bytes) {

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from onionskin.errors import FormatError, StateError
 from onionskin.later import dtypes
 from onionskin.later import numpy as np
+from onionskin.modes import make_file
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from libc.errno cimport ENOMEM
@@ -547,7 +548,7 @@ cdef class LayerMap:
             raise ValueError(f"{size_bytes} is no size of a volume")
         path = os.fspath(path)
         header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = make_file(path)
         try:
             _write_all(descriptor, header)
             written = self._write_frames(descriptor, size_bytes)

@@ -21,6 +21,7 @@ from onionskin.chain import check_base
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.layermaps import load_map, locked_maps, open_map
 from onionskin.locks import volume_holder
+from onionskin.modes import is_shared
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -309,12 +310,18 @@ def _check_files(store: "Store", rows: _Rows, listed: list[os.DirEntry[str]]) ->
 def _check_modes(store: "Store") -> Iterator[Problem]:
     """Report what users other than the owner may do: who may read the locks can keep the owner out, for one."""
     layout = store.layout
+    shared = is_shared(layout.root)
     for path in (layout.root, layout.layers, layout.segments, layout.volumes, *layout.files):
         with suppress(FileNotFoundError):
-            mode = stat.S_IMODE(path.lstat().st_mode)
-            if mode & 0o077:
-                advice = "nobody but the owner needs it: chmod " + ("700" if path.is_dir() else "600")
-                yield Problem("notice", f"its mode is {mode:o}, so other users may get at it", str(path), advice)
+            mode = path.lstat().st_mode
+            directory = stat.S_ISDIR(mode)
+            if mode & (0o007 if shared else 0o077):
+                wanted = ("2770" if directory else "660") if shared else ("700" if directory else "600")
+                who = "the owner and the group" if shared else "the owner"
+                advice = f"nobody but {who} needs it: chmod {wanted}"
+                yield Problem(
+                    "notice", f"its mode is {stat.S_IMODE(mode):o}, so other users may get at it", str(path), advice
+                )
 
 
 def _named_files(rows: _Rows) -> set[str]:

@@ -20,6 +20,7 @@ from onionskin.errors import OnionskinError
 from onionskin.files import write_all
 from onionskin.layermaps import load_layer
 from onionskin.locks import ByteLocks
+from onionskin.modes import make_file
 from onionskin.pending import wants_zeros
 from onionskin.staging import StagedFiles, staged_files
 
@@ -112,7 +113,7 @@ def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int) ->
 def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
     """Copy the live slots of segments behind each other into a new one, and point the map there. Returns the slots."""
     block_size, next_slot = layer.block_size, 0
-    target = os.open(store.layout.segment_file(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    target = make_file(store.layout.segment_file(segment))
     try:
         wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
         header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)

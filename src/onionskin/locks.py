@@ -30,6 +30,7 @@ from typing import NoReturn
 from onionskin import forks
 from onionskin.errors import FormatError, StateError
 from onionskin.layout import Layout
+from onionskin.modes import share_file
 
 STORE_BYTE = 0
 _WRITER_BYTES = 1 << 62  # the first of those that stand for the writers of volumes
@@ -352,6 +353,8 @@ def _checked_lock_file(path: Path, flags: int) -> int:
         raise (StateError if is_regular else FormatError)(
             f"{path} {what}, and a lock of a store is a file of its own; remove it"
         )
+    if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
+        share_file(descriptor, path)  # it may be that it was made just now
     return descriptor
 
 

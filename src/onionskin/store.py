@@ -57,6 +57,7 @@ from onionskin.errors import (
 from onionskin.layout import DIRECTORIES, Layout
 from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
 from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, ReadersLock, VolumeLock, is_being_merged_into
+from onionskin.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
@@ -93,6 +94,12 @@ class Store:
     path : path-like
     create : bool
         Whether to make a store where there is none. False: VolumeNotFoundError is raised.
+    trust : bool
+        Whether to open a store that another user owns: its rows name files that are read and written with this user's rights.
+    group : str or int, optional
+        A group whose members may use the store that is made: its directories get mode 2770, and its files 0660, whatever
+        the umask. None: nobody but the owner may, with 0700 and 0600. Members other than the owner open it with `trust`.
+        Of a store that is there it must be the group.
 
     Attributes
     ----------
@@ -109,7 +116,14 @@ class Store:
     has to open the store again.
     """
 
-    def __init__(self, path: "str | os.PathLike[str]", *, create: bool = True, trust: bool = False) -> None:
+    def __init__(
+        self,
+        path: "str | os.PathLike[str]",
+        *,
+        create: bool = True,
+        trust: bool = False,
+        group: str | int | None = None,
+    ) -> None:
         self.path: Path = Path(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
@@ -123,7 +137,9 @@ class Store:
         self._open_guard = threading.Lock()
         self.views: SealedViews = SealedViews()
         if create and not self.layout.catalog.exists():
-            self._make_directories()
+            self._make_directories(group)
+        elif group is not None:
+            refuse_other_group(self.layout.root, group)
         if not trust:
             refuse_foreign(self.layout)
         refuse_links(self.layout)
@@ -150,16 +166,21 @@ class Store:
         self.read_only = True
         return Catalog(self.layout.catalog, create=False, read_only=True)
 
-    def _make_directories(self) -> None:
+    def _make_directories(self, group: str | int | None) -> None:
+        group = None if group is None else group_id(group)
         way = [self.layout.root, *self.layout.root.parents]
         found = next(index for index, directory in enumerate(way) if directory.exists())
         # From what is there already: one that crashed may have made it, and its name need not be durable.
         for directory in reversed(way[: found + 1]):
             directory.mkdir(exist_ok=True, mode=0o700 if directory == self.layout.root else 0o777)
+            if group is not None and directory == self.layout.root:
+                make_shared(directory, group)
             with suppress(PermissionError):  # somebody else's directory, so not one that we made
                 sync_directory(directory.parent)  # BARRIER: store name
         for name in DIRECTORIES:
             (self.layout.root / name).mkdir(exist_ok=True, mode=0o700)
+            if is_shared(self.layout.root):
+                make_shared(self.layout.root / name, self.layout.root.stat().st_gid)
 
     def __enter__(self) -> "Store":
         return self
@@ -818,9 +839,7 @@ class Store:
         if self.read_only or os.path.lexists(self.layout.reserve):
             return
         with suppress(OSError):
-            descriptor = os.open(
-                self.layout.reserve, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
+            descriptor = make_file(self.layout.reserve)
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             except OSError:

@@ -26,6 +26,7 @@ from onionskin.errors import StateError
 from onionskin.files import data_ranges, write_all
 from onionskin.later import dtypes
 from onionskin.layermaps import empty_map
+from onionskin.modes import make_file
 from onionskin.snapshots import free_unneeded
 from onionskin.staging import StagedFiles, staged_files
 from onionskin.views import OpenChain, refuse_changed_base
@@ -472,7 +473,7 @@ def _write_flat_segment(
     """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
     block_size = opened.chain.top.block_size
     target = store.layout.segment_file(segment)
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = make_file(target)
     try:
         write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
         _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)

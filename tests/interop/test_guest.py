@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from live.guest import Guest, build_guest, content
 from live.servers import Serve, onionskin, short_socket
 

@@ -44,6 +44,7 @@ from onionskin.catalog.schema import (
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, translated
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
+from onionskin.modes import make_file
 
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
@@ -532,8 +533,8 @@ def _make(path: Path) -> None:
     the journal mode SQLite makes a journal, and syncs the directory for it.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
-    # SQLite would let everybody read it; its log and its index get the modes of this one.
-    os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    # SQLite would let everybody read it; it gives its log and its index the mode of this file.
+    os.close(make_file(draft))
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog schema

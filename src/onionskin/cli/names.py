@@ -88,10 +88,9 @@ def is_trusted() -> bool:
     return ctx is not None and bool(ctx.meta.get(_TRUST))
 
 
-def open_store(path: Path, *, create: bool = False) -> "Store":
+def open_store(path: Path, *, create: bool = False, group: str | None = None) -> "Store":
     """Open a store as the options of the verb say; it must exist, unless `create`."""
-    more: dict[str, bool] = {"trust": True} if is_trusted() else {}
-    return onionskin.Store(path, create=create, **more)
+    return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
 
 
 def open_to_read(store: "Store", name: Name) -> "Volume":

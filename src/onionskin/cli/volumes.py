@@ -57,6 +57,7 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     help="What happens to freed blocks: given back, or overwritten with zeros first.",
 )
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
+@click.option("--group", help="Who may use the store that is made besides its owner: the members of this group.")
 @trust_option
 @json_option
 def create(
@@ -66,6 +67,7 @@ def create(
     block_size: int,
     wipe: Literal["release", "zero"],
     digest: bool,
+    group: str | None,
     as_json: bool,
 ) -> None:
     """Make a volume over a base image or over nothing.
@@ -78,7 +80,7 @@ def create(
         raise click.UsageError("--digest is about the base: give --base FILE too")
     if base is not None:
         base.stat()  # a base that is missing shall not leave an empty store behind
-    with open_store(name.store, create=True) as store:
+    with open_store(name.store, create=True, group=group) as store:
         volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
         volume.close()
         about = store.info(name.volume)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.errors import OnionskinError, StateError
+from onionskin.modes import file_mode
 from onionskin.nbd import frames
 from onionskin.nbd.sockets import UnixListener, credentials_of
 from onionskin.volume import Volume
@@ -77,7 +78,7 @@ class ControlSocket:
         self._owner = os.geteuid()
         self._guard = threading.Lock()
         self._sessions: dict[threading.Thread, socket.socket] = {}
-        self._listener = UnixListener(path)
+        self._listener = UnixListener(path, mode=file_mode(path.parent))
         self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
         self._accepting.start()
 

@@ -1,0 +1,77 @@
+"""Who besides its owner may use the files of a store: nobody, or the members of a group.
+
+What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone says which:
+one whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
+`onion_make_file` (csrc/mapfile.c) does the same for the files that C makes.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from onionskin.errors import StateError
+
+_SHARED = stat.S_ISGID | stat.S_IRWXG
+
+
+def is_shared(directory: Path) -> bool:
+    """Whether the members of a directory's group may use what is in it."""
+    return directory.stat().st_mode & _SHARED == _SHARED
+
+
+def file_mode(directory: Path) -> int:
+    """Return the mode that a new file in a directory of a store has."""
+    return 0o660 if is_shared(directory) else 0o600
+
+
+def make_file(path: "str | os.PathLike[str]") -> int:
+    """Make a file of a store, and return its descriptor.
+
+    Raises
+    ------
+    FileExistsError
+        Something has that name.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    share_file(descriptor, Path(path))
+    return descriptor
+
+
+def share_file(descriptor: int, path: Path) -> None:
+    """Let the group use a file that was just made, if its directory is shared."""
+    if is_shared(path.parent):
+        os.fchmod(descriptor, 0o660)
+
+
+def make_shared(directory: Path, group: str | int) -> None:
+    """Share a new and empty directory with a group."""
+    os.chown(directory, -1, group_id(group))
+    directory.chmod(0o2770)
+
+
+def group_id(group: str | int) -> int:
+    """Return the number of a group.
+
+    Raises
+    ------
+    ValueError
+        There is no group of that name.
+    """
+    if isinstance(group, int):
+        return group
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {group!r} on this machine") from None
+
+
+def refuse_other_group(directory: Path, group: str | int) -> None:
+    """Refuse a store that is not shared with the group that was named: only a new store is given to one."""
+    if not is_shared(directory) or directory.stat().st_gid != group_id(group):
+        raise StateError(
+            f"the store {directory} was not made for group {group}; to give it to that group, close it, and run "
+            f"'chgrp -R {group} {directory}', 'chmod -R ug+rwX,o= {directory}' and "
+            f"'find {directory} -type d -exec chmod g+s {{}} +'"
+        )
