@@ -66,9 +66,10 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     held_before = locks.shared
     while True:
+        version = catalog.version()
         chain = read_chain(catalog, layer_id)
         if locks.take_shared(chain.lock_bytes):
-            if read_chain(catalog, layer_id) == chain:
+            if catalog.version() == version or read_chain(catalog, layer_id) == chain:
                 return chain
             locks.keep_shared(held_before)
         elif time.monotonic() > deadline:
@@ -217,8 +218,9 @@ def open_chain(
         if chain.base:
             assert base_lock is not None
             _set_base(path, chain.base, base_lock)
+        maps = str(layout.layers)  # as a Path for each it would take half of the time that an opening may
         for layer in chain.layers if top.sealed else chain.layers[:-1]:
-            _add_layer(layout, path, layer, chain.segments[layer.id])
+            _add_layer(maps, path, layer, chain.segments[layer.id])
         if writable:
             _open_head(layout, path, top, chain.segments[top.id], dirty)
             path.free_own_slots()
@@ -237,9 +239,9 @@ def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
     path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
 
 
-def _add_layer(layout: Layout, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
+def _add_layer(maps: str, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
     path.add_layer(
-        map_path=str(layout.map_file(layer.map_id)),
+        map_path=f"{maps}/{layer.map_id.hex()}.map",
         map_id=layer.map_id,
         length=layer.map_length,
         frames=layer.map_frames,

@@ -60,7 +60,7 @@ class Draft(Volume):
         catalog = self.store.catalog
         taken: list[Snapshot] = []
         with self.operation():
-            sealed = self.seal(lambda: None, lambda layer, created_ns: None)
+            sealed = self.seal(lambda: None, lambda sealed, head: None)
 
         def name_it() -> None:
             if catalog.has(SnapshotRow, "volume = ? AND name = ?", volume.row.id, name):

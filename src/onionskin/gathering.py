@@ -62,10 +62,9 @@ def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = Fals
 def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
     """Return the layers of a chain that have too many segments, with those that are sealed."""
     with catalog.reading():
-        layers = catalog.chain(head)
+        layers = [catalog.layer(id) for id in catalog.crowded_in_chain(head, SEGMENTS_MAX)]
         segments = catalog.segments_of(layers)
-    found = [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
-    return [(layer, sealed) for layer, sealed in found if len(sealed) > SEGMENTS_MAX]
+    return [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
 
 
 def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:

@@ -375,7 +375,7 @@ def _target_of(volume: "Volume", upto: str | None) -> bytes:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
     if upto is None:
         refuse_older(store, volume, chain, None)
-        return volume.seal(lambda: None, lambda layer, created_ns: None).id
+        return volume.seal(lambda: None, lambda sealed, head: None).id
     target = find_snapshot(catalog, volume.row, upto).layer
     if target not in {layer.id for layer in chain.layers}:
         raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")

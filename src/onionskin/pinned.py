@@ -80,7 +80,7 @@ def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
 def _seal(volume: "Volume") -> LayerRow:
     sealed: list[LayerRow] = []
     # It frees nothing, but is undone before the caller ends: a full disk is no reason not to be looked at.
-    volume.store.with_reserve(lambda: sealed.append(volume.seal(lambda: None, lambda layer, created_ns: None)))
+    volume.store.with_reserve(lambda: sealed.append(volume.seal(lambda: None, lambda sealed, head: None)))
     return sealed[-1]
 
 

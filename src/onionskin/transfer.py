@@ -367,7 +367,7 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
         return
     before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
     check_room_for_copy(store, before, store.layout.segments)
-    old = volume.seal(lambda: None, lambda layer, created_ns: None)
+    old = volume.seal(lambda: None, lambda sealed, head: None)
     chain = read_chain(catalog, old.id)
     wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
     with staged_files(store, ["segment", "map"], wipe) as files:

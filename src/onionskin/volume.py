@@ -429,16 +429,19 @@ class Volume:
                         f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
                     )
 
-            def name_it(sealed: LayerRow, created_ns: int) -> None:
-                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, created_ns, note, catalog.take_lock_byte())
+            def name_it(sealed: LayerRow, head: LayerRow) -> None:
+                # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
+                # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
+                number = head.map_lock_byte
+                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, head.created_ns, note, number)
                 taken.append(describe_snapshot(catalog, self.row, row, sealed))
                 catalog.insert(row)
 
             self.seal(check_free, name_it)
             return taken[0]
 
-    def seal(self, check: Callable[[], None], also: Callable[[LayerRow, int], None]) -> LayerRow:
-        """Seal the head and go on in a new one; `also` runs in the same transaction. Returns the sealed layer.
+    def seal(self, check: Callable[[], None], also: Callable[[LayerRow, LayerRow], None]) -> LayerRow:
+        """Seal the head and go on in a new one; `also` runs in the same transaction, with the rows of both. Returns the sealed layer.
 
         `check` is asked before anything happens, and again inside the transaction. No data is synced inside that: a slow
         disk under this volume holds no other one up.
@@ -463,10 +466,11 @@ class Volume:
                 old, base=None, block_size=self.block_size, wipe=self.wipe, size_bytes=old.size_bytes, map_id=spare.id
             )
             new.append(Sealing(head.layer.id, new_id(), *catalog.take_lock_bytes(2)))
-            self._write_new_head(head.layer, spare, new[0])
+            layer = replace(head.layer, map_lock_byte=new[0].map_byte)
+            self._write_new_head(layer, spare, new[0])
             self.store.add_scrubs(scrubs, self.wipe)
             row, freed = self._write_sealed(old, sealed)
-            also(row, head.layer.created_ns)
+            also(row, layer)
             rows.append(row)
             unused.update(freed)
             self.share({new[0].spare_byte: new[0].spare}, new[0].map_byte)
@@ -540,7 +544,7 @@ class Volume:
     def _write_new_head(self, layer: LayerRow, spare: SegmentRow, new: "Sealing") -> None:
         """Write the new head, which begins with the old one's spare, and make it the volume's."""
         catalog = self.store.catalog
-        catalog.insert(replace(layer, map_lock_byte=new.map_byte))
+        catalog.insert(layer)
         catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
         catalog.insert(SegmentRow(new.spare, layer.id, "spare", 0, new.spare_byte))
         self.store.set_head(self.row, layer.id)

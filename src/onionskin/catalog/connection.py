@@ -49,6 +49,12 @@ from onionskin.modes import make_file
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 
+# A layer and all below it. UNION, not UNION ALL: a circle ends.
+_CHAIN_IDS = (
+    "WITH RECURSIVE up(id) AS (SELECT ? UNION "
+    "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL)"
+)
+
 
 class Catalog:
     """One connection to a store's catalog. All methods may be called by any thread."""
@@ -422,11 +428,7 @@ class Catalog:
     def chain(self, layer_id: bytes) -> list[LayerRow]:
         """Return a layer and all below it, bottom first; nothing where it is gone."""
         columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
-        text = (
-            "WITH RECURSIVE up(id) AS (SELECT ? UNION "  # UNION, not UNION ALL: a circle ends
-            "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL) "
-            f"SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
-        )
+        text = f"{_CHAIN_IDS} SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
         with self._guard, self._errors():
             found = self._connection.execute(text, (layer_id,)).fetchall()
         for *row, sound in found:
@@ -434,6 +436,24 @@ class Catalog:
                 raise damaged(self.path, f"the row {_shown(row[0])} of layers has a value that none can have")
         by_id = {row[0]: LayerRow(*row[:-1]) for row in found}
         return self._in_order(by_id, layer_id)
+
+    def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
+        """Return which of a layer and all below it have more sealed segments than so many, without reading the others."""
+        text = (
+            f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
+            "GROUP BY up.id HAVING count(*) > ?"
+        )
+        with self._guard, self._errors():
+            return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
+
+    def version(self) -> tuple[int, int]:
+        """Return what changes with every commit, of this connection or of another: equal twice, nothing changed between.
+
+        See https://www.sqlite.org/pragma.html#pragma_data_version.
+        """
+        with self._guard, self._errors():
+            (of_others,) = self._connection.execute("PRAGMA data_version").fetchone()
+            return of_others, self._connection.total_changes
 
     def _in_order(self, by_id: dict[bytes, LayerRow], top: bytes) -> list[LayerRow]:
         layers: list[LayerRow] = []
