@@ -441,8 +441,9 @@ class Volume:
             return taken[0]
 
     def seal(self, check: Callable[[], None], also: Callable[[LayerRow, LayerRow], None]) -> LayerRow:
-        """Seal the head and go on in a new one; `also` runs in the same transaction, with the rows of both. Returns the sealed layer.
+        """Seal the head and go on in a new one. Returns the sealed layer.
 
+        `also` runs in the same transaction, with the rows of the sealed layer and of the new head.
         `check` is asked before anything happens, and again inside the transaction. No data is synced inside that: a slow
         disk under this volume holds no other one up.
         """
