@@ -554,20 +554,28 @@ class Store:
         StateError
             It is open, it has snapshots and `recursive` is not given, or clones stand on them (listed).
         """
-        row, lock = self._lock_volume(name, VolumeLock)
-        try:
-            self._drop_volume(row.id, recursive=recursive)
-        finally:
-            lock.close()
+        dropped = False
+        while not dropped:
+            row, lock = self._lock_volume(name, VolumeLock)
+            try:
+                dropped = self._drop_volume(row.id, recursive=recursive, name=name)
+            finally:
+                lock.close()
         self.work_soon()
 
-    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:
-        """Remove the volume with this id, whose lock is held."""
+    def _drop_volume(self, id: bytes, *, recursive: bool, name: str | None = None) -> bool:
+        """Remove the volume with this id, whose lock is held; with a name, only while the name means it.
 
-        def remove() -> None:
+        The lock keeps nobody from renaming the volume: what the name means is settled where the volume is removed. False
+        if it means another one by now.
+        """
+
+        def remove() -> bool:
+            if name is not None and self.catalog.volume(name).id != id:
+                return False
             row = self.catalog.volume_with_id(id)
             if row is None:
-                return
+                return True
             named = self.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
             self.catalog.delete(SnapshotRow, "volume = ?", id)
@@ -575,9 +583,12 @@ class Store:
             pending.add_files_of(self.catalog, id)
             for layer in (row.head, *(snapshot.layer for snapshot in named)):
                 free_unneeded(self.catalog, layer)
+            return True
 
-        self.change(remove)
-        pending.unlink_files_of(self, id)
+        removed = self.change(remove)
+        if removed:
+            pending.unlink_files_of(self, id)
+        return removed
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
         above = {snapshot.layer for snapshot in named}

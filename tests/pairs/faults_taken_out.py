@@ -109,19 +109,19 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "            self._drop_volume(row.id, recursive=recursive)\n        finally:",
-                "            self._drop_volume(row.id, recursive=recursive, row=row)\n        finally:",
+                "dropped = self._drop_volume(row.id, recursive=recursive, name=name)",
+                "dropped = self._drop_volume(row.id, recursive=recursive, row=row)",
             ),
             Edit(
                 "src/onionskin/store.py",
-                "row, lock = self._lock_volume(name, VolumeLock)\n        try:\n            self._drop",
-                "row = self.catalog.volume(name)\n        _, lock = self._lock_volume(name, VolumeLock)\n        try:\n"
-                "            self._drop",
+                "            row, lock = self._lock_volume(name, VolumeLock)\n            try:\n                dropped",
+                "            row = self.catalog.volume(name)\n            _, lock = self._lock_volume(name, VolumeLock)\n"
+                "            try:\n                dropped",
             ),
             Edit(
                 "src/onionskin/store.py",
-                "    def _drop_volume(self, id: bytes, *, recursive: bool) -> None:",
-                "    def _drop_volume(self, id: bytes, *, recursive: bool, row: VolumeRow | None = None) -> None:",
+                "    def _drop_volume(self, id: bytes, *, recursive: bool, name: str | None = None) -> bool:",
+                "    def _drop_volume(self, id: bytes, *, recursive: bool, name=None, row=None) -> bool:",
             ),
             Edit(
                 "src/onionskin/store.py",
@@ -131,6 +131,17 @@ FAULTS = [
             ),
         ),
         _pairs("delete", "revert", "same", "processes", "release"),
+    ),
+    Fault(
+        "A4: delete removes a volume that lost its name once it was locked",
+        (
+            Edit(
+                "src/onionskin/store.py",
+                "            if name is not None and self.catalog.volume(name).id != id:\n",
+                "            if False:\n",
+            ),
+        ),
+        _pairs("swap", "delete", "other", "stores", "zero"),
     ),
     Fault(
         "A5: what a merge into the base has dropped is wiped while a read still copies from it",

@@ -96,6 +96,46 @@ def test_a_volume_is_deleted_with_its_own_files_whatever_had_the_name_before(
     assert store.check() == []
 
 
+@pytest.fixture
+def behind_the_lock(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has another process' work done once the volume is locked and its name was looked up again."""
+
+    def arrange(work: Callable[[onionskin.Store], None]) -> None:
+        waiting, make_file = [work], VolumeLock.make_file
+
+        def make_then_work(lock: VolumeLock) -> None:
+            make_file(lock)
+            while waiting:
+                with onionskin.Store(store.path) as other:
+                    waiting.pop()(other)
+
+        monkeypatch.setattr(VolumeLock, "make_file", make_then_work)
+
+    return arrange
+
+
+def test_a_delete_removes_what_has_the_name_when_it_is_removed(
+    store: onionskin.Store, behind_the_lock: Callable[..., None]
+) -> None:
+    behind_the_lock(swap)
+    store.delete("v")
+    with store.open("w") as left:
+        assert left.read(0, 1) == b"v"
+    assert [info.name for info in store.volumes()] == ["w"]
+    store.finish_work()
+    assert store.check() == []
+
+
+def test_a_delete_removes_no_volume_that_was_renamed_meanwhile(
+    store: onionskin.Store, behind_the_lock: Callable[..., None]
+) -> None:
+    behind_the_lock(lambda other: other.rename("v", "renamed"))
+    with pytest.raises(onionskin.VolumeNotFoundError, match="'v'"):
+        store.delete("v")
+    with store.open("renamed") as left:
+        assert left.read(0, 1) == b"v"
+
+
 def test_a_lock_file_that_is_removed_lets_no_second_writer_in(store: onionskin.Store) -> None:
     with store.open("v") as volume:
         store.layout.volume_lock(volume.row.id).unlink()
