@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     UPGRADES,
     VALUES,
 )
-from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, translated
+from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 from onionskin.modes import make_file
 
@@ -198,9 +198,10 @@ class Catalog:
             self._changing = False
             try:
                 self._connection.execute("COMMIT")
-            except sqlite3.Error:
+            except sqlite3.Error as error:
                 self._roll_back()
                 if not self._committed(stamp):
+                    self._bury(error)
                     raise
 
     def _roll_back(self) -> None:
@@ -220,6 +221,26 @@ class Catalog:
             raise CommitUnknownError(
                 f"{self.path}: a commit failed and the catalog cannot be read: {error}; close the store, mend the disk, "
                 "and open it again"
+            ) from error
+
+    def _bury(self, error: sqlite3.Error) -> None:
+        """Make sure that a transaction whose COMMIT failed does not come back after a crash.
+
+        Where all of it was written and only the sync failed, nobody sees it, since the log's index was not told; but whoever
+        makes the index anew after a crash finds it whole in the log, under all that was done since. The next commit is
+        written over it, so there is one at once. A full disk ends in a part of a transaction, which nobody takes for one.
+        """
+        if primary_code(error) != sqlite3.SQLITE_IOERR:
+            return
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("UPDATE store SET stamp = ?", (os.urandom(16),))
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as again:
+            self._roll_back()
+            raise CommitUnknownError(
+                f"{self.path}: a commit failed ({error}), and so did the next one ({again}): the first may be found done "
+                "after a crash; close the store, mend the disk, and open it again"
             ) from error
 
     @contextmanager

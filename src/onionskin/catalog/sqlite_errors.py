@@ -62,12 +62,17 @@ def _cannot_make(path: Path, count: int) -> int:
         probe.unlink()
 
 
+def primary_code(error: sqlite3.Error) -> int | None:
+    """Return SQLite's code for the kind of an error, where SQLite gave one."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else None
+
+
 def translated(error: sqlite3.Error, path: Path) -> Exception:
     """Return the exception to raise for what SQLite raised on the catalog at `path`."""
     if isinstance(error, sqlite3.ProgrammingError):  # what this code asks is right, so the connection is closed
         return StateError(f"the store {path.parent} is closed; open it again")
-    code = getattr(error, "sqlite_errorcode", None)
-    primary = code & 0xFF if isinstance(code, int) else None
+    primary = primary_code(error)
     if primary == sqlite3.SQLITE_FULL:
         return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

@@ -1,0 +1,118 @@
+"""A commit whose sync failed did not happen, and that is also so after a crash, when the catalog's log is read anew."""
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onionskin
+from onionskin.catalog import CommitUnknownError
+
+BLOCK = 4096
+INDEX_HEADER_BYTES = 96  # of SQLite's index of the log: two copies of what says how much of the log counts
+
+
+class UnsyncedConnection:
+    """The connection of a catalog, whose next commits fail as where the last sync of the log does.
+
+    All frames are in the log then, and the index, by which everybody goes as long as nobody crashes, does not know them.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection, self._index = connection, path.with_name(f"{path.name}-shm")
+        self.failures = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        if statement != "COMMIT" or not self.failures:
+            return self._connection.execute(statement, *values)
+        self.failures -= 1
+        with open(self._index, "r+b", buffering=0) as index:
+            before = index.read(INDEX_HEADER_BYTES)
+            self._connection.execute(statement)
+            index.seek(0)
+            index.write(before)
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
+        raise error
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def web(store: onionskin.Store) -> onionskin.Volume:
+    """A volume with a snapshot `old`, whose commit is in the log."""
+    web = store.create("web", size=16 * BLOCK)
+    web.write(0, b"o" * BLOCK)
+    web.snapshot("old")
+    web.write(0, b"n" * BLOCK)
+    return web
+
+
+@pytest.fixture
+def unsynced(store: onionskin.Store, web: onionskin.Volume) -> UnsyncedConnection:
+    store.finish_work()
+    connection = UnsyncedConnection(store.catalog._connection, store.catalog.path)
+    store.catalog._connection = connection  # type: ignore[assignment]
+    return connection
+
+
+def crashed(store: onionskin.Store) -> onionskin.Store:
+    """Open what a crash leaves: all but the index, which the first one who opens the catalog makes anew from the log."""
+    left = store.path.with_name("crashed")
+    shutil.copytree(store.path, left, ignore=shutil.ignore_patterns("*-shm"))
+    return onionskin.Store(left)
+
+
+def errors_of(store: onionskin.Store) -> list[str]:
+    return [problem.what for problem in store.check() if problem.severity == "error"]
+
+
+def test_what_is_flushed_after_a_snapshot_whose_commit_was_not_synced_is_there_after_a_crash(
+    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection
+) -> None:
+    unsynced.failures = 1
+    with pytest.raises(OSError, match="disk I/O error"):
+        web.snapshot("new")
+    web.write(BLOCK, b"later" * 100)
+    web.flush()
+    with crashed(store) as left, left.open("web") as found:
+        assert found.read(BLOCK, 500) == b"later" * 100
+        assert found.read(0, BLOCK) == b"n" * BLOCK
+        assert [snapshot.name for snapshot in found.snapshots] == ["old"]
+        found.snapshot("new")
+        assert errors_of(left) == []
+
+
+def test_a_rename_whose_commit_was_not_synced_stays_undone(
+    store: onionskin.Store, unsynced: UnsyncedConnection
+) -> None:
+    unsynced.failures = 1
+    with pytest.raises(OSError, match="disk I/O error"):
+        store.rename("web", "new")
+    with crashed(store) as left:
+        assert [info.name for info in (*store.volumes(), *left.volumes())] == ["web", "web"]
+
+
+def test_where_nothing_can_be_committed_any_more_a_volume_takes_no_write_that_a_crash_might_lose(
+    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection
+) -> None:
+    unsynced.failures = 2
+    with pytest.raises(CommitUnknownError, match="may be found done after a crash"):
+        web.snapshot("new")
+    with pytest.raises(onionskin.OnionskinError):
+        web.write(BLOCK, b"later")
+        web.flush()
+    with crashed(store) as left, left.open("web") as found:
+        assert found.read(0, BLOCK) == b"n" * BLOCK
+        assert {snapshot.name for snapshot in found.snapshots} <= {"old", "new"}
+        assert errors_of(left) == []
