@@ -220,7 +220,8 @@ class VolumeLock:
 
     def make_file(self) -> None:
         """Lock the volume's own file too, and write into it who holds the volume. The volume has a row."""
-        self._descriptor = _lock_at_its_path(self._path)
+        if self._descriptor < 0:  # else it is locked already, and writing into it failed: the disk was full
+            self._descriptor = _lock_at_its_path(self._path)
         if self._descriptor < 0:
             _refuse_held(self._path, self._volume_name)
         _write_holder(self._descriptor)

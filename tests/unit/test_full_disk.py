@@ -1,5 +1,6 @@
 """On a full disk what frees space works, what can wait does, and a volume opens."""
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -100,3 +101,23 @@ def test_work_that_can_wait_does_not_keep_a_volume_from_opening(
             web.merge(f"s{SEGMENTS_MAX + 1}")
         with store.open("web") as web:
             assert web.read(0, (SEGMENTS_MAX + 2) * BLOCK) == b"x" * (SEGMENTS_MAX + 2) * BLOCK
+
+
+def test_a_lock_file_that_is_not_written_on_a_full_disk_at_first_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncate, refusals = os.ftruncate, [OSError(errno.ENOSPC, "the disk is full")]
+
+    def truncate_later(descriptor: int, length: int) -> None:
+        if refusals:
+            raise refusals.pop()
+        truncate(descriptor, length)
+
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        monkeypatch.setattr(os, "ftruncate", truncate_later)
+        for _ in range(2):
+            with store.open("web") as web:
+                assert store.info("web").holder == os.getpid()
+                web.write(0, b"x")
+        assert not refusals
