@@ -185,7 +185,7 @@ class Explorer:
     def _tell(self) -> int:
         runs, tally = self.tally.runs, self.tally
         kills = sum(count for fault, count in runs.items() if fault.startswith("kill"))
-        errors = runs["EIO"] + runs["ENOSPC"]
+        errors = runs["EIO"] + runs["ENOSPC"] + runs["unsynced"]
         print(
             f"pairs {len(tally.pairs)} of {len(VERBS) ** 2}, orders {sum(runs.values())}, kills {kills}, errors {errors}, "
             f"runs with a violation {sum(tally.violations.values())} (kinds {len(tally.violations)}), "

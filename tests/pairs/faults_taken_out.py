@@ -144,6 +144,11 @@ FAULTS = [
         _pairs("swap", "delete", "other", "stores", "zero"),
     ),
     Fault(
+        "A9: a commit whose sync failed is left in the log",
+        (Edit("src/onionskin/catalog/connection.py", "                    self._bury(error)\n", ""),),
+        _pairs("snapshot", "write", "same", "threads", "release", "unsynced"),
+    ),
+    Fault(
         "A5: what a merge into the base has dropped is wiped while a read still copies from it",
         (
             Edit(

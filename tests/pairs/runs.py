@@ -3,6 +3,7 @@
 The arrangement of a pair: the first actor goes on to its step k and is held there; the second runs to its end, or until
 it waits for something that the first one has: then the first makes one step at a time until it can; at last the first
 one goes on to its end. At step k the first may be killed, before or after the second runs, or an error may meet it there.
+At a COMMIT its sync alone may fail (`unsynced`): then the first one goes on to its end, the second runs, and all are killed.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from typing import Any
 
 from pairs import judging, model
 from pairs.model import Event, Found, Operation
-from pairs.steps import FREE, Conductor, Thread
+from pairs.steps import FREE, UNSYNCED, Conductor, Thread
 from pairs.verbs import BY_NAME, NEEDS_CLONE, Place, Verb, program
 from pairs.worker import Actor, Process
 from pairs.world import World
 
 RELATIONS = ("same", "related", "other")
 PLACES = ("threads", "stores", "processes")
-FAULTS = ("none", "kill first", "kill last", "EIO", "ENOSPC")
+FAULTS = ("none", "kill first", "kill last", "EIO", "ENOSPC", "unsynced")
 ERRORS = {"EIO": 5, "ENOSPC": 28}
 # Steps at which a call can fail. Locks, looks and what is between calls cannot.
 CAN_FILL = ("create", "rename", "link", "write", "sync", "truncate", "allocate", "copy to", "catalog: COMMIT",
             "catalog: INSERT", "catalog: UPDATE", "catalog: DELETE")  # fmt: skip
-CAN_FAIL = {"ENOSPC": CAN_FILL, "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog")}
+CAN_FAIL = {
+    "ENOSPC": CAN_FILL,
+    "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog"),
+    "unsynced": ("catalog: COMMIT",),
+}
 RUN_SECONDS = 120.0
 THOROUGH_EVERY = 4
 HANG_SECONDS = 3.0
@@ -144,6 +149,7 @@ class Run:
         self.outcomes: dict[int, list[tuple[str, Any, str]]] = {plan.number: [] for plan in plans}
         self.findings: judging.Findings | None = None
         self.thorough = True  # look at what was not used too
+        self.crashes = False  # at its end nothing is closed
 
     # ---- beginning ----
 
@@ -299,6 +305,11 @@ class Run:
 
     def finish(self) -> None:
         """Close what is open, in order, and end the processes."""
+        if self.crashes:
+            for pid in self.pids.values():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            self.pids.clear()
         looks = len(self.pids) == 1 and not self.dead
         for process in list(self.pids):
             control = self.controls[process]
@@ -365,7 +376,7 @@ class Run:
         }
         used |= {"v", "c"} if used & {"v", "c"} else set()  # one stands on the other
         only = None if self.thorough or self.dead or self.faulty else frozenset(used)
-        return judging.Question(self.half_merged(), bool(self.dead), only)
+        return judging.Question(self.half_merged(), bool(self.dead) or self.crashes, only)
 
     def half_merged(self) -> bool:
         """Whether a merge into the base did not end well: then its base may hold a part of it."""
@@ -511,6 +522,14 @@ def _arrange_pair(run: Run, case: Case) -> None:
     if case.fault == "kill first" and reached:
         run.verdict.met = case.fault
         run.kill(0)
+    if case.fault == "unsynced" and reached:
+        for thread in run.movable(0, "parked")[:1]:
+            if thread.label.startswith(CAN_FAIL[case.fault]):
+                run.verdict.met, run.crashes = case.fault, True
+                run.faulty.add(0)
+                run.conductor.limit(0, FREE)
+                run.conductor.resume(thread, UNSYNCED)
+                run.to_end(0, [])
     if 1 not in run.dead:
         run.to_end(1, [0])
     if 0 in run.dead or run.ended(0):

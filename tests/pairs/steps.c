@@ -71,7 +71,9 @@ struct shared {
 static struct shared *shared;
 static __thread int own_actor; /* number + 1; 0: not one */
 static __thread int own_slot;
-static __thread int catalog_errno; /* fail the next change of SQLite's files with it */
+static __thread int catalog_errno;      /* fail the next change of SQLite's files with it */
+static __thread int catalog_sync_errno; /* fail the next sync of SQLite's files with it, but for that of a log's header */
+static __thread off64_t last_offset;    /* of the last write */
 
 /* ---- talking with the conductor ---- */
 
@@ -169,6 +171,7 @@ EXPORT void pairs_note(const char *what) {
         report('N', own_slot, 0, what, "");
 }
 EXPORT void pairs_fail_catalog(int error) { catalog_errno = error; }
+EXPORT void pairs_fail_catalog_sync(int error) { catalog_sync_errno = error; }
 
 /* ---- threads ---- */
 
@@ -368,8 +371,11 @@ static int at_file(const char *what, int fd) {
     char out[64];
     const char *name = own_actor ? name_of(fd, out) : NULL;
     if (name && is_catalog(name)) {
-        int error = catalog_errno;
+        int is_last_sync = strcmp(what, "sync") == 0 && last_offset != 0;
+        int error = is_last_sync && catalog_sync_errno ? catalog_sync_errno : catalog_errno;
         catalog_errno = 0;
+        if (is_last_sync)
+            catalog_sync_errno = 0;
         return error;
     }
     return name ? step(what, name) : 0;
@@ -449,6 +455,7 @@ EXPORT DIR *opendir(const char *path) {
     return next(path);
 }
 EXPORT ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
+    last_offset = offset;
     FAIL_AT(at_file("write", fd));
     return syscall(SYS_pwrite64, fd, bytes, length, offset);
 }

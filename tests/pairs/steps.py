@@ -31,6 +31,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("steps.c")
 RECORD = struct.Struct("<iiiiq104s")
 FREE = 1 << 60  # a limit that no actor reaches
+UNSYNCED = -1  # told to a thread at a COMMIT: all of it is written, and its sync fails
 STALL_SECONDS = 0.5  # how long a thread may run without a step before somebody looks whether it runs
 
 
@@ -108,12 +109,13 @@ class SteppedConnection(sqlite3.Connection):
         error = _announced.error if _announced.is_set else _LIBRARY.pairs_step(_label_of(statement).encode())
         _announced.is_set = False
         if error and word == "COMMIT":
-            # As SQLite would meet it: its own write to the log fails.
-            _LIBRARY.pairs_fail_catalog(error)
+            # As SQLite would meet it: its own write to the log fails, or the sync behind all of them.
+            fail = _LIBRARY.pairs_fail_catalog_sync if error == UNSYNCED else _LIBRARY.pairs_fail_catalog
+            fail(errno.EIO if error == UNSYNCED else error)
             try:
                 return super().execute(statement, *values)
             finally:
-                _LIBRARY.pairs_fail_catalog(0)
+                fail(0)
         if error:
             raise _sqlite_error(error)
         return super().execute(statement, *values)
