@@ -117,9 +117,8 @@ class Crowd(Run):
             return
         self.conductor.limit(actor, self.conductor.count(actor) + self.source.randrange(STEPS_MAX))
         for thread in [*self.movable(actor, "parked", "got"), *self.movable(actor, "sleeps")]:
-            error = 0
-            if self.fault in ERRORS and turn >= self.fault_at and not self.faulty and thread.state == "parked":
-                error = ERRORS[self.fault] if thread.label.startswith(CAN_FAIL[self.fault]) else 0
-                if error:
-                    self.faulty.add(actor)
-            self.conductor.resume(thread, error)
+            may_fail = self.fault in ERRORS and turn >= self.fault_at and not self.faulty and thread.state == "parked"
+            if may_fail and thread.label.startswith(CAN_FAIL[self.fault]):
+                self.fail(thread, ERRORS[self.fault])
+            else:
+                self.conductor.resume(thread)

@@ -36,6 +36,7 @@ CAN_FAIL = {
     "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog"),
     "unsynced": ("catalog: COMMIT",),
 }
+NO_HOLDER = "the holder is None"  # what `held` says
 RUN_SECONDS = 120.0
 THOROUGH_EVERY = 4
 HANG_SECONDS = 3.0
@@ -143,7 +144,7 @@ class Run:
         self.results: dict[int, Connection] = {}
         self.dead: set[int] = set()  # actors whose process was killed
         self.died_at: dict[int, int] = {}
-        self.faulty: set[int] = set()  # actors that an error met
+        self.faulty: dict[int, str] = {}  # actors that an error met, and at which step
         self.deadline = time.monotonic() + RUN_SECONDS
         self.before = world.state
         self.outcomes: dict[int, list[tuple[str, Any, str]]] = {plan.number: [] for plan in plans}
@@ -289,6 +290,11 @@ class Run:
             f"{'ABCDEFGH'[thread.actor]} {thread.state} at {thread.label}" for thread in self.conductor.threads.values()
         )
 
+    def fail(self, thread: Thread, error: int) -> None:
+        """Let a thread go on whose step fails."""
+        self.faulty[thread.actor] = thread.label
+        self.conductor.resume(thread, error)
+
     def kill(self, actor: int) -> None:
         """Kill the process of an actor."""
         process = self.plans[actor].process
@@ -414,6 +420,8 @@ class Run:
                     status = self._judge_error(plan, operation, result, text)
                 elif plan.number in self.faulty and operation[0] in ("check", "repair"):
                     result = []  # it says of the error what it should
+                elif result == NO_HOLDER and self.faulty.get(plan.number, "").startswith("write volumes/"):
+                    result = True  # a full disk keeps nobody from a volume: its file does not say then who holds it
             self.verdict.outcomes.append(f"{plan.place.actor} {operation[0]}: {text or status}")
             events.append(
                 Event(self._modelled(plan, operation, index), status, result, begun[index], ended.get(index, 1 << 30))
@@ -526,9 +534,8 @@ def _arrange_pair(run: Run, case: Case) -> None:
         for thread in run.movable(0, "parked")[:1]:
             if thread.label.startswith(CAN_FAIL[case.fault]):
                 run.verdict.met, run.crashes = case.fault, True
-                run.faulty.add(0)
                 run.conductor.limit(0, FREE)
-                run.conductor.resume(thread, UNSYNCED)
+                run.fail(thread, UNSYNCED)
                 run.to_end(0, [])
     if 1 not in run.dead:
         run.to_end(1, [0])
@@ -543,7 +550,6 @@ def _arrange_pair(run: Run, case: Case) -> None:
         for thread in run.movable(0, "parked")[:1]:
             if thread.label.startswith(CAN_FAIL[case.fault]):
                 run.verdict.met = case.fault
-                run.faulty.add(0)
                 run.conductor.limit(0, FREE)
-                run.conductor.resume(thread, ERRORS[case.fault])
+                run.fail(thread, ERRORS[case.fault])
     run.to_end(0, [])
