@@ -448,9 +448,10 @@ class Run:
         return operation
 
     def _judge_holders(self) -> None:
-        """No two handles may hold one head."""
+        """No two handles may hold one head. The death of a process gives up what it held."""
         held: dict[int, str] = {}
-        for note in self.conductor.notes:
+        for index, note in enumerate(self.conductor.notes):
+            held = {actor: head for actor, head in held.items() if self.died_at.get(actor, index + 1) > index}
             words = note.text.split()
             if words[0] == "holds":
                 if words[1] in [head for actor, head in held.items() if actor != note.actor]:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pairs import model
 from pairs.faults_taken_out import FAULTS, TREE
 from pairs.model import Event, Found, State, Volume
+from pairs.runs import Run
+from pairs.steps import Note
 from pairs.units import ALIEN, disk_bytes, numbers_of, values_of
 
 TESTS = Path(__file__).parents[1]
@@ -94,6 +97,15 @@ def test_an_image_is_the_disk_at_one_instant() -> None:
     for image, is_right in (((7, 7, 2, 2), True), ((1, 1, 8, 8), False)):
         found = Found({"v": (7, 7, 8, 8)}, {}, {"x.img": image})
         assert model.explain(BEFORE, [[exported], writes], found, faulty=False, torn=set()).found is is_right
+
+
+@pytest.mark.parametrize(("died_at", "is_right"), [({}, False), ({0: 2}, False), ({0: 1}, True)])
+def test_only_who_died_before_leaves_a_head_to_another_handle(died_at: dict[int, int], is_right: bool) -> None:
+    notes = [Note(0, "holds 1234"), Note(1, "holds 1234")]
+    run = Run(SimpleNamespace(notes=notes), SimpleNamespace(state=BEFORE), [])
+    run.died_at = died_at
+    run._judge_holders()
+    assert run.verdict.violations == ([] if is_right else ["two handles hold one head"])
 
 
 def test_a_unit_says_where_and_when_it_was_written() -> None:
