@@ -41,7 +41,8 @@ struct onion_nbd_listing;
  * still_export, still_context: a client names what is there. 1: it still is what that name means, 0: the next two are
  * asked as if it were not there. NULL: it always is.
  * find_export, find_context: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
- * make_room: a flush of that export found the disk full. 1: it is tried again, 0: there is none to be made.
+ * make_room: a flush of that export found the disk full. 1: it was made after all, with room that was found for it, 0:
+ * there is none to be made.
  * freed: a flush of that export left work for onion_volume_scrub_wanted.
  * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
  * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it

@@ -289,7 +289,7 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     int wants_scrub = 0;
     int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
     if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
-        status = flush_once(export, &wants_scrub);
+        status = 0;
     if (wants_scrub && hooks->freed)
         hooks->freed(hooks->context, onion_nbd_label(export)->name);
     return status;

@@ -229,7 +229,7 @@ cdef class NbdServer:
         Asked as the two above are, where there is an export or context of that name: whether it still is what the name
         means. False: `on_unknown_export`, or `on_unknown_context`, is asked as if it were not there.
     on_full_disk : callable(name) -> bool, or None
-        A client's flush of the export `name` found the disk full. True: it is tried again, once.
+        A client's flush of the export `name` found the disk full. True: this has flushed, with room that it made for it.
     on_freed : callable(name), or None
         A client's flush left segments for `DataPath.scrub_wanted`. Like `on_full_disk` it is called from the
         connection's thread, before the client is answered, with no lock held.

@@ -178,6 +178,35 @@ class ByteLocks:
         return self._descriptor
 
 
+@contextmanager
+def locked_directory(path: Path, *, alone: bool) -> Iterator[bool]:
+    """Lock a directory: with others, which is waited for, or alone, without waiting; yields whether that could be had.
+
+    It needs no block on a full disk. Each caller has a descriptor of its own, so threads exclude each other too. Where there
+    is no directory, or its file system locks none, it counts as locked.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield True
+        return
+    try:
+        yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    finally:
+        _flock(descriptor, fcntl.LOCK_UN)  # also from a child that was forked meanwhile, and has the descriptor
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A process that holds a volume."""

@@ -56,7 +56,15 @@ from onionskin.errors import (
 )
 from onionskin.layout import DIRECTORIES, Layout
 from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.locks import STORE_BYTE, BaseLock, ByteLocks, ReadersLock, VolumeLock, is_being_merged_into
+from onionskin.locks import (
+    STORE_BYTE,
+    BaseLock,
+    ByteLocks,
+    ReadersLock,
+    VolumeLock,
+    is_being_merged_into,
+    locked_directory,
+)
 from onionskin.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
 from onionskin.names import check_name
 from onionskin.sizes import format_size, parse_size
@@ -156,9 +164,10 @@ class Store:
     def _open_catalog(self, create: bool) -> Catalog:
         """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
         try:
-            if not self.read_only:
-                self._make_room_for_catalog()
-            return self.with_reserve(lambda: Catalog(self.layout.catalog, create=create, read_only=self.read_only))
+            with self._room_is_kept():
+                if not self.read_only:
+                    self._make_room_for_catalog()
+                return self.with_reserve(lambda: Catalog(self.layout.catalog, create=create, read_only=self.read_only))
         except OSError as error:
             if error.errno not in (ENOSPC, EDQUOT) or not self.layout.catalog.exists():
                 raise
@@ -798,15 +807,25 @@ class Store:
             )
 
     def with_reserve(self, change: "Callable[[], Result]") -> "Result":
-        """Run what frees space, or frees it later; where the disk is too full for it, give the reserve up and try again."""
+        """Run what frees space, or frees it later; where the disk is too full for it, give the reserve up and try again.
+
+        Also where there is no reserve: somebody else may just have given it up.
+        """
         try:
             return change()
         except OSError as error:
-            if error.errno not in (ENOSPC, EDQUOT) or not self.give_up_reserve():
+            if error.errno not in (ENOSPC, EDQUOT):
                 raise
-            result = change()
+        try:
+            with self._room_is_kept():
+                self._give_up_reserve()
+                return change()
+        finally:
             self.make_reserve()
-            return result
+
+    def _room_is_kept(self) -> "AbstractContextManager[bool]":
+        """Keep everybody, in any process, from setting aside again what is given up for this one."""
+        return locked_directory(self.layout.root, alone=False)
 
     def _make_room_for_catalog(self) -> None:
         """Give the reserve up before SQLite makes its index on a disk that is all but full.
@@ -823,7 +842,7 @@ class Store:
         with suppress(FileNotFoundError, PermissionError):
             found = os.statvfs(self.layout.root)
             is_short = found.f_bavail * found.f_frsize < CATALOG_ROOM_BYTES and not found.f_flag & os.ST_RDONLY
-            if is_short and not self.give_up_reserve():
+            if is_short and not self._give_up_reserve():
                 self._try_room()
 
     def _try_room(self) -> None:
@@ -837,8 +856,8 @@ class Store:
             if error.errno in (ENOSPC, EDQUOT):
                 raise OSError(error.errno, os.strerror(error.errno), str(self.layout.catalog)) from None
 
-    def give_up_reserve(self) -> bool:
-        """Free what is set aside for a full disk; False where there was nothing. `make_reserve` sets it aside again."""
+    def _give_up_reserve(self) -> bool:
+        """Free what is set aside for a full disk; False where there was nothing. While the room is kept."""
         try:
             self.layout.reserve.unlink()
         except FileNotFoundError:
@@ -846,10 +865,15 @@ class Store:
         return True
 
     def make_reserve(self) -> None:
-        """Set space aside; a disk that has none left goes without."""
+        """Set space aside; a disk that has none left goes without, and so does one where somebody uses what was given up.
+
+        Who does sets it aside again when he has done.
+        """
         if self.read_only or os.path.lexists(self.layout.reserve):
             return
-        with suppress(OSError):
+        with suppress(OSError), locked_directory(self.layout.root, alone=True) as is_unused:
+            if not is_unused:
+                return
             descriptor = make_file(self.layout.reserve)
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)

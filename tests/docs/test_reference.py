@@ -19,7 +19,6 @@ INTERNAL = {
             "draft",
             "finish_work",
             "forget",
-            "give_up_reserve",
             "make_reserve",
             "note_open",
             "note_unreachable",

@@ -75,6 +75,31 @@ def test_a_server_on_a_full_disk_ends_with_all_data_and_status_zero(full: tuple[
         assert web.read(5999 * BLOCK, 2) == (5999).to_bytes(2, "little")
 
 
+def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
+    ext4_mount: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = ext4_mount(96 << 20)
+    with library.Store(root / "vms") as store:
+        store.create("web", size="64M").close()
+    server = Server(limits=Limits(), allow_revert=False, log=print)
+    server.add_volume(root / "vms", "web")
+    unlink = Path.unlink
+    with library.Store(root / "vms") as other, in_this_process(server, short_socket(tmp_path)):
+        with NbdClient.unix(short_socket(tmp_path), "web") as client:
+            for block in range(1, 6000, 2):
+                client.write(block * BLOCK, block.to_bytes(2, "little") * (BLOCK // 2))
+            fill(root)
+
+            def unlink_and_be_overtaken(path: Path, missing_ok: bool = False) -> None:
+                unlink(path, missing_ok=missing_ok)
+                if path.name == "reserve":
+                    other.make_reserve()
+
+            monkeypatch.setattr(Path, "unlink", unlink_and_be_overtaken)
+            client.flush()
+            assert not other.layout.reserve.exists()  # it was needed
+
+
 @contextmanager
 def in_this_process(server: Server, socket: Path) -> Iterator[None]:
     """Run a server in a thread, where it can be patched."""

@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
-from errno import EFBIG
+from errno import EFBIG, ENOSPC
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,38 @@ def test_what_there_is_can_be_read_where_even_the_reserve_is_gone(root: Path, tm
         with store.open("web", mode="r") as web:
             assert web.read(0, 3) == b"bbb"
     assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)
+
+
+def test_the_reserve_is_not_set_aside_again_before_what_it_was_given_up_for_is_done(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
+        store.create("web", size="1M").close()
+        seen: list[bool] = []
+
+        def change() -> None:
+            for one in (other, store):
+                one.make_reserve()
+            seen.append(store.layout.reserve.exists())
+            if len(seen) == 1:
+                raise OSError(ENOSPC, "full")
+
+        store.with_reserve(change)
+        assert seen == [True, False]
+        assert store.layout.reserve.exists()
+
+
+def test_who_finds_the_reserve_given_up_by_somebody_else_tries_again_too(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        tried: list[bool] = []
+
+        def change() -> None:
+            tried.append(store.layout.reserve.exists())
+            if len(tried) == 1:
+                store.layout.reserve.unlink()
+                raise OSError(ENOSPC, "full")
+
+        store.with_reserve(change)
+        assert tried == [True, False]
 
 
 @pytest.mark.parametrize("lifted", [True, False])

@@ -589,11 +589,15 @@ class Server:
             self._end_view(view)
 
     def _make_room(self, name: str) -> bool:
-        """Give up a store's reserve for a client's flush, as `Volume.flush` does; it is set aside again soon after."""
+        """Flush for a client whose own flush found the disk full, with the store's reserve given up for it meanwhile."""
         served = self._served.get(name)
-        if served is None or not served.volume.store.give_up_reserve():
+        if served is None:
             return False
-        self._tidying.set()
+        try:
+            served.volume.flush()
+        except (OnionskinError, OSError) as error:
+            self.say_once(f"{name}: {error}")
+            return False
         return True
 
     def _tidy(self) -> None:
