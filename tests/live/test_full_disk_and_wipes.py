@@ -84,20 +84,23 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
     server = Server(limits=Limits(), allow_revert=False, log=print)
     server.add_volume(root / "vms", "web")
     unlink = Path.unlink
-    with library.Store(root / "vms") as other, in_this_process(server, short_socket(tmp_path)):
-        with NbdClient.unix(short_socket(tmp_path), "web") as client:
-            for block in range(1, 6000, 2):
-                client.write(block * BLOCK, block.to_bytes(2, "little") * (BLOCK // 2))
-            fill(root)
+    with (
+        library.Store(root / "vms") as other,
+        in_this_process(server, short_socket(tmp_path)),
+        NbdClient.unix(short_socket(tmp_path), "web") as client,
+    ):
+        for block in range(1, 6000, 2):
+            client.write(block * BLOCK, block.to_bytes(2, "little") * (BLOCK // 2))
+        fill(root)
 
-            def unlink_and_be_overtaken(path: Path, missing_ok: bool = False) -> None:
-                unlink(path, missing_ok=missing_ok)
-                if path.name == "reserve":
-                    other.make_reserve()
+        def unlink_and_be_overtaken(path: Path, missing_ok: bool = False) -> None:
+            unlink(path, missing_ok=missing_ok)
+            if path.name == "reserve":
+                other.make_reserve()
 
-            monkeypatch.setattr(Path, "unlink", unlink_and_be_overtaken)
-            client.flush()
-            assert not other.layout.reserve.exists()  # it was needed
+        monkeypatch.setattr(Path, "unlink", unlink_and_be_overtaken)
+        client.flush()
+        assert not other.layout.reserve.exists()  # it was needed
 
 
 @contextmanager
