@@ -134,8 +134,8 @@ def _make(
 
     def insert() -> tuple[VolumeRow, bytes]:
         below = catalog.row(LayerRow, "id = ?", clone_of) if clone_of else None
-        if clone_of and below is None:
-            raise StateError("the layer to start from is gone: another process changed the tree; try again")
+        if clone_of and (below is None or not catalog.has(SnapshotRow, "layer = ?", clone_of)):
+            raise StateError("the snapshot to start from is gone: another process changed the tree; try again")
         head = NewHead.on(
             below,
             base=None,

@@ -134,6 +134,25 @@ def load_map(store: "Store", layer: LayerRow) -> LayerMap:
     )
 
 
+def load_durable(store: "Store", layer: LayerRow, state: tuple[int, int, int] | None = None) -> LayerMap:
+    """Load what of a head's map is known to be durable: as its row says, or as `state` does (length, frames, crc).
+
+    `open_map` may see frames that a crash of the machine would still undo. The caller closes it.
+    """
+    length, frames, crc = state or (layer.map_length, layer.map_frames, layer.map_crc)
+    if not frames:
+        return empty_map(layer.block_size)
+    return LayerMap.load(
+        str(store.layout.map_file(layer.map_id)),
+        map_id=layer.map_id,
+        block_size=layer.block_size,
+        block_count=SIZE_BYTES_MAX // layer.block_size,
+        length=length,
+        frames=frames,
+        crc=crc,
+    )
+
+
 def _settled(layer: LayerRow, read: Callable[[], Found]) -> Found:
     """Read a map; that of a head again where it seems damaged, for a writer may have been at it."""
     for _ in range(0 if layer.sealed else _TRIES - 1):

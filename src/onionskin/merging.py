@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from errno import EDQUOT, EINVAL, ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import folding, transfer
+from onionskin import folding, hidden, transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
@@ -30,11 +31,13 @@ from onionskin.catalog import (
 )
 from onionskin.chain import Chain, is_same_file, pending_base_merges, read_chain
 from onionskin.errors import ChainError, OnionskinError, StateError
+from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock, ByteLocks, is_file_at
-from onionskin.snapshots import descendants, find_snapshot, free_unneeded, unnamed_below
+from onionskin.snapshots import descendants, find_snapshot, free_unneeded, unnamed_below, unnamed_of
 from onionskin.staging import StagedFiles, staged_files
 
 if TYPE_CHECKING:
+    from onionskin._maplog import LayerMap
     from onionskin._volume import LowerLayer
     from onionskin.store import Store
     from onionskin.volume import Progress, Volume
@@ -152,13 +155,7 @@ def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) 
             (map_file,) = files.rows
             if _nothing_below(lowers[0]):
                 laid.map.drop_zero()
-            written = laid.map.write(
-                str(store.layout.map_file(map_file.target)),
-                map_id=map_file.target,
-                wipe_zero=wipe == "zero",
-                size_bytes=upper.size_bytes,
-            )
-            sync_directory(store.layout.layers)  # BARRIER: folded map name
+            written = _write_map(store, map_file, laid.map, wipe, upper.size_bytes)
 
             def switch() -> None:
                 _check_unchanged(store, lowers, upper)
@@ -168,6 +165,17 @@ def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) 
     finally:
         locks.close()
     _give_up_maps(volume, [*lowers, upper])
+
+
+def _write_map(
+    store: "Store", file: PendingRow, layer_map: "LayerMap", wipe: str, size_bytes: int
+) -> tuple[int, int, int]:
+    """Write the new map of a sealed layer to a file that is named in the catalog: (length, frames, crc), durable."""
+    written = layer_map.write(
+        str(store.layout.map_file(file.target)), map_id=file.target, wipe_zero=wipe == "zero", size_bytes=size_bytes
+    )
+    sync_directory(store.layout.layers)  # BARRIER: folded map name
+    return written
 
 
 def _give_up_maps(volume: "Volume", folded: Sequence[LayerRow]) -> None:
@@ -341,9 +349,58 @@ def fold_unnamed_below(volume: "Volume") -> None:
         if layer not in seen:
             seen |= {one.id for one in folding.run_around(volume, layer)}
             fold_where_unnamed(volume, [layer])
+    free_hidden(volume, unnamed_of(catalog, volume.row.id))
 
 
 # ---- merging into the base ----
+
+
+def free_hidden(volume: "Volume", layers: Iterable[bytes]) -> None:
+    """Free what nobody reads any more of these layers, where they have no name, and with policy `zero` alone (hidden.py).
+
+    What the caller was asked for is done already: what fails is left to the next opening, and logged.
+    """
+    for id in layers:
+        try:
+            put_off(partial(_free_hidden, volume, id))
+        except CommitUnknownError:
+            raise
+        except (OSError, OnionskinError) as error:
+            if volume.path.poisoned:
+                raise
+            _log.warning("%s: what is hidden of layer %s could not be freed: %s", volume.store.path, id.hex(), error)
+
+
+def _free_hidden(volume: "Volume", layer_id: bytes) -> None:
+    store, catalog = volume.store, volume.store.catalog
+    with catalog.reading():
+        seen = hidden.read_above(catalog, layer_id, volume.head)
+    if not seen or not hidden.wants_wiping(store, seen):
+        return
+    if any(row.id == volume.head for row in seen.layers()):
+        volume.path.flush()  # what is not durable hides nothing
+    with hidden.locked_above(store, layer_id, volume.head) as above:
+        if not above:
+            return
+        layer = above.layer
+        with load_layer(store, layer) as layer_map:
+            freed = hidden.without_hidden(volume, above, layer_map)
+            if not freed:
+                return
+            with staged_files(store, ["map"], "zero") as files:
+                (map_file,) = files.rows
+                written = _write_map(store, map_file, layer_map, "zero", layer.size_bytes)
+
+                def switch() -> None:
+                    now = hidden.read_above(catalog, layer_id, volume.head)
+                    if not above.is_as(now) or _is_being_merged(catalog, [layer]):
+                        raise TreeChangedError("the layers changed while it was seen what they hide")
+                    _switch_map(volume, [], layer, files, written)
+                    store.add_scrubs(list(freed), "zero")
+
+                store.change(switch)
+    _give_up_maps(volume, [layer])
+    store.work_soon()
 
 
 def merge_into_base(

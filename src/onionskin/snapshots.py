@@ -39,6 +39,11 @@ LAYERS_BELOW = (  # a layer and all below it
     "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
     "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
 )
+_LAYERS_OF = (  # a volume's head and snapshots, and all below them
+    "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots WHERE volume = ? "
+    "UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id WHERE layers.parent IS NOT NULL) "
+    "SELECT id FROM below"
+)
 _IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 
 
@@ -158,6 +163,31 @@ def unnamed_below(catalog: Catalog, layer: bytes) -> list[bytes]:
     unnamed = "NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
     found = {row.id for row in catalog.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {unnamed}", layer)} - {layer}
     return [row.id for row in catalog.chain(layer) if row.id in found] if found else []
+
+
+def unnamed_of(catalog: Catalog, volume: bytes) -> list[bytes]:
+    """Return the sealed layers without a name that the head or a snapshot of a volume stands on."""
+    condition = "sealed = 1 AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
+    return [row.id for row in catalog.rows(LayerRow, f"id IN ({_LAYERS_OF}) AND {condition}", volume, volume)]
+
+
+def unnamed_around(catalog: Catalog, layer: bytes | None) -> list[bytes]:
+    """Return a layer, and those without a name that it stands on or that it may be folded into."""
+    around: list[bytes] = []
+    below = layer
+    while below is not None and (row := _unnamed(catalog, below, besides=layer)):
+        around.append(below)
+        below = row.parent
+    above = layer
+    while above is not None and len(rows := catalog.rows(LayerRow, "parent = ? LIMIT 2", above)) == 1:
+        above = rows[0].id if _unnamed(catalog, rows[0].id) else None
+        around += [above] if above else []
+    return around
+
+
+def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) -> LayerRow | None:
+    named = layer != besides and catalog.has(SnapshotRow, "layer = ?", layer)
+    return None if named else catalog.row(LayerRow, "id = ? AND sealed = 1", layer)
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:

@@ -49,6 +49,7 @@ from onionskin.snapshots import (
     free_unneeded,
     list_snapshots,
     nearest_snapshot,
+    unnamed_around,
     users_of,
 )
 from onionskin.views import OpenChain, closed_path
@@ -614,8 +615,11 @@ class Volume:
         the new one.
         """
         with self.operation():
-            target = find_snapshot(self.store.catalog, self.row, name).layer
+            catalog = self.store.catalog
+            target = find_snapshot(catalog, self.row, name).layer
+            around = unnamed_around(catalog, catalog.layer(self.head).parent)
             self.restart_on(target, lambda: None)
+            merging.free_hidden(self, around)
 
     def restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
@@ -688,6 +692,7 @@ class Volume:
             catalog = self.store.catalog
             layer = find_snapshot(catalog, self.row, name).layer
             parent = catalog.layer(layer).parent
+            around = unnamed_around(catalog, layer)
 
             def drop() -> None:
                 # Asked where nobody can change the answer: others may clone a snapshot at any time.
@@ -707,6 +712,7 @@ class Volume:
                 self.store.change(drop)
                 self.store.work_soon()
             merging.fold_where_unnamed(self, [layer, parent])
+            merging.free_hidden(self, around)
 
     def _refuse_discard(self, name: str, above: set[bytes], recursive: bool) -> None:
         catalog = self.store.catalog
@@ -732,6 +738,7 @@ class Volume:
         with self.operation():
             catalog = self.store.catalog
             row = find_snapshot(catalog, self.row, name)
+            around = unnamed_around(catalog, row.layer)
 
             def drop() -> None:
                 catalog.delete(SnapshotRow, "volume = ? AND name = ?", self.row.id, name)
@@ -740,6 +747,7 @@ class Volume:
             self.store.change(drop)
             self.store.work_soon()
             merging.fold_where_unnamed(self, [row.layer])
+            merging.free_hidden(self, around)
 
     def merge_into_base(
         self,

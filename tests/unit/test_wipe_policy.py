@@ -160,3 +160,20 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             os.close(draft)
         assert len(drafts) == 1
         assert web.read(0, 3) == b"two"
+
+
+def test_secrets_in_a_segment_that_another_policy_took_over_are_wiped_before_their_file_goes(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size="8M", wipe="zero") as web:
+            web.write(0, FILL)
+            web.snapshot("clean")
+            store.clone("web", "clean", "other", wipe="release")
+            web.merge("clean")
+        store.delete("web")
+        store.open("other").close()  # folds the layer that has no name any more into the head
+        (path,) = [path for path in store.layout.segments.iterdir() if CANARY in path.read_bytes()]
+        with path.open("rb") as segment:
+            store.delete("other")
+            store.finish_work()
+            assert not path.exists()
+            assert CANARY not in segment.read()
