@@ -228,9 +228,10 @@ class Catalog:
 
         Where all of it was written and only the sync failed, nobody sees it, since the log's index was not told; but whoever
         makes the index anew after a crash finds it whole in the log, under all that was done since. The next commit is
-        written over it, so there is one at once. A full disk ends in a part of a transaction, which nobody takes for one.
+        written over it, so there is one at once. A write that failed, on a full disk too, left a part of a transaction, which
+        nobody takes for one.
         """
-        if primary_code(error) != sqlite3.SQLITE_IOERR:
+        if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
             return
         try:
             self._connection.execute("BEGIN IMMEDIATE")
