@@ -33,6 +33,7 @@ from onionskin.chain import Chain, is_same_file, pending_base_merges, read_chain
 from onionskin.errors import ChainError, OnionskinError, StateError
 from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock, ByteLocks, is_file_at
+from onionskin.names import some_of
 from onionskin.snapshots import descendants, find_snapshot, free_unneeded, unnamed_below, unnamed_of
 from onionskin.staging import StagedFiles, staged_files
 
@@ -564,7 +565,7 @@ def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes |
                 needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]
     if needed:
         raise StateError(
-            f"the base {chain.base.path} is needed as it is by {', '.join(sorted(set(needed)))}; merge or discard those "
+            f"the base {chain.base.path} is needed as it is by {some_of(sorted(set(needed)))}; merge or discard those "
             "snapshots, flatten or delete those volumes first"
         )
 

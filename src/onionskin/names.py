@@ -4,9 +4,11 @@
 """
 
 import unicodedata
+from collections.abc import Sequence
 
 NAME_BYTES_MAX = 255
 NOTE_BYTES_MAX = 1 << 16
+NAMES_SHOWN = 10  # in a message
 # They change how the text around them is read: a name with one can look like another.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -34,6 +36,12 @@ def check_note(note: str) -> str:
     return note
 
 
+def some_of(names: Sequence[str]) -> str:
+    """List names for a message: a few, and how many more there are. A snapshot may have 100,000 clones."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _fault(name: str) -> str | None:
     if not name:
         return "it is empty"
@@ -41,7 +49,9 @@ def _fault(name: str) -> str | None:
         return "it means a directory"
     if "/" in name or "@" in name:
         return "'/' and '@' stand between the parts of STORE/VOLUME@SNAPSHOT"
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+    if any(unicodedata.category(character) == "Cs" for character in name):
+        return "it is not text that UTF-8 can hold"
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
         return "it has a control character"
     if _BIDI.intersection(name):
         return "it has a character that changes the direction of the text"

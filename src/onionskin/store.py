@@ -66,7 +66,7 @@ from onionskin.locks import (
     locked_directory,
 )
 from onionskin.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
-from onionskin.names import check_name
+from onionskin.names import check_name, some_of
 from onionskin.sizes import format_size, parse_size
 from onionskin.snapshots import (
     Snapshot,
@@ -606,10 +606,10 @@ class Store:
         users = users_of(self.catalog, above, besides=row.id)
         if users:
             raise StateError(
-                f"volume {row.name!r} has snapshots that {', '.join(users)} need; delete or flatten those first"
+                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
             )
         if named and not recursive:
-            names = ", ".join(sorted(snapshot.name for snapshot in named))
+            names = some_of(sorted(snapshot.name for snapshot in named))
             raise StateError(
                 f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
             )

@@ -40,7 +40,7 @@ from onionskin.diskfile import DiskFile
 from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.interrupts import HeldBack
 from onionskin.layermaps import map_is_used
-from onionskin.names import check_name, check_note
+from onionskin.names import check_name, check_note, some_of
 from onionskin.snapshots import (
     Snapshot,
     descendants,
@@ -719,13 +719,13 @@ class Volume:
         users = users_of(catalog, above, besides=self.row.id)
         if users:
             raise StateError(
-                f"snapshot {name!r} is needed by {', '.join(users)}; delete or flatten those volumes first, or merge the "
+                f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "
                 "snapshot instead"
             )
         named = sorted(row.name for row in catalog.rows(SnapshotRow, "volume = ?", self.row.id) if row.layer in above)
         if named and not recursive:
             raise StateError(
-                f"snapshots were taken after {name!r}: {', '.join(named)}; pass recursive to discard them too, or merge "
+                f"snapshots were taken after {name!r}: {some_of(named)}; pass recursive to discard them too, or merge "
                 f"{name!r} to keep what was written"
             )
 

@@ -2,6 +2,7 @@
 
 import fractions
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy
 import pytest
 
 import onionskin
+from onionskin.catalog import SnapshotRow
 
 SIZE = 1 << 20
 
@@ -71,3 +73,27 @@ def test_a_verb_works_or_raises_and_the_store_is_good(
             with store.open(info.name) as volume:
                 assert volume.read(0, 1) == b"\0"
         assert store.check() == []
+
+
+def test_a_message_names_some_of_many_clones(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("v", size="1M") as volume:
+        volume.snapshot("s")
+        for number in range(13):
+            store.clone("v", "s", f"clone-{number:02}")
+        with pytest.raises(onionskin.StateError, match="clone-09 and 3 more; delete"):
+            volume.discard("s", recursive=True)
+
+
+def test_a_name_that_utf_8_cannot_hold_is_said_to_be_that(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, pytest.raises(ValueError, match="not text that UTF-8 can hold"):
+        store.create("web\udc80", size="1M")
+
+
+@pytest.mark.parametrize("note", ["a\0b", b"x", 7])
+def test_a_row_that_would_not_be_believed_is_not_written(tmp_path: Path, note: Any) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("v", size="1M") as volume:
+        volume.snapshot("s")
+        row = replace(store.catalog.rows(SnapshotRow)[0], name="t", note=note)
+        with pytest.raises(ValueError, match="nothing was changed"), store.catalog.transaction():
+            store.catalog.insert(row)
+        assert [snapshot.name for snapshot in volume.snapshots] == ["s"]

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin._nbd import NbdServer
 from onionskin.catalog import SnapshotRow, VolumeRow
-from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError, VolumeExistsError, VolumeNotFoundError
-from onionskin.names import check_name
+from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError, VolumeNotFoundError
 from onionskin.nbd import tls
 from onionskin.nbd.control import ControlSocket
 from onionskin.nbd.sockets import is_local, peer_of, uri_of
@@ -233,7 +232,7 @@ class Server:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            _rename_row(served.volume.store, served.volume.row.id, new_name)
+            served.volume.store.rename_volume(served.volume.row.id, new_name)
         finally:
             with self.guard:
                 served.operations -= 1
@@ -849,16 +848,6 @@ def _open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volum
 def _is_same(one: SnapshotRow, other: SnapshotRow) -> bool:
     """Whether two rows, read at different times, are of one snapshot. Its layer's id may change, and a name comes back."""
     return (one.volume, one.name, one.guid, one.created_ns) == (other.volume, other.name, other.guid, other.created_ns)
-
-
-def _rename_row(store: Store, volume_id: bytes, new_name: str) -> None:
-    """Give the volume with this id another name: the one that it has may be another's by now."""
-    check_name("volume", new_name)
-    with store.catalog.transaction():
-        holder = store.catalog.row(VolumeRow, "name = ?", new_name)
-        if holder is not None:
-            raise VolumeExistsError(f"the store {store.path} already has a volume {new_name!r}; choose another name")
-        store.catalog.update(VolumeRow, volume_id, name=new_name)
 
 
 def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
