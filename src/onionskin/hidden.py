@@ -66,6 +66,9 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
     layer = catalog.row(LayerRow, "id = ?", layer_id)
     if layer is None or not layer.sealed or catalog.has(SnapshotRow, "layer = ?", layer_id):
         return None
+    hides_nothing = "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?"  # as a clone that was not written to
+    if catalog.has(LayerRow, hides_nothing, layer_id, HEADER_BYTES, own_head):
+        return None
     children: dict[bytes, tuple[LayerRow, ...]] = {}
     todo, count = [layer], 0
     while todo:
@@ -74,18 +77,11 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
         count += len(rows)
         if count > LAYERS_MAX:
             return None
-        is_alone = len(rows) == 1 and not rows[0].sealed and rows[0].id != own_head
-        if is_alone or (lower is layer and any(_hides_nothing(row, own_head) for row in rows)):
-            if lower is layer:
-                return None
+        if not rows or (len(rows) == 1 and not rows[0].sealed and rows[0].id != own_head):
             continue
         children[lower.id] = tuple(rows)
         todo += [row for row in rows if row.sealed and not catalog.has(SnapshotRow, "layer = ?", row.id)]
-    return Above(layer, children) if children[layer_id] else None
-
-
-def _hides_nothing(row: LayerRow, own_head: bytes) -> bool:
-    return not row.sealed and row.id != own_head and row.map_length <= HEADER_BYTES
+    return Above(layer, children) if children.get(layer_id) else None
 
 
 def wants_wiping(store: "Store", above: Above) -> bool:
