@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,24 +34,24 @@ with onionskin.Store(sys.argv[1], trust=True) as store, store.open("web") as web
 """
 
 
-@pytest.fixture(autouse=True)
-def passable(tmp_path: Path) -> None:
-    """Let others pass through the directories above."""
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.name.startswith("pytest") or directory == tmp_path:
-            directory.chmod(0o711)
+@pytest.fixture
+def passable() -> Iterator[Path]:
+    """A directory that others reach: not pytest's, which each run of it closes to others anew."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def root(passable: Path) -> Iterator[Path]:
     """A store of that group, whose volume is open."""
     before = os.umask(0o077)
     try:
-        with onionskin.Store(tmp_path / "store", group=GROUP) as store, store.create("web", size="1M") as web:
+        with onionskin.Store(passable / "store", group=GROUP) as store, store.create("web", size="1M") as web:
             web.write(0, b"old")
             web.snapshot("a")
             web.write(8192, b"y")
-            yield tmp_path / "store"
+            yield passable / "store"
     finally:
         os.umask(before)
 
@@ -72,18 +73,18 @@ def test_all_files_of_a_store_of_a_group_are_for_its_members_whatever_the_umask(
         assert stat.S_IMODE(found.st_mode) == (0o2770 if path.is_dir() else 0o660), path
 
 
-def test_members_and_the_owner_use_a_store_in_turns(tmp_path: Path) -> None:
-    with onionskin.Store(tmp_path / "store", group=GROUP) as store, store.create("web", size="1M") as web:
+def test_members_and_the_owner_use_a_store_in_turns(passable: Path) -> None:
+    with onionskin.Store(passable / "store", group=GROUP) as store, store.create("web", size="1M") as web:
         web.write(0, b"old")
         web.snapshot("a")
-    ended = work_as(tmp_path / "store", GROUP)
+    ended = work_as(passable / "store", GROUP)
     assert ended.returncode == 0, ended.stderr
-    with onionskin.Store(tmp_path / "store") as store, store.open("web") as web:
+    with onionskin.Store(passable / "store") as store, store.open("web") as web:
         assert web.read(0, 3) == b"new"
         web.merge("by a member")
         web.write(0, b"own")
         assert store.check() == []
-    for path in everything_in(tmp_path / "store"):
+    for path in everything_in(passable / "store"):
         assert path.lstat().st_mode & 0o077 == 0o070 - (0 if path.is_dir() else 0o010), path
 
 
