@@ -7,7 +7,9 @@ import pytest
 from docs.blocks import ROOT
 
 import onionskin
+from onionskin.cli.verbs import onionskin as command_line
 
+ABOUT_ITSELF = {"demo", "bench", "completion"}  # verbs that no other program has a word for
 REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 # Members without an underscore that are for the other modules of the package.
 INTERNAL = {
@@ -55,3 +57,12 @@ def test_a_public_name_has_a_docstring(name: str) -> None:
     members = vars(public) if isinstance(public, type) else {}
     without = [key for key, value in members.items() if key[0] != "_" and callable(value) and not inspect.getdoc(value)]
     assert without == []
+
+
+@pytest.mark.parametrize("verb", sorted(set(command_line.commands) - ABOUT_ITSELF))
+def test_the_glossary_says_what_others_call_a_verb(verb: str) -> None:
+    table = (
+        (ROOT / "docs/glossary.md").read_text().partition("## From onionskin to the others")[2].partition("\n## ")[0]
+    )
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert any(re.search(rf"`{verb}\b", first) for first in firsts)
