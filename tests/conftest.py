@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy fails no test.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has this ignored in what it starts in the background, and programs that a test interrupts inherit it.

@@ -588,7 +588,7 @@ def test_trust_reaches_the_store_of_every_verb(
 ) -> None:
     asked: list[object] = []
 
-    def refuse(path: Path, *, create: bool, trust: bool = False) -> None:
+    def refuse(path: Path, *, create: bool, trust: bool, group: str | None) -> None:
         asked.append(trust)
         raise StateError("a store of another user")
 
