@@ -6,6 +6,7 @@ the public names with ``--verifytypes``.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,5 +44,24 @@ def check_public_names() -> bool:
     return not unknown
 
 
+def check_uses() -> bool:
+    """Check that both refuse what is marked in tests/typing/uses.py, and nothing else in it."""
+    file = ROOT / "tests" / "typing" / "uses.py"
+    marked = {number for number, line in enumerate(file.read_text().splitlines(), 1) if line.endswith("# wrong")}
+    mypy = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--no-error-summary", file],
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    pyright = subprocess.run([*PYRIGHT, file], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT).stdout
+    holds = True
+    for checker, said in (("mypy", mypy), ("pyright", pyright)):
+        refused = {int(line) for line in re.findall(r"uses\.py:(\d+):(?:\d+)?.*\berror\b", said)}
+        for number in sorted(refused ^ marked):
+            print(f"{file}:{number}: {checker} {'takes' if number in marked else 'refuses'} this")
+        holds &= refused == marked
+    return holds
+
+
 if __name__ == "__main__":
-    sys.exit(not all([check_examples(), check_public_names()]))
+    sys.exit(not all([check_examples(), check_public_names(), check_uses()]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from onionskin import drafts, forks, gathering, merging, pending
 from onionskin import usage as usages
@@ -81,6 +81,7 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin._volume import DataPath
+    from onionskin.annotations import AnyPath, Extents, WipePolicy
     from onionskin.layering import Layering
 
 _log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class Store:
 
     def __init__(
         self,
-        path: "str | os.PathLike[str]",
+        path: "AnyPath",
         *,
         create: bool = True,
         trust: bool = False,
@@ -206,10 +207,10 @@ class Store:
         self,
         name: str,
         *,
-        base: "str | os.PathLike[str] | None" = None,
+        base: "AnyPath | None" = None,
         size: "int | str | None" = None,
         block_size: int = 4096,
-        wipe: str = "release",
+        wipe: "WipePolicy" = "release",
         digest: bool = False,
     ) -> Volume:
         """Make a volume and open it for writing.
@@ -238,7 +239,7 @@ class Store:
     def _create(
         self,
         name: str,
-        base: "str | os.PathLike[str] | None",
+        base: "AnyPath | None",
         size: "int | str | None",
         block_size: int,
         wipe: str,
@@ -520,7 +521,7 @@ class Store:
                 self.scrub(segments, volume.wipe)
             self.work_soon()
 
-    def clone(self, name: str, snapshot: str, new_name: str, *, wipe: str | None = None) -> None:
+    def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet."""
         new_name = check_name("volume", new_name)
         self.change(lambda: self._insert_clone(new_id(), name, snapshot, new_name, wipe))
@@ -637,7 +638,7 @@ class Store:
 
         self.change(change)
 
-    def relocate(self, name: str, *, base: "str | os.PathLike[str]", trust: bool = False, verify: bool = False) -> None:
+    def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
 
         Without `trust` and `verify` the file must have the size and modification time that the base had; `verify`
@@ -701,7 +702,7 @@ class Store:
         """Return what each snapshot of a volume holds; the head's entry, with snapshot None, is the last."""
         return usages.usage(self, name)
 
-    def diff(self, name: str, a: str, b: str | None = None) -> Any:
+    def diff(self, name: str, a: str, b: str | None = None) -> "Extents":
         """Return the extents (offset, length, state) in which `b` (None: the head) may differ from `a`."""
         return usages.diff(self, name, a, b)
 

@@ -7,7 +7,6 @@ the right one, so a failure at any step leaves the old one working.
 
 import io
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,9 +58,11 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin._volume import DataPath
+    from onionskin.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
     from onionskin.layering import Layering
     from onionskin.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
     from onionskin.store import Store
+    from onionskin.usage import Usage
 
     Array = numpy.typing.NDArray[Any]
 
@@ -245,7 +246,7 @@ class Volume:
         except StateError:
             return self._again(path, lambda new: new.read(offset, length))
 
-    def readinto(self, offset: int, buffer: Any) -> int:
+    def readinto(self, offset: int, buffer: "WritableBuffer") -> int:
         """Fill a writable buffer from `offset` on; returns its length in bytes."""
         path = self.path
         try:
@@ -253,7 +254,7 @@ class Volume:
         except StateError:
             return self._again(path, lambda new: new.readinto(offset, buffer))
 
-    def write(self, offset: int, data: Any) -> int:
+    def write(self, offset: int, data: "ReadableBuffer") -> int:
         """Write a buffer at `offset`; returns its length in bytes.
 
         Raises
@@ -269,11 +270,11 @@ class Volume:
         except StateError:
             return self._again(path, lambda new: new.write(offset, data))
 
-    def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Array | None" = None) -> "Array":
+    def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Bytes | None" = None) -> "Bytes":
         """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""
         return self._on_path(lambda path: path.read_blocks(block_indices, out))
 
-    def write_blocks(self, block_indices: "Sequence[int] | Array", data: Any) -> None:
+    def write_blocks(self, block_indices: "Sequence[int] | Array", data: "ReadableBuffer") -> None:
         """Write n whole blocks from a buffer of n * block_size bytes. Of an index given twice the last one counts."""
         self._on_path(lambda path: path.write_blocks(block_indices, data))
 
@@ -285,7 +286,7 @@ class Volume:
         """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush."""
         self.store.with_reserve(lambda: self._on_path(lambda path: path.trim(offset, length)))
 
-    def view(self, offset: int, length: int) -> "Array":
+    def view(self, offset: int, length: int) -> "Bytes":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
 
         The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard.
@@ -366,7 +367,7 @@ class Volume:
         """
         return DiskFile(self)
 
-    def extents(self) -> "Array":
+    def extents(self) -> "Extents":
         """Return what is not the base's (or a hole): structured (offset, length, state), bytes; state 1 DATA, 2 ZERO."""
         return transfer.extents(self)
 
@@ -788,7 +789,7 @@ class Volume:
         with self.operation():
             transfer.flatten(self, progress=progress)
 
-    def export(self, path: "str | os.PathLike[str]", *, progress: Progress | None = None) -> None:
+    def export(self, path: "AnyPath", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a regular file that is there is replaced.
 
         Other threads read, write and change the tree meanwhile: what was written before the call is in the image, and
@@ -805,13 +806,13 @@ class Volume:
         """
         exporting.export(self, Path(path), replace=True, progress=progress)
 
-    def diff(self, a: str, b: str | None = None) -> "Array":
+    def diff(self, a: str, b: str | None = None) -> "Extents":
         """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
         if b is None and self.writable:
             self.flush()
         return cast("Array", self.store.diff(self._name_now(), a, b))
 
-    def usage(self) -> list[Any]:
+    def usage(self) -> "list[Usage]":
         """Return what each snapshot holds and what discard or merge of it would free."""
         if self.writable:
             self.flush()

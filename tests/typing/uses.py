@@ -1,0 +1,42 @@
+"""Uses of the public names that a type checker has to refuse, each marked `# wrong`, beside right ones that it has to take.
+
+Never run: tools/check_typing.py hands it to mypy and to pyright.
+"""
+
+import mmap
+from pathlib import Path
+
+import numpy
+import onionskin
+
+with onionskin.Store(Path("vms")) as store:
+    store.create("a", size="1G", wipe="zero")
+    store.create("b", size=1 << 30, base=Path("image.raw"), wipe="release")
+    store.create("c", size="1G", wipe="shred")  # wrong
+    store.create("d", size="1G", base=7)  # wrong
+    store.clone("a", "snapshot", "e", wipe="zero")
+    store.clone("a", "snapshot", "f", wipe="none")  # wrong
+    onionskin.Store(7)  # wrong
+    onionskin.Store("vms", group=["disk"])  # wrong
+
+    volume = store.open("a")
+    volume.write(0, b"bytes")
+    volume.write(0, bytearray(4096))
+    volume.write(0, memoryview(b"view"))
+    volume.write(0, numpy.zeros(4096, numpy.uint8))
+    volume.write(0, "text")  # wrong
+    volume.write(0, 4096)  # wrong
+    volume.write("0", b"bytes")  # wrong
+    volume.readinto(0, bytearray(4096))
+    volume.readinto(0, memoryview(bytearray(4096)))
+    volume.readinto(0, mmap.mmap(-1, 4096))
+    volume.readinto(0, numpy.zeros(4096, numpy.uint8))
+    volume.readinto(0, b"read only")  # wrong
+    volume.readinto(0, "text")  # wrong
+    volume.write_blocks([1, 2], b"x" * 8192)
+    volume.write_blocks([1, 2], "text")  # wrong
+
+    held: int = store.usage("a")[0].bytes_held
+    name: str = volume.usage()[0].nothing  # wrong
+    first: numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]] = volume.read_blocks([0])
+    text: str = volume.read(0, 1)  # wrong
