@@ -53,6 +53,18 @@ def parse_size(text: str | int) -> int:
 def format_size(size_bytes: int) -> str:
     """Write a number of bytes for people: at most four digits, and the largest unit that keeps them below 1024.
 
+    Parameters
+    ----------
+    size_bytes : int
+        Not below 0.
+
+    Returns
+    -------
+    str
+        With a power of 1024 as its unit.
+
+    Examples
+    --------
     >>> format_size(20 << 30), format_size(1536), format_size(10)
     ('20 GiB', '1.5 KiB', '10 B')
     """

@@ -215,24 +215,36 @@ class Store:
     ) -> Volume:
         """Make a volume and open it for writing.
 
+        The volume, and the store's directories where it is the first, are durable on return. Any thread may call it.
+
         Parameters
         ----------
         name : str
+            At most 255 bytes, without '/', '@' and control characters.
         base : path-like, optional
             A raw image file to stand on. It is never written, except by `merge_into_base`, and must not change.
         size : int or str, optional
             Bytes, or such as "20G". Needed without a base; with one it may be larger or smaller than the base.
         block_size : int
-            The unit of copy-on-write: a power of two from 4096 to 2097152.
+            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152.
         wipe : {"release", "zero"}
             Whether freed space is overwritten with zeros before it can be used again.
         digest : bool
             Take a SHA-256 of the base, which `open(verify=True)` compares.
 
+        Returns
+        -------
+        Volume
+            Open for writing; its head is empty, so that it reads as the base, or zero.
+
         Raises
         ------
         VolumeExistsError
             The name is taken.
+        ValueError
+            The name, the size or the block size is none that a volume can have.
+        OSError
+            The base could not be read, or ENOSPC. There is no volume then.
         """
         return self._create(check_name("volume", name), base, size, block_size, wipe, digest)
 
@@ -320,9 +332,12 @@ class Store:
     def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> Volume:
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
 
+        Any thread may call it. What a process that died left unflushed is taken up by the first opening for writing.
+
         Parameters
         ----------
         name : str
+            The volume.
         snapshot : str, optional
             Open a view of this snapshot; any number of handles may.
         verify : bool
@@ -331,12 +346,21 @@ class Store:
             "r" opens a head that nobody writes, read-only: nothing is written, made or freed by it, and nobody can open it
             for writing meanwhile; others may read it too. With `snapshot` it makes no difference.
 
+        Returns
+        -------
+        Volume
+            To be closed by the caller, or by the store's `close`.
+
         Raises
         ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
         StateError
             The volume is held by another handle; its process id is named.
         ChainError
             The base is not the file that it was.
+        VerifyError
+            The base has another SHA-256.
         FormatError
             A file of the volume is damaged or missing.
         """
@@ -522,7 +546,28 @@ class Store:
             self.work_soon()
 
     def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
-        """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet."""
+        """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet.
+
+        Nothing is copied. Durable on return. The origin may be open, here or elsewhere. Any thread may call it.
+
+        Parameters
+        ----------
+        name : str
+            The volume whose snapshot it is.
+        snapshot : str
+            What the clone reads at first.
+        new_name : str
+            The clone's name: at most 255 bytes, without '/', '@' and control characters.
+        wipe : {"release", "zero"}, optional
+            The clone's policy; by default that of the origin. What it shares with an origin of policy `zero` stays `zero`.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        VolumeExistsError
+            The new name is taken.
+        """
         new_name = check_name("volume", new_name)
         self.change(lambda: self._insert_clone(new_id(), name, snapshot, new_name, wipe))
 
@@ -559,10 +604,22 @@ class Store:
     def delete(self, name: str, *, recursive: bool = False) -> None:
         """Remove a volume and its snapshots.
 
+        Its name is gone on return, durably, and with policy `zero` what only it used is overwritten. Files that another
+        handle still reads are freed when that closes. Any thread may call it.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        recursive : bool
+            Remove its snapshots too, where it has any.
+
         Raises
         ------
+        VolumeNotFoundError
+            There is none of that name.
         StateError
-            It is open, it has snapshots and `recursive` is not given, or clones stand on them (listed).
+            It is open, it has snapshots and `recursive` is not given, or clones stand on them (some are listed).
         """
         dropped = False
         while not dropped:
@@ -616,7 +673,24 @@ class Store:
             )
 
     def rename(self, name: str, new_name: str) -> None:
-        """Give a volume another name. Handles that are open keep working."""
+        """Give a volume another name. Handles that are open keep working.
+
+        Durable on return. Any thread may call it.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        new_name : str
+            At most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        VolumeExistsError
+            The new name is taken.
+        """
         new_name = check_name("volume", new_name)
 
         def change() -> None:
@@ -641,8 +715,28 @@ class Store:
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
 
-        Without `trust` and `verify` the file must have the size and modification time that the base had; `verify`
-        compares its SHA-256, `trust` takes the caller's word. All volumes on the same base move with it.
+        Without `trust` and `verify` the file must have the size and modification time that the base had. All volumes on the
+        same base move with it. Durable on return. Volumes that are open go on with the file that they have open.
+
+        Parameters
+        ----------
+        name : str
+            A volume that stands on the base.
+        base : path-like
+            The file that is the base now, outside of the store.
+        trust : bool
+            Take the caller's word that it is the same image; its size is compared all the same.
+        verify : bool
+            Compare its SHA-256 with the one that `create(digest=True)` took.
+
+        Raises
+        ------
+        ChainError
+            The volume has no base, or the file is another image.
+        VerifyError
+            The file has another SHA-256.
+        StateError
+            A merge writes the base just now.
         """
         with described_base(Path(base)) as new:
             if self.layout.holds(Path(new.path)):
@@ -683,40 +777,154 @@ class Store:
     # ---- looking ----
 
     def volumes(self) -> list[VolumeInfo]:
-        """Return all volumes, by name."""
+        """Return all volumes.
+
+        Returns
+        -------
+        list of VolumeInfo
+            By name, from one state of the store. Nothing is locked or opened.
+        """
         return list_volumes(self)
 
     def info(self, name: str) -> VolumeInfo:
-        """Return one volume."""
+        """Return what one volume is, without opening it.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+
+        Returns
+        -------
+        VolumeInfo
+            With the process that has it open for writing, if one has.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        """
         return volume_info(self, name)
 
     def snapshots(self, name: str) -> list[Snapshot]:
-        """Return a volume's snapshots, oldest first, without opening it."""
+        """Return a volume's snapshots without opening it.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+
+        Returns
+        -------
+        list of Snapshot
+            In the order in which they were taken, whatever the clock did.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        """
         return list_snapshots(self.catalog, self.catalog.volume(name))
 
     def tree(self) -> list[TreeNode]:
-        """Return the bases and the roots that stand on nothing, each with what stands on it."""
+        """Return what stands on what.
+
+        Returns
+        -------
+        list of TreeNode
+            The bases, and the layers that stand on nothing, each with what stands on it as `children`.
+        """
         return read_tree(self)
 
     def usage(self, name: str) -> list[usages.Usage]:
-        """Return what each snapshot of a volume holds; the head's entry, with snapshot None, is the last."""
+        """Return what each snapshot of a volume holds.
+
+        Parameters
+        ----------
+        name : str
+            The volume. It may be open: its head counts as far as it is durable.
+
+        Returns
+        -------
+        list of Usage
+            One of each snapshot, in bytes, oldest first; the last one, with snapshot None, is the head's.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
+        """
         return usages.usage(self, name)
 
     def diff(self, name: str, a: str, b: str | None = None) -> "Extents":
-        """Return the extents (offset, length, state) in which `b` (None: the head) may differ from `a`."""
+        """Return where two snapshots, or a snapshot and the head, may differ.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        a, b : str
+            Snapshots, in any order; `b` None means the head as far as it is durable.
+
+        Returns
+        -------
+        array of (offset, length, state)
+            Extents in bytes, sorted, apart from each other; `state` is what `b` has there: 0 HOLE, 1 DATA, 2 ZERO. Data
+            that was written again with the same contents counts as different.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
+        """
         return usages.diff(self, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
-        """Return which layer each part of a snapshot, or of the head as it is durable, comes from; without opening it.
+        """Return which layer each part of a snapshot, or of the head as it is durable, comes from.
 
         `Volume.layering` says what it holds. A volume that is open, here or elsewhere, is not disturbed.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        snapshot : str, optional
+            One of its snapshots; None: the head.
+
+        Returns
+        -------
+        Layering
+            Extents with depths, and the chain that the depths count in.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
         """
         from onionskin.layering import layering_of
 
         return layering_of(self, name, snapshot)
 
     def check(self, *, repair: bool = False) -> list[usages.Problem]:
-        """Look for damage. `repair` removes files that nothing names and does pending work first; it mends no data."""
+        """Look for damage, in the catalog and in all files that it names; data blocks are not read.
+
+        Parameters
+        ----------
+        repair : bool
+            Remove files that nothing names, and do the work that is pending, first; data is never mended.
+
+        Returns
+        -------
+        list of Problem
+            What was found; each has a severity, "error" where data is at risk and "notice" where work is left. Empty where
+            all is well.
+        """
         self.finish_work()  # what is under way here is no problem
         if repair:
             self.catalog.refuse_read_only()

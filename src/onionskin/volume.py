@@ -231,7 +231,19 @@ class Volume:
         return self._on_path(call)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on.
+        """Return a range as bytes.
+
+        Any thread may call it, beside writers too.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment. The range ends before `offset + length`, which is at most the size.
+
+        Returns
+        -------
+        bytes
+            Exactly `length` of them.
 
         Raises
         ------
@@ -247,7 +259,29 @@ class Volume:
             return self._again(path, lambda new: new.read(offset, length))
 
     def readinto(self, offset: int, buffer: "WritableBuffer") -> int:
-        """Fill a writable buffer from `offset` on; returns its length in bytes."""
+        """Fill a writable buffer with what the disk reads. Threads, alignment and errors are as for `read`.
+
+        Parameters
+        ----------
+        offset : int
+            Of the first byte.
+        buffer : writable buffer
+            Contiguous; all of it is filled.
+
+        Returns
+        -------
+        int
+            The bytes that were read: the length of the buffer.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        TypeError, BufferError
+            It is no buffer, it cannot be written to, or it is not contiguous.
+        OSError
+            EIO where a file under the volume fails or was truncated.
+        """
         path = self.path
         try:
             return path.readinto(offset, buffer)
@@ -255,10 +289,26 @@ class Volume:
             return self._again(path, lambda new: new.readinto(offset, buffer))
 
     def write(self, offset: int, data: "ReadableBuffer") -> int:
-        """Write a buffer at `offset`; returns its length in bytes.
+        """Write a buffer. It is durable after the next `flush`; the death of the process alone loses none of it.
+
+        Any number of threads may write.
+
+        Parameters
+        ----------
+        offset : int
+            Of the first byte; no alignment is needed, but a write of whole blocks reads nothing.
+        data : buffer
+            Contiguous. It must not change before the call returns.
+
+        Returns
+        -------
+        int
+            The bytes that were written: the length of the buffer.
 
         Raises
         ------
+        ValueError
+            The range passes the end of the volume.
         OSError
             ENOSPC where the disk is full: the bytes before the failed block may be written, nothing else changed.
         StateError
@@ -271,25 +321,108 @@ class Volume:
             return self._again(path, lambda new: new.write(offset, data))
 
     def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Bytes | None" = None) -> "Bytes":
-        """Return blocks by index, in any order: an (n, block_size) array of uint8, or `out`, filled."""
+        """Return many blocks by index, in one call. Threads are as for `read`.
+
+        Parameters
+        ----------
+        block_indices : sequence of int, or array of integers
+            n indices in any order; one may come more than once.
+        out : (n, block_size) array of uint8, optional
+            What to fill; contiguous. By default a new one.
+
+        Returns
+        -------
+        (n, block_size) array of uint8
+            The blocks in the order of the indices; `out` where that was given. A last block that the disk cuts ends in zeros.
+
+        Raises
+        ------
+        ValueError
+            An index is not a block of the volume, or `out` has another shape.
+        OSError
+            EIO where a file under the volume fails or was truncated.
+        """
         return self._on_path(lambda path: path.read_blocks(block_indices, out))
 
     def write_blocks(self, block_indices: "Sequence[int] | Array", data: "ReadableBuffer") -> None:
-        """Write n whole blocks from a buffer of n * block_size bytes. Of an index given twice the last one counts."""
+        """Write many whole blocks, in one call. Threads and durability are as for `write`.
+
+        Parameters
+        ----------
+        block_indices : sequence of int, or array of integers
+            n indices in any order. Of one that is given twice the last one counts.
+        data : buffer
+            n * block_size bytes, contiguous.
+
+        Raises
+        ------
+        ValueError
+            An index is not a block of the volume, or the buffer has another length.
+        OSError, StateError
+            As for `write`.
+        """
         self._on_path(lambda path: path.write_blocks(block_indices, data))
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read zero, without writing zeros where whole blocks can be forgotten."""
+        """Make a range read zero, without writing zeros where whole blocks can be forgotten.
+
+        Durable after the next `flush`. Any thread may call it.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        OSError, StateError
+            As for `write`.
+        """
         self.store.with_reserve(lambda: self._on_path(lambda path: path.zero(offset, length)))
 
     def trim(self, offset: int, length: int) -> None:
-        """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush."""
+        """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush.
+
+        Durable after that flush; with policy `zero` what was freed is overwritten by it. Any thread may call it.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        OSError, StateError
+            As for `write`.
+        """
         self.store.with_reserve(lambda: self._on_path(lambda path: path.trim(offset, length)))
 
     def view(self, offset: int, length: int) -> "Bytes":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
 
-        The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard.
+        The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard: a file that somebody
+        cuts short under it, or a medium that fails, ends the process.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Returns
+        -------
+        array of uint8
+            `length` bytes, read-only. Nothing is copied, but where the range lies in more than 4,096 pieces.
+
+        Raises
+        ------
+        StateError
+            The volume is open for writing.
+        ValueError
+            The range passes the end of the volume.
         """
         return self._on_path(lambda path: path.view(offset, length, (self._locks, self.base_lock)))
 
@@ -338,7 +471,26 @@ class Volume:
             self.guard.release()
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
-        """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero."""
+        """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero.
+
+        Other threads may read and write meanwhile.
+
+        Parameters
+        ----------
+        size : int or str
+            Bytes, or such as "20G": 1 byte to 64 TiB.
+        force : bool
+            Shrink, and drop what is behind the new end. Snapshots keep it.
+
+        Raises
+        ------
+        StateError
+            It would shrink and `force` is not given; or a view, or closed.
+        ValueError
+            It is no size that a volume can have.
+        OSError
+            ENOSPC: the size is as it was.
+        """
         from onionskin.sizes import parse_size
 
         size_bytes = parse_size(size)
@@ -364,11 +516,22 @@ class Volume:
         """Return the disk as a raw, unbuffered, seekable binary file, whose `flush` and `close` make durable.
 
         `io.BufferedRandom` over it makes small reads and writes cheap. It has no descriptor, and never changes the size.
+
+        Returns
+        -------
+        io.RawIOBase
+            Writable where the volume is. It works as long as the volume is open, and its `close` leaves that open.
         """
         return DiskFile(self)
 
     def extents(self) -> "Extents":
-        """Return what is not the base's (or a hole): structured (offset, length, state), bytes; state 1 DATA, 2 ZERO."""
+        """Return what is not the base's (or a hole). Any thread may call it.
+
+        Returns
+        -------
+        array of (offset, length, state)
+            In bytes, sorted, apart from each other; state 1 DATA, 2 ZERO.
+        """
         return transfer.extents(self)
 
     # ---- snapshots ----
@@ -401,14 +564,22 @@ class Volume:
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
 
+        Other threads may read and write meanwhile; what they write while it runs may be in it or not, each write as a whole
+        block by block.
+
         Parameters
         ----------
         name : str
             At most 255 bytes, without '/', '@' and control characters.
         note : str
-            Kept with it.
+            Kept with it; at most 64 KiB.
         guid : str, optional
             32 hex digits; drawn where not given. `apply` keeps the one of the other store.
+
+        Returns
+        -------
+        Snapshot
+            What was taken.
 
         Raises
         ------
@@ -614,6 +785,18 @@ class Volume:
 
         The snapshot stays, and so do newer ones. Durable on return. Other threads' calls go on, on the old disk or on
         the new one.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume, on whatever branch.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        OSError
+            ENOSPC: the disk reads as before.
         """
         with self.operation():
             catalog = self.store.catalog
@@ -682,12 +865,22 @@ class Volume:
     def discard(self, name: str, *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
 
-        If the head descends from it, the disk reads as when the snapshot was taken.
+        If the head descends from it, the disk reads as when the snapshot was taken. Durable on return. This is not TRIM, and
+        not what others call deleting a snapshot: that is `merge`.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+        recursive : bool
+            Drop the snapshots that were taken after it too.
 
         Raises
         ------
+        SnapshotNotFoundError
+            There is none of that name.
         StateError
-            A descendant has a name and `recursive` is not given, or a clone needs one; they are listed.
+            A descendant has a name and `recursive` is not given, or a clone needs one; some are listed.
         """
         with self.operation():
             catalog = self.store.catalog
@@ -734,7 +927,18 @@ class Volume:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
-        children stays, without a name, until one is left.
+        children stays, without a name, until one is left. Durable on return. VMware, libvirt, ZFS and RBD call this
+        deleting a snapshot.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
         """
         with self.operation():
             catalog = self.store.catalog
@@ -768,8 +972,8 @@ class Volume:
             A snapshot that the disk descends from. None: all that was written before the call.
         progress : callable, optional
             Called with the bytes copied so far and in all, five times a second. What it raises cancels the merge: the
-            base holds a part of the data then, hidden by the layers, and only the volumes that are open can be used
-            until the merge is run again or the volume is opened again, either of which goes on with it.
+            base holds a part of the data then, hidden by the layers. The volume works as before; the base by itself is
+            of no use until the merge is run again, which goes on where it was.
         threads : int
             That copy; 0 chooses.
         bytes_per_second : int
@@ -785,7 +989,20 @@ class Volume:
         merging.merge_into_base(self, upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second)
 
     def flatten(self, *, progress: Progress | None = None) -> None:
-        """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume."""
+        """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume.
+
+        Durable on return. Other threads read and write meanwhile. Snapshots keep what they stand on.
+
+        Parameters
+        ----------
+        progress : callable(done_bytes, total_bytes), optional
+            Called from time to time. What it raises ends the copy, and leaves the volume as it was.
+
+        Raises
+        ------
+        OSError
+            A file below could not be read to its end; or ENOSPC. The volume is as it was.
+        """
         with self.operation():
             transfer.flatten(self, progress=progress)
 
@@ -794,6 +1011,13 @@ class Volume:
 
         Other threads read, write and change the tree meanwhile: what was written before the call is in the image, and
         nothing that was written after the disk was sealed for it.
+
+        Parameters
+        ----------
+        path : path-like
+            Where to write it.
+        progress : callable(done_bytes, total_bytes), optional
+            Called from time to time. What it raises ends the export, and no image is left.
 
         Raises
         ------
@@ -807,13 +1031,35 @@ class Volume:
         exporting.export(self, Path(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Extents":
-        """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
+        """Return where two snapshots, or a snapshot and the head, may differ.
+
+        Parameters
+        ----------
+        a, b : str
+            Snapshots, in any order; `b` None means the head, which is flushed first.
+
+        Returns
+        -------
+        array of (offset, length, state)
+            As for `Store.diff`.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
         if b is None and self.writable:
             self.flush()
         return cast("Array", self.store.diff(self._name_now(), a, b))
 
     def usage(self) -> "list[Usage]":
-        """Return what each snapshot holds and what discard or merge of it would free."""
+        """Return what each snapshot holds and what discard or merge of it would free. A head is flushed first.
+
+        Returns
+        -------
+        list of Usage
+            As for `Store.usage`.
+        """
         if self.writable:
             self.flush()
         return self.store.usage(self._name_now())

@@ -1,7 +1,9 @@
 """The reference of the Python API names every public name, and every public member of the classes."""
 
+import importlib
 import inspect
 import re
+from typing import Any
 
 import pytest
 from docs.blocks import ROOT
@@ -9,6 +11,7 @@ from docs.blocks import ROOT
 import onionskin
 from onionskin.cli.verbs import onionskin as command_line
 
+SECTIONS = {"Parameters": "Parameters\n----------", "Returns": "Returns\n-------"}
 ABOUT_ITSELF = {"demo", "bench", "completion"}  # verbs that no other program has a word for
 REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 # Members without an underscore that are for the other modules of the package.
@@ -66,3 +69,28 @@ def test_the_glossary_says_what_others_call_a_verb(verb: str) -> None:
     )
     firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert any(re.search(rf"`{verb}\b", first) for first in firsts)
+
+
+def documented() -> list[tuple[str, Any]]:
+    """Return the functions and methods that the reference names, with their names."""
+    found: dict[str, Any] = {}
+    for module, entry in re.findall(r"^ *\.\. auto\w+:: (onionskin\.\w+\.)?(\w+)", REFERENCE, re.MULTILINE):
+        owner = importlib.import_module(module[:-1]) if module else onionskin
+        public = getattr(owner, entry, None)
+        if inspect.isfunction(public):
+            found[entry] = public
+        elif inspect.isclass(public) and not issubclass(public, Exception):
+            for name, member in vars(public).items():
+                if not name.startswith("_") and name not in INTERNAL.get(entry, ()) and inspect.isfunction(member):
+                    found[f"{entry}.{name}"] = member
+    return list(found.items())
+
+
+@pytest.mark.parametrize(("name", "function"), documented())
+def test_a_public_function_says_what_it_takes_and_gives(name: str, function: Any) -> None:
+    signature = inspect.signature(function)
+    text = inspect.getdoc(function) or ""
+    if set(signature.parameters) - {"self"}:
+        assert SECTIONS["Parameters"] in text, name
+    if signature.return_annotation not in (None, "None"):
+        assert SECTIONS["Returns"] in text or "Yields\n------" in text, name

@@ -7,6 +7,7 @@ import mmap
 from pathlib import Path
 
 import numpy
+
 import onionskin
 
 with onionskin.Store(Path("vms")) as store:

@@ -38,6 +38,18 @@ Progress = Callable[[int, int], None]
 def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
     """Connect to a volume that `onionskin serve` holds.
 
+    Parameters
+    ----------
+    store : path-like, or Store
+        The store that the volume is in.
+    name : str
+        The volume.
+
+    Returns
+    -------
+    LiveVolume
+        To be closed by the caller.
+
     Raises
     ------
     VolumeNotFoundError
@@ -195,33 +207,105 @@ class LiveVolume:
         return bool(self._call("head_changed"))
 
     def info(self) -> dict[str, Any]:
-        """Say what the volume is, and where and how it is served."""
+        """Say what the volume is, and where and how it is served.
+
+        Returns
+        -------
+        dict
+            As `onionskin info --json` shows it.
+        """
         return dict(self._call("info"))
 
     def stats(self) -> dict[str, Any]:
-        """Give the server's counters, and who is connected."""
+        """Give the server's counters, and who is connected.
+
+        Returns
+        -------
+        dict
+            As `onionskin stats --json` shows it. Counters only grow while the server runs.
+        """
         return dict(self._call("stats"))
 
     def usage(self) -> list[Usage]:
-        """Return what each snapshot holds and what discard or merge of it would free."""
+        """Return what each snapshot holds and what discard or merge of it would free.
+
+        Returns
+        -------
+        list of Usage
+            As for `Store.usage`.
+        """
         return [Usage(**value) for value in self._call("usage")]
 
     def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
-        """Return the extents (offset, length, state) in which snapshot `b` (None: the head) may differ from `a`."""
+        """Return where two snapshots, or a snapshot and the head, may differ.
+
+        Parameters
+        ----------
+        a, b : str
+            Snapshots, in any order; `b` None means the head, which is flushed first.
+
+        Returns
+        -------
+        array of (offset, length, state)
+            As for `Store.diff`.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
         return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=dtypes.EXTENT)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on, at most 1 MiB."""
+        """Return a range as bytes.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; `length` is at most 1 MiB, and the range ends within the disk.
+
+        Returns
+        -------
+        bytes
+            Exactly `length` of them.
+
+        Raises
+        ------
+        ValueError
+            The range is too long, or passes the end of the volume.
+        """
         return base64.b64decode(self._call("read", offset=offset, length=length))
 
     # ---- changing ----
 
     def trim(self, offset: int, length: int) -> None:
-        """Free a range; it reads zero from now on. Durable on return."""
+        """Free a range; it reads zero from now on. Durable on return.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        """
         self._call("trim", offset=offset, length=length)
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read zero. Durable on return."""
+        """Make a range read zero. Durable on return.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        """
         self._call("zero", offset=offset, length=length)
 
     def flush(self) -> None:
@@ -229,29 +313,112 @@ class LiveVolume:
         self._call("flush")
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
-        """Grow the disk; its clients see the new size when they connect again. Shrinking is refused."""
+        """Grow the disk; its clients see the new size when they connect again. Durable on return.
+
+        Parameters
+        ----------
+        size : int or str
+            Bytes, or such as "20G".
+        force : bool
+            Of no effect here: a disk that is served does not shrink.
+
+        Raises
+        ------
+        StateError
+            It would shrink.
+        """
         from onionskin.sizes import parse_size
 
         self._call("resize", size_bytes=parse_size(size))
 
     def snapshot(self, name: str, note: str = "") -> Snapshot:
-        """Name the disk as it is now: with all that any client had been told was written, nothing that came later."""
+        """Name the disk as it is now: with all that any client had been told was written, nothing that came later.
+
+        Durable on return. Clients go on meanwhile.
+
+        Parameters
+        ----------
+        name : str
+            At most 255 bytes, without '/', '@' and control characters.
+        note : str
+            Kept with it; at most 64 KiB.
+
+        Returns
+        -------
+        Snapshot
+            What was taken.
+
+        Raises
+        ------
+        SnapshotExistsError
+            The name is taken.
+        """
         return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
 
     def revert(self, name: str) -> None:
-        """Make the disk read as a snapshot again, if the server allows it."""
+        """Make the disk read as a snapshot again, if the server allows it. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            The server was not started to allow it, or clients are connected.
+        """
         self._call("revert", name=name)
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
-        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`."""
+        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+        recursive : bool
+            Drop the snapshots that were taken after it too.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            As for `Volume.discard`; or the disk would change under clients, and the server does not allow that.
+        """
         self._call("discard", name=name, recursive=recursive)
 
     def merge(self, name: str) -> None:
-        """Drop a snapshot's name and keep all data."""
+        """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
         self._call("merge", name=name)
 
     def rename(self, new_name: str) -> None:
-        """Give the volume another name: clients that are connected go on, those that come ask for the new one."""
+        """Give the volume another name: clients that are connected go on, those that come ask for the new one.
+
+        Parameters
+        ----------
+        new_name : str
+            At most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeExistsError
+            The new name is taken.
+        """
         self._call("rename", new_name=new_name)
         self.name = new_name
 
@@ -265,7 +432,27 @@ class LiveVolume:
     ) -> None:
         """Fold the layers up to a snapshot, or the whole volume, into the base file; clients read and write meanwhile.
 
-        What `progress` raises, and Ctrl-C, cancel it; it goes on when it is called again.
+        What `progress` raises, and Ctrl-C, cancel it; it goes on when it is called again. Durable on return.
+
+        Parameters
+        ----------
+        upto : str, optional
+            A snapshot of this volume; None: all that is durable of the disk.
+        progress : callable(done_bytes, total_bytes), optional
+            Called from time to time.
+        threads : int
+            That copy; 0 chooses.
+        bytes_per_second : int
+            What may be written in a second; 0: no bound.
+
+        Raises
+        ------
+        StateError
+            Another volume or snapshot needs the base as it is.
+        ChainError
+            The base is not the file that it was.
+        OSError
+            The base could not be written; what was merged so far stays hidden behind the layers.
         """
         self._call("merge_into_base", progress=progress, upto=upto, threads=threads, bytes_per_second=bytes_per_second)
 
