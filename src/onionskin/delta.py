@@ -73,14 +73,31 @@ class Writable(Protocol):
     """Where a stream goes: a pipe, a file, a socket's file. ``write`` takes all that it is given."""
 
     def write(self, data: bytes, /) -> object:
-        """Take bytes."""
+        """Take bytes.
+
+        Parameters
+        ----------
+        data : bytes-like
+            All of them are taken.
+        """
 
 
 class Readable(Protocol):
     """Where a stream comes from; ``read`` may return less than was asked for, and b"" at the end."""
 
     def read(self, length: int, /) -> bytes:
-        """Give up to `length` bytes."""
+        """Give the next bytes.
+
+        Parameters
+        ----------
+        length : int
+            The most that is wanted.
+
+        Returns
+        -------
+        bytes
+            At least one of them, or none at the end.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +263,16 @@ def _zero(draft: "Draft", offset: int, length: int, base_bytes: int) -> None:
 
 def read_header(stream: Readable) -> Delta:
     """Read what a stream says of itself; the stream stands at its first record after it.
+
+    Parameters
+    ----------
+    stream : Readable
+        Standing at its first byte.
+
+    Returns
+    -------
+    Delta
+        What the header says; sizes in bytes.
 
     Raises
     ------

@@ -55,6 +55,16 @@ _CHUNK_BYTES = 4 << 20
 def detect_format(path: AnyPath) -> str:
     """Tell the format of an image by its first bytes: one of `FORMATS`, ``raw`` where no magic is known.
 
+    Parameters
+    ----------
+    path : path-like
+        The image.
+
+    Returns
+    -------
+    str
+        As `import_image` takes it.
+
     Raises
     ------
     OSError
