@@ -91,6 +91,7 @@ def judge_without(engine: Path, name: str) -> Verdict:
         return judge(engine / "src", OWN_SCENARIOS, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exported image", "written delta name"])
 def test_a_barrier_taken_out_of_the_python_code_is_noticed(engine: Path, name: str) -> None:
     verdict = judge_without(engine, name)

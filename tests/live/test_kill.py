@@ -109,6 +109,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> GuestImage:
     return build_guest(tmp_path_factory.mktemp("guest"))
 
 
+@pytest.mark.slow
 def test_a_machine_goes_on_without_an_error_when_the_server_comes_back(
     tmp_path: Path, serve: Start, image: GuestImage
 ) -> None:

@@ -15,7 +15,7 @@ from model.disk_model import StoreModel, VolumeModel
 import onionskin
 
 # Hypothesis takes the exception of pytest-timeout's signal for one of the example, and goes on: so end the process.
-EXAMPLES = int(os.environ.get("ONIONSKIN_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("ONIONSKIN_EXAMPLES", "30"))
 pytestmark = pytest.mark.timeout(300 + 10 * EXAMPLES, method="thread")
 
 BLOCK = 4096
