@@ -44,7 +44,7 @@ static int size_of_base(int fd, uint64_t *size_bytes) {
 }
 
 static int map_base(struct onion_mapping *mapping, uint64_t size_bytes, int allow_short) {
-    uint64_t present;
+    uint64_t present = 0; /* for compilers that do not see that it is set */
     int status = size_of_base(mapping->fd, &present);
     if (status == 0 && present < size_bytes && !allow_short)
         status = ONION_E_FORMAT;

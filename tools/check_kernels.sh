@@ -14,6 +14,10 @@ kernels="blockmap owners mapbuild layermap maplog mapfile crc32c copy wipe linux
 # Each kernel once for all programs, and as many at a time as there are processors.
 # shellcheck disable=SC2086
 printf '%s\n' $kernels | xargs -P "$(nproc)" -I KERNEL $compile -c -o "$out/KERNEL.o" csrc/KERNEL.c
+# The fuzzers are run by hand; that they compile is looked at here.
+for source in csrc/fuzz/*.c; do
+  ${CC:-gcc} -std=gnu11 -Wall -Wextra -Werror -Icsrc -fsyntax-only "$source"
+done
 for source in csrc/check/check_*.c; do
   name=$(basename "$source" .c)
   # shellcheck disable=SC2086

@@ -88,7 +88,10 @@ static struct onion_volume *open_all(const struct onion_layer_source *layer, int
     check(onion_volume_new(BLOCK, BLOCKS * BLOCK, directory, directory, 0, 1, &volume) == 0);
     char base[128];
     segment_path(base, sizeof base, sealed_segment); /* any file will do */
-    int status = base_below ? onion_volume_set_base(volume, base, SLOTS * BLOCK) : 0;
+    int fd = base_below ? open(base, O_RDONLY | O_CLOEXEC) : -1;
+    int status = fd >= 0 ? onion_volume_set_base(volume, fd, SLOTS * BLOCK, 0) : 0;
+    if (fd >= 0)
+        close(fd);
     if (status == 0 && layer)
         status = onion_volume_add_layer(volume, layer);
     if (status == 0)

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,11 @@ SECONDS = 6
 
 
 class Sniper:
-    """Interrupts the main thread at random moments while a call is under fire."""
+    """Interrupts the main thread at random moments while a call is under fire, three times at the most."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._armed = False
+        self._shots = 0
         self._end = time.monotonic() + SECONDS
         threading.Thread(target=self._shoot, daemon=True).start()
 
@@ -30,24 +31,22 @@ class Sniper:
         while time.monotonic() < self._end:
             time.sleep(random.random() * 0.02)
             with self._lock:
-                if self._armed:
+                if self._shots:
+                    self._shots -= 1
                     _thread.interrupt_main()  # has happened when it returns, unlike a signal
 
     def under_fire(self, call: Callable[[], object]) -> None:
-        try:
-            self._arm(True)
-            call()
-            self._arm(False)
-        except KeyboardInterrupt:
-            while self._armed:
-                try:
-                    self._arm(False)
-                except KeyboardInterrupt:
-                    continue
+        # One more than there are shots: each may strike while the one before is being caught.
+        with suppress(KeyboardInterrupt), suppress(KeyboardInterrupt), suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt):
+                self._arm(3)
+                call()
+            self._arm(0)
+        self._arm(0)
 
-    def _arm(self, armed: bool) -> None:
+    def _arm(self, shots: int) -> None:
         with self._lock:
-            self._armed = armed
+            self._shots = shots
 
 
 # An interrupt may strike in a destructor or a callback of the collector, of whoever's: Python says so and goes on.
