@@ -18,7 +18,7 @@ def test_processes_that_are_killed_and_stopped_lose_nothing(tmp_path: Path) -> N
     assert report(tmp_path, 8, seed=1) == []
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_processes_that_are_killed_and_stopped_for_a_minute_lose_nothing(tmp_path: Path) -> None:
     assert report(tmp_path, 60, seed=2) == []
