@@ -20,7 +20,7 @@ def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize("seed", range(2, 6))
 def test_a_crash_leaves_each_operation_done_or_not_begun_in_long_workloads(seed: int, wipe: str) -> None:
-    _, outcome = try_all([drawn_trial(seed, wipe, steps=STEPS, states=800, recoveries=4)], SOURCE)
+    _, outcome = try_all([drawn_trial(seed, wipe, steps=STEPS, states=300, recoveries=4)], SOURCE)
     assert outcome.violation is None
