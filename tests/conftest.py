@@ -26,9 +26,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIB = 1 << 20
-# More than pytest-timeout gives a test: it comes first, but its exception can be swallowed by what it interrupts, and then
-# the test goes on, or waits for ever for what the exception left undone.
-WATCHDOG_SECONDS = 500
+# Of a slow test that says nothing else: ten times what it takes, since the machine may be busy.
+SLOW_SECONDS = 3000
+# So much more than pytest-timeout gives a test, which comes first; but its exception can be swallowed by what it interrupts,
+# and then the test goes on, or waits for ever for what the exception left undone.
+WATCHDOG_SECONDS = 100
 # Modules of tests that count descriptors or threads, send signals, or run programs that take all there is.
 OF_THE_PROCESS = {
     "test_hostile_store",
@@ -59,10 +61,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tell pytest-run-parallel, where it runs, which tests several threads cannot run at once (`nox -s parallel`).
+    """Give slow tests more time, and tell pytest-run-parallel, where it runs, which tests are not for it (`nox -s parallel`).
 
-    Those are all whose fixtures give something: one store for all threads, a patch, the state of the process.
+    Those that several threads cannot run at once are all whose fixtures give something: one store for all threads, a patch,
+    the state of the process.
     """
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     if not config.pluginmanager.hasplugin("run-parallel"):
         return
     for item in items:
@@ -76,7 +82,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
     """End the whole run, with the stacks of all threads, when a test hangs: the watchdog needs neither GIL nor signal."""
-    faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True, file=item.config.stash[_STDERR])
+    own = item.get_closest_marker("timeout")
+    seconds = float(own.args[0] if own else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + WATCHDOG_SECONDS, exit=True, file=item.config.stash[_STDERR])
     try:
         return (yield)
     finally:

@@ -13,12 +13,10 @@ def report(tmp_path: Path, seconds: float, seed: int) -> list[str]:
     return outcome.violations
 
 
-@pytest.mark.timeout(120)
 def test_processes_that_are_killed_and_stopped_lose_nothing(tmp_path: Path) -> None:
     assert report(tmp_path, 8, seed=1) == []
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_processes_that_are_killed_and_stopped_for_a_minute_lose_nothing(tmp_path: Path) -> None:
     assert report(tmp_path, 60, seed=2) == []
