@@ -14,6 +14,7 @@ from pathlib import Path
 
 from onionskin._volume import DataPath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
 from onionskin.layout import Layout
 from onionskin.locks import BaseLock, ByteLocks
@@ -250,23 +251,30 @@ def _add_layer(maps: str, path: DataPath, layer: LayerRow, segments: list[Segmen
     )
 
 
+def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: str) -> list[bytes]:
+    """Return a head's segments of a kind of which there is always one."""
+    found = [segment.id for segment in segments if segment.role == role]
+    if not found:
+        raise damaged(layout.catalog, f"the head {head.id.hex()} has no {role} segment")
+    return found
+
+
 def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None) -> None:
-    own = [segment.id for segment in segments if segment.role == "own"]
-    spare = next(segment.id for segment in segments if segment.role == "spare")
+    own = _ids_of(layout, head, segments, "own")
     path.open_head(
         map_path=str(layout.map_file(head.map_id)),
         map_id=head.map_id,
         adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
         more_own=own[:-1],
-        spare=spare,
+        spare=_ids_of(layout, head, segments, "spare")[0],
         known=(head.map_length, head.map_frames, head.map_crc),
         dirty_path=dirty,
     )
 
 
 def _open_head_to_read(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
-    own = [segment.id for segment in segments if segment.role == "own"]
+    own = _ids_of(layout, head, segments, "own")
     path.open_head_to_read(
         map_path=str(layout.map_file(head.map_id)),
         map_id=head.map_id,

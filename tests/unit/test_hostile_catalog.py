@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -147,3 +147,20 @@ def test_a_bad_row_of_one_volume_keeps_nobody_from_the_others(store_path: Path, 
             ("snapshots", True),
             ("layers", True),
         }
+
+
+@pytest.mark.parametrize("role", ["own", "spare"])
+@pytest.mark.parametrize("mode", ["w", "r"])
+def test_a_head_without_a_segment_that_each_has_is_damage(
+    store_path: Path, tmp_path: Path, role: str, mode: Literal["r", "w"]
+) -> None:
+    shutil.copytree(store_path, tmp_path / "store")
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        catalog.execute("DELETE FROM segments WHERE role = ?", (role,))
+        catalog.commit()
+    with onionskin.Store(tmp_path / "store") as store:
+        if (role, mode) == ("spare", "r"):  # which nobody needs to read
+            store.open("db", mode=mode).close()
+            return
+        with pytest.raises(onionskin.FormatError, match=f"has (no|0) {role} segment"):
+            store.open("db", mode=mode)
