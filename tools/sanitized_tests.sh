@@ -9,5 +9,5 @@ ONIONSKIN_SANITIZE=address,undefined python setup.py -q build_ext --inplace --fo
 # Python itself is not built with the sanitizer, so its run time is loaded first; Python's own leaks are not ours.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allow_user_segv_handler=1:handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export ONIONSKIN_EXAMPLES=15
+export ONIONSKIN_EXAMPLES=15 ONIONSKIN_OPERATIONS=1000
 PYTHONPATH=src python -m pytest -q -p no:cacheprovider tests/model tests/unit/test_volume_faults.py
