@@ -137,12 +137,13 @@ class ByteLocks:
 
         Locks that were closed meanwhile by another thread hold nothing.
         """
-        with self._guard:
-            is_free = self._descriptor >= 0 and number not in self._exclusive
-            held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
-            if held:
-                self._exclusive.add(number)
+        held = False
         try:
+            with self._guard:
+                is_free = self._descriptor >= 0 and number not in self._exclusive
+                held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
+                if held:
+                    self._exclusive.add(number)
             yield held
         finally:
             if held:
@@ -155,11 +156,12 @@ class ByteLocks:
     def close(self) -> None:
         """Give everything up. Idempotent."""
         with self._guard:
-            if self._descriptor >= 0:
-                _set_lock(self._descriptor, fcntl.F_UNLCK, 0, 0)
-                os.close(self._descriptor)
-                self._descriptor = -1
+            # Forgotten first: where an interrupt comes between, a second call must not close what has that number by then.
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
                 self._shared.clear()
+                _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+                os.close(descriptor)
 
     def after_fork(self) -> None:
         """In the child: close, but unlock nothing, for the locks are the parent's."""

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import onionskin
 
 NAMES = "import sys, onionskin; print(*(s.name for s in onionskin.Store(sys.argv[1]).snapshots('web')))"
@@ -25,3 +27,13 @@ def test_commits_are_not_lost_when_another_process_closes_the_store(tmp_path: Pa
         web.snapshot("b")
         assert names_in_another_process(tmp_path) == ["a", "b"]
     assert names_in_another_process(tmp_path) == ["a", "b"]
+
+
+def test_a_lock_byte_that_a_failed_transaction_took_is_not_handed_out_again(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        taken: list[int] = []
+        with pytest.raises(KeyboardInterrupt), store.catalog.transaction():
+            taken.append(store.catalog.take_lock_byte())
+            raise KeyboardInterrupt
+        with store.catalog.transaction():
+            assert store.catalog.take_lock_byte() > taken[0]

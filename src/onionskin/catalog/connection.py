@@ -66,6 +66,7 @@ class Catalog:
         self._guard = threading.RLock()
         self._forked = False
         self._changing = False
+        self._lock_byte_taken = 0
         if not path.exists():
             if not create:
                 raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
@@ -382,12 +383,13 @@ class Catalog:
         return self.take_lock_bytes(1)[0]
 
     def take_lock_bytes(self, count: int) -> range:
-        """Hand out so many of them."""
-        self._execute("UPDATE store SET next_lock_byte = next_lock_byte + ?", count)
+        """Hand out so many of them; none twice here, also where the transaction fails: its taker may hold it."""
+        self._execute("UPDATE store SET next_lock_byte = max(next_lock_byte, ?) + ?", self._lock_byte_taken, count)
         with self._errors():
             (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
         if type(last) is not int or not count <= last < 1 << 61:
             raise damaged(self.path, f"the next lock byte cannot be {last!r}")
+        self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
 
     # ---- volumes and snapshots ----
