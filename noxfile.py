@@ -88,7 +88,14 @@ def coverage(session: nox.Session) -> None:
         with session.chdir(tree):
             switch = {"ONIONSKIN_COVERAGE": "1"}
             session.run("python", "setup.py", "-q", "build_ext", "--inplace", "--force", env=switch)
-            tests = session.posargs or ["-m", "not slow and not soak", "tests/unit", "tests/format", "tests/cli", "tests/nbd"]
+            tests = session.posargs or [
+                "-m",
+                "not slow and not soak",
+                "tests/unit",
+                "tests/format",
+                "tests/cli",
+                "tests/nbd",
+            ]
             session.run("coverage", "run", "-m", "pytest", "-q", *tests, env={"PYTHONPATH": "src"})
             session.run("coverage", "combine", "-q")
             session.run("coverage", "report")

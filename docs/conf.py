@@ -50,6 +50,16 @@ volume.Array = numpy.ndarray  # a name for type checkers, which is absent when t
 nitpick_ignore = [
     ("py:class", name)
     for name in (
+        *(
+            "AnyPath",
+            "Array",
+            "Bytes",
+            "Extents",
+            "ReadableBuffer",
+            "WipePolicy",
+            "WritableBuffer",
+        ),  # onionskin.annotations
+        *("array", "buffer", "sequence", "uint8"),
         "callable",
         "collections.abc.Callable",
         "collections.abc.Sequence",

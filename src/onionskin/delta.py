@@ -77,7 +77,7 @@ class Writable(Protocol):
 
         Parameters
         ----------
-        data : bytes-like
+        data : bytes
             All of them are taken.
         """
 

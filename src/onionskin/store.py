@@ -870,9 +870,9 @@ class Store:
 
         Returns
         -------
-        array of (offset, length, state)
-            Extents in bytes, sorted, apart from each other; `state` is what `b` has there: 0 HOLE, 1 DATA, 2 ZERO. Data
-            that was written again with the same contents counts as different.
+        array
+            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what `b` has there: 0
+            HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different.
 
         Raises
         ------

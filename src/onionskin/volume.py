@@ -265,8 +265,8 @@ class Volume:
         ----------
         offset : int
             Of the first byte.
-        buffer : writable buffer
-            Contiguous; all of it is filled.
+        buffer : buffer
+            Writable and contiguous; all of it is filled.
 
         Returns
         -------
@@ -325,15 +325,16 @@ class Volume:
 
         Parameters
         ----------
-        block_indices : sequence of int, or array of integers
+        block_indices : sequence of int, or array of int
             n indices in any order; one may come more than once.
-        out : (n, block_size) array of uint8, optional
-            What to fill; contiguous. By default a new one.
+        out : array of uint8, optional
+            What to fill, of shape (n, block_size); contiguous. By default a new one.
 
         Returns
         -------
-        (n, block_size) array of uint8
-            The blocks in the order of the indices; `out` where that was given. A last block that the disk cuts ends in zeros.
+        array of uint8
+            Of shape (n, block_size): the blocks in the order of the indices; `out` where that was given. A last block
+            that the disk cuts ends in zeros.
 
         Raises
         ------
@@ -349,7 +350,7 @@ class Volume:
 
         Parameters
         ----------
-        block_indices : sequence of int, or array of integers
+        block_indices : sequence of int, or array of int
             n indices in any order. Of one that is given twice the last one counts.
         data : buffer
             n * block_size bytes, contiguous.
@@ -529,8 +530,8 @@ class Volume:
 
         Returns
         -------
-        array of (offset, length, state)
-            In bytes, sorted, apart from each other; state 1 DATA, 2 ZERO.
+        array
+            Extents (offset, length, state) in bytes, sorted, apart from each other; state 1 DATA, 2 ZERO.
         """
         return transfer.extents(self)
 
@@ -995,8 +996,9 @@ class Volume:
 
         Parameters
         ----------
-        progress : callable(done_bytes, total_bytes), optional
-            Called from time to time. What it raises ends the copy, and leaves the volume as it was.
+        progress : callable, optional
+            Called with the bytes done and those in all, from time to time. What it raises ends the copy, and leaves the
+            volume as it was.
 
         Raises
         ------
@@ -1016,8 +1018,9 @@ class Volume:
         ----------
         path : path-like
             Where to write it.
-        progress : callable(done_bytes, total_bytes), optional
-            Called from time to time. What it raises ends the export, and no image is left.
+        progress : callable, optional
+            Called with the bytes done and those in all, from time to time. What it raises ends the export, and no image
+            is left.
 
         Raises
         ------
@@ -1040,8 +1043,8 @@ class Volume:
 
         Returns
         -------
-        array of (offset, length, state)
-            As for `Store.diff`.
+        array
+            Extents (offset, length, state), as for `Store.diff`.
 
         Raises
         ------

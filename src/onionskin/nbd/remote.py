@@ -246,8 +246,8 @@ class LiveVolume:
 
         Returns
         -------
-        array of (offset, length, state)
-            As for `Store.diff`.
+        array
+            Extents (offset, length, state), as for `Store.diff`.
 
         Raises
         ------
@@ -438,8 +438,8 @@ class LiveVolume:
         ----------
         upto : str, optional
             A snapshot of this volume; None: all that is durable of the disk.
-        progress : callable(done_bytes, total_bytes), optional
-            Called from time to time.
+        progress : callable, optional
+            Called with the bytes done and those in all, from time to time.
         threads : int
             That copy; 0 chooses.
         bytes_per_second : int
