@@ -331,6 +331,8 @@ class Worker:
         before, after, verb = journal.last()
         if before is not None and verb != "delete":
             return
+        if any(info.name == name for info in self.store.volumes()):
+            return  # a delete that was killed had not removed it
         base, wipe = None, self.random.choice(["release", "zero"])
         numbers = [0] * BLOCKS
         if self.random.random() < 0.5:
