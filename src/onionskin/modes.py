@@ -33,7 +33,11 @@ def make_file(path: "str | os.PathLike[str]") -> int:
         Something has that name.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    share_file(descriptor, Path(path))
+    try:
+        share_file(descriptor, Path(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -44,7 +48,7 @@ def share_file(descriptor: int, path: Path) -> None:
 
 
 def make_shared(directory: Path, group: str | int) -> None:
-    """Share a new and empty directory with a group."""
+    """Share a directory that was just made with a group."""
     os.chown(directory, -1, group_id(group))
     directory.chmod(0o2770)
 

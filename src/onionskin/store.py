@@ -182,9 +182,11 @@ class Store:
         found = next(index for index, directory in enumerate(way) if directory.exists())
         # From what is there already: one that crashed may have made it, and its name need not be durable.
         for directory in reversed(way[: found + 1]):
-            directory.mkdir(exist_ok=True, mode=0o700 if directory == self.layout.root else 0o777)
-            if group is not None and directory == self.layout.root:
-                make_shared(directory, group)
+            is_root, was_there = directory == self.layout.root, directory.exists()
+            directory.mkdir(exist_ok=True, mode=0o700 if is_root else 0o777)
+            if group is not None and is_root:
+                # One that was there is somebody's, with what is in it: its mode and its group are not changed in passing.
+                (refuse_other_group if was_there else make_shared)(directory, group)
             with suppress(PermissionError):  # somebody else's directory, so not one that we made
                 sync_directory(directory.parent)  # BARRIER: store name
         for name in DIRECTORIES:

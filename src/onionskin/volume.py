@@ -565,8 +565,7 @@ class Volume:
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
 
-        Other threads may read and write meanwhile; what they write while it runs may be in it or not, each write as a whole
-        block by block.
+        Other threads may read and write meanwhile; what they write while it runs may be in it or not.
 
         Parameters
         ----------

@@ -110,3 +110,13 @@ def test_a_store_of_a_group_that_others_may_read_is_reported(root: Path) -> None
     (root / "segments").chmod(0o2775)
     with onionskin.Store(root) as store:
         assert [problem.what for problem in store.check()] == ["its mode is 2775, so other users may get at it"]
+
+
+def test_a_directory_that_is_there_keeps_its_mode_and_its_group(passable: Path) -> None:
+    (passable / "mine").mkdir(mode=0o755)
+    before = (passable / "mine").stat()
+    with pytest.raises(onionskin.StateError, match="was not made for group"):
+        onionskin.Store(passable / "mine", group=GROUP)
+    after = (passable / "mine").stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+    assert list((passable / "mine").iterdir()) == []
