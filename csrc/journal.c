@@ -567,7 +567,8 @@ static int read_found(struct onion_volume *volume, struct found *found) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header here = {0};
     struct stat info;
-    journal->found_fd = open(journal->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    int access = volume->writable ? O_RDWR : O_RDONLY;
+    journal->found_fd = open(journal->path, access | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
     if (journal->found_fd < 0 || fstat(journal->found_fd, &info) || !S_ISREG(info.st_mode) ||
         onion_pread_all(journal->found_fd, &found->header, sizeof found->header, 0) < 0 ||
         describe_here(journal->found_fd, &here) < 0)
@@ -701,6 +702,12 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
     }
     pending->record_capacity = pending->record_count; /* so the first change goes on in a file of this opening */
     return status == -ENOMEM || status == -EIO ? status : 0;
+}
+
+void onion_journal_leave_found(struct onion_volume *volume) {
+    free(volume->pending.records);
+    volume->pending = (struct onion_pending){0};
+    close_found(&volume->journal);
 }
 
 /* ---- the end ---- */

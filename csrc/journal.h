@@ -81,6 +81,8 @@ int onion_journal_set_path(struct onion_volume *volume, const char *path);
  * the log of `length` bytes (NULL: no file), which was replayed. segment_first: the head's own segments are those from here
  * on. What is not sound, or not of this boot and mount, is ignored as a whole. */
 int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first);
+/* Where the head is only read, and its index has what was found: the file stays as it is, for the next opening that writes. */
+void onion_journal_leave_found(struct onion_volume *volume);
 /* Room for the record of one more change, and for one that names its segment. ONION_E_JOURNAL_FULL: a flush makes room. */
 int onion_journal_make_room(struct onion_volume *volume);
 /* Where the records go on from; when a head was opened. */

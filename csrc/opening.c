@@ -491,15 +491,13 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return -ENOMEM;
     int fd = onion_open_file(source->map_path, to_read ? O_RDONLY : O_RDWR);
     if (fd == -ENOENT)
-        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0)
-               : to_read            ? 0
-                                    : replay_journal(replay, NULL);
+        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0) : replay_journal(replay, NULL);
     if (fd < 0)
         return onion_site_set(fd, source->map_path, 0);
     int status = onion_map_bytes_read(fd, &map, &fault);
     if (status == 0)
         status = replay_head(replay, source, &map, &torn, &fault);
-    if (status == 0 && !to_read)
+    if (status == 0)
         status = replay_journal(replay, log->cursor.offset ? map.bytes : NULL);
     onion_map_bytes_free(&map);
     if (status == 0 && !to_read && replay->volume->journal.found_poisoned)
@@ -605,7 +603,10 @@ int onion_volume_open_head_to_read(struct onion_volume *volume, const struct oni
     struct replay replay = {.volume = volume, .segment_first = volume->segment_count + 1};
     if (volume->writable)
         return -EINVAL;
-    int status = replay_all(&replay, source, 1);
+    int status = onion_journal_set_path(volume, source->dirty_path);
+    if (status == 0)
+        status = replay_all(&replay, source, 1);
+    onion_journal_leave_found(volume);
     if (status == 0)
         status = check_head_segments(volume, source, replay.segment_first);
     return status < 0 ? status : onion_volume_fold_layers(volume);

@@ -58,6 +58,7 @@ class DataPath:
         own: bytes,
         more_own: Sequence[bytes] = ...,
         known: tuple[int, int, int] = ...,
+        dirty_path: _Path | None = ...,
     ) -> int: ...
     def free_own_slots(self) -> None: ...
     @property

@@ -528,13 +528,14 @@ cdef class DataPath:
         """
         return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False, dirty_path)
 
-    def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0)):
+    def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0), dirty_path=None):
         """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
 
-        What is durable of the head is read; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
+        What is durable of the head is read, and over it what a process that died had written and not flushed, where
+        `dirty_path` has it; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
         file system that is mounted read-only will do. The caller holds off writers of the head.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True, None)
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True, dirty_path)
 
     def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read, dirty_path):
         cdef onion_head_source source

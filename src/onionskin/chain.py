@@ -204,7 +204,8 @@ def open_chain(
 ) -> DataPath:
     """Open the data path of a chain over the base that is locked.
 
-    If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all of it is only read.
+    If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all of it is only read, with what a
+    process that died left in `dirty`.
     """
     top = chain.top
     path = DataPath(
@@ -228,7 +229,7 @@ def open_chain(
         elif top.sealed:
             path.fold_layers()
         else:
-            _open_head_to_read(layout, path, top, chain.segments[top.id])
+            _open_head_to_read(layout, path, top, chain.segments[top.id], dirty)
     except BaseException:
         path.close()
         raise
@@ -273,7 +274,9 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
     )
 
 
-def _open_head_to_read(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow]) -> None:
+def _open_head_to_read(
+    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head_to_read(
         map_path=str(layout.map_file(head.map_id)),
@@ -282,6 +285,7 @@ def _open_head_to_read(layout: Layout, path: DataPath, head: LayerRow, segments:
         own=own[-1],
         more_own=own[:-1],
         known=(head.map_length, head.map_frames, head.map_crc),
+        dirty_path=dirty,
     )
 
 

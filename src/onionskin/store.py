@@ -334,7 +334,8 @@ class Store:
     def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> Volume:
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
 
-        Any thread may call it. What a process that died left unflushed is taken up by the first opening for writing.
+        Any thread may call it. What a process that died left unflushed is read by every opening of the head, and made
+        durable by the first flush of one for writing.
 
         Parameters
         ----------
@@ -383,7 +384,9 @@ class Store:
         """Open a head that nobody writes. Nothing is written for it, in no file."""
         row, lock = self._lock_volume(name, ReadersLock)
         try:
-            volume = Volume(self, row, self._open_layer(row.head, writable=False, verify=verify), read_lock=lock)
+            dirty = self.layout.dirty_file(row.id)
+            opened = self._open_layer(row.head, writable=False, verify=verify, dirty=dirty)
+            volume = Volume(self, row, opened, read_lock=lock)
         except BaseException:
             lock.close()
             raise

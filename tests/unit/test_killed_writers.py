@@ -110,6 +110,30 @@ def test_what_was_not_flushed_is_there_after_a_kill(root: Path) -> None:
             assert two.read(0, two.size_bytes) == EXPECTED
 
 
+def test_an_opening_that_only_reads_shows_it_too_and_leaves_it_for_the_next_writer(root: Path) -> None:
+    write_and_die(root)
+    left = dirty_file(root).read_bytes()
+    assert left
+    for _ in range(2):
+        with onionskin.Store(root) as store, store.open("web", mode="r") as web:
+            assert web.read(0, web.size_bytes) == EXPECTED
+            assert not web.path.unflushed
+    assert dirty_file(root).read_bytes() == left
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == EXPECTED
+
+
+def test_a_head_of_which_nothing_was_flushed_is_read_after_a_kill(tmp_path: Path) -> None:
+    def work() -> None:
+        with onionskin.Store(tmp_path / "store") as store:
+            store.create("new", size=BLOCKS * BLOCK).write(BLOCK, filled("n"))
+            kill_me()
+
+    assert not killed(work)
+    with onionskin.Store(tmp_path / "store") as store, store.open("new", mode="r") as new:
+        assert new.read(0, 3 * BLOCK) == filled("\0") + filled("n") + filled("\0")
+
+
 def test_a_writer_that_is_killed_right_after_it_took_over_loses_nothing_either(root: Path) -> None:
     write_and_die(root)
 
