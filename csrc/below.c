@@ -106,11 +106,36 @@ static int load_layer(struct onion_volume *volume, struct onion_below *below, co
     return status < 0 ? status : check_places(below, source->map_path);
 }
 
+/* A segment of the layer that the volume has open already keeps its number there, unless it is one that is dropped. Behind
+ * the gate. */
+static int use_open_segments(struct onion_volume *volume, struct onion_below *below, uint16_t *number_of) {
+    uint32_t left = 0;
+    int status = 0;
+    for (uint32_t i = 0; i < below->added_count; i++) {
+        struct onion_segment *segment = below->added[i];
+        uint32_t number = onion_volume_find_segment(volume, segment->uuid);
+        if (!number) {
+            below->added[left++] = segment;
+            continue;
+        }
+        if (below->gone[number])
+            status = -EINVAL;
+        for (uint32_t k = 0; k < below->source.segment_count; k++)
+            if (!by_uuid(below->source.segment_ids[k], segment->uuid))
+                number_of[k + 1] = (uint16_t)number;
+        onion_segment_free(segment);
+    }
+    below->added_count = left;
+    return status;
+}
+
 /* Gives the layer's segments their numbers, and makes its map by them. Behind the flush gate. */
 static int number_layer(struct onion_volume *volume, struct onion_below *below) {
     uint16_t *number_of = calloc(below->source.segment_count + 1, sizeof *number_of);
     int status = number_of ? onion_map_init(&below->layer, volume->index.block_count, volume->block_shift) : -ENOMEM;
     pthread_rwlock_wrlock(&volume->gate);
+    if (status == 0)
+        status = use_open_segments(volume, below, number_of);
     if (status == 0 && onion_volume_numbers_left(volume) < below->added_count + 1)
         status = ONION_E_NUMBERS;
     if (status == 0)
@@ -314,9 +339,10 @@ static int put_ranges(struct onion_volume *volume, const struct onion_map *of, c
     return status;
 }
 
-/* The youngest thing that HOLE, or the new layer, stands for from now on: block status goes by it. */
+/* The youngest thing that the new layer, or HOLE, stands for from now on: block status goes by it. Where the base stays, the
+ * layer has all that was in what is dropped, and HOLE stands for what it did. */
 static void inherit_birth(struct onion_volume *volume, const struct onion_below *below) {
-    uint64_t birth = volume->below_birth;
+    uint64_t birth = below->keep_base ? 0 : volume->below_birth;
     if (below->keep_base && !below->has_layer)
         return; /* nothing was left in what is dropped */
     for (uint32_t i = 0; i < below->dropped_count; i++) {
@@ -325,7 +351,8 @@ static void inherit_birth(struct onion_volume *volume, const struct onion_below 
     }
     for (uint32_t i = 0; i < below->added_count; i++)
         __atomic_store_n(&below->added[i]->birth, birth, __ATOMIC_RELEASE);
-    __atomic_store_n(&volume->below_birth, birth, __ATOMIC_RELEASE);
+    if (!below->keep_base)
+        __atomic_store_n(&volume->below_birth, birth, __ATOMIC_RELEASE);
 }
 
 static void swap_base(struct onion_volume *volume, struct onion_below *below) {

@@ -219,7 +219,7 @@ struct onion_below_source {
     int keep_base; /* 1: the base stays as it is; 0: it is what base_fd is open on, or none at -1 */
     int base_fd;
     uint64_t base_bytes;
-    const struct onion_layer_source *layer; /* the new lowest layer, or NULL */
+    const struct onion_layer_source *layer; /* or NULL; with keep_base, it has all that is in the dropped segments */
     const unsigned char (*dropped)[ONION_UUID_BYTES];
     uint32_t dropped_count;
 };

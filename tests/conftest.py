@@ -121,6 +121,14 @@ def _mounts(kind: str, tmp_path: Path) -> Iterator[Mount]:
 
 
 @pytest.fixture
+def hangup() -> Iterator[None]:
+    """Have SIGHUP end a process, here and in what a test starts, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def ext4_mount(tmp_path: Path) -> Iterator[Mount]:
     yield from _mounts("ext4", tmp_path)
 

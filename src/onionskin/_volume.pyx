@@ -1052,7 +1052,8 @@ cdef class DataPath:
         base_bytes : int
             What is mapped of it; the file must hold as much.
         layer : tuple, optional
-            The new lowest layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]).
+            The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest one, or, with
+            `keep_base`, one that has all that is in the dropped segments. Segments that are open here stay what they are.
         dropped : sequence of bytes
             Ids of segments that are read no more. Of those that the head wrote or adopted, only such that
             `unused_segments` returned.

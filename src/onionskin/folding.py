@@ -9,13 +9,15 @@ Folding a large map with a small one costs what the large one does. So N merges 
 each was done at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from typing import TYPE_CHECKING
 
 from onionskin._maplog import HEADER_BYTES, LayerMap
 from onionskin.catalog import Catalog, LayerRow, PendingRow, SnapshotRow
+from onionskin.errors import StateError
 from onionskin.layermaps import open_map
 
 if TYPE_CHECKING:
@@ -28,6 +30,23 @@ SMALL_BYTES = 32 << 10
 FREED_BYTES_MIN = 8
 
 Group = Sequence[LayerRow]
+
+
+class TreeChangedError(StateError):
+    """Another process changed the layers that were about to be joined."""
+
+
+def put_off(change: Callable[[], None]) -> bool:
+    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
+    try:
+        change()
+    except TreeChangedError:
+        return False
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        return False
+    return True
 
 
 def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:

@@ -2,7 +2,8 @@
 
 What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
 keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
-`GATHER_BYTES_MAX` are copied for a layer each time a volume is opened for writing.
+`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, or folds into the layer while it is
+open: a disk whose snapshots come and go for months in one opening would else have a file for each of them.
 """
 
 import logging
@@ -10,14 +11,14 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onionskin import merging
 from onionskin._copy import CopyJob
 from onionskin._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow
-from onionskin.chain import pending_base_merges
+from onionskin.chain import pending_base_merges, read_chain
 from onionskin.errors import OnionskinError
 from onionskin.files import write_all
+from onionskin.folding import TreeChangedError, put_off
 from onionskin.layermaps import load_layer
 from onionskin.locks import ByteLocks
 from onionskin.modes import make_file
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.store import Store
+    from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
 else:
@@ -54,7 +56,7 @@ def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = Fals
         if not layer.sealed and may_hold_unflushed:
             continue  # what a process that died left unflushed goes over the map that it had
         try:
-            merging.put_off(partial(_gather, store, layer, segments))
+            put_off(partial(_gather, store, layer, segments))
         except (OSError, OnionskinError) as error:
             _log.warning("%s: the segments of layer %s could not be gathered: %s", store.path, layer.id.hex(), error)
 
@@ -67,10 +69,27 @@ def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[Segment
     return [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
 
 
-def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:
+def gather_below(volume: "Volume", layer_id: bytes) -> None:
+    """Gather in a sealed layer of a volume that is open for writing, where the layer has too many segments.
+
+    Reads and writes go on. A layer that cannot be gathered now is left as it is.
+    """
+    catalog = volume.store.catalog
+    with catalog.reading():
+        if catalog.count(SegmentRow, "layer = ?", layer_id) <= SEGMENTS_MAX:
+            return
+        layer, sealed = catalog.layer(layer_id), catalog.rows(SegmentRow, "layer = ?", layer_id)
+        is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
+    put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
+
+
+def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
+    """Gather the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
     locks = ByteLocks(store.layout.lock)
     try:
-        locks.must_share({layer.map_lock_byte, *(row.lock_byte for row in sealed)})
+        wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
+        # What the reader holds nobody frees as a whole; and a scrub, which borrows its lock, frees no slot that is copied.
+        locks.must_share(wanted - reader.locks.shared if reader else wanted)
         _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
         with staged_files(store, ["segment", "map"], layer.wipe) as files:
             segment_file, map_file = files.rows
@@ -86,14 +105,49 @@ def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow]) -> None:
                 )
             sync_directory(store.layout.segments)  # BARRIER: gathered segment name
             sync_directory(store.layout.layers)  # BARRIER: gathered map name
-            store.change(lambda: _switch(store, layer, small, files, slots, written))
+            if reader:
+                _switch_beside_readers(reader, layer, small, files, slots, written)
+            else:
+                store.change(lambda: _switch(store, layer, small, files, slots, written))
     finally:
         locks.close()
+    if reader:
+        store.work_soon()
+
+
+def _switch_beside_readers(
+    volume: "Volume",
+    layer: LayerRow,
+    small: list[SegmentRow],
+    files: StagedFiles,
+    slots: int,
+    written: tuple[int, int, int],
+) -> None:
+    """Switch to the new files, in the catalog and in the data path that reads the old ones."""
+    store, catalog = volume.store, volume.store.catalog
+    segment_file, map_file = files.rows
+    gathered = {row.id for row in small}
+    kept = [row for row in catalog.rows(SegmentRow, "layer = ?", layer.id) if row.id not in gathered]
+
+    def settle() -> None:
+        now = catalog.row(LayerRow, "id = ?", layer.id)
+        if volume.path.poisoned or now is None or now.map_id != map_file.target:
+            volume.path.abort_below()
+        elif volume.path.commit_below():
+            volume.give_up_unread()
+
+    source = (
+        str(store.layout.map_file(map_file.target)), map_file.target, *written,
+        [(segment_file.target, slots), *((row.id, row.slots) for row in kept)],
+    )  # fmt: skip
+    with volume.settling(settle):
+        volume.path.prepare_below(layer=source, dropped=list(gathered), keep_base=True)
+        store.change(lambda: _switch(store, layer, small, files, slots, written, volume))
 
 
 def _refuse_changed(store: "Store", layer: LayerRow) -> None:
     if store.catalog.row(LayerRow, "id = ?", layer.id) != layer:
-        raise merging.TreeChangedError("a layer changed while its segments were gathered; open the volume again")
+        raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
 
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int) -> list[SegmentRow]:
@@ -157,15 +211,16 @@ def _switch(
     files: StagedFiles,
     slots: int,
     written: tuple[int, int, int],
+    reader: "Volume | None" = None,
 ) -> None:
-    """Switch to the new files. Inside a transaction."""
+    """Switch to the new files, which `reader` locks. Inside a transaction."""
     catalog = store.catalog
     _refuse_changed(store, layer)
     segment_file, map_file = files.rows
     for row in small:
         catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
         catalog.delete(SegmentRow, "id = ?", row.id)
-    files.keep()
+    files.keep(reader.locks if reader else None)
     catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     length, frames, crc = written

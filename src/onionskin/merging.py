@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onionskin import folding, hidden, transfer
+from onionskin import folding, gathering, hidden, transfer
 from onionskin.barriers import sync_directory, sync_file
 from onionskin.catalog import (
     BaseRow,
@@ -31,6 +31,7 @@ from onionskin.catalog import (
 )
 from onionskin.chain import Chain, is_same_file, pending_base_merges, read_chain
 from onionskin.errors import ChainError, OnionskinError, StateError
+from onionskin.folding import TreeChangedError, put_off
 from onionskin.layermaps import load_layer
 from onionskin.locks import BaseLock, ByteLocks, is_file_at
 from onionskin.names import some_of
@@ -94,9 +95,11 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
 def _fold_group(volume: "Volume", group: folding.Group) -> bool:
     """Fold layers into the last of them, if that can be done now."""
     *lowers, upper = group
-    if not upper.sealed and len(lowers) > 1:
-        if not _fold_group(volume, lowers):
+    if not upper.sealed:
+        if len(lowers) > 1 and not _fold_group(volume, lowers):
             return False
+        # Below the head, where nobody changes it: what a head has adopted is in its log, and no longer ours to move.
+        gathering.gather_below(volume, lowers[-1].id)
         lowers = [volume.store.catalog.layer(lowers[-1].id)]
 
     def change() -> None:
@@ -109,7 +112,10 @@ def _fold_group(volume: "Volume", group: folding.Group) -> bool:
             _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
             raise
 
-    return put_off(change)
+    folded = put_off(change)
+    if folded and upper.sealed:
+        gathering.gather_below(volume, upper.id)
+    return folded
 
 
 def _check_run_is_gone(store: "Store", run: Sequence[LayerRow]) -> None:
@@ -125,19 +131,6 @@ def _is_being_merged(catalog: Catalog, layers: Sequence[LayerRow]) -> bool:
     """Whether a merge into the base that began and did not end reads a layer: it has to find it as it was."""
     ids = {layer.id for layer in layers}
     return any(below.id in ids for work in catalog.base_merges() for below in catalog.chain(work.target))
-
-
-def put_off(change: Callable[[], None]) -> bool:
-    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
-    try:
-        change()
-    except TreeChangedError:
-        return False
-    except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT):
-            raise
-        return False
-    return True
 
 
 def _nothing_below(layer: LayerRow) -> bool:
@@ -274,10 +267,6 @@ def if_begun(tell: Callable[[], None]) -> None:
 def compact(volume: "Volume") -> None:
     """Write the head's map log anew, without what is dead in it."""
     put_off(lambda: _rewrite(volume, volume.store.catalog.layer(volume.head), None, None))
-
-
-class TreeChangedError(StateError):
-    """Another process changed the layers that were about to be joined."""
 
 
 def _check_unchanged(store: "Store", lowers: Sequence[LayerRow], upper: LayerRow) -> None:

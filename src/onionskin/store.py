@@ -976,11 +976,15 @@ class Store:
 
     def add_scrubs(self, segments: Iterable[bytes], wipe: str) -> None:
         """Note that slots of these segments have to be freed. Inside a transaction."""
-        for id in segments:
-            row = self.catalog.row(SegmentRow, "id = ?", id)
-            if row and not self.catalog.has(PendingRow, "target = ? AND kind = 'scrub'", id):
-                policy = "zero" if "zero" in (wipe, self.catalog.layer(row.layer).wipe) else wipe
-                self.catalog.add_pending("scrub", id, row.lock_byte, policy)
+        rows = self.catalog.rows_in(SegmentRow, "id", segments)
+        noted = {
+            row.target for row in self.catalog.rows_in(PendingRow, "target", [row.id for row in rows], "kind = 'scrub'")
+        }
+        policies = {id: self.catalog.layer(id).wipe for id in {row.layer for row in rows}}
+        for row in rows:
+            if row.id not in noted:
+                policy = "zero" if "zero" in (wipe, policies[row.layer]) else wipe
+                self.catalog.add_pending("scrub", row.id, row.lock_byte, policy)
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""

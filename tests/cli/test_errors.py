@@ -448,7 +448,7 @@ def test_a_stream_that_is_closed_or_full_is_named(vms: Path, command: str, statu
 
 
 @pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def signalled(monkeypatch: pytest.MonkeyPatch, hangup: None) -> Callable[[int], None]:
     """Make a command that copies get a signal when it first tells how far it is."""
 
     def arrange(number: int) -> None:

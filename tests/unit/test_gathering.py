@@ -1,5 +1,7 @@
-"""A layer that merges left with many segments gets few when its volume is opened for writing."""
+"""A layer that merges left with many segments gets few, while its volume is open or when it is opened for writing."""
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,27 @@ from onionskin.gathering import SEGMENTS_MAX
 BLOCK = 4096
 COUNT = 100
 
+Crowd = Callable[[], None]
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    """Have no segments gathered any more, as an older version did while a volume was open; called again, have them."""
+    limits = [SEGMENTS_MAX, 10_000]
+
+    def switch() -> None:
+        monkeypatch.setattr(gathering, "SEGMENTS_MAX", limits[-1])
+        limits.reverse()
+
+    return switch
+
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("into_head", [True, False])
-def test_many_segments_become_few_and_read_the_same(tmp_path: Path, wipe: str, into_head: bool) -> None:
+def test_many_segments_become_few_at_an_opening_and_read_the_same(
+    tmp_path: Path, crowd: Crowd, wipe: str, into_head: bool
+) -> None:
+    crowd()
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=COUNT * BLOCK, wipe=wipe) as web:
             for number in range(COUNT):
@@ -25,6 +44,7 @@ def test_many_segments_become_few_and_read_the_same(tmp_path: Path, wipe: str, i
                 web.merge(f"s{number}")
             before = web.read(0, web.size_bytes)
         assert len(store.catalog.rows(SegmentRow)) > SEGMENTS_MAX
+        crowd()
         with store.open("web") as web:
             assert len(store.catalog.rows(SegmentRow)) <= SEGMENTS_MAX
             assert web.read(0, web.size_bytes) == before
@@ -37,11 +57,69 @@ def test_many_segments_become_few_and_read_the_same(tmp_path: Path, wipe: str, i
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
+@pytest.mark.parametrize("kept", [1, 8])
+def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, kept: int
+) -> None:
+    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 6)
+    monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 2)
+    draw, names = random.Random(kept), []
+    disk = bytearray(COUNT * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=len(disk), wipe=wipe) as web:
+        for number in range(60):
+            for _ in range(3):
+                first, letter = draw.randrange(COUNT) * BLOCK, bytes([1 + number])
+                web.write(first, letter * BLOCK)
+                disk[first : first + BLOCK] = letter * BLOCK
+            web.trim(first := draw.randrange(COUNT) * BLOCK, BLOCK)
+            disk[first : first + BLOCK] = bytes(BLOCK)
+            web.snapshot(f"s{number}")
+            names.append(f"s{number}")
+            if len(names) > kept:
+                web.merge(names.pop(draw.randrange(kept)))
+            assert web.read(0, len(disk)) == disk
+            # Of each layer: what makes it be gathered; and of the head its own and its spare.
+            assert len(store.catalog.rows(SegmentRow)) <= (len(names) + 1) * (6 + 2)
+        store.finish_work()
+        assert {path.stem for path in store.layout.segments.iterdir()} <= {
+            row.id.hex() for row in store.catalog.rows(SegmentRow)
+        }
+    with onionskin.Store(tmp_path / "store") as store:
+        assert store.check() == []
+        with store.open("web") as web:
+            assert web.read(0, len(disk)) == disk
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str
+) -> None:
+    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 4)
+    monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 1)
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK, wipe=wipe) as web:
+        for number in range(4):
+            web.write(number * BLOCK, bytes([1 + number]) * BLOCK)
+            web.snapshot(f"s{number}")
+        expected = bytes(web.read(0, web.size_bytes))
+        store.clone("web", "s3", "twin")
+        with store.open("twin") as twin, store.open("web", snapshot="s3") as view:
+            for name in ("s0", "s1", "s2"):
+                web.merge(name)
+            web.write(9 * BLOCK, b"x" * BLOCK)
+            twin.write(8 * BLOCK, b"y" * BLOCK)
+            assert view.read(0, view.size_bytes) == expected
+            assert twin.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
+            assert web.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
+        store.finish_work()
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("step", ["_copy_slots", "load_layer"])
 def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, step: str
 ) -> None:
-    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 2)
+    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 1000)
     monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 1)
     count = 5
     with onionskin.Store(tmp_path / "store") as store:
@@ -54,6 +132,7 @@ def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
             expected = web.read(0, web.size_bytes)
         for name in ("one", "two"):
             store.clone("web", f"s{count - 1}", name)
+    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 2)
     work = getattr(gathering, step)
     opened: list[bytes] = []
 

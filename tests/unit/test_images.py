@@ -175,6 +175,7 @@ with Store(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_killed_import_leaves_no_volume(store: Store, raw: Path, tmp_path: Path, kind: str, signal_name: str) -> None:
