@@ -922,7 +922,7 @@ def unwiped_by(tree: Tree, entry: Entry) -> list[str]:
     under_way = [
         change.label
         for change in tree.file_changes.get(file, [])
-        if change.data and change.data.strip(b"\0") and begin < change.offset + change.length and change.offset < end
+        if change.data and change.data[max(0, begin - change.offset) : max(0, end - change.offset)].strip(b"\0")
     ]
     what = f"{'unlinked' if entry.kind == UNLINK else f'punched {begin} to {end}'}: {entry.path}"
     if under_way:

@@ -707,6 +707,17 @@ def test_what_was_wiped_before_it_was_unlinked_is_no_problem(root: Path) -> None
     assert freed_unwiped(run(wiping_program, root).replay(), ["segments"]) == []
 
 
+def test_a_header_that_was_written_with_zeros_behind_it_is_no_problem(root: Path) -> None:
+    def program(root: Path) -> None:
+        import os
+
+        os.mkdir(root / "layers")
+        os.pwrite(os.open(root / "layers" / "one", os.O_RDWR | os.O_CREAT, 0o644), b"h" * 4096 + bytes(4096), 0)
+        os.unlink(root / "layers" / "one")
+
+    assert freed_unwiped(run(program, root).replay(), ["layers"]) == []
+
+
 @pytest.mark.parametrize("removed", ["sync", "zeros"])
 def test_what_was_unlinked_before_it_was_wiped_is_found(root: Path, removed: str) -> None:
     recording = run(without(wiping_program, **{removed: False})(root), root)
