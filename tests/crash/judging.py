@@ -89,9 +89,9 @@ def try_workload(
             resumed, checker, kinds=resumed_kinds, limit=resumed_states, seed=0, violations_max=1, begin=index
         )
         tried += report.tried
-        # Not `unwiped`: zeros that were written but not synced are holes in the files that a resumed program finds.
-        if report.violations:
-            return Outcome(tried, f"crashed again in or after a recovery: {report.violations[0]}")
+        violation = str(report.violations[0]) if report.violations else unwiped(resumed) if wipe == "zero" else None
+        if violation is not None:
+            return Outcome(tried, f"crashed again in or after a recovery: {violation}")
     print(f"{seed}, policy {wipe}: {tried} states with those of recoveries, 0 violations")
     return Outcome(tried)
 

@@ -55,6 +55,7 @@ from pathlib import Path
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
+ZERO_PAGE = bytes(PAGE_BYTES)
 KINDS = ("prefix", "durable", "names", "bytes", "zeros", "dropped", "torn", "random")
 RANDOM_STATES_PER_POINT = 4
 TORN_STATES_PER_WRITE = 5
@@ -137,7 +138,12 @@ def parse_log(log: bytes) -> tuple[list[Entry], bool]:
 
 
 class Image:
-    """The bytes of one file, as pages: copies share them, and zero pages take no room."""
+    """The bytes of one file, as pages: copies share them.
+
+    A page that was written is data, also where it is zero; what is not among the pages is a hole. A program that opens
+    what another left tells them apart (SEEK_DATA). Zeros that a killed program had not synced are no hole in the page cache,
+    and whoever wipes writes and syncs them again.
+    """
 
     __slots__ = ("_digest", "mtime_ns", "pages", "size_bytes")
 
@@ -187,22 +193,24 @@ class Image:
         self._digest = None
         end = min(offset + length, self.size_bytes)
         first, last = -(-offset // PAGE_BYTES), end // PAGE_BYTES
-        if last <= first:
-            self.put(offset, bytes(max(0, end - offset)))
+        if last < first:
+            self._clear_part(offset, end)
             return
-        self.put(offset, bytes(first * PAGE_BYTES - offset))
-        self.put(last * PAGE_BYTES, bytes(end - last * PAGE_BYTES))
+        self._clear_part(offset, first * PAGE_BYTES)
+        self._clear_part(last * PAGE_BYTES, end)
         if last - first > len(self.pages):
             self.pages = {index: page for index, page in self.pages.items() if not first <= index < last}
         else:
             for index in range(first, last):
                 self.pages.pop(index, None)
 
+    def _clear_part(self, begin: int, end: int) -> None:
+        """Makes a part of one page read zero; where that is a hole it stays one."""
+        if begin < end and begin // PAGE_BYTES in self.pages:
+            self.put(begin, bytes(end - begin))
+
     def _set(self, index: int, page: bytes) -> None:
-        if page.count(0) == PAGE_BYTES:
-            self.pages.pop(index, None)
-        else:
-            self.pages[index] = page
+        self.pages[index] = ZERO_PAGE if page == ZERO_PAGE else page
 
     def is_zero(self, begin: int, end: int) -> bool:
         """Whether a range reads zero, as far as the file has it."""
@@ -214,7 +222,7 @@ class Image:
         return True
 
     def runs(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of each stretch that is not zero, clipped to the size."""
+        """(offset, bytes) of each stretch that is data, clipped to the size."""
         run: list[bytes] = []
         start = -1
         for index in sorted(self.pages):
@@ -914,7 +922,7 @@ def unwiped_by(tree: Tree, entry: Entry) -> list[str]:
     under_way = [
         change.label
         for change in tree.file_changes.get(file, [])
-        if change.data and change.data.strip(b"\0") and begin < change.offset + change.length and change.offset < end
+        if change.data and change.data[max(0, begin - change.offset) : max(0, end - change.offset)].strip(b"\0")
     ]
     what = f"{'unlinked' if entry.kind == UNLINK else f'punched {begin} to {end}'}: {entry.path}"
     if under_way:

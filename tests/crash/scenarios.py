@@ -36,12 +36,17 @@ class Scenario:
 
 
 def scripted(
-    name: str, *barriers: str, wipe: str = "release", recover_in: Sequence[str] = (), first_states: int | None = None
+    name: str,
+    *barriers: str,
+    wipe: str = "release",
+    recover_in: Sequence[str] = (),
+    first_states: int | None = None,
+    resumed_states: int | None = None,
 ) -> Scenario:
     """A script of the workload. Recoveries begin before each sync of the operations named `recover_in`.
 
-    `first_states` are those of the script itself, where another scenario has them all. Where states are drawn, a few
-    recoveries are, and as many states of them.
+    `first_states` are those of the script itself, where another scenario has them all, and `resumed_states` those of each
+    recovery, where all are too many. Where states are drawn, a few recoveries are, and as many states of them.
     """
 
     def trial(root: Path, source: Path, states: int | None) -> Outcome:
@@ -57,7 +62,7 @@ def scripted(
             steps=0,
             states=first_states or states,
             choose_recoveries=choose_recoveries,
-            resumed_states=None if states is None else states // RECOVERIES_DRAWN,
+            resumed_states=resumed_states if states is None else states // RECOVERIES_DRAWN,
         )
 
     again = f", crashed again in {' and '.join(recover_in)}" if recover_in else ""
@@ -221,6 +226,7 @@ SCENARIOS = (
     scripted("merge into base", "merged base", first_states=1, recover_in=("merge_into_base",)),
     scripted("merge into longer base", "shortened base"),
     scripted("free", "wiped bytes", "rewritten map", "rewritten map name", wipe="zero"),
+    scripted("free", wipe="zero", first_states=1, recover_in=("merge",), resumed_states=40),
     program_scenario("two stores are made", make_store, check_made_stores, "store name"),
     program_scenario(
         "an image is converted", convert_image, check_converted, "exported image", "exported image name"

@@ -19,6 +19,7 @@ from crash.harness import Recording, check_states, choose_states, resume, run
 from crash.replay import (
     ALL,
     KEEP_SIZE,
+    MARK,
     PUNCH_HOLE,
     RECORD,
     RECORD_MAGIC,
@@ -384,6 +385,17 @@ def test_image_agrees_with_a_bytearray() -> None:
         assert image.contents() == plain
 
 
+def test_a_page_is_a_hole_until_it_is_written_and_where_it_was_cleared_as_a_whole() -> None:
+    image = Image(5 * 4096)
+    image.clear(100, 4096)
+    assert list(image.runs()) == []
+    image.put(4096, bytes(3 * 4096))
+    image.clear(3 * 4096 - 1, 4097)
+    assert list(image.runs()) == [(4096, bytes(8192))]
+    image.clear(4096 + 1, 8192)
+    assert list(image.runs()) == [(4096, bytes(4096))]
+
+
 def test_a_write_tears_at_sectors_of_the_file_not_of_the_write() -> None:
     write = change(500, b"n" * 600)
     torn = settle_file(Image.of(b"o" * 2048), [write], Selection(units=lambda _: frozenset({1})))
@@ -609,6 +621,39 @@ def test_what_a_second_program_read_is_lost_unless_it_synced_what_it_found(
     assert contents_below(root) == {"file": b"new!"}
 
 
+def wipe_without_sync_program(root: Path) -> None:
+    """Overwrites the first page with zeros, punches the second, and leaves the third."""
+    import ctypes
+    import os
+
+    file = os.open(root / "file", os.O_RDWR | os.O_CREAT, 0o644)
+    os.pwrite(file, b"o" * 12288, 0)
+    os.fsync(file)
+    os.fsync(os.open(root, os.O_RDONLY))
+    os.pwrite(file, bytes(4096), 0)
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if fallocate(file, 3, 4096, 4096) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def seek_program(root: Path) -> None:
+    """Says where data begins, looked for from each page on."""
+    import os
+
+    from crash.harness import mark
+
+    file = os.open(root / "file", os.O_RDWR)
+    mark(root, " ".join(str(os.lseek(file, page, os.SEEK_DATA)) for page in (0, 4096, 8192)))
+
+
+def test_a_second_program_finds_a_hole_where_the_first_punched_and_not_where_it_wrote_zeros(root: Path) -> None:
+    recording = run(wipe_without_sync_program, root)
+    resumed = resume(recording, len(recording.entries), seek_program)
+    (last,) = (entry.data for entry in resumed.entries if entry.kind == MARK)
+    assert last == b"0 8192 8192"
+
+
 # ---- states on disk ----
 
 
@@ -660,6 +705,17 @@ def wiping_program(root: Path, *, sync: bool = True, zeros: bool = True) -> None
 
 def test_what_was_wiped_before_it_was_unlinked_is_no_problem(root: Path) -> None:
     assert freed_unwiped(run(wiping_program, root).replay(), ["segments"]) == []
+
+
+def test_a_header_that_was_written_with_zeros_behind_it_is_no_problem(root: Path) -> None:
+    def program(root: Path) -> None:
+        import os
+
+        os.mkdir(root / "layers")
+        os.pwrite(os.open(root / "layers" / "one", os.O_RDWR | os.O_CREAT, 0o644), b"h" * 4096 + bytes(4096), 0)
+        os.unlink(root / "layers" / "one")
+
+    assert freed_unwiped(run(program, root).replay(), ["layers"]) == []
 
 
 @pytest.mark.parametrize("removed", ["sync", "zeros"])

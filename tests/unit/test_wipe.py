@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +291,22 @@ def test_bytes_under_an_unwritten_extent_are_overwritten(ext4_mount: Mount) -> N
         assert wipe(fd, [(0, MIB)], zero=True, punch=False, verify=True).bytes_wiped == MIB
     unmount(directory)
     assert canaries_in(image_of(directory)) == 0
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "tmpfs"])
+def test_zeros_that_were_written_and_not_synced_are_written_again(kind: str, request: pytest.FixtureRequest) -> None:
+    """As whoever was killed between the two leaves them: to the next one they are no hole, which is wiped already."""
+    with ExitStack() as stack:
+        directory = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+            if kind == "tmpfs"
+            else request.getfixturevalue(f"{kind}_mount")(64 * MIB)
+        )
+        with canary_file(directory / "file", MIB) as fd:
+            os.pwrite(fd, bytes(MIB), 0)
+        fd = stack.enter_context(opened(directory / "file", os.O_RDWR))
+        assert wipe(fd, [(0, MIB)], zero=True, punch=True).bytes_wiped == MIB
+        assert wipe(fd, [(0, MIB)], zero=True, punch=True).bytes_wiped == 0
 
 
 def test_shared_extents_are_unreachable(xfs_mount: Mount) -> None:
