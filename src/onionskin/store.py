@@ -975,9 +975,13 @@ class Store:
         """Note that slots of these segments have to be freed. Inside a transaction."""
         for id in segments:
             row = self.catalog.row(SegmentRow, "id = ?", id)
-            if row and not self.catalog.has(PendingRow, "target = ? AND kind = 'scrub'", id):
-                policy = "zero" if "zero" in (wipe, self.catalog.layer(row.layer).wipe) else wipe
-                self.catalog.add_pending("scrub", id, row.lock_byte, policy)
+            if row:
+                policies = {wipe, self.catalog.layer(row.layer).wipe}
+                # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
+                noted = "target = ? AND kind = 'scrub'"
+                policies.update(noted_as for (noted_as,) in self.catalog.values(PendingRow, "wipe", noted, id))
+                self.catalog.delete(PendingRow, noted, id)
+                self.catalog.add_pending("scrub", id, row.lock_byte, "zero" if "zero" in policies else wipe)
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
