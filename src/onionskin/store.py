@@ -1047,7 +1047,8 @@ class Store:
 
         SQLite writes one byte of each page of the index and maps it. Where a block of the file system is smaller than a page
         the others have no block then, and with none left the first access to one of them is SIGBUS: no error could tell.
-        Without a reserve it is tried whether there is room, and where there is none the store is not opened.
+        It is tried whether there is room then, since a reserve may have had no blocks: where there is none the store is not
+        opened.
 
         Raises
         ------
@@ -1057,7 +1058,8 @@ class Store:
         with suppress(FileNotFoundError, PermissionError):
             found = os.statvfs(self.layout.root)
             is_short = found.f_bavail * found.f_frsize < CATALOG_ROOM_BYTES and not found.f_flag & os.ST_RDONLY
-            if is_short and not self._give_up_reserve():
+            if is_short:
+                self._give_up_reserve()
                 self._try_room()
 
     def _try_room(self) -> None:
@@ -1071,24 +1073,29 @@ class Store:
             if error.errno in (ENOSPC, EDQUOT):
                 raise OSError(error.errno, os.strerror(error.errno), str(self.layout.catalog)) from None
 
-    def _give_up_reserve(self) -> bool:
-        """Free what is set aside for a full disk; False where there was nothing. While the room is kept."""
+    def _give_up_reserve(self) -> None:
+        """Free what is set aside for a full disk, if anything is. While the room is kept."""
+        self.layout.reserve.unlink(missing_ok=True)
+
+    def _has_reserve(self) -> bool:
+        """Whether room is set aside: a copy of a store that keeps holes, or a kill, leaves a file without blocks."""
         try:
-            self.layout.reserve.unlink()
+            found = self.layout.reserve.lstat()
         except FileNotFoundError:
             return False
-        return True
+        return found.st_size >= RESERVE_BYTES and found.st_blocks > 0
 
     def make_reserve(self) -> None:
         """Set space aside; a disk that has none left goes without, and so does one where somebody uses what was given up.
 
         Who does sets it aside again when he has done.
         """
-        if self.read_only or os.path.lexists(self.layout.reserve):
+        if self.read_only or self._has_reserve():
             return
         with suppress(OSError), locked_directory(self.layout.root, alone=True) as is_unused:
             if not is_unused:
                 return
+            self._give_up_reserve()
             descriptor = make_file(self.layout.reserve)
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
