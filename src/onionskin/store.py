@@ -656,7 +656,8 @@ class Store:
 
         removed = self.change(remove)
         if removed:
-            pending.unlink_files_of(self, id)
+            with suppress(OSError):  # it is removed, and what cannot be unlinked now stays pending
+                pending.unlink_files_of(self, id)
         return removed
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
