@@ -36,7 +36,6 @@ from onionskin.chain import (
     NewHead,
     check_base,
     described_base,
-    digest_of,
     lock_base,
     lock_chain,
     open_chain,
@@ -741,16 +740,12 @@ class Store:
         StateError
             A merge writes the base just now.
         """
-        with described_base(Path(base)) as new:
+        with described_base(Path(base), digest=verify) as new:
             if self.layout.holds(Path(new.path)):
                 raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
-            new_digest = None
-            if verify:
-                with open(new.path, "rb") as file:
-                    new_digest = digest_of(file.fileno())
-            self.change(lambda: self._relocate(name, new, new_digest, trust=trust, verify=verify))
+            self.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
-    def _relocate(self, name: str, new: BaseRow, new_digest: bytes | None, *, trust: bool, verify: bool) -> None:
+    def _relocate(self, name: str, new: BaseRow, *, trust: bool, verify: bool) -> None:
         """Change the rows of a base. Inside a transaction."""
         catalog = self.catalog
         row = catalog.volume(name)
@@ -766,7 +761,7 @@ class Store:
             )
         if verify and old.digest is None:
             raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
-        if verify and new_digest != old.digest:
+        if verify and new.digest != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
