@@ -215,6 +215,18 @@ def wants_zeros(descriptor: int) -> bool:
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
+def segment_wants_zeros(path: Path) -> bool:
+    """Whether a segment has to be wiped, by its header. FileNotFoundError where there is none yet, or no more.
+
+    It is looked at before a data path has opened it: what somebody put there in its place is not followed or waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return wants_zeros(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
