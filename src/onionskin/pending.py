@@ -45,6 +45,7 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 
     What fails stays pending and is logged: the damage of one volume is no concern of the others.
     """
+    store.catalog.bury_unknown()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[PendingRow] = []
     condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
