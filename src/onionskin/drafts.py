@@ -182,7 +182,8 @@ def _drop(store: "Store", id: bytes) -> None:
             free_unneeded(catalog, row.head)
 
     store.change(remove)
-    unlink_files_of(store, id)
+    with suppress(OSError):  # it is dropped, and what cannot be unlinked now stays pending
+        unlink_files_of(store, id)
     store.work_soon()
 
 

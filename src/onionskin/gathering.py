@@ -22,7 +22,7 @@ from onionskin.folding import TreeChangedError, put_off
 from onionskin.layermaps import load_layer
 from onionskin.locks import ByteLocks
 from onionskin.modes import make_file
-from onionskin.pending import wants_zeros
+from onionskin.pending import segment_wants_zeros
 from onionskin.staging import StagedFiles, staged_files
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
 
 def _wants_zeros(store: "Store", row: SegmentRow) -> bool:
     """Whether a segment came from a volume whose freed space is wiped: so must be what it is copied to."""
-    with store.layout.segment_file(row.id).open("rb", buffering=0) as file:
-        return wants_zeros(file.fileno())
+    return segment_wants_zeros(store.layout.segment_file(row.id))
 
 
 def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
 from onionskin.layermaps import load_durable, load_layer, locked_maps
-from onionskin.pending import wants_zeros
+from onionskin.pending import segment_wants_zeros
 
 if TYPE_CHECKING:
     import numpy
@@ -89,11 +89,8 @@ def wants_wiping(store: "Store", above: Above) -> bool:
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
     for segment in store.catalog.rows(SegmentRow, "layer = ?", above.layer.id):
-        with (
-            suppress(FileNotFoundError),  # nothing was written to it, or it was freed meanwhile
-            store.layout.segment_file(segment.id).open("rb", buffering=0) as file,
-        ):
-            if wants_zeros(file.fileno()):
+        with suppress(FileNotFoundError):  # nothing was written to it, or it was freed meanwhile
+            if segment_wants_zeros(store.layout.segment_file(segment.id)):
                 return True
     return False
 

@@ -32,6 +32,7 @@ _IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 # A head's log is read beside its writer: two frames that come in the midst of it look as if one was missing.
 _TRIES = 3
 STRETCHES_MAX = 256
+FILLED_MAX = 1 << 16
 
 Found = TypeVar("Found")
 
@@ -57,8 +58,10 @@ def locked_maps(
             with store.catalog.reading():
                 found = find()
             layers = layers_of(found)
-            wanted = in_few_stretches({layer.map_lock_byte for layer in layers})
-            if locks.take_shared(wanted) and _are_named(store.catalog, layers):
+            wanted = {layer.map_lock_byte for layer in layers}
+            # Between them may be a byte that somebody has alone for hours: of a file that is being made, or wiped.
+            is_held = locks.take_shared(in_few_stretches(wanted)) or locks.take_shared(wanted)
+            if is_held and _are_named(store.catalog, layers):
                 break
             locks.keep_shared(())
             if time.monotonic() > deadline:
@@ -75,12 +78,17 @@ def in_few_stretches(numbers: set[int]) -> set[int]:
     """Add numbers that lie between those given, until they are no more than STRETCHES_MAX stretches.
 
     The time for a lock grows with the locks that a file has. A byte that is locked for nothing only keeps what belongs to it
-    from being freed until these locks are given up.
+    from being freed until these locks are given up. Gaps that have more than FILLED_MAX numbers together stay: each
+    number is kept in memory, and the bytes of a volume's layers lie as far apart as the other volumes are busy.
     """
     ordered = sorted(numbers)
     gaps = sorted(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
     filled = set(numbers)
+    room = FILLED_MAX
     for before, after in gaps[: max(len(gaps) + 1 - STRETCHES_MAX, 0)]:
+        room -= after - before - 1
+        if room < 0:
+            break
         filled.update(range(before + 1, after))
     return filled
 

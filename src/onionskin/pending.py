@@ -45,6 +45,7 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
 
     What fails stays pending and is logged: the damage of one volume is no concern of the others.
     """
+    store.catalog.bury_unknown()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[PendingRow] = []
     condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
@@ -213,6 +214,18 @@ def wants_zeros(descriptor: int) -> bool:
     """Whether the header of a segment or a map says that it has to be wiped, whatever volume it belongs to by now."""
     header = os.pread(descriptor, HEADER_BYTES, 0)
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
+
+
+def segment_wants_zeros(path: Path) -> bool:
+    """Whether a segment has to be wiped, by its header. FileNotFoundError where there is none yet, or no more.
+
+    It is looked at before a data path has opened it: what somebody put there in its place is not followed or waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return wants_zeros(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:

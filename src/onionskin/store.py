@@ -36,7 +36,6 @@ from onionskin.chain import (
     NewHead,
     check_base,
     described_base,
-    digest_of,
     lock_base,
     lock_chain,
     open_chain,
@@ -659,7 +658,8 @@ class Store:
 
         removed = self.change(remove)
         if removed:
-            pending.unlink_files_of(self, id)
+            with suppress(OSError):  # it is removed, and what cannot be unlinked now stays pending
+                pending.unlink_files_of(self, id)
         return removed
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
@@ -743,16 +743,12 @@ class Store:
         StateError
             A merge writes the base just now.
         """
-        with described_base(Path(base)) as new:
+        with described_base(Path(base), digest=verify) as new:
             if self.layout.holds(Path(new.path)):
                 raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
-            new_digest = None
-            if verify:
-                with open(new.path, "rb") as file:
-                    new_digest = digest_of(file.fileno())
-            self.change(lambda: self._relocate(name, new, new_digest, trust=trust, verify=verify))
+            self.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
-    def _relocate(self, name: str, new: BaseRow, new_digest: bytes | None, *, trust: bool, verify: bool) -> None:
+    def _relocate(self, name: str, new: BaseRow, *, trust: bool, verify: bool) -> None:
         """Change the rows of a base. Inside a transaction."""
         catalog = self.catalog
         row = catalog.volume(name)
@@ -768,7 +764,7 @@ class Store:
             )
         if verify and old.digest is None:
             raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
-        if verify and new_digest != old.digest:
+        if verify and new.digest != old.digest:
             raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
@@ -976,15 +972,16 @@ class Store:
 
     def add_scrubs(self, segments: Iterable[bytes], wipe: str) -> None:
         """Note that slots of these segments have to be freed. Inside a transaction."""
-        rows = self.catalog.rows_in(SegmentRow, "id", segments)
-        noted = {
-            row.target for row in self.catalog.rows_in(PendingRow, "target", [row.id for row in rows], "kind = 'scrub'")
-        }
-        policies = {id: self.catalog.layer(id).wipe for id in {row.layer for row in rows}}
+        rows = self.catalog.rows_in(SegmentRow, "id", set(segments))
+        noted = self.catalog.rows_in(PendingRow, "target", [row.id for row in rows], "kind = 'scrub'")
+        # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
+        for work in noted:
+            self.catalog.delete(PendingRow, "id = ?", work.id)
+        zero = {work.target for work in noted if work.wipe == "zero"}
+        zero_layers = {id for id in {row.layer for row in rows} if self.catalog.layer(id).wipe == "zero"}
         for row in rows:
-            if row.id not in noted:
-                policy = "zero" if "zero" in (wipe, policies[row.layer]) else wipe
-                self.catalog.add_pending("scrub", row.id, row.lock_byte, policy)
+            is_zero = wipe == "zero" or row.id in zero or row.layer in zero_layers
+            self.catalog.add_pending("scrub", row.id, row.lock_byte, "zero" if is_zero else wipe)
 
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
@@ -1050,7 +1047,8 @@ class Store:
 
         SQLite writes one byte of each page of the index and maps it. Where a block of the file system is smaller than a page
         the others have no block then, and with none left the first access to one of them is SIGBUS: no error could tell.
-        Without a reserve it is tried whether there is room, and where there is none the store is not opened.
+        It is tried whether there is room then, since a reserve may have had no blocks: where there is none the store is not
+        opened.
 
         Raises
         ------
@@ -1060,7 +1058,8 @@ class Store:
         with suppress(FileNotFoundError, PermissionError):
             found = os.statvfs(self.layout.root)
             is_short = found.f_bavail * found.f_frsize < CATALOG_ROOM_BYTES and not found.f_flag & os.ST_RDONLY
-            if is_short and not self._give_up_reserve():
+            if is_short:
+                self._give_up_reserve()
                 self._try_room()
 
     def _try_room(self) -> None:
@@ -1074,24 +1073,29 @@ class Store:
             if error.errno in (ENOSPC, EDQUOT):
                 raise OSError(error.errno, os.strerror(error.errno), str(self.layout.catalog)) from None
 
-    def _give_up_reserve(self) -> bool:
-        """Free what is set aside for a full disk; False where there was nothing. While the room is kept."""
+    def _give_up_reserve(self) -> None:
+        """Free what is set aside for a full disk, if anything is. While the room is kept."""
+        self.layout.reserve.unlink(missing_ok=True)
+
+    def _has_reserve(self) -> bool:
+        """Whether room is set aside: a copy of a store that keeps holes, or a kill, leaves a file without blocks."""
         try:
-            self.layout.reserve.unlink()
+            found = self.layout.reserve.lstat()
         except FileNotFoundError:
             return False
-        return True
+        return found.st_size >= RESERVE_BYTES and found.st_blocks > 0
 
     def make_reserve(self) -> None:
         """Set space aside; a disk that has none left goes without, and so does one where somebody uses what was given up.
 
         Who does sets it aside again when he has done.
         """
-        if self.read_only or os.path.lexists(self.layout.reserve):
+        if self.read_only or self._has_reserve():
             return
         with suppress(OSError), locked_directory(self.layout.root, alone=True) as is_unused:
             if not is_unused:
                 return
+            self._give_up_reserve()
             descriptor = make_file(self.layout.reserve)
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)

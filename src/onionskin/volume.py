@@ -405,7 +405,8 @@ class Volume:
     def view(self, offset: int, length: int) -> "Bytes":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
 
-        The array keeps its files pinned, also past `close`. An access to it is outside the SIGBUS guard: a file that somebody
+        The array keeps its files pinned, also past `close`: a head that it shows cannot be opened for writing before it is
+        gone. An access to it is outside the SIGBUS guard: a file that somebody
         cuts short under it, or a medium that fails, ends the process.
 
         Parameters
@@ -425,7 +426,7 @@ class Volume:
         ValueError
             The range passes the end of the volume.
         """
-        return self._on_path(lambda path: path.view(offset, length, (self._locks, self.base_lock)))
+        return self._on_path(lambda path: path.view(offset, length, (self._locks, self.base_lock, self._read_lock)))
 
     def flush(self) -> None:
         """Make everything that was written before the call durable.
@@ -1198,12 +1199,16 @@ class Volume:
             self._release_view()
             return
         self.path.close()
+        if self._read_lock:
+            # As of a view: they end with the last array over the head, which a writer would change under it.
+            self._locks = self.base_lock = self._read_lock = None
+            self._released = True
+            return
         self.locks.close()
         if self.base_lock:
             self.base_lock.close()
-        for lock in (self._volume_lock, self._read_lock):
-            if lock:
-                lock.close()
+        if self._volume_lock:
+            self._volume_lock.close()
         self._released = True
 
     def _release_view(self) -> None:

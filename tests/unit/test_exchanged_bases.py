@@ -2,11 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import onionskin
+from onionskin import store as stores
+from onionskin.catalog import BaseRow
 
 SIZE = 1 << 20
 
@@ -104,3 +107,25 @@ def test_a_base_that_another_volume_has_under_another_name_is_not_merged_into(
         with pytest.raises(onionskin.StateError, match="other"):
             web.merge_into_base()
     assert base.read_bytes() == b"b" * SIZE
+
+
+def test_the_digest_that_lets_a_base_be_relocated_is_that_of_the_file_that_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, moved = tmp_path / "image.raw", tmp_path / "moved.raw"
+    image.write_bytes(b"b" * SIZE)
+    moved.write_bytes(b"x" * SIZE)
+    describe = stores.described_base
+
+    @contextmanager
+    def and_exchanged(path: Path, **how: bool) -> Iterator[BaseRow]:
+        with describe(path, **how) as row:
+            shutil.copy(image, tmp_path / "right.raw")
+            (tmp_path / "right.raw").rename(moved)
+            yield row
+
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", base=image, digest=True).close()
+        monkeypatch.setattr(stores, "described_base", and_exchanged)
+        with pytest.raises(onionskin.VerifyError):
+            store.relocate("web", base=moved, verify=True)

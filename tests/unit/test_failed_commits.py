@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import onionskin
+from onionskin import merging
 from onionskin.catalog import CommitUnknownError
 
 BLOCK = 4096
@@ -23,12 +24,16 @@ class UnsyncedConnection:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self._index = connection, path.with_name(f"{path.name}-shm")
-        self.failures = 0
+        self.failures = self.refused_writes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
 
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        if statement == "COMMIT" and self.refused_writes and not self.failures:
+            self.refused_writes -= 1
+            self._connection.execute("ROLLBACK")
+            raise io_error(sqlite3.SQLITE_IOERR_WRITE)
         if statement != "COMMIT" or not self.failures:
             return self._connection.execute(statement, *values)
         self.failures -= 1
@@ -37,9 +42,13 @@ class UnsyncedConnection:
             self._connection.execute(statement)
             index.seek(0)
             index.write(before)
-        error = sqlite3.OperationalError("disk I/O error")
-        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
-        raise error
+        raise io_error(sqlite3.SQLITE_IOERR_FSYNC)
+
+
+def io_error(code: int) -> sqlite3.Error:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = code
+    return error
 
 
 @pytest.fixture
@@ -116,3 +125,43 @@ def test_where_nothing_can_be_committed_any_more_a_volume_takes_no_write_that_a_
         assert found.read(0, BLOCK) == b"n" * BLOCK
         assert {snapshot.name for snapshot in found.snapshots} <= {"old", "new"}
         assert errors_of(left) == []
+
+
+def test_a_volume_whose_change_may_come_back_is_opened_only_once_that_is_over(
+    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection
+) -> None:
+    unsynced.failures, unsynced.refused_writes = 1, 2
+    with pytest.raises(CommitUnknownError):
+        web.snapshot("new")
+    web.close()
+    with pytest.raises(OSError, match="disk I/O error"):
+        store.open("web")
+    with store.open("web") as again:
+        again.write(BLOCK, b"later" * 100)
+        again.flush()
+        with crashed(store) as left, left.open("web") as found:
+            assert found.read(BLOCK, 500) == b"later" * 100
+            assert errors_of(left) == []
+
+
+def test_no_file_is_freed_that_a_change_which_may_come_back_names(
+    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.snapshot("newer")
+    web.write(0, b"N" * BLOCK)
+    web.snapshot("newest")
+    store.finish_work()
+    write_map = merging._write_map
+
+    def and_fail_to_commit(*arguments: Any) -> tuple[int, int, int]:
+        unsynced.failures, unsynced.refused_writes = 1, 1000
+        return write_map(*arguments)
+
+    monkeypatch.setattr(merging, "_write_map", and_fail_to_commit)
+    with pytest.raises(CommitUnknownError):
+        web.merge("newer")
+    with crashed(store) as left:
+        assert errors_of(left) == []
+        with left.open("web", snapshot="newest") as found:
+            assert found.read(0, BLOCK) == b"N" * BLOCK
+    unsynced.refused_writes = 0

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin import store as stores
+from onionskin.store import RESERVE_BYTES
 
 MIB = 1 << 20
 SYSTEMS = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
@@ -179,3 +181,29 @@ def test_a_catalog_that_meets_the_limit_says_so(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert [volume.name for volume in store.volumes()] == ["web"]
         store.rename("web", "other")
+
+
+@pytest.mark.parametrize("size_bytes", [0, RESERVE_BYTES])
+def test_a_reserve_without_blocks_is_set_aside_anew(tmp_path: Path, size_bytes: int) -> None:
+    """A kill leaves an empty one, and a copy that keeps holes one that is a hole."""
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        reserve = store.layout.reserve
+        reserve.unlink()
+        reserve.touch(mode=0o600)
+        os.truncate(reserve, size_bytes)
+        store.open("web").close()
+        assert reserve.stat().st_blocks * 512 >= reserve.stat().st_size == RESERVE_BYTES
+
+
+def test_a_full_disk_whose_reserve_has_no_blocks_is_looked_at_before_the_catalog_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        os.truncate(store.layout.reserve, 0)
+        looked: list[bool] = []
+        monkeypatch.setattr(stores, "CATALOG_ROOM_BYTES", 1 << 62)
+        monkeypatch.setattr(store, "_try_room", lambda: looked.append(store.layout.reserve.exists()))
+        store._make_room_for_catalog()
+        assert looked == [False]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin.pending import segment_wants_zeros
 
 BLOCK = 4096
 PRECIOUS = b"precious\n" * 1000
@@ -91,6 +92,16 @@ def test_a_hard_link_to_a_lock_is_refused_and_not_cut_off(root: Path, victim: Pa
         with pytest.raises(onionskin.StateError, match="hard link"):
             store.open("web")
         path.unlink()
+
+
+def test_whether_a_segment_has_to_be_wiped_is_asked_through_no_link_and_of_no_pipe(root: Path, tmp_path: Path) -> None:
+    (segment, *_) = (root / "segments").iterdir()
+    assert segment_wants_zeros(segment)
+    (tmp_path / "link").symlink_to(segment)
+    os.mkfifo(tmp_path / "pipe")
+    for made in ("link", "pipe"):
+        with pytest.raises(OSError, match=made if made == "link" else "seek"):
+            segment_wants_zeros(tmp_path / made)
 
 
 @pytest.mark.parametrize("kind", ["segments", "layers"])

@@ -267,6 +267,30 @@ def test_many_stretches_of_bytes_are_locked_as_few() -> None:
     assert layermaps.in_few_stretches({1, 5, 9}) == {1, 5, 9}
 
 
+def test_few_numbers_are_added_where_all_lie_far_apart() -> None:
+    numbers = set(range(0, 300 << 12, 1 << 12)) | {3}
+    filled = layermaps.in_few_stretches(numbers)
+    assert numbers <= filled
+    assert len(filled) <= len(numbers) + layermaps.FILLED_MAX
+
+
+def test_a_byte_that_somebody_has_alone_is_in_nobodys_way_but_that_of_its_own_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a flatten of another volume took, and has for as long as it copies."""
+    monkeypatch.setattr(layermaps, "STRETCHES_MAX", 1)
+    monkeypatch.setattr(layermaps, "LOCK_WAIT_SECONDS", 0.0)
+    with onionskin.Store(tmp_path / "store") as store:
+        volume = store.create("v", size="1M")
+        volume.snapshot("a")
+        between = store.change(store.catalog.take_lock_byte)
+        volume.snapshot("b")
+        volume.close()
+        with store.locks.exclusive(between) as held:
+            assert held
+            assert [usage.snapshot for usage in store.usage("v")] == ["a", "b", None]
+
+
 def test_a_diff_of_an_open_head_is_what_is_durable(tmp_path: Path) -> None:
     """It never mixes what is being written with what was flushed."""
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="1M") as volume:

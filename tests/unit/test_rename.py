@@ -1,5 +1,6 @@
 """A handle follows its volume, and not its name."""
 
+from errno import EIO
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,23 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(onionskin.StateError, match="closed"):
         store.volumes()
+
+
+def test_a_volume_that_is_removed_is_reported_so_where_its_lock_cannot_be_unlinked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M").close()
+        (lock,) = store.layout.volumes.glob("*.lock")
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "work_soon", lambda: None)
+            patch.setattr(Path, "unlink", refuse)
+            store.delete("web")
+        assert store.volumes() == [] and lock.exists()
+        store.work_soon()
+        store.finish_work()
+        assert not lock.exists()
+
+
+def refuse(path: Path, **_: bool) -> None:
+    raise OSError(EIO, "input/output error", str(path))

@@ -59,3 +59,15 @@ def test_a_view_that_is_opened_again_after_the_last_was_closed_is_made_anew(stor
     with store.open("web", snapshot="clean") as second:
         assert second.path is not path
         assert second.read(0, BLOCK) == b"a" * BLOCK
+
+
+def test_an_array_over_a_head_keeps_writers_from_it_also_past_close(store: onionskin.Store) -> None:
+    head = store.open("web", mode="r")
+    array = head.view(0, BLOCK)
+    head.close()
+    with pytest.raises(onionskin.StateError, match="open for reading"):
+        store.open("web")
+    assert bytes(array) == b"a" * BLOCK
+    del array
+    with store.open("web") as web:
+        web.write(0, b"b" * BLOCK)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin import checking
-from onionskin.catalog import LayerRow, SegmentRow
+from onionskin import checking, pending
+from onionskin.catalog import LayerRow, PendingRow, SegmentRow
 from onionskin.pending import do_pending
 
 SIZE = 1 << 20
@@ -142,3 +142,39 @@ def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage
         monkeypatch.setattr(checking, "_segment_fault", delete_and_look)
         assert [problem for problem in store.check() if problem.severity == "error"] == []
         assert [info.name for info in store.volumes()] == ["left"]
+
+
+def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has done the work for the map of before, and its row is still there when there is more of it."""
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE, wipe="zero") as web:
+        web.write(0, SECRET)
+        web.snapshot("a")
+        web.merge("a")  # the head adopts the segment
+        store.finish_work()
+        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        store.change(lambda: store.add_scrubs([segment.id], "release"))
+        forget = pending._forget
+
+        def free_more_and_forget(*work: Any, **how: bool) -> None:
+            web.trim(0, len(SECRET))
+            web.flush()
+            forget(*work, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "work_soon", lambda: None)
+            patch.setattr(pending, "_forget", free_more_and_forget)
+            do_pending(store)
+        do_pending(store)
+        assert not any(SECRET[:8] in path.read_bytes() for path in store.layout.segments.iterdir())
+
+
+def test_a_scrub_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
+        web.write(0, SECRET)
+        web.snapshot("a")
+        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        for wipe in ("release", "zero", "release"):
+            store.change(lambda: store.add_scrubs([segment.id], wipe))  # noqa: B023
+        assert [row.wipe for row in store.catalog.rows(PendingRow, "kind = 'scrub'")] == ["zero"]

@@ -66,6 +66,7 @@ class Catalog:
         self._guard = threading.RLock()
         self._forked = False
         self._changing = False
+        self._is_unknown = False  # how a commit ended, as long as none was written over it
         self._lock_byte_taken = 0
         if not path.exists():
             if not create:
@@ -137,6 +138,7 @@ class Catalog:
         by the checkpoint that moved it. The names are durable: SQLite syncs the log's header, and the directory with it,
         before the first frame.
         """
+        self.bury_unknown()
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             busy = self._checkpoint()  # BARRIER: opened catalog
@@ -200,10 +202,22 @@ class Catalog:
             try:
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
+                was_unknown, self._is_unknown = self._is_unknown, True
                 self._roll_back()
                 if not self._committed(stamp):
-                    self._bury(error)
+                    self._is_unknown = not self._bury(error) and was_unknown
                     raise
+            self._is_unknown = False
+
+    def bury_unknown(self) -> None:
+        """Write over a commit of which nobody knows how it ended, if there was one: a crash may bring it back until then.
+
+        Before anything is trusted that it would undo: a head that is opened to be written, a file that it names and that is
+        freed since nobody sees that.
+        """
+        if self._is_unknown and not self.read_only:
+            with self._transaction():
+                pass
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
@@ -224,8 +238,8 @@ class Catalog:
                 "and open it again"
             ) from error
 
-    def _bury(self, error: sqlite3.Error) -> None:
-        """Make sure that a transaction whose COMMIT failed does not come back after a crash.
+    def _bury(self, error: sqlite3.Error) -> bool:
+        """Make sure that a transaction whose COMMIT failed does not come back after a crash; returns whether one could have.
 
         Where all of it was written and only the sync failed, nobody sees it, since the log's index was not told; but whoever
         makes the index anew after a crash finds it whole in the log, under all that was done since. The next commit is
@@ -233,7 +247,7 @@ class Catalog:
         nobody takes for one.
         """
         if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
-            return
+            return False
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("UPDATE store SET stamp = ?", (os.urandom(16),))
@@ -244,6 +258,7 @@ class Catalog:
                 f"{self.path}: a commit failed ({error}), and so did the next one ({again}): the first may be found done "
                 "after a crash; close the store, mend the disk, and open it again"
             ) from error
+        return True
 
     @contextmanager
     def reading(self) -> Iterator[None]:
