@@ -145,7 +145,7 @@ FAULTS = [
     ),
     Fault(
         "A9: a commit whose sync failed is left in the log",
-        (Edit("src/onionskin/catalog/connection.py", "                    self._bury(error)\n", ""),),
+        (Edit("src/onionskin/catalog/connection.py", "not self._bury(error) and was_unknown", "was_unknown"),),
         _pairs("snapshot", "write", "same", "threads", "release", "unsynced"),
     ),
     Fault(
