@@ -2,7 +2,7 @@
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
-``ONIONSKIN_ONLY=head`` builds only what is made of that kernel (or the module of that name), as the crash tests do.
+``ONIONSKIN_ONLY=csrc/head.c`` builds only the modules that are made of that file, as the crash tests do.
 """
 
 import os
@@ -21,13 +21,13 @@ _OPEN = ["volume", "opening", "head", "journal", "below", "segment", "mappings"]
 _VOLUME = [*_OPEN, "barrier", "epoch", "fault", "site", "wipe", *_MAP]
 _NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
 EXTENSIONS = {
-    "_blockmap": ["blockmap", "mapbuild"],
-    "_copy": ["copy", "linux_io"],
-    "_maplog": [*_MAP, "owners"],
+    "kernels._blockmap": ["blockmap", "mapbuild"],
+    "kernels._copy": ["copy", "linux_io"],
+    "kernels._maplog": [*_MAP, "owners"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
-    "_nbd": [*(f"nbd_{part}" for part in _NBD), "plan", *_VOLUME],
-    "_volume": _VOLUME,
-    "_wipe": ["wipe", "linux_io"],
+    "nbd._nbd": [*(f"nbd_{part}" for part in _NBD), "plan", *_VOLUME],
+    "kernels._volume": _VOLUME,
+    "kernels._wipe": ["wipe", "linux_io"],
 }
 
 if sys.platform != "linux":
@@ -75,13 +75,10 @@ class BuildObjectsOnce(build_ext):
 
 
 extensions = [
-    Extension(
-        f"onionskin.{module}",
-        sources=[f"src/onionskin/{module}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)],
-        extra_link_args=link_args,
-    )
+    Extension(f"onionskin.{module}", sources=sources, extra_link_args=link_args)
     for module, kernels in EXTENSIONS.items()
-    if only is None or only in (module, *kernels)
+    for sources in [[f"src/onionskin/{module.replace('.', '/')}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)]]
+    if only is None or only in sources
 ]
 setup(
     cmdclass={"build_ext": BuildObjectsOnce},

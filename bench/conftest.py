@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rig.race import CLOCK, Race, Setting
 
-from onionskin.sizes import parse_size
+from onionskin.base.sizes import parse_size
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

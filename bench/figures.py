@@ -42,9 +42,9 @@ from rig.pauses import measure_pauses
 from rig.waits import Stopwatch, undisturbed
 
 import onionskin
-from onionskin._blockmap import BlockMap
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant, Samples, duration, interleave, one_round, ratio
+from onionskin.kernels._blockmap import BlockMap
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant, Samples, duration, interleave, one_round, ratio
 
 MIB = 1 << 20
 READS = 65536

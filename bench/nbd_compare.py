@@ -173,7 +173,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def serve(base: Path, directory: Path) -> None:
     """Serve a fresh overlay on the base until standard input ends."""
-    from onionskin._nbd import NbdServer
+    from onionskin.nbd._nbd import NbdServer
     from onionskin.store import Store
 
     with Store(directory / "store") as store, store.create("web", base=base) as volume:

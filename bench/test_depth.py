@@ -9,7 +9,7 @@ from rig.disks import BLOCK, blocks_of, scattered, write_layers
 from rig.race import CLOCK, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench.timing import Contestant
+from onionskin.measure.timing import Contestant
 
 DEPTHS = (1, 16, 64, 256)
 READS = 16384

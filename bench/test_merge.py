@@ -10,8 +10,8 @@ from rig.disks import make_flat, scattered, write_extents
 from rig.race import CLOCK, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 INTO_BASE = "onionskin merge_into_base"
 MEMBERS = (INTO_BASE, "onionskin merge of a name", "qemu-img commit", "onionskin export", "qemu-img convert")

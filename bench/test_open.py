@@ -7,9 +7,9 @@ from rig.disks import BLOCK, GIB, scattered, write_layers
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
 
 import onionskin
-from onionskin._blockmap import BlockMap
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.kernels._blockmap import BlockMap
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 OPEN = (ENGINE, "a view of the snapshot", "a second view of it", "qemu-io of the qcow2 chain")
 LAYERS, DISK = 64, 64 * GIB

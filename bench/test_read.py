@@ -12,8 +12,8 @@ from rig.nbdkit import cow_server, nbd_bench
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 HOT = (ENGINE, "one readinto each", "pread loop in C", "memcpy loop in C (mmap)", "os.preadv", "qcow2 (qemu-img bench)")
 HOT += ("nbdkit cow (qemu-img bench)",)

@@ -9,8 +9,8 @@ from rig.disks import make_flat, write_extents
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 MIB = 1 << 20
 REVERT = (ENGINE, "copy put back (cp + fsync)", "fresh qcow2 overlay (qemu-img create + fsync)")

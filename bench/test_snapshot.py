@@ -10,8 +10,8 @@ from rig.live_qemu import QEMU, live_disk
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 LIVE = "QEMU live blockdev-snapshot-sync"
 MEMBERS = (ENGINE, "cp + fsync", "shutil.copyfile + fsync", "cp --reflink + fsync", "qemu-img create -b + fsync")

@@ -12,8 +12,8 @@ from rig.nbdkit import cow_server, nbd_bench
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
 
 import onionskin
-from onionskin.bench import peers
-from onionskin.bench.timing import Contestant
+from onionskin.measure import peers
+from onionskin.measure.timing import Contestant
 
 QCOW2 = {"qcow2, default clusters (qemu-img bench)": "", "qcow2, extended_l2 (qemu-img bench)": "extended_l2=on"}
 MEMBERS = (ENGINE, "pwrite loop in C + fdatasync", *QCOW2, "nbdkit cow (qemu-img bench)")

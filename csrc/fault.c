@@ -70,6 +70,13 @@ static void on_sigbus(int signal_number, siginfo_t *info, void *ucontext) {
     pass_on(signal_number, info, ucontext);
 }
 
+/* How much of a path names the package that an extension module lies in: it is in a folder of it. */
+static size_t package_of(const char *path) {
+    const char *file = strrchr(path, '/');
+    const char *folder = file ? memrchr(path, '/', (size_t)(file - path)) : NULL;
+    return folder ? (size_t)(folder - path) : 0;
+}
+
 /* Ours, or that of another extension module with this code, which hands on to ours once it was installed over it. */
 static int is_ours(const struct sigaction *action) {
     Dl_info of_theirs, of_ours;
@@ -80,10 +87,9 @@ static int is_ours(const struct sigaction *action) {
     if (!installs || !dladdr || !dladdr((void *)(uintptr_t)action->sa_sigaction, &of_theirs) ||
         !dladdr((void *)(uintptr_t)on_sigbus, &of_ours) || !of_theirs.dli_fname || !of_ours.dli_fname)
         return 0;
-    const char *theirs = strrchr(of_theirs.dli_fname, '/'), *ours = strrchr(of_ours.dli_fname, '/');
-    size_t folder = ours ? (size_t)(ours - of_ours.dli_fname) : 0;
-    return theirs && folder && (size_t)(theirs - of_theirs.dli_fname) == folder &&
-           !memcmp(of_theirs.dli_fname, of_ours.dli_fname, folder);
+    size_t package = package_of(of_ours.dli_fname);
+    return package && package_of(of_theirs.dli_fname) == package &&
+           !memcmp(of_theirs.dli_fname, of_ours.dli_fname, package);
 }
 
 int onion_fault_install(void) {

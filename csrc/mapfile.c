@@ -29,7 +29,7 @@ int onion_open_file(const char *path, int flags) {
     return status;
 }
 
-/* Whether the directory of a file is shared with its group; -errno. src/onionskin/modes.py asks the same. */
+/* Whether the directory of a file is shared with its group; -errno. src/onionskin/base/modes.py asks the same. */
 static int is_in_shared_directory(const char *path) {
     char directory[PATH_MAX];
     const char *slash = strrchr(path, '/');

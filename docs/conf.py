@@ -58,7 +58,7 @@ nitpick_ignore = [
             "ReadableBuffer",
             "WipePolicy",
             "WritableBuffer",
-        ),  # onionskin.annotations
+        ),  # onionskin.base.annotations
         *("array", "buffer", "sequence", "uint8"),
         "callable",
         "collections.abc.Callable",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onionskin._nbd import NbdServer
+from onionskin.nbd._nbd import NbdServer
 from onionskin.store import Store
 
 

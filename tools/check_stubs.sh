@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tree=$PWD
-modules=$(cd src/onionskin && printf 'onionskin.%s ' $(basename -s .pyx _*.pyx))
+modules=$(cd src && printf '%s\n' onionskin/*/_*.pyx | sed 's/\.pyx$//; s#/#.#g')
 cd /
 # shellcheck disable=SC2086
 "${STUBTEST:-stubtest}" --concise --ignore-disjoint-bases --allowlist "$tree/tools/stubtest_allowlist.txt" $modules

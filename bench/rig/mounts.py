@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onionskin.bench import peers
+from onionskin.measure import peers
 
 
 def mount_missing(kind: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onionskin.bench import peers
+from onionskin.measure import peers
 
 
 @contextmanager

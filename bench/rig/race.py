@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onionskin.bench.timing import Contestant, Samples, interleave, ratio
+from onionskin.measure.timing import Contestant, Samples, interleave, ratio
 
 ENGINE = "onionskin"
 

@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onionskin.base.sizes import format_size, parse_size
+    from onionskin.catalog.tree import Snapshot
+    from onionskin.control.client import LiveVolume, connect
     from onionskin.errors import (
         ChainError,
         FormatError,
@@ -18,12 +21,9 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
-    from onionskin.layering import ChainMember, Layering
-    from onionskin.nbd.remote import LiveVolume, connect
-    from onionskin.sizes import format_size, parse_size
-    from onionskin.snapshots import Snapshot
+    from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
-    from onionskin.usage import Problem, Usage
     from onionskin.volume import Volume
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
@@ -36,12 +36,12 @@ _HOME = {
         ),
         "onionskin.errors",
     ),
-    **dict.fromkeys(("format_size", "parse_size"), "onionskin.sizes"),
-    **dict.fromkeys(("Problem", "Usage"), "onionskin.usage"),
+    **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
+    **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
-    **dict.fromkeys(("ChainMember", "Layering"), "onionskin.layering"),
-    **dict.fromkeys(("LiveVolume", "connect"), "onionskin.nbd.remote"),
-    "Snapshot": "onionskin.snapshots",
+    **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
+    **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    "Snapshot": "onionskin.catalog.tree",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 

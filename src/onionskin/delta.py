@@ -25,27 +25,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from onionskin import usage
+from onionskin.base.files import data_ranges
+from onionskin.base.naming import check_name
+from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SIZE_BYTES_MAX, SnapshotRow, VolumeRow
-from onionskin.chain import Chain, lock_chain, read_chain
+from onionskin.catalog.tree import Snapshot, find_snapshot, nearest_snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
-from onionskin.files import data_ranges
-from onionskin.locks import ByteLocks
-from onionskin.names import check_name
-from onionskin.pinned import pinned
-from onionskin.snapshots import Snapshot, find_snapshot, nearest_snapshot
+from onionskin.operations import usage
+from onionskin.operations.pinned import pinned
+from onionskin.storage.chain import Chain, lock_chain, read_chain
+from onionskin.storage.locks import ByteLocks
+from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 from onionskin.store import Store
-from onionskin.views import OpenChain, refuse_changed_base
 from onionskin.volume import Volume
-from onionskin.zeros import split_zeros
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from onionskin.drafts import Draft
+    from onionskin.operations.staged_volumes import Draft
 else:
-    from onionskin.later import numpy as np
+    from onionskin.base.lazy import numpy as np
 
 MAGIC = b"ONIONDLT"
 VERSION = 1

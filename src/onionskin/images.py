@@ -25,9 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from onionskin.base.files import data_ranges, refuse_shorter
+from onionskin.base.naming import check_name
 from onionskin.errors import FormatError, OnionskinError
-from onionskin.files import data_ranges, refuse_shorter
-from onionskin.names import check_name
 
 if TYPE_CHECKING:
     from onionskin.store import Store
@@ -119,8 +119,8 @@ def import_image(
     """
     # Here, as the command line comes to this module for a list of formats.
     from onionskin.catalog import SIZE_BYTES_MAX
-    from onionskin.drafts import refuse_taken
-    from onionskin.exporting import passing_file
+    from onionskin.operations.export import passing_file
+    from onionskin.operations.staged_volumes import refuse_taken
 
     check_name("volume", name)
     refuse_taken(store, name)
@@ -158,7 +158,7 @@ def copy_into(
     """
     import numpy as np
 
-    from onionskin.zeros import split_zeros
+    from onionskin.base.zero_runs import split_zeros
 
     size_bytes = min(volume.size_bytes, os.lseek(descriptor, 0, os.SEEK_END))
     ranges = list(data_ranges(descriptor, 0, size_bytes))
@@ -205,22 +205,22 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     OnionskinError
         qemu-img is wanted and is not installed.
     """
-    from onionskin import exporting, transfer
-    from onionskin.pinned import pinned
+    from onionskin.operations import copy, export
+    from onionskin.operations.pinned import pinned
 
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     target = Path(path)
     if format == "raw":
-        exporting.export(volume, target, replace=False, progress=progress)
+        export.export(volume, target, replace=False, progress=progress)
         return
     store, parent = volume.store, target.absolute().parent
-    exporting.refuse_target(store, target, replace=False)
+    export.refuse_target(store, target, replace=False)
     _qemu_img()
-    with pinned(volume) as opened, exporting.new_image(store, target, opened, replace=False) as made:
-        transfer.check_room_for_copy(store, opened, parent)
-        with exporting.passing_file(store, parent, exporting.policies_of(opened)) as raw:
-            transfer.copy_disk(store, opened, raw.fileno(), progress=progress)
+    with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:
+        copy.check_room_for_copy(store, opened, parent)
+        with export.passing_file(store, parent, export.policies_of(opened)) as raw:
+            copy.copy_disk(store, opened, raw.fileno(), progress=progress)
             way = [f"/proc/self/fd/{descriptor}" for descriptor in (raw.fileno(), made)]
             _run("convert", "-f", "raw", "-O", format, *way, about=path, keep=(raw.fileno(), made))
 

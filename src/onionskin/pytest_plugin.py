@@ -104,7 +104,7 @@ class _Golden:
     def next_name(self) -> str:
         from os import getpid
 
-        from onionskin.locks import start_ticks
+        from onionskin.storage.locks import start_ticks
 
         self._count += 1
         return f"{_PREFIX}-{getpid()}-{start_ticks(getpid())}-{self._count}"
@@ -129,7 +129,7 @@ class _Golden:
     def _drop_leftovers(self) -> None:
         """Drop the clones of runs that were killed; one that is open somewhere stays."""
         from onionskin.errors import OnionskinError
-        from onionskin.locks import start_ticks
+        from onionskin.storage.locks import start_ticks
 
         for info in self.store.volumes():
             fields = info.name.split("-")

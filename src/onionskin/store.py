@@ -1,7 +1,7 @@
 """A store: the directory that holds volumes. Opening, making, cloning and removing them; the work that is left.
 
 What must hold: a writer of a volume holds its lock; a handle holds shared locks on all files that it can read before
-it trusts the catalog; what is freed goes through `pending`. Nothing here touches block data.
+it trusts the catalog; what is freed goes through `reclaim`. Nothing here touches block data.
 """
 
 import logging
@@ -16,10 +16,12 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from onionskin import drafts, forks, gathering, merging, pending
-from onionskin import usage as usages
-from onionskin.background import Background
-from onionskin.barriers import sync_directory
+from onionskin.base import forking
+from onionskin.base.background import Background
+from onionskin.base.fsync import sync_directory
+from onionskin.base.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
+from onionskin.base.naming import check_name, some_of
+from onionskin.base.sizes import format_size, parse_size
 from onionskin.catalog import (
     SIZE_BYTES_MAX,
     BaseRow,
@@ -31,7 +33,27 @@ from onionskin.catalog import (
     new_id,
 )
 from onionskin.catalog.read_only import can_be_written
-from onionskin.chain import (
+from onionskin.catalog.tree import (
+    Snapshot,
+    descendants,
+    find_snapshot,
+    free_unneeded,
+    list_snapshots,
+    users_of,
+)
+from onionskin.errors import (
+    ChainError,
+    FormatError,
+    OnionskinError,
+    StateError,
+    VerifyError,
+    VolumeExistsError,
+    VolumeNotFoundError,
+)
+from onionskin.operations import compact_segments, merge_into_base, reclaim, staged_volumes
+from onionskin.operations import usage as usages
+from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
+from onionskin.storage.chain import (
     Chain,
     NewHead,
     check_base,
@@ -44,18 +66,8 @@ from onionskin.chain import (
     refuse_half_merged,
     replace_spare,
 )
-from onionskin.errors import (
-    ChainError,
-    FormatError,
-    OnionskinError,
-    StateError,
-    VerifyError,
-    VolumeExistsError,
-    VolumeNotFoundError,
-)
-from onionskin.layout import DIRECTORIES, Layout
-from onionskin.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.locks import (
+from onionskin.storage.layout import DIRECTORIES, Layout
+from onionskin.storage.locks import (
     STORE_BYTE,
     BaseLock,
     ByteLocks,
@@ -64,24 +76,13 @@ from onionskin.locks import (
     is_being_merged_into,
     locked_directory,
 )
-from onionskin.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
-from onionskin.names import check_name, some_of
-from onionskin.sizes import format_size, parse_size
-from onionskin.snapshots import (
-    Snapshot,
-    descendants,
-    find_snapshot,
-    free_unneeded,
-    list_snapshots,
-    users_of,
-)
-from onionskin.views import OpenChain, SealedViews
+from onionskin.storage.shared_paths import OpenChain, SealedViews
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
-    from onionskin._volume import DataPath
-    from onionskin.annotations import AnyPath, Extents, WipePolicy
-    from onionskin.layering import Layering
+    from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.kernels._volume import DataPath
+    from onionskin.operations.layering import Layering
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class Store:
         except BaseException:
             self.catalog.close()
             raise
-        forks.register(self)
+        forking.register(self)
 
     def _open_catalog(self, create: bool) -> Catalog:
         """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
@@ -444,7 +445,7 @@ class Store:
         dirty = self.layout.dirty_file(row.id)
         for left in self.layout.dirty_drafts(row.id):
             left.unlink(missing_ok=True)
-        gathering.gather_chain(self, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0)
+        compact_segments.gather_chain(self, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0)
         opened = self._open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return Volume(self, row, opened, volume_lock=lock)
 
@@ -456,11 +457,11 @@ class Store:
         """
         spare = self.catalog.spare_of(head)
         path = self.layout.segment_file(spare.id)
-        if path.exists() and path.stat().st_size > pending.HEADER_BYTES:
+        if path.exists() and path.stat().st_size > reclaim.HEADER_BYTES:
             self.change(lambda: replace_spare(self.catalog, head))
             return
         for made in (path, self.layout.map_file(spare.id)):
-            descriptor = pending.open_to_free(made)
+            descriptor = reclaim.open_to_free(made)
             if descriptor is not None:
                 os.close(descriptor)
                 made.unlink()
@@ -541,8 +542,8 @@ class Store:
         """
         self.make_reserve()
         with suppress(OSError, OnionskinError):
-            drafts.drop_dead(self)
-        merging.fold_unnamed_below(volume)
+            staged_volumes.drop_dead(self)
+        merge_into_base.fold_unnamed_below(volume)
         segments = [row.id for row in self.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)]
         with suppress(OSError, OnionskinError):
             if segments:
@@ -590,7 +591,7 @@ class Store:
         block_size: int = 4096,
         wipe: str = "release",
         clone_of: bytes | None = None,
-    ) -> "AbstractContextManager[drafts.Draft]":
+    ) -> "AbstractContextManager[staged_volumes.Draft]":
         """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
 
         Parameters
@@ -603,7 +604,7 @@ class Store:
             The id of the sealed layer that it begins as.
         """
         self.catalog.refuse_read_only()
-        return drafts.draft(self, name, size=size, block_size=block_size, wipe=wipe, clone_of=clone_of)
+        return staged_volumes.draft(self, name, size=size, block_size=block_size, wipe=wipe, clone_of=clone_of)
 
     def delete(self, name: str, *, recursive: bool = False) -> None:
         """Remove a volume and its snapshots.
@@ -651,7 +652,7 @@ class Store:
             self._refuse_delete(row, named, recursive)
             self.catalog.delete(SnapshotRow, "volume = ?", id)
             self.catalog.delete(VolumeRow, "id = ?", id)
-            pending.add_files_of(self.catalog, id)
+            reclaim.add_files_of(self.catalog, id)
             for layer in (row.head, *(snapshot.layer for snapshot in named)):
                 free_unneeded(self.catalog, layer)
             return True
@@ -659,7 +660,7 @@ class Store:
         removed = self.change(remove)
         if removed:
             with suppress(OSError):  # it is removed, and what cannot be unlinked now stays pending
-                pending.unlink_files_of(self, id)
+                reclaim.unlink_files_of(self, id)
         return removed
 
     def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
@@ -908,7 +909,7 @@ class Store:
         FormatError
             A block map is damaged or missing.
         """
-        from onionskin.layering import layering_of
+        from onionskin.operations.layering import layering_of
 
         return layering_of(self, name, snapshot)
 
@@ -929,9 +930,9 @@ class Store:
         self.finish_work()  # what is under way here is no problem
         if repair:
             self.catalog.refuse_read_only()
-            drafts.drop_dead(self)
-            pending.remove_orphans(self)
-            pending.do_pending(self)
+            staged_volumes.drop_dead(self)
+            reclaim.remove_orphans(self)
+            reclaim.do_pending(self)
         return usages.check(self)
 
     # ---- for the other modules of the package ----
@@ -986,7 +987,7 @@ class Store:
     def work_soon(self) -> None:
         """Do pending work: policy `zero` before this returns, `release` in the background."""
         if not self.read_only and self.catalog.has(PendingRow, "kind != 'base-merge'"):
-            pending.do_pending(self, policy="zero")
+            reclaim.do_pending(self, policy="zero")
             self.wake()
 
     def wake(self) -> None:
@@ -997,8 +998,8 @@ class Store:
         """Do what waits for nobody. What fails stays in the catalog for the next open."""
         with suppress(OSError, OnionskinError):
             if self.catalog.has(PendingRow, "kind != 'base-merge' AND wipe = 'zero'"):
-                pending.do_pending(self, policy="zero")
-            pending.do_pending(self, policy="release")
+                reclaim.do_pending(self, policy="zero")
+            reclaim.do_pending(self, policy="release")
         self.make_reserve()  # where it was given up, and what was freed makes room for it
         for volume in self.open_volumes():
             with suppress(OSError, OnionskinError):  # the next head makes its files itself then

@@ -16,7 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from onionskin import exporting, forks, merging, transfer
+from onionskin.base import forking
+from onionskin.base.naming import check_name, check_note, some_of
+from onionskin.base.signals import HeldBack
 from onionskin.catalog import (
     CommitUnknownError,
     LayerRow,
@@ -25,22 +27,7 @@ from onionskin.catalog import (
     VolumeRow,
     new_id,
 )
-from onionskin.chain import (
-    Chain,
-    NewHead,
-    lock_base,
-    lock_chain,
-    open_chain,
-    pending_base_merges,
-    read_chain,
-    replace_spare,
-)
-from onionskin.diskfile import DiskFile
-from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
-from onionskin.interrupts import HeldBack
-from onionskin.layermaps import map_is_used
-from onionskin.names import check_name, check_note, some_of
-from onionskin.snapshots import (
+from onionskin.catalog.tree import (
     Snapshot,
     descendants,
     describe_snapshot,
@@ -51,18 +38,32 @@ from onionskin.snapshots import (
     unnamed_around,
     users_of,
 )
-from onionskin.views import OpenChain, closed_path
+from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.operations import copy, export, merge_into_base
+from onionskin.storage.block_maps import map_is_used
+from onionskin.storage.chain import (
+    Chain,
+    NewHead,
+    lock_base,
+    lock_chain,
+    open_chain,
+    pending_base_merges,
+    read_chain,
+    replace_spare,
+)
+from onionskin.storage.disk_file import DiskFile
+from onionskin.storage.shared_paths import OpenChain, closed_path
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin._volume import DataPath
-    from onionskin.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
-    from onionskin.layering import Layering
-    from onionskin.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
+    from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
+    from onionskin.kernels._volume import DataPath
+    from onionskin.operations.layering import Layering
+    from onionskin.operations.usage import Usage
+    from onionskin.storage.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
     from onionskin.store import Store
-    from onionskin.usage import Usage
 
     Array = numpy.typing.NDArray[Any]
 
@@ -131,7 +132,7 @@ class Volume:
         self._has_sealed = self._prepare_wanted = False
         # The lock byte of each segment that the data path may read: known here also when the catalog has forgotten it.
         self._byte_of_segment: dict[bytes, int] = opened.chain.byte_of_segment
-        forks.register(self)
+        forking.register(self)
 
     # ---- what it is ----
 
@@ -464,7 +465,7 @@ class Volume:
             return
         try:
             if not (self._closed or self.is_merging or self._unsettled):
-                merging.compact(self)
+                merge_into_base.compact(self)
         except (OSError, OnionskinError) as error:
             if self.path.poisoned:
                 raise
@@ -493,7 +494,7 @@ class Volume:
         OSError
             ENOSPC: the size is as it was.
         """
-        from onionskin.sizes import parse_size
+        from onionskin.base.sizes import parse_size
 
         size_bytes = parse_size(size)
         if size_bytes < 1:
@@ -534,7 +535,7 @@ class Volume:
         array
             Extents (offset, length, state) in bytes, sorted, apart from each other; state 1 DATA, 2 ZERO.
         """
-        return transfer.extents(self)
+        return copy.extents(self)
 
     # ---- snapshots ----
 
@@ -673,13 +674,13 @@ class Volume:
         """Go on with the new head if the catalog has it, with the old one if not."""
         head = begun[0].head if begun else None
         if head is None or self.path.poisoned or self.store.catalog.head_of(self.row) != head:
-            merging.if_begun(self.path.seal_abort)
+            merge_into_base.if_begun(self.path.seal_abort)
         else:
             self._go_on(begun[0])
 
     def _go_on(self, new: "Sealing") -> None:
         self.head = new.head
-        merging.if_begun(lambda: self.path.seal_commit(new.spare))
+        merge_into_base.if_begun(lambda: self.path.seal_commit(new.spare))
 
     @contextmanager
     def settling(self, settle: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
@@ -804,7 +805,7 @@ class Volume:
             target = find_snapshot(catalog, self.row, name).layer
             around = unnamed_around(catalog, catalog.layer(self.head).parent)
             self.restart_on(target, lambda: None)
-            merging.free_hidden(self, around)
+            merge_into_base.free_hidden(self, around)
 
     def restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
@@ -906,8 +907,8 @@ class Volume:
             else:
                 self.store.change(drop)
                 self.store.work_soon()
-            merging.fold_where_unnamed(self, [layer, parent])
-            merging.free_hidden(self, around)
+            merge_into_base.fold_where_unnamed(self, [layer, parent])
+            merge_into_base.free_hidden(self, around)
 
     def _refuse_discard(self, name: str, above: set[bytes], recursive: bool) -> None:
         catalog = self.store.catalog
@@ -952,8 +953,8 @@ class Volume:
 
             self.store.change(drop)
             self.store.work_soon()
-            merging.fold_where_unnamed(self, [row.layer])
-            merging.free_hidden(self, around)
+            merge_into_base.fold_where_unnamed(self, [row.layer])
+            merge_into_base.free_hidden(self, around)
 
     def merge_into_base(
         self,
@@ -987,7 +988,9 @@ class Volume:
         OSError
             ENOSPC: there is no room, checked before anything is written.
         """
-        merging.merge_into_base(self, upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second)
+        merge_into_base.merge_into_base(
+            self, upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second
+        )
 
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume.
@@ -1006,7 +1009,7 @@ class Volume:
             A file below could not be read to its end; or ENOSPC. The volume is as it was.
         """
         with self.operation():
-            transfer.flatten(self, progress=progress)
+            copy.flatten(self, progress=progress)
 
     def export(self, path: "AnyPath", *, progress: Progress | None = None) -> None:
         """Write the disk as a raw image file, holes kept. Durable on return; a regular file that is there is replaced.
@@ -1031,7 +1034,7 @@ class Volume:
         OSError
             A file could not be read to its end; or ENOSPC. There is no image then, and what was there is unchanged.
         """
-        exporting.export(self, Path(path), replace=True, progress=progress)
+        export.export(self, Path(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Extents":
         """Return where two snapshots, or a snapshot and the head, may differ.
@@ -1085,7 +1088,7 @@ class Volume:
         ChainError
             The base is not the file that it was.
         """
-        from onionskin.layering import read_layering
+        from onionskin.operations.layering import read_layering
 
         if self._closed or self._forked:
             raise StateError(f"volume {self.row.name!r} is closed, or was opened before a fork; open it again")
@@ -1108,7 +1111,7 @@ class Volume:
         `may_resume`: it ends one that was interrupted.
         """
         if self._forked:
-            raise forks.forked_error(f"volume {self.name!r}")
+            raise forking.forked_error(f"volume {self.name!r}")
         with self.guard:
             if self._closed:
                 raise StateError(f"volume {self.name!r} is closed; open it again")
@@ -1175,7 +1178,7 @@ class Volume:
     def _flush_and_compact(self) -> None:
         self.flush()
         if self.path.map_dead_ratio() > 0.5:
-            merging.compact(self)
+            merge_into_base.compact(self)
         self._note_close()
         self.store.work_soon()
         self.store.finish_work()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from onionskin.cli.verbs import onionskin
+from onionskin.cli.app import onionskin
 
 COMMAND = [sys.executable, "-m", "onionskin"]
 

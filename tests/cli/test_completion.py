@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from onionskin.cli.verbs import onionskin
+from onionskin.cli.app import onionskin
 
 Run = Callable[..., Result]
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 import onionskin
-from onionskin.cli.names import parse_name
+from onionskin.cli.arguments import parse_name
 
 Run = Callable[..., Result]
 MIB = 1 << 20

@@ -122,7 +122,7 @@ def test_progress_is_drawn_on_a_terminal(spawn: Spawn, vms: Path, tmp_path: Path
 
 def test_rich_is_not_imported_without_a_terminal(vms: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from onionskin.cli.verbs import onionskin\n"
+        "import sys; from onionskin.cli.app import onionskin\n"
         "try: onionskin(sys.argv[1:])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'rich' not in sys.modules\n"

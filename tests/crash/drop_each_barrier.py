@@ -47,11 +47,10 @@ CALL = re.compile(
 )
 DURABILITY = re.compile(r"(synchronous\s*=\s*)(FULL|EXTRA)", re.IGNORECASE)
 # Where the calls themselves are defined: what they are made of is named where they are used.
-DEFINITIONS = {"csrc/barrier.c", "csrc/barrier.h", "src/onionskin/barriers.py"}
+DEFINITIONS = {"csrc/barrier.c", "csrc/barrier.h", "src/onionskin/base/fsync.py"}
 # Files and folders whose syncs promise nothing: why.
 EXEMPT = {
-    "src/onionskin/demo.py": "times a full copy for comparison, and deletes it",
-    "src/onionskin/bench/": "times what others do, in files that it deletes",
+    "src/onionskin/measure/": "times full copies and what others do, in files that it deletes",
 }
 WIPES = ("release", "zero")
 
@@ -152,7 +151,7 @@ def copy_tree(tree: Path, target: Path) -> None:
 
 
 def build(tree: Path, only: str | None = None) -> None:
-    """Builds the extensions; those of one kernel or module only, where its name is given."""
+    """Builds the extensions; only those that are made of one file, where its path in the tree is given."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {**os.environ, **({"ONIONSKIN_ONLY": only} if only else {})}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
@@ -171,7 +170,7 @@ def taken_out(tree: Path, barrier: Barrier) -> Iterator[None]:
     path.write_text("\n".join(lines) + "\n")
     try:
         if built:
-            build(tree, path.stem)
+            build(tree, str(barrier.path))
         yield
     finally:
         path.write_text(before)

@@ -164,7 +164,7 @@ def check_converted(directory: Path, markers: Sequence[str]) -> list[str]:
 
 def write_delta(root: Path) -> None:
     """Writes a delta to a file with the command line's verb."""
-    from onionskin.cli.transfer import delta
+    from onionskin.cli.exchange import delta
 
     make_volume(root)[0].close()
     arguments = [f"{root / 'store'}/main@s", "--output", str(root / IMAGE), "--json"]
@@ -184,10 +184,10 @@ def check_delta(directory: Path, markers: Sequence[str]) -> list[str]:
 
 def fail_to_write_map(root: Path) -> None:
     """Writes a block map for which there is no room: what was written of it is wiped."""
-    from onionskin import layermaps
+    from onionskin.storage import block_maps
 
     (root / "layers").mkdir()
-    layer_map = layermaps.empty_map(BLOCK_BYTES)
+    layer_map = block_maps.empty_map(BLOCK_BYTES)
     number = layer_map.add_segment(bytes(range(16)))
     for block_index in range(2000):
         layer_map.set(2 * block_index, 1, number << 32 | block_index)

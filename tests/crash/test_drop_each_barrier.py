@@ -80,8 +80,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree with the extensions that are in use."""
     copy = tmp_path_factory.mktemp("engine") / "tree"
     copy_tree(TREE, copy)
-    for module in Path(onionskin.__file__).parent.glob("*.so"):
-        shutil.copy(module, copy / "src" / "onionskin")
+    installed = Path(onionskin.__file__).parent
+    for module in installed.rglob("*.so"):
+        shutil.copy(module, copy / "src" / "onionskin" / module.relative_to(installed))
     return copy
 
 

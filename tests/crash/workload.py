@@ -38,10 +38,10 @@ def record(root: Path, seed: Seed, wipe: str, step_count: int = STEPS, source: P
 
 def lower_limits() -> None:
     """Lets a layer be gathered that has three segments, which takes two of them; a merge into the base notes each block."""
-    from onionskin import gathering, merging
+    from onionskin.operations import compact_segments, merge_into_base
 
-    merging.FIRST_STRETCH_BYTES = merging.STRETCH_BYTES_MIN = 1
-    gathering.SEGMENTS_MAX, gathering.SEGMENTS_KEPT = 2, 1
+    merge_into_base.FIRST_STRETCH_BYTES = merge_into_base.STRETCH_BYTES_MIN = 1
+    compact_segments.SEGMENTS_MAX, compact_segments.SEGMENTS_KEPT = 2, 1
 
 
 PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"

@@ -20,7 +20,7 @@ import pytest
 from docs.blocks import PAGES, ROOT, Block, blocks_of
 from docs.session import run_session, steps_of
 
-from onionskin.cli.verbs import onionskin
+from onionskin.cli.app import onionskin
 
 MIB = 1 << 20
 RUN = {"python", "console", "sh"}

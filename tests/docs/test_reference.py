@@ -9,7 +9,7 @@ import pytest
 from docs.blocks import ROOT
 
 import onionskin
-from onionskin.cli.verbs import onionskin as command_line
+from onionskin.cli.app import onionskin as command_line
 
 SECTIONS = {"Parameters": "Parameters\n----------", "Returns": "Returns\n-------"}
 ABOUT_ITSELF = {"demo", "bench", "completion"}  # verbs that no other program has a word for

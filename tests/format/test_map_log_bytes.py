@@ -9,9 +9,9 @@ from format.reference_encoder import MAP_ID, SEGMENT_A, SEGMENT_B
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onionskin import _maplog
-from onionskin._maplog import LayerMap
 from onionskin.errors import FormatError
+from onionskin.kernels import _maplog
+from onionskin.kernels._maplog import LayerMap
 
 SMALL = reference.GOLDEN["small.map"]
 # Where each frame of SMALL begins, and its end.

@@ -11,7 +11,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 from live.nbd_client import NbdClient
 
-from onionskin.cli.verbs import onionskin as group
+from onionskin.cli.app import onionskin as group
 
 COMMAND = [sys.executable, "-m", "onionskin"]
 END_SECONDS = 60

@@ -15,9 +15,9 @@ from live.servers import END_SECONDS, Serve, onionskin
 
 import onionskin as library
 from onionskin import errors
-from onionskin.nbd import frames, remote
-from onionskin.nbd.control import may_connect
-from onionskin.nbd.sockets import connect_unix
+from onionskin.base.sockets import connect_unix
+from onionskin.control import client, frames
+from onionskin.control.server import may_connect
 
 
 def control_path(vms: Path) -> Path:
@@ -155,7 +155,7 @@ def test_a_control_socket_that_a_crash_left_is_replaced(vms: Path, serve: Callab
     serve(f"{vms}/web").kill()
     assert control_path(vms).exists()
     with library.Store(vms) as store:
-        assert remote.find(store, "web") is None
+        assert client.find(store, "web") is None
         store.open("web").close()  # the volume is free
     serve(f"{vms}/web")
     onionskin("snapshot", f"{vms}/web@a")

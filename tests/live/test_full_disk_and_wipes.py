@@ -12,9 +12,9 @@ from live.nbd_client import NbdClient
 from live.servers import Serve, onionskin, short_socket
 
 import onionskin as library
-from onionskin.nbd import serving
-from onionskin.nbd.serving import Limits, Listener, Server
-from onionskin.nbd.sockets import UnixListener
+from onionskin.base.sockets import UnixListener
+from onionskin.nbd import server as serving
+from onionskin.nbd.server import Limits, Listener, Server
 
 BLOCK = 4096
 Start = Callable[..., Serve]

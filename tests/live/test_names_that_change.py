@@ -16,8 +16,8 @@ from live.nbd_client import NbdClient
 
 import onionskin as library
 from onionskin.errors import FormatError, SnapshotNotFoundError, StateError, VolumeExistsError
-from onionskin.nbd import serving
-from onionskin.nbd.serving import Limits, Server
+from onionskin.nbd import server as serving
+from onionskin.nbd.server import Limits, Server
 
 MIB = 1 << 20
 SECRET = b"never to be found again!" * 1024

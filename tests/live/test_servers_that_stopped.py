@@ -13,10 +13,10 @@ import pytest
 from live.servers import Serve, onionskin
 
 import onionskin as library
+from onionskin.base.sockets import UnixListener, connect_unix
+from onionskin.control import client, frames, server
 from onionskin.errors import StateError
-from onionskin.nbd import control, frames, remote
-from onionskin.nbd.serving import Limits, Server
-from onionskin.nbd.sockets import UnixListener, connect_unix
+from onionskin.nbd.server import Limits, Server
 
 MIB = 1 << 20
 
@@ -98,7 +98,7 @@ def test_a_server_that_is_busy_says_so_until_it_is_done(
         for _ in range(3):
             assert heard.acquire(timeout=60)
 
-    monkeypatch.setattr(remote.frames, "receive", listen)
+    monkeypatch.setattr(client.frames, "receive", listen)
     monkeypatch.setattr(frames, "ALIVE_SECONDS", 0.01)
     with library.connect(tmp_path / "vms", "web") as volume:
         with monkeypatch.context() as slow:
@@ -182,7 +182,7 @@ def test_numbers_of_other_kinds_are_taken_for_what_they_are(tmp_path: Path, serv
 def test_more_snapshots_than_a_frame_holds_are_listed(
     tmp_path: Path, served: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "SNAPSHOTS_IN_FRAME", 2)
+    monkeypatch.setattr(server, "SNAPSHOTS_IN_FRAME", 2)
     with library.connect(tmp_path / "vms", "web") as volume:
         names = [volume.snapshot(f"s{number}", note="x" * 60_000).name for number in range(5)]
         assert [one.name for one in volume.snapshots] == names
@@ -193,7 +193,7 @@ def test_an_answer_that_is_too_long_is_an_error_and_the_connection_goes_on(
 ) -> None:
     with library.connect(tmp_path / "vms", "web") as volume:
         with monkeypatch.context() as small:
-            small.setattr(control, "READ_BYTES_MAX", 1 << 24)
+            small.setattr(server, "READ_BYTES_MAX", 1 << 24)
             small.setattr(frames, "REPLY_BYTES_MAX", 1 << 16)
             with pytest.raises(ValueError, match="longer than"):
                 volume.read(0, MIB)

@@ -13,8 +13,8 @@ import pytest
 from nbd.phony_client import EIO, ERROR, ESHUTDOWN, FLUSH, FUA, OFFSET_DATA, READ, WRITE, Client
 from serving import Serving, served_volume, serving
 
-from onionskin._nbd import NbdServer
 from onionskin.errors import StateError
+from onionskin.nbd._nbd import NbdServer
 from onionskin.store import Store
 
 MIB = 1 << 20

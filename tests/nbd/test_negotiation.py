@@ -33,7 +33,7 @@ from nbd.phony_client import (
 )
 from serving import Serving, served_volume, serving
 
-from onionskin._nbd import NbdServer
+from onionskin.nbd._nbd import NbdServer
 
 SIZE = 64 << 20
 Served = tuple[Serving, Any]

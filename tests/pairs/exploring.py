@@ -202,7 +202,9 @@ def load_all() -> None:
 
     import onionskin
 
-    for module in ("images", "delta", "layering", "usage", "transfer", "gathering", "background", "store"):
+    for module in ("layering", "usage", "copy", "compact_segments"):
+        importlib.import_module(f"onionskin.operations.{module}")
+    for module in ("images", "delta", "base.background", "store"):
         importlib.import_module(f"onionskin.{module}")
     numpy.unique(numpy.zeros(2))
     assert onionskin.Store

@@ -55,16 +55,16 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "with suppress(OSError, OnionskinError):\n            drafts.drop_dead(self)\n",
-                "pending.remove_orphans(self)\n",
+                "with suppress(OSError, OnionskinError):\n            staged_volumes.drop_dead(self)\n",
+                "reclaim.remove_orphans(self)\n",
             ),
             Edit(
-                "src/onionskin/pending.py",
+                "src/onionskin/operations/reclaim.py",
                 "        with store.catalog.transaction():\n            for path in orphans(store):",
                 "        if held:\n            for path in orphans(store):",
             ),
             Edit(
-                "src/onionskin/pending.py",
+                "src/onionskin/operations/reclaim.py",
                 "    with catalog.reading():\n        work = catalog.sound_rows(PendingRow)",
                 "    if catalog:\n        work = catalog.sound_rows(PendingRow)",
             ),
@@ -75,7 +75,7 @@ FAULTS = [
         "A2: flatten puts an empty head over the copy",
         (
             Edit(
-                "src/onionskin/transfer.py",
+                "src/onionskin/operations/copy.py",
                 """    with volume.settling(settle):
         volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
         store.change(switch)
@@ -152,7 +152,7 @@ FAULTS = [
         "A5: what a merge into the base has dropped is wiped while a read still copies from it",
         (
             Edit(
-                "src/onionskin/merging.py",
+                "src/onionskin/operations/merge_into_base.py",
                 """        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
             volume.path.abort_below()
         elif volume.path.commit_below():
@@ -161,13 +161,13 @@ FAULTS = [
             volume.path.abort_below()
         else:
             volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
-            pending.do_pending(volume.store)
+            reclaim.do_pending(volume.store)
             volume.path.commit_below()""",
             ),
             Edit(
-                "src/onionskin/merging.py",
-                "from onionskin.snapshots import",
-                "from onionskin import pending\nfrom onionskin.snapshots import",
+                "src/onionskin/operations/merge_into_base.py",
+                "from onionskin.catalog.tree import",
+                "from onionskin.operations import reclaim\nfrom onionskin.catalog.tree import",
             ),
         ),
         _pairs("read", "merge into base", "same", "threads", "zero"),
@@ -181,9 +181,13 @@ FAULTS = [
                 "refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))",
                 "pass",
             ),
-            Edit("src/onionskin/merging.py", " or (base.id, base.path) != (folded.base.id, folded.base.path):", ":"),
             Edit(
-                "src/onionskin/merging.py",
+                "src/onionskin/operations/merge_into_base.py",
+                " or (base.id, base.path) != (folded.base.id, folded.base.path):",
+                ":",
+            ),
+            Edit(
+                "src/onionskin/operations/merge_into_base.py",
                 "        check_is_base(base, lock, half_merged=True)\n        if catalog.layer",
                 "        if catalog.layer",
             ),
@@ -194,17 +198,17 @@ FAULTS = [
         "A7: an export reads a head that others write",
         (
             Edit(
-                "src/onionskin/exporting.py",
+                "src/onionskin/operations/export.py",
                 "    with pinned(volume) as opened, new_image(",
                 "    chain = read_chain(volume.store.catalog, volume.head)\n"
                 "    live = OpenChain(chain, volume.path, volume.locks, volume.base_lock)\n"
                 "    with nullcontext(live) as opened, new_image(",
             ),
             Edit(
-                "src/onionskin/exporting.py",
-                "from onionskin.pinned import pinned\n",
-                "from contextlib import nullcontext\nfrom onionskin.chain import read_chain\n"
-                "from onionskin.views import OpenChain\n",
+                "src/onionskin/operations/export.py",
+                "from onionskin.operations.pinned import pinned\n",
+                "from contextlib import nullcontext\nfrom onionskin.storage.chain import read_chain\n"
+                "from onionskin.storage.shared_paths import OpenChain\n",
             ),
         ),
         _pairs("export", "write", "same", "threads", "release"),
@@ -263,11 +267,11 @@ def built_tree(work: Path, source: Path) -> Path:
     import onionskin
 
     installed = Path(onionskin.__file__).parent
-    modules = list(installed.glob("*.so"))
+    modules = list(installed.rglob("*.so"))
     if not modules:
         build(tree)
     for module in modules:
-        shutil.copy(module, tree / "src" / "onionskin")
+        shutil.copy(module, tree / "src" / "onionskin" / module.relative_to(installed))
     return tree
 
 

@@ -57,7 +57,7 @@ class Process:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.disable()  # a process lives for a fraction of a second
         import onionskin
-        from onionskin import background
+        from onionskin.base import background
 
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         background.LINGER_SECONDS = 0.0  # so that each thread of it belongs to the actor that woke it

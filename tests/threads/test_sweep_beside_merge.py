@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import onionskin
-from onionskin import pending
-from onionskin.locks import STORE_BYTE
-from onionskin.staging import staged_files
+from onionskin.operations import reclaim
+from onionskin.operations.staging import staged_files
+from onionskin.storage.locks import STORE_BYTE
 
 BLOCK = 4096
 
@@ -21,10 +21,10 @@ def test_files_that_are_being_made_have_rows_and_nobody_frees_them(tmp_path: Pat
             draft.write_bytes(b"not yet named")
             for one in (store, other):
                 one.open("db").close()
-                pending.remove_orphans(one)
-                assert pending.do_pending(one) == 1
+                reclaim.remove_orphans(one)
+                assert reclaim.do_pending(one) == 1
             assert draft.exists()
-        assert pending.do_pending(other) == 0
+        assert reclaim.do_pending(other) == 0
         assert not draft.exists(), "the block ended, and nobody kept the file"
 
 

@@ -10,10 +10,10 @@ import numpy
 import pytest
 
 import onionskin
-from onionskin._maplog import MAGIC_SEGMENT, encode_header
-from onionskin._volume import DataPath
+from onionskin.base.sizes import parse_size
 from onionskin.errors import StateError
-from onionskin.sizes import parse_size
+from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
+from onionskin.kernels._volume import DataPath
 
 BLOCK = 4096
 

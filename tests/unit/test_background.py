@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from onionskin.background import Background
+from onionskin.base.background import Background
 
 
 def test_what_is_asked_for_while_the_work_runs_is_done_once_more() -> None:

@@ -11,13 +11,13 @@ import numpy
 import pytest
 
 import onionskin
-from onionskin import merging, transfer
-from onionskin._copy import CopyJob
+from onionskin.kernels._copy import CopyJob
+from onionskin.operations import copy, merge_into_base
 
 BLOCK = 4096
 BLOCKS = 64
 STRETCH = 8 * BLOCK
-next_stretch_bytes = merging._next_stretch_bytes
+next_stretch_bytes = merge_into_base._next_stretch_bytes
 
 
 class Cancelled(Exception):
@@ -27,21 +27,21 @@ class Cancelled(Exception):
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A note after each eight blocks."""
-    monkeypatch.setattr(merging, "FIRST_STRETCH_BYTES", STRETCH)
-    monkeypatch.setattr(merging, "_next_stretch_bytes", lambda stretch_bytes, seconds: STRETCH)
+    monkeypatch.setattr(merge_into_base, "FIRST_STRETCH_BYTES", STRETCH)
+    monkeypatch.setattr(merge_into_base, "_next_stretch_bytes", lambda stretch_bytes, seconds: STRETCH)
 
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that each copy moved, in order."""
     moved: list[int] = []
-    run_job = transfer.run_job
+    run_job = copy.run_job
 
     def counted(job: CopyJob, *arguments: object) -> None:
         run_job(job, *arguments)
         moved.append(job.bytes_done)
 
-    monkeypatch.setattr(transfer, "run_job", counted)
+    monkeypatch.setattr(copy, "run_job", counted)
     return moved
 
 
@@ -49,7 +49,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def cancelled_after(stretches: int) -> Iterator[None]:
     """End a merge with an exception once so many stretches are noted."""
     left = stretches
-    note_done = merging._note_done
+    note_done = merge_into_base._note_done
 
     def note(*arguments: object) -> None:
         nonlocal left
@@ -59,7 +59,7 @@ def cancelled_after(stretches: int) -> Iterator[None]:
             raise Cancelled
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Cancelled):
-        patch.setattr(merging, "_note_done", note)
+        patch.setattr(merge_into_base, "_note_done", note)
         yield
 
 
@@ -183,7 +183,7 @@ def test_a_store_that_knows_no_progress_is_opened_and_learns_to(web: onionskin.V
 
 @pytest.mark.parametrize("bytes_per_second", [3 << 20, 100 << 20, 10 << 30])
 def test_a_stretch_takes_five_seconds_at_any_pace(bytes_per_second: int) -> None:
-    stretch = merging.first_stretch_bytes(0)
+    stretch = merge_into_base.first_stretch_bytes(0)
     for _ in range(10):
         stretch = next_stretch_bytes(stretch, stretch / bytes_per_second)
     assert stretch == pytest.approx(5 * bytes_per_second, rel=0.01)
@@ -191,7 +191,7 @@ def test_a_stretch_takes_five_seconds_at_any_pace(bytes_per_second: int) -> None
 
 def test_the_first_stretch_of_a_slow_merge_takes_five_seconds_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert merging.first_stretch_bytes(3 << 20) == 15 << 20
+    assert merge_into_base.first_stretch_bytes(3 << 20) == 15 << 20
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -206,10 +206,10 @@ def test_stretches_of_any_length_copy_each_byte_once(tmp_path: Path, seed: int) 
         web.flush()
         descriptor = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
         os.ftruncate(descriptor, size)
-        copy = transfer.StretchCopy(store, web.path, descriptor, size, reflink=False, punch=True)
+        copying = copy.StretchCopy(store, web.path, descriptor, size, reflink=False, punch=True)
         at, ends = 0, []
         while at < size:
-            at = copy.run(at, int(rng.integers(1, 40) * BLOCK))
+            at = copying.run(at, int(rng.integers(1, 40) * BLOCK))
             ends.append(at)
         os.close(descriptor)
         assert ends == sorted(set(ends)) and all(end % BLOCK == 0 for end in ends[:-1])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from onionskin.bench.headline import ENGINE, Comparison
-from onionskin.bench.report import Axis, draw_chart, draw_page, draw_table, times
-from onionskin.bench.results import as_benchmarks, describe_machine, file_system_of
-from onionskin.bench.timing import Contestant, Samples, duration, interleave, ratio
+from onionskin.measure.headline import ENGINE, Comparison
+from onionskin.measure.report import Axis, draw_chart, draw_page, draw_table, times
+from onionskin.measure.results import as_benchmarks, describe_machine, file_system_of
+from onionskin.measure.timing import Contestant, Samples, duration, interleave, ratio
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 MACHINE = {"processor": "A <fast> one", "cores": "2"}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin import dtypes
-from onionskin._blockmap import HOLE, SEGMENT_NUMBERS, ZERO, BlockMap
+from onionskin.base import dtypes
 from onionskin.errors import StateError
+from onionskin.kernels._blockmap import HOLE, SEGMENT_NUMBERS, ZERO, BlockMap
 
 Change = tuple[int, int, int]  # block_index, block_count, place
 

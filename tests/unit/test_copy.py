@@ -1,4 +1,4 @@
-"""onionskin._copy: every byte arrives, nothing else changes, and each way is used only where allowed."""
+"""onionskin.kernels._copy: every byte arrives, nothing else changes, and each way is used only where allowed."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from conftest import Mount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin._copy import EXTENT_FIELDS, CopyCancelled, CopyJob, CopyResult
+from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob, CopyResult
 
 MIB = 1 << 20
 RNG = np.random.default_rng(7)

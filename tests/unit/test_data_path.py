@@ -10,8 +10,8 @@ from typing import Any
 import numpy
 import pytest
 
-from onionskin._volume import DataPath
 from onionskin.errors import StateError
+from onionskin.kernels._volume import DataPath
 
 BLOCK = 4096
 

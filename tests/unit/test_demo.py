@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from onionskin import demo
+from onionskin.measure import demo
 
 MARK = b"0123456789abcdef"
 

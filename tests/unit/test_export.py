@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin import exporting, transfer
 from onionskin.catalog import LayerRow
 from onionskin.images import export_image
-from onionskin.pinned import pinned
+from onionskin.operations import copy, export
+from onionskin.operations.pinned import pinned
 
 BLOCK = 4096
 SIZE = 32 * BLOCK
@@ -42,7 +42,7 @@ def test_an_exported_head_is_as_it_was_when_the_export_began(
     web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = web.read(0, SIZE)
-    real = transfer.copy_runs
+    real = copy.copy_runs
 
     def write_first(*arguments: Any, **options: Any) -> None:
         web.trim(0, 2 * BLOCK)
@@ -51,7 +51,7 @@ def test_an_exported_head_is_as_it_was_when_the_export_began(
         web.flush()
         real(*arguments, **options)
 
-    monkeypatch.setattr(transfer, "copy_runs", write_first)
+    monkeypatch.setattr(copy, "copy_runs", write_first)
     web.export(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == before
     assert web.read(8 * BLOCK, 5) == b"later"
@@ -191,13 +191,13 @@ def test_a_file_that_appears_while_an_image_is_written_is_kept(
 def test_a_file_that_appears_just_when_the_image_gets_its_name_is_kept(
     web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporting._give_name
+    real = export._give_name
 
     def appear(*arguments: Any, **options: Any) -> None:
         (tmp_path / "out").write_text("mine")
         real(*arguments, **options)
 
-    monkeypatch.setattr(exporting, "_give_name", appear)
+    monkeypatch.setattr(export, "_give_name", appear)
     with pytest.raises(FileExistsError):
         export_image(web, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
@@ -214,7 +214,7 @@ def test_a_name_is_given_on_a_file_system_without_hard_links(
     export_image(web, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == web.read(0, SIZE)
     with pytest.raises(FileExistsError):
-        exporting.export(web, tmp_path / "out", replace=False, progress=None)
+        export.export(web, tmp_path / "out", replace=False, progress=None)
 
 
 def test_the_store_is_no_place_for_an_image_by_whatever_way_it_is_named(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import transfer
 from onionskin.catalog import LayerRow, SegmentRow
+from onionskin.operations import copy
 
 BLOCK = 65536
 
@@ -78,7 +78,7 @@ def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
 
     before = web.read(0, web.size_bytes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer, "free_unneeded", fail)
+        patch.setattr(copy, "free_unneeded", fail)
         web.flatten()
     assert web.read(0, web.size_bytes) == before
     catalog = web.store.catalog

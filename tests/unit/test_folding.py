@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onionskin
-from onionskin import folding, merging
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.folding import grown_parts
-from onionskin.layermaps import open_map
+from onionskin.operations import fold, merge_into_base
+from onionskin.operations.fold import grown_parts
+from onionskin.storage.block_maps import open_map
 
 BLOCK = 4096
 
 
 def is_worth_it(part: list[int]) -> bool:
-    return sum(part) <= folding.SMALL_BYTES or 2 * sum(part) >= 3 * max(part)
+    return sum(part) <= fold.SMALL_BYTES or 2 * sum(part) >= 3 * max(part)
 
 
 @given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 1 << 24)), min_size=1, max_size=12))
@@ -101,8 +101,8 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
     disk, states = bytearray(40 * BLOCK), {}
     with pytest.MonkeyPatch.context() as patch:
         if not small:
-            patch.setattr(folding, "SMALL_BYTES", 0)
-            patch.setattr(folding, "FREED_BYTES_MIN", 1 << 20)
+            patch.setattr(fold, "SMALL_BYTES", 0)
+            patch.setattr(fold, "FREED_BYTES_MIN", 1 << 20)
         with onionskin.Store(room / "store") as store:
             with store.create("v", size=len(disk), wipe=wipe) as volume:
                 for number, step in enumerate(steps):
@@ -143,7 +143,7 @@ def assert_nothing_is_left(store: onionskin.Store) -> None:
 
 
 def test_what_is_put_off_with_policy_zero_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "SMALL_BYTES", 0)
+    monkeypatch.setattr(fold, "SMALL_BYTES", 0)
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="8M", wipe="zero") as volume:
         scattered(volume, 0, 200)
         volume.snapshot("large")
@@ -161,7 +161,7 @@ def test_what_is_put_off_with_policy_zero_hides_nothing(tmp_path: Path, monkeypa
 def test_a_run_that_frees_much_is_folded_though_it_has_not_grown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "SMALL_BYTES", 0)
+    monkeypatch.setattr(fold, "SMALL_BYTES", 0)
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="8M") as volume:
         scattered(volume, 0, 200)
         volume.snapshot("large")
@@ -227,13 +227,13 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
         for name in ("a", "b", "c"):
             volume.write(0, name.encode() * BLOCK)
             volume.snapshot(name)
-        monkeypatch.setattr(merging.folding, "groups_to_fold", lambda store, run: [])
+        monkeypatch.setattr(merge_into_base.folding, "groups_to_fold", lambda store, run: [])
         volume.merge("a")
         volume.merge("b")
         monkeypatch.undo()
-        run = merging.folding.run_around(volume, layer_ids(store)[0])
+        run = merge_into_base.folding.run_around(volume, layer_ids(store)[0])
         assert len(run) == 3
-        lay = folding.lay
+        lay = fold.lay
 
         def change_first(*args):  # type: ignore[no-untyped-def]
             monkeypatch.undo()
@@ -241,10 +241,10 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
                 store.catalog.update(LayerRow, run[1].id, size_bytes=run[1].size_bytes + BLOCK)
             return lay(*args)
 
-        monkeypatch.setattr(folding, "lay", change_first)
-        assert not merging.fold(volume, run[0].id)
+        monkeypatch.setattr(fold, "lay", change_first)
+        assert not merge_into_base.fold(volume, run[0].id)
         assert len(layer_ids(store)) == 4
-        assert merging.fold(volume, run[0].id)
+        assert merge_into_base.fold(volume, run[0].id)
         assert len(layer_ids(store)) == 2
 
 

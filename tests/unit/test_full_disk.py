@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import gathering, merging
-from onionskin.gathering import SEGMENTS_MAX
+from onionskin.operations import compact_segments, merge_into_base
+from onionskin.operations.compact_segments import SEGMENTS_MAX
 
 BLOCK = 4096
 
@@ -94,10 +94,10 @@ def test_work_that_can_wait_does_not_keep_a_volume_from_opening(
             for number in range(SEGMENTS_MAX + 2):
                 web.write(number * BLOCK, b"x" * BLOCK)
                 web.snapshot(f"s{number}")
-            monkeypatch.setattr(gathering, "_copy_slots", full)
+            monkeypatch.setattr(compact_segments, "_copy_slots", full)
             for number in range(SEGMENTS_MAX + 1):
                 web.merge(f"s{number}")
-            monkeypatch.setattr(merging, "_rewrite", full)
+            monkeypatch.setattr(merge_into_base, "_rewrite", full)
             web.merge(f"s{SEGMENTS_MAX + 1}")
         with store.open("web") as web:
             assert web.read(0, (SEGMENTS_MAX + 2) * BLOCK) == b"x" * (SEGMENTS_MAX + 2) * BLOCK

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import gathering
 from onionskin.catalog import SegmentRow
-from onionskin.gathering import SEGMENTS_MAX
+from onionskin.operations import compact_segments
+from onionskin.operations.compact_segments import SEGMENTS_MAX
 
 BLOCK = 4096
 COUNT = 100
@@ -23,7 +23,7 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
     limits = [SEGMENTS_MAX, 10_000]
 
     def switch() -> None:
-        monkeypatch.setattr(gathering, "SEGMENTS_MAX", limits[-1])
+        monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", limits[-1])
         limits.reverse()
 
     return switch
@@ -61,8 +61,8 @@ def test_many_segments_become_few_at_an_opening_and_read_the_same(
 def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, kept: int
 ) -> None:
-    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 6)
-    monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 2)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 6)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 2)
     draw, names = random.Random(kept), []
     disk = bytearray(COUNT * BLOCK)
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=len(disk), wipe=wipe) as web:
@@ -94,8 +94,8 @@ def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
 def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_they_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str
 ) -> None:
-    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 4)
-    monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 1)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 4)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 1)
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK, wipe=wipe) as web:
         for number in range(4):
             web.write(number * BLOCK, bytes([1 + number]) * BLOCK)
@@ -119,8 +119,8 @@ def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_
 def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, step: str
 ) -> None:
-    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 1000)
-    monkeypatch.setattr(gathering, "SEGMENTS_KEPT", 1)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 1000)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 1)
     count = 5
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=count * BLOCK, wipe=wipe) as web:
@@ -132,18 +132,18 @@ def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
             expected = web.read(0, web.size_bytes)
         for name in ("one", "two"):
             store.clone("web", f"s{count - 1}", name)
-    monkeypatch.setattr(gathering, "SEGMENTS_MAX", 2)
-    work = getattr(gathering, step)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 2)
+    work = getattr(compact_segments, step)
     opened: list[bytes] = []
 
     def work_behind_another(*arguments: object) -> object:
-        monkeypatch.setattr(gathering, step, work)
+        monkeypatch.setattr(compact_segments, step, work)
         with onionskin.Store(tmp_path / "store") as other, other.open("two") as two:
             opened.append(two.read(0, two.size_bytes))
             other.finish_work()
         return work(*arguments)
 
-    monkeypatch.setattr(gathering, step, work_behind_another)
+    monkeypatch.setattr(compact_segments, step, work_behind_another)
     with onionskin.Store(tmp_path / "store") as store, store.open("one") as one:
         assert one.read(0, one.size_bytes) == expected
         assert opened == [expected]

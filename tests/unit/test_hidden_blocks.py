@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 import onionskin
-from onionskin import hidden, pinned
+from onionskin.operations import hidden_blocks, pinned
 
 BLOCK = 4096
 SIZE = 64 * BLOCK
@@ -185,7 +185,7 @@ def test_secrets_that_a_volume_of_another_policy_took_over_go_too(store: onionsk
 def test_with_policy_release_nothing_is_rewritten(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.create("web", size=SIZE) as web:
         branch(web)
-        monkeypatch.setattr(hidden, "without_hidden", None)
+        monkeypatch.setattr(hidden_blocks, "without_hidden", None)
         web.merge("shared")
     check_branches(store)
 
@@ -198,14 +198,14 @@ def test_a_tree_that_changes_meanwhile_is_left_for_the_next_time(
         store.clone("web", "shared", "other")
         with store.open("other") as other:
             overwrite(other, 0, 40)
-        without = hidden.without_hidden
+        without = hidden_blocks.without_hidden
 
         def while_a_clone_goes(*arguments: Any) -> dict[bytes, int]:
             store.delete("other")
             return without(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(hidden, "without_hidden", while_a_clone_goes)
+            patch.setattr(hidden_blocks, "without_hidden", while_a_clone_goes)
             web.merge("shared")
         assert left(store) == set(range(40))
     check_branches(store)
@@ -220,7 +220,7 @@ def test_ranges_are_laid_together_and_over_each_other_as_sets_are() -> None:
     def draw() -> "tuple[numpy.ndarray, set[int]]":
         pairs = [(first, first + chosen.randint(1, 8)) for first in chosen.choices(range(60), k=chosen.randint(0, 8))]
         ranges = numpy.array(pairs, dtype=numpy.int64).reshape(-1, 2)
-        return hidden.union([ranges]), {block for first, last in pairs for block in range(first, last)}
+        return hidden_blocks.union([ranges]), {block for first, last in pairs for block in range(first, last)}
 
     def as_set(ranges: "numpy.ndarray") -> set[int]:
         assert (ranges[1:, 0] > ranges[:-1, 1]).all() or len(ranges) < 2
@@ -228,5 +228,7 @@ def test_ranges_are_laid_together_and_over_each_other_as_sets_are() -> None:
 
     for _ in range(500):
         (a, in_a), (b, in_b) = draw(), draw()
-        assert as_set(hidden.union([a, b])) == in_a | in_b
-        assert {block for first, last in hidden.common(a, b).tolist() for block in range(first, last)} == in_a & in_b
+        assert as_set(hidden_blocks.union([a, b])) == in_a | in_b
+        assert {
+            block for first, last in hidden_blocks.common(a, b).tolist() for block in range(first, last)
+        } == in_a & in_b

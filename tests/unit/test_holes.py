@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import files
-from onionskin._copy import CopyJob
+from onionskin.base import files
+from onionskin.kernels._copy import CopyJob
 
 BLOCK = 4096
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.pending import segment_wants_zeros
+from onionskin.operations.reclaim import segment_wants_zeros
 
 BLOCK = 4096
 PRECIOUS = b"precious\n" * 1000

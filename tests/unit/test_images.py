@@ -14,7 +14,8 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from onionskin import files, images
+from onionskin import images
+from onionskin.base import files
 from onionskin.catalog import LayerRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError, VolumeExistsError, VolumeNotFoundError
 from onionskin.images import detect_format, export_image, import_image

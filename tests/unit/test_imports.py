@@ -29,7 +29,7 @@ def test_errors_can_be_named_without_numpy() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"], ["demo", "--help"], ["read"]])
 def test_a_command_line_that_opens_nothing_imports_no_numpy(arguments: list[str]) -> None:
     run(
-        "import sys; from onionskin.cli.verbs import onionskin\n"
+        "import sys; from onionskin.cli.app import onionskin\n"
         f"try: onionskin({arguments!r})\n"
         "except SystemExit: pass\n"
         f"assert not {HEAVY} & sys.modules.keys(), {HEAVY} & sys.modules.keys()\n"
@@ -78,7 +78,7 @@ def test_a_verb_that_makes_no_array_imports_no_numpy(tmp_path: Path, arguments: 
         volume.snapshot("a")
         volume.write(5000, b"lost")
     program = (
-        "import sys; from onionskin.cli.verbs import onionskin\n"
+        "import sys; from onionskin.cli.app import onionskin\n"
         f"try: onionskin({[word.replace('STORE', str(tmp_path / 'store')) for word in arguments.split()]!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'numpy' not in sys.modules and 'sqlite3' in sys.modules\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import merging
 from onionskin.catalog import PendingRow
+from onionskin.operations import merge_into_base
 
 BLOCK = 4096
 
@@ -21,7 +21,7 @@ def web(tmp_path: Path):
         web.snapshot("a")
         web.write(BLOCK, b"2" * 4 * BLOCK)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merging, "sync_file", _interrupt)
+            patch.setattr(merge_into_base, "sync_file", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 web.merge_into_base("a")
         os.utime(base)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import merging
 from onionskin.catalog import Catalog, CommitUnknownError
-from onionskin.staging import StagedFiles
+from onionskin.operations import merge_into_base
+from onionskin.operations.staging import StagedFiles
 
 BLOCK = 4096
 HANG_SECONDS = 20
@@ -64,7 +64,7 @@ def flatten(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    merging.compact(web)
+    merge_into_base.compact(web)
 
 
 @pytest.mark.parametrize("change", [snapshot, revert, flatten, compact])
@@ -99,7 +99,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
             web.write(ord(name) % 8 * BLOCK, name.encode() * BLOCK)
             web.snapshot(name)
         with pytest.MonkeyPatch.context() as patch:
-            begin = merging.staged_files
+            begin = merge_into_base.staged_files
 
             @contextmanager
             def then_interrupt(*arguments) -> Iterator[StagedFiles]:
@@ -107,7 +107,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
                     interrupt()
                     yield files
 
-            patch.setattr(merging, "staged_files", then_interrupt)
+            patch.setattr(merge_into_base, "staged_files", then_interrupt)
             with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
                 web.merge("b")
         assert [snapshot.name for snapshot in web.snapshots] == ["a", "c"]

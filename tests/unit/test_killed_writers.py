@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.layout import Layout
+from onionskin.storage.layout import Layout
 
 BLOCK = 4096
 BLOCKS = 32
@@ -247,9 +247,9 @@ def fold(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    from onionskin import merging
+    from onionskin.operations import merge_into_base
 
-    merging.compact(web)
+    merge_into_base.compact(web)
 
 
 def flush(web: onionskin.Volume) -> None:

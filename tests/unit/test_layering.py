@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import onionskin
 from onionskin.errors import ChainError, FormatError, StateError
-from onionskin.layering import Layering
+from onionskin.operations.layering import Layering
 
 BLOCK = 4096
 BLOCKS = 24

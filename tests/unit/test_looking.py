@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onionskin
-from onionskin import layermaps, usage
 from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow
-from onionskin.chain import read_chain
-from onionskin.checking import HEADER_BYTES
-from onionskin.layermaps import empty_map, open_map
-from onionskin.locks import STORE_BYTE, ByteLocks
+from onionskin.operations import usage
+from onionskin.operations.check import HEADER_BYTES
+from onionskin.storage import block_maps
+from onionskin.storage.block_maps import empty_map, open_map
+from onionskin.storage.chain import read_chain
+from onionskin.storage.locks import STORE_BYTE, ByteLocks
 
 BLOCK = 4096
 BLOCKS = 24
@@ -202,13 +203,13 @@ def test_all_volumes_together_are_what_each_is_by_itself(room: Path, steps: list
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The layers whose maps are loaded."""
     loaded: list[bytes] = []
-    load = layermaps.load_map
+    load = block_maps.load_map
 
     def counted(store: onionskin.Store, layer: LayerRow) -> Any:
         loaded.append(layer.id)
         return load(store, layer)
 
-    monkeypatch.setattr(layermaps, "load_map", counted)
+    monkeypatch.setattr(block_maps, "load_map", counted)
     return loaded
 
 
@@ -260,26 +261,26 @@ def layers_below(store: onionskin.Store, name: str) -> set[LayerRow]:
 
 def test_many_stretches_of_bytes_are_locked_as_few() -> None:
     numbers = set(range(0, 4000, 2)) | {9000}
-    filled = layermaps.in_few_stretches(numbers)
+    filled = block_maps.in_few_stretches(numbers)
     assert numbers <= filled <= set(range(9001))
     assert len(filled) < 4300  # the widest gaps stay
     assert 9000 - 1 not in filled
-    assert layermaps.in_few_stretches({1, 5, 9}) == {1, 5, 9}
+    assert block_maps.in_few_stretches({1, 5, 9}) == {1, 5, 9}
 
 
 def test_few_numbers_are_added_where_all_lie_far_apart() -> None:
     numbers = set(range(0, 300 << 12, 1 << 12)) | {3}
-    filled = layermaps.in_few_stretches(numbers)
+    filled = block_maps.in_few_stretches(numbers)
     assert numbers <= filled
-    assert len(filled) <= len(numbers) + layermaps.FILLED_MAX
+    assert len(filled) <= len(numbers) + block_maps.FILLED_MAX
 
 
 def test_a_byte_that_somebody_has_alone_is_in_nobodys_way_but_that_of_its_own_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that a flatten of another volume took, and has for as long as it copies."""
-    monkeypatch.setattr(layermaps, "STRETCHES_MAX", 1)
-    monkeypatch.setattr(layermaps, "LOCK_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(block_maps, "STRETCHES_MAX", 1)
+    monkeypatch.setattr(block_maps, "LOCK_WAIT_SECONDS", 0.0)
     with onionskin.Store(tmp_path / "store") as store:
         volume = store.create("v", size="1M")
         volume.snapshot("a")
@@ -311,7 +312,7 @@ def test_a_name_that_moves_while_maps_are_locked_changes_nothing(
         volume.write(0, b"x" * BLOCK)
         volume.snapshot("a")
         expected = store.usage("v")
-        named = layermaps._are_named
+        named = block_maps._are_named
         moves = iter([("v", "x"), ("w", "v")])
 
         def move(*args: Any) -> bool:
@@ -319,7 +320,7 @@ def test_a_name_that_moves_while_maps_are_locked_changes_nothing(
                 store.rename(old, new)
             return named(*args)
 
-        monkeypatch.setattr(layermaps, "_are_named", move)
+        monkeypatch.setattr(block_maps, "_are_named", move)
         assert store.usage("v") == expected
         assert len(store.usage("v")) == 5
 

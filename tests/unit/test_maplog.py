@@ -9,9 +9,10 @@ from format import reference_encoder as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin import _maplog, dtypes
-from onionskin._maplog import PLACE_ZERO, LayerMap
+from onionskin.base import dtypes
 from onionskin.errors import FormatError, StateError
+from onionskin.kernels import _maplog
+from onionskin.kernels._maplog import PLACE_ZERO, LayerMap
 
 BLOCKS = 3000  # more than five ranges of 2 MiB
 MAP_ID = b"m" * 16

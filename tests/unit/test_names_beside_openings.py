@@ -8,7 +8,7 @@ import pytest
 
 import onionskin
 import onionskin.store as store_module
-from onionskin.locks import VolumeLock
+from onionskin.storage.locks import VolumeLock
 
 SIZE = 1 << 20
 

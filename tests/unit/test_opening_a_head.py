@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from onionskin._volume import DataPath
 from onionskin.errors import FormatError, StateError
+from onionskin.kernels._volume import DataPath
 
 BLOCK = 4096
 Known = tuple[int, int, int]

@@ -8,8 +8,8 @@ from format.reference_encoder import encode_log, hole, zero
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin._maplog import PLACE_HOLE, PLACE_ZERO, LayerMap, OwnerMap
 from onionskin.errors import FormatError, StateError
+from onionskin.kernels._maplog import PLACE_HOLE, PLACE_ZERO, LayerMap, OwnerMap
 
 BLOCK = 4096
 BLOCKS = 1600  # four ranges of the index

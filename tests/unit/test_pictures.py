@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin.layering import DATA, HOLE, LAYER_EXTENT_DTYPE, ZERO, ChainMember, Layering
+from onionskin.operations.layering import DATA, HOLE, LAYER_EXTENT_DTYPE, ZERO, ChainMember, Layering
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import BANDS_MAX, legend_of
 from onionskin.pictures.cells import Cells, cut

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin._volume import DataPath
+from onionskin.kernels._volume import DataPath
 
 BLOCK = 4096
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onionskin._volume import DataPath, Sealed
 from onionskin.errors import FormatError, StateError
+from onionskin.kernels._volume import DataPath, Sealed
 
 BLOCK = 4096
 BLOCKS = 1500  # nearly three ranges of 2 MiB

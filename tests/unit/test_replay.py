@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from format.reference_encoder import Record, data, encode_header, encode_log, frame_crc, hole, segment, zero
 
-from onionskin._volume import DataPath
 from onionskin.errors import FormatError
+from onionskin.kernels._volume import DataPath
 
 BLOCK = 4096
 HEADER = 4096

@@ -1,4 +1,4 @@
-"""onionskin._wipe: what it overwrites, in which order, what is left on the medium, what it says about it."""
+"""onionskin.kernels._wipe: what it overwrites, in which order, what is left on the medium, what it says about it."""
 
 import errno
 import fcntl
@@ -19,8 +19,8 @@ from conftest import Mount, image_of, unmount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin._wipe import WipeCancelled, WipeJob, wipe
 from onionskin.errors import VerifyError
+from onionskin.kernels._wipe import WipeCancelled, WipeJob, wipe
 
 MIB = 1 << 20
 CANARY = b"onionskin canary 5b1f0c! " * 40
@@ -207,7 +207,7 @@ def test_a_write_that_fails_punches_nothing(tmp_path: Path) -> None:
 
 TRACED = """
 import os, sys
-from onionskin._wipe import wipe
+from onionskin.kernels._wipe import wipe
 fd = os.open(sys.argv[1], os.O_RDWR)
 try:
     wipe(fd, [(0, 1 << 20), (2 << 20, 20 << 20)], zero=True, punch=True, verify=True, threads=2)
@@ -219,7 +219,7 @@ except OSError as error:
 def traced_calls(path: Path, tmp_path: Path, *injected: str) -> tuple[int, list[str]]:
     """What a wipe of the file at path asks of the system, in order: names of calls. And its exit status."""
     trace = tmp_path / "trace"
-    package = Path(sys.modules["onionskin._wipe"].__file__ or "").parents[1]
+    package = Path(sys.modules["onionskin.kernels._wipe"].__file__ or "").parents[2]
     calls_of_interest = "trace=pwrite64,fdatasync,fsync,pread64,fallocate"
     strace = ["strace", "-f", "-y", "-o", str(trace), "-e", calls_of_interest, *injected]
     environment = {**os.environ, "PYTHONPATH": str(package)}

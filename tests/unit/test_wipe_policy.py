@@ -11,7 +11,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
-from onionskin import merging
+from onionskin.operations import merge_into_base
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -151,7 +151,7 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             raise OSError("the catalog is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(merging, "_switch_map", fail)
+            patch.setattr(merge_into_base, "_switch_map", fail)
             web.merge("two")  # the name is dropped; that the layers could not be joined is left to the next opening
         for draft in drafts:
             size = os.fstat(draft).st_size

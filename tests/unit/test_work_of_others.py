@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin import checking, pending
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.pending import do_pending
+from onionskin.operations import check, reclaim
+from onionskin.operations.reclaim import do_pending
 
 SIZE = 1 << 20
 BLOCK = 4096
@@ -130,16 +130,16 @@ def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage
             with store.create(name, size=SIZE, wipe="zero") as volume:
                 volume.write(0, b"x" * BLOCK)
                 volume.snapshot("a")
-        look = checking._segment_fault
+        look = check._segment_fault
 
         def delete_and_look(*arguments: Any) -> str | None:
-            monkeypatch.setattr(checking, "_segment_fault", look)
+            monkeypatch.setattr(check, "_segment_fault", look)
             with onionskin.Store(store.path) as other:
                 other.delete("gone", recursive=True)
                 other.finish_work()
             return look(*arguments)
 
-        monkeypatch.setattr(checking, "_segment_fault", delete_and_look)
+        monkeypatch.setattr(check, "_segment_fault", delete_and_look)
         assert [problem for problem in store.check() if problem.severity == "error"] == []
         assert [info.name for info in store.volumes()] == ["left"]
 
@@ -155,7 +155,7 @@ def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
         store.finish_work()
         (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
         store.change(lambda: store.add_scrubs([segment.id], "release"))
-        forget = pending._forget
+        forget = reclaim._forget
 
         def free_more_and_forget(*work: Any, **how: bool) -> None:
             web.trim(0, len(SECRET))
@@ -164,7 +164,7 @@ def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
 
         with monkeypatch.context() as patch:
             patch.setattr(store, "work_soon", lambda: None)
-            patch.setattr(pending, "_forget", free_more_and_forget)
+            patch.setattr(reclaim, "_forget", free_more_and_forget)
             do_pending(store)
         do_pending(store)
         assert not any(SECRET[:8] in path.read_bytes() for path in store.layout.segments.iterdir())

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onionskin.zeros import split_zeros
+from onionskin.base.zero_runs import split_zeros
 
 
 @given(

@@ -16,7 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from onionskin import forks
+from onionskin.base import forking
+from onionskin.base.modes import make_file
 from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
@@ -44,7 +45,6 @@ from onionskin.catalog.schema import (
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
-from onionskin.modes import make_file
 
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
@@ -76,7 +76,7 @@ class Catalog:
             self._connection, self._copy = connect_to_read(path)
         else:
             self._connection = _connect(path)
-        forks.register(self)
+        forking.register(self)
         try:
             with self._errors():
                 self._check_version()
@@ -276,7 +276,7 @@ class Catalog:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         if self._forked:
-            raise forks.forked_error(f"the store {self.path.parent}")
+            raise forking.forked_error(f"the store {self.path.parent}")
         try:
             yield
         except sqlite3.Error as error:

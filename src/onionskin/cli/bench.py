@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import SIZE
+from onionskin.cli.arguments import SIZE
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
-    from onionskin.bench.headline import Comparison
+    from onionskin.measure.headline import Comparison
 
 
 @click.command()
@@ -41,9 +41,9 @@ def bench(
     Works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
     not installed are left out, and said to be.
     """
-    from onionskin.bench.headline import compare
-    from onionskin.bench.report import draw_chart, draw_page, draw_table
-    from onionskin.bench.results import as_benchmarks, describe_machine
+    from onionskin.measure.headline import compare
+    from onionskin.measure.report import draw_chart, draw_page, draw_table
+    from onionskin.measure.results import as_benchmarks, describe_machine
 
     comparisons = compare(directory, size, rounds, lambda step: click.echo(f"measuring: {step}", err=True))
     machine, now = describe_machine(directory), datetime.now(UTC)
@@ -58,9 +58,9 @@ def bench(
 
 
 def _draw(comparisons: "list[Comparison]") -> str:
-    from onionskin.bench.headline import ENGINE
-    from onionskin.bench.report import times
-    from onionskin.bench.timing import duration, ratio
+    from onionskin.measure.headline import ENGINE
+    from onionskin.measure.report import times
+    from onionskin.measure.timing import duration, ratio
 
     rows = []
     for comparison in comparisons:

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
+from onionskin.base.sizes import format_size
 from onionskin.errors import StateError
-from onionskin.sizes import format_size
 
 Progress = Callable[[int, int], None]
 Draw = Callable[[], str]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import (
+from onionskin.cli.arguments import (
     NEW_SNAPSHOT,
     SIZE,
     SNAPSHOT,
@@ -21,8 +21,8 @@ from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
 
 if TYPE_CHECKING:
-    from onionskin.nbd.remote import LiveVolume
-    from onionskin.snapshots import Snapshot
+    from onionskin.catalog.tree import Snapshot
+    from onionskin.control.client import LiveVolume
     from onionskin.store import Store
     from onionskin.volume import Volume
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from onionskin.cli import output
-from onionskin.cli.names import (
+from onionskin.cli.arguments import (
     NEW_VOLUME,
     SIZE,
     SNAPSHOT,
@@ -19,8 +19,8 @@ from onionskin.cli.names import (
     open_store,
     trust_option,
 )
+from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
-from onionskin.cli.pictures import PictureType, write_picture
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy
 
-from onionskin.layering import DATA, HOLE, ZERO, Layering
+from onionskin.operations.layering import DATA, HOLE, ZERO, Layering
 
 BANDS_MAX = 12
 _HEAD_ALONE = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin.layering import DATA, HOLE, ZERO, Layering
+from onionskin.operations.layering import DATA, HOLE, ZERO, Layering
 
 if TYPE_CHECKING:
     import numpy.typing

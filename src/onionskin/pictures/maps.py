@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin.layering import DATA, HOLE
+from onionskin.base.sizes import format_size
+from onionskin.operations.layering import DATA, HOLE
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import Band, Legend
 from onionskin.pictures.cells import Cells
-from onionskin.sizes import format_size
 
 if TYPE_CHECKING:
     import numpy.typing

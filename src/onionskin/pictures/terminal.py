@@ -6,12 +6,12 @@ Both say the same: in letters a capital is a cell of which at least half is what
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from onionskin.layering import DATA
+from onionskin.base.sizes import format_size
+from onionskin.operations.layering import DATA
 from onionskin.pictures import svg
 from onionskin.pictures.bands import Legend
 from onionskin.pictures.cells import Cells
 from onionskin.pictures.maps import GREY, fades, kind_of_cells, label
-from onionskin.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console

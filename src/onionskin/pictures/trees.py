@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onionskin.base.sizes import format_size
 from onionskin.pictures import svg
-from onionskin.sizes import format_size
 
 if TYPE_CHECKING:
     from onionskin.store import TreeNode

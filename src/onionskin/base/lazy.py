@@ -1,0 +1,23 @@
+"""NumPy, imported when the first array is made and not when the package is: it takes longer than most verbs.
+
+Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as ever.
+"""
+
+import importlib
+from typing import Any
+
+
+class Later:
+    """A module that is imported when one of its names is first asked for. Any thread may be the one that asks."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self._module), name)
+        setattr(self, name, value)  # from now on it is found without coming here
+        return value
+
+
+numpy = Later("numpy")
+dtypes = Later("onionskin.base.dtypes")

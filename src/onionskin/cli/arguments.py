@@ -1,0 +1,228 @@
+"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; how they are opened, and complete.
+
+The last component of the path is the volume, all before it is the store. A completion never makes, locks or
+repairs anything: it reads the catalog of a directory that is a store, and says nothing when it cannot.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+import onionskin  # its classes by name, when they are used: they bring NumPy, which no --help should wait for
+from onionskin.base.sizes import parse_size
+from onionskin.errors import OnionskinError
+
+if TYPE_CHECKING:
+    from onionskin.control.client import LiveVolume
+    from onionskin.store import Store
+    from onionskin.volume import Volume
+
+
+@dataclass(frozen=True)
+class Name:
+    """A volume of a store, or one of its snapshots."""
+
+    store: Path
+    volume: str
+    snapshot: str | None = None
+
+    def __str__(self) -> str:
+        """Write the name as it is given on the command line."""
+        text = f"{str(self.store).rstrip('/')}/{self.volume}"
+        return text if self.snapshot is None else f"{text}@{self.snapshot}"
+
+    @property
+    def required_snapshot(self) -> str:
+        """The snapshot of a name whose kind promises one."""
+        if self.snapshot is None:
+            raise AssertionError(f"{self} was parsed as the name of a snapshot")
+        return self.snapshot
+
+    def open_store(self) -> "Store":
+        """Open the store, which must exist."""
+        return open_store(self.store)
+
+    @contextmanager
+    def open_volume(self) -> "Iterator[tuple[Store, Volume | LiveVolume]]":
+        """Open the volume for writing or, where a server holds it, connect to that.
+
+        This is the one place where a verb comes to work on a volume that is being served.
+        """
+        with self.open_store() as store, live(store, self.volume) or store.open(self.volume) as volume:
+            yield store, volume
+
+    @contextmanager
+    def open_volume_or_view(self) -> "Iterator[Volume | LiveVolume]":
+        """Open what is named, to read it: a snapshot as a view."""
+        with self.open_store() as store:
+            served = live(store, self.volume) if self.snapshot is None else None
+            with served or open_to_read(store, self) as volume:
+                yield volume
+
+
+_TRUST = "onionskin.trust"
+
+
+def trust_option(command: Any) -> Any:
+    """Give a verb the option --trust; `open_store` asks for what was given."""
+    return click.option(
+        "--trust", is_flag=True, expose_value=False, callback=note_trust, help="Open a store that another user owns."
+    )(command)
+
+
+def note_trust(ctx: click.Context, _: click.Parameter, trust: bool) -> bool:
+    """Keep what --trust said for `open_store`: the callback of that option."""
+    ctx.meta[_TRUST] = trust
+    return trust
+
+
+def is_trusted() -> bool:
+    """Whether --trust was given to the verb that runs."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.meta.get(_TRUST))
+
+
+def open_store(path: Path, *, create: bool = False, group: str | None = None) -> "Store":
+    """Open a store as the options of the verb say; it must exist, unless `create`."""
+    return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
+
+
+def open_to_read(store: "Store", name: Name) -> "Volume":
+    """Open a snapshot, or a head that nobody else holds, so that nothing is written: neither to it nor to the store."""
+    if name.snapshot is not None:
+        return store.open(name.volume, snapshot=name.snapshot)
+    return store.open(name.volume, mode="r")
+
+
+def live(store: "Store", name: str) -> "LiveVolume | None":
+    """Connect to the server of a volume; None where no server holds it."""
+    from onionskin.storage.locks import volume_holder
+
+    if volume_holder(store.layout.volume_lock(store.catalog.volume(name).id)) is None:
+        return None  # most often; and then the other end is not even imported
+    from onionskin.control import client
+
+    return client.find(store, name)
+
+
+def parse_name(text: str) -> Name:
+    """Take STORE/VOLUME[@SNAPSHOT] apart.
+
+    Raises
+    ------
+    ValueError
+        A part is missing or empty; the message says which.
+    """
+    directory, slash, last = text.rpartition("/")
+    if not slash:
+        raise ValueError(f"{text!r} names no store: write STORE/VOLUME, as ./{text} for a store that is here")
+    volume, at, snapshot = last.partition("@")
+    if not volume:
+        raise ValueError(f"{text!r} names no volume: write STORE/VOLUME or STORE/VOLUME@SNAPSHOT")
+    if at and not snapshot:
+        raise ValueError(f"{text!r} names no snapshot behind the @")
+    return Name(Path(directory or "/"), volume, snapshot or None)
+
+
+class NameType(click.ParamType):  # type: ignore[type-arg]
+    """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
+
+    ``fresh``: the last part is about to be made, so only what comes before it is completed.
+    """
+
+    def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
+        self.snapshot = snapshot
+        self.fresh = fresh
+        self.name = {
+            "required": "STORE/VOLUME@SNAPSHOT",
+            "optional": "STORE/VOLUME[@SNAPSHOT]",
+            "none": "STORE/VOLUME",
+        }[snapshot]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name:
+        """Parse the text, or fail as a usage error."""
+        if isinstance(value, Name):
+            return value
+        try:
+            name = parse_name(value)
+        except ValueError as wrong:
+            self.fail(str(wrong), param, ctx)
+        if self.snapshot == "required" and name.snapshot is None:
+            self.fail(f"{value!r} names no snapshot: write {value}@SNAPSHOT", param, ctx)
+        if self.snapshot == "none" and name.snapshot is not None:
+            self.fail(f"{value!r} names a snapshot where a volume is wanted", param, ctx)
+        return name
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer directories until a store is reached, then the names in it."""
+        directory, slash, last = incomplete.rpartition("/")
+        store = Path(directory or "/")
+        if not slash or not is_store(store):
+            return [CompletionItem(incomplete, type="dir")]
+        if self.fresh and (self.snapshot == "none" or "@" in last):
+            return []
+        # Where a snapshot is wanted, whole names are offered: a shell puts a blank behind a single match.
+        with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
+        names = [name for name in _names_in(store, with_snapshots) if name.startswith(last)]
+        return [CompletionItem(f"{directory}/{name}") for name in names]
+
+
+class StoreType(click.ParamType):  # type: ignore[type-arg]
+    """The directory of a store."""
+
+    name = "STORE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Make a path of it."""
+        return Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell offer directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, as 4096, 512K, 20G or 1TiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse the text, or fail as a usage error."""
+        try:
+            return parse_size(value)
+        except ValueError as wrong:
+            self.fail(str(wrong), param, ctx)
+
+
+STORE = StoreType()
+VOLUME = NameType("none")
+NEW_VOLUME = NameType("none", fresh=True)
+SNAPSHOT = NameType("required")
+NEW_SNAPSHOT = NameType("required", fresh=True)
+VOLUME_OR_SNAPSHOT = NameType("optional")
+SIZE = SizeType()
+
+
+def is_store(path: Path) -> bool:
+    """Whether a directory is a store."""
+    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises for what it cannot search
+
+
+def _names_in(path: Path, with_snapshots: bool) -> list[str]:
+    from onionskin.catalog import SnapshotRow, VolumeRow
+
+    try:
+        with onionskin.Store(path, create=False) as store, store.catalog.reading():
+            volumes = {row.id: row.name for row in store.catalog.rows(VolumeRow, "1 ORDER BY name")}
+            if not with_snapshots:
+                return list(volumes.values())
+            rows = store.catalog.rows(SnapshotRow, "1 ORDER BY created_ns")
+            return sorted(f"{volumes[row.volume]}@{row.name}" for row in rows)
+    except (OnionskinError, OSError, ValueError):
+        return []

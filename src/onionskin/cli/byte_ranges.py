@@ -1,0 +1,123 @@
+"""The verbs for ranges of bytes: read, write, trim, zero."""
+
+import base64
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.arguments import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli.output import json_option
+
+if TYPE_CHECKING:
+    from onionskin.control.client import LiveVolume
+    from onionskin.volume import Volume
+
+_CHUNK_BYTES = 1 << 20
+
+
+def _check_range(volume: "Volume | LiveVolume", name: Name, offset: int, length: int) -> None:
+    """Refuse a range that does not lie in the disk before any of it is touched."""
+    if offset + length > volume.size_bytes:
+        raise ValueError(
+            f"bytes {offset} to {offset + length} do not lie in {name}, which has {volume.size_bytes}; "
+            "choose a smaller range, or resize the volume"
+        )
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("offset", type=SIZE)
+@click.argument("length", type=SIZE)
+@trust_option
+@json_option
+def read(name: Name, offset: int, length: int, as_json: bool) -> None:
+    """Write a range of a disk to stdout.
+
+    With --json, as base64.
+    """
+    with name.open_volume_or_view() as volume:
+        _check_range(volume, name, offset, length)
+        if as_json:
+            data = base64.b64encode(volume.read(offset, length)).decode()
+            output.show(True, {"offset": offset, "length": length, "base64": data}, str)
+            return
+        out = output.StandardStream("stdout")
+        for at in range(offset, offset + length, _CHUNK_BYTES):
+            out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
+        out.flush()
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("offset", type=SIZE)
+@trust_option
+@json_option
+def write(name: Name, offset: int, as_json: bool) -> None:
+    """Write stdin to a disk at OFFSET.
+
+    The data is durable when the command ends well.
+
+    Where stdin is a file, data that would not fit is refused before any is written; from a pipe, what fits is
+    written first.
+    """
+    if sys.stdin.isatty():
+        raise click.UsageError("write takes its data from stdin: pipe something to it")
+    source = output.StandardStream("stdin")
+    written = 0
+    with name.open_store() as store, store.open(name.volume) as volume:
+        _check_range(volume, name, offset, _length_of_file(source))
+        while data := source.read(_CHUNK_BYTES):
+            _check_range(volume, name, offset + written, len(data))
+            volume.write(offset + written, data)
+            written += len(data)
+        volume.flush()
+    value = {"offset": offset, "length": written}
+    output.show(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
+
+
+def _length_of_file(source: output.StandardStream) -> int:
+    """Give what a file still holds; 0 for a pipe, whose length nobody knows."""
+    try:
+        status = os.fstat(source.fileno())
+        return max(0, status.st_size - source.tell()) if stat.S_ISREG(status.st_mode) else 0
+    except OSError:
+        return 0
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("offset", type=SIZE)
+@click.argument("length", type=SIZE)
+@trust_option
+@json_option
+def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
+    """Free a range that is no longer needed.
+
+    It reads zero from then on.
+    """
+    with name.open_volume() as (_, volume):
+        _check_range(volume, name, offset, length)
+        volume.trim(offset, length)
+        volume.flush()
+    value = {"offset": offset, "length": length}
+    output.show(as_json, value, lambda: f"trimmed {output.size(length)} of {name} at {offset}")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("offset", type=SIZE)
+@click.argument("length", type=SIZE)
+@trust_option
+@json_option
+def zero(name: Name, offset: int, length: int, as_json: bool) -> None:
+    """Make a range read zero."""
+    with name.open_volume() as (_, volume):
+        _check_range(volume, name, offset, length)
+        volume.zero(offset, length)
+        volume.flush()
+    value = {"offset": offset, "length": length}
+    output.show(as_json, value, lambda: f"zeroed {output.size(length)} of {name} at {offset}")

@@ -1,0 +1,210 @@
+"""The verbs that move disks between files and stores: import, export, delta, apply."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+import click
+
+from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.cli import output
+from onionskin.cli.arguments import (
+    NEW_VOLUME,
+    SIZE,
+    SNAPSHOT,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    Name,
+    open_store,
+    open_to_read,
+    trust_option,
+)
+from onionskin.cli.output import json_option
+from onionskin.cli.snapshots import same_volume, snapshot_value
+from onionskin.cli.volumes import WIPE, volume_value
+from onionskin.images import FORMATS, export_image, import_image
+
+if TYPE_CHECKING:
+    from onionskin.delta import Readable
+
+FILE = click.Path(path_type=Path, readable=False)
+FORMAT = click.Choice(FORMATS)
+_CHUNK_BYTES = 1 << 20
+
+
+@click.command(name="import")
+@click.argument("image", type=FILE)
+@click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
+@click.option("--format", "image_format", type=FORMAT, help="By default told by the first bytes.")
+@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
+@click.option("--wipe", type=WIPE, default="release", show_default=True, help="What happens to freed blocks.")
+@trust_option
+@json_option
+def import_(
+    image: Path,
+    name: Name,
+    image_format: str | None,
+    block_size: int,
+    wipe: Literal["release", "zero"],
+    as_json: bool,
+) -> None:
+    """Make a volume from a disk image.
+
+    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image
+    whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
+    """
+    with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
+        pass
+    with open_store(name.store, create=True) as store:
+        with output.progress(f"import {image.name}", as_json) as progress:
+            import_image(
+                store,
+                image,
+                name.volume,
+                format=image_format,
+                block_size=block_size,
+                wipe=wipe,
+                progress=progress,
+            )
+        about = store.info(name.volume)
+    text = f"made {name}: {output.size(about.size_bytes)} from {image}"
+    output.show(as_json, volume_value(about), lambda: text)
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("image", type=FILE)
+@click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@trust_option
+@json_option
+def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
+    """Write a volume or a snapshot as a disk image.
+
+    IMAGE must not exist yet; holes are kept. "-" writes a raw image to stdout, holes as zeros, and the summary of
+    --json to stderr.
+    """
+    if str(image) == "-":
+        _export_to_stdout(name, image_format, as_json)
+        return
+    suffix = image.suffix[1:].lower()
+    kind = image_format or (suffix if suffix in FORMATS else "raw")
+    with name.open_store() as store, open_to_read(store, name) as volume:
+        with output.progress(f"export {name}", as_json) as progress:
+            export_image(volume, image, format=kind, progress=progress)
+        size_bytes = volume.size_bytes
+    allocated = image.stat().st_blocks * 512
+    value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
+    output.show(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+
+
+def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> None:
+    if image_format not in (None, "raw"):
+        raise click.UsageError(f"only a raw image can be written to stdout: give a file for {image_format}")
+    if sys.stdout.isatty():
+        raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
+    out = output.StandardStream("stdout")
+    with name.open_store() as store, open_to_read(store, name) as volume:
+        size_bytes = volume.size_bytes
+        with output.progress(f"export {name}", as_json) as progress:
+            for at in range(0, size_bytes, _CHUNK_BYTES):
+                out.write(volume.read(at, min(_CHUNK_BYTES, size_bytes - at)))
+                if progress is not None:
+                    progress(at, size_bytes)
+            out.flush()
+    if as_json:
+        value = {"path": "-", "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
+        output.echo(output.as_json_text(value), err=True)
+
+
+@click.command()
+@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
+@click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
+@trust_option
+@json_option
+def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
+    """Write what changed between two snapshots as a stream.
+
+    All of B where no A is given.
+
+    onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
+
+    With --json the summary goes to stdout if the stream goes to a file, else to stderr.
+    """
+    from onionskin import delta as stream
+
+    if len(names) > 2:
+        raise click.UsageError("delta takes one snapshot or two")
+    b = names[-1]
+    start = None
+    if len(names) == 2:
+        same_volume(names[0], b)
+        start = names[0].required_snapshot
+    if path is None and sys.stdout.isatty():
+        raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
+    with (
+        b.open_store() as store,
+        _new_file(path) as out,
+        output.progress(f"delta {b}", as_json) as progress,
+    ):
+        sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
+        out.flush()
+    value = {
+        "from": start,
+        "to": b.snapshot,
+        "full": sent.full,
+        "size_bytes": sent.size_b,
+        "data_bytes": sent.data_bytes,
+        "zero_bytes": sent.zero_bytes,
+    }
+    if path is not None:
+        output.show(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
+    elif as_json:
+        output.echo(output.as_json_text(value), err=True)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
+    """Give stdout, or a new file that is durable and whole in the end, or gone."""
+    if path is None:
+        yield output.StandardStream("stdout")
+        return
+    with open(path, "xb") as file:
+        try:
+            yield file
+            file.flush()
+            sync_file(file.fileno())  # BARRIER: written delta
+            sync_directory(path.absolute().parent)  # BARRIER: written delta name
+        except BaseException:
+            path.unlink()
+            raise
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True, readable=False), default="-")
+@trust_option
+@json_option
+def apply(name: Name, file: Path, as_json: bool) -> None:
+    """Bring a volume to the snapshot that a stream leads to.
+
+    The stream comes from stdin or FILE.
+
+    The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
+    made with create --size, of any size. A stream that is cut short or damaged changes nothing.
+    """
+    from onionskin import delta as stream
+
+    with contextlib.ExitStack() as stack:
+        if str(file) != "-":
+            source: Readable = stack.enter_context(open(file, "rb"))
+        elif sys.stdin.isatty():
+            raise click.UsageError("apply reads a stream: pipe delta to it, or give FILE")
+        else:
+            source = output.StandardStream("stdin")
+        store = stack.enter_context(name.open_store())
+        volume = stack.enter_context(store.open(name.volume))
+        progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
+        taken = stream.apply(source, volume, progress=progress)
+    output.show(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")

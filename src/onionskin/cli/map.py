@@ -1,0 +1,158 @@
+"""The verb that shows where the data of a disk is, map; and where pictures of verbs go."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, trust_option
+from onionskin.cli.output import json_option
+
+if TYPE_CHECKING:
+    from onionskin.operations.layering import Layering
+    from onionskin.pictures.bands import Legend
+    from onionskin.pictures.cells import Cells
+
+# Cells of a picture in a file, and of text where no terminal says how wide it is.
+FILE_COLUMNS, FILE_ROWS = 96, 24
+TEXT_COLUMNS, TEXT_ROWS = 64, 16
+TEXT_COLUMNS_MAX = 128
+OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a column that stays free
+
+
+class PictureType(click.ParamType):  # type: ignore[type-arg]
+    """A file that is written: its suffix says which format, and is what keeps a slip from hitting a disk image."""
+
+    name = "FILE"
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Make a path of it, or fail as a usage error; `-` is stdout, and gets SVG."""
+        path = Path(value)
+        if str(path) != "-" and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{str(path)!r} is no picture: name it {' or '.join('*' + one for one in self.suffixes)}", param)
+        return path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Let the shell offer files."""
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
+
+
+def write_picture(path: Path, picture: bytes) -> None:
+    """Write a picture to a file, which is replaced, or to stdout."""
+    if str(path) == "-":
+        out = output.StandardStream("stdout")
+        out.write(picture)
+        out.flush()
+    else:
+        path.write_bytes(picture)
+
+
+@click.command(name="map")
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.option("--output", "-o", "path", type=PictureType(".svg", ".png"), help="Write SVG or PNG; - is SVG to stdout.")
+@click.option("--columns", type=click.IntRange(1, 1000), help="Cells in a row; by default what fits.")
+@click.option("--rows", type=click.IntRange(1, 1000), help="Rows of cells.")
+@trust_option
+@json_option
+def map_(name: Name, path: Path | None, columns: int | None, rows: int | None, as_json: bool) -> None:
+    """Show which layer each part of a disk comes from.
+
+    The disk is cut into cells, from its begin at the upper left. A cell shows the layer, or the base, that has most of
+    its data. A volume that is being served is asked to flush first; nothing is changed.
+    """
+    from onionskin.pictures.bands import legend_of
+    from onionskin.pictures.cells import cut
+
+    if as_json and path is not None and str(path) == "-":
+        raise click.UsageError("--json and --output - both want stdout: give --output a file")
+    layering = _layering(name)
+    width, height = _resolution(path)
+    cells, legend = cut(layering, columns or width, rows or height), legend_of(layering)
+    if path is not None:
+        write_picture(path, _picture(path, name, cells, legend))
+        if str(path) == "-":
+            return
+    value = _value(name, layering, cells) if as_json else None
+    output.show(as_json, value, lambda: _draw(name, cells, legend) if path is None else f"wrote {path}")
+
+
+def _layering(name: Name) -> "Layering":
+    with name.open_store() as store:
+        if name.snapshot is None and (served := live(store, name.volume)) is not None:
+            with served:
+                served.flush()  # the map is read from files, where its last changes are not yet
+        return store.layering(name.volume, name.snapshot)
+
+
+def _resolution(path: Path | None) -> tuple[int, int]:
+    if path is not None:
+        return FILE_COLUMNS, FILE_ROWS
+    if not sys.stdout.isatty():
+        return TEXT_COLUMNS, TEXT_ROWS
+    width = shutil.get_terminal_size().columns - OFFSET_COLUMNS
+    return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
+
+
+def _picture(path: Path, name: Name, cells: "Cells", legend: "Legend") -> bytes:
+    from onionskin.pictures.maps import map_png, map_svg
+
+    title = str(name)
+    return map_png(title, cells, legend) if path.suffix.lower() == ".png" else map_svg(title, cells, legend).encode()
+
+
+def _draw(name: Name, cells: "Cells", legend: "Legend") -> str:
+    """Draw on a terminal that has the colours and the characters; else write letters."""
+    from onionskin.pictures import terminal
+
+    title = output.cell(str(name))
+    if sys.stdout.isatty() and output.printable(terminal.BLOCKS) == terminal.BLOCKS:
+        from rich.console import Console
+
+        console = Console()
+        if console.color_system in ("256", "truecolor") and not console.no_color:
+            return terminal.in_colour(title, cells, legend, console)
+    return terminal.in_letters(title, cells, legend)
+
+
+def _value(name: Name, layering: "Layering", cells: "Cells") -> dict[str, Any]:
+    """Give what JSON says of a map."""
+    from onionskin.operations.layering import HOLE
+    from onionskin.pictures.bands import bytes_of_states, data_bytes
+
+    hole, zero = bytes_of_states(layering)
+    edges = cells.edges.tolist()
+    columns = (edges, edges[1:], cells.state.tolist(), cells.depth.tolist(), cells.share.tolist())
+    return {
+        "volume": name.volume,
+        "snapshot": name.snapshot,
+        "size_bytes": cells.size_bytes,
+        "columns": cells.columns,
+        "hole_bytes": hole,
+        "zero_bytes": zero,
+        "layers": [
+            {
+                "depth": depth,
+                "kind": member.kind,
+                "name": member.name,
+                "created": output.timestamp(member.created),
+                "bytes": data,
+            }
+            for depth, (member, data) in enumerate(zip(layering.chain, data_bytes(layering), strict=False))
+        ],
+        "cells": [
+            {
+                "offset": offset,
+                "length": end - offset,
+                "state": output.STATES[state],
+                "depth": None if state == HOLE else depth,
+                "share": round(share, 4),
+            }
+            for offset, end, state, depth, share in zip(*columns, strict=False)
+        ],
+    }

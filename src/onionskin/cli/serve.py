@@ -1,0 +1,257 @@
+"""The verbs for volumes in use: serve, stats, mount, umount."""
+
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.arguments import SIZE, SNAPSHOT, VOLUME, Name, is_store, is_trusted, parse_name, trust_option
+from onionskin.cli.output import json_option
+from onionskin.errors import StateError
+
+if TYPE_CHECKING:
+    from onionskin.nbd.server import Listener, Server
+    from onionskin.nbd.tls import Terms
+
+FILE = click.Path(path_type=Path, readable=False)
+
+
+class Log:
+    """Lines on stderr, each whole, whoever writes it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+
+    def __call__(self, line: str) -> None:
+        """Write a line; a stderr that is gone does not stop the server."""
+        text = f"onionskin serve: {output.cell(line)}\n"
+        with self._guard:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...")
+@click.option("--socket", "socket_path", type=FILE, metavar="PATH", help="Listen on a Unix socket of mode 0600.")
+@click.option("--socket-mode", metavar="MODE", default="0600", show_default=True, help="Who may connect to that.")
+@click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need TLS.")
+@click.option("--tls-certificate", type=FILE, metavar="PEM", help="The server's certificate: TCP then wants TLS.")
+@click.option("--tls-key", type=FILE, metavar="PEM", help="Its key.")
+@click.option("--tls-ca", type=FILE, metavar="PEM", help="Who signs the certificates that clients must show.")
+@click.option("--tls-psk", type=FILE, metavar="KEYS", help="Pre-shared keys instead of certificates (Python 3.13).")
+@click.option(
+    "--tls-clients",
+    type=click.Choice(["known", "any"]),
+    default="known",
+    show_default=True,
+    help="'any' lets other machines in without --tls-ca.",
+)
+@click.option("--allow-revert", is_flag=True, help="Let revert change the disk under connected clients.")
+@click.option("--connections", type=click.IntRange(1, 4096), default=64, show_default=True, help="Clients at a time.")
+@click.option("--in-flight", type=SIZE, default="64M", show_default=True, help="Bytes under way for one client.")
+@click.option(
+    "--idle", type=click.IntRange(min=0), default=0, metavar="SECONDS", help="Drop clients that idle so long."
+)
+@click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
+@trust_option
+@json_option
+def serve(
+    names: tuple[str, ...],
+    socket_path: Path | None,
+    socket_mode: str,
+    tcp: tuple[str, ...],
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    tls_psk: Path | None,
+    tls_clients: str,
+    allow_revert: bool,
+    connections: int,
+    in_flight: int,
+    idle: int,
+    stdio: bool,
+    as_json: bool,
+) -> None:
+    """Serve volumes to machines over NBD, until SIGTERM or Ctrl-C.
+
+    A volume is served under its name, and each of its snapshots, read-only, as VOLUME@SNAPSHOT. While it is served,
+    the other commands work on it through the server.
+
+    A line on stdout says where, once clients can connect. Sockets can come from systemd, too (ListenStream=).
+    """
+    from onionskin.nbd.server import Limits, Server
+    from onionskin.nbd.systemd import notify
+
+    try:
+        mode = int(socket_mode, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.UsageError(f"--socket-mode {socket_mode} is no mode: write it as 0600 or 0660")
+    if (tls_certificate is None) != (tls_key is None) or (tls_ca and not tls_key):
+        raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
+    if tls_psk and tls_certificate:
+        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
+    if tls_clients == "any" and (tls_ca or not tls_certificate):
+        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
+    if in_flight < Limits().request_bytes_max:
+        raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
+    limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
+    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted())
+    try:
+        # Sockets first: what is wrong with them shows before a volume is opened, which may have work to resume.
+        terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
+        found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
+        server.listen(found, anybody=tls_clients == "any")
+        for name in names:
+            _add(server, name)
+        if (only := server.only_export()) is not None:
+            server.nbd.set_default(only)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
+                signal.signal(number, lambda *_: server.stop())
+        if stdio:
+            _serve_stdio(server)
+            return
+
+        def ready() -> None:
+            uris = [one.uri for one in server.listeners]
+            value = {"ready": True, "exports": server.export_names(), "uris": uris}
+            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
+            notify("READY=1")
+
+        server.run(ready)
+    finally:
+        notify("STOPPING=1")
+        server.close()
+
+
+def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None) -> "Terms | None":
+    from onionskin.nbd import tls
+
+    if psk is not None:
+        return tls.terms_by_key(psk)
+    return tls.terms_by_certificate(certificate, key, authority) if certificate and key else None
+
+
+def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
+    """Make or take over the sockets to listen on."""
+    from onionskin.base.sockets import UnixListener, listen_tcp, parse_address
+    from onionskin.nbd.server import Listener
+    from onionskin.nbd.systemd import inherited_listeners
+
+    given = inherited_listeners()
+    if given and (path or tcp):
+        raise click.UsageError("the sockets come from LISTEN_FDS; give no --socket and no --tcp")
+    if not given and not path and not tcp:
+        raise click.UsageError("say where to listen: --socket PATH or --tcp HOST:PORT")
+    addresses = [parse_address(text) for text in tcp]
+    found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
+    try:
+        if path:
+            unix = UnixListener(path, mode=mode)
+            found.append(Listener(unix.socket, unix.path, None, unix.close))
+        for host, port in addresses:
+            found += [Listener(one, None, terms, one.close) for one in listen_tcp(host, port)]
+    except BaseException:
+        for listener in found:
+            listener.close()
+        raise
+    return found
+
+
+def _add(server: "Server", text: str) -> None:
+    """Serve what a name on the command line means: a directory that is a store is one, all else is a volume in one."""
+    if is_store(Path(text)):
+        server.add_store(Path(text))
+        return
+    name = parse_name(text)
+    if name.snapshot is None:
+        server.add_volume(name.store, name.volume)
+    else:
+        server.add_snapshot(name.store, name.volume, name.snapshot)
+
+
+def _serve_stdio(server: "Server") -> None:
+    """Serve the one client whose socket is stdin, as inetd does; return when it has gone."""
+    try:
+        client = socket.socket(fileno=0)
+    except OSError:
+        raise StateError("--stdio wants a connected socket as stdin; give --socket or --tcp to listen") from None
+    server.serve_one(client)
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.option("--prometheus", is_flag=True, help="Print the text form of Prometheus.")
+@trust_option
+@json_option
+def stats(name: Name, prometheus: bool, as_json: bool) -> None:
+    """Show the counters of the server of a volume.
+
+    Who is connected, and what was read and written since it started.
+    """
+    from onionskin.control import client
+    from onionskin.nbd import prometheus as counters
+
+    with name.open_store() as store, client.connect(store, name.volume) as volume:
+        value = volume.stats()
+    if prometheus:
+        output.echo(counters.prometheus(value), nl=False)
+        return
+    output.show(as_json, value, lambda: _draw_stats(value))
+
+
+def _draw_stats(value: dict[str, Any]) -> str:
+    pairs = [("volume", value["volume"]), ("serving for", f"{value['uptime_seconds']:.0f} s")]
+    pairs.append(("index", output.size(value["memory_bytes"])))
+    for key, number in value["counters"].items():
+        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v:.6g}" for k, v in number.items() if v)
+        pairs.append((key.replace("_", " "), str(shown)))
+    rows = [(str(one.get("id", "")), one.get("export") or "-", one.get("peer", "")) for one in value["connections"]]
+    listed = output.table(("CLIENT", "EXPORT", "FROM"), rows)
+    exports = [
+        (one["export"], str(one["connections"]), output.size(one["bytes"]["read"]), output.size(one["bytes"]["write"]))
+        for one in value["exports"]
+    ]
+    counted = output.table(("EXPORT", "CLIENTS", "READ", "WRITTEN"), exports)
+    return "\n\n".join(filter(None, (output.fields(pairs), counted, listed)))
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("directory", type=FILE)
+@trust_option
+@json_option
+def mount(name: Name, directory: Path, as_json: bool) -> None:
+    """Show a snapshot as a raw, read-only file in DIRECTORY.
+
+    By nbdfuse. Nothing is copied; umount ends it.
+    """
+    from onionskin.nbd.fuse_mount import mount as mount_it
+
+    with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as view:
+        size_bytes = view.size_bytes  # what is wrong with the snapshot is said here, and not by nbdfuse
+    text = f"{name.store.absolute()}/{name.volume}@{name.required_snapshot}"
+    path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw", trust=is_trusted())
+    value = {"path": str(path), "size_bytes": size_bytes}
+    output.show(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
+
+
+@click.command()
+@click.argument("directory", type=FILE)
+@json_option
+def umount(directory: Path, as_json: bool) -> None:
+    """End what mount began."""
+    from onionskin.nbd.fuse_mount import unmount
+
+    unmount(directory)
+    output.show(as_json, {"unmounted": str(directory)}, lambda: f"unmounted {directory}")

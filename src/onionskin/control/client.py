@@ -1,0 +1,460 @@
+"""A volume that another process serves, worked on through its control socket.
+
+`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume; they raise the same errors. What it
+cannot do (write, flatten, apply) it does not have.
+
+A server that says nothing for SILENCE_SECONDS, though it says every few seconds that an operation goes on, was stopped or
+hangs: that is a StateError which names its process.
+"""
+
+import base64
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.lazy import dtypes
+from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.catalog.tree import Snapshot
+from onionskin.control import frames
+from onionskin.errors import FormatError, StateError
+from onionskin.operations.usage import Usage
+from onionskin.storage.locks import volume_holder
+from onionskin.store import Store
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+else:
+    from onionskin.base.lazy import numpy
+
+Progress = Callable[[int, int], None]
+
+
+def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
+    """Connect to a volume that `onionskin serve` holds.
+
+    Parameters
+    ----------
+    store : path-like, or Store
+        The store that the volume is in.
+    name : str
+        The volume.
+
+    Returns
+    -------
+    LiveVolume
+        To be closed by the caller.
+
+    Raises
+    ------
+    VolumeNotFoundError
+        The store has no volume of that name.
+    StateError
+        Nobody serves the volume; open it instead.
+    """
+    if isinstance(store, Store):
+        found = find(store, name)
+    else:
+        with Store(store, create=False) as opened:
+            found = find(opened, name)
+    if found is None:
+        raise StateError(f"nobody serves volume {name!r}; open it, or start 'onionskin serve'")
+    return found
+
+
+def find(store: Store, name: str) -> "LiveVolume | None":
+    """Connect to the server of a volume, or return None where no server holds it."""
+    row = store.catalog.volume(name)
+    holder = volume_holder(store.layout.volume_lock(row.id))
+    if holder is None:
+        return None
+    try:
+        connection = connect_unix(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
+    except OSError as error:
+        if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
+            return None  # held by a process that does not serve it, or left by a crash
+        if error.errno == EAGAIN:
+            raise StateError(_silent(name, holder.pid)) from None
+        raise
+    live = LiveVolume(connection, name)
+    # The path is the volume's id's, and so is the server; the name may mean another volume by now.
+    if store.catalog.volume(name).id == row.id:
+        return live
+    live.close()
+    return find(store, name)
+
+
+def _silent(name: str, pid: int) -> str:
+    who = f"process {pid}" if pid else "the process"
+    return (
+        f"{who}, which serves volume {name!r}, has not answered for {frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
+        "it go on: kill -CONT), or its disk hangs"
+    )
+
+
+class LiveVolume:
+    """A volume in another process. A context manager; any thread may call it, one call is made after the other."""
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
+        self.name: str = name
+        self._connection = connection
+        self._guard = threading.Lock()
+        self._pid = credentials_of(connection)[0]
+        connection.settimeout(frames.SILENCE_SECONDS)
+        try:
+            greeting = self._receive()
+            if "error" in greeting:
+                raise frames.unpack_error(greeting["error"])
+            if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
+                raise StateError(
+                    f"the server of volume {name!r} speaks another version of the control protocol; use the same "
+                    "onionskin at both ends"
+                )
+            if "alive_seconds" not in greeting:  # an older server, which is silent while it works
+                connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+
+    def __enter__(self) -> "LiveVolume":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the volume goes on being served. Idempotent."""
+        self._connection.close()
+
+    # ---- calls ----
+
+    def _call(self, verb: str, *, progress: Progress | None = None, **arguments: Any) -> Any:
+        request = frames.request(verb, arguments)
+        parts: list[Any] = []
+        with self._guard:
+            self._request(request)
+            while True:
+                try:
+                    reply = self._receive()
+                    if "progress" in reply and progress:
+                        progress(*reply["progress"])
+                except BaseException:
+                    self._cancel()
+                    raise
+                if "part" in reply:
+                    parts += reply["part"]
+                elif "error" in reply:
+                    raise frames.unpack_error(reply["error"])
+                elif "result" in reply:
+                    return parts + reply["result"] if isinstance(reply["result"], list) else reply["result"]
+
+    def _request(self, request: dict[str, Any]) -> None:
+        try:
+            frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
+        except TimeoutError:
+            raise StateError(_silent(self.name, self._pid)) from None
+        except (BrokenPipeError, ConnectionResetError):
+            raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
+
+    def _cancel(self) -> None:
+        """Ask for an end, and wait until there is one: what comes next finds the volume free. The connection is spent."""
+        with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
+            frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
+            while not self._receive().keys() & {"result", "error"}:
+                pass
+        self._connection.close()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
+        except TimeoutError:
+            raise StateError(_silent(self.name, self._pid)) from None
+        if reply is None:
+            raise StateError(f"the server of volume {self.name!r} went away; its log says why")
+        return reply
+
+    # ---- looking ----
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk in bytes."""
+        return int(self.info()["size_bytes"])
+
+    @property
+    def block_size(self) -> int:
+        """The unit of copy-on-write, in bytes."""
+        return int(self.info()["block_size"])
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The volume's snapshots, oldest first."""
+        return [frames.unpack_snapshot(value) for value in self._call("snapshots")]
+
+    @property
+    def parent(self) -> Snapshot | None:
+        """The snapshot that the disk stands on."""
+        value = self._call("parent")
+        return None if value is None else frames.unpack_snapshot(value)
+
+    @property
+    def head_changed(self) -> bool:
+        """Whether anything was written, trimmed or resized since `parent`."""
+        return bool(self._call("head_changed"))
+
+    def info(self) -> dict[str, Any]:
+        """Say what the volume is, and where and how it is served.
+
+        Returns
+        -------
+        dict
+            As `onionskin info --json` shows it.
+        """
+        return dict(self._call("info"))
+
+    def stats(self) -> dict[str, Any]:
+        """Give the server's counters, and who is connected.
+
+        Returns
+        -------
+        dict
+            As `onionskin stats --json` shows it. Counters only grow while the server runs.
+        """
+        return dict(self._call("stats"))
+
+    def usage(self) -> list[Usage]:
+        """Return what each snapshot holds and what discard or merge of it would free.
+
+        Returns
+        -------
+        list of Usage
+            As for `Store.usage`.
+        """
+        return [Usage(**value) for value in self._call("usage")]
+
+    def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
+        """Return where two snapshots, or a snapshot and the head, may differ.
+
+        Parameters
+        ----------
+        a, b : str
+            Snapshots, in any order; `b` None means the head, which is flushed first.
+
+        Returns
+        -------
+        array
+            Extents (offset, length, state), as for `Store.diff`.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
+        return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=dtypes.EXTENT)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range as bytes.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; `length` is at most 1 MiB, and the range ends within the disk.
+
+        Returns
+        -------
+        bytes
+            Exactly `length` of them.
+
+        Raises
+        ------
+        ValueError
+            The range is too long, or passes the end of the volume.
+        """
+        return base64.b64decode(self._call("read", offset=offset, length=length))
+
+    # ---- changing ----
+
+    def trim(self, offset: int, length: int) -> None:
+        """Free a range; it reads zero from now on. Durable on return.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        """
+        self._call("trim", offset=offset, length=length)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read zero. Durable on return.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; they need no alignment.
+
+        Raises
+        ------
+        ValueError
+            The range passes the end of the volume.
+        """
+        self._call("zero", offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make everything durable that was written before the call, by whomever."""
+        self._call("flush")
+
+    def resize(self, size: "int | str", *, force: bool = False) -> None:
+        """Grow the disk; its clients see the new size when they connect again. Durable on return.
+
+        Parameters
+        ----------
+        size : int or str
+            Bytes, or such as "20G".
+        force : bool
+            Of no effect here: a disk that is served does not shrink.
+
+        Raises
+        ------
+        StateError
+            It would shrink.
+        """
+        from onionskin.base.sizes import parse_size
+
+        self._call("resize", size_bytes=parse_size(size))
+
+    def snapshot(self, name: str, note: str = "") -> Snapshot:
+        """Name the disk as it is now: with all that any client had been told was written, nothing that came later.
+
+        Durable on return. Clients go on meanwhile.
+
+        Parameters
+        ----------
+        name : str
+            At most 255 bytes, without '/', '@' and control characters.
+        note : str
+            Kept with it; at most 64 KiB.
+
+        Returns
+        -------
+        Snapshot
+            What was taken.
+
+        Raises
+        ------
+        SnapshotExistsError
+            The name is taken.
+        """
+        return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
+
+    def revert(self, name: str) -> None:
+        """Make the disk read as a snapshot again, if the server allows it. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            The server was not started to allow it, or clients are connected.
+        """
+        self._call("revert", name=name)
+
+    def discard(self, name: str, *, recursive: bool = False) -> None:
+        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+        recursive : bool
+            Drop the snapshots that were taken after it too.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            As for `Volume.discard`; or the disk would change under clients, and the server does not allow that.
+        """
+        self._call("discard", name=name, recursive=recursive)
+
+    def merge(self, name: str) -> None:
+        """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
+
+        Parameters
+        ----------
+        name : str
+            A snapshot of this volume.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
+        self._call("merge", name=name)
+
+    def rename(self, new_name: str) -> None:
+        """Give the volume another name: clients that are connected go on, those that come ask for the new one.
+
+        Parameters
+        ----------
+        new_name : str
+            At most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeExistsError
+            The new name is taken.
+        """
+        self._call("rename", new_name=new_name)
+        self.name = new_name
+
+    def merge_into_base(
+        self,
+        upto: str | None = None,
+        *,
+        progress: Progress | None = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        """Fold the layers up to a snapshot, or the whole volume, into the base file; clients read and write meanwhile.
+
+        What `progress` raises, and Ctrl-C, cancel it; it goes on when it is called again. Durable on return.
+
+        Parameters
+        ----------
+        upto : str, optional
+            A snapshot of this volume; None: all that is durable of the disk.
+        progress : callable, optional
+            Called with the bytes done and those in all, from time to time.
+        threads : int
+            That copy; 0 chooses.
+        bytes_per_second : int
+            What may be written in a second; 0: no bound.
+
+        Raises
+        ------
+        StateError
+            Another volume or snapshot needs the base as it is.
+        ChainError
+            The base is not the file that it was.
+        OSError
+            The base could not be written; what was merged so far stays hidden behind the layers.
+        """
+        self._call("merge_into_base", progress=progress, upto=upto, threads=threads, bytes_per_second=bytes_per_second)
+
+
+__all__ = ["LiveVolume", "connect", "find"]

@@ -1,0 +1,216 @@
+"""The frames of the control protocol: a length of four bytes, big-endian, then that much JSON, an object.
+
+Both ends bound what they take before they allocate it. See "Live operations" in docs/design.md.
+"""
+
+import json
+import operator
+import os
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from types import NoneType
+from typing import Any
+
+from onionskin import errors
+from onionskin.catalog.tree import Snapshot
+from onionskin.errors import FormatError, OnionskinError, StateError
+
+VERSION = 1
+# While an operation runs the server says every so often that it lives; a caller that heard nothing for much longer gives up.
+ALIVE_SECONDS = 2.0
+SILENCE_SECONDS = 30.0
+TEXT_BYTES_MAX = 1 << 16  # of a note, and more than any name has
+REQUEST_BYTES_MAX = 1 << 18
+REPLY_BYTES_MAX = 1 << 23
+_LENGTH = struct.Struct(">I")
+ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "info": {},
+    "stats": {},
+    "snapshots": {},
+    "parent": {},
+    "head_changed": {},
+    "snapshot": {"name": (str,), "note": (str,)},
+    "revert": {"name": (str,)},
+    "discard": {"name": (str,), "recursive": (bool,)},
+    "merge": {"name": (str,)},
+    "rename": {"new_name": (str,)},
+    "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
+    "trim": {"offset": (int,), "length": (int,)},
+    "zero": {"offset": (int,), "length": (int,)},
+    "read": {"offset": (int,), "length": (int,)},
+    "flush": {},
+    "resize": {"size_bytes": (int,)},
+    "diff": {"a": (str,), "b": (str, NoneType)},
+    "usage": {},
+}
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.FormatError,
+        errors.StateError,
+        errors.ChainError,
+        errors.VolumeNotFoundError,
+        errors.VolumeExistsError,
+        errors.SnapshotNotFoundError,
+        errors.SnapshotExistsError,
+        errors.VerifyError,
+        errors.OnionskinError,
+        ValueError,
+        TypeError,
+    )
+}
+
+
+def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) -> None:
+    """Send one frame; ValueError where it would be longer than the other end takes."""
+    text = json.dumps(value, separators=(",", ":")).encode()
+    if len(text) > bytes_max:
+        raise ValueError(f"a message of {len(text)} bytes is longer than the {bytes_max} that the control socket takes")
+    connection.sendall(_LENGTH.pack(len(text)) + text)
+
+
+def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
+    """Receive one frame; None where the other end has gone.
+
+    Raises
+    ------
+    FormatError
+        It is no frame, or too long.
+    """
+    head = _exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > bytes_max:
+        raise FormatError(f"a message of {length} bytes came in on the control socket; at most {bytes_max} are taken")
+    text = _exactly(connection, length)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FormatError("what came in on the control socket is no JSON; is it another program?") from None
+    if not isinstance(value, dict):
+        raise FormatError("what came in on the control socket is JSON, but no object; is it another program?")
+    return value
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes | None:
+    parts = []
+    while length:
+        try:
+            part = connection.recv(min(length, 1 << 16))
+        except ConnectionResetError:  # it closed with something unread
+            return None
+        if not part:
+            return None
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+# ---- what goes over in frames ----
+
+
+def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make a request of arguments that the caller of a method gave; what JSON, or the server, would not take is refused.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of another type, negative, or text that no catalog can hold.
+    """
+    for name, kinds in ARGUMENTS[verb].items():
+        value = arguments[name]
+        if bool not in kinds and int in kinds and not isinstance(value, bool):
+            with suppress(TypeError):
+                arguments[name] = value = operator.index(value)
+        if type(value) not in kinds:
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise TypeError(f"{verb}: {name} is of type {type(value).__name__}; give {wanted}")
+        if fault := _fault_of(value):
+            raise ValueError(f"{verb}: {name} cannot be {_shown(value)}: {fault}")
+    return {"version": VERSION, "verb": verb, "arguments": arguments}
+
+
+def checked_request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the verb and the arguments of a request that is well formed; else raise."""
+    if request.get("version") != VERSION:
+        raise StateError(
+            f"this server speaks version {VERSION} of the control protocol, not {request.get('version')!r}; use "
+            "the same onionskin at both ends"
+        )
+    verb, arguments = request.get("verb"), request.get("arguments")
+    wanted = ARGUMENTS.get(verb) if isinstance(verb, str) else None
+    if wanted is None or not isinstance(verb, str):
+        raise ValueError(f"{_shown(verb)} is no verb of the control socket: it is one of {', '.join(ARGUMENTS)}")
+    if not isinstance(arguments, dict) or set(arguments) != set(wanted):
+        raise ValueError(f"{verb} takes exactly these arguments: {', '.join(wanted) or 'none'}")
+    for name, kinds in wanted.items():
+        value = arguments[name]
+        if type(value) not in kinds or (fault := _fault_of(value)):
+            why = f": {fault}" if type(value) in kinds else ""
+            raise ValueError(f"{verb}: {name} cannot be {_shown(value)}{why}")
+    return verb, arguments
+
+
+def _fault_of(value: Any) -> str | None:
+    """Say what keeps a value of the right type from going further, or None."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "it has a zero byte"
+        try:
+            length = len(value.encode())
+        except UnicodeEncodeError:
+            return "it is not Unicode"
+        return f"it has more than {TEXT_BYTES_MAX} bytes" if length > TEXT_BYTES_MAX else None
+    if isinstance(value, int) and not 0 <= value < 1 << 63:
+        return "it is negative, or larger than any disk"
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Write a value for a message, not more than a line of it."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def pack_error(error: BaseException) -> dict[str, Any]:
+    """Describe an error so that the other end can raise the same one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        filename = None if error.filename is None else os.fsdecode(error.filename)
+        return {"class": "OSError", "errno": error.errno, "message": error.strerror or "", "filename": filename}
+    for kind in _ERRORS.values():
+        if type(error) is kind:
+            return {"class": kind.__name__, "message": str(error)}
+    for parent in (StateError, FormatError, ValueError, KeyboardInterrupt):
+        if isinstance(error, parent):
+            return {"class": parent.__name__, "message": str(error)}
+    return {"class": "OnionskinError", "message": f"the server failed: {error!r}; its log on stderr says where"}
+
+
+def unpack_error(value: Any) -> BaseException:
+    """Make the error that the other end described."""
+    if not isinstance(value, dict):
+        return FormatError("the server answered with an error that cannot be read; are both of one version?")
+    kind, message = value.get("class"), str(value.get("message"))
+    if kind == "OSError":
+        filename = value.get("filename")
+        number = value.get("errno")
+        return OSError(number if isinstance(number, int) else 5, message, filename and str(filename))
+    if kind == "KeyboardInterrupt":
+        return KeyboardInterrupt()
+    return _ERRORS.get(str(kind), OnionskinError)(message)
+
+
+def pack_snapshot(snapshot: Snapshot | None) -> dict[str, Any] | None:
+    """Describe a snapshot."""
+    return None if snapshot is None else asdict(snapshot) | {"created": snapshot.created.isoformat()}
+
+
+def unpack_snapshot(value: Any) -> Snapshot:
+    """Make the snapshot that was described."""
+    return Snapshot(**(value | {"created": datetime.fromisoformat(value["created"])}))

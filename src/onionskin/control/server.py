@@ -1,0 +1,332 @@
+"""The control socket of a volume that is being served: other processes work on the volume through it.
+
+What must hold: only the user who runs the server, and root, get in (the file's mode says so, and SO_PEERCRED is asked
+too); what comes in is bounded and checked against one table before anything is called; an operation is cancelled when
+its caller goes away or says so; what an operation raises is raised again at the other end; and while an operation runs
+its caller hears every few seconds that there is somebody, so that it need not wait for a process that was stopped.
+
+A connection: the server greets; then requests and replies follow each other. The frames are in `frames`, the list of
+verbs is `_ARGUMENTS`, the protocol is described in docs/design.md under "Live operations".
+"""
+
+import base64
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from onionskin.base.modes import file_mode
+from onionskin.base.sockets import UnixListener, credentials_of
+from onionskin.control import frames
+from onionskin.errors import OnionskinError, StateError
+from onionskin.volume import Volume
+
+CONNECTIONS_MAX = 16
+IDLE_SECONDS = 600
+READ_BYTES_MAX = 1 << 20
+EXTENTS_IN_FRAME = 20_000
+SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
+
+
+class Served(Protocol):
+    """A volume that is being served, as `nbd.server` knows it."""
+
+    @property
+    def volume(self) -> Volume:
+        """The volume, open for writing."""
+
+    @property
+    def allow_revert(self) -> bool:
+        """Whether the clients agreed that the disk may change under them."""
+
+    def info(self) -> dict[str, Any]:
+        """Say what it is and where it is served."""
+
+    def stats(self) -> dict[str, Any]:
+        """Give counters and connections."""
+
+    def rename(self, new_name: str) -> None:
+        """Give it another name, to clients as well."""
+
+    def without_views(self, names: set[str] | None) -> AbstractContextManager[None]:
+        """Close the views of these snapshots (None: of all) for the time of an operation: a context manager."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Hold all requests of clients back for the time of an operation."""
+
+
+class Cancelled(KeyboardInterrupt):
+    """The caller went away, or asked for an end."""
+
+
+def may_connect(uid: int, owner: int) -> bool:
+    """Whether a process of user `uid` may use the control socket of a server that user `owner` runs."""
+    return uid in (owner, 0)
+
+
+class ControlSocket:
+    """Listens on the control socket of one volume, in threads of its own."""
+
+    def __init__(self, path: Path, served: Served, log: Callable[[str], None]) -> None:
+        self._served = served
+        self._log = log
+        self._owner = os.geteuid()
+        self._guard = threading.Lock()
+        self._sessions: dict[threading.Thread, socket.socket] = {}
+        self._listener = UnixListener(path, mode=file_mode(path.parent))
+        self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
+        self._accepting.start()
+
+    def close(self) -> None:
+        """Take no more requests. Operations that run go on. Idempotent."""
+        with suppress(OSError):
+            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._accepting.join()
+        self._listener.close()
+        with self._guard:
+            connections = list(self._sessions.values())
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the replies of operations that ran when it was closed."""
+        with self._guard:
+            threads = list(self._sessions)
+        for thread in threads:
+            thread.join(seconds)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.socket.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+            with self._guard:
+                is_full = len(self._sessions) >= CONNECTIONS_MAX
+                if not is_full:
+                    self._sessions[thread] = connection
+            if is_full:
+                self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
+            else:
+                thread.start()
+
+    def _refuse(self, connection: socket.socket, why: str) -> None:
+        self._log(f"control: refused a connection: {why}")
+        with connection, suppress(OSError):
+            connection.settimeout(1)
+            frames.send(connection, {"error": frames.pack_error(StateError(why))}, bytes_max=frames.REPLY_BYTES_MAX)
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            pid, uid, _ = credentials_of(connection)
+            if not may_connect(uid, self._owner):
+                self._refuse(connection, f"process {pid} of user {uid} may not use it, only user {self._owner} may")
+                return
+            connection.settimeout(IDLE_SECONDS)
+            with connection:
+                _Session(connection, self._served, self._log, f"process {pid} of user {uid}").run()
+        except OSError:
+            pass  # the other end went away; what it had begun was cancelled
+        finally:
+            with self._guard:
+                del self._sessions[threading.current_thread()]
+
+
+class _Session:
+    """One connection. Each public method is a verb, and returns what JSON can hold."""
+
+    def __init__(self, connection: socket.socket, served: Served, log: Callable[[str], None], peer: str) -> None:
+        self._connection = connection
+        self._served = served
+        self._log = log
+        self._peer = peer
+        self._sending = threading.Lock()
+        self._is_busy = False  # with an operation: then the caller is told that we live
+        self._ended = threading.Event()
+
+    @property
+    def _volume(self) -> Volume:
+        return self._served.volume
+
+    def run(self) -> None:
+        greeting = {"onionskin": "control", "version": frames.VERSION, "volume": self._volume.name}
+        self._send(greeting | {"alive_seconds": frames.ALIVE_SECONDS})
+        living = threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True)
+        living.start()
+        try:
+            self._answer_all()
+        finally:
+            self._ended.set()
+            living.join()
+
+    def _say_that_we_live(self) -> None:
+        """Tell the caller that its operation goes on. Never waits for a caller that takes nothing."""
+        while not self._ended.wait(frames.ALIVE_SECONDS):
+            with self._sending, suppress(OSError, ValueError):  # it is gone: who answers it will find out
+                if self._is_busy and select.select([], [self._connection], [], 0)[1]:
+                    frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
+
+    def _answer_all(self) -> None:
+        while True:
+            try:
+                request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            except OnionskinError as error:  # where one frame ends and the next begins is not known any more
+                self._log(f"control: {self._peer}: {error}")
+                self._send({"error": frames.pack_error(error)})
+                return
+            if request is None:
+                return
+            if "cancel" in request:  # it came too late: the operation has ended
+                continue
+            self._is_busy = True
+            reply = self._answer(request)
+            self._is_busy = False
+            try:
+                self._send(reply)
+            except ValueError as error:  # longer than a frame
+                self._send({"error": frames.pack_error(error)})
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            verb, arguments = frames.checked_request(request)
+            result = getattr(self, verb)(**arguments)
+        except BaseException as error:
+            packed = frames.pack_error(error)
+            self._log(f"control: {self._peer}: {request.get('verb')}: {packed['class']}: {packed['message']}")
+            return {"error": packed}
+        if verb in _LOGGED:
+            self._log(f"control: {self._peer}: {' '.join([verb, *map(str, arguments.values())])}")
+        return {"result": result}
+
+    def _send(self, value: dict[str, Any]) -> None:
+        with self._sending:
+            frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
+
+    def _report(self, done: int, total: int) -> None:
+        """Tell the caller how far it is, and hear whether it wants an end."""
+        readable, writable, _ = select.select([self._connection], [self._connection], [], 0)
+        if readable:
+            request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            if request is None or "cancel" in request:
+                raise Cancelled
+        if writable:  # a caller that does not read shall not hold the operation up
+            self._send({"progress": [done, total]})
+
+    # ---- looking ----
+
+    def info(self) -> dict[str, Any]:
+        return self._served.info()
+
+    def stats(self) -> dict[str, Any]:
+        return self._served.stats()
+
+    def snapshots(self) -> list[Any]:
+        found = [frames.pack_snapshot(snapshot) for snapshot in self._volume.snapshots]
+        while len(found) > SNAPSHOTS_IN_FRAME:
+            self._send({"part": found[:SNAPSHOTS_IN_FRAME]})
+            del found[:SNAPSHOTS_IN_FRAME]
+        return found
+
+    def parent(self) -> Any:
+        return frames.pack_snapshot(self._volume.parent)
+
+    def head_changed(self) -> bool:
+        return self._volume.head_changed
+
+    def usage(self) -> list[Any]:
+        return [asdict(usage) for usage in self._volume.usage()]
+
+    def diff(self, a: str, b: str | None) -> list[Any]:
+        extents = self._volume.diff(a, b).tolist()
+        for first in range(0, len(extents), EXTENTS_IN_FRAME):
+            self._send({"part": extents[first : first + EXTENTS_IN_FRAME]})
+        return []
+
+    def read(self, offset: int, length: int) -> str:
+        if length > READ_BYTES_MAX:
+            raise ValueError(f"at most {READ_BYTES_MAX} bytes are read at a time, not {length}")
+        return base64.b64encode(self._volume.read(offset, length)).decode()
+
+    # ---- bytes ----
+
+    def trim(self, offset: int, length: int) -> None:
+        self._volume.trim(offset, length)
+        self._volume.flush()
+
+    def zero(self, offset: int, length: int) -> None:
+        self._volume.zero(offset, length)
+        self._volume.flush()
+
+    def flush(self) -> None:
+        self._volume.flush()
+
+    def resize(self, size_bytes: int) -> None:
+        with self._volume.guard:
+            if size_bytes < self._volume.size_bytes:
+                raise StateError(
+                    f"volume {self._volume.name!r} is being served and its clients may write up to its end; stop the "
+                    "server to shrink it"
+                )
+            self._volume.resize(size_bytes)
+
+    # ---- the tree ----
+
+    def snapshot(self, name: str, note: str) -> Any:
+        return frames.pack_snapshot(self._volume.snapshot(name, note))
+
+    def revert(self, name: str) -> None:
+        self._refuse_unagreed("revert")
+        with self._served.paused():
+            self._volume.revert(name)
+
+    def discard(self, name: str, recursive: bool) -> None:
+        with self._volume.guard:  # what is found here about the tree holds until it is done
+            going = self._descendants(name) if recursive else {name}
+            at = self._volume.parent
+            reverts = at is not None and at.name in self._descendants(name)
+            if reverts:
+                self._refuse_unagreed("discard of a snapshot that the disk stands on")
+            with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
+                self._volume.discard(name, recursive=recursive)
+
+    def merge(self, name: str) -> None:
+        with self._served.without_views({name}):
+            self._volume.merge(name)
+
+    def rename(self, new_name: str) -> None:
+        self._served.rename(new_name)
+
+    def merge_into_base(self, upto: str | None, threads: int, bytes_per_second: int) -> None:
+        with self._served.without_views(None):
+            self._volume.merge_into_base(
+                upto, progress=self._report, threads=threads, bytes_per_second=bytes_per_second
+            )
+
+    def _refuse_unagreed(self, what: str) -> None:
+        if not self._served.allow_revert:
+            raise StateError(
+                f"{what}: the disk would change under the clients of {self._volume.name!r}; stop them and the server "
+                "first, or serve with --allow-revert"
+            )
+
+    def _descendants(self, name: str) -> set[str]:
+        """Name a snapshot and those that were taken after it on its branch."""
+        parents = {snapshot.name: snapshot.parent for snapshot in self._volume.snapshots}
+        found = {name}
+        for one in parents:
+            line = [one]
+            while (parent := parents.get(line[-1])) is not None:
+                line.append(parent)
+            if name in line:
+                found.add(one)
+        return found
+
+
+_LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename"}

@@ -1,0 +1,988 @@
+"""The block map of one layer, whose block each is, and the bytes of headers and map logs.
+
+Thin over csrc/layermap.h, csrc/owners.h and csrc/maplog.h.
+
+A LayerMap may be used by one thread at a time: its longer methods release the GIL and lock nothing.
+"""
+
+import contextlib
+import os
+from typing import NamedTuple
+
+from onionskin.errors import FormatError, StateError
+from onionskin.base.lazy import dtypes
+from onionskin.base.lazy import numpy as np
+from onionskin.base.modes import make_file
+
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+
+cdef extern from "blockmap.h" nogil:
+    ctypedef uint64_t onion_place
+    enum:
+        ONION_SEGMENT_LAST
+    const uint64_t ONION_SLOT_LAST
+    const onion_place ONION_PLACE_HOLE
+    const onion_place ONION_PLACE_ZERO
+    uint32_t onion_place_segment(onion_place place)
+    uint32_t onion_place_slot(onion_place place)
+    int onion_place_is_data(onion_place place)
+    struct onion_map:
+        uint64_t block_count
+    uint64_t onion_map_memory(const onion_map *map)
+    onion_place onion_map_lookup(const onion_map *map, uint64_t block_index)
+    int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place)
+    int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
+    uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
+
+
+cdef extern from "maplog.h" nogil:
+    const uint64_t ONION_VOLUME_BYTES_MAX
+    enum:
+        ONION_E_FORMAT
+        ONION_E_VERSION
+        ONION_E_CHECKSUM
+        ONION_E_TORN
+        ONION_HEADER_BYTES
+        ONION_FORMAT_VERSION
+        ONION_FEATURE_WIPE_ZERO
+        ONION_RECORD_BYTES
+        ONION_UUID_BYTES
+        ONION_RECORD_SIZE
+    const char *ONION_MAGIC_MAP
+    const char *ONION_MAGIC_SEGMENT
+    struct onion_header:
+        uint32_t version
+        uint32_t block_size
+        uint64_t incompatible
+        uint64_t compatible
+        unsigned char uuid[16]
+    struct onion_record:
+        uint64_t block_index
+        uint32_t block_count
+        uint32_t slot
+        uint16_t kind
+        uint16_t segment
+    struct onion_log_cursor:
+        uint64_t offset
+        uint64_t sequence
+        uint64_t salt
+        uint32_t crc
+    void onion_header_encode(const onion_header *header, const char *magic, unsigned char *out)
+    int onion_header_decode(const unsigned char *data, size_t length, const char *magic, onion_header *out)
+    int onion_header_is_torn(const unsigned char *data, size_t length, const char *magic, const onion_header *expected)
+    size_t onion_frame_bytes(size_t record_count)
+    uint32_t onion_frame_encode(const onion_record *records, uint32_t record_count, uint64_t sequence,
+                                uint64_t salt, uint32_t previous_crc, unsigned char *out)
+    int onion_log_next(const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
+                       const unsigned char **records, uint32_t *record_count)
+    int onion_log_has_holes(const unsigned char *data, uint64_t length, uint64_t offset)
+
+
+cdef extern from "fcntl.h" nogil:
+    int O_RDONLY
+
+cdef extern from "mapfile.h" nogil:
+    struct onion_map_bytes:
+        unsigned char *bytes
+        uint64_t length
+    int onion_open_file(const char *path, int flags)
+    int onion_map_bytes_read_sealed(int fd, uint64_t length, onion_map_bytes *out, uint64_t *fault)
+    int onion_map_bytes_read(int fd, onion_map_bytes *out, uint64_t *fault)
+    void onion_map_bytes_free(onion_map_bytes *read)
+
+cdef extern from "status.h" nogil:
+    enum:
+        ONION_E_NOT_A_FILE
+
+cdef extern from "layermap.h" nogil:
+    struct onion_layer:
+        onion_map map
+        uint32_t segment_count
+        unsigned char (*segment_ids)[16]
+        int has_size
+        uint64_t size_bytes
+    struct onion_layer_writer:
+        uint64_t block_index
+    struct onion_layer_run:
+        pass
+    struct onion_stretch:
+        uint64_t first
+        uint64_t count
+    int onion_layer_init(onion_layer *layer, uint64_t block_count, uint32_t block_shift)
+    void onion_layer_destroy(onion_layer *layer)
+    int onion_layer_grow(onion_layer *layer, uint64_t block_count)
+    int onion_layer_add_segment(onion_layer *layer, const unsigned char *uuid)
+    int onion_layer_load(onion_layer *layer, const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
+                         uint64_t *fault_offset)
+    uint32_t onion_layer_records(const onion_layer *layer, onion_layer_writer *writer, onion_record *records,
+                                 uint32_t capacity)
+    uint64_t onion_layer_runs(const onion_layer *layer, onion_layer_run *out)
+    uint64_t onion_layer_touched(const onion_layer *a, const onion_layer *b, onion_stretch *out)
+    uint64_t onion_layer_slots(const onion_layer *layer, uint32_t segment, onion_stretch *out)
+    uint64_t onion_stretches_join(onion_stretch *stretches, uint64_t count)
+    void onion_layer_count(const onion_layer *layer, uint64_t *data_blocks, uint64_t *zero_blocks)
+    void onion_layer_segment_use(const onion_layer *layer, uint64_t *blocks, uint64_t *ends)
+    int onion_layer_drop_zero(onion_layer *layer)
+    int64_t onion_layer_replace(onion_layer *layer, uint32_t segment, const onion_stretch *slots,
+                                const uint64_t *new_first, uint64_t count, uint32_t new_segment)
+
+
+cdef extern from "owners.h" nogil:
+    enum:
+        ONION_OWNER_LAST
+    struct onion_owners:
+        onion_map map
+    struct onion_owner_run:
+        pass
+    int onion_owners_init(onion_owners *owners, uint64_t block_count, uint32_t block_shift)
+    void onion_owners_destroy(onion_owners *owners)
+    int onion_owners_lay(onion_owners *owners, const onion_map *upper, uint32_t owner)
+    int onion_owners_lay_log(onion_owners *owners, const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
+                             uint32_t owner, uint64_t *size_bytes, uint64_t *fault_offset)
+    int onion_owners_settle(onion_owners *owners)
+    uint64_t onion_owners_runs(const onion_owners *owners, onion_owner_run *out)
+
+
+cdef extern from "crc32c.h" nogil:
+    uint32_t onion_crc32c(uint32_t crc, const void *data, size_t length)
+    uint32_t onion_crc32c_reference(uint32_t crc, const void *data, size_t length)
+
+
+MAGIC_SEGMENT = b"ONIONSEG"
+MAGIC_MAP = b"ONIONMAP"
+HEADER_BYTES = ONION_HEADER_BYTES
+PLACE_HOLE = ONION_PLACE_HOLE
+PLACE_ZERO = ONION_PLACE_ZERO
+STATE_DATA = 1
+STATE_ZERO = 2
+# A map of this many bytes has 2.8 thousand million records: beyond any that is compacted when it should be.
+_MAP_BYTES_MAX = 64 << 30
+# Records in one frame of a compact log: bounds the memory that writing one takes.
+_FRAME_RECORDS = 65536
+_ADVICE = (
+    "Restore the file from a copy of the store, or discard what needs it; `onionskin check` lists what does."
+)
+
+
+class Header(NamedTuple):
+    """What the header of a file of the store says."""
+
+    version: int
+    block_size: int
+    incompatible: int
+    compatible: int
+    uuid: bytes
+
+
+class Frame(NamedTuple):
+    """One whole frame of a map log. ``records`` is a structured array as in docs/format.md."""
+
+    offset: int
+    sequence: int
+    salt: int
+    crc: int
+    records: object
+
+
+cdef object _array_data(object array):
+    return array.ctypes.data
+
+
+def crc32c(data, crc=0, *, reference=False):
+    """CRC-32C of bytes; ``crc`` is the result for what came before."""
+    cdef const unsigned char[::1] view = memoryview(data).cast("B")
+    cdef const unsigned char *start = &view[0] if view.shape[0] else NULL
+    cdef size_t length = view.shape[0]
+    cdef uint32_t value = crc
+    cdef bint plain = reference
+    with nogil:
+        value = onion_crc32c_reference(value, start, length) if plain else onion_crc32c(value, start, length)
+    return value
+
+
+cdef int _fill_header(onion_header *header, object block_size, bytes uuid, uint64_t compatible) except -1:
+    if len(uuid) != ONION_UUID_BYTES:
+        raise ValueError(f"an id has {ONION_UUID_BYTES} bytes, not {len(uuid)}")
+    _block_shift(block_size)
+    header.version = ONION_FORMAT_VERSION
+    header.block_size = block_size
+    header.incompatible = 0
+    header.compatible = compatible
+    memcpy(header.uuid, <const unsigned char *>uuid, ONION_UUID_BYTES)
+    return 0
+
+
+def _block_shift(block_size):
+    shift = int(block_size).bit_length() - 1
+    if not 12 <= shift <= 21 or block_size != 1 << shift:
+        raise ValueError(f"block size {block_size} is not a power of two from 4096 to 2097152")
+    return shift
+
+
+cdef const char *_magic(object magic) except NULL:
+    if magic == MAGIC_MAP:
+        return ONION_MAGIC_MAP
+    if magic == MAGIC_SEGMENT:
+        return ONION_MAGIC_SEGMENT
+    raise ValueError(f"{magic!r} is no magic of a file of a store")
+
+
+def encode_header(magic, *, block_size, uuid, wipe_zero=False):
+    """Return the 4,096 bytes with which a segment or map file begins."""
+    cdef onion_header header
+    cdef bytearray out = bytearray(ONION_HEADER_BYTES)
+    cdef const char *kind = _magic(magic)
+    _fill_header(&header, block_size, uuid, ONION_FEATURE_WIPE_ZERO if wipe_zero else 0)
+    onion_header_encode(&header, kind, <unsigned char *>out)
+    return bytes(out)
+
+
+def decode_header(data, magic, *, path="header"):
+    """Check and read the header at the beginning of ``data``.
+
+    Raises FormatError, which names ``path``, where it is damaged or of a version or feature that is not known.
+    """
+    cdef const unsigned char[::1] view = memoryview(data).cast("B")
+    cdef onion_header header
+    cdef int status = onion_header_decode(
+        &view[0] if view.shape[0] else NULL, view.shape[0], _magic(magic), &header
+    )
+    if status < 0:
+        raise FormatError(_header_fault(path, magic, view.shape[0], status))
+    return Header(
+        header.version,
+        header.block_size,
+        header.incompatible,
+        header.compatible,
+        (<const unsigned char *>header.uuid)[:ONION_UUID_BYTES],
+    )
+
+
+def _header_fault(path, magic, length, status):
+    if status == ONION_E_VERSION:
+        return (
+            f"{path}: written by a newer onionskin, with a version or a feature that this one does not know. "
+            "Use the onionskin that wrote it."
+        )
+    if status == ONION_E_CHECKSUM:
+        return f"{path}: header is damaged (bytes 0 to 4095: checksum does not match). {_ADVICE}"
+    if length < ONION_HEADER_BYTES:
+        return f"{path}: only {length} bytes long, shorter than a header. {_ADVICE}"
+    return f"{path}: not a {magic.decode()} file (byte 0), or its header is impossible. {_ADVICE}"
+
+
+def decode_log(data, *, path="map log"):
+    """Read the frames of a whole map file, header included.
+
+    Returns
+    -------
+    frames : list of Frame
+        Their records are read-only arrays over ``data``, not yet checked one by one.
+    length : int
+        Where the last whole frame ends.
+    torn : bool
+        A torn frame, as a crash leaves it, stands behind that.
+
+    Raises
+    ------
+    FormatError
+        For a bad header, and for a bad frame that is not the last one.
+    """
+    cdef const unsigned char[::1] view = memoryview(data).cast("B")
+    cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+    cdef const unsigned char *records
+    cdef uint32_t count
+    cdef uint64_t length = view.shape[0]
+    cdef uint64_t start
+    cdef int status
+    decode_header(data, MAGIC_MAP, path=path)
+    frames = []
+    while True:
+        start = cursor.offset
+        with nogil:
+            status = onion_log_next(&view[0], length, &cursor, &records, &count)
+        if status != 1:
+            break
+        array = np.frombuffer(data, dtypes.RECORD, count, start + onion_frame_bytes(0))
+        array.flags.writeable = False
+        frames.append(Frame(start, cursor.sequence, cursor.salt, cursor.crc, array))
+    if status < 0 and status != ONION_E_TORN:
+        raise FormatError(_log_fault(path, start, status))
+    return frames, cursor.offset, status == ONION_E_TORN
+
+
+def _log_fault(path, offset, status):
+    what = {
+        ONION_E_CHECKSUM: "the checksum of the frame does not match",
+        ONION_E_TORN: "the log ends in the middle of a frame",
+    }.get(status, "there is no sound frame or record")
+    return f"{path}: block map is damaged at byte {offset}: {what}. {_ADVICE}"
+
+
+def _read_map_file(path, length):
+    """Read a map file up to its last data, or its first ``length`` bytes, into a bytearray: as much as is allocated."""
+    cdef onion_map_bytes read
+    cdef uint64_t fault = 0, sealed_length = 0 if length is None else length
+    cdef int fd, status, is_sealed = length is not None
+    encoded = os.fsencode(path)
+    cdef const char *c_path = encoded
+    with nogil:
+        fd = onion_open_file(c_path, O_RDONLY)
+    if fd == ONION_E_NOT_A_FILE:
+        raise FormatError(f"{path}: a symbolic link, or no regular file. {_ADVICE}")
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd), path)
+    try:
+        size = os.fstat(fd).st_size
+        if is_sealed and size < length:
+            raise FormatError(
+                f"{path}: {size} bytes long, but the catalog says that its block map has {length}. {_ADVICE}"
+            )
+        with nogil:
+            if is_sealed:
+                status = onion_map_bytes_read_sealed(fd, sealed_length, &read, &fault)
+            else:
+                status = onion_map_bytes_read(fd, &read, &fault)
+    finally:
+        os.close(fd)
+    try:
+        if status == ONION_E_FORMAT:
+            raise FormatError(f"{path}: a hole, or an end, where its frames should be (byte {fault}). {_ADVICE}")
+        if status == -ENOMEM:
+            raise MemoryError(f"{path}: no memory for its bytes")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status), path)
+        if read.length > _MAP_BYTES_MAX:
+            raise FormatError(f"{path}: {read.length} bytes are too many for a block map. {_ADVICE}")
+        return PyByteArray_FromStringAndSize(<char *>read.bytes, read.length)
+    finally:
+        onion_map_bytes_free(&read)
+
+
+cdef bint _header_is_torn(bytearray data, map_id, block_size) except -1:
+    """Whether a crash left this file before its header was synced."""
+    cdef onion_header expected
+    cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+    cdef const unsigned char *start = <const unsigned char *>PyByteArray_AS_STRING(data)
+    cdef const unsigned char *records
+    cdef uint32_t count
+    cdef uint64_t length = len(data)
+    _fill_header(&expected, block_size, map_id, 0)
+    if not onion_header_is_torn(start, length, ONION_MAGIC_MAP, &expected):
+        return False
+    return length <= ONION_HEADER_BYTES or onion_log_next(
+        start, length, &cursor, &records, &count
+    ) == ONION_E_TORN
+
+
+def _read_sound_map(path, map_id, block_size, length):
+    """Read a map file and check its header. ``length``: of a sealed layer; None for a head, of which None is returned
+    where its header was never synced."""
+    data = _read_map_file(path, length)
+    if length is None and _header_is_torn(data, map_id, block_size):
+        return None
+    header = decode_header(data, MAGIC_MAP, path=path)
+    if header.uuid != map_id or header.block_size != block_size:
+        raise FormatError(
+            f"{path}: is the block map {header.uuid.hex()} with blocks of {header.block_size} bytes, not "
+            f"{map_id.hex()} with blocks of {block_size}. Put the right file in its place."
+        )
+    return data
+
+
+def _check_sealed(path, wanted, found):
+    """Compare (length, frames, crc) that the catalog has, None for what it does not know, with those of the file."""
+    length, frames, crc = found
+    _, wanted_frames, wanted_crc = wanted
+    if wanted_frames not in (None, frames) or wanted_crc not in (None, crc):
+        raise FormatError(
+            f"{path}: the {length} bytes of block map have {frames} frames with CRC "
+            f"{crc:08x}, but the catalog says otherwise (frames: {wanted_frames}, CRC: "
+            f"{'any' if wanted_crc is None else f'{wanted_crc:08x}'}). {_ADVICE}"
+        )
+
+
+def _write_all(descriptor, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+cdef class LayerMap:
+    """The block map of one layer, loaded from a map file, changed in memory, and written to a new one.
+
+    Blocks are HOLE at first. Segment numbers (in ``set``, ``lookup`` and ``runs``) count from 1: number n is
+    ``segments[n - 1]``. Use by one thread at a time. After a MemoryError from a method that changes the map the
+    map is half changed: close it.
+
+    Parameters
+    ----------
+    block_size : int
+        In bytes.
+    block_count : int
+        Blocks of the layer. The map grows by itself with ``fold`` and with the sizes that a log names.
+    """
+
+    cdef onion_layer _layer
+    cdef bint _open
+    cdef readonly object block_size
+    cdef readonly object map_length
+    cdef readonly object map_frames
+    cdef readonly object map_crc
+    cdef readonly bint torn
+    cdef list _segments
+    cdef dict _numbers
+
+    def __cinit__(self, *, block_size, block_count):
+        if block_count < 0:
+            raise ValueError(f"block_count {block_count} is negative")
+        shift = _block_shift(block_size)
+        status = onion_layer_init(&self._layer, block_count, shift)
+        if status == -ENOMEM:
+            raise MemoryError(f"no memory for the index of {block_count} blocks")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        self._open = True
+        self.block_size = block_size
+        self.map_length = self.map_frames = self.map_crc = 0
+        self.torn = False
+        self._segments = []
+        self._numbers = {}
+
+    def __dealloc__(self):
+        onion_layer_destroy(&self._layer)
+
+    def close(self):
+        """Free the memory; every later call raises StateError. May be called again."""
+        self._open = False
+        onion_layer_destroy(&self._layer)
+
+    cdef int _check_open(self) except -1:
+        if not self._open:
+            raise StateError("this block map is closed: load it again")
+        return 0
+
+    # ---- from and to files ----
+
+    @classmethod
+    def load(cls, path, *, map_id, block_size, block_count, length=None, frames=None, crc=None):
+        """Read a map file.
+
+        Parameters
+        ----------
+        path : str
+        map_id : bytes
+            The id that its header must have.
+        block_size, block_count : int
+            Of the volume. A log of a volume that was grown makes the map larger.
+        length, frames, crc : int, optional
+            Of a sealed layer, from the catalog: the first ``length`` bytes must be exactly that many frames with that
+            chained CRC. What follows them is ignored. Without these (a head) a torn last frame is ignored,
+            and so is a header that was never synced; ``map_length`` then says how much is sound.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, or another one, or cut short: the message says where and what to do.
+        OSError
+            The file cannot be read; FileNotFoundError if there is none.
+        """
+        path = os.fspath(path)
+        cdef LayerMap self = cls(block_size=block_size, block_count=block_count)
+        data = _read_sound_map(path, map_id, block_size, length)
+        if data is None:
+            self.torn = True
+            return self
+        self._apply(path, data, length is not None)
+        _check_sealed(path, (length, frames, crc), (self.map_length, self.map_frames, self.map_crc))
+        return self
+
+    def _apply(self, path, bytearray data, sealed):
+        cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+        cdef const unsigned char *start = <const unsigned char *>PyByteArray_AS_STRING(data)
+        cdef uint64_t length = len(data)
+        cdef uint64_t fault = 0
+        cdef int status
+        cdef uint32_t i
+        with nogil:
+            status = onion_layer_load(&self._layer, start, length, &cursor, &fault)
+        if status == -ENOMEM:
+            raise MemoryError(f"{path}: no memory for the block map")
+        if status < 0 and (status != ONION_E_TORN or sealed):
+            raise FormatError(_log_fault(path, fault, status))
+        for i in range(self._layer.segment_count):
+            self._segments.append((<const unsigned char *>self._layer.segment_ids[i])[:ONION_UUID_BYTES])
+        self._numbers = {segment: number for number, segment in enumerate(self._segments, 1)}
+        if len(self._numbers) != len(self._segments):
+            raise FormatError(f"{path}: block map gives two numbers to one segment. {_ADVICE}")
+        self.torn = status == ONION_E_TORN
+        self.map_length = cursor.offset
+        self.map_frames = cursor.sequence
+        self.map_crc = cursor.crc
+
+    def write(self, path, *, map_id, wipe_zero, size_bytes):
+        """Write a compact log to a new file and sync the file (not its directory).
+
+        Only segments that are still used are named. The log begins with a SIZE record unless ``size_bytes`` is
+        None. Where this fails the file is removed again, and overwritten before that under ``wipe_zero``.
+
+        Returns
+        -------
+        length, frames, crc : int
+            What the catalog has to say of the file.
+
+        Raises
+        ------
+        FileExistsError
+            There is a file of that name.
+        OSError
+            It could not be written: no room, for one.
+        """
+        self._check_open()
+        if size_bytes is not None and not 0 <= size_bytes <= ONION_VOLUME_BYTES_MAX:
+            raise ValueError(f"{size_bytes} is no size of a volume")
+        path = os.fspath(path)
+        header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
+        descriptor = make_file(path)
+        try:
+            _write_all(descriptor, header)
+            written = self._write_frames(descriptor, size_bytes)
+            os.fsync(descriptor)  # BARRIER: written map
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = path
+            if wipe_zero:
+                _overwrite(descriptor)
+            os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+        return written
+
+    def _write_frames(self, descriptor, size_bytes):
+        cdef onion_layer_writer *writer = <onion_layer_writer *>calloc(1, sizeof(onion_layer_writer))
+        # A SIZE record, and for each run a DATA record with a SEGMENT record before it; a run of more blocks than a record
+        # can have is several. Two is the least that onion_layer_records takes.
+        cdef uint32_t capacity = min(_FRAME_RECORDS, 4 + 2 * onion_layer_runs(&self._layer, NULL))
+        cdef onion_record *records = <onion_record *>calloc(capacity, sizeof(onion_record))
+        cdef uint32_t used = 0
+        cdef uint32_t crc = 0
+        cdef uint64_t sequence = 0
+        cdef uint64_t salt = int.from_bytes(os.urandom(8), "little")
+        cdef unsigned char *out
+        try:
+            if writer == NULL or records == NULL:
+                raise MemoryError("no memory to write a block map")
+            frame = bytearray(onion_frame_bytes(capacity))
+            out = <unsigned char *>frame
+            length = ONION_HEADER_BYTES
+            if size_bytes is not None:
+                records[0].kind = ONION_RECORD_SIZE
+                records[0].block_index = size_bytes
+                used = 1
+            while True:
+                with nogil:
+                    used += onion_layer_records(&self._layer, writer, records + used, capacity - used)
+                    if used:
+                        sequence += 1
+                        crc = onion_frame_encode(records, used, sequence, salt, crc, out)
+                if not used:
+                    return length, sequence, crc
+                _write_all(descriptor, memoryview(frame)[: onion_frame_bytes(used)])
+                length += onion_frame_bytes(used)
+                used = 0
+        finally:
+            free(writer)
+            free(records)
+
+    # ---- what is in it ----
+
+    @property
+    def segments(self):
+        """The ids of its segments: that of number n at index n - 1."""
+        return list(self._segments)
+
+    @property
+    def size_bytes(self):
+        """The size in bytes that the last SIZE record gave the layer; None where there is none."""
+        self._check_open()
+        return self._layer.size_bytes if self._layer.has_size else None
+
+    @property
+    def block_count(self):
+        """Blocks that the map has room for."""
+        self._check_open()
+        return self._layer.map.block_count
+
+    def memory_bytes(self):
+        """Return the bytes of memory that the index holds."""
+        self._check_open()
+        return onion_map_memory(&self._layer.map)
+
+    def lookup(self, block_index):
+        """Return the place of a block: 0 for HOLE, PLACE_ZERO, or segment number << 32 | slot."""
+        self._check_open()
+        if not 0 <= block_index < self._layer.map.block_count:
+            raise ValueError(f"block {block_index} is outside the map of {self._layer.map.block_count} blocks")
+        return onion_map_lookup(&self._layer.map, block_index)
+
+    def runs(self):
+        """Return all runs that are not HOLE, in order, as an array of dtypes.LAYER_RUN."""
+        cdef uint64_t count
+        cdef onion_layer_run *out
+        self._check_open()
+        with nogil:
+            count = onion_layer_runs(&self._layer, NULL)
+        array = np.zeros(count, dtypes.LAYER_RUN)
+        out = <onion_layer_run *><size_t>_array_data(array)
+        if count:
+            with nogil:
+                onion_layer_runs(&self._layer, out)
+        return array
+
+    def count(self):
+        """Return (DATA blocks, ZERO blocks)."""
+        cdef uint64_t data
+        cdef uint64_t zero
+        self._check_open()
+        with nogil:
+            onion_layer_count(&self._layer, &data, &zero)
+        return data, zero
+
+    def segment_use(self):
+        """Return {id: (blocks, end)} of the segments that have blocks; ``end`` is one more than their highest slot."""
+        cdef uint64_t *blocks
+        cdef uint64_t *ends
+        self._check_open()
+        use = np.zeros((2, self._layer.segment_count + 1), np.uint64)
+        blocks = <uint64_t *><size_t>_array_data(use)
+        ends = blocks + self._layer.segment_count + 1
+        with nogil:
+            onion_layer_segment_use(&self._layer, blocks, ends)
+        counts, ends_of = use.tolist()
+        return {
+            segment: (counts[number], ends_of[number])
+            for number, segment in enumerate(self._segments, 1)
+            if counts[number]
+        }
+
+    def count_shadowed(self, LayerMap upper not None):
+        """Return how many blocks are DATA here and not HOLE in ``upper``: slots that a merge of the two frees."""
+        cdef uint64_t count
+        self._check_open()
+        upper._check_open()
+        with nogil:
+            count = onion_map_count_shadowed(&self._layer.map, &upper._layer.map)
+        return count
+
+    def touched(self, LayerMap other not None):
+        """Return the blocks that are not HOLE here or in ``other``: sorted, joined, as an array of dtypes.STRETCH."""
+        cdef uint64_t count
+        cdef onion_stretch *out
+        self._check_open()
+        other._check_open()
+        with nogil:
+            count = onion_layer_touched(&self._layer, &other._layer, NULL)
+        array = np.empty(count, dtypes.STRETCH)
+        out = <onion_stretch *><size_t>_array_data(array)
+        if count:
+            with nogil:
+                onion_layer_touched(&self._layer, &other._layer, out)
+        return array
+
+    def live_slots(self, segment):
+        """Return the slots of a segment that the map names: sorted, joined, as an array of dtypes.SLOTS.
+
+        Empty for a segment that the map does not know.
+        """
+        cdef uint64_t count
+        cdef onion_stretch *out
+        cdef uint32_t number = self._numbers.get(segment, 0)
+        self._check_open()
+        if number == 0:
+            return np.empty(0, dtypes.SLOTS)
+        with nogil:
+            count = onion_layer_slots(&self._layer, number, NULL)
+        array = np.empty(count, dtypes.SLOTS)
+        out = <onion_stretch *><size_t>_array_data(array)
+        if count:
+            with nogil:
+                onion_layer_slots(&self._layer, number, out)
+                count = onion_stretches_join(out, count)
+        return array[:count]
+
+    # ---- changing it ----
+
+    def add_segment(self, segment):
+        """Return the number of a segment; it gets the next one if the map does not know it yet."""
+        self._check_open()
+        known = self._numbers.get(segment)
+        if known is not None:
+            return known
+        if len(segment) != ONION_UUID_BYTES:
+            raise ValueError(f"an id has {ONION_UUID_BYTES} bytes, not {len(segment)}")
+        number = onion_layer_add_segment(&self._layer, segment)
+        if number == ONION_E_FORMAT:
+            raise StateError(f"a layer has no more than {ONION_SEGMENT_LAST} segments: gather small ones first")
+        if number < 0:
+            raise MemoryError("no memory for one more segment")
+        self._segments.append(bytes(segment))
+        self._numbers[bytes(segment)] = number
+        return number
+
+    def set(self, block_index, block_count, place):
+        """Map ``block_count`` blocks from ``block_index`` on to ``place`` and the slots that follow it.
+
+        ``place`` is PLACE_HOLE, PLACE_ZERO, or segment number << 32 | slot.
+        """
+        self._check_open()
+        limit = self._layer.map.block_count
+        if block_index < 0 or block_count < 0 or block_index + block_count > limit:
+            raise ValueError(f"{block_count} blocks from {block_index} on are outside the map of {limit} blocks")
+        if place not in (ONION_PLACE_HOLE, ONION_PLACE_ZERO):
+            number, slot = place >> 32, place & 0xFFFFFFFF
+            if not 1 <= number <= len(self._segments) or slot + block_count - 1 > ONION_SLOT_LAST:
+                raise ValueError(f"place {place:#x} is in no segment of this map: add_segment first")
+        if block_count == 0:
+            return
+        if onion_map_set(&self._layer.map, block_index, block_count, place) < 0:
+            raise MemoryError("no memory for the index")
+
+    def fold(self, LayerMap upper not None):
+        """Lay ``upper`` over this map: what is not HOLE there replaces what is here. Its segments join ``segments``."""
+        cdef uint16_t *renumber
+        cdef int status
+        self._check_open()
+        upper._check_open()
+        if upper is self:
+            raise ValueError("a block map cannot be folded into itself")
+        if upper.block_size != self.block_size:
+            raise ValueError(f"blocks of {upper.block_size} bytes do not fold into blocks of {self.block_size}")
+        renumber = <uint16_t *>calloc(ONION_SEGMENT_LAST + 1, sizeof(uint16_t))
+        if renumber == NULL:
+            raise MemoryError("no memory for the numbers of segments")
+        try:
+            for number, segment in enumerate(upper._segments, 1):
+                renumber[number] = self.add_segment(segment)
+            with nogil:
+                status = onion_layer_grow(&self._layer, upper._layer.map.block_count)
+                if status == 0:
+                    status = onion_map_fold(&self._layer.map, &upper._layer.map, renumber)
+        finally:
+            free(renumber)
+        if status < 0:
+            raise MemoryError("no memory for the index")
+        if upper._layer.has_size:
+            self._layer.has_size = 1
+            self._layer.size_bytes = upper._layer.size_bytes
+
+    def drop_zero(self):
+        """Turn ZERO into HOLE: for a layer that nothing lies below any more."""
+        cdef int status
+        self._check_open()
+        with nogil:
+            status = onion_layer_drop_zero(&self._layer)
+        if status < 0:
+            raise MemoryError("no memory for the index")
+
+    def replace(self, segment, slots, new_segment, new_slots):
+        """Point blocks of one segment to their copies in another.
+
+        A block in slot ``slots["slot"][i] + k`` of ``segment``, k below ``slots["count"][i]``, moves to slot
+        ``new_slots[i] + k`` of ``new_segment``. Blocks in other slots stay.
+
+        Parameters
+        ----------
+        segment, new_segment : bytes
+            Ids. The map must know the first; the second joins ``segments``.
+        slots : array of dtypes.SLOTS
+            As ``live_slots`` returns it: sorted, without overlaps.
+        new_slots : array of uint64
+            For each entry of ``slots`` its first slot in ``new_segment``.
+
+        Returns
+        -------
+        int
+            The number of blocks that moved.
+        """
+        cdef uint64_t count = len(slots)
+        cdef const onion_stretch *from_slots
+        cdef const uint64_t *to_slots
+        cdef uint32_t number, new_number
+        cdef int64_t moved
+        self._check_open()
+        number = self._numbers.get(segment, 0)
+        if number == 0:
+            raise ValueError(f"segment {segment.hex()} is not in this map")
+        if segment == new_segment:
+            raise ValueError(f"segment {segment.hex()} cannot be gathered into itself")
+        slots = np.ascontiguousarray(slots, dtypes.SLOTS)
+        new_slots = np.ascontiguousarray(new_slots, np.uint64)
+        _check_slots(slots, new_slots)
+        new_number = self.add_segment(new_segment)
+        from_slots = <const onion_stretch *><size_t>_array_data(slots)
+        to_slots = <const uint64_t *><size_t>_array_data(new_slots)
+        with nogil:
+            moved = onion_layer_replace(&self._layer, number, from_slots, to_slots, count, new_number)
+        if moved < 0:
+            raise MemoryError("no memory for the index")
+        return moved
+
+
+cdef class OwnerMap:
+    """Which layer each block comes from: layers are laid over each other, from the bottom up.
+
+    Layers get numbers in the order in which they are laid, 1 for the first. Use by one thread at a time. After an error
+    of a method that changes it, it is half changed: close it.
+
+    Parameters
+    ----------
+    block_size : int
+        In bytes.
+    block_count : int
+        Blocks that it has room for, which no layer may exceed.
+    """
+
+    cdef onion_owners _owners
+    cdef bint _open
+    cdef readonly object block_size
+    cdef readonly object laid
+
+    def __cinit__(self, *, block_size, block_count):
+        if block_count < 0:
+            raise ValueError(f"block_count {block_count} is negative")
+        status = onion_owners_init(&self._owners, block_count, _block_shift(block_size))
+        if status == -ENOMEM:
+            raise MemoryError(f"no memory for the index of {block_count} blocks")
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        self._open = True
+        self.block_size = block_size
+        self.laid = 0
+
+    def __dealloc__(self):
+        onion_owners_destroy(&self._owners)
+
+    def lay(self, LayerMap upper not None):
+        """Lay a layer over those before it.
+
+        Raises
+        ------
+        StateError
+            There are as many layers as there are numbers.
+        """
+        cdef uint32_t owner = self._next()
+        cdef int status
+        upper._check_open()
+        if upper.block_size != self.block_size:
+            raise ValueError(f"blocks of {upper.block_size} bytes do not lie over blocks of {self.block_size}")
+        with nogil:
+            status = onion_owners_lay(&self._owners, &upper._layer.map, owner)
+        if status < 0:
+            raise MemoryError("no memory for the index")
+        self.laid = owner
+
+    def lay_file(self, path, *, map_id, length=None, frames=None, crc=None):
+        """Lay the layer of a map file over those before it; parameters and errors are those of `LayerMap.load`.
+
+        Returns
+        -------
+        int or None
+            The size in bytes that the last SIZE record gives the layer.
+        """
+        cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
+        cdef const unsigned char *start
+        cdef uint32_t owner = self._next()
+        cdef uint64_t count
+        cdef uint64_t fault = 0
+        cdef uint64_t size_bytes = <uint64_t>-1
+        cdef int status
+        path = os.fspath(path)
+        data = _read_sound_map(path, map_id, self.block_size, length)
+        if data is None:
+            self.laid = owner
+            return None
+        start = <const unsigned char *>PyByteArray_AS_STRING(data)
+        count = len(data)
+        if self.laid and onion_log_has_holes(start, count, ONION_HEADER_BYTES):
+            return self._lay_map(path, map_id, length, frames, crc)
+        with nogil:
+            status = onion_owners_lay_log(&self._owners, start, count, &cursor, owner, &size_bytes, &fault)
+        if status == -ENOMEM:
+            raise MemoryError(f"{path}: no memory for the block map")
+        if status < 0 and (status != ONION_E_TORN or length is not None):
+            raise FormatError(_log_fault(path, fault, status))
+        _check_sealed(path, (length, frames, crc), (cursor.offset, cursor.sequence, cursor.crc))
+        self.laid = owner
+        return None if size_bytes == <uint64_t>-1 else size_bytes
+
+    def _lay_map(self, path, map_id, length, frames, crc):
+        """Lay a layer whose log says of blocks that it has them no more: what lies below shows through there."""
+        layer = LayerMap.load(
+            path, map_id=map_id, block_size=self.block_size, block_count=self._owners.map.block_count,
+            length=length, frames=frames, crc=crc,
+        )
+        try:
+            self.lay(layer)
+            return layer.size_bytes
+        finally:
+            layer.close()
+
+    def runs(self):
+        """Return the blocks that some layer has, in order, as an array of dtypes.OWNER_RUN; state 1 DATA, 2 ZERO."""
+        cdef uint64_t count
+        cdef onion_owner_run *out
+        cdef int status
+        self._check_open()
+        with nogil:
+            status = onion_owners_settle(&self._owners)
+            count = onion_owners_runs(&self._owners, NULL) if status == 0 else 0
+        if status < 0:
+            raise MemoryError("no memory for the index")
+        array = np.zeros(count, dtypes.OWNER_RUN)
+        out = <onion_owner_run *><size_t>_array_data(array)
+        if count:
+            with nogil:
+                onion_owners_runs(&self._owners, out)
+        return array
+
+    def close(self):
+        """Free the memory; every later call raises StateError. May be called again."""
+        self._open = False
+        onion_owners_destroy(&self._owners)
+
+    cdef int _check_open(self) except -1:
+        if not self._open:
+            raise StateError("this map of owners is closed: make it again")
+        return 0
+
+    cdef int64_t _next(self) except -1:
+        self._check_open()
+        if self.laid == ONION_OWNER_LAST:
+            raise StateError(f"more than {ONION_OWNER_LAST} layers hold data: merge some of their snapshots first")
+        return self.laid + 1
+
+
+def _check_slots(slots, new_slots):
+    if new_slots.shape != slots.shape or slots.ndim != 1:
+        raise ValueError(f"{new_slots.shape} new slots for {slots.shape} old ones")
+    past_last = ONION_SLOT_LAST + 1
+    for first in (slots["slot"], new_slots):
+        if (first >= past_last).any() or (slots["count"] > past_last - first).any():
+            raise ValueError("a slot number is too large")
+    if (slots["slot"][1:] < (slots["slot"] + slots["count"])[:-1]).any():
+        raise ValueError("slots are not sorted, or overlap")
+
+
+def _overwrite(descriptor):
+    """Zero what a failed write left, as well as the file system lets us: the error that led here is the one to tell."""
+    with contextlib.suppress(OSError):
+        size = os.fstat(descriptor).st_size
+        for offset in range(0, size, 1 << 20):
+            os.pwrite(descriptor, bytes(min(1 << 20, size - offset)), offset)
+        os.fsync(descriptor)  # BARRIER: overwritten map draft

@@ -1,0 +1,1181 @@
+"""The data path: one open volume or view, as a thin class over csrc/volume.h.
+
+What must hold: memory and descriptors belong to the C object, which lives as long as this one; every call that can
+block runs without the GIL; every negative code becomes an exception here and nowhere else.
+"""
+
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_New
+from libc.errno cimport E2BIG, EBUSY, EINVAL, ENOENT
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+import os
+from operator import index
+
+from onionskin.errors import FormatError, StateError
+from onionskin.base.lazy import dtypes, numpy
+
+cdef extern from "Python.h":
+    ctypedef struct PyObject
+    bint PyLong_CheckExact(object)
+    long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
+    # Declared without an exception value: its errors are told anew.
+    int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
+    void PyErr_Clear()
+
+cdef extern from "volume.h" nogil:
+    ctypedef uint64_t onion_place
+    struct onion_run:
+        uint64_t block_index
+        uint64_t block_count
+        onion_place place
+    bint onion_place_is_data(onion_place)
+    uint32_t onion_place_segment(onion_place)
+    uint32_t onion_place_slot(onion_place)
+
+    struct onion_volume
+    struct onion_segment_ref:
+        unsigned char uuid[16]
+        uint64_t slots
+    struct onion_layer_source:
+        const char *map_path
+        unsigned char map_id[16]
+        uint64_t map_length
+        uint64_t map_frames
+        uint32_t map_crc
+        const onion_segment_ref *segments
+        uint32_t segment_count
+    struct onion_head_source:
+        const char *map_path
+        unsigned char map_id[16]
+        const onion_segment_ref *adopted
+        uint32_t adopted_count
+        const void *own
+        uint32_t own_count
+        unsigned char spare[16]
+        uint64_t known_length
+        uint64_t known_frames
+        uint32_t known_crc
+        const char *dirty_path
+    struct onion_below_source:
+        int keep_base
+        int base_fd
+        uint64_t base_bytes
+        const onion_layer_source *layer
+        const void *dropped
+        uint32_t dropped_count
+        const char *dirty_path
+    struct onion_sealed:
+        uint64_t map_length
+        uint64_t map_frames
+        uint32_t map_crc
+        uint64_t size_bytes
+    struct onion_segment_info:
+        uint32_t number
+        unsigned char uuid[16]
+        uint64_t slots
+        int role
+
+    int onion_volume_new(uint32_t, uint64_t, const char *, const char *, int, int, onion_volume **)
+    int onion_volume_set_base(onion_volume *, int, uint64_t, int)
+    int onion_volume_add_layer(onion_volume *, const onion_layer_source *)
+    int onion_volume_fold_layers(onion_volume *)
+    int onion_volume_open_head(onion_volume *, const onion_head_source *)
+    int onion_volume_open_head_to_read(onion_volume *, const onion_head_source *)
+    int onion_volume_free_own_slots(onion_volume *)
+    uint64_t onion_volume_size(const onion_volume *)
+    uint64_t onion_volume_memory(const onion_volume *)
+    int onion_volume_read(onion_volume *, uint64_t, uint64_t, void *)
+    int onion_volume_write(onion_volume *, uint64_t, uint64_t, const void *)
+    int onion_volume_zero(onion_volume *, uint64_t, uint64_t)
+    int onion_volume_read_blocks(onion_volume *, const uint64_t *, uint64_t, void *)
+    int onion_volume_write_blocks(onion_volume *, const uint64_t *, uint64_t, const void *)
+    int onion_volume_flush(onion_volume *)
+    int onion_volume_resize(onion_volume *, uint64_t)
+    int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
+    int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
+    int onion_volume_wait_for_readers(onion_volume *)
+    uint64_t onion_volume_take_unreachable(onion_volume *)
+    int onion_volume_scrub_wanted(onion_volume *, void *, uint32_t)
+    void onion_volume_scrub_again(onion_volume *, const void *, uint32_t)
+    int64_t onion_volume_unused_segments(onion_volume *, void *, uint32_t)
+    uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
+    uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
+    int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
+    int onion_volume_seal_commit(onion_volume *, const unsigned char *)
+    int onion_volume_seal_abort(onion_volume *)
+    int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
+    void onion_volume_start_writing(onion_volume *)
+    int onion_volume_set_spare(onion_volume *, const unsigned char *)
+    int onion_volume_has_spare(onion_volume *)
+    int onion_volume_rewrite(onion_volume *, const char *, const unsigned char *, const onion_layer_source *, int,
+                             onion_sealed *)
+    int onion_volume_rewrite_commit(onion_volume *)
+    int onion_volume_rewrite_abort(onion_volume *)
+    int onion_volume_log_records(onion_volume *, uint64_t *, uint64_t *)
+    int onion_volume_log_state(onion_volume *, onion_sealed *)
+    int onion_volume_unflushed(onion_volume *)
+    int onion_volume_freeze(onion_volume *, uint64_t)
+    void onion_volume_thaw(onion_volume *)
+    int onion_volume_wants_compaction(onion_volume *)
+    int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
+    int onion_volume_commit_below(onion_volume *)
+    void onion_volume_abort_below(onion_volume *)
+    int onion_volume_map_range(onion_volume *, uint64_t, uint64_t, uint64_t, void **, uint64_t *, uint64_t *)
+    void onion_mapped_range_free(void *, uint64_t, uint64_t)
+    int onion_volume_poisoned(const onion_volume *)
+    int onion_volume_closed(const onion_volume *)
+    void onion_volume_poison(onion_volume *)
+    void onion_volume_after_fork(onion_volume *)
+    void onion_volume_close(onion_volume *)
+    void onion_volume_free(onion_volume *)
+
+cdef extern from "site.h" nogil:
+    struct onion_site:
+        int status
+        uint64_t offset
+        char path[4096]
+    const onion_site *onion_site_of(int)
+    void onion_site_clear()
+
+cdef extern from "status.h" nogil:
+    enum:
+        ONION_E_FORMAT
+        ONION_E_VERSION
+        ONION_E_CHECKSUM
+        ONION_E_TORN
+        ONION_E_BOUNDS
+        ONION_E_POISONED
+        ONION_E_CLOSED
+        ONION_E_READ_ONLY
+        ONION_E_FORKED
+        ONION_E_VERIFY
+        ONION_E_FULL_SEGMENT
+        ONION_E_CUT_LOG
+        ONION_E_NOT_A_FILE
+        ONION_E_NUMBERS
+        ONION_E_MAPPINGS
+
+# More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
+_VIEW_PIECES_MAX = 4096
+_RUNS_AT_ONCE = 65536
+_ROLES = ("sealed", "adopted", "own")
+
+
+cdef object _damage(int status, object path, object offset):
+    where = f"{path}: " if path else ""
+    if status == ONION_E_VERSION:
+        return FormatError(f"{where}version or feature not known to this onionskin; use a newer one")
+    if status == ONION_E_CHECKSUM:
+        return FormatError(
+            f"{where}checksum does not match at byte {offset}; restore the file from a copy of the store"
+        )
+    if status == ONION_E_CUT_LOG:
+        return FormatError(
+            f"{where}missing, or ends at byte {offset}, before what was durable in it when the volume was last used; "
+            "restore the file from a copy of the store"
+        )
+    if status == ONION_E_NOT_A_FILE:
+        return FormatError(
+            f"{where}a symbolic link, or no regular file: nothing of a store is reached through a link; put the file "
+            "itself there"
+        )
+    return FormatError(
+        f"{where}damaged, missing bytes, or not the file that the catalog names (byte {offset}); "
+        "run 'onionskin check' and restore the file from a copy of the store"
+    )
+
+
+cdef object _refusal(int status, object what):
+    """The exception of a code that is about the volume, and no file; None for others."""
+    if status == ONION_E_POISONED:
+        return StateError(
+            f"{what}: an earlier sync failed, so what is durable is not known; close the volume and open it again"
+        )
+    if status == ONION_E_CLOSED:
+        return StateError(f"{what}: the volume is closed; open it again")
+    if status == ONION_E_READ_ONLY:
+        return StateError(f"{what}: only the head of a volume can be written, and only a snapshot has views")
+    if status == ONION_E_FORKED:
+        return StateError(f"{what}: this handle was opened before fork(); open the volume again in the child")
+    if status == ONION_E_NUMBERS:
+        return StateError(
+            f"{what}: the disk stands on as many segments as a volume can have; merge or discard snapshots, and open the "
+            "volume again"
+        )
+    if status == ONION_E_MAPPINGS:
+        return StateError(
+            f"{what}: this process has about as many files mapped as the system lets it (vm.max_map_count); close volumes "
+            "or snapshots that are not needed, merge snapshots, or raise that limit with sysctl"
+        )
+    return None
+
+
+cdef int _raise(int status, object what, object path=None) except -1:
+    """Turns a negative code into its exception. The file is the one that the code was noted for, else `path`."""
+    cdef const onion_site *site = onion_site_of(status)
+    offset = 0
+    if site != NULL:
+        path, offset = os.fsdecode(site.path), site.offset
+    onion_site_clear()
+    refusal = _refusal(status, what)
+    if refusal is not None:
+        raise refusal
+    if status in (
+        ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN, ONION_E_CUT_LOG, ONION_E_NOT_A_FILE
+    ):
+        raise _damage(status, path, offset)
+    if status == ONION_E_BOUNDS:
+        raise ValueError(f"{what}: the range passes the end of the volume")
+    if status == ONION_E_VERIFY:
+        raise OSError(5, f"{what}: bytes read back after the wipe are not zero", path)
+    if status == ONION_E_FULL_SEGMENT:
+        raise OSError(27, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
+    where = f" at byte {offset}" if offset else ""
+    raise OSError(-status, f"{os.strerror(-status)}{where}", path)
+
+
+cdef int _raise_range(int status, object what, object offset, object length, uint64_t size_bytes, object path=None) except -1:
+    """As `_raise`, for a verb that was given a range of the disk."""
+    if status == ONION_E_BOUNDS:
+        raise ValueError(
+            f"{what}: {length} bytes at offset {offset} pass the end of the volume, which has {size_bytes} bytes"
+        )
+    return _raise(status, what, path)
+
+
+cdef uint64_t _whole(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
+    """A number of bytes that a caller gave: a whole number, of Python or of NumPy. One that no volume can have becomes the
+    largest, which is outside of all of them."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+            raise TypeError(f"{what} is a whole number, not {value!r}")
+        value = index(value)
+    if value < 0:
+        raise ValueError(f"{what} counts from 0, not {value}")
+    return value if value < 0xFFFFFFFFFFFFFFFF else 0xFFFFFFFFFFFFFFFE
+
+
+cdef inline uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
+    """An offset or a length."""
+    cdef long long small
+    cdef int overflow = 0
+    if PyLong_CheckExact(value):
+        small = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow == 0 and small >= 0:
+            return <uint64_t>small
+    return _whole(value, what)
+
+
+cdef int _refuse_buffer(object buffer, int flags) except -1:
+    """Says why a buffer cannot be had: one exception for each cause, whoever's object it is."""
+    try:
+        memory = memoryview(buffer)
+    except TypeError:
+        raise TypeError(f"a bytes-like object is wanted, not {type(buffer).__name__}") from None
+    if not memory.c_contiguous:
+        raise BufferError("the buffer is not contiguous: copy it, for instance with numpy.ascontiguousarray")
+    if flags & PyBUF_WRITABLE and memory.readonly:
+        raise BufferError("the buffer is read-only: it cannot be read into")
+    raise BufferError("the object gives no contiguous memory")
+
+
+cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
+    """Gets the bytes of a buffer: BufferError where they are not contiguous or, to be read into, read-only; TypeError where
+    there are none, or they are Python objects."""
+    cdef const char *format
+    if GetBuffer(<PyObject *>buffer, view, flags) < 0:
+        PyErr_Clear()
+        return _refuse_buffer(buffer, flags)
+    if view.itemsize == 1:  # no room for a reference to an object
+        return 0
+    PyBuffer_Release(view)
+    if GetBuffer(<PyObject *>buffer, view, flags | PyBUF_ND | PyBUF_FORMAT) < 0:
+        PyErr_Clear()
+        return _refuse_buffer(buffer, flags)
+    format = view.format
+    while format != NULL and format[0]:
+        if format[0] == b"O":
+            PyBuffer_Release(view)
+            raise TypeError("an array of Python objects has no bytes that could be kept on a disk")
+        format += 1
+    return 0
+
+
+cdef list _ids(const unsigned char *ids, int64_t count):
+    cdef bytes joined = (<const char *>ids)[:16 * count]
+    return [joined[16 * i : 16 * i + 16] for i in range(count)]
+
+
+cdef object _indices(object block_indices):
+    """A copy, as uint64: the caller's own array might change under the call, after the bounds were checked."""
+    indices = numpy.asarray(block_indices)
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"block indices are whole numbers, not {indices.dtype}")
+    if indices.dtype.kind == "i" and indices.size and indices.min() < 0:
+        raise ValueError("block indices count from 0")
+    return numpy.array(indices, dtype=numpy.uint64).reshape(-1)
+
+
+cdef int _copy_id(unsigned char *out, object id) except -1:
+    if not isinstance(id, bytes) or len(id) != 16:
+        raise ValueError(f"an id has 16 bytes, not {id!r}")
+    memcpy(out, PyBytes_AS_STRING(id), 16)
+    return 0
+
+
+cdef onion_segment_ref *_segment_refs(object segments) except? NULL:
+    cdef Py_ssize_t i, count = len(segments)
+    cdef onion_segment_ref *refs = <onion_segment_ref *>malloc((count + 1) * sizeof(onion_segment_ref))
+    if refs == NULL:
+        raise MemoryError
+    try:
+        for i in range(count):
+            _copy_id(refs[i].uuid, segments[i][0])
+            refs[i].slots = segments[i][1]
+    except BaseException:
+        free(refs)
+        raise
+    return refs
+
+
+cdef class _LayerSource:
+    """Owns the memory behind an onion_layer_source."""
+    cdef onion_layer_source source
+    cdef onion_segment_ref *refs
+    cdef bytes path
+
+    def __cinit__(self, map_path, map_id, length, frames, crc, segments):
+        memset(&self.source, 0, sizeof(self.source))
+        self.path = os.fsencode(map_path)
+        self.refs = _segment_refs(segments)
+        self.source.map_path = self.path
+        _copy_id(self.source.map_id, map_id)
+        self.source.map_length = length
+        self.source.map_frames = frames
+        self.source.map_crc = crc
+        self.source.segments = self.refs
+        self.source.segment_count = len(segments)
+
+    def __dealloc__(self):
+        free(self.refs)
+
+
+cdef class Sealed:
+    """What a seal or a rewrite made durable: goes into the catalog as it is."""
+    cdef readonly object map_length
+    cdef readonly object map_frames
+    cdef readonly object map_crc
+    cdef readonly object size_bytes
+    cdef readonly list segments
+
+    def __repr__(self):
+        return f"Sealed(map_length={self.map_length}, map_frames={self.map_frames}, size_bytes={self.size_bytes})"
+
+
+cdef Sealed _sealed(onion_sealed *raw, list segments):
+    cdef Sealed sealed = Sealed()
+    sealed.map_length = raw.map_length
+    sealed.map_frames = raw.map_frames
+    sealed.map_crc = raw.map_crc
+    sealed.size_bytes = raw.size_bytes
+    sealed.segments = segments
+    return sealed
+
+
+cdef class _MappedRange:
+    """Read-only memory made of the segments' pages; unmapped when the last array over it is gone."""
+    cdef void *address
+    cdef uint64_t mapped_length
+    cdef uint64_t pieces
+    cdef Py_ssize_t start
+    cdef Py_ssize_t length
+    cdef Py_ssize_t shape[1]
+    cdef object keep
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("a view of a snapshot is read-only")
+        self.shape[0] = self.length
+        buffer.buf = <char *>self.address + self.start
+        buffer.format = NULL
+        buffer.internal = NULL
+        buffer.itemsize = 1
+        buffer.len = self.length
+        buffer.ndim = 1
+        buffer.obj = self
+        buffer.readonly = 1
+        buffer.shape = self.shape
+        buffer.strides = NULL
+        buffer.suboffsets = NULL
+
+    def __dealloc__(self):
+        if self.address != NULL:
+            onion_mapped_range_free(self.address, self.mapped_length, self.pieces)
+
+
+cdef class DataPath:
+    """One open volume (writable) or view of a snapshot (not writable).
+
+    Offsets and lengths are bytes, block indices count blocks. All methods may be called from any thread.
+
+    Parameters
+    ----------
+    block_size : int
+        A power of two from 4096 to 2097152.
+    size_bytes : int
+        Size of the volume, at most 64 TiB; the head's log may override it.
+    segments_directory, layers_directory : str
+        Where segment files lie, named by their id; where map files lie.
+    wipe_zero : bool
+        Whether freed slots are overwritten with zeros before they are used again.
+    writable : bool
+        Whether a head will be opened.
+
+    Raises
+    ------
+    OSError
+        What the system refused, with the path of the file.
+    FormatError
+        A file that is damaged or is not what the catalog says.
+    StateError
+        Closed, poisoned, not writable, or used in the child of a fork.
+    """
+    cdef onion_volume *_volume
+    cdef readonly object block_size
+    cdef str _directory
+    cdef object __weakref__
+
+    def __cinit__(self, *, block_size, size_bytes, segments_directory, layers_directory, wipe_zero, writable):
+        segments = os.fsencode(segments_directory)
+        layers = os.fsencode(layers_directory)
+        cdef int status = onion_volume_new(
+            block_size, size_bytes, segments, layers, bool(wipe_zero), bool(writable), &self._volume
+        )
+        if status < 0:
+            self._volume = NULL
+            if status == -EINVAL:
+                raise ValueError(f"block size {block_size} or volume size {size_bytes} is not supported: a block is a "
+                                 "power of two from 4096 to 2097152, a volume at most 64 TiB")
+            _raise(status, "open")
+        self.block_size = block_size
+        self._directory = os.fspath(segments_directory)
+
+    def __dealloc__(self):
+        if self._volume != NULL:
+            onion_volume_free(self._volume)
+            self._volume = NULL
+
+    # ---- opening ----
+
+    def set_base(self, int fd, size_bytes, *, allow_short=False):
+        """Map the raw image that `fd` is open on below everything; the caller may close it.
+
+        Parameters
+        ----------
+        fd : int
+            A descriptor of a regular file or a block device. No path is looked at.
+        size_bytes : int
+            What is mapped. The file must hold it, unless `allow_short`: what it does not hold reads zero then.
+
+        Raises
+        ------
+        FormatError
+            The file is shorter, or no file.
+        """
+        cdef uint64_t size = _whole(size_bytes, "a size")
+        cdef int status, c_allow = bool(allow_short)
+        with nogil:
+            status = onion_volume_set_base(self._volume, fd, size, c_allow)
+        if status == ONION_E_FORMAT:
+            raise FormatError(f"{_path_of(fd)}: the base is shorter than the {size_bytes} bytes it had; put it back, or "
+                              "name another with 'onionskin relocate'")
+        if status < 0:
+            _raise(status, "open", _path_of(fd))
+
+    def add_layer(self, *, map_path, map_id, length, frames, crc, segments):
+        """Add a sealed layer over those added before; `segments` are (id, slots)."""
+        cdef _LayerSource source = _LayerSource(map_path, map_id, length, frames, crc, segments)
+        cdef int status
+        with nogil:
+            status = onion_volume_add_layer(self._volume, &source.source)
+        if status < 0:
+            _raise(status, "open", map_path)
+
+    def fold_layers(self):
+        """Make the index of the layers that were added: before the first read of a view. `open_head` does it too."""
+        cdef int status
+        with nogil:
+            status = onion_volume_fold_layers(self._volume)
+        if status < 0:
+            _raise(status, "open", self._directory)
+
+    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
+        """Add the head, last, ready for writing. Returns the size in bytes of the volume.
+
+        Parameters
+        ----------
+        known : tuple of int
+            (length, frames, crc): the head's log passes through exactly this point, or it is damaged. (0, 0, 0): nothing
+            is known, so a missing log is an empty one, and a bad last frame is one that a crash tore.
+        dirty_path : path, optional
+            What is written and not flushed survives the process there; what is found there is taken up.
+        """
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False, dirty_path)
+
+    def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0), dirty_path=None):
+        """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
+
+        What is durable of the head is read, and over it what a process that died had written and not flushed, where
+        `dirty_path` has it; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
+        file system that is mounted read-only will do. The caller holds off writers of the head.
+        """
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True, dirty_path)
+
+    def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read, dirty_path):
+        cdef onion_head_source source
+        cdef int status, c_to_read = to_read
+        memset(&source, 0, sizeof(source))
+        path = os.fsencode(map_path)
+        owned = b"".join(own)
+        source.map_path = path
+        dirty = None if dirty_path is None else os.fsencode(dirty_path)
+        if dirty is not None:
+            source.dirty_path = dirty
+        _copy_id(source.map_id, map_id)
+        _copy_id(source.spare, spare)
+        source.own = <const void *>PyBytes_AS_STRING(owned)
+        source.own_count = len(owned) // 16
+        source.known_length, source.known_frames, source.known_crc = known
+        cdef onion_segment_ref *refs = _segment_refs(adopted)
+        source.adopted = refs
+        source.adopted_count = len(adopted)
+        try:
+            with nogil:
+                if c_to_read:
+                    status = onion_volume_open_head_to_read(self._volume, &source)
+                else:
+                    status = onion_volume_open_head(self._volume, &source)
+        finally:
+            free(refs)
+        if status < 0:
+            _raise(status, "open", map_path)
+        return onion_volume_size(self._volume)
+
+    def free_own_slots(self):
+        """Find the free slots of the head's segments; with policy `zero` wipe those that still hold bytes."""
+        cdef int status
+        with nogil:
+            status = onion_volume_free_own_slots(self._volume)
+        if status < 0:
+            _raise(status, "open", self._directory)
+
+    # ---- reading and writing ----
+
+    @property
+    def size_bytes(self):
+        """Size of the volume in bytes."""
+        return onion_volume_size(self._volume)
+
+    @property
+    def memory_bytes(self):
+        """Memory that the index takes, in bytes."""
+        return onion_volume_memory(self._volume)
+
+    @property
+    def poisoned(self):
+        """Whether a sync failed, so that only closing is left."""
+        return bool(onion_volume_poisoned(self._volume))
+
+    @property
+    def unflushed(self):
+        """Whether a flush would have something to make durable."""
+        return bool(onion_volume_unflushed(self._volume))
+
+    @property
+    def closed(self):
+        """Whether close was called."""
+        return bool(onion_volume_closed(self._volume))
+
+    @property
+    def has_spare(self):
+        """Whether the next seal has a segment to begin its head with."""
+        return bool(onion_volume_has_spare(self._volume))
+
+    def read(self, object offset, object length):
+        """Return `length` bytes from `offset` on."""
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
+        cdef uint64_t size = onion_volume_size(self._volume)
+        cdef int status
+        if at > size or count > size - at:
+            _raise_range(ONION_E_BOUNDS, "read", offset, length, size)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, count)
+        cdef char *to = PyBytes_AS_STRING(out)
+        with nogil:
+            status = onion_volume_read(self._volume, at, count, to)
+        if status < 0:
+            _raise_range(status, "read", offset, length, onion_volume_size(self._volume), self._directory)
+        return out
+
+    def readinto(self, object offset, buffer):
+        """Fill `buffer` from `offset` on; returns its length in bytes.
+
+        Raises
+        ------
+        BufferError
+            The buffer is read-only, or not contiguous.
+        TypeError
+            It is no buffer, or one of Python objects; or `offset` is no whole number.
+        """
+        cdef uint64_t at = _bytes_at(offset, "an offset")
+        cdef Py_buffer view
+        cdef int status
+        _get_buffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            with nogil:
+                status = onion_volume_read(self._volume, at, view.len, view.buf)
+            if status < 0:
+                _raise_range(status, "read", offset, view.len, onion_volume_size(self._volume), self._directory)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def write(self, object offset, data):
+        """Write `data` at `offset`; returns its length in bytes. Not durable before flush.
+
+        Raises
+        ------
+        BufferError
+            The data is not contiguous.
+        TypeError
+            It is no buffer, or one of Python objects; or `offset` is no whole number.
+        """
+        cdef uint64_t at = _bytes_at(offset, "an offset")
+        cdef Py_buffer view
+        cdef int status
+        _get_buffer(data, &view, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                status = onion_volume_write(self._volume, at, view.len, view.buf)
+            if status < 0:
+                _raise_range(status, "write", offset, view.len, onion_volume_size(self._volume), self._directory)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def zero(self, object offset, object length):
+        """Make a range read zero; the whole blocks in it are freed."""
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
+        cdef int status
+        with nogil:
+            status = onion_volume_zero(self._volume, at, count)
+        if status < 0:
+            _raise_range(status, "zero", offset, length, onion_volume_size(self._volume), self._directory)
+
+    trim = zero
+
+    cdef int _raise_blocks(self, int status, object what, object indices) except -1:
+        if status == ONION_E_BOUNDS:
+            count = -(-self.size_bytes // self.block_size)
+            raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks")
+        return _raise(status, what, self._directory)
+
+    def read_blocks(self, block_indices, out=None):
+        """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given. As `readinto`, else."""
+        cdef object indices = _indices(block_indices)
+        cdef Py_buffer index_view, out_view
+        cdef int status
+        if out is None:
+            out = numpy.empty((len(indices), self.block_size), dtype=numpy.uint8)
+        PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
+        try:
+            _get_buffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            try:
+                if out_view.len != index_view.len // 8 * self.block_size:
+                    raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                with nogil:
+                    status = onion_volume_read_blocks(
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, out_view.buf)
+                if status < 0:
+                    self._raise_blocks(status, "read_blocks", indices)
+            finally:
+                PyBuffer_Release(&out_view)
+        finally:
+            PyBuffer_Release(&index_view)
+        return out
+
+    def write_blocks(self, block_indices, data):
+        """Write whole blocks: `data` holds len(block_indices) * block_size bytes. As `write`, else."""
+        cdef object indices = _indices(block_indices)
+        cdef Py_buffer index_view, data_view
+        cdef int status
+        PyObject_GetBuffer(indices, &index_view, PyBUF_CONTIG_RO)
+        try:
+            _get_buffer(data, &data_view, PyBUF_SIMPLE)
+            try:
+                if data_view.len != index_view.len // 8 * self.block_size:
+                    raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                with nogil:
+                    status = onion_volume_write_blocks(
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, data_view.buf)
+                if status < 0:
+                    self._raise_blocks(status, "write_blocks", indices)
+            finally:
+                PyBuffer_Release(&data_view)
+        finally:
+            PyBuffer_Release(&index_view)
+
+    def flush(self):
+        """Make everything that was written before the call durable."""
+        cdef int status
+        with nogil:
+            status = onion_volume_flush(self._volume)
+        if status < 0:
+            _raise(status, "flush", self._directory)
+
+    def resize(self, size_bytes):
+        """Change the size; durable on return. What is new reads zero."""
+        cdef uint64_t size = _whole(size_bytes, "a size")
+        cdef int status
+        with nogil:
+            status = onion_volume_resize(self._volume, size)
+        if status < 0:
+            _raise(status, "resize", self._directory)
+
+    # ---- the index ----
+
+    def runs(self, offset=0, length=None):
+        """Return the runs that are not HOLE as a structured array (dtypes.RUN), clipped to whole blocks."""
+        cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
+        cdef uint64_t start = offset // block_size
+        cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
+        cdef uint64_t next_block = start
+        cdef int64_t count
+        cdef onion_run *raw = <onion_run *>malloc(_RUNS_AT_ONCE * sizeof(onion_run))
+        if raw == NULL:
+            raise MemoryError
+        parts = []
+        try:
+            while next_block < end:
+                start = next_block
+                with nogil:
+                    count = onion_volume_runs(self._volume, start, end, raw, 65536, &next_block)
+                if count < 0:
+                    _raise(<int>count, "extents", self._directory)
+                if count:
+                    parts.append(self._run_array(raw, count))
+        finally:
+            free(raw)
+        return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=dtypes.RUN)
+
+    cdef object _run_array(self, onion_run *raw, int64_t count):
+        cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
+        table = numpy.frombuffer(bytes_, dtype="<u8").reshape(-1, 3)
+        out = numpy.empty(count, dtype=dtypes.RUN)
+        segment = table[:, 2] >> 32
+        data = (segment > 0) & (segment < 0xFFFF)
+        out["offset"] = table[:, 0] * self.block_size
+        out["length"] = table[:, 1] * self.block_size
+        out["state"] = numpy.where(data, 1, 2)
+        out["segment"] = numpy.where(data, segment, 0)
+        out["slot"] = numpy.where(data, table[:, 2] & 0xFFFFFFFF, 0)
+        return out
+
+    def segments(self):
+        """Return (number, id, role, slots) of every segment; slots is 0 where no file was made."""
+        cdef uint32_t count, found
+        with nogil:
+            count = onion_volume_segments(self._volume, NULL, 0)
+        cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
+        if infos == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                found = onion_volume_segments(self._volume, infos, count)
+            count = min(count, found)
+            return _segment_list(infos, count)
+        finally:
+            free(infos)
+
+    cdef list _just_sealed(self):
+        """(id, slots) of the segments that a seal under way has sealed: one, and one more for each aborted seal."""
+        cdef uint32_t count = onion_volume_just_sealed(self._volume, NULL, 0)
+        cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
+        if infos == NULL:
+            raise MemoryError
+        try:
+            count = min(count, onion_volume_just_sealed(self._volume, infos, count))
+            return [(id, slots) for _, id, _, slots in _segment_list(infos, count)]
+        finally:
+            free(infos)
+
+    def live_slots(self, segment):
+        """Return the sorted runs of slots of a segment that the index still needs (dtypes.SLOTS). Waits for writers.
+
+        It is the index of the head as it is then: the caller looks behind the answer whether that is the one it means.
+        """
+        cdef unsigned char id[16]
+        cdef unsigned char *bitmap = NULL
+        cdef uint64_t bits = 0
+        cdef int status
+        _copy_id(id, segment)
+        with nogil:
+            status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
+        if status < 0:
+            _raise(status, "scrub", self._directory)
+        try:
+            raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
+        finally:
+            free(bitmap)
+        return _runs_of_bits(numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")[:bits])
+
+    def wait_for_readers(self):
+        """Return when every read that began before has ended: before slots that they may see are freed."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wait_for_readers(self._volume)
+        if status < 0:
+            _raise(status, "scrub", self._directory)
+
+    def scrub_wanted(self):
+        """Return the ids of adopted segments in which slots became free since the last call.
+
+        What is returned is forgotten here: whoever cannot write it down puts it back with `want_scrub`.
+        """
+        cdef unsigned char ids[256 * 16]
+        cdef int count
+        with nogil:
+            count = onion_volume_scrub_wanted(self._volume, ids, 256)
+        return _ids(ids, count)
+
+    def want_scrub(self, ids):
+        """Put back what `scrub_wanted` returned. Ids of segments that are gone are left out."""
+        joined = b"".join(ids)
+        cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
+        cdef uint32_t count = len(joined) // 16
+        with nogil:
+            onion_volume_scrub_again(self._volume, raw, count)
+
+    def unused_segments(self):
+        """Return the ids of segments that no block and no record of the head's log needs. Flushes.
+
+        Those of them that the catalog gives to the head may be dropped from it, with `prepare_below` before the commit and
+        `commit_below` after it.
+        """
+        cdef unsigned char *ids
+        cdef int64_t count
+        cdef uint32_t capacity = onion_volume_segments(self._volume, NULL, 0) + 1
+        ids = <unsigned char *>malloc(capacity * 16)
+        if ids == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                count = onion_volume_unused_segments(self._volume, ids, capacity)
+            if count < 0:
+                _raise(<int>count, "scrub", self._directory)
+            return _ids(ids, min(count, capacity))
+        finally:
+            free(ids)
+
+    def take_unreachable(self):
+        """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
+        return onion_volume_take_unreachable(self._volume)
+
+    def map_dead_ratio(self):
+        """Return the share of the head's log that a rewrite would save, 0.0 to 1.0."""
+        cdef uint64_t records = 0, needed = 0
+        cdef int status
+        with nogil:
+            status = onion_volume_log_records(self._volume, &records, &needed)
+        if status < 0:
+            _raise(status, "info")
+        return max(0.0, 1.0 - needed / records) if records > 64 else 0.0
+
+    def log_state(self):
+        """Return (length, frames, crc) of what the head's log durably holds; zeros where it has no frame."""
+        cdef onion_sealed raw
+        cdef int status
+        with nogil:
+            status = onion_volume_log_state(self._volume, &raw)
+        if status < 0:
+            _raise(status, "close")
+        return raw.map_length, raw.map_frames, raw.map_crc
+
+    def wants_compaction(self):
+        """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
+        cdef int status
+        with nogil:
+            status = onion_volume_wants_compaction(self._volume)
+        if status < 0:
+            _raise(status, "flush", self._directory)
+        return status == 1
+
+    def freeze(self, frames):
+        """Hold writers off until `thaw` or `close`, which the same thread calls. Nothing may be flushed meanwhile.
+
+        Returns
+        -------
+        bool
+            False: something was written since the head's log had `frames` frames; nobody is held off.
+        """
+        cdef uint64_t c_frames = frames
+        cdef int status
+        with nogil:
+            status = onion_volume_freeze(self._volume, c_frames)
+        if status < 0 and status != -EBUSY:
+            _raise(status, "apply")
+        return status == 0
+
+    def thaw(self):
+        """Let writers go on. Nothing, where they are not held off."""
+        onion_volume_thaw(self._volume)
+
+    # ---- seal and rewrite ----
+
+    def start_writing(self):
+        """Begin to write out what a flush would, and do not wait: a hint."""
+        with nogil:
+            onion_volume_start_writing(self._volume)
+
+    def seal(self, *, map_path, map_id):
+        """Make the head a durable sealed layer and begin a new head. Flushes wait for seal_commit or seal_abort."""
+        cdef unsigned char id[16]
+        cdef onion_sealed raw
+        cdef int status
+        path = os.fsencode(map_path)
+        cdef const char *c_path = path
+        _copy_id(id, map_id)
+        with nogil:
+            status = onion_volume_seal(self._volume, c_path, id, &raw)
+        if status < 0:
+            if status == -EBUSY:
+                raise StateError("snapshot: no spare segment is registered")
+            _raise(status, "snapshot", self._directory)
+        return _sealed(&raw, self._just_sealed())
+
+    def seal_commit(self, next_spare):
+        """The catalog names the new head: go on with it."""
+        cdef unsigned char id[16]
+        _copy_id(id, next_spare)
+        cdef int status
+        with nogil:
+            status = onion_volume_seal_commit(self._volume, id)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def seal_abort(self):
+        """The catalog still names the old head: it goes on, and owns what was written since."""
+        cdef int status
+        with nogil:
+            status = onion_volume_seal_abort(self._volume)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def prepare(self, *, map_path, map_id):
+        """Make the files of the next head, durable, before a seal whose map they are asks for them."""
+        cdef unsigned char id[16]
+        cdef int status
+        path = os.fsencode(map_path)
+        cdef const char *c_path = path
+        _copy_id(id, map_id)
+        with nogil:
+            status = onion_volume_prepare(self._volume, c_path, id)
+        if status < 0:
+            _raise(status, "prepare", self._directory)
+
+    def set_spare(self, spare):
+        """Register the id of the segment that the next head will begin with."""
+        cdef unsigned char id[16]
+        _copy_id(id, spare)
+        cdef int status
+        with nogil:
+            status = onion_volume_set_spare(self._volume, id)
+        if status < 0:
+            _raise(status, "snapshot", self._directory)
+
+    def rewrite_map(self, *, new_path, new_id, lower=None, drop_zero=False):
+        """Write the head's map, folded over `lower`, to a new durable file. Flushes wait for commit or abort.
+
+        `lower` is (map_path, map_id, length, frames, crc, segments) of the parent layer.
+        """
+        cdef unsigned char id[16]
+        cdef onion_sealed raw
+        cdef _LayerSource source = None
+        cdef const onion_layer_source *c_lower = NULL
+        cdef int status, c_drop = bool(drop_zero)
+        path = os.fsencode(new_path)
+        cdef const char *c_path = path
+        _copy_id(id, new_id)
+        if lower is not None:
+            source = _LayerSource(*lower)
+            c_lower = &source.source
+        with nogil:
+            status = onion_volume_rewrite(self._volume, c_path, id, c_lower, c_drop, &raw)
+        if status < 0:
+            _raise(status, "merge", new_path)
+        return _sealed(&raw, [])
+
+    def rewrite_commit(self):
+        """The catalog names the new map file: append to it from now on."""
+        cdef int status
+        with nogil:
+            status = onion_volume_rewrite_commit(self._volume)
+        if status < 0:
+            _raise(status, "merge", self._directory)
+
+    def rewrite_abort(self):
+        """The catalog still names the old map file: drop the new one."""
+        cdef int status
+        with nogil:
+            status = onion_volume_rewrite_abort(self._volume)
+        if status < 0:
+            _raise(status, "merge", self._directory)
+
+    # ---- what lies below ----
+
+    def prepare_below(self, base_fd=None, base_bytes=0, layer=None, dropped=(), *, keep_base=False):
+        """Prepare that other files answer for what lies lowest, while reads and writes go on. Before a commit.
+
+        After `commit_below` each block that was in a dropped segment, and each that nothing in the volume held, reads from
+        `layer` if that has it, and else from the base. The caller answers for it that both are what it read before. ZERO
+        stays ZERO, and what other segments hold stays.
+
+        Parameters
+        ----------
+        base_fd : int, optional
+            A descriptor of the new base, which the caller may close. None: there is no base any more.
+        base_bytes : int
+            What is mapped of it; the file must hold as much.
+        layer : tuple, optional
+            The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest one, or, with
+            `keep_base`, one that has all that is in the dropped segments. Segments that are open here stay what they are.
+        dropped : sequence of bytes
+            Ids of segments that are read no more. Of those that the head wrote or adopted, only such that
+            `unused_segments` returned.
+        keep_base : bool
+            The base stays what it is.
+
+        Raises
+        ------
+        StateError
+            Another replacement is prepared; the head still needs one of the segments; or one is not the volume's.
+        FormatError, OSError
+            A file is not what it should be, or could not be opened. Nothing has changed.
+        """
+        cdef onion_below_source source
+        cdef _LayerSource c_layer = None
+        cdef int status
+        memset(&source, 0, sizeof(source))
+        ids = b"".join(dropped)
+        source.keep_base = bool(keep_base)
+        source.base_fd = -1 if base_fd is None else base_fd
+        source.base_bytes = _whole(base_bytes, "a size")
+        source.dropped = <const void *>PyBytes_AS_STRING(ids)
+        source.dropped_count = len(ids) // 16
+        if layer is not None:
+            c_layer = _LayerSource(*layer)
+            source.layer = &c_layer.source
+        with nogil:
+            status = onion_volume_prepare_below(self._volume, &source)
+        if status == -EBUSY or status == -ENOENT:
+            raise StateError(
+                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or gone"
+            )
+        if status < 0:
+            _raise(status, "merge", layer[0] if layer is not None else None if base_fd is None else _path_of(base_fd))
+
+    def commit_below(self):
+        """Make what was prepared so. After the commit.
+
+        Returns
+        -------
+        bool
+            True: no read needs the dropped segments or the old base any more, and they are unmapped. False: memory is
+            missing, or the volume is closed or poisoned; all reads as before, from old files and new ones, so their locks are
+            kept. May be called again.
+        """
+        cdef int status
+        with nogil:
+            status = onion_volume_commit_below(self._volume)
+        if status == -EINVAL:
+            raise StateError("merge: nothing is prepared")
+        onion_site_clear()
+        return status == 0
+
+    def abort_below(self):
+        """Forget what was prepared. Nothing, where nothing is, or its commit has begun."""
+        with nogil:
+            onion_volume_abort_below(self._volume)
+
+    def view(self, object offset, object length, keep=None):
+        """Return a range of a snapshot as a read-only array of uint8.
+
+        The array's memory is the segments' own pages, and stays valid after close; `keep` lives as long as it does.
+        A range in more than 4,096 pieces is copied instead.
+        """
+        cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
+        cdef _MappedRange mapped = _MappedRange()
+        cdef int status
+        cdef void *address = NULL
+        if count == 0:
+            return numpy.frombuffer(b"", dtype=numpy.uint8)
+        with nogil:
+            status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length, &mapped.pieces)
+        if status == -E2BIG:
+            copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
+            return copied
+        if status < 0:
+            _raise_range(status, "view", offset, length, onion_volume_size(self._volume), self._directory)
+        mapped.address = address
+        mapped.start = at % <uint64_t>self.block_size
+        mapped.length = count
+        mapped.keep = keep
+        return numpy.frombuffer(mapped, dtype=numpy.uint8)
+
+    @property
+    def capsule(self):
+        """The C object, for other extension modules: lives as long as this one."""
+        return PyCapsule_New(self._volume, "onion_volume", NULL)
+
+    # ---- the end ----
+
+    def poison(self):
+        """Make every later call fail until the volume is opened again."""
+        with nogil:
+            onion_volume_poison(self._volume)
+
+    def after_fork(self):
+        """In the child of a fork: every later call raises, and nothing is released."""
+        onion_volume_after_fork(self._volume)
+
+    def close(self):
+        """Wait for calls under way, then unmap and close. Does not flush. Idempotent."""
+        with nogil:
+            onion_volume_close(self._volume)
+
+
+def _path_of(fd):
+    """Return the path that a descriptor was opened by, for a message."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return f"descriptor {fd}"
+
+
+cdef list _segment_list(const onion_segment_info *infos, uint32_t count):
+    cdef uint32_t i
+    return [(infos[i].number, infos[i].uuid[:16], _ROLES[infos[i].role], infos[i].slots) for i in range(count)]
+
+
+def _runs_of_bits(bits):
+    """Return (slot, count) of each run of ones."""
+    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([0], bits, [0])).astype(numpy.int8)))
+    out = numpy.empty(len(edges) // 2, dtype=dtypes.SLOTS)
+    out["slot"] = edges[0::2]
+    out["count"] = edges[1::2] - edges[0::2]
+    return out

@@ -1,0 +1,1 @@
+"""One module for each operation on a store or a volume; `Store` and `Volume` only call them."""

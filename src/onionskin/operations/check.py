@@ -1,0 +1,350 @@
+"""Whether a store is sound: everything that its catalog names, and what lies in its directories beside that.
+
+What must hold: nothing is written, freed or made, so that it can be asked of a damaged store and of a file system that is
+read-only. Each layer's map is read once and compared with the segments that the layer owns and with the layer below it;
+a chain of layers that are sound in this way opens.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from errno import ENXIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onionskin.base.modes import is_shared
+from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.errors import FormatError, OnionskinError
+from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
+from onionskin.storage.block_maps import load_map, locked_maps, open_map
+from onionskin.storage.chain import check_base
+from onionskin.storage.locks import volume_holder
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+HEADER_BYTES = 4096
+SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 bits
+RESTORE = "restore the file from a copy of the store"
+_OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")
+
+_DIRTY_DRAFTS = [f"dirty.{number}" for number in range(4)]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that `check` found. severity is `error` (data is at risk) or `notice` (work that is left)."""
+
+    severity: str
+    what: str
+    where: str
+    advice: str
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The rows of a store in one state of it."""
+
+    layers: list[LayerRow]
+    segments: list[SegmentRow]
+    volumes: list[VolumeRow]
+    snapshots: list[SnapshotRow]
+    bases: list[BaseRow]
+    pending: list[PendingRow]
+    segments_of: dict[bytes, list[SegmentRow]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for row in self.segments:
+            self.segments_of.setdefault(row.layer, []).append(row)
+
+
+def check(store: "Store") -> list[Problem]:
+    """Look at everything that the catalog names. Reads headers and maps, and no block data."""
+    listed = list(_list_files(store))  # before the catalog: whoever makes or frees a file has a row for it meanwhile
+    with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
+        problems = [*_unsound_rows(store), *_check_layers(store, rows), *_check_chains(store, rows)]
+        problems += _check_bases(store, rows)
+    problems += [
+        Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
+        for row in rows.pending
+    ]
+    return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
+
+
+def _read_rows(store: "Store") -> _Rows:
+    catalog = store.catalog
+    return _Rows(
+        catalog.sound_rows(LayerRow),
+        catalog.sound_rows(SegmentRow),
+        catalog.sound_rows(VolumeRow),
+        catalog.sound_rows(SnapshotRow),
+        catalog.sound_rows(BaseRow),
+        catalog.sound_rows(PendingRow),
+    )
+
+
+def _unsound_rows(store: "Store") -> list[Problem]:
+    return [
+        Problem("error", what, f"{store.layout.catalog}, table {table}, row {id}", "restore the catalog from a copy")
+        for table, id, what in store.catalog.unsound_rows()
+    ]
+
+
+# ---- layers and their segments ----
+
+
+def _check_layers(store: "Store", rows: _Rows) -> Iterator[Problem]:
+    heads = {volume.head: volume for volume in rows.volumes}
+    for layer in rows.layers:
+        segments = rows.segments_of.get(layer.id, [])
+        try:
+            ends = _slots_named(store, layer)
+        except (OnionskinError, OSError) as error:
+            yield Problem("error", str(error), str(store.layout.map_file(layer.map_id)), RESTORE)
+            if layer.id in heads:
+                yield from _data_without_map(store, heads[layer.id], layer, {}, segments)
+            continue
+        yield from _check_segments(store, layer, ends, segments)
+        if layer.id in heads:
+            yield from _data_without_map(store, heads[layer.id], layer, ends, segments)
+
+
+def _slots_named(store: "Store", layer: LayerRow) -> dict[bytes, int]:
+    """Return one more than the highest slot that a layer's map names in each segment.
+
+    A head's map must hold what the catalog says that it durably had.
+    """
+    if not layer.map_length and (layer.sealed or not os.path.lexists(store.layout.map_file(layer.map_id))):
+        return {}
+    if layer.map_length and not layer.sealed:
+        load_map(store, replace(layer, sealed=1)).close()
+    with closing(open_map(store, layer)) as layer_map:
+        return {id: end for id, (_, end) in layer_map.segment_use().items()}
+
+
+def _check_segments(
+    store: "Store", layer: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
+) -> Iterator[Problem]:
+    """Compare what a map names with the files of the segments that its layer owns."""
+    owned = {row.id for row in segments}
+    for id in ends:
+        if id not in owned:
+            where = str(store.layout.segment_file(id))
+            yield Problem("error", "a map names a segment of another layer", where, RESTORE)
+    for row in segments:
+        end = ends.get(row.id, 0)
+        if row.role == "sealed":
+            end = max(end, row.slots)
+        elif not end:
+            continue  # made when it is first needed
+        path = store.layout.segment_file(row.id)
+        fault = _segment_fault(path, row.id, layer.block_size, end)
+        # One that was freed meanwhile may be overwritten or gone; its row went before.
+        if fault and store.catalog.has(SegmentRow, "id = ?", row.id):
+            yield Problem("error", fault, str(path), RESTORE)
+
+
+def _segment_fault(path: Path, id: bytes, block_size: int, slots: int) -> str | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        return str(error)
+    try:
+        header = decode_header(os.pread(descriptor, HEADER_BYTES, 0), MAGIC_SEGMENT, path=str(path))
+        size = os.fstat(descriptor).st_size
+    except (OSError, FormatError) as error:
+        return str(error)
+    finally:
+        os.close(descriptor)
+    if header.uuid != id or header.block_size != block_size:
+        return "it is not the segment that the catalog names"
+    if size < HEADER_BYTES + slots * block_size:
+        return f"it is truncated: {size} bytes, and slot {slots - 1} is named"
+    return None
+
+
+def _data_without_map(
+    store: "Store", volume: VolumeRow, head: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
+) -> Iterator[Problem]:
+    """Report blocks in a head's own segments behind the last that its map names: nobody writes the volume just now."""
+    found = []
+    for path, id in ((store.layout.segment_file(row.id), row.id) for row in segments if row.role == "own"):
+        offset = _data_from(path, HEADER_BYTES + ends.get(id, 0) * head.block_size)
+        if offset is not None:
+            found.append((path, offset))
+    if found and volume_holder(store.layout.volume_lock(volume.id)) is None:
+        for path, offset in found:
+            yield Problem(
+                "notice",
+                f"data that no map names, from byte {offset} on: written and never flushed, or its map is not the "
+                f"one that volume {volume.name!r} had",
+                str(path),
+                "opening the volume for writing frees it; if its map was lost or replaced, put that back first",
+            )
+
+
+def _data_from(path: Path, offset: int) -> int | None:
+    """Return where data lies at or behind an offset of a file; None where there is none, or no file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None  # `_check_segments` reports a file that is needed
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        return None if error.errno == ENXIO else offset
+    finally:
+        os.close(descriptor)
+
+
+# ---- chains and bases ----
+
+
+def _check_chains(store: "Store", rows: _Rows) -> Iterator[Problem]:
+    """Look at how layers stand on each other: what each names is there, and no chain has more than an index can tell."""
+    layers, bases = {layer.id: layer for layer in rows.layers}, {base.id for base in rows.bases}
+    counts = _segments_in_chains(rows, layers)
+    for name, id in _tops(rows):
+        if id not in layers:
+            yield Problem("error", "its layer is not in the catalog", name, "restore the catalog from a copy")
+        elif id not in counts:
+            yield Problem("error", "the layers below it do not end", name, "restore the catalog from a copy")
+        elif counts[id] > SEGMENTS_MAX:
+            what = f"it stands on {counts[id]} segments, and no more than {SEGMENTS_MAX} can be opened"
+            yield Problem("error", what, name, "merge some of the snapshots below it")
+    for layer in rows.layers:
+        fault = _fault_below(layer, layers, bases)
+        if fault:
+            where = f"{store.layout.catalog}, layer {layer.id.hex()}"
+            yield Problem("error", fault, where, "restore the catalog from a copy")
+
+
+def _tops(rows: _Rows) -> Iterator[tuple[str, bytes]]:
+    """Give what can be opened: a name to tell people, and the layer."""
+    names = {volume.id: volume.name for volume in rows.volumes}
+    for volume in rows.volumes:
+        yield f"volume {volume.name}", volume.head
+    for row in rows.snapshots:
+        yield f"snapshot {names.get(row.volume, row.volume.hex())}@{row.name}", row.layer
+
+
+def _segments_in_chains(rows: _Rows, layers: dict[bytes, LayerRow]) -> dict[bytes, int]:
+    """Count the segments from each layer down; a layer above a circle, or above one that is missing, has no count."""
+    children: dict[bytes | None, list[bytes]] = {}
+    for layer in rows.layers:
+        children.setdefault(layer.parent, []).append(layer.id)
+    counts: dict[bytes, int] = {}
+    todo = [(id, 0) for id in children.get(None, [])]
+    while todo:
+        id, below = todo.pop()
+        counts[id] = below + len(rows.segments_of.get(id, []))
+        todo += [(child, counts[id]) for child in children.get(id, [])]
+    return counts
+
+
+def _fault_below(layer: LayerRow, layers: dict[bytes, LayerRow], bases: set[bytes]) -> str | None:
+    if layer.base is not None and layer.base not in bases:
+        return "it stands on a base that is not in the catalog"
+    if layer.parent is None:
+        return None
+    parent = layers.get(layer.parent)
+    if parent is None:
+        return "it stands on a layer that is not in the catalog"
+    if parent.block_size != layer.block_size:
+        return f"it has blocks of {layer.block_size} bytes, and the layer below it of {parent.block_size}"
+    return None if parent.sealed else "it stands on a layer that is not sealed"
+
+
+def _check_bases(store: "Store", rows: _Rows) -> Iterator[Problem]:
+    for base in rows.bases:
+        row: BaseRow | None = base
+        while row:
+            try:
+                check_base(store.catalog, row)
+                break
+            except (OnionskinError, OSError) as error:
+                before, row = row, _other_row(store.catalog, row)
+                if row == before:
+                    yield Problem("error", str(error), before.path, "see 'onionskin relocate --help'")
+                    break
+
+
+def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
+    """Return the row of a base that is not as its row says: another one if a merge into it ended meanwhile.
+
+    None where it is gone, or one is merged into it: a row of pending work says so.
+    """
+    with catalog.reading():
+        merged = {layer.base for work in catalog.base_merges() for layer in catalog.chain(work.target)}
+        return None if base.id in merged else catalog.row(BaseRow, "id = ?", base.id)
+
+
+# ---- the directories ----
+
+
+def _list_files(store: "Store") -> Iterator[os.DirEntry[str]]:
+    for directory in (store.layout.layers, store.layout.segments, store.layout.volumes):
+        with os.scandir(directory) as entries:
+            yield from sorted(entries, key=lambda entry: entry.name)
+
+
+def _check_files(store: "Store", rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
+    named = _named_files(rows)
+    for entry in listed:
+        path = Path(entry.path)
+        ours = bool(_OUR_NAME.fullmatch(entry.name))
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue  # it went meanwhile
+        what = _foreign(found, ours)
+        if what:
+            yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
+        if ours and not what and entry.name not in named:
+            yield Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
+
+
+def _check_modes(store: "Store") -> Iterator[Problem]:
+    """Report what users other than the owner may do: who may read the locks can keep the owner out, for one."""
+    layout = store.layout
+    shared = is_shared(layout.root)
+    for path in (layout.root, layout.layers, layout.segments, layout.volumes, *layout.files):
+        with suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            directory = stat.S_ISDIR(mode)
+            if mode & (0o007 if shared else 0o077):
+                wanted = ("2770" if directory else "660") if shared else ("700" if directory else "600")
+                who = "the owner and the group" if shared else "the owner"
+                advice = f"nobody but {who} needs it: chmod {wanted}"
+                yield Problem(
+                    "notice", f"its mode is {stat.S_IMODE(mode):o}, so other users may get at it", str(path), advice
+                )
+
+
+def _named_files(rows: _Rows) -> set[str]:
+    named = {f"{row.map_id.hex()}.map" for row in rows.layers} | {f"{row.id.hex()}.seg" for row in rows.segments}
+    # A spare's id is that of the next head's map too.
+    named |= {f"{row.id.hex()}.map" for row in rows.segments if row.role == "spare"}
+    for row in rows.pending:
+        named |= {f"{row.target.hex()}.map", f"{row.target.hex()}.seg"}
+    volumes = [volume.id for volume in rows.volumes] + [row.target for row in rows.pending if row.kind == "volume"]
+    for id in volumes:
+        named |= {f"{id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
+    return named
+
+
+def _foreign(found: os.stat_result, ours: bool) -> str | None:
+    """Say what makes a thing in a store's directories none of the store's files."""
+    if stat.S_ISLNK(found.st_mode):
+        return "a symbolic link, which no file of a store is"
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        return f"a file with {found.st_nlink} names: what is written or wiped here changes it under the others too"
+    if ours and (stat.S_ISREG(found.st_mode) or stat.S_ISSOCK(found.st_mode)):
+        return None
+    return "a directory that is not the store's" if stat.S_ISDIR(found.st_mode) else "a file that is not the store's"
+
+
+__all__ = ["Problem", "check"]

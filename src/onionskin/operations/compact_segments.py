@@ -1,0 +1,229 @@
+"""Gathering: a layer that merges have left with many small segments gets one instead of them.
+
+What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
+keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
+`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, or folds into the layer while it is
+open: a disk whose snapshots come and go for months in one opening would else have a file for each of them.
+"""
+
+import logging
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.files import write_all
+from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.modes import make_file
+from onionskin.catalog import Catalog, LayerRow, SegmentRow
+from onionskin.errors import OnionskinError
+from onionskin.kernels._copy import CopyJob
+from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
+from onionskin.operations.fold import TreeChangedError, put_off
+from onionskin.operations.reclaim import segment_wants_zeros
+from onionskin.operations.staging import StagedFiles, staged_files
+from onionskin.storage.block_maps import load_layer
+from onionskin.storage.chain import pending_base_merges, read_chain
+from onionskin.storage.locks import ByteLocks
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin.store import Store
+    from onionskin.volume import Volume
+
+    Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.base.lazy import numpy
+
+_log = logging.getLogger(__name__)
+
+SEGMENTS_MAX = 64
+SEGMENTS_KEPT = 16
+GATHER_BYTES_MAX = 256 << 20
+HEADER_BYTES = 4096
+
+
+def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:
+    """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open.
+
+    A layer that cannot be gathered now is left as it is: it reads the same.
+    """
+    catalog = store.catalog
+    if pending_base_merges(catalog, head):
+        return  # a merge into the base has to find its layers as they were
+    for layer, segments in _crowded(catalog, head):
+        if not layer.sealed and may_hold_unflushed:
+            continue  # what a process that died left unflushed goes over the map that it had
+        try:
+            put_off(partial(_gather, store, layer, segments))
+        except (OSError, OnionskinError) as error:
+            _log.warning("%s: the segments of layer %s could not be gathered: %s", store.path, layer.id.hex(), error)
+
+
+def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
+    """Return the layers of a chain that have too many segments, with those that are sealed."""
+    with catalog.reading():
+        layers = [catalog.layer(id) for id in catalog.crowded_in_chain(head, SEGMENTS_MAX)]
+        segments = catalog.segments_of(layers)
+    return [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
+
+
+def gather_below(volume: "Volume", layer_id: bytes) -> None:
+    """Gather in a sealed layer of a volume that is open for writing, where the layer has too many segments.
+
+    Reads and writes go on. A layer that cannot be gathered now is left as it is.
+    """
+    catalog = volume.store.catalog
+    with catalog.reading():
+        if catalog.count(SegmentRow, "layer = ?", layer_id) <= SEGMENTS_MAX:
+            return
+        layer, sealed = catalog.layer(layer_id), catalog.rows(SegmentRow, "layer = ?", layer_id)
+        is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
+    put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
+
+
+def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
+    """Gather the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
+    locks = ByteLocks(store.layout.lock)
+    try:
+        wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
+        # What the reader holds nobody frees as a whole; and a scrub, which borrows its lock, frees no slot that is copied.
+        locks.must_share(wanted - reader.locks.shared if reader else wanted)
+        _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
+        with staged_files(store, ["segment", "map"], layer.wipe) as files:
+            segment_file, map_file = files.rows
+            with load_layer(store, layer) as layer_map:
+                small = _smallest(layer_map, sealed, layer.block_size)
+                slots = _copy_slots(store, layer, layer_map, small, segment_file.target)
+                size_bytes = layer_map.size_bytes if layer_map.size_bytes is not None else layer.size_bytes
+                written = layer_map.write(
+                    str(store.layout.map_file(map_file.target)),
+                    map_id=map_file.target,
+                    wipe_zero=layer.wipe == "zero",
+                    size_bytes=size_bytes,
+                )
+            sync_directory(store.layout.segments)  # BARRIER: gathered segment name
+            sync_directory(store.layout.layers)  # BARRIER: gathered map name
+            if reader:
+                _switch_beside_readers(reader, layer, small, files, slots, written)
+            else:
+                store.change(lambda: _switch(store, layer, small, files, slots, written))
+    finally:
+        locks.close()
+    if reader:
+        store.work_soon()
+
+
+def _switch_beside_readers(
+    volume: "Volume",
+    layer: LayerRow,
+    small: list[SegmentRow],
+    files: StagedFiles,
+    slots: int,
+    written: tuple[int, int, int],
+) -> None:
+    """Switch to the new files, in the catalog and in the data path that reads the old ones."""
+    store, catalog = volume.store, volume.store.catalog
+    segment_file, map_file = files.rows
+    gathered = {row.id for row in small}
+    kept = [row for row in catalog.rows(SegmentRow, "layer = ?", layer.id) if row.id not in gathered]
+
+    def settle() -> None:
+        now = catalog.row(LayerRow, "id = ?", layer.id)
+        if volume.path.poisoned or now is None or now.map_id != map_file.target:
+            volume.path.abort_below()
+        elif volume.path.commit_below():
+            volume.give_up_unread()
+
+    source = (
+        str(store.layout.map_file(map_file.target)), map_file.target, *written,
+        [(segment_file.target, slots), *((row.id, row.slots) for row in kept)],
+    )  # fmt: skip
+    with volume.settling(settle):
+        volume.path.prepare_below(layer=source, dropped=list(gathered), keep_base=True)
+        store.change(lambda: _switch(store, layer, small, files, slots, written, volume))
+
+
+def _refuse_changed(store: "Store", layer: LayerRow) -> None:
+    if store.catalog.row(LayerRow, "id = ?", layer.id) != layer:
+        raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
+
+
+def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int) -> list[SegmentRow]:
+    """Return the segments to gather: the smallest by what is live in them, as many as the bound allows."""
+    live = {row.id: int(layer_map.live_slots(row.id)["count"].sum()) * block_size for row in sealed}
+    chosen: list[SegmentRow] = []
+    total = 0
+    for row in sorted(sealed, key=lambda row: live[row.id])[: len(sealed) - SEGMENTS_KEPT]:
+        total += live[row.id]
+        if total > GATHER_BYTES_MAX:
+            break
+        chosen.append(row)
+    return chosen
+
+
+def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
+    """Copy the live slots of segments behind each other into a new one, and point the map there. Returns the slots."""
+    block_size, next_slot = layer.block_size, 0
+    target = make_file(store.layout.segment_file(segment))
+    try:
+        wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
+        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
+        write_all(target, header)
+        for row in small:
+            live = layer_map.live_slots(row.id)
+            if not len(live):
+                continue
+            first = next_slot + numpy.concatenate(([0], numpy.cumsum(live["count"])[:-1])).astype(numpy.uint64)
+            _copy_runs(store, row, live, first, target, block_size)
+            layer_map.replace(row.id, live, segment, first)
+            next_slot += int(live["count"].sum())
+        sync_file(target)  # BARRIER: gathered segment
+    finally:
+        os.close(target)
+    return next_slot
+
+
+def _wants_zeros(store: "Store", row: SegmentRow) -> bool:
+    """Whether a segment came from a volume whose freed space is wiped: so must be what it is copied to."""
+    return segment_wants_zeros(store.layout.segment_file(row.id))
+
+
+def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
+    source = os.open(store.layout.segment_file(row.id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        table = [
+            (source, target, HEADER_BYTES + int(slot) * block_size, HEADER_BYTES + int(to) * block_size,
+             int(count) * block_size)
+            for (slot, count), to in zip(live.tolist(), first.tolist(), strict=True)
+        ]  # fmt: skip
+        CopyJob(table).run()
+    finally:
+        os.close(source)
+
+
+def _switch(
+    store: "Store",
+    layer: LayerRow,
+    small: list[SegmentRow],
+    files: StagedFiles,
+    slots: int,
+    written: tuple[int, int, int],
+    reader: "Volume | None" = None,
+) -> None:
+    """Switch to the new files, which `reader` locks. Inside a transaction."""
+    catalog = store.catalog
+    _refuse_changed(store, layer)
+    segment_file, map_file = files.rows
+    for row in small:
+        catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
+        catalog.delete(SegmentRow, "id = ?", row.id)
+    files.keep(reader.locks if reader else None)
+    catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
+    catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
+    length, frames, crc = written
+    catalog.update(
+        LayerRow, layer.id, map_id=map_file.target, map_lock_byte=map_file.lock_byte, map_length=length,
+        map_frames=frames, map_crc=crc,
+    )  # fmt: skip

@@ -1,0 +1,544 @@
+"""Moving the bytes of whole disks: the copying half of an export and of a merge into the base, and flatten.
+
+What must hold: a destination is written under the exclusive use of whoever calls; what it names as done is durable.
+The loops run in C: here are only tables of extents.
+"""
+
+import fcntl
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from errno import ENOSPC
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.files import data_ranges, write_all
+from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.lazy import dtypes
+from onionskin.base.modes import make_file
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
+from onionskin.catalog.tree import free_unneeded
+from onionskin.errors import StateError
+from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
+from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
+from onionskin.operations.staging import StagedFiles, staged_files
+from onionskin.storage.block_maps import empty_map
+from onionskin.storage.chain import Chain, open_chain, read_chain
+from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin.kernels._volume import DataPath
+    from onionskin.storage.locks import BaseLock
+    from onionskin.store import Store
+    from onionskin.volume import Progress, Volume
+
+    Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.base.lazy import numpy
+
+HEADER_BYTES = 4096
+_FICLONERANGE = 0x4020940D
+OPEN_SEGMENTS_MAX = 256
+PROGRESS_SECONDS = 0.2
+_BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
+_PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
+
+
+def extents(volume: "Volume") -> "Array":
+    """Return (offset, length, state) of what is DATA (1) or ZERO (2) in the layers, clipped to the size."""
+    runs = volume.path.runs()
+    out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
+    for name in ("offset", "length", "state"):
+        out[name] = runs[name]
+    if len(out):
+        out["length"][-1] = min(int(out["length"][-1]), volume.size_bytes - int(out["offset"][-1]))
+    return out
+
+
+@contextmanager
+def chain_path(store: "Store", chain: Chain, base_lock: "BaseLock | None" = None) -> "Iterator[DataPath]":
+    """Open a sealed chain for the time of a copy; its files must be locked by the caller."""
+    path = open_chain(store.layout, chain, writable=False, base_lock=base_lock)
+    try:
+        yield path
+    finally:
+        path.close()
+
+
+def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: int) -> None:
+    """Run a copy in a thread of its own, so that this one can report progress and be interrupted."""
+    if progress is None and threading.current_thread() is not threading.main_thread():
+        job.run()
+        return
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            job.run()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="onionskin copy")
+    thread.start()
+    try:
+        while True:  # once at least, however short the copy is
+            thread.join(PROGRESS_SECONDS)
+            if progress:
+                progress(done_before + job.bytes_done, total)
+            if not thread.is_alive():
+                break
+    except BaseException:
+        job.cancel()
+        raise
+    finally:
+        thread.join()
+    if failure:
+        raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
+
+
+class StretchCopy:
+    """Copies what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
+
+    def __init__(
+        self,
+        store: "Store",
+        path: "DataPath",
+        destination: int,
+        size_bytes: int,
+        *,
+        reflink: bool,
+        punch: bool,
+        progress: "Progress | None" = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        self._block_size, self._size_bytes = path.block_size, size_bytes
+        self._progress = progress
+        self._copy = partial(
+            _copy_table,
+            sources={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
+            reflink=reflink,
+            punch=punch,
+            solid=True,
+            progress=progress,
+            threads=threads,
+            bytes_per_second=bytes_per_second,
+        )
+        runs = path.runs()
+        starts = runs["offset"].astype(numpy.int64)
+        lengths = numpy.minimum(runs["length"].astype(numpy.int64), size_bytes - starts)
+        keep = lengths > 0
+        runs, starts, lengths = runs[keep], starts[keep], lengths[keep]
+        self._table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
+        self._table["source"] = -1
+        self._table["destination"] = destination
+        self._table["destination_offset"] = starts
+        self._table["length"] = lengths
+        self._table["source_offset"] = HEADER_BYTES + runs["slot"].astype(numpy.uint64) * path.block_size
+        self._segment, self._starts, self._ends = runs["segment"], starts, starts + lengths
+        self._before = numpy.concatenate(([0], numpy.cumsum(lengths)))  # bytes to copy before each row, and of all
+
+    def run(self, start: int, length: int) -> int:
+        """Copy about `length` bytes of what lies from an offset on; returns the offset where it ended, or the disk's size.
+
+        Offsets within the disk are multiples of the block size. Nothing is durable on return.
+        """
+        done, total = self._bytes_before(start), int(self._before[-1])
+        end = self._size_bytes if done + length >= total else self._offset_after(done + length)
+        first = int(numpy.searchsorted(self._ends, start, "right"))
+        last = int(numpy.searchsorted(self._starts, end, "left"))
+        part = self._table[first:last].copy()
+        if len(part):
+            cut = max(0, start - int(self._starts[first]))
+            part["destination_offset"][0] += numpy.uint64(cut)
+            part["source_offset"][0] += numpy.uint64(cut)
+            part["length"][0] -= numpy.uint64(cut)
+            part["length"][-1] -= numpy.uint64(max(0, int(self._ends[last - 1]) - end))
+        self._copy(part, self._segment[first:last], done=done, total=total)
+        if self._progress and len(part):  # a short stretch may have had no time to report
+            self._progress(self._bytes_before(end), total)
+        return end
+
+    def _bytes_before(self, offset: int) -> int:
+        """Return how many bytes there are to copy below an offset."""
+        row = int(numpy.searchsorted(self._ends, offset, "right"))
+        inside = max(0, offset - int(self._starts[row])) if row < len(self._starts) else 0
+        return int(self._before[row]) + inside
+
+    def _offset_after(self, copied: int) -> int:
+        """Return the offset of a block below which at least so many bytes, and not all, are to be copied."""
+        row = int(numpy.searchsorted(self._before, copied, "left")) - 1
+        offset = int(self._starts[row]) + copied - int(self._before[row])
+        return min(-(-offset // self._block_size) * self._block_size, self._size_bytes)
+
+
+def copy_runs(
+    store: "Store",
+    path: "DataPath",
+    destination: int,
+    size_bytes: int,
+    *,
+    reflink: bool,
+    punch: bool,
+    progress: "Progress | None" = None,
+) -> None:
+    """Copy what the layers of a data path hold to the same offsets of a file, from the beginning to the end."""
+    copy = StretchCopy(store, path, destination, size_bytes, reflink=reflink, punch=punch, progress=progress)
+    copy.run(0, size_bytes)
+
+
+def _copy_table(
+    table: "Array",
+    segment: "Array",
+    sources: Mapping[int, Path | int],
+    *,
+    reflink: bool,
+    punch: bool,
+    solid: bool,
+    progress: "Progress | None",
+    done: int = 0,
+    total: int | None = None,
+    threads: int = 0,
+    bytes_per_second: int = 0,
+) -> None:
+    """Run a table of extents; progress counts on from `done`, and to `total` where it is part of a larger whole."""
+    total = int(table["length"].sum()) if total is None else total
+    for extents, descriptors in _by_segments(table, segment, sources):
+        try:
+            job = CopyJob(
+                extents,
+                threads=threads,
+                reflink=reflink,
+                zero_holes=punch,
+                solid=solid,
+                bytes_per_second=bytes_per_second,
+            )
+            run_job(job, progress, done, total)
+            done += job.bytes_done
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _by_segments(
+    table: "Array", segment: "Array", sources: Mapping[int, Path | int]
+) -> "Iterator[tuple[Array, list[int]]]":
+    """Cut a table into parts that need few descriptors each; open those that are paths, and fill in the sources."""
+    numbers = numpy.unique(segment)
+    for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
+        group = numbers[first : first + OPEN_SEGMENTS_MAX]
+        mine = numpy.isin(segment, group)
+        part = table[mine].copy()
+        descriptors = []
+        try:
+            for number in group:
+                if not number:
+                    continue
+                source = sources[int(number)]
+                if isinstance(source, Path):
+                    source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+                    descriptors.append(source)
+                part["source"][segment[mine] == number] = source
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        yield part, descriptors
+
+
+def check_room_for_copy(store: "Store", opened: OpenChain, directory: Path) -> None:
+    """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
+    pieces = _flat_pieces(opened)
+    lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
+    system = os.statvfs(directory)
+    needed, room = int(lengths.sum()), system.f_bavail * system.f_frsize
+    if needed > room and may_reflink(opened.chain):
+        is_base = pieces["segment"] == _BASE
+        needed = 0
+        if is_base.any() and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
+            needed += int(lengths[is_base].sum())
+        numbers = set(pieces["segment"][~is_base].tolist())
+        paths = [store.layout.segment_file(id) for number, id, _, _ in opened.path.segments() if number in numbers]
+        if paths and not _segment_can_reflink(paths[0], directory):
+            needed += int(lengths[~is_base].sum())
+    if needed > room:
+        raise OSError(
+            ENOSPC, f"the copy needs {needed} bytes, and the file system has {room}; free some room", str(directory)
+        )
+
+
+def may_reflink(chain: Chain) -> bool:
+    """Whether a copy may share blocks with the store: not what has to be wiped one day, in any layer."""
+    return all(layer.wipe == "release" for layer in chain.layers)
+
+
+def _segment_can_reflink(segment: Path, directory: Path) -> bool:
+    with segment.open("rb") as file:
+        return _can_reflink(file.fileno(), directory)
+
+
+def _can_reflink(source: int, directory: Path) -> bool:
+    """Whether a file in a directory can share blocks with another: by trying it with one."""
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        try:
+            fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", source, 0, HEADER_BYTES, 0))
+        except OSError:
+            return False
+        return True
+
+
+def check_room(store: "Store", folded: Chain, base_lock: "BaseLock") -> None:
+    """Refuse a merge into the base for which its file system has no room."""
+    assert folded.base is not None
+    with chain_path(store, replace(folded, base=None)) as path:
+        runs = path.runs()
+        needed = int(runs["length"][runs["state"] == 1].sum())
+    found = os.fstat(base_lock.descriptor)
+    holes = max(0, found.st_size - found.st_blocks * 512) + max(0, folded.top.size_bytes - found.st_size)
+    needed = min(needed, holes + 4096)
+    system = os.statvfs(base_lock.descriptor)
+    if needed > system.f_bavail * system.f_frsize:
+        raise OSError(
+            ENOSPC, f"merging needs up to {needed} bytes that the file system does not have", folded.base.path
+        )
+
+
+def _base_extents(base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
+    """Return the copy of what the base shows through: all of it that no run hides."""
+    starts = numpy.concatenate(([0], runs["offset"] + runs["length"])).astype(numpy.uint64)
+    ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
+    starts, ends = numpy.minimum(starts, base_bytes), numpy.minimum(ends, base_bytes)
+    keep = ends > starts
+    table = numpy.empty(int(keep.sum()), dtype=EXTENT_FIELDS)
+    table["source"], table["destination"] = source, destination
+    table["source_offset"] = table["destination_offset"] = starts[keep]
+    table["length"] = (ends - starts)[keep]
+    return table
+
+
+def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: bool) -> None:
+    """Copy the part of the base that shows through, holes kept, to a new file: from the descriptor that is locked."""
+    if opened.chain.base is None:
+        return
+    assert opened.base_lock is not None
+    base_bytes = min(opened.chain.base.size_bytes, size_bytes)
+    table = _base_extents(base_bytes, destination, opened.base_lock.descriptor, opened.path.runs())
+    if len(table):
+        run_job(CopyJob(table, reflink=reflink, zero_holes=True), None, 0, 0)
+
+
+def copy_disk(store: "Store", opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
+    """Write all that a sealed chain reads to an empty file, holes kept. Nothing is durable on return.
+
+    Raises
+    ------
+    ChainError
+        The base is not, or at the end is no longer, as it was.
+    OSError
+        A file could not be read, or ended early; or the file system is full.
+    """
+    refuse_changed_base(opened)
+    size_bytes, reflink = opened.path.size_bytes, may_reflink(opened.chain)
+    os.ftruncate(destination, size_bytes)
+    copy_base(opened, destination, size_bytes, reflink=reflink)
+    copy_runs(store, opened.path, destination, size_bytes, reflink=reflink, punch=True, progress=progress)
+    refuse_changed_base(opened)
+
+
+# ---- flatten ----
+
+
+def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
+    """Put all that the disk reads into one new layer without a parent, and the head on it.
+
+    The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
+    all that was written to it: it only stands on another layer afterwards.
+    """
+    store, catalog = volume.store, volume.store.catalog
+    if _stands_alone(catalog, volume.head):
+        return
+    before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
+    check_room_for_copy(store, before, store.layout.segments)
+    old = volume.seal(lambda: None, lambda sealed, head: None)
+    chain = read_chain(catalog, old.id)
+    wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
+    with staged_files(store, ["segment", "map"], wipe) as files:
+        segment_file, map_file = files.rows
+        slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
+        flat = replace(
+            old,
+            id=new_id(),
+            parent=None,
+            base=None,
+            wipe=wipe,
+            map_id=map_file.target,
+            map_lock_byte=map_file.lock_byte,
+            map_length=written[0],
+            map_frames=written[1],
+            map_crc=written[2],
+        )
+        segments = [SegmentRow(segment_file.target, flat.id, "sealed", slots, segment_file.lock_byte)] if slots else []
+        _stand_on(volume, old, flat, segments, files)
+
+
+def _stand_on(volume: "Volume", old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
+    """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
+    store, catalog = volume.store, volume.store.catalog
+
+    def switch() -> None:
+        head = catalog.layer(volume.head)
+        if head.parent != old.id:
+            raise StateError("another process changed the tree while the disk was flattened; flatten it again")
+        files.keep(volume.locks)
+        catalog.insert(flat)
+        for row in segments:
+            catalog.insert(row)
+        catalog.update(LayerRow, volume.head, parent=flat.id)
+        free_unneeded(catalog, old.id)
+
+    def settle() -> None:
+        if volume.path.poisoned or catalog.layer(volume.head).parent != flat.id:
+            volume.path.abort_below()
+        else:
+            volume.path.commit_below()
+            volume.leave_base()
+            volume.give_up_unread()
+
+    source = (
+        str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,
+        [(row.id, row.slots) for row in segments],
+    )  # fmt: skip
+    below = [row.id for rows in read_chain(catalog, old.id).segments.values() for row in rows]
+    with volume.settling(settle):
+        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
+        store.change(switch)
+
+
+def _stands_alone(catalog: Catalog, head: bytes) -> bool:
+    """Whether nothing below a head has a name, belongs to another volume, or is a base."""
+    layers = catalog.chain(head)
+    return layers[0].base is None and not any(
+        catalog.snapshot_of_layer(layer.id) or catalog.count(LayerRow, "parent = ?", layer.id) > 1 for layer in layers
+    )
+
+
+def _write_flat(
+    volume: "Volume", chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
+) -> tuple[int, tuple[int, int, int]]:
+    """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
+    store, block_size = volume.store, chain.top.block_size
+    with chain_path(store, chain, volume.base_lock) as path:
+        opened = OpenChain(chain, path, volume.locks, volume.base_lock)
+        refuse_changed_base(opened)
+        pieces = _flat_pieces(opened)
+        counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
+        slots = numpy.concatenate(([0], numpy.cumsum(counts)))
+        # A disk that reads as zeros has no segment: no row would name its file.
+        if len(pieces):
+            _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
+        refuse_changed_base(opened)
+    flat_map = empty_map(block_size)
+    try:
+        if len(pieces):
+            number = flat_map.add_segment(segment)
+            for first, count, slot in zip(pieces["first"].tolist(), counts.tolist(), slots.tolist(), strict=False):
+                flat_map.set(first, count, number << 32 | slot)
+        written = flat_map.write(
+            str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=chain.top.size_bytes
+        )
+    finally:
+        flat_map.close()
+    sync_directory(store.layout.segments)  # BARRIER: flat segment name
+    sync_directory(store.layout.layers)  # BARRIER: flat map name
+    return int(slots[-1]), written
+
+
+def _write_flat_segment(
+    store: "Store",
+    opened: OpenChain,
+    pieces: "Array",
+    slots: "Array",
+    segment: bytes,
+    wipe_zero: bool,
+    progress: "Progress | None",
+) -> None:
+    """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
+    block_size = opened.chain.top.block_size
+    target = store.layout.segment_file(segment)
+    descriptor = make_file(target)
+    try:
+        write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
+        _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
+        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
+        sync_file(descriptor)  # BARRIER: flat segment
+    finally:
+        os.close(descriptor)
+
+
+def _flat_pieces(opened: OpenChain) -> "Array":
+    """Return stretches of blocks [first, end) that may not read zero, each from one place: a segment, or the base."""
+    path, block_size, runs = opened.path, opened.path.block_size, opened.path.runs()
+    run_first = (runs["offset"] // block_size).astype(numpy.int64)
+    run_end = run_first + (runs["length"] // block_size).astype(numpy.int64)
+    base = numpy.zeros((0, 2), dtype=numpy.int64)
+    if opened.chain.base:
+        assert opened.base_lock is not None
+        base_bytes = min(opened.chain.base.size_bytes, path.size_bytes)
+        found = list(data_ranges(opened.base_lock.descriptor, 0, base_bytes))
+        base = numpy.array(found, dtype=numpy.int64).reshape(-1, 2)
+    base_first, base_end = base[:, 0] // block_size, -(-base[:, 1] // block_size)
+    cuts = numpy.unique(numpy.concatenate((run_first, run_end, base_first, base_end)))
+    first, end = cuts[:-1], cuts[1:]
+    run = covered(first, run_first, run_end)
+    hidden = run >= 0
+    is_data = hidden & (runs["state"][run] == 1) if len(runs) else hidden
+    keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
+    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_FIELDS)
+    pieces["first"], pieces["end"] = first[keep], end[keep]
+    pieces["segment"] = _BASE
+    inside, run = is_data[keep], run[is_data]
+    pieces["segment"][inside] = runs["segment"][run]
+    pieces["slot"][inside] = runs["slot"][run] + (first[is_data] - run_first[run])
+    return pieces
+
+
+def _copy_pieces(
+    store: "Store",
+    opened: OpenChain,
+    pieces: "Array",
+    slots: "Array",
+    descriptor: int,
+    progress: "Progress | None",
+) -> None:
+    """Copy pieces of the disk behind each other, from the given slots on."""
+    path, base = opened.path, opened.chain.base
+    block_size, from_base = path.block_size, pieces["segment"] == _BASE
+    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
+    table["source"], table["destination"] = -1, descriptor
+    table["destination_offset"] = HEADER_BYTES + slots * block_size
+    table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
+    table["source_offset"][from_base] = pieces["first"][from_base] * block_size
+    table["length"] = (pieces["end"] - pieces["first"]) * block_size
+    sources: dict[int, Path | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    if base and opened.base_lock:
+        sources[_BASE] = opened.base_lock.descriptor
+        inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
+        table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
+    reflink = may_reflink(opened.chain)
+    _copy_table(table, pieces["segment"], sources, reflink=reflink, punch=True, solid=False, progress=progress)
+
+
+def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
+    """Return for each point which of the sorted intervals it lies in, or -1."""
+    if not len(starts):
+        return numpy.full(len(points), -1)
+    at = numpy.searchsorted(starts, points, side="right") - 1
+    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)

@@ -1,0 +1,233 @@
+"""Writing a disk to a raw image file.
+
+What must hold: the image is the disk at one instant (`pinned`); its name appears when all of it is durable; what the
+name meant before is looked at by inode, not by path, when the name is given: no base, no file of the store, and, unless
+the caller said so, nothing at all is replaced. A draft that came to nothing leaves none of a disk of policy `zero`.
+"""
+
+import errno
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from onionskin.base.fsync import sync_file
+from onionskin.catalog import BaseRow
+from onionskin.errors import StateError
+from onionskin.kernels._wipe import wipe
+from onionskin.operations import copy
+from onionskin.operations.pinned import pinned
+from onionskin.storage.layout import DIRECTORIES
+from onionskin.storage.locks import is_locked
+
+if TYPE_CHECKING:
+    from onionskin.storage.shared_paths import OpenChain
+    from onionskin.store import Store
+    from onionskin.volume import Progress, Volume
+
+
+def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress | None") -> None:
+    """Write what a volume or a view reads to a raw image file, holes kept. Durable on return.
+
+    Parameters
+    ----------
+    volume : Volume
+        What was written to it before the call is in the image.
+    target : Path
+        A regular file there is replaced, if `replace`.
+    replace : bool
+        False: a file at `target`, also one that appears meanwhile, is kept, and FileExistsError raised.
+    progress : callable, optional
+        Called with the bytes copied so far and in all.
+    """
+    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
+    with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
+        copy.check_room_for_copy(volume.store, opened, target.absolute().parent)
+        copy.copy_disk(volume.store, opened, descriptor, progress=progress)
+
+
+@contextmanager
+def new_image(store: "Store", target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
+    """Give a new file to write the image to, and that file its name when the block has ended well.
+
+    What is written is the block's matter; here it is made durable, named, or wiped and removed.
+    """
+    directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _refuse_directory(store, directory, target)
+        _refuse_file(store, directory, target, replace=replace)
+        draft = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
+        try:
+            try:
+                yield descriptor
+                sync_file(descriptor)  # BARRIER: exported image
+                _refuse_file(store, directory, target, replace=replace)
+                _give_name(directory, draft, target, replace=replace)
+            except BaseException:
+                _drop_draft(store, directory, draft, descriptor, opened)
+                raise
+            sync_file(directory)  # BARRIER: exported image name
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(directory)
+
+
+def _give_name(directory: int, draft: str, target: Path, *, replace: bool) -> None:
+    if not replace:
+        try:
+            os.link(draft, target.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+        except FileExistsError:
+            raise _exists(target) from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            _take_name(directory, target)  # a file system without hard links
+        else:
+            os.unlink(draft, dir_fd=directory)
+            return
+    os.replace(draft, target.name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def _take_name(directory: int, target: Path) -> None:
+    """Make an empty file of that name, which is ours to replace."""
+    try:
+        os.close(os.open(target.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
+    except FileExistsError:
+        raise _exists(target) from None
+
+
+def _exists(target: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+
+
+def _drop_draft(store: "Store", directory: int, draft: str, descriptor: int, opened: "OpenChain") -> None:
+    """Remove what was not finished, if it has not its name already (an interrupt may come behind the renaming)."""
+    with suppress(OSError):
+        if not os.path.samestat(os.fstat(descriptor), os.stat(draft, dir_fd=directory, follow_symlinks=False)):
+            return
+        if os.fstat(descriptor).st_nlink == 1:
+            with suppress(OSError):
+                wipe_draft(store, descriptor, policies_of(opened))
+        os.unlink(draft, dir_fd=directory)
+
+
+@contextmanager
+def passing_file(store: "Store", directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
+    """Give a file without a name for a copy of a disk that is needed for a while; what it held is wiped at the end.
+
+    It vanishes with the process, however that ends; a process that is killed wipes nothing.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            yield file
+        finally:
+            wipe_draft(store, file.fileno(), policies)
+
+
+def wipe_draft(store: "Store", descriptor: int, policies: Iterable[str]) -> None:
+    """Overwrite a file with a copy of a disk, where a layer of the disk has policy `zero`, before its blocks are freed."""
+    if "zero" in policies:
+        result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+        store.note_unreachable(result.bytes_unreachable)
+
+
+def policies_of(opened: "OpenChain") -> set[str]:
+    """Return the wipe policies of the layers of a disk."""
+    return {layer.wipe for layer in opened.chain.layers}
+
+
+# ---- what is not replaced ----
+
+
+def refuse_target(store: "Store", target: Path, *, replace: bool) -> None:
+    """Raise where an image may not be put: in the store, or in the place of something that is not to be replaced."""
+    directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _refuse_directory(store, directory, target)
+        _refuse_file(store, directory, target, replace=replace)
+    finally:
+        os.close(directory)
+
+
+def _refuse_directory(store: "Store", directory: int, target: Path) -> None:
+    """Refuse a directory of the store, or below it, by whatever links or mounts it was named."""
+    own = set()
+    for path in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
+        found = path.stat()
+        own.add((found.st_dev, found.st_ino))
+    at = os.dup(directory)
+    try:
+        while True:
+            here = os.fstat(at)
+            if (here.st_dev, here.st_ino) in own:
+                raise ValueError(f"{target} is in the store itself; choose a path outside of it")
+            try:
+                above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+            except PermissionError:  # what is above is not ours to see, and so not our store
+                return
+            os.close(at)
+            at = above
+            if os.path.samestat(os.fstat(at), here):
+                return
+    finally:
+        os.close(at)
+
+
+def _refuse_file(store: "Store", directory: int, target: Path, *, replace: bool) -> None:
+    try:
+        os.stat(target.name, dir_fd=directory, follow_symlinks=False)
+        if not replace:
+            raise _exists(target)
+        found = os.stat(target.name, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise FileExistsError(
+            errno.EEXIST, "there is something that is no regular file; choose another path", str(target)
+        )
+    if found.st_nlink > 1 and _is_own_file(store, found):
+        raise ValueError(f"{target} is a file of the store itself; choose another path")
+    if _is_base(store, found):
+        raise StateError(f"{target} is a base that volumes stand on; choose another path")
+    if _is_in_use(directory, target.name):
+        raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
+
+
+def _is_base(store: "Store", found: os.stat_result) -> bool:
+    for lock in [volume.base_lock for volume in store.open_volumes()]:
+        with suppress(OSError):  # closed meanwhile
+            if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
+                return True
+    for base in store.catalog.rows(BaseRow):
+        with suppress(OSError):
+            if os.path.samestat(Path(base.path).stat(), found):
+                return True
+    return False
+
+
+def _is_in_use(directory: int, name: str) -> bool:
+    """Whether some volume, of any store, has the file open as its base now: it holds a lock on it."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return False
+    try:
+        return is_locked(descriptor, 0, 1)
+    finally:
+        os.close(descriptor)
+
+
+def _is_own_file(store: "Store", found: os.stat_result) -> bool:
+    for directory in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
+        if directory.stat().st_dev != found.st_dev:
+            continue
+        with os.scandir(directory) as entries:
+            if any(entry.inode() == found.st_ino for entry in entries):
+                return True
+    return False

@@ -1,0 +1,170 @@
+"""Blocks of a layer without a name that nobody reads, since all that stands on it hides them: with policy `zero` they go.
+
+A fold frees what a layer's only child hides. Where several stand on a layer, as clones do, or where its child hides
+nothing and what stands on that does, there is nothing to fold.
+
+What must hold: no block is given up that a name or a head reads, or a layer that is being sealed for somebody to read;
+what hides it is durable. Nobody can come to stand on a layer without a name, so what is hidden stays so: only what stood on
+it between a reading of the tree and the commit is looked at twice.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
+from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.operations.reclaim import segment_wants_zeros
+from onionskin.storage.block_maps import load_durable, load_layer, locked_maps
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin.store import Store
+    from onionskin.volume import Volume
+
+    Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
+else:
+    from onionskin.base.lazy import numpy
+
+# What stands on a layer, as far up as the names. More are not looked through: an opening is not to wait for that.
+LAYERS_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """A layer without a name, and what stands on it as far up as what is read."""
+
+    layer: LayerRow
+    children: dict[bytes, tuple[LayerRow, ...]]  # of the layer, and of each without a name that stands on it
+
+    def layers(self) -> list[LayerRow]:
+        """Return all of them."""
+        return [self.layer, *(child for children in self.children.values() for child in children)]
+
+    def is_as(self, other: "Above | None") -> bool:
+        """Whether the other one hides the same and more: a head may have grown, or have its map written anew."""
+        return other is not None and self._shape() == other._shape()
+
+    def _shape(self) -> dict[bytes, object]:
+        of_heads = {row.id: (row.parent, row.sealed) for row in self.layers() if not row.sealed}
+        return {row.id: row for row in self.layers()} | of_heads | {id: len(rows) for id, rows in self._counts()}
+
+    def _counts(self) -> Iterable[tuple[bytes, tuple[LayerRow, ...]]]:
+        return ((b"children of " + id, rows) for id, rows in self.children.items())
+
+
+def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | None:
+    """Read what stands on a layer; None where it is read itself, or is gone, or where something on it hides nothing.
+
+    `own_head` is the one whose volume the caller holds. Of what another head hides over a layer that nothing else stands
+    on, nothing is known: that layer may be about to be opened, or named.
+    """
+    layer = catalog.row(LayerRow, "id = ?", layer_id)
+    if layer is None or not layer.sealed or catalog.has(SnapshotRow, "layer = ?", layer_id):
+        return None
+    hides_nothing = "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?"  # as a clone that was not written to
+    if catalog.has(LayerRow, hides_nothing, layer_id, HEADER_BYTES, own_head):
+        return None
+    children: dict[bytes, tuple[LayerRow, ...]] = {}
+    todo, count = [layer], 0
+    while todo:
+        lower = todo.pop()
+        rows = catalog.rows(LayerRow, f"parent = ? LIMIT {LAYERS_MAX + 1 - count}", lower.id)
+        count += len(rows)
+        if count > LAYERS_MAX:
+            return None
+        if not rows or (len(rows) == 1 and not rows[0].sealed and rows[0].id != own_head):
+            continue
+        children[lower.id] = tuple(rows)
+        todo += [row for row in rows if row.sealed and not catalog.has(SnapshotRow, "layer = ?", row.id)]
+    return Above(layer, children) if children.get(layer_id) else None
+
+
+def wants_wiping(store: "Store", above: Above) -> bool:
+    """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
+    if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
+        return True
+    for segment in store.catalog.rows(SegmentRow, "layer = ?", above.layer.id):
+        with suppress(FileNotFoundError):  # nothing was written to it, or it was freed meanwhile
+            if segment_wants_zeros(store.layout.segment_file(segment.id)):
+                return True
+    return False
+
+
+def without_hidden(volume: "Volume", above: Above, layer_map: LayerMap) -> dict[bytes, int]:
+    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked."""
+    runs = layer_map.runs()
+    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), _hidden_by_all(volume, above, above.layer))
+    if not len(wanted):
+        return {}
+    before = layer_map.segment_use()
+    for first, last in wanted.tolist():
+        layer_map.set(first, last - first, PLACE_HOLE)
+    left = layer_map.segment_use()
+    freed = {id: blocks - left.get(id, (0, 0))[0] for id, (blocks, _) in before.items()}
+    return {id: blocks for id, blocks in freed.items() if blocks}
+
+
+def _hidden_by_all(volume: "Volume", above: Above, lower: LayerRow) -> "Ranges":
+    """Return what each child of a layer hides."""
+    found: Ranges | None = None
+    for child in above.children[lower.id]:
+        hidden = _hidden_by(volume, above, child)
+        found = hidden if found is None else common(found, hidden)
+        if not len(found):
+            break
+    assert found is not None
+    return found
+
+
+def _hidden_by(volume: "Volume", above: Above, layer: LayerRow) -> "Ranges":
+    """Return what a layer hides from all who read it or what stands on it."""
+    state = volume.path.log_state() if layer.id == volume.head else None
+    with ExitStack() as stack:
+        if layer.sealed:
+            layer_map = stack.enter_context(load_layer(volume.store, layer))
+        else:
+            layer_map = load_durable(volume.store, layer, state)
+            stack.callback(layer_map.close)
+        own = _ranges(layer_map.runs())
+    return union([own, _hidden_by_all(volume, above, layer)]) if layer.id in above.children else own
+
+
+def _ranges(runs: "numpy.typing.NDArray[Any]") -> "Ranges":
+    first = runs["block_index"].astype(numpy.int64)
+    return union([numpy.column_stack((first, first + runs["block_count"].astype(numpy.int64)))])
+
+
+def union(parts: "list[Ranges]") -> "Ranges":
+    """Lay ranges together: those that overlap or touch become one."""
+    ranges = reduce(lambda a, b: numpy.concatenate((a, b)), parts)
+    if not len(ranges):
+        return ranges
+    ranges = ranges[numpy.argsort(ranges[:, 0], kind="stable")]
+    reached = numpy.maximum.accumulate(ranges[:, 1])
+    begins = numpy.concatenate(([True], ranges[1:, 0] > reached[:-1]))
+    ends = numpy.concatenate((begins[1:], [True]))
+    return numpy.column_stack((ranges[begins, 0], reached[ends]))
+
+
+def common(a: "Ranges", b: "Ranges") -> "Ranges":
+    """Return what is in both."""
+    low = numpy.searchsorted(b[:, 1], a[:, 0], side="right")
+    count = numpy.maximum(numpy.searchsorted(b[:, 0], a[:, 1], side="left") - low, 0)
+    of_a = numpy.repeat(numpy.arange(len(a)), count)
+    of_b = numpy.arange(len(of_a)) - numpy.repeat(numpy.cumsum(count) - count, count) + numpy.repeat(low, count)
+    first = numpy.maximum(a[of_a, 0], b[of_b, 0])
+    return numpy.column_stack((first, numpy.minimum(a[of_a, 1], b[of_b, 1])))
+
+
+def locked_above(store: "Store", layer_id: bytes, own_head: bytes) -> Any:
+    """Give what stands on a layer, its maps locked (`locked_maps`); None as for `read_above`."""
+    return locked_maps(
+        store,
+        lambda: read_above(store.catalog, layer_id, own_head),
+        lambda above: above.layers() if above else [],
+    )

@@ -1,0 +1,176 @@
+"""What there is in a store: its volumes and its tree, each read in one pass over the rows of one state of the catalog.
+
+What must hold: nothing is asked once for each volume, layer or segment, of the catalog or of a file that need not be there:
+a store may have a hundred thousand of them.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from onionskin.catalog import BaseRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog.rows import DRAFT_PREFIX
+from onionskin.catalog.tree import when
+from onionskin.errors import StateError
+from onionskin.storage.locks import volume_holder
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing."""
+
+    name: str
+    size_bytes: int
+    block_size: int
+    wipe: str
+    base: str | None
+    created: datetime
+    snapshots: int
+    holder: int | None
+
+
+@dataclass(slots=True)
+class TreeNode:
+    """A node of the tree of a store: kind is `base`, `snapshot`, `layer` (without a name) or `head`."""
+
+    kind: str
+    name: str
+    size_bytes: int
+    created: datetime | None
+    note: str = ""
+    bytes_held: int = 0
+    children: list["TreeNode"] = field(default_factory=list)
+
+
+def list_volumes(store: "Store") -> list[VolumeInfo]:
+    """Return all volumes, by name."""
+    catalog = store.catalog
+    held = _lock_files_in_use(store)
+    with catalog.reading():
+        # Only what something stands on is asked for its parent: of a hundred thousand clones, that is a few layers.
+        below = {
+            id: (parent, base)
+            for id, parent, base in catalog.values(
+                LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)"
+            )
+        }
+        paths = dict(catalog.values(BaseRow, "id, path"))
+        counts = dict(catalog.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
+        bases: dict[bytes, bytes | None] = {}
+        infos = []
+        for id, name, created_ns, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
+            path = paths.get(base if parent is None else _base_of(below, parent, bases))
+            holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
+            infos.append(
+                VolumeInfo(name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder)
+            )
+    return infos
+
+
+def volume_info(store: "Store", name: str) -> VolumeInfo:
+    """Return one volume."""
+    catalog = store.catalog
+    with catalog.reading():
+        row = catalog.volume(name)
+        chain = catalog.chain(row.head)
+        if not chain:
+            raise StateError(f"the head of volume {name!r} is gone: another process changed the tree; try again")
+        base = catalog.base_of(chain[0])
+        ((snapshots,),) = catalog.values(SnapshotRow, "count(*)", "volume = ?", row.id)
+    return VolumeInfo(
+        row.name,
+        chain[-1].size_bytes,
+        chain[-1].block_size,
+        chain[-1].wipe,
+        base=base.path if base else None,
+        created=when(row.created_ns),
+        snapshots=snapshots,
+        holder=_holder(store, row.id),
+    )
+
+
+def _holder(store: "Store", volume: bytes) -> int | None:
+    holder = volume_holder(store.layout.volume_lock(volume))
+    return holder.pid if holder else None
+
+
+def _lock_files_in_use(store: "Store") -> set[str]:
+    """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
+    names = set()
+    with os.scandir(store.layout.volumes) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.name.endswith(".lock") and entry.stat(follow_symlinks=False).st_size:
+                    names.add(entry.name)
+    return names
+
+
+def _base_of(
+    below: dict[bytes, tuple[bytes | None, bytes | None]], top: bytes, known: dict[bytes, bytes | None]
+) -> bytes | None:
+    """Return the base under a layer, given (parent, base) of each; `known` has it for those that were on the way before."""
+    layer: bytes | None = top
+    way: list[bytes] = []
+    base: bytes | None = None
+    while layer is not None and layer not in known and len(way) <= len(below):  # a damaged catalog may have circles
+        way.append(layer)
+        layer, base = below.get(layer, (None, None))
+    base = known.get(layer, base) if layer is not None else base
+    known.update(dict.fromkeys(way, base))
+    return base
+
+
+def read_tree(store: "Store") -> list[TreeNode]:
+    """Return the bases and the roots that stand on nothing, each with what stands on it."""
+    catalog = store.catalog
+    with catalog.reading():
+        layers = catalog.sound_rows(LayerRow, "1 ORDER BY created_ns")
+        volumes = {row.id: row for row in catalog.sound_rows(VolumeRow)}
+        names = {row.layer: row for row in catalog.sound_rows(SnapshotRow) if row.volume in volumes}
+        bases = catalog.sound_rows(BaseRow, "1 ORDER BY path")
+        segments = catalog.sound_rows(SegmentRow)
+    held = _bytes_of_layers(store, layers, segments)
+    heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
+    nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
+    roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
+    by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
+    for layer in layers:
+        below = nodes.get(layer.parent) if layer.parent else by_base.get(layer.base) if layer.base else None
+        (below.children if below else roots).append(nodes[layer.id])
+    return roots
+
+
+def _bytes_of_layers(store: "Store", layers: Iterable[LayerRow], segments: Iterable[SegmentRow]) -> dict[bytes, int]:
+    """Return what the segments of each layer take on the disk."""
+    owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
+    held = {layer.id: 0 for layer in layers}
+    with os.scandir(store.layout.segments) as entries:
+        for entry in entries:
+            owner = owners.get(entry.name)
+            if owner in held:
+                with suppress(FileNotFoundError):
+                    held[owner] += entry.stat(follow_symlinks=False).st_blocks * 512
+    return held
+
+
+def _node(
+    layer: LayerRow,
+    names: dict[bytes, SnapshotRow],
+    heads: dict[bytes, str],
+    volumes: dict[bytes, VolumeRow],
+    held: int,
+) -> TreeNode:
+    created = when(layer.created_ns)
+    if layer.id in heads:
+        return TreeNode("head", heads[layer.id], layer.size_bytes, created, "", held)
+    if layer.id in names:
+        row = names[layer.id]
+        name = f"{volumes[row.volume].name}@{row.name}"
+        return TreeNode("snapshot", name, layer.size_bytes, when(row.created_ns), row.note, held)
+    return TreeNode("layer", layer.id.hex()[:8], layer.size_bytes, created, "", held)

@@ -1,0 +1,104 @@
+"""One state of a disk, kept for as long as something reads it: an export, a stream, a comparison.
+
+What must hold: what is read is the disk at one instant, whoever writes, reverts, merges or discards meanwhile. A view is
+such a state already. The head of a volume that is open here is sealed into a layer without a name, which is read under
+locks of its own while writers go on in the new head, and is folded back afterwards, however the reading ended. So
+all that is pinned is sealed: its files do not change while their bytes are locked, and whoever frees them waits.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from onionskin.base import forking
+from onionskin.catalog import LayerRow
+from onionskin.errors import OnionskinError, StateError
+from onionskin.operations import merge_into_base
+from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+    from onionskin.volume import Volume
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def pinned(volume: "Volume") -> Iterator[OpenChain]:
+    """Give a sealed chain that reads what the volume, or the view, reads now; it stays so to the end of the block.
+
+    What was written before the call is in it. Any thread may call it, several at once. Writers wait as for a snapshot.
+
+    Raises
+    ------
+    StateError
+        The volume is closed or poisoned, or a merge into its base is under way.
+    ChainError
+        The base is not the file that it was.
+    """
+    keep = _sealed_head(volume) if volume.writable else _shared_view(volume)
+    with keep as opened:
+        refuse_changed_base(opened)
+        yield opened
+
+
+@contextmanager
+def _shared_view(volume: "Volume") -> Iterator[OpenChain]:
+    if volume.closed:
+        raise StateError(f"volume {volume.row.name!r} is closed; open it again")
+    if volume.forked:
+        raise forking.forked_error(f"volume {volume.row.name!r}")
+    store, layer = volume.store, volume.head
+    opened = store.views.take(layer, lambda: store.open_layer(layer))
+    try:
+        yield opened
+    finally:
+        store.views.give_back(layer)
+
+
+@contextmanager
+def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
+    store = volume.store
+    with volume.operation(during_merge=True):
+        if volume.is_merging:
+            raise StateError(
+                f"a merge into the base of volume {volume.name!r} is under way; try again when it has ended"
+            )
+        layer = _seal(volume)
+        try:
+            opened = store.open_layer(layer.id)
+        except BaseException:
+            _fold_back(volume, layer)
+            raise
+    try:
+        yield opened
+    finally:
+        _close(opened)
+        _fold_back(volume, layer)
+
+
+def _seal(volume: "Volume") -> LayerRow:
+    sealed: list[LayerRow] = []
+    # It frees nothing, but is undone before the caller ends: a full disk is no reason not to be looked at.
+    volume.store.with_reserve(lambda: sealed.append(volume.seal(lambda: None, lambda sealed, head: None)))
+    return sealed[-1]
+
+
+def _close(opened: OpenChain) -> None:
+    opened.path.close()
+    opened.locks.close()
+    if opened.base_lock:
+        opened.base_lock.close()
+
+
+def _fold_back(volume: "Volume", layer: LayerRow) -> None:
+    """Fold the layer into what was written since. What fails is no fault of the reading: the next open does it."""
+    store: Store = volume.store
+    try:
+        if not volume.closed:
+            with volume.operation(during_merge=True):
+                merge_into_base.fold(volume, layer.id)
+            store.work_soon()  # where it was dropped meanwhile, its files waited for the locks
+    except (OSError, OnionskinError) as error:
+        _log.warning("%s: a layer that was read stays until the volume is opened again: %s", store.path, error)

@@ -1,0 +1,323 @@
+"""Pending work: freeing files and slots, now or after a crash.
+
+What must hold: nothing is freed but under the exclusive lock of its byte, and where another handle has the byte the
+work stays pending. With policy `zero` a file is overwritten before it is unlinked and slots before they are punched.
+All of it may be done twice.
+"""
+
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import ELOOP
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onionskin.base.fsync import sync_directory
+from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow, VolumeRow
+from onionskin.errors import FormatError, OnionskinError, StateError
+from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
+from onionskin.kernels._wipe import wipe
+from onionskin.storage.block_maps import SlotsOfLayers
+from onionskin.storage.locks import STORE_BYTE
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin.store import Store
+else:
+    from onionskin.base.lazy import numpy
+
+_log = logging.getLogger(__name__)
+
+HEADER_BYTES = 4096
+_WIPE_ZERO = 1  # the feature bit of a header
+_ROWS_AT_ONCE = 64  # that one transaction forgets
+_ID_NAME = re.compile("[0-9a-f]{32}")
+_FILE_KINDS = ("map", "segment")
+
+
+def do_pending(store: "Store", *, policy: str | None = None) -> int:
+    """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left.
+
+    What fails stays pending and is logged: the damage of one volume is no concern of the others.
+    """
+    store.catalog.bury_unknown()
+    left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
+    done: list[PendingRow] = []
+    condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
+    try:
+        for row in store.catalog.sound_rows(PendingRow, f"kind != 'base-merge' {condition}ORDER BY id", *values):
+            try:
+                is_done = _do_alone(store, row, slots, unlink=unlinked)
+            except (OSError, OnionskinError) as error:
+                is_done = False
+                _report(store, row, error)
+            if is_done:
+                done.append(row)
+            left += not is_done
+            if len(done) == _ROWS_AT_ONCE:
+                _forget(store, done, unlinked=unlinked)
+                done = []
+    finally:
+        _forget(store, done, unlinked=unlinked)
+    return left
+
+
+def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
+    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
+
+    A crash before that only has it done once more; so do two who do it at the same time.
+    """
+    if not done:
+        return
+    if unlinked:
+        _sync_directories(store, {row.kind for row in done})
+
+    def change() -> None:
+        for row in done:
+            if row.kind in _FILE_KINDS and not unlinked:
+                store.catalog.update(PendingRow, row.id, wipe="release")
+            else:
+                store.catalog.delete(PendingRow, "id = ?", row.id)
+
+    store.change(change)
+
+
+def _sync_directories(store: "Store", kinds: set[str]) -> None:
+    """Make durable that files are gone, before their rows are: a crash would bring back files that no row names."""
+    if "map" in kinds:
+        sync_directory(store.layout.layers)  # BARRIER: freed map name
+    if "segment" in kinds:
+        sync_directory(store.layout.segments)  # BARRIER: freed segment name
+    if "volume" in kinds:
+        sync_directory(store.layout.volumes)  # BARRIER: freed lock name
+
+
+def _report(store: "Store", row: PendingRow, error: Exception) -> None:
+    """Say once for each piece of work that it failed."""
+    if row.id not in store.reported_work:
+        store.reported_work.add(row.id)
+        _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
+
+
+def _do_alone(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+    """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
+    with _alone(store, row) as alone:
+        if not alone:
+            return False
+        now = store.catalog.row(PendingRow, "id = ?", row.id)
+        if now != row:  # kept or done since it was read; or done in part, and the rest is left to who reads it anew
+            return now is None
+        return _do(store, row, slots, unlink=unlink)
+
+
+@contextmanager
+def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
+    """Hold the byte of a file exclusively, through the store's own locks.
+
+    A scrub may borrow the lock of the one volume that has the file open for writing here: that never reads a slot which
+    the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
+    a lock on a file that goes as a whole still reads it.
+    """
+    locks = store.locks
+    if row.kind == "scrub":
+        for volume in store.open_volumes():
+            if volume.writable and row.lock_byte in volume.locks.shared:
+                locks = volume.locks
+    with locks.exclusive(row.lock_byte) as held:
+        yield held
+
+
+def _do(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+    """Do one piece of work; False where it has to wait for its volume to be open here."""
+    if row.kind == "volume":
+        unlink_files_of(store, row.target)
+        return True
+    if row.kind in _FILE_KINDS:
+        _refuse_named(store, row)
+        _free_file(store, row, unlink=unlink)
+        return True
+    return _scrub(store, row, slots)
+
+
+def add_files_of(catalog: Catalog, volume: bytes) -> None:
+    """Note that the files of a volume go, whose row does. Inside that transaction."""
+    catalog.add_pending("volume", volume, catalog.take_lock_byte(), "release")
+
+
+def unlink_files_of(store: "Store", volume: bytes) -> None:
+    """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
+    if store.catalog.has(VolumeRow, "id = ?", volume):
+        raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
+    layout = store.layout
+    for path in (*layout.dirty_drafts(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
+        path.unlink(missing_ok=True)
+
+
+def _refuse_named(store: "Store", row: PendingRow) -> None:
+    """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
+    catalog = store.catalog
+    named = (
+        catalog.has(LayerRow, "map_id = ?", row.target)
+        if row.kind == "map"
+        else catalog.has(SegmentRow, "id = ?", row.target)
+    )
+    if named:
+        raise FormatError(f"{catalog.path} is damaged: it frees the {row.kind} {row.target.hex()}, which a layer has")
+
+
+def open_to_free(path: Path) -> int | None:
+    """Open a file of the store that is about to be overwritten or unlinked; None where it is gone.
+
+    Raises
+    ------
+    StateError
+        It is no regular file, or has another name too: then it may be one of somebody else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == ELOOP:
+            raise StateError(f"{path} is a symbolic link, and no file of a store is; look at what it is") from None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+        raise StateError(f"{path} {what}, so it is neither wiped nor removed; look at what it is")
+    return descriptor
+
+
+def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
+    """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
+    path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
+    descriptor = open_to_free(path)
+    if descriptor is None:
+        return
+    try:
+        if row.wipe == "zero" or wants_zeros(descriptor):
+            result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+            store.note_unreachable(result.bytes_unreachable)
+        if unlink:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def wants_zeros(descriptor: int) -> bool:
+    """Whether the header of a segment or a map says that it has to be wiped, whatever volume it belongs to by now."""
+    header = os.pread(descriptor, HEADER_BYTES, 0)
+    return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
+
+
+def segment_wants_zeros(path: Path) -> bool:
+    """Whether a segment has to be wiped, by its header. FileNotFoundError where there is none yet, or no more.
+
+    It is looked at before a data path has opened it: what somebody put there in its place is not followed or waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return wants_zeros(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
+    """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
+    with store.catalog.reading():
+        segment = store.catalog.row(SegmentRow, "id = ?", row.target)
+        owner = store.catalog.row(LayerRow, "id = ?", segment.layer) if segment else None
+    if segment is None or owner is None:  # freed as a whole meanwhile
+        return True
+    live = _live_slots(store, segment, owner, slots)
+    if live is None:
+        return False
+    for volume in store.open_volumes():
+        volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
+    descriptor = open_to_free(store.layout.segment_file(segment.id))
+    if descriptor is None:
+        return True
+    try:
+        ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
+        if len(ranges):
+            result = wipe(descriptor, ranges, zero=row.wipe == "zero" or wants_zeros(descriptor), punch=True)
+            store.note_unreachable(result.bytes_unreachable)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _live_slots(
+    store: "Store", segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
+) -> "numpy.typing.NDArray[numpy.void] | None":
+    """Return the slots that are needed, or None where only the volume that has the owner as its head knows.
+
+    The head may be sealed, and the next one written, before the path is asked: then its answer is of the next head, which
+    no longer has what was written again. So whose head that is is looked at behind the answer: a volume has its new head
+    before the data path goes on with it, and while a seal is under way the path gives no answer.
+    """
+    if not owner.sealed:
+        path = store.path_of_head(owner.id)
+        live = None if path is None else path.live_slots(segment.id)
+        return live if path is store.path_of_head(owner.id) else None
+    return slots.of(owner, segment.id)
+
+
+def _gaps(
+    live: "numpy.typing.NDArray[numpy.void]", block_size: int, file_bytes: int
+) -> "numpy.typing.NDArray[numpy.uint64]":
+    """Return (offset, length) of what lies between the live slots, to the end of the file."""
+    names = live.dtype.names
+    assert names is not None
+    first, count = (live[name].astype(numpy.int64) for name in names[:2])
+    starts = numpy.concatenate(([0], first + count)) * block_size + HEADER_BYTES
+    ends = numpy.concatenate((first * block_size + HEADER_BYTES, [max(file_bytes, HEADER_BYTES)]))
+    keep = ends > starts
+    return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
+
+
+def remove_orphans(store: "Store") -> list[str]:
+    """Wipe and remove files that no row names, for who asks for a repair: none that onionskin made is left by a crash.
+
+    Older versions could leave some. Nobody can name a file while this looks, and nobody else may have the store open.
+    """
+    removed = []
+    with store.locks.exclusive(STORE_BYTE) as held:
+        if not held:
+            return []
+        with store.catalog.transaction():
+            for path in orphans(store):
+                with suppress(StateError):  # not a file that a store makes: `check` names it
+                    descriptor = open_to_free(path)
+                    if descriptor is None:
+                        continue
+                    try:
+                        wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
+                        path.unlink()
+                    finally:
+                        os.close(descriptor)
+                    removed.append(str(path))
+    return removed
+
+
+def orphans(store: "Store") -> list[Path]:
+    """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
+    catalog, layout = store.catalog, store.layout
+    with catalog.reading():
+        work = catalog.sound_rows(PendingRow)
+        segments = catalog.sound_rows(SegmentRow)
+        maps = {row.map_id for row in catalog.sound_rows(LayerRow)} | {row.target for row in work}
+        maps |= {row.id for row in segments if row.role == "spare"}  # the next head's map, if it was made beforehand
+        files = {row.id for row in segments} | {row.target for row in work}
+        return sorted(
+            path
+            for directory, suffix, named in ((layout.layers, ".map", maps), (layout.segments, ".seg", files))
+            for path in directory.iterdir()
+            if path.suffix == suffix and _ID_NAME.fullmatch(path.stem) and bytes.fromhex(path.stem) not in named
+        )

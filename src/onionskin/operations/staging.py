@@ -1,0 +1,77 @@
+"""Files that are being made, and the catalog's promise that no file is there without a row.
+
+What must hold: a file is named in the catalog before it is made. Until the transaction that gives it its place, its row
+is one of pending work, so that a crash leaves work like any other, and nobody ever has to guess from a directory's list
+what is not needed. While a file is being made its lock byte is held alone, so that nobody does that work.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from onionskin.catalog import PendingRow, new_id
+from onionskin.errors import OnionskinError
+from onionskin.storage.locks import ByteLocks
+
+if TYPE_CHECKING:
+    from onionskin.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFiles:
+    """The rows of files that are being made, in the order in which they were asked for."""
+
+    store: "Store"
+    rows: tuple[PendingRow, ...]
+    readers: list[ByteLocks] = field(default_factory=list)
+
+    def keep(self, reader: ByteLocks | None = None) -> None:
+        """Forget that the files are to be freed. Inside the transaction that names them for good.
+
+        Whoever reads them may take shared locks from now on, and `reader` does; nobody can free them before the commit, nor
+        behind it.
+        """
+        for row in self.rows:
+            self.store.catalog.delete(PendingRow, "id = ?", row.id)
+            self.store.locks.share_exclusive(row.lock_byte)
+        if reader:
+            self.readers.append(reader)
+            reader.must_share({row.lock_byte for row in self.rows})
+
+    def let_go(self) -> None:
+        """Have nobody keep what was not kept after all."""
+        left = {row.lock_byte for row in self.store.catalog.rows_in(PendingRow, "id", [row.id for row in self.rows])}
+        for reader in self.readers:
+            reader.drop_shared(left)
+
+
+@contextmanager
+def staged_files(store: "Store", kinds: Sequence[str], wipe: str) -> Iterator[StagedFiles]:
+    """Name files (`map`, `segment`) that are about to be made; what `keep` was not called for is freed.
+
+    The names are durable when the block begins. Where the block raises, the catalog decides what is kept: an interrupt
+    may have come behind the commit.
+    """
+    catalog = store.catalog
+    with ExitStack() as alone:
+
+        def intend() -> tuple[PendingRow, ...]:
+            rows = []
+            for kind in kinds:
+                lock_byte = catalog.take_lock_byte()
+                # One that was handed out by a transaction which failed may still be locked by its taker.
+                while not alone.enter_context(store.locks.exclusive(lock_byte)):
+                    lock_byte = catalog.take_lock_byte()
+                rows.append(catalog.add_pending(kind, new_id(), lock_byte, wipe))
+            return tuple(rows)
+
+        files = StagedFiles(store, store.change(intend))
+        try:
+            yield files
+        except BaseException:
+            alone.close()
+            with suppress(OSError, OnionskinError):  # what cannot be freed now stays pending
+                files.let_go()
+                store.work_soon()
+            raise

@@ -1,0 +1,354 @@
+"""A chain of layers, from the bottom to a head or a sealed layer: locking its files and opening its data path.
+
+What must hold: the shared locks are taken before the catalog is read for the second time, and what was locked is what
+it then still names; so no file that an open data path reads is freed by anybody.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
+from onionskin.catalog.sqlite_errors import damaged
+from onionskin.errors import ChainError, StateError, VerifyError
+from onionskin.kernels._volume import DataPath
+from onionskin.storage.layout import Layout
+from onionskin.storage.locks import BaseLock, ByteLocks
+
+LOCK_WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Layers, bottom first, with their segments, and the base below them."""
+
+    layers: tuple[LayerRow, ...]
+    segments: dict[bytes, list[SegmentRow]]
+    base: BaseRow | None
+
+    @property
+    def top(self) -> LayerRow:
+        """The layer that everything else lies under."""
+        return self.layers[-1]
+
+    @property
+    def lock_bytes(self) -> set[int]:
+        """The bytes of the lock file that stand for the chain's files."""
+        maps = {layer.map_lock_byte for layer in self.layers}
+        return maps.union(*({segment.lock_byte for segment in rows} for rows in self.segments.values()))
+
+    @property
+    def byte_of_segment(self) -> dict[bytes, int]:
+        """The lock byte of each segment, by its id."""
+        return {segment.id: segment.lock_byte for rows in self.segments.values() for segment in rows}
+
+
+def read_chain(catalog: Catalog, layer_id: bytes) -> Chain:
+    """Read a chain from the catalog, in one state of it."""
+    with catalog.reading():
+        layers = catalog.chain(layer_id)
+        if not layers:
+            raise StateError("the layer is gone: another process changed the tree; try again")
+        return Chain(tuple(layers), catalog.segments_of(layers), catalog.base_of(layers[0]))
+
+
+def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
+    """Take shared locks on all files of a chain, and return the chain as it is under them.
+
+    Raises
+    ------
+    StateError
+        The layer is gone, or somebody frees slots in one of the files all the time.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    held_before = locks.shared
+    while True:
+        version = catalog.version()
+        chain = read_chain(catalog, layer_id)
+        if locks.take_shared(chain.lock_bytes):
+            if catalog.version() == version or read_chain(catalog, layer_id) == chain:
+                return chain
+            locks.keep_shared(held_before)
+        elif time.monotonic() > deadline:
+            raise StateError("files of the volume are being wiped by another process; try again when it is done")
+        else:
+            time.sleep(0.01)  # somebody frees slots in one of the files; nothing tells us when it is done
+
+
+def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLock | None:
+    """Open and lock the base of a chain, and refuse one that is not the file that it was.
+
+    Looked at is the file that is locked. A merge into the base that began and did not end has changed its size and time;
+    it is read all the same by a chain that has the layers which hide what was written, and by no other.
+    """
+    base = chain.base
+    if base is None:
+        return None
+    half_merged = refuse_half_merged(catalog, Path(base.path), above=chain)
+    try:
+        lock = BaseLock(Path(base.path))
+    except FileNotFoundError:
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    try:
+        _check_base(base, lock.descriptor, half_merged=half_merged, verify=verify)
+        if not lock.is_at_its_path:
+            raise ChainError(f"the base {base.path} was exchanged while it was opened: {_BASE_ADVICE}")
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+_BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
+
+
+def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
+    """Refuse a base that is not the file that it was, without locking it; one that a merge changed is as it should be."""
+    half_merged = bool(_merges_into(catalog, Path(base.path)))
+    try:
+        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    try:
+        _check_base(base, descriptor, half_merged=half_merged, verify=verify)
+    finally:
+        os.close(descriptor)
+
+
+def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bool) -> None:
+    found = os.fstat(descriptor)
+    same = found.st_ino == base.inode
+    if not half_merged:
+        same = same and (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
+    if not same:
+        raise ChainError(
+            f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
+            "(--trust if its contents are the same)"
+        )
+    if not verify:
+        return
+    if base.digest is None:
+        raise ChainError(f"no digest of the base {base.path} was taken: create volumes with a digest to verify them")
+    if digest_of(descriptor) != base.digest:
+        raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {_BASE_ADVICE}")
+
+
+def pending_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
+    """Return the layers below a head up to which a merge into the base was begun and not ended. There seldom are any."""
+    begun = catalog.base_merges()
+    ids = {layer.id for layer in catalog.chain(head)} if begun else set()
+    return [work.target for work in begun if work.target in ids]
+
+
+def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = None) -> bool:
+    """Raise while a merge into a base is not ended: what the base holds is no disk by itself.
+
+    Not for a chain that has the layers up to which it goes, which hide what was written. Returns whether there is one.
+    """
+    own = {layer.id for layer in above.layers} if above else set()
+    begun = _merges_into(catalog, path)
+    if any(target not in own for target in begun):
+        raise StateError(
+            f"a merge into the base {path} was begun and has not ended; end it from the volume that it was started from, "
+            "with 'onionskin merge --into-base'"
+        )
+    return bool(begun)
+
+
+def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
+    """Return the layers up to which merges go that were begun into the file at a path, by whatever name."""
+    begun = []
+    for work in catalog.base_merges():
+        layers = catalog.chain(work.target)
+        base = catalog.base_of(layers[0]) if layers else None
+        if base and is_same_file(Path(base.path), path):
+            begun.append(work.target)
+    return begun
+
+
+def is_same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, through hard links, symlinks or mounts. What is gone is known by its path."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return a == b
+
+
+def digest_of(descriptor: int) -> bytes:
+    """Return the SHA-256 of an open file."""
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # with an offset of its own
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+@contextmanager
+def described_base(path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
+    """Describe a raw image as it is now, and keep it from being merged into for the time of a with block."""
+    path = path.resolve(strict=True)
+    if not path.is_file():
+        raise ChainError(f"{path} is not a regular file: a base is a raw image file")
+    lock = BaseLock(path)
+    try:
+        found = os.fstat(lock.descriptor)
+        taken = digest_of(lock.descriptor) if digest else None
+        yield BaseRow(new_id(), str(path), found.st_ino, found.st_size, found.st_mtime_ns, taken)
+    finally:
+        lock.close()
+
+
+def open_chain(
+    layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None, dirty: Path | None = None
+) -> DataPath:
+    """Open the data path of a chain over the base that is locked.
+
+    If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all of it is only read, with what a
+    process that died left in `dirty`.
+    """
+    top = chain.top
+    path = DataPath(
+        block_size=top.block_size,
+        size_bytes=top.size_bytes,
+        segments_directory=str(layout.segments),
+        layers_directory=str(layout.layers),
+        wipe_zero=top.wipe == "zero",
+        writable=writable,
+    )
+    try:
+        if chain.base:
+            assert base_lock is not None
+            _set_base(path, chain.base, base_lock)
+        maps = str(layout.layers)  # as a Path for each it would take half of the time that an opening may
+        for layer in chain.layers if top.sealed else chain.layers[:-1]:
+            _add_layer(maps, path, layer, chain.segments[layer.id])
+        if writable:
+            _open_head(layout, path, top, chain.segments[top.id], dirty)
+            path.free_own_slots()
+        elif top.sealed:
+            path.fold_layers()
+        else:
+            _open_head_to_read(layout, path, top, chain.segments[top.id], dirty)
+    except BaseException:
+        path.close()
+        raise
+    return path
+
+
+def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
+    """Map a base; one that a merge has made shorter already hides behind the merge's layers what it no longer has."""
+    path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
+
+
+def _add_layer(maps: str, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
+    path.add_layer(
+        map_path=f"{maps}/{layer.map_id.hex()}.map",
+        map_id=layer.map_id,
+        length=layer.map_length,
+        frames=layer.map_frames,
+        crc=layer.map_crc,
+        segments=[(segment.id, segment.slots) for segment in segments],
+    )
+
+
+def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: str) -> list[bytes]:
+    """Return a head's segments of a kind of which there is always one."""
+    found = [segment.id for segment in segments if segment.role == role]
+    if not found:
+        raise damaged(layout.catalog, f"the head {head.id.hex()} has no {role} segment")
+    return found
+
+
+def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None) -> None:
+    own = _ids_of(layout, head, segments, "own")
+    path.open_head(
+        map_path=str(layout.map_file(head.map_id)),
+        map_id=head.map_id,
+        adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
+        own=own[-1],
+        more_own=own[:-1],
+        spare=_ids_of(layout, head, segments, "spare")[0],
+        known=(head.map_length, head.map_frames, head.map_crc),
+        dirty_path=dirty,
+    )
+
+
+def _open_head_to_read(
+    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+) -> None:
+    own = _ids_of(layout, head, segments, "own")
+    path.open_head_to_read(
+        map_path=str(layout.map_file(head.map_id)),
+        map_id=head.map_id,
+        adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
+        own=own[-1],
+        more_own=own[:-1],
+        known=(head.map_length, head.map_frames, head.map_crc),
+        dirty_path=dirty,
+    )
+
+
+def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
+    """Make a head's spare segment one of its own, and register another. Inside a transaction."""
+    row = catalog.spare_of(head)
+    catalog.update(SegmentRow, row.id, role="own")
+    catalog.add_pending("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
+    spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
+    catalog.insert(spare)
+    return spare
+
+
+@dataclass(frozen=True, slots=True)
+class NewHead:
+    """The rows of a head that is about to be made. Lock bytes are filled in by `insert`."""
+
+    layer: LayerRow
+    own: bytes
+    spare: bytes
+
+    @classmethod
+    def on(
+        cls,
+        parent: LayerRow | None,
+        *,
+        base: BaseRow | None,
+        block_size: int,
+        wipe: str,
+        size_bytes: int,
+        map_id: bytes | None = None,
+    ) -> "NewHead":
+        """Describe an empty head over `parent`, or over `base`, or over nothing."""
+        layer = LayerRow(
+            id=new_id(),
+            parent=parent.id if parent else None,
+            base=base.id if base and not parent else None,
+            block_size=block_size,
+            wipe=wipe,
+            size_bytes=size_bytes,
+            sealed=0,
+            map_id=map_id or new_id(),
+            map_lock_byte=0,
+            map_length=0,
+            map_frames=0,
+            map_crc=0,
+            created_ns=time.time_ns(),
+        )
+        return cls(layer, new_id(), new_id())
+
+    def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
+        """Write the rows. Inside a transaction. Returns the lock byte of the map, and those of the segments with ids."""
+        map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
+        catalog.insert(replace(self.layer, map_lock_byte=map_byte))
+        catalog.insert(SegmentRow(self.own, self.layer.id, "own", 0, own_byte))
+        catalog.insert(SegmentRow(self.spare, self.layer.id, "spare", 0, spare_byte))
+        return map_byte, {own_byte: self.own, spare_byte: self.spare}
+
+    def chain(self, below: Chain) -> Chain:
+        """Return the chain that ends in this head, before it is in the catalog."""
+        segments = dict(below.segments)
+        segments[self.layer.id] = [
+            SegmentRow(self.own, self.layer.id, "own", 0, 0),
+            SegmentRow(self.spare, self.layer.id, "spare", 0, 0),
+        ]
+        return Chain((*below.layers, self.layer), segments, below.base)

@@ -1,0 +1,99 @@
+"""Sealed layers that are open in this process: views of the same layer share one data path.
+
+What must hold: what a sealed layer reads never changes, so one folded index serves all its views, and the second open
+costs a look into a table. The shared locks are held until the last view of the layer is closed and the last array over
+it is gone; the data path is closed with the last view.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onionskin.errors import ChainError
+from onionskin.kernels._volume import DataPath
+from onionskin.storage.chain import Chain
+from onionskin.storage.locks import BaseLock, ByteLocks
+
+
+@dataclass(slots=True)
+class OpenChain:
+    """The open data path of a chain, with the locks that keep its files."""
+
+    chain: Chain
+    path: DataPath
+    locks: ByteLocks
+    base_lock: BaseLock | None
+    users: int = 0
+
+
+def refuse_changed_base(opened: OpenChain) -> None:
+    """Raise ChainError where the base, by its locked descriptor, is not the file, or not as it was, that the chain says.
+
+    Whoever copied from it asks again at the end: what was read before a change and after it is no disk.
+    """
+    base = opened.chain.base
+    if base is None:
+        return
+    assert opened.base_lock is not None
+    found = os.fstat(opened.base_lock.descriptor)
+    if (found.st_ino, found.st_size, found.st_mtime_ns) != (base.inode, base.size_bytes, base.mtime_ns):
+        raise ChainError(
+            f"the base {base.path} has changed since the volume was opened (inode, size or time differ), so what was "
+            "read is no disk that there was: put the file back, or name the right one with 'onionskin relocate'"
+        )
+
+
+class SealedViews:
+    """The sealed layers that a store has open. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._open: dict[bytes, OpenChain] = {}
+
+    def take(self, layer: bytes, make: Callable[[], OpenChain]) -> OpenChain:
+        """Return the view of a layer, made if it is not open. Each take needs one `give_back`.
+
+        Opening is done without a lock: of two threads that come at once one has made its view for nothing.
+        """
+        with self._guard:
+            if layer in self._open:
+                return self._use(layer)
+        made = make()
+        with self._guard:
+            first = layer not in self._open
+            if first:
+                self._open[layer] = made
+            view = self._use(layer)
+        if not first:
+            made.path.close()
+        return view
+
+    def _use(self, layer: bytes) -> OpenChain:
+        view = self._open[layer]
+        view.users += 1
+        return view
+
+    def give_back(self, layer: bytes) -> None:
+        """Close the data path of a layer with its last user. Waits for reads that are under way then."""
+        with self._guard:
+            view = self._open[layer]
+            view.users -= 1
+            if view.users:
+                return
+            del self._open[layer]
+        view.path.close()
+
+
+def closed_path(path: DataPath) -> DataPath:
+    """Return a data path of the same size that is closed: what a view has when others go on with its own."""
+    closed = DataPath(
+        block_size=path.block_size,
+        size_bytes=path.size_bytes,
+        segments_directory="",
+        layers_directory="",
+        wipe_zero=False,
+        writable=False,
+    )
+    closed.close()
+    return closed
