@@ -2,7 +2,7 @@
 
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
-``ONIONSKIN_ONLY=csrc/head.c`` builds only the modules that are made of that file, as the crash tests do.
+``ONIONSKIN_ONLY=csrc/volume/flush.c`` builds only the modules that are made of that file, as the crash tests do.
 """
 
 import os
@@ -16,22 +16,24 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 # Extension module -> the kernels in csrc/ that it links.
-_MAP = ["blockmap", "mapbuild", "layermap", "maplog", "crc32c", "mapfile", "linux_io"]
-_OPEN = ["volume", "opening", "head", "journal", "below", "segment", "mappings"]
-_VOLUME = [*_OPEN, "barrier", "epoch", "fault", "site", "wipe", *_MAP]
-_NBD = ["server", "negotiate", "transmit", "send", "batch", "helper", "status", "wire"]
+_INDEX = ["index/blockmap", "index/bulk_build"]
+_MAP = [*_INDEX, "layer/layer_map", "layer/map_log", "base/crc32c", "base/linux_io", "base/store_file"]
+_BASE = [f"base/{kernel}" for kernel in ("barrier", "epoch", "mappings", "sigbus", "site")]
+_OPEN = [f"volume/{part}" for part in ("lifecycle", "recovery", "flush", "journal", "replace_below", "segment")]
+_VOLUME = [*_OPEN, *_BASE, "bulk/wipe", *_MAP]
+_NBD = ["server", "handshake", "transmission", "reply", "write_batch", "worker", "block_status", "protocol"]
 EXTENSIONS = {
-    "kernels._blockmap": ["blockmap", "mapbuild"],
-    "kernels._copy": ["copy", "linux_io"],
-    "kernels._maplog": [*_MAP, "owners"],
+    "kernels._blockmap": _INDEX,
+    "kernels._copy": ["bulk/copy", "base/linux_io"],
+    "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
-    "nbd._nbd": [*(f"nbd_{part}" for part in _NBD), "plan", *_VOLUME],
+    "nbd._nbd": [*(f"nbd/{part}" for part in _NBD), "volume/read_plan", *_VOLUME],
     "kernels._volume": _VOLUME,
-    "kernels._wipe": ["wipe", "linux_io"],
+    "kernels._wipe": ["bulk/wipe", "base/linux_io"],
 }
 
 if sys.platform != "linux":
-    raise SystemExit("onionskin runs on Linux only for now; csrc/linux_io.h says what a port must replace")
+    raise SystemExit("onionskin runs on Linux only for now; csrc/base/linux_io.h says what a port must replace")
 
 sanitize = os.environ.get("ONIONSKIN_SANITIZE", "")
 coverage = os.environ.get("ONIONSKIN_COVERAGE")

@@ -189,7 +189,7 @@ def try_wheel(wheel: Path, python: Path, tree: Path, directory: Path, path: Path
 
 
 def check_kernels(tools: Path, tree: Path, architecture: str, directory: Path) -> None:
-    """Build csrc/check for ``architecture`` as static programs, and run them under qemu-user."""
+    """Build tests/kernels for ``architecture`` as static programs, and run them under qemu-user."""
     emulator = shutil.which(f"qemu-{architecture}")
     if emulator is None:
         raise SystemExit(f"qemu-{architecture} is not there to run the C checks: apt-get install qemu-user")

@@ -7,22 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("writer_pause.c")
-KERNELS = [
-    "volume",
-    "opening",
-    "mapbuild",
-    "head",
-    "barrier",
-    "epoch",
-    "fault",
-    "segment",
-    "wipe",
-    "linux_io",
-    "blockmap",
-    "layermap",
-    "maplog",
-    "crc32c",
-]
+ROOMS = ("base", "index", "layer", "bulk", "volume")
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,7 @@ class Window:
 def measure_pauses(directory: Path, snapshots: int) -> dict[str, list[Window]]:
     """Return the windows of each kind: `snapshot`, `idle` and `flush`."""
     program, store = directory / "writer_pause", directory / "pause-store"
-    kernels = [ROOT / "csrc" / f"{kernel}.c" for kernel in KERNELS]
+    kernels = [kernel for room in ROOMS for kernel in (ROOT / "csrc" / room).glob("*.c")]
     command = ["gcc", "-O2", "-std=gnu11", f"-I{ROOT / 'csrc'}", "-pthread", "-o", program, SOURCE, *kernels]
     subprocess.run(command, check=True)
     store.mkdir()

@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "volume.h"
+#include "volume/volume.h"
 
 enum { BLOCK = 4096, WRITERS = 2, ROUNDS_MAX = 10000, GAP_US = 5000, THINK_US = 20 };
 enum { SNAPSHOT, IDLE, FLUSH, KINDS };

@@ -47,7 +47,7 @@ CALL = re.compile(
 )
 DURABILITY = re.compile(r"(synchronous\s*=\s*)(FULL|EXTRA)", re.IGNORECASE)
 # Where the calls themselves are defined: what they are made of is named where they are used.
-DEFINITIONS = {"csrc/barrier.c", "csrc/barrier.h", "src/onionskin/base/fsync.py"}
+DEFINITIONS = {"csrc/base/barrier.c", "csrc/base/barrier.h", "src/onionskin/base/fsync.py"}
 # Files and folders whose syncs promise nothing: why.
 EXEMPT = {
     "src/onionskin/measure/": "times full copies and what others do, in files that it deletes",
@@ -117,7 +117,7 @@ def closing_bracket(code: str, position: int) -> int:
 
 
 def source_files(tree: Path) -> list[Path]:
-    files = [*(tree / "csrc").glob("*.c"), *(tree / "src").rglob("*.py"), *(tree / "src").rglob("*.pyx")]
+    files = [*(tree / "csrc").rglob("*.c"), *(tree / "src").rglob("*.py"), *(tree / "src").rglob("*.pyx")]
     paths = sorted(file.relative_to(tree) for file in files)
     return [path for path in paths if str(path) not in DEFINITIONS]
 

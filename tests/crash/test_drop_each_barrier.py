@@ -50,9 +50,9 @@ def test_a_line_that_breaks_the_convention_is_refused(line: str) -> None:
 
 
 def make_tree(tree: Path, c_source: str) -> Path:
-    (tree / "csrc").mkdir()
+    (tree / "csrc" / "volume").mkdir(parents=True)
     (tree / "src").mkdir()
-    (tree / "csrc" / "head.c").write_text(c_source)
+    (tree / "csrc" / "volume" / "flush.c").write_text(c_source)
     return tree
 
 
@@ -60,7 +60,7 @@ def test_a_sync_without_a_name_is_reported(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, "a = fsync(1); /* BARRIER: one */\n * fsync(2) in a comment\nb = fsync(3);\n")
     barriers, unnamed = find_barriers(tree)
     assert [(barrier.name, barrier.line) for barrier in barriers] == [("one", 0)]
-    assert unnamed == ["csrc/head.c:3: b = fsync(3);"]
+    assert unnamed == ["csrc/volume/flush.c:3: b = fsync(3);"]
 
 
 def test_two_barriers_of_one_name_are_refused(tmp_path: Path) -> None:

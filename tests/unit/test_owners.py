@@ -13,7 +13,7 @@ from onionskin.kernels._maplog import PLACE_HOLE, PLACE_ZERO, LayerMap, OwnerMap
 
 BLOCK = 4096
 BLOCKS = 1600  # four ranges of the index
-WINDOW = 1 << 30  # blocks; see csrc/owners.c
+WINDOW = 1 << 30  # blocks; see csrc/layer/provenance.c
 
 Run = tuple[int, int, int]  # block, count, state: 0 HOLE, 1 DATA, 2 ZERO
 layers = st.lists(

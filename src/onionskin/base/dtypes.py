@@ -7,7 +7,7 @@ RUN = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segm
 EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
 STRETCH = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8")])
-# As onion_run in csrc/blockmap.h, onion_layer_run in csrc/layermap.h, and the records of docs/format.md.
+# As onion_run in csrc/index/blockmap.h, onion_layer_run in csrc/layer/layer_map.h, and the records of docs/format.md.
 PLACE_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("place", "<u8")])
 LAYER_RUN = numpy.dtype(
     {
@@ -17,7 +17,7 @@ LAYER_RUN = numpy.dtype(
         "itemsize": 24,
     }
 )
-# As onion_owner_run in csrc/owners.h; state 1 is DATA, 2 ZERO.
+# As onion_owner_run in csrc/layer/provenance.h; state 1 is DATA, 2 ZERO.
 OWNER_RUN = numpy.dtype(
     {
         "names": ["block_index", "block_count", "owner", "state"],

@@ -2,7 +2,7 @@
 
 What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone says which:
 one whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
-`onion_make_file` (csrc/mapfile.c) does the same for the files that C makes.
+`onion_make_file` (csrc/base/store_file.c) does the same for the files that C makes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The block map kernel (csrc/blockmap.h) as a Python class: what tests and tools see of it."""
+"""The block map kernel (csrc/index/blockmap.h) as a Python class: what tests and tools see of it."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
@@ -8,7 +8,7 @@ from onionskin.errors import StateError
 from onionskin.base.lazy import dtypes
 from onionskin.base.lazy import numpy as np
 
-cdef extern from "blockmap.h" nogil:
+cdef extern from "index/blockmap.h" nogil:
     ctypedef uint64_t onion_place
     const onion_place ONION_PLACE_HOLE
     const onion_place ONION_PLACE_ZERO
@@ -34,7 +34,7 @@ cdef extern from "blockmap.h" nogil:
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
 
-cdef extern from "mapbuild.h" nogil:
+cdef extern from "index/bulk_build.h" nogil:
     struct onion_build:
         uint64_t *slots_end
     int onion_build_init(onion_build *, onion_map *)

@@ -1,4 +1,4 @@
-"""Copies extents between open files with the C kernel (csrc/copy.h), without the GIL.
+"""Copies extents between open files with the C kernel (csrc/bulk/copy.h), without the GIL.
 
 What must hold: the extents and the progress live as long as the job; a job runs once; the counters may be read, and
 the job cancelled, from any thread while it runs.
@@ -13,7 +13,7 @@ import os
 from errno import EIO as _EIO
 from typing import NamedTuple
 
-cdef extern from "copy.h" nogil:
+cdef extern from "bulk/copy.h" nogil:
     enum: ONION_COPY_REFLINK
     enum: ONION_COPY_ZERO_HOLES
     enum: ONION_COPY_SOLID
@@ -47,7 +47,7 @@ cdef extern from *:
     void onion_store(uint64_t *pointer, uint64_t value) nogil
     void onion_store_int "onion_store"(int *pointer, int value) nogil
 
-# Measured with one and two threads on two cores (figures in csrc/copy.c): two took 20 to 30 % less time. More were not
+# Measured with one and two threads on two cores (figures in csrc/bulk/copy.c): two took 20 to 30 % less. More were not
 # measured.
 DEFAULT_THREADS = 2
 

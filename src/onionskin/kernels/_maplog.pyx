@@ -1,6 +1,6 @@
 """The block map of one layer, whose block each is, and the bytes of headers and map logs.
 
-Thin over csrc/layermap.h, csrc/owners.h and csrc/maplog.h.
+Thin over csrc/layer/layer_map.h, csrc/layer/provenance.h and csrc/layer/map_log.h.
 
 A LayerMap may be used by one thread at a time: its longer methods release the GIL and lock nothing.
 """
@@ -21,7 +21,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 
-cdef extern from "blockmap.h" nogil:
+cdef extern from "index/blockmap.h" nogil:
     ctypedef uint64_t onion_place
     enum:
         ONION_SEGMENT_LAST
@@ -40,7 +40,7 @@ cdef extern from "blockmap.h" nogil:
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
 
 
-cdef extern from "maplog.h" nogil:
+cdef extern from "layer/map_log.h" nogil:
     const uint64_t ONION_VOLUME_BYTES_MAX
     enum:
         ONION_E_FORMAT
@@ -86,7 +86,7 @@ cdef extern from "maplog.h" nogil:
 cdef extern from "fcntl.h" nogil:
     int O_RDONLY
 
-cdef extern from "mapfile.h" nogil:
+cdef extern from "base/store_file.h" nogil:
     struct onion_map_bytes:
         unsigned char *bytes
         uint64_t length
@@ -95,11 +95,11 @@ cdef extern from "mapfile.h" nogil:
     int onion_map_bytes_read(int fd, onion_map_bytes *out, uint64_t *fault)
     void onion_map_bytes_free(onion_map_bytes *read)
 
-cdef extern from "status.h" nogil:
+cdef extern from "base/status.h" nogil:
     enum:
         ONION_E_NOT_A_FILE
 
-cdef extern from "layermap.h" nogil:
+cdef extern from "layer/layer_map.h" nogil:
     struct onion_layer:
         onion_map map
         uint32_t segment_count
@@ -132,7 +132,7 @@ cdef extern from "layermap.h" nogil:
                                 const uint64_t *new_first, uint64_t count, uint32_t new_segment)
 
 
-cdef extern from "owners.h" nogil:
+cdef extern from "layer/provenance.h" nogil:
     enum:
         ONION_OWNER_LAST
     struct onion_owners:
@@ -148,7 +148,7 @@ cdef extern from "owners.h" nogil:
     uint64_t onion_owners_runs(const onion_owners *owners, onion_owner_run *out)
 
 
-cdef extern from "crc32c.h" nogil:
+cdef extern from "base/crc32c.h" nogil:
     uint32_t onion_crc32c(uint32_t crc, const void *data, size_t length)
     uint32_t onion_crc32c_reference(uint32_t crc, const void *data, size_t length)
 

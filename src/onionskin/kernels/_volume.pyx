@@ -1,4 +1,4 @@
-"""The data path: one open volume or view, as a thin class over csrc/volume.h.
+"""The data path: one open volume or view, as a thin class over csrc/volume/volume.h.
 
 What must hold: memory and descriptors belong to the C object, which lives as long as this one; every call that can
 block runs without the GIL; every negative code becomes an exception here and nowhere else.
@@ -28,7 +28,7 @@ cdef extern from "Python.h":
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
 
-cdef extern from "volume.h" nogil:
+cdef extern from "volume/volume.h" nogil:
     ctypedef uint64_t onion_place
     struct onion_run:
         uint64_t block_index
@@ -135,7 +135,7 @@ cdef extern from "volume.h" nogil:
     void onion_volume_close(onion_volume *)
     void onion_volume_free(onion_volume *)
 
-cdef extern from "site.h" nogil:
+cdef extern from "base/site.h" nogil:
     struct onion_site:
         int status
         uint64_t offset
@@ -143,7 +143,7 @@ cdef extern from "site.h" nogil:
     const onion_site *onion_site_of(int)
     void onion_site_clear()
 
-cdef extern from "status.h" nogil:
+cdef extern from "base/status.h" nogil:
     enum:
         ONION_E_FORMAT
         ONION_E_VERSION

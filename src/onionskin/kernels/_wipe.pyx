@@ -1,4 +1,4 @@
-"""Overwrites ranges of an open file with zeros, and only then gives them back (csrc/wipe.h), without the GIL.
+"""Overwrites ranges of an open file with zeros, and only then gives them back (csrc/bulk/wipe.h), without the GIL.
 
 What must hold: the ranges live as long as the job; a job runs once; it may be watched and cancelled from any thread.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from onionskin.errors import VerifyError
 
-cdef extern from "wipe.h" nogil:
+cdef extern from "bulk/wipe.h" nogil:
     enum: ONION_WIPE_ZERO
     enum: ONION_WIPE_VERIFY
     enum: ONION_WIPE_PUNCH
@@ -52,7 +52,7 @@ class WipeCancelled(Exception):
 
 
 class WipeResult(NamedTuple):
-    """What a wipe did, in bytes, and on which file system; the fields of ``onion_wipe_result`` in csrc/wipe.h."""
+    """What a wipe did, in bytes, and on which file system; the fields of ``onion_wipe_result`` in csrc/bulk/wipe.h."""
 
     bytes_wiped: int
     bytes_skipped: int

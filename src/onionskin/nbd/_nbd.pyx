@@ -1,4 +1,4 @@
-"""The NBD server: a thin class over csrc/nbd.h.
+"""The NBD server: a thin class over csrc/nbd/server.h.
 
 What must hold: every data path that the server may read or write is kept alive here until the server has let go of
 it; calls that wait run without the GIL; callbacks from the server's threads take it.
@@ -15,7 +15,7 @@ from onionskin.kernels._volume import DataPath
 from onionskin.errors import StateError
 from onionskin.base.lazy import numpy
 
-cdef extern from "nbd.h" nogil:
+cdef extern from "nbd/server.h" nogil:
     struct onion_volume
     struct onion_nbd_server
     struct onion_nbd_listing
@@ -68,7 +68,7 @@ cdef extern from "nbd.h" nogil:
     uint32_t onion_nbd_next_event(onion_nbd_server *, char *, uint64_t *)
     int onion_nbd_stop(onion_nbd_server *, uint64_t)
 
-cdef extern from "status.h" nogil:
+cdef extern from "base/status.h" nogil:
     enum:
         ONION_E_POISONED
 

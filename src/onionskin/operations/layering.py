@@ -2,7 +2,7 @@
 
 What must hold: the chain and the names on it are read in one state of the catalog, and its map files are locked while they
 are read; the base that is looked at is one open file. Nothing is opened for writing, made or changed, so that it can be asked
-beside whoever holds the volume. The loops over runs are in C (csrc/owners.h); here are only tables.
+beside whoever holds the volume. The loops over runs are in C (csrc/layer/provenance.h); here are only tables.
 """
 
 import os

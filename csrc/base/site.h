@@ -1,0 +1,27 @@
+/* site.h: where something went wrong, for the message that a person reads: the file, and the byte in it.
+ *
+ * A thread notes the place where it meets an error that goes up to its caller, and whoever makes the message asks for it
+ * with the code that arrived. A note is one thread's own, and is good for one code only, so that a note whose error was
+ * overcome (a retry, a cleaning up) is not taken for the place of another one. */
+#ifndef ONIONSKIN_BASE_SITE_H
+#define ONIONSKIN_BASE_SITE_H
+
+#include <stdint.h>
+
+struct onion_site {
+    int status; /* 0: nothing is noted */
+    uint64_t offset;
+    char path[4096];
+};
+
+/* Notes the place of a negative code, unless the code is noted already (the first one is nearer to the fault), and returns
+ * the code. Codes that are not negative are returned as they are. */
+int onion_site_note(int status, const char *path, uint64_t offset);
+/* The same, over any place that is noted. */
+int onion_site_set(int status, const char *path, uint64_t offset);
+/* The place noted for this code, or NULL. It stays until the next note, or clear. */
+const struct onion_site *onion_site_of(int status);
+/* Forgets it: whoever has made a message, and whoever begins something whose errors are to be told. */
+void onion_site_clear(void);
+
+#endif

@@ -1,0 +1,34 @@
+/* store_file.h: opening the files of a store, and reading a map file into memory.
+ *
+ * A store may come from anywhere. So no file of it is opened through a symbolic link, nothing but a regular file is
+ * opened, and what a file's size says is not believed: a sparse file costs memory for what is allocated in it. */
+#ifndef ONIONSKIN_BASE_STORE_FILE_H
+#define ONIONSKIN_BASE_STORE_FILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+/* A descriptor (close on exec) of the regular file at path, or -errno, or ONION_E_NOT_A_FILE: a symbolic link, a directory,
+ * a pipe... flags and mode as for open(). */
+int onion_open_file(const char *path, int flags);
+/* Makes the file (O_RDWR); -EEXIST where anything has that name. Its mode is 0600, or 0660 in a directory that is shared with
+ * its group: one with the set-group-ID bit whose group may write. */
+int onion_make_file(const char *path);
+
+struct onion_map_bytes {
+    unsigned char *bytes; /* anonymous memory; what nothing was written to costs none */
+    uint64_t length;
+};
+
+/* Reads the first `length` bytes of a sealed map: all are there, and none lies in a hole. ONION_E_FORMAT: with *fault, the
+ * byte. */
+int onion_map_bytes_read_sealed(int fd, uint64_t length, struct onion_map_bytes *out, uint64_t *fault);
+/* Reads a head's map up to the last byte that was written to: what lies behind it is zeros, which are no frame.
+ * ONION_E_FORMAT: mostly holes, and too long for what a crash leaves of one frame. */
+int onion_map_bytes_read(int fd, struct onion_map_bytes *out, uint64_t *fault);
+/* Also good on a zeroed or an already freed one. */
+void onion_map_bytes_free(struct onion_map_bytes *read);
+
+#endif

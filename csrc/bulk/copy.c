@@ -1,0 +1,574 @@
+/* copy.c: moves extents between files; see copy.h for what is promised.
+ *
+ * What must hold:
+ * - the threads take pieces from one cursor, so that an error or a cancel leaves at most one piece a thread to finish;
+ * - no block is ever shared without ONION_COPY_REFLINK. copy_file_range is such a way too: the kernel tries a reflink
+ *   first where the file system has one. It is therefore used only under that flag;
+ * - what two files refuse once is not asked of them again.
+ *
+ * Little is lost by that. Measured on ext4 (Linux 6.18, 2 cores): 1 GiB in shuffled extents of 64 KiB into an existing
+ * file, copy + fdatasync, in seconds (two runs, of the bare calls in a loop, one call an extent):
+ *
+ *                           source in the page cache    source on the disk
+ *   pread/pwrite, 1 thread        0.72 0.83                 1.17 1.20
+ *   pread/pwrite, 2 threads       0.58 0.62                 0.83 0.83
+ *   copy_file_range, 1 thread     0.52 0.53                 0.89 1.74
+ *   copy_file_range, 2 threads    0.52 0.54                 1.01 1.65
+ *
+ * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). On a machine
+ * with other work two threads that both write spin at the file's lock (copying alone: 0.9 s against 0.2 s with one), so
+ * they take turns (begin_writing). */
+#define _GNU_SOURCE
+#include "bulk/copy.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/linux_io.h"
+#include "base/workers.h"
+
+enum {
+    PIECE_BYTES = 8 << 20,          /* what a thread takes at a time */
+    BEHIND_BYTES = 32 << 20,        /* what is left to the sync at the end, at least */
+    BUFFER_BYTES = 256 << 10,       /* one read and one write: what a core's cache holds in between */
+    ALIGNMENT_BYTES = 4096,
+    SLEEP_NS_MAX = 50 * 1000 * 1000 /* how late a waiting thread may see a cancel or a new rate */
+};
+
+/* The extents between one source and one destination are neighbours after sorting. */
+struct copy_pair {
+    int source, destination;
+    size_t extent_end;            /* index of the first extent that is no longer theirs */
+    uint64_t block_bytes;         /* of the destination's file system */
+    uint64_t source_size_bytes;
+    int has_reflink, has_range;   /* atomics: cleared by the first refusal */
+};
+
+struct copy_job {
+    struct onion_copy_extent *extents;
+    size_t extent_count;
+    struct copy_pair *pairs;
+    int flags;
+    struct onion_copy_progress *progress;
+    const unsigned char *zeros;   /* BUFFER_BYTES */
+
+    int alone;                    /* only one thread is at work, until a pair turns out to share no blocks */
+    pthread_mutex_t writing;      /* held while something is done to a destination */
+    pthread_mutex_t lock;         /* guards all below */
+    size_t extent_index, pair_index;
+    struct copy_pair *behind_pair; /* whose destination is being filled, in order, */
+    uint64_t behind;               /* and up to where its writing out was started */
+    uint64_t position;            /* in that extent, relative */
+    int status;                   /* the first failure of any thread */
+    double tokens_bytes;          /* may be sent now; negative: owed */
+    struct timespec refilled;
+};
+
+struct copy_piece {
+    struct copy_pair *pair;
+    uint64_t source_offset, destination_offset, length;
+};
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int is_cancelled(const struct copy_job *job)
+{
+    return __atomic_load_n(&job->progress->cancel, __ATOMIC_RELAXED) != 0;
+}
+
+static void count_done(struct copy_job *job, uint64_t *way, uint64_t bytes)
+{
+    __atomic_fetch_add(way, bytes, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&job->progress->bytes_done, bytes, __ATOMIC_RELAXED);
+}
+
+/* ---- the rate limit: a token bucket that all threads share ---- */
+
+/* Takes `bytes` out of the bucket if it is not empty (it may go below zero, which makes the next wait longer).
+ * Returns 0, or how long to sleep before asking again. */
+static long take_tokens(struct copy_job *job, double rate, uint64_t bytes)
+{
+    struct timespec now;
+    double burst = rate / 8, wait;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    job->tokens_bytes += rate * ((double)(now.tv_sec - job->refilled.tv_sec) +
+                                 (double)(now.tv_nsec - job->refilled.tv_nsec) / 1e9);
+    job->refilled = now;
+    if (job->tokens_bytes > burst)
+        job->tokens_bytes = burst;
+    if (job->tokens_bytes >= 0) {
+        job->tokens_bytes -= (double)bytes;
+        return 0;
+    }
+    wait = -job->tokens_bytes / rate * 1e9 + 1;
+    return wait < SLEEP_NS_MAX ? (long)wait : SLEEP_NS_MAX;
+}
+
+/* Waits until some bytes may be moved, at most `wanted`: how many, or ONION_E_CANCELLED. */
+static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted)
+{
+    for (;;) {
+        uint64_t rate = __atomic_load_n(&job->progress->bytes_per_second, __ATOMIC_RELAXED);
+        uint64_t bytes = min_u64(wanted, BUFFER_BYTES);
+        struct timespec pause = {0};
+
+        if (is_cancelled(job))
+            return ONION_E_CANCELLED;
+        if (rate == 0)
+            return (int64_t)bytes;
+        /* Small steps under a low rate, so that it is kept over seconds and not over minutes. */
+        bytes = min_u64(bytes, rate / 8 > ALIGNMENT_BYTES ? rate / 8 / ALIGNMENT_BYTES * ALIGNMENT_BYTES
+                                                          : ALIGNMENT_BYTES);
+        pthread_mutex_lock(&job->lock);
+        pause.tv_nsec = take_tokens(job, (double)rate, bytes);
+        pthread_mutex_unlock(&job->lock);
+        if (pause.tv_nsec == 0)
+            return (int64_t)bytes;
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+    }
+}
+
+/* ---- the destination ---- */
+
+/* A file system lets one writer at a time into a file. Two threads that write to one take turns at its lock and spin
+ * there, so they take turns here: one writes, or shares blocks, while the other reads. */
+static void begin_writing(struct copy_job *job) { pthread_mutex_lock(&job->writing); }
+static void end_writing(struct copy_job *job) { pthread_mutex_unlock(&job->writing); }
+
+/* ---- the ways to move bytes: each takes a part from the front of the piece, or leaves it ---- */
+
+static void advance(struct copy_piece *piece, uint64_t bytes)
+{
+    piece->source_offset += bytes;
+    piece->destination_offset += bytes;
+    piece->length -= bytes;
+}
+
+static int pwrite_all(int fd, const unsigned char *bytes, uint64_t length, uint64_t offset)
+{
+    while (length > 0) {
+        ssize_t written = pwrite(fd, bytes, length, (off_t)offset);
+
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written <= 0)
+            return written < 0 ? -errno : -EIO;
+        bytes += written;
+        offset += (uint64_t)written;
+        length -= (uint64_t)written;
+    }
+    return 0;
+}
+
+static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
+{
+    while (piece->length > 0) {
+        int64_t turn = wait_for_turn(job, piece->length);
+        ssize_t got;
+        int status;
+
+        if (turn < 0)
+            return (int)turn;
+        while ((got = pread(piece->pair->source, buffer, (size_t)turn, (off_t)piece->source_offset)) < 0)
+            if (errno != EINTR)
+                return -errno;
+        if (got == 0)
+            return -EIO; /* the source ends before the extent does */
+        begin_writing(job);
+        status = pwrite_all(piece->pair->destination, buffer, (uint64_t)got, piece->destination_offset);
+        end_writing(job);
+        if (status < 0)
+            return status;
+        advance(piece, (uint64_t)got);
+        count_done(job, &job->progress->bytes_copied, (uint64_t)got);
+    }
+    return 0;
+}
+
+static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece)
+{
+    struct copy_pair *pair = piece->pair;
+
+    while (piece->length > 0 && __atomic_load_n(&pair->has_range, __ATOMIC_RELAXED)) {
+        int64_t turn = wait_for_turn(job, piece->length);
+        int64_t copied;
+
+        if (turn < 0)
+            return (int)turn;
+        begin_writing(job);
+        copied = onion_copy_range(pair->source, piece->source_offset, pair->destination, piece->destination_offset,
+                                  (uint64_t)turn);
+        end_writing(job);
+        if (copied == -EOPNOTSUPP || copied == 0) {
+            /* 0 is also what files without a size (procfs) answer: read() will tell whether the source ends. */
+            __atomic_store_n(&pair->has_range, 0, __ATOMIC_RELAXED);
+            return 0;
+        }
+        if (copied < 0)
+            return (int)copied;
+        advance(piece, (uint64_t)copied);
+        count_done(job, &job->progress->bytes_ranged, (uint64_t)copied);
+    }
+    return 0;
+}
+
+/* The unaligned last bytes of a file may be shared only if the destination ends there as well. */
+static int may_share_tail(const struct copy_piece *piece)
+{
+    struct stat destination;
+
+    return piece->source_offset + piece->length == piece->pair->source_size_bytes &&
+           fstat(piece->pair->destination, &destination) == 0 && S_ISREG(destination.st_mode) &&
+           piece->destination_offset + piece->length >= (uint64_t)destination.st_size;
+}
+
+static int share(struct copy_job *job, struct copy_piece *piece)
+{
+    struct copy_pair *pair = piece->pair;
+    uint64_t mask = pair->block_bytes - 1, length = piece->length & ~mask;
+    int status;
+
+    if (!__atomic_load_n(&pair->has_reflink, __ATOMIC_RELAXED) ||
+        (piece->source_offset | piece->destination_offset) & mask)
+        return 0;
+    if (length < piece->length && may_share_tail(piece))
+        length = piece->length;
+    if (length == 0)
+        return 0;
+    begin_writing(job);
+    /* The clone takes these pages out of the cache too, and splits each folio that lies partly in the range, which costs
+     * as much again as the clone: 1,024 of 1 MiB took 75 ms on XFS, and 45 with this. */
+    onion_drop_cached(pair->destination, piece->destination_offset, length);
+    status = onion_reflink(pair->source, piece->source_offset, pair->destination, piece->destination_offset, length);
+    end_writing(job);
+    if (status < 0)
+        return status;
+    if (status == 0) {
+        /* Where blocks cannot be shared a copy inside the kernel goes page by page through a pipe: 0.42 s of 1 GiB where
+         * a buffer takes 0.22 s. Only a file server does better. */
+        __atomic_store_n(&pair->has_reflink, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&pair->has_range, onion_is_remote(pair->destination), __ATOMIC_RELAXED);
+        return 0;
+    }
+    advance(piece, length);
+    count_done(job, &job->progress->bytes_reflinked, length);
+    return 0;
+}
+
+static int write_zeros(struct copy_job *job, struct copy_piece *piece)
+{
+    while (piece->length > 0) {
+        int64_t turn = wait_for_turn(job, piece->length);
+        int status;
+
+        if (turn < 0)
+            return (int)turn;
+        status = pwrite_all(piece->pair->destination, job->zeros, (uint64_t)turn, piece->destination_offset);
+        if (status < 0)
+            return status;
+        advance(piece, (uint64_t)turn);
+        count_done(job, &job->progress->bytes_zeroed, (uint64_t)turn);
+    }
+    return 0;
+}
+
+/* Makes the piece a hole: 1, or 0 if it has to be written: punching never makes a file longer. */
+static int make_hole(const struct copy_piece *piece)
+{
+    uint64_t end = piece->destination_offset + piece->length;
+    struct onion_data_span data;
+    struct stat destination;
+    int status;
+
+    if (fstat(piece->pair->destination, &destination) < 0)
+        return -errno;
+    if (!S_ISREG(destination.st_mode) || end > (uint64_t)destination.st_size)
+        return 0;
+    status = onion_seek_data(piece->pair->destination, piece->destination_offset, end, &data);
+    if (status <= 0)
+        return status < 0 ? status : 1; /* it is one: a fresh file is not worth a journal transaction a hole */
+    return onion_punch(piece->pair->destination, piece->destination_offset, piece->length);
+}
+
+static int make_zero(struct copy_job *job, struct copy_piece *piece)
+{
+    int status = piece->length > 0 && (job->flags & ONION_COPY_ZERO_HOLES) ? make_hole(piece) : 0;
+
+    if (status < 0)
+        return status;
+    if (status == 0)
+        return write_zeros(job, piece);
+    count_done(job, &job->progress->bytes_zeroed, piece->length);
+    advance(piece, piece->length);
+    return 0;
+}
+
+/* ---- pieces ---- */
+
+static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
+{
+    int status = share(job, piece);
+
+    if (status == 0)
+        status = copy_in_kernel(job, piece);
+    return status < 0 ? status : copy_through_buffer(job, buffer, piece);
+}
+
+static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
+{
+    while (piece->length > 0) {
+        uint64_t end = piece->source_offset + piece->length;
+        struct onion_data_span data = {0};
+        struct copy_piece part = *piece;
+        int status = onion_seek_data(piece->pair->source, piece->source_offset, end, &data);
+
+        if (status < 0)
+            return status;
+        part.length = (status ? data.offset : end) - piece->source_offset;
+        status = part.length > 0 ? onion_was_cut(piece->pair->source, piece->pair->source_size_bytes) : 0;
+        if (status != 0)
+            return status < 0 ? status : -EIO;
+        advance(piece, part.length);
+        status = make_zero(job, &part);
+        if (status == 0 && piece->length > 0) {
+            part = *piece;
+            part.length = data.length;
+            advance(piece, data.length);
+            status = move_data(job, buffer, &part);
+        }
+        if (status < 0)
+            return status;
+    }
+    return 0;
+}
+
+static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
+{
+    const struct copy_pair *pair = piece->pair;
+
+    if (pair->source < 0)
+        return make_zero(job, piece);
+    /* Asked here, because beyond the end of a file all looks like a hole, and copy_file_range just ends. */
+    if (piece->source_offset + piece->length > pair->source_size_bytes)
+        return -EIO;
+    return (job->flags & (ONION_COPY_ZERO_HOLES | ONION_COPY_SOLID)) == ONION_COPY_ZERO_HOLES
+               ? move_data_and_holes(job, buffer, piece)
+               : move_data(job, buffer, piece);
+}
+
+/* 1 and the next piece, or 0: no more, or some thread has failed. */
+static int take_piece(struct copy_job *job, struct copy_piece *piece)
+{
+    const struct onion_copy_extent *extent;
+    int taken = 0;
+
+    pthread_mutex_lock(&job->lock);
+    if (job->status == 0 && is_cancelled(job))
+        job->status = ONION_E_CANCELLED;
+    if (job->status == 0 && job->extent_index < job->extent_count) {
+        extent = &job->extents[job->extent_index];
+        while (job->extent_index >= job->pairs[job->pair_index].extent_end)
+            job->pair_index++;
+        *piece = (struct copy_piece){.pair = &job->pairs[job->pair_index],
+                                     .source_offset = extent->source_offset + job->position,
+                                     .destination_offset = extent->destination_offset + job->position,
+                                     .length = min_u64(extent->length - job->position, PIECE_BYTES)};
+        job->position += piece->length;
+        if (job->position == extent->length) {
+            job->extent_index++;
+            job->position = 0;
+        }
+        taken = 1;
+    }
+    pthread_mutex_unlock(&job->lock);
+    return taken;
+}
+
+/* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all of
+ * it still to be written takes as long as the copy did. */
+static void write_behind(struct copy_job *job, const struct copy_piece *done)
+{
+    uint64_t from = 0, to = 0;
+
+    pthread_mutex_lock(&job->lock);
+    if (job->behind_pair != done->pair) {
+        job->behind_pair = done->pair;
+        job->behind = done->destination_offset;
+    } else if (done->destination_offset >= job->behind + BEHIND_BYTES) {
+        from = job->behind;
+        to = job->behind = done->destination_offset;
+    }
+    pthread_mutex_unlock(&job->lock);
+    if (to > from)
+        onion_write_out(done->pair->destination, from, to - from);
+}
+
+static void fail(struct copy_job *job, int status)
+{
+    pthread_mutex_lock(&job->lock);
+    if (job->status == 0)
+        job->status = status;
+    pthread_mutex_unlock(&job->lock);
+}
+
+static void *copy_pieces(void *argument)
+{
+    struct copy_job *job = argument;
+    struct copy_piece piece;
+    void *buffer = NULL;
+
+    if (posix_memalign(&buffer, ALIGNMENT_BYTES, BUFFER_BYTES) != 0) {
+        fail(job, -ENOMEM);
+        return NULL;
+    }
+    while (take_piece(job, &piece)) {
+        int status = copy_piece(job, buffer, &piece);
+        if (status < 0)
+            fail(job, status);
+        else
+            write_behind(job, &piece);
+        if (job->alone && !__atomic_load_n(&piece.pair->has_reflink, __ATOMIC_RELAXED))
+            break;
+    }
+    free(buffer);
+    return NULL;
+}
+
+/* ---- before the threads start ---- */
+
+/* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into one
+ * walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
+ * extents of 64 KiB into a fresh image of 4 GiB: 0.35 s so, 0.9 s in the order of the source. */
+static int compare_extents(const void *left, const void *right)
+{
+    const struct onion_copy_extent *a = left, *b = right;
+    uint64_t a_offset = a->destination_offset, b_offset = b->destination_offset;
+
+    if (a->source != b->source)
+        return a->source < b->source ? -1 : 1;
+    if (a->destination != b->destination)
+        return a->destination < b->destination ? -1 : 1;
+    return a_offset < b_offset ? -1 : a_offset > b_offset;
+}
+
+static int check_extents(const struct onion_copy_extent *extents, size_t extent_count)
+{
+    for (size_t i = 0; i < extent_count; i++) {
+        const struct onion_copy_extent *extent = &extents[i];
+        if (extent->length == 0 || extent->length > INT64_MAX || extent->destination < 0 || extent->source < -1 ||
+            extent->destination_offset > (uint64_t)INT64_MAX - extent->length ||
+            (extent->source >= 0 && extent->source_offset > (uint64_t)INT64_MAX - extent->length))
+            return -EINVAL;
+    }
+    return 0;
+}
+
+static int continues(const struct onion_copy_extent *before, const struct onion_copy_extent *extent)
+{
+    return before->source == extent->source && before->destination == extent->destination &&
+           before->destination_offset + before->length == extent->destination_offset &&
+           (before->source < 0 || before->source_offset + before->length == extent->source_offset);
+}
+
+/* Sorts and joins in place and returns how many extents are left. */
+static size_t join_extents(struct onion_copy_extent *extents, size_t extent_count)
+{
+    size_t kept = 0;
+
+    if (extent_count == 0)
+        return 0;
+    qsort(extents, extent_count, sizeof *extents, compare_extents);
+    for (size_t i = 1; i < extent_count; i++) {
+        if (continues(&extents[kept], &extents[i]))
+            extents[kept].length += extents[i].length;
+        else
+            extents[++kept] = extents[i];
+    }
+    return kept + 1;
+}
+
+static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *extent, int flags)
+{
+    struct statfs filesystem;
+    struct stat source;
+
+    *pair = (struct copy_pair){.source = extent->source, .destination = extent->destination};
+    if (extent->source < 0)
+        return 0;
+    if (fstat(pair->source, &source) < 0 || fstatfs(pair->destination, &filesystem) < 0)
+        return -errno;
+    pair->source_size_bytes = S_ISREG(source.st_mode) ? (uint64_t)source.st_size : UINT64_MAX;
+    pair->block_bytes = (uint64_t)filesystem.f_bsize;
+    pair->has_range = (flags & ONION_COPY_REFLINK) != 0;
+    pair->has_reflink = pair->has_range && pair->block_bytes > 0 && (pair->block_bytes & (pair->block_bytes - 1)) == 0;
+    return 0;
+}
+
+/* Makes the table of pairs: allocated, to be freed by the caller also on failure. */
+static int find_pairs(struct copy_job *job)
+{
+    size_t pair_count = 0;
+
+    for (size_t i = 0; i < job->extent_count; i++)
+        pair_count += i == 0 || job->extents[i].source != job->extents[i - 1].source ||
+                      job->extents[i].destination != job->extents[i - 1].destination;
+    job->pairs = calloc(pair_count, sizeof *job->pairs);
+    if (!job->pairs)
+        return -ENOMEM;
+    for (size_t i = 0, pair = 0; i < job->extent_count; pair++) {
+        const struct onion_copy_extent *first = &job->extents[i];
+        int status = open_pair(&job->pairs[pair], first, job->flags);
+
+        if (status < 0)
+            return status;
+        while (i < job->extent_count && job->extents[i].source == first->source &&
+               job->extents[i].destination == first->destination)
+            i++;
+        job->pairs[pair].extent_end = i;
+    }
+    return 0;
+}
+
+int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
+               struct onion_copy_progress *progress)
+{
+    struct copy_job job = {.extents = extents, .flags = flags, .progress = progress,
+                           .lock = PTHREAD_MUTEX_INITIALIZER, .writing = PTHREAD_MUTEX_INITIALIZER};
+    void *zeros = NULL;
+    int status;
+
+    if (threads < 1 || threads > ONION_WORKERS_MAX || check_extents(extents, extent_count) < 0)
+        return -EINVAL;
+    if (extent_count == 0)
+        return 0;
+    if (posix_memalign(&zeros, ALIGNMENT_BYTES, BUFFER_BYTES) != 0)
+        return -ENOMEM;
+    memset(zeros, 0, BUFFER_BYTES);
+    job.zeros = zeros;
+    clock_gettime(CLOCK_MONOTONIC, &job.refilled);
+    job.extent_count = join_extents(extents, extent_count);
+    status = find_pairs(&job);
+    if (status == 0) {
+        /* One thread for as long as blocks are shared: all of it is done under the destination's lock, and two threads that
+         * take turns at it are slower than one: 65 ms for 1,024 clones on XFS, and 56. */
+        job.alone = job.pairs[0].has_reflink;
+        if (job.alone)
+            copy_pieces(&job);
+        job.alone = 0;
+        onion_run_workers(copy_pieces, &job, threads);
+        status = job.status;
+    }
+    free(job.pairs);
+    free(zeros);
+    return status;
+}

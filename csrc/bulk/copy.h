@@ -1,0 +1,53 @@
+/* copy.h: copies extents between files with several threads: merge into the base, flatten, export, gathering of
+ * segments.
+ *
+ * An extent names open descriptors and byte offsets; the kernel never opens, creates, truncates or syncs a file.
+ * Extents that continue each other on both sides are joined first. Each piece is copied by the first way that the
+ * two files allow: FICLONERANGE (only where both offsets and the length are multiples of the file system's block, or
+ * at the end of both files) and copy_file_range, both only if ONION_COPY_REFLINK is given, because copy_file_range
+ * reflinks too where it can (and, where blocks cannot be shared, only on file servers); then pread and pwrite through a
+ * buffer. Extents are copied in the order of the destination, which is written out behind the copy. */
+#ifndef ONIONSKIN_BULK_COPY_H
+#define ONIONSKIN_BULK_COPY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+enum onion_copy_flags {
+    ONION_COPY_REFLINK = 1,  /* sharing blocks is allowed (never with policy `zero`) */
+    ONION_COPY_ZERO_HOLES = 2, /* ranges that are holes in the source file are made zero in the destination by
+                                 punching (or writing) instead of copying; without it they are copied as bytes.
+                                 Extents with source -1 likewise: without it zeros are always written */
+    ONION_COPY_SOLID = 4     /* sources are not searched for holes: segments have none where a map names slots, and
+                                two seeks an extent cost half as much as copying 64 KiB */
+};
+
+struct onion_copy_extent {
+    int source;             /* -1: write zeros */
+    int destination;
+    uint64_t source_offset; /* bytes */
+    uint64_t destination_offset;
+    uint64_t length;        /* bytes, > 0 */
+};
+
+/* Read and written with atomics while the copy runs. */
+struct onion_copy_progress {
+    uint64_t bytes_done;
+    uint64_t bytes_reflinked; /* of those done: how each was moved */
+    uint64_t bytes_ranged;
+    uint64_t bytes_copied;
+    uint64_t bytes_zeroed;
+    int cancel;             /* set to 1 by another thread: the copy stops within one piece (8 MiB at most) */
+    uint64_t bytes_per_second; /* upper bound of what is read, written or zeroed (sharing is free); 0: none. May be
+                                  changed while the copy runs */
+};
+
+/* Copies all extents, which must not overlap on the destination side, with `threads` threads (1 to 64). A source
+ * that ends early is -EIO; a destination that is full is -ENOSPC; ONION_E_CANCELLED. What was copied so far stays
+ * as it is: copying again is always right. Nothing is durable on return. Sorts and joins `extents` in place. */
+int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
+               struct onion_copy_progress *progress);
+
+#endif

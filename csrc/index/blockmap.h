@@ -1,0 +1,134 @@
+/* blockmap.h: the index that says where each block of a volume is.
+ *
+ * A place is what a block maps to: a segment number (16 bits) and a slot (32 bits), or one of two states without
+ * data. A run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
+ *
+ * Two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run or a leaf. A
+ * leaf is a short sorted list of runs, 8 bytes each, while it is sparse, and a table with one place a block when
+ * it is dense. So a look-up is two or three memory loads whatever the number of layers, and memory follows
+ * fragmentation, not size. The root is anonymous mmap: what nothing was written to costs no memory.
+ *
+ * Threads. Look-ups take no lock and may run beside writers. Writers to one 2 MiB range must be kept apart by the
+ * caller (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`,
+ * which must free it only when no look-up that began before can still be reading it; with retire == NULL nobody
+ * else may use the map during a write, leaves are changed in place, and building is faster. */
+#ifndef ONIONSKIN_INDEX_BLOCKMAP_H
+#define ONIONSKIN_INDEX_BLOCKMAP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint64_t onion_place;
+
+#define ONION_PLACE_HOLE ((onion_place)0)
+#define ONION_PLACE_ZERO ((onion_place)0xFFFF << 32)
+#define ONION_SEGMENT_FIRST 1u
+#define ONION_SEGMENT_LAST 0xFFFEu
+#define ONION_SLOT_LAST 0xFFFFFFFEu
+
+/* 2 MiB of disk for each root entry; a block is at least 4 KiB, so a leaf has at most 512 blocks. */
+#define ONION_RANGE_BYTES_SHIFT 21
+#define ONION_BLOCK_SHIFT_MIN 12
+#define ONION_BLOCK_SHIFT_MAX 21
+
+static inline onion_place onion_place_make(uint32_t segment, uint32_t slot) {
+    return (onion_place)segment << 32 | slot;
+}
+static inline uint32_t onion_place_segment(onion_place place) { return (uint32_t)(place >> 32); }
+static inline uint32_t onion_place_slot(onion_place place) { return (uint32_t)place; }
+static inline int onion_place_is_data(onion_place place) {
+    return onion_place_segment(place) - ONION_SEGMENT_FIRST <= ONION_SEGMENT_LAST - ONION_SEGMENT_FIRST;
+}
+/* The place `blocks` blocks further into a run that begins at `place`. */
+static inline onion_place onion_place_advance(onion_place place, uint64_t blocks) {
+    return onion_place_is_data(place) ? place + blocks : place;
+}
+
+struct onion_run {
+    uint64_t block_index;
+    uint64_t block_count;
+    onion_place place; /* of the first block; DATA runs go on in the slots that follow */
+};
+
+/* Takes over a leaf, to free() it later. */
+typedef void (*onion_retire_fn)(void *context, void *leaf);
+
+struct onion_map {
+    uint64_t *root;          /* root_count entries, see blockmap.c */
+    uint64_t root_count;
+    size_t root_bytes;       /* of the mapping behind root */
+    uint64_t *touched;       /* a bit for each 512 entries of the root, see blockmap.c */
+    uint64_t block_count;
+    uint32_t range_shift;    /* log2 of the blocks under one root entry: 0 to 9 */
+    int64_t leaf_bytes;      /* memory held by leaves, kept with atomics */
+    onion_retire_fn retire;  /* NULL: nobody reads during writes */
+    void *retire_context;
+};
+
+/* An empty map (all HOLE) of block_count blocks of 1 << block_shift bytes. -ENOMEM, -EINVAL. */
+int onion_map_init(struct onion_map *map, uint64_t block_count, uint32_t block_shift);
+/* Frees everything; also good on a zeroed or an already destroyed map. */
+void onion_map_destroy(struct onion_map *map);
+/* Changes the number of blocks. Those past the new end must be HOLE. Nobody else may use the map.
+ * -ENOMEM, or -EINVAL where the disk would pass 2^63 bytes; then nothing has changed. */
+int onion_map_resize(struct onion_map *map, uint64_t block_count);
+/* What a map that has grown leaves behind, while readers may still use it. */
+struct onion_old_root {
+    uint64_t *root, *touched;
+    size_t root_bytes;
+};
+/* Makes room for block_count blocks, rounded up to whole ranges; never fewer than there are. Readers may go on, writers not,
+ * until it returns; *old is to be freed when the readers of before have left. -ENOMEM, -EINVAL: nothing has changed. */
+int onion_map_grow(struct onion_map *map, uint64_t block_count, struct onion_old_root **old);
+void onion_old_root_free(struct onion_old_root *old);
+/* Bytes of memory held: leaves (without those given to retire), and the pages of the root that were touched. */
+uint64_t onion_map_memory(const struct onion_map *map);
+
+static inline uint64_t onion_map_range_of(const struct onion_map *map, uint64_t block_index) {
+    return block_index >> map->range_shift;
+}
+
+/* The place of one block. block_index < block_count. */
+onion_place onion_map_lookup(const struct onion_map *map, uint64_t block_index);
+/* The run at block_index, as long as one look at the index shows it, and at most block_limit blocks. Neighbouring
+ * calls may return runs that continue each other. Returns the run through *run. */
+void onion_map_run_at(const struct onion_map *map, uint64_t block_index, uint64_t block_limit, struct onion_run *run);
+/* The next run that is not HOLE at or after block_index and before block_end; runs that continue each other across
+ * ranges are joined. Returns 1, or 0 where there is none. */
+int onion_map_next(const struct onion_map *map, uint64_t block_index, uint64_t block_end, struct onion_run *run);
+/* places[i] = the place of block_indices[i]; every index must be below block_count. */
+void onion_map_lookup_many(const struct onion_map *map, const uint64_t *block_indices, size_t count,
+                           onion_place *places);
+/* Maps block_count blocks from block_index on to `place` and, for DATA, the slots that follow. HOLE unmaps.
+ * On -ENOMEM the ranges (2 MiB each) before the one that failed are changed and the others are not. */
+int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place);
+/* Lays upper over lower: what is not HOLE in upper replaces what lower has. Segment numbers of upper become
+ * renumber[number] (renumber may be NULL: kept). Blocks of upper past the end of lower are left out. -ENOMEM. */
+int onion_map_fold(struct onion_map *lower, const struct onion_map *upper, const uint16_t *renumber);
+/* A change to blocks of one range. */
+struct onion_change {
+    uint64_t where; /* onion_change_where */
+    onion_place place;
+};
+#define ONION_CHANGE_RANGE_SHIFT 20
+static inline uint64_t onion_change_where(uint64_t range, uint32_t block, uint32_t block_count) {
+    return range << ONION_CHANGE_RANGE_SHIFT | block << 10 | block_count;
+}
+/* Makes many changes at once, each leaf only once. The changes are sorted by range and lie inside the map; within a range
+ * later ones go over earlier ones. Nobody may read meanwhile (retire == NULL). slots_end[segment] is raised to the end of
+ * the highest slot that a changed range names now. -ENOMEM: the ranges before the one that failed are changed. */
+int onion_map_apply(struct onion_map *map, const struct onion_change *changes, size_t count, uint64_t *slots_end);
+
+/* The first range from `range` on in which some block is not HOLE, or UINT64_MAX. */
+uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range);
+/* Lays a range of `below` (NULL: all HOLE) under what the map has there. A block that is HOLE, or DATA in a segment of which
+ * gone[number] is not 0, gets the place that below has for it; where that is HOLE too, it becomes HOLE with `drop` and
+ * stays as it is without. Readers see each block as before or as after. The caller keeps writers to the range away.
+ * -ENOMEM: nothing has changed. */
+int onion_map_put_below(struct onion_map *map, uint64_t range, const struct onion_map *below, const unsigned char *gone,
+                        int drop);
+
+/* How many blocks are DATA in lower and not HOLE in upper: the slots that a merge of the two frees. */
+uint64_t onion_map_count_shadowed(const struct onion_map *lower, const struct onion_map *upper);
+
+#endif

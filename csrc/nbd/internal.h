@@ -1,0 +1,250 @@
+/* internal.h: what the files of the NBD server share. Private to them, their check and their fuzzer. */
+#ifndef ONIONSKIN_NBD_INTERNAL_H
+#define ONIONSKIN_NBD_INTERNAL_H
+
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include "nbd/protocol.h"
+#include "nbd/server.h"
+
+enum {
+    ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* longer ones are answered TOO_BIG ... */
+    ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* ... or, longer than this, by closing */
+    ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
+    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
+    ONION_NBD_HANDSHAKE_SECONDS = 30,
+    ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
+    ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
+    ONION_NBD_BATCH_MAX = 32,             /* writes that share system calls */
+    ONION_NBD_QUEUE_MAX = 64,             /* requests that wait for the helper */
+    ONION_NBD_EVENTS_MAX = 256,
+};
+
+/* Ids of contexts on the wire. Those of changed-since contexts follow. */
+enum { ONION_NBD_ID_ALLOCATION = 1, ONION_NBD_ID_DEPTH = 2, ONION_NBD_ID_CHANGED = 3 };
+
+/* A changed-since context. Changes only while its export is held; lives as long as the export. */
+struct onion_nbd_context {
+    struct onion_nbd_context *next;
+    char *name;
+    uint32_t id;
+    uint64_t mark;
+    int all_changed;
+    uint64_t (*runs)[2];
+    size_t run_count;
+};
+
+/* What an export is called. Lives as long as the export, though that may have another one meanwhile. */
+struct onion_nbd_label {
+    struct onion_nbd_label *former;
+    char *name, *description;
+};
+
+struct onion_nbd_export {
+    struct onion_nbd_export *next;
+    uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
+    struct onion_nbd_label *label;  /* atomic; set with the server's lock */
+    struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
+    int read_only;
+    pthread_mutex_t lock; /* guards the rest */
+    pthread_cond_t changed;
+    struct onion_volume *volume; /* NULL: removed */
+    uint64_t generation;         /* of the volume: replies of another one are not continued */
+    uint32_t in_flight;
+    uint32_t holds;
+    struct onion_nbd_context *contexts;
+    uint32_t next_context_id;
+};
+
+/* A growing buffer for what a negotiation answers. */
+struct onion_nbd_out {
+    unsigned char *bytes;
+    size_t length, capacity;
+    int failed; /* memory was missing */
+};
+
+/* What option haggling has settled so far. Needs no socket. */
+struct onion_nbd_session {
+    struct onion_nbd_server *server;
+    int tls, require_tls, no_zeroes;
+    int structured;
+    uint32_t listed_length; /* of the export that was listed last; 0: a list begins */
+    char listed[ONION_NBD_NAME_MAX];
+    struct onion_nbd_export *chosen;      /* holds a reference */
+    struct onion_nbd_export *meta_export; /* that the contexts were selected for; holds a reference */
+    uint32_t context_count;
+    uint32_t context_ids[ONION_NBD_CONTEXTS_MAX];
+    struct onion_nbd_context *contexts[ONION_NBD_CONTEXTS_MAX]; /* NULL for the two fixed ones */
+};
+
+/* MORE_REPLIES: what was answered is sent, and the same option given again. */
+enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE, ONION_NBD_MORE_REPLIES };
+
+/* A request on its way to the helper, with its payload. */
+struct onion_nbd_job {
+    struct onion_nbd_request request;
+    unsigned char *payload; /* NULL: none */
+    uint32_t error;
+    int flush_wanted;
+    int64_t received_ns;
+    unsigned char *reply; /* NULL: a plain one */
+    size_t reply_length;
+};
+
+struct onion_nbd_helper {
+    pthread_t thread;
+    pthread_mutex_t lock; /* guards the rest */
+    pthread_cond_t changed;
+    int started, ending;
+    uint32_t busy; /* jobs taken and not yet answered */
+    uint32_t head, count;
+    uint64_t bytes; /* payloads of all jobs queued or busy */
+    struct onion_nbd_job queue[ONION_NBD_QUEUE_MAX];
+};
+
+/* A reply on its way out: a chunk (header, data, tail), and for reads what follows it. See reply.c. */
+struct onion_nbd_reply {
+    uint64_t cookie, offset; /* of what is not laid out yet */
+    uint32_t left;
+    uint64_t at; /* of the chunk's data */
+    uint32_t data_left;
+    uint16_t flags;
+    unsigned char header[32], tail[32];
+    uint8_t header_length, header_sent, tail_length, tail_sent;
+    uint8_t is_read;
+    uint8_t begun;    /* bytes of it are in the socket */
+    uint8_t padding;  /* the chunk's data could not be read: zeros complete it, its tail says so */
+    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could say otherwise */
+};
+
+struct onion_nbd_connection {
+    struct onion_nbd_connection *next, **link; /* in the server's list */
+    struct onion_nbd_server *server;
+    uint64_t id;
+    int fd;
+    char peer[128];
+    int flags;
+    uint32_t client_flags;
+    int negotiating;
+    int gives_way; /* it is ended for another one; with the server's lock */
+    int broken; /* atomic: nothing more can be sent */
+    struct onion_nbd_session session;
+    struct onion_nbd_counters counters; /* atomic each */
+
+    /* Only the connection's own thread uses these. */
+    unsigned char *in;
+    size_t in_from, in_to;
+    int requests_come_fast;
+    int64_t received_ns;               /* when the last bytes came */
+    uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
+    unsigned char *payload; /* kept from one large write to the next */
+    size_t payload_capacity;
+    unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
+    struct onion_volume *volume; /* while in flight; NULL also where the export is gone */
+    int in_flight;
+    uint32_t gone; /* the error to answer while volume is NULL */
+    uint64_t generation;
+    struct onion_nbd_reply replies[ONION_NBD_REPLIES_MAX];
+    uint32_t reply_count;
+
+    pthread_mutex_t send_lock;
+    struct onion_nbd_helper helper;
+};
+
+struct onion_nbd_server {
+    struct onion_nbd_options options;
+    pthread_mutex_t lock;
+    pthread_cond_t closed; /* a connection ended */
+    struct onion_nbd_export *exports;
+    char *default_name;
+    struct onion_nbd_connection *connections;
+    uint32_t connection_count;
+    uint64_t next_id;
+    int stopping; /* atomic */
+    struct onion_nbd_counters past; /* of connections that ended */
+
+    pthread_mutex_t event_lock;
+    int event_fd;
+    char (*events)[ONION_NBD_EVENT_BYTES];
+    uint32_t event_head, event_count;
+    uint64_t events_dropped;
+};
+
+static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_nbd_export *export) {
+    return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
+}
+
+/* ---- server.c ---- */
+
+/* With a reference, or NULL. name is any bytes. */
+struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length);
+void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *export);
+/* The volume, with a request counted as in flight on it, or NULL where the export is gone. Waits while it is held. */
+struct onion_volume *onion_nbd_enter(struct onion_nbd_export *export, uint64_t *generation);
+void onion_nbd_leave(struct onion_nbd_export *export);
+/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
+ * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
+int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
+void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ---- handshake.c ---- */
+
+/* Takes one option with its data, appends the answer to out, and says how to go on. */
+enum onion_nbd_next onion_nbd_option(struct onion_nbd_session *session, const struct onion_nbd_option *option,
+                                     const unsigned char *data, struct onion_nbd_out *out);
+void onion_nbd_session_end(struct onion_nbd_session *session);
+/* The whole of it on a connection's socket: 1 when transmission may begin, 0 when the connection is to be closed. */
+int onion_nbd_negotiate(struct onion_nbd_connection *connection);
+
+/* ---- reply.c ---- */
+
+/* All of it, waiting for a slow client: 0 or -errno. The caller holds the send lock, if others may send. */
+int onion_nbd_send_all(struct onion_nbd_connection *connection, const void *bytes, size_t length);
+/* Adds a reply to those that are sent together; sends them first where there is no room. */
+int onion_nbd_reply_status(struct onion_nbd_connection *connection, uint64_t cookie, uint32_t error);
+int onion_nbd_reply_read(struct onion_nbd_connection *connection, const struct onion_nbd_request *request);
+/* Sends what was added: 0, or -errno when the connection is of no more use. */
+int onion_nbd_send_replies(struct onion_nbd_connection *connection);
+size_t onion_nbd_encode_status(const struct onion_nbd_session *session, uint64_t cookie, uint32_t error,
+                               unsigned char *out);
+
+/* Counts the connection's own requests in flight; enter may be called again, and leaves c->volume NULL where the export is
+ * gone. Nobody waits for a socket, a queue or a lock of another connection's before leave. */
+void onion_nbd_connection_enter(struct onion_nbd_connection *connection);
+void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
+
+/* ---- transmission.c ---- */
+
+void onion_nbd_transmit(struct onion_nbd_connection *connection);
+void onion_nbd_limits(const struct onion_nbd_session *session, const struct onion_volume *volume,
+                      struct onion_nbd_limits *limits);
+int64_t onion_nbd_now_ns(void);
+static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
+    __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+
+/* ---- write_batch.c ---- */
+
+/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests, payloads behind each other; errors are zero before. */
+void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_request *requests, uint32_t count,
+                           const unsigned char *payloads, uint32_t *errors);
+
+/* ---- worker.c ---- */
+
+/* Gives a request to the helper; the payload becomes its own. Waits while too much is queued. 0 or -errno. */
+int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
+                    unsigned char *payload);
+/* Runs a request that needs no thread of its own. */
+uint32_t onion_nbd_run_zero(struct onion_volume *volume, const struct onion_nbd_request *request);
+int onion_nbd_helper_idle(struct onion_nbd_connection *connection);
+/* Waits until all jobs are answered, and ends the thread. */
+void onion_nbd_helper_end(struct onion_nbd_connection *connection);
+
+/* ---- block_status.c ---- */
+
+/* The reply to BLOCK_STATUS, allocated: 0 or a negative code. */
+int onion_nbd_block_status(struct onion_volume *volume, const struct onion_nbd_session *session,
+                           const struct onion_nbd_request *request, unsigned char **reply, size_t *reply_length);
+
+#endif

@@ -1,0 +1,169 @@
+/* internal.h: what recovery.c, lifecycle.c (reads, writes), flush.c (flush, seal, rewrite) share. Private to them. */
+#ifndef ONIONSKIN_VOLUME_INTERNAL_H
+#define ONIONSKIN_VOLUME_INTERNAL_H
+
+#include <pthread.h>
+
+#include "base/barrier.h"
+#include "base/epoch.h"
+#include "base/mappings.h"
+#include "base/site.h"
+#include "index/bulk_build.h"
+#include "volume/journal.h"
+#include "volume/segment.h"
+#include "volume/volume.h"
+
+#define ONION_STRIPES 256
+
+/* A slot that a pending record freed. */
+struct onion_freed {
+    uint32_t segment;
+    uint32_t slot;
+    uint32_t count;
+};
+
+/* Map changes since the last flush, in order. Records name segments by their number in the index; a SEGMENT record, which is
+ * for who finds them in the journal, says which that is. */
+struct onion_pending {
+    struct onion_record *records; /* in a half of the journal, or in the heap */
+    size_t record_count, record_capacity;
+    uint64_t *published; /* the half's count: what is counted there survives the process. NULL: in the heap */
+    size_t join_from;    /* records before this one are not to be changed any more */
+    int is_held;         /* nothing more is published: part of a change that is whole or did not happen */
+    uint32_t declared;   /* the segment of the last SEGMENT record */
+    struct onion_freed *freed;
+    size_t freed_count, freed_capacity;
+    uint64_t freed_slots; /* in all of them */
+    /* Where the volume flushes by itself; later after an attempt that found the disk full. */
+    size_t flush_at_records;
+    uint64_t flush_at_slots;
+};
+
+/* What may wait for a flush that nobody asks for: records (memory, and the size of a frame) and bytes that were freed, which a
+ * guest could else write and trim without end. Above the second bound writers wait. */
+#define ONION_WAITING_RECORDS_MAX (1u << 18)
+#define ONION_WAITING_BYTES_MAX (16ull << 20)
+#define ONION_WAITING_BYTES_HARD (32ull << 20)
+
+/* The head's map log: where the next frame goes. */
+struct onion_head_log {
+    char *path;
+    unsigned char map_id[ONION_UUID_BYTES];
+    int fd; /* -1: no file yet */
+    struct onion_log_cursor cursor;
+    uint32_t numbers_given;
+    uint64_t record_count;
+    uint64_t room_end; /* up to here the file has been written: frames, then zeros */
+    int is_new;        /* header and name are not synced yet */
+};
+
+struct onion_volume {
+    uint32_t block_size, block_shift, blocks_per_range;
+    uint64_t size_bytes; /* atomic: readers check against it */
+    int wipe_zero, writable;
+    uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
+    int poisoned, closed, forked; /* atomic */
+    int scrub_wanted;             /* atomic: some segment's is set, or was */
+    int flush_wanted;             /* atomic: more waits for a flush than should */
+    uint64_t log_bytes, compact_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
+    char *segments_directory, *layers_directory;
+
+    struct onion_map index;
+    struct onion_build build; /* what was replayed, until the index is made of it */
+    struct onion_epoch epoch;
+    struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 places */
+    uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
+    struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
+    uint32_t vacant_count;
+    uint64_t mappings;               /* set aside: see base/mappings.h */
+    uint64_t births;                 /* segments ever added */
+    uint64_t below_birth;            /* of the youngest segment that is now part of what HOLE reads */
+    struct onion_below *below;       /* a replacement that is prepared; guarded by the flush gate */
+
+    struct onion_mapping *base; /* NULL: none */
+    uint64_t base_bytes;
+    int nothing_below; /* the head is the only thing there is: HOLE and ZERO read the same */
+
+    pthread_rwlock_t gate;
+    pthread_mutex_t stripes[ONION_STRIPES];
+    pthread_mutex_t slots_lock;
+    pthread_mutex_t pending_lock;
+    struct onion_pending pending;
+    struct onion_journal journal;
+
+    pthread_mutex_t flush_lock; /* guards the two below; the gate is closed while flush_busy */
+    pthread_cond_t flush_free;
+    int flush_busy;
+
+    uint64_t generation; /* of the head; a segment is the head's if it carries the same */
+    uint32_t own;        /* number of the segment that new blocks go to */
+    uint32_t spare;      /* number of the next head's; 0: none */
+    struct onion_segment *next_spare; /* memory for the one after it, while a seal waits for its outcome */
+    struct onion_head_log log;
+    struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
+    pthread_mutex_t prepare_lock;   /* guards the next, and who makes the spare's file */
+    struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
+    uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
+    int sealing, rewriting;
+    int frozen; /* the gate is held, for who closes or thaws the volume */
+};
+
+/* 0, or why no verb may run now. */
+int onion_volume_usable(const struct onion_volume *volume);
+/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+/* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
+static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
+    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+}
+
+static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
+    __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
+}
+/* Maps the raw image that fd is open on, through a descriptor of its own. */
+int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
+void onion_base_release(void *context, void *mapping);
+/* Waits at the flush gate and closes it, or says why there can be no flush; opens it. flush.c's flush_begin. */
+int onion_volume_close_flush_gate(struct onion_volume *volume);
+void onion_volume_open_flush_gate(struct onion_volume *volume);
+int onion_volume_flush_behind_gate(struct onion_volume *volume);
+void onion_below_free(struct onion_below *below);
+/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
+int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
+void onion_volume_retire_leaf(void *context, void *leaf);
+int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
+/* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
+uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
+uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
+/* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
+int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
+/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
+ * that did. The gate is held alone. */
+struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
+uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
+/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
+static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
+    return segment->generation == volume->generation;
+}
+/* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
+ * the stripe. */
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
+/* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
+int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
+                            const void *bytes, int fresh);
+/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
+ * nothing changed. The caller holds pending_lock. */
+int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+int onion_pending_make_room(struct onion_volume *volume);
+/* Flushes by itself where too much waits for it. A full disk is no error here. */
+int onion_volume_relieve(struct onion_volume *volume);
+/* After a write, its locks given up. */
+static inline int onion_volume_after_write(struct onion_volume *volume, int status) {
+    if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
+        return onion_volume_relieve(volume);
+    return status;
+}
+void onion_head_log_close(struct onion_head_log *log);
+
+#endif

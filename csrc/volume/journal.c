@@ -1,0 +1,728 @@
+/* journal.c: see journal.h. */
+#define _GNU_SOURCE
+#include "volume/journal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/vfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/sigbus.h"
+#include "base/store_file.h"
+#include "volume/internal.h"
+
+#define FIRST_BYTES 16384u /* of a half; then it doubles */
+#define HALF_BYTES_MAX (ONION_JOURNAL_RECORDS_MAX * sizeof(struct onion_record))
+
+_Static_assert(sizeof(struct onion_record) == 24, "records lie in the file as they are");
+_Static_assert(HALF_BYTES_MAX % 4096 == 0, "the second half begins on a page");
+_Static_assert(sizeof(struct onion_journal_header) <= ONION_JOURNAL_HEADER_BYTES, "the header has one page");
+
+static off_t half_offset(int half) { return (off_t)(ONION_JOURNAL_HEADER_BYTES + (uint64_t)half * HALF_BYTES_MAX); }
+
+/* ---- which boot, which mount ---- */
+
+enum filesystem_kind {
+    FILESYSTEM_UNIQUE_MOUNT = 1,
+    FILESYSTEM_MOUNT = 2,
+    FILESYSTEM_SYSFS = 3, /* inode of the file system's directory in sysfs: there from mount to unmount, never twice */
+    FILESYSTEM_MEMORY = 4,
+};
+
+static int read_boot_id(unsigned char *out) {
+    char text[64] = {0};
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    int digits = 0;
+    if (fd >= 0)
+        close(fd);
+    for (ssize_t i = 0; i < length && digits < 32; i++) {
+        char *end, digit[2] = {text[i], 0};
+        unsigned value = (unsigned)strtoul(digit, &end, 16);
+        if (end == digit)
+            continue;
+        out[digits / 2] = (unsigned char)(digits % 2 ? out[digits / 2] | value : value << 4);
+        digits++;
+    }
+    return digits == 32 ? 0 : -ENOSYS;
+}
+
+/* A service that is started again may see its disk through another mount of the same file system (systemd gives each start
+ * a tree of mounts of its own). So where the file system itself can be told from a later mounting of it, that is asked. */
+static uint64_t sysfs_inode(dev_t device, const char *type) {
+    char link[64], target[4096], node[4200];
+    struct stat info;
+    snprintf(link, sizeof link, "/sys/dev/block/%u:%u", major(device), minor(device));
+    ssize_t length = readlink(link, target, sizeof target - 1);
+    if (length <= 0)
+        return 0;
+    target[length] = 0;
+    const char *name = strrchr(target, '/');
+    snprintf(node, sizeof node, "/sys/fs/%s/%s", type, name ? name + 1 : target);
+    return stat(node, &info) ? 0 : info.st_ino;
+}
+
+static uint64_t mount_id(int fd, uint32_t *kind) {
+    unsigned char answer[256] = {0}; /* struct statx, which not every C library has */
+    uint32_t mask;
+    uint64_t id;
+    if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x5000u /* MNT_ID, MNT_ID_UNIQUE */, answer))
+        return 0;
+    memcpy(&mask, answer, sizeof mask);
+    memcpy(&id, answer + 0x90, sizeof id);
+    *kind = mask & 0x4000 ? FILESYSTEM_UNIQUE_MOUNT : FILESYSTEM_MOUNT;
+    return mask & 0x5000 ? id : 0;
+}
+
+/* Fills in what tells this boot and this mount from others. */
+static int describe_here(int fd, struct onion_journal_header *header) {
+    struct stat info;
+    struct statfs fs;
+    int status = fstat(fd, &info) || fstatfs(fd, &fs) ? -errno : read_boot_id(header->boot_id);
+    if (status < 0)
+        return status;
+    const char *type = fs.f_type == 0xEF53 ? "ext4" : fs.f_type == 0x58465342 ? "xfs" : fs.f_type == (long)0xF2F52010 ? "f2fs" : NULL;
+    header->device = info.st_dev;
+    header->filesystem_kind = FILESYSTEM_MEMORY;
+    header->filesystem = 0;
+    if (fs.f_type == 0x01021994) /* tmpfs: its files end with the mount */
+        return 0;
+    header->filesystem_kind = FILESYSTEM_SYSFS;
+    header->filesystem = type ? sysfs_inode(info.st_dev, type) : 0;
+    if (!header->filesystem)
+        header->filesystem = mount_id(fd, &header->filesystem_kind);
+    return header->filesystem ? 0 : -ENOSYS;
+}
+
+static int is_of_here(const struct onion_journal_header *found, const struct onion_journal_header *here) {
+    return !memcmp(found->boot_id, here->boot_id, sizeof here->boot_id) && found->device == here->device &&
+           found->filesystem == here->filesystem && found->filesystem_kind == here->filesystem_kind;
+}
+
+static uint64_t monotonic_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---- guarded access ---- */
+
+struct copy {
+    void *to;
+    const void *from;
+    size_t length;
+};
+
+static int copy_from(void *context) {
+    struct copy *copy = context;
+    onion_fault_watch(copy->from, copy->length);
+    memcpy(copy->to, copy->from, copy->length);
+    onion_fault_unwatch();
+    return 0;
+}
+
+static int copy_to(void *context) {
+    struct copy *copy = context;
+    onion_fault_watch(copy->to, copy->length);
+    memcpy(copy->to, copy->from, copy->length);
+    onion_fault_unwatch();
+    return 0;
+}
+
+int onion_journal_copy(struct onion_record *to, const struct onion_record *from, size_t count) {
+    struct copy copy = {to, from, count * sizeof *from};
+    return onion_fault_run(copy_from, &copy);
+}
+
+/* In the order that they are written in: a process that dies in between leaves what is stored before. */
+static int store_bytes(void *to, const void *from, size_t length) {
+    struct copy copy = {to, from, length};
+    int status = onion_fault_run(copy_to, &copy);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    return status;
+}
+
+static int store_count(struct onion_journal *journal, int half, uint64_t count) {
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    return store_bytes(&journal->header->halves[half].record_count, &count, sizeof count);
+}
+
+/* ---- the file ---- */
+
+void onion_journal_init(struct onion_journal *journal) {
+    memset(journal, 0, sizeof *journal);
+    journal->fd = journal->found_fd = -1;
+}
+
+int onion_journal_set_path(struct onion_volume *volume, const char *path) {
+    volume->journal.opened_ns = monotonic_ns();
+    if (path && !(volume->journal.path = strdup(path)))
+        return -ENOMEM;
+    return 0;
+}
+
+/* Gives a range of the file blocks; where the file system cannot, zeros do. */
+static int allocate(int fd, off_t offset, size_t length) {
+    while (fallocate(fd, 0, offset, (off_t)length))
+        if (errno != EINTR) {
+            if (errno != EOPNOTSUPP)
+                return -errno;
+            char *zeros = calloc(1, length);
+            int status = zeros ? onion_pwrite_all(fd, zeros, length, (uint64_t)offset) : -ENOMEM;
+            free(zeros);
+            return status;
+        }
+    return 0;
+}
+
+static int map_shared(int fd, off_t offset, size_t length, void **out) {
+    *out = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+    if (*out == MAP_FAILED) {
+        *out = NULL;
+        return -errno;
+    }
+    madvise(*out, length, MADV_DONTFORK); /* a child must not write here, whatever it does */
+    return 0;
+}
+
+/* Makes a half twice as large. Nobody holds on to its address but under pending_lock. */
+static int grow_half(struct onion_journal *journal, int half) {
+    size_t before = journal->capacity[half] * sizeof(struct onion_record), after = before ? 2 * before : FIRST_BYTES;
+    after = after > HALF_BYTES_MAX ? HALF_BYTES_MAX : after;
+    before = (before + 4095) / 4096 * 4096;
+    if (after <= before)
+        return ONION_E_JOURNAL_FULL;
+    int status = allocate(journal->fd, half_offset(half) + (off_t)before, after - before);
+    if (status < 0)
+        return status;
+    void *mapped = NULL;
+    if (!before)
+        status = map_shared(journal->fd, half_offset(half), after, &mapped);
+    else if ((mapped = mremap(journal->records[half], before, after, MREMAP_MAYMOVE)) == MAP_FAILED)
+        status = -errno;
+    if (status < 0)
+        return status;
+    journal->records[half] = mapped;
+    journal->capacity[half] = after / sizeof(struct onion_record);
+    return 0;
+}
+
+static void unmap_all(struct onion_journal *journal) {
+    for (int half = 0; half < 2; half++) {
+        if (journal->records[half])
+            munmap(journal->records[half], (journal->capacity[half] * sizeof(struct onion_record) + 4095) / 4096 * 4096);
+        journal->records[half] = NULL;
+        journal->capacity[half] = 0;
+    }
+    if (journal->header)
+        munmap(journal->header, ONION_JOURNAL_HEADER_BYTES);
+    journal->header = NULL;
+    if (journal->fd >= 0)
+        close(journal->fd);
+    journal->fd = -1;
+}
+
+static void close_found(struct onion_journal *journal) {
+    if (journal->found_fd >= 0)
+        close(journal->found_fd);
+    journal->found_fd = -1;
+}
+
+/* Writers go on up to here. A half that a flush has taken must have room for what comes meanwhile. */
+static void set_limit(struct onion_volume *volume) {
+    const struct onion_journal *journal = &volume->journal;
+    size_t limit = journal->capacity[journal->current];
+    if (journal->taken_count) {
+        size_t left = journal->capacity[!journal->current] - journal->taken_count;
+        limit = left < limit ? left : limit;
+    }
+    volume->pending.record_capacity = limit;
+}
+
+static void use_half(struct onion_volume *volume, int half) {
+    struct onion_journal *journal = &volume->journal;
+    journal->current = half;
+    volume->pending.records = journal->records[half];
+    volume->pending.published = &journal->header->halves[half].record_count;
+}
+
+/* Whether the file at the path is of a path of the same volume that was opened later than this one: so this one is about to
+ * be closed, and what is written to it is dropped. */
+static int is_replaced(const struct onion_journal *journal, const struct onion_journal_header *here) {
+    struct onion_journal_header found;
+    int fd = open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    int replaced = fd >= 0 && onion_pread_all(fd, &found, sizeof found, 0) == 0 && is_of_here(&found, here) &&
+                   !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) && found.opened_ns > journal->opened_ns;
+    if (fd >= 0)
+        close(fd);
+    return replaced;
+}
+
+/* On btrfs a write to a mapped page wants a new place for it, and SIGBUS where a full disk has none; a file that is
+ * overwritten in place has its blocks. It has to be asked for before there are any. */
+static void overwrite_in_place(int fd) {
+    int flags = 0;
+    if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
+        flags |= FS_NOCOW_FL;
+        (void)ioctl(fd, FS_IOC_SETFLAGS, &flags); /* other file systems know nothing of it, and need not */
+    }
+}
+
+/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another path of the volume has the name;
+ * what a process left that was killed here is removed by the next one that opens the volume for writing. */
+static int make_file(struct onion_volume *volume, const char *draft) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_journal_header header = {.magic = ONION_JOURNAL_MAGIC,
+                                          .version = ONION_JOURNAL_VERSION,
+                                          .block_size = volume->block_size,
+                                          .opened_ns = journal->opened_ns};
+    void *mapped = NULL;
+    journal->fd = onion_make_file(draft);
+    if (journal->fd < 0)
+        return journal->fd;
+    overwrite_in_place(journal->fd);
+    int status = describe_here(journal->fd, &header);
+    if (status == 0 && is_replaced(journal, &header))
+        status = -ENOSYS;
+    if (status == 0)
+        status = allocate(journal->fd, 0, ONION_JOURNAL_HEADER_BYTES);
+    if (status == 0)
+        status = map_shared(journal->fd, 0, ONION_JOURNAL_HEADER_BYTES, &mapped);
+    journal->header = mapped;
+    for (int half = 0; half < 2 && status == 0; half++)
+        status = grow_half(journal, half);
+    header.halves[0].order = journal->order = 1;
+    header.halves[0].owner = journal->owner;
+    header.halves[0].alternative = journal->alternative;
+    return status < 0 ? status : store_bytes(journal->header, &header, sizeof header);
+}
+
+/* What is pending already, and in the heap: of a process that died, and not durable yet. */
+static int move_pending(struct onion_volume *volume) {
+    struct onion_pending *pending = &volume->pending;
+    struct onion_record *records = pending->records;
+    size_t count = pending->record_count;
+    int status = 0;
+    use_half(volume, 0);
+    pending->record_count = 0;
+    pending->declared = 0;
+    set_limit(volume);
+    for (size_t i = 0; i < count && status == 0; i++) {
+        while (status == 0 && pending->record_count + 2 > pending->record_capacity) {
+            status = grow_half(&volume->journal, 0);
+            use_half(volume, 0);
+            set_limit(volume);
+        }
+        if (status == 0)
+            status = onion_pending_put(volume, &records[i]);
+    }
+    if (status < 0) {
+        pending->records = records;
+        pending->record_count = pending->record_capacity = count;
+        pending->published = NULL;
+        return status;
+    }
+    free(records);
+    return 0;
+}
+
+static int begin(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    if (journal->heap_taken)
+        return ONION_E_JOURNAL_FULL;
+    char *draft = NULL;
+    int status = -EEXIST;
+    for (int number = 0; status == -EEXIST && number < ONION_JOURNAL_DRAFTS; number++) {
+        free(draft);
+        if (asprintf(&draft, "%s.%d", journal->path, number) < 0)
+            return -ENOMEM;
+        status = make_file(volume, draft);
+    }
+    if (status == -EEXIST) { /* the paths of one volume are fewer: then the records stay in the heap */
+        free(draft);
+        return -ENOSYS;
+    }
+    if (status == 0)
+        status = move_pending(volume);
+    if (status == 0 && rename(draft, journal->path)) {
+        status = -errno;
+        onion_volume_mark_poisoned(volume); /* never seen; what is pending is in a file without a name */
+    }
+    if (status < 0) {
+        unlink(draft);
+        if (!volume->pending.published)
+            unmap_all(journal);
+    } else {
+        close_found(journal);
+    }
+    free(draft);
+    return status;
+}
+
+/* A file system without such mappings: the records stay in the heap, and death of the process loses what was not flushed. */
+static int is_impossible(int status) {
+    return status == -ENODEV || status == -EOPNOTSUPP || status == -ENOSYS || status == -EINVAL;
+}
+
+static int grow(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    size_t needed = volume->pending.record_count + 2;
+    int status = 0;
+    while (status == 0 && needed > journal->capacity[journal->current])
+        status = grow_half(journal, journal->current);
+    while (status == 0 && journal->taken_count && needed > journal->capacity[!journal->current] - journal->taken_count)
+        status = grow_half(journal, !journal->current);
+    use_half(volume, journal->current);
+    set_limit(volume);
+    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG ? ONION_E_JOURNAL_FULL : status;
+}
+
+int onion_journal_make_room(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    int status = journal->header ? grow(volume) : begin(volume);
+    if (is_impossible(status)) {
+        free(journal->path);
+        journal->path = NULL;
+        return 0;
+    }
+    return status;
+}
+
+/* ---- a flush ---- */
+
+static void store_owners(struct onion_volume *volume, int half) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_journal_half *place = &journal->header->halves[half];
+    /* One after the other: while one of them is half stored, the other one holds. */
+    if (store_bytes(&place->owner, &journal->owner, sizeof place->owner) < 0 ||
+        store_bytes(&place->alternative, &journal->alternative, sizeof place->alternative) < 0)
+        onion_volume_mark_poisoned(volume);
+}
+
+static void switch_halves(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_pending *pending = &volume->pending;
+    uint64_t order = ++journal->order;
+    int other = !journal->current;
+    store_owners(volume, other);
+    if (store_bytes(&journal->header->halves[other].order, &order, sizeof order) < 0)
+        onion_volume_mark_poisoned(volume);
+    journal->taken_count = pending->record_count;
+    *pending = (struct onion_pending){0};
+    use_half(volume, other);
+    set_limit(volume);
+}
+
+void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch, const struct onion_journal_owner *owner,
+                        const struct onion_journal_owner *alternative) {
+    static const struct onion_journal_owner none;
+    struct onion_journal *journal = &volume->journal;
+    journal->owner = *owner;
+    journal->alternative = alternative ? *alternative : none;
+    if (!batch->record_count) { /* what comes goes where it would have gone */
+        batch->records = NULL;
+        batch->published = NULL;
+        if (journal->header)
+            store_owners(volume, journal->current);
+    } else if (journal->header) {
+        switch_halves(volume);
+    } else {
+        journal->heap_taken = journal->path != NULL;
+        volume->pending = (struct onion_pending){0};
+    }
+}
+
+/* Lets records go on from a later frame of the same map. No frames are any: whenever the process dies, one of the states
+ * that are stored here is right. */
+static int advance(struct onion_journal_owner *place, const struct onion_journal_owner *now) {
+    static const uint64_t any;
+    int status = store_bytes(&place->frames, &any, sizeof any);
+    if (status == 0)
+        status = store_bytes(&place->crc, &now->crc, sizeof now->crc);
+    return status < 0 ? status : store_bytes(&place->frames, &now->frames, sizeof now->frames);
+}
+
+static void advance_owners(struct onion_volume *volume, const struct onion_journal_owner *now) {
+    struct onion_journal *journal = &volume->journal;
+    int is_owner = !memcmp(journal->owner.map_id, now->map_id, ONION_UUID_BYTES);
+    struct onion_journal_owner *mine = is_owner ? &journal->owner : &journal->alternative;
+    if (memcmp(mine->map_id, now->map_id, ONION_UUID_BYTES))
+        return;
+    *mine = *now;
+    if (!journal->header)
+        return;
+    struct onion_journal_half *half = &journal->header->halves[journal->current];
+    if (advance(is_owner ? &half->owner : &half->alternative, now) < 0)
+        onion_volume_mark_poisoned(volume);
+}
+
+void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now) {
+    struct onion_journal *journal = &volume->journal;
+    advance_owners(volume, now);
+    if (journal->found_fd >= 0) { /* what it held is in the frame now */
+        (void)!ftruncate(journal->found_fd, 0);
+        close_found(journal);
+    }
+    journal->heap_taken = 0;
+    if (!journal->header)
+        return;
+    if (store_count(journal, !journal->current, 0) < 0)
+        onion_volume_mark_poisoned(volume); /* or its records would go over those of slots that are used again */
+    journal->taken_count = 0;
+    set_limit(volume);
+}
+
+int onion_journal_put_back(struct onion_volume *volume, struct onion_pending *batch) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_pending *later = &volume->pending;
+    int newer = journal->current, older = !newer;
+    struct onion_record *copied = malloc((later->record_count + 1) * sizeof *copied);
+    int status = copied ? onion_journal_copy(copied, later->records, later->record_count) : -ENOMEM;
+    if (status == 0)
+        status = store_bytes(journal->records[older] + batch->record_count, copied, later->record_count * sizeof *copied);
+    free(copied);
+    uint64_t count = batch->record_count + later->record_count;
+    /* First all of it in the older half, and twice what is in the newer one, which changes nothing. */
+    if (status == 0 && !batch->is_held)
+        status = store_count(journal, older, count);
+    if (status == 0)
+        status = store_count(journal, newer, 0);
+    journal->taken_count = 0;
+    use_half(volume, older);
+    set_limit(volume);
+    later->declared = later->record_count ? later->declared : batch->declared;
+    later->is_held = batch->is_held;
+    later->join_from = 0;
+    later->record_count = count;
+    return status;
+}
+
+/* ---- whose the records are ---- */
+
+void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner) {
+    volume->journal.owner = *owner;
+}
+
+void onion_journal_add_owner(struct onion_volume *volume, const struct onion_journal_owner *alternative) {
+    struct onion_journal *journal = &volume->journal;
+    journal->alternative = *alternative;
+    if (journal->header)
+        store_owners(volume, journal->current);
+}
+
+void onion_journal_settle_owner(struct onion_volume *volume, const unsigned char *map_id) {
+    static const struct onion_journal_owner none;
+    struct onion_journal *journal = &volume->journal;
+    if (!memcmp(journal->alternative.map_id, map_id, ONION_UUID_BYTES))
+        journal->owner = journal->alternative;
+    journal->alternative = none;
+    if (journal->header)
+        store_owners(volume, journal->current);
+}
+
+/* ---- a failed sync ---- */
+
+void onion_journal_mark_poisoned(struct onion_volume *volume) {
+    static const uint32_t one = 1;
+    struct onion_journal *journal = &volume->journal;
+    pthread_mutex_lock(&volume->pending_lock);
+    if (!journal->header && journal->found_fd >= 0)
+        (void)onion_pwrite_all(journal->found_fd, &one, sizeof one, offsetof(struct onion_journal_header, poisoned));
+    else if (journal->path && (journal->header || begin(volume) == 0))
+        (void)store_bytes(&journal->header->poisoned, &one, sizeof one);
+    pthread_mutex_unlock(&volume->pending_lock);
+}
+
+void onion_journal_clear_poisoned(struct onion_volume *volume) {
+    static const uint32_t zero;
+    struct onion_journal *journal = &volume->journal;
+    journal->found_poisoned = 0;
+    if (volume->pending.record_count) {
+        (void)onion_pwrite_all(journal->found_fd, &zero, sizeof zero, offsetof(struct onion_journal_header, poisoned));
+    } else {
+        (void)!ftruncate(journal->found_fd, 0);
+        close_found(journal);
+    }
+}
+
+/* ---- what a process that died left behind ---- */
+
+struct found {
+    struct onion_journal_header header;
+    struct onion_record *records[2];
+};
+
+/* The file at the path: 1 where it is of this boot and mount, and its counts fit its length. */
+static int read_found(struct onion_volume *volume, struct found *found) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_journal_header here = {0};
+    struct stat info;
+    int access = volume->writable ? O_RDWR : O_RDONLY;
+    journal->found_fd = open(journal->path, access | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    if (journal->found_fd < 0 || fstat(journal->found_fd, &info) || !S_ISREG(info.st_mode) ||
+        onion_pread_all(journal->found_fd, &found->header, sizeof found->header, 0) < 0 ||
+        describe_here(journal->found_fd, &here) < 0)
+        return 0;
+    if (memcmp(found->header.magic, ONION_JOURNAL_MAGIC, sizeof here.magic) ||
+        found->header.version != ONION_JOURNAL_VERSION || found->header.block_size != volume->block_size ||
+        !is_of_here(&found->header, &here))
+        return 0;
+    for (int half = 0; half < 2; half++) {
+        uint64_t count = found->header.halves[half].record_count;
+        if (count > ONION_JOURNAL_RECORDS_MAX ||
+            (count && (uint64_t)half_offset(half) + count * sizeof(struct onion_record) > (uint64_t)info.st_size))
+            return 0;
+    }
+    return 1;
+}
+
+static int is_owner(const struct onion_volume *volume, const struct onion_journal_owner *owner, const unsigned char *log,
+                    uint64_t length) {
+    return !memcmp(owner->map_id, volume->log.map_id, ONION_UUID_BYTES) &&
+           (owner->frames == 0 || (log && onion_log_passes(log, length, owner->frames, owner->crc)));
+}
+
+/* Slots that the file of a segment holds in full. */
+static uint64_t slots_of(const struct onion_segment *segment) {
+    struct stat info;
+    if (lstat(segment->path, &info) || !S_ISREG(info.st_mode) || (uint64_t)info.st_size < ONION_HEADER_BYTES)
+        return 0;
+    return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+}
+
+/* Where records name segments by the numbers of the opening that wrote them. */
+struct translation {
+    struct onion_volume *volume;
+    uint32_t segment_first;
+    uint16_t number_of[ONION_SEGMENT_LAST + 1];
+    uint64_t slots[ONION_SEGMENT_LAST + 1];
+};
+
+static int name_segment(struct translation *translation, const struct onion_record *record) {
+    unsigned char uuid[ONION_UUID_BYTES];
+    onion_record_uuid(record, uuid);
+    uint32_t number = onion_volume_find_segment(translation->volume, uuid);
+    if (number < translation->segment_first || !translation->volume->segments[number]->own)
+        return ONION_E_FORMAT;
+    translation->number_of[record->segment] = (uint16_t)number;
+    translation->slots[record->segment] = slots_of(translation->volume->segments[number]);
+    return 0;
+}
+
+/* Takes over one record of those found, which is checked as one of a log is. */
+static int take_record(struct translation *translation, const struct onion_record *raw) {
+    struct onion_volume *volume = translation->volume;
+    struct onion_pending *pending = &volume->pending;
+    struct onion_record record = *raw;
+    if (!onion_record_is_sound(&record, ONION_VOLUME_BYTES_MAX >> volume->block_shift))
+        return ONION_E_FORMAT;
+    switch (record.kind) {
+    case ONION_RECORD_SEGMENT:
+        return name_segment(translation, &record);
+    case ONION_RECORD_DATA:
+        if (!translation->number_of[record.segment] ||
+            (uint64_t)record.slot + record.block_count > translation->slots[record.segment])
+            return ONION_E_FORMAT;
+        record.segment = translation->number_of[record.segment];
+        break;
+    case ONION_RECORD_HOLE:
+    case ONION_RECORD_ZERO: /* both meant that zeros are read; which of them says so now depends on what is below now */
+        record.kind = volume->nothing_below ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
+        break;
+    default:
+        return ONION_E_FORMAT;
+    }
+    pending->records[pending->record_count++] = record;
+    return 0;
+}
+
+static int take_half(struct onion_volume *volume, const struct found *found, int half, uint32_t segment_first) {
+    uint64_t count = found->header.halves[half].record_count;
+    struct onion_record *records = malloc((count + 1) * sizeof *records);
+    struct translation *translation = calloc(1, sizeof *translation);
+    int status = records && translation ? onion_pread_all(volume->journal.found_fd, records, count * sizeof *records,
+                                                          (uint64_t)half_offset(half))
+                                        : -ENOMEM;
+    if (translation) {
+        translation->volume = volume;
+        translation->segment_first = segment_first;
+    }
+    for (uint64_t i = 0; i < count && status == 0; i++)
+        status = take_record(translation, &records[i]);
+    free(records);
+    free(translation);
+    return status;
+}
+
+/* 0 also where nothing applies; -ENOMEM, -EIO, or ONION_E_FORMAT where something should and is not sound. */
+static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log, uint64_t length,
+                       uint32_t segment_first) {
+    const struct onion_journal_half *halves = found->header.halves;
+    int first = halves[0].order <= halves[1].order ? 0 : 1, status = 0;
+    volume->pending.records = malloc((halves[0].record_count + halves[1].record_count + 1) * sizeof *volume->pending.records);
+    if (!volume->pending.records)
+        return -ENOMEM;
+    for (int i = 0; i < 2 && status == 0; i++) {
+        int half = first ^ i;
+        if (halves[half].record_count && (is_owner(volume, &halves[half].owner, log, length) ||
+                                          is_owner(volume, &halves[half].alternative, log, length)))
+            status = take_half(volume, found, half, segment_first);
+    }
+    return status;
+}
+
+int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first) {
+    struct onion_journal *journal = &volume->journal;
+    struct onion_pending *pending = &volume->pending;
+    struct found found = {0};
+    if (!journal->path)
+        return 0;
+    int status = 0;
+    if (read_found(volume, &found)) {
+        journal->found_poisoned = found.header.poisoned != 0;
+        status = take_halves(volume, &found, log, length, segment_first);
+    }
+    if (status < 0)
+        pending->record_count = 0;
+    if (!pending->record_count) {
+        free(pending->records);
+        pending->records = NULL;
+        if (!journal->found_poisoned)
+            close_found(journal);
+    }
+    pending->record_capacity = pending->record_count; /* so the first change goes on in a file of this opening */
+    return status == -ENOMEM || status == -EIO ? status : 0;
+}
+
+void onion_journal_leave_found(struct onion_volume *volume) {
+    free(volume->pending.records);
+    volume->pending = (struct onion_pending){0};
+    close_found(&volume->journal);
+}
+
+/* ---- the end ---- */
+
+void onion_journal_close(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    if (journal->header && !volume->pending.record_count && !journal->taken_count && !onion_volume_poisoned(volume))
+        (void)!ftruncate(journal->fd, 0);
+    if (journal->header) { /* else the records are the heap's */
+        volume->pending.records = NULL;
+        volume->pending.published = NULL;
+        volume->pending.record_count = volume->pending.record_capacity = 0;
+    }
+    unmap_all(journal);
+    close_found(journal);
+    free(journal->path);
+    journal->path = NULL;
+}

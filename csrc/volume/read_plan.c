@@ -1,0 +1,193 @@
+/* read_plan.c: what a server asks of a volume beside reading and writing: where the bytes of a range lie in memory, and
+ * what holds them. See volume.h for what must hold. */
+#define _GNU_SOURCE
+#include "base/linux_io.h"
+#include "base/sigbus.h"
+#include "volume/internal.h"
+
+static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    uint64_t size = onion_volume_size(volume);
+    return offset <= size && length <= size - offset;
+}
+
+int onion_volume_plan_begin(struct onion_volume *volume, struct onion_ticket *ticket) {
+    *ticket = onion_epoch_enter(&volume->epoch);
+    /* After entering: close waits for those who are inside. */
+    int status = onion_volume_usable(volume);
+    if (status < 0)
+        onion_epoch_leave(&volume->epoch, *ticket);
+    return status;
+}
+
+void onion_volume_plan_end(struct onion_volume *volume, struct onion_ticket ticket) {
+    onion_epoch_leave(&volume->epoch, ticket);
+}
+
+/* ---- where bytes lie ---- */
+
+struct plan {
+    struct onion_piece *pieces;
+    uint32_t count, capacity;
+};
+
+/* 0 where there was no room. */
+static int add_piece(struct plan *plan, const char *address, uint64_t length) {
+    if (plan->count) {
+        struct onion_piece *last = &plan->pieces[plan->count - 1];
+        if (address ? last->address && last->address + last->length == address : !last->address) {
+            last->length += length;
+            return 1;
+        }
+    }
+    if (plan->count == plan->capacity)
+        return 0;
+    plan->pieces[plan->count++] = (struct onion_piece){address, length};
+    return 1;
+}
+
+/* Bytes from the base's mapping, or zeros past its end. Returns how many bytes were added: 0 without room. */
+static uint64_t plan_hole(const struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
+    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+    if (!base || offset >= base->length)
+        return add_piece(plan, NULL, length) ? length : 0;
+    uint64_t left = base->length - offset;
+    length = left < length ? left : length;
+    return add_piece(plan, base->address + offset, length) ? length : 0;
+}
+
+/* One run, or what of it is the same kind of bytes. Returns how many bytes, 0 without room, or a negative code. */
+static int64_t plan_run(struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
+    uint64_t start = offset & (volume->block_size - 1);
+    uint64_t wanted = (start + length + volume->block_size - 1) >> volume->block_shift;
+    struct onion_run run;
+    onion_map_run_at(&volume->index, offset >> volume->block_shift, wanted, &run);
+    uint64_t bytes = (run.block_count << volume->block_shift) - start;
+    bytes = bytes < length ? bytes : length;
+    if (run.place == ONION_PLACE_HOLE)
+        return (int64_t)plan_hole(volume, offset, bytes, plan);
+    const char *address = NULL;
+    if (onion_place_is_data(run.place)) {
+        int status = onion_segment_address(volume->segments[onion_place_segment(run.place)], &volume->epoch,
+                                           onion_place_slot(run.place), run.block_count, &address);
+        if (status < 0)
+            return status;
+        address += start;
+    }
+    return add_piece(plan, address, bytes) ? (int64_t)bytes : 0;
+}
+
+int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_piece *pieces,
+                          uint32_t capacity, uint64_t *planned) {
+    struct plan plan = {pieces, 0, capacity};
+    *planned = 0;
+    if (!in_bounds(volume, offset, length))
+        return ONION_E_BOUNDS;
+    while (*planned < length) {
+        int64_t bytes = plan_run(volume, offset + *planned, length - *planned, &plan);
+        if (bytes < 0)
+            return bytes;
+        if (bytes == 0)
+            break;
+        *planned += (uint64_t)bytes;
+    }
+    return plan.count;
+}
+
+struct touch_request {
+    const struct onion_piece *pieces;
+    uint64_t count;
+};
+
+static int touch_pages(void *context) {
+    const struct touch_request *request = context;
+    for (uint64_t i = 0; i < request->count; i++) {
+        const struct onion_piece *piece = &request->pieces[i];
+        if (!piece->address || !piece->length)
+            continue;
+        const volatile char *at = piece->address, *last = piece->address + piece->length - 1;
+        onion_fault_watch(piece->address, piece->length);
+        for (; at < last; at += 4096)
+            (void)*at;
+        (void)*last;
+        onion_fault_unwatch();
+    }
+    return 0;
+}
+
+int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
+    struct touch_request request = {pieces, count};
+    return onion_fault_run(touch_pages, &request);
+}
+
+/* ---- what holds them ---- */
+
+/* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
+ * missing must be asked for, and fail, and not be skipped as zeros. */
+static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    struct onion_extent extent = {
+        .offset = offset, .length = length, .kind = ONION_EXTENT_NONE,
+        .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
+    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+    if (!base || offset >= base->length)
+        return extent;
+    if (length > base->length - offset)
+        extent.length = length = base->length - offset;
+    struct onion_data_span span;
+    int found = onion_seek_data(base->fd, offset, offset + length, &span);
+    if (found < 0 || ((!found || span.offset > offset) && onion_was_cut(base->fd, base->length))) {
+        /* not known: then it counts as data */
+        extent.kind = ONION_EXTENT_BASE;
+    } else if (found && span.offset <= offset) {
+        extent.kind = ONION_EXTENT_BASE;
+        extent.length = span.offset + span.length - offset;
+    } else if (found) {
+        extent.length = span.offset - offset;
+    }
+    return extent;
+}
+
+static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    uint64_t block = offset >> volume->block_shift, start = offset & (volume->block_size - 1);
+    uint64_t end = (offset + length + volume->block_size - 1) >> volume->block_shift;
+    struct onion_run run;
+    /* One look at the index shows 2 MiB; the next run that is not HOLE shows how far a hole goes. */
+    if (!onion_map_next(&volume->index, block, end, &run))
+        return base_extent(volume, offset, length);
+    if (run.block_index > block) {
+        uint64_t hole = ((run.block_index - block) << volume->block_shift) - start;
+        return base_extent(volume, offset, hole < length ? hole : length);
+    }
+    uint64_t bytes = (run.block_count << volume->block_shift) - start;
+    struct onion_extent extent = {.offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
+    if (onion_place_is_data(run.place)) {
+        const struct onion_segment *segment = volume->segments[onion_place_segment(run.place)];
+        extent.birth = segment->birth;
+        extent.kind = onion_segment_is_head(volume, segment) ? ONION_EXTENT_HEAD : ONION_EXTENT_BELOW;
+    }
+    return extent;
+}
+
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
+                             uint32_t capacity) {
+    struct onion_ticket ticket;
+    int64_t count = onion_volume_plan_begin(volume, &ticket);
+    if (count < 0)
+        return count;
+    if (!in_bounds(volume, offset, length))
+        count = ONION_E_BOUNDS;
+    while (count >= 0 && length && (uint64_t)count < capacity) {
+        extents[count] = extent_at(volume, offset, length);
+        offset += extents[count].length;
+        length -= extents[count].length;
+        count++;
+    }
+    onion_volume_plan_end(volume, ticket);
+    return count;
+}
+
+uint64_t onion_volume_birth(struct onion_volume *volume) {
+    pthread_rwlock_rdlock(&volume->gate);
+    uint64_t birth = volume->own ? volume->segments[volume->own]->birth : 0;
+    pthread_rwlock_unlock(&volume->gate);
+    return birth;
+}

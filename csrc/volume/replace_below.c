@@ -1,0 +1,418 @@
+/* replace_below.c: replacing what lies lowest under an open volume: its base, its lowest layers, segments that hold
+ * nothing any more. See volume.h for what is promised.
+ *
+ * Reads and writes go on. What makes each step right beside them:
+ *   1. Each block that the new layer has gets its place there, where it was in a dropped segment or nowhere. Both read the
+ *      same. Writers to a range are kept out by its stripe, flushes, resizes and seals by the flush gate.
+ *   2. Wait until all reads have ended that found a block nowhere before step 1: they go on to load the base.
+ *   3. The new base takes the old one's place. A block that is nowhere reads the same from both, or has been given a place.
+ *   4. What is left in dropped segments becomes HOLE: from here on the base, or zeros, answer for it.
+ *   5. Wait until all reads have ended that found a place in a dropped segment, or loaded the old base.
+ *   6. The dropped segments go, and their numbers are free for others.
+ * Only 1 and 4 need memory. Where it is missing all reads as it did, and the steps may be taken again. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/store_file.h"
+#include "layer/layer_map.h"
+#include "volume/internal.h"
+
+struct onion_below {
+    int keep_base;
+    uint64_t base_bytes;
+    struct onion_mapping *base, *old_base;
+    int base_is_swapped;
+    int is_begun;                     /* blocks may have their new places */
+    int has_layer;
+    struct onion_layer source;        /* the new lowest layer, by its own numbers */
+    struct onion_map layer;           /* the same by the volume's */
+    struct onion_segment **added;     /* its segments; numbered in `layer` order of the source */
+    uint32_t added_count, numbered_count;
+    unsigned char *gone;              /* by number: it is dropped */
+    uint32_t *dropped;
+    uint32_t dropped_count;
+};
+
+static int needs_memory(const void *memory) { return memory ? 0 : -ENOMEM; }
+
+/* ---- the new layer ---- */
+
+static int by_uuid(const void *a, const void *b) { return memcmp(a, b, ONION_UUID_BYTES); }
+
+/* No block of the layer lies behind the end of its segment, nor in one that the catalog does not list. */
+static int check_places(const struct onion_below *below, const char *map_path) {
+    const struct onion_layer *layer = &below->source;
+    uint64_t *slots = calloc(layer->segment_count + 1, sizeof *slots);
+    if (!slots)
+        return -ENOMEM;
+    int status = 0;
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        for (uint32_t i = 0; i < below->added_count; i++)
+            if (!by_uuid(layer->segment_ids[k], below->added[i]->uuid))
+                slots[k + 1] = below->added[i]->next_slot;
+    struct onion_run run = {0, 0, 0};
+    while (status == 0 &&
+           onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run))
+        if (onion_place_is_data(run.place) &&
+            onion_place_slot(run.place) + run.block_count > slots[onion_place_segment(run.place)])
+            status = onion_site_set(ONION_E_FORMAT, map_path, 0);
+    free(slots);
+    return status;
+}
+
+static int read_layer(struct onion_volume *volume, struct onion_below *below, const struct onion_layer_source *source) {
+    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
+    struct onion_map_bytes map = {0};
+    struct onion_header header;
+    uint64_t fault = 0;
+    int fd = onion_open_file(source->map_path, O_RDONLY);
+    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, source->map_length, &map, &fault);
+    if (fd >= 0)
+        close(fd);
+    if (status == 0)
+        status = onion_header_decode(map.bytes, map.length, ONION_MAGIC_MAP, &header);
+    if (status == 0 && (header.block_size != volume->block_size || by_uuid(header.uuid, source->map_id)))
+        status = ONION_E_FORMAT;
+    if (status == 0)
+        status = onion_layer_grow(&below->source, onion_log_blocks(map.bytes, map.length, volume->block_shift));
+    if (status == 0)
+        status = onion_layer_load(&below->source, map.bytes, map.length, &cursor, &fault);
+    if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
+        status = ONION_E_CHECKSUM;
+    onion_map_bytes_free(&map);
+    return onion_site_note(status == ONION_E_TORN ? ONION_E_FORMAT : status, source->map_path, fault);
+}
+
+static int load_layer(struct onion_volume *volume, struct onion_below *below, const struct onion_layer_source *source) {
+    below->has_layer = 1;
+    below->added = calloc(source->segment_count + 1, sizeof(struct onion_segment *));
+    int status = needs_memory(below->added);
+    for (uint32_t i = 0; i < source->segment_count && status == 0; i++) {
+        status = onion_segment_new(volume->segments_directory, source->segments[i].uuid, 0, volume->block_shift,
+                                   &below->added[i]);
+        if (status == 0) {
+            below->added_count++;
+            status = onion_segment_check(below->added[i], source->segments[i].slots);
+        }
+    }
+    if (status == 0)
+        status = onion_layer_init(&below->source, volume->index.block_count, volume->block_shift);
+    if (status == 0 && source->map_length)
+        status = read_layer(volume, below, source);
+    return status < 0 ? status : check_places(below, source->map_path);
+}
+
+/* A segment of the layer that the volume has open already keeps its number there, unless it is one that is dropped. Behind
+ * the gate. */
+static int use_open_segments(struct onion_volume *volume, struct onion_below *below, uint16_t *number_of) {
+    uint32_t left = 0;
+    int status = 0;
+    for (uint32_t i = 0; i < below->added_count; i++) {
+        struct onion_segment *segment = below->added[i];
+        uint32_t number = onion_volume_find_segment(volume, segment->uuid);
+        if (!number) {
+            below->added[left++] = segment;
+            continue;
+        }
+        if (below->gone[number])
+            status = -EINVAL;
+        for (uint32_t k = 0; k < below->source.segment_count; k++)
+            if (!by_uuid(below->source.segment_ids[k], segment->uuid))
+                number_of[k + 1] = (uint16_t)number;
+        onion_segment_free(segment);
+    }
+    below->added_count = left;
+    return status;
+}
+
+/* Gives the layer's segments their numbers, and makes its map by them. Behind the flush gate. */
+static int number_layer(struct onion_volume *volume, struct onion_below *below) {
+    uint16_t *number_of = calloc(below->source.segment_count + 1, sizeof *number_of);
+    int status = number_of ? onion_map_init(&below->layer, volume->index.block_count, volume->block_shift) : -ENOMEM;
+    pthread_rwlock_wrlock(&volume->gate);
+    if (status == 0)
+        status = use_open_segments(volume, below, number_of);
+    if (status == 0 && onion_volume_numbers_left(volume) < below->added_count + 1)
+        status = ONION_E_NUMBERS;
+    if (status == 0)
+        status = onion_volume_take_mappings(volume, below->added_count);
+    for (; status == 0 && below->numbered_count < below->added_count; below->numbered_count++) {
+        struct onion_segment *segment = below->added[below->numbered_count];
+        onion_volume_number_segment(volume, segment);
+        for (uint32_t k = 0; k < below->source.segment_count; k++)
+            if (!by_uuid(below->source.segment_ids[k], segment->uuid))
+                number_of[k + 1] = (uint16_t)segment->number;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    if (status == 0)
+        status = onion_map_fold(&below->layer, &below->source.map, number_of);
+    free(number_of);
+    onion_layer_destroy(&below->source);
+    return status;
+}
+
+/* ---- what is dropped ---- */
+
+/* By number, in one pass over the segments, however many are dropped. */
+static int find_dropped(struct onion_volume *volume, struct onion_below *below, const struct onion_below_source *source) {
+    size_t count = source->dropped_count;
+    unsigned char(*sorted)[ONION_UUID_BYTES] = malloc((count + 1) * sizeof *sorted);
+    below->gone = calloc(ONION_SEGMENT_LAST + 1, 1);
+    below->dropped = calloc(count + 1, sizeof *below->dropped);
+    int status = sorted && below->gone && below->dropped ? 0 : -ENOMEM;
+    if (status == 0 && count) {
+        memcpy(sorted, source->dropped, count * sizeof *sorted);
+        qsort(sorted, count, sizeof *sorted, by_uuid);
+    }
+    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
+        if (volume->segments[i] == volume->vacant || !bsearch(volume->segments[i]->uuid, sorted, count, sizeof *sorted, by_uuid))
+            continue;
+        if (i == volume->own || i == volume->spare || below->dropped_count == count)
+            status = -EBUSY;
+        else
+            below->gone[below->dropped[below->dropped_count++] = i] = 1;
+    }
+    free(sorted);
+    return status == 0 && below->dropped_count < count ? -ENOENT : status;
+}
+
+/* By number: a block, or a change that is not durable, needs it. Writers are kept out. */
+static void mark_used(struct onion_volume *volume, unsigned char *used) {
+    struct onion_run run = {0, 0, 0};
+    while (onion_map_next(&volume->index, run.block_index + run.block_count, volume->index.block_count, &run))
+        if (onion_place_is_data(run.place))
+            used[onion_place_segment(run.place)] = 1;
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < volume->pending.record_count; i++)
+        used[volume->pending.records[i].segment] = 1;
+    for (size_t i = 0; i < volume->pending.freed_count; i++)
+        used[volume->pending.freed[i].segment] = 1;
+    pthread_mutex_unlock(&volume->pending_lock);
+}
+
+/* What the head wrote or adopted goes only when nothing needs it: unlike what lies below, it is in the head's log. */
+static int check_unused(struct onion_volume *volume, const struct onion_below *below) {
+    int of_head = 0, status = 0;
+    for (uint32_t i = 0; i < below->dropped_count; i++) {
+        const struct onion_segment *segment = volume->segments[below->dropped[i]];
+        of_head |= onion_segment_is_head(volume, segment) || segment->own || segment->log_number;
+    }
+    if (!of_head)
+        return 0;
+    unsigned char *used = calloc(ONION_SEGMENT_LAST + 1, 1);
+    if (!used)
+        return -ENOMEM;
+    mark_used(volume, used);
+    for (uint32_t i = 0; i < below->dropped_count; i++) {
+        const struct onion_segment *segment = volume->segments[below->dropped[i]];
+        int is_ours = onion_segment_is_head(volume, segment) || segment->own;
+        if (segment->log_number || (is_ours && used[segment->number]))
+            status = -EBUSY;
+    }
+    free(used);
+    return status;
+}
+
+int64_t onion_volume_unused_segments(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
+                                     uint32_t capacity) {
+    int64_t found = onion_volume_close_flush_gate(volume);
+    if (found < 0)
+        return found;
+    unsigned char *used = calloc(ONION_SEGMENT_LAST + 1, 1);
+    found = used ? onion_volume_flush_behind_gate(volume) : -ENOMEM;
+    pthread_rwlock_wrlock(&volume->gate);
+    if (found == 0)
+        mark_used(volume, used);
+    for (uint32_t i = 1; i <= volume->segment_count && found >= 0; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        if (segment == volume->vacant || i == volume->own || i == volume->spare || used[i] || segment->log_number)
+            continue;
+        if (found < capacity)
+            memcpy(uuids[found], segment->uuid, ONION_UUID_BYTES);
+        found++;
+    }
+    pthread_rwlock_unlock(&volume->gate);
+    free(used);
+    onion_volume_open_flush_gate(volume);
+    return found;
+}
+
+/* ---- prepare and abort ---- */
+
+/* Frees what is prepared and is not in the volume. */
+void onion_below_free(struct onion_below *below) {
+    if (!below)
+        return;
+    for (uint32_t i = below->numbered_count; i < below->added_count; i++)
+        onion_segment_free(below->added[i]);
+    if (below->base)
+        onion_base_release(NULL, below->base);
+    if (below->old_base)
+        onion_base_release(NULL, below->old_base);
+    onion_layer_destroy(&below->source);
+    onion_map_destroy(&below->layer);
+    free(below->added);
+    free(below->gone);
+    free(below->dropped);
+    free(below);
+}
+
+/* Takes the segments of a layer out again that no block was given a place in. */
+static void forget_layer(struct onion_volume *volume, struct onion_below *below) {
+    pthread_rwlock_wrlock(&volume->gate);
+    while (below->numbered_count) {
+        struct onion_segment *segment = below->added[--below->numbered_count];
+        onion_volume_vacate(volume, segment->number);
+    }
+    pthread_rwlock_unlock(&volume->gate);
+}
+
+static int prepare_behind_gate(struct onion_volume *volume, struct onion_below *below,
+                               const struct onion_below_source *source) {
+    if (volume->below)
+        return -EBUSY;
+    /* What the head trimmed is HOLE where nothing lies below it, and would show what is put there. */
+    if (volume->nothing_below && (source->layer || (!source->keep_base && source->base_fd >= 0)))
+        return -EINVAL;
+    pthread_rwlock_wrlock(&volume->gate);
+    int status = find_dropped(volume, below, source);
+    if (status == 0)
+        status = check_unused(volume, below);
+    pthread_rwlock_unlock(&volume->gate);
+    if (status == 0 && below->has_layer)
+        status = number_layer(volume, below);
+    if (status < 0)
+        forget_layer(volume, below);
+    return status;
+}
+
+int onion_volume_prepare_below(struct onion_volume *volume, const struct onion_below_source *source) {
+    struct onion_below *below = calloc(1, sizeof *below);
+    int status = below ? onion_volume_usable(volume) : -ENOMEM;
+    if (status == 0) {
+        below->keep_base = source->keep_base;
+        below->base_bytes = source->base_fd < 0 ? 0 : source->base_bytes;
+    }
+    if (status == 0 && !source->keep_base && source->base_fd >= 0)
+        status = onion_base_map(source->base_fd, source->base_bytes, 0, &below->base);
+    if (status == 0 && source->layer)
+        status = load_layer(volume, below, source->layer);
+    if (status == 0 && (status = onion_volume_close_flush_gate(volume)) == 0) {
+        status = prepare_behind_gate(volume, below, source);
+        if (status == 0)
+            volume->below = below;
+        onion_volume_open_flush_gate(volume);
+    }
+    if (status < 0)
+        onion_below_free(below);
+    return status;
+}
+
+void onion_volume_abort_below(struct onion_volume *volume) {
+    if (onion_volume_close_flush_gate(volume) < 0)
+        return; /* it goes with the volume */
+    struct onion_below *below = volume->below;
+    if (below && !below->is_begun) {
+        forget_layer(volume, below);
+        onion_below_free(below);
+        volume->below = NULL;
+    }
+    onion_volume_open_flush_gate(volume);
+}
+
+/* ---- commit ---- */
+
+/* Runs onion_map_put_below over all ranges of `of`, each with its stripe held. */
+static int put_ranges(struct onion_volume *volume, const struct onion_map *of, const struct onion_map *layer,
+                      const unsigned char *gone, int drop) {
+    int status = 0;
+    for (uint64_t range = 0; status == 0 && (range = onion_map_next_range(of, range)) != UINT64_MAX; range++) {
+        pthread_mutex_t *stripe = &volume->stripes[range % ONION_STRIPES];
+        pthread_mutex_lock(stripe);
+        status = onion_map_put_below(&volume->index, range, layer, gone, drop);
+        pthread_mutex_unlock(stripe);
+    }
+    return status;
+}
+
+/* The youngest thing that the new layer, or HOLE, stands for from now on: block status goes by it. Where the base stays, the
+ * layer has all that was in what is dropped, and HOLE stands for what it did. */
+static void inherit_birth(struct onion_volume *volume, const struct onion_below *below) {
+    uint64_t birth = below->keep_base ? 0 : volume->below_birth;
+    if (below->keep_base && !below->has_layer)
+        return; /* nothing was left in what is dropped */
+    for (uint32_t i = 0; i < below->dropped_count; i++) {
+        const struct onion_segment *segment = volume->segments[below->dropped[i]];
+        birth = segment->birth > birth ? segment->birth : birth;
+    }
+    for (uint32_t i = 0; i < below->added_count; i++)
+        __atomic_store_n(&below->added[i]->birth, birth, __ATOMIC_RELEASE);
+    if (!below->keep_base)
+        __atomic_store_n(&volume->below_birth, birth, __ATOMIC_RELEASE);
+}
+
+static void swap_base(struct onion_volume *volume, struct onion_below *below) {
+    if (below->base_is_swapped || below->keep_base)
+        return;
+    below->old_base = volume->base;
+    __atomic_store_n(&volume->base, below->base, __ATOMIC_RELEASE);
+    volume->base_bytes = below->base_bytes;
+    below->base = NULL;
+    below->base_is_swapped = 1;
+}
+
+/* Slots of dropped segments are nobody's to give back, least of all those of the segments that get their numbers. */
+static void forget_freed(struct onion_volume *volume, const unsigned char *gone) {
+    struct onion_pending *pending = &volume->pending;
+    size_t kept = 0;
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < pending->freed_count; i++)
+        if (!gone[pending->freed[i].segment])
+            pending->freed[kept++] = pending->freed[i];
+    pending->freed_count = kept;
+    pthread_mutex_unlock(&volume->pending_lock);
+}
+
+static void drop_segments(struct onion_volume *volume, struct onion_below *below) {
+    struct onion_segment *segment = NULL;
+    forget_freed(volume, below->gone);
+    for (uint32_t i = 0; i < below->dropped_count; i++) {
+        pthread_rwlock_wrlock(&volume->gate);
+        segment = onion_volume_vacate(volume, below->dropped[i]);
+        pthread_rwlock_unlock(&volume->gate);
+        onion_segment_free(segment);
+    }
+    below->numbered_count = below->added_count; /* the volume's own now */
+}
+
+int onion_volume_commit_below(struct onion_volume *volume) {
+    int status = onion_volume_close_flush_gate(volume);
+    if (status < 0)
+        return status;
+    struct onion_below *below = volume->below;
+    if (!below)
+        status = -EINVAL;
+    if (status == 0) {
+        below->is_begun = 1;
+        inherit_birth(volume, below);
+        if (below->has_layer)
+            status = put_ranges(volume, &below->layer, &below->layer, below->gone, 0);
+    }
+    if (status == 0) {
+        onion_epoch_wait(&volume->epoch);
+        swap_base(volume, below);
+        status = put_ranges(volume, &volume->index, below->has_layer ? &below->layer : NULL, below->gone, 1);
+    }
+    if (status == 0) {
+        onion_epoch_wait(&volume->epoch);
+        drop_segments(volume, below);
+        onion_below_free(below);
+        volume->below = NULL;
+    }
+    onion_volume_open_flush_gate(volume);
+    return status;
+}

@@ -1,0 +1,105 @@
+/* segment.h: one data file: its header, its mapping, and (for the head's own) the allocation of slots.
+ *
+ * Slot i of a segment lies at byte ONION_HEADER_BYTES + (i << block_shift). Readers load from a shared read-only
+ * mapping; writers use pwrite, so that a full disk is an error and not a signal. A segment that is only read costs no
+ * descriptor: it is opened to be mapped, and closed again.
+ *
+ * What must hold: a slot that any durable map names is never handed out; slots are given back only by
+ * onion_segment_give_back, whose caller knows that the frame which freed them is durable and that no read that might
+ * have found them is still under way. Allocation is guarded by the caller's lock. */
+#ifndef ONIONSKIN_VOLUME_SEGMENT_H
+#define ONIONSKIN_VOLUME_SEGMENT_H
+
+#include <pthread.h>
+#include <stdint.h>
+
+#include "base/epoch.h"
+#include "layer/map_log.h"
+
+struct onion_mapping {
+    char *address;
+    uint64_t length;
+    int fd; /* of a base, to ask for its holes; a segment's mapping has none of its own */
+};
+
+struct onion_slots {
+    uint32_t slot;
+    uint32_t count;
+};
+
+struct onion_slots_list {
+    struct onion_slots *items;
+    size_t count, capacity;
+};
+
+/* A 2 MiB range that is being filled in order, and the slots set aside for it. */
+struct onion_stream {
+    uint64_t next_block;
+    uint32_t next_slot;
+    uint32_t left;
+    uint64_t last_used;
+};
+#define ONION_STREAMS 8
+
+struct onion_segment {
+    uint32_t number;             /* in the index of this volume; given to another one when this one is gone */
+    uint64_t birth;              /* the how manieth segment of this opening it is: given once */
+    uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
+    uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
+    int own;                     /* 1: made by that head, so writable; 0: adopted */
+    int scrub_wanted;            /* slots became free that nobody gives back */
+    unsigned char uuid[ONION_UUID_BYTES];
+    char *path;
+    uint32_t block_shift;
+    uint64_t features;           /* of the header, when it is made */
+    int fd;                      /* open for writing, or -1 */
+    int created;                 /* the file exists */
+    int directory_dirty;         /* made since the last sync of the directory */
+    int dirty;                   /* written since the last sync */
+    uint32_t next_slot;          /* slots from here on were never handed out */
+    struct onion_mapping *mapping;
+    pthread_mutex_t mapping_lock;
+    struct onion_slots_list free_slots;
+    struct onion_stream streams[ONION_STREAMS];
+    uint64_t stream_clock;
+};
+
+static inline uint64_t onion_slot_offset(uint32_t block_shift, uint64_t slot) {
+    return ONION_HEADER_BYTES + (slot << block_shift);
+}
+
+/* Allocates the description of the segment `uuid` in `directory`; opens nothing. -ENOMEM. */
+int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t number, uint32_t block_shift,
+                      struct onion_segment **out);
+/* Gives a segment that was not opened yet another id. */
+void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid);
+/* Closes and unmaps; nobody may be reading. NULL is fine. */
+void onion_segment_free(struct onion_segment *segment);
+
+/* Checks header and length of a segment that has `slots` slots and is only read from now on. 0, -errno (ENOENT: it
+ * is missing), ONION_E_*. */
+int onion_segment_check(struct onion_segment *segment, uint64_t slots);
+/* Opens a segment that this head made, if it is there, for writing. slots_named: the highest slot + 1 that the map
+ * names; with 0 a missing or torn file is a new one. */
+int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named);
+/* The same to read only: changes nothing, and keeps no descriptor. */
+int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named);
+/* Makes the file (O_EXCL) and writes its header; the segment's directory has to be synced later. */
+int onion_segment_create(struct onion_segment *segment);
+
+/* The address of `count` slots from `slot` on, mapped now if need be. Old mappings are retired to `epoch`. */
+int onion_segment_address(struct onion_segment *segment, struct onion_epoch *epoch, uint32_t slot, uint64_t count,
+                          const char **address);
+
+/* Hands out up to `count` consecutive slots for blocks from block_index on: *slot, and returns how many (>= 1), or
+ * ONION_E_FULL_SEGMENT. blocks_per_range: of 2 MiB; a write to a range's first block sets a range of slots aside. */
+int64_t onion_segment_take(struct onion_segment *segment, uint64_t block_index, uint64_t count,
+                           uint32_t blocks_per_range, uint32_t *slot);
+/* Slots that may be handed out again. -ENOMEM: they stay unused until the volume is opened again. */
+int onion_segment_give_back(struct onion_segment *segment, uint32_t slot, uint32_t count);
+
+/* All of it, or an error: -ENOSPC, -EIO... Short writes are continued. */
+int onion_pwrite_all(int fd, const void *bytes, uint64_t length, uint64_t offset);
+int onion_pread_all(int fd, void *bytes, uint64_t length, uint64_t offset); /* a short file is ONION_E_FORMAT */
+
+#endif

@@ -1,0 +1,213 @@
+/* check_nbd.c: the NBD protocol's bytes, and a server over a real volume with several clients at once, without Python, for
+ * the sanitizers: tools/check_kernels.sh builds and runs it.
+ *
+ * Everything that is decoded is handed over in an allocation of exactly its length, so that one byte too many is an
+ * error. Writes files in the working directory, and removes them. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "nbd/internal.h"
+
+#define CHECK(holds)                                                                  \
+    do {                                                                              \
+        if (!(holds)) {                                                               \
+            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #holds); \
+            exit(1);                                                                  \
+        }                                                                             \
+    } while (0)
+
+#define SIZE_BYTES (8u << 20)
+#define CLIENTS 3
+#define ROUNDS 300
+
+/* ---- bytes ---- */
+
+static unsigned char *exactly(const void *bytes, size_t length) {
+    unsigned char *copy = malloc(length ? length : 1);
+    CHECK(copy);
+    memcpy(copy, bytes, length);
+    return copy;
+}
+
+static void check_info_cut_anywhere(void) {
+    const unsigned char data[] = {0, 0, 0, 3, 'w', 'e', 'b', 0, 2, 0, 1, 0, 3};
+    for (uint32_t length = 0; length <= sizeof data; length++) {
+        struct onion_nbd_info_query query;
+        unsigned char *cut = exactly(data, length);
+        CHECK((onion_nbd_info_decode(cut, length, &query) == 0) == (length == sizeof data));
+        if (length == sizeof data) {
+            CHECK(query.name.length == 3 && !memcmp(query.name.bytes, "web", 3));
+            CHECK(onion_nbd_info_asked(&query, 1) && onion_nbd_info_asked(&query, 3) && !onion_nbd_info_asked(&query, 2));
+        }
+        free(cut);
+    }
+}
+
+static void check_meta_cut_anywhere(void) {
+    const unsigned char data[] = {0, 0, 0, 1, 'w', 0, 0, 0, 2, 0, 0, 0, 2, 'a', ':', 0, 0, 0, 0};
+    for (uint32_t length = 0; length <= sizeof data; length++) {
+        struct onion_nbd_meta_query query;
+        struct onion_nbd_string string;
+        unsigned char *cut = exactly(data, length);
+        CHECK((onion_nbd_meta_decode(cut, length, &query) == 0) == (length == sizeof data));
+        if (length == sizeof data) {
+            CHECK(onion_nbd_meta_next(&query, &string) && string.length == 2);
+            CHECK(onion_nbd_meta_next(&query, &string) && string.length == 0);
+            CHECK(!onion_nbd_meta_next(&query, &string));
+        }
+        free(cut);
+    }
+}
+
+static void check_requests(void) {
+    struct onion_nbd_limits limits = {.size_bytes = 10000, .request_bytes_max = 65536, .structured = 1, .context_count = 1};
+    struct onion_nbd_request read = {.type = ONION_NBD_CMD_READ, .offset = 9000, .length = 1000};
+    CHECK(onion_nbd_request_check(&read, &limits) == 0);
+    read.length++;
+    CHECK(onion_nbd_request_check(&read, &limits) == ONION_NBD_EINVAL);
+    read.offset = UINT64_MAX;
+    CHECK(onion_nbd_request_check(&read, &limits) == ONION_NBD_EINVAL);
+    struct onion_nbd_request write = {.type = ONION_NBD_CMD_WRITE, .offset = 10000, .length = 1};
+    CHECK(onion_nbd_request_check(&write, &limits) == ONION_NBD_ENOSPC);
+    limits.read_only = 1;
+    CHECK(onion_nbd_request_check(&write, &limits) == ONION_NBD_EPERM);
+    CHECK(onion_nbd_error(-EDQUOT) == ONION_NBD_ENOSPC && onion_nbd_error(ONION_E_POISONED) == ONION_NBD_EIO);
+}
+
+/* ---- a server ---- */
+
+static struct onion_volume *open_volume(void) {
+    struct onion_volume *volume;
+    static const unsigned char own[1][ONION_UUID_BYTES] = {"own-own-own-own"};
+    struct onion_head_source source = {.map_path = "nbd-layers/head.map", .own = own, .own_count = 1};
+    mkdir("nbd-segments", 0700);
+    mkdir("nbd-layers", 0700);
+    memcpy(source.map_id, "map-map-map-map", ONION_UUID_BYTES);
+    memcpy(source.spare, "spare-spare-spa", ONION_UUID_BYTES);
+    CHECK(onion_volume_new(4096, SIZE_BYTES, "nbd-segments", "nbd-layers", 0, 1, &volume) == 0);
+    CHECK(onion_volume_open_head(volume, &source) == 0);
+    return volume;
+}
+
+static void remove_files(void) {
+    CHECK(system("rm -rf nbd-segments nbd-layers") == 0);
+}
+
+static void put(int fd, const void *bytes, size_t length) {
+    CHECK(send(fd, bytes, length, MSG_NOSIGNAL) == (ssize_t)length);
+}
+
+static void get(int fd, void *bytes, size_t length) {
+    CHECK(recv(fd, bytes, length, MSG_WAITALL) == (ssize_t)length);
+}
+
+static int connect_to(struct onion_nbd_server *server) {
+    unsigned char bytes[64];
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK(onion_nbd_serve(server, pair[1], "check", 0, 0) > 0);
+    get(pair[0], bytes, ONION_NBD_GREETING_BYTES);
+    onion_put32(bytes, 3);
+    onion_put64(bytes + 4, ONION_NBD_OPTION_MAGIC);
+    onion_put32(bytes + 12, ONION_NBD_OPT_EXPORT_NAME);
+    onion_put32(bytes + 16, 3);
+    memcpy(bytes + 20, "web", 3);
+    put(pair[0], bytes, 23);
+    get(pair[0], bytes, ONION_NBD_EXPORT_REPLY_BYTES);
+    CHECK(onion_get64(bytes) == SIZE_BYTES);
+    return pair[0];
+}
+
+static void request(int fd, uint16_t flags, uint16_t type, uint64_t offset, uint32_t length) {
+    unsigned char bytes[ONION_NBD_REQUEST_BYTES];
+    onion_put32(bytes, ONION_NBD_REQUEST_MAGIC);
+    onion_put16(bytes + 4, flags);
+    onion_put16(bytes + 6, type);
+    onion_put64(bytes + 8, offset);
+    onion_put64(bytes + 16, offset);
+    onion_put32(bytes + 24, length);
+    put(fd, bytes, sizeof bytes);
+}
+
+static uint32_t answer(int fd) {
+    unsigned char bytes[ONION_NBD_SIMPLE_REPLY_BYTES];
+    get(fd, bytes, sizeof bytes);
+    CHECK(onion_get32(bytes) == ONION_NBD_SIMPLE_REPLY_MAGIC);
+    return onion_get32(bytes + 4);
+}
+
+struct client {
+    struct onion_nbd_server *server;
+    uint32_t number;
+};
+
+/* Each client has every CLIENTS-th block for itself, and finds in it what it wrote last. */
+static void *use(void *argument) {
+    const struct client *client = argument;
+    unsigned char block[4096], back[4096];
+    int fd = connect_to(client->server);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        uint64_t offset = (uint64_t)(round * 7 % 400 * CLIENTS + client->number) * 4096;
+        int zero = round % 5 == 4;
+        memset(block, zero ? 0 : (int)(round % 255 + 1), sizeof block);
+        request(fd, round % 16 == 0 ? ONION_NBD_FLAG_FUA : 0, zero ? ONION_NBD_CMD_TRIM : ONION_NBD_CMD_WRITE, offset, 4096);
+        if (!zero)
+            put(fd, block, sizeof block);
+        CHECK(answer(fd) == 0);
+        request(fd, 0, ONION_NBD_CMD_READ, offset, 4096);
+        CHECK(answer(fd) == 0);
+        get(fd, back, sizeof back);
+        CHECK(!memcmp(block, back, sizeof block));
+    }
+    request(fd, 0, ONION_NBD_CMD_READ, SIZE_BYTES, 1);
+    CHECK(answer(fd) == ONION_NBD_EINVAL);
+    close(fd);
+    return NULL;
+}
+
+static void check_clients_side_by_side(void) {
+    struct onion_nbd_options options = {.connections_max = 8, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    struct onion_nbd_server *server;
+    struct client clients[CLIENTS];
+    pthread_t threads[CLIENTS];
+    struct onion_nbd_counters counters;
+    struct onion_volume *volume = open_volume();
+    CHECK(onion_nbd_new(&options, &server) == 0);
+    CHECK(onion_nbd_add_export(server, "web", volume, 0, "") == 0);
+    CHECK(onion_nbd_add_export(server, "web", volume, 0, "") == -EEXIST);
+    for (uint32_t i = 0; i < CLIENTS; i++) {
+        clients[i] = (struct client){server, i};
+        CHECK(pthread_create(&threads[i], NULL, use, &clients[i]) == 0);
+    }
+    for (int i = 0; i < 50; i++) { /* the volume is taken and given back under them */
+        CHECK(onion_nbd_replace_volume(server, "web", volume) == 0);
+        CHECK(onion_nbd_hold(server, "web") == 0 && onion_nbd_release(server, "web") == 0);
+        CHECK(onion_nbd_connections(server, NULL, 0) <= CLIENTS);
+    }
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        pthread_join(threads[i], NULL);
+    CHECK(onion_nbd_stop(server, 5000) == 0);
+    onion_nbd_count(server, &counters);
+    CHECK(counters.requests[ONION_NBD_CMD_READ] == CLIENTS * (ROUNDS + 1) && counters.errors == CLIENTS);
+    onion_nbd_free(server);
+    onion_volume_close(volume);
+    onion_volume_free(volume);
+    remove_files();
+}
+
+int main(void) {
+    remove_files();
+    check_info_cut_anywhere();
+    check_meta_cut_anywhere();
+    check_requests();
+    check_clients_side_by_side();
+    puts("nbd: all holds");
+    return 0;
+}
