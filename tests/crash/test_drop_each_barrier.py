@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from crash.drop_each_barrier import (
+from crash.harness.drop_each_barrier import (
     WIPES,
     Amount,
     BarrierError,
@@ -15,7 +15,7 @@ from crash.drop_each_barrier import (
     taken_out,
     without_barrier,
 )
-from crash.scenarios import SCENARIOS
+from crash.harness.scenarios import SCENARIOS
 
 import onionskin
 

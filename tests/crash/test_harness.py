@@ -15,8 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from crash.harness import Recording, check_states, choose_states, resume, run
-from crash.replay import (
+from crash.harness.replay import (
     ALL,
     KEEP_SIZE,
     MARK,
@@ -32,6 +31,7 @@ from crash.replay import (
     parse_log,
     settle_file,
 )
+from crash.harness.run import Recording, check_states, choose_states, resume, run
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def journal_program(root: Path, *, sync_data: bool = True, sync_directory: bool 
     import os
     import zlib
 
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     journal = os.open(root / "journal", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     if sync_directory:
@@ -87,7 +87,7 @@ def rename_program(root: Path, *, sync_file: bool = True, sync_directory: bool =
     """Replaces a file by renaming a new one over it."""
     import os
 
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     for number in range(5):
@@ -115,7 +115,7 @@ def database_program(root: Path, *, synchronous: str = "FULL") -> None:
     """Commits rows to SQLite in WAL mode, with checkpoints in between."""
     import sqlite3
 
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     database = sqlite3.connect(root / "catalog.db", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
@@ -270,7 +270,7 @@ def test_replay_of_every_call_ends_with_the_files_that_are_there(root: Path) -> 
 
 def test_markers_carry_their_text_and_leave_no_file(root: Path) -> None:
     def program(root: Path) -> None:
-        from crash.harness import mark
+        from crash.harness.run import mark
 
         mark(root, "begun")
         (root / "file").write_bytes(b"1")
@@ -579,7 +579,7 @@ def test_a_sync_covers_only_what_ended_before_it_began() -> None:
 
 def recover_program(root: Path) -> None:
     """Reads what is there and says so: without a sync, which is what the tests want to be found."""
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     mark(root, "read " + (root / "file").read_text()[:4])
 
@@ -587,7 +587,7 @@ def recover_program(root: Path) -> None:
 def recover_and_sync_program(root: Path) -> None:
     import os
 
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     file = os.open(root / "file", os.O_RDWR)
     os.fsync(file)
@@ -641,7 +641,7 @@ def seek_program(root: Path) -> None:
     """Says where data begins, looked for from each page on."""
     import os
 
-    from crash.harness import mark
+    from crash.harness.run import mark
 
     file = os.open(root / "file", os.O_RDWR)
     mark(root, " ".join(str(os.lseek(file, page, os.SEEK_DATA)) for page in (0, 4096, 8192)))

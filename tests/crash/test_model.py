@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from crash.model import BLOCK_BYTES, SECTOR_BYTES, Disk, canary, plan
+from crash.harness.model import BLOCK_BYTES, SECTOR_BYTES, Disk, canary, plan
 
 
 def test_a_plan_is_the_same_for_the_same_seed_and_policy() -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from crash.judging import try_all
-from crash.scenarios import SCENARIOS, Scenario
+from crash.harness.judge import try_all
+from crash.harness.scenarios import SCENARIOS, Scenario
 
 import onionskin
 

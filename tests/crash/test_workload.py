@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from crash.judging import drawn_trial, try_all
-from crash.model import STEPS
+from crash.harness.judge import drawn_trial, try_all
+from crash.harness.model import STEPS
 
 import onionskin
 

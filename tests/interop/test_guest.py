@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from live.guest import Guest, build_guest, content
-from live.servers import Serve, onionskin, short_socket
+from support.guest import Guest, build_guest, content
+from support.servers import Serve, onionskin, short_socket
 
 SNAPSHOTS = 10
 

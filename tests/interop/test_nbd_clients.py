@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Serving, served_volume
+from support.serving import Serving, served_volume
 
 MIB = 1 << 20
 SIZE = 64 * MIB

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Serving, served_volume
+from support.serving import Serving, served_volume
 
 MIB = 1 << 20
 SIZE = 64 * MIB

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbd.phony_client import (
+from support.phony_client import (
     ACK,
     GO,
     INVALID,
@@ -22,7 +22,7 @@ from nbd.phony_client import (
     WRITE,
     Client,
 )
-from serving import Serving, served_volume
+from support.serving import Serving, served_volume
 
 MIB = 1 << 20
 SIZE = 64 * MIB

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nbd.phony_client import REQ_ONE, SET_META, TRIM, Client
-from serving import Serving, served_volume
+from support.phony_client import REQ_ONE, SET_META, TRIM, Client
+from support.serving import Serving, served_volume
 
 MIB = 1 << 20
 ALLOCATION, DEPTH, CHANGED = "base:allocation", "qemu:allocation-depth", "onionskin:changed-since:clean"

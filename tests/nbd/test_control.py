@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbd.phony_client import EIO, ERROR, ESHUTDOWN, FLUSH, FUA, OFFSET_DATA, READ, WRITE, Client
-from serving import Serving, served_volume, serving
+from support.phony_client import EIO, ERROR, ESHUTDOWN, FLUSH, FUA, OFFSET_DATA, READ, WRITE, Client
+from support.serving import Serving, served_volume, serving
 
 from onionskin.errors import StateError
 from onionskin.nbd._nbd import NbdServer

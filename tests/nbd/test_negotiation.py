@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbd.phony_client import (
+from support.phony_client import (
     ABORT,
     ACK,
     EXPORT_NAME,
@@ -31,7 +31,7 @@ from nbd.phony_client import (
     UNSUP,
     Client,
 )
-from serving import Serving, served_volume, serving
+from support.serving import Serving, served_volume, serving
 
 from onionskin.nbd._nbd import NbdServer
 

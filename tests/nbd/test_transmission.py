@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbd.phony_client import (
+from support.phony_client import (
     BLOCK_STATUS,
     CACHE,
     DF,
@@ -30,7 +30,7 @@ from nbd.phony_client import (
     WRITE_ZEROES,
     Client,
 )
-from serving import Serving, served_volume
+from support.serving import Serving, served_volume
 
 SIZE = 64 << 20
 MIB = 1 << 20

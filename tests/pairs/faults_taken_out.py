@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash.drop_each_barrier import build, copy_tree
+from crash.harness.drop_each_barrier import build, copy_tree
 
 TREE = Path(__file__).parents[2]
 

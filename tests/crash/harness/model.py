@@ -25,7 +25,7 @@ STEPS = 40
 SNAPSHOTS_MAX = 5
 MAIN = "main"
 MAIN_CLONE = "clone"
-Seed = int | str  # a number draws steps; a name is one of crash.scripts
+Seed = int | str  # a number draws steps; a name is one of crash.harness.scripts
 
 
 def canary(number: int) -> bytes:
@@ -141,7 +141,7 @@ def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
     """The same steps for the same arguments, always."""
     source = random.Random(f"{seed} {wipe}")
     if isinstance(seed, str):
-        from crash.scripts import SCRIPTS
+        from crash.harness.scripts import SCRIPTS
 
         planner = Planner(source, has_base=SCRIPTS[seed].has_base)
         planner.create()

@@ -1,7 +1,7 @@
-"""Small trials, each for a few barriers: scripts of the workload (crash.scripts), and programs with a checker of their own.
+"""Small trials, each for a few barriers: scripts of the workload (.scripts), and programs with a checker of their own.
 
 `SCENARIOS` says which barriers each is for. With all barriers in place none has a violation; with one of its own taken
-out it must have one (crash.drop_each_barrier).
+out it must have one (crash.harness.drop_each_barrier).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crash.harness import Recording, check_states, mark, run
-from crash.judging import RECOVERIES_DRAWN, Outcome, Trial, drawn, try_workload, unwiped
-from crash.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
-from crash.replay import MARK, SYNC_END
+from crash.harness.judge import RECOVERIES_DRAWN, Outcome, Trial, drawn, try_workload, unwiped
+from crash.harness.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
+from crash.harness.replay import MARK, SYNC_END
+from crash.harness.run import Recording, check_states, mark, run
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def program_scenario(
 
     def trial(root: Path, source: Path, states: int | None) -> Outcome:
         root.mkdir()
-        text = f"import sys; sys.path.insert(0, sys.argv[1]); from crash.scenarios import {program.__name__} as program"
+        text = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import {program.__name__} as program"
         command = [sys.executable, "-c", f"{text}; from pathlib import Path; program(Path(sys.argv[2]))"]
         recording = run([*command, str(source), str(root)], root)
         report = check_states(recording, check, limit=states, violations_max=1)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from strays import strays
+from support.strays import strays
 
 import onionskin
 

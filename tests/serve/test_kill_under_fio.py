@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from live.servers import Serve, onionskin, short_socket
+from support.servers import Serve, onionskin, short_socket
 
 KILLS = 50
 PARTS = 6

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live.nbd_client import NbdClient
+from support.nbd_client import NbdClient
 
 import onionskin as library
 from onionskin.errors import FormatError, SnapshotNotFoundError, StateError, VolumeExistsError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live.nbd_client import NbdClient
-from live.servers import Serve, onionskin, short_socket
+from support.nbd_client import NbdClient
+from support.servers import Serve, onionskin, short_socket
 
 import onionskin as library
 from onionskin.base.sockets import UnixListener

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live.servers import Serve, short_socket
+from support.servers import Serve, short_socket
 
 import onionskin
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crash.model import BASE_BYTES, BLOCK_BYTES, Planner
+from crash.harness.model import BASE_BYTES, BLOCK_BYTES, Planner
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from live.nbd_client import NbdClient
-from live.servers import COMMAND, Serve, onionskin, onionskin_json
+from support.nbd_client import NbdClient
+from support.servers import COMMAND, Serve, onionskin, onionskin_json
 
 import onionskin as library
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from live.guest import Guest, GuestImage, build_guest
-from live.nbd_client import NbdClient
-from live.servers import Serve, onionskin, onionskin_json
+from support.guest import Guest, GuestImage, build_guest
+from support.nbd_client import NbdClient
+from support.servers import Serve, onionskin, onionskin_json
 
 BLOCK = 4096
 BLOCKS = 2048

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live.nbd_client import NbdClient
-from live.servers import Serve, onionskin, onionskin_json, run_tool
+from support.nbd_client import NbdClient
+from support.servers import Serve, onionskin, onionskin_json, run_tool
 
 import onionskin as library
 

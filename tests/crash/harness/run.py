@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crash.replay import (
+from crash.harness.replay import (
     KINDS,
     SYNC_END,
     Entry,
@@ -191,7 +191,7 @@ def run(
     state = root.stat()
     initial = read_initial(root)
     command = list(program) if not callable(program) else [sys.executable, "-c", script_of(program), str(root)]
-    search = [str(Path(__file__).parent.parent), *(entry for entry in sys.path if entry)]
+    search = [str(Path(__file__).parents[2]), *(entry for entry in sys.path if entry)]
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(search),

@@ -1,6 +1,6 @@
 """Processes that do random verbs on volumes of one store, and one that kills and stops them at random.
 
-    cd tests && python -m live.many_processes SECONDS [DIRECTORY] [SEED]
+    cd tests && python -m serve.many_processes SECONDS [DIRECTORY] [SEED]
 
 Each volume has a journal: a file of its own, to which whoever holds the volume appends a line before a verb, with what the
 volume is before and after it, and one behind it. Whoever opens the volume next looks whether it is what the journal says,
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strays import strays
+from support.strays import strays
 
 import onionskin
 
@@ -456,7 +456,7 @@ def soak(root: Path, seconds: float, seed: int) -> Outcome:
 
 def start(root: Path, seed: int) -> subprocess.Popen[bytes]:
     tests = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "live.many_processes", "--work", str(root), str(seed)]
+    command = [sys.executable, "-m", "serve.many_processes", "--work", str(root), str(seed)]
     with (root / "output").open("ab") as output:
         return subprocess.Popen(command, cwd=tests, stdout=output, stderr=output)
 

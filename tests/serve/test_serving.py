@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from live.nbd_client import NbdClient
-from live.servers import COMMAND, END_SECONDS, Serve, onionskin, onionskin_json, run_tool, short_socket
+from support.nbd_client import NbdClient
+from support.servers import COMMAND, END_SECONDS, Serve, onionskin, onionskin_json, run_tool, short_socket
 
 from onionskin.nbd import tls
 

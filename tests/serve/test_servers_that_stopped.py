@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
-from live.servers import Serve, onionskin
+from support.servers import Serve, onionskin
 
 import onionskin as library
 from onionskin.base.sockets import UnixListener, connect_unix

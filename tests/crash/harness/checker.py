@@ -28,10 +28,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crash.harness import mark
-from crash.model import BLOCK_BYTES, CANARY_BYTES, MAIN, VOLUME_BYTES, Disk, Seed, StoreModel, VolumeModel, canary, plan
-from crash.workload import STORE, lower_limits
-from strays import strays
+from crash.harness.model import (
+    BLOCK_BYTES,
+    CANARY_BYTES,
+    MAIN,
+    VOLUME_BYTES,
+    Disk,
+    Seed,
+    StoreModel,
+    VolumeModel,
+    canary,
+    plan,
+)
+from crash.harness.run import mark
+from crash.harness.workload import STORE, lower_limits
+from support.strays import strays
 
 OPENINGS_MAX = 8
 CANARY = re.compile(rb"CANARY-\d{9}")

@@ -1,10 +1,10 @@
 """Takes each barrier out of the engine, one at a time, and says which removals the crash trials notice.
 
-    python -m crash.drop_each_barrier [--only NAME ...] [--own] [--seeds N] [--jobs N] [SOURCE_TREE]
+    python -m crash.harness.drop_each_barrier [--only NAME ...] [--own] [--seeds N] [--jobs N] [SOURCE_TREE]
 
-An engine is judged by the scenarios (crash.scenarios), those that are for the barrier first, then by drawn workloads, to
-the first violation. A barrier that can be taken out unnoticed is either not needed, or not tested. The extensions are
-built, so Cython and setuptools have to be there.
+An engine is judged by the scenarios (crash.harness.scenarios), those that are for the barrier first, then by drawn
+workloads, to the first violation. A barrier that can be taken out unnoticed is either not needed, or not tested. The
+extensions are built, so Cython and setuptools have to be there.
 
 The convention: a barrier is one line that holds one whole call of onion_sync_file, onion_sync_directory,
 fdatasync, fsync or syncfs (C), or of sync_file, sync_directory, os.fsync or the catalog's _checkpoint (Python), and ends
@@ -184,13 +184,13 @@ def judge(source: Path, amount: Amount, first: str | None = None) -> Verdict:
 
     In a process of its own, because the checker imports the engine that it judges.
     """
-    command = [sys.executable, "-m", "crash.drop_each_barrier", "--judge", str(source)]
+    command = [sys.executable, "-m", "crash.harness.drop_each_barrier", "--judge", str(source)]
     command += ["--seeds", str(amount.seeds), "--steps", str(amount.steps), "--states", str(amount.states)]
     command += ["--recoveries", str(amount.recoveries)]
     command += [argument for wipe in amount.wipes for argument in ("--wipe", wipe)]
     command += ["--first", first] if first else []
     command += ["--own"] if amount.own_only else []
-    tests = Path(__file__).parent.parent
+    tests = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(tests)}
     done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -202,8 +202,8 @@ def judge_here(source: Path, amount: Amount, first: str | None) -> None:
     """Runs in the process that `judge` starts; the last line that it prints is the verdict."""
     sys.path.insert(0, str(source))
     sys.dont_write_bytecode = True
-    from crash.judging import drawn_trial, try_all
-    from crash.scenarios import SCENARIOS
+    from crash.harness.judge import drawn_trial, try_all
+    from crash.harness.scenarios import SCENARIOS
 
     own = [scenario for scenario in SCENARIOS if first in scenario.barriers]
     others = [scenario for scenario in SCENARIOS if scenario not in own]
@@ -252,7 +252,7 @@ def judge_each(
 def main() -> int:
     """Prints a table; 1 where a barrier was not noticed or a sync has no name, or the whole engine has a violation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("tree", nargs="?", type=Path, default=Path(__file__).parents[2])
+    parser.add_argument("tree", nargs="?", type=Path, default=Path(__file__).parents[3])
     parser.add_argument("--seeds", type=int, default=3, help="drawn workloads of each policy, after the scenarios")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--states", type=int, default=400, help="states tried of each drawn workload")

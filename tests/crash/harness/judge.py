@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash.checker import workload_checker
-from crash.harness import Recording, check_states, resume
-from crash.model import Seed
-from crash.replay import SYNC_END, freed_unwiped
-from crash.workload import record
+from crash.harness.checker import workload_checker
+from crash.harness.model import Seed
+from crash.harness.replay import SYNC_END, freed_unwiped
+from crash.harness.run import Recording, check_states, resume
+from crash.harness.workload import record
 
 RECOVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from crash.checker import recover
+from crash.harness.checker import recover
 recover(Path(sys.argv[2]))
 """
 # What a recovery made durable is missing in these; sampled where all are too many.

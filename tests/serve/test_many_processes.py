@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from live.many_processes import soak
+from serve.many_processes import soak
 
 
 def report(tmp_path: Path, seconds: float, seed: int) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live.servers import END_SECONDS, Serve, onionskin
+from support.servers import END_SECONDS, Serve, onionskin
 
 import onionskin as library
 from onionskin import errors

@@ -1,8 +1,8 @@
 """The program that is crashed: runs the steps of a plan on a store, with a marker before and after each.
 
-    python -m crash.workload ROOT SEED WIPE [STEPS]
+    python -m crash.harness.workload ROOT SEED WIPE [STEPS]
 
-SEED is a number, or the name of a script (crash.scripts). ROOT holds the store and, for some seeds, base.raw,
+SEED is a number, or the name of a script (crash.harness.scripts). ROOT holds the store and, for some seeds, base.raw,
 which `prepare` puts there before the recording.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crash.harness import Recording, mark, run
-from crash.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, Seed, plan
+from crash.harness.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, Seed, plan
+from crash.harness.run import Recording, mark, run
 
 STORE = "kept/store"  # making it makes a directory on the way as well
 BASE = "base.raw"
@@ -30,7 +30,7 @@ def prepare(root: Path, steps: Plan) -> None:
 def record(root: Path, seed: Seed, wipe: str, step_count: int = STEPS, source: Path | None = None) -> Recording:
     """Runs a workload under the recorder, on the engine in `source` (a src/ directory) or the one in use."""
     prepare(root, plan(seed, wipe, step_count))
-    command = [sys.executable, "-m", "crash.workload", str(root), str(seed), wipe, str(step_count)]
+    command = [sys.executable, "-m", "crash.harness.workload", str(root), str(seed), wipe, str(step_count)]
     if source is not None:
         command[1:3] = ["-c", PROGRAM, str(source)]
     return run(command, root)
@@ -44,7 +44,7 @@ def lower_limits() -> None:
     compact_segments.SEGMENTS_MAX, compact_segments.SEGMENTS_KEPT = 2, 1
 
 
-PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.workload import main; main(sys.argv[1:])"
+PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash.harness.workload import main; main(sys.argv[1:])"
 
 
 class Workload:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
-from live.nbd_client import NbdClient
+from support.nbd_client import NbdClient
 
 from onionskin.cli.app import onionskin as group
 
