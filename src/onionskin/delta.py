@@ -20,13 +20,14 @@ The byte tables are in docs/format.md ("Delta stream"). What must hold:
 import hashlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from onionskin.base.files import data_ranges
 from onionskin.base.naming import check_name
+from onionskin.base.progress import Progress
 from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SIZE_BYTES_MAX, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import Snapshot, find_snapshot, nearest_snapshot
@@ -65,7 +66,6 @@ NAME_BYTES_MAX = 255
 NOTE_BYTES_MAX = 1 << 16
 BLOCK_SIZE_MAX = 2 << 20
 
-Progress = Callable[[int, int], None]
 Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
 

@@ -21,19 +21,18 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from onionskin.base.files import data_ranges, refuse_shorter
 from onionskin.base.naming import check_name
+from onionskin.base.progress import Progress
 from onionskin.errors import FormatError, OnionskinError
 
 if TYPE_CHECKING:
     from onionskin.store import Store
     from onionskin.volume import Volume
 
-Progress = Callable[[int, int], None]
 AnyPath = str | os.PathLike[str]
 FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi")
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from onionskin.base import forking
 from onionskin.base.naming import check_name, check_note, some_of
+from onionskin.base.progress import Progress
 from onionskin.base.signals import HeldBack
 from onionskin.catalog import (
     CommitUnknownError,
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

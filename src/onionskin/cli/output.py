@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
+from onionskin.base.progress import Progress
 from onionskin.base.sizes import format_size
 from onionskin.errors import StateError
 
-Progress = Callable[[int, int], None]
 Draw = Callable[[], str]
 
 STATES = {0: "hole", 1: "data", 2: "zero"}

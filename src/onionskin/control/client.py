@@ -10,13 +10,13 @@ hangs: that is a StateError which names its process.
 import base64
 import socket
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import dtypes
+from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_unix, credentials_of
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 else:
     from onionskin.base.lazy import numpy
-
-Progress = Callable[[int, int], None]
 
 
 def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+    from onionskin.base.progress import Progress
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock
     from onionskin.store import Store
-    from onionskin.volume import Progress, Volume
+    from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
 else:

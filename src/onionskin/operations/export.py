@@ -25,9 +25,10 @@ from onionskin.storage.layout import DIRECTORIES
 from onionskin.storage.locks import is_locked
 
 if TYPE_CHECKING:
+    from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
     from onionskin.store import Store
-    from onionskin.volume import Progress, Volume
+    from onionskin.volume import Volume
 
 
 def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress | None") -> None:

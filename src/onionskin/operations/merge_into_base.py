@@ -40,10 +40,11 @@ from onionskin.storage.chain import Chain, is_same_file, pending_base_merges, re
 from onionskin.storage.locks import BaseLock, ByteLocks, is_file_at
 
 if TYPE_CHECKING:
+    from onionskin.base.progress import Progress
     from onionskin.kernels._maplog import LayerMap
     from onionskin.kernels._volume import LowerLayer
     from onionskin.store import Store
-    from onionskin.volume import Progress, Volume
+    from onionskin.volume import Volume
 
 _log = logging.getLogger(__name__)
 

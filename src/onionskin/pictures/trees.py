@@ -12,7 +12,7 @@ from onionskin.base.sizes import format_size
 from onionskin.pictures import svg
 
 if TYPE_CHECKING:
-    from onionskin.store import TreeNode
+    from onionskin.operations.listing import TreeNode
 
 WIDTH, TOP, ROW, LANE, RADIUS = 760, 14, 24, 18, 5
 BAR, BAR_LEFT = 84, 552

@@ -8,10 +8,35 @@ import io
 import operator
 import os
 from errno import EINVAL, ENOSPC
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
-if TYPE_CHECKING:
-    from onionskin.volume import Volume
+
+class ByteDisk(Protocol):
+    """What a file is made over: a volume has all of it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk in bytes."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+
+    def readinto(self, offset: int, buffer: Any) -> int:
+        """Fill a writable buffer from `offset` on; returns its length in bytes."""
+
+    def write(self, offset: int, data: Any) -> int:
+        """Write a buffer at `offset`; returns its length in bytes."""
+
+    def flush(self) -> None:
+        """Make everything that was written before the call durable."""
 
 
 class DiskFile(io.RawIOBase):
@@ -21,7 +46,7 @@ class DiskFile(io.RawIOBase):
     collected, flushes nothing. A view of a snapshot can be read only. One thread at a time may use it.
     """
 
-    def __init__(self, volume: "Volume") -> None:
+    def __init__(self, volume: ByteDisk) -> None:
         self._volume = volume
         self._position = 0
         self._collected = False
