@@ -18,10 +18,12 @@ PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "examples", "setup.py"
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style of the Python code; shape and safety of the workflow files."""
-    session.install("ruff>=0.9,<1", "check-jsonschema>=0.31,<1", "zizmor>=1.20,<2")
+    """Style of the Python code; who imports and includes whom; shape and safety of the workflow files."""
+    session.install("ruff>=0.9,<1", "import-linter>=2,<3", "check-jsonschema>=0.31,<1", "zizmor>=1.20,<2")
     session.run("ruff", "check", *PYTHON_FILES)
     session.run("ruff", "format", "--check", *PYTHON_FILES)
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": "src"})
+    session.run("python", "tools/check_layers.py")
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("zizmor", "--offline", "--quiet", ".github")
