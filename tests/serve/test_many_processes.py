@@ -14,7 +14,7 @@ def report(tmp_path: Path, seconds: float, seed: int) -> list[str]:
 
 
 def test_processes_that_are_killed_and_stopped_lose_nothing(tmp_path: Path) -> None:
-    assert report(tmp_path, 8, seed=1) == []
+    assert report(tmp_path, 5, seed=1) == []
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import numpy  # noqa: F401
 import onionskin
 
 BLOCK = 4096
-SECONDS = 6
+SECONDS = 3
 
 
 class Sniper:

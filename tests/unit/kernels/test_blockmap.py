@@ -104,7 +104,7 @@ def maps(draw: st.DrawFn) -> tuple[int, int, list[Change]]:
 
 
 @given(maps())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) -> None:
     block_map, places = map_of(*made)
     assert_same(block_map, places)
@@ -113,7 +113,7 @@ def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) 
 
 
 @given(maps(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_many_changes_at_once_are_the_changes_one_by_one(
     made: tuple[int, int, list[Change]], data: st.DataObject
 ) -> None:
