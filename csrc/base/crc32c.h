@@ -1,5 +1,7 @@
 /* crc32c.h: CRC-32C (Castagnoli, RFC 3720 appendix B.4), with the processor's instruction where it has one.
- * crc is 0 for the first part, the earlier result for each part that follows. Pure; any thread. */
+ *
+ * crc is 0 for the first part, and the earlier result for each part that follows. The functions are pure, and any
+ * thread may call them. */
 #ifndef ONIONSKIN_BASE_CRC32C_H
 #define ONIONSKIN_BASE_CRC32C_H
 #include <stddef.h>

@@ -1,6 +1,6 @@
-/* linux_io.h: what only Linux has and copy and wipe need. A port replaces linux_io.c.
+/* linux_io.h: the calls that only Linux has and that copy and wipe need. A port replaces linux_io.c.
  *
- * Each function is one question to, or one request of, a file system, and says "cannot" apart from "failed". */
+ * Each function asks a file system one question or makes one request. It distinguishes "cannot" from "failed". */
 #ifndef ONIONSKIN_BASE_LINUX_IO_H
 #define ONIONSKIN_BASE_LINUX_IO_H
 

@@ -1,8 +1,8 @@
-/* site.h: where something went wrong, for the message that a person reads: the file, and the byte in it.
+/* site.h: the place of an error, for the message that a person reads: the file, and the byte in it.
  *
- * A thread notes the place where it meets an error that goes up to its caller, and whoever makes the message asks for it
- * with the code that arrived. A note is one thread's own, and is good for one code only, so that a note whose error was
- * overcome (a retry, a cleaning up) is not taken for the place of another one. */
+ * A thread notes the place where it meets an error that goes up to its caller. The code that makes the message asks
+ * for the place with the error code that arrived. A note belongs to one thread and is valid for one code only. So
+ * the note of an error that was overcome (by a retry, by a clean-up) is not taken for the place of another error. */
 #ifndef ONIONSKIN_BASE_SITE_H
 #define ONIONSKIN_BASE_SITE_H
 

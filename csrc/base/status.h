@@ -1,8 +1,8 @@
-/* status.h: what C functions of onionskin return.
+/* status.h: the return values of C functions of onionskin.
  *
- * A function returns a count or 0 when all went well, and a negative code when not: -errno for a refusal of the
- * system, a code of the range below for what only onionskin can say. Nothing is ever reported through errno.
- * Linux keeps errno below 4096, so the two ranges cannot meet. */
+ * A function returns a count or 0 on success, and a negative code on failure: -errno if the system refused, or a
+ * code of the range below for errors that only onionskin knows. Nothing is ever reported through errno. Linux keeps
+ * errno below 4096, so the two ranges cannot meet. */
 #ifndef ONIONSKIN_BASE_STATUS_H
 #define ONIONSKIN_BASE_STATUS_H
 

@@ -1,7 +1,7 @@
-/* store_file.h: opening the files of a store, and reading a map file into memory.
+/* store_file.h: opens the files of a store, and reads a map file into memory.
  *
- * A store may come from anywhere. So no file of it is opened through a symbolic link, nothing but a regular file is
- * opened, and what a file's size says is not believed: a sparse file costs memory for what is allocated in it. */
+ * A store may come from anywhere. So no file of it is opened through a symbolic link, and only regular files are
+ * opened. The size of a file is not trusted either: a sparse file costs memory only for its allocated parts. */
 #ifndef ONIONSKIN_BASE_STORE_FILE_H
 #define ONIONSKIN_BASE_STORE_FILE_H
 

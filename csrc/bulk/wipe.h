@@ -1,13 +1,14 @@
 /* wipe.h: overwrites ranges of a file with zeros on the medium, and only then gives them back.
  *
- * The order is the promise: zeros are written with ordinary pwrite in large runs, then made durable by fdatasync,
- * then (ONION_WIPE_VERIFY) read back past the page cache, and only then may the range be punched. ZERO_RANGE, hole
- * punching and reflinks never stand in for the zeros, because they leave the old bytes on the medium. Holes in the
- * range are skipped (FIEMAP, or SEEK_DATA where there is none): they hold nothing. Extents that are allocated but
- * unwritten are overwritten too: they read zero, but after a crash (or a ZERO_RANGE) old bytes can lie under them.
+ * The order is the promise. Zeros are written with ordinary pwrite in large runs. Then fdatasync makes them
+ * durable. Then (ONION_WIPE_VERIFY) they are read back past the page cache. Only then may the range be punched.
+ * ZERO_RANGE, hole punching and reflinks never stand in for the zeros, because they leave the old bytes on the
+ * medium. Holes in the range are skipped (FIEMAP, or SEEK_DATA where there is none), because they hold nothing.
+ * Extents that are allocated but unwritten are overwritten too. They read zero, but after a crash (or a ZERO_RANGE)
+ * old bytes can lie under them.
  *
- * Where overwriting cannot reach the old bytes, the result says so: extents that are shared by reflink (FIEMAP,
- * looked up before the overwriting), and copy-on-write file systems (btrfs without NOCOW). */
+ * If overwriting cannot reach the old bytes, the result says so. This is true for extents that are shared by
+ * reflink (FIEMAP, looked up before the overwriting), and for copy-on-write file systems (btrfs without NOCOW). */
 #ifndef ONIONSKIN_BULK_WIPE_H
 #define ONIONSKIN_BULK_WIPE_H
 

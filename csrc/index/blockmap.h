@@ -1,17 +1,17 @@
 /* blockmap.h: the index that says where each block of a volume is.
  *
- * A place is what a block maps to: a segment number (16 bits) and a slot (32 bits), or one of two states without
- * data. A run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
+ * A block maps to a place: a segment number (16 bits) and a slot (32 bits), or one of two states without data. A
+ * run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
  *
- * Two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run or a leaf. A
- * leaf is a short sorted list of runs, 8 bytes each, while it is sparse, and a table with one place a block when
- * it is dense. So a look-up is two or three memory loads whatever the number of layers, and memory follows
- * fragmentation, not size. The root is anonymous mmap: what nothing was written to costs no memory.
+ * The index has two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run
+ * or a leaf. A sparse leaf is a short sorted list of runs, 8 bytes each. A dense leaf is a table with one place for
+ * each block. So a look-up is two or three memory loads, whatever the number of layers, and memory follows
+ * fragmentation and not size. The root is anonymous mmap, so parts that were never written cost no memory.
  *
- * Threads. Look-ups take no lock and may run beside writers. Writers to one 2 MiB range must be kept apart by the
- * caller (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`,
- * which must free it only when no look-up that began before can still be reading it; with retire == NULL nobody
- * else may use the map during a write, leaves are changed in place, and building is faster. */
+ * Threads: look-ups take no lock and may run beside writers. The caller must keep writers to one 2 MiB range apart
+ * (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`, which
+ * must free it only when no look-up that began before can still be reading it. With retire == NULL no other thread
+ * may use the map during a write; leaves are then changed in place, and building is faster. */
 #ifndef ONIONSKIN_INDEX_BLOCKMAP_H
 #define ONIONSKIN_INDEX_BLOCKMAP_H
 

@@ -1,11 +1,13 @@
-/* provenance.h: which layer each block of a disk comes from.
+/* provenance.h: says which layer each block of a disk comes from.
  *
- * An owner is a number that stands for a layer. The layers of a chain are laid over each other from the bottom up; what
- * is kept of each block is its owner and whether it is DATA or ZERO, so that the runs of one layer that touch are one run,
- * wherever their slots are. As an opening does (index/bulk_build.h), it takes the records of all logs first and makes
- * the index at once: a map for each layer costs a page for nearly every block that lies alone on a large disk.
+ * An owner is a number that stands for a layer. The layers of a chain are laid over each other from the bottom up.
+ * For each block, only its owner is kept, and whether it is DATA or ZERO. So the runs of one layer that touch are
+ * one run, wherever their slots are. Like an opening (index/bulk_build.h), it takes the records of all logs first
+ * and makes the index at once, because a map for each layer costs a page for nearly every block that lies alone on
+ * a large disk.
  *
- * Pure over memory, no I/O, one thread. After -ENOMEM it is half laid and good for nothing but onion_owners_destroy. */
+ * The functions work on memory only, do no I/O, and are for one thread. After -ENOMEM the work is half done, and
+ * only onion_owners_destroy may be called. */
 #ifndef ONIONSKIN_LAYER_PROVENANCE_H
 #define ONIONSKIN_LAYER_PROVENANCE_H
 

@@ -1,8 +1,8 @@
 /* protocol.h: the bytes of the NBD protocol, as pure functions over (bytes, length).
  *
- * Decoders read nothing past the length they are given, allocate nothing, and hand out pointers into the input.
- * All numbers on the wire are big-endian. The names are those of the protocol's document (doc/proto.md of the
- * NetworkBlockDevice project), with ONION_ in front. */
+ * Decoders read nothing past the length that they are given, allocate nothing, and hand out pointers into the
+ * input. All numbers on the wire are big-endian. The names are those of the protocol's document (doc/proto.md of
+ * the NetworkBlockDevice project), with ONION_ in front. */
 #ifndef ONIONSKIN_NBD_PROTOCOL_H
 #define ONIONSKIN_NBD_PROTOCOL_H
 

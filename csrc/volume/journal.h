@@ -1,19 +1,20 @@
-/* journal.h: where the pending records of a head lie, so that the death of the process loses none of them.
+/* journal.h: keeps the pending records of a head, so that the death of the process loses none of them.
  *
- * They lie in a file that is mapped, volumes/ID.dirty: what was stored in a mapped page stays when the process is killed, and
- * costs no system call. The file is good for the same boot and the same mount only, so nothing of it is ever synced. It
- * is made at the first change of an opening. docs/format.md has its bytes.
+ * The records lie in a mapped file, volumes/ID.dirty. Data that was stored in a mapped page stays when the process
+ * is killed, and costs no system call. The file is valid for the same boot and the same mount only, so nothing of
+ * it is ever synced. It is made at the first change of an opening. docs/format.md describes its bytes.
  *
  * What must hold
- *  - There are two halves. One takes what changes; a flush takes it away and switches to the other. A half is emptied when
- *    the frame with its records is durable, and before a slot that the frame freed is given back: so no record that is left
- *    names a slot that was used again. What is applied twice changes nothing: of a block the last record counts.
- *  - A half says what it goes on from: a map, and the frame that stood last in it. While a seal or a rewrite waits for its
- *    outcome it says two, since the catalog may name either.
- *  - A mapped page always has a block (fallocate), so a full disk is an error and not a signal; what else a device does to a
- *    page is caught by the SIGBUS guard.
- *  - A half that was taken by a flush has room for all that comes meanwhile, so that it can always be put back.
- * All of it is guarded by the volume's pending_lock. */
+ *  - There are two halves. One half takes new records. A flush takes that half away and switches to the other. A
+ *    half is emptied when the frame with its records is durable, and before a slot that the frame freed is given
+ *    back. So no record that is left names a slot that was used again. Records that are applied twice change
+ *    nothing, because the last record of a block counts.
+ *  - A half names the state that it goes on from: a map, and the last frame in it. While a seal or a rewrite waits
+ *    for its outcome, a half names two states, since the catalog may name either.
+ *  - A mapped page always has a block (fallocate), so a full disk is an error and not a signal. The SIGBUS guard
+ *    catches other failures of a page.
+ *  - A half that a flush took has room for all records that come meanwhile, so that it can always be put back.
+ * The volume's pending_lock guards all of this. */
 #ifndef ONIONSKIN_VOLUME_JOURNAL_H
 #define ONIONSKIN_VOLUME_JOURNAL_H
 

@@ -1,12 +1,12 @@
 /* segment.h: one data file: its header, its mapping, and (for the head's own) the allocation of slots.
  *
  * Slot i of a segment lies at byte ONION_HEADER_BYTES + (i << block_shift). Readers load from a shared read-only
- * mapping; writers use pwrite, so that a full disk is an error and not a signal. A segment that is only read costs no
- * descriptor: it is opened to be mapped, and closed again.
+ * mapping. Writers use pwrite, so that a full disk is an error and not a signal. A segment that is only read costs
+ * no descriptor: it is opened to be mapped, and closed again.
  *
- * What must hold: a slot that any durable map names is never handed out; slots are given back only by
- * onion_segment_give_back, whose caller knows that the frame which freed them is durable and that no read that might
- * have found them is still under way. Allocation is guarded by the caller's lock. */
+ * What must hold: a slot that any durable map names is never handed out. Slots are given back only by
+ * onion_segment_give_back. Its caller knows that the frame that freed them is durable, and that no read that might
+ * have found them is still under way. The caller's lock guards the allocation. */
 #ifndef ONIONSKIN_VOLUME_SEGMENT_H
 #define ONIONSKIN_VOLUME_SEGMENT_H
 

@@ -1,19 +1,19 @@
-/* volume.h: the data path of one open volume or view; needs no Python, and any thread may call it.
+/* volume.h: the data path of one open volume or view. It needs no Python, and any thread may call it.
  *
- * A volume is a folded index over a base and a chain of sealed layers, and (for writing) a head with its own segment
- * and map log. Offsets and lengths are bytes. Every verb returns 0 (or what it says) or a negative code of
- * base/status.h.
+ * A volume is a folded index over a base and a chain of sealed layers, and (for writing) a head with its own
+ * segment and map log. Offsets and lengths are bytes. Every verb returns 0 (or what its comment says) or a negative
+ * code of base/status.h.
  *
  * What must hold
- *  - Readers take no lock. What they may still see (leaves, mappings, freed slots) outlives them: base/epoch.h.
- *  - A change becomes visible in the index and in the list of pending records together, under pending_lock; the
- *    bytes it names were written before. So a flush that takes the list and then syncs the segments has synced all
- *    that its frame names.
+ *  - Readers take no lock. Objects that they may still see (leaves, mappings, freed slots) outlive them: see
+ *    base/epoch.h.
+ *  - A change becomes visible in the index and in the list of pending records together, under pending_lock. The
+ *    bytes that it names were written before. So a flush that takes the list and then syncs the segments has synced
+ *    everything that its frame names.
  *  - A slot that was freed is given back only after the frame that frees it is durable and every read that began
  *    before has ended.
- *  - Writers hold `gate` shared; seal, resize and close hold it alone. Writers to one 2 MiB range are ordered by a
- *    striped lock. Flushes are ordered by the flush gate, which seal and rewrite keep closed until their outcome
- *    is known.
+ *  - Writers hold `gate` shared; seal, resize and close hold it alone. A striped lock orders writers to one 2 MiB
+ *    range. The flush gate orders flushes. Seal and rewrite keep it closed until their outcome is known.
  * Order of locks: flush gate, gate, stripe, pending_lock / slots_lock / mapping_lock (leaves). */
 #ifndef ONIONSKIN_VOLUME_VOLUME_H
 #define ONIONSKIN_VOLUME_VOLUME_H
