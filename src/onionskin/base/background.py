@@ -1,7 +1,8 @@
-"""One thread for the work of a store that nobody waits for.
+"""One thread for the background work of a store, for which no caller waits.
 
-What must hold: `finish` returns only when nothing is under way that was asked for before; an exception ends nobody's
-waiting. A thread stays a second for more work, since starting one costs more than most of what it is for.
+What must hold: `finish` returns only when all work that was asked for before is done. An exception does not end the
+waiting of any caller. A thread stays for one more second to take more work, because starting a thread costs more than
+most of this work.
 """
 
 import threading

@@ -1,7 +1,7 @@
-"""Files of the operating system: where one holds data, and writing all of a buffer.
+"""Files of the operating system: find where a file holds data, and write all of a buffer.
 
-What must hold: an answer that the system could not give is an error, never a hole. A hole that is not one reads zero in
-every copy that is made from it, and no later check can tell.
+What must hold: if the system cannot give an answer, that is an error and never a hole. A false hole reads zero in every
+copy that is made from it, and no later check can tell.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""NumPy, imported when the first array is made and not when the package is: it takes longer than most verbs.
+"""NumPy, imported with the first array and not with the package: the import takes longer than most verbs.
 
-Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as ever.
+Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as usual.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Who besides its owner may use the files of a store: nobody, or the members of a group.
+"""The users who may use the files of a store: its owner alone, or also the members of a group.
 
-What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone says which:
-one whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
+What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone decides. A
+directory whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
 `onion_make_file` (csrc/base/store_file.c) does the same for the files that C makes.
 """
 

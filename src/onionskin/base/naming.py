@@ -1,6 +1,6 @@
-"""Which names volumes and snapshots may have.
+"""The names that volumes and snapshots may have.
 
-`STORE/VOLUME@SNAPSHOT` must always be read in one way, and a name must print on one line.
+`STORE/VOLUME@SNAPSHOT` must have only one reading, and a name must print on one line.
 """
 
 import unicodedata

@@ -1,8 +1,9 @@
 """Sockets that only their owner may use, wherever they lie.
 
-What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask; a path of any
-length can be bound and connected to (the kernel's limit is 107 bytes); a socket that nobody listens on is replaced,
-one that somebody listens on never; and on the way out only what is still ours is removed.
+What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask. A path of any
+length can be bound and connected to (the kernel's limit is 107 bytes). A socket on which no process listens is
+replaced. A socket on which a process listens is never replaced. At the end, only a socket that still belongs to this
+process is removed.
 """
 
 import errno

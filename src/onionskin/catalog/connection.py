@@ -1,9 +1,9 @@
 """One connection to a store's catalog.
 
-What must hold: every change of more than one row is one transaction; no row names a file before the transaction that
-makes both known to each other; an id or a lock byte is never used twice. What is asked about the tree is asked inside the
-transaction that acts on the answer. SQLite does the crash safety (WAL, a full sync at each commit); it is never on the
-read or write path of a volume.
+What must hold: every change of more than one row is one transaction. No row names a file before the transaction that
+connects row and file. An id or a lock byte is never used twice. A question about the tree is asked inside the
+transaction that acts on the answer. SQLite provides the crash safety (WAL, a full sync at each commit). It is never on
+the read or write path of a volume.
 """
 
 import os

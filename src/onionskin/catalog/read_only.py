@@ -1,7 +1,7 @@
-"""Opening a catalog that may only be read: in its place where SQLite can do that, or as a private copy.
+"""Opens a catalog that may only be read: in its place if SQLite can do that, or else as a private copy.
 
-What must hold: nothing is made or written beside the catalog. What a crash left in SQLite's log is read too; where only a
-copy can be brought up to that, or to this version, the copy is.
+What must hold: nothing is made or written beside the catalog. Data that a crash left in SQLite's log is read too. If
+only a copy can be brought up to that log, or to this version, the copy is.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""What the tables of a catalog are, and what each value in them must be.
+"""The tables of a catalog, and the condition of each value in them.
 
-What must hold: a condition on a value is written once, here, and is looked at on both ways: no value is written that does
-not fulfil it, and no row is believed that has one (SQLite keeps whatever it was given, and a damaged page or a
-hostile file holds anything).
+What must hold: the condition of a value is written once, here, and is checked both ways. No value is written that
+breaks its condition, and no row is believed if one of its values does. (SQLite keeps any value that it was given, and a
+damaged page or a hostile file may hold anything.)
 """
 
 import sqlite3

@@ -1,4 +1,4 @@
-"""What SQLite reports, as the exceptions of the package: what happened, to which file, and what to do."""
+"""Turns errors of SQLite into exceptions of the package, which say what happened, to which file, and what to do."""
 
 import os
 import sqlite3

@@ -1,7 +1,7 @@
-"""Snapshots and the tree of layers under them: what descends from what, and what nothing needs any more.
+"""Snapshots and the tree of layers under them: ancestors, descendants, and layers that are not needed any more.
 
-What must hold: a layer is needed if it is a head, has a name, or has a needed child. `free_unneeded` is the one place
-that removes layers, and it only ever removes leaves that are neither.
+What must hold: a layer is needed if it is a head, has a name, or has a needed child. Only `free_unneeded` removes
+layers, and it only ever removes leaves that are not needed.
 """
 
 from dataclasses import dataclass

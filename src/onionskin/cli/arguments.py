@@ -1,7 +1,7 @@
-"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; how they are opened, and complete.
+"""Names (STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT) and sizes: how they are parsed, opened and completed.
 
-The last component of the path is the volume, all before it is the store. A completion never makes, locks or
-repairs anything: it reads the catalog of a directory that is a store, and says nothing when it cannot.
+The last component of the path is the volume, and the rest of the path is the store. A completion never makes, locks or
+repairs anything. It reads the catalog of a directory that is a store, and prints nothing if it cannot.
 """
 
 import os

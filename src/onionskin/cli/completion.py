@@ -1,7 +1,7 @@
 """Completion in bash, zsh and fish.
 
-zsh and fish are served by click's own scripts. bash splits words at '@', so that click's would complete the
-part behind it alone: ours hands over the whole line up to the cursor, and takes off again what bash keeps.
+click's own scripts serve zsh and fish. bash splits words at '@', so click's script would complete the part behind it
+alone. The script here passes the whole line up to the cursor, and removes the part that bash keeps from the answers.
 """
 
 import os

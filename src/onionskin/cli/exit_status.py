@@ -1,11 +1,11 @@
 """Exit statuses, and the one place where an exception becomes a line on stderr and a status.
 
-What must hold: a condition that onionskin foresees never shows a traceback; an error is one line,
-``onionskin: what happened; what to do``; a reader of our output that goes away is not an error worth a word.
-``ONIONSKIN_TRACEBACK=1`` in the environment shows the traceback as well, for reports of defects.
+What must hold: an error that onionskin expects never shows a traceback. An error is one line, ``onionskin: what
+happened; what to do``. If the reader of the output goes away, no message is printed. ``ONIONSKIN_TRACEBACK=1`` in the
+environment shows the traceback as well, for reports of defects.
 
-The library's messages are for who calls it from Python. What they advise in its words is said in those of the command line
-here, by `_IN_WORDS_OF_THE_COMMAND_LINE`.
+The messages of the library address a caller in Python. `_IN_WORDS_OF_THE_COMMAND_LINE` turns their advice into words of
+the command line.
 """
 
 import contextlib

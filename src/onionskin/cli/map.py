@@ -1,4 +1,4 @@
-"""The verb that shows where the data of a disk is, map; and where pictures of verbs go."""
+"""The verb map, which shows where the data of a disk is; and the output of pictures."""
 
 import shutil
 import sys

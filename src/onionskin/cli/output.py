@@ -1,8 +1,8 @@
-"""What commands print: JSON for programs, aligned text for people, progress on a terminal.
+"""The output of commands: JSON for programs, aligned text for people, progress on a terminal.
 
-JSON keys are those that docs/cli.md lists; times are ISO 8601 in UTC, sizes are bytes. Text goes to stdout,
-progress to stderr, and only where stderr is a terminal. rich takes as long to import as all the rest, so it
-is imported only where a progress bar is drawn.
+JSON keys are those that docs/cli.md lists. Times are ISO 8601 in UTC, and sizes are bytes. Text goes to stdout.
+Progress goes to stderr, and only if stderr is a terminal. The import of rich takes as long as all the rest, so rich is
+imported only to draw a progress bar.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""A volume that another process serves, worked on through its control socket.
+"""A volume that another process serves, used through its control socket.
 
-`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume; they raise the same errors. What it
-cannot do (write, flatten, apply) it does not have.
+`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume, and they raise the same errors. It has
+no methods for operations that it cannot do (write, flatten, apply).
 
-A server that says nothing for SILENCE_SECONDS, though it says every few seconds that an operation goes on, was stopped or
-hangs: that is a StateError which names its process.
+A server reports every few seconds that an operation goes on. If a server says nothing for SILENCE_SECONDS, it was
+stopped or hangs, and the caller gets a StateError that names its process.
 """
 
 import base64

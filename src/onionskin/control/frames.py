@@ -1,6 +1,6 @@
-"""The frames of the control protocol: a length of four bytes, big-endian, then that much JSON, an object.
+"""The frames of the control protocol: a length of four bytes, big-endian, then that many bytes of JSON, an object.
 
-Both ends bound what they take before they allocate it. See "Live operations" in docs/design.md.
+Both ends check the length before they allocate memory for it. See "Live operations" in docs/design.md.
 """
 
 import json

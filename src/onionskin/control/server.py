@@ -1,12 +1,13 @@
 """The control socket of a volume that is being served: other processes work on the volume through it.
 
-What must hold: only the user who runs the server, and root, get in (the file's mode says so, and SO_PEERCRED is asked
-too); what comes in is bounded and checked against one table before anything is called; an operation is cancelled when
-its caller goes away or says so; what an operation raises is raised again at the other end; and while an operation runs
-its caller hears every few seconds that there is somebody, so that it need not wait for a process that was stopped.
+What must hold: only the user who runs the server, and root, can connect (the mode of the file says so, and SO_PEERCRED
+is asked too). A request is bounded and checked against one table before anything is called. An operation is cancelled
+when its caller goes away or asks for it. The other end raises the exception that the operation raised. While an
+operation runs, its caller hears every few seconds that the server is alive, so that it need not wait for a process that
+was stopped.
 
-A connection: the server greets; then requests and replies follow each other. The frames are in `frames`, the list of
-verbs is `_ARGUMENTS`, the protocol is described in docs/design.md under "Live operations".
+On a connection, the server greets first. Then requests and replies follow each other. `frames` describes the frames,
+and `_ARGUMENTS` is the list of verbs. docs/design.md describes the protocol under "Live operations".
 """
 
 import base64

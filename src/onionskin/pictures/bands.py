@@ -1,4 +1,4 @@
-"""What a map's legend lists: each layer, or neighbours together where there are too many to tell apart."""
+"""The entries of a map's legend: each layer, or groups of neighbours if there are too many layers to tell apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""A disk cut into cells of equal size, and which layer each cell shows.
+"""A disk cut into cells of equal size, and the layer that each cell shows.
 
-A cell shows the layer (or base) that holds the most data in it. Whatever is data goes before what only reads zero, and
-that before holes, so that a few blocks on a vast disk are seen; the share says how much of the cell they are.
+A cell shows the layer (or base) that holds the most data in it. Data goes before zeros, and zeros go before holes, so
+that a few blocks on a vast disk are seen. The share says how much of the cell they are.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Draws the map of a disk: as SVG with a legend, and as PNG, which has no text but what its reader is shown beside it."""
+"""Draws the map of a disk: as SVG with a legend, and as PNG, which carries its legend in the Description."""
 
 from typing import TYPE_CHECKING, Any
 

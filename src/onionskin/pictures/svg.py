@@ -1,4 +1,4 @@
-"""What SVG pictures share: a document that needs nothing else, text that cannot leave its place, colours for both schemes."""
+"""The common parts of SVG pictures: a self-contained document, escaped text, colours for both schemes."""
 
 from collections.abc import Sequence
 from html import escape
