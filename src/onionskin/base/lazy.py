@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Later:
-    """A module that is imported when one of its names is first asked for. Any thread may be the one that asks."""
+    """A module that is imported at the first use of one of its names. Any thread may use it first."""
 
     def __init__(self, module: str) -> None:
         self._module = module

@@ -16,7 +16,7 @@ HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class HeldBack:
-    """A context in which these signals are noted, where they have a handler, and the first one is handled at its end."""
+    """A context that notes these signals, if they have a handler, and handles the first one at its end."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}

@@ -17,7 +17,7 @@ _NOCOW = 0x00800000
 
 
 def make_index_in_place(catalog: Path) -> None:
-    """Make the index of a catalog's log, where there is none, as a file that btrfs overwrites in place."""
+    """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place."""
     index = catalog.with_name(f"{catalog.name}-shm")
     with suppress(OSError):  # SQLite makes it, then
         if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes

@@ -12,7 +12,7 @@ _STYLE = (
     f".skin text{{font:12px {FONT};fill:var(--ink)}}.skin .title{{font-weight:600}}.skin .soft{{fill:var(--soft)}}"
     ".skin .end{text-anchor:end}.skin .paper{fill:var(--paper)}"
 )
-# Hot to cold, as the layers go from the head down; each is told from white and from black.
+# Hot to cold, as the layers go from the head down; each differs from white and from black.
 _RAMP = ((214, 57, 75), (232, 128, 48), (196, 160, 40), (78, 160, 104), (46, 140, 168), (72, 100, 190), (122, 84, 170))
 
 RGB = tuple[int, int, int]
@@ -42,7 +42,7 @@ def text(x: float, y: float, what: str, style: str = "") -> str:
 
 
 def shown(what: str) -> str:
-    """Replace characters of a text from elsewhere that are not to be seen; what is left is fit for XML."""
+    """Replace characters that cannot be printed in a text from elsewhere, so that it is fit for XML."""
     return "".join(c if c.isprintable() else "\ufffd" for c in what)
 
 
@@ -52,7 +52,7 @@ def clean(what: str) -> str:
 
 
 def shortened(what: str, characters_max: int) -> str:
-    """Return a text, its middle left out where it is too long: the ends of names are what differs."""
+    """Return a text without its middle if it is too long, because names differ at their ends."""
     if len(what) <= characters_max:
         return what
     tail = (characters_max - 1) // 2

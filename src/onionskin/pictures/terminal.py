@@ -75,7 +75,7 @@ def _joined(looks: list[Piece]) -> Iterator[Piece]:
 
 
 def _marks(legend: Legend, *, colour: bool) -> list[list[Piece]]:
-    """Return for each band how its cells look, by how pale they are."""
+    """Return the marks of each band's cells, by how pale they are."""
     marks: list[list[Piece]] = []
     for index in range(len(legend.layers)):
         letter = chr(ord("A") + index)

@@ -105,7 +105,7 @@ def _dot(place: Place, row: int) -> str:
 
 
 def _about(node: "TreeNode", left: float, y: float, most: int) -> list[str]:
-    """Say what a node is, when it was made, and how much it holds."""
+    """Describe a node: its kind, its time, and the size of its data."""
     kind = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(node.kind, "")
     room = int((TIME_LEFT - left) / CHARACTER) - len(kind)
     name = svg.text(left, y + 4, svg.shortened(node.name, max(room, 12)) + kind, "title")
