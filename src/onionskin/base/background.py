@@ -17,8 +17,8 @@ class Background:
     Parameters
     ----------
     work : callable
-        If it is asked for twice while it runs, it runs once more. It should raise nothing. An exception ends the thread, and
-        the next request starts another.
+        If it is asked for twice while it runs, it runs once more. It should raise nothing. An exception ends the
+        thread, and the next request starts another.
     name : str
         The name of the thread.
     """

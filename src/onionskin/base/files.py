@@ -16,8 +16,8 @@ _UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)
 def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
 
-    If the file system cannot tell, all of the file counts as data. Bytes beyond the end of the file count as a hole; the
-    end is that at the first question.
+    If the file system cannot tell, all of the file counts as data. Bytes beyond the end of the file count as a hole;
+    the end is that at the first question.
 
     Raises
     ------

@@ -65,7 +65,7 @@ class UnixListener:
                 self.socket.listen(BACKLOG)
                 found = os.lstat(short)
                 if stat.S_IMODE(found.st_mode) != mode:
-                    os.chmod(short, mode)  # noqa: PTH101 - only ever widens: it restores the bits that the umask took away
+                    os.chmod(short, mode)  # noqa: PTH101 - only ever widens: restores bits that the umask took away
             self._identity = (found.st_dev, found.st_ino)
             draft.rename(self.path)
         except BaseException as error:
@@ -105,8 +105,8 @@ def _refuse_taken(path: Path) -> None:
 def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
     """Connect to a Unix socket.
 
-    The queue may be full, as it is for a process that was stopped. Then the call waits for so many seconds (0: for ever)
-    and raises BlockingIOError.
+    The queue may be full, as it is for a process that was stopped. Then the call waits for so many seconds (0: for
+    ever) and raises BlockingIOError.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

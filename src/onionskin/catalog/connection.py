@@ -134,8 +134,8 @@ class Catalog:
     def sync_found(self) -> None:
         """Make the visible commits durable: after a crash one may be visible that the next power loss would undo.
 
-        A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that moved
-        it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
+        A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that
+        moved it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
         before the first frame.
         """
         self.bury_unknown()
@@ -169,8 +169,8 @@ class Catalog:
 
         Notes
         -----
-        An interrupt that comes while COMMIT runs is raised after it, and the transaction did happen then. So code that undoes
-        the work around a transaction first asks the catalog how the transaction ended.
+        An interrupt that comes while COMMIT runs is raised after it, and the transaction did happen then. So code that
+        undoes the work around a transaction first asks the catalog how the transaction ended.
         """
         self.refuse_read_only()
         with self._transaction():
@@ -212,8 +212,8 @@ class Catalog:
     def bury_unknown(self) -> None:
         """Write over a commit of unknown outcome, if there was one: until then a crash may bring it back.
 
-        This must happen before the commit could do harm: before a head is opened for writing, and before a file is freed
-        that the commit names and no reader sees.
+        This must happen before the commit could do harm: before a head is opened for writing, and before a file is
+        freed that the commit names and no reader sees.
         """
         if self._is_unknown and not self.read_only:
             with self._transaction():
@@ -241,10 +241,10 @@ class Catalog:
     def _bury(self, error: sqlite3.Error) -> bool:
         """Make sure that a transaction whose COMMIT failed does not come back after a crash; returns whether one could have.
 
-        If all of it was written and only the sync failed, no reader sees it, since the log's index was not updated. But a
-        process that makes the index anew after a crash finds it whole in the log, under all later changes. The next commit
-        is written over it, so one is made at once. A write that failed, on a full disk too, left a part of a transaction,
-        which SQLite never takes for a whole one.
+        If all of it was written and only the sync failed, no reader sees it, since the log's index was not updated. But
+        a process that makes the index anew after a crash finds it whole in the log, under all later changes. The next
+        commit is written over it, so one is made at once. A write that failed, on a full disk too, left a part of a
+        transaction, which SQLite never takes for a whole one.
         """
         if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
             return False

@@ -21,9 +21,9 @@ class BaseRow:
 class LayerRow:
     """One layer.
 
-    map_length, map_frames and map_crc describe the map file. For a sealed layer the description is exact, and length 0 means
-    that there is no map file. For a head it is a lower bound: the log has a frame with the number `map_frames` that ends at
-    `map_length` with the checksum `map_crc`. Zeros mean that nothing is known.
+    map_length, map_frames and map_crc describe the map file. For a sealed layer the description is exact, and length 0
+    means that there is no map file. For a head it is a lower bound: the log has a frame with the number `map_frames`
+    that ends at `map_length` with the checksum `map_crc`. Zeros mean that nothing is known.
     """
 
     id: bytes
@@ -79,10 +79,10 @@ class SnapshotRow:
 class PendingRow:
     """Work that has to be done before it is forgotten.
 
-    kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made, its row is here too, and
-    its maker holds `lock_byte` alone. `scrub`: free the slots of that segment that its owner's map does not name.
-    `volume`: unlink the lock file of a volume that was removed, and its unflushed records. `base-merge`: fold the layers up
-    to that one into their base; the first `done_bytes` of the disk are durable in the base already.
+    kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made, its row is here too,
+    and its maker holds `lock_byte` alone. `scrub`: free the slots of that segment that its owner's map does not name.
+    `volume`: unlink the lock file of a volume that was removed, and its unflushed records. `base-merge`: fold the
+    layers up to that one into their base; the first `done_bytes` of the disk are durable in the base already.
     """
 
     id: int

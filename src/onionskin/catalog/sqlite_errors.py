@@ -26,7 +26,8 @@ def _refusal(path: Path, otherwise: int) -> int:
     """Find out why a file cannot be opened or written: SQLite does not report the errno.
 
     A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index. SQLite reports
-    both failures as a fault of the medium, or as a file that cannot be opened. So this function tries to make such files.
+    both failures as a fault of the medium, or as a file that cannot be opened. So this function tries to make such
+    files.
     """
     with suppress(OSError):
         if path.is_dir():

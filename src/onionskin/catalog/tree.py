@@ -138,8 +138,8 @@ def nearest_name(
 ) -> str | None:
     """Return the name on a layer, or on the nearest one below it that has one.
 
-    `known` keeps the result for each layer on the way, so a caller that asks for many layers walks over each of them once.
-    If the layers do not end, the error names `catalog` as damaged.
+    `known` keeps the result for each layer on the way, so a caller that asks for many layers walks over each of them
+    once. If the layers do not end, the error names `catalog` as damaged.
     """
     found: dict[bytes | None, str | None] = {None: None} if known is None else known
     way: list[bytes] = []
@@ -209,8 +209,8 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
 def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
     """Remove a layer and the layers below it, down to the first that is needed. Inside a transaction.
 
-    Their files become pending work. Returns the needed layer at which it stopped, or None. A layer that is already gone is
-    passed over.
+    Their files become pending work. Returns the needed layer at which it stopped, or None. A layer that is already gone
+    is passed over.
     """
     while layer_id is not None:
         layer = catalog.row(LayerRow, "id = ?", layer_id)

@@ -38,8 +38,8 @@ def bench(
 ) -> None:
     """Compare onionskin with copies and qcow2 on the disk that DIRECTORY is on.
 
-    Works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
-    not installed are left out, and said to be.
+    It works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
+    not installed are left out and reported.
     """
     from onionskin.measure.headline import compare
     from onionskin.measure.report import draw_chart, draw_page, draw_table

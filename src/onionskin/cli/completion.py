@@ -40,7 +40,7 @@ class Bash(BashComplete):
 
     @staticmethod
     def _check_version() -> None:
-        """Ask no bash for its version: the script may be for another machine."""
+        """Do not ask bash for its version: the script may be for another machine."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """Take the words, and the one that is being typed, from the line up to the cursor."""

@@ -52,7 +52,7 @@ def import_(
 ) -> None:
     """Make a volume from a disk image.
 
-    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image
+    The image is raw, or qcow2, vmdk, vhdx or vdi through qemu-img. It is copied and not needed afterwards. An image
     whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
@@ -82,7 +82,7 @@ def import_(
 def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
 
-    IMAGE must not exist yet; holes are kept. "-" writes a raw image to stdout, holes as zeros, and the summary of
+    IMAGE must not exist yet. Holes are kept. "-" writes a raw image to stdout, with holes as zeros, and the summary of
     --json to stderr.
     """
     if str(image) == "-":
@@ -124,9 +124,9 @@ def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> No
 @trust_option
 @json_option
 def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
-    """Write what changed between two snapshots as a stream.
+    """Write the changes between two snapshots as a stream.
 
-    All of B where no A is given.
+    If no A is given, write all of B.
 
     onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
 
@@ -166,7 +166,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
-    """Give stdout, or a new file that is durable and whole in the end, or gone."""
+    """Give stdout, or a new file that is durable and whole at the end, or removed."""
     if path is None:
         yield output.StandardStream("stdout")
         return
@@ -191,7 +191,7 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
 
     The stream comes from stdin or FILE.
 
-    The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
+    The volume must be exactly where the stream starts. A stream that holds a whole disk needs a new volume,
     made with create --size, of any size. A stream that is cut short or damaged changes nothing.
     """
     from onionskin import delta as stream

@@ -26,21 +26,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 
 
 def show(as_json: bool, value: Any, draw: Draw) -> None:
-    """Print ``value`` as JSON, or what ``draw`` makes of it for people."""
+    """Print ``value`` as JSON, or as ``draw`` shows it to people."""
     text = as_json_text(value) if as_json else printable(draw())
     if text:
         echo(text)
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print a text; what keeps it from being printed says that it was the output."""
+    """Print a text; an error names the output as its cause."""
     with naming("stderr" if err else "stdout"):
         click.echo(text, err=err, nl=nl)
 
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Name a stream in the errors of it, which have no file name."""
+    """Name a stream in its errors, which have no file name."""
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ class StandardStream:
             return self._file.write(data)
 
     def flush(self) -> None:
-        """Hand all that was written over."""
+        """Pass on all written bytes."""
         with naming(self._name):
             self._file.flush()
 
@@ -81,9 +81,9 @@ class StandardStream:
 
 
 def open_standard_streams() -> None:
-    """Put something in place of standard streams that are closed: else a store's file would become one of them.
+    """Replace standard streams that are closed: else a store's file would become one of them.
 
-    What is read from, or written to, such a stream fails as it should.
+    A read from, or a write to, such a stream fails as it should.
     """
     for descriptor, (name, way, mode) in enumerate(
         [("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDONLY, "w")]
@@ -100,23 +100,23 @@ def open_standard_streams() -> None:
 
 
 def as_json_text(value: Any) -> str:
-    """Write a value as JSON; all of it ASCII, so that no locale can spoil it."""
+    """Write a value as JSON in ASCII, so that no locale can spoil it."""
     return json.dumps(value, indent=2)
 
 
 def as_json_line(value: Any) -> str:
-    """Write a value as JSON on one line, for who reads lines."""
+    """Write a value as JSON on one line, for programs that read lines."""
     return json.dumps(value)
 
 
 def printable(text: str) -> str:
-    """Replace what the encoding of stdout lacks."""
+    """Replace characters that the encoding of stdout lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
 def cell(text: str) -> str:
-    """Make one line of a text that came from elsewhere, with nothing in it that a terminal would obey."""
+    """Make one line of a text from elsewhere, without anything that a terminal would obey."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
@@ -161,7 +161,7 @@ def timestamp(time: datetime | None) -> str | None:
 
 @contextlib.contextmanager
 def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
-    """Give a callback that draws a bar, or None where nobody watches."""
+    """Return a callback that draws a bar, or None without a terminal."""
     if as_json or not sys.stderr.isatty():
         yield None
         return
@@ -177,12 +177,12 @@ def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
 
 
 def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
-    """Ask on a terminal before changes are lost; elsewhere want --yes.
+    """Ask on a terminal before changes are lost; elsewhere require --yes.
 
     Raises
     ------
     StateError
-        Nobody can be asked and ``yes`` is false. ``loss`` says what would be lost.
+        There is no terminal and ``yes`` is false. ``loss`` says what would be lost.
     """
     if yes:
         return

@@ -31,7 +31,7 @@ WIPE = click.Choice(["release", "zero"])
 
 
 def volume_value(info: "VolumeInfo") -> dict[str, Any]:
-    """Give what JSON says of a volume."""
+    """Return the JSON value of a volume."""
     return {
         "name": info.name,
         "size_bytes": info.size_bytes,
@@ -113,7 +113,7 @@ def tree(store: Path, path: Path | None, as_json: bool) -> None:
 
 
 def _node_value(root: "TreeNode") -> dict[str, Any]:
-    """Give what JSON says of a node and all below it; no recursion, as chains can be deep."""
+    """Return the JSON value of a node and all below it, without recursion, as chains can be deep."""
     values: dict[int, dict[str, Any]] = {}
     pending = [root]
     order = []
@@ -138,7 +138,7 @@ _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bri
 
 
 def _node_line(node: "TreeNode") -> str:
-    # A layer without a name is what a merge left standing because several children need it.
+    # A layer without a name is one that a merge left because several children need it.
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
     if node.kind != "base":
@@ -197,7 +197,7 @@ def _holder(about: "VolumeInfo") -> str:
 @trust_option
 @json_option
 def info(name: Name, as_json: bool) -> None:
-    """Say what is known of a volume or a snapshot."""
+    """Describe a volume or a snapshot."""
     with name.open_store() as store:
         about = store.info(name.volume)
         snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
@@ -255,7 +255,7 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
 def flatten(name: Name, as_json: bool) -> None:
     """Make a volume independent of its base and of other volumes.
 
-    All that it reads and does not own is copied.
+    All data that it reads and does not own is copied.
     """
     with name.open_store() as store:
         with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
@@ -273,7 +273,7 @@ def flatten(name: Name, as_json: bool) -> None:
 def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
     """Change the size of a disk.
 
-    Snapshots keep theirs, and revert brings it back.
+    Snapshots keep their sizes, and revert brings the old size back.
     """
     with name.open_store() as store:
         with live(store, name.volume) or store.open(name.volume) as volume:
@@ -290,8 +290,8 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 def rename(name: Name, new_name: str, as_json: bool) -> None:
     """Give a volume another name in its store.
 
-    NEW is the name alone, or STORE/NEW. Where it is being served, clients that are connected go on; those that come ask
-    for the new name.
+    NEW is the name alone, or STORE/NEW. If it is being served, connected clients go on, and later clients ask for
+    the new name.
     """
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
@@ -333,7 +333,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 def delete(name: Name, recursive: bool, as_json: bool) -> None:
     """Delete a volume, with --recursive its snapshots too.
 
-    Refused while a clone needs one of them.
+    The command refuses this while a clone needs one of them.
     """
     with name.open_store() as store:
         before = {about.name for about in store.volumes()}
