@@ -2,8 +2,9 @@
 
 What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
 keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
-`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` where it folds
-into or from the layer while it is open: a disk whose snapshots come and go for months in one opening would else have a file for each of them.
+`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` each time that
+it folds the layer, or folds others into it, while it is open: a disk whose snapshots come and go for months in one
+opening would else have a file for each of them.
 """
 
 import logging
