@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 uint32_t onion_crc32c(uint32_t crc, const void *bytes, size_t length);
-/* The plain table version: what the fast one is compared with. */
+/* The plain table version, with which the fast one is compared. */
 uint32_t onion_crc32c_reference(uint32_t crc, const void *bytes, size_t length);
 
 #endif

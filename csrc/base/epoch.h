@@ -48,14 +48,15 @@ struct onion_ticket {
 };
 
 int onion_epoch_init(struct onion_epoch *epoch);
-/* Frees all that is retired. No reader may be inside. */
+/* Frees all retired objects. No reader may be inside. */
 void onion_epoch_destroy(struct onion_epoch *epoch);
 struct onion_ticket onion_epoch_enter(struct onion_epoch *epoch);
 void onion_epoch_leave(struct onion_epoch *epoch, struct onion_ticket ticket);
-/* Runs release(context, object) once it is safe. May be called by a reader. Where memory for the list is missing the
- * object is left allocated: a leak, which is better than a reader's crash. */
+/* Runs release(context, object) once it is safe. A reader may call it. If memory for the list is missing, the
+ * object is left allocated: a leak is better than a reader's crash. */
 void onion_epoch_retire(struct onion_epoch *epoch, onion_free_fn release, void *context, void *object);
-/* Waits until every reader that is inside now has left, and frees what was retired before. Not for readers. */
+/* Waits until every reader that is inside now has left, and frees the objects that were retired before. Readers
+ * must not call it. */
 void onion_epoch_wait(struct onion_epoch *epoch);
 
 #endif

@@ -25,11 +25,12 @@ extern __thread volatile struct onion_fault_range onion_fault_watched;
 
 /* Installs the handler, unless it is installed. 0 or -errno; any thread may call it at any time: one system call. */
 int onion_fault_install(void);
-/* Calls work(context) and returns what it returns, or -EIO if a watched load failed. Between watch and unwatch
- * `work` must hold no lock and own no memory: it is left by a jump. Does not nest. */
+/* Calls work(context) and returns its result, or -EIO if a watched load failed. Between watch and unwatch, `work`
+ * must hold no lock and own no memory, because a jump leaves it. Does not nest. */
 int onion_fault_run(int (*work)(void *), void *context);
 
-/* Where the last load failed that made onion_fault_run of this thread return -EIO; NULL: none since the last question. */
+/* The address of the last load that failed and made onion_fault_run of this thread return -EIO; NULL: there was
+ * none since the last call. */
 const char *onion_fault_address(void);
 
 static inline void onion_fault_watch(const void *address, size_t length) {

@@ -21,7 +21,7 @@ int onion_site_note(int status, const char *path, uint64_t offset);
 int onion_site_set(int status, const char *path, uint64_t offset);
 /* The place noted for this code, or NULL. It stays until the next note, or clear. */
 const struct onion_site *onion_site_of(int status);
-/* Forgets it: whoever has made a message, and whoever begins something whose errors are to be told. */
+/* Forgets the place. Call it after a message was made, and before work whose errors are to be reported. */
 void onion_site_clear(void);
 
 #endif

@@ -18,15 +18,15 @@ int onion_open_file(const char *path, int flags);
 int onion_make_file(const char *path);
 
 struct onion_map_bytes {
-    unsigned char *bytes; /* anonymous memory; what nothing was written to costs none */
+    unsigned char *bytes; /* anonymous memory; parts that were never written cost none */
     uint64_t length;
 };
 
-/* Reads the first `length` bytes of a sealed map: all are there, and none lies in a hole. ONION_E_FORMAT: with *fault, the
- * byte. */
+/* Reads the first `length` bytes of a sealed map. All of them must exist, and none may lie in a hole.
+ * ONION_E_FORMAT: one does not; *fault is its offset. */
 int onion_map_bytes_read_sealed(int fd, uint64_t length, struct onion_map_bytes *out, uint64_t *fault);
-/* Reads a head's map up to the last byte that was written to: what lies behind it is zeros, which are no frame.
- * ONION_E_FORMAT: mostly holes, and too long for what a crash leaves of one frame. */
+/* Reads a head's map up to the last byte that was written. The bytes behind it are zeros, which are no frame.
+ * ONION_E_FORMAT: the file is mostly holes, and longer than a crash can leave it with one frame. */
 int onion_map_bytes_read(int fd, struct onion_map_bytes *out, uint64_t *fault);
 /* Also good on a zeroed or an already freed one. */
 void onion_map_bytes_free(struct onion_map_bytes *read);

@@ -49,8 +49,9 @@ struct onion_copy_progress {
 };
 
 /* Copies all extents, which must not overlap on the destination side, with `threads` threads (1 to 64). A source
- * that ends early is -EIO; a destination that is full is -ENOSPC; ONION_E_CANCELLED. What was copied so far stays
- * as it is: copying again is always right. Nothing is durable on return. Sorts and joins `extents` in place. */
+ * that ends early is -EIO, and a destination that is full is -ENOSPC. The third error is ONION_E_CANCELLED. The
+ * data that was copied so far stays: copying again is always right. Nothing is durable on return. Sorts and joins
+ * `extents` in place. */
 int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
                struct onion_copy_progress *progress);
 

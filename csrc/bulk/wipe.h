@@ -40,12 +40,14 @@ struct onion_wipe_result {
 };
 
 /* Does what the flags say to each range of fd (open for writing), with `threads` threads for the zeros (1 to 64).
- * Ranges must be sorted and must not overlap; they may pass the end of the file, where there is nothing to do.
- * *progress (may be NULL) counts bytes with atomics; *cancel (may be NULL) stops it when it becomes non-zero:
- * ONION_E_CANCELLED. ONION_E_VERIFY if a byte read back is not zero. -EINVAL for bad arguments and for anything but
- * a regular file; else -errno of the call that failed. Each byte of the ranges within the file counts as progress
- * once. The counts in *result are of phases that were completed; they hold on errors as well. A file system
- * that cannot punch is no error: bytes_punched stays 0. On an error nothing of what was not yet synced is punched. */
+ * Ranges must be sorted and must not overlap. They may pass the end of the file, where there is nothing to do.
+ * *progress (may be NULL) counts bytes with atomics. Each byte of the ranges within the file counts once. *cancel
+ * (may be NULL) stops the work when it becomes non-zero: ONION_E_CANCELLED.
+ *
+ * ONION_E_VERIFY if a byte that was read back is not zero. -EINVAL for bad arguments, and for files that are not
+ * regular; else -errno of the call that failed. The counts in *result cover the phases that were completed; they
+ * are valid on errors as well. A file system that cannot punch is no error: bytes_punched stays 0. On an error, no
+ * range that was not synced yet is punched. */
 int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count, int flags, int threads,
                struct onion_wipe_result *result, uint64_t *progress, const int *cancel);
 

@@ -132,7 +132,7 @@ struct onion_nbd_string {
     uint32_t length;
 };
 
-/* Data of INFO and GO: an export's name and what the client asks about it. */
+/* Data of INFO and GO: an export's name and the information for which the client asks. */
 struct onion_nbd_info_query {
     struct onion_nbd_string name;
     const unsigned char *infos; /* info_count numbers of 16 bits */
