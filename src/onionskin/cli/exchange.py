@@ -71,7 +71,7 @@ def import_(
             )
         about = store.info(name.volume)
     text = f"made {name}: {output.size(about.size_bytes)} from {image}"
-    output.show(as_json, volume_value(about), lambda: text)
+    output.tell(as_json, volume_value(about), lambda: text)
 
 
 @click.command()
@@ -96,7 +96,7 @@ def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> 
         size_bytes = volume.size_bytes
     allocated = image.stat().st_blocks * 512
     value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
-    output.show(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+    output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
 
 
 def _format_by_suffix(image: Path) -> str:
@@ -170,7 +170,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         "zero_bytes": sent.zero_bytes,
     }
     if path is not None:
-        output.show(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
+        output.tell(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
     elif as_json:
         output.echo(output.as_json_text(value), err=True)
 
@@ -218,4 +218,4 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
         volume = stack.enter_context(store.open(name.volume))
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
         taken = stream.apply(source, volume, progress=progress)
-    output.show(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")
+    output.tell(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")

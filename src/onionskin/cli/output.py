@@ -21,6 +21,7 @@ from onionskin.errors import StateError
 
 Draw = Callable[[], str]
 
+_closed: set[str] = set()  # the standard streams that were closed when the program started
 STATES = {0: "hole", 1: "data", 2: "zero"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -30,6 +31,16 @@ def show(as_json: bool, value: Any, draw: Draw) -> None:
     text = as_json_text(value) if as_json else printable(draw())
     if text:
         echo(text)
+
+
+def tell(as_json: bool, value: Any, draw: Draw) -> None:
+    """Print what was done, as `show` does.
+
+    To a stdout that was closed when the program started nothing is printed, since nobody asked for it, and what was done is
+    done: a status other than 0 would say that it was not. What was asked for, `show` prints, and that fails there.
+    """
+    if "stdout" not in _closed:
+        show(as_json, value, draw)
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -89,6 +100,7 @@ def open_standard_streams() -> None:
         [("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDONLY, "w")]
     ):
         if getattr(sys, name) is None:
+            _closed.add(name)
             try:
                 os.fstat(descriptor)
             except OSError:
@@ -188,4 +200,11 @@ def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StateError(f"{loss}; give --yes to drop them, or take a snapshot first")
-    click.confirm(cell(question), err=True, abort=True)
+    try:
+        agreed = click.confirm(cell(question), err=True)
+    except click.Abort as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
+            raise KeyboardInterrupt from None
+        raise
+    if not agreed:
+        raise click.Abort

@@ -104,7 +104,7 @@ def create(
         ).close()
         about = store.info(name.volume)
     over = f" over {about.base}" if about.base else ""
-    output.show(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
+    output.tell(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
 
 
 @click.command()
@@ -264,7 +264,7 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
     with name.open_store() as store:
         store.clone(name.volume, name.required_snapshot, new_name.volume, wipe=wipe)
         about = store.info(new_name.volume)
-    output.show(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
+    output.tell(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
 
 
 @click.command()
@@ -280,7 +280,7 @@ def flatten(name: Name, as_json: bool) -> None:
         with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
             volume.flatten(progress=progress)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
+    output.tell(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
 
 
 @click.command()
@@ -298,7 +298,7 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
         with live(store, name.volume) or store.open(name.volume) as volume:
             volume.resize(size, force=force)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
 
 
 @click.command()
@@ -322,7 +322,7 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
         else:
             store.rename(name.volume, new.volume)
         about = store.info(new.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is {new} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is {new} now")
 
 
 @click.command()
@@ -341,7 +341,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
     with name.open_store() as store:
         store.relocate(name.volume, base=base, trust=trust, verify=verify)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
 
 
 @click.command()
@@ -358,4 +358,4 @@ def delete(name: Name, recursive: bool, as_json: bool) -> None:
         before = {about.name for about in store.volumes()}
         store.delete(name.volume, recursive=recursive)
         gone = sorted(before - {about.name for about in store.volumes()})
-    output.show(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
+    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
