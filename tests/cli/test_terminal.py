@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import Result
 
@@ -156,3 +157,9 @@ def test_a_stream_is_not_written_to_a_terminal(spawn: Spawn, vms: Path) -> None:
     status, shown = on_terminal(spawn, b"", "delta", f"{vms}/web@clean")
     assert status == 2
     assert b"ONIONDLT" not in shown
+
+
+def test_columns_stand_below_each_other_whatever_width_their_characters_have() -> None:
+    drawn = output.table(("NAME", "SIZE"), [("磁碟", "1"), ("e\u0301t\u00e9", "22"), ("plain", "333")], right="SIZE")
+    lines = [click.unstyle(line) for line in drawn.splitlines()]
+    assert lines == ["NAME   SIZE", "磁碟      1", "e\u0301t\u00e9      22", "plain   333"]

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -138,14 +139,29 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: str = "
         return ""
     to_right = [heading in right.split() for heading in headings]
     cells = [list(headings), *([cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    widths = [max(columns_of(row[column]) for row in cells) for column in range(len(headings))]
     lines = []
     for row in cells:
         columns = zip(row, widths, to_right, strict=True)
-        aligned = (value.rjust(width) if flush else value.ljust(width) for value, width, flush in columns)
+        aligned = (_padded(value, width, to_right=flush) for value, width, flush in columns)
         lines.append("  ".join(aligned).rstrip())
     lines[0] = click.style(lines[0], bold=True)
     return "\n".join(lines)
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: wide characters take two, those that combine none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1
+        for c in text
+    )
+
+
+def _padded(text: str, width: int, *, to_right: bool) -> str:
+    blanks = " " * (width - columns_of(text))
+    return blanks + text if to_right else text + blanks
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
