@@ -76,7 +76,7 @@ def write(name: Name, offset: int, as_json: bool) -> None:
             written += len(data)
         volume.flush()
     value = {"offset": offset, "length": written}
-    output.show(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
+    output.tell(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
 
 
 def _length_of_file(source: output.StandardStream) -> int:
@@ -104,7 +104,7 @@ def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
         volume.trim(offset, length)
         volume.flush()
     value = {"offset": offset, "length": length}
-    output.show(as_json, value, lambda: f"trimmed {output.size(length)} of {name} at {offset}")
+    output.tell(as_json, value, lambda: f"trimmed {output.size(length)} of {name} at {offset}")
 
 
 @click.command()
@@ -120,4 +120,4 @@ def zero(name: Name, offset: int, length: int, as_json: bool) -> None:
         volume.zero(offset, length)
         volume.flush()
     value = {"offset": offset, "length": length}
-    output.show(as_json, value, lambda: f"zeroed {output.size(length)} of {name} at {offset}")
+    output.tell(as_json, value, lambda: f"zeroed {output.size(length)} of {name} at {offset}")

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +22,7 @@ from onionskin.errors import StateError
 
 Draw = Callable[[], str]
 
+_closed: set[str] = set()  # the standard streams that were closed when the program started
 STATES = {0: "hole", 1: "data", 2: "zero"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -30,6 +32,16 @@ def show(as_json: bool, value: Any, draw: Draw) -> None:
     text = as_json_text(value) if as_json else printable(draw())
     if text:
         echo(text)
+
+
+def tell(as_json: bool, value: Any, draw: Draw) -> None:
+    """Print what was done, as `show` does.
+
+    To a stdout that was closed when the program started nothing is printed, since nobody asked for it, and what was done is
+    done: a status other than 0 would say that it was not. What was asked for, `show` prints, and that fails there.
+    """
+    if "stdout" not in _closed:
+        show(as_json, value, draw)
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -89,6 +101,7 @@ def open_standard_streams() -> None:
         [("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDONLY, "w")]
     ):
         if getattr(sys, name) is None:
+            _closed.add(name)
             try:
                 os.fstat(descriptor)
             except OSError:
@@ -126,14 +139,29 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: str = "
         return ""
     to_right = [heading in right.split() for heading in headings]
     cells = [list(headings), *([cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    widths = [max(columns_of(row[column]) for row in cells) for column in range(len(headings))]
     lines = []
     for row in cells:
         columns = zip(row, widths, to_right, strict=True)
-        aligned = (value.rjust(width) if flush else value.ljust(width) for value, width, flush in columns)
+        aligned = (_padded(value, width, to_right=flush) for value, width, flush in columns)
         lines.append("  ".join(aligned).rstrip())
     lines[0] = click.style(lines[0], bold=True)
     return "\n".join(lines)
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: wide characters take two, those that combine none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1
+        for c in text
+    )
+
+
+def _padded(text: str, width: int, *, to_right: bool) -> str:
+    blanks = " " * (width - columns_of(text))
+    return blanks + text if to_right else text + blanks
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
@@ -188,4 +216,11 @@ def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StateError(f"{loss}; give --yes to drop them, or take a snapshot first")
-    click.confirm(cell(question), err=True, abort=True)
+    try:
+        agreed = click.confirm(cell(question), err=True)
+    except click.Abort as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
+            raise KeyboardInterrupt from None
+        raise
+    if not agreed:
+        raise click.Abort

@@ -243,7 +243,7 @@ def mount(name: Name, directory: Path, as_json: bool) -> None:
     text = f"{name.store.absolute()}/{name.volume}@{name.required_snapshot}"
     path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw", trust=is_trusted())
     value = {"path": str(path), "size_bytes": size_bytes}
-    output.show(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
+    output.tell(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
 
 
 @click.command()
@@ -254,4 +254,4 @@ def umount(directory: Path, as_json: bool) -> None:
     from onionskin.nbd.fuse_mount import unmount
 
     unmount(directory)
-    output.show(as_json, {"unmounted": str(directory)}, lambda: f"unmounted {directory}")
+    output.tell(as_json, {"unmounted": str(directory)}, lambda: f"unmounted {directory}")

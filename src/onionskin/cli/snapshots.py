@@ -68,7 +68,7 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
     """
     with name.open_volume() as (_, volume):
         taken = volume.snapshot(name.required_snapshot, note)
-    output.show(as_json, snapshot_value(taken), lambda: f"took {name}")
+    output.tell(as_json, snapshot_value(taken), lambda: f"took {name}")
 
 
 @click.command()
@@ -104,7 +104,7 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
             )
         volume.revert(name.required_snapshot)
         value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
-    output.show(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
+    output.tell(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
 
 
 @click.command()
@@ -130,7 +130,7 @@ def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
         volume.discard(name.required_snapshot, recursive=recursive)
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
-    output.show(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
+    output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
 
 def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
@@ -174,7 +174,7 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "merged": gone, "into_base": into_base}
     where = " into its base" if into_base else ""
-    output.show(as_json, value, lambda: f"merged {name}{where}")
+    output.tell(as_json, value, lambda: f"merged {name}{where}")
 
 
 @click.command()

@@ -22,6 +22,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
+from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.store import TreeNode, VolumeInfo
@@ -47,6 +48,12 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
 @click.command()
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
 @click.option("--base", type=FILE, help="A raw image below the volume; only merge --into-base writes to it.")
+@click.option(
+    "--format",
+    "base_format",
+    type=click.Choice(["raw"]),
+    help="Take the base for the disk, whatever it looks like.",
+)
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
 @click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
 @click.option(
@@ -63,6 +70,7 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
 def create(
     name: Name,
     base: Path | None,
+    base_format: Literal["raw"] | None,
     size: int | None,
     block_size: int,
     wipe: Literal["release", "zero"],
@@ -78,14 +86,25 @@ def create(
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:
         raise click.UsageError("--digest is about the base: give --base FILE too")
-    if base is not None:
-        base.stat()  # a base that is missing shall not leave an empty store behind
+    if base_format is not None and base is None:
+        raise click.UsageError("--format is about the base: give --base FILE too")
+    if base is not None:  # one that is missing, or is not to be had as a base, shall not leave an empty store behind
+        with open(base, "rb", buffering=0) as file:
+            if base_format is None:
+                refuse_as_raw(file.fileno(), base)
     with open_store(name.store, create=True, group=group) as store:
-        volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
-        volume.close()
+        store.create(
+            name.volume,
+            base=base,
+            base_format=base_format,
+            size=size,
+            block_size=block_size,
+            wipe=wipe,
+            digest=digest,
+        ).close()
         about = store.info(name.volume)
     over = f" over {about.base}" if about.base else ""
-    output.show(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
+    output.tell(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
 
 
 @click.command()
@@ -245,7 +264,7 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
     with name.open_store() as store:
         store.clone(name.volume, name.required_snapshot, new_name.volume, wipe=wipe)
         about = store.info(new_name.volume)
-    output.show(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
+    output.tell(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
 
 
 @click.command()
@@ -261,7 +280,7 @@ def flatten(name: Name, as_json: bool) -> None:
         with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
             volume.flatten(progress=progress)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
+    output.tell(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
 
 
 @click.command()
@@ -279,7 +298,7 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
         with live(store, name.volume) or store.open(name.volume) as volume:
             volume.resize(size, force=force)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
 
 
 @click.command()
@@ -303,7 +322,7 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
         else:
             store.rename(name.volume, new.volume)
         about = store.info(new.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is {new} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is {new} now")
 
 
 @click.command()
@@ -322,7 +341,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
     with name.open_store() as store:
         store.relocate(name.volume, base=base, trust=trust, verify=verify)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
 
 
 @click.command()
@@ -339,4 +358,4 @@ def delete(name: Name, recursive: bool, as_json: bool) -> None:
         before = {about.name for about in store.volumes()}
         store.delete(name.volume, recursive=recursive)
         gone = sorted(before - {about.name for about in store.volumes()})
-    output.show(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
+    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -1,5 +1,6 @@
 """The common parts of SVG pictures: a self-contained document, escaped text, colours for both schemes."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -12,6 +13,7 @@ _STYLE = (
     f".skin text{{font:12px {FONT};fill:var(--ink)}}.skin .title{{font-weight:600}}.skin .soft{{fill:var(--soft)}}"
     ".skin .end{text-anchor:end}.skin .paper{fill:var(--paper)}"
 )
+_VARIABLE = re.compile(r"([a-z-]+):var\((--[a-z]+)\)")
 # Hot to cold, as the layers go from the head down; each differs from white and from black.
 _RAMP = ((214, 57, 75), (232, 128, 48), (196, 160, 40), (78, 160, 104), (46, 140, 168), (72, 100, 190), (122, 84, 170))
 
@@ -22,17 +24,24 @@ def document(width: float, height: float, title: str, style: str, body: Sequence
     """Return an SVG document; `style` may use --ink, --soft, --line, --paper and --base."""
     light, dark = _SCHEMES
     schemes = f".skin{{{light}}}@media(prefers-color-scheme:dark){{.skin{{{dark}}}}}"
+    style = with_plain_colours(_STYLE + style, light)
     size = f"{_short(width)} {_short(height)}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="skin" viewBox="0 0 {size}" role="img">',
             f"<title>{clean(title)}</title>",
-            f"<style>{schemes}{_STYLE}{style}</style>",
+            f"<style>{schemes}{style}</style>",
             f'<rect class="paper" width="{_short(width)}" height="{_short(height)}"/>',
             *body,
             "</svg>\n",
         ]
     )
+
+
+def with_plain_colours(style: str, scheme: str) -> str:
+    """Put a plain colour before each variable: what knows no variables (rsvg, Inkscape) would else draw all in black."""
+    colours = dict(entry.split(":") for entry in scheme.split(";"))
+    return _VARIABLE.sub(lambda found: f"{found[1]}:{colours[found[2]]};{found[0]}", style)
 
 
 def text(x: float, y: float, what: str, style: str = "") -> str:
