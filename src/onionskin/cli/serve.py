@@ -15,7 +15,8 @@ from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
 if TYPE_CHECKING:
-    from onionskin.nbd.server import Listener, Server
+    from onionskin.nbd.listener import Listener
+    from onionskin.nbd.server import Server
     from onionskin.nbd.tls import Terms
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -113,8 +114,7 @@ def serve(
         server.listen(found, anybody=tls_clients == "any")
         for name in names:
             _add(server, name)
-        if (only := server.only_export()) is not None:
-            server.nbd.set_default(only)
+        server.exports.set_default()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
                 signal.signal(number, lambda *_: server.stop())
@@ -123,9 +123,8 @@ def serve(
             return
 
         def ready() -> None:
-            uris = [one.uri for one in server.listeners]
-            value = {"ready": True, "exports": server.export_names(), "uris": uris}
-            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
+            value = {"ready": True, "exports": server.exports.names(), "uris": server.uris}
+            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(server.uris)}")
             notify("READY=1")
 
         server.run(ready)
@@ -144,8 +143,8 @@ def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | Non
 
 def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
     """Make or take over the sockets to listen on."""
-    from onionskin.base.sockets import UnixListener, listen_tcp, parse_address
-    from onionskin.nbd.server import Listener
+    from onionskin.base.sockets import parse_address
+    from onionskin.nbd.listener import open_listeners
     from onionskin.nbd.systemd import inherited_listeners
 
     given = inherited_listeners()
@@ -154,30 +153,19 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
     if not given and not path and not tcp:
         raise click.UsageError("say where to listen: --socket PATH or --tcp HOST:PORT")
     addresses = [parse_address(text) for text in tcp]
-    found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
-    try:
-        if path:
-            unix = UnixListener(path, mode=mode)
-            found.append(Listener(unix.socket, unix.path, None, unix.close))
-        for host, port in addresses:
-            found += [Listener(one, None, terms, one.close) for one in listen_tcp(host, port)]
-    except BaseException:
-        for listener in found:
-            listener.close()
-        raise
-    return found
+    return open_listeners(given, path=path, mode=mode, addresses=addresses, terms=terms)
 
 
 def _add(server: "Server", text: str) -> None:
     """Serve what a name on the command line means: a directory that is a store is one, all else is a volume in one."""
     if is_store(Path(text)):
-        server.add_store(Path(text))
+        server.exports.add_store(Path(text))
         return
     name = parse_name(text)
     if name.snapshot is None:
-        server.add_volume(name.store, name.volume)
+        server.exports.add_volume(name.store, name.volume)
     else:
-        server.add_snapshot(name.store, name.volume, name.snapshot)
+        server.exports.add_snapshot(name.store, name.volume, name.snapshot)
 
 
 def _serve_stdio(server: "Server") -> None:
