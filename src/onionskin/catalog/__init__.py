@@ -1,5 +1,6 @@
 """The catalog: the one truth for names, and for which file belongs to what. See `connection` for what must hold."""
 
+from onionskin.base.limits import VOLUME_BYTES_MAX as SIZE_BYTES_MAX
 from onionskin.catalog.connection import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
@@ -11,7 +12,7 @@ from onionskin.catalog.rows import (
     VolumeRow,
     new_id,
 )
-from onionskin.catalog.schema import SCHEMA_VERSION, SIZE_BYTES_MAX
+from onionskin.catalog.schema import SCHEMA_VERSION
 from onionskin.catalog.sqlite_errors import CommitUnknownError
 
 __all__ = [
