@@ -1,6 +1,5 @@
 """The catalog: the one truth for names, and for which file belongs to what. See `connection` for what must hold."""
 
-from onionskin.base.limits import VOLUME_BYTES_MAX as SIZE_BYTES_MAX
 from onionskin.catalog.connection import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
@@ -17,7 +16,6 @@ from onionskin.catalog.sqlite_errors import CommitUnknownError
 
 __all__ = [
     "SCHEMA_VERSION",
-    "SIZE_BYTES_MAX",
     "BaseRow",
     "Catalog",
     "CommitUnknownError",

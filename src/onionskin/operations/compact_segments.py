@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
@@ -41,7 +42,6 @@ _log = logging.getLogger(__name__)
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
 GATHER_BYTES_MAX = 256 << 20
-HEADER_BYTES = 4096
 
 
 def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:
