@@ -91,18 +91,8 @@ def serve(
     from onionskin.nbd.server import Limits, Server
     from onionskin.nbd.systemd import notify
 
-    try:
-        mode = int(socket_mode, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise click.UsageError(f"--socket-mode {socket_mode} is no mode: write it as 0600 or 0660")
-    if (tls_certificate is None) != (tls_key is None) or (tls_ca and not tls_key):
-        raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
-    if tls_psk and tls_certificate:
-        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
-    if tls_clients == "any" and (tls_ca or not tls_certificate):
-        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
+    mode = _mode(socket_mode)
+    _refuse_contradictions(tls_certificate, tls_key, tls_ca, tls_psk, any_client=tls_clients == "any")
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
@@ -115,9 +105,7 @@ def serve(
         for name in names:
             _add(server, name)
         server.exports.set_default()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
-                signal.signal(number, lambda *_: server.stop())
+        _stop_at_signals(server)
         if stdio:
             _serve_stdio(server)
             return
@@ -131,6 +119,29 @@ def serve(
     finally:
         notify("STOPPING=1")
         server.close()
+
+
+def _mode(text: str) -> int:
+    """Read the mode of a socket."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.UsageError(f"--socket-mode {text} is no mode: write it as 0600 or 0660")
+    return mode
+
+
+def _refuse_contradictions(
+    certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None, *, any_client: bool
+) -> None:
+    """Refuse options of TLS that do not go together."""
+    if (certificate is None) != (key is None) or (authority and not key):
+        raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
+    if psk and certificate:
+        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
+    if any_client and (authority or not certificate):
+        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
 
 
 def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None) -> "Terms | None":
@@ -166,6 +177,12 @@ def _add(server: "Server", text: str) -> None:
         server.exports.add_volume(name.store, name.volume)
     else:
         server.exports.add_snapshot(name.store, name.volume, name.snapshot)
+
+
+def _stop_at_signals(server: "Server") -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
+            signal.signal(number, lambda *_: server.stop())
 
 
 def _serve_stdio(server: "Server") -> None:
