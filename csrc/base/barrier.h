@@ -1,5 +1,6 @@
-/* barrier.h: the two calls that make something durable. Each use is marked with its name, so that the crash tests can
- * take it out and see that they notice. */
+/* barrier.h: the two calls that make something durable.
+ *
+ * Each use is marked with its name, so that the crash tests can take it out and check that they notice. */
 #ifndef ONIONSKIN_BASE_BARRIER_H
 #define ONIONSKIN_BASE_BARRIER_H
 

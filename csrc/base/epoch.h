@@ -1,14 +1,14 @@
-/* epoch.h: knowing when every read that began before now has ended, without a lock on the read path.
+/* epoch.h: tells when every read that began before now has ended, without a lock on the read path.
  *
- * A reader enters, reads, leaves: two atomic increments on a cache line that few threads share. Something that was
- * taken out of the readers' sight (a leaf of the block map, a mapping) is retired: its free function runs once no
- * reader that might have seen it is left.
+ * A reader enters, reads and leaves. This costs two atomic increments on a cache line that few threads share. A
+ * writer retires an object that it took out of the readers' sight (a leaf of the block map, a mapping). The
+ * object's free function runs once no reader that might have seen the object is left.
  *
- * Why it is right. A reader counts itself under the parity of the epoch that it saw, and then checks that the epoch
- * has not moved; so while epoch e lasts, only readers of e and of e-1 can be inside. The epoch moves from e to e+1
- * only when the counters of parity e-1 are all zero. What was retired in e can be held by readers of e-1 and e; it is
- * freed in e+2, when neither is left. Counters are sequentially consistent: a reader that validated epoch e has
- * made its count visible before. */
+ * Why this is right: a reader counts itself under the parity of the epoch that it saw, and then checks that the
+ * epoch has not moved. So while epoch e lasts, only readers of e and of e-1 can be inside. The epoch moves from e
+ * to e+1 only when the counters of parity e-1 are all zero. Readers of e-1 and e can hold an object that was
+ * retired in e. The object is freed in e+2, when neither is left. Counters are sequentially consistent: a reader
+ * that validated epoch e has made its count visible before. */
 #ifndef ONIONSKIN_BASE_EPOCH_H
 #define ONIONSKIN_BASE_EPOCH_H
 
@@ -48,14 +48,15 @@ struct onion_ticket {
 };
 
 int onion_epoch_init(struct onion_epoch *epoch);
-/* Frees all that is retired. No reader may be inside. */
+/* Frees all retired objects. No reader may be inside. */
 void onion_epoch_destroy(struct onion_epoch *epoch);
 struct onion_ticket onion_epoch_enter(struct onion_epoch *epoch);
 void onion_epoch_leave(struct onion_epoch *epoch, struct onion_ticket ticket);
-/* Runs release(context, object) once it is safe. May be called by a reader. Where memory for the list is missing the
- * object is left allocated: a leak, which is better than a reader's crash. */
+/* Runs release(context, object) once it is safe. A reader may call it. If memory for the list is missing, the
+ * object is left allocated: a leak is better than a reader's crash. */
 void onion_epoch_retire(struct onion_epoch *epoch, onion_free_fn release, void *context, void *object);
-/* Waits until every reader that is inside now has left, and frees what was retired before. Not for readers. */
+/* Waits until every reader that is inside now has left, and frees the objects that were retired before. Readers
+ * must not call it. */
 void onion_epoch_wait(struct onion_epoch *epoch);
 
 #endif

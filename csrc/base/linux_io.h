@@ -1,6 +1,6 @@
-/* linux_io.h: what only Linux has and copy and wipe need. A port replaces linux_io.c.
+/* linux_io.h: the calls that only Linux has and that copy and wipe need. A port replaces linux_io.c.
  *
- * Each function is one question to, or one request of, a file system, and says "cannot" apart from "failed". */
+ * Each function asks a file system one question or makes one request. It distinguishes "cannot" from "failed". */
 #ifndef ONIONSKIN_BASE_LINUX_IO_H
 #define ONIONSKIN_BASE_LINUX_IO_H
 
@@ -17,7 +17,7 @@ struct onion_data_span {
     int shared; /* 1: other files, or other places of this one, use the same blocks */
 };
 
-/* Finds what is allocated in a file. Filled in by onion_data_walk_begin; one walk belongs to one thread at a time. */
+/* Finds the allocated parts of a file. onion_data_walk_begin fills it in. One walk belongs to one thread at a time. */
 struct onion_data_walk {
     int fd;
     int has_fiemap;
@@ -38,14 +38,15 @@ int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t
 /* The first range at or after `offset` that SEEK_DATA calls data, cut at `end`: 1, 0 or -errno as above. */
 int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span);
 
-/* Whether fd is a regular file that is shorter than it was when its size was taken: 1, 0 or -errno. Beyond the end of a file
- * all looks like a hole, so whoever lets a hole read zero asks this behind onion_seek_data: what it said before was true. */
+/* Whether fd is a regular file that is shorter than it was when its size was taken: 1, 0 or -errno. Everything
+ * beyond the end of a file looks like a hole. So code that lets a hole read zero asks this after onion_seek_data; 0
+ * means that the answer of onion_seek_data was true. */
 int onion_was_cut(int fd, uint64_t size_bytes);
 
 /* Makes a range a hole; the file's size stays. 1: done, 0: this file cannot be punched, or -errno. */
 int onion_punch(int fd, uint64_t offset, uint64_t length);
 
-/* Takes what the cache holds of a range out of it, in whole folios, where it is clean and nobody has it mapped. A hint. */
+/* Drops a range from the cache, in whole folios, where it is clean and not mapped. A hint. */
 void onion_drop_cached(int fd, uint64_t offset, uint64_t length);
 
 /* Shares the blocks of a range with another file. 1: done, 0: these two files cannot, or -errno. */

@@ -1,8 +1,9 @@
-/* mappings.h: how many mappings of files this process may come to need. The system lets a process have vm.max_map_count.
+/* mappings.h: counts the mappings of files that this process may come to need. The system lets a process have
+ * vm.max_map_count.
  *
- * A segment is mapped when it is first read, and a read must not fail for that. So an opening sets aside one mapping for
- * each file that it may read, and is refused where there are not so many left. An eighth is for all else: libraries,
- * threads, memory. */
+ * A segment is mapped when it is first read, and a read must not fail because no mapping is left. So an opening
+ * sets aside one mapping for each file that it may read, and is refused if fewer are left. An eighth of all
+ * mappings is kept for everything else: libraries, threads, memory. */
 #ifndef ONIONSKIN_BASE_MAPPINGS_H
 #define ONIONSKIN_BASE_MAPPINGS_H
 

@@ -1,15 +1,16 @@
-/* sigbus.h: the SIGBUS guard. A load from a mapping of a file that was truncated, or whose device fails, raises
- * SIGBUS; here it becomes -EIO of the call that made the load.
+/* sigbus.h: the SIGBUS guard. A load from a mapping raises SIGBUS if the file was truncated or its device fails.
+ * The guard turns this into -EIO of the call that made the load.
  *
- * Work that loads from mappings runs inside onion_fault_run. Around each copy it names the bytes that it is about to
- * load with onion_fault_watch; only a fault of this thread, inside that range, is caught. Every other SIGBUS goes to
- * the handler that was there before, or kills the process as it would have.
+ * Work that loads from mappings runs inside onion_fault_run. Around each copy it names, with onion_fault_watch, the
+ * bytes that it is about to load. Only a fault of this thread inside that range is caught. Every other SIGBUS goes
+ * to the handler that was there before, or kills the process as it would have.
  *
- * The handler is process-wide (it must be). Whoever installs another one later may take the guard away: so
- * onion_fault_install looks whether it is still ours, at each opening, whenever a mapping is made and at each seal, and
- * installs it over the other one. A handler installed since then that gets the signal first is no harm if it hands it on:
- * Python's faulthandler does (it writes its traceback, once, and raises the signal again). One that does
- * not, such as SIG_DFL, ends the process at a fault that comes before the next look. */
+ * The handler is process-wide (it must be), so code that installs another handler later may take the guard away.
+ * Therefore onion_fault_install checks at each opening, whenever a mapping is made and at each seal, whether the
+ * handler is still ours, and installs it over the other one if not. A handler that was installed since then and
+ * gets the signal first does no harm if it passes the signal on. Python's faulthandler does (it writes its
+ * traceback, once, and raises the signal again). A handler that does not, such as SIG_DFL, ends the process at a
+ * fault that comes before the next check. */
 #ifndef ONIONSKIN_BASE_SIGBUS_H
 #define ONIONSKIN_BASE_SIGBUS_H
 
@@ -24,11 +25,12 @@ extern __thread volatile struct onion_fault_range onion_fault_watched;
 
 /* Installs the handler, unless it is installed. 0 or -errno; any thread may call it at any time: one system call. */
 int onion_fault_install(void);
-/* Calls work(context) and returns what it returns, or -EIO if a watched load failed. Between watch and unwatch
- * `work` must hold no lock and own no memory: it is left by a jump. Does not nest. */
+/* Calls work(context) and returns its result, or -EIO if a watched load failed. Between watch and unwatch, `work`
+ * must hold no lock and own no memory, because a jump leaves it. Does not nest. */
 int onion_fault_run(int (*work)(void *), void *context);
 
-/* Where the last load failed that made onion_fault_run of this thread return -EIO; NULL: none since the last question. */
+/* The address of the last load that failed and made onion_fault_run of this thread return -EIO; NULL: there was
+ * none since the last call. */
 const char *onion_fault_address(void);
 
 static inline void onion_fault_watch(const void *address, size_t length) {

@@ -1,8 +1,8 @@
-/* site.h: where something went wrong, for the message that a person reads: the file, and the byte in it.
+/* site.h: the place of an error, for the message that a person reads: the file, and the byte in it.
  *
- * A thread notes the place where it meets an error that goes up to its caller, and whoever makes the message asks for it
- * with the code that arrived. A note is one thread's own, and is good for one code only, so that a note whose error was
- * overcome (a retry, a cleaning up) is not taken for the place of another one. */
+ * A thread notes the place where it meets an error that goes up to its caller. The code that makes the message asks
+ * for the place with the error code that arrived. A note belongs to one thread and is valid for one code only. So
+ * the note of an error that was overcome (by a retry, by a clean-up) is not taken for the place of another error. */
 #ifndef ONIONSKIN_BASE_SITE_H
 #define ONIONSKIN_BASE_SITE_H
 
@@ -21,7 +21,7 @@ int onion_site_note(int status, const char *path, uint64_t offset);
 int onion_site_set(int status, const char *path, uint64_t offset);
 /* The place noted for this code, or NULL. It stays until the next note, or clear. */
 const struct onion_site *onion_site_of(int status);
-/* Forgets it: whoever has made a message, and whoever begins something whose errors are to be told. */
+/* Forgets the place. Call it after a message was made, and before work whose errors are to be reported. */
 void onion_site_clear(void);
 
 #endif

@@ -1,7 +1,7 @@
-/* store_file.h: opening the files of a store, and reading a map file into memory.
+/* store_file.h: opens the files of a store, and reads a map file into memory.
  *
- * A store may come from anywhere. So no file of it is opened through a symbolic link, nothing but a regular file is
- * opened, and what a file's size says is not believed: a sparse file costs memory for what is allocated in it. */
+ * A store may come from anywhere. So no file of it is opened through a symbolic link, and only regular files are
+ * opened. The size of a file is not trusted either: a sparse file costs memory only for its allocated parts. */
 #ifndef ONIONSKIN_BASE_STORE_FILE_H
 #define ONIONSKIN_BASE_STORE_FILE_H
 
@@ -18,15 +18,15 @@ int onion_open_file(const char *path, int flags);
 int onion_make_file(const char *path);
 
 struct onion_map_bytes {
-    unsigned char *bytes; /* anonymous memory; what nothing was written to costs none */
+    unsigned char *bytes; /* anonymous memory; parts that were never written cost none */
     uint64_t length;
 };
 
-/* Reads the first `length` bytes of a sealed map: all are there, and none lies in a hole. ONION_E_FORMAT: with *fault, the
- * byte. */
+/* Reads the first `length` bytes of a sealed map. All of them must exist, and none may lie in a hole.
+ * ONION_E_FORMAT: one does not; *fault is its offset. */
 int onion_map_bytes_read_sealed(int fd, uint64_t length, struct onion_map_bytes *out, uint64_t *fault);
-/* Reads a head's map up to the last byte that was written to: what lies behind it is zeros, which are no frame.
- * ONION_E_FORMAT: mostly holes, and too long for what a crash leaves of one frame. */
+/* Reads a head's map up to the last byte that was written. The bytes behind it are zeros, which are no frame.
+ * ONION_E_FORMAT: the file is mostly holes, and longer than a crash can leave it with one frame. */
 int onion_map_bytes_read(int fd, struct onion_map_bytes *out, uint64_t *fault);
 /* Also good on a zeroed or an already freed one. */
 void onion_map_bytes_free(struct onion_map_bytes *read);

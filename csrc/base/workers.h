@@ -1,8 +1,7 @@
 /* workers.h: runs one function on several threads at once, the calling thread among them.
  *
- * The function must take its work from something shared (a counter, a cursor), so that it does not matter how many
- * threads there really are: where the system refuses a thread, the others do its work. Signals stay with the threads
- * of the caller. */
+ * The function must take its work from something shared (a counter, a cursor), so that the number of threads does
+ * not matter. If the system refuses a thread, the others do its work. Signals stay with the threads of the caller. */
 #ifndef ONIONSKIN_BASE_WORKERS_H
 #define ONIONSKIN_BASE_WORKERS_H
 

@@ -1,12 +1,16 @@
-/* copy.h: copies extents between files with several threads: merge into the base, flatten, export, gathering of
- * segments.
+/* copy.h: copies extents between files with several threads, for a merge into the base, flatten, export and the
+ * gathering of segments.
  *
- * An extent names open descriptors and byte offsets; the kernel never opens, creates, truncates or syncs a file.
+ * An extent names open descriptors and byte offsets. The kernel never opens, creates, truncates or syncs a file.
  * Extents that continue each other on both sides are joined first. Each piece is copied by the first way that the
- * two files allow: FICLONERANGE (only where both offsets and the length are multiples of the file system's block, or
- * at the end of both files) and copy_file_range, both only if ONION_COPY_REFLINK is given, because copy_file_range
- * reflinks too where it can (and, where blocks cannot be shared, only on file servers); then pread and pwrite through a
- * buffer. Extents are copied in the order of the destination, which is written out behind the copy. */
+ * two files allow:
+ *  - FICLONERANGE, only if both offsets and the length are multiples of the file system's block, or at the end of
+ *    both files;
+ *  - copy_file_range;
+ *  - pread and pwrite through a buffer.
+ * The first two ways are used only if ONION_COPY_REFLINK is given, because copy_file_range reflinks too where it
+ * can. Where blocks cannot be shared, copy_file_range is used only on file servers. Extents are copied in the order
+ * of the destination, which is written out behind the copy. */
 #ifndef ONIONSKIN_BULK_COPY_H
 #define ONIONSKIN_BULK_COPY_H
 
@@ -45,8 +49,9 @@ struct onion_copy_progress {
 };
 
 /* Copies all extents, which must not overlap on the destination side, with `threads` threads (1 to 64). A source
- * that ends early is -EIO; a destination that is full is -ENOSPC; ONION_E_CANCELLED. What was copied so far stays
- * as it is: copying again is always right. Nothing is durable on return. Sorts and joins `extents` in place. */
+ * that ends early is -EIO, and a destination that is full is -ENOSPC. The third error is ONION_E_CANCELLED. The
+ * data that was copied so far stays: copying again is always right. Nothing is durable on return. Sorts and joins
+ * `extents` in place. */
 int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
                struct onion_copy_progress *progress);
 

@@ -1,13 +1,14 @@
 /* wipe.h: overwrites ranges of a file with zeros on the medium, and only then gives them back.
  *
- * The order is the promise: zeros are written with ordinary pwrite in large runs, then made durable by fdatasync,
- * then (ONION_WIPE_VERIFY) read back past the page cache, and only then may the range be punched. ZERO_RANGE, hole
- * punching and reflinks never stand in for the zeros, because they leave the old bytes on the medium. Holes in the
- * range are skipped (FIEMAP, or SEEK_DATA where there is none): they hold nothing. Extents that are allocated but
- * unwritten are overwritten too: they read zero, but after a crash (or a ZERO_RANGE) old bytes can lie under them.
+ * The order is the promise. Zeros are written with ordinary pwrite in large runs. Then fdatasync makes them
+ * durable. Then (ONION_WIPE_VERIFY) they are read back past the page cache. Only then may the range be punched.
+ * ZERO_RANGE, hole punching and reflinks never stand in for the zeros, because they leave the old bytes on the
+ * medium. Holes in the range are skipped (FIEMAP, or SEEK_DATA where there is none), because they hold nothing.
+ * Extents that are allocated but unwritten are overwritten too. They read zero, but after a crash (or a ZERO_RANGE)
+ * old bytes can lie under them.
  *
- * Where overwriting cannot reach the old bytes, the result says so: extents that are shared by reflink (FIEMAP,
- * looked up before the overwriting), and copy-on-write file systems (btrfs without NOCOW). */
+ * If overwriting cannot reach the old bytes, the result says so. This is true for extents that are shared by
+ * reflink (FIEMAP, looked up before the overwriting), and for copy-on-write file systems (btrfs without NOCOW). */
 #ifndef ONIONSKIN_BULK_WIPE_H
 #define ONIONSKIN_BULK_WIPE_H
 
@@ -39,12 +40,14 @@ struct onion_wipe_result {
 };
 
 /* Does what the flags say to each range of fd (open for writing), with `threads` threads for the zeros (1 to 64).
- * Ranges must be sorted and must not overlap; they may pass the end of the file, where there is nothing to do.
- * *progress (may be NULL) counts bytes with atomics; *cancel (may be NULL) stops it when it becomes non-zero:
- * ONION_E_CANCELLED. ONION_E_VERIFY if a byte read back is not zero. -EINVAL for bad arguments and for anything but
- * a regular file; else -errno of the call that failed. Each byte of the ranges within the file counts as progress
- * once. The counts in *result are of phases that were completed; they hold on errors as well. A file system
- * that cannot punch is no error: bytes_punched stays 0. On an error nothing of what was not yet synced is punched. */
+ * Ranges must be sorted and must not overlap. They may pass the end of the file, where there is nothing to do.
+ * *progress (may be NULL) counts bytes with atomics. Each byte of the ranges within the file counts once. *cancel
+ * (may be NULL) stops the work when it becomes non-zero: ONION_E_CANCELLED.
+ *
+ * ONION_E_VERIFY if a byte that was read back is not zero. -EINVAL for bad arguments, and for files that are not
+ * regular; else -errno of the call that failed. The counts in *result cover the phases that were completed; they
+ * are valid on errors as well. A file system that cannot punch is no error: bytes_punched stays 0. On an error, no
+ * range that was not synced yet is punched. */
 int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count, int flags, int threads,
                struct onion_wipe_result *result, uint64_t *progress, const int *cancel);
 

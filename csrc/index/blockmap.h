@@ -1,17 +1,17 @@
 /* blockmap.h: the index that says where each block of a volume is.
  *
- * A place is what a block maps to: a segment number (16 bits) and a slot (32 bits), or one of two states without
- * data. A run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
+ * A block maps to a place: a segment number (16 bits) and a slot (32 bits), or one of two states without data. A
+ * run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
  *
- * Two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run or a leaf. A
- * leaf is a short sorted list of runs, 8 bytes each, while it is sparse, and a table with one place a block when
- * it is dense. So a look-up is two or three memory loads whatever the number of layers, and memory follows
- * fragmentation, not size. The root is anonymous mmap: what nothing was written to costs no memory.
+ * The index has two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run
+ * or a leaf. A sparse leaf is a short sorted list of runs, 8 bytes each. A dense leaf is a table with one place for
+ * each block. So a look-up is two or three memory loads, whatever the number of layers, and memory follows
+ * fragmentation and not size. The root is anonymous mmap, so parts that were never written cost no memory.
  *
- * Threads. Look-ups take no lock and may run beside writers. Writers to one 2 MiB range must be kept apart by the
- * caller (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`,
- * which must free it only when no look-up that began before can still be reading it; with retire == NULL nobody
- * else may use the map during a write, leaves are changed in place, and building is faster. */
+ * Threads: look-ups take no lock and may run beside writers. The caller must keep writers to one 2 MiB range apart
+ * (onion_map_range_of says which range a block is in). A leaf that a writer replaces is handed to `retire`, which
+ * must free it only when no look-up that began before can still be reading it. With retire == NULL no other thread
+ * may use the map during a write; leaves are then changed in place, and building is faster. */
 #ifndef ONIONSKIN_INDEX_BLOCKMAP_H
 #define ONIONSKIN_INDEX_BLOCKMAP_H
 
@@ -61,7 +61,7 @@ struct onion_map {
     uint64_t block_count;
     uint32_t range_shift;    /* log2 of the blocks under one root entry: 0 to 9 */
     int64_t leaf_bytes;      /* memory held by leaves, kept with atomics */
-    onion_retire_fn retire;  /* NULL: nobody reads during writes */
+    onion_retire_fn retire;  /* NULL: no thread reads during writes */
     void *retire_context;
 };
 
@@ -69,16 +69,17 @@ struct onion_map {
 int onion_map_init(struct onion_map *map, uint64_t block_count, uint32_t block_shift);
 /* Frees everything; also good on a zeroed or an already destroyed map. */
 void onion_map_destroy(struct onion_map *map);
-/* Changes the number of blocks. Those past the new end must be HOLE. Nobody else may use the map.
- * -ENOMEM, or -EINVAL where the disk would pass 2^63 bytes; then nothing has changed. */
+/* Changes the number of blocks. Those past the new end must be HOLE. No other thread may use the map. -ENOMEM, or
+ * -EINVAL if the disk would pass 2^63 bytes; then nothing has changed. */
 int onion_map_resize(struct onion_map *map, uint64_t block_count);
-/* What a map that has grown leaves behind, while readers may still use it. */
+/* The old root of a map that has grown, while readers may still use it. */
 struct onion_old_root {
     uint64_t *root, *touched;
     size_t root_bytes;
 };
-/* Makes room for block_count blocks, rounded up to whole ranges; never fewer than there are. Readers may go on, writers not,
- * until it returns; *old is to be freed when the readers of before have left. -ENOMEM, -EINVAL: nothing has changed. */
+/* Makes room for block_count blocks, rounded up to whole ranges; never fewer than there are. Readers may go on,
+ * writers may not, until it returns. The caller frees *old when the earlier readers have left. -ENOMEM, -EINVAL:
+ * nothing has changed. */
 int onion_map_grow(struct onion_map *map, uint64_t block_count, struct onion_old_root **old);
 void onion_old_root_free(struct onion_old_root *old);
 /* Bytes of memory held: leaves (without those given to retire), and the pages of the root that were touched. */
@@ -102,8 +103,9 @@ void onion_map_lookup_many(const struct onion_map *map, const uint64_t *block_in
 /* Maps block_count blocks from block_index on to `place` and, for DATA, the slots that follow. HOLE unmaps.
  * On -ENOMEM the ranges (2 MiB each) before the one that failed are changed and the others are not. */
 int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place);
-/* Lays upper over lower: what is not HOLE in upper replaces what lower has. Segment numbers of upper become
- * renumber[number] (renumber may be NULL: kept). Blocks of upper past the end of lower are left out. -ENOMEM. */
+/* Lays upper over lower: blocks that are not HOLE in upper replace those of lower. Segment numbers of upper become
+ * renumber[number] (renumber may be NULL: they are kept). Blocks of upper past the end of lower are left out.
+ * -ENOMEM. */
 int onion_map_fold(struct onion_map *lower, const struct onion_map *upper, const uint16_t *renumber);
 /* A change to blocks of one range. */
 struct onion_change {
@@ -114,17 +116,18 @@ struct onion_change {
 static inline uint64_t onion_change_where(uint64_t range, uint32_t block, uint32_t block_count) {
     return range << ONION_CHANGE_RANGE_SHIFT | block << 10 | block_count;
 }
-/* Makes many changes at once, each leaf only once. The changes are sorted by range and lie inside the map; within a range
- * later ones go over earlier ones. Nobody may read meanwhile (retire == NULL). slots_end[segment] is raised to the end of
- * the highest slot that a changed range names now. -ENOMEM: the ranges before the one that failed are changed. */
+/* Makes many changes at once, each leaf only once. The changes are sorted by range and lie inside the map; within a
+ * range, later changes go over earlier ones. No thread may read meanwhile (retire == NULL). slots_end[segment] is
+ * raised to the end of the highest slot that a changed range names now. -ENOMEM: the ranges before the one that
+ * failed are changed. */
 int onion_map_apply(struct onion_map *map, const struct onion_change *changes, size_t count, uint64_t *slots_end);
 
 /* The first range from `range` on in which some block is not HOLE, or UINT64_MAX. */
 uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range);
-/* Lays a range of `below` (NULL: all HOLE) under what the map has there. A block that is HOLE, or DATA in a segment of which
- * gone[number] is not 0, gets the place that below has for it; where that is HOLE too, it becomes HOLE with `drop` and
- * stays as it is without. Readers see each block as before or as after. The caller keeps writers to the range away.
- * -ENOMEM: nothing has changed. */
+/* Lays a range of `below` (NULL: all HOLE) under the range of the map. A block that is HOLE, or DATA in a segment
+ * whose gone[number] is not 0, gets the place that it has in below. If it is HOLE there too, it becomes HOLE with
+ * `drop`, and stays as it is without. Readers see each block as before or as after. The caller keeps writers to the
+ * range away. -ENOMEM: nothing has changed. */
 int onion_map_put_below(struct onion_map *map, uint64_t range, const struct onion_map *below, const unsigned char *gone,
                         int drop);
 

@@ -1,8 +1,8 @@
-/* layer_map.h: the block map of one layer, made from the bytes of its map log and written back as a compact one.
+/* layer_map.h: the block map of one layer, made from the bytes of its map log and written back as a compact log.
  *
- * Pure over memory, no I/O. One thread at a time: nobody may look at a map while one of these functions changes it
- * (so the maps have retire == NULL). Where a function returns -ENOMEM the map is half changed and good for nothing
- * but onion_layer_destroy. */
+ * The functions work on memory only and do no I/O. They are for one thread at a time: no other thread may look at a
+ * map while one of them changes it (so the maps have retire == NULL). If a function returns -ENOMEM, the map is
+ * half changed, and only onion_layer_destroy may be called on it. */
 #ifndef ONIONSKIN_LAYER_LAYER_MAP_H
 #define ONIONSKIN_LAYER_LAYER_MAP_H
 

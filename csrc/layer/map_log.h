@@ -89,8 +89,9 @@ void onion_header_encode(const struct onion_header *header, const char *magic, u
  * ONION_E_CHECKSUM, ONION_E_VERSION (version or incompatible bits). *out is set only on 0. */
 int onion_header_decode(const unsigned char *bytes, size_t length, const char *magic, struct onion_header *out);
 
-/* What a crash leaves of a header that was written but never synced: each byte is zero or that of `expected`, whatever
- * its compatible bits, and some are missing or differ. 1 or 0. The caller must also see no frame behind it. */
+/* Whether the bytes are what a crash leaves of a header that was written but never synced: each byte is zero or
+ * that of `expected`, whatever its compatible bits, and some are missing or differ. 1 or 0. The caller must also
+ * check that no frame stands behind it. */
 int onion_header_is_torn(const unsigned char *bytes, size_t length, const char *magic,
                          const struct onion_header *expected);
 
@@ -128,7 +129,8 @@ int onion_log_passes(const unsigned char *bytes, uint64_t end, uint64_t frames, 
 /* Whether a HOLE record may stand in the frames from `offset` on: by their own word, without their checksums. */
 int onion_log_has_holes(const unsigned char *bytes, uint64_t length, uint64_t offset);
 
-/* Blocks of a map that has room for all that the log says: by its own word, at most what the largest volume has. */
+/* The blocks of a map that has room for the whole log: as the log itself says, and at most as many as the largest
+ * volume has. */
 uint64_t onion_log_blocks(const unsigned char *bytes, uint64_t length, uint32_t block_shift);
 /* The largest size that a SIZE record of it gives, in the same way; 0 without one. */
 uint64_t onion_log_size_bytes(const unsigned char *bytes, uint64_t length);

@@ -1,11 +1,13 @@
-/* provenance.h: which layer each block of a disk comes from.
+/* provenance.h: says which layer each block of a disk comes from.
  *
- * An owner is a number that stands for a layer. The layers of a chain are laid over each other from the bottom up; what
- * is kept of each block is its owner and whether it is DATA or ZERO, so that the runs of one layer that touch are one run,
- * wherever their slots are. As an opening does (index/bulk_build.h), it takes the records of all logs first and makes
- * the index at once: a map for each layer costs a page for nearly every block that lies alone on a large disk.
+ * An owner is a number that stands for a layer. The layers of a chain are laid over each other from the bottom up.
+ * For each block, only its owner is kept, and whether it is DATA or ZERO. So the runs of one layer that touch are
+ * one run, wherever their slots are. Like an opening (index/bulk_build.h), it takes the records of all logs first
+ * and makes the index at once, because a map for each layer costs a page for nearly every block that lies alone on
+ * a large disk.
  *
- * Pure over memory, no I/O, one thread. After -ENOMEM it is half laid and good for nothing but onion_owners_destroy. */
+ * The functions work on memory only, do no I/O, and are for one thread. After -ENOMEM the work is half done, and
+ * only onion_owners_destroy may be called. */
 #ifndef ONIONSKIN_LAYER_PROVENANCE_H
 #define ONIONSKIN_LAYER_PROVENANCE_H
 
@@ -27,21 +29,21 @@ struct onion_owner_run {
     uint8_t unused[3];
 };
 
-/* Nobody owns anything of block_count blocks of 1 << block_shift bytes. -ENOMEM, -EINVAL. */
+/* Makes an empty one: no layer owns any of block_count blocks of 1 << block_shift bytes. -ENOMEM, -EINVAL. */
 int onion_owners_init(struct onion_owners *owners, uint64_t block_count, uint32_t block_shift);
 /* Frees everything; also good on a zeroed or already destroyed one. */
 void onion_owners_destroy(struct onion_owners *owners);
 
-/* Lays a layer's map over what was laid before: what is not HOLE in it is `owner`'s from now on. Blocks past the end of
- * owners are left out. -ENOMEM. */
+/* Lays a layer's map over the layers that were laid before: `owner` owns its blocks that are not HOLE from now on.
+ * Blocks past the end of owners are left out. -ENOMEM. */
 int onion_owners_lay(struct onion_owners *owners, const struct onion_map *upper, uint32_t owner);
-/* The same from the bytes of a log, from cursor->offset on: as onion_layer_load, what it returns and *fault_offset
- * included. HOLE in it takes blocks from whoever has them: over other layers only for a log without such records
- * (onion_log_has_holes). *size_bytes is set by a SIZE record. */
+/* The same from the bytes of a log, from cursor->offset on. Its results and *fault_offset are those of
+ * onion_layer_load. A HOLE record takes blocks from their owner, so over other layers it is only for a log without
+ * such records (onion_log_has_holes). A SIZE record sets *size_bytes. */
 int onion_owners_lay_log(struct onion_owners *owners, const unsigned char *bytes, uint64_t length,
                          struct onion_log_cursor *cursor, uint32_t owner, uint64_t *size_bytes,
                          uint64_t *fault_offset);
-/* Makes the map show all that was laid. To be called before onion_owners_runs. -ENOMEM. */
+/* Makes the map show all laid layers. Call it before onion_owners_runs. -ENOMEM. */
 int onion_owners_settle(struct onion_owners *owners);
 /* Returns how many runs there are, in order and none that continues another, and writes them to `out`, unless NULL. */
 uint64_t onion_owners_runs(const struct onion_owners *owners, struct onion_owner_run *out);

@@ -1,4 +1,5 @@
-/* internal.h: what the files of the NBD server share. Private to them, their check and their fuzzer. */
+/* internal.h: the types and functions that the files of the NBD server share. They are private to these files,
+ * their check and their fuzzer. */
 #ifndef ONIONSKIN_NBD_INTERNAL_H
 #define ONIONSKIN_NBD_INTERNAL_H
 

@@ -1,8 +1,8 @@
 /* protocol.h: the bytes of the NBD protocol, as pure functions over (bytes, length).
  *
- * Decoders read nothing past the length they are given, allocate nothing, and hand out pointers into the input.
- * All numbers on the wire are big-endian. The names are those of the protocol's document (doc/proto.md of the
- * NetworkBlockDevice project), with ONION_ in front. */
+ * Decoders read nothing past the length that they are given, allocate nothing, and hand out pointers into the
+ * input. All numbers on the wire are big-endian. The names are those of the protocol's document (doc/proto.md of
+ * the NetworkBlockDevice project), with ONION_ in front. */
 #ifndef ONIONSKIN_NBD_PROTOCOL_H
 #define ONIONSKIN_NBD_PROTOCOL_H
 
@@ -132,7 +132,7 @@ struct onion_nbd_string {
     uint32_t length;
 };
 
-/* Data of INFO and GO: an export's name and what the client asks about it. */
+/* Data of INFO and GO: an export's name and the information for which the client asks. */
 struct onion_nbd_info_query {
     struct onion_nbd_string name;
     const unsigned char *infos; /* info_count numbers of 16 bits */

@@ -1,23 +1,25 @@
-/* server.h: an NBD server over open volumes; needs no Python, and any thread may call it.
+/* server.h: an NBD server over open volumes. It needs no Python, and any thread may call it.
  *
- * The caller listens and accepts; the server takes connected stream sockets, speaks the fixed newstyle protocol on
- * them, each in a thread of its own, and hands requests to the volumes. Functions return 0 (or what they say) or a
- * negative code of base/status.h.
+ * The caller listens and accepts. The server takes connected stream sockets, speaks the fixed newstyle protocol on
+ * them, each in a thread of its own, and hands requests to the volumes. Functions return 0 (or what their comment
+ * says) or a negative code of base/status.h.
  *
  * What must hold
- *  - Lengths from the wire are bounded before memory follows them: an option's data by 64 KiB, a write's payload by
- *    request_bytes_max, and what waits for the helper thread by bytes_in_flight_max for each connection.
- *  - A request is in flight from when all of it has arrived until its reply is in the socket, or the socket is full. An
- *    export's volume is taken away (remove, replace, stop) only when nothing is in flight on it, so no reply mixes two
- *    volumes, and no client, however slow, delays that: whoever waits for a socket is not in flight.
+ *  - Lengths from the wire are bounded before memory is allocated for them: an option's data by 64 KiB, a write's
+ *    payload by request_bytes_max, and the payloads that wait for the helper thread by bytes_in_flight_max for each
+ *    connection.
+ *  - A request is in flight from the moment at which all of it has arrived until its reply is in the socket, or the
+ *    socket is full. An export's volume is taken away (remove, replace, stop) only when nothing is in flight on it.
+ *    So no reply mixes two volumes. No client, however slow, delays this, because a thread that waits for a socket
+ *    is not in flight.
  *  - A write's payload is complete before any of it is written.
- *  - A read is sent from the segments' mappings, under a ticket that is held for one system call that does not block.
- *    When the socket is full the ticket is given back and the rest is planned anew.
- *  - A flush, or a request with FUA, is answered after onion_volume_flush began and ended behind it: so it covers every
- *    write that was acknowledged before, on any connection.
- *  - Where a mapping fails the client gets EIO for that request. Only if its bytes were promised already, by a header
- *    that cannot be taken back, the connection is closed.
- * Order of locks: a connection's send lock, server lock, export lock; none is held while a hook is called. */
+ *  - A read is sent from the segments' mappings, under a ticket that is held for one system call that does not
+ *    block. When the socket is full, the ticket is given back and the rest is planned anew.
+ *  - A flush, or a request with FUA, is answered after an onion_volume_flush that began after the request has
+ *    ended. So the flush covers every write that was acknowledged before, on any connection.
+ *  - If a mapping fails, the client gets EIO for that request. The connection is closed only if the bytes were
+ *    promised already by a header that cannot be taken back.
+ * Order of locks: a connection's send lock, server lock, export lock. None is held while a hook is called. */
 #ifndef ONIONSKIN_NBD_SERVER_H
 #define ONIONSKIN_NBD_SERVER_H
 

@@ -1,4 +1,5 @@
-/* internal.h: what recovery.c, lifecycle.c (reads, writes), flush.c (flush, seal, rewrite) share. Private to them. */
+/* internal.h: the types and functions that recovery.c, lifecycle.c (reads, writes) and flush.c (flush, seal,
+ * rewrite) share. They are private to these files. */
 #ifndef ONIONSKIN_VOLUME_INTERNAL_H
 #define ONIONSKIN_VOLUME_INTERNAL_H
 

@@ -1,12 +1,12 @@
 /* segment.h: one data file: its header, its mapping, and (for the head's own) the allocation of slots.
  *
  * Slot i of a segment lies at byte ONION_HEADER_BYTES + (i << block_shift). Readers load from a shared read-only
- * mapping; writers use pwrite, so that a full disk is an error and not a signal. A segment that is only read costs no
- * descriptor: it is opened to be mapped, and closed again.
+ * mapping. Writers use pwrite, so that a full disk is an error and not a signal. A segment that is only read costs
+ * no descriptor: it is opened to be mapped, and closed again.
  *
- * What must hold: a slot that any durable map names is never handed out; slots are given back only by
- * onion_segment_give_back, whose caller knows that the frame which freed them is durable and that no read that might
- * have found them is still under way. Allocation is guarded by the caller's lock. */
+ * What must hold: a slot that any durable map names is never handed out. Slots are given back only by
+ * onion_segment_give_back. Its caller knows that the frame that freed them is durable, and that no read that might
+ * have found them is still under way. The caller's lock guards the allocation. */
 #ifndef ONIONSKIN_VOLUME_SEGMENT_H
 #define ONIONSKIN_VOLUME_SEGMENT_H
 
@@ -47,7 +47,7 @@ struct onion_segment {
     uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
     uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
     int own;                     /* 1: made by that head, so writable; 0: adopted */
-    int scrub_wanted;            /* slots became free that nobody gives back */
+    int scrub_wanted;            /* slots became free, and no flush gives them back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;
@@ -73,7 +73,7 @@ int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t
                       struct onion_segment **out);
 /* Gives a segment that was not opened yet another id. */
 void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid);
-/* Closes and unmaps; nobody may be reading. NULL is fine. */
+/* Closes and unmaps. No thread may be reading. NULL is allowed. */
 void onion_segment_free(struct onion_segment *segment);
 
 /* Checks header and length of a segment that has `slots` slots and is only read from now on. 0, -errno (ENOENT: it

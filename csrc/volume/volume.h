@@ -1,19 +1,19 @@
-/* volume.h: the data path of one open volume or view; needs no Python, and any thread may call it.
+/* volume.h: the data path of one open volume or view. It needs no Python, and any thread may call it.
  *
- * A volume is a folded index over a base and a chain of sealed layers, and (for writing) a head with its own segment
- * and map log. Offsets and lengths are bytes. Every verb returns 0 (or what it says) or a negative code of
- * base/status.h.
+ * A volume is a folded index over a base and a chain of sealed layers, and (for writing) a head with its own
+ * segment and map log. Offsets and lengths are bytes. Every verb returns 0 (or what its comment says) or a negative
+ * code of base/status.h.
  *
  * What must hold
- *  - Readers take no lock. What they may still see (leaves, mappings, freed slots) outlives them: base/epoch.h.
- *  - A change becomes visible in the index and in the list of pending records together, under pending_lock; the
- *    bytes it names were written before. So a flush that takes the list and then syncs the segments has synced all
- *    that its frame names.
+ *  - Readers take no lock. Objects that they may still see (leaves, mappings, freed slots) outlive them: see
+ *    base/epoch.h.
+ *  - A change becomes visible in the index and in the list of pending records together, under pending_lock. The
+ *    bytes that it names were written before. So a flush that takes the list and then syncs the segments has synced
+ *    everything that its frame names.
  *  - A slot that was freed is given back only after the frame that frees it is durable and every read that began
  *    before has ended.
- *  - Writers hold `gate` shared; seal, resize and close hold it alone. Writers to one 2 MiB range are ordered by a
- *    striped lock. Flushes are ordered by the flush gate, which seal and rewrite keep closed until their outcome
- *    is known.
+ *  - Writers hold `gate` shared; seal, resize and close hold it alone. A striped lock orders writers to one 2 MiB
+ *    range. The flush gate orders flushes. Seal and rewrite keep it closed until their outcome is known.
  * Order of locks: flush gate, gate, stripe, pending_lock / slots_lock / mapping_lock (leaves). */
 #ifndef ONIONSKIN_VOLUME_VOLUME_H
 #define ONIONSKIN_VOLUME_VOLUME_H
@@ -66,16 +66,17 @@ struct onion_sealed {
 /* An empty volume: nothing is open yet. segments_directory and layers_directory are synced after files are made. */
 int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segments_directory,
                      const char *layers_directory, int wipe_zero, int writable, struct onion_volume **out);
-/* Maps the raw image that fd is open on, which the caller may close; it must hold size_bytes bytes, unless allow_short: then
- * what it does not hold reads zero. ONION_E_FORMAT: it is shorter. Before the first layer. */
+/* Maps the raw image that fd is open on. The caller may close fd. The image must hold size_bytes bytes, unless
+ * allow_short: then the bytes that it does not hold read zero. ONION_E_FORMAT: it is shorter. Call it before the
+ * first layer. */
 int onion_volume_set_base(struct onion_volume *volume, int fd, uint64_t size_bytes, int allow_short);
 /* Adds a sealed layer over those added before; checks all that the source says. */
 int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer_source *source);
 /* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
 int onion_volume_fold_layers(struct onion_volume *volume);
-/* Adds the head, last: cuts off a torn frame, and syncs all that it finds, since what can be read after a crash need
- * not be durable. What a process that died in this boot left at dirty_path is pending again; and where a sync of its failed,
- * all that the head's own files hold is written again. */
+/* Adds the head, last. It cuts off a torn frame, and syncs all that it finds, because data that can be read after a
+ * crash need not be durable. Records that a process that died in this boot left at dirty_path are pending again. If
+ * a sync of that process failed, all contents of the head's own files are written again. */
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source);
 /* The same for a volume that is not writable: reads the log as far as it is whole, and changes and syncs nothing. No writer
  * may have the head open meanwhile. The spare and dirty_path are not looked at. */
@@ -91,14 +92,15 @@ int onion_volume_read(struct onion_volume *volume, uint64_t offset, uint64_t len
 int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t length, const void *bytes);
 /* Both make the range read zero and free the whole blocks in it. */
 int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t length);
-/* count blocks of block_size bytes each, in the order of block_indices; what lies past the volume's end in the last
- * block reads zero and is not written. */
+/* count blocks of block_size bytes each, in the order of block_indices. In the last block, the bytes past the
+ * volume's end read zero and are not written. */
 int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count, void *out);
 int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const void *bytes);
-/* The read plan, for who sends bytes without copying them: between plan_begin and plan_end what onion_volume_plan hands
- * out stays mapped, and its slots are not used again. The ticket keeps freed slots and replaced mappings of the whole
- * volume waiting, so it is held for one system call that does not block, never while a client takes its time. */
+/* The read plan, for code that sends bytes without copying them. Between plan_begin and plan_end, the pieces that
+ * onion_volume_plan hands out stay mapped, and their slots are not used again. The ticket keeps freed slots and
+ * replaced mappings of the whole volume waiting. So it is held for one system call that does not block, and never
+ * while a client takes its time. */
 struct onion_piece {
     const char *address; /* NULL: reads zero */
     uint64_t length;
@@ -122,7 +124,8 @@ int onion_volume_freeze(struct onion_volume *volume, uint64_t frames);
 void onion_volume_thaw(struct onion_volume *volume);
 /* Whether a flush would have something to make durable. */
 int onion_volume_unflushed(struct onion_volume *volume);
-/* Begins to write out what a flush would, for who has something else to do first. A hint: nothing is durable. */
+/* Begins to write out the data of the next flush, for a caller that does something else first. A hint: nothing is
+ * durable. */
 void onion_volume_start_writing(struct onion_volume *volume);
 /* Durable on return. */
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
@@ -133,7 +136,7 @@ int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uin
 enum onion_extent_kind {
     ONION_EXTENT_NONE,  /* nothing anywhere: reads zero */
     ONION_EXTENT_BASE,  /* the base's own bytes */
-    ONION_EXTENT_ZERO,  /* zero, and hides what is below */
+    ONION_EXTENT_ZERO,  /* zero, and hides the layers below */
     ONION_EXTENT_HEAD,  /* data that the head holds */
     ONION_EXTENT_BELOW, /* data of a layer below the head */
 };
@@ -147,9 +150,9 @@ struct onion_extent {
  * file is NONE; where its file system knows no holes, all of it is BASE. */
 int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
                              uint32_t capacity);
-/* The birth of the segment that new blocks go to: segments are counted as they are added, and no count is given twice in an
- * opening, as numbers are. What is written from now on has this birth or a greater one, or is in a block that the head
- * holds already. 0: a view. */
+/* The birth of the segment that new blocks go to. Segments are counted as they are added, and no count is given
+ * twice in an opening, unlike numbers. Data that is written from now on has this birth or a greater one, or is in a
+ * block that the head holds already. 0: a view. */
 uint64_t onion_volume_birth(struct onion_volume *volume);
 /* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller frees. It
  * is the index of the head as it is then, which the caller looks at behind the answer. Flushes, and waits for writers. */
@@ -201,21 +204,22 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
                          const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written);
 int onion_volume_rewrite_commit(struct onion_volume *volume);
 int onion_volume_rewrite_abort(struct onion_volume *volume);
-/* Records in the head's log, and runs that a compact log would have: what a rewrite would save. */
+/* The records in the head's log, and the runs that a compact log would have. The difference is what a rewrite
+ * saves. */
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
-/* What the head's log durably is: length, frames and checksum of the last one. Zeros where it has no frame. */
+/* The durable state of the head's log: length, frames, and checksum of the last frame. Zeros if it has no frame. */
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state);
 /* Whether more than half of a head's log that is not small is dead: 1 or 0. Costs nothing while little was added to it. */
 int onion_volume_wants_compaction(struct onion_volume *volume);
 /* Whether it is worth to ask that. Costs nothing. */
 int onion_volume_may_want_compaction(const struct onion_volume *volume);
 
-/* Replacing what lies lowest, in two steps, while reads and writes go on: layers that were merged into the base or
+/* Replaces the lowest layers in two steps, while reads and writes go on: layers that were merged into the base or
  * copied into one new layer, and segments in which no block is left. Between the steps the caller commits.
  *
- * After commit_below, each block that was in a dropped segment, and each that nothing of the volume held, reads from
- * `layer` if that has it, and else from the base. The caller answers for it that this is what it read before. ZERO stays
- * ZERO, and what other segments hold stays. */
+ * After commit_below, each block that was in a dropped segment, and each block that the volume did not hold, reads
+ * from `layer` if that has it, and else from the base. The caller guarantees that it read the same before. ZERO
+ * stays ZERO, and blocks in other segments stay. */
 struct onion_below_source {
     int keep_base; /* 1: the base stays as it is; 0: it is what base_fd is open on, or none at -1 */
     int base_fd;
@@ -251,7 +255,7 @@ void onion_volume_poison(struct onion_volume *volume);
 void onion_volume_after_fork(struct onion_volume *volume);
 /* Waits for calls under way, then unmaps and closes. Does not flush. Later calls return ONION_E_CLOSED. */
 void onion_volume_close(struct onion_volume *volume);
-/* Frees the memory; nobody may be inside or come later. */
+/* Frees the memory. No thread may be inside or come later. */
 void onion_volume_free(struct onion_volume *volume);
 
 #endif

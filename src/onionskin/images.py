@@ -1,4 +1,4 @@
-"""Disk images: raw in and out by onionskin itself; qcow2, vmdk, vhdx and vdi through qemu-img.
+"""Disk images: raw in and out by onionskin itself; qcow2, vmdk, vhd, vhdx and vdi through qemu-img.
 
 What must hold:
 
@@ -29,31 +29,25 @@ from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
 from onionskin.errors import FormatError, OnionskinError
+from onionskin.exchange.image_formats import READ, VHD_COOKIE, VHD_FOOTER_BYTES, format_of
 
 if TYPE_CHECKING:
     from onionskin.store import Store
     from onionskin.volume import Volume
 
 AnyPath = str | os.PathLike[str]
-FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi")
+FORMATS = READ
+_DRIVERS = {"vhd": "vpc"}  # where qemu-img has another name for it
 
-_MAGICS = (
-    (0, b"QFI\xfb", "qcow2"),
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"),
-    (64, struct.pack("<I", 0xBEDA107F), "vdi"),
-)
-_MAGIC_BYTES = 512
 # Exit statuses of qemu-img check: space that nothing uses, and a format that it cannot check.
 _ONLY_LEAKS, _NO_CHECK = 3, 63
 _VDI_HEADER_BYTES = 512
+_VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
 _CHUNK_BYTES = 4 << 20
 
 
 def detect_format(path: AnyPath) -> str:
-    """Tell the format of an image by its first bytes: one of `FORMATS`, ``raw`` where no magic is known.
+    """Tell the format of an image by its magic bytes, ``raw`` where none are known.
 
     Parameters
     ----------
@@ -63,19 +57,29 @@ def detect_format(path: AnyPath) -> str:
     Returns
     -------
     str
-        As `import_image` takes it.
+        One of `FORMATS`, as `import_image` takes it; or the name of another format that is known and not read, such as
+        ``qed``, ``luks`` or ``gzip``.
 
     Raises
     ------
     OSError
         The file cannot be read.
     """
-    with open(path, "rb") as file:
-        start = file.read(_MAGIC_BYTES)
-    for offset, magic, name in _MAGICS:
-        if start[offset : offset + len(magic)] == magic:
-            return name
-    return "raw"
+    with open(path, "rb", buffering=0) as file:
+        found = format_of(file.fileno())
+    return found.name if found else "raw"
+
+
+def _format_to_import(path: AnyPath) -> str:
+    """Tell the format of an image, which must be one that is read here."""
+    with open(path, "rb", buffering=0) as file:
+        found = format_of(file.fileno())
+    if found and found.name not in FORMATS:
+        raise FormatError(
+            f"{os.fspath(path)} is {found.title}, which is not read here: {found.advice} first, or import its bytes as they "
+            "are with format raw"
+        )
+    return found.name if found else "raw"
 
 
 def import_image(
@@ -99,7 +103,7 @@ def import_image(
     name : str
         Of the new volume.
     format : str, optional
-        One of `FORMATS`; None tells it by the first bytes. Naming it vouches for the image.
+        One of `FORMATS`; None tells it by the magic bytes. Naming it vouches for the image.
     block_size, wipe
         Of the new volume.
     progress : callable, optional
@@ -113,7 +117,7 @@ def import_image(
     Raises
     ------
     FormatError
-        The image is damaged, or names other files and `format` is None.
+        The image is damaged, or of a format that is known and not read here, or names other files and `format` is None.
     VolumeExistsError
         The store has a volume of that name.
     """
@@ -123,9 +127,9 @@ def import_image(
 
     check_name("volume", name)
     refuse_taken(store, name)
-    kind = format or detect_format(path)
-    if kind not in FORMATS:
-        raise ValueError(f"{kind!r} is not a format: it is one of {', '.join(FORMATS)}")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
+    kind = format or _format_to_import(path)
     with contextlib.ExitStack() as stack:
         if kind == "raw":
             source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
@@ -221,20 +225,25 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         with export.passing_file(store, parent, export.policies_of(opened)) as raw:
             copy.copy_disk(store, opened, raw.fileno(), progress=progress)
             way = [f"/proc/self/fd/{descriptor}" for descriptor in (raw.fileno(), made)]
-            _run("convert", "-f", "raw", "-O", format, *way, about=path, keep=(raw.fileno(), made))
+            options = (
+                ("-o", "force_size=on") if format == "vhd" else ()
+            )  # else the size is one that has cylinders and heads
+            driver = _DRIVERS.get(format, format)
+            _run("convert", "-f", "raw", "-O", driver, *options, *way, about=path, keep=(raw.fileno(), made))
 
 
 def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) -> None:
     source = _absolute(path)
     before = Path(source).stat()
-    facts = json.loads(_run("info", "--output=json", "-f", kind, source, about=path))
+    driver = _DRIVERS.get(kind, kind)
+    facts = json.loads(_run("info", "--output=json", "-f", driver, source, about=path))
     if not vouched:
         _refuse_other_files(path, kind, source, facts)
     _refuse_cut_short(path, kind, source, facts)
     os.ftruncate(raw.fileno(), facts["virtual-size"])
     # -n: the target is there already, and all of it is a hole; qemu-img finds it by its descriptor.
     target = f"/proc/self/fd/{raw.fileno()}"
-    options = ("-n", "--target-is-zero", "-f", kind, "-O", "raw")
+    options = ("-n", "--target-is-zero", "-f", driver, "-O", "raw")
     _run("convert", *options, source, target, about=path, keep=(raw.fileno(),))
     after = Path(source).stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
@@ -257,7 +266,8 @@ def _refuse_other_files(path: AnyPath, kind: str, source: str, facts: dict[str, 
 
 def _refuse_cut_short(path: AnyPath, kind: str, source: str, facts: dict[str, Any]) -> None:
     """qemu-img would convert what is left without a word: tables and blocks behind the end of the file read zero."""
-    checked = _run("check", "--output=json", "-f", kind, source, about=path, also_fine=(_ONLY_LEAKS, _NO_CHECK))
+    driver = _DRIVERS.get(kind, kind)
+    checked = _run("check", "--output=json", "-f", driver, source, about=path, also_fine=(_ONLY_LEAKS, _NO_CHECK))
     size_bytes = Path(source).stat().st_size
     missing = False
     if kind == "qcow2":
@@ -268,8 +278,29 @@ def _refuse_cut_short(path: AnyPath, kind: str, source: str, facts: dict[str, An
         (first_block,) = struct.unpack_from("<I", header, 0x158)
         block_size, blocks_allocated = struct.unpack_from("<I8xI", header, 0x178)
         missing = first_block + block_size * blocks_allocated > size_bytes
+    if kind == "vhd":
+        missing = _is_vhd_cut_short(path, source)
     if missing:
         raise FormatError(f"{os.fspath(path)}: this {kind} image was cut short: its end is missing; fetch it again")
+
+
+def _is_vhd_cut_short(path: AnyPath, source: str) -> bool:
+    """Whether the end is missing, where the footer is. A differencing disk is refused: its parent is another file.
+
+    Microsoft, Virtual Hard Disk Image Format Specification, 1.0: qemu-img takes such a disk for a dynamic one.
+    """
+    with open(source, "rb") as file:
+        file.seek(-VHD_FOOTER_BYTES, os.SEEK_END)
+        footer = file.read(VHD_FOOTER_BYTES)
+    if not footer.startswith(VHD_COOKIE):
+        return True
+    (disk_type,) = struct.unpack_from(">I", footer, _VHD_TYPE_OFFSET)
+    if disk_type not in (_VHD_FIXED, _VHD_DYNAMIC):
+        raise FormatError(
+            f"{os.fspath(path)}: this VHD has only what changed over another one (type {disk_type}); merge it into its "
+            "parent with the program that made it, and import that"
+        )
+    return False
 
 
 def _absolute(path: AnyPath) -> str:

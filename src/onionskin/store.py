@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base import forking
 from onionskin.base.background import Background
@@ -213,6 +213,7 @@ class Store:
         block_size: int = 4096,
         wipe: "WipePolicy" = "release",
         digest: bool = False,
+        base_format: "Literal['raw'] | None" = None,
     ) -> Volume:
         """Make a volume and open it for writing.
 
@@ -232,6 +233,8 @@ class Store:
             Whether freed space is overwritten with zeros before it can be used again.
         digest : bool
             Take a SHA-256 of the base, which `open(verify=True)` compares.
+        base_format : {"raw"}, optional
+            Say that the bytes of the base are the disk, also where they look like an image of another format.
 
         Returns
         -------
@@ -244,10 +247,15 @@ class Store:
             The name is taken.
         ValueError
             The name, the size or the block size is none that a volume can have.
+        FormatError
+            The base is an image of another format than raw, and `base_format` does not say otherwise.
         OSError
             The base could not be read, or ENOSPC. There is no volume then.
         """
-        return self._create(check_name("volume", name), base, size, block_size, wipe, digest)
+        if base_format not in (None, "raw"):
+            raise ValueError(f"{base_format!r} is no format of a base: it is raw; import an image of another format")
+        name = check_name("volume", name)
+        return self._create(name, base, size, block_size, wipe, digest, vouched=base_format is not None)
 
     def _create(
         self,
@@ -257,6 +265,8 @@ class Store:
         block_size: int,
         wipe: str,
         digest: bool,
+        *,
+        vouched: bool,
     ) -> Volume:
         block_size, wipe = _check_geometry(block_size, wipe)
         size_bytes = None if size is None else _check_size(parse_size(size))
@@ -264,19 +274,19 @@ class Store:
             if size_bytes is None:
                 raise ValueError("a volume without a base needs a size, such as '20G'")
             return self._make_volume(name, None, None, block_size, wipe, size_bytes)
-        with self._base(Path(base), digest=digest) as below:
+        with self._base(Path(base), digest=digest, vouched=vouched) as below:
             if size_bytes is None and not below.size_bytes:
                 raise ValueError(f"a volume has at least one byte: the base {base} is empty; give a size")
             return self._make_volume(name, None, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
 
     @contextmanager
-    def _base(self, path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
+    def _base(self, path: Path, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
         """Describe a base, which must be an image of its own, and keep it from being merged into."""
         if self.layout.holds(path):
             raise ChainError(
                 f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
             )
-        with described_base(path, digest=digest) as base:
+        with described_base(path, digest=digest, vouched=vouched) as base:
             refuse_half_merged(self.catalog, Path(base.path))
             yield base
 

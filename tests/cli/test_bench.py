@@ -12,8 +12,11 @@ GROUPS = ["snapshot", "read", "write", "revert", "merge"]
 
 
 @pytest.mark.slow
-def test_bench_writes_a_page_a_chart_and_json_and_leaves_nothing_else(run: Run, tmp_path: Path) -> None:
-    work = tmp_path / "disk"
+def test_bench_writes_a_page_a_chart_and_json_and_leaves_nothing_else(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    work = Path("disk")  # relative, as the default is: the peers run elsewhere
     work.mkdir()
     page, chart, saved = tmp_path / "report.html", tmp_path / "chart.svg", tmp_path / "bench.json"
     result = run("bench", work, "--size", "64M", "--rounds", 2, "--report", page, "--chart", chart, "--save", saved)
@@ -30,3 +33,11 @@ def test_a_disk_too_small_to_measure_is_refused(run: Run, tmp_path: Path) -> Non
     assert result.exit_code == 2
     assert "67108864" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_missing_or_none_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, status in ((tmp_path / "none", 3), (tmp_path / "file", 1)):
+        result = run("bench", path)
+        assert result.exit_code == status
+        assert str(path) in result.stderr

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import Result
+
+from onionskin.cli import output
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -50,6 +54,17 @@ def test_no_keeps_the_changes(spawn: Spawn, run: Run, dirty: Path, verb: str) ->
     assert b"Drop these changes?" in shown
     assert b"onionskin: nothing was changed" in shown
     assert first_bytes(run, dirty) == b"dirty"
+
+
+def test_an_interrupt_at_the_question_is_one_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
+    monkeypatch.setattr("click.termui.visible_prompt_func", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        output.confirm_loss("Drop these changes?", "changes", yes=False)
 
 
 @pytest.mark.parametrize("verb", ["revert", "discard"])
@@ -142,3 +157,9 @@ def test_a_stream_is_not_written_to_a_terminal(spawn: Spawn, vms: Path) -> None:
     status, shown = on_terminal(spawn, b"", "delta", f"{vms}/web@clean")
     assert status == 2
     assert b"ONIONDLT" not in shown
+
+
+def test_columns_stand_below_each_other_whatever_width_their_characters_have() -> None:
+    drawn = output.table(("NAME", "SIZE"), [("磁碟", "1"), ("e\u0301t\u00e9", "22"), ("plain", "333")], right="SIZE")
+    lines = [click.unstyle(line) for line in drawn.splitlines()]
+    assert lines == ["NAME   SIZE", "磁碟      1", "e\u0301t\u00e9      22", "plain   333"]

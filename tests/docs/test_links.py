@@ -68,6 +68,21 @@ def test_every_page_is_linked_from_the_first() -> None:
     assert {page for page in PAGES if page not in (first, *linked)} == set()
 
 
+def named_paths(page: str, heading: str) -> list[str]:
+    """Return the files and directories that a section names in backquotes."""
+    section = re.split(rf"^## {heading}$", (ROOT / page).read_text(), flags=re.MULTILINE)[1]
+    section = re.split(r"^## ", section, flags=re.MULTILINE)[0]
+    return re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:/|\.(?:py|pyx|c|h|md)))`", section)
+
+
+@pytest.mark.parametrize(("page", "heading"), [("CONTRIBUTING.md", "Find your way"), ("docs/design.md", "Journeys")])
+def test_the_ways_through_the_source_name_files_that_are_there(page: str, heading: str) -> None:
+    paths = named_paths(page, heading)
+    assert len(paths) > 12
+    roots = (ROOT, ROOT / "src" / "onionskin")
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
 @pytest.mark.parametrize("target", ["nowhere.md", "#no-such-heading", "docs/cli.md#errors-", "../outside.md"])
 def test_a_link_to_nowhere_is_noticed(target: str) -> None:
     assert broken(ROOT / "README.md", target)

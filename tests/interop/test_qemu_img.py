@@ -13,11 +13,15 @@ from onionskin.images import export_image, import_image
 from onionskin.store import Store
 
 SIZE = 24 << 20
-FORMATS = ["qcow2", "vmdk", "vhdx", "vdi"]
+FORMATS = ["qcow2", "vmdk", "vhd", "vhdx", "vdi"]
 
 
 def qemu_img(*arguments: str | Path) -> None:
-    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+    """Run qemu-img, which calls a VHD vpc, and makes one of another size where that is not forbidden."""
+    words = ["vpc" if word == "vhd" else str(word) for word in arguments]
+    if words[0] == "convert" and words[words.index("-O") + 1] == "vpc":
+        words[1:1] = ["-o", "force_size=on"]
+    subprocess.run(["qemu-img", *words], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,5 +77,24 @@ def test_an_image_that_was_cut_short_is_refused(raw: Path, tmp_path: Path, kind:
     os.truncate(tmp_path / "disk", int((tmp_path / "disk").stat().st_size * share))
     with Store(tmp_path / "store") as store:
         with pytest.raises(FormatError):
+            import_image(store, tmp_path / "disk", "web")
+        assert store.volumes() == []
+
+
+def test_a_fixed_vhd_is_told_by_its_end_and_read(raw: Path, tmp_path: Path) -> None:
+    qemu_img("convert", "-f", "raw", "-O", "vhd", "-o", "subformat=fixed", raw, tmp_path / "disk")
+    with Store(tmp_path / "store") as store:
+        import_image(store, tmp_path / "disk", "web")
+        with store.open("web") as volume:
+            assert hashlib.sha256(volume.read(0, volume.size_bytes)).hexdigest() == digest(raw)
+
+
+def test_a_vhd_that_has_only_what_changed_is_refused(raw: Path, tmp_path: Path) -> None:
+    qemu_img("convert", "-f", "raw", "-O", "vhd", raw, tmp_path / "disk")
+    with (tmp_path / "disk").open("r+b") as file:
+        file.seek(-512 + 60, os.SEEK_END)
+        file.write((4).to_bytes(4, "big"))
+    with Store(tmp_path / "store") as store:
+        with pytest.raises(FormatError, match="only what changed over another one"):
             import_image(store, tmp_path / "disk", "web")
         assert store.volumes() == []

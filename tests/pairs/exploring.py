@@ -206,6 +206,9 @@ def load_all() -> None:
         importlib.import_module(f"onionskin.operations.{module}")
     for module in ("images", "delta", "base.background", "store"):
         importlib.import_module(f"onionskin.{module}")
+    # So that segments are copied together in a world that has only a few of them.
+    compact_segments = importlib.import_module("onionskin.operations.compact_segments")
+    compact_segments.SEGMENTS_MAX, compact_segments.SEGMENTS_KEPT = 1, 0  # type: ignore[attr-defined]
     numpy.unique(numpy.zeros(2))
     assert onionskin.Store
     logging.disable(logging.CRITICAL)

@@ -1,1 +1,1 @@
-"""What every room stands on: the standard library and NumPy, seen as the engine needs them. No stores here."""
+"""The lowest package: the standard library and NumPy as the engine needs them. It knows no stores."""

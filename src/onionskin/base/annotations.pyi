@@ -1,7 +1,7 @@
-"""Types of what callers hand in, for those who check types: nothing of this is loaded when a program runs.
+"""Types of the arguments of callers, for type checkers. A program that runs loads nothing of this file.
 
-`Buffer` is in the standard library from Python 3.12 on (PEP 688). No name says that a buffer can be written to, so
-`WritableBuffer` lists the types for which that is so.
+`Buffer` is in the standard library from Python 3.12 on (PEP 688). The library has no type for a buffer that can be
+written to, so `WritableBuffer` lists the types that can.
 """
 
 import array

@@ -1,7 +1,8 @@
-"""One thread for the work of a store that nobody waits for.
+"""One thread for the background work of a store, for which no caller waits.
 
-What must hold: `finish` returns only when nothing is under way that was asked for before; an exception ends nobody's
-waiting. A thread stays a second for more work, since starting one costs more than most of what it is for.
+What must hold: `finish` returns only when all work that was asked for before is done. An exception does not end the
+waiting of any caller. A thread stays for one more second to take more work, because starting a thread costs more than
+most of this work.
 """
 
 import threading
@@ -16,10 +17,10 @@ class Background:
     Parameters
     ----------
     work : callable
-        Asked for twice while it runs, it runs once more. It should raise nothing; what it raises ends the thread, and
-        the next request starts another.
+        If it is asked for twice while it runs, it runs once more. It should raise nothing. An exception ends the
+        thread, and the next request starts another.
     name : str
-        Of the thread.
+        The name of the thread.
     """
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
@@ -34,7 +35,7 @@ class Background:
             self._wanted = True
             if self._thread is None and not self._ending:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()  # it waits for the lock: an interrupt in here leaves no thread that nobody knows
+                thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
                 self._thread = thread
             self._changed.notify_all()
 
@@ -46,7 +47,7 @@ class Background:
             self._changed.wait_for(lambda: self._thread is None or not (self._wanted or self._busy))
 
     def end(self) -> None:
-        """Finish, and let the thread go. Later requests are not heard."""
+        """Finish, and let the thread go. Later requests are ignored."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -65,12 +66,12 @@ class Background:
                     self._changed.notify_all()
 
     def _next(self) -> bool:
-        """Wait for a request; False where none came for a while, or none will."""
+        """Wait for a request; False if none came for a while, or none will come."""
         with self._changed:
             self._busy = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._wanted or self._ending, LINGER_SECONDS)
             self._busy, self._wanted = self._wanted, False
             if not self._busy:
-                self._thread = None  # under the lock: who asks from now on starts another
+                self._thread = None  # under the lock: a later request starts another thread
             return self._busy

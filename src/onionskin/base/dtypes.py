@@ -2,7 +2,7 @@
 
 import numpy
 
-# What a data path's index holds, in bytes of the disk; state 1 is DATA, 2 ZERO.
+# The entries of a data path's index, in bytes of the disk; state 1 is DATA, 2 ZERO.
 RUN = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segment", "<u2"), ("slot", "<u4")])
 EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])

@@ -1,7 +1,7 @@
-"""Files of the operating system: where one holds data, and writing all of a buffer.
+"""Files of the operating system: find where a file holds data, and write all of a buffer.
 
-What must hold: an answer that the system could not give is an error, never a hole. A hole that is not one reads zero in
-every copy that is made from it, and no later check can tell.
+What must hold: if the system cannot give an answer, that is an error and never a hole. A false hole reads zero in every
+copy that is made from it, and no later check can tell.
 """
 
 import os
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from errno import EINVAL, EIO, ENXIO, EOPNOTSUPP
 from pathlib import Path
 
-# How a file system refuses SEEK_DATA as such: it knows of no holes.
+# The errors by which a file system refuses SEEK_DATA as such: it knows no holes.
 _UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)
 
 
 def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
 
-    Where the file system cannot tell, all of the file counts as data. What lies beyond its end, as that is when the
-    first range is asked for, is a hole.
+    If the file system cannot tell, all of the file counts as data. Bytes beyond the end of the file count as a hole;
+    the end is that at the first question.
 
     Raises
     ------
     OSError
-        The system did not answer; or EIO: the file became shorter meanwhile, so what it held there is not known.
+        The system did not answer; or EIO: the file became shorter meanwhile, so its former contents are not known.
     """
     at = start
     stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
@@ -36,7 +36,7 @@ def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, i
 
 
 def _next_range(descriptor: int, at: int, stop: int) -> tuple[int, int] | None:
-    """Return the first range of data from `at` on, or None: there is none to the end of the file."""
+    """Return the first range of data from `at` on, or None if there is none up to the end of the file."""
     try:
         first = os.lseek(descriptor, at, os.SEEK_DATA)
         last = os.lseek(descriptor, first, os.SEEK_HOLE)
@@ -50,7 +50,7 @@ def _next_range(descriptor: int, at: int, stop: int) -> tuple[int, int] | None:
 
 
 def refuse_shorter(descriptor: int, size_bytes: int, path: "str | os.PathLike[str] | None" = None) -> None:
-    """Raise EIO where a file, or a block device, has fewer bytes than it had when its size was taken."""
+    """Raise EIO if a file, or a block device, has fewer bytes than when its size was taken."""
     found = os.lseek(descriptor, 0, os.SEEK_END)
     if found < size_bytes:
         name = os.fspath(path) if path is not None else _name_of(descriptor)
@@ -68,7 +68,7 @@ def _name_of(descriptor: int) -> str:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write at the start of a file; a system that takes only a part of it says why at the rest."""
+    """Write at the start of a file. If the system takes only a part, the write of the rest raises the reason."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], done)

@@ -1,7 +1,7 @@
-"""What happens to open handles in the child of a fork().
+"""Open handles in the child of a fork().
 
-The child shares every open file description with its parent, and so every OFD lock: it must neither unlock nor
-remove anything, and must not touch the SQLite connection. Its handles raise StateError from then on.
+The child shares every open file description with its parent, and so every OFD lock. It must neither unlock nor remove
+anything, and must not touch the SQLite connection. Its handles raise StateError from then on.
 """
 
 import os

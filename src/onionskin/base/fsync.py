@@ -1,6 +1,6 @@
-"""Every sync that Python itself asks for goes through here, so that the crash tests can remove each one by name.
+"""The two syncs of Python code. Every sync goes through here, so that the crash tests can remove each one by name.
 
-A call site says which barrier it is in a comment at the end of its line: `# BARRIER: name`.
+A call site names its barrier in a comment at the end of its line: `# BARRIER: name`.
 """
 
 import os

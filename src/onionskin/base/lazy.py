@@ -1,6 +1,6 @@
-"""NumPy, imported when the first array is made and not when the package is: it takes longer than most verbs.
+"""NumPy, imported with the first array and not with the package: the import takes longer than most verbs.
 
-Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as ever.
+Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as usual.
 """
 
 import importlib
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Later:
-    """A module that is imported when one of its names is first asked for. Any thread may be the one that asks."""
+    """A module that is imported at the first use of one of its names. Any thread may use it first."""
 
     def __init__(self, module: str) -> None:
         self._module = module

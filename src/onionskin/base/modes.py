@@ -1,7 +1,7 @@
-"""Who besides its owner may use the files of a store: nobody, or the members of a group.
+"""The users who may use the files of a store: its owner alone, or also the members of a group.
 
-What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone says which:
-one whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
+What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone decides. A
+directory whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
 `onion_make_file` (csrc/base/store_file.c) does the same for the files that C makes.
 """
 
@@ -72,7 +72,7 @@ def group_id(group: str | int) -> int:
 
 
 def refuse_other_group(directory: Path, group: str | int) -> None:
-    """Refuse a store that is not shared with the group that was named: only a new store is given to one."""
+    """Refuse a store that is not shared with the named group: only a new store can be given to a group."""
     if not is_shared(directory) or directory.stat().st_gid != group_id(group):
         raise StateError(
             f"the store {directory} was not made for group {group}; to give it to that group, close it, and run "

@@ -1,6 +1,6 @@
-"""Which names volumes and snapshots may have.
+"""The names that volumes and snapshots may have.
 
-`STORE/VOLUME@SNAPSHOT` must always be read in one way, and a name must print on one line.
+`STORE/VOLUME@SNAPSHOT` must have only one reading, and a name must print on one line.
 """
 
 import unicodedata
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
 
 NAMES_SHOWN = 10  # in a message
-# They change how the text around them is read: a name with one can look like another.
+# They change the look of the text around them: a name with one can look like another name.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 

@@ -1,4 +1,4 @@
-"""How an operation that takes long says how far it is."""
+"""The type of the function by which a long operation reports its progress."""
 
 from collections.abc import Callable
 

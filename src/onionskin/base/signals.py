@@ -1,7 +1,8 @@
-"""Holding Ctrl-C, and the signals that end a command in the same way, back while a commit and what follows are one step.
+"""Holds back Ctrl-C, and the signals that end a command in the same way, while a commit and its follow-up are one step.
 
-Only the main thread is interrupted, so only there is anything to do. Other signals whose handlers raise are not held back:
-whoever uses this must stand an exception at any point, but two in a row would leave a step half done.
+Only the main thread is interrupted, so there is nothing to do in other threads. Other signals whose handlers raise are
+not held back. Code that uses this must survive one exception at any point. Two exceptions in a row would leave a step
+half done.
 """
 
 import signal
@@ -15,7 +16,7 @@ HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class HeldBack:
-    """A context in which these signals are noted, where they have a handler, and the first one is handled at its end."""
+    """A context that notes these signals, if they have a handler, and handles the first one at its end."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}

@@ -1,8 +1,9 @@
 """Sockets that only their owner may use, wherever they lie.
 
-What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask; a path of any
-length can be bound and connected to (the kernel's limit is 107 bytes); a socket that nobody listens on is replaced,
-one that somebody listens on never; and on the way out only what is still ours is removed.
+What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask. A path of any
+length can be bound and connected to (the kernel's limit is 107 bytes). A socket on which no process listens is
+replaced. A socket on which a process listens is never replaced. At the end, only a socket that still belongs to this
+process is removed.
 """
 
 import errno
@@ -38,25 +39,25 @@ class UnixListener:
     Parameters
     ----------
     path : Path
-        A socket there that nobody listens on is replaced.
+        A socket on which no process listens is replaced.
     mode : int
 
     Raises
     ------
     StateError
-        Somebody listens there.
+        Another process listens there.
     FileExistsError
-        There is something else than a socket.
+        Something other than a socket is there.
     """
 
     def __init__(self, path: Path, *, mode: int = 0o600) -> None:
         self.path = path.absolute()
         _refuse_taken(self.path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # In place by rename, so that nobody ever finds a socket that does not listen yet.
+        # It gets its name by a rename, so that no client ever finds a socket that does not listen yet.
         draft = self.path.with_name(f".{self.path.name[:40]}.{os.getpid()}")
         try:
-            os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, and less the umask
+            os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, less the umask
             with _short_path(draft) as short:
                 with suppress(FileNotFoundError):
                     Path(short).unlink()
@@ -64,7 +65,7 @@ class UnixListener:
                 self.socket.listen(BACKLOG)
                 found = os.lstat(short)
                 if stat.S_IMODE(found.st_mode) != mode:
-                    os.chmod(short, mode)  # noqa: PTH101 - only ever widens: what the umask took away
+                    os.chmod(short, mode)  # noqa: PTH101 - only ever widens: restores bits that the umask took away
             self._identity = (found.st_dev, found.st_ino)
             draft.rename(self.path)
         except BaseException as error:
@@ -97,15 +98,15 @@ def _refuse_taken(path: Path) -> None:
     except (ConnectionRefusedError, FileNotFoundError):
         return
     except BlockingIOError:
-        pass  # somebody listens, and is behind with accepting
+        pass  # a process listens, and is behind with accepting
     raise StateError(f"another server listens on {path}; stop it, or choose another path")
 
 
 def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
     """Connect to a Unix socket.
 
-    Where so many wait that there is no place, as they do for a process that was stopped, it is waited for so many seconds
-    (0: for ever) and then BlockingIOError is raised.
+    The queue may be full, as it is for a process that was stopped. Then the call waits for so many seconds (0: for
+    ever) and raises BlockingIOError.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -170,7 +171,7 @@ def is_local(listener: socket.socket) -> bool:
 
 
 def peer_of(connection: socket.socket) -> str:
-    """Say who is at the other end, for a log."""
+    """Describe the peer of a connection, for a log."""
     if connection.family == socket.AF_UNIX:
         pid, uid, _ = credentials_of(connection)
         return f"process {pid} of user {uid}"

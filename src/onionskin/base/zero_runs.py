@@ -1,4 +1,4 @@
-"""Which blocks of a buffer are zero: what import and delta leave out instead of storing it."""
+"""The zero blocks of a buffer, which import and delta leave out instead of storing them."""
 
 import itertools
 from collections.abc import Iterator

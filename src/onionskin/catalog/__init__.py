@@ -1,4 +1,4 @@
-"""The catalog: the one truth for names, and for which file belongs to what. See `connection` for what must hold."""
+"""The catalog: the one truth for names and for the owner of each file. `connection` says what must hold."""
 
 from onionskin.catalog.connection import Catalog
 from onionskin.catalog.rows import (

@@ -1,9 +1,9 @@
 """One connection to a store's catalog.
 
-What must hold: every change of more than one row is one transaction; no row names a file before the transaction that
-makes both known to each other; an id or a lock byte is never used twice. What is asked about the tree is asked inside the
-transaction that acts on the answer. SQLite does the crash safety (WAL, a full sync at each commit); it is never on the
-read or write path of a volume.
+What must hold: every change of more than one row is one transaction. No row names a file before the transaction that
+connects row and file. An id or a lock byte is never used twice. A question about the tree is asked inside the
+transaction that acts on the answer. SQLite provides the crash safety (WAL, a full sync at each commit). It is never on
+the read or write path of a volume.
 """
 
 import os
@@ -111,7 +111,7 @@ class Catalog:
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def unsound_rows(self) -> list[tuple[str, str, str]]:
-        """Return (table, id as hex digits, what is wrong) of each row that nothing here would believe."""
+        """Return (table, id as hex digits, reason) of each row that breaks a condition."""
         found: list[tuple[str, str, str]] = []
         with self.reading():
             for kind, sound in SOUND_ROW.items():
@@ -132,10 +132,10 @@ class Catalog:
         return found
 
     def sync_found(self) -> None:
-        """Make durable what is read: after a crash a commit may be visible that the next power loss would undo.
+        """Make the visible commits durable: after a crash one may be visible that the next power loss would undo.
 
-        A checkpoint syncs the log before it moves anything out of it. Where nothing is left to move, the log was synced
-        by the checkpoint that moved it. The names are durable: SQLite syncs the log's header, and the directory with it,
+        A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that
+        moved it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
         before the first frame.
         """
         self.bury_unknown()
@@ -146,10 +146,10 @@ class Catalog:
                 return
             if time.monotonic() > deadline:
                 raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
-            time.sleep(0.001)  # by somebody else, and nothing tells us when that is done
+            time.sleep(0.001)  # by another process, and nothing tells us when that is done
 
     def _checkpoint(self) -> bool:
-        """Sync the log, and move what can be moved from it; True where somebody else is about it just now."""
+        """Sync the log, and move all that can be moved from it; True if another process is doing this now."""
         with self._guard, self._errors():
             busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return bool(busy)
@@ -163,14 +163,14 @@ class Catalog:
         Raises
         ------
         OSError
-            ENOSPC where the disk is full: nothing happened.
+            ENOSPC if the disk is full: nothing happened.
         CommitUnknownError
             It is not known whether it happened.
 
         Notes
         -----
-        An interrupt that comes while COMMIT runs is raised behind it: the transaction did happen then. So whoever
-        takes back what belongs to a transaction asks the catalog first how that ended.
+        An interrupt that comes while COMMIT runs is raised after it, and the transaction did happen then. So code that
+        undoes the work around a transaction first asks the catalog how the transaction ended.
         """
         self.refuse_read_only()
         with self._transaction():
@@ -185,10 +185,10 @@ class Catalog:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._guard, self._errors():
-            if self._changing:  # it would be rolled back, with what it has done so far
+            if self._changing:  # it would be rolled back, with all its changes so far
                 raise AssertionError("a transaction was begun inside another one")
             stamp = os.urandom(16)
-            self._roll_back()  # what a second interrupt left open
+            self._roll_back()  # a second interrupt left it open
             self._changing = True
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -210,10 +210,10 @@ class Catalog:
             self._is_unknown = False
 
     def bury_unknown(self) -> None:
-        """Write over a commit of which nobody knows how it ended, if there was one: a crash may bring it back until then.
+        """Write over a commit of unknown outcome, if there was one: until then a crash may bring it back.
 
-        Before anything is trusted that it would undo: a head that is opened to be written, a file that it names and that is
-        freed since nobody sees that.
+        This must happen before the commit could do harm: before a head is opened for writing, and before a file is
+        freed that the commit names and no reader sees.
         """
         if self._is_unknown and not self.read_only:
             with self._transaction():
@@ -241,10 +241,10 @@ class Catalog:
     def _bury(self, error: sqlite3.Error) -> bool:
         """Make sure that a transaction whose COMMIT failed does not come back after a crash; returns whether one could have.
 
-        Where all of it was written and only the sync failed, nobody sees it, since the log's index was not told; but whoever
-        makes the index anew after a crash finds it whole in the log, under all that was done since. The next commit is
-        written over it, so there is one at once. A write that failed, on a full disk too, left a part of a transaction, which
-        nobody takes for one.
+        If all of it was written and only the sync failed, no reader sees it, since the log's index was not updated. But
+        a process that makes the index anew after a crash finds it whole in the log, under all later changes. The next
+        commit is written over it, so one is made at once. A write that failed, on a full disk too, left a part of a
+        transaction, which SQLite never takes for a whole one.
         """
         if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
             return False
@@ -306,7 +306,7 @@ class Catalog:
         Raises
         ------
         FormatError
-            One of them has a value that none can have.
+            One of them breaks a condition.
         """
         found = self._select(kind, condition, values)
         for *row, sound in found:
@@ -315,7 +315,7 @@ class Catalog:
         return [kind(*row[:-1]) for row in found]
 
     def sound_rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
-        """Return the rows that can be believed: one bad row keeps nobody from the others. `unsound_rows` has those."""
+        """Return the sound rows: one bad row does not hide the others. `unsound_rows` returns the bad ones."""
         return [kind(*row) for *row, sound in self._select(kind, condition, values) if sound]
 
     def _select(self, kind: type[Row], condition: str, values: Iterable[Any]) -> list[Any]:
@@ -340,7 +340,7 @@ class Catalog:
         return found[0] if found else None
 
     def values(self, kind: type, columns: str, condition: str = "1", *values: Any) -> list[tuple[Any, ...]]:
-        """Return columns of the rows that can be believed, or what SQL makes of them: where little of many is wanted."""
+        """Return columns of the sound rows, or SQL expressions of them: for a little of each of many rows."""
         text = f"SELECT {columns} FROM {TABLES[kind]} WHERE coalesce({SOUND_ROW[kind]}, 0) AND {condition}"
         with self._guard, self._errors():
             return list(self._connection.execute(text, values))
@@ -398,7 +398,7 @@ class Catalog:
         return self.take_lock_bytes(1)[0]
 
     def take_lock_bytes(self, count: int) -> range:
-        """Hand out so many of them; none twice here, also where the transaction fails: its taker may hold it."""
+        """Hand out so many of them, none of them twice, even if the transaction fails: the caller may hold one."""
         self._execute("UPDATE store SET next_lock_byte = max(next_lock_byte, ?) + ?", self._lock_byte_taken, count)
         with self._errors():
             (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
@@ -424,14 +424,14 @@ class Catalog:
         return found
 
     def volume_with_id(self, id: bytes) -> VolumeRow | None:
-        """Return a volume by id, or None where it is gone."""
+        """Return a volume by id, or None if it is gone."""
         return self.row(VolumeRow, "id = ?", id)
 
     def listed_heads(self) -> Iterator[tuple[Any, ...]]:
         """Yield (id, name, created_ns) of each volume that is no draft, then (parent, base, size_bytes, block_size, wipe) of
         its head, by name.
 
-        A volume whose head is gone or cannot be believed is left out. Nothing is kept of what was yielded: a hundred
+        A volume is left out if its head is gone or its row is not sound. No row is kept after it was yielded: a hundred
         thousand rows that live at once cost Python's garbage collector as much as reading them.
         """
         volumes, layers = (
@@ -446,7 +446,7 @@ class Catalog:
             )
 
     def draft_volumes(self) -> list[VolumeRow]:
-        """Return the volumes that nobody has given a name yet."""
+        """Return the volumes that have no name yet."""
         return self.sound_rows(VolumeRow, "name >= ? AND name < ?", DRAFT_PREFIX, chr(ord(DRAFT_PREFIX) + 1))
 
     def snapshot_of_layer(self, layer: bytes) -> SnapshotRow | None:
@@ -460,7 +460,7 @@ class Catalog:
     # ---- layers and segments ----
 
     def layer(self, id: bytes) -> LayerRow:
-        """Return a layer by id; that it is there is an invariant."""
+        """Return a layer by id; it is an invariant that the layer exists."""
         found = self.row(LayerRow, "id = ?", id)
         if found is None:
             raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
@@ -479,7 +479,7 @@ class Catalog:
         )
 
     def chain(self, layer_id: bytes) -> list[LayerRow]:
-        """Return a layer and all below it, bottom first; nothing where it is gone."""
+        """Return a layer and all below it, bottom first; an empty list if it is gone."""
         columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
         text = f"{_CHAIN_IDS} SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
         with self._guard, self._errors():
@@ -491,7 +491,7 @@ class Catalog:
         return self._in_order(by_id, layer_id)
 
     def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
-        """Return which of a layer and all below it have more sealed segments than so many, without reading the others."""
+        """Return the layers, of this one and all below it, with more sealed segments than so many."""
         text = (
             f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
             "GROUP BY up.id HAVING count(*) > ?"
@@ -500,7 +500,7 @@ class Catalog:
             return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
 
     def version(self) -> tuple[int, int]:
-        """Return what changes with every commit, of this connection or of another: equal twice, nothing changed between.
+        """Return a version that changes with every commit, of this connection or of another.
 
         See https://www.sqlite.org/pragma.html#pragma_data_version.
         """
@@ -555,7 +555,7 @@ class Catalog:
         return self.row(PendingRow, "kind = 'base-merge' AND target = ?", layer)
 
     def _execute(self, text: str, *values: Any) -> None:
-        """Run a statement of a transaction, which has the guard and translates what is raised."""
+        """Run a statement of a transaction, which holds the guard and translates errors."""
         self._connection.execute(text, values)
 
 
@@ -564,7 +564,7 @@ _SOUND_LAYER += " AND (layers.parent IS NULL OR layers.base IS NULL)"
 
 
 def _check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
-    """Refuse to write what would not be believed when it is read."""
+    """Refuse to write a value that would break its condition."""
     for column, value in values:
         if not VALUES[kind][column].holds(value):
             raise ValueError(f"{column} of {TABLES[kind]} cannot be {value!r}; nothing was changed")
@@ -606,7 +606,7 @@ def _make(path: Path) -> None:
     the journal mode SQLite makes a journal, and syncs the directory for it.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
-    # SQLite would let everybody read it; it gives its log and its index the mode of this file.
+    # SQLite would let every user read it; it gives its log and its index the mode of this file.
     os.close(make_file(draft))
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
@@ -624,7 +624,7 @@ def _make(path: Path) -> None:
     finally:
         connection.close()
     try:
-        os.link(draft, path)  # unlike a rename it never replaces the catalog of somebody who was faster
+        os.link(draft, path)  # unlike a rename, it never replaces the catalog of a process that was faster
     except FileExistsError:
         pass
     finally:

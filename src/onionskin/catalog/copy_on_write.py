@@ -1,8 +1,8 @@
 """SQLite's index of its log on btrfs.
 
-What must hold: a full disk does not end the process. SQLite writes its index through a mapping. Where a file system puts
-each page that is written to a new place, such a write finds no room on a full disk, and that is SIGBUS. A file that is
-overwritten in place has its blocks already; the attribute for it has to be set before it has any.
+What must hold: a full disk does not end the process. SQLite writes its index through a mapping. If a file system puts
+each page that is written to a new place, such a write finds no room on a full disk, and the process gets SIGBUS. A file
+that is overwritten in place has its blocks already. The attribute for this has to be set before the file has any block.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ _NOCOW = 0x00800000
 
 
 def make_index_in_place(catalog: Path) -> None:
-    """Make the index of a catalog's log, where there is none, as a file that btrfs overwrites in place."""
+    """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place."""
     index = catalog.with_name(f"{catalog.name}-shm")
     with suppress(OSError):  # SQLite makes it, then
         if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes

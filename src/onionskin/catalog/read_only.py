@@ -1,7 +1,7 @@
-"""Opening a catalog that may only be read: in its place where SQLite can do that, or as a private copy.
+"""Opens a catalog that may only be read: in its place if SQLite can do that, or else as a private copy.
 
-What must hold: nothing is made or written beside the catalog. What a crash left in SQLite's log is read too; where only a
-copy can be brought up to that, or to this version, the copy is.
+What must hold: nothing is made or written beside the catalog. Data that a crash left in SQLite's log is read too. If
+only a copy can be brought up to that log, or to this version, the copy is.
 """
 
 import logging
@@ -26,7 +26,7 @@ def can_be_written(catalog: Path) -> bool:
 
 
 def why_not_written(catalog: Path) -> tuple[int, str]:
-    """Say why a catalog can only be read: an errno, and in words."""
+    """Return the reason why a catalog can only be read: an errno, and a text."""
     if _cannot_change(catalog):
         return EROFS, "its file system is mounted so"
     if can_be_written(catalog):
@@ -35,7 +35,7 @@ def why_not_written(catalog: Path) -> tuple[int, str]:
 
 
 def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str] | None]":
-    """Connect to a catalog that may only be read; with the directory of the copy that is read, where it is one."""
+    """Connect to a catalog that may only be read; if a copy is read, return its directory too."""
     log = _log_of(path)
     if log.exists() and (log.stat().st_size or not _cannot_change(path)):
         try:
@@ -45,7 +45,7 @@ def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.Temporary
         if log.stat().st_size:
             _log.warning("%s is read with what its log holds, which a crash or another process left there", path)
         return connection, None
-    if _cannot_change(path):  # nobody can write it, and it is whole
+    if _cannot_change(path):  # no process can write it, and it is whole
         try:
             return _connect(path, "mode=ro&immutable=1"), None
         except sqlite3.Error as error:

@@ -21,9 +21,9 @@ class BaseRow:
 class LayerRow:
     """One layer.
 
-    map_length, map_frames and map_crc say what the map file is. Of a sealed layer they say it exactly, and length 0 means
-    that there is no map file. Of a head they say what its log holds at the least: it has a frame with the number
-    `map_frames` that ends at `map_length` with the checksum `map_crc`; zeros say nothing.
+    map_length, map_frames and map_crc describe the map file. For a sealed layer the description is exact, and length 0
+    means that there is no map file. For a head it is a lower bound: the log has a frame with the number `map_frames`
+    that ends at `map_length` with the checksum `map_crc`. Zeros mean that nothing is known.
     """
 
     id: bytes
@@ -54,7 +54,7 @@ class SegmentRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """One volume. A name that begins with '@' is that of a draft, which no list shows and no user can name."""
+    """One volume. A name that begins with '@' belongs to a draft, which no list shows and no user can name."""
 
     id: bytes
     name: str
@@ -64,7 +64,7 @@ class VolumeRow:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
-    """A name for a sealed layer. `number` grows in the order of taking, whatever the clock did."""
+    """A name for a sealed layer. `number` grows in the order of taking, whatever the clock says."""
 
     volume: bytes
     name: str
@@ -79,10 +79,10 @@ class SnapshotRow:
 class PendingRow:
     """Work that has to be done before it is forgotten.
 
-    kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made its row is here too, and
-    its maker holds `lock_byte` alone. `scrub`: free the slots of that segment which its owner's map does not name.
-    `volume`: unlink the lock of a volume that was removed, and what it had not flushed. `base-merge`: fold the layers up to
-    that one into their base, which durably holds already what they have in the first `done_bytes` of the disk.
+    kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made, its row is here too,
+    and its maker holds `lock_byte` alone. `scrub`: free the slots of that segment that its owner's map does not name.
+    `volume`: unlink the lock file of a volume that was removed, and its unflushed records. `base-merge`: fold the
+    layers up to that one into their base; the first `done_bytes` of the disk are durable in the base already.
     """
 
     id: int

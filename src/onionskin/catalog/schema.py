@@ -1,8 +1,8 @@
-"""What the tables of a catalog are, and what each value in them must be.
+"""The tables of a catalog, and the condition of each value in them.
 
-What must hold: a condition on a value is written once, here, and is looked at on both ways: no value is written that does
-not fulfil it, and no row is believed that has one (SQLite keeps whatever it was given, and a damaged page or a
-hostile file holds anything).
+What must hold: the condition of a value is written once, here, and is checked both ways. No value is written that
+breaks its condition, and no row is believed if one of its values does. (SQLite keeps any value that it was given, and a
+damaged page or a hostile file may hold anything.)
 """
 
 import sqlite3
@@ -52,7 +52,7 @@ def _add_done_bytes(connection: sqlite3.Connection) -> None:
 
 
 def _number_snapshots(connection: sqlite3.Connection) -> None:
-    """Number the snapshots that are there by their times. Each has a lock byte of its own, so new numbers are greater."""
+    """Number the existing snapshots by their times. Each has a lock byte of its own, so new numbers are greater."""
     connection.execute("ALTER TABLE snapshots ADD COLUMN number INTEGER NOT NULL DEFAULT 0")
     found = connection.execute("SELECT layer FROM snapshots ORDER BY created_ns, name").fetchall()
     connection.executemany(
@@ -63,13 +63,13 @@ def _number_snapshots(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX pending_kind ON pending (kind)")
 
 
-# What brings a catalog of each older version to the next one.
+# The steps that bring a catalog of each older version to the next one.
 UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_done_bytes, 2: _number_snapshots}
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a value must be: as an SQL condition on a column, which stands as {0}, and as a Python predicate."""
+    """The condition of a value: in SQL, where {0} stands for the column, and as a Python predicate."""
 
     sql: str
     holds: Callable[[object], bool]
@@ -147,7 +147,7 @@ SOUND_ROW = {
 }
 SOUND_ROW[LayerRow] += " AND (parent IS NULL OR base IS NULL)"
 
-# What the rows together must not be: a query that gives the ids of those that are.
+# Conditions on several rows together: each query gives the ids of the rows that break one.
 UNSOUND_WHOLES = {
     "volumes: its head has not one spare segment, and one of its own": (
         "SELECT id FROM volumes WHERE 1 != (SELECT count(*) FROM segments WHERE layer = head AND role = 'spare') "

@@ -1,4 +1,4 @@
-"""What SQLite reports, as the exceptions of the package: what happened, to which file, and what to do."""
+"""Turns errors of SQLite into exceptions of the package, which say what happened, to which file, and what to do."""
 
 import os
 import sqlite3
@@ -18,15 +18,16 @@ class CommitUnknownError(StateError):
 
 
 def damaged(path: Path, what: object) -> FormatError:
-    """Make the error of a catalog that cannot be believed."""
+    """Make the error of a damaged catalog."""
     return FormatError(f"{path} is damaged: {what}; {RESTORE}")
 
 
 def _refusal(path: Path, otherwise: int) -> int:
-    """Say why a file cannot be opened or written: SQLite keeps the errno to itself.
+    """Find out why a file cannot be opened or written: SQLite does not report the errno.
 
-    A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index; both fail in ways
-    that SQLite reports as a fault of the medium, or as a file that cannot be opened. So what it needs is tried.
+    A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index. SQLite reports
+    both failures as a fault of the medium, or as a file that cannot be opened. So this function tries to make such
+    files.
     """
     with suppress(OSError):
         if path.is_dir():
@@ -43,7 +44,7 @@ def _refusal(path: Path, otherwise: int) -> int:
 def _cannot_make(path: Path, count: int) -> int:
     """Make so many files as large as SQLite's log beside the catalog, and remove them: 0, or the errno of what fails.
 
-    What is free by the numbers of a file system may be kept back, under a quota, or in too small pieces.
+    Space that a file system reports as free may be reserved, under a quota, or in too small pieces.
     """
     if not count:
         return 0
@@ -63,14 +64,14 @@ def _cannot_make(path: Path, count: int) -> int:
 
 
 def primary_code(error: sqlite3.Error) -> int | None:
-    """Return SQLite's code for the kind of an error, where SQLite gave one."""
+    """Return SQLite's code for the kind of an error, if SQLite gave one."""
     code = getattr(error, "sqlite_errorcode", None)
     return code & 0xFF if isinstance(code, int) else None
 
 
 def translated(error: sqlite3.Error, path: Path) -> Exception:
-    """Return the exception to raise for what SQLite raised on the catalog at `path`."""
-    if isinstance(error, sqlite3.ProgrammingError):  # what this code asks is right, so the connection is closed
+    """Return the exception to raise for an error of SQLite on the catalog at `path`."""
+    if isinstance(error, sqlite3.ProgrammingError):  # the call itself is right, so the connection is closed
         return StateError(f"the store {path.parent} is closed; open it again")
     primary = primary_code(error)
     if primary == sqlite3.SQLITE_FULL:
@@ -84,7 +85,7 @@ def translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_PERM,
     ):
         number = _refusal(path, EIO if primary == sqlite3.SQLITE_IOERR else EACCES)
-        # SQLite's words are of what it was about; where the reason is known they would only mislead.
+        # SQLite's words describe its own step; if the reason is known, they would only mislead.
         return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return damaged(path, error)

@@ -1,7 +1,7 @@
-"""Snapshots and the tree of layers under them: what descends from what, and what nothing needs any more.
+"""Snapshots and the tree of layers under them: ancestors, descendants, and layers that are not needed any more.
 
-What must hold: a layer is needed if it is a head, has a name, or has a needed child. `free_unneeded` is the one place
-that removes layers, and it only ever removes leaves that are neither.
+What must hold: a layer is needed if it is a head, has a name, or has a needed child. Only `free_unneeded` removes
+layers, and it only ever removes leaves that are not needed.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from onionskin.catalog import (
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import SnapshotNotFoundError
 
-# Conditions on `id`, or `layer`, of a row. In each a layer is named once, so they are linear in what they find.
-LAYERS_OF_VOLUME = (  # what a volume's head and its snapshots stand on, given its id twice
+# Conditions on `id`, or `layer`, of a row. Each names a layer once, so they are linear in their result.
+LAYERS_OF_VOLUME = (  # the layers that a volume's head and its snapshots stand on, given its id twice
     "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots "
     "WHERE volume = ? UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
     "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
 )
-_LAYERS_ABOVE = (  # what stands on a layer
+_LAYERS_ABOVE = (  # the layers that stand on a layer
     "WITH RECURSIVE above(id) AS (SELECT id FROM layers WHERE parent = ? UNION ALL SELECT layers.id FROM above "
     "JOIN layers ON layers.parent = above.id) SELECT id FROM above"
 )
@@ -138,8 +138,8 @@ def nearest_name(
 ) -> str | None:
     """Return the name on a layer, or on the nearest one below it that has one.
 
-    `known` keeps what was found for each layer on the way: who asks for many layers walks over each of them once.
-    `catalog` is what is said to be damaged where the layers do not end.
+    `known` keeps the result for each layer on the way, so a caller that asks for many layers walks over each of them
+    once. If the layers do not end, the error names `catalog` as damaged.
     """
     found: dict[bytes | None, str | None] = {None: None} if known is None else known
     way: list[bytes] = []
@@ -191,7 +191,7 @@ def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) ->
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
-    """Return what other volumes than `besides` have on these layers: `web-2` (its head) or `web-2@clean`."""
+    """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes other than `besides`."""
     ids, users = list(layers), []
     with catalog.reading():
         for first in range(0, len(ids), _IDS_MAX):
@@ -207,9 +207,9 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
 
 
 def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
-    """Remove a layer, and what is below it, as far up to the first that is needed; inside a transaction.
+    """Remove a layer and the layers below it, down to the first that is needed. Inside a transaction.
 
-    Their files become pending work. Returns the needed layer that it came to, or None. A layer that is already gone
+    Their files become pending work. Returns the needed layer at which it stopped, or None. A layer that is already gone
     is passed over.
     """
     while layer_id is not None:
@@ -234,5 +234,5 @@ def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     catalog.delete(SegmentRow, "layer = ?", layer.id)
     catalog.delete(LayerRow, "id = ?", layer.id)
-    # A merge of it into the base that was cancelled: nobody is left who needs it finished.
+    # A merge of it into the base that was cancelled: no layer is left that needs it finished.
     catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", layer.id)

@@ -1,7 +1,7 @@
 """The command line: ``onionskin VERB NAME``.
 
-Each verb is a few lines over `onionskin.Store` and `onionskin.Volume`. The list of them is in ``app``, exit
-statuses are in ``exit_status``, the types of arguments in ``arguments``, what is printed in ``output``.
+Each verb is a few lines over `onionskin.Store` and `onionskin.Volume`. ``app`` lists the verbs, ``exit_status`` holds
+the exit statuses, ``arguments`` the types of arguments, and ``output`` prints.
 """
 
 import sys

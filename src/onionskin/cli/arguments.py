@@ -1,7 +1,7 @@
-"""Names on the command line: STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT; sizes; how they are opened, and complete.
+"""Names (STORE, STORE/VOLUME and STORE/VOLUME@SNAPSHOT) and sizes: how they are parsed, opened and completed.
 
-The last component of the path is the volume, all before it is the store. A completion never makes, locks or
-repairs anything: it reads the catalog of a directory that is a store, and says nothing when it cannot.
+The last component of the path is the volume, and the rest of the path is the store. A completion never makes, locks or
+repairs anything. It reads the catalog of a directory that is a store, and prints nothing if it cannot.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-import onionskin  # its classes by name, when they are used: they bring NumPy, which no --help should wait for
+import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
 from onionskin.base.sizes import parse_size
 from onionskin.errors import OnionskinError
 
@@ -52,14 +52,14 @@ class Name:
     def open_volume(self) -> "Iterator[tuple[Store, Volume | LiveVolume]]":
         """Open the volume for writing or, where a server holds it, connect to that.
 
-        This is the one place where a verb comes to work on a volume that is being served.
+        Only here does a verb get a volume that is being served.
         """
         with self.open_store() as store, live(store, self.volume) or store.open(self.volume) as volume:
             yield store, volume
 
     @contextmanager
     def open_volume_or_view(self) -> "Iterator[Volume | LiveVolume]":
-        """Open what is named, to read it: a snapshot as a view."""
+        """Open the named volume, or the snapshot as a view, to read it."""
         with self.open_store() as store:
             served = live(store, self.volume) if self.snapshot is None else None
             with served or open_to_read(store, self) as volume:
@@ -70,14 +70,14 @@ _TRUST = "onionskin.trust"
 
 
 def trust_option(command: Any) -> Any:
-    """Give a verb the option --trust; `open_store` asks for what was given."""
+    """Give a verb the option --trust; `open_store` asks for its value."""
     return click.option(
         "--trust", is_flag=True, expose_value=False, callback=note_trust, help="Open a store that another user owns."
     )(command)
 
 
 def note_trust(ctx: click.Context, _: click.Parameter, trust: bool) -> bool:
-    """Keep what --trust said for `open_store`: the callback of that option."""
+    """Keep the value of --trust for `open_store`: the callback of that option."""
     ctx.meta[_TRUST] = trust
     return trust
 
@@ -101,11 +101,11 @@ def open_to_read(store: "Store", name: Name) -> "Volume":
 
 
 def live(store: "Store", name: str) -> "LiveVolume | None":
-    """Connect to the server of a volume; None where no server holds it."""
+    """Connect to the server of a volume; None if no server holds it."""
     from onionskin.storage.locks import volume_holder
 
     if volume_holder(store.layout.volume_lock(store.catalog.volume(name).id)) is None:
-        return None  # most often; and then the other end is not even imported
+        return None  # the usual case; then the client's code is not even imported
     from onionskin.control import client
 
     return client.find(store, name)
@@ -133,7 +133,7 @@ def parse_name(text: str) -> Name:
 class NameType(click.ParamType):  # type: ignore[type-arg]
     """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
 
-    ``fresh``: the last part is about to be made, so only what comes before it is completed.
+    ``fresh``: the last part is about to be made, so only the parts before it are completed.
     """
 
     def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
@@ -167,7 +167,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
             return []
-        # Where a snapshot is wanted, whole names are offered: a shell puts a blank behind a single match.
+        # If a snapshot is required, whole names are offered: a shell puts a blank behind a single match.
         with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
         names = [name for name in _names_in(store, with_snapshots) if name.startswith(last)]
         return [CompletionItem(f"{directory}/{name}") for name in names]
@@ -211,7 +211,7 @@ SIZE = SizeType()
 
 def is_store(path: Path) -> bool:
     """Whether a directory is a store."""
-    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises for what it cannot search
+    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises where it cannot search
 
 
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:

@@ -1,6 +1,8 @@
 """The verb that measures: bench."""
 
+import errno
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=".")
+@click.argument("directory", type=click.Path(path_type=Path), default=".")
 @click.option("--size", type=SIZE, default="512M", show_default=True, help="Size of the disk that is measured.")
 @click.option("--rounds", type=click.IntRange(2, 1000), default=7, show_default=True, help="How often each is done.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page of HTML with charts.")
@@ -38,9 +40,12 @@ def bench(
 ) -> None:
     """Compare onionskin with copies and qcow2 on the disk that DIRECTORY is on.
 
-    Works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
-    not installed are left out, and said to be.
+    It works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
+    not installed are left out and reported.
     """
+    directory = directory.resolve(strict=True)  # the peers are programs, which are started elsewhere
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
     from onionskin.measure.headline import compare
     from onionskin.measure.report import draw_chart, draw_page, draw_table
     from onionskin.measure.results import as_benchmarks, describe_machine

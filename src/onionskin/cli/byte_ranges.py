@@ -59,10 +59,10 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
 def write(name: Name, offset: int, as_json: bool) -> None:
     """Write stdin to a disk at OFFSET.
 
-    The data is durable when the command ends well.
+    The data is durable when the command succeeds.
 
-    Where stdin is a file, data that would not fit is refused before any is written; from a pipe, what fits is
-    written first.
+    If stdin is a file, data that would not fit is refused before any of it is written. From a pipe, the data that
+    fits is written first.
     """
     if sys.stdin.isatty():
         raise click.UsageError("write takes its data from stdin: pipe something to it")
@@ -76,11 +76,11 @@ def write(name: Name, offset: int, as_json: bool) -> None:
             written += len(data)
         volume.flush()
     value = {"offset": offset, "length": written}
-    output.show(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
+    output.tell(as_json, value, lambda: f"wrote {output.size(written)} to {name} at {offset}")
 
 
 def _length_of_file(source: output.StandardStream) -> int:
-    """Give what a file still holds; 0 for a pipe, whose length nobody knows."""
+    """Return the bytes left in a file; 0 for a pipe, whose length is not known."""
     try:
         status = os.fstat(source.fileno())
         return max(0, status.st_size - source.tell()) if stat.S_ISREG(status.st_mode) else 0
@@ -104,7 +104,7 @@ def trim(name: Name, offset: int, length: int, as_json: bool) -> None:
         volume.trim(offset, length)
         volume.flush()
     value = {"offset": offset, "length": length}
-    output.show(as_json, value, lambda: f"trimmed {output.size(length)} of {name} at {offset}")
+    output.tell(as_json, value, lambda: f"trimmed {output.size(length)} of {name} at {offset}")
 
 
 @click.command()
@@ -120,4 +120,4 @@ def zero(name: Name, offset: int, length: int, as_json: bool) -> None:
         volume.zero(offset, length)
         volume.flush()
     value = {"offset": offset, "length": length}
-    output.show(as_json, value, lambda: f"zeroed {output.size(length)} of {name} at {offset}")
+    output.tell(as_json, value, lambda: f"zeroed {output.size(length)} of {name} at {offset}")

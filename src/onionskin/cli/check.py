@@ -38,7 +38,7 @@ def check(store: Path, repair: bool, as_json: bool) -> None:
 def demo(size: int, keep: Path | None, as_json: bool) -> None:
     """Show and prove the main job on a real disk image.
 
-    Builds two ext4 systems from files of this machine, without root; snapshots the first, overwrites the disk
+    It builds two ext4 systems from files of this machine, without root. It snapshots the first, overwrites the disk
     with the second, and proves by SHA-256 and e2fsck that revert brings the first one back. Exit status 6 if
     any proof fails.
     """
@@ -76,7 +76,7 @@ def _draw_result(result: "Result") -> str:
 @click.pass_context
 @json_option
 def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
-    """Print what makes a shell complete commands and names.
+    """Print the script that makes a shell complete commands and names.
 
     \b
     eval "$(onionskin completion bash)"

@@ -1,7 +1,7 @@
 """Completion in bash, zsh and fish.
 
-zsh and fish are served by click's own scripts. bash splits words at '@', so that click's would complete the
-part behind it alone: ours hands over the whole line up to the cursor, and takes off again what bash keeps.
+click's own scripts serve zsh and fish. bash splits words at '@', so click's script would complete the part behind it
+alone. The script here passes the whole line up to the cursor, and removes the part that bash keeps from the answers.
 """
 
 import os
@@ -40,7 +40,7 @@ class Bash(BashComplete):
 
     @staticmethod
     def _check_version() -> None:
-        """Ask no bash for its version: the script may be for another machine."""
+        """Do not ask bash for its version: the script may be for another machine."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """Take the words, and the one that is being typed, from the line up to the cursor."""

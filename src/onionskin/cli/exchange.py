@@ -24,6 +24,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_volume, snapshot_value
 from onionskin.cli.volumes import WIPE, volume_value
+from onionskin.exchange.image_formats import KNOWN, SUFFIXES
 from onionskin.images import FORMATS, export_image, import_image
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _CHUNK_BYTES = 1 << 20
 @click.command(name="import")
 @click.argument("image", type=FILE)
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
-@click.option("--format", "image_format", type=FORMAT, help="By default told by the first bytes.")
+@click.option("--format", "image_format", type=FORMAT, help="By default told by the image's magic bytes.")
 @click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
 @click.option("--wipe", type=WIPE, default="release", show_default=True, help="What happens to freed blocks.")
 @trust_option
@@ -52,7 +53,7 @@ def import_(
 ) -> None:
     """Make a volume from a disk image.
 
-    raw, or through qemu-img qcow2, vmdk, vhdx or vdi. The image is copied and not needed afterwards. An image
+    The image is raw, or qcow2, vmdk, vhd, vhdx or vdi through qemu-img. It is copied and not needed afterwards. An image
     whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
     """
     with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
@@ -70,7 +71,7 @@ def import_(
             )
         about = store.info(name.volume)
     text = f"made {name}: {output.size(about.size_bytes)} from {image}"
-    output.show(as_json, volume_value(about), lambda: text)
+    output.tell(as_json, volume_value(about), lambda: text)
 
 
 @click.command()
@@ -82,21 +83,31 @@ def import_(
 def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
 
-    IMAGE must not exist yet; holes are kept. "-" writes a raw image to stdout, holes as zeros, and the summary of
+    IMAGE must not exist yet. Holes are kept. "-" writes a raw image to stdout, with holes as zeros, and the summary of
     --json to stderr.
     """
     if str(image) == "-":
         _export_to_stdout(name, image_format, as_json)
         return
-    suffix = image.suffix[1:].lower()
-    kind = image_format or (suffix if suffix in FORMATS else "raw")
+    kind = image_format or _format_by_suffix(image)
     with name.open_store() as store, open_to_read(store, name) as volume:
         with output.progress(f"export {name}", as_json) as progress:
             export_image(volume, image, format=kind, progress=progress)
         size_bytes = volume.size_bytes
     allocated = image.stat().st_blocks * 512
     value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
-    output.show(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+    output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
+
+
+def _format_by_suffix(image: Path) -> str:
+    """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
+    suffix = image.suffix[1:].lower()
+    kind = SUFFIXES.get(suffix, suffix)
+    if kind in KNOWN and kind not in FORMATS:
+        raise click.UsageError(
+            f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(FORMATS)}"
+        )
+    return kind if kind in FORMATS else "raw"
 
 
 def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> None:
@@ -124,9 +135,9 @@ def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> No
 @trust_option
 @json_option
 def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
-    """Write what changed between two snapshots as a stream.
+    """Write the changes between two snapshots as a stream.
 
-    All of B where no A is given.
+    If no A is given, write all of B.
 
     onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
 
@@ -159,14 +170,14 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         "zero_bytes": sent.zero_bytes,
     }
     if path is not None:
-        output.show(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
+        output.tell(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
     elif as_json:
         output.echo(output.as_json_text(value), err=True)
 
 
 @contextlib.contextmanager
 def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
-    """Give stdout, or a new file that is durable and whole in the end, or gone."""
+    """Give stdout, or a new file that is durable and whole at the end, or removed."""
     if path is None:
         yield output.StandardStream("stdout")
         return
@@ -191,7 +202,7 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
 
     The stream comes from stdin or FILE.
 
-    The volume must be exactly where the stream starts. A stream that holds a whole disk wants a new volume,
+    The volume must be exactly where the stream starts. A stream that holds a whole disk needs a new volume,
     made with create --size, of any size. A stream that is cut short or damaged changes nothing.
     """
     from onionskin import delta as stream
@@ -207,4 +218,4 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
         volume = stack.enter_context(store.open(name.volume))
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
         taken = stream.apply(source, volume, progress=progress)
-    output.show(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")
+    output.tell(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")

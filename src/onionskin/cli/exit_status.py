@@ -1,11 +1,11 @@
 """Exit statuses, and the one place where an exception becomes a line on stderr and a status.
 
-What must hold: a condition that onionskin foresees never shows a traceback; an error is one line,
-``onionskin: what happened; what to do``; a reader of our output that goes away is not an error worth a word.
-``ONIONSKIN_TRACEBACK=1`` in the environment shows the traceback as well, for reports of defects.
+What must hold: an error that onionskin expects never shows a traceback. An error is one line, ``onionskin: what
+happened; what to do``. If the reader of the output goes away, no message is printed. ``ONIONSKIN_TRACEBACK=1`` in the
+environment shows the traceback as well, for reports of defects.
 
-The library's messages are for who calls it from Python. What they advise in its words is said in those of the command line
-here, by `_IN_WORDS_OF_THE_COMMAND_LINE`.
+The messages of the library address a caller in Python. `_IN_WORDS_OF_THE_COMMAND_LINE` turns their advice into words of
+the command line.
 """
 
 import contextlib
@@ -104,12 +104,12 @@ _ADVICE = {
     errno.ENOMEM: "close other programs, or raise the limit of memory (ulimit -v)",
     errno.EBADF: "it is closed, or not open that way",
 }
-# Where a file of a store is missing, or is something else: that is damage, and not a path that was typed wrongly.
+# A file of a store that is missing, or is something else, is damage and not a path that was typed wrongly.
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 _FREE_SPACE_OF_STORE = "free space there (discard or merge snapshots, delete volumes) and run it again"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
-# Of the library's messages: what they say, and how a command says it. Tests see to it that none is missing or stale.
+# Messages of the library, and the words of a command for each. Tests check that none is missing or stale.
 _IN_WORDS_OF_THE_COMMAND_LINE = [
     (re.compile(pattern), said)
     for pattern, said in (
@@ -125,7 +125,7 @@ _IN_WORDS_OF_THE_COMMAND_LINE = [
 
 
 class Ended(KeyboardInterrupt):
-    """A signal that ends a command as Ctrl-C does: all that it has begun is put back, or can be gone on with."""
+    """A signal that ends a command as Ctrl-C does: its work is undone, or can be continued."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def ended_by_signals() -> Iterator[None]:
     ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        for one in ours:  # a second one would come between the steps that put things back
+        for one in ours:  # a second one would interrupt the steps that undo the work
             signal.signal(one, signal.SIG_IGN)
         raise Ended(number)
 
@@ -155,7 +155,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def status_of(error: BaseException) -> int:
-    """Give the exit status that stands for an error."""
+    """Return the exit status of an error."""
     if isinstance(error, Ended):
         return 128 + error.number
     if isinstance(error, OSError) and error.errno in _MISSING and _is_in_store(error):
@@ -169,13 +169,13 @@ def status_of(error: BaseException) -> int:
 
 
 def line_of(error: BaseException) -> str:
-    """Say an error in one line: what happened; what to do."""
+    """Describe an error in one line: what happened; what to do."""
     if isinstance(error, OSError) and error.errno is not None:
         what = error.strerror or os.strerror(error.errno)
         if error.filename is not None:
             what = f"{os.fsdecode(error.filename)}: {what}"
         advice = _advice(error)
-        # A message that advises already is left as it is.
+        # A message that already gives advice is left as it is.
         text = f"{what}; {advice}" if advice and "; " not in (error.strerror or "") else what
     elif isinstance(error, MemoryError):
         text = "out of memory; close other programs and run it again"
@@ -205,7 +205,7 @@ def _is_in_store(error: OSError) -> bool:
 
 
 def say(line: str) -> None:
-    """Write one line of ours to stderr; a stderr that is gone is not worth failing for."""
+    """Write one line to stderr; a stderr that is gone is no reason to fail."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(f"onionskin: {line}", err=True)
 
@@ -214,7 +214,7 @@ class Verbs(click.Group):
     """The group of all commands, which ends the process with a documented status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """List the verbs in the order in which they are met, not by the alphabet."""
+        """List the verbs in the order in which a user meets them, not by the alphabet."""
         return list(self.commands)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
@@ -267,7 +267,7 @@ def _usage(wrong: click.ClickException) -> int:
 
 
 def _silence(stream: TextIO) -> None:
-    """Keep the interpreter from flushing into what is closed or full once more when it ends."""
+    """Keep the interpreter from flushing into a closed or full stream once more when it ends."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -275,7 +275,7 @@ def _silence(stream: TextIO) -> None:
 
 
 def _give_up_streams() -> None:
-    """Let what could not be printed go: it was said, and has its status; else the interpreter would end with its own."""
+    """Drop output that could not be printed: it was reported. Else the interpreter would end with its own status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""The verb that shows where the data of a disk is, map; and where pictures of verbs go."""
+"""The verb map, which shows where the data of a disk is; and the output of pictures."""
 
 import shutil
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onionskin.pictures.bands import Legend
     from onionskin.pictures.cells import Cells
 
-# Cells of a picture in a file, and of text where no terminal says how wide it is.
+# Cells of a picture in a file, and of text if no terminal gives a width.
 FILE_COLUMNS, FILE_ROWS = 96, 24
 TEXT_COLUMNS, TEXT_ROWS = 64, 16
 TEXT_COLUMNS_MAX = 128
@@ -25,7 +25,7 @@ OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a colum
 
 
 class PictureType(click.ParamType):  # type: ignore[type-arg]
-    """A file that is written: its suffix says which format, and is what keeps a slip from hitting a disk image."""
+    """A file to write: its suffix gives the format, and keeps a slip from overwriting a disk image."""
 
     name = "FILE"
 
@@ -64,8 +64,8 @@ def write_picture(path: Path, picture: bytes) -> None:
 def map_(name: Name, path: Path | None, columns: int | None, rows: int | None, as_json: bool) -> None:
     """Show which layer each part of a disk comes from.
 
-    The disk is cut into cells, from its begin at the upper left. A cell shows the layer, or the base, that has most of
-    its data. A volume that is being served is asked to flush first; nothing is changed.
+    The disk is cut into cells, from its beginning at the upper left. A cell shows the layer, or the base, that has most
+    of its data. If the volume is being served, its server flushes first. The command changes nothing.
     """
     from onionskin.pictures.bands import legend_of
     from onionskin.pictures.cells import cut
@@ -87,7 +87,7 @@ def _layering(name: Name) -> "Layering":
     with name.open_store() as store:
         if name.snapshot is None and (served := live(store, name.volume)) is not None:
             with served:
-                served.flush()  # the map is read from files, where its last changes are not yet
+                served.flush()  # the map is read from files, which do not have the last changes yet
         return store.layering(name.volume, name.snapshot)
 
 
@@ -122,7 +122,7 @@ def _draw(name: Name, cells: "Cells", legend: "Legend") -> str:
 
 
 def _value(name: Name, layering: "Layering", cells: "Cells") -> dict[str, Any]:
-    """Give what JSON says of a map."""
+    """Return the JSON value of a map."""
     from onionskin.pictures.bands import bytes_of_states, data_bytes
 
     hole, zero = bytes_of_states(layering)

@@ -1,14 +1,15 @@
-"""What commands print: JSON for programs, aligned text for people, progress on a terminal.
+"""The output of commands: JSON for programs, aligned text for people, progress on a terminal.
 
-JSON keys are those that docs/cli.md lists; times are ISO 8601 in UTC, sizes are bytes. Text goes to stdout,
-progress to stderr, and only where stderr is a terminal. rich takes as long to import as all the rest, so it
-is imported only where a progress bar is drawn.
+JSON keys are those that docs/cli.md lists. Times are ISO 8601 in UTC, and sizes are bytes. Text goes to stdout.
+Progress goes to stderr, and only if stderr is a terminal. The import of rich takes as long as all the rest, so rich is
+imported only to draw a progress bar.
 """
 
 import contextlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -22,26 +23,37 @@ from onionskin.errors import StateError
 
 Draw = Callable[[], str]
 
+_closed: set[str] = set()  # the standard streams that were closed when the program started
 STATES = {HOLE: "hole", DATA: "data", ZERO: "zero"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
 def show(as_json: bool, value: Any, draw: Draw) -> None:
-    """Print ``value`` as JSON, or what ``draw`` makes of it for people."""
+    """Print ``value`` as JSON, or as ``draw`` shows it to people."""
     text = as_json_text(value) if as_json else printable(draw())
     if text:
         echo(text)
 
 
+def tell(as_json: bool, value: Any, draw: Draw) -> None:
+    """Print what was done, as `show` does.
+
+    To a stdout that was closed when the program started nothing is printed, since nobody asked for it, and what was done is
+    done: a status other than 0 would say that it was not. What was asked for, `show` prints, and that fails there.
+    """
+    if "stdout" not in _closed:
+        show(as_json, value, draw)
+
+
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print a text; what keeps it from being printed says that it was the output."""
+    """Print a text; an error names the output as its cause."""
     with naming("stderr" if err else "stdout"):
         click.echo(text, err=err, nl=nl)
 
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Name a stream in the errors of it, which have no file name."""
+    """Name a stream in its errors, which have no file name."""
     try:
         yield
     except OSError as error:
@@ -68,7 +80,7 @@ class StandardStream:
             return self._file.write(data)
 
     def flush(self) -> None:
-        """Hand all that was written over."""
+        """Pass on all written bytes."""
         with naming(self._name):
             self._file.flush()
 
@@ -82,14 +94,15 @@ class StandardStream:
 
 
 def open_standard_streams() -> None:
-    """Put something in place of standard streams that are closed: else a store's file would become one of them.
+    """Replace standard streams that are closed: else a store's file would become one of them.
 
-    What is read from, or written to, such a stream fails as it should.
+    A read from, or a write to, such a stream fails as it should.
     """
     for descriptor, (name, way, mode) in enumerate(
         [("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDONLY, "w")]
     ):
         if getattr(sys, name) is None:
+            _closed.add(name)
             try:
                 os.fstat(descriptor)
             except OSError:
@@ -101,23 +114,23 @@ def open_standard_streams() -> None:
 
 
 def as_json_text(value: Any) -> str:
-    """Write a value as JSON; all of it ASCII, so that no locale can spoil it."""
+    """Write a value as JSON in ASCII, so that no locale can spoil it."""
     return json.dumps(value, indent=2)
 
 
 def as_json_line(value: Any) -> str:
-    """Write a value as JSON on one line, for who reads lines."""
+    """Write a value as JSON on one line, for programs that read lines."""
     return json.dumps(value)
 
 
 def printable(text: str) -> str:
-    """Replace what the encoding of stdout lacks."""
+    """Replace characters that the encoding of stdout lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
 def cell(text: str) -> str:
-    """Make one line of a text that came from elsewhere, with nothing in it that a terminal would obey."""
+    """Make one line of a text from elsewhere, without anything that a terminal would obey."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
@@ -127,14 +140,29 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: str = "
         return ""
     to_right = [heading in right.split() for heading in headings]
     cells = [list(headings), *([cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    widths = [max(columns_of(row[column]) for row in cells) for column in range(len(headings))]
     lines = []
     for row in cells:
         columns = zip(row, widths, to_right, strict=True)
-        aligned = (value.rjust(width) if flush else value.ljust(width) for value, width, flush in columns)
+        aligned = (_padded(value, width, to_right=flush) for value, width, flush in columns)
         lines.append("  ".join(aligned).rstrip())
     lines[0] = click.style(lines[0], bold=True)
     return "\n".join(lines)
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: wide characters take two, those that combine none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1
+        for c in text
+    )
+
+
+def _padded(text: str, width: int, *, to_right: bool) -> str:
+    blanks = " " * (width - columns_of(text))
+    return blanks + text if to_right else text + blanks
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
@@ -162,7 +190,7 @@ def timestamp(time: datetime | None) -> str | None:
 
 @contextlib.contextmanager
 def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
-    """Give a callback that draws a bar, or None where nobody watches."""
+    """Return a callback that draws a bar, or None without a terminal."""
     if as_json or not sys.stderr.isatty():
         yield None
         return
@@ -178,15 +206,22 @@ def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
 
 
 def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
-    """Ask on a terminal before changes are lost; elsewhere want --yes.
+    """Ask on a terminal before changes are lost; elsewhere require --yes.
 
     Raises
     ------
     StateError
-        Nobody can be asked and ``yes`` is false. ``loss`` says what would be lost.
+        There is no terminal and ``yes`` is false. ``loss`` says what would be lost.
     """
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StateError(f"{loss}; give --yes to drop them, or take a snapshot first")
-    click.confirm(cell(question), err=True, abort=True)
+    try:
+        agreed = click.confirm(cell(question), err=True)
+    except click.Abort as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
+            raise KeyboardInterrupt from None
+        raise
+    if not agreed:
+        raise click.Abort

@@ -23,7 +23,7 @@ FILE = click.Path(path_type=Path, readable=False)
 
 
 class Log:
-    """Lines on stderr, each whole, whoever writes it."""
+    """Lines on stderr, each whole, from any thread."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -86,7 +86,7 @@ def serve(
     A volume is served under its name, and each of its snapshots, read-only, as VOLUME@SNAPSHOT. While it is served,
     the other commands work on it through the server.
 
-    A line on stdout says where, once clients can connect. Sockets can come from systemd, too (ListenStream=).
+    Once clients can connect, a line on stdout gives the addresses. Sockets can come from systemd, too (ListenStream=).
     """
     from onionskin.nbd.server import Limits, Server
     from onionskin.nbd.systemd import notify
@@ -98,7 +98,7 @@ def serve(
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
     server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted())
     try:
-        # Sockets first: what is wrong with them shows before a volume is opened, which may have work to resume.
+        # Sockets first: their errors show before a volume is opened, which may have work left to do.
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
         found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
         server.listen(found, anybody=tls_clients == "any")
@@ -168,7 +168,7 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
 
 
 def _add(server: "Server", text: str) -> None:
-    """Serve what a name on the command line means: a directory that is a store is one, all else is a volume in one."""
+    """Serve a name of the command line: a directory that is a store, or else a volume in one."""
     if is_store(Path(text)):
         server.exports.add_store(Path(text))
         return
@@ -202,7 +202,7 @@ def _serve_stdio(server: "Server") -> None:
 def stats(name: Name, prometheus: bool, as_json: bool) -> None:
     """Show the counters of the server of a volume.
 
-    Who is connected, and what was read and written since it started.
+    They include its clients, and the data that was read and written since it started.
     """
     from onionskin.control import client
     from onionskin.nbd import prometheus as counters
@@ -239,24 +239,24 @@ def _draw_stats(value: dict[str, Any]) -> str:
 def mount(name: Name, directory: Path, as_json: bool) -> None:
     """Show a snapshot as a raw, read-only file in DIRECTORY.
 
-    By nbdfuse. Nothing is copied; umount ends it.
+    It uses nbdfuse and copies nothing; umount ends it.
     """
     from onionskin.nbd.fuse_mount import mount as mount_it
 
     with name.open_store() as store, store.open(name.volume, snapshot=name.snapshot) as view:
-        size_bytes = view.size_bytes  # what is wrong with the snapshot is said here, and not by nbdfuse
+        size_bytes = view.size_bytes  # this command reports errors of the snapshot, and not nbdfuse
     text = f"{name.store.absolute()}/{name.volume}@{name.required_snapshot}"
     path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw", trust=is_trusted())
     value = {"path": str(path), "size_bytes": size_bytes}
-    output.show(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
+    output.tell(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
 
 
 @click.command()
 @click.argument("directory", type=FILE)
 @json_option
 def umount(directory: Path, as_json: bool) -> None:
-    """End what mount began."""
+    """Remove a mount."""
     from onionskin.nbd.fuse_mount import unmount
 
     unmount(directory)
-    output.show(as_json, {"unmounted": str(directory)}, lambda: f"unmounted {directory}")
+    output.tell(as_json, {"unmounted": str(directory)}, lambda: f"unmounted {directory}")

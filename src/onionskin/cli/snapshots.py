@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def snapshot_value(snapshot: "Snapshot") -> dict[str, Any]:
-    """Give what JSON says of a snapshot."""
+    """Return the JSON value of a snapshot."""
     return {
         "name": snapshot.name,
         "guid": snapshot.guid,
@@ -40,7 +40,7 @@ def snapshot_value(snapshot: "Snapshot") -> dict[str, Any]:
 
 
 def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
-    """Find the snapshot that a name means, before anybody is asked anything about it."""
+    """Find the snapshot that a name means, before the user is asked about it."""
     for snapshot in snapshots:
         if snapshot.name == name.snapshot:
             return snapshot
@@ -68,7 +68,7 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
     """
     with name.open_volume() as (_, volume):
         taken = volume.snapshot(name.required_snapshot, note)
-    output.show(as_json, snapshot_value(taken), lambda: f"took {name}")
+    output.tell(as_json, snapshot_value(taken), lambda: f"took {name}")
 
 
 @click.command()
@@ -92,7 +92,7 @@ def snapshots(name: Name, as_json: bool) -> None:
 def revert(name: Name, yes: bool, as_json: bool) -> None:
     """Make the disk read as when a snapshot was taken.
 
-    All snapshots stay. What was written since the last one is dropped.
+    All snapshots stay. Changes since the last one are dropped.
     """
     with name.open_volume() as (_, volume):
         find_snapshot(volume.snapshots, name)
@@ -104,7 +104,7 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
             )
         volume.revert(name.required_snapshot)
         value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
-    output.show(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
+    output.tell(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
 
 
 @click.command()
@@ -130,7 +130,7 @@ def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
         volume.discard(name.required_snapshot, recursive=recursive)
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
-    output.show(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
+    output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
 
 def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
@@ -155,7 +155,8 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
     """Drop a snapshot's name and keep all data.
 
     With --into-base, write a snapshot, or the whole volume, into the base file itself. Ctrl-C ends that, and the same
-    command goes on with it. A volume that is being served is read and written meanwhile.
+    command goes on with it. Machines can read and write a
+    served volume meanwhile.
     """
     if rate is not None and not into_base:
         raise click.UsageError("--rate is about --into-base; a merge into a layer copies nothing")
@@ -173,7 +174,7 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "merged": gone, "into_base": into_base}
     where = " into its base" if into_base else ""
-    output.show(as_json, value, lambda: f"merged {name}{where}")
+    output.tell(as_json, value, lambda: f"merged {name}{where}")
 
 
 @click.command()
@@ -210,7 +211,7 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
     if b.snapshot is not None:
         found = store.diff(a.volume, a.required_snapshot, b.snapshot)
     else:
-        # Holding the head keeps it still meanwhile; where it is served, it goes on changing.
+        # An open head does not change meanwhile; a served one goes on changing.
         with live(store, a.volume) or open_to_read(store, b) as volume:
             found = volume.diff(a.required_snapshot, None)
     return [(int(offset), int(length), int(state)) for offset, length, state in found]
@@ -221,9 +222,9 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
 @trust_option
 @json_option
 def usage(name: Name, as_json: bool) -> None:
-    """Show what snapshots hold, and what dropping them frees."""
+    """Show how much snapshots hold, and how much dropping them frees."""
     with name.open_store() as store:
-        served = live(store, name.volume)  # its server knows what is not durable yet
+        served = live(store, name.volume)  # its server knows the changes that are not durable yet
         with served or nullcontext():
             found = served.usage() if served else store.usage(name.volume)
     value = [

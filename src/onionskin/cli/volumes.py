@@ -22,6 +22,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
+from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.store import TreeNode, VolumeInfo
@@ -31,7 +32,7 @@ WIPE = click.Choice(["release", "zero"])
 
 
 def volume_value(info: "VolumeInfo") -> dict[str, Any]:
-    """Give what JSON says of a volume."""
+    """Return the JSON value of a volume."""
     return {
         "name": info.name,
         "size_bytes": info.size_bytes,
@@ -47,6 +48,12 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
 @click.command()
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
 @click.option("--base", type=FILE, help="A raw image below the volume; only merge --into-base writes to it.")
+@click.option(
+    "--format",
+    "base_format",
+    type=click.Choice(["raw"]),
+    help="Take the base for the disk, whatever it looks like.",
+)
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
 @click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
 @click.option(
@@ -63,6 +70,7 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
 def create(
     name: Name,
     base: Path | None,
+    base_format: Literal["raw"] | None,
     size: int | None,
     block_size: int,
     wipe: Literal["release", "zero"],
@@ -78,14 +86,25 @@ def create(
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:
         raise click.UsageError("--digest is about the base: give --base FILE too")
-    if base is not None:
-        base.stat()  # a base that is missing shall not leave an empty store behind
+    if base_format is not None and base is None:
+        raise click.UsageError("--format is about the base: give --base FILE too")
+    if base is not None:  # one that is missing, or is not to be had as a base, shall not leave an empty store behind
+        with open(base, "rb", buffering=0) as file:
+            if base_format is None:
+                refuse_as_raw(file.fileno(), base)
     with open_store(name.store, create=True, group=group) as store:
-        volume = store.create(name.volume, base=base, size=size, block_size=block_size, wipe=wipe, digest=digest)
-        volume.close()
+        store.create(
+            name.volume,
+            base=base,
+            base_format=base_format,
+            size=size,
+            block_size=block_size,
+            wipe=wipe,
+            digest=digest,
+        ).close()
         about = store.info(name.volume)
     over = f" over {about.base}" if about.base else ""
-    output.show(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
+    output.tell(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
 
 
 @click.command()
@@ -113,7 +132,7 @@ def tree(store: Path, path: Path | None, as_json: bool) -> None:
 
 
 def _node_value(root: "TreeNode") -> dict[str, Any]:
-    """Give what JSON says of a node and all below it; no recursion, as chains can be deep."""
+    """Return the JSON value of a node and all below it, without recursion, as chains can be deep."""
     values: dict[int, dict[str, Any]] = {}
     pending = [root]
     order = []
@@ -138,7 +157,7 @@ _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bri
 
 
 def _node_line(node: "TreeNode") -> str:
-    # A layer without a name is what a merge left standing because several children need it.
+    # A layer without a name is one that a merge left because several children need it.
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
     if node.kind != "base":
@@ -197,7 +216,7 @@ def _holder(about: "VolumeInfo") -> str:
 @trust_option
 @json_option
 def info(name: Name, as_json: bool) -> None:
-    """Say what is known of a volume or a snapshot."""
+    """Describe a volume or a snapshot."""
     with name.open_store() as store:
         about = store.info(name.volume)
         snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
@@ -245,7 +264,7 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
     with name.open_store() as store:
         store.clone(name.volume, name.required_snapshot, new_name.volume, wipe=wipe)
         about = store.info(new_name.volume)
-    output.show(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
+    output.tell(as_json, volume_value(about), lambda: f"made {new_name}: a clone of {name}")
 
 
 @click.command()
@@ -255,13 +274,13 @@ def clone(name: Name, new_name: Name, wipe: Literal["release", "zero"] | None, a
 def flatten(name: Name, as_json: bool) -> None:
     """Make a volume independent of its base and of other volumes.
 
-    All that it reads and does not own is copied.
+    All data that it reads and does not own is copied.
     """
     with name.open_store() as store:
         with store.open(name.volume) as volume, output.progress(f"flatten {name}", as_json) as progress:
             volume.flatten(progress=progress)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
+    output.tell(as_json, volume_value(about), lambda: f"flattened {name}: it stands alone now")
 
 
 @click.command()
@@ -273,13 +292,13 @@ def flatten(name: Name, as_json: bool) -> None:
 def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
     """Change the size of a disk.
 
-    Snapshots keep theirs, and revert brings it back.
+    Snapshots keep their sizes, and revert brings the old size back.
     """
     with name.open_store() as store:
         with live(store, name.volume) or store.open(name.volume) as volume:
             volume.resize(size, force=force)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
 
 
 @click.command()
@@ -290,8 +309,8 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 def rename(name: Name, new_name: str, as_json: bool) -> None:
     """Give a volume another name in its store.
 
-    NEW is the name alone, or STORE/NEW. Where it is being served, clients that are connected go on; those that come ask
-    for the new name.
+    NEW is the name alone, or STORE/NEW. If it is being served, connected clients go on, and later clients ask for
+    the new name.
     """
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
@@ -303,7 +322,7 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
         else:
             store.rename(name.volume, new.volume)
         about = store.info(new.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is {new} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is {new} now")
 
 
 @click.command()
@@ -322,7 +341,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
     with name.open_store() as store:
         store.relocate(name.volume, base=base, trust=trust, verify=verify)
         about = store.info(name.volume)
-    output.show(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
+    output.tell(as_json, volume_value(about), lambda: f"{name} is over {about.base} now")
 
 
 @click.command()
@@ -333,10 +352,10 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 def delete(name: Name, recursive: bool, as_json: bool) -> None:
     """Delete a volume, with --recursive its snapshots too.
 
-    Refused while a clone needs one of them.
+    The command refuses this while a clone needs one of them.
     """
     with name.open_store() as store:
         before = {about.name for about in store.volumes()}
         store.delete(name.volume, recursive=recursive)
         gone = sorted(before - {about.name for about in store.volumes()})
-    output.show(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
+    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -1,10 +1,10 @@
-"""A volume that another process serves, worked on through its control socket.
+"""A volume that another process serves, used through its control socket.
 
-`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume; they raise the same errors. What it
-cannot do (write, flatten, apply) it does not have.
+`LiveVolume` has the methods of `onionskin.Volume` that work on a served volume, and they raise the same errors. It has
+no methods for operations that it cannot do (write, flatten, apply).
 
-A server that says nothing for SILENCE_SECONDS, though it says every few seconds that an operation goes on, was stopped or
-hangs: that is a StateError which names its process.
+A server reports every few seconds that an operation goes on. If a server says nothing for SILENCE_SECONDS, it was
+stopped or hangs, and the caller gets a StateError that names its process.
 """
 
 import base64
@@ -53,7 +53,7 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
     VolumeNotFoundError
         The store has no volume of that name.
     StateError
-        Nobody serves the volume; open it instead.
+        No process serves the volume; open it instead.
     """
     if isinstance(store, Store):
         found = find(store, name)
@@ -80,7 +80,7 @@ def find(store: Store, name: str) -> "LiveVolume | None":
             raise StateError(_silent(name, holder.pid)) from None
         raise
     live = LiveVolume(connection, name)
-    # The path is the volume's id's, and so is the server; the name may mean another volume by now.
+    # The path and the server belong to the volume's id; the name may mean another volume by now.
     if store.catalog.volume(name).id == row.id:
         return live
     live.close()
@@ -96,7 +96,7 @@ def _silent(name: str, pid: int) -> str:
 
 
 class LiveVolume:
-    """A volume in another process. A context manager; any thread may call it, one call is made after the other."""
+    """A volume in another process. A context manager. Any thread may call it; calls run one after the other."""
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         self.name: str = name
@@ -160,7 +160,7 @@ class LiveVolume:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
     def _cancel(self) -> None:
-        """Ask for an end, and wait until there is one: what comes next finds the volume free. The connection is spent."""
+        """Ask for an end and wait for it, so that the next call finds the volume free. The connection is spent."""
         with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
             frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
             while not self._receive().keys() & {"result", "error"}:
@@ -205,7 +205,7 @@ class LiveVolume:
         return bool(self._call("head_changed"))
 
     def info(self) -> dict[str, Any]:
-        """Say what the volume is, and where and how it is served.
+        """Describe the volume, and where and how it is served.
 
         Returns
         -------
@@ -215,7 +215,7 @@ class LiveVolume:
         return dict(self._call("info"))
 
     def stats(self) -> dict[str, Any]:
-        """Give the server's counters, and who is connected.
+        """Return the server's counters and its clients.
 
         Returns
         -------
@@ -225,7 +225,7 @@ class LiveVolume:
         return dict(self._call("stats"))
 
     def usage(self) -> list[Usage]:
-        """Return what each snapshot holds and what discard or merge of it would free.
+        """Return how much each snapshot holds, and how much its discard or merge would free.
 
         Returns
         -------
@@ -235,7 +235,7 @@ class LiveVolume:
         return [Usage(**value) for value in self._call("usage")]
 
     def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
-        """Return where two snapshots, or a snapshot and the head, may differ.
+        """Return the extents in which two snapshots, or a snapshot and the head, may differ.
 
         Parameters
         ----------
@@ -277,7 +277,7 @@ class LiveVolume:
     # ---- changing ----
 
     def trim(self, offset: int, length: int) -> None:
-        """Free a range; it reads zero from now on. Durable on return.
+        """Free a range, which reads zero from now on. Durable on return.
 
         Parameters
         ----------
@@ -307,7 +307,7 @@ class LiveVolume:
         self._call("zero", offset=offset, length=length)
 
     def flush(self) -> None:
-        """Make everything durable that was written before the call, by whomever."""
+        """Make everything durable that any client wrote before the call."""
         self._call("flush")
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
@@ -318,7 +318,7 @@ class LiveVolume:
         size : int or str
             Bytes, or such as "20G".
         force : bool
-            Of no effect here: a disk that is served does not shrink.
+            It has no effect here, because a disk that is served does not shrink.
 
         Raises
         ------
@@ -330,7 +330,7 @@ class LiveVolume:
         self._call("resize", size_bytes=parse_size(size))
 
     def snapshot(self, name: str, note: str = "") -> Snapshot:
-        """Name the disk as it is now: with all that any client had been told was written, nothing that came later.
+        """Name the disk as it is now, with all acknowledged writes of all clients and no later ones.
 
         Durable on return. Clients go on meanwhile.
 
@@ -344,7 +344,7 @@ class LiveVolume:
         Returns
         -------
         Snapshot
-            What was taken.
+            The snapshot that was taken.
 
         Raises
         ------
@@ -405,7 +405,7 @@ class LiveVolume:
         self._call("merge", name=name)
 
     def rename(self, new_name: str) -> None:
-        """Give the volume another name: clients that are connected go on, those that come ask for the new one.
+        """Give the volume another name: connected clients go on, later clients ask for the new name.
 
         Parameters
         ----------
@@ -430,18 +430,18 @@ class LiveVolume:
     ) -> None:
         """Fold the layers up to a snapshot, or the whole volume, into the base file; clients read and write meanwhile.
 
-        What `progress` raises, and Ctrl-C, cancel it; it goes on when it is called again. Durable on return.
+        An exception of `progress`, and Ctrl-C, cancel it. It goes on when it is called again. Durable on return.
 
         Parameters
         ----------
         upto : str, optional
-            A snapshot of this volume; None: all that is durable of the disk.
+            A snapshot of this volume; None: all durable data of the disk.
         progress : callable, optional
-            Called with the bytes done and those in all, from time to time.
+            Called from time to time with the bytes done and the total.
         threads : int
-            That copy; 0 chooses.
+            The number of threads that copy; 0 lets the server choose.
         bytes_per_second : int
-            What may be written in a second; 0: no bound.
+            The bound of the bytes written in a second; 0: no bound.
 
         Raises
         ------
@@ -450,7 +450,7 @@ class LiveVolume:
         ChainError
             The base is not the file that it was.
         OSError
-            The base could not be written; what was merged so far stays hidden behind the layers.
+            The base could not be written; the data merged so far stays hidden behind the layers.
         """
         self._call("merge_into_base", progress=progress, upto=upto, threads=threads, bytes_per_second=bytes_per_second)
 

@@ -1,6 +1,6 @@
-"""The frames of the control protocol: a length of four bytes, big-endian, then that much JSON, an object.
+"""The frames of the control protocol: a length of four bytes, big-endian, then that many bytes of JSON, an object.
 
-Both ends bound what they take before they allocate it. See "Live operations" in docs/design.md.
+Both ends check the length before they allocate memory for it. See "Live operations" in docs/design.md.
 """
 
 import json
@@ -20,7 +20,8 @@ from onionskin.catalog.tree import Snapshot
 from onionskin.errors import FormatError, OnionskinError, StateError
 
 VERSION = 1
-# While an operation runs the server says every so often that it lives; a caller that heard nothing for much longer gives up.
+# While an operation runs, the server reports regularly that it is alive; a caller that hears nothing for much longer
+# gives up.
 ALIVE_SECONDS = 2.0
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
@@ -66,7 +67,7 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) -> None:
-    """Send one frame; ValueError where it would be longer than the other end takes."""
+    """Send one frame; ValueError if it would be longer than the other end takes."""
     text = json.dumps(value, separators=(",", ":")).encode()
     if len(text) > bytes_max:
         raise ValueError(f"a message of {len(text)} bytes is longer than the {bytes_max} that the control socket takes")
@@ -74,7 +75,7 @@ def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) ->
 
 
 def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
-    """Receive one frame; None where the other end has gone.
+    """Receive one frame; None if the other end has gone.
 
     Raises
     ------
@@ -113,11 +114,11 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
     return b"".join(parts)
 
 
-# ---- what goes over in frames ----
+# ---- the contents of frames ----
 
 
 def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Make a request of arguments that the caller of a method gave; what JSON, or the server, would not take is refused.
+    """Make a request of the arguments of a method; refuse those that JSON, or the server, would not take.
 
     Raises
     ------
@@ -159,7 +160,7 @@ def checked_request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _fault_of(value: Any) -> str | None:
-    """Say what keeps a value of the right type from going further, or None."""
+    """Return the reason to refuse a value of the right type, or None."""
     if isinstance(value, str):
         if "\0" in value:
             return "it has a zero byte"

@@ -1,12 +1,13 @@
 """The control socket of a volume that is being served: other processes work on the volume through it.
 
-What must hold: only the user who runs the server, and root, get in (the file's mode says so, and SO_PEERCRED is asked
-too); what comes in is bounded and checked against one table before anything is called; an operation is cancelled when
-its caller goes away or says so; what an operation raises is raised again at the other end; and while an operation runs
-its caller hears every few seconds that there is somebody, so that it need not wait for a process that was stopped.
+What must hold: only the user who runs the server, and root, can connect (the mode of the file says so, and SO_PEERCRED
+is asked too). A request is bounded and checked against one table before anything is called. An operation is cancelled
+when its caller goes away or asks for it. The other end raises the exception that the operation raised. While an
+operation runs, its caller hears every few seconds that the server is alive, so that it need not wait for a process that
+was stopped.
 
-A connection: the server greets; then requests and replies follow each other. The frames are in `frames`, the list of
-verbs is `_ARGUMENTS`, the protocol is described in docs/design.md under "Live operations".
+On a connection, the server greets first. Then requests and replies follow each other. `frames` describes the frames,
+and `_ARGUMENTS` is the list of verbs. docs/design.md describes the protocol under "Live operations".
 """
 
 import base64
@@ -42,13 +43,13 @@ class Served(Protocol):
 
     @property
     def allow_revert(self) -> bool:
-        """Whether the clients agreed that the disk may change under them."""
+        """Whether the disk may change under its clients."""
 
     def info(self) -> dict[str, Any]:
-        """Say what it is and where it is served."""
+        """Describe it, and where it is served."""
 
     def stats(self) -> dict[str, Any]:
-        """Give counters and connections."""
+        """Return counters and connections."""
 
     def rename(self, new_name: str) -> None:
         """Give it another name, to clients as well."""
@@ -83,7 +84,7 @@ class ControlSocket:
         self._accepting.start()
 
     def close(self) -> None:
-        """Take no more requests. Operations that run go on. Idempotent."""
+        """Take no more requests. Running operations go on. Idempotent."""
         with suppress(OSError):
             self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._accepting.join()
@@ -133,7 +134,7 @@ class ControlSocket:
             with connection:
                 _Session(connection, self._served, self._log, f"process {pid} of user {uid}").run()
         except OSError:
-            pass  # the other end went away; what it had begun was cancelled
+            pass  # the other end went away; its operation was cancelled
         finally:
             with self._guard:
                 del self._sessions[threading.current_thread()]
@@ -148,7 +149,7 @@ class _Session:
         self._log = log
         self._peer = peer
         self._sending = threading.Lock()
-        self._is_busy = False  # with an operation: then the caller is told that we live
+        self._is_busy = False  # with an operation: then the caller hears that the server is alive
         self._ended = threading.Event()
 
     @property
@@ -169,7 +170,7 @@ class _Session:
     def _say_that_we_live(self) -> None:
         """Tell the caller that its operation goes on. Never waits for a caller that takes nothing."""
         while not self._ended.wait(frames.ALIVE_SECONDS):
-            with self._sending, suppress(OSError, ValueError):  # it is gone: who answers it will find out
+            with self._sending, suppress(OSError, ValueError):  # it is gone: the code that answers it will notice
                 if self._is_busy and select.select([], [self._connection], [], 0)[1]:
                     frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
 
@@ -177,7 +178,7 @@ class _Session:
         while True:
             try:
                 request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
-            except OnionskinError as error:  # where one frame ends and the next begins is not known any more
+            except OnionskinError as error:  # the border between frames is not known any more
                 self._log(f"control: {self._peer}: {error}")
                 self._send({"error": frames.pack_error(error)})
                 return
@@ -210,7 +211,7 @@ class _Session:
             frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
 
     def _report(self, done: int, total: int) -> None:
-        """Tell the caller how far it is, and hear whether it wants an end."""
+        """Tell the caller the progress, and check whether it wants an end."""
         readable, writable, _ = select.select([self._connection], [self._connection], [], 0)
         if readable:
             request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
@@ -287,7 +288,7 @@ class _Session:
             self._volume.revert(name)
 
     def discard(self, name: str, recursive: bool) -> None:
-        with self._volume.guard:  # what is found here about the tree holds until it is done
+        with self._volume.guard:  # the findings about the tree hold until it is done
             going = self._descendants(name) if recursive else {name}
             at = self._volume.parent
             reverts = at is not None and at.name in self._descendants(name)

@@ -12,15 +12,19 @@ from html import escape
 
 from onionskin.measure.headline import ENGINE, Comparison
 from onionskin.measure.timing import Samples, duration, ratio
+from onionskin.pictures.svg import with_plain_colours
 
 WIDTH, LABELS, RIGHT = 760, 264, 146
 ROW, GROUP_GAP, GROUP_TITLE, TOP, BOTTOM = 20, 12, 20, 24, 30
 
-_COLOURS = """
-.onion{--ink:#1c1e21;--soft:#656b73;--line:#e2e4e8;--engine:#b3456b;--peer:#6b7683;--paper:#ffffff}
+_LIGHT = "--ink:#1c1e21;--soft:#656b73;--line:#e2e4e8;--engine:#b3456b;--peer:#6b7683;--paper:#ffffff"
+_COLOURS = (
+    f".onion{{{_LIGHT}}}"
+    + """
 @media (prefers-color-scheme:dark){.onion{--ink:#e6e8eb;--soft:#9aa1aa;--line:#33383f;--engine:#f08fb0;--peer:#a3acb8;
 --paper:#16181b}}
 """
+)
 _CHART_STYLE = """
 .onion text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--ink)}
 .onion .title{font-weight:600;paint-order:stroke;stroke:var(--paper);stroke-width:5px}
@@ -72,7 +76,7 @@ def draw_chart(comparisons: Sequence[Comparison]) -> str:
             y += ROW
         y += GROUP_GAP
     height = round(y + BOTTOM)
-    style = f"<style>{_COLOURS}{_CHART_STYLE}</style>".replace("\n", "")
+    style = f"<style>{_COLOURS}{with_plain_colours(_CHART_STYLE, _LIGHT)}</style>".replace("\n", "")
     alt = "<title>Time of each operation, on a logarithmic axis; shorter is better</title>"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="onion" viewBox="0 0 {WIDTH} {height}" role="img">'
     paper = f'<rect class="paper" width="{WIDTH}" height="{height}"/>'

@@ -2,8 +2,9 @@
 
 What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
 keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
-`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, or folds into the layer while it is
-open: a disk whose snapshots come and go for months in one opening would else have a file for each of them.
+`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` each time that
+it folds the layer, or folds others into it, while it is open: a disk whose snapshots come and go for months in one
+opening would else have a file for each of them.
 """
 
 import logging
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
 GATHER_BYTES_MAX = 256 << 20
+OPEN_BYTES_MAX = 64 << 20  # while the volume is open: a snapshot that is asked for meanwhile waits for the copy
 
 
 def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:
@@ -91,10 +93,12 @@ def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "
         # What the reader holds nobody frees as a whole; and a scrub, which borrows its lock, frees no slot that is copied.
         locks.must_share(wanted - reader.locks.shared if reader else wanted)
         _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
-        with staged_files(store, ["segment", "map"], layer.wipe) as files:
-            segment_file, map_file = files.rows
-            with load_layer(store, layer) as layer_map:
-                small = _smallest(layer_map, sealed, layer.block_size)
+        with load_layer(store, layer) as layer_map:
+            small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else GATHER_BYTES_MAX)
+            if len(small) < 2:
+                return
+            with staged_files(store, ["segment", "map"], layer.wipe) as files:
+                segment_file, map_file = files.rows
                 slots = _copy_slots(store, layer, layer_map, small, segment_file.target)
                 size_bytes = layer_map.size_bytes if layer_map.size_bytes is not None else layer.size_bytes
                 written = layer_map.write(
@@ -103,12 +107,12 @@ def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "
                     wipe_zero=layer.wipe == "zero",
                     size_bytes=size_bytes,
                 )
-            sync_directory(store.layout.segments)  # BARRIER: gathered segment name
-            sync_directory(store.layout.layers)  # BARRIER: gathered map name
-            if reader:
-                _switch_beside_readers(reader, layer, small, files, slots, written)
-            else:
-                store.change(lambda: _switch(store, layer, small, files, slots, written))
+                sync_directory(store.layout.segments)  # BARRIER: gathered segment name
+                sync_directory(store.layout.layers)  # BARRIER: gathered map name
+                if reader:
+                    _switch_beside_readers(reader, layer, small, files, slots, written)
+                else:
+                    store.change(lambda: _switch(store, layer, small, files, slots, written))
     finally:
         locks.close()
     if reader:
@@ -150,14 +154,14 @@ def _refuse_changed(store: "Store", layer: LayerRow) -> None:
         raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
 
 
-def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int) -> list[SegmentRow]:
+def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
     """Return the segments to gather: the smallest by what is live in them, as many as the bound allows."""
     live = {row.id: int(layer_map.live_slots(row.id)["count"].sum()) * block_size for row in sealed}
     chosen: list[SegmentRow] = []
     total = 0
     for row in sorted(sealed, key=lambda row: live[row.id])[: len(sealed) - SEGMENTS_KEPT]:
         total += live[row.id]
-        if total > GATHER_BYTES_MAX:
+        if total > bytes_max:
             break
         chosen.append(row)
     return chosen

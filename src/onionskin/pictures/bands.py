@@ -1,4 +1,4 @@
-"""What a map's legend lists: each layer, or neighbours together where there are too many to tell apart."""
+"""The entries of a map's legend: each layer, or groups of neighbours if there are too many layers to tell apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Band:
     Attributes
     ----------
     kind : str
-        As of `ChainMember`; `layers` where there are several; `zero` and `hole` for what is no data.
+        As in `ChainMember`; `layers` for several layers; `zero` and `hole` for ranges without data.
     name : str
-        What the legend says.
+        The text of the legend.
     bytes_shown : int
-        How much of the disk reads from them.
+        The bytes of the disk that are read from them.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """The layers' bands, by depth; the base's, where there is one; and what is no data."""
+    """The bands of the layers, by depth; that of the base, if there is one; and those of ranges without data."""
 
     layers: tuple[Band, ...]
     base: Band | None
@@ -75,7 +75,7 @@ def legend_of(layering: Layering) -> Legend:
 
 
 def data_bytes(layering: Layering) -> list[int]:
-    """Return how much data is read from each depth; the base's is at last, and 0 where there is none."""
+    """Return how much data is read from each depth; the last is that of the base, and 0 if there is none."""
     extents = layering.extents[layering.extents["state"] == DATA]
     # Sums of float64 are exact here: a disk has at most 2^46 bytes.
     sums = numpy.bincount(extents["depth"], extents["length"], minlength=len(layering.chain) + 1)
@@ -90,7 +90,7 @@ def bytes_of_states(layering: Layering) -> tuple[int, int]:
 
 
 def _groups(depths: Sequence[int]) -> list[Sequence[int]]:
-    """Share depths out over bands: the uppermost has one of its own, the others as equal numbers as can be."""
+    """Divide depths into bands: the uppermost has its own band, the others share bands as equally as possible."""
     if len(depths) <= BANDS_MAX:
         return [[depth] for depth in depths]
     rest = depths[_HEAD_ALONE:]

@@ -1,7 +1,7 @@
-"""A disk cut into cells of equal size, and which layer each cell shows.
+"""A disk cut into cells of equal size, and the layer that each cell shows.
 
-A cell shows the layer (or base) that holds the most data in it. Whatever is data goes before what only reads zero, and
-that before holes, so that a few blocks on a vast disk are seen; the share says how much of the cell they are.
+A cell shows the layer (or base) that holds the most data in it. Data goes before zeros, and zeros go before holes, so
+that a few blocks on a vast disk are seen. The share says how much of the cell they are.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Array = numpy.typing.NDArray[Any]
 
 CELL_BYTES_MIN = 512
-_SUMS_MAX = 1 << 22  # sums of a cell and a layer that are held at a time
+_SUMS_MAX = 1 << 22  # sums of a cell and a layer that are in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Cells:
     depth : numpy.ndarray
         n depths in `Layering.chain`: of the layer that is shown.
     share : numpy.ndarray
-        n numbers from 0 to 1: how much of the cell is of that state and depth.
+        n numbers from 0 to 1: the part of the cell that has that state and depth.
     """
 
     columns: int
@@ -76,7 +76,7 @@ def cut(layering: Layering, columns: int, rows: int) -> Cells:
     length = numpy.diff(left, append=edges[-1])
     piece = numpy.searchsorted(starts, left, side="right") - 1
     cell = numpy.searchsorted(edges, left, side="right") - 1
-    # What can be shown, in the order in which it goes before the rest: data by depth, then zeros by depth, then holes.
+    # The columns in the order of their priority: data by depth, then zeros by depth, then holes.
     rank = _RANK_OF_STATE[extents["state"]] << 32 | extents["depth"]
     shown, column = numpy.unique(rank, return_inverse=True)
     winner, most = _winners(cell, column[piece], length, shown, len(edges) - 1)
@@ -102,7 +102,7 @@ def _edges(size_bytes: int, cells_max: int) -> "Array":
 
 
 def _winners(cell: "Array", column: "Array", length: "Array", shown: "Array", count: int) -> "tuple[Array, Array]":
-    """Return for each cell the column that it shows, and the bytes of that in it."""
+    """Return for each cell the column that it shows, and the bytes of that column in it."""
     width = len(shown)
     is_best = shown >> 32
     winner, most = numpy.empty(count, numpy.int64), numpy.empty(count)

@@ -1,4 +1,4 @@
-"""Draws the map of a disk: as SVG with a legend, and as PNG, which has no text but what its reader is shown beside it."""
+"""Draws the map of a disk: as SVG with a legend, and as PNG, which carries its legend in the Description."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ WIDTH, LEFT, TOP, ROW = 760, 76, 34, 19
 GRID_WIDTH = WIDTH - LEFT - 4
 CELL_HEIGHT_MAX = 12.0
 NAME_CHARACTERS_MAX = 34
-# A cell of which less is shown than this is drawn paler.
+# A cell is drawn paler if the shown part is less than this.
 SHARES = (0.5, 1 / 16)
 OPACITIES = (1.0, 0.6, 0.3)
 NOTE = "Cells show the layer that has most of their data; pale where that is less than half, paler less than a 16th."
@@ -56,7 +56,7 @@ def kind_of_cells(cells: Cells, legend: Legend) -> "Array":
 
 
 def label(band: Band) -> str:
-    """Say what a band is."""
+    """Describe a band."""
     suffix = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(band.kind, "")
     return f"{svg.shortened(svg.shown(band.name), NAME_CHARACTERS_MAX)}{suffix}"
 
@@ -73,7 +73,7 @@ def map_svg(name: str, cells: Cells, legend: Legend) -> str:
         for index in range(len(legend.layers))
     )
     fade_style = "".join(f".f{index}{{opacity:{opacity}}}" for index, opacity in enumerate(OPACITIES) if index)
-    # A pattern is drawn in the units of what it fills: cells, in the map.
+    # A pattern is drawn in the units of the shape that it fills: cells, in the map.
     stripes = _STRIPES.format("zero", "") + _STRIPES.format("zeros", f"scale({1 / width:.4f} {1 / height:.4f})")
     body = [
         f"<defs>{stripes}</defs>",
@@ -115,7 +115,7 @@ def _paths(cells: Cells, legend: Legend) -> list[str]:
 
 
 def _lines(cells: Cells) -> str:
-    """Lines of the paper's colour between the cells, where those are large enough."""
+    """Draw lines of the paper's colour between the cells, if the cells are large enough."""
     if cells.columns > GRID_WIDTH / 4:
         return ""
     across = "".join(f"M0 {y}h{cells.columns}" for y in range(1, cells.rows))
@@ -123,7 +123,7 @@ def _lines(cells: Cells) -> str:
 
 
 def _offsets(cells: Cells, height: float) -> list[str]:
-    """Say beside some rows where they begin."""
+    """Write the offset beside some rows."""
     step = max(1, int(-(-16 // height)))
     rows = range(0, cells.rows, step)
     return [
@@ -172,6 +172,6 @@ def map_png(name: str, cells: Cells, legend: Legend) -> bytes:
 
 
 def describe(cells: Cells, legend: Legend) -> str:
-    """Say in words what the picture's colours are."""
+    """Describe the picture's colours in words."""
     lines = [f"{label(band)}: {format_size(band.bytes_shown)}" for band in legend.all]
     return "\n".join([f"a cell is {format_size(cells.cell_bytes)}", *lines, NOTE])

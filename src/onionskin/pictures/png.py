@@ -1,4 +1,4 @@
-"""Writes PNG images whose pixels are numbers of a palette: all that flat rectangles need."""
+"""Writes PNG images whose pixels are numbers of a palette. Flat rectangles need no more."""
 
 import struct
 import zlib

@@ -1,5 +1,6 @@
-"""What SVG pictures share: a document that needs nothing else, text that cannot leave its place, colours for both schemes."""
+"""The common parts of SVG pictures: a self-contained document, escaped text, colours for both schemes."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -12,7 +13,8 @@ _STYLE = (
     f".skin text{{font:12px {FONT};fill:var(--ink)}}.skin .title{{font-weight:600}}.skin .soft{{fill:var(--soft)}}"
     ".skin .end{text-anchor:end}.skin .paper{fill:var(--paper)}"
 )
-# Hot to cold, as the layers go from the head down; each is told from white and from black.
+_VARIABLE = re.compile(r"([a-z-]+):var\((--[a-z]+)\)")
+# Hot to cold, as the layers go from the head down; each differs from white and from black.
 _RAMP = ((214, 57, 75), (232, 128, 48), (196, 160, 40), (78, 160, 104), (46, 140, 168), (72, 100, 190), (122, 84, 170))
 
 RGB = tuple[int, int, int]
@@ -22,17 +24,24 @@ def document(width: float, height: float, title: str, style: str, body: Sequence
     """Return an SVG document; `style` may use --ink, --soft, --line, --paper and --base."""
     light, dark = _SCHEMES
     schemes = f".skin{{{light}}}@media(prefers-color-scheme:dark){{.skin{{{dark}}}}}"
+    style = with_plain_colours(_STYLE + style, light)
     size = f"{_short(width)} {_short(height)}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="skin" viewBox="0 0 {size}" role="img">',
             f"<title>{clean(title)}</title>",
-            f"<style>{schemes}{_STYLE}{style}</style>",
+            f"<style>{schemes}{style}</style>",
             f'<rect class="paper" width="{_short(width)}" height="{_short(height)}"/>',
             *body,
             "</svg>\n",
         ]
     )
+
+
+def with_plain_colours(style: str, scheme: str) -> str:
+    """Put a plain colour before each variable: what knows no variables (rsvg, Inkscape) would else draw all in black."""
+    colours = dict(entry.split(":") for entry in scheme.split(";"))
+    return _VARIABLE.sub(lambda found: f"{found[1]}:{colours[found[2]]};{found[0]}", style)
 
 
 def text(x: float, y: float, what: str, style: str = "") -> str:
@@ -42,7 +51,7 @@ def text(x: float, y: float, what: str, style: str = "") -> str:
 
 
 def shown(what: str) -> str:
-    """Replace characters of a text from elsewhere that are not to be seen; what is left is fit for XML."""
+    """Replace characters that cannot be printed in a text from elsewhere, so that it is fit for XML."""
     return "".join(c if c.isprintable() else "\ufffd" for c in what)
 
 
@@ -52,7 +61,7 @@ def clean(what: str) -> str:
 
 
 def shortened(what: str, characters_max: int) -> str:
-    """Return a text, its middle left out where it is too long: the ends of names are what differs."""
+    """Return a text without its middle if it is too long, because names differ at their ends."""
     if len(what) <= characters_max:
         return what
     tail = (characters_max - 1) // 2

@@ -1,6 +1,7 @@
-"""Draws the map of a disk as text: letters, which need nothing, or blocks in colour where a terminal has 256 of them.
+"""Draws the map of a disk as text: letters, which need nothing, or blocks on a terminal with 256 colours.
 
-Both say the same: in letters a capital is a cell of which at least half is what it shows, in colour a full block.
+Both say the same. A capital letter, or a full block in colour, means that at least half of the cell is of the shown
+kind.
 """
 
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def _joined(looks: list[Piece]) -> Iterator[Piece]:
 
 
 def _marks(legend: Legend, *, colour: bool) -> list[list[Piece]]:
-    """Return for each band how its cells look, by how pale they are."""
+    """Return the marks of each band's cells, by how pale they are."""
     marks: list[list[Piece]] = []
     for index in range(len(legend.layers)):
         letter = chr(ord("A") + index)

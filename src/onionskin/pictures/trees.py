@@ -1,7 +1,7 @@
-"""Draws the tree of a store as SVG: a row for each node, a lane for each branch, a bar for what it holds.
+"""Draws the tree of a store as SVG: a row for each node, a lane for each branch, and a bar for the data that it holds.
 
-The child with the most below it goes on in its parent's lane; the others branch off to the right, each above it. So a long
-chain is one lane, a thousand clones are one lane, and no tree of n nodes has more than log2(n) + 1 of them.
+The child with the largest subtree goes on in its parent's lane. The others branch off to the right, each above it. So a
+long chain is one lane, a thousand clones are one lane, and no tree of n nodes has more than log2(n) + 1 lanes.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def _dot(place: Place, row: int) -> str:
 
 
 def _about(node: "TreeNode", left: float, y: float, most: int) -> list[str]:
-    """Say what a node is, when it was made, and how much it holds."""
+    """Describe a node: its kind, its time, and the size of its data."""
     kind = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(node.kind, "")
     room = int((TIME_LEFT - left) / CHARACTER) - len(kind)
     name = svg.text(left, y + 4, svg.shortened(node.name, max(room, 12)) + kind, "title")

@@ -15,6 +15,7 @@ from pathlib import Path
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
+from onionskin.exchange.image_formats import refuse_as_raw
 from onionskin.kernels._volume import DataPath
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks
@@ -185,13 +186,18 @@ def digest_of(descriptor: int) -> bytes:
 
 
 @contextmanager
-def described_base(path: Path, *, digest: bool = False) -> Iterator[BaseRow]:
-    """Describe a raw image as it is now, and keep it from being merged into for the time of a with block."""
+def described_base(path: Path, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
+    """Describe a raw image as it is now, and keep it from being merged into for the time of a with block.
+
+    One that nobody `vouched` for is refused where it has the magic bytes of another format.
+    """
     path = path.resolve(strict=True)
     if not path.is_file():
         raise ChainError(f"{path} is not a regular file: a base is a raw image file")
     lock = BaseLock(path)
     try:
+        if not vouched:
+            refuse_as_raw(lock.descriptor, path)
         found = os.fstat(lock.descriptor)
         taken = digest_of(lock.descriptor) if digest else None
         yield BaseRow(new_id(), str(path), found.st_ino, found.st_size, found.st_mtime_ns, taken)

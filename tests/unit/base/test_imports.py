@@ -88,3 +88,13 @@ def test_a_verb_that_makes_no_array_imports_no_numpy(tmp_path: Path, arguments: 
 
 def test_every_public_name_is_there() -> None:
     run("import onionskin; assert all(getattr(onionskin, name) for name in onionskin.__all__)")
+
+
+def test_dir_and_help_show_every_public_name_and_nothing_of_how_it_is_loaded() -> None:
+    shown = {name for name in dir(onionskin) if not name.startswith("_")}
+    assert shown == set(onionskin.__all__)
+    helped = subprocess.run(
+        [sys.executable, "-c", "import onionskin; help(onionskin)"], check=True, capture_output=True, text=True
+    ).stdout
+    for name in ("class Store", "class Volume", "connect(", "parse_size("):
+        assert name in helped

@@ -1,6 +1,7 @@
 """Pictures: what a cell shows, against a plain count of bytes; files that others read; layouts of large and odd trees."""
 
 import io
+import re
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
@@ -247,3 +248,11 @@ def test_no_tree_takes_more_lanes_than_the_logarithm_of_its_nodes(parents: list[
 
 def test_an_empty_store_says_so() -> None:
     assert "no volumes" in tree_svg("vms", [])
+
+
+def test_what_knows_no_variables_finds_a_plain_colour_before_each() -> None:
+    style = svg.with_plain_colours(".a{fill:var(--ink)}.b{stroke:var(--soft);fill:none}", "--ink:#111;--soft:#222")
+    assert style == ".a{fill:#111;fill:var(--ink)}.b{stroke:#222;stroke:var(--soft);fill:none}"
+    drawn = svg.document(10, 10, "title", ".skin .edge{stroke:var(--soft)}", [])
+    for use in re.finditer(r"([a-z-]+):var\((--[a-z]+)\)", drawn):
+        assert re.search(rf"{use[1]}:#[0-9a-f]{{6}};$", drawn[: use.start()]), drawn

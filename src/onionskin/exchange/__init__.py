@@ -1,0 +1,1 @@
+"""Formats of images and streams that others write and read. No stores here."""

@@ -1,0 +1,95 @@
+"""Which format an image file has, told by its magic bytes.
+
+What must hold: a file of a known format is never taken for the bytes of a raw disk without a word. A disk may well begin
+with such bytes (a guest can write what it likes, and may encrypt all of its disk with LUKS), so the caller who knows better
+can say that a file is raw.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from onionskin.errors import FormatError
+
+_START_BYTES: Final = 512
+VHD_FOOTER_BYTES: Final = 512
+VHD_COOKIE: Final = b"conectix"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFormat:
+    """A format by its name here and in prose, and how such a file is made a raw one."""
+
+    name: str
+    title: str
+    advice: str
+
+
+def _converted(name: str, title: str, driver: str | None = None) -> ImageFormat:
+    return ImageFormat(name, title, f"convert it with 'qemu-img convert -f {driver or name} -O raw'")
+
+
+def _unpacked(name: str, title: str, program: str) -> ImageFormat:
+    return ImageFormat(name, f"compressed with {title}", f"unpack it with '{program} -d'")
+
+
+QCOW2 = _converted("qcow2", "a qcow2 image")
+VMDK = _converted("vmdk", "a VMDK image")
+VHD = _converted("vhd", "a VHD image", "vpc")
+VHDX = _converted("vhdx", "a VHDX image")
+VDI = _converted("vdi", "a VDI image")
+
+# Offset, magic bytes, format. The sources are the formats' specifications, and those of the compressed ones RFC 1952 (gzip),
+# RFC 8878 (zstd), the .xz file format 1.2.1, and bzip2's own documentation.
+_MAGICS: Final = (
+    (0, b"QFI\xfb", QCOW2),
+    (0, b"KDMV", VMDK),
+    (0, b"COWD", VMDK),
+    (0, b"# Disk DescriptorFile", VMDK),
+    (0, b"vhdxfile", VHDX),
+    (0, VHD_COOKIE, VHD),  # of a dynamic one; a fixed one has it at its end
+    (64, struct.pack("<I", 0xBEDA107F), VDI),
+    (0, b"QED\0", _converted("qed", "a QED image")),
+    (0, b"WithoutFreeSpace", _converted("parallels", "a Parallels image")),
+    (0, b"WithouFreSpacExt", _converted("parallels", "a Parallels image")),
+    (0, b"LUKS\xba\xbe", _converted("luks", "a LUKS container")),
+    (0, b"\x1f\x8b", _unpacked("gzip", "gzip", "gzip")),
+    (0, b"\xfd7zXZ\0", _unpacked("xz", "xz", "xz")),
+    (0, b"\x28\xb5\x2f\xfd", _unpacked("zstd", "zstd", "zstd")),
+    (0, b"BZh", _unpacked("bzip2", "bzip2", "bzip2")),
+)
+# What the suffix of a file's name promises where it is not the name of a format.
+SUFFIXES: Final = {"vpc": "vhd", "gz": "gzip", "zst": "zstd", "bz2": "bzip2", "img": "raw", "bin": "raw"}
+KNOWN: Final = frozenset(format.name for _, _, format in _MAGICS)
+READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # and written: by way of qemu-img
+
+
+def format_of(descriptor: int) -> ImageFormat | None:
+    """Return the format of an open image file; None where its bytes are those of no format that is known.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    start = os.pread(descriptor, _START_BYTES, 0)
+    for offset, magic, format in _MAGICS:
+        if start[offset : offset + len(magic)] == magic:
+            return format
+    size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+    if size_bytes >= VHD_FOOTER_BYTES:
+        end = os.pread(descriptor, len(VHD_COOKIE), size_bytes - VHD_FOOTER_BYTES)
+        if end == VHD_COOKIE:
+            return VHD
+    return None
+
+
+def refuse_as_raw(descriptor: int, path: str | os.PathLike[str]) -> None:
+    """Raise FormatError where a file whose bytes are to be a disk is an image of another format."""
+    found = format_of(descriptor)
+    if found:
+        advice = "import it with 'onionskin import'" if found.name in READ else found.advice
+        raise FormatError(
+            f"{os.fspath(path)} is {found.title}, and not a raw disk: {advice}, or say that it is the disk: format raw"
+        )

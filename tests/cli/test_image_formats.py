@@ -1,0 +1,98 @@
+"""An image of a known format is never taken for the bytes of a raw disk without a word."""
+
+import bz2
+import gzip
+import lzma
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from onionskin.errors import FormatError
+from onionskin.exchange.image_formats import KNOWN
+from onionskin.images import FORMATS, detect_format, import_image
+from onionskin.store import Store
+
+Run = Callable[..., Result]
+DISK = bytes(range(256)) * 4096
+
+FILES = {
+    "qcow2": b"QFI\xfb\0\0\0\3" + DISK,
+    "vmdk": b"KDMV\1\0\0\0" + DISK,
+    "vhd": b"conectix" + DISK,
+    "fixed vhd": DISK + b"conectix" + bytes(504),
+    "vhdx": b"vhdxfile" + DISK,
+    "vdi": bytes(64) + struct.pack("<I", 0xBEDA107F) + DISK,
+    "qed": b"QED\0" + DISK,
+    "parallels": b"WithoutFreeSpace" + DISK,
+    "luks": b"LUKS\xba\xbe\0\2" + DISK,
+    "gzip": gzip.compress(DISK),
+    "xz": lzma.compress(DISK),
+    "bzip2": bz2.compress(DISK),
+    "zstd": b"\x28\xb5\x2f\xfd" + DISK,
+}
+NOT_READ = [name for name in FILES if name.split()[-1] not in FORMATS]
+
+
+@pytest.fixture(params=FILES)
+def image(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    path = tmp_path / "image"
+    path.write_bytes(FILES[request.param])
+    return request.param.split()[-1], path
+
+
+def test_each_known_format_has_a_file_here() -> None:
+    assert {name.split()[-1] for name in FILES} == KNOWN
+
+
+def test_a_format_is_told(image: tuple[str, Path]) -> None:
+    assert detect_format(image[1]) == image[0]
+
+
+def test_it_is_no_base_unless_somebody_vouches_for_its_bytes(tmp_path: Path, image: tuple[str, Path]) -> None:
+    with Store(tmp_path / "vms") as store:
+        with pytest.raises(FormatError, match=r"and not a raw disk: (import it|convert it|unpack it)"):
+            store.create("web", base=image[1])
+        assert store.volumes() == []
+        with store.create("web", base=image[1], base_format="raw") as web:
+            assert web.read(0, web.size_bytes) == image[1].read_bytes()
+
+
+def test_the_command_line_refuses_it_as_a_base_and_leaves_no_store(
+    run: Run, tmp_path: Path, image: tuple[str, Path]
+) -> None:
+    refused = run("create", f"{tmp_path}/vms/web", "--base", image[1])
+    assert refused.exit_code == 6
+    assert "not a raw disk" in refused.stderr
+    assert not (tmp_path / "vms").exists()
+    assert run("create", f"{tmp_path}/vms/web", "--base", image[1], "--format", "raw").exit_code == 0
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_is_not_read_is_not_imported_as_bytes_unless_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(FILES[name])
+    with Store(tmp_path / "vms") as store:
+        with pytest.raises(FormatError, match=r"which is not read here: (convert it|unpack it) with"):
+            import_image(store, path, "web")
+        assert store.volumes() == []
+        import_image(store, path, "web", format="raw")
+        with store.open("web") as web:
+            assert web.read(0, web.size_bytes) == path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["qed", "luks", "gz", "xz", "zst", "bz2"])
+def test_no_raw_image_is_written_under_the_name_of_another_format(run: Run, tmp_path: Path, suffix: str) -> None:
+    assert run("create", f"{tmp_path}/vms/web", "--size", "1M").exit_code == 0
+    refused = run("export", f"{tmp_path}/vms/web", tmp_path / f"out.{suffix}")
+    assert refused.exit_code == 2
+    assert "give --format" in refused.stderr
+    assert run("export", f"{tmp_path}/vms/web", tmp_path / f"out.{suffix}", "--format", "raw").exit_code == 0
+
+
+def test_a_format_of_a_base_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(DISK)
+    with Store(tmp_path / "vms") as store, pytest.raises(ValueError, match="is no format of a base"):
+        store.create("web", base=tmp_path / "image", base_format="qcow2")  # type: ignore[arg-type]
