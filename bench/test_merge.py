@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from rig.commit import overlay, qemu_commit
 from rig.disks import make_flat, scattered, write_extents
 from rig.race import CLOCK, Race, Setting, run_race
 
@@ -48,18 +49,12 @@ def race(setting: Setting) -> Race:
         made[1].merge("lower")
         made[1].merge_into_base()
 
-    def overlay() -> tuple[Path, Path]:
-        base = make_flat(work / f"base-{next(names)}.raw", size)
-        top = peers.create_qcow2(base.with_suffix(".qcow2"), backing=base)
-        peers.qemu_io_write(top, offsets, EXTENT, 90)
-        return top, base
-
     def removed(paths: tuple[Path, Path]) -> None:
         for path in (*paths, out):
             path.unlink(missing_ok=True)
 
     def convert(paths: tuple[Path, Path]) -> None:
-        peers.run("qemu-img", "convert", "-O", "raw", paths[0], out)
+        peers.run("qemu-img", "convert", "-O", "raw", paths[1], out)
         peers.sync_file(out)
 
     no_qemu = peers.missing("qemu-img", "qemu-io")
@@ -67,9 +62,8 @@ def race(setting: Setting) -> Race:
         INTO_BASE: Contestant(into_base, changed, gone),
         "onionskin merge of a name": Contestant(lambda made: made[1].merge("lower"), changed, gone),
         "onionskin export": Contestant(lambda made: made[1].export(out), changed, gone),
-        "qemu-img commit": no_qemu
-        or Contestant(lambda paths: peers.run("qemu-img", "commit", "-q", "-d", paths[0]), overlay, removed),
-        "qemu-img convert": no_qemu or Contestant(convert, overlay, removed),
+        "qemu-img commit": no_qemu or qemu_commit(work, size, offsets, EXTENT),
+        "qemu-img convert": no_qemu or Contestant(convert, lambda: overlay(work, size, offsets, EXTENT), removed),
     }
     info = {"bytes": len(offsets) * EXTENT, "block_size": 4096, "extent_bytes": EXTENT, "depth": 2, "cache": "hot"}
     return run_race(contestants, min(3, setting.rounds), engine=INTO_BASE, warm_up=False, **info)

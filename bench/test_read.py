@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from rig.disks import BLOCK, blocks_of, drop_cache, make_flat, scattered, write_blocks
+from rig.disks import BLOCK, blocks_of, drop_cache, make_flat, scattered, stepped, write_blocks
 from rig.flat import FlatFile
 from rig.nbdkit import cow_server, nbd_bench
 from rig.race import CLOCK, ENGINE, Race, Setting, run_race
@@ -37,8 +37,7 @@ def disks(setting: Setting) -> Iterator[tuple[onionskin.Store, FlatFile]]:
 @pytest.fixture(scope="module")
 def hot(setting: Setting, disks: tuple[onionskin.Store, FlatFile]) -> Race:
     (store, flat), work, size = disks, setting.directory, setting.size_bytes
-    step = size // 1000 * 618 // BLOCK * BLOCK + BLOCK
-    wanted = (np.arange(READS, dtype=np.uint64) * np.uint64(step) % np.uint64(size)) // np.uint64(BLOCK)
+    step, wanted = stepped(READS, size)
     out, expected = np.empty((READS, BLOCK), np.uint8), blocks_of(wanted).reshape(-1, BLOCK)
     offsets, row = [int(index) * BLOCK for index in wanted], bytearray(BLOCK)
     with ExitStack() as stack:

@@ -1,1 +1,1 @@
-"""What the suite and ``figures.py`` stand on: interleaved timing, disks with known bytes, the peers."""
+"""What the suite and ``targets`` stand on: interleaved timing, disks with known bytes, the peers."""

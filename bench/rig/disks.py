@@ -35,6 +35,12 @@ def scattered(count: int, block_count: int, *, seed: int = 1) -> Array:
     return np.random.default_rng(seed).choice(block_count, count, replace=False, shuffle=True).astype(np.uint64)
 
 
+def stepped(count: int, size_bytes: int) -> tuple[int, Array]:
+    """Choose a step that visits a disk all over, and name the blocks that `qemu-img bench -S STEP` comes to."""
+    step = size_bytes // 1000 * 618 // BLOCK * BLOCK + BLOCK
+    return step, (np.arange(count, dtype=np.uint64) * np.uint64(step) % np.uint64(size_bytes)) // np.uint64(BLOCK)
+
+
 def write_blocks(volume: onionskin.Volume, indices: Array, *, generation: int = 0) -> None:
     """Write blocks in the order given, in batches, with their known bytes."""
     for start in range(0, len(indices), BATCH):

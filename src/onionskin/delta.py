@@ -25,11 +25,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+from onionskin.base import states
 from onionskin.base.files import data_ranges
+from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX, VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
 from onionskin.base.zero_runs import split_zeros
-from onionskin.catalog import SIZE_BYTES_MAX, SnapshotRow, VolumeRow
+from onionskin.catalog import SnapshotRow, VolumeRow
 from onionskin.catalog.tree import Snapshot, find_snapshot, nearest_snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
 from onionskin.operations import usage
@@ -56,15 +58,12 @@ CRC = struct.Struct("<I")
 RECORD = struct.Struct("<IIQQ")  # kind, CRC-32, offset, length
 COUNTS = struct.Struct("<QQQ")  # DATA and ZERO records, bytes of DATA, bytes of ZERO
 
-DATA, ZERO, END = 1, 2, 3
+DATA, ZERO, END = 1, 2, 3  # kinds of records
 FEATURE_FULL = 1  # there is no a: the stream holds all of b
 FEATURES_KNOWN = FEATURE_FULL
 NO_GUID = bytes(16)
 
 DATA_BYTES_MAX = 1 << 20
-NAME_BYTES_MAX = 255
-NOTE_BYTES_MAX = 1 << 16
-BLOCK_SIZE_MAX = 2 << 20
 
 Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
@@ -256,7 +255,7 @@ def _zero(draft: "Draft", offset: int, length: int, base_bytes: int) -> None:
     if offset == end:
         return
     for run in draft.path.runs(offset, end - offset):
-        if int(run["state"]) == DATA:
+        if int(run["state"]) == states.DATA:
             first = max(offset, int(run["offset"]))
             draft.zero(first, min(end, int(run["offset"]) + int(run["length"])) - first)
 
@@ -340,13 +339,13 @@ def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
     """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
     assert ends.a is not None
     found = usage.diff_of_chains(store, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
-    return [(int(offset), int(length), int(state) == ZERO) for offset, length, state in found]
+    return [(int(offset), int(length), int(state) == states.ZERO) for offset, length, state in found]
 
 
 def _full_extents(ends: _Ends) -> Extents:
     """List what can hold anything but zeros: the data of the layers, and what their own base holds between."""
-    covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != 0]
-    extents = [(offset, length, False) for offset, length, state in covered if state == DATA]
+    covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != states.HOLE]
+    extents = [(offset, length, False) for offset, length, state in covered if state == states.DATA]
     base, lock = ends.opened.chain.base, ends.opened.base_lock
     if base is not None and lock is not None:
         inside = list(data_ranges(lock.descriptor, 0, min(ends.view.size_bytes, base.size_bytes)))
@@ -445,7 +444,7 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
 
 
 def _holds_data(volume: Volume) -> bool:
-    return any(int(state) == DATA for _, _, state in volume.extents())
+    return any(int(state) == states.DATA for _, _, state in volume.extents())
 
 
 class _Writer:
@@ -543,7 +542,7 @@ class _Reader:
         full = bool(features & FEATURE_FULL)
         if not 512 <= block_size <= BLOCK_SIZE_MAX or block_size & (block_size - 1):
             self._damaged(f"a block size of {block_size}")
-        if not 0 < size_b <= SIZE_BYTES_MAX or size_a > SIZE_BYTES_MAX:
+        if not 0 < size_b <= VOLUME_BYTES_MAX or size_a > VOLUME_BYTES_MAX:
             self._damaged("sizes that no disk has: one has at most 64 TiB")
         if full != (guid_a == NO_GUID) or guid_b == NO_GUID or (full and size_a):
             self._damaged("a start that is there and is not")

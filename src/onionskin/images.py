@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from onionskin.base.files import data_ranges, refuse_shorter
+from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
 from onionskin.errors import FormatError, OnionskinError
@@ -121,7 +122,6 @@ def import_image(
         The store has a volume of that name.
     """
     # Here, as the command line comes to this module for a list of formats.
-    from onionskin.catalog import SIZE_BYTES_MAX
     from onionskin.operations.export import passing_file
     from onionskin.operations.staged_volumes import refuse_taken
 
@@ -139,9 +139,9 @@ def import_image(
         size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
         if size_bytes == 0:
             raise FormatError(f"{os.fspath(path)}: the image is empty; give one that holds a disk")
-        if size_bytes > SIZE_BYTES_MAX:
+        if size_bytes > VOLUME_BYTES_MAX:
             raise FormatError(
-                f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {SIZE_BYTES_MAX} (64 TiB)"
+                f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
             )
         draft = stack.enter_context(store.draft(name, size=size_bytes, block_size=block_size, wipe=wipe))
         copy_into(draft, source.fileno(), path=path, progress=progress)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from onionskin.base import forking
 from onionskin.base.background import Background
 from onionskin.base.fsync import sync_directory
+from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.modes import group_id, is_shared, make_file, make_shared, refuse_other_group
 from onionskin.base.naming import check_name, some_of
 from onionskin.base.sizes import format_size, parse_size
 from onionskin.catalog import (
-    SIZE_BYTES_MAX,
     BaseRow,
     Catalog,
     PendingRow,
@@ -92,7 +92,6 @@ Lock = TypeVar("Lock", VolumeLock, ReadersLock)
 RESERVE_BYTES = 8 << 20
 CATALOG_ROOM_BYTES = 256 << 10
 CATALOG_INDEX_BYTES = 48 << 10  # 32 KiB, and what the log and the names of both take
-WIPE_POLICIES = ("release", "zero")
 
 
 class Store:
@@ -467,7 +466,7 @@ class Store:
         """
         spare = self.catalog.spare_of(head)
         path = self.layout.segment_file(spare.id)
-        if path.exists() and path.stat().st_size > reclaim.HEADER_BYTES:
+        if path.exists() and path.stat().st_size > HEADER_BYTES:
             self.change(lambda: replace_spare(self.catalog, head))
             return
         for made in (path, self.layout.map_file(spare.id)):
@@ -1152,8 +1151,8 @@ def _check_geometry(block_size: int, wipe: str) -> tuple[int, str]:
 def _check_size(size_bytes: int) -> int:
     if size_bytes < 1:
         raise ValueError("a volume has at least one byte; give a size")
-    if size_bytes > SIZE_BYTES_MAX:
-        raise ValueError(f"a volume has at most {SIZE_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
+    if size_bytes > VOLUME_BYTES_MAX:
+        raise ValueError(f"a volume has at most {VOLUME_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
     return size_bytes
 
 

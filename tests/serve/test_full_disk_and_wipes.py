@@ -14,7 +14,8 @@ from support.servers import Serve, onionskin, short_socket
 import onionskin as library
 from onionskin.base.sockets import UnixListener
 from onionskin.nbd import server as serving
-from onionskin.nbd.server import Limits, Listener, Server
+from onionskin.nbd.listener import Listener
+from onionskin.nbd.server import Limits, Server
 
 BLOCK = 4096
 Start = Callable[..., Serve]
@@ -82,7 +83,7 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
     with library.Store(root / "vms") as store:
         store.create("web", size="64M").close()
     server = Server(limits=Limits(), allow_revert=False, log=print)
-    server.add_volume(root / "vms", "web")
+    server.exports.add_volume(root / "vms", "web")
     unlink = Path.unlink
     socket = short_socket(tmp_path)
     with (
@@ -136,7 +137,7 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
         wiped.set()
 
     server = Server(limits=Limits(), allow_revert=False, log=print)
-    server.add_volume(tmp_path / "vms", "web")
+    server.exports.add_volume(tmp_path / "vms", "web")
     with in_this_process(server, short_socket(tmp_path)), NbdClient.unix(short_socket(tmp_path), "web") as client:
         monkeypatch.setattr(library.Store, "scrub", scrub_and_tell)
         client.trim(0, BLOCK)

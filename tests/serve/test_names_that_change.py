@@ -16,7 +16,7 @@ from support.nbd_client import NbdClient
 
 import onionskin as library
 from onionskin.errors import FormatError, SnapshotNotFoundError, StateError, VolumeExistsError
-from onionskin.nbd import server as serving
+from onionskin.nbd import exports
 from onionskin.nbd.server import Limits, Server
 
 MIB = 1 << 20
@@ -70,7 +70,7 @@ def test_a_server_renames_the_volume_that_it_holds_and_not_the_one_that_took_its
 ) -> None:
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
         store.rename("web", "moved")
         store.create("web", size=2 * MIB).close()
         with library.connect(store, "moved") as served:
@@ -83,7 +83,7 @@ def test_a_rename_to_a_name_that_is_taken_changes_nothing(tmp_path: Path, server
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
         store.create("db", size=MIB).close()
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
         with library.connect(store, "web") as served:
             with pytest.raises(VolumeExistsError):
                 served.rename("db")
@@ -97,7 +97,7 @@ def test_a_volume_that_took_the_name_of_a_served_one_is_not_served_as_that(tmp_p
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
         write(store, "web", b"the one that is served")
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
         with client_of(server, "web"):  # its name is known to the C server
             store.rename("web", "moved")
             store.create("web", size=MIB).close()
@@ -113,7 +113,7 @@ def test_two_volumes_that_changed_their_names_for_each_others_are_served_by_the_
         for name in ("a", "b", "c"):
             store.create(name, size=MIB).close()
             write(store, name, name.encode())
-        server.add_store(tmp_path / "vms")
+        server.exports.add_store(tmp_path / "vms")
         for old, new in [("a", "x"), ("b", "a"), ("c", "b"), ("x", "c")]:
             store.rename(old, new)
         for name, data in [("a", b"b"), ("b", b"c"), ("c", b"a")]:
@@ -126,8 +126,8 @@ def test_a_label_does_not_change_under_an_operation_and_nobody_gets_the_volume_b
 ) -> None:
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
-        server.add_volume(tmp_path / "vms", "web")
-        served = server._served["web"]
+        server.exports.add_volume(tmp_path / "vms", "web")
+        served = server.exports.table.served["web"]
         with served.without_views({"a"}):
             store.rename("web", "moved")
             store.create("web", size=MIB).close()
@@ -144,7 +144,7 @@ def test_a_volume_of_a_store_that_cannot_be_opened_keeps_no_other_from_being_ser
         for name in ("good", "held"):
             store.create(name, size=MIB).close()
         with store.open("held"):
-            server.add_store(tmp_path / "vms")
+            server.exports.add_store(tmp_path / "vms")
             assert is_refused(server, "held")
         assert not is_refused(server, "good")
         assert not is_refused(server, "held")  # it is free now
@@ -157,7 +157,7 @@ def test_a_store_of_which_nothing_can_be_served_is_refused(tmp_path: Path, serve
         store.create("web", size=MIB),
         pytest.raises(StateError, match="open for writing"),
     ):
-        server.add_store(tmp_path / "vms")
+        server.exports.add_store(tmp_path / "vms")
 
 
 # ---- snapshots ----
@@ -169,7 +169,7 @@ def test_a_snapshot_that_was_dropped_and_taken_again_is_not_served_as_the_old_on
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
         write(store, "web", b"old", "clean")
-        server.add_snapshot(tmp_path / "vms", "web", "clean")
+        server.exports.add_snapshot(tmp_path / "vms", "web", "clean")
         with client_of(server, "web@clean") as before:
             retake(store, "web", "clean", b"new")
             assert is_refused(server, "web@clean")
@@ -192,7 +192,7 @@ def test_a_snapshot_that_changes_while_it_is_opened_is_opened_again(
             return view
 
         monkeypatch.setattr(library.Store, "open", open_late)
-        server.add_snapshot(tmp_path / "vms", "web", "clean")
+        server.exports.add_snapshot(tmp_path / "vms", "web", "clean")
         with client_of(server, "web@clean") as client:
             assert client.read(0, 3) == b"new"
 
@@ -201,10 +201,10 @@ def test_a_snapshot_of_a_served_volume_that_comes_back_is_opened_anew(tmp_path: 
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
         write(store, "web", b"old", "clean")
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
         with client_of(server, "web@clean") as client:
             assert client.read(0, 3) == b"old"
-        volume = server._served["web"].volume
+        volume = server.exports.table.served["web"].volume
         volume.merge("clean")  # past the server, which keeps the view of the old one open
         volume.write(0, b"new")
         volume.snapshot("clean")
@@ -215,10 +215,10 @@ def test_a_snapshot_of_a_served_volume_that_comes_back_is_opened_anew(tmp_path: 
 def test_a_snapshot_that_is_gone_is_not_served(tmp_path: Path, server: Server) -> None:
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
         assert is_refused(server, "web@none")
         with pytest.raises(SnapshotNotFoundError):
-            server.add_snapshot(tmp_path / "vms", "web", "none")
+            server.exports.add_snapshot(tmp_path / "vms", "web", "none")
 
 
 # ---- the guard ----
@@ -263,7 +263,7 @@ def slow(tmp_path: Path, server: Server) -> Server:
         store.create("web", size=MIB).close()
         write(store, "web", b"slow", "slow")
         write(store, "web", b"fast", "fast")
-        server.add_volume(tmp_path / "vms", "web")
+        server.exports.add_volume(tmp_path / "vms", "web")
     return server
 
 
@@ -273,7 +273,7 @@ def test_a_view_that_takes_long_to_open_delays_no_other_client(slow: Server, mon
         assert began.wait(60)
         with client_of(slow, "web") as volume, client_of(slow, "web@fast") as fast:
             assert volume.read(0, 4) == fast.read(0, 4) == b"fast"
-        assert slow.export_names() == ["web", "web@fast", "web@slow"]
+        assert slow.exports.names() == ["web", "web@fast", "web@slow"]
         go_on.set()
         thread.join()
     (client,) = results
@@ -295,7 +295,7 @@ def test_two_clients_that_ask_for_one_snapshot_at_once_get_one_view(
             assert isinstance(client, NbdClient), client
             assert client.read(0, 4) == b"slow"
             client.close()
-    assert list(slow._views) == ["web@slow"]
+    assert list(slow.exports.table.views) == ["web@slow"]
 
 
 def test_a_merge_waits_for_a_view_that_is_just_being_opened_and_that_is_refused_then(
@@ -303,18 +303,18 @@ def test_a_merge_waits_for_a_view_that_is_just_being_opened_and_that_is_refused_
 ) -> None:
     with (
         held_up(monkeypatch, "slow") as (began, go_on),
-        library.connect(slow._served["web"].volume.store, "web") as web,
+        library.connect(slow.exports.table.served["web"].volume.store, "web") as web,
     ):
         opening, refused = in_thread(lambda: client_of(slow, "web@slow"))
         assert began.wait(60)
         barred = threading.Event()
-        wait_for = slow._changed.wait_for
+        wait_for = slow.exports.table.changed.wait_for
 
         def wait_and_tell(*arguments: Any) -> Any:
             barred.set()
             return wait_for(*arguments)
 
-        monkeypatch.setattr(slow._changed, "wait_for", wait_and_tell)
+        monkeypatch.setattr(slow.exports.table.changed, "wait_for", wait_and_tell)
         merging, merged = in_thread(lambda: web.merge("slow"))
         assert barred.wait(60)
         assert merging.is_alive()
@@ -326,7 +326,7 @@ def test_a_merge_waits_for_a_view_that_is_just_being_opened_and_that_is_refused_
 
 
 def test_a_merge_that_a_reading_client_is_in_the_way_of_is_refused(slow: Server) -> None:
-    with library.connect(slow._served["web"].volume.store, "web") as web:
+    with library.connect(slow.exports.table.served["web"].volume.store, "web") as web:
         with client_of(slow, "web@slow"), pytest.raises(StateError, match="clients are reading web@slow"):
             web.merge("slow")
         assert [snapshot.name for snapshot in web.snapshots] == ["slow", "fast"]
@@ -343,8 +343,8 @@ def test_a_discard_that_changes_the_disk_is_known_to_by_what_holds_when_it_is_do
         write(store, "web", b"2", "b")
         with store.open("web") as volume:
             volume.revert("a")
-        server.add_volume(tmp_path / "vms", "web")
-        volume = server._served["web"].volume
+        server.exports.add_volume(tmp_path / "vms", "web")
+        volume = server.exports.table.served["web"].volume
         looked = vars(library.Volume)["parent"].fget
         reverted: list[tuple[threading.Thread, list[object]]] = []
 
@@ -371,7 +371,7 @@ def merged_away(tmp_path: Path, server: Server, export: str) -> tuple[Path, NbdC
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB, wipe="zero").close()
         write(store, "web", SECRET, "clean")
-        server.add_snapshot(tmp_path / "vms", "web", "clean")
+        server.exports.add_snapshot(tmp_path / "vms", "web", "clean")
         client = client_of(server, export)
         with store.open("web") as volume:
             volume.write(0, bytes(len(SECRET)))
@@ -392,14 +392,14 @@ def test_what_waited_for_a_view_is_wiped_when_that_is_idle(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment, client = merged_away(tmp_path, server, "web@clean")
-    server._views["web@clean"].is_kept = False
-    monkeypatch.setattr(serving, "VIEW_IDLE_SECONDS", -1.0)
+    server.exports.table.views["web@clean"].is_kept = False
+    monkeypatch.setattr(exports, "VIEW_IDLE_SECONDS", -1.0)
     client.close()
-    while server.clients_of("web@clean"):
-        assert select.select([server.nbd.event_fd], [], [], 60)[0]
-        server.nbd.events()
-    server._tidy()
-    assert not server._views
+    while server.exports.clients_of("web@clean"):
+        assert select.select([server._nbd.event_fd], [], [], 60)[0]
+        server._nbd.events()
+    server.exports.tidy()
+    assert not server.exports.table.views
     assert not segment.exists() or SECRET[:24] not in segment.read_bytes()
 
 
@@ -415,8 +415,8 @@ def test_a_catalog_that_cannot_be_read_for_a_while_ends_neither_the_server_nor_i
             def fail(*arguments: object) -> None:
                 raise FormatError("the catalog is damaged")
 
-            broken.setattr(type(slow._served["web"].volume.store.catalog), "rows", fail)
-            slow._tidy()
+            broken.setattr(type(slow.exports.table.served["web"].volume.store.catalog), "rows", fail)
+            slow.exports.tidy()
             assert is_refused(slow, "web")
             assert client.read(0, 4) == b"fast"
         assert not is_refused(slow, "web")

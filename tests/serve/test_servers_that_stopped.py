@@ -77,7 +77,7 @@ def served(tmp_path: Path) -> Iterator[Server]:
     with library.Store(tmp_path / "vms") as store:
         store.create("web", size=MIB).close()
     server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
-    server.add_volume(tmp_path / "vms", "web")
+    server.exports.add_volume(tmp_path / "vms", "web")
     yield server
     server.close()
 

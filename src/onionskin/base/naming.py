@@ -6,8 +6,8 @@
 import unicodedata
 from collections.abc import Sequence
 
-NAME_BYTES_MAX = 255
-NOTE_BYTES_MAX = 1 << 16
+from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
+
 NAMES_SHOWN = 10  # in a message
 # They change the look of the text around them: a name with one can look like another name.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -3,11 +3,10 @@
 import operator
 import re
 
+from onionskin.base.limits import OFFSET_MAX
+
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGTPE]?)(?:I?B)?\s*", re.ASCII)
-
-# The signed 64-bit offsets of the system end here.
-SIZE_BYTES_MAX = (1 << 63) - 1
 
 
 def parse_size(text: str | int) -> int:
@@ -45,7 +44,7 @@ def parse_size(text: str | int) -> int:
         size_bytes, rest = divmod(int(whole + fraction) * unit, tenths)
         if rest:
             raise ValueError(f"{text!r} is no whole number of bytes: write it with fewer decimals")
-    if not 0 <= size_bytes <= SIZE_BYTES_MAX:
+    if not 0 <= size_bytes <= OFFSET_MAX:
         raise ValueError(f"{text!r} is not a size: it must be between 0 and 2**63 - 1 bytes")
     return size_bytes
 

@@ -11,12 +11,11 @@ from onionskin.catalog.rows import (
     VolumeRow,
     new_id,
 )
-from onionskin.catalog.schema import SCHEMA_VERSION, SIZE_BYTES_MAX
+from onionskin.catalog.schema import SCHEMA_VERSION
 from onionskin.catalog.sqlite_errors import CommitUnknownError
 
 __all__ = [
     "SCHEMA_VERSION",
-    "SIZE_BYTES_MAX",
     "BaseRow",
     "Catalog",
     "CommitUnknownError",

@@ -9,13 +9,11 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.catalog.rows import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 3
-SIZE_BYTES_MAX = 1 << 46
-BLOCK_SIZES = tuple(1 << shift for shift in range(12, 22))
-WIPE_POLICIES = ("release", "zero")
 _NUMBER_MAX = (1 << 62) - 1
 
 SCHEMA = """
@@ -123,7 +121,7 @@ VALUES: dict[type, dict[str, Value]] = {
     },
     LayerRow: {
         "id": _ID, "parent": _or_null(_ID), "base": _or_null(_ID), "block_size": _one_of(*BLOCK_SIZES),
-        "wipe": _one_of(*WIPE_POLICIES), "size_bytes": _number(1, SIZE_BYTES_MAX), "sealed": _number(0, 1),
+        "wipe": _one_of(*WIPE_POLICIES), "size_bytes": _number(1, VOLUME_BYTES_MAX), "sealed": _number(0, 1),
         "map_id": _ID, "map_lock_byte": _number(1), "map_length": _number(0), "map_frames": _number(0),
         "map_crc": _number(0, 0xFFFFFFFF), "created_ns": _INTEGER,
     },

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.states import HOLE
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
@@ -122,7 +123,6 @@ def _draw(name: Name, cells: "Cells", legend: "Legend") -> str:
 
 def _value(name: Name, layering: "Layering", cells: "Cells") -> dict[str, Any]:
     """Return the JSON value of a map."""
-    from onionskin.operations.layering import HOLE
     from onionskin.pictures.bands import bytes_of_states, data_bytes
 
     hole, zero = bytes_of_states(layering)

@@ -18,12 +18,13 @@ import click
 
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import format_size
+from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.errors import StateError
 
 Draw = Callable[[], str]
 
 _closed: set[str] = set()  # the standard streams that were closed when the program started
-STATES = {0: "hole", 1: "data", 2: "zero"}
+STATES = {HOLE: "hole", DATA: "data", ZERO: "zero"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 

@@ -15,7 +15,8 @@ from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
 if TYPE_CHECKING:
-    from onionskin.nbd.server import Listener, Server
+    from onionskin.nbd.listener import Listener
+    from onionskin.nbd.server import Server
     from onionskin.nbd.tls import Terms
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -90,18 +91,8 @@ def serve(
     from onionskin.nbd.server import Limits, Server
     from onionskin.nbd.systemd import notify
 
-    try:
-        mode = int(socket_mode, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise click.UsageError(f"--socket-mode {socket_mode} is no mode: write it as 0600 or 0660")
-    if (tls_certificate is None) != (tls_key is None) or (tls_ca and not tls_key):
-        raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
-    if tls_psk and tls_certificate:
-        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
-    if tls_clients == "any" and (tls_ca or not tls_certificate):
-        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
+    mode = _mode(socket_mode)
+    _refuse_contradictions(tls_certificate, tls_key, tls_ca, tls_psk, any_client=tls_clients == "any")
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
@@ -113,25 +104,44 @@ def serve(
         server.listen(found, anybody=tls_clients == "any")
         for name in names:
             _add(server, name)
-        if (only := server.only_export()) is not None:
-            server.nbd.set_default(only)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
-                signal.signal(number, lambda *_: server.stop())
+        server.exports.set_default()
+        _stop_at_signals(server)
         if stdio:
             _serve_stdio(server)
             return
 
         def ready() -> None:
-            uris = [one.uri for one in server.listeners]
-            value = {"ready": True, "exports": server.export_names(), "uris": uris}
-            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(uris)}")
+            value = {"ready": True, "exports": server.exports.names(), "uris": server.uris}
+            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(server.uris)}")
             notify("READY=1")
 
         server.run(ready)
     finally:
         notify("STOPPING=1")
         server.close()
+
+
+def _mode(text: str) -> int:
+    """Read the mode of a socket."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.UsageError(f"--socket-mode {text} is no mode: write it as 0600 or 0660")
+    return mode
+
+
+def _refuse_contradictions(
+    certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None, *, any_client: bool
+) -> None:
+    """Refuse options of TLS that do not go together."""
+    if (certificate is None) != (key is None) or (authority and not key):
+        raise click.UsageError("TLS wants --tls-certificate and --tls-key, and --tls-ca goes with them")
+    if psk and certificate:
+        raise click.UsageError("clients come with a certificate or with a key: give --tls-certificate or --tls-psk")
+    if any_client and (authority or not certificate):
+        raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
 
 
 def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None) -> "Terms | None":
@@ -144,8 +154,8 @@ def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | Non
 
 def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
     """Make or take over the sockets to listen on."""
-    from onionskin.base.sockets import UnixListener, listen_tcp, parse_address
-    from onionskin.nbd.server import Listener
+    from onionskin.base.sockets import parse_address
+    from onionskin.nbd.listener import open_listeners
     from onionskin.nbd.systemd import inherited_listeners
 
     given = inherited_listeners()
@@ -154,30 +164,25 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
     if not given and not path and not tcp:
         raise click.UsageError("say where to listen: --socket PATH or --tcp HOST:PORT")
     addresses = [parse_address(text) for text in tcp]
-    found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
-    try:
-        if path:
-            unix = UnixListener(path, mode=mode)
-            found.append(Listener(unix.socket, unix.path, None, unix.close))
-        for host, port in addresses:
-            found += [Listener(one, None, terms, one.close) for one in listen_tcp(host, port)]
-    except BaseException:
-        for listener in found:
-            listener.close()
-        raise
-    return found
+    return open_listeners(given, path=path, mode=mode, addresses=addresses, terms=terms)
 
 
 def _add(server: "Server", text: str) -> None:
     """Serve a name of the command line: a directory that is a store, or else a volume in one."""
     if is_store(Path(text)):
-        server.add_store(Path(text))
+        server.exports.add_store(Path(text))
         return
     name = parse_name(text)
     if name.snapshot is None:
-        server.add_volume(name.store, name.volume)
+        server.exports.add_volume(name.store, name.volume)
     else:
-        server.add_snapshot(name.store, name.volume, name.snapshot)
+        server.exports.add_snapshot(name.store, name.volume, name.snapshot)
+
+
+def _stop_at_signals(server: "Server") -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays so
+            signal.signal(number, lambda *_: server.stop())
 
 
 def _serve_stdio(server: "Server") -> None:

@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any
 
 from onionskin import errors
+from onionskin.base.limits import NOTE_BYTES_MAX
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import FormatError, OnionskinError, StateError
 
@@ -23,7 +24,7 @@ VERSION = 1
 # gives up.
 ALIVE_SECONDS = 2.0
 SILENCE_SECONDS = 30.0
-TEXT_BYTES_MAX = 1 << 16  # the size of a note, and more than any name has
+TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 18
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")

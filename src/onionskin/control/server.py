@@ -35,7 +35,7 @@ SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
 
 
 class Served(Protocol):
-    """A volume that is being served, as `nbd.server` knows it."""
+    """A volume that is being served, as `nbd.exported` knows it."""
 
     @property
     def volume(self) -> Volume:

@@ -15,6 +15,7 @@ from errno import ENXIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
 from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError
@@ -26,7 +27,6 @@ from onionskin.storage.locks import volume_holder
 if TYPE_CHECKING:
     from onionskin.store import Store
 
-HEADER_BYTES = 4096
 SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 bits
 RESTORE = "restore the file from a copy of the store"
 _OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")

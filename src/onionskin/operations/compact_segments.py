@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
@@ -43,7 +44,6 @@ SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
 GATHER_BYTES_MAX = 256 << 20
 OPEN_BYTES_MAX = 64 << 20  # while the volume is open: a snapshot that is asked for meanwhile waits for the copy
-HEADER_BYTES = 4096
 
 
 def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:

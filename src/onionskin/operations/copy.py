@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.files import data_ranges, write_all
 from onionskin.base.fsync import sync_directory, sync_file
 from onionskin.base.lazy import dtypes
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.tree import free_unneeded
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-HEADER_BYTES = 4096
 _FICLONERANGE = 0x4020940D
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from onionskin.base.files import data_ranges
-from onionskin.catalog import SIZE_BYTES_MAX, BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, VolumeRow
+from onionskin.base.limits import VOLUME_BYTES_MAX
+from onionskin.base.states import DATA, HOLE
+from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import LAYERS_BELOW, find_snapshot, when
 from onionskin.errors import ChainError
 from onionskin.kernels._maplog import OwnerMap
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
     Array = numpy.typing.NDArray[Any]
 
-HOLE, DATA, ZERO = 0, 1, 2
 _BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
 LAYER_EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
 
@@ -149,7 +150,7 @@ def _runs(store: "Store", chain: Chain) -> "tuple[Array, int]":
     """Return what the layers have, as extents by depth, and the size of the disk."""
     top, block_size = chain.top, chain.top.block_size
     size_bytes = top.size_bytes
-    owners = OwnerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+    owners = OwnerMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
     depth_of_owner = [0]
     try:
         for depth, layer in zip(range(len(chain.layers) - 1, -1, -1), chain.layers, strict=True):

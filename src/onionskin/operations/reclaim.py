@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
@@ -33,7 +34,6 @@ else:
 
 _log = logging.getLogger(__name__)
 
-HEADER_BYTES = 4096
 _WIPE_ZERO = 1  # the feature bit of a header
 _ROWS_AT_ONCE = 64  # that one transaction forgets
 _ID_NAME = re.compile("[0-9a-f]{32}")

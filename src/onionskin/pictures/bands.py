@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy
 
-from onionskin.operations.layering import DATA, HOLE, ZERO, Layering
+from onionskin.base.states import DATA, HOLE, ZERO
+from onionskin.operations.layering import Layering
 
 BANDS_MAX = 12
 _HEAD_ALONE = 1

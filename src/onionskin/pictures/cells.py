@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from onionskin.operations.layering import DATA, HOLE, ZERO, Layering
+from onionskin.base.states import DATA, HOLE, ZERO
+from onionskin.operations.layering import Layering
 
 if TYPE_CHECKING:
     import numpy.typing

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from onionskin.base.sizes import format_size
-from onionskin.operations.layering import DATA, HOLE
+from onionskin.base.states import DATA, HOLE
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import Band, Legend
 from onionskin.pictures.cells import Cells

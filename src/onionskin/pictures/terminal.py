@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onionskin.base.sizes import format_size
-from onionskin.operations.layering import DATA
+from onionskin.base.states import DATA
 from onionskin.pictures import svg
 from onionskin.pictures.bands import Legend
 from onionskin.pictures.cells import Cells

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin.base.lazy import dtypes
-from onionskin.catalog import SIZE_BYTES_MAX, BaseRow, Catalog, LayerRow
+from onionskin.base.limits import VOLUME_BYTES_MAX
+from onionskin.catalog import BaseRow, Catalog, LayerRow
 from onionskin.errors import FormatError, StateError
 from onionskin.kernels._maplog import STATE_DATA, LayerMap, OwnerMap
 from onionskin.storage.chain import LOCK_WAIT_SECONDS, Chain
@@ -116,7 +117,7 @@ def _are_named(catalog: Catalog, layers: Collection[LayerRow]) -> bool:
 
 def empty_map(block_size: int) -> LayerMap:
     """Return a map without a block, with room for any."""
-    return LayerMap(block_size=block_size, block_count=SIZE_BYTES_MAX // block_size)
+    return LayerMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
 
 
 def open_map(store: "Store", layer: LayerRow) -> LayerMap:
@@ -137,7 +138,7 @@ def load_map(store: "Store", layer: LayerRow) -> LayerMap:
         str(store.layout.map_file(layer.map_id)),
         map_id=layer.map_id,
         block_size=layer.block_size,
-        block_count=SIZE_BYTES_MAX // layer.block_size,
+        block_count=VOLUME_BYTES_MAX // layer.block_size,
         **_sealed(layer),
     )
 
@@ -154,7 +155,7 @@ def load_durable(store: "Store", layer: LayerRow, state: tuple[int, int, int] | 
         str(store.layout.map_file(layer.map_id)),
         map_id=layer.map_id,
         block_size=layer.block_size,
-        block_count=SIZE_BYTES_MAX // layer.block_size,
+        block_count=VOLUME_BYTES_MAX // layer.block_size,
         length=length,
         frames=frames,
         crc=crc,

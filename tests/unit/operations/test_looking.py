@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onionskin
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow
 from onionskin.operations import usage
-from onionskin.operations.check import HEADER_BYTES
 from onionskin.storage import block_maps
 from onionskin.storage.block_maps import empty_map, open_map
 from onionskin.storage.chain import read_chain

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onionskin.operations.layering import DATA, HOLE, LAYER_EXTENT_DTYPE, ZERO, ChainMember, Layering
+from onionskin.base.states import DATA, HOLE, ZERO
+from onionskin.operations.layering import LAYER_EXTENT_DTYPE, ChainMember, Layering
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import BANDS_MAX, legend_of
 from onionskin.pictures.cells import Cells, cut
