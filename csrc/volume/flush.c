@@ -31,69 +31,7 @@
 #define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
 #define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
 
-/* ---- the flush gate ---- */
-
-/* Closes the gate, or says why not. Who keeps it closed may never come back to open it, where the outcome of a commit
- * is unknown: so nobody waits on a volume that can no longer be used. */
-static int flush_gate_close(struct onion_volume *volume) {
-    int status = onion_volume_usable(volume);
-    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
-        return status;
-    pthread_mutex_lock(&volume->flush_lock);
-    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
-        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    if (status == 0)
-        volume->flush_busy = 1;
-    pthread_mutex_unlock(&volume->flush_lock);
-    return status;
-}
-
-/* The gate stays closed until the outcome is known; close need not wait for that. */
-static void flush_gate_keep(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
-    pthread_mutex_lock(&volume->flush_lock);
-    *sealing_or_rewriting = kind;
-    pthread_cond_broadcast(&volume->flush_free);
-    pthread_mutex_unlock(&volume->flush_lock);
-}
-
-static void flush_gate_open(struct onion_volume *volume) {
-    pthread_mutex_lock(&volume->flush_lock);
-    volume->sealing = volume->rewriting = 0;
-    volume->flush_busy = 0;
-    pthread_cond_broadcast(&volume->flush_free);
-    pthread_mutex_unlock(&volume->flush_lock);
-}
-
-static int flush_begin(struct onion_volume *volume) {
-    int status = flush_gate_close(volume);
-    if (status == 0 && !volume->own) { /* a view, or its head was not opened */
-        flush_gate_open(volume);
-        status = ONION_E_READ_ONLY;
-    }
-    return status;
-}
-
-/* For replace_below.c. */
-int onion_volume_close_flush_gate(struct onion_volume *volume) { return flush_begin(volume); }
-void onion_volume_open_flush_gate(struct onion_volume *volume) { flush_gate_open(volume); }
-
 /* ---- segments ---- */
-
-static int poison_on(struct onion_volume *volume, int status) {
-    /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
-     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The next
-     * opening has to know of it too, before anybody is told. */
-    if (status < 0) {
-        onion_volume_mark_poisoned(volume);
-        onion_journal_mark_poisoned(volume);
-    }
-    return status;
-}
-
-static int sync_segment_names(struct onion_volume *volume) {
-    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
-    return poison_on(volume, onion_site_set(status, volume->segments_directory, 0));
-}
 
 /* Those of the head, or of the one that a seal has just ended: what its successor has written since is not in the batch. */
 static int sync_segments(struct onion_volume *volume, int of_sealed) {
@@ -107,10 +45,10 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
             continue;
         int status = onion_sync_file(segment->fd); /* BARRIER: segment data */
         if (status < 0)
-            return poison_on(volume, onion_site_set(status, segment->path, 0));
+            return onion_volume_poison_on(volume, onion_site_set(status, segment->path, 0));
         directory_dirty |= __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST);
     }
-    return directory_dirty ? sync_segment_names(volume) : 0;
+    return directory_dirty ? onion_volume_sync_segment_names(volume) : 0;
 }
 
 /* ---- the map log ---- */
@@ -164,7 +102,7 @@ static int sync_new_log(struct onion_volume *volume, struct onion_head_log *log)
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
     if (status == 0)
         log->is_new = 0;
-    return poison_on(volume, onion_site_set(status, log->path, 0));
+    return onion_volume_poison_on(volume, onion_site_set(status, log->path, 0));
 }
 
 static int draw_salt(struct onion_head_log *log) {
@@ -309,7 +247,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
     int status = copied && records && new_segments ? draw_salt(log) : -ENOMEM;
     if (status == 0)
-        status = poison_on(volume, copy_batch(volume, batch, copied));
+        status = onion_volume_poison_on(volume, copy_batch(volume, batch, copied));
     if (status == 0 && log->is_new)
         status = sync_new_log(volume, log);
     if (status == 0) {
@@ -328,7 +266,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
             log->numbers_given += new_count;
             note_log_bytes(volume, log);
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
-            poison_on(volume, onion_site_set(status, log->path, before));
+            onion_volume_poison_on(volume, onion_site_set(status, log->path, before));
         }
     }
     free(copied);
@@ -460,7 +398,7 @@ static int reclaim(struct onion_volume *volume, struct onion_segment *segment, c
     if (status == 0 && volume->wipe_zero)
         __atomic_add_fetch(&volume->bytes_unreachable, result.bytes_unreachable, __ATOMIC_RELAXED);
     if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
-        poison_on(volume, status);
+        onion_volume_poison_on(volume, status);
     if (status < 0) {
         onion_volume_want_scrub(volume, segment);
         return onion_site_set(status, segment->path, count ? onion_slot_offset(volume->block_shift, freed[0].slot) : 0);
@@ -524,11 +462,11 @@ static int flush_locked(struct onion_volume *volume) {
 }
 
 int onion_volume_flush(struct onion_volume *volume) {
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
     status = flush_locked(volume);
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }
 
@@ -616,7 +554,7 @@ static unsigned char *live_bitmap(struct onion_volume *volume, const struct onio
  * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits) {
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
     status = flush_locked(volume);
@@ -627,7 +565,7 @@ int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uu
     if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
         status = -ENOMEM;
     pthread_rwlock_unlock(&volume->gate);
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }
 
@@ -743,7 +681,7 @@ static int prepare_locked(struct onion_volume *volume, const char *map_path, con
     if (status == 0 && !spare->created)
         status = onion_segment_create(spare);
     if (status == 0 && spare->directory_dirty) {
-        status = sync_segment_names(volume);
+        status = onion_volume_sync_segment_names(volume);
         if (status == 0)
             spare->directory_dirty = 0;
     }
@@ -828,7 +766,7 @@ static int make_room_for_spare(struct onion_volume *volume) {
 
 int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
                       struct onion_sealed *sealed) {
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
     (void)onion_fault_install(); /* see base/sigbus.h */
@@ -842,10 +780,10 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
         give_next_log_back(volume);
     pthread_mutex_unlock(&volume->prepare_lock);
     if (status < 0) {
-        flush_gate_open(volume);
+        onion_volume_open_flush_gate(volume);
         return status;
     }
-    flush_gate_keep(volume, &volume->sealing, 1);
+    onion_volume_keep_flush_gate(volume, &volume->sealing, 1);
     return 0;
 }
 
@@ -906,7 +844,7 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }
 
@@ -920,35 +858,8 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
         onion_head_log_close(&volume->next_log);
         status = 0;
     }
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
-}
-
-/* ---- holding writers ---- */
-
-int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
-    int status = flush_begin(volume); /* so that nobody is inside who waits for the gate below */
-    if (status < 0)
-        return status;
-    pthread_rwlock_wrlock(&volume->gate);
-    pthread_mutex_lock(&volume->pending_lock);
-    int is_changed = volume->pending.record_count || volume->log.cursor.sequence != frames;
-    pthread_mutex_unlock(&volume->pending_lock);
-    if (is_changed) {
-        pthread_rwlock_unlock(&volume->gate);
-        flush_gate_open(volume);
-        return -EBUSY;
-    }
-    flush_gate_keep(volume, &volume->frozen, 1);
-    return 0;
-}
-
-void onion_volume_thaw(struct onion_volume *volume) {
-    if (!volume->frozen || onion_volume_closed(volume))
-        return;
-    volume->frozen = 0;
-    pthread_rwlock_unlock(&volume->gate);
-    flush_gate_open(volume);
 }
 
 /* ---- rewriting the head's map ---- */
@@ -1078,7 +989,7 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
 int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
                          const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written) {
     struct onion_layer layer = {0};
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
     status = flush_locked(volume);
@@ -1093,7 +1004,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     onion_layer_destroy(&layer);
     if (status < 0) {
         onion_head_log_close(&volume->next_log);
-        flush_gate_open(volume);
+        onion_volume_open_flush_gate(volume);
         return status;
     }
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
@@ -1102,7 +1013,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     pthread_mutex_lock(&volume->pending_lock);
     onion_journal_add_owner(volume, &owner);
     pthread_mutex_unlock(&volume->pending_lock);
-    flush_gate_keep(volume, &volume->rewriting, 1 + (drop_zero != 0));
+    onion_volume_keep_flush_gate(volume, &volume->rewriting, 1 + (drop_zero != 0));
     return 0;
 }
 
@@ -1128,7 +1039,7 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }
 
@@ -1139,12 +1050,12 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
         settle_owner(volume);
     drop_draft(volume, &volume->next_log);
     onion_head_log_close(&volume->next_log);
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return 0;
 }
 
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
-    int status = flush_begin(volume); /* which keeps the log and the head what they are */
+    int status = onion_volume_close_flush_gate(volume); /* which keeps the log and the head what they are */
     if (status < 0)
         return status;
     *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
@@ -1158,17 +1069,17 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
                    onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
     }
     onion_epoch_leave(&volume->epoch, ticket);
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return 0;
 }
 
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state) {
-    int status = flush_begin(volume); /* which keeps the log what it is */
+    int status = onion_volume_close_flush_gate(volume); /* which keeps the log what it is */
     if (status < 0)
         return status;
     *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
                                    volume->log.cursor.sequence, volume->log.cursor.crc, volume->size_bytes};
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return 0;
 }
 
@@ -1261,7 +1172,7 @@ static int hold_records(struct onion_volume *volume) {
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
     if (size_bytes > ONION_VOLUME_BYTES_MAX)
         return -EFBIG;
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
     status = flush_locked(volume);
@@ -1269,7 +1180,7 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
         pthread_rwlock_wrlock(&volume->gate);
         if (size_bytes == volume->size_bytes || (status = hold_records(volume)) < 0) {
             pthread_rwlock_unlock(&volume->gate);
-            flush_gate_open(volume);
+            onion_volume_open_flush_gate(volume);
             return status;
         }
         status = apply_resize(volume, size_bytes);
@@ -1284,6 +1195,6 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
             onion_volume_mark_poisoned(volume);
         pthread_rwlock_unlock(&volume->gate);
     }
-    flush_gate_open(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }

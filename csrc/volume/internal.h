@@ -109,23 +109,39 @@ struct onion_volume {
 };
 
 /* 0, or why no verb may run now. */
-int onion_volume_usable(const struct onion_volume *volume);
-/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+static inline int onion_volume_usable(const struct onion_volume *volume) {
+    if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
+        return ONION_E_FORKED;
+    if (__atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST))
+        return ONION_E_CLOSED;
+    if (__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
+        return ONION_E_POISONED;
+    return 0;
+}
 /* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
 static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
     __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST);
 }
 
+/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+/* ---- state.c ---- */
+
+/* Waits at the flush gate and closes it, or says why there can be no flush. */
+int onion_volume_close_flush_gate(struct onion_volume *volume);
+/* It stays closed until the outcome is known, of what *sealing_or_rewriting then says; close need not wait for that. */
+void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind);
+void onion_volume_open_flush_gate(struct onion_volume *volume);
+/* Poisons the volume where status is an error: of a sync, or of what cannot be taken back. Returns it. */
+int onion_volume_poison_on(struct onion_volume *volume, int status);
+int onion_volume_sync_segment_names(struct onion_volume *volume);
+
 /* Maps the raw image that fd is open on, through a descriptor of its own. */
 int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
 void onion_base_release(void *context, void *mapping);
-/* Waits at the flush gate and closes it, or says why there can be no flush; opens it. flush.c's flush_begin. */
-int onion_volume_close_flush_gate(struct onion_volume *volume);
-void onion_volume_open_flush_gate(struct onion_volume *volume);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 void onion_below_free(struct onion_below *below);
 /* Makes room in the index for a volume of this size. Nobody writes meanwhile. */

@@ -714,7 +714,8 @@ void onion_journal_leave_found(struct onion_volume *volume) {
 
 void onion_journal_close(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    if (journal->header && !volume->pending.record_count && !journal->taken_count && !onion_volume_poisoned(volume))
+    if (journal->header && !volume->pending.record_count && !journal->taken_count &&
+        !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
         (void)!ftruncate(journal->fd, 0);
     if (journal->header) { /* else the records are the heap's */
         volume->pending.records = NULL;

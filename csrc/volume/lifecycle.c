@@ -178,32 +178,6 @@ void onion_volume_free(struct onion_volume *volume) {
     free(volume);
 }
 
-int onion_volume_usable(const struct onion_volume *volume) {
-    if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
-        return ONION_E_FORKED;
-    if (__atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST))
-        return ONION_E_CLOSED;
-    if (__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
-        return ONION_E_POISONED;
-    return 0;
-}
-
-uint64_t onion_volume_size(const struct onion_volume *volume) {
-    return __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
-}
-uint32_t onion_volume_block_size(const struct onion_volume *volume) { return volume->block_size; }
-int onion_volume_poisoned(const struct onion_volume *volume) { return __atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST); }
-int onion_volume_closed(const struct onion_volume *volume) { return __atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST); }
-void onion_volume_poison(struct onion_volume *volume) {
-    if (onion_volume_usable(volume) == ONION_E_FORKED)
-        return;
-    pthread_mutex_lock(&volume->flush_lock);
-    onion_volume_mark_poisoned(volume);
-    pthread_cond_broadcast(&volume->flush_free);
-    pthread_mutex_unlock(&volume->flush_lock);
-}
-void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&volume->forked, 1, __ATOMIC_SEQ_CST); }
-
 uint64_t onion_volume_memory(const struct onion_volume *volume) {
     uint64_t ranges = (onion_volume_size(volume) >> ONION_RANGE_BYTES_SHIFT) + 1;
     return ranges * sizeof(uint64_t) + (uint64_t)__atomic_load_n(&volume->index.leaf_bytes, __ATOMIC_RELAXED);
