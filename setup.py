@@ -16,10 +16,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 
-
 def _all_of(room: str, but: str = "") -> list[str]:
     """All kernels of a room of csrc, but one."""
-    return [f"{room}/{file.stem}" for file in sorted(Path(__file__).parent.glob(f"csrc/{room}/*.c")) if file.stem != but]
+    found = sorted(file.stem for file in Path(__file__).parent.glob(f"csrc/{room}/*.c"))
+    return [f"{room}/{kernel}" for kernel in found if kernel != but]
 
 
 # Extension module -> the kernels in csrc/ that it links.

@@ -118,6 +118,19 @@ static inline int onion_volume_usable(const struct onion_volume *volume) {
         return ONION_E_POISONED;
     return 0;
 }
+static inline int onion_volume_in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
+    return offset <= size && length <= size - offset;
+}
+static inline int onion_volume_has_blocks(const struct onion_volume *volume, const uint64_t *block_indices,
+                                          uint64_t count) {
+    uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
+    uint64_t blocks = (size + volume->block_size - 1) >> volume->block_shift;
+    for (uint64_t i = 0; i < count; i++)
+        if (block_indices[i] >= blocks)
+            return 0;
+    return 1;
+}
 /* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
 static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
     __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
@@ -138,6 +151,11 @@ void onion_volume_open_flush_gate(struct onion_volume *volume);
 /* Poisons the volume where status is an error: of a sync, or of what cannot be taken back. Returns it. */
 int onion_volume_poison_on(struct onion_volume *volume, int status);
 int onion_volume_sync_segment_names(struct onion_volume *volume);
+
+/* ---- read.c ---- */
+
+/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
+int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
 /* Maps the raw image that fd is open on, through a descriptor of its own. */
 int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);

@@ -5,11 +5,6 @@
 #include "base/sigbus.h"
 #include "volume/internal.h"
 
-static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    uint64_t size = onion_volume_size(volume);
-    return offset <= size && length <= size - offset;
-}
-
 int onion_volume_plan_begin(struct onion_volume *volume, struct onion_ticket *ticket) {
     *ticket = onion_epoch_enter(&volume->epoch);
     /* After entering: close waits for those who are inside. */
@@ -80,7 +75,7 @@ int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t
                           uint32_t capacity, uint64_t *planned) {
     struct plan plan = {pieces, 0, capacity};
     *planned = 0;
-    if (!in_bounds(volume, offset, length))
+    if (!onion_volume_in_bounds(volume, offset, length))
         return ONION_E_BOUNDS;
     while (*planned < length) {
         int64_t bytes = plan_run(volume, offset + *planned, length - *planned, &plan);
@@ -173,7 +168,7 @@ int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint6
     int64_t count = onion_volume_plan_begin(volume, &ticket);
     if (count < 0)
         return count;
-    if (!in_bounds(volume, offset, length))
+    if (!onion_volume_in_bounds(volume, offset, length))
         count = ONION_E_BOUNDS;
     while (count >= 0 && length && (uint64_t)count < capacity) {
         extents[count] = extent_at(volume, offset, length);
