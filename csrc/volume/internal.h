@@ -175,10 +175,14 @@ int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
  * that did. The gate is held alone. */
 struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
-/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
-uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
     return segment->generation == volume->generation;
+}
+static inline int onion_place_is_own(const struct onion_volume *volume, onion_place place) {
+    if (!onion_place_is_data(place))
+        return 0;
+    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+    return segment->own && onion_segment_is_head(volume, segment);
 }
 /* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
  * the stripe. */
@@ -186,18 +190,28 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
 /* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
 int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
                             const void *bytes, int fresh);
+/* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
+ * pending_lock. */
+int onion_pending_make_room(struct onion_volume *volume);
+
+/* ---- pending.c ---- */
+
 /* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
  * nothing changed. The caller holds pending_lock. */
 int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
-int onion_pending_make_room(struct onion_volume *volume);
+/* What a record that was put changed of the list. */
+struct onion_pending_mark {
+    size_t record_count;
+    uint32_t last_blocks, declared;
+};
+struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending);
+/* Takes the last record back, which the index could not take. */
+void onion_pending_take_back(struct onion_pending *pending, const struct onion_pending_mark *mark);
+
+/* ---- flush.c ---- */
+
 /* Flushes by itself where too much waits for it. A full disk is no error here. */
 int onion_volume_relieve(struct onion_volume *volume);
-/* After a write, its locks given up. */
-static inline int onion_volume_after_write(struct onion_volume *volume, int status) {
-    if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
-        return onion_volume_relieve(volume);
-    return status;
-}
 void onion_head_log_close(struct onion_head_log *log);
 
 #endif

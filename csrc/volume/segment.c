@@ -217,6 +217,15 @@ int onion_segment_create(struct onion_segment *segment) {
     return 0;
 }
 
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment) {
+    struct stat info;
+    if (!__atomic_load_n(&segment->created, __ATOMIC_SEQ_CST))
+        return 0;
+    if (segment->fd < 0 || fstat(segment->fd, &info))
+        return segment->next_slot;
+    return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+}
+
 /* Maps enough for `end` bytes. The old mapping stays until the readers that may use it have left. */
 static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, uint64_t end) {
     uint64_t length = MAP_AHEAD_BYTES;

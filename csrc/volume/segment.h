@@ -87,6 +87,9 @@ int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named)
 /* Makes the file (O_EXCL) and writes its header; the segment's directory has to be synced later. */
 int onion_segment_create(struct onion_segment *segment);
 
+/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
+
 /* The address of `count` slots from `slot` on, mapped now if need be. Old mappings are retired to `epoch`. */
 int onion_segment_address(struct onion_segment *segment, struct onion_epoch *epoch, uint32_t slot, uint64_t count,
                           const char **address);
