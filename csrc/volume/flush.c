@@ -142,14 +142,6 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
     return used;
 }
 
-/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
-static uint32_t own_segment_count(const struct onion_volume *volume) {
-    uint32_t count = 0, last = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE); /* a spare may be added */
-    for (uint32_t i = 1; i <= last; i++)
-        count += (uint32_t)volume->segments[i]->own;
-    return count;
-}
-
 /* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
  * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
  * are no frame: who reads the log sees its end. A disk with no room for them has room for the frame perhaps. */
@@ -241,7 +233,7 @@ static size_t net_records(struct onion_volume *volume, struct onion_record *reco
 }
 
 static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
-    uint32_t own = own_segment_count(volume) + 1, new_count = 0;
+    uint32_t own = onion_volume_own_segment_count(volume) + 1, new_count = 0;
     struct onion_record *copied = malloc((batch->record_count + 1) * sizeof *copied);
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
@@ -754,7 +746,7 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
 static int make_room_for_spare(struct onion_volume *volume) {
     static const unsigned char no_id[ONION_UUID_BYTES];
     if (onion_volume_numbers_left(volume) <= NUMBERS_KEPT ||
-        volume->log.numbers_given + own_segment_count(volume) > ONION_SEGMENT_LAST - 2 * NUMBERS_KEPT)
+        volume->log.numbers_given + onion_volume_own_segment_count(volume) > ONION_SEGMENT_LAST - 2 * NUMBERS_KEPT)
         return ONION_E_NUMBERS;
     if (volume->next_spare)
         return 0;

@@ -141,6 +141,27 @@ static inline void onion_volume_want_scrub(struct onion_volume *volume, struct o
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+/* ---- base_image.c ---- */
+
+/* Maps the raw image that fd is open on, through a descriptor of its own. */
+int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
+void onion_base_release(void *context, void *mapping);
+
+/* ---- segment_table.c ---- */
+
+int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
+/* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
+uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
+uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
+/* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
+int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
+/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
+ * that did. The gate is held alone. */
+struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
+uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
+/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
+uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
+
 /* ---- state.c ---- */
 
 /* Waits at the flush gate and closes it, or says why there can be no flush. */
@@ -157,24 +178,11 @@ int onion_volume_sync_segment_names(struct onion_volume *volume);
 /* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
 int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
-/* Maps the raw image that fd is open on, through a descriptor of its own. */
-int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
-void onion_base_release(void *context, void *mapping);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 void onion_below_free(struct onion_below *below);
 /* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
 int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
 void onion_volume_retire_leaf(void *context, void *leaf);
-int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
-/* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
-uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
-uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
-/* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
-int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
-/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
- * that did. The gate is held alone. */
-struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
-uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
     return segment->generation == volume->generation;
 }
