@@ -29,7 +29,6 @@
 #define NUMBERS_KEPT 256u /* of the segments, for what has to go on when no snapshot can be taken any more */
 #define COMPACT_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
 #define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
-#define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
 
 /* ---- segments ---- */
 
@@ -52,69 +51,6 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
 }
 
 /* ---- the map log ---- */
-
-/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
-static int has_no_room(int status) {
-    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
-}
-
-/* Makes the file of a log: its header, and zeros for the first frames where there is room for them. */
-static int create_map_file(struct onion_volume *volume, struct onion_head_log *log) {
-    unsigned char bytes[LOG_STEP_BYTES] = {0};
-    struct onion_header header = {.version = ONION_FORMAT_VERSION,
-                                  .block_size = volume->block_size,
-                                  .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
-    memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
-    onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = onion_make_file(log->path);
-    if (fd < 0)
-        return fd;
-    log->room_end = sizeof bytes;
-    int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
-    if (has_no_room(status)) {
-        log->room_end = ONION_HEADER_BYTES;
-        status = onion_pwrite_all(fd, bytes, ONION_HEADER_BYTES, 0);
-    }
-    if (status < 0) {
-        unlink(log->path);
-        close(fd);
-        return status;
-    }
-    log->fd = fd;
-    return 0;
-}
-
-/* Makes the file of a log that has none, and starts to write it out: so the commit of the file system's journal that the
- * sync of the segments waits for holds this file too, and its own sync need not wait for another. */
-static int make_log(struct onion_volume *volume, struct onion_head_log *log) {
-    int status = create_map_file(volume, log);
-    if (status < 0)
-        return onion_site_set(status, log->path, 0);
-    onion_start_writing(log->fd);
-    log->is_new = 1;
-    return 0;
-}
-
-/* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
-static int sync_new_log(struct onion_volume *volume, struct onion_head_log *log) {
-    int status = onion_sync_file(log->fd); /* BARRIER: map header */
-    if (status == 0)
-        status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
-    if (status == 0)
-        log->is_new = 0;
-    return onion_volume_poison_on(volume, onion_site_set(status, log->path, 0));
-}
-
-static int draw_salt(struct onion_head_log *log) {
-    if (log->cursor.salt)
-        return 0;
-    while (log->cursor.salt == 0)
-        /* glibc wraps it from 2.25 on, and a wheel may meet 2.17. */
-        if (syscall(SYS_getrandom, &log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt &&
-            errno != EINTR)
-            return -errno;
-    return 0;
-}
 
 /* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
  * them. out has room for one SEGMENT record a record more. Where the frame is not written the
@@ -140,45 +76,6 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
         out[used++] = record;
     }
     return used;
-}
-
-/* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
- * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
- * are no frame: who reads the log sees its end. A disk with no room for them has room for the frame perhaps. */
-static int write_frame(struct onion_head_log *log, const unsigned char *bytes, size_t length, size_t with_room) {
-    uint64_t end = log->cursor.offset + length;
-    if (end <= log->room_end)
-        return onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
-    int status = onion_pwrite_all(log->fd, bytes, with_room, log->cursor.offset);
-    if (status == 0)
-        log->room_end = log->cursor.offset + with_room;
-    else if (has_no_room(status))
-        status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
-    return status;
-}
-
-static int append_frame(struct onion_head_log *log, const struct onion_record *records, uint32_t count) {
-    size_t length = onion_frame_bytes(count);
-    uint64_t end = log->cursor.offset + length;
-    size_t with_room = (size_t)((end / LOG_STEP_BYTES + 1) * LOG_STEP_BYTES - log->cursor.offset);
-    unsigned char *bytes = malloc(with_room);
-    if (!bytes)
-        return -ENOMEM;
-    memset(bytes + length, 0, with_room - length);
-    uint32_t crc = onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
-    int status = write_frame(log, bytes, length, with_room);
-    free(bytes);
-    if (status < 0)
-        return onion_site_set(status, log->path, log->cursor.offset);
-    log->cursor.offset += length;
-    log->cursor.sequence++;
-    log->cursor.crc = crc;
-    log->record_count += count;
-    return 0;
-}
-
-static void note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log) {
-    __atomic_store_n(&volume->log_bytes, log->cursor.offset, __ATOMIC_RELAXED);
 }
 
 /* The records of a batch, out of the half of the journal that they lie in, which may be moved but under pending_lock. */
@@ -237,16 +134,16 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
     struct onion_record *copied = malloc((batch->record_count + 1) * sizeof *copied);
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
-    int status = copied && records && new_segments ? draw_salt(log) : -ENOMEM;
+    int status = copied && records && new_segments ? onion_head_log_draw_salt(log) : -ENOMEM;
     if (status == 0)
         status = onion_volume_poison_on(volume, copy_batch(volume, batch, copied));
     if (status == 0 && log->is_new)
-        status = sync_new_log(volume, log);
+        status = onion_head_log_sync_new(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
         size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count : net_records(volume, copied, batch->record_count);
         uint32_t count = number_records(volume, log, copied, net, records, new_segments, &new_count);
-        status = append_frame(log, records, count);
+        status = onion_head_log_append(log, records, count);
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
                 volume->segments[new_segments[i]]->log_number = 0;
@@ -256,7 +153,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
                 onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;
-            note_log_bytes(volume, log);
+            onion_volume_note_log_bytes(volume, log);
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
             onion_volume_poison_on(volume, onion_site_set(status, log->path, before));
         }
@@ -269,16 +166,9 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
 
 /* ---- taking the pending changes, and putting them back ---- */
 
-/* What the journal's records go on from: a log as it is. */
-static struct onion_journal_owner owner_of(const struct onion_head_log *log) {
-    struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
-    memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
-    return owner;
-}
-
 /* next: the log of the head that a seal begins, or NULL. */
 static struct onion_pending take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
-    struct onion_journal_owner owner = owner_of(&volume->log), first = next ? owner_of(next) : owner;
+    struct onion_journal_owner owner = onion_head_log_owner(&volume->log), first = next ? onion_head_log_owner(next) : owner;
     pthread_mutex_lock(&volume->pending_lock);
     struct onion_pending *pending = &volume->pending, batch = *pending;
     pending->freed = NULL;
@@ -428,7 +318,7 @@ static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batc
 /* Makes a batch durable in `log`. On failure it is back in the pending list. */
 static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
                         int of_sealed) {
-    int status = batch->record_count && log->fd < 0 ? make_log(volume, log) : 0;
+    int status = batch->record_count && log->fd < 0 ? onion_head_log_begin(volume, log) : 0;
     if (status == 0)
         status = sync_segments(volume, of_sealed);
     if (status == 0 && batch->record_count)
@@ -438,7 +328,7 @@ static int commit_batch(struct onion_volume *volume, struct onion_head_log *log,
         return status;
     }
     /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
-    struct onion_journal_owner now = owner_of(log);
+    struct onion_journal_owner now = onion_head_log_owner(log);
     pthread_mutex_lock(&volume->pending_lock);
     onion_journal_drop_taken(volume, &now);
     pthread_mutex_unlock(&volume->pending_lock);
@@ -475,7 +365,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     if (is_busy && !must) /* by a flush, which makes room too, or by a seal that may take longer */
         return 0;
     int status = onion_volume_flush(volume);
-    if (!has_no_room(status))
+    if (!onion_has_no_room(status))
         return status;
     pthread_mutex_lock(&volume->pending_lock);
     pending->flush_at_records = pending->record_count;
@@ -594,7 +484,7 @@ static int flush_found(struct onion_volume *volume) {
 
 int onion_volume_free_own_slots(struct onion_volume *volume) {
     int status = flush_found(volume);
-    if (has_no_room(status))
+    if (onion_has_no_room(status))
         return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
@@ -639,22 +529,14 @@ static void unswap_heads(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
-/* A log that has no file yet. */
-static int describe_log(struct onion_head_log *log, const char *map_path, const unsigned char *map_id) {
-    *log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
-    memcpy(log->map_id, map_id, ONION_UUID_BYTES);
-    log->path = strdup(map_path);
-    return log->path ? 0 : -ENOMEM;
-}
-
 static int prepare_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     struct onion_head_log *log = &volume->prepared_log;
     int status = 0;
     if (log->fd < 0) {
         onion_head_log_close(log);
-        status = describe_log(log, map_path, map_id);
+        status = onion_head_log_describe(log, map_path, map_id);
         if (status == 0)
-            status = make_log(volume, log);
+            status = onion_head_log_begin(volume, log);
     }
     return status;
 }
@@ -678,7 +560,7 @@ static int prepare_locked(struct onion_volume *volume, const char *map_path, con
             spare->directory_dirty = 0;
     }
     if (status == 0 && volume->prepared_log.is_new)
-        status = sync_new_log(volume, &volume->prepared_log);
+        status = onion_head_log_sync_new(volume, &volume->prepared_log);
     return status;
 }
 
@@ -696,7 +578,7 @@ int onion_volume_prepare(struct onion_volume *volume, const char *map_path, cons
 static int take_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     struct onion_head_log *prepared = &volume->prepared_log;
     if (prepared->fd < 0 || memcmp(prepared->map_id, map_id, ONION_UUID_BYTES))
-        return describe_log(&volume->next_log, map_path, map_id);
+        return onion_head_log_describe(&volume->next_log, map_path, map_id);
     volume->next_log = *prepared;
     *prepared = (struct onion_head_log){.fd = -1};
     return 0;
@@ -709,13 +591,6 @@ static void give_next_log_back(struct onion_volume *volume) {
     else
         onion_head_log_close(&volume->next_log);
     volume->next_log = (struct onion_head_log){.fd = -1};
-}
-
-/* What is pending goes on from the head's log, whatever else was possible. */
-static void settle_owner(struct onion_volume *volume) {
-    pthread_mutex_lock(&volume->pending_lock);
-    onion_journal_settle_owner(volume, volume->log.map_id);
-    pthread_mutex_unlock(&volume->pending_lock);
 }
 
 static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
@@ -731,7 +606,7 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
     status = commit_batch(volume, &volume->log, &batch, 1);
     if (status < 0) {
         unswap_heads(volume);
-        settle_owner(volume);
+        onion_volume_settle_owner(volume);
         return status;
     }
     sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
@@ -831,8 +706,8 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
-        settle_owner(volume);
-        note_log_bytes(volume, &volume->log);
+        onion_volume_settle_owner(volume);
+        onion_volume_note_log_bytes(volume, &volume->log);
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
@@ -846,7 +721,7 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
         unswap_heads(volume);
-        settle_owner(volume);
+        onion_volume_settle_owner(volume);
         onion_head_log_close(&volume->next_log);
         status = 0;
     }
@@ -927,13 +802,13 @@ static int gather_head(struct onion_volume *volume, const struct onion_layer_sou
 static int write_compact(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
     struct onion_layer_writer *writer = calloc(1, sizeof *writer);
     struct onion_record *records = malloc(REWRITE_FRAME_RECORDS * sizeof *records);
-    int status = writer && records ? draw_salt(log) : -ENOMEM;
+    int status = writer && records ? onion_head_log_draw_salt(log) : -ENOMEM;
     struct onion_record size = {.kind = ONION_RECORD_SIZE, .block_index = volume->size_bytes};
     if (status == 0)
-        status = append_frame(log, &size, 1);
+        status = onion_head_log_append(log, &size, 1);
     uint32_t count;
     while (status == 0 && (count = onion_layer_records(layer, writer, records, REWRITE_FRAME_RECORDS)))
-        status = append_frame(log, records, count);
+        status = onion_head_log_append(log, records, count);
     if (status == 0) {
         log->numbers_given = writer->numbers_given;
         for (uint32_t k = 1; k <= layer->segment_count; k++) {
@@ -968,7 +843,7 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
     volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
     if (!volume->next_numbers)
         return -ENOMEM;
-    int status = create_map_file(volume, log);
+    int status = onion_head_log_create(volume, log);
     if (status == 0)
         status = write_compact(volume, layer, log);
     if (status == 0)
@@ -986,7 +861,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
         return status;
     status = flush_locked(volume);
     if (status == 0)
-        status = describe_log(&volume->next_log, new_path, new_id);
+        status = onion_head_log_describe(&volume->next_log, new_path, new_id);
     if (status == 0)
         status = gather_head(volume, lower, &layer);
     if (status == 0 && drop_zero)
@@ -1001,7 +876,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     }
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
                                      volume->next_log.cursor.crc, volume->size_bytes};
-    struct onion_journal_owner owner = owner_of(&volume->next_log);
+    struct onion_journal_owner owner = onion_head_log_owner(&volume->next_log);
     pthread_mutex_lock(&volume->pending_lock);
     onion_journal_add_owner(volume, &owner);
     pthread_mutex_unlock(&volume->pending_lock);
@@ -1026,8 +901,8 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
         }
         if (volume->rewriting == 2)
             volume->nothing_below = 1;
-        settle_owner(volume);
-        note_log_bytes(volume, &volume->log);
+        onion_volume_settle_owner(volume);
+        onion_volume_note_log_bytes(volume, &volume->log);
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
     }
@@ -1039,7 +914,7 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (!volume->rewriting)
         return -EINVAL;
     if (onion_volume_usable(volume) != ONION_E_FORKED)
-        settle_owner(volume);
+        onion_volume_settle_owner(volume);
     drop_draft(volume, &volume->next_log);
     onion_head_log_close(&volume->next_log);
     onion_volume_open_flush_gate(volume);

@@ -2,6 +2,7 @@
 #ifndef ONIONSKIN_VOLUME_INTERNAL_H
 #define ONIONSKIN_VOLUME_INTERNAL_H
 
+#include <errno.h>
 #include <pthread.h>
 
 #include "base/barrier.h"
@@ -131,6 +132,10 @@ static inline int onion_volume_has_blocks(const struct onion_volume *volume, con
             return 0;
     return 1;
 }
+/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
+static inline int onion_has_no_room(int status) {
+    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
+}
 /* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
 static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
     __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
@@ -178,6 +183,26 @@ int onion_volume_sync_segment_names(struct onion_volume *volume);
 /* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
 int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
+/* ---- head_log.c ---- */
+
+/* A log that has no file yet. */
+int onion_head_log_describe(struct onion_head_log *log, const char *map_path, const unsigned char *map_id);
+/* Makes its file: the header, and zeros for the first frames where there is room for them. */
+int onion_head_log_create(struct onion_volume *volume, struct onion_head_log *log);
+/* The same, and starts to write it out: so the commit of the file system's journal that the sync of the segments waits for
+ * holds this file too, and its own sync need not wait for another. */
+int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log);
+int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log);
+int onion_head_log_draw_salt(struct onion_head_log *log);
+int onion_head_log_append(struct onion_head_log *log, const struct onion_record *records, uint32_t count);
+void onion_head_log_close(struct onion_head_log *log);
+/* For onion_volume_may_want_compaction. */
+void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log);
+/* What the journal's records go on from: a log as it is. */
+struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log);
+/* What is pending goes on from the head's log, whatever else was possible. */
+void onion_volume_settle_owner(struct onion_volume *volume);
+
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 void onion_below_free(struct onion_below *below);
 /* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
@@ -220,6 +245,5 @@ void onion_pending_take_back(struct onion_pending *pending, const struct onion_p
 
 /* Flushes by itself where too much waits for it. A full disk is no error here. */
 int onion_volume_relieve(struct onion_volume *volume);
-void onion_head_log_close(struct onion_head_log *log);
 
 #endif

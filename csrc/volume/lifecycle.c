@@ -107,13 +107,6 @@ int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes) {
     return status;
 }
 
-void onion_head_log_close(struct onion_head_log *log) {
-    if (log->fd >= 0)
-        close(log->fd);
-    free(log->path);
-    *log = (struct onion_head_log){.fd = -1};
-}
-
 void onion_volume_close(struct onion_volume *volume) {
     if (__atomic_exchange_n(&volume->closed, 1, __ATOMIC_SEQ_CST) || volume->forked)
         return;
