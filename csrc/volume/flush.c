@@ -240,79 +240,6 @@ static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
     release_batch(batch);
 }
 
-/* ---- giving freed slots back ---- */
-
-static int by_segment_and_slot(const void *a, const void *b) {
-    const struct onion_freed *x = a, *y = b;
-    if (x->segment != y->segment)
-        return x->segment < y->segment ? -1 : 1;
-    return x->slot < y->slot ? -1 : x->slot > y->slot;
-}
-
-/* Sorts, and joins neighbours in place. Returns how many are left. */
-static size_t join_freed(struct onion_freed *freed, size_t count) {
-    size_t kept = 0;
-    qsort(freed, count, sizeof *freed, by_segment_and_slot);
-    for (size_t i = 0; i < count; i++) {
-        struct onion_freed *last = kept ? &freed[kept - 1] : NULL;
-        if (last && last->segment == freed[i].segment && last->slot + last->count == freed[i].slot)
-            last->count += freed[i].count;
-        else
-            freed[kept++] = freed[i];
-    }
-    return kept;
-}
-
-/* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
-static int reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
-                   size_t count) {
-    struct onion_byte_range *ranges = malloc(count * sizeof *ranges);
-    struct onion_wipe_result result;
-    if (!ranges)
-        return -ENOMEM;
-    for (size_t i = 0; i < count; i++) {
-        ranges[i].offset = onion_slot_offset(volume->block_shift, freed[i].slot);
-        ranges[i].length = (uint64_t)freed[i].count << volume->block_shift;
-    }
-    int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
-    int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
-    free(ranges);
-    if (status == 0 && volume->wipe_zero)
-        __atomic_add_fetch(&volume->bytes_unreachable, result.bytes_unreachable, __ATOMIC_RELAXED);
-    if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
-        onion_volume_poison_on(volume, status);
-    if (status < 0) {
-        onion_volume_want_scrub(volume, segment);
-        return onion_site_set(status, segment->path, count ? onion_slot_offset(volume->block_shift, freed[0].slot) : 0);
-    }
-    pthread_mutex_lock(&volume->slots_lock);
-    for (size_t i = count; i; i--)
-        onion_segment_give_back(segment, freed[i - 1].slot, freed[i - 1].count);
-    pthread_mutex_unlock(&volume->slots_lock);
-    return 0;
-}
-
-/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
-static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batch) {
-    if (!batch->freed_count)
-        return 0;
-    onion_epoch_wait(&volume->epoch); /* a read may still be copying from a slot that it found before */
-    size_t count = join_freed(batch->freed, batch->freed_count);
-    int status = 0;
-    for (size_t i = 0, end; i < count; i = end) {
-        for (end = i; end < count && batch->freed[end].segment == batch->freed[i].segment; end++)
-            ;
-        struct onion_segment *segment = volume->segments[batch->freed[i].segment];
-        int one = 0;
-        if (segment->own)
-            one = reclaim(volume, segment, batch->freed + i, end - i);
-        else
-            onion_volume_want_scrub(volume, segment);
-        status = status < 0 ? status : one;
-    }
-    return status;
-}
-
 /* ---- flush ---- */
 
 /* Makes a batch durable in `log`. On failure it is back in the pending list. */
@@ -333,7 +260,7 @@ static int commit_batch(struct onion_volume *volume, struct onion_head_log *log,
     onion_journal_drop_taken(volume, &now);
     pthread_mutex_unlock(&volume->pending_lock);
     /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
-    status = reclaim_freed(volume, batch);
+    status = onion_volume_reclaim_freed(volume, batch);
     release_batch(batch);
     return status;
 }
@@ -472,7 +399,7 @@ static int give_back_unset(struct onion_volume *volume, struct onion_segment *se
         }
         runs[count++] = (struct onion_freed){segment->number, (uint32_t)i, 1};
     }
-    int status = count ? reclaim(volume, segment, runs, count) : 0;
+    int status = count ? onion_volume_reclaim(volume, segment, runs, count) : 0;
     free(runs);
     return status;
 }

@@ -203,6 +203,14 @@ struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log
 /* What is pending goes on from the head's log, whatever else was possible. */
 void onion_volume_settle_owner(struct onion_volume *volume);
 
+/* ---- reclaim.c ---- */
+
+/* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
+int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
+                         size_t count);
+/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
+int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch);
+
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 void onion_below_free(struct onion_below *below);
 /* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
