@@ -211,7 +211,8 @@ int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segm
 /* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
 int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch);
 
-int onion_volume_flush_behind_gate(struct onion_volume *volume);
+/* ---- lifecycle.c ---- */
+
 void onion_below_free(struct onion_below *below);
 /* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
 int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
@@ -253,5 +254,13 @@ void onion_pending_take_back(struct onion_pending *pending, const struct onion_p
 
 /* Flushes by itself where too much waits for it. A full disk is no error here. */
 int onion_volume_relieve(struct onion_volume *volume);
+/* Takes away what is pending, to be made durable or put back. next: the log of the head that a seal begins, or NULL. */
+struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next);
+/* Makes a batch durable in `log`. On failure it is back in the pending list. */
+int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
+                              int of_sealed);
+/* A flush that changed nothing gives its batch back, before what came since. */
+void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch);
+int onion_volume_flush_behind_gate(struct onion_volume *volume);
 
 #endif
