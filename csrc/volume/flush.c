@@ -1,4 +1,4 @@
-/* flush.c: what makes changes durable: flush, seal, rewriting the head's map, resize. See volume.h for what must hold.
+/* flush.c: what makes changes durable. See volume.h for what must hold.
  *
  * A flush, step by step, and what a crash between two steps leaves:
  *   1. take the pending records and the dirty flags     nothing happened
@@ -12,17 +12,10 @@
  * sync, it waits and then makes its own. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#include "base/sigbus.h"
-#include "base/store_file.h"
-#include "bulk/wipe.h"
-#include "layer/layer_map.h"
 #include "volume/internal.h"
 
 #define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
@@ -47,7 +40,7 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
     return directory_dirty ? onion_volume_sync_segment_names(volume) : 0;
 }
 
-/* ---- the map log ---- */
+/* ---- the frame ---- */
 
 /* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
  * them. out has room for one SEGMENT record a record more. Where the frame is not written the

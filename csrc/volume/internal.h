@@ -1,4 +1,7 @@
-/* internal.h: what recovery.c, lifecycle.c (reads, writes), flush.c (flush, seal, rewrite) share. Private to them. */
+/* internal.h: what the files of the volume share. Private to them.
+ *
+ * What one of them declares for others stands below by file, those first that call none of those behind them:
+ * tools/check_layers.py finds two that call each other. */
 #ifndef ONIONSKIN_VOLUME_INTERNAL_H
 #define ONIONSKIN_VOLUME_INTERNAL_H
 
@@ -109,6 +112,8 @@ struct onion_volume {
     int frozen; /* the gate is held, for who closes or thaws the volume */
 };
 
+/* ---- questions of a moment, and marks ---- */
+
 /* 0, or why no verb may run now. */
 static inline int onion_volume_usable(const struct onion_volume *volume) {
     if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
@@ -119,10 +124,12 @@ static inline int onion_volume_usable(const struct onion_volume *volume) {
         return ONION_E_POISONED;
     return 0;
 }
+
 static inline int onion_volume_in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
     uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
     return offset <= size && length <= size - offset;
 }
+
 static inline int onion_volume_has_blocks(const struct onion_volume *volume, const uint64_t *block_indices,
                                           uint64_t count) {
     uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
@@ -132,10 +139,23 @@ static inline int onion_volume_has_blocks(const struct onion_volume *volume, con
             return 0;
     return 1;
 }
+
 /* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
 static inline int onion_has_no_room(int status) {
     return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
 }
+
+static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
+    return segment->generation == volume->generation;
+}
+
+static inline int onion_place_is_own(const struct onion_volume *volume, onion_place place) {
+    if (!onion_place_is_data(place))
+        return 0;
+    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+    return segment->own && onion_segment_is_head(volume, segment);
+}
+
 /* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
 static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
     __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
@@ -146,6 +166,7 @@ static inline void onion_volume_want_scrub(struct onion_volume *volume, struct o
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+
 /* ---- base_image.c ---- */
 
 /* Maps the raw image that fd is open on, through a descriptor of its own. */
@@ -167,6 +188,20 @@ uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsi
 /* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
 uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
 
+/* ---- pending.c ---- */
+
+/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
+ * nothing changed. The caller holds pending_lock. */
+int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+/* What a record that was put changed of the list. */
+struct onion_pending_mark {
+    size_t record_count;
+    uint32_t last_blocks, declared;
+};
+struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending);
+/* Takes the last record back, which the index could not take. */
+void onion_pending_take_back(struct onion_pending *pending, const struct onion_pending_mark *mark);
+
 /* ---- state.c ---- */
 
 /* Waits at the flush gate and closes it, or says why there can be no flush. */
@@ -177,11 +212,6 @@ void onion_volume_open_flush_gate(struct onion_volume *volume);
 /* Poisons the volume where status is an error: of a sync, or of what cannot be taken back. Returns it. */
 int onion_volume_poison_on(struct onion_volume *volume, int status);
 int onion_volume_sync_segment_names(struct onion_volume *volume);
-
-/* ---- read.c ---- */
-
-/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
-int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
 /* ---- head_log.c ---- */
 
@@ -211,44 +241,10 @@ int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segm
 /* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
 int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch);
 
-/* ---- lifecycle.c ---- */
+/* ---- read.c ---- */
 
-void onion_below_free(struct onion_below *below);
-/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
-int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
-void onion_volume_retire_leaf(void *context, void *leaf);
-static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
-    return segment->generation == volume->generation;
-}
-static inline int onion_place_is_own(const struct onion_volume *volume, onion_place place) {
-    if (!onion_place_is_data(place))
-        return 0;
-    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
-    return segment->own && onion_segment_is_head(volume, segment);
-}
-/* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
- * the stripe. */
-int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
-/* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
-int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
-                            const void *bytes, int fresh);
-/* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
- * pending_lock. */
-int onion_pending_make_room(struct onion_volume *volume);
-
-/* ---- pending.c ---- */
-
-/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
- * nothing changed. The caller holds pending_lock. */
-int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
-/* What a record that was put changed of the list. */
-struct onion_pending_mark {
-    size_t record_count;
-    uint32_t last_blocks, declared;
-};
-struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending);
-/* Takes the last record back, which the index could not take. */
-void onion_pending_take_back(struct onion_pending *pending, const struct onion_pending_mark *mark);
+/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
+int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
 /* ---- flush.c ---- */
 
@@ -262,5 +258,27 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
 /* A flush that changed nothing gives its batch back, before what came since. */
 void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
+
+/* ---- replace_below.c ---- */
+
+void onion_below_free(struct onion_below *below);
+
+/* ---- write.c ---- */
+
+/* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
+ * the stripe. */
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
+/* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
+int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
+                            const void *bytes, int fresh);
+/* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
+ * pending_lock. */
+int onion_pending_make_room(struct onion_volume *volume);
+
+/* ---- lifecycle.c ---- */
+
+/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
+int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
+void onion_volume_retire_leaf(void *context, void *leaf);
 
 #endif

@@ -1,22 +1,12 @@
-/* lifecycle.c: reading and writing a volume. See volume.h for what must hold, recovery.c for how it begins, flush.c for
- * flush, seal and rewrite. */
+/* lifecycle.c: an empty volume, closing it, and the memory of its index. See volume.h for what must hold, recovery.c for how
+ * files are opened. */
 #define _GNU_SOURCE
-#include "volume/volume.h"
-
 #include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/sigbus.h"
-#include "base/store_file.h"
 #include "volume/internal.h"
-
-/* ---- life ---- */
 
 static void release_leaf(void *context, void *leaf) {
     (void)context;

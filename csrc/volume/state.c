@@ -3,7 +3,6 @@
  * Under all others that open, read, write and flush: it calls none of them but the journal, which is told of a failed sync. */
 #include <errno.h>
 
-#include "base/store_file.h"
 #include "volume/internal.h"
 
 /* ---- what it is ---- */
