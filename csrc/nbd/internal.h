@@ -175,8 +175,21 @@ static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_n
     return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
 }
 
-/* ---- server.c ---- */
+/* ---- events.c ---- */
 
+void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int64_t onion_nbd_now_ns(void);
+
+static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
+    __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+/* Adds up counters of which the second ones may be counting. */
+void onion_nbd_add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_counters *one);
+
+/* ---- exports.c ---- */
+
+/* What leads to the export of that name, or to NULL, in the list. With the server's lock. */
+struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length);
 /* With a reference, or NULL. name is any bytes. */
 struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length);
 void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *export);
@@ -186,7 +199,8 @@ void onion_nbd_leave(struct onion_nbd_export *export);
 /* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
  * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
-void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for those in flight. */
+void onion_nbd_take_volume_away(struct onion_nbd_export *export);
 
 /* ---- handshake.c ---- */
 
@@ -219,10 +233,6 @@ void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 void onion_nbd_transmit(struct onion_nbd_connection *connection);
 void onion_nbd_limits(const struct onion_nbd_session *session, const struct onion_volume *volume,
                       struct onion_nbd_limits *limits);
-int64_t onion_nbd_now_ns(void);
-static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
-    __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
-}
 
 /* ---- write_batch.c ---- */
 

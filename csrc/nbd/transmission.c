@@ -10,7 +10,6 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
-#include <time.h>
 
 #include "nbd/internal.h"
 
@@ -33,12 +32,6 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
         setsockopt(connection->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
     setsockopt(connection->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* a Unix socket refuses, and needs none */
     setsockopt(connection->fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
-}
-
-int64_t onion_nbd_now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
 /* recv, after a short while of asking without sleeping where several requests are under way and the last ones came
