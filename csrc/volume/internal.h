@@ -112,6 +112,62 @@ struct onion_volume {
     int frozen; /* the gate is held, for who closes or thaws the volume */
 };
 
+/* ---- where bytes of a volume come from ---- */
+
+enum onion_source_kind { ONION_SOURCE_ZERO, ONION_SOURCE_DATA, ONION_SOURCE_BASE };
+
+/* One run of a range: the first bytes of it that come from one place. */
+struct onion_source {
+    enum onion_source_kind kind;
+    uint64_t length;                  /* bytes of the range */
+    uint64_t offset;                  /* BASE: in its file. DATA: from the start of the slot */
+    const struct onion_mapping *base; /* BASE */
+    struct onion_segment *segment;    /* DATA, and the next two: blocks side by side */
+    uint32_t slot;
+    uint64_t block_count;
+};
+
+/* All that shows bytes of a volume asks here: reading, the read plan, and the mapping of a view. Under a reader's ticket, or
+ * the stripe. */
+static inline void onion_volume_next_run(const struct onion_volume *volume, uint64_t offset, uint64_t length,
+                                         struct onion_source *source) {
+    uint64_t start = offset & (volume->block_size - 1);
+    uint64_t wanted = (start + length + volume->block_size - 1) >> volume->block_shift;
+    struct onion_run run;
+    onion_map_run_at(&volume->index, offset >> volume->block_shift, wanted, &run);
+    uint64_t bytes = (run.block_count << volume->block_shift) - start;
+    source->length = bytes < length ? bytes : length;
+    source->kind = ONION_SOURCE_ZERO;
+    if (onion_place_is_data(run.place)) {
+        source->kind = ONION_SOURCE_DATA;
+        source->offset = start;
+        source->segment = volume->segments[onion_place_segment(run.place)];
+        source->slot = onion_place_slot(run.place);
+        source->block_count = run.block_count;
+    } else if (run.place == ONION_PLACE_HOLE) {
+        const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+        if (base && offset < base->length) { /* zeros past its end are another run */
+            source->kind = ONION_SOURCE_BASE;
+            source->offset = offset;
+            source->base = base;
+            if (source->length > base->length - offset)
+                source->length = base->length - offset;
+        }
+    }
+}
+
+/* Where they lie in memory; NULL: they are zero. A segment is mapped now if need be. */
+static inline int onion_source_address(const struct onion_source *source, struct onion_epoch *epoch,
+                                       const char **address) {
+    *address = source->kind == ONION_SOURCE_BASE ? source->base->address + source->offset : NULL;
+    if (source->kind != ONION_SOURCE_DATA)
+        return 0;
+    int status = onion_segment_address(source->segment, epoch, source->slot, source->block_count, address);
+    if (__builtin_expect(status == 0, 1))
+        *address += source->offset;
+    return status;
+}
+
 /* ---- questions of a moment, and marks ---- */
 
 /* 0, or why no verb may run now. */

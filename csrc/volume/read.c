@@ -11,6 +11,7 @@
 #include "base/store_file.h"
 #include "volume/internal.h"
 
+#define PAGE_BYTES 4096u
 #define BATCH 32 /* blocks whose look-ups and loads overlap */
 
 struct read_request {
@@ -37,42 +38,23 @@ static void read_base(const struct onion_volume *volume, uint64_t offset, uint64
     memset(out + present, 0, length - present);
 }
 
-static int read_place(struct onion_volume *volume, onion_place place, uint64_t blocks, uint64_t offset,
-                      uint64_t start, uint64_t length, char *out) {
-    if (place == ONION_PLACE_HOLE) {
-        read_base(volume, offset, length, out);
-    } else if (!onion_place_is_data(place)) {
-        memset(out, 0, length);
-    } else {
-        const char *address;
-        struct onion_segment *segment = volume->segments[onion_place_segment(place)];
-        int status = onion_segment_address(segment, &volume->epoch, onion_place_slot(place), blocks, &address);
-        if (status < 0)
-            return status;
-        guarded_copy(out, address + start, length);
-    }
-    return 0;
-}
-
 static int read_range(void *context) {
     struct read_request *request = context;
     struct onion_volume *volume = request->volume;
-    uint32_t shift = volume->block_shift;
     while (request->length) {
-        uint64_t block = request->offset >> shift, start = request->offset & (volume->block_size - 1);
-        uint64_t wanted = (start + request->length + volume->block_size - 1) >> shift;
-        struct onion_run run;
-        onion_map_run_at(&volume->index, block, wanted, &run);
-        uint64_t bytes = (run.block_count << shift) - start;
-        if (bytes > request->length)
-            bytes = request->length;
-        int status =
-            read_place(volume, run.place, run.block_count, request->offset, start, bytes, request->out);
+        struct onion_source source;
+        const char *address;
+        onion_volume_next_run(volume, request->offset, request->length, &source);
+        int status = onion_source_address(&source, &volume->epoch, &address);
         if (status < 0)
             return status;
-        request->offset += bytes;
-        request->out += bytes;
-        request->length -= bytes;
+        if (address)
+            guarded_copy(request->out, address, source.length);
+        else
+            memset(request->out, 0, source.length);
+        request->offset += source.length;
+        request->out += source.length;
+        request->length -= source.length;
     }
     return 0;
 }
@@ -184,56 +166,45 @@ int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_
 
 /* ---- a view's own mapping ---- */
 
-static int map_piece(struct onion_volume *volume, const struct onion_run *run, char *at) {
-    uint64_t length = run->block_count << volume->block_shift, start = run->block_index << volume->block_shift;
-    uint64_t file_offset = start;
-    const char *path = NULL;
-    if (onion_place_is_data(run->place)) {
-        struct onion_segment *segment = volume->segments[onion_place_segment(run->place)];
-        path = segment->path;
-        file_offset = onion_slot_offset(volume->block_shift, onion_place_slot(run->place));
-    }
-    if (!path)
-        return 0; /* the anonymous pages that are there read zero */
+static int map_data(struct onion_volume *volume, const struct onion_source *source, char *at) {
+    const char *path = source->segment->path;
+    uint64_t file_offset = onion_slot_offset(volume->block_shift, source->slot) + source->offset;
     int fd = onion_open_file(path, O_RDONLY);
     if (fd < 0)
         return onion_site_set(fd, path, 0);
-    void *got = mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)file_offset);
+    void *got = mmap(at, source->length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)file_offset);
     int status = got == MAP_FAILED ? -errno : 0;
     close(fd);
     return onion_site_set(status, path, file_offset);
 }
 
 /* The base is mapped by moving a second mapping of its pages: mremap with an old size of 0 copies a shared mapping. */
-static int map_base_piece(struct onion_volume *volume, uint64_t offset, uint64_t length, char *at) {
-    const struct onion_mapping *base = volume->base;
-    if (!base || offset >= base->length)
-        return 0;
-    uint64_t left = base->length - offset;
-    uint64_t pages = (left < length ? left : length) + 4095;
-    pages -= pages % 4096;
-    void *got = mremap(base->address + offset, 0, pages, MREMAP_MAYMOVE | MREMAP_FIXED, at);
+static int map_base(const struct onion_source *source, char *at) {
+    uint64_t pages = (source->length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    void *got = mremap(source->base->address + source->offset, 0, pages, MREMAP_MAYMOVE | MREMAP_FIXED, at);
     return got == MAP_FAILED ? -errno : 0;
 }
 
-static int map_pieces(struct onion_volume *volume, uint64_t block, uint64_t end, uint64_t run_max, char *at,
+static int map_pieces(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max, char *at,
                       uint64_t *pieces) {
-    uint64_t first = block;
-    while (block < end) {
-        struct onion_run run;
-        onion_map_run_at(&volume->index, block, end - block, &run);
-        if (*pieces == run_max || onion_mappings_take(1) < 0)
-            return -E2BIG;
-        ++*pieces;
-        char *here = at + ((block - first) << volume->block_shift);
-        int status = run.place == ONION_PLACE_HOLE
-                         ? map_base_piece(volume, block << volume->block_shift, run.block_count << volume->block_shift, here)
-                         : map_piece(volume, &run, here);
-        if (status < 0)
-            return status;
-        block += run.block_count;
+    int status = 0;
+    while (length && status == 0) {
+        struct onion_source source;
+        onion_volume_next_run(volume, offset, length, &source);
+        /* Zeros behind the base that begin inside a page are on the base's last one. */
+        if (offset % PAGE_BYTES == 0) {
+            if (*pieces == run_max || onion_mappings_take(1) < 0)
+                return -E2BIG;
+            ++*pieces;
+        }
+        if (source.kind == ONION_SOURCE_DATA)
+            status = map_data(volume, &source, at);
+        else if (source.kind == ONION_SOURCE_BASE)
+            status = map_base(&source, at);
+        /* else the anonymous pages that are there read zero */
+        offset += source.length, at += source.length, length -= source.length;
     }
-    return 0;
+    return status;
 }
 
 void onion_mapped_range_free(void *address, uint64_t mapped_length, uint64_t pieces) {
@@ -256,7 +227,8 @@ int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_
     *pieces = 0;
     if (status == 0) {
         at = mmap(NULL, *mapped_length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        status = at == MAP_FAILED ? -errno : map_pieces(volume, block, end, run_max, at, pieces);
+        status = at == MAP_FAILED ? -errno
+                                  : map_pieces(volume, block << volume->block_shift, *mapped_length, run_max, at, pieces);
     }
     onion_epoch_leave(&volume->epoch, ticket);
     if (status < 0 && at != MAP_FAILED)

@@ -1,5 +1,5 @@
 /* read_plan.c: what a server asks of a volume beside reading and writing: where the bytes of a range lie in memory, and
- * what holds them. See volume.h for what must hold. */
+ * what holds them: a scatter list for who sends without copying. See volume.h for what must hold. */
 #define _GNU_SOURCE
 #include "base/linux_io.h"
 #include "base/sigbus.h"
@@ -40,37 +40,6 @@ static int add_piece(struct plan *plan, const char *address, uint64_t length) {
     return 1;
 }
 
-/* Bytes from the base's mapping, or zeros past its end. Returns how many bytes were added: 0 without room. */
-static uint64_t plan_hole(const struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
-    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
-    if (!base || offset >= base->length)
-        return add_piece(plan, NULL, length) ? length : 0;
-    uint64_t left = base->length - offset;
-    length = left < length ? left : length;
-    return add_piece(plan, base->address + offset, length) ? length : 0;
-}
-
-/* One run, or what of it is the same kind of bytes. Returns how many bytes, 0 without room, or a negative code. */
-static int64_t plan_run(struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
-    uint64_t start = offset & (volume->block_size - 1);
-    uint64_t wanted = (start + length + volume->block_size - 1) >> volume->block_shift;
-    struct onion_run run;
-    onion_map_run_at(&volume->index, offset >> volume->block_shift, wanted, &run);
-    uint64_t bytes = (run.block_count << volume->block_shift) - start;
-    bytes = bytes < length ? bytes : length;
-    if (run.place == ONION_PLACE_HOLE)
-        return (int64_t)plan_hole(volume, offset, bytes, plan);
-    const char *address = NULL;
-    if (onion_place_is_data(run.place)) {
-        int status = onion_segment_address(volume->segments[onion_place_segment(run.place)], &volume->epoch,
-                                           onion_place_slot(run.place), run.block_count, &address);
-        if (status < 0)
-            return status;
-        address += start;
-    }
-    return add_piece(plan, address, bytes) ? (int64_t)bytes : 0;
-}
-
 int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_piece *pieces,
                           uint32_t capacity, uint64_t *planned) {
     struct plan plan = {pieces, 0, capacity};
@@ -78,12 +47,15 @@ int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t
     if (!onion_volume_in_bounds(volume, offset, length))
         return ONION_E_BOUNDS;
     while (*planned < length) {
-        int64_t bytes = plan_run(volume, offset + *planned, length - *planned, &plan);
-        if (bytes < 0)
-            return bytes;
-        if (bytes == 0)
+        struct onion_source source;
+        const char *address;
+        onion_volume_next_run(volume, offset + *planned, length - *planned, &source);
+        int status = onion_source_address(&source, &volume->epoch, &address);
+        if (status < 0)
+            return status;
+        if (!add_piece(&plan, address, source.length))
             break;
-        *planned += (uint64_t)bytes;
+        *planned += source.length;
     }
     return plan.count;
 }
