@@ -1,4 +1,5 @@
-/* exports.c: what is served: by which name, with which volume, and who is in flight on it. See server.h for what must hold.
+/* exports.c: what is served: by which name, with which volume, and who is in flight on it. See server.h for what must
+ * hold.
  *
  * An export is taken out of the list at once and freed with its last reference. Whether its volume may be used is a
  * question of its own: requests count themselves in flight (onion_nbd_enter), and who wants to take the volume away

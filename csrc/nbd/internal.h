@@ -199,7 +199,8 @@ void onion_nbd_leave(struct onion_nbd_export *export);
 /* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
  * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
-/* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for those in flight. */
+/* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for
+ * those in flight. */
 void onion_nbd_take_volume_away(struct onion_nbd_export *export);
 
 /* ---- handshake.c ---- */

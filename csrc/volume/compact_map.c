@@ -1,5 +1,5 @@
-/* compact_map.c: writing a head's map anew, as what it comes to, and telling when that is worth it. See volume.h for what must
- * hold. */
+/* compact_map.c: writing a head's map anew, as what it comes to, and telling when that is worth it. See volume.h for
+ * what must hold. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>

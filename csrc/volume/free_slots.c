@@ -1,5 +1,5 @@
-/* free_slots.c: which slots of a segment anything needs, and giving back the others when a head is opened. See volume.h for
- * what must hold. */
+/* free_slots.c: which slots of a segment anything needs, and giving back the others when a head is opened. See volume.h
+ * for what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 

@@ -1,5 +1,5 @@
-/* head_log.c: the map log of a head: how its file is made, and a frame added to it. See volume.h for what must hold, flush.c
- * for when. */
+/* head_log.c: the map log of a head: how its file is made, and a frame added to it. See volume.h for what must hold,
+ * flush.c for when. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>

@@ -127,8 +127,8 @@ struct onion_source {
     uint64_t block_count;
 };
 
-/* All that shows bytes of a volume asks here: reading, the read plan, and the mapping of a view. Under a reader's ticket, or
- * the stripe. */
+/* All that shows bytes of a volume asks here: reading, the read plan, and the mapping of a view. Under a reader's
+ * ticket, or the stripe. */
 static inline void onion_volume_next_run(const struct onion_volume *volume, uint64_t offset, uint64_t length,
                                          struct onion_source *source) {
     uint64_t start = offset & (volume->block_size - 1);
@@ -275,8 +275,8 @@ int onion_volume_sync_segment_names(struct onion_volume *volume);
 int onion_head_log_describe(struct onion_head_log *log, const char *map_path, const unsigned char *map_id);
 /* Makes its file: the header, and zeros for the first frames where there is room for them. */
 int onion_head_log_create(struct onion_volume *volume, struct onion_head_log *log);
-/* The same, and starts to write it out: so the commit of the file system's journal that the sync of the segments waits for
- * holds this file too, and its own sync need not wait for another. */
+/* The same, and starts to write it out: so the commit of the file system's journal that the sync of the segments waits
+ * for holds this file too, and its own sync need not wait for another. */
 int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log);
 int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log);
 int onion_head_log_draw_salt(struct onion_head_log *log);
@@ -299,7 +299,8 @@ int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending
 
 /* ---- read.c ---- */
 
-/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block holds. */
+/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block
+ * holds. */
 int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
 /* ---- flush.c ---- */

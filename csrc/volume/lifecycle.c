@@ -1,5 +1,5 @@
-/* lifecycle.c: an empty volume, closing it, and the memory of its index. See volume.h for what must hold, recovery.c for how
- * files are opened. */
+/* lifecycle.c: an empty volume, closing it, and the memory of its index. See volume.h for what must hold, recovery.c
+ * for how files are opened. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-/* pending.c: the list of changes that no frame holds yet: a record is added to it, and the last one taken back. See volume.h
- * for what must hold, journal.h for where the list lies. */
+/* pending.c: the list of changes that no frame holds yet: a record is added to it, and the last one taken back. See
+ * volume.h for what must hold, journal.h for where the list lies. */
 #include "base/sigbus.h"
 #include "volume/internal.h"
 

@@ -1,5 +1,5 @@
-/* reclaim.c: giving slots back that nothing needs any more: wiped (policy `zero`), punched, and then used again. See segment.h
- * for what must hold. */
+/* reclaim.c: giving slots back that nothing needs any more: wiped (policy `zero`), punched, and then used again. See
+ * segment.h for what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 

@@ -1,5 +1,5 @@
-/* segment_table.c: the segments of an open volume, by their numbers in its index, and the mappings that are set aside for
- * them. */
+/* segment_table.c: the segments of an open volume, by their numbers in its index, and the mappings that are set aside
+ * for them. */
 #include <string.h>
 
 #include "volume/internal.h"

@@ -1,6 +1,7 @@
 /* state.c: whether a volume may be used, and who may flush it or hold its writers. See volume.h for what must hold.
  *
- * Under all others that open, read, write and flush: it calls none of them but the journal, which is told of a failed sync. */
+ * Under all others that open, read, write and flush: it calls none of them but the journal, which is told of a failed
+ * sync. */
 #include <errno.h>
 
 #include "volume/internal.h"

@@ -1,5 +1,5 @@
-/* write.c: writing, zeroing and trimming a volume: bytes go to slots first, then the map changes. See volume.h for what must
- * hold. */
+/* write.c: writing, zeroing and trimming a volume: bytes go to slots first, then the map changes. See volume.h for what
+ * must hold. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
