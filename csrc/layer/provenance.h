@@ -39,8 +39,7 @@ int onion_owners_lay(struct onion_owners *owners, const struct onion_map *upper,
  * included. HOLE in it takes blocks from whoever has them: over other layers only for a log without such records
  * (onion_log_has_holes). *size_bytes is set by a SIZE record. */
 int onion_owners_lay_log(struct onion_owners *owners, const unsigned char *bytes, uint64_t length,
-                         struct onion_log_cursor *cursor, uint32_t owner, uint64_t *size_bytes,
-                         uint64_t *fault_offset);
+                         struct onion_log_cursor *cursor, uint32_t owner, uint64_t *size_bytes, uint64_t *fault_offset);
 /* Makes the map show all that was laid. To be called before onion_owners_runs. -ENOMEM. */
 int onion_owners_settle(struct onion_owners *owners);
 /* Returns how many runs there are, in order and none that continues another, and writes them to `out`, unless NULL. */

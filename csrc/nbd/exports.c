@@ -186,7 +186,8 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     int wants_scrub = 0;
     int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
-    if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room && hooks->make_room(hooks->context, onion_nbd_label(export)->name))
+    if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room &&
+        hooks->make_room(hooks->context, onion_nbd_label(export)->name))
         status = 0;
     if (wants_scrub && hooks->freed)
         hooks->freed(hooks->context, onion_nbd_label(export)->name);
@@ -321,7 +322,7 @@ int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, con
                           const uint64_t (*runs)[2], size_t run_count, uint64_t mark) {
     if (strlen(meta) > ONION_NBD_NAME_MAX || !runs_are_sorted(runs, run_count))
         return -EINVAL;
-    uint64_t (*copy)[2] = malloc((run_count + 1) * sizeof *copy);
+    uint64_t(*copy)[2] = malloc((run_count + 1) * sizeof *copy);
     if (!copy)
         return -ENOMEM;
     if (run_count)
@@ -333,7 +334,7 @@ int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, con
         hold(export);
         struct onion_nbd_context *context = context_named(export, meta);
         if (context) {
-            uint64_t (*old)[2] = context->runs;
+            uint64_t(*old)[2] = context->runs;
             context->runs = copy;
             context->run_count = run_count;
             context->mark = mark;

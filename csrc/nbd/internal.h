@@ -14,10 +14,10 @@ enum {
     ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
     ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
-    ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
-    ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
-    ONION_NBD_BATCH_MAX = 32,             /* writes that share system calls */
-    ONION_NBD_QUEUE_MAX = 64,             /* requests that wait for the helper */
+    ONION_NBD_IN_BYTES = 256 << 10, /* what one receive takes at most */
+    ONION_NBD_REPLIES_MAX = 64,     /* that are sent together */
+    ONION_NBD_BATCH_MAX = 32,       /* writes that share system calls */
+    ONION_NBD_QUEUE_MAX = 64,       /* requests that wait for the helper */
     ONION_NBD_EVENTS_MAX = 256,
 };
 
@@ -43,7 +43,7 @@ struct onion_nbd_label {
 
 struct onion_nbd_export {
     struct onion_nbd_export *next;
-    uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
+    uint32_t references;            /* guarded by the server's lock: the list's own, and one for each user */
     struct onion_nbd_label *label;  /* atomic; set with the server's lock */
     struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
     int read_only;
@@ -115,7 +115,7 @@ struct onion_nbd_reply {
     uint8_t is_read;
     uint8_t begun;    /* bytes of it are in the socket */
     uint8_t padding;  /* the chunk's data could not be read: zeros complete it, its tail says so */
-    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could say otherwise */
+    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could deny it */
 };
 
 struct onion_nbd_connection {
@@ -128,7 +128,7 @@ struct onion_nbd_connection {
     uint32_t client_flags;
     int negotiating;
     int gives_way; /* it is ended for another one; with the server's lock */
-    int broken; /* atomic: nothing more can be sent */
+    int broken;    /* atomic: nothing more can be sent */
     struct onion_nbd_session session;
     struct onion_nbd_counters counters; /* atomic each */
 
@@ -138,7 +138,7 @@ struct onion_nbd_connection {
     int requests_come_fast;
     int64_t received_ns;               /* when the last bytes came */
     uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
-    unsigned char *payload; /* kept from one large write to the next */
+    unsigned char *payload;            /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
     struct onion_volume *volume; /* while in flight; NULL also where the export is gone */
@@ -161,7 +161,7 @@ struct onion_nbd_server {
     struct onion_nbd_connection *connections;
     uint32_t connection_count;
     uint64_t next_id;
-    int stopping; /* atomic */
+    int stopping;                   /* atomic */
     struct onion_nbd_counters past; /* of connections that ended */
 
     pthread_mutex_t event_lock;

@@ -187,9 +187,7 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
         return -ENOMEM;
     }
     pthread_mutex_lock(&server->lock);
-    int64_t id = server->stopping ? -ESHUTDOWN
-                 : has_room(server) ? (int64_t)++server->next_id
-                                    : -EMFILE;
+    int64_t id = server->stopping ? -ESHUTDOWN : has_room(server) ? (int64_t)++server->next_id : -EMFILE;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);

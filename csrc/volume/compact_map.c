@@ -235,7 +235,8 @@ int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *sta
 }
 
 int onion_volume_may_want_compaction(const struct onion_volume *volume) {
-    return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) > __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
+    return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) >
+           __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
 }
 
 int onion_volume_wants_compaction(struct onion_volume *volume) {

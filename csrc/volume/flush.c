@@ -131,7 +131,8 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
         status = onion_head_log_sync_new(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
-        size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count : net_records(volume, copied, batch->record_count);
+        size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count
+                                                           : net_records(volume, copied, batch->record_count);
         uint32_t count = number_records(volume, log, copied, net, records, new_segments, &new_count);
         status = onion_head_log_append(log, records, count);
         if (status < 0) {
@@ -157,7 +158,8 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
 /* ---- taking the pending changes, and putting them back ---- */
 
 struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
-    struct onion_journal_owner owner = onion_head_log_owner(&volume->log), first = next ? onion_head_log_owner(next) : owner;
+    struct onion_journal_owner owner = onion_head_log_owner(&volume->log),
+                               first = next ? onion_head_log_owner(next) : owner;
     pthread_mutex_lock(&volume->pending_lock);
     struct onion_pending *pending = &volume->pending, batch = *pending;
     pending->freed = NULL;

@@ -108,7 +108,8 @@ int onion_head_log_append(struct onion_head_log *log, const struct onion_record 
     if (!bytes)
         return -ENOMEM;
     memset(bytes + length, 0, with_room - length);
-    uint32_t crc = onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
+    uint32_t crc =
+        onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
     int status = write_frame(log, bytes, length, with_room);
     free(bytes);
     if (status < 0)

@@ -4,8 +4,8 @@
 
 #include "volume/internal.h"
 
-int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
-                          struct onion_run *runs, uint64_t capacity, uint64_t *next) {
+int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end, struct onion_run *runs,
+                          uint64_t capacity, uint64_t *next) {
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     int64_t count = onion_volume_usable(volume);
     while (count >= 0 && (uint64_t)count < capacity && block_index < block_end) {
@@ -28,7 +28,8 @@ int onion_volume_wait_for_readers(struct onion_volume *volume) {
     return status;
 }
 
-int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES], uint32_t capacity) {
+int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
+                              uint32_t capacity) {
     uint32_t count = 0;
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
@@ -66,8 +67,9 @@ int onion_volume_wants_scrub(struct onion_volume *volume) {
 }
 
 static struct onion_segment_info info_of(const struct onion_volume *volume, const struct onion_segment *segment) {
-    struct onion_segment_info info = {
-        .number = segment->number, .slots = onion_segment_slots_in_file(segment), .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
+    struct onion_segment_info info = {.number = segment->number,
+                                      .slots = onion_segment_slots_in_file(segment),
+                                      .role = onion_segment_is_head(volume, segment) ? 1 + segment->own : 0};
     memcpy(info.uuid, segment->uuid, ONION_UUID_BYTES);
     return info;
 }

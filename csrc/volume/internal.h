@@ -65,10 +65,10 @@ struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check against it */
     int wipe_zero, writable;
-    uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
-    int poisoned, closed, forked; /* atomic */
-    int scrub_wanted;             /* atomic: some segment's is set, or was */
-    int flush_wanted;             /* atomic: more waits for a flush than should */
+    uint64_t bytes_unreachable;     /* atomic; see onion_volume_take_unreachable */
+    int poisoned, closed, forked;   /* atomic */
+    int scrub_wanted;               /* atomic: some segment's is set, or was */
+    int flush_wanted;               /* atomic: more waits for a flush than should */
     uint64_t log_bytes, compact_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
     char *segments_directory, *layers_directory;
 
@@ -79,10 +79,10 @@ struct onion_volume {
     uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
     struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
     uint32_t vacant_count;
-    uint64_t mappings;               /* set aside: see base/mappings.h */
-    uint64_t births;                 /* segments ever added */
-    uint64_t below_birth;            /* of the youngest segment that is now part of what HOLE reads */
-    struct onion_below *below;       /* a replacement that is prepared; guarded by the flush gate */
+    uint64_t mappings;         /* set aside: see base/mappings.h */
+    uint64_t births;           /* segments ever added */
+    uint64_t below_birth;      /* of the youngest segment that is now part of what HOLE reads */
+    struct onion_below *below; /* a replacement that is prepared; guarded by the flush gate */
 
     struct onion_mapping *base; /* NULL: none */
     uint64_t base_bytes;
@@ -99,15 +99,15 @@ struct onion_volume {
     pthread_cond_t flush_free;
     int flush_busy;
 
-    uint64_t generation; /* of the head; a segment is the head's if it carries the same */
-    uint32_t own;        /* number of the segment that new blocks go to */
-    uint32_t spare;      /* number of the next head's; 0: none */
+    uint64_t generation;              /* of the head; a segment is the head's if it carries the same */
+    uint32_t own;                     /* number of the segment that new blocks go to */
+    uint32_t spare;                   /* number of the next head's; 0: none */
     struct onion_segment *next_spare; /* memory for the one after it, while a seal waits for its outcome */
     struct onion_head_log log;
-    struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
-    pthread_mutex_t prepare_lock;   /* guards the next, and who makes the spare's file */
+    struct onion_head_log next_log;     /* while a seal or a rewrite waits for its outcome */
+    pthread_mutex_t prepare_lock;       /* guards the next, and who makes the spare's file */
     struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
-    uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
+    uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
     int sealing, rewriting;
     int frozen; /* the gate is held, for who closes or thaws the volume */
 };
@@ -197,9 +197,7 @@ static inline int onion_volume_has_blocks(const struct onion_volume *volume, con
 }
 
 /* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
-static inline int onion_has_no_room(int status) {
-    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
-}
+static inline int onion_has_no_room(int status) { return status == -ENOSPC || status == -EDQUOT || status == -EFBIG; }
 
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
     return segment->generation == volume->generation;

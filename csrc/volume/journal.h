@@ -53,7 +53,7 @@ struct onion_journal_header {
     uint64_t device;
     uint64_t filesystem; /* tells this mount from others; what it is, `filesystem_kind` says */
     uint32_t filesystem_kind;
-    uint32_t poisoned; /* a sync failed: what the head's own files hold has to be written again */
+    uint32_t poisoned;  /* a sync failed: what the head's own files hold has to be written again */
     uint64_t opened_ns; /* CLOCK_MONOTONIC at the opening that made the file */
     struct onion_journal_half halves[2];
 };
@@ -68,9 +68,9 @@ struct onion_journal {
     struct onion_journal_header *header; /* NULL: there is no file yet */
     struct onion_record *records[2];
     size_t capacity[2];
-    size_t taken_count; /* of the other half, while a flush has it */
+    size_t taken_count;                            /* of the other half, while a flush has it */
     struct onion_journal_owner owner, alternative; /* of the half that takes what changes */
-    int found_fd;       /* the file of an opening before, while it holds what is not durable yet; else -1 */
+    int found_fd; /* the file of an opening before, while it holds what is not durable yet; else -1 */
     int found_poisoned;
 };
 
@@ -89,8 +89,8 @@ int onion_journal_make_room(struct onion_volume *volume);
 void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner);
 /* Takes what is pending away, and switches to the other half. owner: what the records that come go on from; alternative may
  * be NULL. */
-void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch, const struct onion_journal_owner *owner,
-                        const struct onion_journal_owner *alternative);
+void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch,
+                        const struct onion_journal_owner *owner, const struct onion_journal_owner *alternative);
 /* The records that were taken are durable in a frame, behind which the log stands as `now` says. */
 void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now);
 /* A flush that changed nothing gives its half back, before what came since. -EIO. */

@@ -72,8 +72,8 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     status = onion_map_init(&volume->index, (ranges ? ranges : 1) << (ONION_RANGE_BYTES_SHIFT - shift), shift);
     if (status == 0)
         status = onion_build_init(&volume->build, &volume->index);
-    if (status == 0 && (!volume->segments_directory || !volume->layers_directory || !volume->segments ||
-                        !volume->vacant))
+    if (status == 0 &&
+        (!volume->segments_directory || !volume->layers_directory || !volume->segments || !volume->vacant))
         status = -ENOMEM;
     if (status < 0) {
         onion_volume_free(volume);

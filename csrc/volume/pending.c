@@ -34,7 +34,8 @@ static int put_record(void *context) {
     }
     int declares = put->record->kind == ONION_RECORD_DATA && put->record->segment != pending->declared;
     if (declares)
-        pending->records[count++] = onion_record_segment(put->record->segment, put->volume->segments[put->record->segment]->uuid);
+        pending->records[count++] =
+            onion_record_segment(put->record->segment, put->volume->segments[put->record->segment]->uuid);
     pending->records[count++] = *put->record;
     if (pending->published && !pending->is_held) {
         onion_fault_watch(pending->published, sizeof *pending->published);

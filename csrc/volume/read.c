@@ -227,8 +227,9 @@ int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_
     *pieces = 0;
     if (status == 0) {
         at = mmap(NULL, *mapped_length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        status = at == MAP_FAILED ? -errno
-                                  : map_pieces(volume, block << volume->block_shift, *mapped_length, run_max, at, pieces);
+        status = at == MAP_FAILED
+                     ? -errno
+                     : map_pieces(volume, block << volume->block_shift, *mapped_length, run_max, at, pieces);
     }
     onion_epoch_leave(&volume->epoch, ticket);
     if (status < 0 && at != MAP_FAILED)

@@ -91,9 +91,10 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
 /* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
  * missing must be asked for, and fail, and not be skipped as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    struct onion_extent extent = {
-        .offset = offset, .length = length, .kind = ONION_EXTENT_NONE,
-        .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
+    struct onion_extent extent = {.offset = offset,
+                                  .length = length,
+                                  .kind = ONION_EXTENT_NONE,
+                                  .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     if (!base || offset >= base->length)
         return extent;
@@ -125,7 +126,8 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
         return base_extent(volume, offset, hole < length ? hole : length);
     }
     uint64_t bytes = (run.block_count << volume->block_shift) - start;
-    struct onion_extent extent = {.offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
+    struct onion_extent extent = {
+        .offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
     if (onion_place_is_data(run.place)) {
         const struct onion_segment *segment = volume->segments[onion_place_segment(run.place)];
         extent.birth = segment->birth;
@@ -134,8 +136,8 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
     return extent;
 }
 
-int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
-                             uint32_t capacity) {
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length,
+                             struct onion_extent *extents, uint32_t capacity) {
     struct onion_ticket ticket;
     int64_t count = onion_volume_plan_begin(volume, &ticket);
     if (count < 0)

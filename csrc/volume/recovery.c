@@ -15,8 +15,8 @@
 #include "layer/layer_map.h"
 #include "volume/internal.h"
 
-#define MAPPINGS_BESIDE 6 /* the spare, the base, the index, and what is being replaced */
-#define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
+#define MAPPINGS_BESIDE 6      /* the spare, the base, the index, and what is being replaced */
+#define NUMBERS_LEFT_MIN 256   /* that a head's log must have for segments to come */
 #define AGAIN_BYTES (1u << 20) /* read and written again at a time */
 
 /* ---- replaying a log ---- */
@@ -228,7 +228,8 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 static int check_known(const struct onion_head_source *source, const struct onion_map_bytes *map,
                        const struct onion_log_cursor *end, uint64_t *fault) {
     uint32_t crc = 0;
-    uint64_t offset = source->known_frames ? onion_log_frame_end(map->bytes, map->length, source->known_frames, &crc) : 0;
+    uint64_t offset =
+        source->known_frames ? onion_log_frame_end(map->bytes, map->length, source->known_frames, &crc) : 0;
     if (end->sequence < source->known_frames) {
         *fault = end->offset;
         return ONION_E_CUT_LOG;
@@ -323,7 +324,7 @@ static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     int status = onion_journal_find(volume, bytes, log->cursor.offset, replay->segment_first);
     for (size_t i = 0; i < volume->pending.record_count && status == 0; i++) {
         const struct onion_record *record = &volume->pending.records[i];
-        onion_place place = record->kind == ONION_RECORD_DATA ? onion_place_make(record->segment, record->slot)
+        onion_place place = record->kind == ONION_RECORD_DATA   ? onion_place_make(record->segment, record->slot)
                             : record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO
                                                                 : ONION_PLACE_HOLE;
         status = onion_build_put(&volume->build, record->block_index, record->block_count, place);
@@ -344,7 +345,8 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return -ENOMEM;
     int fd = onion_open_file(source->map_path, to_read ? O_RDONLY : O_RDWR);
     if (fd == -ENOENT)
-        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0) : replay_journal(replay, NULL);
+        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0)
+                                    : replay_journal(replay, NULL);
     if (fd < 0)
         return onion_site_set(fd, source->map_path, 0);
     int status = onion_map_bytes_read(fd, &map, &fault);

@@ -142,7 +142,7 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
     int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
-    (void)onion_fault_install(); /* see base/sigbus.h */
+    (void)onion_fault_install();               /* see base/sigbus.h */
     pthread_mutex_lock(&volume->prepare_lock); /* until the spare is taken */
     status = volume->spare ? make_room_for_spare(volume) : -EBUSY;
     if (status == 0)

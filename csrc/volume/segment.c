@@ -152,9 +152,8 @@ int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named)
 
 static int write_header(struct onion_segment *segment, int fd) {
     unsigned char bytes[ONION_HEADER_BYTES];
-    struct onion_header header = {.version = ONION_FORMAT_VERSION,
-                                  .block_size = 1u << segment->block_shift,
-                                  .compatible = segment->features};
+    struct onion_header header = {
+        .version = ONION_FORMAT_VERSION, .block_size = 1u << segment->block_shift, .compatible = segment->features};
     memcpy(header.uuid, segment->uuid, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_SEGMENT, bytes);
     return onion_pwrite_all(fd, bytes, sizeof bytes, 0);

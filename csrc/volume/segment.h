@@ -42,21 +42,21 @@ struct onion_stream {
 #define ONION_STREAMS 8
 
 struct onion_segment {
-    uint32_t number;             /* in the index of this volume; given to another one when this one is gone */
-    uint64_t birth;              /* the how manieth segment of this opening it is: given once */
-    uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
-    uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
-    int own;                     /* 1: made by that head, so writable; 0: adopted */
-    int scrub_wanted;            /* slots became free that nobody gives back */
+    uint32_t number;     /* in the index of this volume; given to another one when this one is gone */
+    uint64_t birth;      /* the how manieth segment of this opening it is: given once */
+    uint32_t log_number; /* in the head's map log; 0: not yet declared there */
+    uint64_t generation; /* of the head that owns it; 0: a sealed layer's */
+    int own;             /* 1: made by that head, so writable; 0: adopted */
+    int scrub_wanted;    /* slots became free that nobody gives back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;
-    uint64_t features;           /* of the header, when it is made */
-    int fd;                      /* open for writing, or -1 */
-    int created;                 /* the file exists */
-    int directory_dirty;         /* made since the last sync of the directory */
-    int dirty;                   /* written since the last sync */
-    uint32_t next_slot;          /* slots from here on were never handed out */
+    uint64_t features;   /* of the header, when it is made */
+    int fd;              /* open for writing, or -1 */
+    int created;         /* the file exists */
+    int directory_dirty; /* made since the last sync of the directory */
+    int dirty;           /* written since the last sync */
+    uint32_t next_slot;  /* slots from here on were never handed out */
     struct onion_mapping *mapping;
     pthread_mutex_t mapping_lock;
     struct onion_slots_list free_slots;

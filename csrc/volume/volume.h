@@ -128,8 +128,8 @@ void onion_volume_start_writing(struct onion_volume *volume);
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
 
 /* Up to `capacity` runs that are not HOLE from block_index on; *next is where to go on (the block count at the end). */
-int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
-                          struct onion_run *runs, uint64_t capacity, uint64_t *next);
+int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end, struct onion_run *runs,
+                          uint64_t capacity, uint64_t *next);
 enum onion_extent_kind {
     ONION_EXTENT_NONE,  /* nothing anywhere: reads zero */
     ONION_EXTENT_BASE,  /* the base's own bytes */
@@ -145,8 +145,8 @@ struct onion_extent {
 };
 /* Up to `capacity` extents that make up the range from its start on; returns how many (at least 1). A hole of the base
  * file is NONE; where its file system knows no holes, all of it is BASE. */
-int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
-                             uint32_t capacity);
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length,
+                             struct onion_extent *extents, uint32_t capacity);
 /* The birth of the segment that new blocks go to: segments are counted as they are added, and no count is given twice in an
  * opening, as numbers are. What is written from now on has this birth or a greater one, or is in a block that the head
  * holds already. 0: a view. */

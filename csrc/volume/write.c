@@ -6,7 +6,7 @@
 
 #include "volume/internal.h"
 
-#define WRITE_BATCH 256 /* blocks of write_blocks that share one pwrite */
+#define WRITE_BATCH 256  /* blocks of write_blocks that share one pwrite */
 #define ROOM_ATTEMPTS 64 /* flushes for the room of one change, which other writers may take */
 
 /* ---- changing the map ---- */
@@ -165,8 +165,7 @@ static __attribute__((noinline, cold)) int write_fault(int status, const struct 
 
 static int write_slots(struct onion_segment *segment, uint32_t slot, uint64_t start, uint64_t length,
                        const void *bytes) {
-    int status =
-        onion_pwrite_all(segment->fd, bytes, length, onion_slot_offset(segment->block_shift, slot) + start);
+    int status = onion_pwrite_all(segment->fd, bytes, length, onion_slot_offset(segment->block_shift, slot) + start);
     __atomic_store_n(&segment->dirty, 1, __ATOMIC_SEQ_CST);
     return __builtin_expect(status < 0, 0) ? write_fault(status, segment, slot) : status;
 }
@@ -362,8 +361,9 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
 static int write_listed(struct onion_volume *volume, uint64_t block_index, const char *bytes, uint64_t length) {
     pthread_mutex_t *stripe = stripe_of(volume, block_index);
     pthread_mutex_lock(stripe);
-    int status = length == volume->block_size ? write_whole(volume, block_index, 1, bytes)
-                                              : onion_volume_write_part(volume, block_index, 0, (uint32_t)length, bytes, 0);
+    int status = length == volume->block_size
+                     ? write_whole(volume, block_index, 1, bytes)
+                     : onion_volume_write_part(volume, block_index, 0, (uint32_t)length, bytes, 0);
     pthread_mutex_unlock(stripe);
     return status;
 }
