@@ -14,14 +14,18 @@ nox.options.sessions = ["lint", "types", "test"]
 nox.options.reuse_existing_virtualenvs = True
 
 PYTHON_FILES = ("src", "tests", "bench", "tools", "docs", "examples", "setup.py", "noxfile.py")
+KERNELS = ("csrc/*/*.[ch]", "tests/kernels/*.c", "tests/fuzz/*.c")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style of the Python code; who imports and includes whom; shape and safety of the workflow files."""
+    """Style of Python and of the kernels; who imports and includes whom; shape and safety of the workflow files."""
     session.install("ruff>=0.9,<1", "import-linter>=2,<3", "check-jsonschema>=0.31,<1", "zizmor>=1.20,<2")
+    session.install("clang-format==19.1.7")
     session.run("ruff", "check", *PYTHON_FILES)
     session.run("ruff", "format", "--check", *PYTHON_FILES)
+    kernels = sorted(str(file) for pattern in KERNELS for file in Path().glob(pattern))
+    session.run("clang-format", "--dry-run", "--Werror", *kernels)
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": "src"})
     session.run("python", "tools/check_layers.py")
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))

@@ -15,19 +15,24 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
+
+def _all_of(room: str, but: str = "") -> list[str]:
+    """All kernels of a room of csrc, but one."""
+    found = sorted(file.stem for file in Path(__file__).parent.glob(f"csrc/{room}/*.c"))
+    return [f"{room}/{kernel}" for kernel in found if kernel != but]
+
+
 # Extension module -> the kernels in csrc/ that it links.
 _INDEX = ["index/blockmap", "index/bulk_build"]
 _MAP = [*_INDEX, "layer/layer_map", "layer/map_log", "base/crc32c", "base/linux_io", "base/store_file"]
 _BASE = [f"base/{kernel}" for kernel in ("barrier", "epoch", "mappings", "sigbus", "site")]
-_OPEN = [f"volume/{part}" for part in ("lifecycle", "recovery", "flush", "journal", "replace_below", "segment")]
-_VOLUME = [*_OPEN, *_BASE, "bulk/wipe", *_MAP]
-_NBD = ["server", "handshake", "transmission", "reply", "write_batch", "worker", "block_status", "protocol"]
+_VOLUME = [*_all_of("volume", but="read_plan"), *_BASE, "bulk/wipe", *_MAP]
 EXTENSIONS = {
     "kernels._blockmap": _INDEX,
     "kernels._copy": ["bulk/copy", "base/linux_io"],
     "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
-    "nbd._nbd": [*(f"nbd/{part}" for part in _NBD), "volume/read_plan", *_VOLUME],
+    "nbd._nbd": [*_all_of("nbd"), "volume/read_plan", *_VOLUME],
     "kernels._volume": _VOLUME,
     "kernels._wipe": ["bulk/wipe", "base/linux_io"],
 }

@@ -34,8 +34,7 @@ enum { ZFS_MAGIC = 0x2fc12fc1, BCACHEFS_MAGIC = (int)0xca451a4e };
 #define FUSE_SUPER_MAGIC 0x65735546
 #endif
 
-static int ask_fiemap(struct onion_data_walk *walk, uint64_t offset, uint32_t flags)
-{
+static int ask_fiemap(struct onion_data_walk *walk, uint64_t offset, uint32_t flags) {
     union {
         struct fiemap request;
         unsigned char room[sizeof(struct fiemap) + ONION_WALK_EXTENTS * sizeof(struct fiemap_extent)];
@@ -63,8 +62,7 @@ static int ask_fiemap(struct onion_data_walk *walk, uint64_t offset, uint32_t fl
     return walk->known_to > offset ? 0 : -EIO; /* an answer that leads nowhere would be asked for for ever */
 }
 
-int onion_data_walk_begin(struct onion_data_walk *walk, int fd)
-{
+int onion_data_walk_begin(struct onion_data_walk *walk, int fd) {
     int status;
 
     memset(walk, 0, sizeof *walk);
@@ -76,8 +74,7 @@ int onion_data_walk_begin(struct onion_data_walk *walk, int fd)
     return status;
 }
 
-int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span)
-{
+int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span) {
     off_t start, stop;
 
     *span = (struct onion_data_span){.offset = offset, .length = end - offset};
@@ -97,8 +94,7 @@ int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_spa
     return 1;
 }
 
-int onion_was_cut(int fd, uint64_t size_bytes)
-{
+int onion_was_cut(int fd, uint64_t size_bytes) {
     struct stat found;
 
     if (fstat(fd, &found) < 0)
@@ -106,8 +102,7 @@ int onion_was_cut(int fd, uint64_t size_bytes)
     return S_ISREG(found.st_mode) && (uint64_t)found.st_size < size_bytes;
 }
 
-int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t end, struct onion_data_span *span)
-{
+int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t end, struct onion_data_span *span) {
     if (!walk->has_fiemap)
         return onion_seek_data(walk->fd, offset, end, span);
     while (offset < end) {
@@ -134,8 +129,7 @@ int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t
     return 0;
 }
 
-int onion_punch(int fd, uint64_t offset, uint64_t length)
-{
+int onion_punch(int fd, uint64_t offset, uint64_t length) {
     while (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) < 0) {
         if (errno == EOPNOTSUPP || errno == ENOSYS)
             return 0;
@@ -145,15 +139,13 @@ int onion_punch(int fd, uint64_t offset, uint64_t length)
     return 1;
 }
 
-void onion_drop_cached(int fd, uint64_t offset, uint64_t length)
-{
+void onion_drop_cached(int fd, uint64_t offset, uint64_t length) {
     uint64_t mask = (2ull << 20) - 1, start = offset & ~mask; /* of the largest folio */
 
     (void)posix_fadvise(fd, (off_t)start, (off_t)(((offset + length + mask) & ~mask) - start), POSIX_FADV_DONTNEED);
 }
 
-int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t destination_offset, uint64_t length)
-{
+int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t destination_offset, uint64_t length) {
     struct file_clone_range range = {
         .src_fd = source, .src_offset = source_offset, .src_length = length, .dest_offset = destination_offset};
 
@@ -171,8 +163,7 @@ int onion_reflink(int source, uint64_t source_offset, int destination, uint64_t 
 extern ssize_t copy_file_range(int, loff_t *, int, loff_t *, size_t, unsigned) __attribute__((weak));
 
 int64_t onion_copy_range(int source, uint64_t source_offset, int destination, uint64_t destination_offset,
-                         uint64_t length)
-{
+                         uint64_t length) {
     loff_t from = (loff_t)source_offset, to = (loff_t)destination_offset;
     ssize_t copied;
 
@@ -189,13 +180,11 @@ int64_t onion_copy_range(int source, uint64_t source_offset, int destination, ui
     return copied;
 }
 
-void onion_write_out(int fd, uint64_t offset, uint64_t length)
-{
+void onion_write_out(int fd, uint64_t offset, uint64_t length) {
     (void)sync_file_range(fd, (off_t)offset, (off_t)length, SYNC_FILE_RANGE_WRITE);
 }
 
-int onion_is_remote(int fd)
-{
+int onion_is_remote(int fd) {
     struct statfs filesystem;
 
     if (fstatfs(fd, &filesystem) < 0)
@@ -212,8 +201,7 @@ int onion_is_remote(int fd)
     }
 }
 
-int onion_is_copy_on_write(int fd, uint32_t *filesystem_magic)
-{
+int onion_is_copy_on_write(int fd, uint32_t *filesystem_magic) {
     struct statfs filesystem;
     int attributes = 0;
 

@@ -63,8 +63,8 @@ static int read_span(int fd, const struct onion_data_span *span, unsigned char *
     uint64_t done = 0;
     while (done < span->length) {
         uint64_t left = span->length - done;
-        ssize_t n = pread(fd, bytes + span->offset + done, left > (1u << 30) ? 1u << 30 : left,
-                          (off_t)(span->offset + done));
+        ssize_t n =
+            pread(fd, bytes + span->offset + done, left > (1u << 30) ? 1u << 30 : left, (off_t)(span->offset + done));
         if (n < 0 && errno != EINTR)
             return -errno;
         if (n == 0)

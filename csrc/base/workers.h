@@ -11,8 +11,7 @@
 enum { ONION_WORKERS_MAX = 64 };
 
 /* Calls work(argument) on `threads` threads (1 to 64) and returns when the last has returned. */
-static inline void onion_run_workers(void *(*work)(void *), void *argument, int threads)
-{
+static inline void onion_run_workers(void *(*work)(void *), void *argument, int threads) {
     pthread_t started[ONION_WORKERS_MAX];
     int started_count = 0;
     sigset_t all, before;

@@ -34,9 +34,9 @@
 #include "base/workers.h"
 
 enum {
-    PIECE_BYTES = 8 << 20,          /* what a thread takes at a time */
-    BEHIND_BYTES = 32 << 20,        /* what is left to the sync at the end, at least */
-    BUFFER_BYTES = 256 << 10,       /* one read and one write: what a core's cache holds in between */
+    PIECE_BYTES = 8 << 20,    /* what a thread takes at a time */
+    BEHIND_BYTES = 32 << 20,  /* what is left to the sync at the end, at least */
+    BUFFER_BYTES = 256 << 10, /* one read and one write: what a core's cache holds in between */
     ALIGNMENT_BYTES = 4096,
     SLEEP_NS_MAX = 50 * 1000 * 1000 /* how late a waiting thread may see a cancel or a new rate */
 };
@@ -44,10 +44,10 @@ enum {
 /* The extents between one source and one destination are neighbours after sorting. */
 struct copy_pair {
     int source, destination;
-    size_t extent_end;            /* index of the first extent that is no longer theirs */
-    uint64_t block_bytes;         /* of the destination's file system */
+    size_t extent_end;    /* index of the first extent that is no longer theirs */
+    uint64_t block_bytes; /* of the destination's file system */
     uint64_t source_size_bytes;
-    int has_reflink, has_range;   /* atomics: cleared by the first refusal */
+    int has_reflink, has_range; /* atomics: cleared by the first refusal */
 };
 
 struct copy_job {
@@ -56,17 +56,17 @@ struct copy_job {
     struct copy_pair *pairs;
     int flags;
     struct onion_copy_progress *progress;
-    const unsigned char *zeros;   /* BUFFER_BYTES */
+    const unsigned char *zeros; /* BUFFER_BYTES */
 
-    int alone;                    /* only one thread is at work, until a pair turns out to share no blocks */
-    pthread_mutex_t writing;      /* held while something is done to a destination */
-    pthread_mutex_t lock;         /* guards all below */
+    int alone;               /* only one thread is at work, until a pair turns out to share no blocks */
+    pthread_mutex_t writing; /* held while something is done to a destination */
+    pthread_mutex_t lock;    /* guards all below */
     size_t extent_index, pair_index;
     struct copy_pair *behind_pair; /* whose destination is being filled, in order, */
     uint64_t behind;               /* and up to where its writing out was started */
-    uint64_t position;            /* in that extent, relative */
-    int status;                   /* the first failure of any thread */
-    double tokens_bytes;          /* may be sent now; negative: owed */
+    uint64_t position;             /* in that extent, relative */
+    int status;                    /* the first failure of any thread */
+    double tokens_bytes;           /* may be sent now; negative: owed */
     struct timespec refilled;
 };
 
@@ -75,18 +75,13 @@ struct copy_piece {
     uint64_t source_offset, destination_offset, length;
 };
 
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
+static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-static int is_cancelled(const struct copy_job *job)
-{
+static int is_cancelled(const struct copy_job *job) {
     return __atomic_load_n(&job->progress->cancel, __ATOMIC_RELAXED) != 0;
 }
 
-static void count_done(struct copy_job *job, uint64_t *way, uint64_t bytes)
-{
+static void count_done(struct copy_job *job, uint64_t *way, uint64_t bytes) {
     __atomic_fetch_add(way, bytes, __ATOMIC_RELAXED);
     __atomic_fetch_add(&job->progress->bytes_done, bytes, __ATOMIC_RELAXED);
 }
@@ -95,14 +90,13 @@ static void count_done(struct copy_job *job, uint64_t *way, uint64_t bytes)
 
 /* Takes `bytes` out of the bucket if it is not empty (it may go below zero, which makes the next wait longer).
  * Returns 0, or how long to sleep before asking again. */
-static long take_tokens(struct copy_job *job, double rate, uint64_t bytes)
-{
+static long take_tokens(struct copy_job *job, double rate, uint64_t bytes) {
     struct timespec now;
     double burst = rate / 8, wait;
 
     clock_gettime(CLOCK_MONOTONIC, &now);
-    job->tokens_bytes += rate * ((double)(now.tv_sec - job->refilled.tv_sec) +
-                                 (double)(now.tv_nsec - job->refilled.tv_nsec) / 1e9);
+    job->tokens_bytes +=
+        rate * ((double)(now.tv_sec - job->refilled.tv_sec) + (double)(now.tv_nsec - job->refilled.tv_nsec) / 1e9);
     job->refilled = now;
     if (job->tokens_bytes > burst)
         job->tokens_bytes = burst;
@@ -115,8 +109,7 @@ static long take_tokens(struct copy_job *job, double rate, uint64_t bytes)
 }
 
 /* Waits until some bytes may be moved, at most `wanted`: how many, or ONION_E_CANCELLED. */
-static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted)
-{
+static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted) {
     for (;;) {
         uint64_t rate = __atomic_load_n(&job->progress->bytes_per_second, __ATOMIC_RELAXED);
         uint64_t bytes = min_u64(wanted, BUFFER_BYTES);
@@ -127,8 +120,8 @@ static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted)
         if (rate == 0)
             return (int64_t)bytes;
         /* Small steps under a low rate, so that it is kept over seconds and not over minutes. */
-        bytes = min_u64(bytes, rate / 8 > ALIGNMENT_BYTES ? rate / 8 / ALIGNMENT_BYTES * ALIGNMENT_BYTES
-                                                          : ALIGNMENT_BYTES);
+        bytes =
+            min_u64(bytes, rate / 8 > ALIGNMENT_BYTES ? rate / 8 / ALIGNMENT_BYTES * ALIGNMENT_BYTES : ALIGNMENT_BYTES);
         pthread_mutex_lock(&job->lock);
         pause.tv_nsec = take_tokens(job, (double)rate, bytes);
         pthread_mutex_unlock(&job->lock);
@@ -147,15 +140,13 @@ static void end_writing(struct copy_job *job) { pthread_mutex_unlock(&job->writi
 
 /* ---- the ways to move bytes: each takes a part from the front of the piece, or leaves it ---- */
 
-static void advance(struct copy_piece *piece, uint64_t bytes)
-{
+static void advance(struct copy_piece *piece, uint64_t bytes) {
     piece->source_offset += bytes;
     piece->destination_offset += bytes;
     piece->length -= bytes;
 }
 
-static int pwrite_all(int fd, const unsigned char *bytes, uint64_t length, uint64_t offset)
-{
+static int pwrite_all(int fd, const unsigned char *bytes, uint64_t length, uint64_t offset) {
     while (length > 0) {
         ssize_t written = pwrite(fd, bytes, length, (off_t)offset);
 
@@ -170,8 +161,7 @@ static int pwrite_all(int fd, const unsigned char *bytes, uint64_t length, uint6
     return 0;
 }
 
-static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
-{
+static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
     while (piece->length > 0) {
         int64_t turn = wait_for_turn(job, piece->length);
         ssize_t got;
@@ -195,8 +185,7 @@ static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, stru
     return 0;
 }
 
-static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece)
-{
+static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece) {
     struct copy_pair *pair = piece->pair;
 
     while (piece->length > 0 && __atomic_load_n(&pair->has_range, __ATOMIC_RELAXED)) {
@@ -223,8 +212,7 @@ static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece)
 }
 
 /* The unaligned last bytes of a file may be shared only if the destination ends there as well. */
-static int may_share_tail(const struct copy_piece *piece)
-{
+static int may_share_tail(const struct copy_piece *piece) {
     struct stat destination;
 
     return piece->source_offset + piece->length == piece->pair->source_size_bytes &&
@@ -232,8 +220,7 @@ static int may_share_tail(const struct copy_piece *piece)
            piece->destination_offset + piece->length >= (uint64_t)destination.st_size;
 }
 
-static int share(struct copy_job *job, struct copy_piece *piece)
-{
+static int share(struct copy_job *job, struct copy_piece *piece) {
     struct copy_pair *pair = piece->pair;
     uint64_t mask = pair->block_bytes - 1, length = piece->length & ~mask;
     int status;
@@ -265,8 +252,7 @@ static int share(struct copy_job *job, struct copy_piece *piece)
     return 0;
 }
 
-static int write_zeros(struct copy_job *job, struct copy_piece *piece)
-{
+static int write_zeros(struct copy_job *job, struct copy_piece *piece) {
     while (piece->length > 0) {
         int64_t turn = wait_for_turn(job, piece->length);
         int status;
@@ -283,8 +269,7 @@ static int write_zeros(struct copy_job *job, struct copy_piece *piece)
 }
 
 /* Makes the piece a hole: 1, or 0 if it has to be written: punching never makes a file longer. */
-static int make_hole(const struct copy_piece *piece)
-{
+static int make_hole(const struct copy_piece *piece) {
     uint64_t end = piece->destination_offset + piece->length;
     struct onion_data_span data;
     struct stat destination;
@@ -300,8 +285,7 @@ static int make_hole(const struct copy_piece *piece)
     return onion_punch(piece->pair->destination, piece->destination_offset, piece->length);
 }
 
-static int make_zero(struct copy_job *job, struct copy_piece *piece)
-{
+static int make_zero(struct copy_job *job, struct copy_piece *piece) {
     int status = piece->length > 0 && (job->flags & ONION_COPY_ZERO_HOLES) ? make_hole(piece) : 0;
 
     if (status < 0)
@@ -315,8 +299,7 @@ static int make_zero(struct copy_job *job, struct copy_piece *piece)
 
 /* ---- pieces ---- */
 
-static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
-{
+static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
     int status = share(job, piece);
 
     if (status == 0)
@@ -324,8 +307,7 @@ static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_pi
     return status < 0 ? status : copy_through_buffer(job, buffer, piece);
 }
 
-static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
-{
+static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
     while (piece->length > 0) {
         uint64_t end = piece->source_offset + piece->length;
         struct onion_data_span data = {0};
@@ -352,8 +334,7 @@ static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, stru
     return 0;
 }
 
-static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece)
-{
+static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
     const struct copy_pair *pair = piece->pair;
 
     if (pair->source < 0)
@@ -367,8 +348,7 @@ static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_p
 }
 
 /* 1 and the next piece, or 0: no more, or some thread has failed. */
-static int take_piece(struct copy_job *job, struct copy_piece *piece)
-{
+static int take_piece(struct copy_job *job, struct copy_piece *piece) {
     const struct onion_copy_extent *extent;
     int taken = 0;
 
@@ -396,8 +376,7 @@ static int take_piece(struct copy_job *job, struct copy_piece *piece)
 
 /* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all of
  * it still to be written takes as long as the copy did. */
-static void write_behind(struct copy_job *job, const struct copy_piece *done)
-{
+static void write_behind(struct copy_job *job, const struct copy_piece *done) {
     uint64_t from = 0, to = 0;
 
     pthread_mutex_lock(&job->lock);
@@ -413,16 +392,14 @@ static void write_behind(struct copy_job *job, const struct copy_piece *done)
         onion_write_out(done->pair->destination, from, to - from);
 }
 
-static void fail(struct copy_job *job, int status)
-{
+static void fail(struct copy_job *job, int status) {
     pthread_mutex_lock(&job->lock);
     if (job->status == 0)
         job->status = status;
     pthread_mutex_unlock(&job->lock);
 }
 
-static void *copy_pieces(void *argument)
-{
+static void *copy_pieces(void *argument) {
     struct copy_job *job = argument;
     struct copy_piece piece;
     void *buffer = NULL;
@@ -449,8 +426,7 @@ static void *copy_pieces(void *argument)
 /* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into one
  * walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
  * extents of 64 KiB into a fresh image of 4 GiB: 0.35 s so, 0.9 s in the order of the source. */
-static int compare_extents(const void *left, const void *right)
-{
+static int compare_extents(const void *left, const void *right) {
     const struct onion_copy_extent *a = left, *b = right;
     uint64_t a_offset = a->destination_offset, b_offset = b->destination_offset;
 
@@ -461,8 +437,7 @@ static int compare_extents(const void *left, const void *right)
     return a_offset < b_offset ? -1 : a_offset > b_offset;
 }
 
-static int check_extents(const struct onion_copy_extent *extents, size_t extent_count)
-{
+static int check_extents(const struct onion_copy_extent *extents, size_t extent_count) {
     for (size_t i = 0; i < extent_count; i++) {
         const struct onion_copy_extent *extent = &extents[i];
         if (extent->length == 0 || extent->length > INT64_MAX || extent->destination < 0 || extent->source < -1 ||
@@ -473,16 +448,14 @@ static int check_extents(const struct onion_copy_extent *extents, size_t extent_
     return 0;
 }
 
-static int continues(const struct onion_copy_extent *before, const struct onion_copy_extent *extent)
-{
+static int continues(const struct onion_copy_extent *before, const struct onion_copy_extent *extent) {
     return before->source == extent->source && before->destination == extent->destination &&
            before->destination_offset + before->length == extent->destination_offset &&
            (before->source < 0 || before->source_offset + before->length == extent->source_offset);
 }
 
 /* Sorts and joins in place and returns how many extents are left. */
-static size_t join_extents(struct onion_copy_extent *extents, size_t extent_count)
-{
+static size_t join_extents(struct onion_copy_extent *extents, size_t extent_count) {
     size_t kept = 0;
 
     if (extent_count == 0)
@@ -497,8 +470,7 @@ static size_t join_extents(struct onion_copy_extent *extents, size_t extent_coun
     return kept + 1;
 }
 
-static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *extent, int flags)
-{
+static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *extent, int flags) {
     struct statfs filesystem;
     struct stat source;
 
@@ -515,8 +487,7 @@ static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *ext
 }
 
 /* Makes the table of pairs: allocated, to be freed by the caller also on failure. */
-static int find_pairs(struct copy_job *job)
-{
+static int find_pairs(struct copy_job *job) {
     size_t pair_count = 0;
 
     for (size_t i = 0; i < job->extent_count; i++)
@@ -540,10 +511,12 @@ static int find_pairs(struct copy_job *job)
 }
 
 int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
-               struct onion_copy_progress *progress)
-{
-    struct copy_job job = {.extents = extents, .flags = flags, .progress = progress,
-                           .lock = PTHREAD_MUTEX_INITIALIZER, .writing = PTHREAD_MUTEX_INITIALIZER};
+               struct onion_copy_progress *progress) {
+    struct copy_job job = {.extents = extents,
+                           .flags = flags,
+                           .progress = progress,
+                           .lock = PTHREAD_MUTEX_INITIALIZER,
+                           .writing = PTHREAD_MUTEX_INITIALIZER};
     void *zeros = NULL;
     int status;
 

@@ -20,20 +20,20 @@
 #include "base/status.h"
 
 enum onion_copy_flags {
-    ONION_COPY_REFLINK = 1,  /* sharing blocks is allowed (never with policy `zero`) */
+    ONION_COPY_REFLINK = 1,    /* sharing blocks is allowed (never with policy `zero`) */
     ONION_COPY_ZERO_HOLES = 2, /* ranges that are holes in the source file are made zero in the destination by
                                  punching (or writing) instead of copying; without it they are copied as bytes.
                                  Extents with source -1 likewise: without it zeros are always written */
-    ONION_COPY_SOLID = 4     /* sources are not searched for holes: segments have none where a map names slots, and
+    ONION_COPY_SOLID = 4       /* sources are not searched for holes: segments have none where a map names slots, and
                                 two seeks an extent cost half as much as copying 64 KiB */
 };
 
 struct onion_copy_extent {
-    int source;             /* -1: write zeros */
+    int source; /* -1: write zeros */
     int destination;
     uint64_t source_offset; /* bytes */
     uint64_t destination_offset;
-    uint64_t length;        /* bytes, > 0 */
+    uint64_t length; /* bytes, > 0 */
 };
 
 /* Read and written with atomics while the copy runs. */
@@ -43,7 +43,7 @@ struct onion_copy_progress {
     uint64_t bytes_ranged;
     uint64_t bytes_copied;
     uint64_t bytes_zeroed;
-    int cancel;             /* set to 1 by another thread: the copy stops within one piece (8 MiB at most) */
+    int cancel;                /* set to 1 by another thread: the copy stops within one piece (8 MiB at most) */
     uint64_t bytes_per_second; /* upper bound of what is read, written or zeroed (sharing is free); 0: none. May be
                                   changed while the copy runs */
 };

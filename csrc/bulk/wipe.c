@@ -40,42 +40,35 @@ struct wipe_job {
     uint64_t *progress;         /* NULL while a phase runs that does not count */
     const int *cancel;
 
-    int read_fd;                /* the file again, for reading back */
-    int read_direct;            /* 1: past the page cache */
+    int read_fd;     /* the file again, for reading back */
+    int read_direct; /* 1: past the page cache */
 
-    pthread_mutex_t lock;       /* guards all below */
+    pthread_mutex_t lock; /* guards all below */
     struct onion_data_walk walk;
     size_t range_index;
-    uint64_t position;          /* in the range, absolute; below its offset: not begun */
-    int status;                 /* the first failure of any thread */
+    uint64_t position; /* in the range, absolute; below its offset: not begun */
+    int status;        /* the first failure of any thread */
     uint64_t bytes_taken, bytes_skipped, bytes_shared;
 };
 
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
+static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-static int is_cancelled(const struct wipe_job *job)
-{
+static int is_cancelled(const struct wipe_job *job) {
     return job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED);
 }
 
-static void count_progress(const struct wipe_job *job, uint64_t bytes)
-{
+static void count_progress(const struct wipe_job *job, uint64_t bytes) {
     if (job->progress)
         __atomic_fetch_add(job->progress, bytes, __ATOMIC_RELAXED);
 }
 
-static void count_skipped(struct wipe_job *job, uint64_t bytes)
-{
+static void count_skipped(struct wipe_job *job, uint64_t bytes) {
     job->bytes_skipped += bytes;
     count_progress(job, bytes);
 }
 
 /* Moves the cursor to the next allocated span and takes at most a piece of it. 1, 0 at the end, or negative. */
-static int take_piece(struct wipe_job *job, struct onion_data_span *piece)
-{
+static int take_piece(struct wipe_job *job, struct onion_data_span *piece) {
     while (job->range_index < job->range_count) {
         const struct onion_byte_range *range = &job->ranges[job->range_index];
         uint64_t end = min_u64(range->offset + range->length, job->size_bytes);
@@ -107,8 +100,7 @@ static int take_piece(struct wipe_job *job, struct onion_data_span *piece)
 }
 
 /* take_piece for threads: 0 as soon as any of them has failed. */
-static int take_piece_locked(struct wipe_job *job, struct onion_data_span *piece)
-{
+static int take_piece_locked(struct wipe_job *job, struct onion_data_span *piece) {
     int status = 0;
 
     pthread_mutex_lock(&job->lock);
@@ -121,16 +113,14 @@ static int take_piece_locked(struct wipe_job *job, struct onion_data_span *piece
     return status > 0;
 }
 
-static void fail(struct wipe_job *job, int status)
-{
+static void fail(struct wipe_job *job, int status) {
     pthread_mutex_lock(&job->lock);
     if (job->status == 0)
         job->status = status;
     pthread_mutex_unlock(&job->lock);
 }
 
-static int write_zeros(const struct wipe_job *job, uint64_t offset, uint64_t length)
-{
+static int write_zeros(const struct wipe_job *job, uint64_t offset, uint64_t length) {
     while (length > 0) {
         ssize_t written;
 
@@ -148,8 +138,7 @@ static int write_zeros(const struct wipe_job *job, uint64_t offset, uint64_t len
     return 0;
 }
 
-static void *zero_pieces(void *argument)
-{
+static void *zero_pieces(void *argument) {
     struct wipe_job *job = argument;
     struct onion_data_span piece;
 
@@ -163,14 +152,13 @@ static void *zero_pieces(void *argument)
 
 /* Reads [offset, offset + length) back, at most BUFFER_BYTES, and compares. Under O_DIRECT the ends are moved out to
  * the alignment; the bytes there belong to others and are not looked at. */
-static int verify_run(const struct wipe_job *job, unsigned char *buffer, uint64_t offset, uint64_t length, int direct)
-{
+static int verify_run(const struct wipe_job *job, unsigned char *buffer, uint64_t offset, uint64_t length, int direct) {
     uint64_t start = direct ? offset / ALIGNMENT_BYTES * ALIGNMENT_BYTES : offset;
     uint64_t wanted = offset + length - start, filled = 0;
 
     while (filled < wanted) {
-        uint64_t room = direct ? (wanted - filled + ALIGNMENT_BYTES - 1) / ALIGNMENT_BYTES * ALIGNMENT_BYTES
-                               : wanted - filled;
+        uint64_t room =
+            direct ? (wanted - filled + ALIGNMENT_BYTES - 1) / ALIGNMENT_BYTES * ALIGNMENT_BYTES : wanted - filled;
         ssize_t got = pread(job->read_fd, buffer + filled, room, (off_t)(start + filled));
 
         if (got < 0 && errno == EINTR)
@@ -184,8 +172,7 @@ static int verify_run(const struct wipe_job *job, unsigned char *buffer, uint64_
     return memcmp(buffer + (offset - start), job->zeros, length) == 0 ? 0 : ONION_E_VERIFY;
 }
 
-static int verify_piece(struct wipe_job *job, unsigned char *buffer, const struct onion_data_span *piece)
-{
+static int verify_piece(struct wipe_job *job, unsigned char *buffer, const struct onion_data_span *piece) {
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
         uint64_t length = min_u64(piece->length - done, BUFFER_BYTES);
@@ -206,8 +193,7 @@ static int verify_piece(struct wipe_job *job, unsigned char *buffer, const struc
     return 0;
 }
 
-static void *verify_pieces(void *argument)
-{
+static void *verify_pieces(void *argument) {
     struct wipe_job *job = argument;
     struct onion_data_span piece;
     void *buffer = NULL;
@@ -225,8 +211,7 @@ static void *verify_pieces(void *argument)
     return NULL;
 }
 
-static int run_phase(struct wipe_job *job, void *(*work)(void *), int threads)
-{
+static int run_phase(struct wipe_job *job, void *(*work)(void *), int threads) {
     job->range_index = 0;
     job->position = 0;
     job->bytes_taken = job->bytes_skipped = job->bytes_shared = 0;
@@ -236,8 +221,7 @@ static int run_phase(struct wipe_job *job, void *(*work)(void *), int threads)
 
 /* The descriptor of the caller may be write-only, so the file is opened again, by the one name that an unlinked file
  * still has. */
-static void open_for_reading_back(struct wipe_job *job)
-{
+static void open_for_reading_back(struct wipe_job *job) {
     char path[40];
 
     snprintf(path, sizeof path, "/proc/self/fd/%d", job->fd);
@@ -249,8 +233,7 @@ static void open_for_reading_back(struct wipe_job *job)
         job->read_fd = job->fd;
 }
 
-static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_result *result)
-{
+static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_result *result) {
     int status = run_phase(job, zero_pieces, threads);
 
     if (status < 0)
@@ -268,8 +251,7 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
     return 0;
 }
 
-static int verify_phase(struct wipe_job *job, int threads, struct onion_wipe_result *result)
-{
+static int verify_phase(struct wipe_job *job, int threads, struct onion_wipe_result *result) {
     int status;
 
     open_for_reading_back(job);
@@ -281,8 +263,7 @@ static int verify_phase(struct wipe_job *job, int threads, struct onion_wipe_res
     return status;
 }
 
-static int punch_phase(struct wipe_job *job, uint64_t block_bytes, struct onion_wipe_result *result)
-{
+static int punch_phase(struct wipe_job *job, uint64_t block_bytes, struct onion_wipe_result *result) {
     for (size_t i = 0; i < job->range_count;) {
         uint64_t offset = job->ranges[i].offset, end = offset, counted;
         int status;
@@ -307,8 +288,7 @@ static int punch_phase(struct wipe_job *job, uint64_t block_bytes, struct onion_
     return 0;
 }
 
-static int check_ranges(const struct onion_byte_range *ranges, size_t range_count)
-{
+static int check_ranges(const struct onion_byte_range *ranges, size_t range_count) {
     uint64_t behind = 0;
 
     for (size_t i = 0; i < range_count; i++) {
@@ -322,8 +302,7 @@ static int check_ranges(const struct onion_byte_range *ranges, size_t range_coun
 
 /* Each byte counts as progress once: in the first phase that is asked for. */
 static int run_phases(struct wipe_job *job, int flags, int threads, uint64_t block_bytes,
-                      struct onion_wipe_result *result)
-{
+                      struct onion_wipe_result *result) {
     int status = 0;
 
     if (flags & (ONION_WIPE_ZERO | ONION_WIPE_VERIFY))
@@ -343,10 +322,13 @@ static int run_phases(struct wipe_job *job, int flags, int threads, uint64_t blo
 }
 
 int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count, int flags, int threads,
-               struct onion_wipe_result *result, uint64_t *progress, const int *cancel)
-{
-    struct wipe_job job = {.fd = fd, .ranges = ranges, .range_count = range_count, .progress = progress,
-                           .cancel = cancel, .lock = PTHREAD_MUTEX_INITIALIZER};
+               struct onion_wipe_result *result, uint64_t *progress, const int *cancel) {
+    struct wipe_job job = {.fd = fd,
+                           .ranges = ranges,
+                           .range_count = range_count,
+                           .progress = progress,
+                           .cancel = cancel,
+                           .lock = PTHREAD_MUTEX_INITIALIZER};
     struct stat file;
     void *zeros = NULL;
     int status;

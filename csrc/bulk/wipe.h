@@ -29,8 +29,8 @@ struct onion_byte_range {
 };
 
 struct onion_wipe_result {
-    uint64_t bytes_wiped;       /* overwritten with zeros and made durable */
-    uint64_t bytes_skipped;     /* holes: nothing to overwrite */
+    uint64_t bytes_wiped;   /* overwritten with zeros and made durable */
+    uint64_t bytes_skipped; /* holes: nothing to overwrite */
     uint64_t bytes_verified;
     uint64_t bytes_punched;
     uint64_t bytes_unreachable; /* overwritten, but the old bytes are (also) elsewhere: shared or copy-on-write */

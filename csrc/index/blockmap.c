@@ -372,9 +372,7 @@ static void replace_entry(struct onion_map *map, uint64_t range, uint64_t old, u
 
 /* -- a change to a list of runs ------------------------------------------------------------------------------ */
 
-static struct stretch unpack(uint64_t run) {
-    return (struct stretch){run_block(run), run_blocks(run), run_place(run)};
-}
+static struct stretch unpack(uint64_t run) { return (struct stretch){run_block(run), run_blocks(run), run_place(run)}; }
 
 static bool continues(const struct stretch *before, const struct stretch *after) {
     return before->block + before->block_count == after->block &&
@@ -554,8 +552,7 @@ static struct sparse_leaf *sparse_from_dense(struct onion_map *map, const struct
 
 static bool dense_is_one_run(const struct onion_map *map, const struct dense_leaf *leaf) {
     uint32_t last = range_blocks(map) - 1;
-    return leaf->mapped == range_blocks(map) &&
-           leaf->places[last] == onion_place_advance(leaf->places[0], last) &&
+    return leaf->mapped == range_blocks(map) && leaf->places[last] == onion_place_advance(leaf->places[0], last) &&
            dense_stretch_at(leaf, 0, last + 1).block_count == last + 1;
 }
 
@@ -794,8 +791,8 @@ static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool be
 }
 
 /* Puts under an open range what `entry` of another map has. */
-static void open_put_below(const struct onion_map *map, struct open_range *open, uint64_t entry, const unsigned char *gone,
-                           bool drop) {
+static void open_put_below(const struct onion_map *map, struct open_range *open, uint64_t entry,
+                           const unsigned char *gone, bool drop) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks; block++) {
         if (open_is_mapped(open, block) && !is_gone(open->places[block], gone))
             continue;

@@ -54,10 +54,10 @@ struct onion_run {
 typedef void (*onion_retire_fn)(void *context, void *leaf);
 
 struct onion_map {
-    uint64_t *root;          /* root_count entries, see blockmap.c */
+    uint64_t *root; /* root_count entries, see blockmap.c */
     uint64_t root_count;
-    size_t root_bytes;       /* of the mapping behind root */
-    uint64_t *touched;       /* a bit for each 512 entries of the root, see blockmap.c */
+    size_t root_bytes; /* of the mapping behind root */
+    uint64_t *touched; /* a bit for each 512 entries of the root, see blockmap.c */
     uint64_t block_count;
     uint32_t range_shift;    /* log2 of the blocks under one root entry: 0 to 9 */
     int64_t leaf_bytes;      /* memory held by leaves, kept with atomics */

@@ -146,8 +146,7 @@ uint32_t onion_layer_records(const struct onion_layer *layer, struct onion_layer
             uint32_t number = onion_place_segment(run.place);
             if (!writer->number_of[number]) {
                 writer->number_of[number] = (uint16_t)++writer->numbers_given;
-                records[used++] =
-                    onion_record_segment(writer->number_of[number], layer->segment_ids[number - 1]);
+                records[used++] = onion_record_segment(writer->number_of[number], layer->segment_ids[number - 1]);
             }
             record.kind = ONION_RECORD_DATA;
             record.segment = writer->number_of[number];

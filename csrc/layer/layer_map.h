@@ -10,13 +10,13 @@
 #include "layer/map_log.h"
 
 struct onion_layer {
-    struct onion_map map;      /* segment numbers are those of segment_ids: 1 for the first */
+    struct onion_map map; /* segment numbers are those of segment_ids: 1 for the first */
     uint32_t block_shift;
     uint32_t segment_count;
     uint32_t segment_capacity;
     unsigned char (*segment_ids)[ONION_UUID_BYTES];
-    int has_size;              /* a SIZE record was read */
-    uint64_t size_bytes;       /* of the last one */
+    int has_size;        /* a SIZE record was read */
+    uint64_t size_bytes; /* of the last one */
 };
 
 /* An empty layer of block_count blocks. -ENOMEM, -EINVAL. */
@@ -39,9 +39,9 @@ int onion_layer_load(struct onion_layer *layer, const unsigned char *bytes, uint
 
 /* Where the writing of a compact log stands. Zeroed to begin. */
 struct onion_layer_writer {
-    uint64_t block_index;                         /* what lies before it has been given out */
+    uint64_t block_index; /* what lies before it has been given out */
     uint32_t numbers_given;
-    uint16_t number_of[ONION_SEGMENT_LAST + 1];   /* by number in the layer: number in the new log, 0 none yet */
+    uint16_t number_of[ONION_SEGMENT_LAST + 1]; /* by number in the layer: number in the new log, 0 none yet */
 };
 /* The next records, at most `capacity` (2 or more): a SEGMENT record right before the first DATA record that needs it.
  * Returns how many; 0 at the end. */

@@ -189,8 +189,8 @@ static uint32_t frame_crc(const unsigned char *frame, uint64_t frame_bytes) {
     return onion_crc32c(crc, frame + ONION_FRAME_HEADER_BYTES, (size_t)(frame_bytes - ONION_FRAME_HEADER_BYTES));
 }
 
-uint32_t onion_frame_encode(const struct onion_record *records, uint32_t record_count, uint64_t sequence,
-                            uint64_t salt, uint32_t previous_crc, unsigned char *out) {
+uint32_t onion_frame_encode(const struct onion_record *records, uint32_t record_count, uint64_t sequence, uint64_t salt,
+                            uint32_t previous_crc, unsigned char *out) {
     put32(out, ONION_FRAME_MAGIC);
     put32(out + 4, record_count);
     put64(out + 8, sequence);
@@ -247,7 +247,7 @@ int onion_log_next(const unsigned char *bytes, uint64_t length, struct onion_log
     uint64_t frame_bytes = frame_stated_bytes(frame, room);
     if (frame_bytes == 0)
         return room > ONION_FRAME_HEADER_BYTES && later_frame_exists(bytes, length, cursor) ? ONION_E_FORMAT
-                                                                                              : ONION_E_TORN;
+                                                                                            : ONION_E_TORN;
     uint32_t crc = get32(frame + FRAME_CRC_OFFSET);
     if (crc != frame_crc(frame, frame_bytes))
         return later_frame_exists(bytes, length, cursor) ? ONION_E_CHECKSUM : ONION_E_TORN;
@@ -298,8 +298,8 @@ uint64_t onion_log_frame_end(const unsigned char *bytes, uint64_t length, uint64
 }
 
 /* The largest value that `measure` finds in a record. */
-static uint64_t largest(const unsigned char *bytes, uint64_t length, uint64_t (*measure)(const unsigned char *, uint32_t),
-                        uint32_t block_shift) {
+static uint64_t largest(const unsigned char *bytes, uint64_t length,
+                        uint64_t (*measure)(const unsigned char *, uint32_t), uint32_t block_shift) {
     uint64_t offset = ONION_HEADER_BYTES, frame_bytes, most = 0;
     while (offset < length && (frame_bytes = frame_stated_bytes(bytes + offset, length - offset))) {
         const unsigned char *record = bytes + offset + ONION_FRAME_HEADER_BYTES;
@@ -317,7 +317,8 @@ static uint64_t bytes_of_size(const unsigned char *record, uint32_t block_shift)
 }
 
 static uint64_t blocks_of_record(const unsigned char *record, uint32_t block_shift) {
-    uint64_t most = ONION_VOLUME_BYTES_MAX >> block_shift, mask = ((uint64_t)1 << block_shift) - 1, first = get64(record);
+    uint64_t most = ONION_VOLUME_BYTES_MAX >> block_shift, mask = ((uint64_t)1 << block_shift) - 1,
+             first = get64(record);
     switch (get16(record + 16)) {
     case ONION_RECORD_SEGMENT:
         return 0;

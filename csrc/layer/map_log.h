@@ -98,8 +98,8 @@ int onion_header_is_torn(const unsigned char *bytes, size_t length, const char *
 /* Bytes that a frame of record_count records takes. */
 size_t onion_frame_bytes(size_t record_count);
 /* Writes one frame to out (onion_frame_bytes(record_count) bytes) and returns its CRC, which the next one chains. */
-uint32_t onion_frame_encode(const struct onion_record *records, uint32_t record_count, uint64_t sequence,
-                            uint64_t salt, uint32_t previous_crc, unsigned char *out);
+uint32_t onion_frame_encode(const struct onion_record *records, uint32_t record_count, uint64_t sequence, uint64_t salt,
+                            uint32_t previous_crc, unsigned char *out);
 
 /* Where a reader of a log stands. Zeroed to begin, with offset = ONION_HEADER_BYTES. After each frame offset is its
  * end, sequence its number (the count of frames so far), crc its CRC. */

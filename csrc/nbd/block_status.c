@@ -12,7 +12,7 @@
 #define EXTENTS_AT_ONCE 256
 
 struct descriptors {
-    unsigned char *bytes; /* chunk header, context id, descriptors */
+    unsigned char *bytes;             /* chunk header, context id, descriptors */
     uint32_t count, length_left_open; /* length of the last one */
     uint32_t flags;
 };

@@ -283,7 +283,9 @@ static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *se
 static void select_context(struct onion_nbd_session *session, const struct onion_nbd_string *query,
                            struct onion_nbd_out *out) {
     struct onion_nbd_context *context = NULL;
-    uint32_t id = string_is(query, ALLOCATION) ? ONION_NBD_ID_ALLOCATION : string_is(query, DEPTH) ? ONION_NBD_ID_DEPTH : 0;
+    uint32_t id = string_is(query, ALLOCATION) ? ONION_NBD_ID_ALLOCATION
+                  : string_is(query, DEPTH)    ? ONION_NBD_ID_DEPTH
+                                               : 0;
     const char *name = id == ONION_NBD_ID_ALLOCATION ? ALLOCATION : DEPTH;
     if (!id && (context = find_or_ask_context(session->server, session->meta_export, query))) {
         id = context->id;
@@ -410,7 +412,8 @@ static int receive(struct onion_nbd_connection *connection, void *out, size_t le
 }
 
 /* All of it before the deadline: nor can one that does not read what it asked for. */
-static int send_in_time(struct onion_nbd_connection *connection, const void *bytes, size_t length, int64_t deadline_ms) {
+static int send_in_time(struct onion_nbd_connection *connection, const void *bytes, size_t length,
+                        int64_t deadline_ms) {
     const char *from = bytes;
     while (length) {
         struct pollfd wait = {.fd = connection->fd, .events = POLLOUT};

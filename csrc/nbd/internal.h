@@ -15,10 +15,10 @@ enum {
     ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
     ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
-    ONION_NBD_IN_BYTES = 256 << 10,       /* what one receive takes at most */
-    ONION_NBD_REPLIES_MAX = 64,           /* that are sent together */
-    ONION_NBD_BATCH_MAX = 32,             /* writes that share system calls */
-    ONION_NBD_QUEUE_MAX = 64,             /* requests that wait for the helper */
+    ONION_NBD_IN_BYTES = 256 << 10, /* what one receive takes at most */
+    ONION_NBD_REPLIES_MAX = 64,     /* that are sent together */
+    ONION_NBD_BATCH_MAX = 32,       /* writes that share system calls */
+    ONION_NBD_QUEUE_MAX = 64,       /* requests that wait for the helper */
     ONION_NBD_EVENTS_MAX = 256,
 };
 
@@ -44,7 +44,7 @@ struct onion_nbd_label {
 
 struct onion_nbd_export {
     struct onion_nbd_export *next;
-    uint32_t references; /* guarded by the server's lock: the list's own, and one for each user */
+    uint32_t references;            /* guarded by the server's lock: the list's own, and one for each user */
     struct onion_nbd_label *label;  /* atomic; set with the server's lock */
     struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
     int read_only;
@@ -116,7 +116,7 @@ struct onion_nbd_reply {
     uint8_t is_read;
     uint8_t begun;    /* bytes of it are in the socket */
     uint8_t padding;  /* the chunk's data could not be read: zeros complete it, its tail says so */
-    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could say otherwise */
+    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could deny it */
 };
 
 struct onion_nbd_connection {
@@ -129,7 +129,7 @@ struct onion_nbd_connection {
     uint32_t client_flags;
     int negotiating;
     int gives_way; /* it is ended for another one; with the server's lock */
-    int broken; /* atomic: nothing more can be sent */
+    int broken;    /* atomic: nothing more can be sent */
     struct onion_nbd_session session;
     struct onion_nbd_counters counters; /* atomic each */
 
@@ -139,7 +139,7 @@ struct onion_nbd_connection {
     int requests_come_fast;
     int64_t received_ns;               /* when the last bytes came */
     uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
-    unsigned char *payload; /* kept from one large write to the next */
+    unsigned char *payload;            /* kept from one large write to the next */
     size_t payload_capacity;
     unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
     struct onion_volume *volume; /* while in flight; NULL also where the export is gone */
@@ -162,7 +162,7 @@ struct onion_nbd_server {
     struct onion_nbd_connection *connections;
     uint32_t connection_count;
     uint64_t next_id;
-    int stopping; /* atomic */
+    int stopping;                   /* atomic */
     struct onion_nbd_counters past; /* of connections that ended */
 
     pthread_mutex_t event_lock;
@@ -176,8 +176,21 @@ static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_n
     return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
 }
 
-/* ---- server.c ---- */
+/* ---- events.c ---- */
 
+void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int64_t onion_nbd_now_ns(void);
+
+static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
+    __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+/* Adds up counters of which the second ones may be counting. */
+void onion_nbd_add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_counters *one);
+
+/* ---- exports.c ---- */
+
+/* What leads to the export of that name, or to NULL, in the list. With the server's lock. */
+struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length);
 /* With a reference, or NULL. name is any bytes. */
 struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length);
 void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *export);
@@ -187,7 +200,9 @@ void onion_nbd_leave(struct onion_nbd_export *export);
 /* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
  * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
-void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for
+ * those in flight. */
+void onion_nbd_take_volume_away(struct onion_nbd_export *export);
 
 /* ---- handshake.c ---- */
 
@@ -220,10 +235,6 @@ void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 void onion_nbd_transmit(struct onion_nbd_connection *connection);
 void onion_nbd_limits(const struct onion_nbd_session *session, const struct onion_volume *volume,
                       struct onion_nbd_limits *limits);
-int64_t onion_nbd_now_ns(void);
-static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
-    __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
-}
 
 /* ---- write_batch.c ---- */
 

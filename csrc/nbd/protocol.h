@@ -19,13 +19,13 @@
 #define ONION_NBD_CHUNK_MAGIC UINT32_C(0x668e33ef)
 
 enum {
-    ONION_NBD_NAME_MAX = 4096,      /* bytes of a name, as the protocol has it */
+    ONION_NBD_NAME_MAX = 4096, /* bytes of a name, as the protocol has it */
     ONION_NBD_GREETING_BYTES = 18,
-    ONION_NBD_OPTION_BYTES = 16,    /* header of an option */
+    ONION_NBD_OPTION_BYTES = 16, /* header of an option */
     ONION_NBD_OPTION_REPLY_BYTES = 20,
     ONION_NBD_REQUEST_BYTES = 28,
     ONION_NBD_SIMPLE_REPLY_BYTES = 16,
-    ONION_NBD_CHUNK_BYTES = 20,     /* header of a structured reply chunk */
+    ONION_NBD_CHUNK_BYTES = 20,        /* header of a structured reply chunk */
     ONION_NBD_EXPORT_REPLY_BYTES = 10, /* to EXPORT_NAME, without the zeroes */
     ONION_NBD_EXPORT_ZEROES = 124,
 };

@@ -25,9 +25,9 @@
 
 #define IOV_MAX_USED 512
 #define PIECES_MAX 256
-#define SEND_BYTES (2u << 20)          /* what one system call is given at most */
-#define TOUCH_BYTES_MAX (64u << 10)    /* reads up to here promise in their header */
-#define HOLE_BYTES_MIN (32u << 10)     /* shorter zeros are sent as bytes: a chunk of their own costs the client more */
+#define SEND_BYTES (2u << 20)       /* what one system call is given at most */
+#define TOUCH_BYTES_MAX (64u << 10) /* reads up to here promise in their header */
+#define HOLE_BYTES_MIN (32u << 10)  /* shorter zeros are sent as bytes: a chunk of their own costs the client more */
 
 static char zeros[64 << 10]; /* never written */
 
@@ -218,8 +218,7 @@ static int lay_out_data(struct onion_nbd_reply *reply, struct gathering *g) {
 
 static void lay_out_hole(struct onion_nbd_reply *reply, uint32_t length) {
     uint16_t flags = length == reply->left ? ONION_NBD_REPLY_DONE : 0;
-    reply->header_length =
-        (uint8_t)onion_nbd_chunk_hole(reply->header, reply->cookie, flags, reply->offset, length);
+    reply->header_length = (uint8_t)onion_nbd_chunk_hole(reply->header, reply->cookie, flags, reply->offset, length);
     reply->offset += length;
     reply->left -= length;
 }
@@ -229,7 +228,8 @@ static int lay_out(struct onion_nbd_connection *connection, struct onion_nbd_rep
     reply->header_sent = reply->tail_length = reply->tail_sent = 0;
     if (!connection->volume)
         return fail(connection, reply, connection->gone);
-    g->piece_count = onion_volume_plan(connection->volume, reply->offset, reply->left, g->pieces, PIECES_MAX, &g->planned);
+    g->piece_count =
+        onion_volume_plan(connection->volume, reply->offset, reply->left, g->pieces, PIECES_MAX, &g->planned);
     if (g->piece_count < 0)
         return fail(connection, reply, onion_nbd_error(g->piece_count));
     const struct onion_piece *first = &g->pieces[0];
@@ -319,8 +319,8 @@ static int gather(struct onion_nbd_connection *connection, uint32_t first, struc
     int more = 1;
     g->used = 0;
     g->bytes = 0;
-    for (uint32_t i = first; more > 0 && i < connection->reply_count && g->used < IOV_MAX_USED - 2 && g->bytes < SEND_BYTES;
-         i++)
+    for (uint32_t i = first;
+         more > 0 && i < connection->reply_count && g->used < IOV_MAX_USED - 2 && g->bytes < SEND_BYTES; i++)
         more = gather_one(connection, &connection->replies[i], g);
     return more < 0 ? more : 0;
 }
@@ -431,7 +431,7 @@ static int send_some(struct onion_nbd_connection *connection, uint32_t *first) {
         onion_nbd_counter_add(&connection->counters.sends, 1);
         return 0;
     }
-    return error == EAGAIN ? wait_and_reenter(connection, *first)
+    return error == EAGAIN   ? wait_and_reenter(connection, *first)
            : error == EFAULT ? settle_faults(connection, *first)
            : error == EINTR  ? 0
                              : -error;

@@ -61,7 +61,7 @@ struct onion_nbd_hooks {
 };
 
 struct onion_nbd_options {
-    uint32_t connections_max; /* where they are open, the oldest that still negotiates gives way to a new one */
+    uint32_t connections_max;   /* where they are open, the oldest that still negotiates gives way to a new one */
     uint32_t idle_seconds;      /* a connection without a request is closed after so long; 0: never */
     uint32_t request_bytes_max; /* of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;
@@ -72,7 +72,7 @@ struct onion_nbd_options {
 struct onion_nbd_counters {
     uint64_t requests[ONION_NBD_VERBS];
     uint64_t bytes[ONION_NBD_VERBS];
-    uint64_t latency_ns[ONION_NBD_VERBS]; /* summed up: from when a request had arrived until its reply was handed over */
+    uint64_t latency_ns[ONION_NBD_VERBS]; /* summed up: from a request's last byte to its reply's handing over */
     uint64_t errors;
     uint64_t sends; /* system calls that sent replies: requests over this is how many were answered together */
 };

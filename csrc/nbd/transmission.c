@@ -10,13 +10,12 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
-#include <time.h>
 
 #include "nbd/internal.h"
 
 #define SOCKET_BUFFER_BYTES (1 << 20) /* more leaves the caches before the client has read it */
-#define SLOW_ZERO_BYTES (32u << 20)    /* zeroing or trimming more than this is the helper's */
-#define SLOW_WRITE_BYTES (1u << 20)    /* zeros that must be written */
+#define SLOW_ZERO_BYTES (32u << 20)   /* zeroing or trimming more than this is the helper's */
+#define SLOW_WRITE_BYTES (1u << 20)   /* zeros that must be written */
 #define SLOW_STATUS_BYTES (128u << 20)
 #define PAYLOAD_BYTES_KEPT (4u << 20)
 #define SPIN_NS 50000 /* how long a receive may ask without sleeping */
@@ -33,12 +32,6 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
         setsockopt(connection->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
     setsockopt(connection->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* a Unix socket refuses, and needs none */
     setsockopt(connection->fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
-}
-
-int64_t onion_nbd_now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
 /* recv, after a short while of asking without sleeping where several requests are under way and the last ones came
@@ -174,8 +167,7 @@ static uint32_t check(struct onion_nbd_connection *connection, const struct onio
 static int run_block_status(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     unsigned char *reply = NULL;
     size_t length = 0;
-    int status =
-        onion_nbd_block_status(connection->volume, &connection->session, request, &reply, &length);
+    int status = onion_nbd_block_status(connection->volume, &connection->session, request, &reply, &length);
     if (status < 0)
         return onion_nbd_reply_status(connection, request->cookie, onion_nbd_error(status));
     status = onion_nbd_send_replies(connection);
@@ -208,9 +200,10 @@ static int run(struct onion_nbd_connection *connection, const struct onion_nbd_r
 static int write_now(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
                      const unsigned char *payload) {
     onion_nbd_connection_enter(connection);
-    uint32_t error = connection->volume ? onion_nbd_error(onion_volume_write(connection->volume, request->offset,
-                                                                             request->length, payload))
-                                        : ONION_NBD_ESHUTDOWN;
+    uint32_t error =
+        connection->volume
+            ? onion_nbd_error(onion_volume_write(connection->volume, request->offset, request->length, payload))
+            : ONION_NBD_ESHUTDOWN;
     return onion_nbd_reply_status(connection, request->cookie, error);
 }
 

@@ -58,7 +58,8 @@ static int cache(struct onion_volume *volume, uint64_t offset, uint64_t length) 
     return 0;
 }
 
-static uint32_t run_job(struct onion_nbd_connection *connection, struct onion_volume *volume, struct onion_nbd_job *job) {
+static uint32_t run_job(struct onion_nbd_connection *connection, struct onion_volume *volume,
+                        struct onion_nbd_job *job) {
     const struct onion_nbd_request *request = &job->request;
     int changes = request->type == ONION_NBD_CMD_WRITE || request->type == ONION_NBD_CMD_TRIM ||
                   request->type == ONION_NBD_CMD_WRITE_ZEROES;

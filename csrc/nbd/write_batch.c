@@ -15,7 +15,8 @@ struct batch {
 static void write_each(const struct batch *batch, uint32_t first, uint32_t end, const unsigned char *payload) {
     for (uint32_t i = first; i < end; i++) {
         const struct onion_nbd_request *request = &batch->requests[i];
-        batch->errors[i] = onion_nbd_error(onion_volume_write(batch->volume, request->offset, request->length, payload));
+        batch->errors[i] =
+            onion_nbd_error(onion_volume_write(batch->volume, request->offset, request->length, payload));
         payload += request->length;
     }
 }
@@ -42,7 +43,8 @@ static uint32_t write_range(const struct batch *batch, uint32_t first, uint32_t 
 }
 
 /* Single blocks from `first` on, none of which continues the one before. Returns where they end. */
-static uint32_t write_scattered(const struct batch *batch, uint32_t first, uint32_t count, const unsigned char *payload) {
+static uint32_t write_scattered(const struct batch *batch, uint32_t first, uint32_t count,
+                                const unsigned char *payload) {
     uint64_t block_indices[ONION_NBD_BATCH_MAX];
     uint32_t block_size = onion_volume_block_size(batch->volume), end = first;
     for (; end < count && is_one_block(batch, end) && (end == first || !continues(batch, end)); end++)

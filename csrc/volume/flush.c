@@ -1,4 +1,4 @@
-/* flush.c: what makes changes durable: flush, seal, rewriting the head's map, resize. See volume.h for what must hold.
+/* flush.c: what makes changes durable. See volume.h for what must hold.
  *
  * A flush, step by step, and what a crash between two steps leaves:
  *   1. take the pending records and the dirty flags     nothing happened
@@ -12,88 +12,15 @@
  * sync, it waits and then makes its own. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#include "base/sigbus.h"
-#include "base/store_file.h"
-#include "bulk/wipe.h"
-#include "layer/layer_map.h"
 #include "volume/internal.h"
 
-#define REWRITE_FRAME_RECORDS (1u << 17)
-#define NUMBERS_KEPT 256u /* of the segments, for what has to go on when no snapshot can be taken any more */
-#define COMPACT_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
 #define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
-#define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
-
-/* ---- the flush gate ---- */
-
-/* Closes the gate, or says why not. Who keeps it closed may never come back to open it, where the outcome of a commit
- * is unknown: so nobody waits on a volume that can no longer be used. */
-static int flush_gate_close(struct onion_volume *volume) {
-    int status = onion_volume_usable(volume);
-    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
-        return status;
-    pthread_mutex_lock(&volume->flush_lock);
-    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
-        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    if (status == 0)
-        volume->flush_busy = 1;
-    pthread_mutex_unlock(&volume->flush_lock);
-    return status;
-}
-
-/* The gate stays closed until the outcome is known; close need not wait for that. */
-static void flush_gate_keep(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
-    pthread_mutex_lock(&volume->flush_lock);
-    *sealing_or_rewriting = kind;
-    pthread_cond_broadcast(&volume->flush_free);
-    pthread_mutex_unlock(&volume->flush_lock);
-}
-
-static void flush_gate_open(struct onion_volume *volume) {
-    pthread_mutex_lock(&volume->flush_lock);
-    volume->sealing = volume->rewriting = 0;
-    volume->flush_busy = 0;
-    pthread_cond_broadcast(&volume->flush_free);
-    pthread_mutex_unlock(&volume->flush_lock);
-}
-
-static int flush_begin(struct onion_volume *volume) {
-    int status = flush_gate_close(volume);
-    if (status == 0 && !volume->own) { /* a view, or its head was not opened */
-        flush_gate_open(volume);
-        status = ONION_E_READ_ONLY;
-    }
-    return status;
-}
-
-/* For replace_below.c. */
-int onion_volume_close_flush_gate(struct onion_volume *volume) { return flush_begin(volume); }
-void onion_volume_open_flush_gate(struct onion_volume *volume) { flush_gate_open(volume); }
 
 /* ---- segments ---- */
-
-static int poison_on(struct onion_volume *volume, int status) {
-    /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
-     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The next
-     * opening has to know of it too, before anybody is told. */
-    if (status < 0) {
-        onion_volume_mark_poisoned(volume);
-        onion_journal_mark_poisoned(volume);
-    }
-    return status;
-}
-
-static int sync_segment_names(struct onion_volume *volume) {
-    int status = onion_sync_directory(volume->segments_directory); /* BARRIER: segment name */
-    return poison_on(volume, onion_site_set(status, volume->segments_directory, 0));
-}
 
 /* Those of the head, or of the one that a seal has just ended: what its successor has written since is not in the batch. */
 static int sync_segments(struct onion_volume *volume, int of_sealed) {
@@ -107,76 +34,13 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
             continue;
         int status = onion_sync_file(segment->fd); /* BARRIER: segment data */
         if (status < 0)
-            return poison_on(volume, onion_site_set(status, segment->path, 0));
+            return onion_volume_poison_on(volume, onion_site_set(status, segment->path, 0));
         directory_dirty |= __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST);
     }
-    return directory_dirty ? sync_segment_names(volume) : 0;
+    return directory_dirty ? onion_volume_sync_segment_names(volume) : 0;
 }
 
-/* ---- the map log ---- */
-
-/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
-static int has_no_room(int status) {
-    return status == -ENOSPC || status == -EDQUOT || status == -EFBIG;
-}
-
-/* Makes the file of a log: its header, and zeros for the first frames where there is room for them. */
-static int create_map_file(struct onion_volume *volume, struct onion_head_log *log) {
-    unsigned char bytes[LOG_STEP_BYTES] = {0};
-    struct onion_header header = {.version = ONION_FORMAT_VERSION,
-                                  .block_size = volume->block_size,
-                                  .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
-    memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
-    onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = onion_make_file(log->path);
-    if (fd < 0)
-        return fd;
-    log->room_end = sizeof bytes;
-    int status = onion_pwrite_all(fd, bytes, sizeof bytes, 0);
-    if (has_no_room(status)) {
-        log->room_end = ONION_HEADER_BYTES;
-        status = onion_pwrite_all(fd, bytes, ONION_HEADER_BYTES, 0);
-    }
-    if (status < 0) {
-        unlink(log->path);
-        close(fd);
-        return status;
-    }
-    log->fd = fd;
-    return 0;
-}
-
-/* Makes the file of a log that has none, and starts to write it out: so the commit of the file system's journal that the
- * sync of the segments waits for holds this file too, and its own sync need not wait for another. */
-static int make_log(struct onion_volume *volume, struct onion_head_log *log) {
-    int status = create_map_file(volume, log);
-    if (status < 0)
-        return onion_site_set(status, log->path, 0);
-    onion_start_writing(log->fd);
-    log->is_new = 1;
-    return 0;
-}
-
-/* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
-static int sync_new_log(struct onion_volume *volume, struct onion_head_log *log) {
-    int status = onion_sync_file(log->fd); /* BARRIER: map header */
-    if (status == 0)
-        status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
-    if (status == 0)
-        log->is_new = 0;
-    return poison_on(volume, onion_site_set(status, log->path, 0));
-}
-
-static int draw_salt(struct onion_head_log *log) {
-    if (log->cursor.salt)
-        return 0;
-    while (log->cursor.salt == 0)
-        /* glibc wraps it from 2.25 on, and a wheel may meet 2.17. */
-        if (syscall(SYS_getrandom, &log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt &&
-            errno != EINTR)
-            return -errno;
-    return 0;
-}
+/* ---- the frame ---- */
 
 /* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
  * them. out has room for one SEGMENT record a record more. Where the frame is not written the
@@ -202,53 +66,6 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
         out[used++] = record;
     }
     return used;
-}
-
-/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
-static uint32_t own_segment_count(const struct onion_volume *volume) {
-    uint32_t count = 0, last = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE); /* a spare may be added */
-    for (uint32_t i = 1; i <= last; i++)
-        count += (uint32_t)volume->segments[i]->own;
-    return count;
-}
-
-/* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
- * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
- * are no frame: who reads the log sees its end. A disk with no room for them has room for the frame perhaps. */
-static int write_frame(struct onion_head_log *log, const unsigned char *bytes, size_t length, size_t with_room) {
-    uint64_t end = log->cursor.offset + length;
-    if (end <= log->room_end)
-        return onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
-    int status = onion_pwrite_all(log->fd, bytes, with_room, log->cursor.offset);
-    if (status == 0)
-        log->room_end = log->cursor.offset + with_room;
-    else if (has_no_room(status))
-        status = onion_pwrite_all(log->fd, bytes, length, log->cursor.offset);
-    return status;
-}
-
-static int append_frame(struct onion_head_log *log, const struct onion_record *records, uint32_t count) {
-    size_t length = onion_frame_bytes(count);
-    uint64_t end = log->cursor.offset + length;
-    size_t with_room = (size_t)((end / LOG_STEP_BYTES + 1) * LOG_STEP_BYTES - log->cursor.offset);
-    unsigned char *bytes = malloc(with_room);
-    if (!bytes)
-        return -ENOMEM;
-    memset(bytes + length, 0, with_room - length);
-    uint32_t crc = onion_frame_encode(records, count, log->cursor.sequence + 1, log->cursor.salt, log->cursor.crc, bytes);
-    int status = write_frame(log, bytes, length, with_room);
-    free(bytes);
-    if (status < 0)
-        return onion_site_set(status, log->path, log->cursor.offset);
-    log->cursor.offset += length;
-    log->cursor.sequence++;
-    log->cursor.crc = crc;
-    log->record_count += count;
-    return 0;
-}
-
-static void note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log) {
-    __atomic_store_n(&volume->log_bytes, log->cursor.offset, __ATOMIC_RELAXED);
 }
 
 /* The records of a batch, out of the half of the journal that they lie in, which may be moved but under pending_lock. */
@@ -303,20 +120,21 @@ static size_t net_records(struct onion_volume *volume, struct onion_record *reco
 }
 
 static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
-    uint32_t own = own_segment_count(volume) + 1, new_count = 0;
+    uint32_t own = onion_volume_own_segment_count(volume) + 1, new_count = 0;
     struct onion_record *copied = malloc((batch->record_count + 1) * sizeof *copied);
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
     uint32_t *new_segments = malloc(own * sizeof *new_segments);
-    int status = copied && records && new_segments ? draw_salt(log) : -ENOMEM;
+    int status = copied && records && new_segments ? onion_head_log_draw_salt(log) : -ENOMEM;
     if (status == 0)
-        status = poison_on(volume, copy_batch(volume, batch, copied));
+        status = onion_volume_poison_on(volume, copy_batch(volume, batch, copied));
     if (status == 0 && log->is_new)
-        status = sync_new_log(volume, log);
+        status = onion_head_log_sync_new(volume, log);
     if (status == 0) {
         uint64_t before = log->cursor.offset;
-        size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count : net_records(volume, copied, batch->record_count);
+        size_t net = batch->record_count < NET_RECORDS_MIN ? batch->record_count
+                                                           : net_records(volume, copied, batch->record_count);
         uint32_t count = number_records(volume, log, copied, net, records, new_segments, &new_count);
-        status = append_frame(log, records, count);
+        status = onion_head_log_append(log, records, count);
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
                 volume->segments[new_segments[i]]->log_number = 0;
@@ -326,9 +144,9 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
                 onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;
-            note_log_bytes(volume, log);
+            onion_volume_note_log_bytes(volume, log);
             status = onion_sync_file(log->fd); /* BARRIER: map frame */
-            poison_on(volume, onion_site_set(status, log->path, before));
+            onion_volume_poison_on(volume, onion_site_set(status, log->path, before));
         }
     }
     free(copied);
@@ -339,16 +157,9 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
 
 /* ---- taking the pending changes, and putting them back ---- */
 
-/* What the journal's records go on from: a log as it is. */
-static struct onion_journal_owner owner_of(const struct onion_head_log *log) {
-    struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
-    memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
-    return owner;
-}
-
-/* next: the log of the head that a seal begins, or NULL. */
-static struct onion_pending take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
-    struct onion_journal_owner owner = owner_of(&volume->log), first = next ? owner_of(next) : owner;
+struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
+    struct onion_journal_owner owner = onion_head_log_owner(&volume->log),
+                               first = next ? onion_head_log_owner(next) : owner;
     pthread_mutex_lock(&volume->pending_lock);
     struct onion_pending *pending = &volume->pending, batch = *pending;
     pending->freed = NULL;
@@ -408,8 +219,7 @@ static void release_batch(struct onion_pending *batch) {
     free(batch->freed);
 }
 
-/* A flush that changed nothing gives its batch back, before what came since. */
-static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
+void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch) {
     pthread_mutex_lock(&volume->pending_lock);
     int status = put_back_records(volume, batch);
     if (status == 0)
@@ -420,119 +230,43 @@ static void put_back(struct onion_volume *volume, struct onion_pending *batch) {
     release_batch(batch);
 }
 
-/* ---- giving freed slots back ---- */
-
-static int by_segment_and_slot(const void *a, const void *b) {
-    const struct onion_freed *x = a, *y = b;
-    if (x->segment != y->segment)
-        return x->segment < y->segment ? -1 : 1;
-    return x->slot < y->slot ? -1 : x->slot > y->slot;
-}
-
-/* Sorts, and joins neighbours in place. Returns how many are left. */
-static size_t join_freed(struct onion_freed *freed, size_t count) {
-    size_t kept = 0;
-    qsort(freed, count, sizeof *freed, by_segment_and_slot);
-    for (size_t i = 0; i < count; i++) {
-        struct onion_freed *last = kept ? &freed[kept - 1] : NULL;
-        if (last && last->segment == freed[i].segment && last->slot + last->count == freed[i].slot)
-            last->count += freed[i].count;
-        else
-            freed[kept++] = freed[i];
-    }
-    return kept;
-}
-
-/* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
-static int reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
-                   size_t count) {
-    struct onion_byte_range *ranges = malloc(count * sizeof *ranges);
-    struct onion_wipe_result result;
-    if (!ranges)
-        return -ENOMEM;
-    for (size_t i = 0; i < count; i++) {
-        ranges[i].offset = onion_slot_offset(volume->block_shift, freed[i].slot);
-        ranges[i].length = (uint64_t)freed[i].count << volume->block_shift;
-    }
-    int flags = ONION_WIPE_PUNCH | (volume->wipe_zero ? ONION_WIPE_ZERO : 0);
-    int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
-    free(ranges);
-    if (status == 0 && volume->wipe_zero)
-        __atomic_add_fetch(&volume->bytes_unreachable, result.bytes_unreachable, __ATOMIC_RELAXED);
-    if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
-        poison_on(volume, status);
-    if (status < 0) {
-        onion_volume_want_scrub(volume, segment);
-        return onion_site_set(status, segment->path, count ? onion_slot_offset(volume->block_shift, freed[0].slot) : 0);
-    }
-    pthread_mutex_lock(&volume->slots_lock);
-    for (size_t i = count; i; i--)
-        onion_segment_give_back(segment, freed[i - 1].slot, freed[i - 1].count);
-    pthread_mutex_unlock(&volume->slots_lock);
-    return 0;
-}
-
-/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
-static int reclaim_freed(struct onion_volume *volume, struct onion_pending *batch) {
-    if (!batch->freed_count)
-        return 0;
-    onion_epoch_wait(&volume->epoch); /* a read may still be copying from a slot that it found before */
-    size_t count = join_freed(batch->freed, batch->freed_count);
-    int status = 0;
-    for (size_t i = 0, end; i < count; i = end) {
-        for (end = i; end < count && batch->freed[end].segment == batch->freed[i].segment; end++)
-            ;
-        struct onion_segment *segment = volume->segments[batch->freed[i].segment];
-        int one = 0;
-        if (segment->own)
-            one = reclaim(volume, segment, batch->freed + i, end - i);
-        else
-            onion_volume_want_scrub(volume, segment);
-        status = status < 0 ? status : one;
-    }
-    return status;
-}
-
 /* ---- flush ---- */
 
-/* Makes a batch durable in `log`. On failure it is back in the pending list. */
-static int commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
-                        int of_sealed) {
-    int status = batch->record_count && log->fd < 0 ? make_log(volume, log) : 0;
+int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
+                              int of_sealed) {
+    int status = batch->record_count && log->fd < 0 ? onion_head_log_begin(volume, log) : 0;
     if (status == 0)
         status = sync_segments(volume, of_sealed);
     if (status == 0 && batch->record_count)
         status = write_batch(volume, log, batch);
     if (status < 0) {
-        put_back(volume, batch);
+        onion_volume_put_back(volume, batch);
         return status;
     }
     /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
-    struct onion_journal_owner now = owner_of(log);
+    struct onion_journal_owner now = onion_head_log_owner(log);
     pthread_mutex_lock(&volume->pending_lock);
     onion_journal_drop_taken(volume, &now);
     pthread_mutex_unlock(&volume->pending_lock);
     /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
-    status = reclaim_freed(volume, batch);
+    status = onion_volume_reclaim_freed(volume, batch);
     release_batch(batch);
     return status;
 }
 
-static int flush_locked(struct onion_volume *volume) {
-    struct onion_pending batch = take_pending(volume, NULL);
-    return commit_batch(volume, &volume->log, &batch, 0);
+int onion_volume_flush_behind_gate(struct onion_volume *volume) {
+    struct onion_pending batch = onion_volume_take_pending(volume, NULL);
+    return onion_volume_commit_batch(volume, &volume->log, &batch, 0);
 }
 
 int onion_volume_flush(struct onion_volume *volume) {
-    int status = flush_begin(volume);
+    int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
-    status = flush_locked(volume);
-    flush_gate_open(volume);
+    status = onion_volume_flush_behind_gate(volume);
+    onion_volume_open_flush_gate(volume);
     return status;
 }
-
-int onion_volume_flush_behind_gate(struct onion_volume *volume) { return flush_locked(volume); }
 
 int onion_volume_relieve(struct onion_volume *volume) {
     struct onion_pending *pending = &volume->pending;
@@ -545,7 +279,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     if (is_busy && !must) /* by a flush, which makes room too, or by a seal that may take longer */
         return 0;
     int status = onion_volume_flush(volume);
-    if (!has_no_room(status))
+    if (!onion_has_no_room(status))
         return status;
     pthread_mutex_lock(&volume->pending_lock);
     pending->flush_at_records = pending->record_count;
@@ -579,711 +313,4 @@ int onion_volume_unflushed(struct onion_volume *volume) {
         found = volume->segments[i]->own && __atomic_load_n(&volume->segments[i]->dirty, __ATOMIC_SEQ_CST);
     pthread_rwlock_unlock(&volume->gate);
     return found;
-}
-
-/* ---- free slots ---- */
-
-static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
-    for (uint64_t i = slot; i < slot + count && i < bits; i++)
-        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
-}
-
-/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
-static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
-    *bits = segment->next_slot;
-    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
-    if (!bitmap)
-        return NULL;
-    uint64_t at = 0;
-    struct onion_run run;
-    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
-            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
-        at = run.block_index + run.block_count;
-    }
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < volume->pending.freed_count; i++)
-        if (volume->pending.freed[i].segment == segment->number)
-            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
-    pthread_mutex_unlock(&volume->pending_lock);
-    return bitmap;
-}
-
-/* A head that was sealed meanwhile is asked no more: the index of the next one forgets what that writes over, and the layer
- * still has it. So whose the segment is counts only here, behind the flush, which waits for a seal to end.
- *
- * Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
- * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
-int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
-                            uint64_t *bits) {
-    int status = flush_begin(volume);
-    if (status < 0)
-        return status;
-    status = flush_locked(volume);
-    pthread_rwlock_wrlock(&volume->gate);
-    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
-    if (status == 0 && !number)
-        status = -ENOENT;
-    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
-        status = -ENOMEM;
-    pthread_rwlock_unlock(&volume->gate);
-    flush_gate_open(volume);
-    return status;
-}
-
-static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
-                           uint64_t bits) {
-    struct onion_freed *runs = NULL;
-    size_t count = 0, capacity = 0;
-    for (uint64_t i = 0; i < bits; i++) {
-        if (bitmap[i >> 3] >> (i & 7) & 1)
-            continue;
-        if (count && runs[count - 1].slot + runs[count - 1].count == i) {
-            runs[count - 1].count++;
-            continue;
-        }
-        if (count == capacity) {
-            struct onion_freed *more = realloc(runs, (capacity = capacity * 2 + 64) * sizeof *runs);
-            if (!more) {
-                free(runs);
-                return -ENOMEM;
-            }
-            runs = more;
-        }
-        runs[count++] = (struct onion_freed){segment->number, (uint32_t)i, 1};
-    }
-    int status = count ? reclaim(volume, segment, runs, count) : 0;
-    free(runs);
-    return status;
-}
-
-/* What a process that died left pending becomes durable; where the disk is full it stays pending. */
-static int flush_found(struct onion_volume *volume) {
-    return volume->pending.record_count ? onion_volume_flush(volume) : 0;
-}
-
-int onion_volume_free_own_slots(struct onion_volume *volume) {
-    int status = flush_found(volume);
-    if (has_no_room(status))
-        return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
-    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
-        struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */
-            continue;
-        unsigned char *bitmap;
-        uint64_t bits;
-        status = onion_volume_live_slots(volume, segment->uuid, &bitmap, &bits);
-        if (status < 0)
-            break;
-        status = give_back_unset(volume, segment, bitmap, bits);
-        free(bitmap);
-    }
-    return status;
-}
-
-/* ---- seal ---- */
-
-/* The old head's segments stop being the head's, and the spare becomes the new one's. Nobody writes meanwhile. */
-static void swap_heads(struct onion_volume *volume) {
-    volume->generation++;
-    struct onion_segment *own = volume->segments[volume->spare];
-    own->generation = volume->generation;
-    own->own = 1;
-    volume->own = volume->spare;
-    volume->spare = 0;
-    volume->nothing_below = 0;
-}
-
-/* The old head goes on, and what the new one took becomes its own too. Nobody counted the slots of the old one that
- * were replaced meanwhile. */
-static void unswap_heads(struct onion_volume *volume) {
-    pthread_rwlock_wrlock(&volume->gate);
-    for (uint32_t i = 1; i <= volume->segment_count; i++) {
-        struct onion_segment *segment = volume->segments[i];
-        if (onion_segment_is_head(volume, segment))
-            segment->generation--;
-        if (segment->generation == volume->generation - 1)
-            onion_volume_want_scrub(volume, segment);
-    }
-    volume->generation--;
-    pthread_rwlock_unlock(&volume->gate);
-}
-
-/* A log that has no file yet. */
-static int describe_log(struct onion_head_log *log, const char *map_path, const unsigned char *map_id) {
-    *log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
-    memcpy(log->map_id, map_id, ONION_UUID_BYTES);
-    log->path = strdup(map_path);
-    return log->path ? 0 : -ENOMEM;
-}
-
-static int prepare_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
-    struct onion_head_log *log = &volume->prepared_log;
-    int status = 0;
-    if (log->fd < 0) {
-        onion_head_log_close(log);
-        status = describe_log(log, map_path, map_id);
-        if (status == 0)
-            status = make_log(volume, log);
-    }
-    return status;
-}
-
-/* Step by step, and each step may be the last: what is not done here the first flush of the next head does. */
-static int prepare_locked(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
-    pthread_rwlock_rdlock(&volume->gate);
-    int status = onion_volume_usable(volume);
-    struct onion_segment *spare = status == 0 && volume->spare ? volume->segments[volume->spare] : NULL;
-    if (spare && memcmp(spare->uuid, map_id, ONION_UUID_BYTES))
-        spare = NULL;
-    pthread_rwlock_unlock(&volume->gate);
-    if (!spare)
-        return status < 0 ? status : -EBUSY;
-    status = prepare_log(volume, map_path, map_id);
-    if (status == 0 && !spare->created)
-        status = onion_segment_create(spare);
-    if (status == 0 && spare->directory_dirty) {
-        status = sync_segment_names(volume);
-        if (status == 0)
-            spare->directory_dirty = 0;
-    }
-    if (status == 0 && volume->prepared_log.is_new)
-        status = sync_new_log(volume, &volume->prepared_log);
-    return status;
-}
-
-int onion_volume_prepare(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
-    int status = onion_volume_usable(volume);
-    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
-        return status;
-    pthread_mutex_lock(&volume->prepare_lock);
-    status = prepare_locked(volume, map_path, map_id);
-    pthread_mutex_unlock(&volume->prepare_lock);
-    return status;
-}
-
-/* The log of the head that a seal begins: the prepared one, or one without a file. */
-static int take_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
-    struct onion_head_log *prepared = &volume->prepared_log;
-    if (prepared->fd < 0 || memcmp(prepared->map_id, map_id, ONION_UUID_BYTES))
-        return describe_log(&volume->next_log, map_path, map_id);
-    volume->next_log = *prepared;
-    *prepared = (struct onion_head_log){.fd = -1};
-    return 0;
-}
-
-/* After a seal that failed: what was prepared still is, unless the spare became the old head's. */
-static void give_next_log_back(struct onion_volume *volume) {
-    if (volume->spare && volume->next_log.fd >= 0)
-        volume->prepared_log = volume->next_log;
-    else
-        onion_head_log_close(&volume->next_log);
-    volume->next_log = (struct onion_head_log){.fd = -1};
-}
-
-/* What is pending goes on from the head's log, whatever else was possible. */
-static void settle_owner(struct onion_volume *volume) {
-    pthread_mutex_lock(&volume->pending_lock);
-    onion_journal_settle_owner(volume, volume->log.map_id);
-    pthread_mutex_unlock(&volume->pending_lock);
-}
-
-static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
-    /* First with writers at work, so that what is left behind the barrier is small. */
-    int status = flush_locked(volume);
-    if (status < 0)
-        return status;
-    pthread_rwlock_wrlock(&volume->gate);
-    struct onion_pending batch = take_pending(volume, &volume->next_log);
-    sealed->size_bytes = volume->size_bytes;
-    swap_heads(volume);
-    pthread_rwlock_unlock(&volume->gate);
-    status = commit_batch(volume, &volume->log, &batch, 1);
-    if (status < 0) {
-        unswap_heads(volume);
-        settle_owner(volume);
-        return status;
-    }
-    sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
-    sealed->map_frames = volume->log.cursor.sequence;
-    sealed->map_crc = volume->log.cursor.crc;
-    return 0;
-}
-
-/* All that the commit of a seal would need and might not get: a number in the index and in the log that is sealed, and
- * memory. Where a seal is refused there are numbers left for opening the volume again, and for a head that goes on with
- * the spare after a seal that was aborted. */
-static int make_room_for_spare(struct onion_volume *volume) {
-    static const unsigned char no_id[ONION_UUID_BYTES];
-    if (onion_volume_numbers_left(volume) <= NUMBERS_KEPT ||
-        volume->log.numbers_given + own_segment_count(volume) > ONION_SEGMENT_LAST - 2 * NUMBERS_KEPT)
-        return ONION_E_NUMBERS;
-    if (volume->next_spare)
-        return 0;
-    int status = onion_volume_take_mappings(volume, 1);
-    if (status < 0)
-        return status;
-    return onion_segment_new(volume->segments_directory, no_id, 0, volume->block_shift, &volume->next_spare);
-}
-
-int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
-                      struct onion_sealed *sealed) {
-    int status = flush_begin(volume);
-    if (status < 0)
-        return status;
-    (void)onion_fault_install(); /* see base/sigbus.h */
-    pthread_mutex_lock(&volume->prepare_lock); /* until the spare is taken */
-    status = volume->spare ? make_room_for_spare(volume) : -EBUSY;
-    if (status == 0)
-        status = take_next_log(volume, map_path, map_id);
-    if (status == 0)
-        status = seal_locked(volume, sealed);
-    if (status < 0)
-        give_next_log_back(volume);
-    pthread_mutex_unlock(&volume->prepare_lock);
-    if (status < 0) {
-        flush_gate_open(volume);
-        return status;
-    }
-    flush_gate_keep(volume, &volume->sealing, 1);
-    return 0;
-}
-
-int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
-    int status = onion_volume_usable(volume);
-    if (status < 0)
-        return status;
-    pthread_rwlock_wrlock(&volume->gate);
-    status = onion_volume_usable(volume);
-    if (status == 0 && volume->spare)
-        status = -EBUSY;
-    if (status == 0 && volume->next_spare && onion_volume_numbers_left(volume)) {
-        onion_segment_rename(volume->next_spare, spare);
-        volume->spare = onion_volume_number_segment(volume, volume->next_spare);
-        volume->next_spare = NULL;
-    } else if (status == 0) {
-        status = onion_volume_add_segment(volume, spare, &volume->spare);
-    }
-    pthread_rwlock_unlock(&volume->gate);
-    return status;
-}
-
-int onion_volume_has_spare(struct onion_volume *volume) { return volume->spare != 0; }
-
-/* What the sealed head wrote is only read from now on: it needs no descriptor, so that a deep chain costs none. */
-static void close_sealed_segments(struct onion_volume *volume) {
-    pthread_rwlock_wrlock(&volume->gate);
-    for (uint32_t i = 1; i <= volume->segment_count; i++) {
-        struct onion_segment *segment = volume->segments[i];
-        if (onion_segment_is_head(volume, segment))
-            continue;
-        segment->log_number = 0; /* it was of the log that is sealed */
-        if (!segment->own)
-            continue;
-        uint64_t slots = onion_segment_slots_in_file(segment);
-        pthread_mutex_lock(&segment->mapping_lock);
-        if (segment->fd >= 0)
-            close(segment->fd);
-        segment->fd = -1;
-        segment->own = 0;
-        pthread_mutex_unlock(&segment->mapping_lock);
-        if (!slots) /* no block was ever in it, so no reader knows of it, and the catalog has let it go */
-            onion_segment_free(onion_volume_vacate(volume, i));
-    }
-    pthread_rwlock_unlock(&volume->gate);
-}
-
-int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
-    if (!volume->sealing)
-        return -EINVAL;
-    int status = onion_volume_usable(volume);
-    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
-        onion_head_log_close(&volume->log);
-        volume->log = volume->next_log;
-        volume->next_log = (struct onion_head_log){.fd = -1};
-        settle_owner(volume);
-        note_log_bytes(volume, &volume->log);
-        close_sealed_segments(volume);
-        status = onion_volume_set_spare(volume, next_spare);
-    }
-    flush_gate_open(volume);
-    return status;
-}
-
-int onion_volume_seal_abort(struct onion_volume *volume) {
-    if (!volume->sealing)
-        return -EINVAL;
-    int status = onion_volume_usable(volume);
-    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
-        unswap_heads(volume);
-        settle_owner(volume);
-        onion_head_log_close(&volume->next_log);
-        status = 0;
-    }
-    flush_gate_open(volume);
-    return status;
-}
-
-/* ---- holding writers ---- */
-
-int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
-    int status = flush_begin(volume); /* so that nobody is inside who waits for the gate below */
-    if (status < 0)
-        return status;
-    pthread_rwlock_wrlock(&volume->gate);
-    pthread_mutex_lock(&volume->pending_lock);
-    int is_changed = volume->pending.record_count || volume->log.cursor.sequence != frames;
-    pthread_mutex_unlock(&volume->pending_lock);
-    if (is_changed) {
-        pthread_rwlock_unlock(&volume->gate);
-        flush_gate_open(volume);
-        return -EBUSY;
-    }
-    flush_gate_keep(volume, &volume->frozen, 1);
-    return 0;
-}
-
-void onion_volume_thaw(struct onion_volume *volume) {
-    if (!volume->frozen || onion_volume_closed(volume))
-        return;
-    volume->frozen = 0;
-    pthread_rwlock_unlock(&volume->gate);
-    flush_gate_open(volume);
-}
-
-/* ---- rewriting the head's map ---- */
-
-static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
-    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    struct onion_map_bytes map = {0};
-    uint64_t fault = 0;
-    int fd = onion_open_file(path, O_RDONLY);
-    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, length, &map, &fault);
-    if (fd >= 0)
-        close(fd);
-    if (status == 0)
-        status = onion_layer_grow(layer, onion_log_blocks(map.bytes, length, layer->block_shift));
-    if (status == 0)
-        status = onion_layer_load(layer, map.bytes, length, &cursor, &fault);
-    if (status == 0 && (cursor.sequence != frames || cursor.crc != crc))
-        status = ONION_E_CHECKSUM;
-    onion_map_bytes_free(&map);
-    return onion_site_set(status, path, fault);
-}
-
-static int adopt_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
-    for (uint32_t k = 0; k < layer->segment_count; k++)
-        if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
-            *number = (uint16_t)(k + 1);
-            return 0;
-        }
-    if (layer->segment_count == ONION_SEGMENT_LAST)
-        return -EMFILE;
-    unsigned char(*ids)[ONION_UUID_BYTES] =
-        realloc(layer->segment_ids, (layer->segment_count + 1) * sizeof *layer->segment_ids);
-    if (!ids)
-        return -ENOMEM;
-    layer->segment_ids = ids;
-    layer->segment_capacity = layer->segment_count + 1;
-    memcpy(ids[layer->segment_count++], uuid, ONION_UUID_BYTES);
-    *number = (uint16_t)layer->segment_count;
-    return 0;
-}
-
-/* Lays `upper` over `lower`. */
-static int fold_layers(struct onion_layer *lower, const struct onion_layer *upper) {
-    uint16_t *numbers = calloc(upper->segment_count + 1, sizeof *numbers);
-    int status = numbers ? 0 : -ENOMEM;
-    for (uint32_t k = 0; k < upper->segment_count && status == 0; k++)
-        status = adopt_id(lower, upper->segment_ids[k], &numbers[k + 1]);
-    if (status == 0)
-        status = onion_map_fold(&lower->map, &upper->map, numbers);
-    free(numbers);
-    return status;
-}
-
-/* The head's map over `lower`, as it is durable now, in *layer. */
-static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer) {
-    struct onion_layer head = {0};
-    int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
-    if (status == 0)
-        status = onion_layer_init(&head, volume->index.block_count, volume->block_shift);
-    if (status == 0 && lower && lower->map_length)
-        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer);
-    if (status == 0 && volume->log.fd >= 0)
-        status = load_log_file(volume->log.path, volume->log.cursor.offset, volume->log.cursor.sequence,
-                               volume->log.cursor.crc, &head);
-    if (status == 0)
-        status = onion_layer_grow(layer, head.map.block_count);
-    if (status == 0)
-        status = fold_layers(layer, &head);
-    onion_layer_destroy(&head);
-    return status;
-}
-
-static int write_compact(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
-    struct onion_layer_writer *writer = calloc(1, sizeof *writer);
-    struct onion_record *records = malloc(REWRITE_FRAME_RECORDS * sizeof *records);
-    int status = writer && records ? draw_salt(log) : -ENOMEM;
-    struct onion_record size = {.kind = ONION_RECORD_SIZE, .block_index = volume->size_bytes};
-    if (status == 0)
-        status = append_frame(log, &size, 1);
-    uint32_t count;
-    while (status == 0 && (count = onion_layer_records(layer, writer, records, REWRITE_FRAME_RECORDS)))
-        status = append_frame(log, records, count);
-    if (status == 0) {
-        log->numbers_given = writer->numbers_given;
-        for (uint32_t k = 1; k <= layer->segment_count; k++) {
-            uint32_t number = onion_volume_find_segment(volume, layer->segment_ids[k - 1]);
-            if (number)
-                volume->next_numbers[number] = writer->number_of[k];
-        }
-        status = onion_sync_file(log->fd); /* BARRIER: rewritten map */
-        onion_site_set(status, log->path, 0);
-    }
-    free(writer);
-    free(records);
-    return status;
-}
-
-/* Removes a map that nobody will name; with policy `zero` nothing of it stays on the medium either. */
-static void drop_draft(struct onion_volume *volume, struct onion_head_log *log) {
-    struct onion_byte_range all = {0};
-    struct onion_wipe_result result;
-    struct stat info;
-    if (log->fd < 0)
-        return;
-    all.length = fstat(log->fd, &info) ? 0 : (uint64_t)info.st_size;
-    if (volume->wipe_zero && all.length) /* a sync that fails here was of nothing that anybody was promised */
-        (void)onion_wipe(log->fd, &all, 1, ONION_WIPE_ZERO, 1, &result, NULL, NULL);
-    unlink(log->path);
-}
-
-static int write_rewritten(struct onion_volume *volume, const struct onion_layer *layer) {
-    struct onion_head_log *log = &volume->next_log;
-    free(volume->next_numbers);
-    volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
-    if (!volume->next_numbers)
-        return -ENOMEM;
-    int status = create_map_file(volume, log);
-    if (status == 0)
-        status = write_compact(volume, layer, log);
-    if (status == 0)
-        status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
-    if (status < 0)
-        drop_draft(volume, log);
-    return status;
-}
-
-int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
-                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written) {
-    struct onion_layer layer = {0};
-    int status = flush_begin(volume);
-    if (status < 0)
-        return status;
-    status = flush_locked(volume);
-    if (status == 0)
-        status = describe_log(&volume->next_log, new_path, new_id);
-    if (status == 0)
-        status = gather_head(volume, lower, &layer);
-    if (status == 0 && drop_zero)
-        status = onion_layer_drop_zero(&layer);
-    if (status == 0)
-        status = write_rewritten(volume, &layer);
-    onion_layer_destroy(&layer);
-    if (status < 0) {
-        onion_head_log_close(&volume->next_log);
-        flush_gate_open(volume);
-        return status;
-    }
-    *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
-                                     volume->next_log.cursor.crc, volume->size_bytes};
-    struct onion_journal_owner owner = owner_of(&volume->next_log);
-    pthread_mutex_lock(&volume->pending_lock);
-    onion_journal_add_owner(volume, &owner);
-    pthread_mutex_unlock(&volume->pending_lock);
-    flush_gate_keep(volume, &volume->rewriting, 1 + (drop_zero != 0));
-    return 0;
-}
-
-int onion_volume_rewrite_commit(struct onion_volume *volume) {
-    if (!volume->rewriting)
-        return -EINVAL;
-    int status = onion_volume_usable(volume);
-    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
-        pthread_rwlock_wrlock(&volume->gate);
-        onion_head_log_close(&volume->log);
-        volume->log = volume->next_log;
-        volume->next_log = (struct onion_head_log){.fd = -1};
-        for (uint32_t i = 1; i <= volume->segment_count; i++) {
-            struct onion_segment *segment = volume->segments[i];
-            segment->log_number = volume->next_numbers[i];
-            if (segment->log_number)
-                segment->generation = volume->generation; /* adopted, unless it was ours already */
-        }
-        if (volume->rewriting == 2)
-            volume->nothing_below = 1;
-        settle_owner(volume);
-        note_log_bytes(volume, &volume->log);
-        pthread_rwlock_unlock(&volume->gate);
-        status = 0;
-    }
-    flush_gate_open(volume);
-    return status;
-}
-
-int onion_volume_rewrite_abort(struct onion_volume *volume) {
-    if (!volume->rewriting)
-        return -EINVAL;
-    if (onion_volume_usable(volume) != ONION_E_FORKED)
-        settle_owner(volume);
-    drop_draft(volume, &volume->next_log);
-    onion_head_log_close(&volume->next_log);
-    flush_gate_open(volume);
-    return 0;
-}
-
-int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
-    int status = flush_begin(volume); /* which keeps the log and the head what they are */
-    if (status < 0)
-        return status;
-    *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
-    *needed = 0;
-    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
-    uint64_t at = 0;
-    struct onion_run run;
-    while (*records && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        at = run.block_index + run.block_count;
-        *needed += !onion_place_is_data(run.place) ||
-                   onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
-    }
-    onion_epoch_leave(&volume->epoch, ticket);
-    flush_gate_open(volume);
-    return 0;
-}
-
-int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state) {
-    int status = flush_begin(volume); /* which keeps the log what it is */
-    if (status < 0)
-        return status;
-    *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
-                                   volume->log.cursor.sequence, volume->log.cursor.crc, volume->size_bytes};
-    flush_gate_open(volume);
-    return 0;
-}
-
-int onion_volume_may_want_compaction(const struct onion_volume *volume) {
-    return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) > __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
-}
-
-int onion_volume_wants_compaction(struct onion_volume *volume) {
-    uint64_t records, needed;
-    if (!onion_volume_may_want_compaction(volume))
-        return 0;
-    int status = onion_volume_log_records(volume, &records, &needed);
-    if (status < 0)
-        return status;
-    uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_BYTES_MIN;
-    if (bytes > most)
-        return 1;
-    /* Asked again when a part of it has been added: what is needed may have become less meanwhile. */
-    uint64_t next = bytes + (bytes / 8 > COMPACT_BYTES_MIN / 2 ? bytes / 8 : COMPACT_BYTES_MIN / 2);
-    __atomic_store_n(&volume->compact_at, next < most ? next : most, __ATOMIC_RELAXED);
-    return 0;
-}
-
-/* ---- resize ---- */
-
-/* What lies past a size in its last block becomes zero, in a new slot: the old one stays as it is until the new size
- * is durable. Writers are kept out. */
-static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
-    uint32_t tail = (uint32_t)(size_bytes & (volume->block_size - 1));
-    if (!tail)
-        return 0;
-    uint64_t block = size_bytes >> volume->block_shift;
-    onion_place place = onion_map_lookup(&volume->index, block);
-    if (place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base))
-        return 0;
-    char *zeros = calloc(1, volume->block_size);
-    if (!zeros)
-        return -ENOMEM;
-    int status = onion_volume_write_part(volume, block, tail, volume->block_size - tail, zeros, 1);
-    free(zeros);
-    return status;
-}
-
-/* Blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
-static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end) {
-    onion_place place = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
-    int status = 0;
-    while (first < end && status == 0) {
-        uint64_t range_end = (first / volume->blocks_per_range + 1) * volume->blocks_per_range;
-        uint64_t count = (range_end < end ? range_end : end) - first;
-        status = onion_volume_change(volume, first, count, place);
-        first += count;
-    }
-    return status;
-}
-
-static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
-    uint64_t mask = volume->block_size - 1, old = volume->size_bytes;
-    uint64_t small = size_bytes < old ? size_bytes : old, large = size_bytes < old ? old : size_bytes;
-    int status = onion_volume_grow_index(volume, large);
-    if (status == 0)
-        status = zero_tail(volume, small);
-    if (status == 0)
-        status = hide_blocks(volume, (small + mask) >> volume->block_shift, (large + mask) >> volume->block_shift);
-    struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};
-    if (status == 0) {
-        pthread_mutex_lock(&volume->pending_lock);
-        status = onion_pending_make_room(volume);
-        if (status == 0)
-            status = onion_pending_put(volume, &record);
-        pthread_mutex_unlock(&volume->pending_lock);
-    }
-    if (status == 0)
-        __atomic_store_n(&volume->size_bytes, size_bytes, __ATOMIC_RELEASE);
-    return status;
-}
-
-/* A resize is whole or did not happen, also for who finds the journal: its records are not published, and are gone when
- * their frame was not written. */
-static int hold_records(struct onion_volume *volume) {
-    struct onion_pending *pending = &volume->pending;
-    pthread_mutex_lock(&volume->pending_lock);
-    int status = onion_pending_make_room(volume);
-    pending->is_held = status == 0;
-    pending->join_from = pending->record_count;
-    pthread_mutex_unlock(&volume->pending_lock);
-    return status == ONION_E_JOURNAL_FULL ? -ENOSPC : status;
-}
-
-int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
-    if (size_bytes > ONION_VOLUME_BYTES_MAX)
-        return -EFBIG;
-    int status = flush_begin(volume);
-    if (status < 0)
-        return status;
-    status = flush_locked(volume);
-    if (status == 0) {
-        pthread_rwlock_wrlock(&volume->gate);
-        if (size_bytes == volume->size_bytes || (status = hold_records(volume)) < 0) {
-            pthread_rwlock_unlock(&volume->gate);
-            flush_gate_open(volume);
-            return status;
-        }
-        status = apply_resize(volume, size_bytes);
-        /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
-        struct onion_pending batch = take_pending(volume, NULL);
-        if (status == 0)
-            status = commit_batch(volume, &volume->log, &batch, 0);
-        else
-            put_back(volume, &batch);
-        /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
-        if (status < 0)
-            onion_volume_mark_poisoned(volume);
-        pthread_rwlock_unlock(&volume->gate);
-    }
-    flush_gate_open(volume);
-    return status;
 }

@@ -1,8 +1,11 @@
-/* internal.h: the types and functions that recovery.c, lifecycle.c (reads, writes) and flush.c (flush, seal,
- * rewrite) share. They are private to these files. */
+/* internal.h: what the files of the volume share. Private to them.
+ *
+ * What one of them declares for others stands below by file, those first that call none of those behind them:
+ * tools/check_layers.py finds two that call each other. */
 #ifndef ONIONSKIN_VOLUME_INTERNAL_H
 #define ONIONSKIN_VOLUME_INTERNAL_H
 
+#include <errno.h>
 #include <pthread.h>
 
 #include "base/barrier.h"
@@ -62,10 +65,10 @@ struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check against it */
     int wipe_zero, writable;
-    uint64_t bytes_unreachable; /* atomic; see onion_volume_take_unreachable */
-    int poisoned, closed, forked; /* atomic */
-    int scrub_wanted;             /* atomic: some segment's is set, or was */
-    int flush_wanted;             /* atomic: more waits for a flush than should */
+    uint64_t bytes_unreachable;     /* atomic; see onion_volume_take_unreachable */
+    int poisoned, closed, forked;   /* atomic */
+    int scrub_wanted;               /* atomic: some segment's is set, or was */
+    int flush_wanted;               /* atomic: more waits for a flush than should */
     uint64_t log_bytes, compact_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
     char *segments_directory, *layers_directory;
 
@@ -76,10 +79,10 @@ struct onion_volume {
     uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
     struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
     uint32_t vacant_count;
-    uint64_t mappings;               /* set aside: see base/mappings.h */
-    uint64_t births;                 /* segments ever added */
-    uint64_t below_birth;            /* of the youngest segment that is now part of what HOLE reads */
-    struct onion_below *below;       /* a replacement that is prepared; guarded by the flush gate */
+    uint64_t mappings;         /* set aside: see base/mappings.h */
+    uint64_t births;           /* segments ever added */
+    uint64_t below_birth;      /* of the youngest segment that is now part of what HOLE reads */
+    struct onion_below *below; /* a replacement that is prepared; guarded by the flush gate */
 
     struct onion_mapping *base; /* NULL: none */
     uint64_t base_bytes;
@@ -96,42 +99,136 @@ struct onion_volume {
     pthread_cond_t flush_free;
     int flush_busy;
 
-    uint64_t generation; /* of the head; a segment is the head's if it carries the same */
-    uint32_t own;        /* number of the segment that new blocks go to */
-    uint32_t spare;      /* number of the next head's; 0: none */
+    uint64_t generation;              /* of the head; a segment is the head's if it carries the same */
+    uint32_t own;                     /* number of the segment that new blocks go to */
+    uint32_t spare;                   /* number of the next head's; 0: none */
     struct onion_segment *next_spare; /* memory for the one after it, while a seal waits for its outcome */
     struct onion_head_log log;
-    struct onion_head_log next_log; /* while a seal or a rewrite waits for its outcome */
-    pthread_mutex_t prepare_lock;   /* guards the next, and who makes the spare's file */
+    struct onion_head_log next_log;     /* while a seal or a rewrite waits for its outcome */
+    pthread_mutex_t prepare_lock;       /* guards the next, and who makes the spare's file */
     struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
-    uint16_t *next_numbers;         /* a rewrite's log numbers, by segment number */
+    uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
     int sealing, rewriting;
     int frozen; /* the gate is held, for who closes or thaws the volume */
 };
 
+/* ---- where bytes of a volume come from ---- */
+
+enum onion_source_kind { ONION_SOURCE_ZERO, ONION_SOURCE_DATA, ONION_SOURCE_BASE };
+
+/* One run of a range: the first bytes of it that come from one place. */
+struct onion_source {
+    enum onion_source_kind kind;
+    uint64_t length;                  /* bytes of the range */
+    uint64_t offset;                  /* BASE: in its file. DATA: from the start of the slot */
+    const struct onion_mapping *base; /* BASE */
+    struct onion_segment *segment;    /* DATA, and the next two: blocks side by side */
+    uint32_t slot;
+    uint64_t block_count;
+};
+
+/* All that shows bytes of a volume asks here: reading, the read plan, and the mapping of a view. Under a reader's
+ * ticket, or the stripe. */
+static inline void onion_volume_next_run(const struct onion_volume *volume, uint64_t offset, uint64_t length,
+                                         struct onion_source *source) {
+    uint64_t start = offset & (volume->block_size - 1);
+    uint64_t wanted = (start + length + volume->block_size - 1) >> volume->block_shift;
+    struct onion_run run;
+    onion_map_run_at(&volume->index, offset >> volume->block_shift, wanted, &run);
+    uint64_t bytes = (run.block_count << volume->block_shift) - start;
+    source->length = bytes < length ? bytes : length;
+    source->kind = ONION_SOURCE_ZERO;
+    if (onion_place_is_data(run.place)) {
+        source->kind = ONION_SOURCE_DATA;
+        source->offset = start;
+        source->segment = volume->segments[onion_place_segment(run.place)];
+        source->slot = onion_place_slot(run.place);
+        source->block_count = run.block_count;
+    } else if (run.place == ONION_PLACE_HOLE) {
+        const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
+        if (base && offset < base->length) { /* zeros past its end are another run */
+            source->kind = ONION_SOURCE_BASE;
+            source->offset = offset;
+            source->base = base;
+            if (source->length > base->length - offset)
+                source->length = base->length - offset;
+        }
+    }
+}
+
+/* Where they lie in memory; NULL: they are zero. A segment is mapped now if need be. */
+static inline int onion_source_address(const struct onion_source *source, struct onion_epoch *epoch,
+                                       const char **address) {
+    *address = source->kind == ONION_SOURCE_BASE ? source->base->address + source->offset : NULL;
+    if (source->kind != ONION_SOURCE_DATA)
+        return 0;
+    int status = onion_segment_address(source->segment, epoch, source->slot, source->block_count, address);
+    if (__builtin_expect(status == 0, 1))
+        *address += source->offset;
+    return status;
+}
+
+/* ---- questions of a moment, and marks ---- */
+
 /* 0, or why no verb may run now. */
-int onion_volume_usable(const struct onion_volume *volume);
-/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+static inline int onion_volume_usable(const struct onion_volume *volume) {
+    if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
+        return ONION_E_FORKED;
+    if (__atomic_load_n(&volume->closed, __ATOMIC_SEQ_CST))
+        return ONION_E_CLOSED;
+    if (__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
+        return ONION_E_POISONED;
+    return 0;
+}
+
+static inline int onion_volume_in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
+    return offset <= size && length <= size - offset;
+}
+
+static inline int onion_volume_has_blocks(const struct onion_volume *volume, const uint64_t *block_indices,
+                                          uint64_t count) {
+    uint64_t size = __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
+    uint64_t blocks = (size + volume->block_size - 1) >> volume->block_shift;
+    for (uint64_t i = 0; i < count; i++)
+        if (block_indices[i] >= blocks)
+            return 0;
+    return 1;
+}
+
+/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
+static inline int onion_has_no_room(int status) { return status == -ENOSPC || status == -EDQUOT || status == -EFBIG; }
+
+static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
+    return segment->generation == volume->generation;
+}
+
+static inline int onion_place_is_own(const struct onion_volume *volume, onion_place place) {
+    if (!onion_place_is_data(place))
+        return 0;
+    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+    return segment->own && onion_segment_is_head(volume, segment);
+}
+
 /* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
 static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
     __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST);
 }
 
+/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
+
+/* ---- base_image.c ---- */
+
 /* Maps the raw image that fd is open on, through a descriptor of its own. */
 int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out);
 void onion_base_release(void *context, void *mapping);
-/* Waits at the flush gate and closes it, or says why there can be no flush; opens it. flush.c's flush_begin. */
-int onion_volume_close_flush_gate(struct onion_volume *volume);
-void onion_volume_open_flush_gate(struct onion_volume *volume);
-int onion_volume_flush_behind_gate(struct onion_volume *volume);
-void onion_below_free(struct onion_below *below);
-/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
-int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
-void onion_volume_retire_leaf(void *context, void *leaf);
+
+/* ---- segment_table.c ---- */
+
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
 /* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
 uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
@@ -142,29 +239,101 @@ int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
  * that did. The gate is held alone. */
 struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
-/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
-uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
-static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
-    return segment->generation == volume->generation;
-}
+/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
+uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
+
+/* ---- pending.c ---- */
+
+/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
+ * nothing changed. The caller holds pending_lock. */
+int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+/* What a record that was put changed of the list. */
+struct onion_pending_mark {
+    size_t record_count;
+    uint32_t last_blocks, declared;
+};
+struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending);
+/* Takes the last record back, which the index could not take. */
+void onion_pending_take_back(struct onion_pending *pending, const struct onion_pending_mark *mark);
+
+/* ---- state.c ---- */
+
+/* Waits at the flush gate and closes it, or says why there can be no flush. */
+int onion_volume_close_flush_gate(struct onion_volume *volume);
+/* It stays closed until the outcome is known, of what *sealing_or_rewriting then says; close need not wait for that. */
+void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind);
+void onion_volume_open_flush_gate(struct onion_volume *volume);
+/* Poisons the volume where status is an error: of a sync, or of what cannot be taken back. Returns it. */
+int onion_volume_poison_on(struct onion_volume *volume, int status);
+int onion_volume_sync_segment_names(struct onion_volume *volume);
+
+/* ---- head_log.c ---- */
+
+/* A log that has no file yet. */
+int onion_head_log_describe(struct onion_head_log *log, const char *map_path, const unsigned char *map_id);
+/* Makes its file: the header, and zeros for the first frames where there is room for them. */
+int onion_head_log_create(struct onion_volume *volume, struct onion_head_log *log);
+/* The same, and starts to write it out: so the commit of the file system's journal that the sync of the segments waits
+ * for holds this file too, and its own sync need not wait for another. */
+int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log);
+int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log);
+int onion_head_log_draw_salt(struct onion_head_log *log);
+int onion_head_log_append(struct onion_head_log *log, const struct onion_record *records, uint32_t count);
+void onion_head_log_close(struct onion_head_log *log);
+/* For onion_volume_may_want_compaction. */
+void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log);
+/* What the journal's records go on from: a log as it is. */
+struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log);
+/* What is pending goes on from the head's log, whatever else was possible. */
+void onion_volume_settle_owner(struct onion_volume *volume);
+
+/* ---- reclaim.c ---- */
+
+/* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
+int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
+                         size_t count);
+/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
+int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch);
+
+/* ---- read.c ---- */
+
+/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block
+ * holds. */
+int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
+
+/* ---- flush.c ---- */
+
+/* Flushes by itself where too much waits for it. A full disk is no error here. */
+int onion_volume_relieve(struct onion_volume *volume);
+/* Takes away what is pending, to be made durable or put back. next: the log of the head that a seal begins, or NULL. */
+struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next);
+/* Makes a batch durable in `log`. On failure it is back in the pending list. */
+int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
+                              int of_sealed);
+/* A flush that changed nothing gives its batch back, before what came since. */
+void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch);
+int onion_volume_flush_behind_gate(struct onion_volume *volume);
+
+/* ---- replace_below.c ---- */
+
+void onion_below_free(struct onion_below *below);
+
+/* ---- write.c ---- */
+
 /* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
  * the stripe. */
 int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
 /* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
 int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
                             const void *bytes, int fresh);
-/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
- * nothing changed. The caller holds pending_lock. */
-int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+/* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
+ * pending_lock. */
 int onion_pending_make_room(struct onion_volume *volume);
-/* Flushes by itself where too much waits for it. A full disk is no error here. */
-int onion_volume_relieve(struct onion_volume *volume);
-/* After a write, its locks given up. */
-static inline int onion_volume_after_write(struct onion_volume *volume, int status) {
-    if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
-        return onion_volume_relieve(volume);
-    return status;
-}
-void onion_head_log_close(struct onion_head_log *log);
+
+/* ---- lifecycle.c ---- */
+
+/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
+int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
+void onion_volume_retire_leaf(void *context, void *leaf);
 
 #endif

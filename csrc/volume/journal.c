@@ -91,7 +91,10 @@ static int describe_here(int fd, struct onion_journal_header *header) {
     int status = fstat(fd, &info) || fstatfs(fd, &fs) ? -errno : read_boot_id(header->boot_id);
     if (status < 0)
         return status;
-    const char *type = fs.f_type == 0xEF53 ? "ext4" : fs.f_type == 0x58465342 ? "xfs" : fs.f_type == (long)0xF2F52010 ? "f2fs" : NULL;
+    const char *type = fs.f_type == 0xEF53             ? "ext4"
+                       : fs.f_type == 0x58465342       ? "xfs"
+                       : fs.f_type == (long)0xF2F52010 ? "f2fs"
+                                                       : NULL;
     header->device = info.st_dev;
     header->filesystem_kind = FILESYSTEM_MEMORY;
     header->filesystem = 0;
@@ -220,7 +223,8 @@ static int grow_half(struct onion_journal *journal, int half) {
 static void unmap_all(struct onion_journal *journal) {
     for (int half = 0; half < 2; half++) {
         if (journal->records[half])
-            munmap(journal->records[half], (journal->capacity[half] * sizeof(struct onion_record) + 4095) / 4096 * 4096);
+            munmap(journal->records[half],
+                   (journal->capacity[half] * sizeof(struct onion_record) + 4095) / 4096 * 4096);
         journal->records[half] = NULL;
         journal->capacity[half] = 0;
     }
@@ -262,7 +266,8 @@ static int is_replaced(const struct onion_journal *journal, const struct onion_j
     struct onion_journal_header found;
     int fd = open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
     int replaced = fd >= 0 && onion_pread_all(fd, &found, sizeof found, 0) == 0 && is_of_here(&found, here) &&
-                   !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) && found.opened_ns > journal->opened_ns;
+                   !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) &&
+                   found.opened_ns > journal->opened_ns;
     if (fd >= 0)
         close(fd);
     return replaced;
@@ -423,8 +428,8 @@ static void switch_halves(struct onion_volume *volume) {
     set_limit(volume);
 }
 
-void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch, const struct onion_journal_owner *owner,
-                        const struct onion_journal_owner *alternative) {
+void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch,
+                        const struct onion_journal_owner *owner, const struct onion_journal_owner *alternative) {
     static const struct onion_journal_owner none;
     struct onion_journal *journal = &volume->journal;
     journal->owner = *owner;
@@ -489,7 +494,8 @@ int onion_journal_put_back(struct onion_volume *volume, struct onion_pending *ba
     struct onion_record *copied = malloc((later->record_count + 1) * sizeof *copied);
     int status = copied ? onion_journal_copy(copied, later->records, later->record_count) : -ENOMEM;
     if (status == 0)
-        status = store_bytes(journal->records[older] + batch->record_count, copied, later->record_count * sizeof *copied);
+        status =
+            store_bytes(journal->records[older] + batch->record_count, copied, later->record_count * sizeof *copied);
     free(copied);
     uint64_t count = batch->record_count + later->record_count;
     /* First all of it in the older half, and twice what is in the newer one, which changes nothing. */
@@ -586,8 +592,8 @@ static int read_found(struct onion_volume *volume, struct found *found) {
     return 1;
 }
 
-static int is_owner(const struct onion_volume *volume, const struct onion_journal_owner *owner, const unsigned char *log,
-                    uint64_t length) {
+static int is_owner(const struct onion_volume *volume, const struct onion_journal_owner *owner,
+                    const unsigned char *log, uint64_t length) {
     return !memcmp(owner->map_id, volume->log.map_id, ONION_UUID_BYTES) &&
            (owner->frames == 0 || (log && onion_log_passes(log, length, owner->frames, owner->crc)));
 }
@@ -665,11 +671,12 @@ static int take_half(struct onion_volume *volume, const struct found *found, int
 }
 
 /* 0 also where nothing applies; -ENOMEM, -EIO, or ONION_E_FORMAT where something should and is not sound. */
-static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log, uint64_t length,
-                       uint32_t segment_first) {
+static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log,
+                       uint64_t length, uint32_t segment_first) {
     const struct onion_journal_half *halves = found->header.halves;
     int first = halves[0].order <= halves[1].order ? 0 : 1, status = 0;
-    volume->pending.records = malloc((halves[0].record_count + halves[1].record_count + 1) * sizeof *volume->pending.records);
+    volume->pending.records =
+        malloc((halves[0].record_count + halves[1].record_count + 1) * sizeof *volume->pending.records);
     if (!volume->pending.records)
         return -ENOMEM;
     for (int i = 0; i < 2 && status == 0; i++) {
@@ -714,7 +721,8 @@ void onion_journal_leave_found(struct onion_volume *volume) {
 
 void onion_journal_close(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    if (journal->header && !volume->pending.record_count && !journal->taken_count && !onion_volume_poisoned(volume))
+    if (journal->header && !volume->pending.record_count && !journal->taken_count &&
+        !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
         (void)!ftruncate(journal->fd, 0);
     if (journal->header) { /* else the records are the heap's */
         volume->pending.records = NULL;

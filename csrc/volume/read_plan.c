@@ -1,14 +1,9 @@
 /* read_plan.c: what a server asks of a volume beside reading and writing: where the bytes of a range lie in memory, and
- * what holds them. See volume.h for what must hold. */
+ * what holds them: a scatter list for who sends without copying. See volume.h for what must hold. */
 #define _GNU_SOURCE
 #include "base/linux_io.h"
 #include "base/sigbus.h"
 #include "volume/internal.h"
-
-static int in_bounds(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    uint64_t size = onion_volume_size(volume);
-    return offset <= size && length <= size - offset;
-}
 
 int onion_volume_plan_begin(struct onion_volume *volume, struct onion_ticket *ticket) {
     *ticket = onion_epoch_enter(&volume->epoch);
@@ -45,50 +40,22 @@ static int add_piece(struct plan *plan, const char *address, uint64_t length) {
     return 1;
 }
 
-/* Bytes from the base's mapping, or zeros past its end. Returns how many bytes were added: 0 without room. */
-static uint64_t plan_hole(const struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
-    const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
-    if (!base || offset >= base->length)
-        return add_piece(plan, NULL, length) ? length : 0;
-    uint64_t left = base->length - offset;
-    length = left < length ? left : length;
-    return add_piece(plan, base->address + offset, length) ? length : 0;
-}
-
-/* One run, or what of it is the same kind of bytes. Returns how many bytes, 0 without room, or a negative code. */
-static int64_t plan_run(struct onion_volume *volume, uint64_t offset, uint64_t length, struct plan *plan) {
-    uint64_t start = offset & (volume->block_size - 1);
-    uint64_t wanted = (start + length + volume->block_size - 1) >> volume->block_shift;
-    struct onion_run run;
-    onion_map_run_at(&volume->index, offset >> volume->block_shift, wanted, &run);
-    uint64_t bytes = (run.block_count << volume->block_shift) - start;
-    bytes = bytes < length ? bytes : length;
-    if (run.place == ONION_PLACE_HOLE)
-        return (int64_t)plan_hole(volume, offset, bytes, plan);
-    const char *address = NULL;
-    if (onion_place_is_data(run.place)) {
-        int status = onion_segment_address(volume->segments[onion_place_segment(run.place)], &volume->epoch,
-                                           onion_place_slot(run.place), run.block_count, &address);
-        if (status < 0)
-            return status;
-        address += start;
-    }
-    return add_piece(plan, address, bytes) ? (int64_t)bytes : 0;
-}
-
 int64_t onion_volume_plan(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_piece *pieces,
                           uint32_t capacity, uint64_t *planned) {
     struct plan plan = {pieces, 0, capacity};
     *planned = 0;
-    if (!in_bounds(volume, offset, length))
+    if (!onion_volume_in_bounds(volume, offset, length))
         return ONION_E_BOUNDS;
     while (*planned < length) {
-        int64_t bytes = plan_run(volume, offset + *planned, length - *planned, &plan);
-        if (bytes < 0)
-            return bytes;
-        if (bytes == 0)
+        struct onion_source source;
+        const char *address;
+        onion_volume_next_run(volume, offset + *planned, length - *planned, &source);
+        int status = onion_source_address(&source, &volume->epoch, &address);
+        if (status < 0)
+            return status;
+        if (!add_piece(&plan, address, source.length))
             break;
-        *planned += (uint64_t)bytes;
+        *planned += source.length;
     }
     return plan.count;
 }
@@ -124,9 +91,10 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
 /* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
  * missing must be asked for, and fail, and not be skipped as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
-    struct onion_extent extent = {
-        .offset = offset, .length = length, .kind = ONION_EXTENT_NONE,
-        .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
+    struct onion_extent extent = {.offset = offset,
+                                  .length = length,
+                                  .kind = ONION_EXTENT_NONE,
+                                  .birth = __atomic_load_n(&volume->below_birth, __ATOMIC_ACQUIRE)};
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     if (!base || offset >= base->length)
         return extent;
@@ -158,7 +126,8 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
         return base_extent(volume, offset, hole < length ? hole : length);
     }
     uint64_t bytes = (run.block_count << volume->block_shift) - start;
-    struct onion_extent extent = {.offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
+    struct onion_extent extent = {
+        .offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
     if (onion_place_is_data(run.place)) {
         const struct onion_segment *segment = volume->segments[onion_place_segment(run.place)];
         extent.birth = segment->birth;
@@ -167,13 +136,13 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
     return extent;
 }
 
-int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
-                             uint32_t capacity) {
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length,
+                             struct onion_extent *extents, uint32_t capacity) {
     struct onion_ticket ticket;
     int64_t count = onion_volume_plan_begin(volume, &ticket);
     if (count < 0)
         return count;
-    if (!in_bounds(volume, offset, length))
+    if (!onion_volume_in_bounds(volume, offset, length))
         count = ONION_E_BOUNDS;
     while (count >= 0 && length && (uint64_t)count < capacity) {
         extents[count] = extent_at(volume, offset, length);

@@ -7,164 +7,17 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/store_file.h"
 #include "layer/layer_map.h"
 #include "volume/internal.h"
 
-#define MAPPINGS_BESIDE 6 /* the spare, the base, the index, and what is being replaced */
-#define NUMBERS_LEFT_MIN 256 /* that a head's log must have for segments to come */
+#define MAPPINGS_BESIDE 6      /* the spare, the base, the index, and what is being replaced */
+#define NUMBERS_LEFT_MIN 256   /* that a head's log must have for segments to come */
 #define AGAIN_BYTES (1u << 20) /* read and written again at a time */
-
-/* ---- the base ---- */
-
-/* A descriptor of our own, with a file position and locks of its own. Where /proc is missing it shares them. */
-static int open_again(int fd) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    int again = open(path, O_RDONLY | O_CLOEXEC);
-    if (again < 0)
-        again = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    return again < 0 ? -errno : again;
-}
-
-static int size_of_base(int fd, uint64_t *size_bytes) {
-    struct stat info;
-    if (fstat(fd, &info))
-        return -errno;
-    off_t end = S_ISBLK(info.st_mode) ? lseek(fd, 0, SEEK_END) : info.st_size;
-    *size_bytes = (uint64_t)end;
-    return S_ISREG(info.st_mode) || S_ISBLK(info.st_mode) ? (end < 0 ? -errno : 0) : ONION_E_NOT_A_FILE;
-}
-
-static int map_base(struct onion_mapping *mapping, uint64_t size_bytes, int allow_short) {
-    uint64_t present = 0; /* for compilers that do not see that it is set */
-    int status = size_of_base(mapping->fd, &present);
-    if (status == 0 && present < size_bytes && !allow_short)
-        status = ONION_E_FORMAT;
-    uint64_t length = present < size_bytes ? present : size_bytes;
-    if (status < 0 || !length)
-        return status;
-    void *address = mmap(NULL, length, PROT_READ, MAP_SHARED, mapping->fd, 0);
-    if (address == MAP_FAILED)
-        return -errno;
-    mapping->address = address;
-    mapping->length = length;
-    return 0;
-}
-
-int onion_base_map(int fd, uint64_t size_bytes, int allow_short, struct onion_mapping **out) {
-    struct onion_mapping *mapping = calloc(1, sizeof *mapping);
-    if (!mapping)
-        return -ENOMEM;
-    mapping->fd = open_again(fd);
-    int status = mapping->fd < 0 ? mapping->fd : map_base(mapping, size_bytes, allow_short);
-    if (status < 0) {
-        if (mapping->fd >= 0)
-            close(mapping->fd);
-        free(mapping);
-        return status;
-    }
-    *out = mapping;
-    return 0;
-}
-
-void onion_base_release(void *context, void *object) {
-    struct onion_mapping *mapping = object;
-    (void)context;
-    if (mapping->length)
-        munmap(mapping->address, mapping->length);
-    close(mapping->fd);
-    free(mapping);
-}
-
-int onion_volume_set_base(struct onion_volume *volume, int fd, uint64_t size_bytes, int allow_short) {
-    int status = onion_base_map(fd, size_bytes, allow_short, &volume->base);
-    if (status == 0) {
-        volume->base_bytes = size_bytes;
-        volume->nothing_below = 0;
-    }
-    return status;
-}
-
-/* ---- segments ---- */
-
-uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid) {
-    for (uint32_t i = volume->segment_count; i; i--)
-        if (!memcmp(volume->segments[i]->uuid, uuid, ONION_UUID_BYTES) && volume->segments[i] != volume->vacant)
-            return i;
-    return 0;
-}
-
-uint32_t onion_volume_numbers_left(const struct onion_volume *volume) {
-    return ONION_SEGMENT_LAST - volume->segment_count + volume->vacant_count;
-}
-
-/* A vacant number where there is one: while a volume is opened there is none, and numbers grow. */
-static uint32_t take_number(struct onion_volume *volume) {
-    uint32_t number = 1;
-    if (!volume->vacant_count)
-        return volume->segment_count + 1;
-    while (volume->segments[number] != volume->vacant)
-        number++;
-    volume->vacant_count--;
-    return number;
-}
-
-uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment) {
-    segment->number = take_number(volume);
-    segment->birth = ++volume->births;
-    segment->features = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0;
-    __atomic_store_n(&volume->segments[segment->number], segment, __ATOMIC_RELEASE);
-    if (segment->number > volume->segment_count)
-        __atomic_store_n(&volume->segment_count, segment->number, __ATOMIC_RELEASE);
-    return segment->number;
-}
-
-int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number) {
-    struct onion_segment *segment;
-    if (!onion_volume_numbers_left(volume))
-        return ONION_E_NUMBERS;
-    int status = onion_segment_new(volume->segments_directory, uuid, 0, volume->block_shift, &segment);
-    if (status == 0)
-        *number = onion_volume_number_segment(volume, segment);
-    return status;
-}
-
-struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number) {
-    struct onion_segment *segment = volume->segments[number];
-    __atomic_store_n(&volume->segments[number], volume->vacant, __ATOMIC_RELEASE);
-    volume->vacant_count++;
-    if (volume->mappings) {
-        volume->mappings--;
-        onion_mappings_give_back(1);
-    }
-    return segment;
-}
-
-int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count) {
-    int status = onion_mappings_take(count);
-    if (status == 0)
-        volume->mappings += count;
-    return status;
-}
-
-/* No slot that the index names may lie behind the end of its file. */
-static int check_slots(const struct onion_volume *volume) {
-    for (uint32_t i = 1; i <= volume->segment_count; i++) {
-        const struct onion_segment *segment = volume->segments[i];
-        if (volume->build.slots_end[i] > segment->next_slot)
-            return onion_site_set(ONION_E_FORMAT, segment->path,
-                                  onion_slot_offset(volume->block_shift, segment->next_slot));
-    }
-    return 0;
-}
 
 /* ---- replaying a log ---- */
 
@@ -375,7 +228,8 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 static int check_known(const struct onion_head_source *source, const struct onion_map_bytes *map,
                        const struct onion_log_cursor *end, uint64_t *fault) {
     uint32_t crc = 0;
-    uint64_t offset = source->known_frames ? onion_log_frame_end(map->bytes, map->length, source->known_frames, &crc) : 0;
+    uint64_t offset =
+        source->known_frames ? onion_log_frame_end(map->bytes, map->length, source->known_frames, &crc) : 0;
     if (end->sequence < source->known_frames) {
         *fault = end->offset;
         return ONION_E_CUT_LOG;
@@ -470,7 +324,7 @@ static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     int status = onion_journal_find(volume, bytes, log->cursor.offset, replay->segment_first);
     for (size_t i = 0; i < volume->pending.record_count && status == 0; i++) {
         const struct onion_record *record = &volume->pending.records[i];
-        onion_place place = record->kind == ONION_RECORD_DATA ? onion_place_make(record->segment, record->slot)
+        onion_place place = record->kind == ONION_RECORD_DATA   ? onion_place_make(record->segment, record->slot)
                             : record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO
                                                                 : ONION_PLACE_HOLE;
         status = onion_build_put(&volume->build, record->block_index, record->block_count, place);
@@ -491,7 +345,8 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
         return -ENOMEM;
     int fd = onion_open_file(source->map_path, to_read ? O_RDONLY : O_RDWR);
     if (fd == -ENOENT)
-        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0) : replay_journal(replay, NULL);
+        return source->known_frames ? onion_site_set(ONION_E_CUT_LOG, source->map_path, 0)
+                                    : replay_journal(replay, NULL);
     if (fd < 0)
         return onion_site_set(fd, source->map_path, 0);
     int status = onion_map_bytes_read(fd, &map, &fault);
@@ -610,6 +465,19 @@ int onion_volume_open_head_to_read(struct onion_volume *volume, const struct oni
     if (status == 0)
         status = check_head_segments(volume, source, replay.segment_first);
     return status < 0 ? status : onion_volume_fold_layers(volume);
+}
+
+/* ---- the index ---- */
+
+/* No slot that the index names may lie behind the end of its file. */
+static int check_slots(const struct onion_volume *volume) {
+    for (uint32_t i = 1; i <= volume->segment_count; i++) {
+        const struct onion_segment *segment = volume->segments[i];
+        if (volume->build.slots_end[i] > segment->next_slot)
+            return onion_site_set(ONION_E_FORMAT, segment->path,
+                                  onion_slot_offset(volume->block_shift, segment->next_slot));
+    }
+    return 0;
 }
 
 int onion_volume_fold_layers(struct onion_volume *volume) {

@@ -26,13 +26,13 @@ struct onion_below {
     uint64_t base_bytes;
     struct onion_mapping *base, *old_base;
     int base_is_swapped;
-    int is_begun;                     /* blocks may have their new places */
+    int is_begun; /* blocks may have their new places */
     int has_layer;
-    struct onion_layer source;        /* the new lowest layer, by its own numbers */
-    struct onion_map layer;           /* the same by the volume's */
-    struct onion_segment **added;     /* its segments; numbered in `layer` order of the source */
+    struct onion_layer source;    /* the new lowest layer, by its own numbers */
+    struct onion_map layer;       /* the same by the volume's */
+    struct onion_segment **added; /* its segments; numbered in `layer` order of the source */
     uint32_t added_count, numbered_count;
-    unsigned char *gone;              /* by number: it is dropped */
+    unsigned char *gone; /* by number: it is dropped */
     uint32_t *dropped;
     uint32_t dropped_count;
 };
@@ -55,8 +55,7 @@ static int check_places(const struct onion_below *below, const char *map_path) {
             if (!by_uuid(layer->segment_ids[k], below->added[i]->uuid))
                 slots[k + 1] = below->added[i]->next_slot;
     struct onion_run run = {0, 0, 0};
-    while (status == 0 &&
-           onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run))
+    while (status == 0 && onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run))
         if (onion_place_is_data(run.place) &&
             onion_place_slot(run.place) + run.block_count > slots[onion_place_segment(run.place)])
             status = onion_site_set(ONION_E_FORMAT, map_path, 0);
@@ -158,7 +157,8 @@ static int number_layer(struct onion_volume *volume, struct onion_below *below) 
 /* ---- what is dropped ---- */
 
 /* By number, in one pass over the segments, however many are dropped. */
-static int find_dropped(struct onion_volume *volume, struct onion_below *below, const struct onion_below_source *source) {
+static int find_dropped(struct onion_volume *volume, struct onion_below *below,
+                        const struct onion_below_source *source) {
     size_t count = source->dropped_count;
     unsigned char(*sorted)[ONION_UUID_BYTES] = malloc((count + 1) * sizeof *sorted);
     below->gone = calloc(ONION_SEGMENT_LAST + 1, 1);
@@ -169,7 +169,8 @@ static int find_dropped(struct onion_volume *volume, struct onion_below *below, 
         qsort(sorted, count, sizeof *sorted, by_uuid);
     }
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
-        if (volume->segments[i] == volume->vacant || !bsearch(volume->segments[i]->uuid, sorted, count, sizeof *sorted, by_uuid))
+        if (volume->segments[i] == volume->vacant ||
+            !bsearch(volume->segments[i]->uuid, sorted, count, sizeof *sorted, by_uuid))
             continue;
         if (i == volume->own || i == volume->spare || below->dropped_count == count)
             status = -EBUSY;

@@ -152,9 +152,8 @@ int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named)
 
 static int write_header(struct onion_segment *segment, int fd) {
     unsigned char bytes[ONION_HEADER_BYTES];
-    struct onion_header header = {.version = ONION_FORMAT_VERSION,
-                                  .block_size = 1u << segment->block_shift,
-                                  .compatible = segment->features};
+    struct onion_header header = {
+        .version = ONION_FORMAT_VERSION, .block_size = 1u << segment->block_shift, .compatible = segment->features};
     memcpy(header.uuid, segment->uuid, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_SEGMENT, bytes);
     return onion_pwrite_all(fd, bytes, sizeof bytes, 0);
@@ -215,6 +214,15 @@ int onion_segment_create(struct onion_segment *segment) {
         return onion_site_set(status, segment->path, 0);
     note_made(segment, fd);
     return 0;
+}
+
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment) {
+    struct stat info;
+    if (!__atomic_load_n(&segment->created, __ATOMIC_SEQ_CST))
+        return 0;
+    if (segment->fd < 0 || fstat(segment->fd, &info))
+        return segment->next_slot;
+    return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
 }
 
 /* Maps enough for `end` bytes. The old mapping stays until the readers that may use it have left. */

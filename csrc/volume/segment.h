@@ -51,12 +51,12 @@ struct onion_segment {
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;
-    uint64_t features;           /* of the header, when it is made */
-    int fd;                      /* open for writing, or -1 */
-    int created;                 /* the file exists */
-    int directory_dirty;         /* made since the last sync of the directory */
-    int dirty;                   /* written since the last sync */
-    uint32_t next_slot;          /* slots from here on were never handed out */
+    uint64_t features;   /* of the header, when it is made */
+    int fd;              /* open for writing, or -1 */
+    int created;         /* the file exists */
+    int directory_dirty; /* made since the last sync of the directory */
+    int dirty;           /* written since the last sync */
+    uint32_t next_slot;  /* slots from here on were never handed out */
     struct onion_mapping *mapping;
     pthread_mutex_t mapping_lock;
     struct onion_slots_list free_slots;
@@ -86,6 +86,9 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named);
 int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named);
 /* Makes the file (O_EXCL) and writes its header; the segment's directory has to be synced later. */
 int onion_segment_create(struct onion_segment *segment);
+
+/* Whole slots in the file: fewer than were handed out, where some were set aside and never written. */
+uint64_t onion_segment_slots_in_file(const struct onion_segment *segment);
 
 /* The address of `count` slots from `slot` on, mapped now if need be. Old mappings are retired to `epoch`. */
 int onion_segment_address(struct onion_segment *segment, struct onion_epoch *epoch, uint32_t slot, uint64_t count,

@@ -131,8 +131,8 @@ void onion_volume_start_writing(struct onion_volume *volume);
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes);
 
 /* Up to `capacity` runs that are not HOLE from block_index on; *next is where to go on (the block count at the end). */
-int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end,
-                          struct onion_run *runs, uint64_t capacity, uint64_t *next);
+int64_t onion_volume_runs(struct onion_volume *volume, uint64_t block_index, uint64_t block_end, struct onion_run *runs,
+                          uint64_t capacity, uint64_t *next);
 enum onion_extent_kind {
     ONION_EXTENT_NONE,  /* nothing anywhere: reads zero */
     ONION_EXTENT_BASE,  /* the base's own bytes */

@@ -107,7 +107,7 @@ static size_t make_log(const uint8_t *data, size_t size, unsigned char *out) {
     uint64_t sequence = 0;
     uint32_t crc = 0, per_frame = 1 + (data[0] & 7);
     struct onion_record records[8];
-    for (data++, size--; size >= 12; ) {
+    for (data++, size--; size >= 12;) {
         uint32_t count = 0;
         for (; count < per_frame && size >= 12; count++, data += 12, size -= 12) {
             records[count] = (struct onion_record){.kind = data[0] % 7, .segment = data[1], .block_index = data[2]};

@@ -30,7 +30,8 @@ static int list_exports(void *context, const char *after, uint32_t length, struc
 }
 
 static void set_up(void) {
-    struct onion_nbd_options options = {.connections_max = 1, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    struct onion_nbd_options options = {
+        .connections_max = 1, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
     options.hooks.list_exports = list_exports;
     static const uint64_t runs[2][2] = {{0, 4096}, {1 << 20, 100}};
     struct onion_volume *volume;

@@ -19,7 +19,8 @@ enum { BLOCK = 4096, BLOCKS = 700, SLOTS = 40, RECORD_INPUT_BYTES = 8, MAP_BYTES
 
 static char directory[64], sealed_path[128], head_path[128];
 static const unsigned char sealed_map[16] = "sealed map", head_map[16] = "head map";
-static const unsigned char sealed_segment[16] = "sealed segment", own_segment[1][16] = {"own segment"}, spare[16] = "spare";
+static const unsigned char sealed_segment[16] = "sealed segment", own_segment[1][16] = {"own segment"},
+                           spare[16] = "spare";
 
 static void check(int holds) {
     if (!holds)
@@ -62,7 +63,8 @@ static size_t make_map(const uint8_t *data, size_t size, const unsigned char *id
     onion_header_encode(&header, ONION_MAGIC_MAP, out);
     while (size >= RECORD_INPUT_BYTES && length + onion_frame_bytes(4) < MAP_BYTES_MAX) {
         uint32_t count = 0;
-        for (; count < 4 && size >= RECORD_INPUT_BYTES; count++, data += RECORD_INPUT_BYTES, size -= RECORD_INPUT_BYTES) {
+        for (; count < 4 && size >= RECORD_INPUT_BYTES;
+             count++, data += RECORD_INPUT_BYTES, size -= RECORD_INPUT_BYTES) {
             struct onion_record *record = &records[count];
             *record = (struct onion_record){.kind = 1 + data[0] % 6, .block_count = data[1]};
             record->block_index = (uint64_t)data[2] << 8 | data[3];
@@ -168,7 +170,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t half = 3 + (size - 3) * data[1] / 256;
     uint64_t frames = 0;
     if (layered) {
-        size_t length = made ? make_map(data + 3, half - 3, sealed_map, map, &layer.map_frames, &layer.map_crc) : half - 3;
+        size_t length =
+            made ? make_map(data + 3, half - 3, sealed_map, map, &layer.map_frames, &layer.map_crc) : half - 3;
         put_file(sealed_path, made ? map : data + 3, length);
         layer.map_length = length;
     }

@@ -13,18 +13,17 @@
 
 #include "bulk/copy.h"
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);       \
-            exit(1);                                                                      \
-        }                                                                                 \
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        if (!(condition)) {                                                         \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            exit(1);                                                                \
+        }                                                                           \
     } while (0)
 
 enum { FILE_BYTES = 600 * 1024, EXTENTS_MAX = 64 };
 
-static int temporary_file(void)
-{
+static int temporary_file(void) {
     const char *directory = getenv("TMPDIR");
     int fd = open(directory ? directory : "/tmp", O_RDWR | O_TMPFILE, 0600);
 
@@ -32,8 +31,7 @@ static int temporary_file(void)
     return fd;
 }
 
-static void fill(int fd, unsigned char *contents, int with_holes)
-{
+static void fill(int fd, unsigned char *contents, int with_holes) {
     CHECK(ftruncate(fd, FILE_BYTES) == 0);
     for (size_t i = 0; i < FILE_BYTES; i++)
         contents[i] = with_holes && i / 32768 % 2 ? 0 : (unsigned char)(1 + rand() % 255);
@@ -43,8 +41,7 @@ static void fill(int fd, unsigned char *contents, int with_holes)
 }
 
 /* Extents one behind the other on the destination side, in random order, some of them joinable. */
-static size_t random_extents(struct onion_copy_extent *extents, const int *sources, int destination)
-{
+static size_t random_extents(struct onion_copy_extent *extents, const int *sources, int destination) {
     size_t count = 0;
 
     for (uint64_t position = 0; count < EXTENTS_MAX;) {
@@ -57,8 +54,8 @@ static size_t random_extents(struct onion_copy_extent *extents, const int *sourc
             break;
         extent.source = choice < 2 ? sources[choice] : -1;
         extent.source_offset = choice < 2 ? (uint64_t)rand() % (FILE_BYTES - extent.length) : 0;
-        if (choice == 3 && count > 0 && extents[count - 1].source_offset + extents[count - 1].length +
-                                                extent.length <= FILE_BYTES) {
+        if (choice == 3 && count > 0 &&
+            extents[count - 1].source_offset + extents[count - 1].length + extent.length <= FILE_BYTES) {
             extent.source = extents[count - 1].source;
             extent.source_offset = extents[count - 1].source_offset + extents[count - 1].length;
             position = extents[count - 1].destination_offset + extents[count - 1].length;
@@ -70,8 +67,7 @@ static size_t random_extents(struct onion_copy_extent *extents, const int *sourc
     return count;
 }
 
-static void shuffle(struct onion_copy_extent *extents, size_t count)
-{
+static void shuffle(struct onion_copy_extent *extents, size_t count) {
     for (size_t i = count; i > 1; i--) {
         size_t j = (size_t)rand() % i;
         struct onion_copy_extent swapped = extents[i - 1];
@@ -80,8 +76,7 @@ static void shuffle(struct onion_copy_extent *extents, size_t count)
     }
 }
 
-static void check_random_extents(int with_holes, int flags, int threads)
-{
+static void check_random_extents(int with_holes, int flags, int threads) {
     static unsigned char contents[2][FILE_BYTES], expected[FILE_BYTES], got[FILE_BYTES];
     struct onion_copy_extent extents[EXTENTS_MAX];
     struct onion_copy_progress progress = {0};
@@ -112,8 +107,7 @@ static void check_random_extents(int with_holes, int flags, int threads)
     close(destination);
 }
 
-static void *cancel_after_the_first_bytes(void *argument)
-{
+static void *cancel_after_the_first_bytes(void *argument) {
     struct onion_copy_progress *progress = argument;
 
     while (__atomic_load_n(&progress->bytes_done, __ATOMIC_RELAXED) == 0)
@@ -122,8 +116,7 @@ static void *cancel_after_the_first_bytes(void *argument)
     return NULL;
 }
 
-static void check_cancel(void)
-{
+static void check_cancel(void) {
     struct onion_copy_progress progress = {.bytes_per_second = 1000};
     struct onion_copy_extent extent = {.source = -1, .destination = temporary_file(), .length = 64 << 20};
     pthread_t canceller;
@@ -135,8 +128,7 @@ static void check_cancel(void)
     close(extent.destination);
 }
 
-static void check_refusals(void)
-{
+static void check_refusals(void) {
     struct onion_copy_progress progress = {0};
     struct onion_copy_extent extent = {.source = temporary_file(), .destination = temporary_file(), .length = 1};
 
@@ -150,8 +142,7 @@ static void check_refusals(void)
     close(extent.destination);
 }
 
-int main(void)
-{
+int main(void) {
     srand(1);
     for (int i = 0; i < 48; i++)
         check_random_extents(i % 2, i / 2 % 4, 1 + i / 8 % 4);

@@ -18,12 +18,12 @@
 #include "volume/journal.h"
 #include "volume/volume.h"
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
+#define CHECK(condition)                                                                                 \
+    do {                                                                                                 \
+        if (!(condition)) {                                                                              \
             fprintf(stderr, "%s:%d: not so: %s (fault %d)\n", __FILE__, __LINE__, #condition, fault_at); \
-            abort();                                                                      \
-        }                                                                                 \
+            abort();                                                                                     \
+        }                                                                                                \
     } while (0)
 
 enum { BLOCK = 4096, BLOCKS = 24 };
@@ -83,14 +83,14 @@ int fdatasync(int fd) {
 /* ---- the history ---- */
 
 /* Again where the disk was full, but no more than once. */
-#define TRY(call)                                 \
-    do {                                          \
-        int status_ = (call);                     \
-        if (status_ == -ENOSPC && fault == FULL)  \
-            status_ = (call);                     \
+#define TRY(call)                                \
+    do {                                         \
+        int status_ = (call);                    \
+        if (status_ == -ENOSPC && fault == FULL) \
+            status_ = (call);                    \
         if (status_ < 0 && fault == SYNC && hit) \
-            return;                               \
-        CHECK(status_ == 0);                      \
+            return;                              \
+        CHECK(status_ == 0);                     \
     } while (0)
 
 static void fill(uint64_t first, uint64_t count, unsigned char with) { memset(now + first, with, count); }
@@ -156,8 +156,8 @@ static void history(void) {
 static void open_volume(void) {
     char used[400];
     snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
-    struct onion_head_source source = {.map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2,
-                                       .dirty_path = dirty_path};
+    struct onion_head_source source = {
+        .map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2, .dirty_path = dirty_path};
     memcpy(source.map_id, map_id, sizeof map_id);
     memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
@@ -169,7 +169,8 @@ static void check_contents(int all_flushed) {
     unsigned char bytes[BLOCK];
     for (uint64_t block = 0; block < BLOCKS; block++) {
         CHECK(onion_volume_read(volume, block * BLOCK, BLOCK, bytes) == 0);
-        CHECK(all_flushed ? bytes[0] == now[block] : bytes[0] == flushed[block] || bytes[0] >= flushed[block] || !bytes[0]);
+        CHECK(all_flushed ? bytes[0] == now[block]
+                          : bytes[0] == flushed[block] || bytes[0] >= flushed[block] || !bytes[0]);
         CHECK(memcmp(bytes, bytes + BLOCK / 2, BLOCK / 2) == 0 || !all_flushed);
     }
 }

@@ -20,12 +20,12 @@
 #include "volume/journal.h"
 #include "volume/volume.h"
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
+#define CHECK(condition)                                                                               \
+    do {                                                                                               \
+        if (!(condition)) {                                                                            \
             fprintf(stderr, "%s:%d: not so: %s (kill %d)\n", __FILE__, __LINE__, #condition, kill_at); \
-            abort();                                                                      \
-        }                                                                                 \
+            abort();                                                                                   \
+        }                                                                                              \
     } while (0)
 
 enum { BLOCK = 4096, BLOCKS = 24 };
@@ -267,8 +267,8 @@ static void rewrite(int commits, unsigned char with) {
     struct onion_layer_source lower = lower_source();
     int map = catalog->next_id++;
     id_of(map, id);
-    CHECK(onion_volume_rewrite(volume, path_of(layers_directory, map, ".map", 0), id, catalog->has_lower ? &lower : NULL, 0,
-                               &written) == 0);
+    CHECK(onion_volume_rewrite(volume, path_of(layers_directory, map, ".map", 0), id,
+                               catalog->has_lower ? &lower : NULL, 0, &written) == 0);
     write_filled(13, 2, with);
     zero(14, 3);
     if (commits) {

@@ -15,12 +15,12 @@
 #define FRAME_BYTES (ONION_FRAME_HEADER_BYTES + RECORDS * ONION_RECORD_BYTES)
 #define LOG_BYTES (ONION_HEADER_BYTES + FRAMES * FRAME_BYTES)
 
-#define CHECK(holds)                                                                  \
-    do {                                                                              \
-        if (!(holds)) {                                                               \
+#define CHECK(holds)                                                                   \
+    do {                                                                               \
+        if (!(holds)) {                                                                \
             fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #holds); \
-            exit(1);                                                                  \
-        }                                                                             \
+            exit(1);                                                                   \
+        }                                                                              \
     } while (0)
 
 static const unsigned char map_id[ONION_UUID_BYTES] = "map-map-map-map";

@@ -15,12 +15,12 @@
 
 #include "nbd/internal.h"
 
-#define CHECK(holds)                                                                  \
-    do {                                                                              \
-        if (!(holds)) {                                                               \
+#define CHECK(holds)                                                                   \
+    do {                                                                               \
+        if (!(holds)) {                                                                \
             fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #holds); \
-            exit(1);                                                                  \
-        }                                                                             \
+            exit(1);                                                                   \
+        }                                                                              \
     } while (0)
 
 #define SIZE_BYTES (8u << 20)
@@ -44,7 +44,8 @@ static void check_info_cut_anywhere(void) {
         CHECK((onion_nbd_info_decode(cut, length, &query) == 0) == (length == sizeof data));
         if (length == sizeof data) {
             CHECK(query.name.length == 3 && !memcmp(query.name.bytes, "web", 3));
-            CHECK(onion_nbd_info_asked(&query, 1) && onion_nbd_info_asked(&query, 3) && !onion_nbd_info_asked(&query, 2));
+            CHECK(onion_nbd_info_asked(&query, 1) && onion_nbd_info_asked(&query, 3) &&
+                  !onion_nbd_info_asked(&query, 2));
         }
         free(cut);
     }
@@ -67,7 +68,8 @@ static void check_meta_cut_anywhere(void) {
 }
 
 static void check_requests(void) {
-    struct onion_nbd_limits limits = {.size_bytes = 10000, .request_bytes_max = 65536, .structured = 1, .context_count = 1};
+    struct onion_nbd_limits limits = {
+        .size_bytes = 10000, .request_bytes_max = 65536, .structured = 1, .context_count = 1};
     struct onion_nbd_request read = {.type = ONION_NBD_CMD_READ, .offset = 9000, .length = 1000};
     CHECK(onion_nbd_request_check(&read, &limits) == 0);
     read.length++;
@@ -96,17 +98,13 @@ static struct onion_volume *open_volume(void) {
     return volume;
 }
 
-static void remove_files(void) {
-    CHECK(system("rm -rf nbd-segments nbd-layers") == 0);
-}
+static void remove_files(void) { CHECK(system("rm -rf nbd-segments nbd-layers") == 0); }
 
 static void put(int fd, const void *bytes, size_t length) {
     CHECK(send(fd, bytes, length, MSG_NOSIGNAL) == (ssize_t)length);
 }
 
-static void get(int fd, void *bytes, size_t length) {
-    CHECK(recv(fd, bytes, length, MSG_WAITALL) == (ssize_t)length);
-}
+static void get(int fd, void *bytes, size_t length) { CHECK(recv(fd, bytes, length, MSG_WAITALL) == (ssize_t)length); }
 
 static int connect_to(struct onion_nbd_server *server) {
     unsigned char bytes[64];
@@ -157,7 +155,8 @@ static void *use(void *argument) {
         uint64_t offset = (uint64_t)(round * 7 % 400 * CLIENTS + client->number) * 4096;
         int zero = round % 5 == 4;
         memset(block, zero ? 0 : (int)(round % 255 + 1), sizeof block);
-        request(fd, round % 16 == 0 ? ONION_NBD_FLAG_FUA : 0, zero ? ONION_NBD_CMD_TRIM : ONION_NBD_CMD_WRITE, offset, 4096);
+        request(fd, round % 16 == 0 ? ONION_NBD_FLAG_FUA : 0, zero ? ONION_NBD_CMD_TRIM : ONION_NBD_CMD_WRITE, offset,
+                4096);
         if (!zero)
             put(fd, block, sizeof block);
         CHECK(answer(fd) == 0);
@@ -173,7 +172,8 @@ static void *use(void *argument) {
 }
 
 static void check_clients_side_by_side(void) {
-    struct onion_nbd_options options = {.connections_max = 8, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    struct onion_nbd_options options = {
+        .connections_max = 8, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
     struct onion_nbd_server *server;
     struct client clients[CLIENTS];
     pthread_t threads[CLIENTS];

@@ -20,12 +20,12 @@
 #include "base/epoch.h"
 #include "volume/volume.h"
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);       \
-            abort();                                                                      \
-        }                                                                                 \
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        if (!(condition)) {                                                         \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            abort();                                                                \
+        }                                                                           \
     } while (0)
 
 enum { BLOCK = 4096, WORDS = BLOCK / 8, BLOCKS = 1800, WRITERS = 3, READERS = 2, LAYERS_MAX = 512, OWN_MAX = 64 };
@@ -300,9 +300,11 @@ static void *ask(void *argument) {
 /* ---- the frame ---- */
 
 static void open_volume(void) {
-    struct onion_head_source source = {.map_path = head.path, .adopted = head.segments,
+    struct onion_head_source source = {.map_path = head.path,
+                                       .adopted = head.segments,
                                        .adopted_count = head.source.segment_count,
-                                       .own = (const unsigned char(*)[ONION_UUID_BYTES])own, .own_count = own_count};
+                                       .own = (const unsigned char(*)[ONION_UUID_BYTES])own,
+                                       .own_count = own_count};
     memcpy(source.map_id, head.source.map_id, sizeof(id));
     new_spare(); /* the old one may have files */
     memcpy(source.spare, spare, sizeof(id));

@@ -14,18 +14,17 @@
 
 #include "bulk/wipe.h"
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);       \
-            exit(1);                                                                      \
-        }                                                                                 \
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        if (!(condition)) {                                                         \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            exit(1);                                                                \
+        }                                                                           \
     } while (0)
 
 enum { FILE_BYTES = 3000 * 1024 + 123, RANGES_MAX = 40, LONG_BYTES = 96 << 20 };
 
-static int temporary_file(void)
-{
+static int temporary_file(void) {
     const char *directory = getenv("TMPDIR");
     int fd = open(directory ? directory : "/tmp", O_RDWR | O_TMPFILE, 0600);
 
@@ -33,8 +32,7 @@ static int temporary_file(void)
     return fd;
 }
 
-static void check_random_ranges(int flags, int threads)
-{
+static void check_random_ranges(int flags, int threads) {
     static unsigned char expected[FILE_BYTES], got[FILE_BYTES];
     struct onion_byte_range ranges[RANGES_MAX];
     struct onion_wipe_result result;
@@ -64,8 +62,7 @@ struct watched {
     int cancel;
 };
 
-static void *cancel_after_the_first_bytes(void *argument)
-{
+static void *cancel_after_the_first_bytes(void *argument) {
     struct watched *watched = argument;
 
     while (__atomic_load_n(&watched->progress, __ATOMIC_RELAXED) == 0)
@@ -75,8 +72,7 @@ static void *cancel_after_the_first_bytes(void *argument)
 }
 
 /* The cancel may come too late, but then all is done; it never leaves something punched that was not synced. */
-static void check_cancel(void)
-{
+static void check_cancel(void) {
     struct onion_byte_range range = {.length = LONG_BYTES};
     struct onion_wipe_result result;
     struct watched watched = {0};
@@ -86,8 +82,8 @@ static void check_cancel(void)
 
     CHECK(fallocate(fd, 0, 0, LONG_BYTES) == 0);
     CHECK(pthread_create(&canceller, NULL, cancel_after_the_first_bytes, &watched) == 0);
-    status = onion_wipe(fd, &range, 1, ONION_WIPE_ZERO | ONION_WIPE_PUNCH, 2, &result, &watched.progress,
-                        &watched.cancel);
+    status =
+        onion_wipe(fd, &range, 1, ONION_WIPE_ZERO | ONION_WIPE_PUNCH, 2, &result, &watched.progress, &watched.cancel);
     pthread_join(canceller, NULL);
     CHECK(status == 0 || status == ONION_E_CANCELLED);
     CHECK(fstat(fd, &file) == 0);
@@ -96,8 +92,7 @@ static void check_cancel(void)
     close(fd);
 }
 
-static void check_refusals(void)
-{
+static void check_refusals(void) {
     struct onion_byte_range overlapping[] = {{.offset = 0, .length = 2}, {.offset = 1, .length = 1}};
     struct onion_byte_range too_long = {.offset = 1, .length = UINT64_MAX};
     struct onion_wipe_result result;
@@ -115,11 +110,10 @@ static void check_refusals(void)
     close(device);
 }
 
-int main(void)
-{
-    static const int all_that_make_zeros[] = {
-        ONION_WIPE_ZERO, ONION_WIPE_ZERO | ONION_WIPE_VERIFY, ONION_WIPE_PUNCH, ONION_WIPE_ZERO | ONION_WIPE_PUNCH,
-        ONION_WIPE_ZERO | ONION_WIPE_VERIFY | ONION_WIPE_PUNCH};
+int main(void) {
+    static const int all_that_make_zeros[] = {ONION_WIPE_ZERO, ONION_WIPE_ZERO | ONION_WIPE_VERIFY, ONION_WIPE_PUNCH,
+                                              ONION_WIPE_ZERO | ONION_WIPE_PUNCH,
+                                              ONION_WIPE_ZERO | ONION_WIPE_VERIFY | ONION_WIPE_PUNCH};
 
     srand(1);
     for (int i = 0; i < 20; i++)

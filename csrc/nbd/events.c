@@ -1,0 +1,68 @@
+/* events.c: what the server tells of itself: events, the clock, and counters. Under all its other files. */
+#define _GNU_SOURCE
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "nbd/internal.h"
+
+/* ---- events ---- */
+
+void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) {
+    va_list arguments;
+    uint64_t one = 1;
+    va_start(arguments, format);
+    pthread_mutex_lock(&server->event_lock);
+    if (server->event_count == ONION_NBD_EVENTS_MAX) {
+        server->event_head = (server->event_head + 1) % ONION_NBD_EVENTS_MAX;
+        server->event_count--;
+        server->events_dropped++;
+    }
+    uint32_t at = (server->event_head + server->event_count++) % ONION_NBD_EVENTS_MAX;
+    vsnprintf(server->events[at], ONION_NBD_EVENT_BYTES, format, arguments);
+    pthread_mutex_unlock(&server->event_lock);
+    va_end(arguments);
+    /* Fails only where the counter is full, and then it is readable anyway. */
+    if (write(server->event_fd, &one, sizeof one) < 0)
+        return;
+}
+
+int onion_nbd_event_fd(const struct onion_nbd_server *server) { return server->event_fd; }
+
+uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NBD_EVENT_BYTES], uint64_t *dropped) {
+    uint32_t length = 0;
+    uint64_t count;
+    pthread_mutex_lock(&server->event_lock);
+    *dropped = server->events_dropped;
+    server->events_dropped = 0;
+    if (server->event_count) {
+        memcpy(out, server->events[server->event_head], ONION_NBD_EVENT_BYTES);
+        length = (uint32_t)strlen(out);
+        server->event_head = (server->event_head + 1) % ONION_NBD_EVENTS_MAX;
+        server->event_count--;
+    }
+    if (!server->event_count && read(server->event_fd, &count, sizeof count) < 0)
+        count = 0;
+    pthread_mutex_unlock(&server->event_lock);
+    return length;
+}
+
+/* ---- the clock, and counters ---- */
+
+int64_t onion_nbd_now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+void onion_nbd_add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_counters *one) {
+    for (int i = 0; i < ONION_NBD_VERBS; i++) {
+        sum->requests[i] += __atomic_load_n(&one->requests[i], __ATOMIC_RELAXED);
+        sum->bytes[i] += __atomic_load_n(&one->bytes[i], __ATOMIC_RELAXED);
+        sum->latency_ns[i] += __atomic_load_n(&one->latency_ns[i], __ATOMIC_RELAXED);
+    }
+    sum->errors += __atomic_load_n(&one->errors, __ATOMIC_RELAXED);
+    sum->sends += __atomic_load_n(&one->sends, __ATOMIC_RELAXED);
+}

@@ -1,0 +1,256 @@
+/* compact_map.c: writing a head's map anew, as what it comes to, and telling when that is worth it. See volume.h for
+ * what must hold. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/store_file.h"
+#include "bulk/wipe.h"
+#include "layer/layer_map.h"
+#include "volume/internal.h"
+
+#define REWRITE_FRAME_RECORDS (1u << 17)
+#define COMPACT_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
+
+static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
+    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
+    struct onion_map_bytes map = {0};
+    uint64_t fault = 0;
+    int fd = onion_open_file(path, O_RDONLY);
+    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, length, &map, &fault);
+    if (fd >= 0)
+        close(fd);
+    if (status == 0)
+        status = onion_layer_grow(layer, onion_log_blocks(map.bytes, length, layer->block_shift));
+    if (status == 0)
+        status = onion_layer_load(layer, map.bytes, length, &cursor, &fault);
+    if (status == 0 && (cursor.sequence != frames || cursor.crc != crc))
+        status = ONION_E_CHECKSUM;
+    onion_map_bytes_free(&map);
+    return onion_site_set(status, path, fault);
+}
+
+static int adopt_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
+    for (uint32_t k = 0; k < layer->segment_count; k++)
+        if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
+            *number = (uint16_t)(k + 1);
+            return 0;
+        }
+    if (layer->segment_count == ONION_SEGMENT_LAST)
+        return -EMFILE;
+    unsigned char(*ids)[ONION_UUID_BYTES] =
+        realloc(layer->segment_ids, (layer->segment_count + 1) * sizeof *layer->segment_ids);
+    if (!ids)
+        return -ENOMEM;
+    layer->segment_ids = ids;
+    layer->segment_capacity = layer->segment_count + 1;
+    memcpy(ids[layer->segment_count++], uuid, ONION_UUID_BYTES);
+    *number = (uint16_t)layer->segment_count;
+    return 0;
+}
+
+/* Lays `upper` over `lower`. */
+static int fold_layers(struct onion_layer *lower, const struct onion_layer *upper) {
+    uint16_t *numbers = calloc(upper->segment_count + 1, sizeof *numbers);
+    int status = numbers ? 0 : -ENOMEM;
+    for (uint32_t k = 0; k < upper->segment_count && status == 0; k++)
+        status = adopt_id(lower, upper->segment_ids[k], &numbers[k + 1]);
+    if (status == 0)
+        status = onion_map_fold(&lower->map, &upper->map, numbers);
+    free(numbers);
+    return status;
+}
+
+/* The head's map over `lower`, as it is durable now, in *layer. */
+static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer) {
+    struct onion_layer head = {0};
+    int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
+    if (status == 0)
+        status = onion_layer_init(&head, volume->index.block_count, volume->block_shift);
+    if (status == 0 && lower && lower->map_length)
+        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer);
+    if (status == 0 && volume->log.fd >= 0)
+        status = load_log_file(volume->log.path, volume->log.cursor.offset, volume->log.cursor.sequence,
+                               volume->log.cursor.crc, &head);
+    if (status == 0)
+        status = onion_layer_grow(layer, head.map.block_count);
+    if (status == 0)
+        status = fold_layers(layer, &head);
+    onion_layer_destroy(&head);
+    return status;
+}
+
+static int write_compact(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
+    struct onion_layer_writer *writer = calloc(1, sizeof *writer);
+    struct onion_record *records = malloc(REWRITE_FRAME_RECORDS * sizeof *records);
+    int status = writer && records ? onion_head_log_draw_salt(log) : -ENOMEM;
+    struct onion_record size = {.kind = ONION_RECORD_SIZE, .block_index = volume->size_bytes};
+    if (status == 0)
+        status = onion_head_log_append(log, &size, 1);
+    uint32_t count;
+    while (status == 0 && (count = onion_layer_records(layer, writer, records, REWRITE_FRAME_RECORDS)))
+        status = onion_head_log_append(log, records, count);
+    if (status == 0) {
+        log->numbers_given = writer->numbers_given;
+        for (uint32_t k = 1; k <= layer->segment_count; k++) {
+            uint32_t number = onion_volume_find_segment(volume, layer->segment_ids[k - 1]);
+            if (number)
+                volume->next_numbers[number] = writer->number_of[k];
+        }
+        status = onion_sync_file(log->fd); /* BARRIER: rewritten map */
+        onion_site_set(status, log->path, 0);
+    }
+    free(writer);
+    free(records);
+    return status;
+}
+
+/* Removes a map that nobody will name; with policy `zero` nothing of it stays on the medium either. */
+static void drop_draft(struct onion_volume *volume, struct onion_head_log *log) {
+    struct onion_byte_range all = {0};
+    struct onion_wipe_result result;
+    struct stat info;
+    if (log->fd < 0)
+        return;
+    all.length = fstat(log->fd, &info) ? 0 : (uint64_t)info.st_size;
+    if (volume->wipe_zero && all.length) /* a sync that fails here was of nothing that anybody was promised */
+        (void)onion_wipe(log->fd, &all, 1, ONION_WIPE_ZERO, 1, &result, NULL, NULL);
+    unlink(log->path);
+}
+
+static int write_rewritten(struct onion_volume *volume, const struct onion_layer *layer) {
+    struct onion_head_log *log = &volume->next_log;
+    free(volume->next_numbers);
+    volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
+    if (!volume->next_numbers)
+        return -ENOMEM;
+    int status = onion_head_log_create(volume, log);
+    if (status == 0)
+        status = write_compact(volume, layer, log);
+    if (status == 0)
+        status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
+    if (status < 0)
+        drop_draft(volume, log);
+    return status;
+}
+
+int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, const unsigned char *new_id,
+                         const struct onion_layer_source *lower, int drop_zero, struct onion_sealed *written) {
+    struct onion_layer layer = {0};
+    int status = onion_volume_close_flush_gate(volume);
+    if (status < 0)
+        return status;
+    status = onion_volume_flush_behind_gate(volume);
+    if (status == 0)
+        status = onion_head_log_describe(&volume->next_log, new_path, new_id);
+    if (status == 0)
+        status = gather_head(volume, lower, &layer);
+    if (status == 0 && drop_zero)
+        status = onion_layer_drop_zero(&layer);
+    if (status == 0)
+        status = write_rewritten(volume, &layer);
+    onion_layer_destroy(&layer);
+    if (status < 0) {
+        onion_head_log_close(&volume->next_log);
+        onion_volume_open_flush_gate(volume);
+        return status;
+    }
+    *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
+                                     volume->next_log.cursor.crc, volume->size_bytes};
+    struct onion_journal_owner owner = onion_head_log_owner(&volume->next_log);
+    pthread_mutex_lock(&volume->pending_lock);
+    onion_journal_add_owner(volume, &owner);
+    pthread_mutex_unlock(&volume->pending_lock);
+    onion_volume_keep_flush_gate(volume, &volume->rewriting, 1 + (drop_zero != 0));
+    return 0;
+}
+
+int onion_volume_rewrite_commit(struct onion_volume *volume) {
+    if (!volume->rewriting)
+        return -EINVAL;
+    int status = onion_volume_usable(volume);
+    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+        pthread_rwlock_wrlock(&volume->gate);
+        onion_head_log_close(&volume->log);
+        volume->log = volume->next_log;
+        volume->next_log = (struct onion_head_log){.fd = -1};
+        for (uint32_t i = 1; i <= volume->segment_count; i++) {
+            struct onion_segment *segment = volume->segments[i];
+            segment->log_number = volume->next_numbers[i];
+            if (segment->log_number)
+                segment->generation = volume->generation; /* adopted, unless it was ours already */
+        }
+        if (volume->rewriting == 2)
+            volume->nothing_below = 1;
+        onion_volume_settle_owner(volume);
+        onion_volume_note_log_bytes(volume, &volume->log);
+        pthread_rwlock_unlock(&volume->gate);
+        status = 0;
+    }
+    onion_volume_open_flush_gate(volume);
+    return status;
+}
+
+int onion_volume_rewrite_abort(struct onion_volume *volume) {
+    if (!volume->rewriting)
+        return -EINVAL;
+    if (onion_volume_usable(volume) != ONION_E_FORKED)
+        onion_volume_settle_owner(volume);
+    drop_draft(volume, &volume->next_log);
+    onion_head_log_close(&volume->next_log);
+    onion_volume_open_flush_gate(volume);
+    return 0;
+}
+
+int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
+    int status = onion_volume_close_flush_gate(volume); /* which keeps the log and the head what they are */
+    if (status < 0)
+        return status;
+    *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
+    *needed = 0;
+    struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
+    uint64_t at = 0;
+    struct onion_run run;
+    while (*records && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        at = run.block_index + run.block_count;
+        *needed += !onion_place_is_data(run.place) ||
+                   onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
+    }
+    onion_epoch_leave(&volume->epoch, ticket);
+    onion_volume_open_flush_gate(volume);
+    return 0;
+}
+
+int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state) {
+    int status = onion_volume_close_flush_gate(volume); /* which keeps the log what it is */
+    if (status < 0)
+        return status;
+    *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
+                                   volume->log.cursor.sequence, volume->log.cursor.crc, volume->size_bytes};
+    onion_volume_open_flush_gate(volume);
+    return 0;
+}
+
+int onion_volume_may_want_compaction(const struct onion_volume *volume) {
+    return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) >
+           __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
+}
+
+int onion_volume_wants_compaction(struct onion_volume *volume) {
+    uint64_t records, needed;
+    if (!onion_volume_may_want_compaction(volume))
+        return 0;
+    int status = onion_volume_log_records(volume, &records, &needed);
+    if (status < 0)
+        return status;
+    uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_BYTES_MIN;
+    if (bytes > most)
+        return 1;
+    /* Asked again when a part of it has been added: what is needed may have become less meanwhile. */
+    uint64_t next = bytes + (bytes / 8 > COMPACT_BYTES_MIN / 2 ? bytes / 8 : COMPACT_BYTES_MIN / 2);
+    __atomic_store_n(&volume->compact_at, next < most ? next : most, __ATOMIC_RELAXED);
+    return 0;
+}

@@ -1,0 +1,104 @@
+/* free_slots.c: which slots of a segment anything needs, and giving back the others when a head is opened. See volume.h
+ * for what must hold. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "volume/internal.h"
+
+static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint64_t count) {
+    for (uint64_t i = slot; i < slot + count && i < bits; i++)
+        bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
+}
+
+/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
+static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
+    *bits = segment->next_slot;
+    unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
+    if (!bitmap)
+        return NULL;
+    uint64_t at = 0;
+    struct onion_run run;
+    while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
+        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
+            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
+        at = run.block_index + run.block_count;
+    }
+    pthread_mutex_lock(&volume->pending_lock);
+    for (size_t i = 0; i < volume->pending.freed_count; i++)
+        if (volume->pending.freed[i].segment == segment->number)
+            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return bitmap;
+}
+
+/* A head that was sealed meanwhile is asked no more: the index of the next one forgets what that writes over, and the layer
+ * still has it. So whose the segment is counts only here, behind the flush, which waits for a seal to end.
+ *
+ * Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
+ * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
+int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
+                            uint64_t *bits) {
+    int status = onion_volume_close_flush_gate(volume);
+    if (status < 0)
+        return status;
+    status = onion_volume_flush_behind_gate(volume);
+    pthread_rwlock_wrlock(&volume->gate);
+    uint32_t number = status == 0 ? onion_volume_find_segment(volume, uuid) : 0;
+    if (status == 0 && !number)
+        status = -ENOENT;
+    if (status == 0 && !(*bitmap = live_bitmap(volume, volume->segments[number], bits)))
+        status = -ENOMEM;
+    pthread_rwlock_unlock(&volume->gate);
+    onion_volume_open_flush_gate(volume);
+    return status;
+}
+
+static int give_back_unset(struct onion_volume *volume, struct onion_segment *segment, const unsigned char *bitmap,
+                           uint64_t bits) {
+    struct onion_freed *runs = NULL;
+    size_t count = 0, capacity = 0;
+    for (uint64_t i = 0; i < bits; i++) {
+        if (bitmap[i >> 3] >> (i & 7) & 1)
+            continue;
+        if (count && runs[count - 1].slot + runs[count - 1].count == i) {
+            runs[count - 1].count++;
+            continue;
+        }
+        if (count == capacity) {
+            struct onion_freed *more = realloc(runs, (capacity = capacity * 2 + 64) * sizeof *runs);
+            if (!more) {
+                free(runs);
+                return -ENOMEM;
+            }
+            runs = more;
+        }
+        runs[count++] = (struct onion_freed){segment->number, (uint32_t)i, 1};
+    }
+    int status = count ? onion_volume_reclaim(volume, segment, runs, count) : 0;
+    free(runs);
+    return status;
+}
+
+/* What a process that died left pending becomes durable; where the disk is full it stays pending. */
+static int flush_found(struct onion_volume *volume) {
+    return volume->pending.record_count ? onion_volume_flush(volume) : 0;
+}
+
+int onion_volume_free_own_slots(struct onion_volume *volume) {
+    int status = flush_found(volume);
+    if (onion_has_no_room(status))
+        return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
+    for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
+        struct onion_segment *segment = volume->segments[i];
+        if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */
+            continue;
+        unsigned char *bitmap;
+        uint64_t bits;
+        status = onion_volume_live_slots(volume, segment->uuid, &bitmap, &bits);
+        if (status < 0)
+            break;
+        status = give_back_unset(volume, segment, bitmap, bits);
+        free(bitmap);
+    }
+    return status;
+}

@@ -1,0 +1,99 @@
+/* resize.c: another size of a volume. See volume.h for what must hold. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "volume/internal.h"
+
+/* What lies past a size in its last block becomes zero, in a new slot: the old one stays as it is until the new size
+ * is durable. Writers are kept out. */
+static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
+    uint32_t tail = (uint32_t)(size_bytes & (volume->block_size - 1));
+    if (!tail)
+        return 0;
+    uint64_t block = size_bytes >> volume->block_shift;
+    onion_place place = onion_map_lookup(&volume->index, block);
+    if (place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base))
+        return 0;
+    char *zeros = calloc(1, volume->block_size);
+    if (!zeros)
+        return -ENOMEM;
+    int status = onion_volume_write_part(volume, block, tail, volume->block_size - tail, zeros, 1);
+    free(zeros);
+    return status;
+}
+
+/* Blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
+static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end) {
+    onion_place place = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
+    int status = 0;
+    while (first < end && status == 0) {
+        uint64_t range_end = (first / volume->blocks_per_range + 1) * volume->blocks_per_range;
+        uint64_t count = (range_end < end ? range_end : end) - first;
+        status = onion_volume_change(volume, first, count, place);
+        first += count;
+    }
+    return status;
+}
+
+static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
+    uint64_t mask = volume->block_size - 1, old = volume->size_bytes;
+    uint64_t small = size_bytes < old ? size_bytes : old, large = size_bytes < old ? old : size_bytes;
+    int status = onion_volume_grow_index(volume, large);
+    if (status == 0)
+        status = zero_tail(volume, small);
+    if (status == 0)
+        status = hide_blocks(volume, (small + mask) >> volume->block_shift, (large + mask) >> volume->block_shift);
+    struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};
+    if (status == 0) {
+        pthread_mutex_lock(&volume->pending_lock);
+        status = onion_pending_make_room(volume);
+        if (status == 0)
+            status = onion_pending_put(volume, &record);
+        pthread_mutex_unlock(&volume->pending_lock);
+    }
+    if (status == 0)
+        __atomic_store_n(&volume->size_bytes, size_bytes, __ATOMIC_RELEASE);
+    return status;
+}
+
+/* A resize is whole or did not happen, also for who finds the journal: its records are not published, and are gone when
+ * their frame was not written. */
+static int hold_records(struct onion_volume *volume) {
+    struct onion_pending *pending = &volume->pending;
+    pthread_mutex_lock(&volume->pending_lock);
+    int status = onion_pending_make_room(volume);
+    pending->is_held = status == 0;
+    pending->join_from = pending->record_count;
+    pthread_mutex_unlock(&volume->pending_lock);
+    return status == ONION_E_JOURNAL_FULL ? -ENOSPC : status;
+}
+
+int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
+    if (size_bytes > ONION_VOLUME_BYTES_MAX)
+        return -EFBIG;
+    int status = onion_volume_close_flush_gate(volume);
+    if (status < 0)
+        return status;
+    status = onion_volume_flush_behind_gate(volume);
+    if (status == 0) {
+        pthread_rwlock_wrlock(&volume->gate);
+        if (size_bytes == volume->size_bytes || (status = hold_records(volume)) < 0) {
+            pthread_rwlock_unlock(&volume->gate);
+            onion_volume_open_flush_gate(volume);
+            return status;
+        }
+        status = apply_resize(volume, size_bytes);
+        /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
+        struct onion_pending batch = onion_volume_take_pending(volume, NULL);
+        if (status == 0)
+            status = onion_volume_commit_batch(volume, &volume->log, &batch, 0);
+        else
+            onion_volume_put_back(volume, &batch);
+        /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
+        if (status < 0)
+            onion_volume_mark_poisoned(volume);
+        pthread_rwlock_unlock(&volume->gate);
+    }
+    onion_volume_open_flush_gate(volume);
+    return status;
+}
