@@ -7,17 +7,17 @@
 #define ONIONSKIN_BASE_STATUS_H
 
 enum onion_status {
-    ONION_E_FORMAT = -5000,      /* the bytes of a file break its format */
-    ONION_E_VERSION = -5001,     /* a version or a feature bit that this code does not know */
-    ONION_E_CHECKSUM = -5002,    /* a CRC32C that does not match */
-    ONION_E_TORN = -5003,        /* a crash cut the last frame of a map log short */
-    ONION_E_BOUNDS = -5004,      /* a range outside the volume */
-    ONION_E_POISONED = -5005,    /* a sync failed: the durable state is not known until the volume is opened again */
-    ONION_E_CLOSED = -5006,      /* the volume is closed */
-    ONION_E_READ_ONLY = -5007,   /* a write to something that was opened for reading */
-    ONION_E_CANCELLED = -5008,   /* the caller asked to stop */
-    ONION_E_FORKED = -5009,      /* a handle that was opened before fork() is used in the child */
-    ONION_E_VERIFY = -5010,      /* bytes read back from the medium are not those written */
+    ONION_E_FORMAT = -5000,       /* the bytes of a file break its format */
+    ONION_E_VERSION = -5001,      /* a version or a feature bit that this code does not know */
+    ONION_E_CHECKSUM = -5002,     /* a CRC32C that does not match */
+    ONION_E_TORN = -5003,         /* a crash cut the last frame of a map log short */
+    ONION_E_BOUNDS = -5004,       /* a range outside the volume */
+    ONION_E_POISONED = -5005,     /* a sync failed: the durable state is not known until the volume is opened again */
+    ONION_E_CLOSED = -5006,       /* the volume is closed */
+    ONION_E_READ_ONLY = -5007,    /* a write to something that was opened for reading */
+    ONION_E_CANCELLED = -5008,    /* the caller asked to stop */
+    ONION_E_FORKED = -5009,       /* a handle that was opened before fork() is used in the child */
+    ONION_E_VERIFY = -5010,       /* bytes read back from the medium are not those written */
     ONION_E_FULL_SEGMENT = -5011, /* a segment has no slot number left */
     ONION_E_CUT_LOG = -5012,      /* a map log ends before the point that the catalog knows to be durable */
     ONION_E_NOT_A_FILE = -5013,   /* a file of a store is a symbolic link, or no regular file */

@@ -59,9 +59,9 @@ struct onion_map {
     size_t root_bytes; /* of the mapping behind root */
     uint64_t *touched; /* a bit for each 512 entries of the root, see blockmap.c */
     uint64_t block_count;
-    uint32_t range_shift;    /* log2 of the blocks under one root entry: 0 to 9 */
-    int64_t leaf_bytes;      /* memory held by leaves, kept with atomics */
-    onion_retire_fn retire;  /* NULL: no thread reads during writes */
+    uint32_t range_shift;   /* log2 of the blocks under one root entry: 0 to 9 */
+    int64_t leaf_bytes;     /* memory held by leaves, kept with atomics */
+    onion_retire_fn retire; /* NULL: no thread reads during writes */
     void *retire_context;
 };
 

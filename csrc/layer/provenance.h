@@ -41,8 +41,7 @@ int onion_owners_lay(struct onion_owners *owners, const struct onion_map *upper,
  * onion_layer_load. A HOLE record takes blocks from their owner, so over other layers it is only for a log without
  * such records (onion_log_has_holes). A SIZE record sets *size_bytes. */
 int onion_owners_lay_log(struct onion_owners *owners, const unsigned char *bytes, uint64_t length,
-                         struct onion_log_cursor *cursor, uint32_t owner, uint64_t *size_bytes,
-                         uint64_t *fault_offset);
+                         struct onion_log_cursor *cursor, uint32_t owner, uint64_t *size_bytes, uint64_t *fault_offset);
 /* Makes the map show all laid layers. Call it before onion_owners_runs. -ENOMEM. */
 int onion_owners_settle(struct onion_owners *owners);
 /* Returns how many runs there are, in order and none that continues another, and writes them to `out`, unless NULL. */

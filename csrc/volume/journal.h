@@ -54,7 +54,7 @@ struct onion_journal_header {
     uint64_t device;
     uint64_t filesystem; /* tells this mount from others; `filesystem_kind` names its kind */
     uint32_t filesystem_kind;
-    uint32_t poisoned; /* a sync failed: the contents of the head's own files have to be written again */
+    uint32_t poisoned;  /* a sync failed: the contents of the head's own files have to be written again */
     uint64_t opened_ns; /* CLOCK_MONOTONIC at the opening that made the file */
     struct onion_journal_half halves[2];
 };
@@ -69,9 +69,9 @@ struct onion_journal {
     struct onion_journal_header *header; /* NULL: there is no file yet */
     struct onion_record *records[2];
     size_t capacity[2];
-    size_t taken_count; /* of the other half, while a flush has it */
+    size_t taken_count;                            /* of the other half, while a flush has it */
     struct onion_journal_owner owner, alternative; /* of the half that takes new records */
-    int found_fd;       /* the file of an opening before, while it holds what is not durable yet; else -1 */
+    int found_fd; /* the file of an opening before, while it holds what is not durable yet; else -1 */
     int found_poisoned;
 };
 
@@ -91,8 +91,8 @@ int onion_journal_make_room(struct onion_volume *volume);
 void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner);
 /* Takes the pending records away, and switches to the other half. owner: the state that later records go on from.
  * alternative may be NULL. */
-void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch, const struct onion_journal_owner *owner,
-                        const struct onion_journal_owner *alternative);
+void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch,
+                        const struct onion_journal_owner *owner, const struct onion_journal_owner *alternative);
 /* The records that were taken are durable in a frame, behind which the log stands as `now` says. */
 void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now);
 /* A flush that changed nothing gives its half back, before the records that came since. -EIO. */

@@ -42,12 +42,12 @@ struct onion_stream {
 #define ONION_STREAMS 8
 
 struct onion_segment {
-    uint32_t number;             /* in the index of this volume; given to another one when this one is gone */
-    uint64_t birth;              /* the how manieth segment of this opening it is: given once */
-    uint32_t log_number;         /* in the head's map log; 0: not yet declared there */
-    uint64_t generation;         /* of the head that owns it; 0: a sealed layer's */
-    int own;                     /* 1: made by that head, so writable; 0: adopted */
-    int scrub_wanted;            /* slots became free, and no flush gives them back */
+    uint32_t number;     /* in the index of this volume; given to another one when this one is gone */
+    uint64_t birth;      /* the how manieth segment of this opening it is: given once */
+    uint32_t log_number; /* in the head's map log; 0: not yet declared there */
+    uint64_t generation; /* of the head that owns it; 0: a sealed layer's */
+    int own;             /* 1: made by that head, so writable; 0: adopted */
+    int scrub_wanted;    /* slots became free, and no flush gives them back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;

@@ -148,8 +148,8 @@ struct onion_extent {
 };
 /* Up to `capacity` extents that make up the range from its start on; returns how many (at least 1). A hole of the base
  * file is NONE; where its file system knows no holes, all of it is BASE. */
-int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length, struct onion_extent *extents,
-                             uint32_t capacity);
+int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint64_t length,
+                             struct onion_extent *extents, uint32_t capacity);
 /* The birth of the segment that new blocks go to. Segments are counted as they are added, and no count is given
  * twice in an opening, unlike numbers. Data that is written from now on has this birth or a greater one, or is in a
  * block that the head holds already. 0: a view. */
