@@ -28,6 +28,7 @@ from onionskin.errors import OnionskinError, StateError
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
+ACCEPT_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 EXTENTS_IN_FRAME = 20_000
@@ -80,11 +81,13 @@ class ControlSocket:
         self._guard = threading.Lock()
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._listener = UnixListener(path, mode=file_mode(path.parent))
+        self._closing = threading.Event()
         self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
         self._accepting.start()
 
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
+        self._closing.set()
         with suppress(OSError):
             self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._accepting.join()
@@ -106,8 +109,13 @@ class ControlSocket:
         while True:
             try:
                 connection, _ = self._listener.socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closing.is_set():
+                    return
+                # No descriptors are left, or no memory: that passes, and must not spin.
+                self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
+                self._closing.wait(ACCEPT_AGAIN_SECONDS)
+                continue
             thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
             with self._guard:
                 is_full = len(self._sessions) >= CONNECTIONS_MAX
@@ -116,7 +124,15 @@ class ControlSocket:
             if is_full:
                 self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
             else:
-                thread.start()
+                self._start(thread, connection)
+
+    def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
+        try:
+            thread.start()
+        except RuntimeError:  # no thread may be started, or no memory is left: the next one may have more luck
+            with self._guard:
+                del self._sessions[thread]
+            self._refuse(connection, "the server could start no thread for it; try again later")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         self._log(f"control: refused a connection: {why}")

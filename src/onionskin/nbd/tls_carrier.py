@@ -69,7 +69,15 @@ class TlsCarrier:
         with self._guard:
             self._carriers.add(carrier)
             self._handshakes[carrier] = connection.dup()  # `accept` takes the other one over
-        carrier.start()
+        try:
+            carrier.start()
+        except RuntimeError:  # no thread may be started, or no memory is left: that passes, and ends no server
+            self._log(f"{peer}: refused: no thread could be started for it")
+            with self._guard:
+                self._carriers.discard(carrier)
+                self._handshakes.pop(carrier).close()
+            self._places.release()
+            connection.close()
 
     def _take_place(self) -> bool:
         """Take a place for a client with TLS; the oldest that is still in its handshake gives way."""

@@ -1,0 +1,97 @@
+"""A server that can start no thread, or has no descriptor left, refuses a client and goes on."""
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onionskin.control import frames
+from onionskin.control import server as control
+from onionskin.nbd.tls_carrier import TlsCarrier
+
+
+class Refusing(threading.Thread):
+    """A thread that cannot be started."""
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(threading, "Thread", Refusing)
+
+
+def test_a_client_with_tls_is_refused_and_its_place_is_free_again(no_threads: Callable[[], None]) -> None:
+    said: list[str] = []
+    carrier = TlsCarrier(1, hand_over=lambda connection, peer: None, log=said.append)
+    no_threads()
+    for _ in range(3):
+        ours, its = socket.socketpair()
+        carrier.serve(its, "somebody", None)  # type: ignore[arg-type]
+        with ours:
+            assert ours.recv(1) == b""
+    assert said == ["somebody: refused: no thread could be started for it"] * 3
+
+
+def ask(path: Path) -> Any:
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.connect(str(path))
+        return frames.receive(ours, bytes_max=frames.REPLY_BYTES_MAX)
+
+
+def test_a_caller_of_the_control_socket_is_refused_and_the_next_one_is_heard(
+    tmp_path: Path, no_threads: Callable[[], None]
+) -> None:
+    said: list[str] = []
+    listening = control.ControlSocket(tmp_path / "control", None, said.append)  # type: ignore[arg-type]
+    try:
+        no_threads()
+        for _ in range(2):
+            assert "could start no thread" in str(ask(tmp_path / "control"))
+        assert len(said) == 2
+    finally:
+        listening.close()
+
+
+def test_the_control_socket_goes_on_when_there_are_descriptors_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poor:
+        """A listening socket whose first accept finds no descriptor."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.real = real
+            self.failures = 1
+
+        def accept(self) -> Any:
+            if self.failures:
+                self.failures -= 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return self.real.accept()
+
+        def shutdown(self, how: int) -> None:
+            self.real.shutdown(how)
+
+        def close(self) -> None:
+            self.real.close()
+
+    class PoorListener(control.UnixListener):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.socket = Poor(self.socket)  # type: ignore[assignment]
+
+    said: list[str] = []
+    monkeypatch.setattr(control, "UnixListener", PoorListener)
+    listening = control.ControlSocket(tmp_path / "control", None, said.append)  # type: ignore[arg-type]
+    try:
+        monkeypatch.setattr(control, "may_connect", lambda uid, owner: False)
+        assert "may not use it" in str(ask(tmp_path / "control"))
+        assert "could not be accepted: Too many open files" in said[0]
+    finally:
+        listening.close()
