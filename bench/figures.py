@@ -107,7 +107,7 @@ def dirty_snapshot(volume: onionskin.Volume, *, flushed: bool = False) -> Contes
         volume.write(0, b"\x07" * 65536)
         if flushed:
             volume.flush()
-        volume.store.finish_work()  # the files for the next head: a snapshot right behind another waits for them
+        volume.store._opened.finish_work()  # the files for the next head: a snapshot right behind another waits for them
 
     return Contestant(lambda _: volume.snapshot(f"{prefix}{next(names)}"), prepare=write)
 
@@ -300,7 +300,7 @@ def first_writes(directory: Path) -> Iterator[Figure]:
             name = volume.name
             volume.close()
             store.delete(name)
-            store.finish_work()
+            store._opened.finish_work()
 
         def engine(volume: onionskin.Volume) -> None:
             volume.write_blocks(wanted, data)
@@ -351,7 +351,7 @@ def first_writes_against_qcow2(directory: Path) -> Iterator[Figure]:
             name = volume.name
             volume.close()
             store.delete(name)
-            store.finish_work()
+            store._opened.finish_work()
 
         def qcow2(options: str, depth: int) -> Contestant:
             image = directory / f"top-{options}-{depth}.qcow2"
@@ -617,7 +617,7 @@ def reverts(directory: Path) -> Iterator[Figure]:
         names = count()
 
         def changed() -> None:
-            store.finish_work()
+            store._opened.finish_work()
             write_extents(web, range(0, GIB, MIB), MIB, 90)
 
         contestants = {

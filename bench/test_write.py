@@ -45,7 +45,7 @@ def race(setting: Setting) -> Race:
             name = volume.name
             volume.close()
             store.delete(name)
-            store.finish_work()
+            store._opened.finish_work()
 
         checked = store.create("checked", base=base)
         engine(checked)

@@ -118,11 +118,12 @@ def import_image(
     """
     # Here, as the command line comes to this module for a list of formats.
     from onionskin.catalog import SIZE_BYTES_MAX
+    from onionskin.operations import staged_volumes
     from onionskin.operations.export import passing_file
-    from onionskin.operations.staged_volumes import refuse_taken
+    from onionskin.operations.volumes import refuse_taken
 
     check_name("volume", name)
-    refuse_taken(store, name)
+    refuse_taken(store._opened, name)
     kind = format or detect_format(path)
     if kind not in FORMATS:
         raise ValueError(f"{kind!r} is not a format: it is one of {', '.join(FORMATS)}")
@@ -130,7 +131,7 @@ def import_image(
         if kind == "raw":
             source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
         else:
-            source = stack.enter_context(passing_file(store, store.path, [wipe]))
+            source = stack.enter_context(passing_file(store._opened, store.path, [wipe]))
             _convert_to_raw(path, kind, source, vouched=format is not None)
         size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
         if size_bytes == 0:
@@ -139,7 +140,9 @@ def import_image(
             raise FormatError(
                 f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {SIZE_BYTES_MAX} (64 TiB)"
             )
-        draft = stack.enter_context(store.draft(name, size=size_bytes, block_size=block_size, wipe=wipe))
+        draft = stack.enter_context(
+            staged_volumes.draft(store._opened, name, size=size_bytes, block_size=block_size, wipe=wipe)
+        )
         copy_into(draft, source.fileno(), path=path, progress=progress)
         draft.publish()
     return size_bytes
@@ -213,7 +216,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     if format == "raw":
         export.export(volume, target, replace=False, progress=progress)
         return
-    store, parent = volume.store, target.absolute().parent
+    store, parent = volume.opened_store, target.absolute().parent
     export.refuse_target(store, target, replace=False)
     _qemu_img()
     with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EMFILE
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError, 
 from onionskin.nbd import tls
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.tls import Terms
+from onionskin.operations import reclaim
+from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 from onionskin.volume import Volume
 
@@ -140,7 +143,7 @@ class Server:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
-        for row in store.catalog.rows(VolumeRow, "1 ORDER BY name"):
+        for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name"):
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -160,7 +163,7 @@ class Server:
     def add_snapshot(self, path: Path, name: str, snapshot: str) -> None:
         """Serve one snapshot; the volume is not held."""
         store = self._store(path)
-        view, row = _open_snapshot(store, store.catalog.volume(name).id, snapshot)
+        view, row = _open_snapshot(store, store._opened.catalog.volume(name).id, snapshot)
         export = f"{name}@{snapshot}"
         try:
             with self.guard:
@@ -232,7 +235,7 @@ class Server:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            served.volume.store.rename_volume(served.volume.row.id, new_name)
+            rename_volume(served.volume.opened_store, served.volume.row.id, new_name)
         finally:
             with self.guard:
                 served.operations -= 1
@@ -295,7 +298,7 @@ class Server:
             kept = sorted(name.partition("@")[::2] for name, view in self._views.items() if view.is_kept)
             volumes = {name: (one.volume.store, one.volume.row.id) for name, one in self._served.items()}
         for store in self._whole_stores:
-            volumes = {row.name: (store, row.id) for row in store.catalog.rows(VolumeRow)} | volumes
+            volumes = {row.name: (store, row.id) for row in store._opened.catalog.rows(VolumeRow)} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
             if name < volume_name:
                 continue
@@ -357,7 +360,7 @@ class Server:
             )
         if served is None:
             for store in self._whole_stores:
-                if store.catalog.row(VolumeRow, "name = ?", volume_name):
+                if store._opened.catalog.row(VolumeRow, "name = ?", volume_name):
                     served = self._serve(store, volume_name)
                     break
         if served is None or not at:
@@ -613,7 +616,8 @@ class Server:
         for one in served:
             steps += [(one.name, one.volume.scrub_freed), (one.name, one.volume.compact_if_wanted)]
         for store in list(self._stores.values()):
-            steps += [(str(store.path), store.work_soon), (str(store.path), store.make_reserve)]
+            opened, at = store._opened, str(store.path)
+            steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]
         for what, step in steps:
             try:
                 step()
@@ -689,7 +693,7 @@ class Server:
         """Close the stores; what waited for a view that is closed now is freed, and wiped, before that."""
         while self._stores:
             _, store = self._stores.popitem()
-            _call_all([store.close, store.finish_work, store.work_soon])
+            _call_all([store.close, store._opened.finish_work, partial(reclaim.work_soon, store._opened)])
 
     def _accept(self) -> None:
         by_descriptor = {listener.socket.fileno(): listener for listener in self.listeners}
@@ -829,13 +833,13 @@ def _open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volum
     name meant the same before and after.
     """
     for _ in range(OPEN_TRIES):
-        volume = store.catalog.row(VolumeRow, "id = ?", volume_id)
+        volume = store._opened.catalog.row(VolumeRow, "id = ?", volume_id)
         if volume is None:
             raise VolumeNotFoundError("the volume was deleted meanwhile")
-        before = find_snapshot(store.catalog, volume, snapshot)
+        before = find_snapshot(store._opened.catalog, volume, snapshot)
         view = store.open(volume.name, snapshot=snapshot)
         try:
-            after = store.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
+            after = store._opened.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
             if view.row.id == volume_id and after is not None and _is_same(before, after):
                 return view, after
         except BaseException:
@@ -853,7 +857,7 @@ def _is_same(one: SnapshotRow, other: SnapshotRow) -> bool:
 def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
     """Name a volume's snapshots, in order, behind the last one."""
     while True:
-        rows = store.catalog.rows(
+        rows = store._opened.catalog.rows(
             SnapshotRow, f"volume = ? AND name > ? ORDER BY name LIMIT {LIST_PAGE}", volume_id, last
         )
         for row in rows:
@@ -886,7 +890,7 @@ class _Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
+        return self.volume.opened_store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -910,7 +914,7 @@ class _View(_Exported):
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume.store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
+        volume = self.volume.opened_store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and _is_same(row, self.row) else None
 
@@ -935,7 +939,7 @@ class ServedVolume(_Exported):
         try:
             server.nbd.add_export(name, volume.path, read_only=False, description=f"volume {name}")
             volume.on_switch = self._switch
-            path = volume.store.layout.volume_control(volume.row.id)
+            path = volume.opened_store.layout.volume_control(volume.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # we hold the volume: whoever made it is gone
             self.control = ControlSocket(path, self, server.log)

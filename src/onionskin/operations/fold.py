@@ -19,9 +19,9 @@ from onionskin.catalog import Catalog, LayerRow, PendingRow, SnapshotRow
 from onionskin.errors import StateError
 from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
 # Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
@@ -51,7 +51,7 @@ def put_off(change: Callable[[], None]) -> bool:
 
 def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:
     """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing."""
-    catalog = volume.store.catalog
+    catalog = volume.opened_store.catalog
     with catalog.reading():
         layer = catalog.row(LayerRow, "id = ?", layer_id)
         if layer is None or (above := _only_child(catalog, layer)) is None:
@@ -81,7 +81,7 @@ def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
     return children[0]
 
 
-def groups_to_fold(store: "Store", run: Sequence[LayerRow]) -> list[Group]:
+def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
     """Return the parts of a run that are folded now, each into its last layer: all, some parts, or nothing."""
     if len(run) < 2:
         return []
@@ -92,7 +92,7 @@ def groups_to_fold(store: "Store", run: Sequence[LayerRow]) -> list[Group]:
     return parts
 
 
-def _weight(store: "Store", layer: LayerRow) -> int:
+def _weight(store: OpenStore, layer: LayerRow) -> int:
     """Return the bytes that a layer's map has, without its header."""
     if layer.sealed:
         return max(layer.map_length - HEADER_BYTES, 0)
@@ -125,7 +125,7 @@ def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def _frees_enough(store: "Store", run: Sequence[LayerRow], weight: int) -> bool:
+def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:
     """Whether folding all of a run frees enough for what it costs; with policy `zero`, anything at all."""
     zero = any(layer.wipe == "zero" for layer in run)
     if zero and not run[-1].sealed:
@@ -147,7 +147,7 @@ class Laid:
         self.map.close()
 
 
-def lay(store: "Store", layers: Sequence[LayerRow]) -> Laid:
+def lay(store: OpenStore, layers: Sequence[LayerRow]) -> Laid:
     """Load layers, bottom first, and lay them over each other. The caller closes what is returned."""
     union = open_map(store, layers[0])
     try:

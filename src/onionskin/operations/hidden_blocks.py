@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
 from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.reclaim import segment_wants_zeros
-from onionskin.storage.block_maps import load_durable, load_layer, locked_maps
+from onionskin.storage.block_maps import load_durable, load_layer
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
     Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
@@ -84,7 +85,7 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
     return Above(layer, children) if children.get(layer_id) else None
 
 
-def wants_wiping(store: "Store", above: Above) -> bool:
+def wants_wiping(store: OpenStore, above: Above) -> bool:
     """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
@@ -126,9 +127,9 @@ def _hidden_by(volume: "Volume", above: Above, layer: LayerRow) -> "Ranges":
     state = volume.path.log_state() if layer.id == volume.head else None
     with ExitStack() as stack:
         if layer.sealed:
-            layer_map = stack.enter_context(load_layer(volume.store, layer))
+            layer_map = stack.enter_context(load_layer(volume.opened_store, layer))
         else:
-            layer_map = load_durable(volume.store, layer, state)
+            layer_map = load_durable(volume.opened_store, layer, state)
             stack.callback(layer_map.close)
         own = _ranges(layer_map.runs())
     return union([own, _hidden_by_all(volume, above, layer)]) if layer.id in above.children else own
@@ -161,7 +162,7 @@ def common(a: "Ranges", b: "Ranges") -> "Ranges":
     return numpy.column_stack((first, numpy.minimum(a[of_a, 1], b[of_b, 1])))
 
 
-def locked_above(store: "Store", layer_id: bytes, own_head: bytes) -> Any:
+def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
     """Give what stands on a layer, its maps locked (`locked_maps`); None as for `read_above`."""
     return locked_maps(
         store,
