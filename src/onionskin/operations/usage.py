@@ -33,10 +33,12 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one snapshot costs; snapshot None stands for the head.
+    """What one snapshot costs.
 
     Attributes
     ----------
+    snapshot : str or None
+        Its name; None stands for the head.
     bytes_held : int
         Data written between the snapshot before it and this one.
     bytes_freed_by_discard : int
