@@ -13,16 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
-from typing import TYPE_CHECKING
 
 from onionskin.catalog import Catalog, LayerRow, PendingRow, SnapshotRow
 from onionskin.errors import StateError
 from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
-
-if TYPE_CHECKING:
-    from onionskin.volume import Volume
 
 # Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
 SMALL_BYTES = 32 << 10
@@ -49,9 +45,11 @@ def put_off(change: Callable[[], None]) -> bool:
     return True
 
 
-def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:
-    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing."""
-    catalog = volume.opened_store.catalog
+def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
+    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing.
+
+    `head` is the one whose volume the caller holds.
+    """
     with catalog.reading():
         layer = catalog.row(LayerRow, "id = ?", layer_id)
         if layer is None or (above := _only_child(catalog, layer)) is None:
@@ -64,7 +62,7 @@ def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:
             run.append(over)
             over = _only_child(catalog, over)
     # The head of another volume is left to whoever opens that one.
-    return run if run[-1].sealed or run[-1].id == volume.head else run[:-1]
+    return run if run[-1].sealed or run[-1].id == head else run[:-1]
 
 
 def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:

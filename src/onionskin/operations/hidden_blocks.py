@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin.volume import Volume
+    from onionskin.kernels._volume import DataPath
 
     Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
 else:
@@ -96,10 +96,16 @@ def wants_wiping(store: OpenStore, above: Above) -> bool:
     return False
 
 
-def without_hidden(volume: "Volume", above: Above, layer_map: LayerMap) -> dict[bytes, int]:
-    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked."""
+def without_hidden(
+    store: OpenStore, path: "DataPath", head: bytes, above: Above, layer_map: LayerMap
+) -> dict[bytes, int]:
+    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked.
+
+    `path` is that of `head`, whose volume the caller holds.
+    """
+    hidden = _Hidden(store, path, head, above)
     runs = layer_map.runs()
-    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), _hidden_by_all(volume, above, above.layer))
+    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), hidden.by_all(above.layer))
     if not len(wanted):
         return {}
     before = layer_map.segment_use()
@@ -110,29 +116,37 @@ def without_hidden(volume: "Volume", above: Above, layer_map: LayerMap) -> dict[
     return {id: blocks for id, blocks in freed.items() if blocks}
 
 
-def _hidden_by_all(volume: "Volume", above: Above, lower: LayerRow) -> "Ranges":
-    """Return what each child of a layer hides."""
-    found: Ranges | None = None
-    for child in above.children[lower.id]:
-        hidden = _hidden_by(volume, above, child)
-        found = hidden if found is None else common(found, hidden)
-        if not len(found):
-            break
-    assert found is not None
-    return found
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """What layers hide. `path` is that of `head`, whose volume the caller holds."""
 
+    store: OpenStore
+    path: "DataPath"
+    head: bytes
+    above: Above
 
-def _hidden_by(volume: "Volume", above: Above, layer: LayerRow) -> "Ranges":
-    """Return what a layer hides from all who read it or what stands on it."""
-    state = volume.path.log_state() if layer.id == volume.head else None
-    with ExitStack() as stack:
-        if layer.sealed:
-            layer_map = stack.enter_context(load_layer(volume.opened_store, layer))
-        else:
-            layer_map = load_durable(volume.opened_store, layer, state)
-            stack.callback(layer_map.close)
-        own = _ranges(layer_map.runs())
-    return union([own, _hidden_by_all(volume, above, layer)]) if layer.id in above.children else own
+    def by_all(self, lower: LayerRow) -> "Ranges":
+        """Return what each child of a layer hides."""
+        found: Ranges | None = None
+        for child in self.above.children[lower.id]:
+            hidden = self.by(child)
+            found = hidden if found is None else common(found, hidden)
+            if not len(found):
+                break
+        assert found is not None
+        return found
+
+    def by(self, layer: LayerRow) -> "Ranges":
+        """Return what a layer hides from all who read it or what stands on it."""
+        state = self.path.log_state() if layer.id == self.head else None
+        with ExitStack() as stack:
+            if layer.sealed:
+                layer_map = stack.enter_context(load_layer(self.store, layer))
+            else:
+                layer_map = load_durable(self.store, layer, state)
+                stack.callback(layer_map.close)
+            own = _ranges(layer_map.runs())
+        return union([own, self.by_all(layer)]) if layer.id in self.above.children else own
 
 
 def _ranges(runs: "numpy.typing.NDArray[Any]") -> "Ranges":

@@ -81,7 +81,7 @@ def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None
 def fold(volume: "Volume", layer_id: bytes) -> bool:
     """Fold what is worth it of the layers without a name around one (fold.py); returns whether any was."""
     store = volume.opened_store
-    run = folding.run_around(volume, layer_id)
+    run = folding.run_around(store.catalog, volume.head, layer_id)
     if _is_being_merged(store.catalog, run):
         return False
     try:
@@ -343,7 +343,7 @@ def fold_unnamed_below(volume: "Volume") -> None:
     seen: set[bytes] = set()
     for layer in unnamed:
         if layer not in seen:
-            seen |= {one.id for one in folding.run_around(volume, layer)}
+            seen |= {one.id for one in folding.run_around(catalog, volume.head, layer)}
             fold_where_unnamed(volume, [layer])
     free_hidden(volume, unnamed_of(catalog, volume.row.id))
 
@@ -382,7 +382,7 @@ def _free_hidden(volume: "Volume", layer_id: bytes) -> None:
             return
         layer = above.layer
         with load_layer(store, layer) as layer_map:
-            freed = hidden_blocks.without_hidden(volume, above, layer_map)
+            freed = hidden_blocks.without_hidden(store, volume.path, volume.head, above, layer_map)
             if not freed:
                 return
             with staged_files(store, ["map"], "zero") as files:

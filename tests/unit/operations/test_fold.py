@@ -238,7 +238,7 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
         volume.merge("a")
         volume.merge("b")
         monkeypatch.undo()
-        run = merge_into_base.folding.run_around(volume, layer_ids(store)[0])
+        run = merge_into_base.folding.run_around(store._opened.catalog, volume.head, layer_ids(store)[0])
         assert len(run) == 3
         lay = fold.lay
 
