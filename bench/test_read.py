@@ -76,7 +76,7 @@ def cold(setting: Setting, disks: tuple[onionskin.Store, FlatFile]) -> Race:
     flat.unmap()
     wanted = scattered(COLD_READS, setting.size_bytes // BLOCK, seed=3)
     out = np.empty((COLD_READS, BLOCK), np.uint8)
-    segments = list(store.layout.segments.iterdir())
+    segments = list(store._opened.layout.segments.iterdir())
 
     def dropped() -> onionskin.Volume:
         drop_cache(*segments)

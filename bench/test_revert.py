@@ -26,7 +26,7 @@ def revert(setting: Setting) -> Iterator[Race]:
         web.snapshot("clean")
 
         def changed() -> None:
-            store.finish_work()
+            store._opened.finish_work()
             write_extents(web, range(0, size, MIB), MIB, 90)
 
         changed()

@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with contextlib.closing(onionskin.Store(arguments.store)) as store:
         found = work(store, arguments.size, arguments.every)
-        held = sum(path.stat().st_blocks * 512 for path in store.layout.segments.iterdir())
+        held = sum(path.stat().st_blocks * 512 for path in (store.path / "segments").iterdir())
         if not arguments.keep:
             store.delete("array", recursive=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

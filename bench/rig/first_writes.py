@@ -38,7 +38,7 @@ def into_new_volumes(
         name = volume.name
         volume.close()
         store.delete(name)
-        store.finish_work()
+        store._opened.finish_work()
 
     return Contestant(run, lambda: store.create(f"v{next(_names)}", base=base), gone)
 

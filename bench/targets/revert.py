@@ -19,7 +19,7 @@ def reverts(directory: Path) -> Iterator[Figure]:
         names = count()
 
         def changed() -> None:
-            store.finish_work()
+            store._opened.finish_work()
             write_extents(web, range(0, GIB, MIB), MIB, 90)
 
         contestants = {

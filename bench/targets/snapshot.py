@@ -26,7 +26,7 @@ def dirty_snapshot(volume: onionskin.Volume, *, flushed: bool = False) -> Contes
         volume.write(0, b"\x07" * 65536)
         if flushed:
             volume.flush()
-        volume.store.finish_work()  # the files for the next head: a snapshot right behind another waits for them
+        volume.store._opened.finish_work()  # the files for the next head: a snapshot right behind another waits for them
 
     return Contestant(lambda _: volume.snapshot(f"{prefix}{next(names)}"), prepare=write)
 

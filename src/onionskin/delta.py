@@ -34,7 +34,7 @@ from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SnapshotRow, VolumeRow
 from onionskin.catalog.tree import Snapshot, find_snapshot, nearest_snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
-from onionskin.operations import usage
+from onionskin.operations import staged_volumes, usage
 from onionskin.operations.pinned import pinned
 from onionskin.storage.chain import Chain, lock_chain, read_chain
 from onionskin.storage.locks import ByteLocks
@@ -234,7 +234,9 @@ def _draft_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iter
     """
     size_bytes = max(header.size_a, header.size_b)
     layer = start.layer if start else None
-    with volume.store.draft(size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer) as draft:
+    with staged_volumes.draft(
+        volume.opened_store, size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer
+    ) as draft:
         if size_bytes > header.size_b:
             draft.resize(header.size_b, force=True)
         yield draft
@@ -242,7 +244,7 @@ def _draft_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iter
 
 def _base_bytes(draft: "Draft") -> int:
     """Return up to where the base below a draft may show through."""
-    base = read_chain(draft.store.catalog, draft.head).base
+    base = read_chain(draft.opened_store.catalog, draft.head).base
     return base.size_bytes if base else 0
 
 
@@ -318,9 +320,9 @@ def _pin(store: Store, volume: str, rows: "_Rows", stack: ExitStack) -> _Ends | 
     opened = stack.enter_context(pinned(view))
     chain_a = None
     if row_a:
-        locks = ByteLocks(store.layout.lock)
+        locks = ByteLocks(store._opened.layout.lock)
         stack.callback(locks.close)
-        chain_a = lock_chain(store.catalog, row_a.layer, locks)
+        chain_a = lock_chain(store._opened.catalog, row_a.layer, locks)
     return _Ends(row_a, row_b, chain_a, view, opened)
 
 
@@ -328,7 +330,7 @@ _Rows = tuple[VolumeRow, SnapshotRow | None, SnapshotRow]
 
 
 def _rows(store: Store, volume: str, a: str | None, b: str) -> _Rows:
-    catalog = store.catalog
+    catalog = store._opened.catalog
     with catalog.reading():
         row = catalog.volume(volume)
         start = None if a is None else find_snapshot(catalog, row, a)
@@ -338,7 +340,7 @@ def _rows(store: Store, volume: str, a: str | None, b: str) -> _Rows:
 def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
     """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
     assert ends.a is not None
-    found = usage.diff_of_chains(store, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
+    found = usage.diff_of_chains(store._opened, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
     return [(int(offset), int(length), int(state) == states.ZERO) for offset, length, state in found]
 
 
@@ -407,7 +409,7 @@ def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]",
 
 def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
-    catalog = volume.store.catalog
+    catalog = volume.opened_store.catalog
     with catalog.reading():
         names = {row.name for row in catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
         parent = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)

@@ -122,11 +122,12 @@ def import_image(
         The store has a volume of that name.
     """
     # Here, as the command line comes to this module for a list of formats.
+    from onionskin.operations import staged_volumes
     from onionskin.operations.export import passing_file
-    from onionskin.operations.staged_volumes import refuse_taken
+    from onionskin.operations.volumes import refuse_taken
 
     check_name("volume", name)
-    refuse_taken(store, name)
+    refuse_taken(store._opened, name)
     if format is not None and format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     kind = format or _format_to_import(path)
@@ -134,7 +135,7 @@ def import_image(
         if kind == "raw":
             source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
         else:
-            source = stack.enter_context(passing_file(store, store.path, [wipe]))
+            source = stack.enter_context(passing_file(store._opened, store.path, [wipe]))
             _convert_to_raw(path, kind, source, vouched=format is not None)
         size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
         if size_bytes == 0:
@@ -143,7 +144,9 @@ def import_image(
             raise FormatError(
                 f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
             )
-        draft = stack.enter_context(store.draft(name, size=size_bytes, block_size=block_size, wipe=wipe))
+        draft = stack.enter_context(
+            staged_volumes.draft(store._opened, name, size=size_bytes, block_size=block_size, wipe=wipe)
+        )
         copy_into(draft, source.fileno(), path=path, progress=progress)
         draft.publish()
     return size_bytes
@@ -217,7 +220,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     if format == "raw":
         export.export(volume, target, replace=False, progress=progress)
         return
-    store, parent = volume.store, target.absolute().parent
+    store, parent = volume.opened_store, target.absolute().parent
     export.refuse_target(store, target, replace=False)
     _qemu_img()
     with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:

@@ -40,7 +40,8 @@ from onionskin.catalog.tree import (
     users_of,
 )
 from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, merge_into_base
+from onionskin.operations import copy, export, merge_into_base, reclaim
+from onionskin.operations import usage as usages
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import (
     Chain,
@@ -53,18 +54,19 @@ from onionskin.storage.chain import (
     replace_spare,
 )
 from onionskin.storage.disk_file import DiskFile
+from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, closed_path
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+    import onionskin
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.layering import Layering
     from onionskin.operations.usage import Usage
     from onionskin.storage.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
-    from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
 
@@ -100,15 +102,17 @@ class Volume:
 
     def __init__(
         self,
-        store: "Store",
+        store: OpenStore,
         row: VolumeRow,
         opened: OpenChain,
         *,
         volume_lock: "VolumeLock | None" = None,
         read_lock: "ReadersLock | None" = None,
         snapshot: str | None = None,
+        opened_by: Any = None,
     ) -> None:
-        self.store = store
+        self.opened_store = store
+        self._opened_by = opened_by
         self.row = row
         self.path: DataPath = opened.path
         self._locks: ByteLocks | None = opened.locks
@@ -137,6 +141,11 @@ class Volume:
     # ---- what it is ----
 
     @property
+    def store(self) -> "onionskin.Store":
+        """The store that it was opened in."""
+        return cast("onionskin.Store", self._opened_by)
+
+    @property
     def locks(self) -> "ByteLocks":
         """The locks on the files that the volume can read."""
         if self._locks is None:
@@ -157,7 +166,7 @@ class Volume:
         What is read is what the data path has open. The catalog may say less (somebody gathered segments of a layer that
         is open here), and then the old files stay locked, and so stay.
         """
-        chain = read_chain(self.store.catalog, self.head)
+        chain = read_chain(self.opened_store.catalog, self.head)
         self._byte_of_segment |= chain.byte_of_segment
         self.wait_for_readers()
         open_segments = {id for _, id, _, _ in self.path.segments()}
@@ -166,7 +175,7 @@ class Volume:
 
     def leave_base(self) -> None:
         """Give up the base, where the disk stands on none any more."""
-        if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
+        if self.base_lock and read_chain(self.opened_store.catalog, self.head).base is None:
             self.wait_for_readers()
             self.base_lock.close()
             self.base_lock = None
@@ -175,7 +184,7 @@ class Volume:
     def name(self) -> str:
         """The volume's name, as it is now where somebody renamed it meanwhile."""
         if not (self._closed or self._forked):
-            found = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+            found = self.opened_store.catalog.row(VolumeRow, "id = ?", self.row.id)
             if found:
                 return found.name
         return self.row.name
@@ -202,7 +211,7 @@ class Volume:
 
     def __repr__(self) -> str:
         at = f"@{self.snapshot_name}" if self.snapshot_name else ""
-        return f"<Volume {self.store.path}/{self.name}{at}{' closed' if self._closed else ''}>"
+        return f"<Volume {self.opened_store.path}/{self.name}{at}{' closed' if self._closed else ''}>"
 
     def __enter__(self) -> "Volume":
         return self
@@ -382,7 +391,7 @@ class Volume:
         OSError, StateError
             As for `write`.
         """
-        self.store.with_reserve(lambda: self._on_path(lambda path: path.zero(offset, length)))
+        self.opened_store.reserve.retry(lambda: self._on_path(lambda path: path.zero(offset, length)))
 
     def trim(self, offset: int, length: int) -> None:
         """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush.
@@ -401,7 +410,7 @@ class Volume:
         OSError, StateError
             As for `write`.
         """
-        self.store.with_reserve(lambda: self._on_path(lambda path: path.trim(offset, length)))
+        self.opened_store.reserve.retry(lambda: self._on_path(lambda path: path.trim(offset, length)))
 
     def view(self, offset: int, length: int) -> "Bytes":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
@@ -440,19 +449,19 @@ class Volume:
         if self._unsettled:  # by an operation that goes on in another thread, or by two interrupts
             with self.guard:
                 self._settle()
-        self.store.with_reserve(lambda: self._on_path(lambda path: path.flush()))
+        self.opened_store.reserve.retry(lambda: self._on_path(lambda path: path.flush()))
         self.scrub_freed()
         self.compact_if_wanted()
 
     def scrub_freed(self) -> None:
         """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
         path = self.path
-        self.store.note_unreachable(path.take_unreachable())
+        self.opened_store.note_unreachable(path.take_unreachable())
         wanted = path.scrub_wanted()
         if not wanted:
             return
         try:
-            self.store.scrub(wanted, self.wipe)
+            reclaim.scrub(self.opened_store, wanted, self.wipe)
         except BaseException:
             path.want_scrub(wanted)  # a wish is over when it is recorded
             raise
@@ -511,7 +520,9 @@ class Volume:
     def _note_size(self) -> None:
         """Write the size to the catalog, which shows it without opening the disk; what counts is the one in the map."""
         try:
-            self.store.change(lambda: self.store.catalog.update(LayerRow, self.head, size_bytes=self.size_bytes))
+            self.opened_store.change(
+                lambda: self.opened_store.catalog.update(LayerRow, self.head, size_bytes=self.size_bytes)
+            )
         except OSError as error:
             _log.warning("%r: its new size is not listed before it is next closed: %s", self, error)
 
@@ -542,7 +553,7 @@ class Volume:
     @property
     def parent(self) -> Snapshot | None:
         """The snapshot of this volume that the disk stands on, the last one on its branch or the one reverted to."""
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         with catalog.reading():
             row = nearest_snapshot(catalog, self.row, catalog.layer(self.head).parent)
             return describe_snapshot(catalog, self.row, row, catalog.layer(row.layer)) if row else None
@@ -551,18 +562,18 @@ class Volume:
     def head_changed(self) -> bool:
         """Whether anything was written, trimmed or resized since `parent`. Flushes, to know."""
         self.flush()
-        named = {row.layer for row in self.store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
-        chain = read_chain(self.store.catalog, self.head).layers
+        named = {row.layer for row in self.opened_store.catalog.rows(SnapshotRow, "volume = ?", self.row.id)}
+        chain = read_chain(self.opened_store.catalog, self.head).layers
         above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
         below = chain[-len(above) - 1] if len(above) < len(chain) else None
         if below and below.size_bytes != self.size_bytes:
             return True
-        return any(map_is_used(self.store, layer) for layer in above)
+        return any(map_is_used(self.opened_store, layer) for layer in above)
 
     @property
     def snapshots(self) -> list[Snapshot]:
         """The volume's snapshots, oldest first."""
-        return list_snapshots(self.store.catalog, self.row)
+        return list_snapshots(self.opened_store.catalog, self.row)
 
     def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
@@ -594,7 +605,7 @@ class Volume:
         note = check_note(note)
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         with self.operation(during_merge=True):
-            catalog = self.store.catalog
+            catalog = self.opened_store.catalog
             taken: list[Snapshot] = []
 
             def check_free() -> None:
@@ -622,7 +633,7 @@ class Volume:
         `check` is asked before anything happens, and again inside the transaction. No data is synced inside that: a slow
         disk under this volume holds no other one up.
         """
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         check()
         self._need_spare()
         spare = self._spare()
@@ -644,7 +655,7 @@ class Volume:
             new.append(Sealing(head.layer.id, new_id(), *catalog.take_lock_bytes(2)))
             layer = replace(head.layer, map_lock_byte=new[0].map_byte)
             self._write_new_head(layer, spare, new[0])
-            self.store.add_scrubs(scrubs, self.wipe)
+            reclaim.add_scrubs(self.opened_store, scrubs, self.wipe)
             row, freed = self._write_sealed(old, sealed)
             also(row, layer)
             rows.append(row)
@@ -653,27 +664,27 @@ class Volume:
 
         try:
             with self.settling(lambda: self._settle_seal(new), lambda: self._go_on(new[0])):
-                sealed = self.path.seal(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
+                sealed = self.path.seal(map_path=str(self.opened_store.layout.map_file(spare.id)), map_id=spare.id)
                 # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
                 scrubs += self.path.scrub_wanted()
-                self.store.change(write_rows)
+                self.opened_store.change(write_rows)
         except BaseException:
             if scrubs and not self.path.closed:
                 self.path.want_scrub(scrubs)
             raise
         self.locks.drop_shared(unused)
         if scrubs or unused:
-            self.store.work_soon()
+            reclaim.work_soon(self.opened_store)
         # A first one may be all that this process is for; who takes a second will take more.
         self._prepare_wanted, self._has_sealed = self._has_sealed, True
         if self._prepare_wanted:
-            self.store.wake()
+            self.opened_store.wake()
         return rows[0]
 
     def _settle_seal(self, begun: "list[Sealing]") -> None:
         """Go on with the new head if the catalog has it, with the old one if not."""
         head = begun[0].head if begun else None
-        if head is None or self.path.poisoned or self.store.catalog.head_of(self.row) != head:
+        if head is None or self.path.poisoned or self.opened_store.catalog.head_of(self.row) != head:
             merge_into_base.if_begun(self.path.seal_abort)
         else:
             self._go_on(begun[0])
@@ -719,15 +730,15 @@ class Volume:
 
     def _write_new_head(self, layer: LayerRow, spare: SegmentRow, new: "Sealing") -> None:
         """Write the new head, which begins with the old one's spare, and make it the volume's."""
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         catalog.insert(layer)
         catalog.update(SegmentRow, spare.id, role="own", layer=layer.id)
         catalog.insert(SegmentRow(new.spare, layer.id, "spare", 0, new.spare_byte))
-        self.store.set_head(self.row, layer.id)
+        self.opened_store.catalog.update(VolumeRow, self.row.id, head=layer.id)
 
     def _write_sealed(self, old: LayerRow, sealed: Any) -> tuple[LayerRow, set[int]]:
         """Write how the files of the old head are now. Returns its row, and the lock bytes of files made for nothing."""
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         what = {
             "sealed": 1,
             "size_bytes": sealed.size_bytes,
@@ -746,9 +757,9 @@ class Volume:
 
     def _drop_empty_segment(self, id: bytes, wipe: str) -> set[int]:
         """Remove the row of a segment without slots. If it has a file, that becomes pending work of the byte returned."""
-        catalog, freed = self.store.catalog, set()
+        catalog, freed = self.opened_store.catalog, set()
         for row in catalog.rows(SegmentRow, "id = ?", id):
-            if self.store.layout.segment_file(id).exists():
+            if self.opened_store.layout.segment_file(id).exists():
                 catalog.add_pending("segment", id, row.lock_byte, wipe)
                 freed.add(row.lock_byte)
             catalog.delete(SegmentRow, "id = ?", id)
@@ -756,7 +767,7 @@ class Volume:
 
     def _spare(self) -> SegmentRow:
         """The segment that the next head begins with. Its id is the id of that head's map too."""
-        return self.store.catalog.spare_of(self.head)
+        return self.opened_store.catalog.spare_of(self.head)
 
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that a snapshot and the first flush after it need not."""
@@ -765,9 +776,9 @@ class Volume:
         if not self._prepare_wanted or self._closed:
             return
         # None where a snapshot is just being told what it is: then somebody asks again.
-        for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
+        for spare in self.opened_store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
             self._prepare_wanted = False
-            path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
+            path.prepare(map_path=str(self.opened_store.layout.map_file(spare.id)), map_id=spare.id)
 
     def _need_spare(self) -> None:
         """Register a spare segment where an aborted snapshot used it up."""
@@ -776,10 +787,10 @@ class Volume:
         spares: list[SegmentRow] = []
 
         def register() -> None:
-            spares[:] = [replace_spare(self.store.catalog, self.head)]
+            spares[:] = [replace_spare(self.opened_store.catalog, self.head)]
             self.share({spares[0].lock_byte: spares[0].id})
 
-        self.store.change(register)
+        self.opened_store.change(register)
         self.path.set_spare(spares[0].id)
 
     def revert(self, name: str) -> None:
@@ -801,7 +812,7 @@ class Volume:
             ENOSPC: the disk reads as before.
         """
         with self.operation():
-            catalog = self.store.catalog
+            catalog = self.opened_store.catalog
             target = find_snapshot(catalog, self.row, name).layer
             around = unnamed_around(catalog, catalog.layer(self.head).parent)
             self.restart_on(target, lambda: None)
@@ -809,7 +820,7 @@ class Volume:
 
     def restart_on(self, layer_id: bytes, also: Callable[[], None]) -> None:
         """Replace the head by an empty child of a layer; `also` runs in the transaction, before layers are freed."""
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         below = lock_chain(catalog, layer_id, self.locks)
         base_lock = self.base_lock
         if below.base and not base_lock:  # the head was flattened, and the snapshot is older than that
@@ -826,9 +837,9 @@ class Volume:
 
         `also` runs in the transaction, before layers are freed.
         """
-        catalog, top = self.store.catalog, below.top
+        catalog, top = self.opened_store.catalog, below.top
         head = NewHead.on(top, base=None, block_size=top.block_size, wipe=self.wipe, size_bytes=top.size_bytes)
-        layout = self.store.layout
+        layout = self.opened_store.layout
         dirty = layout.dirty_file(self.row.id)
         new_path = open_chain(layout, head.chain(below), writable=True, base_lock=base_lock, dirty=dirty)
         old_path, old_head, bytes_before = self.path, self.head, dict(self._byte_of_segment)
@@ -838,7 +849,7 @@ class Volume:
                 raise StateError("another process changed the tree; close the volume and open it again")
             map_byte, segments = head.insert(catalog)
             self.share(segments, map_byte)
-            self.store.set_head(self.row, head.layer.id)
+            self.opened_store.catalog.update(VolumeRow, self.row.id, head=head.layer.id)
             also()
             free_unneeded(catalog, old_head)
 
@@ -852,8 +863,8 @@ class Volume:
                 self._switch(new_path, head.layer.id)
 
         with self.settling(settle):
-            self.store.change(change)
-        self.store.work_soon()
+            self.opened_store.change(change)
+        reclaim.work_soon(self.opened_store)
 
     def _switch(self, new_path: "DataPath", head: bytes) -> None:
         self._prepare_wanted = False  # it was for the head that is left; before the path, see prepare_if_wanted
@@ -885,7 +896,7 @@ class Volume:
             A descendant has a name and `recursive` is not given, or a clone needs one; some are listed.
         """
         with self.operation():
-            catalog = self.store.catalog
+            catalog = self.opened_store.catalog
             layer = find_snapshot(catalog, self.row, name).layer
             parent = catalog.layer(layer).parent
             around = unnamed_around(catalog, layer)
@@ -905,13 +916,13 @@ class Volume:
             if self.head in above:
                 self.restart_on(layer, drop)
             else:
-                self.store.change(drop)
-                self.store.work_soon()
+                self.opened_store.change(drop)
+                reclaim.work_soon(self.opened_store)
             merge_into_base.fold_where_unnamed(self, [layer, parent])
             merge_into_base.free_hidden(self, around)
 
     def _refuse_discard(self, name: str, above: set[bytes], recursive: bool) -> None:
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         users = users_of(catalog, above, besides=self.row.id)
         if users:
             raise StateError(
@@ -943,7 +954,7 @@ class Volume:
             There is none of that name.
         """
         with self.operation():
-            catalog = self.store.catalog
+            catalog = self.opened_store.catalog
             row = find_snapshot(catalog, self.row, name)
             around = unnamed_around(catalog, row.layer)
 
@@ -951,8 +962,8 @@ class Volume:
                 catalog.delete(SnapshotRow, "volume = ? AND name = ?", self.row.id, name)
                 free_unneeded(catalog, row.layer)
 
-            self.store.change(drop)
-            self.store.work_soon()
+            self.opened_store.change(drop)
+            reclaim.work_soon(self.opened_store)
             merge_into_base.fold_where_unnamed(self, [row.layer])
             merge_into_base.free_hidden(self, around)
 
@@ -1056,7 +1067,7 @@ class Volume:
         """
         if b is None and self.writable:
             self.flush()
-        return cast("Array", self.store.diff(self._name_now(), a, b))
+        return usages.diff(self.opened_store, self._name_now(), a, b)
 
     def usage(self) -> "list[Usage]":
         """Return what each snapshot holds and what discard or merge of it would free. A head is flushed first.
@@ -1068,7 +1079,7 @@ class Volume:
         """
         if self.writable:
             self.flush()
-        return self.store.usage(self._name_now())
+        return usages.usage(self.opened_store, self._name_now())
 
     def layering(self) -> "Layering":
         """Return which layer each part of the disk comes from: (chain, extents).
@@ -1094,11 +1105,11 @@ class Volume:
             raise StateError(f"volume {self.row.name!r} is closed, or was opened before a fork; open it again")
         if self.writable:
             self.flush()
-        return read_layering(self.store, lambda: self.head)
+        return read_layering(self.opened_store, lambda: self.head)
 
     def _name_now(self) -> str:
         """Look the name up: another process may have renamed the volume since it was opened."""
-        row = self.store.catalog.row(VolumeRow, "id = ?", self.row.id)
+        row = self.opened_store.catalog.row(VolumeRow, "id = ?", self.row.id)
         return row.name if row else self.name
 
     # ---- the end ----
@@ -1129,7 +1140,7 @@ class Volume:
             yield
 
     def _refuse_half_merged(self) -> None:
-        if not self.is_merging and pending_base_merges(self.store.catalog, self.head):
+        if not self.is_merging and pending_base_merges(self.opened_store.catalog, self.head):
             raise StateError(
                 f"a merge of {self.name!r} into its base was begun and has not ended; merge into the base again"
             )
@@ -1180,24 +1191,24 @@ class Volume:
         if self.path.map_dead_ratio() > 0.5:
             merge_into_base.compact(self)
         self._note_close()
-        self.store.work_soon()
-        self.store.finish_work()
+        reclaim.work_soon(self.opened_store)
+        self.opened_store.finish_work()
 
     def _note_close(self) -> None:
         """Write down what the head's log durably holds: from then on, a map that holds less is damaged, not new.
 
         An opening that changed nothing writes nothing.
         """
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         length, frames, crc = self.path.log_state()
         now = {"map_length": length, "map_frames": frames, "map_crc": crc, "size_bytes": self.size_bytes}
         row = catalog.layer(self.head)
         if frames and any(getattr(row, column) != value for column, value in now.items()):
             with suppress(OSError):  # a full disk: then the next opening knows no more than this one did
-                self.store.change(lambda: catalog.update(LayerRow, self.head, **now))
+                self.opened_store.change(lambda: catalog.update(LayerRow, self.head, **now))
 
     def _release(self) -> None:
-        self.store.forget(self)
+        self.opened_store.forget(self)
         if self.snapshot_name is not None:
             self._release_view()
             return
@@ -1217,11 +1228,11 @@ class Volume:
     def _release_view(self) -> None:
         """Give a view up. Its locks end with the last array over it: they close when nothing refers to them."""
         self.path = closed_path(self.path)  # other views of the layer may go on with the open one
-        self.store.views.give_back(self.head)
+        self.opened_store.views.give_back(self.head)
         self._locks = self.base_lock = None
         self._released = True
         with suppress(OSError, OnionskinError):  # what waited for these files, perhaps with secrets in it
-            self.store.work_soon()
+            reclaim.work_soon(self.opened_store)
 
     def __del__(self) -> None:
         """Warn of an open volume that is lost with writes that were not flushed, which are lost too."""

@@ -15,23 +15,23 @@ BLOCK = 4096
 def test_files_that_are_being_made_have_rows_and_nobody_frees_them(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
         store.create("db", size=BLOCK).close()
-        with staged_files(store, ["map"], "release") as files:
+        with staged_files(store._opened, ["map"], "release") as files:
             (row,) = files.rows
-            draft = store.layout.map_file(row.target)
+            draft = store._opened.layout.map_file(row.target)
             draft.write_bytes(b"not yet named")
             for one in (store, other):
                 one.open("db").close()
-                reclaim.remove_orphans(one)
-                assert reclaim.do_pending(one) == 1
+                reclaim.remove_orphans(one._opened)
+                assert reclaim.do_pending(one._opened) == 1
             assert draft.exists()
-        assert reclaim.do_pending(other) == 0
+        assert reclaim.do_pending(other._opened) == 0
         assert not draft.exists(), "the block ended, and nobody kept the file"
 
 
 def test_an_opening_touches_nothing_that_no_row_names(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         store.create("db", size=BLOCK).close()
-        orphan, foreign = store.layout.map_file(bytes(16)), store.layout.segments / "notes.txt"
+        orphan, foreign = store._opened.layout.map_file(bytes(16)), store._opened.layout.segments / "notes.txt"
         for path in (orphan, foreign):
             path.write_bytes(b"somebody's")
         store.open("db").close()
@@ -44,10 +44,10 @@ def test_a_store_that_is_opened_during_a_sweep_keeps_the_next_one_away(tmp_path:
     with ExitStack() as opened:
         first = opened.enter_context(onionskin.Store(tmp_path / "store"))
         opener = threading.Thread(target=lambda: opened.enter_context(onionskin.Store(tmp_path / "store")))
-        with first.locks.exclusive(STORE_BYTE) as sweeping:
+        with first._opened.locks.exclusive(STORE_BYTE) as sweeping:
             assert sweeping
             opener.start()
             opener.join(0.3)
         opener.join()
-        with first.locks.exclusive(STORE_BYTE) as sweeping:
+        with first._opened.locks.exclusive(STORE_BYTE) as sweeping:
             assert not sweeping

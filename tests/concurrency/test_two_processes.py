@@ -24,7 +24,7 @@ def test_a_process_that_closes_the_store_leaves_the_log_of_the_catalog_to_the_ot
     with onionskin.Store(tmp_path / "store") as store:
         store.create("db", size=4096).close()
         with store.create("web", size=4096) as web:
-            log = store.layout.catalog.with_name("catalog.db-wal")
+            log = store._opened.layout.catalog.with_name("catalog.db-wal")
             before = log.stat().st_ino
             web.snapshot("a")
             assert other_process(store) == "['a']"

@@ -55,8 +55,8 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "with suppress(OSError, OnionskinError):\n            staged_volumes.drop_dead(self)\n",
-                "reclaim.remove_orphans(self)\n",
+                "with suppress(OSError, OnionskinError):\n            staged_volumes.drop_dead(self._opened)\n",
+                "reclaim.remove_orphans(self._opened)\n",
             ),
             Edit(
                 "src/onionskin/operations/reclaim.py",
@@ -115,7 +115,7 @@ FAULTS = [
             Edit(
                 "src/onionskin/store.py",
                 "            row, lock = self._lock_volume(name, VolumeLock)\n            try:\n                dropped",
-                "            row = self.catalog.volume(name)\n            _, lock = self._lock_volume(name, VolumeLock)\n"
+                "            row = self._opened.catalog.volume(name)\n            _, lock = self._lock_volume(name, VolumeLock)\n"
                 "            try:\n                dropped",
             ),
             Edit(
@@ -125,8 +125,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/store.py",
-                "            row = self.catalog.volume_with_id(id)\n            if row is None:",
-                "            nonlocal row\n            row = row or self.catalog.volume_with_id(id)\n"
+                "            row = self._opened.catalog.volume_with_id(id)\n            if row is None:",
+                "            nonlocal row\n            row = row or self._opened.catalog.volume_with_id(id)\n"
                 "            if row is None:",
             ),
         ),
@@ -137,7 +137,7 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "            if name is not None and self.catalog.volume(name).id != id:\n",
+                "            if name is not None and self._opened.catalog.volume(name).id != id:\n",
                 "            if False:\n",
             ),
         ),
@@ -161,7 +161,7 @@ FAULTS = [
             volume.path.abort_below()
         else:
             volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
-            reclaim.do_pending(volume.store)
+            reclaim.do_pending(volume.opened_store)
             volume.path.commit_below()""",
             ),
             Edit(
@@ -200,7 +200,7 @@ FAULTS = [
             Edit(
                 "src/onionskin/operations/export.py",
                 "    with pinned(volume) as opened, new_image(",
-                "    chain = read_chain(volume.store.catalog, volume.head)\n"
+                "    chain = read_chain(volume.opened_store.catalog, volume.head)\n"
                 "    live = OpenChain(chain, volume.path, volume.locks, volume.base_lock)\n"
                 "    with nullcontext(live) as opened, new_image(",
             ),

@@ -16,6 +16,8 @@ from onionskin.base.sockets import UnixListener
 from onionskin.nbd import server as serving
 from onionskin.nbd.listener import Listener
 from onionskin.nbd.server import Limits, Server
+from onionskin.operations import reclaim
+from onionskin.storage.open_store import OpenStore
 
 BLOCK = 4096
 Start = Callable[..., Serve]
@@ -98,11 +100,11 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
         def unlink_and_be_overtaken(path: Path, missing_ok: bool = False) -> None:
             unlink(path, missing_ok=missing_ok)
             if path.name == "reserve":
-                other.make_reserve()
+                other._opened.reserve.make()
 
         monkeypatch.setattr(Path, "unlink", unlink_and_be_overtaken)
         client.flush()
-        assert not other.layout.reserve.exists()  # it was needed
+        assert not other._opened.layout.reserve.exists()  # it was needed
 
 
 @contextmanager
@@ -130,16 +132,16 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
     (segment,) = [path for path in (tmp_path / "vms" / "segments").iterdir() if secret in path.read_bytes()]
     monkeypatch.setattr(serving, "TIDY_SECONDS", 3600)
     wiped = threading.Event()
-    scrub = library.Store.scrub
+    scrub = reclaim.scrub
 
-    def scrub_and_tell(store: library.Store, segments: Any, wipe: str) -> None:
+    def scrub_and_tell(store: OpenStore, segments: Any, wipe: str) -> None:
         scrub(store, segments, wipe)
         wiped.set()
 
     server = Server(limits=Limits(), allow_revert=False, log=print)
     server.exports.add_volume(tmp_path / "vms", "web")
     with in_this_process(server, short_socket(tmp_path)), NbdClient.unix(short_socket(tmp_path), "web") as client:
-        monkeypatch.setattr(library.Store, "scrub", scrub_and_tell)
+        monkeypatch.setattr(reclaim, "scrub", scrub_and_tell)
         client.trim(0, BLOCK)
         client.flush()
         assert wiped.wait(60)

@@ -104,7 +104,7 @@ def live(store: "Store", name: str) -> "LiveVolume | None":
     """Connect to the server of a volume; None if no server holds it."""
     from onionskin.storage.locks import volume_holder
 
-    if volume_holder(store.layout.volume_lock(store.catalog.volume(name).id)) is None:
+    if volume_holder(store._opened.layout.volume_lock(store._opened.catalog.volume(name).id)) is None:
         return None  # the usual case; then the client's code is not even imported
     from onionskin.control import client
 
@@ -218,11 +218,11 @@ def _names_in(path: Path, with_snapshots: bool) -> list[str]:
     from onionskin.catalog import SnapshotRow, VolumeRow
 
     try:
-        with onionskin.Store(path, create=False) as store, store.catalog.reading():
-            volumes = {row.id: row.name for row in store.catalog.rows(VolumeRow, "1 ORDER BY name")}
+        with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
+            volumes = {row.id: row.name for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name")}
             if not with_snapshots:
                 return list(volumes.values())
-            rows = store.catalog.rows(SnapshotRow, "1 ORDER BY created_ns")
+            rows = store._opened.catalog.rows(SnapshotRow, "1 ORDER BY created_ns")
             return sorted(f"{volumes[row.volume]}@{row.name}" for row in rows)
     except (OnionskinError, OSError, ValueError):
         return []

@@ -67,12 +67,12 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
 
 def find(store: Store, name: str) -> "LiveVolume | None":
     """Connect to the server of a volume, or return None where no server holds it."""
-    row = store.catalog.volume(name)
-    holder = volume_holder(store.layout.volume_lock(row.id))
+    row = store._opened.catalog.volume(name)
+    holder = volume_holder(store._opened.layout.volume_lock(row.id))
     if holder is None:
         return None
     try:
-        connection = connect_unix(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
+        connection = connect_unix(store._opened.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
     except OSError as error:
         if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
             return None  # held by a process that does not serve it, or left by a crash
@@ -81,7 +81,7 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         raise
     live = LiveVolume(connection, name)
     # The path and the server belong to the volume's id; the name may mean another volume by now.
-    if store.catalog.volume(name).id == row.id:
+    if store._opened.catalog.volume(name).id == row.id:
         return live
     live.close()
     return find(store, name)

@@ -41,7 +41,7 @@ class Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume.store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
+        return self.volume.opened_store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -65,7 +65,7 @@ class View(Exported):
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume.store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
+        volume = self.volume.opened_store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
@@ -145,7 +145,7 @@ class ServedVolume(Exported):
         try:
             nbd.add_export(name, volume.path, read_only=False, description=f"volume {name}")
             volume.on_switch = self._switch
-            path = volume.store.layout.volume_control(volume.row.id)
+            path = volume.opened_store.layout.volume_control(volume.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # we hold the volume: whoever made it is gone
             self.control = ControlSocket(path, self, log)
@@ -244,13 +244,13 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
     name meant the same before and after.
     """
     for _ in range(OPEN_TRIES):
-        volume = store.catalog.row(VolumeRow, "id = ?", volume_id)
+        volume = store._opened.catalog.row(VolumeRow, "id = ?", volume_id)
         if volume is None:
             raise VolumeNotFoundError("the volume was deleted meanwhile")
-        before = find_snapshot(store.catalog, volume, snapshot)
+        before = find_snapshot(store._opened.catalog, volume, snapshot)
         view = store.open(volume.name, snapshot=snapshot)
         try:
-            after = store.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
+            after = store._opened.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
             if view.row.id == volume_id and after is not None and is_same(before, after):
                 return view, after
         except BaseException:

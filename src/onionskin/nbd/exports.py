@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot
+from onionskin.operations import reclaim
+from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 
 VIEW_IDLE_SECONDS = 30.0
@@ -100,7 +103,7 @@ class Exports:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
-        for row in store.catalog.rows(VolumeRow, "1 ORDER BY name"):
+        for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name"):
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -120,7 +123,7 @@ class Exports:
     def add_snapshot(self, path: Path, name: str, snapshot: str) -> None:
         """Serve one snapshot; the volume is not held."""
         store = self._store(path)
-        view, row = open_snapshot(store, store.catalog.volume(name).id, snapshot)
+        view, row = open_snapshot(store, store._opened.catalog.volume(name).id, snapshot)
         export = f"{name}@{snapshot}"
         try:
             with self.table.guard:
@@ -184,7 +187,7 @@ class Exports:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            served.volume.store.rename_volume(served.volume.row.id, new_name)
+            rename_volume(served.volume.opened_store, served.volume.row.id, new_name)
         finally:
             with self.table.guard:
                 served.operations -= 1
@@ -201,7 +204,7 @@ class Exports:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
             volumes = {name: (one.volume.store, one.volume.row.id) for name, one in self.table.served.items()}
         for store in self._whole_stores:
-            volumes = {row.name: (store, row.id) for row in store.catalog.rows(VolumeRow)} | volumes
+            volumes = {row.name: (store, row.id) for row in store._opened.catalog.rows(VolumeRow)} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
             if name < volume_name:
                 continue
@@ -255,7 +258,7 @@ class Exports:
             )
         if served is None:
             for store in self._whole_stores:
-                if store.catalog.row(VolumeRow, "name = ?", volume_name):
+                if store._opened.catalog.row(VolumeRow, "name = ?", volume_name):
                     served = self._serve(store, volume_name)
                     break
         if served is None or not at:
@@ -392,7 +395,8 @@ class Exports:
         for one in served:
             steps += [(one.name, one.volume.scrub_freed), (one.name, one.volume.compact_if_wanted)]
         for store in list(self._stores.values()):
-            steps += [(str(store.path), store.work_soon), (str(store.path), store.make_reserve)]
+            opened, at = store._opened, str(store.path)
+            steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]
         for what, step in steps:
             try:
                 step()
@@ -423,13 +427,13 @@ class Exports:
         """Close the stores; what waited for a view that is closed now is freed, and wiped, before that."""
         while self._stores:
             _, store = self._stores.popitem()
-            call_all([store.close, store.finish_work, store.work_soon])
+            call_all([store.close, store._opened.finish_work, partial(reclaim.work_soon, store._opened)])
 
 
 def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
     """Name a volume's snapshots, in order, behind the last one."""
     while True:
-        rows = store.catalog.rows(
+        rows = store._opened.catalog.rows(
             SnapshotRow, f"volume = ? AND name > ? ORDER BY name LIMIT {LIST_PAGE}", volume_id, last
         )
         for row in rows:

@@ -13,19 +13,17 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from errno import ENXIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
 from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
-from onionskin.storage.block_maps import load_map, locked_maps, open_map
+from onionskin.operations.locked_maps import locked_maps
+from onionskin.storage.block_maps import load_map, open_map
 from onionskin.storage.chain import check_base
 from onionskin.storage.locks import volume_holder
-
-if TYPE_CHECKING:
-    from onionskin.store import Store
+from onionskin.storage.open_store import OpenStore
 
 SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 bits
 RESTORE = "restore the file from a copy of the store"
@@ -61,7 +59,7 @@ class _Rows:
             self.segments_of.setdefault(row.layer, []).append(row)
 
 
-def check(store: "Store") -> list[Problem]:
+def check(store: OpenStore) -> list[Problem]:
     """Look at everything that the catalog names. Reads headers and maps, and no block data."""
     listed = list(_list_files(store))  # before the catalog: whoever makes or frees a file has a row for it meanwhile
     with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
@@ -74,7 +72,7 @@ def check(store: "Store") -> list[Problem]:
     return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
 
 
-def _read_rows(store: "Store") -> _Rows:
+def _read_rows(store: OpenStore) -> _Rows:
     catalog = store.catalog
     return _Rows(
         catalog.sound_rows(LayerRow),
@@ -86,7 +84,7 @@ def _read_rows(store: "Store") -> _Rows:
     )
 
 
-def _unsound_rows(store: "Store") -> list[Problem]:
+def _unsound_rows(store: OpenStore) -> list[Problem]:
     return [
         Problem("error", what, f"{store.layout.catalog}, table {table}, row {id}", "restore the catalog from a copy")
         for table, id, what in store.catalog.unsound_rows()
@@ -96,7 +94,7 @@ def _unsound_rows(store: "Store") -> list[Problem]:
 # ---- layers and their segments ----
 
 
-def _check_layers(store: "Store", rows: _Rows) -> Iterator[Problem]:
+def _check_layers(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
     heads = {volume.head: volume for volume in rows.volumes}
     for layer in rows.layers:
         segments = rows.segments_of.get(layer.id, [])
@@ -112,7 +110,7 @@ def _check_layers(store: "Store", rows: _Rows) -> Iterator[Problem]:
             yield from _data_without_map(store, heads[layer.id], layer, ends, segments)
 
 
-def _slots_named(store: "Store", layer: LayerRow) -> dict[bytes, int]:
+def _slots_named(store: OpenStore, layer: LayerRow) -> dict[bytes, int]:
     """Return one more than the highest slot that a layer's map names in each segment.
 
     A head's map must hold what the catalog says that it durably had.
@@ -126,7 +124,7 @@ def _slots_named(store: "Store", layer: LayerRow) -> dict[bytes, int]:
 
 
 def _check_segments(
-    store: "Store", layer: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
+    store: OpenStore, layer: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
     """Compare what a map names with the files of the segments that its layer owns."""
     owned = {row.id for row in segments}
@@ -167,7 +165,7 @@ def _segment_fault(path: Path, id: bytes, block_size: int, slots: int) -> str | 
 
 
 def _data_without_map(
-    store: "Store", volume: VolumeRow, head: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
+    store: OpenStore, volume: VolumeRow, head: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
     """Report blocks in a head's own segments behind the last that its map names: nobody writes the volume just now."""
     found = []
@@ -203,7 +201,7 @@ def _data_from(path: Path, offset: int) -> int | None:
 # ---- chains and bases ----
 
 
-def _check_chains(store: "Store", rows: _Rows) -> Iterator[Problem]:
+def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
     """Look at how layers stand on each other: what each names is there, and no chain has more than an index can tell."""
     layers, bases = {layer.id: layer for layer in rows.layers}, {base.id for base in rows.bases}
     counts = _segments_in_chains(rows, layers)
@@ -258,7 +256,7 @@ def _fault_below(layer: LayerRow, layers: dict[bytes, LayerRow], bases: set[byte
     return None if parent.sealed else "it stands on a layer that is not sealed"
 
 
-def _check_bases(store: "Store", rows: _Rows) -> Iterator[Problem]:
+def _check_bases(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
     for base in rows.bases:
         row: BaseRow | None = base
         while row:
@@ -285,13 +283,13 @@ def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
 # ---- the directories ----
 
 
-def _list_files(store: "Store") -> Iterator[os.DirEntry[str]]:
+def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
     for directory in (store.layout.layers, store.layout.segments, store.layout.volumes):
         with os.scandir(directory) as entries:
             yield from sorted(entries, key=lambda entry: entry.name)
 
 
-def _check_files(store: "Store", rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
+def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
     named = _named_files(rows)
     for entry in listed:
         path = Path(entry.path)
@@ -307,7 +305,7 @@ def _check_files(store: "Store", rows: _Rows, listed: list[os.DirEntry[str]]) ->
             yield Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
 
 
-def _check_modes(store: "Store") -> Iterator[Problem]:
+def _check_modes(store: OpenStore) -> Iterator[Problem]:
     """Report what users other than the owner may do: who may read the locks can keep the owner out, for one."""
     layout = store.layout
     shared = is_shared(layout.root)

@@ -20,18 +20,19 @@ from onionskin.catalog import Catalog, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._copy import CopyJob
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
+from onionskin.operations import reclaim
 from onionskin.operations.fold import TreeChangedError, put_off
 from onionskin.operations.reclaim import segment_wants_zeros
 from onionskin.operations.staging import StagedFiles, staged_files
 from onionskin.storage.block_maps import load_layer
 from onionskin.storage.chain import pending_base_merges, read_chain
 from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
@@ -46,7 +47,7 @@ GATHER_BYTES_MAX = 256 << 20
 OPEN_BYTES_MAX = 64 << 20  # while the volume is open: a snapshot that is asked for meanwhile waits for the copy
 
 
-def gather_chain(store: "Store", head: bytes, *, may_hold_unflushed: bool = False) -> None:
+def gather_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = False) -> None:
     """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open.
 
     A layer that cannot be gathered now is left as it is: it reads the same.
@@ -76,16 +77,16 @@ def gather_below(volume: "Volume", layer_id: bytes) -> None:
 
     Reads and writes go on. A layer that cannot be gathered now is left as it is.
     """
-    catalog = volume.store.catalog
+    catalog = volume.opened_store.catalog
     with catalog.reading():
         if catalog.count(SegmentRow, "layer = ?", layer_id) <= SEGMENTS_MAX:
             return
         layer, sealed = catalog.layer(layer_id), catalog.rows(SegmentRow, "layer = ?", layer_id)
         is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
-    put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
+    put_off(partial(_gather, volume.opened_store, layer, sealed, volume if is_read else None))
 
 
-def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
+def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
     """Gather the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
     locks = ByteLocks(store.layout.lock)
     try:
@@ -116,7 +117,7 @@ def _gather(store: "Store", layer: LayerRow, sealed: list[SegmentRow], reader: "
     finally:
         locks.close()
     if reader:
-        store.work_soon()
+        reclaim.work_soon(store)
 
 
 def _switch_beside_readers(
@@ -128,7 +129,7 @@ def _switch_beside_readers(
     written: tuple[int, int, int],
 ) -> None:
     """Switch to the new files, in the catalog and in the data path that reads the old ones."""
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     segment_file, map_file = files.rows
     gathered = {row.id for row in small}
     kept = [row for row in catalog.rows(SegmentRow, "layer = ?", layer.id) if row.id not in gathered]
@@ -149,7 +150,7 @@ def _switch_beside_readers(
         store.change(lambda: _switch(store, layer, small, files, slots, written, volume))
 
 
-def _refuse_changed(store: "Store", layer: LayerRow) -> None:
+def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
     if store.catalog.row(LayerRow, "id = ?", layer.id) != layer:
         raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
 
@@ -167,7 +168,7 @@ def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, by
     return chosen
 
 
-def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
+def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
     """Copy the live slots of segments behind each other into a new one, and point the map there. Returns the slots."""
     block_size, next_slot = layer.block_size, 0
     target = make_file(store.layout.segment_file(segment))
@@ -189,12 +190,12 @@ def _copy_slots(store: "Store", layer: LayerRow, layer_map: LayerMap, small: lis
     return next_slot
 
 
-def _wants_zeros(store: "Store", row: SegmentRow) -> bool:
+def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
     """Whether a segment came from a volume whose freed space is wiped: so must be what it is copied to."""
     return segment_wants_zeros(store.layout.segment_file(row.id))
 
 
-def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
+def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
     source = os.open(store.layout.segment_file(row.id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         table = [
@@ -208,7 +209,7 @@ def _copy_runs(store: "Store", row: SegmentRow, live: "Array", first: "Array", t
 
 
 def _switch(
-    store: "Store",
+    store: OpenStore,
     layer: LayerRow,
     small: list[SegmentRow],
     files: StagedFiles,

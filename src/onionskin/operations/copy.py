@@ -30,6 +30,7 @@ from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
 from onionskin.operations.staging import StagedFiles, staged_files
 from onionskin.storage.block_maps import empty_map
 from onionskin.storage.chain import Chain, open_chain, read_chain
+from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
@@ -65,7 +65,7 @@ def extents(volume: "Volume") -> "Array":
 
 
 @contextmanager
-def chain_path(store: "Store", chain: Chain, base_lock: "BaseLock | None" = None) -> "Iterator[DataPath]":
+def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = None) -> "Iterator[DataPath]":
     """Open a sealed chain for the time of a copy; its files must be locked by the caller."""
     path = open_chain(store.layout, chain, writable=False, base_lock=base_lock)
     try:
@@ -110,7 +110,7 @@ class StretchCopy:
 
     def __init__(
         self,
-        store: "Store",
+        store: OpenStore,
         path: "DataPath",
         destination: int,
         size_bytes: int,
@@ -182,7 +182,7 @@ class StretchCopy:
 
 
 def copy_runs(
-    store: "Store",
+    store: OpenStore,
     path: "DataPath",
     destination: int,
     size_bytes: int,
@@ -255,7 +255,7 @@ def _by_segments(
         yield part, descriptors
 
 
-def check_room_for_copy(store: "Store", opened: OpenChain, directory: Path) -> None:
+def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: Path) -> None:
     """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
     pieces = _flat_pieces(opened)
     lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
@@ -296,7 +296,7 @@ def _can_reflink(source: int, directory: Path) -> bool:
         return True
 
 
-def check_room(store: "Store", folded: Chain, base_lock: "BaseLock") -> None:
+def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
     """Refuse a merge into the base for which its file system has no room."""
     assert folded.base is not None
     with chain_path(store, replace(folded, base=None)) as path:
@@ -336,7 +336,7 @@ def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: 
         run_job(CopyJob(table, reflink=reflink, zero_holes=True), None, 0, 0)
 
 
-def copy_disk(store: "Store", opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
+def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
     """Write all that a sealed chain reads to an empty file, holes kept. Nothing is durable on return.
 
     Raises
@@ -363,7 +363,7 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
     The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
     all that was written to it: it only stands on another layer afterwards.
     """
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     if _stands_alone(catalog, volume.head):
         return
     before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
@@ -392,7 +392,7 @@ def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
 
 def _stand_on(volume: "Volume", old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
     """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
 
     def switch() -> None:
         head = catalog.layer(volume.head)
@@ -435,7 +435,7 @@ def _write_flat(
     volume: "Volume", chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
     """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
-    store, block_size = volume.store, chain.top.block_size
+    store, block_size = volume.opened_store, chain.top.block_size
     with chain_path(store, chain, volume.base_lock) as path:
         opened = OpenChain(chain, path, volume.locks, volume.base_lock)
         refuse_changed_base(opened)
@@ -463,7 +463,7 @@ def _write_flat(
 
 
 def _write_flat_segment(
-    store: "Store",
+    store: OpenStore,
     opened: OpenChain,
     pieces: "Array",
     slots: "Array",
@@ -512,7 +512,7 @@ def _flat_pieces(opened: OpenChain) -> "Array":
 
 
 def _copy_pieces(
-    store: "Store",
+    store: OpenStore,
     opened: OpenChain,
     pieces: "Array",
     slots: "Array",

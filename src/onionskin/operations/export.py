@@ -23,11 +23,11 @@ from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
 from onionskin.storage.layout import DIRECTORIES
 from onionskin.storage.locks import is_locked
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
 
@@ -45,14 +45,14 @@ def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress
     progress : callable, optional
         Called with the bytes copied so far and in all.
     """
-    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
-    with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
-        copy.check_room_for_copy(volume.store, opened, target.absolute().parent)
-        copy.copy_disk(volume.store, opened, descriptor, progress=progress)
+    refuse_target(volume.opened_store, target, replace=replace)  # before the disk is sealed for it
+    with pinned(volume) as opened, new_image(volume.opened_store, target, opened, replace=replace) as descriptor:
+        copy.check_room_for_copy(volume.opened_store, opened, target.absolute().parent)
+        copy.copy_disk(volume.opened_store, opened, descriptor, progress=progress)
 
 
 @contextmanager
-def new_image(store: "Store", target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
+def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
     """Give a new file to write the image to, and that file its name when the block has ended well.
 
     What is written is the block's matter; here it is made durable, named, or wiped and removed.
@@ -107,7 +107,7 @@ def _exists(target: Path) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
-def _drop_draft(store: "Store", directory: int, draft: str, descriptor: int, opened: "OpenChain") -> None:
+def _drop_draft(store: OpenStore, directory: int, draft: str, descriptor: int, opened: "OpenChain") -> None:
     """Remove what was not finished, if it has not its name already (an interrupt may come behind the renaming)."""
     with suppress(OSError):
         if not os.path.samestat(os.fstat(descriptor), os.stat(draft, dir_fd=directory, follow_symlinks=False)):
@@ -119,7 +119,7 @@ def _drop_draft(store: "Store", directory: int, draft: str, descriptor: int, ope
 
 
 @contextmanager
-def passing_file(store: "Store", directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
+def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
     """Give a file without a name for a copy of a disk that is needed for a while; what it held is wiped at the end.
 
     It vanishes with the process, however that ends; a process that is killed wipes nothing.
@@ -131,7 +131,7 @@ def passing_file(store: "Store", directory: Path, policies: Iterable[str]) -> It
             wipe_draft(store, file.fileno(), policies)
 
 
-def wipe_draft(store: "Store", descriptor: int, policies: Iterable[str]) -> None:
+def wipe_draft(store: OpenStore, descriptor: int, policies: Iterable[str]) -> None:
     """Overwrite a file with a copy of a disk, where a layer of the disk has policy `zero`, before its blocks are freed."""
     if "zero" in policies:
         result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
@@ -146,7 +146,7 @@ def policies_of(opened: "OpenChain") -> set[str]:
 # ---- what is not replaced ----
 
 
-def refuse_target(store: "Store", target: Path, *, replace: bool) -> None:
+def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
     """Raise where an image may not be put: in the store, or in the place of something that is not to be replaced."""
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -156,7 +156,7 @@ def refuse_target(store: "Store", target: Path, *, replace: bool) -> None:
         os.close(directory)
 
 
-def _refuse_directory(store: "Store", directory: int, target: Path) -> None:
+def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
     """Refuse a directory of the store, or below it, by whatever links or mounts it was named."""
     own = set()
     for path in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
@@ -180,7 +180,7 @@ def _refuse_directory(store: "Store", directory: int, target: Path) -> None:
         os.close(at)
 
 
-def _refuse_file(store: "Store", directory: int, target: Path, *, replace: bool) -> None:
+def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: bool) -> None:
     try:
         os.stat(target.name, dir_fd=directory, follow_symlinks=False)
         if not replace:
@@ -200,8 +200,8 @@ def _refuse_file(store: "Store", directory: int, target: Path, *, replace: bool)
         raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
 
 
-def _is_base(store: "Store", found: os.stat_result) -> bool:
-    for lock in [volume.base_lock for volume in store.open_volumes()]:
+def _is_base(store: OpenStore, found: os.stat_result) -> bool:
+    for lock in [volume.base_lock for volume in store.open_handles()]:
         with suppress(OSError):  # closed meanwhile
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True
@@ -224,7 +224,7 @@ def _is_in_use(directory: int, name: str) -> bool:
         os.close(descriptor)
 
 
-def _is_own_file(store: "Store", found: os.stat_result) -> bool:
+def _is_own_file(store: OpenStore, found: os.stat_result) -> bool:
     for directory in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
         if directory.stat().st_dev != found.st_dev:
             continue

@@ -13,16 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
-from typing import TYPE_CHECKING
 
 from onionskin.catalog import Catalog, LayerRow, PendingRow, SnapshotRow
 from onionskin.errors import StateError
 from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
-
-if TYPE_CHECKING:
-    from onionskin.store import Store
-    from onionskin.volume import Volume
+from onionskin.storage.open_store import OpenStore
 
 # Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
 SMALL_BYTES = 32 << 10
@@ -49,9 +45,11 @@ def put_off(change: Callable[[], None]) -> bool:
     return True
 
 
-def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:
-    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing."""
-    catalog = volume.store.catalog
+def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
+    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing.
+
+    `head` is the one whose volume the caller holds.
+    """
     with catalog.reading():
         layer = catalog.row(LayerRow, "id = ?", layer_id)
         if layer is None or (above := _only_child(catalog, layer)) is None:
@@ -64,7 +62,7 @@ def run_around(volume: "Volume", layer_id: bytes) -> list[LayerRow]:
             run.append(over)
             over = _only_child(catalog, over)
     # The head of another volume is left to whoever opens that one.
-    return run if run[-1].sealed or run[-1].id == volume.head else run[:-1]
+    return run if run[-1].sealed or run[-1].id == head else run[:-1]
 
 
 def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
@@ -81,7 +79,7 @@ def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
     return children[0]
 
 
-def groups_to_fold(store: "Store", run: Sequence[LayerRow]) -> list[Group]:
+def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
     """Return the parts of a run that are folded now, each into its last layer: all, some parts, or nothing."""
     if len(run) < 2:
         return []
@@ -92,7 +90,7 @@ def groups_to_fold(store: "Store", run: Sequence[LayerRow]) -> list[Group]:
     return parts
 
 
-def _weight(store: "Store", layer: LayerRow) -> int:
+def _weight(store: OpenStore, layer: LayerRow) -> int:
     """Return the bytes that a layer's map has, without its header."""
     if layer.sealed:
         return max(layer.map_length - HEADER_BYTES, 0)
@@ -125,7 +123,7 @@ def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def _frees_enough(store: "Store", run: Sequence[LayerRow], weight: int) -> bool:
+def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:
     """Whether folding all of a run frees enough for what it costs; with policy `zero`, anything at all."""
     zero = any(layer.wipe == "zero" for layer in run)
     if zero and not run[-1].sealed:
@@ -147,7 +145,7 @@ class Laid:
         self.map.close()
 
 
-def lay(store: "Store", layers: Sequence[LayerRow]) -> Laid:
+def lay(store: OpenStore, layers: Sequence[LayerRow]) -> Laid:
     """Load layers, bottom first, and lay them over each other. The caller closes what is returned."""
     union = open_map(store, layers[0])
     try:

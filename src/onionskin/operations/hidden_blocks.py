@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
 from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.reclaim import segment_wants_zeros
-from onionskin.storage.block_maps import load_durable, load_layer, locked_maps
+from onionskin.storage.block_maps import load_durable, load_layer
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin.store import Store
-    from onionskin.volume import Volume
+    from onionskin.kernels._volume import DataPath
 
     Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
 else:
@@ -84,7 +85,7 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
     return Above(layer, children) if children.get(layer_id) else None
 
 
-def wants_wiping(store: "Store", above: Above) -> bool:
+def wants_wiping(store: OpenStore, above: Above) -> bool:
     """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
@@ -95,10 +96,16 @@ def wants_wiping(store: "Store", above: Above) -> bool:
     return False
 
 
-def without_hidden(volume: "Volume", above: Above, layer_map: LayerMap) -> dict[bytes, int]:
-    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked."""
+def without_hidden(
+    store: OpenStore, path: "DataPath", head: bytes, above: Above, layer_map: LayerMap
+) -> dict[bytes, int]:
+    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked.
+
+    `path` is that of `head`, whose volume the caller holds.
+    """
+    hidden = _Hidden(store, path, head, above)
     runs = layer_map.runs()
-    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), _hidden_by_all(volume, above, above.layer))
+    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), hidden.by_all(above.layer))
     if not len(wanted):
         return {}
     before = layer_map.segment_use()
@@ -109,29 +116,37 @@ def without_hidden(volume: "Volume", above: Above, layer_map: LayerMap) -> dict[
     return {id: blocks for id, blocks in freed.items() if blocks}
 
 
-def _hidden_by_all(volume: "Volume", above: Above, lower: LayerRow) -> "Ranges":
-    """Return what each child of a layer hides."""
-    found: Ranges | None = None
-    for child in above.children[lower.id]:
-        hidden = _hidden_by(volume, above, child)
-        found = hidden if found is None else common(found, hidden)
-        if not len(found):
-            break
-    assert found is not None
-    return found
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """What layers hide. `path` is that of `head`, whose volume the caller holds."""
 
+    store: OpenStore
+    path: "DataPath"
+    head: bytes
+    above: Above
 
-def _hidden_by(volume: "Volume", above: Above, layer: LayerRow) -> "Ranges":
-    """Return what a layer hides from all who read it or what stands on it."""
-    state = volume.path.log_state() if layer.id == volume.head else None
-    with ExitStack() as stack:
-        if layer.sealed:
-            layer_map = stack.enter_context(load_layer(volume.store, layer))
-        else:
-            layer_map = load_durable(volume.store, layer, state)
-            stack.callback(layer_map.close)
-        own = _ranges(layer_map.runs())
-    return union([own, _hidden_by_all(volume, above, layer)]) if layer.id in above.children else own
+    def by_all(self, lower: LayerRow) -> "Ranges":
+        """Return what each child of a layer hides."""
+        found: Ranges | None = None
+        for child in self.above.children[lower.id]:
+            hidden = self.by(child)
+            found = hidden if found is None else common(found, hidden)
+            if not len(found):
+                break
+        assert found is not None
+        return found
+
+    def by(self, layer: LayerRow) -> "Ranges":
+        """Return what a layer hides from all who read it or what stands on it."""
+        state = self.path.log_state() if layer.id == self.head else None
+        with ExitStack() as stack:
+            if layer.sealed:
+                layer_map = stack.enter_context(load_layer(self.store, layer))
+            else:
+                layer_map = load_durable(self.store, layer, state)
+                stack.callback(layer_map.close)
+            own = _ranges(layer_map.runs())
+        return union([own, self.by_all(layer)]) if layer.id in self.above.children else own
 
 
 def _ranges(runs: "numpy.typing.NDArray[Any]") -> "Ranges":
@@ -161,7 +176,7 @@ def common(a: "Ranges", b: "Ranges") -> "Ranges":
     return numpy.column_stack((first, numpy.minimum(a[of_a, 1], b[of_b, 1])))
 
 
-def locked_above(store: "Store", layer_id: bytes, own_head: bytes) -> Any:
+def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
     """Give what stands on a layer, its maps locked (`locked_maps`); None as for `read_above`."""
     return locked_maps(
         store,

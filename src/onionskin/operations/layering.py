@@ -21,13 +21,13 @@ from onionskin.catalog.tree import LAYERS_BELOW, find_snapshot, when
 from onionskin.errors import ChainError
 from onionskin.kernels._maplog import OwnerMap
 from onionskin.operations.copy import covered
-from onionskin.storage.block_maps import lay_map, locked_maps, read_layers
+from onionskin.operations.locked_maps import locked_maps
+from onionskin.storage.block_maps import lay_map, read_layers
 from onionskin.storage.chain import Chain, pending_base_merges
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy.typing
-
-    from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
 
@@ -72,7 +72,7 @@ class Layering(NamedTuple):
     extents: "Array"
 
 
-def layering_of(store: "Store", name: str, snapshot: str | None) -> Layering:
+def layering_of(store: OpenStore, name: str, snapshot: str | None) -> Layering:
     """Return the layering of a snapshot, or of a volume's head as it is durable."""
 
     def find() -> bytes:
@@ -82,7 +82,7 @@ def layering_of(store: "Store", name: str, snapshot: str | None) -> Layering:
     return read_layering(store, find)
 
 
-def read_layering(store: "Store", find: Callable[[], bytes]) -> Layering:
+def read_layering(store: OpenStore, find: Callable[[], bytes]) -> Layering:
     """Return the layering of the disk whose top layer `find` names; it is asked again where that went meanwhile."""
     while True:
         with locked_maps(store, lambda: _find(store, find), lambda found: found.chain.layers) as found:
@@ -102,21 +102,21 @@ class _Found:
     is_merging: bool
 
 
-def _find(store: "Store", find: Callable[[], bytes]) -> _Found:
+def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
     """Inside `reading`."""
     top = find()
     chain = read_layers(store.catalog, top)
     return _Found(chain, _members(store.catalog, chain), bool(pending_base_merges(store.catalog, top)))
 
 
-def _read(store: "Store", found: _Found) -> Layering:
+def _read(store: OpenStore, found: _Found) -> Layering:
     chain = found.chain
     runs, size_bytes = _runs(store, chain)
     base = _base_ranges(chain.base, found.is_merging, size_bytes)
     return Layering(found.members, _extents(runs, base, size_bytes, len(chain.layers)))
 
 
-def _base_is_merged_into(store: "Store", chain: Chain) -> bool:
+def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
     """Whether a merge into the base began or ended since a chain was read: then its file differs from what that says."""
     catalog = store.catalog
     with catalog.reading():
@@ -146,7 +146,7 @@ def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
     return (*layers, *([ChainMember("base", chain.base.path, None)] if chain.base else []))
 
 
-def _runs(store: "Store", chain: Chain) -> "tuple[Array, int]":
+def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
     """Return what the layers have, as extents by depth, and the size of the disk."""
     top, block_size = chain.top, chain.top.block_size
     size_bytes = top.size_bytes

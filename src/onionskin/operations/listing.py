@@ -9,16 +9,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from onionskin.catalog import BaseRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import StateError
 from onionskin.storage.locks import volume_holder
-
-if TYPE_CHECKING:
-    from onionskin.store import Store
+from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class TreeNode:
     children: list["TreeNode"] = field(default_factory=list)
 
 
-def list_volumes(store: "Store") -> list[VolumeInfo]:
+def list_volumes(store: OpenStore) -> list[VolumeInfo]:
     """Return all volumes, by name."""
     catalog = store.catalog
     held = _lock_files_in_use(store)
@@ -73,7 +70,7 @@ def list_volumes(store: "Store") -> list[VolumeInfo]:
     return infos
 
 
-def volume_info(store: "Store", name: str) -> VolumeInfo:
+def volume_info(store: OpenStore, name: str) -> VolumeInfo:
     """Return one volume."""
     catalog = store.catalog
     with catalog.reading():
@@ -95,12 +92,12 @@ def volume_info(store: "Store", name: str) -> VolumeInfo:
     )
 
 
-def _holder(store: "Store", volume: bytes) -> int | None:
+def _holder(store: OpenStore, volume: bytes) -> int | None:
     holder = volume_holder(store.layout.volume_lock(volume))
     return holder.pid if holder else None
 
 
-def _lock_files_in_use(store: "Store") -> set[str]:
+def _lock_files_in_use(store: OpenStore) -> set[str]:
     """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
     names = set()
     with os.scandir(store.layout.volumes) as entries:
@@ -126,7 +123,7 @@ def _base_of(
     return base
 
 
-def read_tree(store: "Store") -> list[TreeNode]:
+def read_tree(store: OpenStore) -> list[TreeNode]:
     """Return the bases and the roots that stand on nothing, each with what stands on it."""
     catalog = store.catalog
     with catalog.reading():
@@ -146,7 +143,7 @@ def read_tree(store: "Store") -> list[TreeNode]:
     return roots
 
 
-def _bytes_of_layers(store: "Store", layers: Iterable[LayerRow], segments: Iterable[SegmentRow]) -> dict[bytes, int]:
+def _bytes_of_layers(store: OpenStore, layers: Iterable[LayerRow], segments: Iterable[SegmentRow]) -> dict[bytes, int]:
     """Return what the segments of each layer take on the disk."""
     owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
     held = {layer.id: 0 for layer in layers}

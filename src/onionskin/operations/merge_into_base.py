@@ -31,19 +31,19 @@ from onionskin.catalog import (
 )
 from onionskin.catalog.tree import descendants, find_snapshot, free_unneeded, unnamed_below, unnamed_of
 from onionskin.errors import ChainError, OnionskinError, StateError
-from onionskin.operations import compact_segments, copy, hidden_blocks
+from onionskin.operations import compact_segments, copy, hidden_blocks, reclaim
 from onionskin.operations import fold as folding
 from onionskin.operations.fold import TreeChangedError, put_off
 from onionskin.operations.staging import StagedFiles, staged_files
 from onionskin.storage.block_maps import load_layer
 from onionskin.storage.chain import Chain, is_same_file, pending_base_merges, read_chain
 from onionskin.storage.locks import BaseLock, ByteLocks, is_file_at
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.kernels._maplog import LayerMap
     from onionskin.kernels._volume import LowerLayer
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
 _log = logging.getLogger(__name__)
@@ -73,13 +73,15 @@ def fold_where_unnamed(volume: "Volume", layers: Iterable[bytes | None]) -> None
         except (OSError, OnionskinError) as error:
             if volume.path.poisoned:
                 raise
-            _log.warning("%s: layer %s could not be joined with the next one: %s", volume.store.path, id.hex(), error)
+            _log.warning(
+                "%s: layer %s could not be joined with the next one: %s", volume.opened_store.path, id.hex(), error
+            )
 
 
 def fold(volume: "Volume", layer_id: bytes) -> bool:
     """Fold what is worth it of the layers without a name around one (fold.py); returns whether any was."""
-    store = volume.store
-    run = folding.run_around(volume, layer_id)
+    store = volume.opened_store
+    run = folding.run_around(store.catalog, volume.head, layer_id)
     if _is_being_merged(store.catalog, run):
         return False
     try:
@@ -90,7 +92,7 @@ def fold(volume: "Volume", layer_id: bytes) -> bool:
     folded = [_fold_group(volume, group) for group in groups]
     if not any(folded):
         return False
-    store.work_soon()
+    reclaim.work_soon(store)
     return True
 
 
@@ -102,7 +104,7 @@ def _fold_group(volume: "Volume", group: folding.Group) -> bool:
             return False
         # Below the head, where nobody changes it: what a head has adopted is in its log, and no longer ours to move.
         compact_segments.gather_below(volume, lowers[-1].id)
-        lowers = [volume.store.catalog.layer(lowers[-1].id)]
+        lowers = [volume.opened_store.catalog.layer(lowers[-1].id)]
 
     def change() -> None:
         try:
@@ -111,7 +113,9 @@ def _fold_group(volume: "Volume", group: folding.Group) -> bool:
             else:
                 _fold_into_head(volume, lowers[0], upper)
         except FileNotFoundError:
-            _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
+            _check_unchanged(
+                volume.opened_store, lowers, upper
+            )  # a map that another process folded meanwhile is no damage
             raise
 
     folded = put_off(change)
@@ -120,7 +124,7 @@ def _fold_group(volume: "Volume", group: folding.Group) -> bool:
     return folded
 
 
-def _check_run_is_gone(store: "Store", run: Sequence[LayerRow]) -> None:
+def _check_run_is_gone(store: OpenStore, run: Sequence[LayerRow]) -> None:
     """While a FileNotFoundError is handled: raise it on, unless another process folded the layers meanwhile."""
     try:
         _check_unchanged(store, run[:-1], run[-1])
@@ -140,7 +144,7 @@ def _nothing_below(layer: LayerRow) -> bool:
 
 
 def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
-    store = volume.store
+    store = volume.opened_store
     locks = ByteLocks(store.layout.lock)
     wipe = _stricter(upper, *lowers)
     try:
@@ -164,7 +168,7 @@ def _fold_sealed(volume: "Volume", lowers: Sequence[LayerRow], upper: LayerRow) 
 
 
 def _write_map(
-    store: "Store", file: PendingRow, layer_map: "LayerMap", wipe: str, size_bytes: int
+    store: OpenStore, file: PendingRow, layer_map: "LayerMap", wipe: str, size_bytes: int
 ) -> tuple[int, int, int]:
     """Write the new map of a sealed layer to a file that is named in the catalog: (length, frames, crc), durable."""
     written = layer_map.write(
@@ -183,7 +187,7 @@ def _give_up_maps(volume: "Volume", folded: Sequence[LayerRow]) -> None:
 
 
 def _fold_into_head(volume: "Volume", lower: LayerRow, upper: LayerRow) -> None:
-    store = volume.store
+    store = volume.opened_store
     segments = store.catalog.rows(SegmentRow, "layer = ?", lower.id)
     source = (
         str(store.layout.map_file(lower.map_id)),
@@ -203,7 +207,7 @@ def _drop_unused(volume: "Volume") -> None:
 
     A disk whose snapshots come and go while it is open would else collect them, until it has no number left.
     """
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     owned = {row.id for row in catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)}
     dropped = [id for id in volume.path.unused_segments() if id in owned]
     if not dropped:
@@ -227,7 +231,7 @@ def _drop_unused(volume: "Volume") -> None:
 
 
 def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "LowerLayer | None") -> None:
-    store = volume.store
+    store = volume.opened_store
     with staged_files(store, ["map"], _stricter(head, *([lower] if lower else []))) as files:
         (map_file,) = files.rows
 
@@ -249,7 +253,7 @@ def _rewrite(volume: "Volume", head: LayerRow, lower: LayerRow | None, source: "
 
 def _settle_rewrite(volume: "Volume", folded: Sequence[LayerRow], map_id: bytes) -> None:
     """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
-    if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
+    if not volume.path.poisoned and volume.opened_store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
         return
     if_begun(volume.path.rewrite_commit)
@@ -268,10 +272,10 @@ def if_begun(tell: Callable[[], None]) -> None:
 
 def compact(volume: "Volume") -> None:
     """Write the head's map log anew, without what is dead in it."""
-    put_off(lambda: _rewrite(volume, volume.store.catalog.layer(volume.head), None, None))
+    put_off(lambda: _rewrite(volume, volume.opened_store.catalog.layer(volume.head), None, None))
 
 
-def _check_unchanged(store: "Store", lowers: Sequence[LayerRow], upper: LayerRow) -> None:
+def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerRow) -> None:
     """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
     catalog = store.catalog
     above = [*lowers[1:], upper]
@@ -305,7 +309,7 @@ def _switch_map(
 
     `scrubs`: the segments that have slots which the new map no longer names; None where nobody counted.
     """
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     (map_file,) = files.rows
     catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
     files.keep(volume.locks if upper.map_lock_byte in volume.locks.shared else None)
@@ -323,7 +327,7 @@ def _switch_map(
         return
     if scrubs is None:
         scrubs = [row.id for lower in lowers for row in catalog.rows(SegmentRow, "layer = ?", lower.id)]
-    store.add_scrubs(scrubs, _stricter(upper, *lowers))
+    reclaim.add_scrubs(store, scrubs, _stricter(upper, *lowers))
     catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
     for lower in reversed(lowers):
         catalog.move_segments(lower.id, upper.id)
@@ -333,13 +337,13 @@ def _switch_map(
 
 def fold_unnamed_below(volume: "Volume") -> None:
     """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
-    catalog = volume.store.catalog
+    catalog = volume.opened_store.catalog
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)
     seen: set[bytes] = set()
     for layer in unnamed:
         if layer not in seen:
-            seen |= {one.id for one in folding.run_around(volume, layer)}
+            seen |= {one.id for one in folding.run_around(catalog, volume.head, layer)}
             fold_where_unnamed(volume, [layer])
     free_hidden(volume, unnamed_of(catalog, volume.row.id))
 
@@ -360,11 +364,13 @@ def free_hidden(volume: "Volume", layers: Iterable[bytes]) -> None:
         except (OSError, OnionskinError) as error:
             if volume.path.poisoned:
                 raise
-            _log.warning("%s: what is hidden of layer %s could not be freed: %s", volume.store.path, id.hex(), error)
+            _log.warning(
+                "%s: what is hidden of layer %s could not be freed: %s", volume.opened_store.path, id.hex(), error
+            )
 
 
 def _free_hidden(volume: "Volume", layer_id: bytes) -> None:
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     with catalog.reading():
         seen = hidden_blocks.read_above(catalog, layer_id, volume.head)
     if not seen or not hidden_blocks.wants_wiping(store, seen):
@@ -376,7 +382,7 @@ def _free_hidden(volume: "Volume", layer_id: bytes) -> None:
             return
         layer = above.layer
         with load_layer(store, layer) as layer_map:
-            freed = hidden_blocks.without_hidden(volume, above, layer_map)
+            freed = hidden_blocks.without_hidden(store, volume.path, volume.head, above, layer_map)
             if not freed:
                 return
             with staged_files(store, ["map"], "zero") as files:
@@ -388,11 +394,11 @@ def _free_hidden(volume: "Volume", layer_id: bytes) -> None:
                     if not above.is_as(now) or _is_being_merged(catalog, [layer]):
                         raise TreeChangedError("the layers changed while it was seen what they hide")
                     _switch_map(volume, [], layer, files, written)
-                    store.add_scrubs(list(freed), "zero")
+                    reclaim.add_scrubs(store, list(freed), "zero")
 
                 store.change(switch)
     _give_up_maps(volume, [layer])
-    store.work_soon()
+    reclaim.work_soon(store)
 
 
 def merge_into_base(
@@ -407,18 +413,18 @@ def merge_into_base(
     resumes = True
     while resumes:
         with volume.operation(may_resume=True):
-            interrupted = pending_base_merges(volume.store.catalog, volume.head)
+            interrupted = pending_base_merges(volume.opened_store.catalog, volume.head)
             resumes = bool(interrupted)
             target = interrupted[0] if interrupted else _target_of(volume, upto)
             folded = _begin_base_merge(volume, target, is_new=not interrupted)
             volume.is_merging = True
         _run_base_merge(volume, folded, progress, threads, bytes_per_second)
-    volume.store.work_soon()
+    reclaim.work_soon(volume.opened_store)
 
 
 def _target_of(volume: "Volume", upto: str | None) -> bytes:
     """Return the uppermost layer to fold: that of a snapshot, or what is sealed now."""
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     chain = read_chain(catalog, volume.head)
     if chain.base is None:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
@@ -434,7 +440,7 @@ def _target_of(volume: "Volume", upto: str | None) -> bytes:
 
 def _begin_base_merge(volume: "Volume", target: bytes, *, is_new: bool) -> Chain:
     """Check that there is room, take the base alone, and write down what is begun. Returns what is folded."""
-    store, catalog = volume.store, volume.store.catalog
+    store, catalog = volume.opened_store, volume.opened_store.catalog
     folded = read_chain(catalog, target)
     assert folded.base is not None and volume.base_lock is not None
     copy.check_room(store, folded, volume.base_lock)
@@ -477,7 +483,7 @@ def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
 def _run_base_merge(
     volume: "Volume", folded: Chain, progress: "Progress | None", threads: int, bytes_per_second: int
 ) -> None:
-    store, lock = volume.store, volume.base_lock
+    store, lock = volume.opened_store, volume.base_lock
     assert folded.base is not None and lock is not None
     try:
         _copy_into_base(
@@ -505,7 +511,7 @@ def _switch_to_base(volume: "Volume", folded: Chain, lock: BaseLock) -> None:
     All that can fail is done before the commit. Where memory is missing behind it, the volume reads the same bytes from the
     old files, which its locks keep from being freed as long as it is open.
     """
-    catalog = volume.store.catalog
+    catalog = volume.opened_store.catalog
     dropped = [segment.id for rows in folded.segments.values() for segment in rows]
 
     def settle() -> None:
@@ -534,7 +540,7 @@ def _stoppable(volume: "Volume", progress: "Progress | None") -> "Progress":
     return report
 
 
-def refuse_older(store: "Store", volume: "Volume", chain: Chain, target: bytes | None) -> None:
+def refuse_older(store: OpenStore, volume: "Volume", chain: Chain, target: bytes | None) -> None:
     """Raise where somebody needs the base, or a layer below the target, as it is now."""
     catalog = store.catalog
     ids = [layer.id for layer in chain.layers]
@@ -573,7 +579,7 @@ def _volumes_above(catalog: Catalog, layer: bytes) -> list[str]:
 
 
 def _copy_into_base(
-    store: "Store",
+    store: OpenStore,
     folded: Chain,
     lock: BaseLock,
     *,
@@ -633,7 +639,7 @@ def _next_stretch_bytes(stretch_bytes: int, seconds: float) -> int:
     return max(STRETCH_BYTES_MIN, min(paced, 8 * stretch_bytes))
 
 
-def _done_before(store: "Store", folded: Chain, descriptor: int) -> int:
+def _done_before(store: OpenStore, folded: Chain, descriptor: int) -> int:
     """Return up to where the base holds the data already: 0 where it is not the file that it was when that was noted."""
     work = store.catalog.base_merge_of(folded.top.id)
     if not work or not work.done_bytes:
@@ -650,7 +656,7 @@ def _looks(descriptor: int) -> dict[str, int]:
     return {"inode": found.st_ino, "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _same_row(store: "Store", folded: Chain) -> BaseRow:
+def _same_row(store: OpenStore, folded: Chain) -> BaseRow:
     """Return the row of the base that is merged into, unless somebody relocated it. Inside a transaction."""
     base = store.catalog.base_of(store.catalog.layer(folded.layers[0].id))
     if base is None or folded.base is None or (base.id, base.path) != (folded.base.id, folded.base.path):
@@ -658,7 +664,7 @@ def _same_row(store: "Store", folded: Chain) -> BaseRow:
     return base
 
 
-def _note_done(store: "Store", folded: Chain, descriptor: int, done_bytes: int) -> None:
+def _note_done(store: OpenStore, folded: Chain, descriptor: int, done_bytes: int) -> None:
     """Write down how far a merge is; a disk that has no room even for that does not end it."""
     catalog = store.catalog
     try:
@@ -674,7 +680,7 @@ def _note_done(store: "Store", folded: Chain, descriptor: int, done_bytes: int) 
 
 def _finish(volume: "Volume", folded: Chain, lock: BaseLock) -> None:
     """Let what stood on the folded layers stand on the base."""
-    store, catalog, top = volume.store, volume.store.catalog, folded.top
+    store, catalog, top = volume.opened_store, volume.opened_store.catalog, folded.top
 
     def switch() -> None:
         base = _same_row(store, folded)

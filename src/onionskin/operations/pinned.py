@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from onionskin.base import forking
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
-from onionskin.operations import merge_into_base
+from onionskin.operations import merge_into_base, reclaim
+from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
 if TYPE_CHECKING:
-    from onionskin.store import Store
     from onionskin.volume import Volume
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _shared_view(volume: "Volume") -> Iterator[OpenChain]:
         raise StateError(f"volume {volume.row.name!r} is closed; open it again")
     if volume.forked:
         raise forking.forked_error(f"volume {volume.row.name!r}")
-    store, layer = volume.store, volume.head
+    store, layer = volume.opened_store, volume.head
     opened = store.views.take(layer, lambda: store.open_layer(layer))
     try:
         yield opened
@@ -59,7 +59,7 @@ def _shared_view(volume: "Volume") -> Iterator[OpenChain]:
 
 @contextmanager
 def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
-    store = volume.store
+    store = volume.opened_store
     with volume.operation(during_merge=True):
         if volume.is_merging:
             raise StateError(
@@ -81,7 +81,7 @@ def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
 def _seal(volume: "Volume") -> LayerRow:
     sealed: list[LayerRow] = []
     # It frees nothing, but is undone before the caller ends: a full disk is no reason not to be looked at.
-    volume.store.with_reserve(lambda: sealed.append(volume.seal(lambda: None, lambda sealed, head: None)))
+    volume.opened_store.reserve.retry(lambda: sealed.append(volume.seal(lambda: None, lambda sealed, head: None)))
     return sealed[-1]
 
 
@@ -94,11 +94,11 @@ def _close(opened: OpenChain) -> None:
 
 def _fold_back(volume: "Volume", layer: LayerRow) -> None:
     """Fold the layer into what was written since. What fails is no fault of the reading: the next open does it."""
-    store: Store = volume.store
+    store: OpenStore = volume.opened_store
     try:
         if not volume.closed:
             with volume.operation(during_merge=True):
                 merge_into_base.fold(volume, layer.id)
-            store.work_soon()  # where it was dropped meanwhile, its files waited for the locks
+            reclaim.work_soon(store)  # where it was dropped meanwhile, its files waited for the locks
     except (OSError, OnionskinError) as error:
         _log.warning("%s: a layer that was read stays until the volume is opened again: %s", store.path, error)

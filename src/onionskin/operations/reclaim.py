@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import ELOOP
 from pathlib import Path
@@ -23,12 +23,12 @@ from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin.kernels._wipe import wipe
 from onionskin.storage.block_maps import SlotsOfLayers
 from onionskin.storage.locks import STORE_BYTE
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from onionskin.store import Store
 else:
     from onionskin.base.lazy import numpy
 
@@ -40,7 +40,48 @@ _ID_NAME = re.compile("[0-9a-f]{32}")
 _FILE_KINDS = ("map", "segment")
 
 
-def do_pending(store: "Store", *, policy: str | None = None) -> int:
+def scrub(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
+    """Free the slots of segments that their owners' maps do not name."""
+    found = list(segments)
+    store.change(lambda: add_scrubs(store, found, wipe))
+    work_soon(store)
+
+
+def add_scrubs(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
+    """Note that slots of these segments have to be freed. Inside a transaction."""
+    catalog = store.catalog
+    rows = catalog.rows_in(SegmentRow, "id", set(segments))
+    noted = catalog.rows_in(PendingRow, "target", [row.id for row in rows], "kind = 'scrub'")
+    # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
+    for work in noted:
+        catalog.delete(PendingRow, "id = ?", work.id)
+    zero = {work.target for work in noted if work.wipe == "zero"}
+    zero_layers = {id for id in {row.layer for row in rows} if catalog.layer(id).wipe == "zero"}
+    for row in rows:
+        is_zero = wipe == "zero" or row.id in zero or row.layer in zero_layers
+        catalog.add_pending("scrub", row.id, row.lock_byte, "zero" if is_zero else wipe)
+
+
+def work_soon(store: OpenStore) -> None:
+    """Do pending work: policy `zero` before this returns, `release` in the background."""
+    if not store.read_only and store.catalog.has(PendingRow, "kind != 'base-merge'"):
+        do_pending(store, policy="zero")
+        store.wake()
+
+
+def work_in_background(store: OpenStore) -> None:
+    """Do what waits for nobody. What fails stays in the catalog for the next open."""
+    with suppress(OSError, OnionskinError):
+        if store.catalog.has(PendingRow, "kind != 'base-merge' AND wipe = 'zero'"):
+            do_pending(store, policy="zero")
+        do_pending(store, policy="release")
+    store.reserve.make()  # where it was given up, and what was freed makes room for it
+    for handle in store.open_handles():
+        with suppress(OSError, OnionskinError):  # the next head makes its files itself then
+            handle.prepare_if_wanted()
+
+
+def do_pending(store: OpenStore, *, policy: str | None = None) -> int:
     """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left.
 
     What fails stays pending and is logged: the damage of one volume is no concern of the others.
@@ -67,7 +108,7 @@ def do_pending(store: "Store", *, policy: str | None = None) -> int:
     return left
 
 
-def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
+def _forget(store: OpenStore, done: list[PendingRow], *, unlinked: bool) -> None:
     """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
 
     A crash before that only has it done once more; so do two who do it at the same time.
@@ -87,7 +128,7 @@ def _forget(store: "Store", done: list[PendingRow], *, unlinked: bool) -> None:
     store.change(change)
 
 
-def _sync_directories(store: "Store", kinds: set[str]) -> None:
+def _sync_directories(store: OpenStore, kinds: set[str]) -> None:
     """Make durable that files are gone, before their rows are: a crash would bring back files that no row names."""
     if "map" in kinds:
         sync_directory(store.layout.layers)  # BARRIER: freed map name
@@ -97,14 +138,14 @@ def _sync_directories(store: "Store", kinds: set[str]) -> None:
         sync_directory(store.layout.volumes)  # BARRIER: freed lock name
 
 
-def _report(store: "Store", row: PendingRow, error: Exception) -> None:
+def _report(store: OpenStore, row: PendingRow, error: Exception) -> None:
     """Say once for each piece of work that it failed."""
     if row.id not in store.reported_work:
         store.reported_work.add(row.id)
         _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
 
 
-def _do_alone(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+def _do_alone(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
     with _alone(store, row) as alone:
         if not alone:
@@ -116,7 +157,7 @@ def _do_alone(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: 
 
 
 @contextmanager
-def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
+def _alone(store: OpenStore, row: PendingRow) -> Iterator[bool]:
     """Hold the byte of a file exclusively, through the store's own locks.
 
     A scrub may borrow the lock of the one volume that has the file open for writing here: that never reads a slot which
@@ -125,14 +166,14 @@ def _alone(store: "Store", row: PendingRow) -> Iterator[bool]:
     """
     locks = store.locks
     if row.kind == "scrub":
-        for volume in store.open_volumes():
+        for volume in store.open_handles():
             if volume.writable and row.lock_byte in volume.locks.shared:
                 locks = volume.locks
     with locks.exclusive(row.lock_byte) as held:
         yield held
 
 
-def _do(store: "Store", row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+def _do(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind == "volume":
         unlink_files_of(store, row.target)
@@ -149,7 +190,7 @@ def add_files_of(catalog: Catalog, volume: bytes) -> None:
     catalog.add_pending("volume", volume, catalog.take_lock_byte(), "release")
 
 
-def unlink_files_of(store: "Store", volume: bytes) -> None:
+def unlink_files_of(store: OpenStore, volume: bytes) -> None:
     """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
     if store.catalog.has(VolumeRow, "id = ?", volume):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
@@ -158,7 +199,7 @@ def unlink_files_of(store: "Store", volume: bytes) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refuse_named(store: "Store", row: PendingRow) -> None:
+def _refuse_named(store: OpenStore, row: PendingRow) -> None:
     """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
     catalog = store.catalog
     named = (
@@ -194,7 +235,7 @@ def open_to_free(path: Path) -> int | None:
     return descriptor
 
 
-def _free_file(store: "Store", row: PendingRow, *, unlink: bool) -> None:
+def _free_file(store: OpenStore, row: PendingRow, *, unlink: bool) -> None:
     """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
     descriptor = open_to_free(path)
@@ -228,7 +269,7 @@ def segment_wants_zeros(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
+def _scrub(store: OpenStore, row: PendingRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
         segment = store.catalog.row(SegmentRow, "id = ?", row.target)
@@ -238,7 +279,7 @@ def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
     live = _live_slots(store, segment, owner, slots)
     if live is None:
         return False
-    for volume in store.open_volumes():
+    for volume in store.open_handles():
         volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
     descriptor = open_to_free(store.layout.segment_file(segment.id))
     if descriptor is None:
@@ -254,7 +295,7 @@ def _scrub(store: "Store", row: PendingRow, slots: SlotsOfLayers) -> bool:
 
 
 def _live_slots(
-    store: "Store", segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
+    store: OpenStore, segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
 ) -> "numpy.typing.NDArray[numpy.void] | None":
     """Return the slots that are needed, or None where only the volume that has the owner as its head knows.
 
@@ -282,7 +323,7 @@ def _gaps(
     return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
 
 
-def remove_orphans(store: "Store") -> list[str]:
+def remove_orphans(store: OpenStore) -> list[str]:
     """Wipe and remove files that no row names, for who asks for a repair: none that onionskin made is left by a crash.
 
     Older versions could leave some. Nobody can name a file while this looks, and nobody else may have the store open.
@@ -306,7 +347,7 @@ def remove_orphans(store: "Store") -> list[str]:
     return removed
 
 
-def orphans(store: "Store") -> list[Path]:
+def orphans(store: OpenStore) -> list[Path]:
     """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
     catalog, layout = store.catalog, store.layout
     with catalog.reading():

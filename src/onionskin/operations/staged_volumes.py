@@ -9,24 +9,22 @@ The row of a draft is a volume's, under a name that no volume can have.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 from onionskin.base.naming import check_name
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
-from onionskin.errors import ChainError, SnapshotExistsError, StateError, VolumeExistsError
+from onionskin.errors import ChainError, SnapshotExistsError, StateError
+from onionskin.operations import reclaim, volumes
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
 from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import VolumeLock
+from onionskin.storage.open_store import OpenStore
 from onionskin.volume import Volume
-
-if TYPE_CHECKING:
-    from onionskin.store import Store
 
 
 class Draft(Volume):
-    """A volume without a name. Made by `Store.draft`."""
+    """A volume without a name. Made by `draft`."""
 
     public_name: str | None = None
     stands_on: bytes | None = None  # the layer that it was cloned from
@@ -43,7 +41,7 @@ class Draft(Volume):
         assert name is not None
         self.flush()
         with self.operation():
-            self.store.rename_volume(self.row.id, name)
+            volumes.rename_volume(self.opened_store, self.row.id, name)
 
     def become_snapshot_of(self, volume: Volume, *, name: str, note: str, guid: bytes) -> Snapshot:
         """Make the draft the newest snapshot of a volume whose head is unchanged since the draft was cloned from it.
@@ -57,7 +55,7 @@ class Draft(Volume):
         SnapshotExistsError
             The volume has a snapshot of that name.
         """
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         taken: list[Snapshot] = []
         with self.operation():
             sealed = self.seal(lambda: None, lambda sealed, head: None)
@@ -77,7 +75,7 @@ class Draft(Volume):
         return taken[0]
 
     def _refuse_changed(self, volume: Volume) -> None:
-        catalog = self.store.catalog
+        catalog = self.opened_store.catalog
         below = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
         if (below.layer if below else None) != self.stands_on:
             raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
@@ -105,7 +103,7 @@ def _unchanged(volume: Volume, refuse_changed: Callable[[Volume], None]) -> Iter
 
 @contextmanager
 def draft(
-    store: "Store",
+    store: OpenStore,
     name: str | None = None,
     *,
     size: int | None = None,
@@ -113,10 +111,22 @@ def draft(
     wipe: str = "release",
     clone_of: bytes | None = None,
 ) -> Iterator[Draft]:
-    """Give a new disk to write, over nothing or over a sealed layer. See `Store.draft`."""
+    """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
+
+    Parameters
+    ----------
+    store : OpenStore
+    name : str, optional
+        What `publish` calls it; VolumeExistsError where it is taken already.
+    size, block_size, wipe
+        As for `Store.create`; of a clone the size may differ from its layer's, and the block size is the layer's.
+    clone_of : bytes, optional
+        The id of the sealed layer that it begins as.
+    """
+    store.catalog.refuse_read_only()
     if name is not None:
         check_name("volume", name)
-        refuse_taken(store, name)
+        volumes.refuse_taken(store, name)
     drop_dead(store)
     made = _make(store, name, size, block_size, wipe, clone_of)
     try:
@@ -126,10 +136,10 @@ def draft(
 
 
 def _make(
-    store: "Store", name: str | None, size: int | None, block_size: int, wipe: str, clone_of: bytes | None
+    store: OpenStore, name: str | None, size: int | None, block_size: int, wipe: str, clone_of: bytes | None
 ) -> Draft:
     catalog, id = store.catalog, new_id()
-    store.make_reserve()
+    store.reserve.make()
     lock = VolumeLock(store.layout, id, name or "a draft")  # before there is a row that seems to be dead
 
     def insert() -> tuple[VolumeRow, bytes]:
@@ -150,18 +160,18 @@ def _make(
 
     try:
         row, layer = store.change(insert)
-        store.with_reserve(lock.make_file)
+        store.reserve.retry(lock.make_file)
         made = Draft(store, row, store.open_head(layer, id), volume_lock=lock)
     except BaseException:
         lock.close()
         raise
     made.public_name, made.stands_on = name, clone_of
-    store.note_open(made)
+    store.register(made)
     return made
 
 
 def _end(made: Draft) -> None:
-    store = made.store
+    store = made.opened_store
     row = store.catalog.volume_with_id(made.row.id)
     if row and not row.name.startswith(DRAFT_PREFIX):
         made.close()
@@ -170,7 +180,7 @@ def _end(made: Draft) -> None:
     _drop(store, made.row.id)
 
 
-def _drop(store: "Store", id: bytes) -> None:
+def _drop(store: OpenStore, id: bytes) -> None:
     """Remove a draft, by its id. It is not open here."""
     catalog = store.catalog
 
@@ -184,10 +194,10 @@ def _drop(store: "Store", id: bytes) -> None:
     store.change(remove)
     with suppress(OSError):  # it is dropped, and what cannot be unlinked now stays pending
         unlink_files_of(store, id)
-    store.work_soon()
+    reclaim.work_soon(store)
 
 
-def drop_dead(store: "Store") -> None:
+def drop_dead(store: OpenStore) -> None:
     """Drop the drafts of processes that died."""
     for row in store.catalog.draft_volumes():
         with suppress(StateError):  # it is being written
@@ -196,9 +206,3 @@ def drop_dead(store: "Store") -> None:
                 _drop(store, row.id)
             finally:
                 lock.close()
-
-
-def refuse_taken(store: "Store", name: str) -> None:
-    """Raise VolumeExistsError where there is a volume of that name."""
-    if store.catalog.has(VolumeRow, "name = ?", name):
-        raise VolumeExistsError(f"{store.path} has a volume {name!r} already; choose another name")

@@ -8,21 +8,19 @@ what is not needed. While a file is being made its lock byte is held alone, so t
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from onionskin.catalog import PendingRow, new_id
 from onionskin.errors import OnionskinError
+from onionskin.operations import reclaim
 from onionskin.storage.locks import ByteLocks
-
-if TYPE_CHECKING:
-    from onionskin.store import Store
+from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
 class StagedFiles:
     """The rows of files that are being made, in the order in which they were asked for."""
 
-    store: "Store"
+    store: OpenStore
     rows: tuple[PendingRow, ...]
     readers: list[ByteLocks] = field(default_factory=list)
 
@@ -47,7 +45,7 @@ class StagedFiles:
 
 
 @contextmanager
-def staged_files(store: "Store", kinds: Sequence[str], wipe: str) -> Iterator[StagedFiles]:
+def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[StagedFiles]:
     """Name files (`map`, `segment`) that are about to be made; what `keep` was not called for is freed.
 
     The names are durable when the block begins. Where the block raises, the catalog decides what is kept: an interrupt
@@ -73,5 +71,5 @@ def staged_files(store: "Store", kinds: Sequence[str], wipe: str) -> Iterator[St
             alone.close()
             with suppress(OSError, OnionskinError):  # what cannot be freed now stays pending
                 files.let_go()
-                store.work_soon()
+                reclaim.work_soon(store)
             raise

@@ -17,14 +17,14 @@ from onionskin.errors import ChainError
 from onionskin.kernels._maplog import LayerMap
 from onionskin.operations.check import Problem, check
 from onionskin.operations.copy import covered
-from onionskin.storage.block_maps import empty_map, locked_maps, open_map, read_layers
+from onionskin.operations.locked_maps import locked_maps
+from onionskin.storage.block_maps import empty_map, open_map, read_layers
 from onionskin.storage.chain import Chain
+from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
-
-    from onionskin.store import Store
 
     Array = numpy.typing.NDArray[Any]
 else:
@@ -33,10 +33,12 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one snapshot costs; snapshot None stands for the head.
+    """What one snapshot costs.
 
     Attributes
     ----------
+    snapshot : str or None
+        Its name; None stands for the head.
     bytes_held : int
         Data written between the snapshot before it and this one.
     bytes_freed_by_discard : int
@@ -64,7 +66,7 @@ class _VolumeTree:
     only_children: frozenset[bytes]  # layers whose parent has no other child in the whole store
 
 
-def usage(store: "Store", name: str) -> list[Usage]:
+def usage(store: OpenStore, name: str) -> list[Usage]:
     """Return what each snapshot of a volume, and its head (last), hold."""
     with locked_maps(store, lambda: _read_tree(store, name), lambda tree: tree.layers) as tree:
         held, shadowed = _measure(store, tree)
@@ -83,7 +85,7 @@ def usage(store: "Store", name: str) -> list[Usage]:
     return [*found, Usage(None, since_name[head], subtree[head], 0)]
 
 
-def _read_tree(store: "Store", name: str) -> _VolumeTree:
+def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
     """Read the tree of a volume. Inside `reading`."""
     catalog = store.catalog
     volume = catalog.volume(name)
@@ -118,7 +120,7 @@ def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
     return ordered
 
 
-def _measure(store: "Store", tree: _VolumeTree) -> tuple[dict[bytes, int], dict[bytes, int]]:
+def _measure(store: OpenStore, tree: _VolumeTree) -> tuple[dict[bytes, int], dict[bytes, int]]:
     """Return the bytes that each layer holds, and those of it that its only child has anew."""
     held: dict[bytes, int] = {}
     shadowed: dict[bytes, int] = {}
@@ -142,7 +144,7 @@ def _measure(store: "Store", tree: _VolumeTree) -> tuple[dict[bytes, int], dict[
 # ---- what two of them differ in ----
 
 
-def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
+def diff(store: OpenStore, name: str, a: str, b: str | None) -> "Array":
     """Return the extents that may differ between two snapshots (b None: the head, as it is durable)."""
 
     def find() -> tuple[Chain, Chain]:
@@ -157,7 +159,7 @@ def diff(store: "Store", name: str, a: str, b: str | None) -> "Array":
         return diff_of_chains(store, a, b, *chains)
 
 
-def diff_of_chains(store: "Store", a: str, b: str | None, chain_a: Chain, chain_b: Chain) -> "Array":
+def diff_of_chains(store: OpenStore, a: str, b: str | None, chain_a: Chain, chain_b: Chain) -> "Array":
     """Return the extents that may differ between two chains whose files are locked; a and b are what they are called."""
     shared = {layer.id for layer in chain_a.layers} & {layer.id for layer in chain_b.layers}
     if not shared and (chain_a.base or chain_b.base) and chain_a.base != chain_b.base:
@@ -179,7 +181,7 @@ def diff_of_chains(store: "Store", a: str, b: str | None, chain_a: Chain, chain_
     return _clip(_split(stretches, _extents_of(runs, block_size), block_size), size_bytes)
 
 
-def _laid(store: "Store", layers: Sequence[LayerRow], block_size: int) -> LayerMap:
+def _laid(store: OpenStore, layers: Sequence[LayerRow], block_size: int) -> LayerMap:
     """Load layers, bottom first, and lay them over each other."""
     union = empty_map(block_size)
     try:

@@ -32,8 +32,8 @@ def test_commits_are_not_lost_when_another_process_closes_the_store(tmp_path: Pa
 def test_a_lock_byte_that_a_failed_transaction_took_is_not_handed_out_again(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         taken: list[int] = []
-        with pytest.raises(KeyboardInterrupt), store.catalog.transaction():
-            taken.append(store.catalog.take_lock_byte())
+        with pytest.raises(KeyboardInterrupt), store._opened.catalog.transaction():
+            taken.append(store._opened.catalog.take_lock_byte())
             raise KeyboardInterrupt
-        with store.catalog.transaction():
-            assert store.catalog.take_lock_byte() > taken[0]
+        with store._opened.catalog.transaction():
+            assert store._opened.catalog.take_lock_byte() > taken[0]

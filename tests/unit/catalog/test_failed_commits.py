@@ -69,9 +69,9 @@ def web(store: onionskin.Store) -> onionskin.Volume:
 
 @pytest.fixture
 def unsynced(store: onionskin.Store, web: onionskin.Volume) -> UnsyncedConnection:
-    store.finish_work()
-    connection = UnsyncedConnection(store.catalog._connection, store.catalog.path)
-    store.catalog._connection = connection  # type: ignore[assignment]
+    store._opened.finish_work()
+    connection = UnsyncedConnection(store._opened.catalog._connection, store._opened.catalog.path)
+    store._opened.catalog._connection = connection  # type: ignore[assignment]
     return connection
 
 
@@ -150,7 +150,7 @@ def test_no_file_is_freed_that_a_change_which_may_come_back_names(
     web.snapshot("newer")
     web.write(0, b"N" * BLOCK)
     web.snapshot("newest")
-    store.finish_work()
+    store._opened.finish_work()
     write_map = merge_into_base._write_map
 
     def and_fail_to_commit(*arguments: Any) -> tuple[int, int, int]:

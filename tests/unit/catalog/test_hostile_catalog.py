@@ -55,9 +55,9 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             web.trim(0, 4096)
         store.create("db", size="8M", wipe="zero").close()
         store.clone("web", "a", "copy")
-        with store.catalog.transaction():
-            row = store.catalog.rows(SegmentRow)[0]
-            store.catalog.add_pending("scrub", row.id, row.lock_byte, "zero")
+        with store._opened.catalog.transaction():
+            row = store._opened.catalog.rows(SegmentRow)[0]
+            store._opened.catalog.add_pending("scrub", row.id, row.lock_byte, "zero")
     with closing(sqlite3.connect(root / "store" / "catalog.db")) as catalog:
         catalog.execute("PRAGMA writable_schema = ON")
         catalog.execute("UPDATE sqlite_schema SET sql = replace(sql, ' NOT NULL', '') WHERE type = 'table'")
@@ -128,7 +128,7 @@ def test_layers_in_a_circle_are_refused_and_not_followed(store_path: Path, tmp_p
         with pytest.raises(onionskin.FormatError, match="circle"):
             store.open("web", snapshot="a")
         store.open("db").close()
-        assert any("circle" in fault for _, _, fault in store.catalog.unsound_rows())
+        assert any("circle" in fault for _, _, fault in store._opened.catalog.unsound_rows())
 
 
 def test_a_bad_row_of_one_volume_keeps_nobody_from_the_others(store_path: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_bad_row_of_one_volume_keeps_nobody_from_the_others(store_path: Path, 
             db.snapshot("one")
         with pytest.raises(onionskin.FormatError, match="layers"):
             store.open("web")
-        assert {(table, bool(id)) for table, id, _ in store.catalog.unsound_rows()} == {
+        assert {(table, bool(id)) for table, id, _ in store._opened.catalog.unsound_rows()} == {
             ("snapshots", True),
             ("layers", True),
         }

@@ -404,13 +404,13 @@ def test_a_killed_apply_leaves_the_volume_as_it_was(
     name = "new" if whole else "web"
     stream = stream_of(here, None if whole else "a", "b")
     (tmp_path / "stream").write_bytes(stream)
-    before = contents(there, name), there.snapshots(name), len(there.catalog.rows(LayerRow))
+    before = contents(there, name), there.snapshots(name), len(there._opened.catalog.rows(LayerRow))
     for position in (100, len(stream) // 2, len(stream) - 1):
         arguments = [there.path, tmp_path / "stream", str(position), signal_name, name]
         ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
         assert ended.returncode == -signal.Signals[signal_name], ended.stderr
         assert sorted(volume.name for volume in there.volumes()) == ["new", "web"]
-        assert (contents(there, name), there.snapshots(name), len(there.catalog.rows(LayerRow))) == before
+        assert (contents(there, name), there.snapshots(name), len(there._opened.catalog.rows(LayerRow))) == before
     apply(there, stream, name)
     assert contents(there, name) == contents(here, snapshot="b")
     assert there.check() == []

@@ -189,7 +189,7 @@ def test_a_killed_import_leaves_no_volume(store: Store, raw: Path, tmp_path: Pat
         store.open("web")
     import_image(store, raw, "web")  # which drops what is left, too
     assert contents(store, "web") == raw.read_bytes()
-    assert len(store.catalog.rows(VolumeRow)) == len(store.catalog.rows(LayerRow)) == 1
+    assert len(store._opened.catalog.rows(VolumeRow)) == len(store._opened.catalog.rows(LayerRow)) == 1
     assert store.check() == []
 
 
@@ -204,7 +204,7 @@ def test_a_volume_that_takes_the_name_during_an_import_is_kept_and_the_import_is
         import_image(store, raw, "web", progress=take)
     assert [(volume.name, volume.snapshots) for volume in store.volumes()] == [("web", 1)]
     assert contents(store, "web")[:8] == b"precious"
-    assert len(store.catalog.rows(VolumeRow)) == 1
+    assert len(store._opened.catalog.rows(VolumeRow)) == 1
 
 
 def test_an_import_that_fails_leaves_a_volume_that_took_its_name(store: Store, raw: Path) -> None:

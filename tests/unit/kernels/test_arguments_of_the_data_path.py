@@ -104,7 +104,7 @@ def test_an_error_of_a_range_says_offset_length_and_size(web: onionskin.Volume) 
 
 def test_an_error_of_a_read_names_the_file_and_the_byte(web: onionskin.Volume) -> None:
     web.snapshot("a")
-    (segment,) = [path for path in web.store.layout.segments.iterdir() if path.stat().st_size > BLOCK]
+    (segment,) = [path for path in web.store._opened.layout.segments.iterdir() if path.stat().st_size > BLOCK]
     with web.store.open("web", snapshot="a") as view:
         os.truncate(segment, BLOCK)
         with pytest.raises(OSError, match="at byte 4096") as caught:
@@ -119,7 +119,7 @@ def test_an_error_of_a_write_names_the_segment_and_of_a_flush_the_map(ext4_mount
             for at in range(1024):
                 web.write(at << 20, bytes([at % 255 + 1]) * (1 << 20))
         assert caught.value.errno == errno.ENOSPC
-        assert Path(caught.value.filename).parent == store.layout.segments
+        assert Path(caught.value.filename).parent == store._opened.layout.segments
         assert "at byte" in str(caught.value)
 
 

@@ -35,7 +35,7 @@ def test_a_segment_that_is_truncated_under_a_mapping_is_an_io_error(store: onion
         web.snapshot("a")
         with store.open("web", snapshot="a") as view:
             assert view.read(20 * BLOCK, 4) == b"xxxx"
-            os.truncate(only(store.layout.segments), BLOCK * 3)
+            os.truncate(only(store._opened.layout.segments), BLOCK * 3)
             with pytest.raises(OSError) as caught:
                 view.read(20 * BLOCK, 4)
             assert caught.value.errno == errno.EIO
@@ -76,7 +76,7 @@ def test_a_second_writer_is_told_who_holds_the_volume(store: onionskin.Store) ->
 def test_a_damaged_map_header_is_a_format_error(store: onionskin.Store) -> None:
     with store.create("web", size=64 * BLOCK) as web:
         web.write(0, b"x" * BLOCK)
-    path = only(store.layout.layers)
+    path = only(store._opened.layout.layers)
     data = bytearray(path.read_bytes())
     data[20] ^= 1
     path.write_bytes(data)
@@ -88,7 +88,7 @@ def test_a_missing_segment_of_a_sealed_layer_is_an_error_that_names_it(store: on
     with store.create("web", size=64 * BLOCK) as web:
         web.write(0, b"x" * BLOCK)
         web.snapshot("a")
-    segment = only(store.layout.segments)
+    segment = only(store._opened.layout.segments)
     segment.unlink()
     with pytest.raises(FileNotFoundError, match=segment.name):
         store.open("web")
@@ -125,7 +125,7 @@ def test_a_full_disk_fails_writes_and_flush_and_loses_nothing(ext4_mount) -> Non
         assert caught.value.errno == errno.ENOSPC
         assert web.read(0, 4) == b"kept"
         web.revert("clean")
-        store.finish_work()
+        store._opened.finish_work()
         web.write(1 << 20, b"again" * 1000)
         web.flush()
         assert web.read(1 << 20, 5) == b"again"
@@ -153,7 +153,7 @@ def test_a_child_that_was_forked_while_a_thread_held_the_locks_raises_and_does_n
         held, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with web.guard, store.catalog._guard, web.locks._guard:
+            with web.guard, store._opened.catalog._guard, web.locks._guard:
                 held.set()
                 release.wait()
 
@@ -180,14 +180,14 @@ def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onions
     store.create("web", size=BLOCK).close()
     for damage in ("DELETE FROM segments WHERE role = 'spare'", "DELETE FROM layers"):
         store.close()
-        connection = sqlite3.connect(store.layout.catalog)
+        connection = sqlite3.connect(store._opened.layout.catalog)
         connection.execute(damage)
         connection.commit()
         connection.close()
         with onionskin.Store(store.path) as again:
             with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
                 again.open("web")
-            assert again.catalog.unsound_rows()
+            assert again._opened.catalog.unsound_rows()
 
 
 def descriptors_of(path: Path) -> list[str]:
@@ -198,12 +198,12 @@ def descriptors_of(path: Path) -> list[str]:
 
 def test_a_store_whose_lock_file_cannot_be_opened_leaves_nothing_open(store: onionskin.Store) -> None:
     store.close()
-    store.layout.lock.unlink()
-    store.layout.lock.mkdir()
+    store._opened.layout.lock.unlink()
+    store._opened.layout.lock.mkdir()
     with pytest.raises(onionskin.FormatError) as kept:  # it keeps the frames, and so what they leave open
         onionskin.Store(store.path)
     assert kept.traceback
-    assert descriptors_of(store.layout.catalog) == []
+    assert descriptors_of(store._opened.layout.catalog) == []
 
 
 def test_a_store_whose_opening_is_interrupted_leaves_nothing_open(store: onionskin.Store, monkeypatch) -> None:
@@ -216,7 +216,7 @@ def test_a_store_whose_opening_is_interrupted_leaves_nothing_open(store: onionsk
     with pytest.raises(KeyboardInterrupt) as kept:
         onionskin.Store(store.path)
     assert kept.traceback
-    assert descriptors_of(store.layout.catalog) == []
+    assert descriptors_of(store._opened.layout.catalog) == []
 
 
 def test_a_store_on_a_read_only_file_system_is_said_to_be_on_one(ext4_mount) -> None:

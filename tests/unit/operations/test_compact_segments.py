@@ -43,17 +43,17 @@ def test_many_segments_become_few_at_an_opening_and_read_the_same(
             for number in range(COUNT if into_head else COUNT - 1):
                 web.merge(f"s{number}")
             before = web.read(0, web.size_bytes)
-        assert len(store.catalog.rows(SegmentRow)) > SEGMENTS_MAX
+        assert len(store._opened.catalog.rows(SegmentRow)) > SEGMENTS_MAX
         crowd()
         with store.open("web") as web:
-            assert len(store.catalog.rows(SegmentRow)) <= SEGMENTS_MAX
+            assert len(store._opened.catalog.rows(SegmentRow)) <= SEGMENTS_MAX
             assert web.read(0, web.size_bytes) == before
             web.write(5 * BLOCK, b"new" * 1000)
             before = web.read(0, web.size_bytes)
         assert store.check() == []
         with store.open("web") as web:
             assert web.read(0, web.size_bytes) == before
-        assert len(list(store.layout.segments.iterdir())) <= SEGMENTS_MAX
+        assert len(list(store._opened.layout.segments.iterdir())) <= SEGMENTS_MAX
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
@@ -79,10 +79,10 @@ def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
                 web.merge(names.pop(draw.randrange(kept)))
             assert web.read(0, len(disk)) == disk
             # Of each layer: what makes it be gathered; and of the head its own and its spare.
-            assert len(store.catalog.rows(SegmentRow)) <= (len(names) + 1) * (6 + 2)
-        store.finish_work()
-        assert {path.stem for path in store.layout.segments.iterdir()} <= {
-            row.id.hex() for row in store.catalog.rows(SegmentRow)
+            assert len(store._opened.catalog.rows(SegmentRow)) <= (len(names) + 1) * (6 + 2)
+        store._opened.finish_work()
+        assert {path.stem for path in store._opened.layout.segments.iterdir()} <= {
+            row.id.hex() for row in store._opened.catalog.rows(SegmentRow)
         }
     with onionskin.Store(tmp_path / "store") as store:
         assert store.check() == []
@@ -110,7 +110,7 @@ def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_
             assert view.read(0, view.size_bytes) == expected
             assert twin.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
             assert web.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
-        store.finish_work()
+        store._opened.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
@@ -140,12 +140,12 @@ def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
         monkeypatch.setattr(compact_segments, step, work)
         with onionskin.Store(tmp_path / "store") as other, other.open("two") as two:
             opened.append(two.read(0, two.size_bytes))
-            other.finish_work()
+            other._opened.finish_work()
         return work(*arguments)
 
     monkeypatch.setattr(compact_segments, step, work_behind_another)
     with onionskin.Store(tmp_path / "store") as store, store.open("one") as one:
         assert one.read(0, one.size_bytes) == expected
         assert opened == [expected]
-        store.finish_work()
+        store._opened.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []

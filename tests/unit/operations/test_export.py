@@ -64,12 +64,12 @@ def test_what_was_sealed_for_an_export_is_folded_back(web: onionskin.Volume, tmp
         if not ends_well:
             raise KeyboardInterrupt
 
-    layers = len(web.store.catalog.rows(LayerRow))
+    layers = len(web.store._opened.catalog.rows(LayerRow))
     try:
         web.export(tmp_path / "out", progress=stop)
     except KeyboardInterrupt:
         assert not ends_well
-    assert len(web.store.catalog.rows(LayerRow)) == layers
+    assert len(web.store._opened.catalog.rows(LayerRow)) == layers
     assert web.store.check() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["base.raw", "store"] + ["out"] * ends_well)
 
@@ -237,7 +237,7 @@ def test_the_store_is_no_place_for_an_image_by_whatever_way_it_is_named(
 def test_a_file_of_the_store_is_not_replaced_under_another_name(
     store: onionskin.Store, web: onionskin.Volume, tmp_path: Path
 ) -> None:
-    os.link(store.layout.lock, tmp_path / "lock")
+    os.link(store._opened.layout.lock, tmp_path / "lock")
     with pytest.raises(ValueError, match="file of the store"):
         web.export(tmp_path / "lock")
 

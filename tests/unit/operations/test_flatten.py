@@ -55,10 +55,10 @@ def test_a_disk_of_zeros_is_flattened_into_no_segment(tmp_path: Path, wipe: str)
             web.flatten()
             web.discard("a")
             assert web.read(0, web.size_bytes) == bytes(web.size_bytes)
-        store.finish_work()
+        store._opened.finish_work()
         assert store.check() == []
-        rows = store.catalog.rows(SegmentRow)
-        assert {path.stem for path in store.layout.segments.iterdir()} <= {row.id.hex() for row in rows}
+        rows = store._opened.catalog.rows(SegmentRow)
+        assert {path.stem for path in store._opened.layout.segments.iterdir()} <= {row.id.hex() for row in rows}
         with store.open("web") as web:
             assert web.read(0, web.size_bytes) == bytes(web.size_bytes)
 
@@ -81,7 +81,7 @@ def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
         patch.setattr(copy, "free_unneeded", fail)
         web.flatten()
     assert web.read(0, web.size_bytes) == before
-    catalog = web.store.catalog
+    catalog = web.store._opened.catalog
     reached = {layer.id for layer in catalog.chain(web.head)}
     assert {row.id for row in catalog.rows(LayerRow)} == reached
     assert web.store.check() == []

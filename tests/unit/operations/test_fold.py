@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 import onionskin
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.operations import fold, merge_into_base
+from onionskin.operations import fold, merge_into_base, reclaim
 from onionskin.operations.fold import grown_parts
 from onionskin.storage.block_maps import open_map
+from onionskin.storage.open_store import OpenStore
 
 BLOCK = 4096
 
@@ -120,22 +122,22 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
                     assert_nothing_is_left(store)
             with store.open("v") as volume:
                 assert volume.read(0, len(disk)) == disk
-            store.finish_work()
+            store._opened.finish_work()
             assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
 def assert_nothing_is_left(store: onionskin.Store) -> None:
     """No sealed segment has data in a slot that its layer's map, or the map of a layer over it, hides."""
-    assert not [row for row in store.catalog.rows(PendingRow) if row.wipe == "zero"]
-    for layer in store.catalog.rows(LayerRow, "sealed"):
-        layer_map = open_map(store, layer)
-        for segment in store.catalog.rows(SegmentRow, "layer = ?", layer.id):
+    assert not [row for row in store._opened.catalog.rows(PendingRow) if row.wipe == "zero"]
+    for layer in store._opened.catalog.rows(LayerRow, "sealed"):
+        layer_map = open_map(store._opened, layer)
+        for segment in store._opened.catalog.rows(SegmentRow, "layer = ?", layer.id):
             live = {
                 int(slot)
                 for row in layer_map.live_slots(segment.id)
                 for slot in range(row["slot"], row["slot"] + row["count"])
             }
-            data = store.layout.segment_file(segment.id).read_bytes()[BLOCK:]
+            data = store._opened.layout.segment_file(segment.id).read_bytes()[BLOCK:]
             assert all(
                 slot in live or not any(data[slot * BLOCK : (slot + 1) * BLOCK]) for slot in range(len(data) // BLOCK)
             )
@@ -178,7 +180,7 @@ def scattered(volume: onionskin.Volume, first: int, count: int) -> None:
 
 def layers_without_name(store: onionskin.Store) -> int:
     named = "id IN (SELECT layer FROM snapshots)"
-    return len(store.catalog.rows(LayerRow, f"sealed AND NOT {named}"))
+    return len(store._opened.catalog.rows(LayerRow, f"sealed AND NOT {named}"))
 
 
 def test_only_segments_that_lost_blocks_are_scrubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +191,13 @@ def test_only_segments_that_lost_blocks_are_scrubbed(tmp_path: Path, monkeypatch
             volume.snapshot(f"s{number}")
         volume.write(3 * BLOCK, b"y" * BLOCK)
         volume.snapshot("last")
-        add = store.add_scrubs
-        monkeypatch.setattr(store, "add_scrubs", lambda ids, wipe: scrubbed.append(len(list(ids))) or add(ids, wipe))
+        add = reclaim.add_scrubs
+
+        def count(store: OpenStore, ids: Iterable[bytes], wipe: str) -> None:
+            scrubbed.append(len(list(ids)))
+            add(store, ids, wipe)
+
+        monkeypatch.setattr(reclaim, "add_scrubs", count)
         for number in range(12):
             volume.merge(f"s{number}")
     assert sum(scrubbed[:12]) == 1
@@ -204,9 +211,9 @@ def test_a_merge_beside_many_snapshots_asks_for_few_rows(tmp_path: Path, monkeyp
             for number in range(total):
                 volume.write(number * BLOCK, b"x" * BLOCK)
                 volume.snapshot(f"s{total}-{number}")
-            store.finish_work()
+            store._opened.finish_work()
             rows = 0
-            read = type(store.catalog).rows
+            read = type(store._opened.catalog).rows
 
             def counted(self, *args, read=read):  # type: ignore[no-untyped-def]
                 nonlocal rows
@@ -215,7 +222,7 @@ def test_a_merge_beside_many_snapshots_asks_for_few_rows(tmp_path: Path, monkeyp
                 return found
 
             with monkeypatch.context() as patch:
-                patch.setattr(type(store.catalog), "rows", counted)
+                patch.setattr(type(store._opened.catalog), "rows", counted)
                 volume.merge(f"s{total}-5")
             counts.append(rows)
     assert abs(counts[1] - counts[0]) < 20
@@ -231,14 +238,14 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
         volume.merge("a")
         volume.merge("b")
         monkeypatch.undo()
-        run = merge_into_base.folding.run_around(volume, layer_ids(store)[0])
+        run = merge_into_base.folding.run_around(store._opened.catalog, volume.head, layer_ids(store)[0])
         assert len(run) == 3
         lay = fold.lay
 
         def change_first(*args):  # type: ignore[no-untyped-def]
             monkeypatch.undo()
-            with store.catalog.transaction():
-                store.catalog.update(LayerRow, run[1].id, size_bytes=run[1].size_bytes + BLOCK)
+            with store._opened.catalog.transaction():
+                store._opened.catalog.update(LayerRow, run[1].id, size_bytes=run[1].size_bytes + BLOCK)
             return lay(*args)
 
         monkeypatch.setattr(fold, "lay", change_first)
@@ -249,4 +256,4 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
 
 
 def layer_ids(store: onionskin.Store) -> list[bytes]:
-    return [row.id for row in store.catalog.rows(LayerRow, "1 ORDER BY created_ns")]
+    return [row.id for row in store._opened.catalog.rows(LayerRow, "1 ORDER BY created_ns")]

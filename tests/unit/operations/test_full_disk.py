@@ -36,7 +36,7 @@ def test_a_merge_on_a_full_disk_drops_the_name_and_is_finished_when_there_is_roo
         (root / "filler").unlink()
         with store.open("web") as web:
             assert web.read(0, 30000) == b"new" * 10000
-            assert len(store.catalog.chain(web.head)) == 1
+            assert len(store._opened.catalog.chain(web.head)) == 1
 
 
 def test_an_export_that_has_no_room_is_refused_before_anything_is_written(tmp_path: Path, ext4_mount) -> None:
@@ -63,7 +63,7 @@ def test_a_flatten_that_has_no_room_is_refused_before_anything_is_written(tmp_pa
             web.flatten()
         assert caught.value.errno == 28
         assert web.head == head
-        assert list(store.layout.segments.iterdir()) == []
+        assert list(store._opened.layout.segments.iterdir()) == []
         web.trim(0, 20 << 20)
         web.flatten()
         assert web.read(0, 40 << 20) == bytes(20 << 20) + b"x" * (20 << 20)

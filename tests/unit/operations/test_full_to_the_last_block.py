@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin import store as stores
-from onionskin.store import RESERVE_BYTES
+from onionskin.storage import reserve as reserves
+from onionskin.storage.reserve import RESERVE_BYTES
 
 MIB = 1 << 20
 SYSTEMS = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
@@ -86,9 +86,9 @@ def test_a_store_that_is_open_goes_on(root: Path) -> None:
     with onionskin.Store(root / "store") as store:
         assert [problem for problem in store.check() if problem.severity == "error"] == []
         store.delete("web", recursive=True)
-        store.finish_work()
-        assert store.layout.reserve.exists()
-        assert list(store.layout.segments.iterdir()) == []
+        store._opened.finish_work()
+        assert store._opened.layout.reserve.exists()
+        assert list(store._opened.layout.segments.iterdir()) == []
 
 
 def test_what_there_is_can_be_read_where_even_the_reserve_is_gone(root: Path, tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_the_reserve_is_not_set_aside_again_before_what_it_was_given_up_for_is_d
 
         def change() -> None:
             for one in (other, store):
-                one.make_reserve()
-            seen.append(store.layout.reserve.exists())
+                one._opened.reserve.make()
+            seen.append(store._opened.layout.reserve.exists())
             if len(seen) == 1:
                 raise OSError(ENOSPC, "full")
 
-        store.with_reserve(change)
+        store._opened.reserve.retry(change)
         assert seen == [True, False]
-        assert store.layout.reserve.exists()
+        assert store._opened.layout.reserve.exists()
 
 
 def test_who_finds_the_reserve_given_up_by_somebody_else_tries_again_too(tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_who_finds_the_reserve_given_up_by_somebody_else_tries_again_too(tmp_pat
         tried: list[bool] = []
 
         def change() -> None:
-            tried.append(store.layout.reserve.exists())
+            tried.append(store._opened.layout.reserve.exists())
             if len(tried) == 1:
-                store.layout.reserve.unlink()
+                store._opened.layout.reserve.unlink()
                 raise OSError(ENOSPC, "full")
 
-        store.with_reserve(change)
+        store._opened.reserve.retry(change)
         assert tried == [True, False]
 
 
@@ -160,7 +160,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_and_loses_nothing(tmp_path: Pa
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         if lifted:
             web.close()
-        for volume in store.open_volumes():
+        for volume in store._opened.open_handles():
             volume.close()
         with store.open("web") as again:
             assert again.read(0, 4096) == b"d" * 4096
@@ -188,7 +188,7 @@ def test_a_reserve_without_blocks_is_set_aside_anew(tmp_path: Path, size_bytes: 
     """A kill leaves an empty one, and a copy that keeps holes one that is a hole."""
     with onionskin.Store(tmp_path / "store") as store:
         store.create("web", size="1M").close()
-        reserve = store.layout.reserve
+        reserve = store._opened.layout.reserve
         reserve.unlink()
         reserve.touch(mode=0o600)
         os.truncate(reserve, size_bytes)
@@ -201,9 +201,11 @@ def test_a_full_disk_whose_reserve_has_no_blocks_is_looked_at_before_the_catalog
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         store.create("web", size="1M").close()
-        os.truncate(store.layout.reserve, 0)
+        os.truncate(store._opened.layout.reserve, 0)
         looked: list[bool] = []
-        monkeypatch.setattr(stores, "CATALOG_ROOM_BYTES", 1 << 62)
-        monkeypatch.setattr(store, "_try_room", lambda: looked.append(store.layout.reserve.exists()))
-        store._make_room_for_catalog()
+        monkeypatch.setattr(reserves, "CATALOG_ROOM_BYTES", 1 << 62)
+        monkeypatch.setattr(
+            store._opened.reserve, "_try_room", lambda: looked.append(store._opened.layout.reserve.exists())
+        )
+        store._opened.reserve.make_room_for_catalog()
         assert looked == [False]

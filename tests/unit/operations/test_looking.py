@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import onionskin
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow
-from onionskin.operations import usage
+from onionskin.operations import locked_maps, usage
 from onionskin.storage import block_maps
 from onionskin.storage.block_maps import empty_map, open_map
 from onionskin.storage.chain import read_chain
 from onionskin.storage.locks import STORE_BYTE, ByteLocks
+from onionskin.storage.open_store import OpenStore
 
 BLOCK = 4096
 BLOCKS = 24
@@ -30,7 +31,7 @@ BLOCKS = 24
 
 def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
     """For each snapshot by itself, walk the tree and load every map that it asks for."""
-    catalog = store.catalog
+    catalog = store._opened.catalog
     volume = catalog.volume(name)
     layers = {row.id: row for row in catalog.rows(LayerRow)}
     rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
@@ -42,7 +43,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
     def held(id: bytes) -> int:
         if id not in ours:
             return 0
-        layer_map = open_map(store, layers[id])
+        layer_map = open_map(store._opened, layers[id])
         blocks = int(layer_map.count()[0])
         layer_map.close()
         return blocks * layers[id].block_size
@@ -56,7 +57,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
         children = [layer for layer in layers.values() if layer.parent == id]
         if len(children) != 1 or children[0].id not in ours:
             return 0
-        lower, upper = open_map(store, layers[id]), open_map(store, children[0])
+        lower, upper = open_map(store._opened, layers[id]), open_map(store._opened, children[0])
         blocks = int(lower.count_shadowed(upper))
         lower.close()
         upper.close()
@@ -74,8 +75,8 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
 def states_at(store: onionskin.Store, layer: bytes) -> np.ndarray[Any, Any]:
     """Return the state of each block as the whole chain of a layer has it: 0 where none of its layers says anything."""
     union = empty_map(BLOCK)
-    for row in read_chain(store.catalog, layer).layers:
-        loaded = open_map(store, row)
+    for row in read_chain(store._opened.catalog, layer).layers:
+        loaded = open_map(store._opened, row)
         union.fold(loaded)
         loaded.close()
     found = np.zeros(BLOCKS * 2, np.uint8)
@@ -87,9 +88,9 @@ def states_at(store: onionskin.Store, layer: bytes) -> np.ndarray[Any, Any]:
 
 def touched_by(store: onionskin.Store, layers: set[bytes]) -> np.ndarray[Any, Any]:
     touched = np.zeros(BLOCKS * 2, bool)
-    for row in store.catalog.rows(LayerRow):
+    for row in store._opened.catalog.rows(LayerRow):
         if row.id in layers:
-            loaded = open_map(store, row)
+            loaded = open_map(store._opened, row)
             for run in loaded.runs():
                 touched[int(run["block_index"]) : int(run["block_index"] + run["block_count"])] = True
             loaded.close()
@@ -98,7 +99,7 @@ def touched_by(store: onionskin.Store, layers: set[bytes]) -> np.ndarray[Any, An
 
 def diff_by_blocks(store: onionskin.Store, a: bytes, b: bytes, size_bytes: int) -> dict[int, int]:
     """Return {block: state} of what may differ: what the layers that are not in both chains touch."""
-    chains = [{layer.id for layer in read_chain(store.catalog, one).layers} for one in (a, b)]
+    chains = [{layer.id for layer in read_chain(store._opened.catalog, one).layers} for one in (a, b)]
     touched = touched_by(store, chains[0] ^ chains[1])
     states = states_at(store, b)
     return {block: int(states[block]) for block in range(-(-size_bytes // BLOCK)) if touched[block]}
@@ -172,12 +173,12 @@ def test_a_diff_is_what_the_layers_of_only_one_side_touch(
     room: Path, steps: list[tuple[str, int, int]], a: int, b: int
 ) -> None:
     with store_of(room, steps) as (store, volume):
-        tops = {row.name: row.layer for row in store.catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
+        tops = {row.name: row.layer for row in store._opened.catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
         if not tops:
             return
         first, second = sorted(tops)[a % len(tops)], [None, *sorted(tops)][b % (len(tops) + 1)]
         layer = volume.head if second is None else tops[second]
-        size_bytes = store.catalog.layer(layer).size_bytes
+        size_bytes = store._opened.catalog.layer(layer).size_bytes
         found = {
             block: int(extent["state"])
             for extent in store.diff("v", first, second)
@@ -205,7 +206,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     loaded: list[bytes] = []
     load = block_maps.load_map
 
-    def counted(store: onionskin.Store, layer: LayerRow) -> Any:
+    def counted(store: OpenStore, layer: LayerRow) -> Any:
         loaded.append(layer.id)
         return load(store, layer)
 
@@ -256,38 +257,38 @@ def test_files_of_other_volumes_are_not_locked(tmp_path: Path, monkeypatch: pyte
 
 
 def layers_below(store: onionskin.Store, name: str) -> set[LayerRow]:
-    return set(store.catalog.chain(store.catalog.volume(name).head))
+    return set(store._opened.catalog.chain(store._opened.catalog.volume(name).head))
 
 
 def test_many_stretches_of_bytes_are_locked_as_few() -> None:
     numbers = set(range(0, 4000, 2)) | {9000}
-    filled = block_maps.in_few_stretches(numbers)
+    filled = locked_maps.in_few_stretches(numbers)
     assert numbers <= filled <= set(range(9001))
     assert len(filled) < 4300  # the widest gaps stay
     assert 9000 - 1 not in filled
-    assert block_maps.in_few_stretches({1, 5, 9}) == {1, 5, 9}
+    assert locked_maps.in_few_stretches({1, 5, 9}) == {1, 5, 9}
 
 
 def test_few_numbers_are_added_where_all_lie_far_apart() -> None:
     numbers = set(range(0, 300 << 12, 1 << 12)) | {3}
-    filled = block_maps.in_few_stretches(numbers)
+    filled = locked_maps.in_few_stretches(numbers)
     assert numbers <= filled
-    assert len(filled) <= len(numbers) + block_maps.FILLED_MAX
+    assert len(filled) <= len(numbers) + locked_maps.FILLED_MAX
 
 
 def test_a_byte_that_somebody_has_alone_is_in_nobodys_way_but_that_of_its_own_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that a flatten of another volume took, and has for as long as it copies."""
-    monkeypatch.setattr(block_maps, "STRETCHES_MAX", 1)
-    monkeypatch.setattr(block_maps, "LOCK_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(locked_maps, "STRETCHES_MAX", 1)
+    monkeypatch.setattr(locked_maps, "LOCK_WAIT_SECONDS", 0.0)
     with onionskin.Store(tmp_path / "store") as store:
         volume = store.create("v", size="1M")
         volume.snapshot("a")
-        between = store.change(store.catalog.take_lock_byte)
+        between = store._opened.change(store._opened.catalog.take_lock_byte)
         volume.snapshot("b")
         volume.close()
-        with store.locks.exclusive(between) as held:
+        with store._opened.locks.exclusive(between) as held:
             assert held
             assert [usage.snapshot for usage in store.usage("v")] == ["a", "b", None]
 
@@ -312,7 +313,7 @@ def test_a_name_that_moves_while_maps_are_locked_changes_nothing(
         volume.write(0, b"x" * BLOCK)
         volume.snapshot("a")
         expected = store.usage("v")
-        named = block_maps._are_named
+        named = locked_maps._are_named
         moves = iter([("v", "x"), ("w", "v")])
 
         def move(*args: Any) -> bool:
@@ -320,7 +321,7 @@ def test_a_name_that_moves_while_maps_are_locked_changes_nothing(
                 store.rename(old, new)
             return named(*args)
 
-        monkeypatch.setattr(block_maps, "_are_named", move)
+        monkeypatch.setattr(locked_maps, "_are_named", move)
         assert store.usage("v") == expected
         assert len(store.usage("v")) == 5
 
@@ -365,10 +366,12 @@ def problems(path: Path) -> list[tuple[str, str]]:
 
 def layer_files(path: Path, snapshot: str) -> tuple[Path, Path]:
     with onionskin.Store(path) as store:
-        volume = store.catalog.volume("v")
-        layer = store.catalog.rows(SnapshotRow, "volume = ? AND name = ?", volume.id, snapshot)[0].layer
-        (segment,) = store.catalog.rows(SegmentRow, "layer = ?", layer)
-        return store.layout.map_file(store.catalog.layer(layer).map_id), store.layout.segment_file(segment.id)
+        volume = store._opened.catalog.volume("v")
+        layer = store._opened.catalog.rows(SnapshotRow, "volume = ? AND name = ?", volume.id, snapshot)[0].layer
+        (segment,) = store._opened.catalog.rows(SegmentRow, "layer = ?", layer)
+        return store._opened.layout.map_file(
+            store._opened.catalog.layer(layer).map_id
+        ), store._opened.layout.segment_file(segment.id)
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -423,14 +426,14 @@ def test_what_is_no_file_of_the_store_is_named_and_left(sound: Path) -> None:
 
 def test_data_that_no_map_names_is_reported_before_anything_frees_it(sound: Path) -> None:
     with onionskin.Store(sound) as store:
-        head = store.catalog.layer(store.catalog.volume("v").head)
-        own = store.catalog.rows(SegmentRow, "layer = ? AND role = 'own'", head.id)[0]
-        store.layout.map_file(head.map_id).rename(sound.parent / "map")
+        head = store._opened.catalog.layer(store._opened.catalog.volume("v").head)
+        own = store._opened.catalog.rows(SegmentRow, "layer = ? AND role = 'own'", head.id)[0]
+        store._opened.layout.map_file(head.map_id).rename(sound.parent / "map")
         before = contents(sound)
-        (problem,) = [one for one in store.check() if one.where == str(store.layout.segment_file(own.id))]
+        (problem,) = [one for one in store.check() if one.where == str(store._opened.layout.segment_file(own.id))]
         assert "no map names" in problem.what
         assert contents(sound) == before
-        (sound.parent / "map").rename(store.layout.map_file(head.map_id))
+        (sound.parent / "map").rename(store._opened.layout.map_file(head.map_id))
         assert store.check() == []
 
 
@@ -442,15 +445,15 @@ def test_what_a_writer_has_not_flushed_yet_is_no_problem(sound: Path) -> None:
 
 def test_a_segment_of_another_layer_is_an_error(sound: Path) -> None:
     with onionskin.Store(sound) as store:
-        rows = store.catalog.rows(SegmentRow, "role = 'sealed'")
-        with store.catalog.transaction():
-            store.catalog.update(SegmentRow, rows[0].id, layer=rows[1].layer)
-    assert ("error", str(store.layout.segment_file(rows[0].id))) in problems(sound)
+        rows = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
+        with store._opened.catalog.transaction():
+            store._opened.catalog.update(SegmentRow, rows[0].id, layer=rows[1].layer)
+    assert ("error", str(store._opened.layout.segment_file(rows[0].id))) in problems(sound)
 
 
 def test_layers_that_do_not_fit_each_other_are_errors(sound: Path) -> None:
     with onionskin.Store(sound) as store:
-        (b,) = store.catalog.rows(SnapshotRow, "name = 'b'")
-        with store.catalog.transaction():
-            store.catalog.update(LayerRow, b.layer, sealed=0)
+        (b,) = store._opened.catalog.rows(SnapshotRow, "name = 'b'")
+        with store._opened.catalog.transaction():
+            store._opened.catalog.update(LayerRow, b.layer, sealed=0)
         assert "a layer that is not sealed" in " ".join(problem.what for problem in store.check())

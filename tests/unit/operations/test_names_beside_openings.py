@@ -61,7 +61,7 @@ def test_a_volume_that_is_opened_is_the_one_that_has_the_name_when_it_is_locked(
     with store.open("v") as opened, store.open("w") as other:
         assert (opened.read(0, 1), other.read(0, 1)) == (b"w", b"v")
         assert opened.head != other.head
-        assert opened.row.id == store.catalog.volume("v").id
+        assert opened.row.id == store._opened.catalog.volume("v").id
 
 
 def test_a_volume_that_was_made_anew_under_a_name_is_locked_itself(
@@ -80,7 +80,7 @@ def test_a_name_that_is_gone_when_its_volume_is_locked_leaves_no_lock_file(
     before_the_lock(lambda other: other.delete("v"))
     with pytest.raises(onionskin.VolumeNotFoundError):
         store.open("v")
-    assert len(list(store.layout.volumes.glob("*.lock"))) == 1
+    assert len(list(store._opened.layout.volumes.glob("*.lock"))) == 1
 
 
 @pytest.mark.parametrize("work", [swap, make_anew])
@@ -92,7 +92,7 @@ def test_a_volume_is_deleted_with_its_own_files_whatever_had_the_name_before(
     assert [info.name for info in store.volumes()] == ["w"]
     with store.open("w") as left:
         assert left.read(0, 1) == (b"v" if work is swap else b"w")
-    store.finish_work()
+    store._opened.finish_work()
     assert store.check() == []
 
 
@@ -122,7 +122,7 @@ def test_a_delete_removes_what_has_the_name_when_it_is_removed(
     with store.open("w") as left:
         assert left.read(0, 1) == b"v"
     assert [info.name for info in store.volumes()] == ["w"]
-    store.finish_work()
+    store._opened.finish_work()
     assert store.check() == []
 
 
@@ -138,7 +138,7 @@ def test_a_delete_removes_no_volume_that_was_renamed_meanwhile(
 
 def test_a_lock_file_that_is_removed_lets_no_second_writer_in(store: onionskin.Store) -> None:
     with store.open("v") as volume:
-        store.layout.volume_lock(volume.row.id).unlink()
+        store._opened.layout.volume_lock(volume.row.id).unlink()
         with onionskin.Store(store.path) as other, pytest.raises(onionskin.StateError, match="is open"):
             other.open("v")
         volume.write(0, b"still mine")

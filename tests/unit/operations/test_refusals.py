@@ -24,8 +24,8 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_file_of_the_store_is_no_base(store: onionskin.Store, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(store.layout.catalog)
-    for path in (store.layout.catalog, tmp_path / "link"):
+    (tmp_path / "link").symlink_to(store._opened.layout.catalog)
+    for path in (store._opened.layout.catalog, tmp_path / "link"):
         with pytest.raises(onionskin.ChainError, match="of the store itself"):
             store.create("web", base=path)
     assert store.volumes() == []
@@ -47,6 +47,6 @@ def test_an_export_replaces_neither_a_base_nor_a_file_of_the_store(store: onions
         with pytest.raises(onionskin.StateError, match="base"):
             web.export(base)
         with pytest.raises(ValueError, match="store itself"):
-            web.export(store.layout.catalog)
+            web.export(store._opened.layout.catalog)
     assert base.stat().st_ino == before.st_ino
     store.open("web").close()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin.operations import reclaim
 
 BLOCK = 4096
 
@@ -35,14 +36,14 @@ def test_a_volume_that_is_removed_is_reported_so_where_its_lock_cannot_be_unlink
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         store.create("web", size="1M").close()
-        (lock,) = store.layout.volumes.glob("*.lock")
+        (lock,) = store._opened.layout.volumes.glob("*.lock")
         with monkeypatch.context() as patch:
-            patch.setattr(store, "work_soon", lambda: None)
+            patch.setattr(reclaim, "work_soon", lambda store: None)
             patch.setattr(Path, "unlink", refuse)
             store.delete("web")
         assert store.volumes() == [] and lock.exists()
-        store.work_soon()
-        store.finish_work()
+        reclaim.work_soon(store._opened)
+        store._opened.finish_work()
         assert not lock.exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
+from onionskin.operations import reclaim
 
 WORK = Path(__file__).with_name("wiping_work.py")
 CANARY = re.compile(rb"canary-zero-[0-9a-f]{16}!")
@@ -43,8 +44,8 @@ def canaries_read(store: onionskin.Store) -> set[bytes]:
             for snapshot in volume.snapshots:
                 with store.open(info.name, snapshot=snapshot.name) as view:
                     found.update(CANARY.findall(view.read(0, view.size_bytes)))
-    store.work_soon()
-    store.finish_work()
+    reclaim.work_soon(store._opened)
+    store._opened.finish_work()
     return found
 
 

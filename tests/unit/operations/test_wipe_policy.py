@@ -11,7 +11,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
-from onionskin.operations import merge_into_base
+from onionskin.operations import merge_into_base, reclaim
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -97,8 +97,8 @@ def test_what_a_failed_write_left_is_wiped_when_its_segment_is_sealed(tmp_path: 
         with file_size_limit(3 << 20), pytest.raises(OSError):
             web.write(2 << 20, FILL * 6)
         web.snapshot("after")
-        store.finish_work()
-        assert not any(holds_canary(path) for path in store.layout.segments.iterdir())
+        store._opened.finish_work()
+        assert not any(holds_canary(path) for path in store._opened.layout.segments.iterdir())
         assert web.read(0, 4) == b"kept"
 
 
@@ -108,8 +108,8 @@ def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
         web.write(0, FILL)
         web.path.close()  # no flush: what a crash leaves
         web.close()
-        store.layout.dirty_file(web.row.id).unlink()  # a crash of the machine, that is
-        (segment,) = store.layout.segments.iterdir()
+        store._opened.layout.dirty_file(web.row.id).unlink()  # a crash of the machine, that is
+        (segment,) = store._opened.layout.segments.iterdir()
         length = segment.stat().st_size
         with segment.open("r+b") as file:
             file.write(bytes(BLOCK))
@@ -126,13 +126,13 @@ def test_a_file_is_wiped_when_the_operation_returns_and_unlinked_in_the_backgrou
         web.snapshot("start")
         web.write(0, FILL)
         web.flush()
-        (segment,) = (path for path in store.layout.segments.iterdir() if holds_canary(path))
+        (segment,) = (path for path in store._opened.layout.segments.iterdir() if holds_canary(path))
         with monkeypatch.context() as patch:
-            patch.setattr(store, "wake", lambda: None)  # the background, held back
+            patch.setattr(store._opened, "wake", lambda: None)  # the background, held back
             web.revert("start")
             assert not holds_canary(segment), "returned before the zeros were written"
-        store.work_soon()
-        store.finish_work()
+        reclaim.work_soon(store._opened)
+        store._opened.finish_work()
         assert not segment.exists()
 
 
@@ -143,11 +143,11 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             web.snapshot(name)
         web.write(BLOCK, b"head")
         web.flush()
-        before = set(store.layout.layers.iterdir())
+        before = set(store._opened.layout.layers.iterdir())
         drafts: list[int] = []
 
         def fail(*_: object) -> None:
-            drafts.extend(os.open(path, os.O_RDONLY) for path in set(store.layout.layers.iterdir()) - before)
+            drafts.extend(os.open(path, os.O_RDONLY) for path in set(store._opened.layout.layers.iterdir()) - before)
             raise OSError("the catalog is full")
 
         with monkeypatch.context() as patch:
@@ -171,9 +171,9 @@ def test_secrets_in_a_segment_that_another_policy_took_over_are_wiped_before_the
             web.merge("clean")
         store.delete("web")
         store.open("other").close()  # folds the layer that has no name any more into the head
-        (path,) = [path for path in store.layout.segments.iterdir() if CANARY in path.read_bytes()]
+        (path,) = [path for path in store._opened.layout.segments.iterdir() if CANARY in path.read_bytes()]
         with path.open("rb") as segment:
             store.delete("other")
-            store.finish_work()
+            store._opened.finish_work()
             assert not path.exists()
             assert CANARY not in segment.read()

@@ -9,7 +9,6 @@ import pytest
 import onionskin
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
 from onionskin.operations import check, reclaim
-from onionskin.operations.reclaim import do_pending
 
 SIZE = 1 << 20
 BLOCK = 4096
@@ -25,10 +24,10 @@ def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
             bad.snapshot("a")
             bad.write(0, b"y" * BLOCK)
         store.create("good", size=SIZE, wipe="zero").close()
-        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
-        with store.catalog.transaction():
-            store.catalog.add_pending("scrub", segment.id, segment.lock_byte, "zero")
-        damaged = store.layout.map_file(store.catalog.layer(segment.layer).map_id)
+        (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
+        with store._opened.catalog.transaction():
+            store._opened.catalog.add_pending("scrub", segment.id, segment.lock_byte, "zero")
+        damaged = store._opened.layout.map_file(store._opened.catalog.layer(segment.layer).map_id)
     contents = bytearray(damaged.read_bytes())
     contents[BLOCK + 40] ^= 1
     damaged.write_bytes(contents)
@@ -37,7 +36,7 @@ def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
             good.write(0, b"1" * BLOCK)
             good.flush()
             good.snapshot("b")
-            store.finish_work()
+            store._opened.finish_work()
         assert "pending work" in caplog.text and segment.id.hex() in caplog.text
         assert any(str(damaged) in problem.where for problem in store.check() if problem.severity == "error")
         with pytest.raises(onionskin.FormatError):
@@ -65,12 +64,12 @@ def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
             raise OSError(ENOSPC, "no space")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store, "scrub", full)
+            patch.setattr(reclaim, "scrub", full)
             with pytest.raises(OSError, match="no space"):
                 web.flush()
         assert with_secret()
         web.flush()
-        store.finish_work()
+        store._opened.finish_work()
         assert with_secret() == []
 
 
@@ -78,16 +77,16 @@ def test_no_layer_is_named_by_work_that_is_left(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
         web.write(0, b"x" * BLOCK)
         web.snapshot("a")
-        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
-        layer = store.catalog.layer(segment.layer)
-        with store.catalog.transaction():
-            store.catalog.add_pending("segment", segment.id, segment.lock_byte, "zero")
-            store.catalog.add_pending("map", layer.map_id, layer.map_lock_byte, "zero")
+        (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
+        layer = store._opened.catalog.layer(segment.layer)
+        with store._opened.catalog.transaction():
+            store._opened.catalog.add_pending("segment", segment.id, segment.lock_byte, "zero")
+            store._opened.catalog.add_pending("map", layer.map_id, layer.map_lock_byte, "zero")
         web.close()
-        store.work_soon()
-        store.finish_work()
-        assert store.layout.segment_file(segment.id).read_bytes()[BLOCK:] == b"x" * BLOCK
-        assert store.catalog.count(LayerRow, "map_id = ?", layer.map_id) == 1
+        reclaim.work_soon(store._opened)
+        store._opened.finish_work()
+        assert store._opened.layout.segment_file(segment.id).read_bytes()[BLOCK:] == b"x" * BLOCK
+        assert store._opened.catalog.count(LayerRow, "map_id = ?", layer.map_id) == 1
         with store.open("web", snapshot="a") as view:
             assert view.read(0, BLOCK) == b"x" * BLOCK
 
@@ -100,11 +99,11 @@ def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_
         web.write(0, b"x" * 4 * BLOCK)
         web.snapshot("a")
         web.merge("a")  # the head adopts the segment
-        store.finish_work()
-        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
-        with store.catalog.transaction():
-            store.catalog.add_pending("scrub", segment.id, segment.lock_byte, "release")
-        find_path = store.path_of_head
+        store._opened.finish_work()
+        (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
+        with store._opened.catalog.transaction():
+            store._opened.catalog.add_pending("scrub", segment.id, segment.lock_byte, "release")
+        find_path = store._opened.path_of_head
 
         def find_path_and_seal(layer: bytes) -> object:
             path = find_path(layer)
@@ -114,9 +113,9 @@ def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_
                 web.flush()
             return path
 
-        monkeypatch.setattr(store, "path_of_head", find_path_and_seal)
-        do_pending(store)
-        do_pending(store)
+        monkeypatch.setattr(store._opened, "path_of_head", find_path_and_seal)
+        reclaim.do_pending(store._opened)
+        reclaim.do_pending(store._opened)
         assert web.read(0, 4 * BLOCK) == bytes(3 * BLOCK) + b"x" * BLOCK
         with store.open("web", snapshot="b") as view:
             assert view.read(0, 4 * BLOCK) == b"x" * 4 * BLOCK
@@ -136,7 +135,7 @@ def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage
             monkeypatch.setattr(check, "_segment_fault", look)
             with onionskin.Store(store.path) as other:
                 other.delete("gone", recursive=True)
-                other.finish_work()
+                other._opened.finish_work()
             return look(*arguments)
 
         monkeypatch.setattr(check, "_segment_fault", delete_and_look)
@@ -152,9 +151,9 @@ def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
         web.write(0, SECRET)
         web.snapshot("a")
         web.merge("a")  # the head adopts the segment
-        store.finish_work()
-        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
-        store.change(lambda: store.add_scrubs([segment.id], "release"))
+        store._opened.finish_work()
+        (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
+        store._opened.change(lambda: reclaim.add_scrubs(store._opened, [segment.id], "release"))
         forget = reclaim._forget
 
         def free_more_and_forget(*work: Any, **how: bool) -> None:
@@ -163,18 +162,18 @@ def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
             forget(*work, **how)
 
         with monkeypatch.context() as patch:
-            patch.setattr(store, "work_soon", lambda: None)
+            patch.setattr(reclaim, "work_soon", lambda store: None)
             patch.setattr(reclaim, "_forget", free_more_and_forget)
-            do_pending(store)
-        do_pending(store)
-        assert not any(SECRET[:8] in path.read_bytes() for path in store.layout.segments.iterdir())
+            reclaim.do_pending(store._opened)
+        reclaim.do_pending(store._opened)
+        assert not any(SECRET[:8] in path.read_bytes() for path in store._opened.layout.segments.iterdir())
 
 
 def test_a_scrub_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
         web.write(0, SECRET)
         web.snapshot("a")
-        (segment,) = store.catalog.rows(SegmentRow, "role = 'sealed'")
+        (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         for wipe in ("release", "zero", "release"):
-            store.change(lambda: store.add_scrubs([segment.id], wipe))  # noqa: B023
-        assert [row.wipe for row in store.catalog.rows(PendingRow, "kind = 'scrub'")] == ["zero"]
+            store._opened.change(lambda: reclaim.add_scrubs(store._opened, [segment.id], wipe))  # noqa: B023
+        assert [row.wipe for row in store._opened.catalog.rows(PendingRow, "kind = 'scrub'")] == ["zero"]

@@ -42,7 +42,9 @@ def closed(tmp_path: Path) -> tuple[Path, Path]:
         web.snapshot("a")
         web.write(BLOCK, b"2" * 3 * BLOCK)
         web.close()
-        return store.path, store.layout.map_file(store.catalog.layer(store.catalog.volume("web").head).map_id)
+        return store.path, store._opened.layout.map_file(
+            store._opened.catalog.layer(store._opened.catalog.volume("web").head).map_id
+        )
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -73,7 +75,7 @@ def test_a_head_whose_map_was_damaged_is_not_opened_and_loses_nothing_by_looking
         with onionskin.Store(path) as store:
             with refused:
                 look(store)
-            store.finish_work()
+            store._opened.finish_work()
         after = files_of(path)
         assert {name: after.get(name) for name in before} == before, name
     with onionskin.Store(path) as store:

@@ -73,7 +73,7 @@ def test_a_directory_of_the_store_that_is_a_link_is_refused(root: Path, tmp_path
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_beside_the_locks_is_not_followed(root: Path, victim: Path, suffix: str, dangling: bool) -> None:
     with onionskin.Store(root) as store:
-        path = store.layout.volumes / f"{store.catalog.volume('web').id.hex()}.{suffix}"
+        path = store._opened.layout.volumes / f"{store._opened.catalog.volume('web').id.hex()}.{suffix}"
         replace_by_link(path, victim.with_name("made") if dangling else victim)
         try:
             with store.open("web") as web:
@@ -86,7 +86,7 @@ def test_a_link_beside_the_locks_is_not_followed(root: Path, victim: Path, suffi
 
 def test_a_hard_link_to_a_lock_is_refused_and_not_cut_off(root: Path, victim: Path) -> None:
     with onionskin.Store(root) as store:
-        path = store.layout.volume_lock(store.catalog.volume("web").id)
+        path = store._opened.layout.volume_lock(store._opened.catalog.volume("web").id)
         path.unlink()
         os.link(victim, path)
         with pytest.raises(onionskin.StateError, match="hard link"):
@@ -116,7 +116,7 @@ def test_a_file_of_data_that_is_a_link_is_refused_and_reported(root: Path, victi
         assert any(problem.severity == "error" for problem in store.check())
         assert any("symbolic link" in problem.what for problem in store.check())
         store.delete("web", recursive=True)
-        store.finish_work()
+        store._opened.finish_work()
         assert all(path.is_symlink() for path in (root / kind).iterdir())
 
 
@@ -128,7 +128,7 @@ def test_a_file_with_two_names_is_neither_wiped_nor_removed_but_reported(root: P
     with onionskin.Store(root) as store:
         assert any("2 names" in problem.what for problem in store.check())
         store.delete("web", recursive=True)
-        store.finish_work()
+        store._opened.finish_work()
         assert {path: path.read_bytes() for path in (root / "segments").iterdir()} == held
 
 
@@ -168,7 +168,7 @@ def test_nobody_else_can_read_or_lock_anything_whatever_the_umask(tmp_path: Path
         web.merge("s1")  # writes a map anew
         web.write(0, b"y" * BLOCK)
         web.flush()
-        store.finish_work()
+        store._opened.finish_work()
         modes = {path: path.lstat().st_mode for path in [root, *root.rglob("*")]}
     for path, mode in modes.items():
         assert stat.S_IMODE(mode) == (0o700 if stat.S_ISDIR(mode) else 0o600), path

@@ -66,7 +66,7 @@ def root(tmp_path: Path) -> Path:
 
 def dirty_file(root: Path) -> Path:
     with onionskin.Store(root) as store:
-        return Layout(root).dirty_file(store.catalog.volume("web").id)
+        return Layout(root).dirty_file(store._opened.catalog.volume("web").id)
 
 
 def change(web: onionskin.Volume) -> bytes:
@@ -157,7 +157,7 @@ def test_a_closed_volume_leaves_nothing_to_be_taken_up(root: Path) -> None:
     assert dirty_file(root).stat().st_size == 0
     with onionskin.Store(root) as store:
         store.delete("web", recursive=True)
-        assert list(store.layout.volumes.glob("*.dirty")) == []
+        assert list(store._opened.layout.volumes.glob("*.dirty")) == []
 
 
 def test_a_volume_that_is_only_read_makes_no_file(root: Path) -> None:
@@ -210,8 +210,8 @@ def test_a_file_that_is_not_sound_is_ignored_as_a_whole(root: Path, at: int, dat
 
 def test_a_map_that_is_older_than_what_was_pending_takes_none_of_it(root: Path) -> None:
     with onionskin.Store(root) as store:
-        head = store.catalog.layer(store.catalog.volume("web").head)
-        log = store.layout.map_file(head.map_id)
+        head = store._opened.catalog.layer(store._opened.catalog.volume("web").head)
+        log = store._opened.layout.map_file(head.map_id)
     older = log.read_bytes()
     write_and_die(root)
     log.write_bytes(older)
@@ -310,7 +310,7 @@ def test_what_is_written_and_trimmed_without_a_flush_takes_no_more_than_its_boun
         for _ in range(2000):
             web.write(0, b"g" * 65536)
             web.trim(0, 65536)
-        held = sum(path.stat().st_blocks * 512 for path in store.layout.segments.iterdir())
+        held = sum(path.stat().st_blocks * 512 for path in store._opened.layout.segments.iterdir())
         assert held <= 64 << 20
 
 
@@ -322,6 +322,6 @@ def test_a_log_that_is_mostly_dead_is_written_anew_while_the_volume_is_open(tmp_
             web.flush()
             web.trim(0, web.size_bytes)
             web.flush()
-            longest = max(longest, *(path.stat().st_size for path in store.layout.layers.iterdir()))
+            longest = max(longest, *(path.stat().st_size for path in store._opened.layout.layers.iterdir()))
         assert longest < 1 << 20
         assert web.read(0, 4096) == before

@@ -13,6 +13,7 @@ from conftest import Mount, image_of
 
 import onionskin
 from onionskin.delta import delta
+from onionskin.operations.staged_volumes import draft
 
 BLOCK = 4096
 NOBODY = 65534
@@ -61,7 +62,7 @@ WRITING: list[Callable[[onionskin.Store], object]] = [
     lambda store: store.clone("web", "a", "new"),
     lambda store: store.delete("clone"),
     lambda store: store.rename("web", "new"),
-    lambda store: store.draft("new", size=BLOCK).__enter__(),
+    lambda store: draft(store._opened, "new", size=BLOCK).__enter__(),
     lambda store: store.check(repair=True),
 ]
 
@@ -121,8 +122,8 @@ def test_a_store_of_an_older_version_is_read_from_a_copy(ext4_mount: Mount) -> N
     subprocess.run(["mount", "-o", "remount,ro", root], check=True)
     assert image_of(root).exists()
     with onionskin.Store(root / "store") as store:
-        store.catalog._upgrade()
-        assert store.catalog.volume("web")
+        store._opened.catalog._upgrade()
+        assert store._opened.catalog.volume("web")
 
 
 def test_a_store_of_another_user_that_may_be_read_and_not_written(tmp_path: Path) -> None:
@@ -166,11 +167,11 @@ def test_a_store_of_another_user_that_may_be_read_and_not_written(tmp_path: Path
 def test_a_head_that_is_opened_to_be_read_changes_no_file(tmp_path: Path) -> None:
     make(tmp_path / "store")
     with onionskin.Store(tmp_path / "store") as store:
-        before = {path: path.lstat() for path in sorted(store.layout.root.rglob("*"))}
+        before = {path: path.lstat() for path in sorted(store._opened.layout.root.rglob("*"))}
         for name in ("web", "clone"):
             with store.open(name, mode="r") as volume:
                 assert volume.read(0, 1)
-        after = {path: path.lstat() for path in sorted(store.layout.root.rglob("*"))}
+        after = {path: path.lstat() for path in sorted(store._opened.layout.root.rglob("*"))}
         for path, found in before.items():
             if not path.name.endswith("-shm"):  # the marks of SQLite's readers
                 assert (after[path].st_ctime_ns, after[path].st_size) == (found.st_ctime_ns, found.st_size), path

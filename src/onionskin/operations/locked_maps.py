@@ -1,0 +1,92 @@
+"""Keeping the files of block maps where they are, for who reads several of them.
+
+What must hold: who reads several maps locks them first, and knows that the catalog named them after the locks were taken:
+then nobody has freed one, and nobody will. What had to wait for these locks is done when they are given up.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TypeVar
+
+from onionskin.catalog import Catalog, LayerRow
+from onionskin.errors import StateError
+from onionskin.operations import reclaim
+from onionskin.storage.chain import LOCK_WAIT_SECONDS
+from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_store import OpenStore
+
+_IDS_MAX = 500  # in one statement; SQLite allows 999 and more
+STRETCHES_MAX = 256
+FILLED_MAX = 1 << 16
+
+Found = TypeVar("Found")
+
+
+@contextmanager
+def locked_maps(
+    store: OpenStore, find: Callable[[], Found], layers_of: Callable[[Found], Collection[LayerRow]]
+) -> Iterator[Found]:
+    """Give what `find` read in one state of the catalog, its layers' map files locked against whoever frees them.
+
+    The layers are those of a state that was. What is named, written or dropped since then changes nothing in their
+    files: sealed ones never change, and of a head's log the frames that are added later may be seen too.
+
+    Raises
+    ------
+    StateError
+        The tree is being changed all the time.
+    """
+    locks = ByteLocks(store.layout.lock)
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    try:
+        while True:
+            with store.catalog.reading():
+                found = find()
+            layers = layers_of(found)
+            wanted = {layer.map_lock_byte for layer in layers}
+            # Between them may be a byte that somebody has alone for hours: of a file that is being made, or wiped.
+            is_held = locks.take_shared(in_few_stretches(wanted)) or locks.take_shared(wanted)
+            if is_held and _are_named(store.catalog, layers):
+                break
+            locks.keep_shared(())
+            if time.monotonic() > deadline:
+                raise StateError(f"the tree of {store.path} is being changed all the time; try again when that is done")
+            time.sleep(0.01)  # somebody frees one of the files; nothing tells us when it is done
+        yield found
+    finally:
+        locks.close()
+        if any(handle.writable for handle in store.open_handles()):
+            reclaim.work_soon(store)  # what had to wait for these locks
+
+
+def in_few_stretches(numbers: set[int]) -> set[int]:
+    """Add numbers that lie between those given, until they are no more than STRETCHES_MAX stretches.
+
+    The time for a lock grows with the locks that a file has. A byte that is locked for nothing only keeps what belongs to it
+    from being freed until these locks are given up. Gaps that have more than FILLED_MAX numbers together stay: each
+    number is kept in memory, and the bytes of a volume's layers lie as far apart as the other volumes are busy.
+    """
+    ordered = sorted(numbers)
+    gaps = sorted(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
+    filled = set(numbers)
+    room = FILLED_MAX
+    for before, after in gaps[: max(len(gaps) + 1 - STRETCHES_MAX, 0)]:
+        room -= after - before - 1
+        if room < 0:
+            break
+        filled.update(range(before + 1, after))
+    return filled
+
+
+def _are_named(catalog: Catalog, layers: Collection[LayerRow]) -> bool:
+    """Whether the catalog still names the map files of all these layers: then none was freed before it was locked."""
+    files = {layer.id: (layer.map_id, layer.map_lock_byte) for layer in layers}
+    ids, named = list(files), 0
+    with catalog.reading():
+        for first in range(0, len(ids), _IDS_MAX):
+            part = ids[first : first + _IDS_MAX]
+            for row in catalog.rows(LayerRow, f"id IN ({', '.join('?' * len(part))})", *part):
+                named += files[row.id] == (row.map_id, row.map_lock_byte)
+    return named == len(files)

@@ -1,0 +1,294 @@
+"""A store that is open: what all that is done in it needs, and nothing of what is done.
+
+What must hold: here is what is shared by the handles of one opening: the directory, the catalog, the locks, the reserve, the
+list of what is open, and the thread for what nobody waits for. What that thread does is handed in. A handle holds
+shared locks on all files that it can read before it trusts the catalog.
+"""
+
+import logging
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from errno import EDQUOT, ENOSPC
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from onionskin.base import forking
+from onionskin.base.background import Background
+from onionskin.base.fsync import sync_directory
+from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_group
+from onionskin.base.sizes import format_size
+from onionskin.catalog import Catalog
+from onionskin.catalog.read_only import can_be_written
+from onionskin.errors import ChainError, FormatError, StateError
+from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
+from onionskin.storage.layout import DIRECTORIES, Layout
+from onionskin.storage.locks import STORE_BYTE, BaseLock, ByteLocks
+from onionskin.storage.reserve import Reserve
+from onionskin.storage.shared_paths import OpenChain, SealedViews
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import AnyPath
+    from onionskin.kernels._volume import DataPath
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Handle(Protocol):
+    """What is open in a store: a volume for writing, or a head or a snapshot to be read."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is a head that is open for writing."""
+
+    @property
+    def head(self) -> bytes:
+        """The top layer of what it reads."""
+
+    @property
+    def path(self) -> "DataPath":
+        """What it reads through."""
+
+    @property
+    def locks(self) -> ByteLocks:
+        """The locks on the files that it can read."""
+
+    @property
+    def base_lock(self) -> BaseLock | None:
+        """The lock on its base, where it has one."""
+
+    def wait_for_readers(self) -> None:
+        """Return when every read that began before has ended."""
+
+    def prepare_if_wanted(self) -> None:
+        """Make the files of the next head, so that a snapshot need not."""
+
+    def close(self) -> None:
+        """Make durable what was written, and give it up."""
+
+
+class OpenStore:
+    """One opening of a store. Any thread may call it.
+
+    Parameters
+    ----------
+    path, create, trust, group
+        As for `Store`.
+    work : callable
+        What the background does when it is woken; called with this. It should raise nothing.
+
+    Attributes
+    ----------
+    views : SealedViews
+        The sealed layers that are open here.
+    reported_work : set of int
+        Ids of the pending work whose failure was logged.
+    """
+
+    def __init__(
+        self,
+        path: "AnyPath",
+        *,
+        create: bool,
+        trust: bool,
+        group: str | int | None,
+        work: "Callable[[OpenStore], None]",
+    ) -> None:
+        self.path: Path = Path(path)
+        self.layout: Layout = Layout(self.path.absolute())
+        self._closed = False
+        # Wiped through this handle with policy `zero`, and not reached by it: see `note_unreachable`.
+        self.unreachable_bytes: int = 0
+        self.reported_work: set[int] = set()
+        self._counting = threading.Lock()
+        self._background = Background(partial(work, self), "onionskin pending work")
+        self._open: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._open_guard = threading.Lock()
+        self.views: SealedViews = SealedViews()
+        if create and not self.layout.catalog.exists():
+            self._make_directories(group)
+        elif group is not None:
+            refuse_other_group(self.layout.root, group)
+        if not trust:
+            refuse_foreign(self.layout)
+        refuse_links(self.layout)
+        self.read_only: bool = self.layout.catalog.exists() and not can_be_written(self.layout.catalog)
+        self.reserve: Reserve = Reserve(self.layout, read_only=self.read_only)
+        self.catalog: Catalog = self._open_catalog(create)
+        try:
+            self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
+            self.locks.wait_shared(STORE_BYTE)
+        except BaseException:
+            self.catalog.close()
+            raise
+        forking.register(self)
+
+    def _open_catalog(self, create: bool) -> Catalog:
+        """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
+        try:
+            with self.reserve.is_kept():
+                if not self.read_only:
+                    self.reserve.make_room_for_catalog()
+                return self.reserve.retry(lambda: Catalog(self.layout.catalog, create=create, read_only=self.read_only))
+        except OSError as error:
+            if error.errno not in (ENOSPC, EDQUOT) or not self.layout.catalog.exists():
+                raise
+        _log.warning("%s: the disk is full to the last block, so the store is opened to be read alone", self.path)
+        self.read_only = self.reserve.read_only = True
+        return Catalog(self.layout.catalog, create=False, read_only=True)
+
+    def _make_directories(self, group: str | int | None) -> None:
+        group = None if group is None else group_id(group)
+        way = [self.layout.root, *self.layout.root.parents]
+        found = next(index for index, directory in enumerate(way) if directory.exists())
+        # From what is there already: one that crashed may have made it, and its name need not be durable.
+        for directory in reversed(way[: found + 1]):
+            is_root, was_there = directory == self.layout.root, directory.exists()
+            directory.mkdir(exist_ok=True, mode=0o700 if is_root else 0o777)
+            if group is not None and is_root:
+                # One that was there is somebody's, with what is in it: its mode and its group are not changed in passing.
+                (refuse_other_group if was_there else make_shared)(directory, group)
+            with suppress(PermissionError):  # somebody else's directory, so not one that we made
+                sync_directory(directory.parent)  # BARRIER: store name
+        for name in DIRECTORIES:
+            (self.layout.root / name).mkdir(exist_ok=True, mode=0o700)
+            if is_shared(self.layout.root):
+                make_shared(self.layout.root / name, self.layout.root.stat().st_gid)
+
+    def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
+        """Open a head for the holder of its volume's lock."""
+        self.catalog.sync_found()
+        return self.open_layer(layer, writable=True, dirty=self.layout.dirty_file(volume_id))
+
+    def open_layer(
+        self, layer: bytes, *, writable: bool = False, verify: bool = False, dirty: Path | None = None
+    ) -> OpenChain:
+        """Lock the files of a head or of a sealed layer, and open its data path; the caller closes all three."""
+        locks = ByteLocks(self.layout.lock)
+        base_lock = None
+        try:
+            chain, base_lock = self._lock_layer(layer, locks, verify)
+            path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock, dirty=dirty)
+        except BaseException:
+            locks.close()
+            if base_lock:
+                base_lock.close()
+            raise
+        return OpenChain(chain, path, locks, base_lock)
+
+    def _lock_layer(self, layer: bytes, locks: ByteLocks, verify: bool) -> tuple[Chain, BaseLock | None]:
+        """Lock a chain and its base; again where a merge into the base ended between the two."""
+        while True:
+            chain = lock_chain(self.catalog, layer, locks)
+            try:
+                return chain, lock_base(self.catalog, chain, verify=verify)
+            except ChainError:
+                if read_chain(self.catalog, layer).base == chain.base:
+                    raise
+
+    def register(self, handle: Handle) -> None:
+        """Put a handle on the list of those that are open here."""
+        with self._open_guard:
+            self._open.add(handle)
+
+    def open_handles(self) -> list[Handle]:
+        """Return the volumes and views that are open here."""
+        with self._open_guard:
+            return list(self._open)
+
+    def change(self, change: "Callable[[], Result]") -> "Result":
+        """Run a change as one transaction, again with the reserve given up where the disk is full.
+
+        So a change may be run twice; of the first time nothing is in the catalog.
+        """
+
+        def once() -> "Result":
+            with self.catalog.transaction():
+                return change()
+
+        return self.reserve.retry(once)
+
+    def path_of_head(self, layer: bytes) -> "DataPath | None":
+        """Return the data path of the volume that is open here with this head."""
+        for handle in self.open_handles():
+            if handle.writable and handle.head == layer:
+                return handle.path
+        return None
+
+    def wake(self) -> None:
+        """Let the background look for work."""
+        self._background.wake()
+
+    def finish_work(self) -> None:
+        """Wait for the background to be done."""
+        self._background.finish()
+
+    def note_unreachable(self, count: int) -> None:
+        """Count bytes that a wipe overwrote and did not reach, and say so in the log, the first time."""
+        with self._counting:
+            first = count and not self.unreachable_bytes
+            self.unreachable_bytes += count
+        if first:
+            _log.warning(
+                "%s: a wipe overwrote %s whose old contents may still be on the medium, since the file system writes "
+                "elsewhere or other files share the blocks; keep the store on ext4 or XFS, or encrypt the device",
+                self.path,
+                format_size(count),
+            )
+
+    def forget(self, handle: Handle) -> None:
+        """Take a handle that closes off the list."""
+        with self._open_guard:
+            self._open.discard(handle)
+
+    def close(self) -> None:
+        """Close the store, and the handles that are still open in it. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as stack:  # one volume whose flush fails does not keep the others open
+            stack.callback(self.catalog.close)
+            stack.callback(self.locks.close)
+            stack.callback(self._background.end)
+            for handle in self.open_handles():
+                stack.callback(handle.close)
+
+    def after_fork(self) -> None:
+        """In the child: nothing is done here again."""
+        self._closed = True
+
+
+def refuse_foreign(layout: Layout) -> None:
+    """Refuse the store of another user: its rows name files that would be read and written with this user's rights."""
+    try:
+        owner = layout.root.stat().st_uid
+    except FileNotFoundError:
+        return
+    if owner != os.geteuid():
+        raise StateError(
+            f"the store {layout.root} belongs to user {owner}, and this is user {os.geteuid()}; a store can name any file "
+            "as a base, so open it only if you trust that user (--trust on the command line, trust=True in Python)"
+        )
+
+
+def refuse_links(layout: Layout) -> None:
+    """Refuse a store one of whose own files or directories is something else: a link leads out of the store."""
+    for path in (*(layout.root / name for name in DIRECTORIES), *layout.files):
+        try:
+            mode = path.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        wanted = stat.S_ISDIR(mode) if path.name in DIRECTORIES else stat.S_ISREG(mode)
+        if not wanted:
+            is_link = stat.S_ISLNK(mode)
+            what = "a symbolic link" if is_link else "something else"
+            kind = "directory" if path.name in DIRECTORIES else "regular file"
+            raise (StateError if is_link else FormatError)(
+                f"{path} is {what}, where a store has a {kind} of its own; look at what it is, and remove it"
+            )
