@@ -414,8 +414,11 @@ class Outcome:
     violations: list[str]
 
 
-def soak(root: Path, seconds: float, seed: int) -> Outcome:
-    """Have processes work below a directory that is there and empty, kill and stop them, and judge what they left."""
+def soak(root: Path, seconds: float, seed: int, *, verbs_min: int = 0) -> Outcome:
+    """Have processes work below a directory that is there and empty, kill and stop them, and judge what they left.
+
+    On a busy machine it goes on until `verbs_min` verbs are done and two processes have been killed.
+    """
     source = random.Random(seed)
     (root / "journals").mkdir()
     onionskin.Store(root / "store").close()
@@ -423,7 +426,9 @@ def soak(root: Path, seconds: float, seed: int) -> Outcome:
     running: dict[subprocess.Popen[bytes], bool] = {}  # whether it is stopped
     end = time.monotonic() + seconds
     try:
-        while time.monotonic() < end and not (root / "violations").exists():
+        while not (root / "violations").exists():
+            if time.monotonic() >= end and outcome.kills >= 2 and verbs_done(root) >= verbs_min:
+                break
             while len(running) < PROCESSES:
                 running[start(root, source.randrange(1 << 30))] = False
             time.sleep(source.expovariate(3))
@@ -450,8 +455,13 @@ def soak(root: Path, seconds: float, seed: int) -> Outcome:
         outcome.violations.append(f"processes ended with {[process.returncode for process in running]}")
     else:
         outcome.violations += judge(root)
-    outcome.verbs = sum(path.read_text().count('"done"') for path in (root / "journals").iterdir())
+    outcome.verbs = verbs_done(root)
     return outcome
+
+
+def verbs_done(root: Path) -> int:
+    """Count the verbs that ended, by the journals of all processes."""
+    return sum(path.read_text().count('"done"') for path in (root / "journals").iterdir())
 
 
 def start(root: Path, seed: int) -> subprocess.Popen[bytes]:
