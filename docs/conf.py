@@ -68,6 +68,7 @@ nitpick_ignore = [
         "numpy.dtype",
         "numpy.ndarray",
         "os.PathLike",
+        "pathlib.Path",
         "typing.BinaryIO",
     )
 ]

@@ -84,7 +84,7 @@ class Store:
 
     Attributes
     ----------
-    path : Path
+    path : pathlib.Path
         The directory, as it was given.
 
     Notes
@@ -108,7 +108,7 @@ class Store:
 
     @property
     def read_only(self) -> bool:
-        """Whether the store can only be read: what changes it raises OSError then.
+        """Whether the store can only be read. Each change of it raises OSError then.
 
         Its file system is mounted so or full to the last block, or its owner lets this user do no more.
         """
