@@ -104,8 +104,8 @@ def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
     """Return the stretches (first, last) that are worth folding: small, or half as heavy again as their heaviest.
 
     What is folded is then in a map that is by half larger than the one that it was in, which happens to it a
-    logarithmic number of times. Where a stretch is not, none of its parts that have its heaviest in them can be: so that
-    one is left out, and the two sides of it are looked at.
+    logarithmic number of times. Where a stretch is not, none of its parts that have its heaviest in them can have grown:
+    so that one is left out, and the two sides of it are looked at. Such a part may be small, though: those are added.
     """
     found: list[tuple[int, int]] = []
     todo = [(0, len(weights) - 1)]
@@ -120,7 +120,22 @@ def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
             continue
         at = first + part.index(heaviest)
         todo += [(first, at - 1), (at + 1, last)]
-    return sorted(found)
+    return sorted(found + _small_parts(weights, found))
+
+
+def _small_parts(weights: Sequence[int], found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the stretches between those found that are small: the heaviest layer of a heavier stretch may be in one."""
+    taken = {at for first, last in found for at in range(first, last + 1)}
+    small: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for at, weight in enumerate([*weights, SMALL_BYTES + 1]):
+        total += weight
+        if at in taken or total > SMALL_BYTES:
+            if at - first > 1:
+                small.append((first, at - 1))
+            is_start = at not in taken
+            first, total = (at, weight) if is_start else (at + 1, 0)
+    return small
 
 
 def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:

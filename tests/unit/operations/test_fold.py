@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import onionskin
@@ -25,7 +25,10 @@ def is_worth_it(part: list[int]) -> bool:
     return sum(part) <= fold.SMALL_BYTES or 2 * sum(part) >= 3 * max(part)
 
 
-@given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 1 << 24)), min_size=1, max_size=12))
+@given(
+    st.lists(st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.integers(0, 1 << 24)), min_size=1, max_size=12)
+)
+@example([0, 0, 0, 0, 67, 80, 22135, 10491])
 def test_parts_that_are_folded_have_grown_and_none_that_has_is_left(weights: list[int]) -> None:
     parts = grown_parts(weights)
     assert all(is_worth_it(weights[first : last + 1]) for first, last in parts)
