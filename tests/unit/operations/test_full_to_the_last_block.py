@@ -35,7 +35,7 @@ def fill(root: Path) -> None:
     os.sync()
 
 
-@pytest.fixture(params=list(SYSTEMS))
+@pytest.fixture(params=["ext4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("xfs", "btrfs"))])
 def root(request: pytest.FixtureRequest) -> Path:
     """A file system with a store of a volume with two snapshots of 4 MiB each, and room for more."""
     root: Path = request.getfixturevalue(f"{request.param}_mount")(SYSTEMS[request.param])

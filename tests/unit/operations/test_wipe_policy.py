@@ -68,7 +68,7 @@ def discard(web: onionskin.Volume) -> None:
 
 
 @pytest.mark.parametrize("free", [trim, revert, merge, merge_then_trim, discard])
-@pytest.mark.parametrize("system", ["ext4", "xfs"])
+@pytest.mark.parametrize("system", ["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
 def test_nothing_is_left_of_freed_blocks(request: pytest.FixtureRequest, system: str, free) -> None:
     root = request.getfixturevalue(f"{system}_mount")()
     with onionskin.Store(root / "store") as store, store.create("web", size="8M", wipe="zero") as web:
