@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -96,3 +97,10 @@ def test_a_format_of_a_base_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(DISK)
     with Store(tmp_path / "vms") as store, pytest.raises(ValueError, match="is no format of a base"):
         store.create("web", base=tmp_path / "image", base_format="qcow2")  # type: ignore[arg-type]
+
+
+def test_a_fifo_as_a_base_is_refused_and_not_waited_for(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    refused = run("create", f"{tmp_path}/vms/web", "--base", tmp_path / "fifo")
+    assert refused.exit_code == 6
+    assert "is not a regular file" in refused.stderr

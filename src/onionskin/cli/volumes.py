@@ -89,8 +89,9 @@ def create(
     if base_format is not None and base is None:
         raise click.UsageError("--format is about the base: give --base FILE too")
     if base is not None:  # one that is missing, or is not to be had as a base, shall not leave an empty store behind
-        with open(base, "rb", buffering=0) as file:
-            if base_format is None:
+        base.stat()
+        if base_format is None and base.is_file():  # to open a FIFO waits; it is refused below, as no regular file
+            with open(base, "rb", buffering=0) as file:
                 refuse_as_raw(file.fileno(), base)
     with open_store(name.store, create=True, group=group) as store:
         store.create(

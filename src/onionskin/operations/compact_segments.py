@@ -16,7 +16,7 @@ from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
-from onionskin.catalog import Catalog, LayerRow, SegmentRow
+from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._copy import CopyJob
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
@@ -75,7 +75,7 @@ def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[Segment
 def gather_below(volume: "Volume", layer_id: bytes) -> None:
     """Gather in a sealed layer of a volume that is open for writing, where the layer has too many segments.
 
-    Reads and writes go on. A layer that cannot be gathered now is left as it is.
+    Reads and writes go on. A layer that cannot be gathered now is left as it is, and what the caller does goes on.
     """
     catalog = volume.opened_store.catalog
     with catalog.reading():
@@ -83,7 +83,16 @@ def gather_below(volume: "Volume", layer_id: bytes) -> None:
             return
         layer, sealed = catalog.layer(layer_id), catalog.rows(SegmentRow, "layer = ?", layer_id)
         is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
-    put_off(partial(_gather, volume.opened_store, layer, sealed, volume if is_read else None))
+    try:
+        put_off(partial(_gather, volume.opened_store, layer, sealed, volume if is_read else None))
+    except CommitUnknownError:
+        raise
+    except (OSError, OnionskinError) as error:
+        if volume.path.poisoned:
+            raise
+        _log.warning(
+            "%s: the segments of layer %s could not be gathered: %s", catalog.path.parent, layer_id.hex(), error
+        )
 
 
 def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
@@ -92,7 +101,8 @@ def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader:
     try:
         wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
         # What the reader holds nobody frees as a whole; and a scrub, which borrows its lock, frees no slot that is copied.
-        locks.must_share(wanted - reader.locks.shared if reader else wanted)
+        if not locks.take_shared(wanted - reader.locks.shared if reader else wanted):
+            return  # somebody frees or wipes one of them just now: the next time will do
         _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
         with load_layer(store, layer) as layer_map:
             small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else GATHER_BYTES_MAX)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.catalog import SegmentRow
+from onionskin.catalog import LayerRow, SegmentRow
 from onionskin.operations import compact_segments
 from onionskin.operations.compact_segments import SEGMENTS_MAX
 
@@ -112,6 +112,27 @@ def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_
             assert web.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
         store._opened.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+def test_a_gathering_that_fails_leaves_the_fold_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "the medium failed")
+
+    monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 1)
+    monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 0)
+    monkeypatch.setattr(compact_segments, "_copy_slots", fail)
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK) as web:
+        for number in range(4):
+            web.write(number * BLOCK, bytes([1 + number]) * BLOCK)
+            web.snapshot(f"s{number}")
+        for number in range(4):
+            web.merge(f"s{number}")
+        assert "could not be gathered" in caplog.text and "could not be joined" not in caplog.text
+        assert len(store._opened.catalog.rows(LayerRow)) == 1
+        assert web.read(0, 4 * BLOCK) == b"".join(bytes([1 + number]) * BLOCK for number in range(4))
+        assert store.check() == []
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
