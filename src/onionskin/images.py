@@ -6,44 +6,48 @@ What must hold:
   names any file of the host as its backing file. Here the format comes from the magic bytes, or from the
   caller; an image that names other files is refused unless the caller named its format and so vouches for it.
 - Holes stay holes: of a raw file only what SEEK_DATA finds is read, and blocks of zeros are not stored.
-- A conversion goes through a raw file, since qemu-img needs a target that it can seek in. For an import that
-  file has no name (it vanishes with the process, however that ends) and lies in the store's file system,
-  where there must be room for the data anyhow.
+- A conversion makes no copy: qemu-img reads, or writes, the disk itself, which this process serves to it alone.
 - An import is a draft until all of it is durable: one that fails, or is killed, leaves no volume, and one that is under
   way deletes nothing by a name. An export that fails leaves no file.
-- An image that ends early, or becomes shorter while it is read, is an error: what is missing is not zeros.
+- An image that ends early, or becomes shorter while it is read, is an error: what is missing is not zeros. Of a pipe nobody
+  can tell; a program that unpacks can, and is believed.
 """
 
 import contextlib
 import errno
-import json
 import os
-import shutil
-import struct
-import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from onionskin.base.files import data_ranges, refuse_shorter
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
-from onionskin.errors import FormatError, OnionskinError
-from onionskin.exchange.image_formats import READ, VHD_COOKIE, VHD_FOOTER_BYTES, format_of
+from onionskin.errors import FormatError
+from onionskin.exchange.block_devices import BlockDevice
+from onionskin.exchange.image_formats import (
+    READ,
+    START_BYTES,
+    VHD,
+    VHD_COOKIE,
+    VHD_FOOTER_BYTES,
+    ImageFormat,
+    format_of,
+    format_of_start,
+)
+from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
 if TYPE_CHECKING:
+    from onionskin.operations.staged_volumes import Draft
     from onionskin.store import Store
     from onionskin.volume import Volume
 
 AnyPath = str | os.PathLike[str]
 FORMATS = READ
-_DRIVERS = {"vhd": "vpc"}  # where qemu-img has another name for it
-
-# Exit statuses of qemu-img check: space that nothing uses, and a format that it cannot check.
-_ONLY_LEAKS, _NO_CHECK = 3, 63
-_VDI_HEADER_BYTES = 512
-_VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
 _CHUNK_BYTES = 4 << 20
+ZERO_UNIT_BYTES = 4096  # a multiple of the sectors of all devices
+_FIRST_SIZE_BYTES = 1 << 30  # of the disk that a stream is written to, whose size is known at its end
 
 
 def detect_format(path: AnyPath) -> str:
@@ -57,8 +61,8 @@ def detect_format(path: AnyPath) -> str:
     Returns
     -------
     str
-        One of `FORMATS`, as `import_image` takes it; or the name of another format that is known and not read, such as
-        ``qed``, ``luks`` or ``gzip``.
+        One of `FORMATS`, as `import_image` takes it; or the name of another format that is known, such as ``qed``, ``luks``
+        or ``gzip``.
 
     Raises
     ------
@@ -70,27 +74,19 @@ def detect_format(path: AnyPath) -> str:
     return found.name if found else "raw"
 
 
-def _format_to_import(path: AnyPath) -> str:
-    """Tell the format of an image, which must be one that is read here."""
-    with open(path, "rb", buffering=0) as file:
-        found = format_of(file.fileno())
-    if found and found.name not in FORMATS:
-        raise FormatError(
-            f"{os.fspath(path)} is {found.title}, which is not read here: {found.advice} first, or import its bytes as they "
-            "are with format raw"
-        )
-    return found.name if found else "raw"
+# ---- import ----
 
 
 def import_image(
     store: "Store",
-    path: AnyPath,
+    image: AnyPath | IO[bytes],
     name: str,
     *,
     format: str | None = None,
     block_size: int = 4096,
     wipe: Literal["release", "zero"] = "release",
     progress: Progress | None = None,
+    note: Callable[[str], object] | None = None,
 ) -> int:
     """Make a volume without a base that holds the data of an image.
 
@@ -98,16 +94,21 @@ def import_image(
     ----------
     store : Store
         Where the volume is made.
-    path : path
-        The image, a file or a block device. It is not written to.
+    image : path or binary file
+        A file or a block device, by its path; or what is open and has a descriptor, which is read from its position on: it
+        may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked by the system's program.
+        It is not written to.
     name : str
         Of the new volume.
     format : str, optional
-        One of `FORMATS`; None tells it by the magic bytes. Naming it vouches for the image.
+        One of `FORMATS`; None tells it by the magic bytes. Naming it vouches for the image. ``raw`` takes the bytes as they
+        are, also those of a compressed file.
     block_size, wipe
         Of the new volume.
     progress : callable, optional
-        Called with the bytes copied so far and in all.
+        Called with the bytes copied so far and in all; in all 0 where nobody knows.
+    note : callable, optional
+        Called with a few words on what was done besides, as ``unpacked with zstd``.
 
     Returns
     -------
@@ -118,38 +119,203 @@ def import_image(
     ------
     FormatError
         The image is damaged, or of a format that is known and not read here, or names other files and `format` is None.
+    OnionskinError
+        A program is wanted that is not installed.
     VolumeExistsError
         The store has a volume of that name.
     """
-    # Here, as the command line comes to this module for a list of formats.
-    from onionskin.operations import staged_volumes
-    from onionskin.operations.export import passing_file
-    from onionskin.operations.volumes import refuse_taken
+    from onionskin.operations.volumes import refuse_taken  # here, as the command line comes to this module for FORMATS
 
     check_name("volume", name)
     refuse_taken(store._opened, name)
     if format is not None and format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
-    kind = format or _format_to_import(path)
     with contextlib.ExitStack() as stack:
-        if kind == "raw":
-            source: IO[bytes] = stack.enter_context(open(path, "rb", buffering=0))
+        descriptor, called = stack.enter_context(_opened(image))
+        made = _Import(stack, store, name, called, format, block_size, wipe, progress)
+        if is_seekable(descriptor):
+            kind = made.kind_of(format_of(descriptor))
+            if kind in COMPRESSED:
+                draft = made.from_compressed(Source(descriptor, called), kind, note)
+            else:
+                is_named = isinstance(image, str | os.PathLike)
+                draft = made.from_file(descriptor, kind, Path(image) if is_named else None)  # type: ignore[arg-type]
         else:
-            source = stack.enter_context(passing_file(store._opened, store.path, [wipe]))
-            _convert_to_raw(path, kind, source, vouched=format is not None)
-        size_bytes = os.lseek(source.fileno(), 0, os.SEEK_END)
+            source = Source(descriptor, called)
+            kind = made.kind_of(format_of_start(source.peek(START_BYTES)))
+            draft = made.from_compressed(source, kind, note) if kind in COMPRESSED else made.from_stream(source, kind)
+        draft.publish()
+        return draft.size_bytes
+
+
+@contextlib.contextmanager
+def _opened(image: AnyPath | IO[bytes]) -> Iterator[tuple[int, str]]:
+    """Give the descriptor of an image, and what messages call it."""
+    if isinstance(image, str | os.PathLike):
+        with open(image, "rb", buffering=0) as file:
+            yield file.fileno(), os.fspath(image)
+    else:
+        called = getattr(image, "name", None)
+        yield image.fileno(), called if isinstance(called, str) else "the image"
+
+
+class _Import:
+    """One import: a draft is made and filled from whatever the image is. What it needs is closed with the stack."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        store: "Store",
+        name: str,
+        called: str,
+        format: str | None,
+        block_size: int,
+        wipe: str,
+        progress: Progress | None,
+    ) -> None:
+        self._stack, self._store, self._name, self._called = stack, store, name, called
+        self._format, self._block_size, self._wipe = format, block_size, wipe
+        self._progress = progress
+
+    def kind_of(self, found: ImageFormat | None) -> str:
+        """Tell what is to be done with an image by its magic and by what the caller said: a format, or one to unpack."""
+        if self._format == "raw":
+            return "raw"
+        if found and found.name in COMPRESSED:
+            return found.name
+        if self._format:
+            return self._format
+        if found and found.name not in FORMATS:
+            raise FormatError(
+                f"{self._called} is {found.title}, which is not read here: {found.advice} first, or import its bytes as "
+                "they are with format raw"
+            )
+        return found.name if found else "raw"
+
+    def _draft(self, size_bytes: int) -> "Draft":
+        from onionskin.operations import staged_volumes
+
         if size_bytes == 0:
-            raise FormatError(f"{os.fspath(path)}: the image is empty; give one that holds a disk")
+            raise FormatError(f"{self._called}: the image is empty; give one that holds a disk")
+        self._refuse_larger(size_bytes)
+        return self._stack.enter_context(
+            staged_volumes.draft(
+                self._store._opened, self._name, size=size_bytes, block_size=self._block_size, wipe=self._wipe
+            )
+        )
+
+    def _refuse_larger(self, size_bytes: int) -> None:
         if size_bytes > VOLUME_BYTES_MAX:
             raise FormatError(
-                f"{os.fspath(path)}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
+                f"{self._called}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
             )
-        draft = stack.enter_context(
-            staged_volumes.draft(store._opened, name, size=size_bytes, block_size=block_size, wipe=wipe)
-        )
-        copy_into(draft, source.fileno(), path=path, progress=progress)
-        draft.publish()
-    return size_bytes
+
+    def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Draft":
+        """Take an image that can be read from any place. Without a path it goes by its descriptor."""
+        if kind == "raw":
+            draft = self._draft(os.lseek(descriptor, 0, os.SEEK_END))
+            copy_into(draft, descriptor, path=self._called, progress=self._progress)
+            return draft
+        from onionskin.exchange import qemu_img
+        from onionskin.nbd.for_program import served_to_program
+
+        image = qemu_img.Image(path or f"/proc/self/fd/{descriptor}", kind, self._called, keep=descriptor)
+        if self._format is None:
+            image.refuse_other_files()
+        image.refuse_cut_short()
+        draft = self._draft(image.size_bytes)
+        with served_to_program(draft.path, qemu_img.EXPORT, writable=True) as disk:
+            image.copy_to(disk, _percents(self._progress, image.size_bytes))
+        return draft
+
+    def from_compressed(self, source: Source, kind: str, note: Callable[[str], object] | None) -> "Draft":
+        """Take what the system's program makes of a compressed image: nothing, unless it was whole."""
+        report = self._report(_position_of(source.descriptor))
+        draft: Draft | None = None
+        with unpacked(source, kind) as inner:
+            within = self.kind_of(format_of_start(inner.peek(START_BYTES)))
+            if within in COMPRESSED:
+                raise FormatError(
+                    f"{self._called} is compressed with {kind}, and with {within} within; unpack it first"
+                )
+            is_stored = within == "raw" and inner.peek(1) != b""
+            if is_stored:
+                draft = self._from_raw_stream(inner, report)
+            else:  # what cannot be told from its beginning is looked at when it is known to be whole
+                file = self._spool(inner, report)
+        if note:
+            note(f"unpacked with {kind}")
+        return draft or self.from_file(file.fileno(), within)
+
+    def from_stream(self, source: Source, kind: str) -> "Draft":
+        """Take an image that can be read once."""
+        report = self._report(lambda done: (done, 0))
+        if kind == "raw" and source.peek(1):
+            return self._from_raw_stream(source, report)
+        return self.from_file(self._spool(source, report).fileno(), kind)
+
+    def _report(self, measure: Callable[[int], tuple[int, int]]) -> Callable[[int], object]:
+        """Make a function that takes the bytes that were read; `measure` makes of them what `progress` is told."""
+        progress = self._progress
+        return (lambda done: progress(*measure(done))) if progress else (lambda done: None)
+
+    def _spool(self, source: Source, report: Callable[[int], object]) -> IO[bytes]:
+        """Keep a stream in a file without a name: the tables of an image may be anywhere in it."""
+        from onionskin.operations.export import passing_file
+
+        file = self._stack.enter_context(passing_file(self._store._opened, self._store.path, [self._wipe]))
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        done = 0
+        while length := source.readinto(buffer):
+            file.write(buffer[:length])
+            done += length
+            report(done)
+        file.flush()
+        return file
+
+    def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Draft":
+        """Write bytes to a disk that grows with them."""
+        import numpy as np
+
+        from onionskin.base.zero_runs import split_zeros
+
+        draft = self._draft(_FIRST_SIZE_BYTES)
+        buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+        end = b""  # where the footer of a fixed VHD would be
+        done = 0
+        while length := source.readinto(buffer.data):
+            self._refuse_larger(done + length)
+            if done + length > draft.size_bytes:
+                draft.resize(min(max(2 * draft.size_bytes, done + length), VOLUME_BYTES_MAX))
+            for first, last, is_zero in split_zeros(buffer[:length], draft.block_size):
+                if not is_zero:
+                    draft.write(done + first, buffer[first:last])
+            end = (end + buffer[max(0, length - VHD_FOOTER_BYTES) : length].tobytes())[-VHD_FOOTER_BYTES:]
+            done += length
+            report(done)
+        if self._format is None and end.startswith(VHD_COOKIE):
+            raise FormatError(
+                f"{self._called} is {VHD.title} of fixed size, which only its end tells: save it as a file and import that, "
+                "or import its bytes as they are with format raw"
+            )
+        draft.resize(done, force=True)
+        return draft
+
+
+def _percents(progress: Progress | None, size_bytes: int) -> Callable[[float], object] | None:
+    """Pass percents of a disk on as bytes."""
+    if progress is None:
+        return None
+    return lambda percent: progress(int(size_bytes * percent / 100), size_bytes)
+
+
+def _position_of(descriptor: int) -> Callable[[int], tuple[int, int]]:
+    """Measure by how much of a compressed file was read: whoever reads it moves the position of the descriptor."""
+    if not is_seekable(descriptor):
+        return lambda done: (done, 0)
+    total = os.lseek(descriptor, 0, os.SEEK_END)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return lambda _: (os.lseek(descriptor, 0, os.SEEK_CUR), total)
 
 
 def copy_into(
@@ -202,7 +368,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     format : str
         One of `FORMATS`.
     progress : callable, optional
-        Called with the bytes copied so far and in all, of the copy out of the volume.
+        Called with the bytes copied so far and in all; of a conversion those of the disk, also where it has holes.
 
     Raises
     ------
@@ -211,8 +377,11 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     OnionskinError
         qemu-img is wanted and is not installed.
     """
+    from onionskin.exchange import qemu_img
+    from onionskin.nbd.for_program import served_to_program
     from onionskin.operations import copy, export
     from onionskin.operations.pinned import pinned
+    from onionskin.storage.shared_paths import refuse_changed_base
 
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
@@ -220,124 +389,67 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     if format == "raw":
         export.export(volume, target, replace=False, progress=progress)
         return
-    store, parent = volume.opened_store, target.absolute().parent
+    store = volume.opened_store
     export.refuse_target(store, target, replace=False)
-    _qemu_img()
+    qemu_img.program()
     with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:
-        copy.check_room_for_copy(store, opened, parent)
-        with export.passing_file(store, parent, export.policies_of(opened)) as raw:
-            copy.copy_disk(store, opened, raw.fileno(), progress=progress)
-            way = [f"/proc/self/fd/{descriptor}" for descriptor in (raw.fileno(), made)]
-            options = (
-                ("-o", "force_size=on") if format == "vhd" else ()
-            )  # else the size is one that has cylinders and heads
-            driver = _DRIVERS.get(format, format)
-            _run("convert", "-f", "raw", "-O", driver, *options, *way, about=path, keep=(raw.fileno(), made))
+        copy.check_room_for_copy(store, opened, target.absolute().parent)
+        with served_to_program(opened.path, qemu_img.EXPORT, writable=False) as disk:
+            percent = _percents(progress, volume.size_bytes)
+            qemu_img.write_image(disk, made, format, about=path, percent=percent)
+        refuse_changed_base(opened)
 
 
-def _convert_to_raw(path: AnyPath, kind: str, raw: IO[bytes], *, vouched: bool) -> None:
-    source = _absolute(path)
-    before = Path(source).stat()
-    driver = _DRIVERS.get(kind, kind)
-    facts = json.loads(_run("info", "--output=json", "-f", driver, source, about=path))
-    if not vouched:
-        _refuse_other_files(path, kind, source, facts)
-    _refuse_cut_short(path, kind, source, facts)
-    os.ftruncate(raw.fileno(), facts["virtual-size"])
-    # -n: the target is there already, and all of it is a hole; qemu-img finds it by its descriptor.
-    target = f"/proc/self/fd/{raw.fileno()}"
-    options = ("-n", "--target-is-zero", "-f", driver, "-O", "raw")
-    _run("convert", *options, source, target, about=path, keep=(raw.fileno(),))
-    after = Path(source).stat()
-    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
-        raise FormatError(
-            f"{os.fspath(path)}: the image changed while it was read (size or time differ); import it again"
-        )
+def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progress | None = None) -> None:
+    """Write what a volume, or a view of a snapshot, reads over the beginning of a block device; durable on return.
 
+    What the device holds behind the size of the disk stays. Where this fails, a part of the device was written.
 
-def _refuse_other_files(path: AnyPath, kind: str, source: str, facts: dict[str, Any]) -> None:
-    specific = facts.get("format-specific", {}).get("data", {})
-    others = [facts.get("full-backing-filename"), facts.get("backing-filename"), specific.get("data-file")]
-    others += [extent.get("filename") for extent in specific.get("extents", [])]
-    named = [other for other in others if other and other != source]
-    if named:
-        raise FormatError(
-            f"{os.fspath(path)}: this {kind} image reads from another file, {named[0]}; "
-            f"if you trust the image, import it with --format {kind}"
-        )
+    Parameters
+    ----------
+    volume : Volume
+        Open, and not written to meanwhile.
+    device : BlockDevice
+        Open.
+    progress : callable, optional
+        Called with the bytes written so far and in all.
 
-
-def _refuse_cut_short(path: AnyPath, kind: str, source: str, facts: dict[str, Any]) -> None:
-    """qemu-img would convert what is left without a word: tables and blocks behind the end of the file read zero."""
-    driver = _DRIVERS.get(kind, kind)
-    checked = _run("check", "--output=json", "-f", driver, source, about=path, also_fine=(_ONLY_LEAKS, _NO_CHECK))
-    size_bytes = Path(source).stat().st_size
-    missing = False
-    if kind == "qcow2":
-        missing = json.loads(checked).get("image-end-offset", 0) - size_bytes >= facts.get("cluster-size", 1 << 16)
-    if kind == "vdi":  # qemu-img check does not look
-        with open(source, "rb") as file:
-            header = file.read(_VDI_HEADER_BYTES)
-        (first_block,) = struct.unpack_from("<I", header, 0x158)
-        block_size, blocks_allocated = struct.unpack_from("<I8xI", header, 0x178)
-        missing = first_block + block_size * blocks_allocated > size_bytes
-    if kind == "vhd":
-        missing = _is_vhd_cut_short(path, source)
-    if missing:
-        raise FormatError(f"{os.fspath(path)}: this {kind} image was cut short: its end is missing; fetch it again")
-
-
-def _is_vhd_cut_short(path: AnyPath, source: str) -> bool:
-    """Whether the end is missing, where the footer is. A differencing disk is refused: its parent is another file.
-
-    Microsoft, Virtual Hard Disk Image Format Specification, 1.0: qemu-img takes such a disk for a dynamic one.
+    Raises
+    ------
+    StateError
+        The device stands on a file that is a base, of a volume of this store or of one that is open.
+    OSError
+        ENOSPC: it is smaller than the disk; nothing was written then. Or an error of the device.
     """
-    with open(source, "rb") as file:
-        file.seek(-VHD_FOOTER_BYTES, os.SEEK_END)
-        footer = file.read(VHD_FOOTER_BYTES)
-    if not footer.startswith(VHD_COOKIE):
-        return True
-    (disk_type,) = struct.unpack_from(">I", footer, _VHD_TYPE_OFFSET)
-    if disk_type not in (_VHD_FIXED, _VHD_DYNAMIC):
-        raise FormatError(
-            f"{os.fspath(path)}: this VHD has only what changed over another one (type {disk_type}); merge it into its "
-            "parent with the program that made it, and import that"
+    import numpy as np
+
+    from onionskin.base.zero_runs import split_zeros
+
+    refuse_device(volume, device)
+    size_bytes = volume.size_bytes
+    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    for at in range(0, size_bytes, _CHUNK_BYTES):
+        piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
+        volume.readinto(at, piece)
+        for first, last, is_zero in split_zeros(piece, ZERO_UNIT_BYTES):
+            if is_zero:
+                device.zero(at + first, last - first)
+            else:
+                device.write(at + first, piece[first:last].data)
+        if progress is not None:
+            progress(at + len(piece), size_bytes)
+    device.sync()
+
+
+def refuse_device(volume: "Volume", device: BlockDevice) -> None:
+    """Raise where a disk cannot be written to a block device, before anything is. `export_to_device` says what is raised."""
+    from onionskin.operations.export import refuse_file_below
+
+    for file in device.files_below():
+        refuse_file_below(volume.opened_store, device.path, file)
+    if device.size_bytes < volume.size_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"the device has {device.size_bytes} bytes, and the disk {volume.size_bytes}; choose a larger device",
+            str(device.path),
         )
-    return False
-
-
-def _absolute(path: AnyPath) -> str:
-    """Name a file so that qemu-img cannot take the name for a protocol, an option or a json: description."""
-    return str(Path(path).absolute())
-
-
-def _qemu_img() -> str:
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise OnionskinError(
-            "qemu-img is not installed, and formats other than raw need it; "
-            "install the package qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, Arch, Alpine), or use raw"
-        )
-    return program
-
-
-def _run(*arguments: str, about: AnyPath, keep: tuple[int, ...] = (), also_fine: tuple[int, ...] = ()) -> str:
-    """Run qemu-img and give what it printed; its process group is ours, so that Ctrl-C stops it too."""
-    ended = subprocess.run(
-        [_qemu_img(), *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"LC_ALL": "C"},
-        pass_fds=keep,
-    )
-    if ended.returncode and ended.returncode not in also_fine:
-        if os.strerror(errno.ENOSPC) in ended.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(about))
-        said = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
-        raise FormatError(
-            f"{os.fspath(about)}: qemu-img {arguments[0]} failed: {said[0].removeprefix('qemu-img: ')}; "
-            "look at the image with qemu-img check"
-        )
-    return ended.stdout

@@ -13,6 +13,7 @@ from click.testing import Result
 
 from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import KNOWN
+from onionskin.exchange.streams import COMPRESSED
 from onionskin.images import FORMATS, detect_format, import_image
 from onionskin.store import Store
 
@@ -33,8 +34,9 @@ FILES = {
     "xz": lzma.compress(DISK),
     "bzip2": bz2.compress(DISK),
     "zstd": b"\x28\xb5\x2f\xfd" + DISK,
+    "lz4": b"\x04\x22\x4d\x18" + DISK,
 }
-NOT_READ = [name for name in FILES if name.split()[-1] not in FORMATS]
+NOT_READ = [name for name in FILES if name.split()[-1] not in {*FORMATS, *COMPRESSED}]
 
 
 @pytest.fixture(params=FILES)

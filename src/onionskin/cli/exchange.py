@@ -1,6 +1,8 @@
 """The verbs that move disks between files and stores: import, export, delta, apply."""
 
 import contextlib
+import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_volume, snapshot_value
 from onionskin.cli.volumes import WIPE, volume_value
 from onionskin.exchange.image_formats import KNOWN, SUFFIXES
-from onionskin.images import FORMATS, export_image, import_image
+from onionskin.images import FORMATS, export_image, export_to_device, import_image, refuse_device
 
 if TYPE_CHECKING:
     from onionskin.delta import Readable
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, readable=False)
 FORMAT = click.Choice(FORMATS)
 _CHUNK_BYTES = 1 << 20
+_STDIN = {"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
+_STDOUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+_GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 
 
 @click.command(name="import")
@@ -55,39 +60,66 @@ def import_(
 
     The image is raw, or qcow2, vmdk, vhd, vhdx or vdi through qemu-img. It is copied and not needed afterwards. An image
     whose format was told by its first bytes may not refer to other files; name its format to vouch for it.
+
+    "-" reads stdin. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked by the system's program;
+    --format raw takes its bytes as they are.
     """
-    with open(image, "rb"):  # an image that cannot be read shall not leave an empty store behind
-        pass
-    with open_store(name.store, create=True) as store:
+    notes: list[str] = []
+    # An image that cannot be read shall not leave an empty store behind, and a pipe is opened once.
+    with _image_to_read(image) as source, open_store(name.store, create=True) as store:
         with output.progress(f"import {image.name}", as_json) as progress:
             import_image(
                 store,
-                image,
+                source,
                 name.volume,
                 format=image_format,
                 block_size=block_size,
                 wipe=wipe,
                 progress=progress,
+                note=notes.append,
             )
         about = store.info(name.volume)
-    text = f"made {name}: {output.size(about.size_bytes)} from {image}"
+    text = ", ".join([f"made {name}: {output.size(about.size_bytes)} from {image}", *notes])
     output.tell(as_json, volume_value(about), lambda: text)
+
+
+@contextlib.contextmanager
+def _image_to_read(image: Path) -> "Iterator[Path | IO[bytes]]":
+    """Give the path of a file that can be read, or else stdin or a pipe, open."""
+    if str(image) in _STDIN:
+        if sys.stdin.isatty():
+            raise click.UsageError("an image is not typed: pipe one to import, or give a file")
+        source = output.StandardStream("stdin")
+        source.refuse_closed()
+        yield source  # type: ignore[misc]
+        return
+    with open(image, "rb", buffering=0) as file:  # of a FIFO, this waits for a writer
+        mode = os.fstat(file.fileno()).st_mode
+        yield image if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else file
 
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("image", type=FILE)
 @click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
 @json_option
-def export(name: Name, image: Path, image_format: str | None, as_json: bool) -> None:
+def export(name: Name, image: Path, image_format: str | None, yes: bool, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
 
     IMAGE must not exist yet. Holes are kept. "-" writes a raw image to stdout, with holes as zeros, and the summary of
     --json to stderr.
+
+    If IMAGE is a FIFO, the raw image is written to it. If it is a block device, the raw image is written over what the
+    device holds, which wants --yes where no terminal is. What the device has behind the end of the disk stays.
     """
-    if str(image) == "-":
-        _export_to_stdout(name, image_format, as_json)
+    goal = _goal(image)
+    if goal != "file":
+        if image_format not in (None, "raw"):
+            raise click.UsageError(f"only a raw image can be written to {_GOALS[goal]}: give a file for {image_format}")
+        write = _export_to_device if goal == "device" else _export_as_stream
+        write(name, image, as_json=as_json, yes=yes)
         return
     kind = image_format or _format_by_suffix(image)
     with name.open_store() as store, open_to_read(store, name) as volume:
@@ -110,23 +142,67 @@ def _format_by_suffix(image: Path) -> str:
     return kind if kind in FORMATS else "raw"
 
 
-def _export_to_stdout(name: Name, image_format: str | None, as_json: bool) -> None:
-    if image_format not in (None, "raw"):
-        raise click.UsageError(f"only a raw image can be written to stdout: give a file for {image_format}")
-    if sys.stdout.isatty():
-        raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
-    out = output.StandardStream("stdout")
+def _goal(image: Path) -> Literal["file", "stdout", "stream", "device"]:
+    """Tell what is at a path that is to be written."""
+    if str(image) in _STDOUT:
+        return "stdout"
+    try:
+        mode = image.stat().st_mode
+    except OSError:  # whoever makes the file says what is wrong
+        return "file"
+    if stat.S_ISBLK(mode):
+        return "device"
+    return "stream" if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else "file"
+
+
+def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:
+    """Write a raw image to stdout or to a FIFO. Nothing is lost by that, so `yes` does not matter."""
+    is_stdout = str(image) in _STDOUT
+    if is_stdout:
+        if sys.stdout.isatty():
+            raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
+        output.StandardStream("stdout").refuse_closed()
     with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
-        with output.progress(f"export {name}", as_json) as progress:
+        with _stream_to(image) as out, output.progress(f"export {name}", as_json) as progress:
             for at in range(0, size_bytes, _CHUNK_BYTES):
-                out.write(volume.read(at, min(_CHUNK_BYTES, size_bytes - at)))
+                piece = volume.read(at, min(_CHUNK_BYTES, size_bytes - at))
+                out.write(piece)
                 if progress is not None:
-                    progress(at, size_bytes)
+                    progress(at + len(piece), size_bytes)
             out.flush()
-    if as_json:
-        value = {"path": "-", "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
+    value = {"path": str(image), "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
+    if not is_stdout:
+        output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, raw")
+    elif as_json:
         output.echo(output.as_json_text(value), err=True)
+
+
+@contextlib.contextmanager
+def _stream_to(image: Path) -> "Iterator[IO[bytes] | output.StandardStream]":
+    if str(image) in _STDOUT:
+        yield output.StandardStream("stdout")
+        return
+    with open(os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb") as file:  # of a FIFO, this waits for a reader
+        yield file
+
+
+def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:
+    from onionskin.exchange.block_devices import BlockDevice
+
+    with name.open_store() as store, open_to_read(store, name) as volume, BlockDevice(image) as device:
+        refuse_device(volume, device)
+        size_bytes = volume.size_bytes
+        output.confirm_loss(
+            f"{image} has {output.size(device.size_bytes)}. Write over its first {output.size(size_bytes)}?",
+            f"export would write over what {image} holds",
+            yes=yes,
+            advice="do so",
+        )
+        with output.progress(f"export {name}", as_json) as progress:
+            export_to_device(volume, device, progress=progress)
+    value = {"path": str(image), "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
+    output.tell(as_json, value, lambda: f"wrote {name} to {image}: {output.size(size_bytes)}")
 
 
 @click.command()

@@ -6,6 +6,8 @@ imported only to draw a progress bar.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -66,23 +68,31 @@ class StandardStream:
     """Bytes from stdin or to stdout; its errors say which of them."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._file = (sys.stdin if name == "stdin" else sys.stdout).buffer
 
     def read(self, size: int = -1) -> bytes:
         """Read as a file does."""
-        with naming(self._name):
+        with naming(self.name):
             return self._file.read(size)
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> int:
         """Write as a file does."""
-        with naming(self._name):
+        with naming(self.name):
             return self._file.write(data)
 
     def flush(self) -> None:
         """Pass on all written bytes."""
-        with naming(self._name):
+        with naming(self.name):
             self._file.flush()
+
+    def refuse_closed(self) -> None:
+        """Raise EBADF where it is closed, or not open this way: before anything is made for it."""
+        wanted = os.O_RDONLY if self.name == "stdin" else os.O_WRONLY
+        with naming(self.name):
+            mode = fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+        if mode not in (wanted, os.O_RDWR):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
 
     def fileno(self) -> int:
         """Give the descriptor."""
@@ -196,17 +206,22 @@ def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
         return
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TransferSpeedColumn(), TimeRemainingColumn())
     with Bar("{task.description}", *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(cell(title)), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(escape(cell(title)), total=None, amount="")
+        yield lambda done, total: bar.update(task, completed=done, total=total or None, amount=amount(done, total))
 
 
-def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
-    """Ask on a terminal before changes are lost; elsewhere require --yes.
+def amount(done: int, total: int) -> str:
+    """Write how much is done for people; a total of 0 is one that nobody knows."""
+    return f"{format_size(done)} of {format_size(total)}" if total else format_size(done)
+
+
+def confirm_loss(question: str, loss: str, *, yes: bool, advice: str = "drop them, or take a snapshot first") -> None:
+    """Ask on a terminal before data is lost; elsewhere require --yes.
 
     Raises
     ------
@@ -216,7 +231,7 @@ def confirm_loss(question: str, loss: str, *, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise StateError(f"{loss}; give --yes to drop them, or take a snapshot first")
+        raise StateError(f"{loss}; give --yes to {advice}")
     try:
         agreed = click.confirm(cell(question), err=True)
     except click.Abort as ended:

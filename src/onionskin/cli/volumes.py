@@ -22,6 +22,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
+from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def create(
     if base_format is not None and base is None:
         raise click.UsageError("--format is about the base: give --base FILE too")
     if base is not None:  # one that is missing, or is not to be had as a base, shall not leave an empty store behind
+        if base.is_block_device():
+            raise FormatError(
+                f"{base} is a block device, and a base is a raw image file: a device has no time of change, so nobody could "
+                "tell that it was written to meanwhile. Copy it with 'onionskin import'"
+            )
         base.stat()
         if base_format is None and base.is_file():  # to open a FIFO waits; it is refused below, as no regular file
             with open(base, "rb", buffering=0) as file:

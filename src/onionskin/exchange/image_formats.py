@@ -12,7 +12,7 @@ from typing import Final
 
 from onionskin.errors import FormatError
 
-_START_BYTES: Final = 512
+START_BYTES: Final = 512
 VHD_FOOTER_BYTES: Final = 512
 VHD_COOKIE: Final = b"conectix"
 
@@ -41,7 +41,7 @@ VHDX = _converted("vhdx", "a VHDX image")
 VDI = _converted("vdi", "a VDI image")
 
 # Offset, magic bytes, format. The sources are the formats' specifications, and those of the compressed ones RFC 1952 (gzip),
-# RFC 8878 (zstd), the .xz file format 1.2.1, and bzip2's own documentation.
+# RFC 8878 (zstd), the .xz file format 1.2.1, the LZ4 frame format 1.6.1, and bzip2's own documentation.
 _MAGICS: Final = (
     (0, b"QFI\xfb", QCOW2),
     (0, b"KDMV", VMDK),
@@ -58,9 +58,10 @@ _MAGICS: Final = (
     (0, b"\xfd7zXZ\0", _unpacked("xz", "xz", "xz")),
     (0, b"\x28\xb5\x2f\xfd", _unpacked("zstd", "zstd", "zstd")),
     (0, b"BZh", _unpacked("bzip2", "bzip2", "bzip2")),
+    (0, b"\x04\x22\x4d\x18", _unpacked("lz4", "lz4", "lz4")),
 )
 # What the suffix of a file's name promises where it is not the name of a format.
-SUFFIXES: Final = {"vpc": "vhd", "gz": "gzip", "zst": "zstd", "bz2": "bzip2", "img": "raw", "bin": "raw"}
+SUFFIXES: Final = {"vpc": "vhd", "gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz4": "lz4", "img": "raw", "bin": "raw"}
 KNOWN: Final = frozenset(format.name for _, _, format in _MAGICS)
 READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # and written: by way of qemu-img
 
@@ -73,15 +74,22 @@ def format_of(descriptor: int) -> ImageFormat | None:
     OSError
         It cannot be read.
     """
-    start = os.pread(descriptor, _START_BYTES, 0)
-    for offset, magic, format in _MAGICS:
-        if start[offset : offset + len(magic)] == magic:
-            return format
+    found = format_of_start(os.pread(descriptor, START_BYTES, 0))
+    if found:
+        return found
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     if size_bytes >= VHD_FOOTER_BYTES:
         end = os.pread(descriptor, len(VHD_COOKIE), size_bytes - VHD_FOOTER_BYTES)
         if end == VHD_COOKIE:
             return VHD
+    return None
+
+
+def format_of_start(start: bytes) -> ImageFormat | None:
+    """Return the format that the first `START_BYTES` of an image tell; a fixed VHD is told by its end alone."""
+    for offset, magic, format in _MAGICS:
+        if start[offset : offset + len(magic)] == magic:
+            return format
     return None
 
 

@@ -200,6 +200,20 @@ def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: boo
         raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
 
 
+def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
+    """Raise where a block device that is to be written stands on a file that is needed."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:  # it was unlinked: no base
+        return
+    if _is_own_file(store, found):
+        raise ValueError(f"{device} stands on {file}, a file of the store itself; choose another device")
+    if _is_base(store, found):
+        raise StateError(f"{device} stands on {file}, a base that volumes stand on; choose another device")
+    if _is_locked(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)):
+        raise StateError(f"{device} stands on {file}, which some volume has open as its base; choose another device")
+
+
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:
     for lock in [volume.base_lock for volume in store.open_handles()]:
         with suppress(OSError):  # closed meanwhile
@@ -218,6 +232,10 @@ def _is_in_use(directory: int, name: str) -> bool:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError:
         return False
+    return _is_locked(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
     try:
         return is_locked(descriptor, 0, 1)
     finally:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,10 +13,10 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from onionskin import images
 from onionskin.base import files
 from onionskin.catalog import LayerRow, VolumeRow
 from onionskin.errors import FormatError, OnionskinError, VolumeExistsError, VolumeNotFoundError
+from onionskin.exchange import qemu_img
 from onionskin.images import detect_format, export_image, import_image
 from onionskin.store import Store
 
@@ -30,7 +29,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def qemu_img(*arguments: str | Path) -> None:
+def qemu(*arguments: str | Path) -> None:
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
 
 
@@ -91,7 +90,7 @@ def test_progress_ends_at_all_that_there_is(store: Store, raw: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhdx", "vdi"])
 def test_formats_are_told_by_their_first_bytes(raw: Path, tmp_path: Path, kind: str) -> None:
-    qemu_img("convert", "-f", "raw", "-O", kind, raw, tmp_path / "disk")
+    qemu("convert", "-f", "raw", "-O", kind, raw, tmp_path / "disk")
     assert detect_format(tmp_path / "disk") == kind
     assert detect_format(raw) == "raw"
 
@@ -105,40 +104,40 @@ def secret(tmp_path: Path) -> Path:
 
 def test_an_image_that_reads_from_another_file_is_refused(store: Store, tmp_path: Path, secret: Path) -> None:
     overlay = tmp_path / "overlay.raw"  # as a guest would write it over its own raw disk
-    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
+    qemu("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
     with pytest.raises(FormatError, match="reads from another file"):
         import_image(store, overlay, "web")
     assert store.volumes() == []
 
 
 def test_naming_the_format_vouches_for_a_backing_file(store: Store, tmp_path: Path, secret: Path) -> None:
-    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, tmp_path / "overlay")
+    qemu("create", "-f", "qcow2", "-F", "raw", "-b", secret, tmp_path / "overlay")
     import_image(store, tmp_path / "overlay", "web", format="qcow2")
     assert contents(store, "web") == secret.read_bytes()
 
 
 def test_a_vmdk_descriptor_of_another_file_is_refused(store: Store, tmp_path: Path, raw: Path) -> None:
-    qemu_img("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat", raw, tmp_path / "disk.vmdk")
+    qemu("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat", raw, tmp_path / "disk.vmdk")
     with pytest.raises(FormatError, match=r"disk-flat\.vmdk"):
         import_image(store, tmp_path / "disk.vmdk", "web")
 
 
 def test_a_qcow2_with_a_data_file_is_refused(store: Store, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
-    qemu_img("create", "-f", "qcow2", "-o", f"data_file={outside}", tmp_path / "disk", "1M")
+    qemu("create", "-f", "qcow2", "-o", f"data_file={outside}", tmp_path / "disk", "1M")
     with pytest.raises(FormatError, match="outside"):
         import_image(store, tmp_path / "disk", "web")
 
 
 def test_raw_means_raw_when_it_is_said(store: Store, tmp_path: Path, secret: Path) -> None:
     overlay = tmp_path / "overlay"
-    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
+    qemu("create", "-f", "qcow2", "-F", "raw", "-b", secret, overlay)
     import_image(store, overlay, "web", format="raw")
     assert contents(store, "web") == overlay.read_bytes()
 
 
 def test_a_name_with_a_colon_is_a_file_and_no_protocol(store: Store, raw: Path, tmp_path: Path) -> None:
-    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "plain")
+    qemu("convert", "-O", "qcow2", raw, tmp_path / "plain")
     (tmp_path / "plain").rename(tmp_path / "nbd:localhost:1")
     import_image(store, tmp_path / "nbd:localhost:1", "web")
     assert contents(store, "web") == raw.read_bytes()
@@ -180,7 +179,7 @@ with Store(sys.argv[1]) as store:
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_killed_import_leaves_no_volume(store: Store, raw: Path, tmp_path: Path, kind: str, signal_name: str) -> None:
-    qemu_img("convert", "-O", kind, raw, tmp_path / "image")
+    qemu("convert", "-O", kind, raw, tmp_path / "image")
     ended = subprocess.run([sys.executable, "-c", KILLED, store.path, tmp_path / "image", signal_name])
     assert ended.returncode == -signal.Signals[signal_name]
     assert store.volumes() == []
@@ -231,8 +230,8 @@ def test_a_qcow2_that_changes_while_it_is_converted_is_an_error(
     store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = tmp_path / "disk.qcow2"
-    qemu_img("convert", "-O", "qcow2", raw, image)
-    real = images._run
+    qemu("convert", "-O", "qcow2", raw, image)
+    real = qemu_img.run
 
     def change(*arguments: str, **options: Any) -> str:
         printed = real(*arguments, **options)
@@ -240,35 +239,53 @@ def test_a_qcow2_that_changes_while_it_is_converted_is_an_error(
             os.truncate(image, image.stat().st_size // 2)
         return printed
 
-    monkeypatch.setattr(images, "_run", change)
+    monkeypatch.setattr(qemu_img, "run", change)
     with pytest.raises(FormatError, match="changed while it was read"):
         import_image(store, image, "web")
     assert store.volumes() == []
 
 
-@pytest.mark.parametrize(("wipe", "rest"), [("zero", False), ("release", True)])
-def test_what_a_conversion_passes_through_is_wiped_where_the_disk_is(
-    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, rest: bool
+def test_a_conversion_makes_no_copy_of_the_disk(
+    store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[int] = []
-    real = tempfile.TemporaryFile
+    def refuse(*arguments: Any, **options: Any) -> IO[bytes]:
+        raise AssertionError("a conversion goes through a file")
 
-    def keep(**options: Any) -> IO[bytes]:
-        file = real(**options)
-        kept.append(os.dup(file.fileno()))
-        return file
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", keep)
-    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "disk")
-    import_image(store, tmp_path / "disk", "web", wipe=wipe)
+    monkeypatch.setattr("onionskin.operations.export.passing_file", refuse)
+    qemu("convert", "-O", "qcow2", raw, tmp_path / "disk")
+    import_image(store, tmp_path / "disk", "web", wipe="zero")
     with store.open("web") as volume:
         export_image(volume, tmp_path / "out", format="qcow2")
-    copies = [os.pread(descriptor, 16 << 20, 0) for descriptor in kept]
-    for descriptor in kept:
-        os.close(descriptor)
-    whole = [copy for copy in copies if len(copy) == 16 << 20]  # the others only tried what the file system can do
-    assert len(whole) == 2
-    assert [b"data" in copy for copy in whole] == [rest, rest]
+    subprocess.run(["qemu-img", "compare", "-f", "raw", raw, tmp_path / "out"], check=True)
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhdx"])
+def test_a_disk_larger_than_any_file_here_is_exported(store: Store, tmp_path: Path, kind: str) -> None:
+    with store.create("web", size="20T") as volume:
+        volume.write(19 << 40, b"far")
+        export_image(volume, tmp_path / "out", format=kind)
+    command = ["qemu-img", "info", "--output=json", tmp_path / "out"]
+    assert json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["virtual-size"] == 20 << 40
+    if kind == "qcow2":
+        import_image(store, tmp_path / "out", "again")
+        with store.open("again") as volume:
+            assert (volume.size_bytes, volume.read(19 << 40, 3)) == (20 << 40, b"far")
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhd", "vhdx", "vdi"])
+def test_progress_of_a_conversion_is_known_from_the_first_to_the_last(
+    store: Store, raw: Path, tmp_path: Path, kind: str
+) -> None:
+    import_image(store, raw, "web")
+    out: list[tuple[int, int]] = []
+    with store.open("web") as volume:
+        export_image(volume, tmp_path / "out", format=kind, progress=lambda done, total: out.append((done, total)))
+    into: list[tuple[int, int]] = []
+    import_image(store, tmp_path / "out", "again", progress=lambda done, total: into.append((done, total)))
+    for seen in (out, into):
+        assert {total for _, total in seen} == {16 << 20}
+        assert seen == sorted(seen)
+        assert seen[-1][0] == 16 << 20
 
 
 def test_an_empty_image_is_refused(store: Store, tmp_path: Path) -> None:
@@ -287,7 +304,7 @@ def test_a_name_that_is_taken_is_refused_and_kept(store: Store, raw: Path) -> No
 def test_without_qemu_img_the_package_is_named(
     store: Store, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "disk")
+    qemu("convert", "-O", "qcow2", raw, tmp_path / "disk")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OnionskinError, match="qemu-utils"):
         import_image(store, tmp_path / "disk", "web")

@@ -1,0 +1,106 @@
+"""Block devices that an image is written to.
+
+What must hold: a device that something else has in use (a file system that is mounted, swap, a device over it) is not
+opened: the kernel says so. What is written is durable when `sync` has returned.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any, Final
+
+from onionskin.base.fsync import sync_file
+from onionskin.errors import StateError
+
+_BLKSSZGET: Final = 0x1268
+_BLKZEROOUT: Final = 0x127F
+
+
+class BlockDevice:
+    """A block device that is open for writing, and for nobody else who asks as this does.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    StateError
+        It is in use.
+    OSError
+        It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Without O_CREAT, O_EXCL claims a block device: open(2).
+            self._descriptor = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise StateError(
+                f"{path} is in use: it is mounted, swapped to, or part of another device; end that first"
+            ) from None
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISBLK(found.st_mode):
+            self.close()
+            raise StateError(f"{path} is no block device any more; look at it, and try again")
+        self._number = found.st_rdev
+        self.size_bytes = os.lseek(self._descriptor, 0, os.SEEK_END)
+        (self._sector_bytes,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))
+
+    def __enter__(self) -> "BlockDevice":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give it up."""
+        os.close(self._descriptor)
+
+    def write(self, offset: int, data: "memoryview[int]") -> None:
+        """Write all of a buffer."""
+        with self._naming():
+            while data:
+                written = os.pwrite(self._descriptor, data, offset)
+                offset, data = offset + written, data[written:]
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read zero, by the device's own means where it has some."""
+        if (offset | length) % self._sector_bytes == 0:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._descriptor, _BLKZEROOUT, struct.pack("QQ", offset, length))
+                return
+        self.write(offset, memoryview(bytes(length)))
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        with self._naming():
+            sync_file(self._descriptor)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def files_below(self) -> list[Path]:
+        """List the files that it, or a device below it, is a loop device over."""
+        found = []
+        pending = [Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}").resolve()]
+        while pending:
+            directory = pending.pop()
+            if (directory / "partition").exists():
+                directory = directory.parent
+            with contextlib.suppress(FileNotFoundError):
+                found.append(Path(os.fsdecode((directory / "loop/backing_file").read_bytes().rstrip(b"\n"))))
+            with contextlib.suppress(FileNotFoundError):
+                pending += [below.resolve() for below in (directory / "slaves").iterdir()]
+        return found

@@ -1,0 +1,238 @@
+"""qemu-img, which knows the formats of images that other programs write.
+
+What must hold: qemu-img never guesses a format: each of its files is named with one. An image that names other files is
+told. A file's name is never taken for a protocol, an option or a json: description. The disk of ours that it reads or writes
+it finds behind a descriptor, the program's end of a socket over which this process serves the disk (NBD).
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from onionskin.errors import FormatError, OnionskinError
+from onionskin.exchange.image_formats import VHD_COOKIE, VHD_FOOTER_BYTES
+
+AnyPath = str | os.PathLike[str]
+Percent = Callable[[float], object]
+
+EXPORT: Final = "disk"  # the name of the disk that is served to it
+_DRIVERS: Final = {"vhd": "vpc"}  # where qemu-img has another name for it
+# Exit statuses of qemu-img check: space that nothing uses, and a format that it cannot check.
+_ONLY_LEAKS, _NO_CHECK = 3, 63
+_VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
+_VDI_HEADER_BYTES = 512
+_SAID_BYTES_MAX = 1 << 16
+_PERCENT = re.compile(rb"\(([\d.]+)/100%\)")
+
+
+def program() -> str:
+    """Find qemu-img; OnionskinError where it is not installed."""
+    found = shutil.which("qemu-img")
+    if found is None:
+        raise OnionskinError(
+            "qemu-img is not installed, and formats other than raw need it; "
+            "install the package qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, Arch, Alpine), or use raw"
+        )
+    return found
+
+
+class Image:
+    """An image file of a known format, as qemu-img reads it.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    kind : str
+        Its format, by the name that it has here.
+    name : str
+        What messages call it.
+    keep : int, optional
+        A descriptor that `path` goes by (/proc/self/fd/N).
+    """
+
+    def __init__(self, path: AnyPath, kind: str, name: str, *, keep: int | None = None) -> None:
+        self.kind, self.name = kind, name
+        self._path = str(Path(path).absolute())
+        self._driver = _DRIVERS.get(kind, kind)
+        self._keep = () if keep is None else (keep,)
+        self._before = Path(self._path).stat()
+        self._facts: dict[str, Any] = json.loads(self._run("info", "--output=json", "-f", self._driver, self._path))
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the disk in it."""
+        return int(self._facts["virtual-size"])
+
+    def refuse_other_files(self) -> None:
+        """Raise FormatError where it reads from files that it names itself."""
+        specific = self._facts.get("format-specific", {}).get("data", {})
+        others = [self._facts.get("full-backing-filename"), self._facts.get("backing-filename")]
+        others += [specific.get("data-file"), *(extent.get("filename") for extent in specific.get("extents", []))]
+        named = [other for other in others if other and other != self._path]
+        if named:
+            raise FormatError(
+                f"{self.name}: this {self.kind} image reads from another file, {named[0]}; "
+                f"if you trust the image, import it with --format {self.kind}"
+            )
+
+    def refuse_cut_short(self) -> None:
+        """Raise FormatError where its end is missing: tables and blocks behind it would read zero without a word."""
+        checked = self._run("check", "--output=json", "-f", self._driver, self._path, fine=(_ONLY_LEAKS, _NO_CHECK))
+        size_bytes = Path(self._path).stat().st_size
+        missing = False
+        if self.kind == "qcow2":
+            missing = json.loads(checked).get("image-end-offset", 0) - size_bytes >= self._facts.get(
+                "cluster-size", 1 << 16
+            )
+        if self.kind == "vdi":  # qemu-img check does not look
+            with open(self._path, "rb") as file:
+                header = file.read(_VDI_HEADER_BYTES)
+            (first_block,) = struct.unpack_from("<I", header, 0x158)
+            block_size, blocks_allocated = struct.unpack_from("<I8xI", header, 0x178)
+            missing = first_block + block_size * blocks_allocated > size_bytes
+        if self.kind == "vhd":
+            missing = self._is_vhd_cut_short()
+        if missing:
+            raise FormatError(f"{self.name}: this {self.kind} image was cut short: its end is missing; fetch it again")
+
+    def _is_vhd_cut_short(self) -> bool:
+        """Whether the end is missing, where the footer is. A differencing disk is refused: its parent is another file.
+
+        Microsoft, Virtual Hard Disk Image Format Specification, 1.0: qemu-img takes such a disk for a dynamic one.
+        """
+        with open(self._path, "rb") as file:
+            file.seek(-VHD_FOOTER_BYTES, os.SEEK_END)
+            footer = file.read(VHD_FOOTER_BYTES)
+        if not footer.startswith(VHD_COOKIE):
+            return True
+        (disk_type,) = struct.unpack_from(">I", footer, _VHD_TYPE_OFFSET)
+        if disk_type not in (_VHD_FIXED, _VHD_DYNAMIC):
+            raise FormatError(
+                f"{self.name}: this VHD has only what changed over another one (type {disk_type}); merge it into its "
+                "parent with the program that made it, and import that"
+            )
+        return False
+
+    def copy_to(self, disk: int, percent: Percent | None) -> None:
+        """Write what it reads to the disk that is served behind a descriptor, which reads zero everywhere."""
+        # -n: the target is there already.
+        options = ("convert", "-n", "--target-is-zero", "-f", self._driver, "--target-image-opts")
+        self._run(*options, self._path, served_disk(disk), keep=(disk,), percent=percent)
+        self._refuse_changed()
+
+    def _refuse_changed(self) -> None:
+        before, after = self._before, Path(self._path).stat()
+        if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+            raise FormatError(
+                f"{self.name}: the image changed while it was read (size or time differ); import it again"
+            )
+
+    def _run(
+        self, *arguments: str, keep: Sequence[int] = (), fine: Sequence[int] = (), percent: Percent | None = None
+    ) -> str:
+        return run(*arguments, about=self.name, keep=(*self._keep, *keep), fine=fine, percent=percent)
+
+
+def served_disk(descriptor: int) -> str:
+    """Describe the disk that is served behind a descriptor."""
+    return f"driver=raw,file.driver=nbd,file.server.type=fd,file.server.str={descriptor},file.export={EXPORT}"
+
+
+def write_image(disk: int, target: int, kind: str, *, about: AnyPath, percent: Percent | None) -> None:
+    """Write the disk that is served behind a descriptor as an image to an empty file.
+
+    Parameters
+    ----------
+    disk, target : int
+        Descriptors: of the socket, and of the file.
+    kind : str
+        The image's format, by the name that it has here.
+    about : path
+        What messages call the file.
+    percent : callable, optional
+        Called with what was done of 100.
+    """
+    # Without force_size the size of a VHD is one that has cylinders and heads.
+    options = ("-o", "force_size=on") if kind == "vhd" else ()
+    driver = _DRIVERS.get(kind, kind)
+    arguments = ("convert", "--image-opts", served_disk(disk), "-O", driver, *options, f"/proc/self/fd/{target}")
+    run(*arguments, about=about, keep=(disk, target), percent=percent)
+
+
+def run(
+    *arguments: str,
+    about: AnyPath,
+    keep: Sequence[int] = (),
+    fine: Sequence[int] = (),
+    percent: Percent | None = None,
+) -> str:
+    """Run qemu-img and return what it printed. It is in our process group, so that Ctrl-C stops it too.
+
+    Parameters
+    ----------
+    *arguments : str
+    about : path
+        What messages are about.
+    keep : sequence of int
+        Descriptors that it gets.
+    fine : sequence of int
+        Exit statuses besides 0 that are no error.
+    percent : callable, optional
+        Called with what it says that is done, of 100; for ``convert``.
+
+    Raises
+    ------
+    OSError
+        ENOSPC.
+    FormatError
+        It failed; the message is its own.
+    """
+    verb, *rest = arguments
+    command = [program(), verb, *(["-p"] if percent else []), *rest]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=os.environ | {"LC_ALL": "C"},
+            pass_fds=keep,
+        )
+        try:
+            printed = _printed_by(process, percent)
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        said.seek(0)
+        errors = said.read(_SAID_BYTES_MAX).decode(errors="replace").strip()
+    if status and status not in fine:
+        if os.strerror(errno.ENOSPC) in errors:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(about))
+        last = (errors.splitlines()[-1:] or [f"exit status {status}"])[0].removeprefix("qemu-img: ")
+        raise FormatError(f"{os.fspath(about)}: qemu-img {verb} failed: {last}; look at the image with qemu-img check")
+    return printed
+
+
+def _printed_by(process: "subprocess.Popen[bytes]", percent: Percent | None) -> str:
+    """Read what it prints to the end; its percents are passed on as they come."""
+    assert process.stdout is not None
+    pieces = []
+    while piece := os.read(process.stdout.fileno(), _SAID_BYTES_MAX):
+        pieces.append(piece)
+        found = _PERCENT.findall(piece)
+        if percent and found:
+            percent(float(found[-1]))
+    return b"".join(pieces).decode(errors="replace")

@@ -1,0 +1,222 @@
+"""Images that come as a stream of bytes: from a pipe, from stdin, out of a program that unpacks.
+
+What must hold: what was looked at beforehand is read again, so nothing is lost; a program that unpacks has ended with status
+0 before its output counts as whole; when a block ends, by whatever error, no program and no thread of it is left.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+from onionskin.errors import FormatError, OnionskinError
+
+# Each reads stdin and writes stdout; each is known to end with another status than 0 where its input ends early.
+_PROGRAMS: Final = {
+    "gzip": ("gzip", "-dc"),
+    "xz": ("xz", "-dc"),
+    "zstd": ("zstd", "-dcq"),
+    "bzip2": ("bzip2", "-dc"),
+    "lz4": ("lz4", "-dcq"),
+}
+COMPRESSED: Final = frozenset(_PROGRAMS)
+_CHUNK_BYTES: Final = 1 << 20
+
+
+class Source:
+    """Bytes that are read in order from a descriptor. The first of them can be looked at before.
+
+    Parameters
+    ----------
+    descriptor : int
+        Stays the caller's.
+    name : str
+        What messages call it.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor = descriptor
+        self.name = name
+        self._ahead = b""
+
+    def peek(self, length: int) -> bytes:
+        """Return the next bytes and leave them; fewer only at the end."""
+        while len(self._ahead) < length:
+            with self._naming():
+                more = os.read(self.descriptor, length - len(self._ahead))
+            if not more:
+                break
+            self._ahead += more
+        return self._ahead
+
+    def readinto(self, buffer: "memoryview[int]") -> int:
+        """Fill a buffer; fewer bytes only at the end."""
+        done = min(len(self._ahead), len(buffer))
+        buffer[:done] = self._ahead[:done]
+        self._ahead = self._ahead[done:]
+        while done < len(buffer):
+            with self._naming():
+                read = os.readv(self.descriptor, [buffer[done:]])
+            if read == 0:
+                break
+            done += read
+        return done
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
+
+    def take_ahead(self) -> bytes:
+        """Return what was looked at, which whoever reads the descriptor from now on does not find there."""
+        ahead, self._ahead = self._ahead, b""
+        return ahead
+
+
+def is_seekable(descriptor: int) -> bool:
+    """Whether all of it can be read from any place: it is a file, or a block device, at its beginning."""
+    mode = os.fstat(descriptor).st_mode
+    return (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+
+
+@contextlib.contextmanager
+def unpacked(source: Source, kind: str) -> Iterator[Source]:
+    """Give what the system's program makes of a compressed stream. At the end of the block all of it was read, and was whole.
+
+    Parameters
+    ----------
+    source : Source
+        At the beginning of the compressed bytes.
+    kind : str
+        One of `COMPRESSED`.
+
+    Raises
+    ------
+    OnionskinError
+        The program is not installed.
+    FormatError
+        The program says that the stream is damaged or ends early.
+    """
+    program, *options = _PROGRAMS[kind]
+    found = shutil.which(program)
+    if found is None:
+        raise OnionskinError(
+            f"{source.name} is compressed with {kind}, and {program} is not installed; install it, or unpack the image "
+            "elsewhere"
+        )
+    ahead = source.take_ahead()
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(tempfile.TemporaryFile())
+        feeder = None
+        if is_rewindable(source.descriptor):  # its program reads it by itself
+            os.lseek(source.descriptor, -len(ahead), os.SEEK_CUR)
+        else:
+            feeder = stack.enter_context(_Feeder(ahead, source.descriptor))
+        process = subprocess.Popen(
+            [found, *options],
+            stdin=feeder.output if feeder else source.descriptor,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+        assert process.stdout is not None
+        if feeder:
+            feeder.start()
+        try:
+            yield Source(process.stdout.fileno(), source.name)
+            _refuse_rest(process, source.name)
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+        if feeder:
+            feeder.finish()
+        if status:
+            said.seek(0)
+            lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()[-1:] or [f"status {status}"]
+            raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; fetch it again")
+
+
+def is_rewindable(descriptor: int) -> bool:
+    """Whether what was read from it can be read again: a file or a block device, at any place."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def _refuse_rest(process: "subprocess.Popen[bytes]", name: str) -> None:
+    """Whoever took the bytes took all of them: else a program that waits for a reader would never end."""
+    assert process.stdout is not None
+    if os.read(process.stdout.fileno(), 1):
+        raise AssertionError(f"{name} was not read to its end")
+
+
+class _Feeder:
+    """A thread that passes a pipe on to a program, behind bytes that were taken from the pipe before."""
+
+    def __init__(self, ahead: bytes, descriptor: int) -> None:
+        self._ahead, self._descriptor = ahead, descriptor
+        self.output, self._input = os.pipe2(os.O_CLOEXEC)
+        self._stopped, self._stop = os.pipe2(os.O_CLOEXEC)
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="onionskin unpack", daemon=True)
+        self._is_started = False
+
+    def __enter__(self) -> "_Feeder":
+        return self
+
+    def start(self) -> None:
+        """Begin. The program has its end of the pipe."""
+        os.close(self.output)
+        self._thread.start()
+        self._is_started = True
+
+    def finish(self) -> None:
+        """Raise what kept the source from being read."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def __exit__(self, *_: Any) -> None:
+        os.write(self._stop, b"x")
+        if self._is_started:
+            self._thread.join()  # its program is gone by now, or was never there
+        else:
+            os.close(self.output)
+            os.close(self._input)
+        os.close(self._stop)
+        os.close(self._stopped)
+
+    def _run(self) -> None:
+        try:
+            self._pass_on()
+        except BrokenPipeError:
+            pass  # the program has ended, and says why
+        except OSError as failure:
+            self._failure = failure
+        finally:
+            os.close(self._input)
+
+    def _pass_on(self) -> None:
+        data = self._ahead
+        poll = select.poll()
+        for descriptor in (self._descriptor, self._stopped):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            at = 0
+            while at < len(data):
+                at += os.write(self._input, data[at:])
+            if any(descriptor == self._stopped for descriptor, _ in poll.poll()):
+                return
+            data = os.read(self._descriptor, _CHUNK_BYTES)
+            if not data:
+                return

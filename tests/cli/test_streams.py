@@ -1,0 +1,165 @@
+"""Images that come from stdin or a FIFO and go to stdout, a FIFO or a block device."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+DISK = b"begin" + bytes(2 << 20) + os.urandom(5000) + b"end"
+
+
+def shell(script: str, **words: object) -> "subprocess.CompletedProcess[bytes]":
+    """Run a line of the shell, in which `os` is the command."""
+    command = re.sub(r"\bos\b", "python -m onionskin", script.format(**words))
+    path = f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"  # type: ignore[attr-defined]
+    return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | {"PATH": path}, timeout=60)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "image").write_bytes(DISK)
+    return tmp_path / "image"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cat {image} | os import - {vms}/new",
+        "cat {image} | os import /dev/stdin {vms}/new",
+        "os import - {vms}/new < {image}",
+        "os import /dev/stdin {vms}/new < {image}",
+        "os import <(cat {image}) {vms}/new",
+        "mkfifo {image}.fifo; cat {image} > {image}.fifo & os import {image}.fifo {vms}/new",
+        "zstd -qc {image} | os import - {vms}/new",
+    ],
+)
+def test_an_image_is_read_from_where_the_shell_puts_it(run: Run, vms: Path, image: Path, line: str) -> None:
+    done = shell(line, image=image, vms=vms)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (b"unpacked with zstd" in done.stdout) is ("zstd" in line)
+    assert run("read", f"{vms}/new", 0, len(DISK)).stdout_bytes == DISK
+    assert json.loads(run("info", f"{vms}/new", "--json").stdout)["size_bytes"] == len(DISK)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_closed_stdin_is_no_image_and_makes_no_store(tmp_path: Path, name: str) -> None:
+    done = shell("os import {name} {vms}/new <&-", name=name, vms=tmp_path / "vms")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"onionskin: stdin: Bad file descriptor; ")
+    assert not (tmp_path / "vms").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "os export {vms}/web - > {out}",
+        "os export {vms}/web /dev/stdout > {out}",
+        "os export {vms}/web /dev/stdout | cat > {out}",
+        "os export {vms}/web >(cat > {out}) >&2; sleep 0; while ! [ $(stat -c %s {out}) = 1048576 ]; do :; done",
+        "mkfifo {out}.fifo; cat {out}.fifo > {out} & os export {vms}/web {out}.fifo >&2; wait",
+    ],
+)
+def test_an_image_is_written_to_where_the_shell_wants_it(vms: Path, tmp_path: Path, line: str) -> None:
+    done = shell(line, vms=vms, out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == b"clean" + bytes((1 << 20) - 5)
+
+
+def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    refused = run("export", f"{vms}/web", tmp_path / "fifo", "--format", "qcow2")
+    assert refused.exit_code == 2
+    assert "only a raw image can be written to a pipe" in refused.stderr
+
+
+# ---- block devices ----
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Make a loop device over a file, which is full of ones."""
+    made: list[str] = []
+
+    def make(size_bytes: int, file: Path = tmp_path / "backing") -> Path:
+        if not file.exists():
+            file.write_bytes(b"\1" * size_bytes)
+        attached = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+        made.append(attached.stdout.strip())
+        return Path(made[-1])
+
+    yield make
+    for one in made:
+        subprocess.run(["losetup", "--detach", one], check=True)
+
+
+def test_a_block_device_is_written_and_keeps_what_is_behind_the_disk(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device((1 << 20) + 4096)
+    done = run("export", f"{vms}/web", target, "--yes")
+    assert done.exit_code == 0, done.stderr
+    assert target.read_bytes() == b"clean" + bytes((1 << 20) - 5) + b"\1" * 4096
+    assert run("import", target, f"{vms}/back").exit_code == 0
+    assert run("read", f"{vms}/back", 0, 5).stdout == "clean"
+
+
+def test_a_block_device_is_not_written_without_a_yes(run: Run, vms: Path, device: Callable[..., Path]) -> None:
+    target = device(1 << 20)
+    refused = run("export", f"{vms}/web", target)
+    assert refused.exit_code == 5
+    assert "give --yes" in refused.stderr
+    assert target.read_bytes() == b"\1" * (1 << 20)
+
+
+def test_a_block_device_that_is_too_small_is_not_written(run: Run, vms: Path, device: Callable[..., Path]) -> None:
+    target = device((1 << 20) - 512)
+    refused = run("export", f"{vms}/web", target, "--yes")
+    assert refused.exit_code == 7
+    assert "choose a larger device" in refused.stderr
+    assert set(target.read_bytes()) == {1}
+
+
+def test_a_block_device_that_is_mounted_is_not_written(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device(4 << 20)
+    subprocess.run(["mkfs.ext4", "-q", target], check=True)
+    (tmp_path / "mounted").mkdir()
+    subprocess.run(["mount", target, tmp_path / "mounted"], check=True)
+    try:
+        refused = run("export", f"{vms}/web", target, "--yes")
+    finally:
+        subprocess.run(["umount", tmp_path / "mounted"], check=True)
+    assert refused.exit_code == 5
+    assert "is in use" in refused.stderr
+
+
+def test_a_block_device_over_a_base_or_a_file_of_the_store_is_not_written(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    base = tmp_path / "base"
+    target = device(1 << 20, base)
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    refused = run("export", f"{vms}/web", target, "--yes")
+    assert refused.exit_code == 5
+    assert "a base that volumes stand on" in refused.stderr
+    assert set(base.read_bytes()) == {1}
+    refused = run("export", f"{vms}/web", device(0, vms / "reserve"), "--yes")
+    assert refused.exit_code == 2
+    assert "a file of the store itself" in refused.stderr
+
+
+def test_a_block_device_is_no_base_and_that_is_said_with_the_reason(
+    run: Run, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    refused = run("create", f"{tmp_path}/vms/web", "--base", device(1 << 20), "--format", "raw")
+    assert refused.exit_code == 6
+    assert "no time of change" in refused.stderr
+    assert not (tmp_path / "vms").exists()
