@@ -1,5 +1,7 @@
 """Builds the extension modules: one table says which C kernels each of them links, and each kernel is compiled once.
 
+The pages for man(1) are made here too.
+
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
 ``ONIONSKIN_ONLY=csrc/volume/flush.c`` builds only the modules that are made of that file, as the crash tests do.
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools._distutils.command.install_data import install_data
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -81,6 +84,25 @@ class BuildObjectsOnce(build_ext):
         return made
 
 
+class MakeManPages(install_data):
+    """Makes the pages for man(1) from the command line in the source, which needs click and nothing that is built."""
+
+    def run(self) -> None:
+        source = Path(__file__).parent / "src"
+        sys.path.insert(0, str(source))
+        try:
+            from onionskin import __version__
+            from onionskin.cli.man_pages import pages
+        finally:
+            sys.path.remove(str(source))
+        directory = Path("build/man")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, page in pages(__version__).items():
+            (directory / name).write_text(page, encoding="utf-8")
+        self.data_files = [("share/man/man1", sorted(str(directory / name) for name in pages(__version__)))]
+        super().run()
+
+
 extensions = [
     Extension(f"onionskin.{module}", sources=sources, extra_link_args=link_args)
     for module, kernels in EXTENSIONS.items()
@@ -88,7 +110,8 @@ extensions = [
     if only is None or only in sources
 ]
 setup(
-    cmdclass={"build_ext": BuildObjectsOnce},
+    cmdclass={"build_ext": BuildObjectsOnce, "install_data": MakeManPages},
+    data_files=[("share/man/man1", [])],  # MakeManPages says which
     ext_modules=cythonize(
         extensions,
         compiler_directives={"language_level": 3, "binding": True, "freethreading_compatible": False},

@@ -189,8 +189,14 @@ def credentials_of(connection: socket.socket) -> tuple[int, int, int]:
 def uri_of(listener: socket.socket, path: Path | None, *, tls: bool) -> str:
     """Write where clients connect, without the name of an export."""
     if path is not None:
-        return f"nbd+unix:///?socket={path}"
+        return f"nbd+unix:///?socket={_quoted(os.fsencode(path))}"
     if listener.family == socket.AF_UNIX:
-        return f"nbd+unix:///?socket={os.fsdecode(listener.getsockname())}"
+        return f"nbd+unix:///?socket={_quoted(os.fsencode(listener.getsockname()))}"
     host, port = listener.getsockname()[:2]
     return f"{'nbds' if tls else 'nbd'}://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def _quoted(path: bytes) -> str:
+    """Write a path so that a URI can hold it, whatever its bytes are: RFC 3986, section 2.1."""
+    plain = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/"
+    return "".join(chr(byte) if byte in plain else f"%{byte:02X}" for byte in path)

@@ -2,23 +2,45 @@
 
 import click
 
-from onionskin.cli import bench, byte_ranges, check, exchange, exit_status, map, serve, snapshots, volumes
+from onionskin.cli import (
+    bench,
+    byte_ranges,
+    check,
+    compare,
+    exchange,
+    exit_status,
+    map,
+    serve,
+    snapshots,
+    verbs,
+    volumes,
+)
 
 __all__ = ["onionskin"]
 
-_VERBS = (
-    *(volumes.create, volumes.tree, volumes.list_volumes, volumes.info),
-    *(snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
-    *(volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate, volumes.delete),
-    *(snapshots.diff, snapshots.usage, map.map_),
-    *(exchange.import_, exchange.export, exchange.delta, exchange.apply),
-    *(byte_ranges.read, byte_ranges.write, byte_ranges.trim, byte_ranges.zero),
-    *(serve.serve, serve.stats, serve.mount, serve.umount),
-    *(check.check, check.demo, bench.bench, check.completion),
+_SECTIONS = {
+    "Volumes": (
+        *(volumes.create, volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate),
+        volumes.delete,
+    ),
+    "Snapshots": (snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
+    "Look": (
+        *(volumes.tree, volumes.list_volumes, volumes.info, snapshots.usage, snapshots.diff, compare.compare),
+        map.map_,
+    ),
+    "Images and streams": (exchange.import_, exchange.export, exchange.delta, exchange.apply),
+    "Bytes of a disk": (byte_ranges.read, byte_ranges.write, byte_ranges.trim, byte_ranges.zero),
+    "Serve and mount": (serve.serve, serve.stats, serve.mount, serve.umount),
+    "Stores and this program": (check.check, check.demo, bench.bench, check.completion, verbs.help_),
+}
+
+
+@click.group(
+    cls=exit_status.Verbs,
+    epilog=exit_status.EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@click.group(cls=exit_status.Verbs, epilog=exit_status.EPILOG, invoke_without_command=True)
 @click.version_option(package_name="onionskin", message="onionskin %(version)s")
 @click.pass_context
 def onionskin(ctx: click.Context) -> None:
@@ -28,5 +50,7 @@ def onionskin(ctx: click.Context) -> None:
         ctx.exit(exit_status.USAGE)
 
 
-for _verb in _VERBS:
-    onionskin.add_command(_verb)
+for _section, _verbs in _SECTIONS.items():
+    for _verb in _verbs:
+        onionskin.add_command(_verb)
+        verbs.SECTION_OF[_verb.name or ""] = _section

@@ -25,7 +25,7 @@ import click
 from click.exceptions import Abort, Exit
 from click.shell_completion import shell_complete
 
-from onionskin.cli import output
+from onionskin.cli import output, verbs
 from onionskin.errors import (
     ChainError,
     FormatError,
@@ -216,6 +216,18 @@ class Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the verbs in the order in which a user meets them, not by the alphabet."""
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs under what they are for."""
+        verbs.format_sections(self, ctx, formatter)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, or say which one may be meant."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(f"No such command {args[0]!r}{verbs.suggestion(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one command line and exit; never returns."""

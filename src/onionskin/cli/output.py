@@ -187,8 +187,8 @@ def size(size_bytes: int | None) -> str:
 
 
 def when(time: datetime | None) -> str:
-    """Write a time for people, in the local time zone."""
-    return "" if time is None else time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """Write a time for people, in the local time zone, with its offset."""
+    return "" if time is None else time.astimezone().isoformat(" ", "seconds")
 
 
 def timestamp(time: datetime | None) -> str | None:

@@ -1,5 +1,6 @@
 """The verbs for volumes in use: serve, stats, mount, umount."""
 
+import os
 import signal
 import socket
 import sys
@@ -8,9 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from onionskin.cli import output
-from onionskin.cli.arguments import SIZE, SNAPSHOT, VOLUME, Name, is_store, is_trusted, parse_name, trust_option
+from onionskin.cli.arguments import (
+    SIZE,
+    SNAPSHOT,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    Name,
+    is_store,
+    is_trusted,
+    parse_name,
+    trust_option,
+)
 from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
@@ -20,6 +32,19 @@ if TYPE_CHECKING:
     from onionskin.nbd.tls import Terms
 
 FILE = click.Path(path_type=Path, readable=False)
+
+
+def complete_served(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer what can be served: stores and, in one, volumes and snapshots."""
+    return VOLUME_OR_SNAPSHOT.shell_complete(ctx, param, incomplete)
+
+
+def complete_mounted(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the directories on which `mount` shows a snapshot; where none fits, directories."""
+    from onionskin.nbd.fuse_mount import mounted
+
+    found = [path for path in map(str, mounted()) if path.startswith(os.path.abspath(incomplete or "/"))]  # noqa: PTH100
+    return [CompletionItem(path) for path in found] or [CompletionItem(incomplete, type="dir")]
 
 
 class Log:
@@ -40,7 +65,9 @@ class Log:
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...")
+@click.argument(
+    "names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...", shell_complete=complete_served
+)
 @click.option("--socket", "socket_path", type=FILE, metavar="PATH", help="Listen on a Unix socket of mode 0600.")
 @click.option("--socket-mode", metavar="MODE", default="0600", show_default=True, help="Who may connect to that.")
 @click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need TLS.")
@@ -212,15 +239,33 @@ def stats(name: Name, prometheus: bool, as_json: bool) -> None:
     if prometheus:
         output.echo(counters.prometheus(value), nl=False)
         return
+    value["counters"] = with_means(value["counters"])
+    for part in ("exports", "connections"):
+        value[part] = [with_means(one) for one in value[part]]
     output.show(as_json, value, lambda: _draw_stats(value))
 
 
+def with_means(value: dict[str, Any]) -> dict[str, Any]:
+    """Add to counters what a request of each command took on average: None where there was none."""
+    numbers = value["requests"]
+    means = {
+        command: seconds / numbers[command] if numbers.get(command) else None
+        for command, seconds in value["latency_seconds"].items()
+    }
+    return {**value, "mean_latency_seconds": means}
+
+
 def _draw_stats(value: dict[str, Any]) -> str:
+    counters = value["counters"]
     pairs = [("volume", value["volume"]), ("serving for", f"{value['uptime_seconds']:.0f} s")]
     pairs.append(("index", output.size(value["memory_bytes"])))
-    for key, number in value["counters"].items():
-        shown = number if not isinstance(number, dict) else ", ".join(f"{k} {v:.6g}" for k, v in number.items() if v)
-        pairs.append((key.replace("_", " "), str(shown)))
+    pairs += [(key, str(number)) for key, number in counters.items() if not isinstance(number, dict)]
+    commands = [
+        (command, str(number), output.size(counters["bytes"].get(command, 0)), _latency(counters, command))
+        for command, number in counters["requests"].items()
+        if number
+    ]
+    asked = output.table(("COMMAND", "REQUESTS", "BYTES", "MEAN-TIME"), commands, right="REQUESTS BYTES MEAN-TIME")
     rows = [(str(one.get("id", "")), one.get("export") or "-", one.get("peer", "")) for one in value["connections"]]
     listed = output.table(("CLIENT", "EXPORT", "FROM"), rows)
     exports = [
@@ -228,7 +273,12 @@ def _draw_stats(value: dict[str, Any]) -> str:
         for one in value["exports"]
     ]
     counted = output.table(("EXPORT", "CLIENTS", "READ", "WRITTEN"), exports)
-    return "\n\n".join(filter(None, (output.fields(pairs), counted, listed)))
+    return "\n\n".join(filter(None, (output.fields(pairs), asked, counted, listed)))
+
+
+def _latency(counters: dict[str, Any], command: str) -> str:
+    mean = counters["mean_latency_seconds"].get(command)
+    return "-" if mean is None else f"{mean * 1e6:.0f} us" if mean < 1e-3 else f"{mean * 1e3:.3g} ms"
 
 
 @click.command()
@@ -252,7 +302,7 @@ def mount(name: Name, directory: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("directory", type=FILE)
+@click.argument("directory", type=FILE, shell_complete=complete_mounted)
 @json_option
 def umount(directory: Path, as_json: bool) -> None:
     """Remove a mount."""

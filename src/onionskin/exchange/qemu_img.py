@@ -27,6 +27,7 @@ EXPORT: Final = "disk"  # the name of the disk that is served to it
 _DRIVERS: Final = {"vhd": "vpc"}  # where qemu-img has another name for it
 # Exit statuses of qemu-img check: space that nothing uses, and a format that it cannot check.
 _ONLY_LEAKS, _NO_CHECK = 3, 63
+_DIFFERENT = 1  # of qemu-img compare
 _VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
 _VDI_HEADER_BYTES = 512
 _SAID_BYTES_MAX = 1 << 16
@@ -122,6 +123,11 @@ class Image:
             )
         return False
 
+    @property
+    def description(self) -> str:
+        """Describe it for `first_difference`."""
+        return file_of(self._driver, self._path)
+
     def copy_to(self, disk: int, percent: Percent | None) -> None:
         """Write what it reads to the disk that is served behind a descriptor, which reads zero everywhere."""
         # -n: the target is there already.
@@ -145,6 +151,30 @@ class Image:
 def served_disk(descriptor: int) -> str:
     """Describe the disk that is served behind a descriptor."""
     return f"driver=raw,file.driver=nbd,file.server.type=fd,file.server.str={descriptor},file.export={EXPORT}"
+
+
+def file_of(driver: str, path: str) -> str:
+    """Describe a file."""
+    return f"driver={driver},file.driver=file,file.filename={path.replace(',', ',,')}"
+
+
+def first_difference(a: str, b: str, *, keep: Sequence[int], percent: Percent | None) -> int | None:
+    """Return the offset of the first difference of two disks, or None.
+
+    Parameters
+    ----------
+    a, b : str
+        As `served_disk` and `file_of` describe them.
+    keep : sequence of int
+        The descriptors in these.
+    percent : callable, optional
+        Called with what was done of 100.
+    """
+    said = run("compare", "--image-opts", a, b, about="compare", keep=keep, fine=(_DIFFERENT,), percent=percent)
+    found = re.search(r"mismatch at offset (\d+)", said)
+    if found is None and "identical" not in said:
+        raise FormatError(f"qemu-img compare did not say whether they are the same: {said.strip()}")
+    return int(found[1]) if found else None
 
 
 def write_image(disk: int, target: int, kind: str, *, about: AnyPath, percent: Percent | None) -> None:

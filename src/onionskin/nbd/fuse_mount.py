@@ -4,6 +4,7 @@ What must hold: when `mount` returns the file can be read; when it raises nothin
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,19 @@ def unmount(directory: Path) -> None:
     if ended.returncode:
         said = ended.stderr.strip().splitlines()[:1] or [f"exit status {ended.returncode}"]
         raise StateError(f"{directory} could not be unmounted: {said[0]}; end the programs that read from it")
+
+
+def mounted() -> list[Path]:
+    """List the directories on which nbdfuse shows something: proc(5), mountinfo."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        before, _, behind = line.partition(b" - ")
+        kind, source, _ = behind.split(b" ", 2)
+        if kind.startswith(b"fuse") and (kind.endswith(b".nbdfuse") or source == b"nbdfuse"):
+            escaped = before.split(b" ")[4]
+            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
+            found.append(Path(os.fsdecode(path)))
+    return found
 
 
 def _program(name: str, package: str) -> str:

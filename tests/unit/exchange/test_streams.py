@@ -54,9 +54,8 @@ def pipe_of(data: bytes) -> Iterator[IO[bytes]]:
     reader, writer = os.pipe()
 
     def write() -> None:
-        with open(writer, "wb") as file:
-            with suppress(BrokenPipeError):
-                file.write(data)
+        with open(writer, "wb") as file, suppress(BrokenPipeError):
+            file.write(data)
 
     thread = threading.Thread(target=write)
     thread.start()

@@ -1,0 +1,154 @@
+"""The verb compare: where two disks first differ, each a volume, a snapshot or an image file."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from onionskin.cli import exit_status, output
+from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, open_to_read, trust_option
+from onionskin.cli.output import json_option
+from onionskin.errors import FormatError, OnionskinError
+from onionskin.exchange.comparison import RawFile, first_difference
+from onionskin.exchange.image_formats import READ, format_of
+
+if TYPE_CHECKING:
+    from onionskin.exchange.qemu_img import Image
+    from onionskin.volume import Volume
+
+DIFFERENT = 1  # an error has another status
+
+
+class SideType(click.ParamType):  # type: ignore[type-arg]
+    """A volume or a snapshot, or a file that is there."""
+
+    name = "STORE/VOLUME[@SNAPSHOT]|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name | Path:
+        """Take a file that is there for one, and everything else for a name."""
+        if isinstance(value, Name | Path):
+            return value
+        path = Path(value)
+        if path.is_file() or path.is_block_device():
+            return path
+        return VOLUME_OR_SNAPSHOT.convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer names in a store, else files."""
+        found = VOLUME_OR_SNAPSHOT.shell_complete(ctx, param, incomplete)
+        return [one for one in found if one.type == "plain"] or [CompletionItem(incomplete, type="file")]
+
+
+class OpenVolume:
+    """A volume, or a view, as a disk to compare."""
+
+    def __init__(self, volume: "Volume") -> None:
+        self.volume = volume
+        self.size_bytes = volume.size_bytes
+
+    def readinto(self, offset: int, buffer: Any) -> int:
+        """Fill a buffer."""
+        return self.volume.readinto(offset, buffer)
+
+    def ranges(self) -> Iterable[tuple[int, int]]:
+        """Give what the layers hold; over a base, all of it."""
+        if self.volume.base_lock is not None:
+            return [(0, self.size_bytes)]
+        return [(int(offset), int(offset + length)) for offset, length, _ in self.volume.extents()]
+
+
+@click.command()
+@click.argument("a", type=SideType(), metavar="A")
+@click.argument("b", type=SideType(), metavar="B")
+@click.option(
+    "--format", "image_format", type=click.Choice(READ), help="Of image files; by default told by their magic."
+)
+@click.option("--strict", is_flag=True, help="Disks of different sizes differ, also where the rest is zero.")
+@trust_option
+@json_option
+def compare(a: Name | Path, b: Name | Path, image_format: str | None, strict: bool, as_json: bool) -> None:
+    """Tell whether two disks read the same.
+
+    A and B are volumes, snapshots or image files. Exit status 0 means that they read the same, and 1 that they differ;
+    an error has status 2 or more. If the sizes differ, the shorter disk counts as zero behind its end.
+    """
+    with _errors_are_no_difference(), ExitStack() as stack:
+        sides = [stack.enter_context(_opened(side, image_format)) for side in (a, b)]
+        sizes = [side.size_bytes for side in sides]
+        if strict and sizes[0] != sizes[1]:
+            at: int | None = min(sizes)
+        else:
+            with output.progress(f"compare {a} with {b}", as_json) as progress:
+                one, other = sides
+                if isinstance(one, RawFile | OpenVolume) and isinstance(other, RawFile | OpenVolume):
+                    at = first_difference(one, other, progress)
+                else:
+                    at = _by_qemu_img(sides, progress)
+        value = {"same": at is None, "first_difference": at, "size_bytes": sizes}
+        note = "" if sizes[0] == sizes[1] else f"; {a} has {sizes[0]} bytes, and {b} {sizes[1]}"
+        said = "the same" if at is None else f"different from byte {at} on"
+        output.show(as_json, value, lambda: f"{said}{note}")
+    if at is not None:
+        raise click.exceptions.Exit(DIFFERENT)
+
+
+@contextlib.contextmanager
+def _errors_are_no_difference() -> Iterator[None]:
+    try:
+        yield
+    except (OnionskinError, OSError, ValueError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) or exit_status.status_of(error) != DIFFERENT:
+            raise
+        exit_status.say(exit_status.line_of(error))
+        raise click.exceptions.Exit(exit_status.USAGE) from error
+
+
+@contextlib.contextmanager
+def _opened(side: Name | Path, image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
+    if isinstance(side, Name):
+        with side.open_store() as store, open_to_read(store, side) as volume:
+            yield OpenVolume(volume)
+        return
+    with open(side, "rb", buffering=0) as file:
+        found = format_of(file.fileno())
+        if image_format is None and found and found.name not in READ:
+            raise FormatError(
+                f"{side} is {found.title}, which is not read here: {found.advice} first, or give --format raw"
+            )
+        kind = image_format or (found.name if found else "raw")
+        if kind == "raw":
+            yield RawFile(file.fileno())
+            return
+    from onionskin.exchange.qemu_img import Image
+
+    image = Image(side, kind, str(side))
+    if image_format is None:
+        image.refuse_other_files()
+    image.refuse_cut_short()
+    yield image
+
+
+def _by_qemu_img(sides: "list[RawFile | OpenVolume | Image]", progress: Any) -> int | None:
+    """Let qemu-img compare; it reads our volumes over NBD. It tells the sector that differs."""
+    from onionskin.exchange import qemu_img
+    from onionskin.nbd.for_program import served_to_program
+
+    with ExitStack() as stack:
+        keep, described = [], []
+        for side in sides:
+            if isinstance(side, OpenVolume):
+                disk = stack.enter_context(served_to_program(side.volume.path, qemu_img.EXPORT, writable=False))
+                keep.append(disk)
+                described.append(qemu_img.served_disk(disk))
+            elif isinstance(side, RawFile):
+                keep.append(side.descriptor)
+                described.append(qemu_img.file_of("raw", f"/proc/self/fd/{side.descriptor}"))
+            else:
+                described.append(side.description)
+        total = max(side.size_bytes for side in sides)
+        percent = (lambda done: progress(int(total * done / 100), total)) if progress else None
+        return qemu_img.first_difference(*described, keep=keep, percent=percent)

@@ -1,0 +1,80 @@
+"""What the verbs are for, which one is meant by a word that is none, and the verb help."""
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.output import json_option
+
+SECTION_OF: dict[str, str] = {}  # by the name of a verb; `app` fills it
+
+# What other programs call it: qemu-img, zfs, rbd, git, restic, virsh.
+_CALLED = {
+    **dict.fromkeys(("rollback", "restore", "reset", "undo", "snapshot-revert", "checkout"), "revert"),
+    **dict.fromkeys(("commit", "blockcommit", "block-commit"), "merge --into-base"),
+    **dict.fromkeys(("rebase", "promote", "blockpull", "block-stream"), "flatten"),
+    **dict.fromkeys(("destroy", "rm", "remove", "del", "undefine"), "delete"),
+    **dict.fromkeys(("snap", "checkpoint", "save"), "snapshot"),
+    **dict.fromkeys(("history", "log"), "snapshots"),
+    **dict.fromkeys(("fork", "branch", "cp", "copy"), "clone"),
+    **dict.fromkeys(("new", "init", "mk", "make"), "create"),
+    **dict.fromkeys(("ls", "volumes"), "list"),
+    **dict.fromkeys(("show", "describe", "status"), "info"),
+    **dict.fromkeys(("df", "du", "space"), "usage"),
+    **dict.fromkeys(("send", "export-diff", "backup"), "delta"),
+    **dict.fromkeys(("receive", "recv", "import-diff"), "apply"),
+    **dict.fromkeys(("squash", "fold", "delete-snapshot"), "merge"),
+    **dict.fromkeys(("grow", "shrink", "truncate"), "resize"),
+    **dict.fromkeys(("mv", "move"), "rename"),
+    **dict.fromkeys(("fsck", "verify", "scrub", "repair"), "check"),
+    **dict.fromkeys(("unmount", "fusermount"), "umount"),
+    **dict.fromkeys(("nbd", "share", "start"), "serve"),
+    **dict.fromkeys(("cmp",), "compare"),
+    **dict.fromkeys(("convert",), "import, or onionskin export"),
+    **dict.fromkeys(("load",), "import"),
+}
+
+
+def suggestion(word: str, verbs: Iterable[str]) -> str:
+    """Say which verb may be meant by a word that is none; nothing where none comes near."""
+    called = _CALLED.get(word.lower())
+    if called is not None:
+        return f": here that is onionskin {called}"
+    near = difflib.get_close_matches(word.lower(), list(verbs), n=1, cutoff=0.7)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def format_sections(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write the verbs of a group under what they are for."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    limit = formatter.width - 6 - max(map(len, group.commands), default=0)
+    for name, command in group.commands.items():
+        rows.setdefault(SECTION_OF[name], []).append((name, command.get_short_help_str(limit)))
+    for title, listed in rows.items():
+        with formatter.section(title):
+            formatter.write_dl(listed)
+
+
+@click.command(name="help")
+@click.argument("verb", required=False)
+@click.pass_context
+@json_option
+def help_(ctx: click.Context, verb: str | None, as_json: bool) -> None:
+    """Print what VERB does, and its options.
+
+    Without VERB, list the verbs.
+    """
+    parent = ctx.parent
+    if parent is None or not isinstance(parent.command, click.Group):
+        raise AssertionError("help is a verb of a group")
+    if verb is None:
+        text = parent.get_help()
+    else:
+        _, command, _ = parent.command.resolve_command(parent, [verb])
+        if command is None:
+            raise AssertionError(f"{verb} was resolved to nothing")
+        with command.make_context(verb, [], parent=parent, resilient_parsing=True) as its:
+            text = command.get_help(its)
+    output.show(as_json, {"verb": verb, "text": text}, lambda: text)

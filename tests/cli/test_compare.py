@@ -1,0 +1,95 @@
+"""Two disks are the same or not, whatever they are kept in; an error is never taken for a difference."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def raw(run: Run, vms: Path, tmp_path: Path) -> Path:
+    """The disk as an image."""
+    assert run("export", f"{vms}/web@clean", tmp_path / "disk.raw").exit_code == 0
+    return tmp_path / "disk.raw"
+
+
+def judged(run: Run, *arguments: object) -> tuple[int, int | None]:
+    result = run("compare", "--json", *arguments)
+    return result.exit_code, json.loads(result.stdout)["first_difference"]
+
+
+def test_a_snapshot_is_the_same_as_its_head_until_that_is_written_to(run: Run, vms: Path) -> None:
+    assert judged(run, f"{vms}/web", f"{vms}/web@clean") == (0, None)
+    assert run("write", f"{vms}/web", 700_001, input=b"x").exit_code == 0
+    assert judged(run, f"{vms}/web", f"{vms}/web@clean") == (1, 700_001)
+    shown = run("compare", f"{vms}/web", f"{vms}/web@clean")
+    assert (shown.exit_code, shown.stdout) == (1, "different from byte 700001 on\n")
+
+
+def test_a_base_counts_with_what_is_over_it(run: Run, vms: Path, raw: Path) -> None:
+    assert run("create", f"{vms}/over", "--base", raw).exit_code == 0
+    assert judged(run, f"{vms}/over", f"{vms}/web") == (0, None)
+    assert run("zero", f"{vms}/over", 0, 5).exit_code == 0
+    assert judged(run, f"{vms}/over", f"{vms}/web") == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "vhdx"])
+def test_an_image_is_compared_in_its_own_format(run: Run, vms: Path, tmp_path: Path, kind: str) -> None:
+    image = tmp_path / f"image,with a comma.{kind}"
+    assert run("export", f"{vms}/web", image, "--format", kind).exit_code == 0
+    assert judged(run, image, f"{vms}/web") == (0, None)
+    assert run("write", f"{vms}/web", 512 * 1024, input=b"x").exit_code == 0
+    assert judged(run, f"{vms}/web", image) == (1, 512 * 1024)
+
+
+def test_two_images_are_compared(run: Run, raw: Path, tmp_path: Path) -> None:
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, tmp_path / "disk.qcow2"], check=True)
+    assert judged(run, raw, tmp_path / "disk.qcow2") == (0, None)
+    assert judged(run, raw, raw) == (0, None)
+    assert judged(run, raw, tmp_path / "disk.qcow2", "--format", "raw")[0] == 1
+
+
+def test_a_shorter_disk_is_zero_behind_its_end_unless_that_is_strict(run: Run, vms: Path, raw: Path) -> None:
+    assert run("resize", f"{vms}/web", "2M").exit_code == 0
+    assert judged(run, raw, f"{vms}/web") == (0, None)
+    assert judged(run, raw, f"{vms}/web", "--strict") == (1, 1 << 20)
+    assert "has 1048576 bytes" in run("compare", raw, f"{vms}/web").stdout
+    assert run("write", f"{vms}/web", "1500K", input=b"x").exit_code == 0
+    assert judged(run, raw, f"{vms}/web") == (1, 1500 << 10)
+
+
+def test_holes_of_both_are_not_read(run: Run, vms: Path) -> None:
+    for name in ("a", "b"):
+        assert run("create", f"{vms}/{name}", "--size", "32T").exit_code == 0
+        assert run("write", f"{vms}/{name}", "31T", input=b"far").exit_code == 0
+    assert judged(run, f"{vms}/a", f"{vms}/b") == (0, None)
+
+
+@pytest.mark.parametrize(("side", "status"), [("web@nope", 3), ("nope", 3)])
+def test_an_error_is_no_difference(run: Run, vms: Path, side: str, status: int) -> None:
+    assert run("compare", f"{vms}/{side}", f"{vms}/web").exit_code == status
+
+
+def test_an_error_without_a_status_of_its_own_is_no_difference(
+    run: Run, vms: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error", str(raw))
+
+    monkeypatch.setattr("onionskin.cli.compare.first_difference", fail)
+    refused = run("compare", raw, f"{vms}/web")
+    assert refused.exit_code == 2
+    assert "Input/output error" in refused.stderr
+
+
+def test_an_image_that_reads_other_files_is_not_compared(run: Run, vms: Path, raw: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", raw, overlay], check=True)
+    refused = run("compare", overlay, f"{vms}/web")
+    assert refused.exit_code == 6
+    assert "reads from another file" in refused.stderr

@@ -1,0 +1,86 @@
+"""Help is found however it is asked for, and says which verb is meant by a word of another program."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from onionskin.cli.app import onionskin
+from onionskin.cli.man_pages import pages
+from onionskin.cli.verbs import _CALLED, SECTION_OF
+
+Run = Callable[..., Result]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("verb", sorted(onionskin.commands))
+def test_help_of_a_verb_is_the_same_by_every_way(run: Run, verb: str) -> None:
+    shown = run(verb, "--help")
+    assert shown.exit_code == 0
+    assert run(verb, "-h").stdout == shown.stdout
+    asked = run("help", verb)
+    assert (asked.exit_code, asked.stdout) == (0, shown.stdout)
+
+
+def test_help_lists_each_verb_once_under_what_it_is_for(run: Run) -> None:
+    shown = run("help").stdout
+    assert shown == run("-h").stdout == run("--help").stdout
+    for section in set(SECTION_OF.values()):
+        assert f"\n{section}:\n" in shown
+    for verb in onionskin.commands:
+        assert shown.count(f"\n  {verb} ") == 1, verb
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("rollback", "here that is onionskin revert"),
+        ("commit", "here that is onionskin merge --into-base"),
+        ("ls", "here that is onionskin list"),
+        ("snapshto", "did you mean snapshot?"),
+        ("exprot", "did you mean export?"),
+    ],
+)
+@pytest.mark.parametrize("ask", [(), ("help",)])
+def test_a_near_miss_is_told_which_verb_is_meant(run: Run, word: str, said: str, ask: tuple[str, ...]) -> None:
+    refused = run(*ask, word)
+    assert refused.exit_code == 2
+    assert f"No such command '{word}': {said}" in refused.stderr
+
+
+def test_words_of_other_programs_are_no_verbs_and_mean_verbs() -> None:
+    assert not set(_CALLED) & set(onionskin.commands)
+    assert {said.split()[0].rstrip(",") for said in _CALLED.values()} <= set(onionskin.commands)
+
+
+@pytest.mark.parametrize("name", ["onionskin.1", *(f"onionskin-{verb}.1" for verb in onionskin.commands)])
+def test_a_page_of_the_manual_opens_without_a_warning(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(pages("1.0")[name])
+    opened = subprocess.run(
+        ["man", "--warnings", "-l", tmp_path / name],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "MANWIDTH": "80", "LC_ALL": "C.UTF-8"},
+    )
+    assert (opened.returncode, opened.stderr) == (0, "")
+    assert "NAME" in opened.stdout
+    if name != "onionskin.1":
+        assert "--json" in opened.stdout
+
+
+def test_the_pages_of_the_manual_are_made_of_the_source_alone() -> None:
+    program = "import sys, onionskin.cli.man_pages as made; made.pages('1.0'); print('numpy' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
+    )
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
+
+
+def test_the_manual_is_installed_with_the_package() -> None:
+    from importlib.metadata import files
+
+    names = {file.name for file in files("onionskin") or [] if "share/man/man1" in str(file)}
+    assert names == set(pages("1.0"))

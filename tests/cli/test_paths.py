@@ -1,0 +1,50 @@
+"""Paths may hold any bytes, and URIs are such that clients find the socket."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+NAMES = ["with a space", "50%,comma=1?&#", "grün", os.fsdecode(b"not \xff utf-8")]
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_an_image_of_any_name_is_written_and_read(
+    spawn: Spawn, vms: Path, tmp_path: Path, name: str, kind: str, locale: str
+) -> None:
+    image = tmp_path / name
+    for words in (
+        ["export", f"{vms}/web", image, "--format", kind],
+        ["export", f"{vms}/web", f"{image}2", "--format", kind, "--json"],
+        ["import", image, f"{vms}/again"],
+        ["compare", image, f"{vms}/again"],
+    ):
+        process = spawn(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": locale})
+        out, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b""), words
+        if "--json" in words:
+            assert os.fsencode(json.loads(out)["path"]) == os.fsencode(f"{image}2")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_clients_find_the_socket_by_the_address_that_is_printed(
+    spawn: Spawn, vms: Path, tmp_path: Path, name: str
+) -> None:
+    server = spawn("serve", f"{vms}/web", "--socket", tmp_path / name, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout is not None
+        word, uri = server.stdout.readline().decode("ascii").split()
+        assert word == "ready:"
+        asked = subprocess.run(["nbdinfo", "--size", uri], check=True, capture_output=True)
+        assert int(asked.stdout) == 1 << 20
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
