@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
-from setuptools._distutils.command.install_data import install_data
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -84,7 +83,7 @@ class BuildObjectsOnce(build_ext):
         return made
 
 
-class MakeManPages(install_data):
+class MakeManPages(Distribution().get_command_class("install_data")):
     """Makes the pages for man(1) from the command line in the source, which needs click and nothing that is built."""
 
     def run(self) -> None:

@@ -63,6 +63,7 @@ READERS = [
     *(["export", "{s}/v", "{s}.raw"], ["delta", "{s}/v@a"], ["apply", "{s}/v"], ["read", "{s}/v", "0", "1"]),
     *(["write", "{s}/v", "0"], ["trim", "{s}/v", "0", "1"], ["zero", "{s}/v", "0", "1"]),
     *(["serve", "{s}/v", "--tcp", ":0"], ["stats", "{s}/v"], ["mount", "{s}/v@a", "{s}"]),
+    ["compare", "{s}/v", "{s}/w"],
 ]
 
 
@@ -74,7 +75,7 @@ def test_only_create_and_import_make_a_store(run: Run, tmp_path: Path, words: li
 
 
 def test_every_verb_is_among_those_that_make_no_store_or_is_known_to() -> None:
-    assert {words[0] for words in READERS} | {"create", "import", "demo", "bench", "completion", "umount"} == set(
+    assert {words[0] for words in READERS} | {"create", "import", "demo", "bench", "completion", "umount", "help"} == set(
         onionskin.commands
     )
 

@@ -13,7 +13,7 @@ import onionskin
 from onionskin.cli.app import onionskin as command_line
 
 SECTIONS = {"Parameters": "Parameters\n----------", "Returns": "Returns\n-------"}
-ABOUT_ITSELF = {"demo", "bench", "completion"}  # verbs that no other program has a word for
+ABOUT_ITSELF = {"demo", "bench", "completion", "help"}  # verbs that no other program has a word for
 REFERENCE = (ROOT / "docs/reference/api.md").read_text()
 # Members without an underscore that are for the other modules of the package, until they take storage/open_head.py instead.
 INTERNAL = {

@@ -16,7 +16,7 @@ _STATUS = re.compile(r"^  (\d+)\s+(.*)$", re.MULTILINE)
 
 def pages(version: str) -> dict[str, str]:
     """Return the source of each page by the name of its file."""
-    top = click.Context(onionskin, info_name="onionskin")
+    top = click.Context(onionskin, info_name="onionskin", **onionskin.context_settings)
     made = {"onionskin.1": _overview(top, version)}
     for name, command in onionskin.commands.items():
         ctx = click.Context(command, info_name=name, parent=top)
@@ -59,9 +59,10 @@ def _head(title: str, about: str, version: str) -> list[str]:
 
 def _options(ctx: click.Context) -> list[str]:
     records = [record for param in ctx.command.get_params(ctx) if (record := param.get_help_record(ctx))]
-    lines = [".SH OPTIONS"] if records else []
+    lines = [".SH OPTIONS"]
     for names, about in records:
-        lines += [".TP", f".B {_text(names)}", _text(about) or "\\&"]
+        if about:  # the synopsis has the arguments
+            lines += [".TP", f".B {_text(names)}", _text(about)]
     return lines
 
 
