@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from onionskin.cli.app import onionskin
+from onionskin.nbd import fuse_mount
 
 Run = Callable[..., Result]
 
@@ -36,6 +37,26 @@ def test_snapshots_complete_where_one_is_wanted(run: Run, vms: Path) -> None:
     assert completed(f"onionskin revert --yes {vms}/web@t") == [f"{vms}/web@two"]
     assert completed(f"onionskin info {vms}/web@c") == [f"{vms}/web@clean"]
     assert completed(f"onionskin map --rows 4 {vms}/web@c") == [f"{vms}/web@clean"]
+
+
+def test_what_can_be_served_completes(run: Run, vms: Path) -> None:
+    assert completed(f"onionskin serve {vms}/w") == [f"{vms}/web"]
+    assert completed(f"onionskin serve {vms}/web {vms}/web@c") == [f"{vms}/web@clean"]
+
+
+def test_what_is_mounted_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_bytes(
+        b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        b"60 22 0:50 / /mnt/a\\040b ro shared:2 - fuse.nbdfuse nbdfuse ro\n"
+        b"61 22 0:51 / /mnt/c ro - fuse nbdfuse ro\n"
+        b"62 22 0:52 / /mnt/d ro - fuse.sshfs host: ro\n"
+    )
+    assert fuse_mount.mounted(table) == [Path("/mnt/a b"), Path("/mnt/c")]
+    found = fuse_mount.mounted(table)
+    monkeypatch.setattr(fuse_mount, "mounted", lambda: found)
+    assert completed("onionskin umount /mnt/c") == ["/mnt/c"]
+    assert completed("onionskin umount /mnt/") == ["/mnt/a b", "/mnt/c"]
 
 
 def test_names_that_are_to_be_made_do_not_complete(vms: Path) -> None:

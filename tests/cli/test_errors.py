@@ -75,9 +75,15 @@ def test_only_create_and_import_make_a_store(run: Run, tmp_path: Path, words: li
 
 
 def test_every_verb_is_among_those_that_make_no_store_or_is_known_to() -> None:
-    assert {words[0] for words in READERS} | {"create", "import", "demo", "bench", "completion", "umount", "help"} == set(
-        onionskin.commands
-    )
+    assert {words[0] for words in READERS} | {
+        "create",
+        "import",
+        "demo",
+        "bench",
+        "completion",
+        "umount",
+        "help",
+    } == set(onionskin.commands)
 
 
 def test_every_verb_takes_json() -> None:

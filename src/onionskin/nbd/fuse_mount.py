@@ -74,10 +74,10 @@ def unmount(directory: Path) -> None:
         raise StateError(f"{directory} could not be unmounted: {said[0]}; end the programs that read from it")
 
 
-def mounted() -> list[Path]:
+def mounted(table: Path = Path("/proc/self/mountinfo")) -> list[Path]:
     """List the directories on which nbdfuse shows something: proc(5), mountinfo."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in table.read_bytes().splitlines():
         before, _, behind = line.partition(b" - ")
         kind, source, _ = behind.split(b" ", 2)
         if kind.startswith(b"fuse") and (kind.endswith(b".nbdfuse") or source == b"nbdfuse"):
