@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,14 +141,15 @@ def check_made_stores(directory: Path, markers: Sequence[str]) -> list[str]:
 def convert_image(root: Path) -> None:
     """Exports to another format; what stands in for qemu-img only copies."""
     from onionskin import images
+    from onionskin.exchange import qemu_img
 
-    def convert(*arguments: str, **_: Any) -> str:
-        shutil.copyfile(arguments[-2], arguments[-1])
-        return ""
-
-    images._run = convert
-    images._qemu_img = lambda: ""
     store, volume = make_volume(root)
+
+    def convert(_disk: int, target: int, _kind: str, **_: Any) -> None:
+        os.pwrite(target, volume.read(0, volume.size_bytes), 0)
+
+    qemu_img.write_image = convert
+    qemu_img.program = lambda: ""
     images.export_image(volume, root / IMAGE, format="qcow2")
     mark(root, "done")
     store.close()
