@@ -9,6 +9,7 @@ opening would else have a file for each of them.
 
 import logging
 import os
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,8 @@ def _switch_beside_readers(
         if volume.path.poisoned or now is None or now.map_id != map_file.target:
             volume.path.abort_below()
         elif _is_committed(volume.path):
-            volume.give_up_unread()
+            with suppress(OSError, OnionskinError):  # the old files stay locked, and so stay, until this is next done
+                volume.give_up_unread()
 
     source = (
         str(store.layout.map_file(map_file.target)), map_file.target, *written,

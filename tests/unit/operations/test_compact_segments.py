@@ -1,9 +1,11 @@
 """A layer that merges left with many segments gets few, while its volume is open or when it is opened for writing."""
 
+import errno
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -243,7 +245,7 @@ def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the
         expected = read_all(web)
         is_committed = compact_segments._is_committed
 
-        def commit_behind_another(path: object) -> bool:
+        def commit_behind_another(path: Any) -> bool:
             few(0)
             monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 0)
             other.open("twin").close()
@@ -283,6 +285,28 @@ def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_go
             compact_segments.gather_below(web, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
         web.snapshot("later")
         assert read_all(web) == expected
+        store._opened.finish_work()
+        files = {path.stem for path in store._opened.layout.segments.iterdir()}
+        assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
+
+
+def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and_the_volume(
+    tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: onionskin.Volume) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK) as web:
+        fill(web, range(4))
+        expected = read_all(web)
+        few(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(onionskin.Volume, "give_up_unread", fail)
+            compact_segments.gather_below(web, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+        assert not web.path.poisoned
+        web.snapshot("later")
+        assert read_all(web) == expected
+        web.revert("later")
         store._opened.finish_work()
         files = {path.stem for path in store._opened.layout.segments.iterdir()}
         assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
