@@ -190,7 +190,8 @@ def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
     """Return the segments to gather: the smallest by what is live in them, as many as the bound allows."""
-    live = {row.id: int(layer_map.live_slots(row.id)["count"].sum()) * block_size for row in sealed}
+    use = layer_map.segment_use()  # in one pass over the map, however many segments there are
+    live = {row.id: use.get(row.id, (0, 0))[0] * block_size for row in sealed}
     chosen: list[SegmentRow] = []
     total = 0
     for row in sorted(sealed, key=lambda row: live[row.id])[: len(sealed) - SEGMENTS_KEPT]:
