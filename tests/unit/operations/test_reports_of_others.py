@@ -193,6 +193,18 @@ def test_a_clone_of_a_clone_outlives_what_it_was_made_from(store: onionskin.Stor
         assert last.read(MIB, 1) == b"b"
 
 
+def test_a_discard_that_is_refused_for_the_sake_of_a_clone_has_dropped_nothing(store: onionskin.Store) -> None:
+    with store.create("web", size=MIB) as web:
+        for name in ("one", "two", "three"):
+            web.write(0, name.encode() * 100)
+            web.snapshot(name)
+    store.clone("web", "three", "test")
+    with store.open("web") as web, pytest.raises(onionskin.StateError, match="test"):
+        web.discard("one", recursive=True)
+    assert [snapshot.name for snapshot in store.snapshots("web")] == ["one", "two", "three"]
+    assert [state_of(store, name)[:3] for name in ("one", "two", "three")] == [b"one", b"two", b"thr"]
+
+
 def test_what_is_trimmed_gives_its_space_back_to_the_file_system(store: onionskin.Store) -> None:
     with store.create("web", size=64 * MIB) as web:
         for _ in range(3):
