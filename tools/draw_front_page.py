@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onionskin
+from onionskin.base.sizes import format_size
 from onionskin.pictures import svg
 from onionskin.pictures.trees import lay_out
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, ROW, LANE, RADIUS, MARGIN = 350, 22, 18, 5, 12
-PANEL = WIDTH // 2
+PANEL = 6 * ROW
 BARS_LEFT, BARS_RIGHT = 186, 292
 STYLE = (
     ".skin .edge{stroke:var(--soft);stroke-width:1.6;fill:none}.skin .base{fill:var(--base)}"
@@ -40,10 +41,10 @@ def main() -> None:
 def trees_of_the_example(directory: Path) -> tuple[list[onionskin.TreeNode], list[onionskin.TreeNode]]:
     """Do what the example does, and return the trees before and after its revert."""
     base = directory / "debian.raw"
-    base.write_bytes(bytes(1 << 20))
+    base.write_bytes(bytes(16 << 20))
     with onionskin.Store(directory / "lab") as store, store.create("web", base=base) as web:
         web.snapshot("clean")
-        web.write(0, b"broken")
+        web.write(0, b"broken!!" * (1 << 20))
         web.snapshot("broken")
         before = store.tree()
         web.revert("clean")
@@ -51,16 +52,14 @@ def trees_of_the_example(directory: Path) -> tuple[list[onionskin.TreeNode], lis
 
 
 def draw_trees(before: Sequence[onionskin.TreeNode], after: Sequence[onionskin.TreeNode]) -> str:
-    """Draw two trees side by side."""
-    rows = max(len(lay_out(roots)) for roots in (before, after))
-    body = [*_panel(0, "before", before), *_panel(PANEL, "after revert lab/web@clean", after)]
-    return _document(2 * MARGIN + ROW * (rows + 1), "The snapshots of a disk before and after a revert", body)
+    """Draw two trees, the later one below the earlier one."""
+    body = [*_panel(0, "before the revert", before), *_panel(PANEL, "after it", after)]
+    return _document(2 * MARGIN + PANEL + 5 * ROW, "The snapshots of a disk before and after a revert", body)
 
 
-def _panel(left: int, title: str, roots: Sequence[onionskin.TreeNode]) -> list[str]:
+def _panel(top: int, title: str, roots: Sequence[onionskin.TreeNode]) -> list[str]:
     places = lay_out(roots)
-    lanes = 1 + max(place.lane for place in places)
-    at = [(left + MARGIN + RADIUS + LANE * place.lane, MARGIN + ROW * (row + 1.5)) for row, place in enumerate(places)]
+    at = [(MARGIN + RADIUS + LANE * place.lane, top + MARGIN + ROW * (row + 1.5)) for row, place in enumerate(places)]
     edges, nodes = [], []
     for place, (x, y) in zip(places, at, strict=True):
         if place.parent is not None:
@@ -72,9 +71,10 @@ def _panel(left: int, title: str, roots: Sequence[onionskin.TreeNode]) -> list[s
             nodes.append(f'<rect class="base" x="{x - RADIUS}" y="{y - RADIUS:g}" width="{side}" height="{side}"/>')
         else:
             nodes.append(f'<circle class="{place.node.kind}" cx="{x}" cy="{y:g}" r="{RADIUS}"/>')
+            nodes.append(svg.text(BARS_LEFT, y + 4, f"holds {format_size(place.node.bytes_held)}", "soft"))
         kind = " (head)" if place.node.kind == "head" else ""
-        nodes.append(svg.text(left + MARGIN + LANE * lanes + 2, y + 4, f"{Path(place.node.name).name}{kind}"))
-    return [svg.text(left + MARGIN, MARGIN + ROW * 0.6, title, "soft"), *edges, *nodes]
+        nodes.append(svg.text(MARGIN + 2 * LANE + 8, y + 4, f"{Path(place.node.name).name}{kind}"))
+    return [svg.text(MARGIN, top + MARGIN + 10, title, "title"), *edges, *nodes]
 
 
 def draw_factors(readme: str) -> str:
