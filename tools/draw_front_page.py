@@ -22,7 +22,7 @@ from onionskin.pictures.trees import lay_out
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, ROW, LANE, RADIUS, MARGIN = 350, 22, 18, 5, 12
-PANEL = 6 * ROW
+PANEL = 7 * ROW
 BARS_LEFT, BARS_RIGHT = 186, 292
 STYLE = (
     ".skin .edge{stroke:var(--soft);stroke-width:1.6;fill:none}.skin .base{fill:var(--base)}"
