@@ -71,7 +71,9 @@ def _panel(top: int, title: str, roots: Sequence[onionskin.TreeNode]) -> list[st
             nodes.append(f'<rect class="base" x="{x - RADIUS}" y="{y - RADIUS:g}" width="{side}" height="{side}"/>')
         else:
             nodes.append(f'<circle class="{place.node.kind}" cx="{x}" cy="{y:g}" r="{RADIUS}"/>')
-            nodes.append(svg.text(BARS_LEFT, y + 4, f"holds {format_size(place.node.bytes_held)}", "soft"))
+            # A head that is open may hold a header already, and not always does.
+            held = "for the next writes" if place.node.kind == "head" else f"holds {format_size(place.node.bytes_held)}"
+            nodes.append(svg.text(BARS_LEFT, y + 4, held, "soft"))
         kind = " (head)" if place.node.kind == "head" else ""
         nodes.append(svg.text(MARGIN + 2 * LANE + 8, y + 4, f"{Path(place.node.name).name}{kind}"))
     return [svg.text(MARGIN, top + MARGIN + 10, title, "title"), *edges, *nodes]
