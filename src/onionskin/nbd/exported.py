@@ -41,7 +41,9 @@ class Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume.opened_store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
+        return self.volume._opened.store.catalog.row(
+            SnapshotRow, "volume = ? AND name = ?", self.volume._opened.row.id, name
+        )
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -61,11 +63,11 @@ class View(Exported):
 
     def is_of(self, served: "ServedVolume") -> bool:
         """Whether it is a view of a snapshot of that volume."""
-        return self.volume.store is served.volume.store and self.volume.row.id == served.volume.row.id
+        return self.volume.store is served.volume.store and self.volume._opened.row.id == served.volume._opened.row.id
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume.opened_store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
+        volume = self.volume._opened.store.catalog.row(VolumeRow, "id = ?", self.volume._opened.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
@@ -143,9 +145,10 @@ class ServedVolume(Exported):
         self.views_changing = 0  # views of it that are being opened or closed; with the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots that may not be opened; None: all
         try:
-            nbd.add_export(name, volume.path, read_only=False, description=f"volume {name}")
-            volume.on_switch = self._switch
-            path = volume.opened_store.layout.volume_control(volume.row.id)
+            nbd.add_export(name, volume._path, read_only=False, description=f"volume {name}")
+            opened = volume._opened
+            opened.follow(self._switch)
+            path = opened.store.layout.volume_control(opened.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # we hold the volume: whoever made it is gone
             self.control = ControlSocket(path, self, log)
@@ -221,8 +224,8 @@ class ServedVolume(Exported):
         return {
             "volume": self.name,
             "uptime_seconds": round(time.monotonic() - self._serving.started, 3),
-            "memory_bytes": self.volume.path.memory_bytes,
-            "poisoned": self.volume.path.poisoned,
+            "memory_bytes": self.volume._path.memory_bytes,
+            "poisoned": self.volume._path.poisoned,
             "counters": self._nbd.counters(),
             "exports": self._serving.counters_of(self),
             "connections": self._nbd.connections(),
@@ -251,7 +254,7 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
         view = store.open(volume.name, snapshot=snapshot)
         try:
             after = store._opened.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
-            if view.row.id == volume_id and after is not None and is_same(before, after):
+            if view._opened.row.id == volume_id and after is not None and is_same(before, after):
                 return view, after
         except BaseException:
             view.close()
