@@ -53,7 +53,7 @@ def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None
 
 
 def fold(volume: OpenHead, layer_id: bytes) -> bool:
-    """Fold what is worth it of the layers without a name around one (fold.py); returns whether any was."""
+    """Fold what is worth it of the layers without a name around one (fold_policy.py); returns whether any was."""
     store = volume.store
     run = fold_policy.run_around(store.catalog, volume.head, layer_id)
     if is_in_base_merge(store.catalog, run):
