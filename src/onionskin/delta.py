@@ -415,7 +415,7 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
     opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
-        names = {row.name for row in catalog.rows(SnapshotRow, "volume = ?", opened.row.id)}
+        names = {row.name for row in catalog.snapshots_of(opened.row.id)}
         parent = nearest_snapshot(catalog, opened.row, catalog.layer(opened.head).parent)
         base = read_chain(catalog, opened.head).base
         size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0

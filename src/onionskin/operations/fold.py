@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 
-from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow
+from onionskin.catalog import CommitUnknownError, LayerRow
 from onionskin.catalog.tree import unnamed_below, unnamed_of
 from onionskin.errors import OnionskinError
 from onionskin.operations import compact_segments, fold_policy, reclaim
@@ -131,7 +131,7 @@ def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) 
 
 def _fold_into_head(volume: OpenHead, lower: LayerRow, upper: LayerRow) -> None:
     store = volume.store
-    segments = store.catalog.rows(SegmentRow, "layer = ?", lower.id)
+    segments = store.catalog.segments_of_layer(lower.id)
     source = (
         str(store.layout.map_file(lower.map_id)),
         lower.map_id,
@@ -151,18 +151,18 @@ def _drop_unused(volume: OpenHead) -> None:
     A disk whose snapshots come and go while it is open would else collect them, until it has no number left.
     """
     store, catalog = volume.store, volume.store.catalog
-    owned = {row.id for row in catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)}
+    owned = {row.id for row in catalog.sealed_segments_of(volume.head)}
     dropped = [id for id in volume.path.unused_segments() if id in owned]
     if not dropped:
         return
 
     def drop() -> None:
         wipe = catalog.layer(volume.head).wipe
-        for row in catalog.rows_in(SegmentRow, "id", dropped):
+        for row in catalog.segments_with_ids(dropped):
             catalog.add_pending("segment", row.id, row.lock_byte, wipe)
-            catalog.delete(SegmentRow, "id = ?", row.id)
+            catalog.remove_segment(row.id)
 
-    with volume.changing_below(lambda: not catalog.has(SegmentRow, "id = ?", dropped[0])):
+    with volume.changing_below(lambda: not catalog.has_segment(dropped[0])):
         volume.path.prepare_below(dropped=dropped, keep_base=True)
         store.change(drop)
 
@@ -171,8 +171,8 @@ def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerR
     """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
     catalog = store.catalog
     above = [*lowers[1:], upper]
-    unchanged = all(catalog.row(LayerRow, "id = ?", layer.id) == layer for layer in (*lowers, upper)) and all(
-        [row.id for row in catalog.rows(LayerRow, "parent = ? LIMIT 2", lower.id)] == [child.id]
+    unchanged = all(catalog.layer_with_id(layer.id) == layer for layer in (*lowers, upper)) and all(
+        [row.id for row in catalog.children_of(lower.id, at_most=2)] == [child.id]
         and not catalog.snapshot_of_layer(lower.id)
         and not catalog.base_merge_of(lower.id)
         for lower, child in zip(lowers, above, strict=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
 from onionskin.base.naming import some_of
-from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow, new_id
+from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, new_id
 from onionskin.catalog.tree import descendants, find_snapshot, free_unneeded
 from onionskin.errors import ChainError, StateError
 from onionskin.operations import copy, reclaim
@@ -176,15 +176,15 @@ def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes
     with catalog.reading():
         needed = [
             name
-            for row in catalog.rows_in(SnapshotRow, "layer", folded)
+            for row in catalog.snapshots_of_layers(folded)
             if row.layer != target
             for name in _shown_names(catalog, row)
         ]
-        children = catalog.rows_in(LayerRow, "parent", folded[:-1] if target else folded)
+        children = catalog.children_of_layers(folded[:-1] if target else folded)
         needed += [f"a branch on layer {child.id.hex()[:8]}" for child in children if child.id not in ids]
         path = Path(chain.base.path)
-        same_file = [base.id for base in catalog.sound_rows(BaseRow) if is_same_file(Path(base.path), path)]
-        for bottom in catalog.rows_in(LayerRow, "base", same_file):
+        same_file = [base.id for base in catalog.all_sound(BaseRow) if is_same_file(Path(base.path), path)]
+        for bottom in catalog.layers_standing_on(same_file):
             if bottom.id != ids[0]:
                 needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]
     if needed:
@@ -202,7 +202,7 @@ def _shown_names(catalog: Catalog, row: SnapshotRow) -> list[str]:
 def _volumes_above(catalog: Catalog, layer: bytes) -> list[str]:
     """Return the names of the volumes whose heads stand on a layer."""
     above = {layer, *descendants(catalog, layer)}
-    return [row.name for row in catalog.rows_in(VolumeRow, "head", above)]
+    return [row.name for row in catalog.volumes_with_heads(above)]
 
 
 def _copy_into_base(
@@ -315,9 +315,9 @@ def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
         if catalog.layer(top.id) != top:
             raise TreeChangedError("the layers changed while they were merged into the base; merge again")
         catalog.update(BaseRow, base.id, **_looks(lock.descriptor), digest=None)
-        for segment in catalog.rows(SegmentRow, "layer = ?", top.id):
+        for segment in catalog.segments_of_layer(top.id):
             catalog.add_pending("segment", segment.id, segment.lock_byte, top.wipe)
-        catalog.delete(SegmentRow, "layer = ?", top.id)
+        catalog.remove_segments_of(top.id)
         catalog.add_pending("map", top.map_id, top.map_lock_byte, top.wipe)
         map_byte = catalog.take_lock_byte()
         volume.locks.must_share({map_byte})
@@ -334,6 +334,6 @@ def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
         )
         if top.parent:
             free_unneeded(catalog, top.parent)
-        catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", top.id)
+        catalog.remove_base_merge_of(top.id)
 
     store.change(switch)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
-from onionskin.catalog import LayerRow, PendingRow, SegmentRow
+from onionskin.catalog import LayerRow, PendingRow
 from onionskin.operations import reclaim
 from onionskin.operations.staging import StagedFiles, put_off, staged_files
 from onionskin.storage.open_head import OpenHead, if_begun
@@ -71,13 +71,13 @@ def switch_map(
     if not lowers:
         return
     if scrubs is None:
-        scrubs = [row.id for lower in lowers for row in catalog.rows(SegmentRow, "layer = ?", lower.id)]
+        scrubs = [row.id for lower in lowers for row in catalog.segments_of_layer(lower.id)]
     reclaim.add_scrubs(store, scrubs, stricter(upper, *lowers))
     catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
     for lower in reversed(lowers):
         catalog.move_segments(lower.id, upper.id)
         catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
-        catalog.delete(LayerRow, "id = ?", lower.id)
+        catalog.remove_layer(lower.id)
 
 
 def stricter(*layers: LayerRow) -> str:

@@ -7,7 +7,7 @@ right one; a failure at any step leaves the old one working. Others' calls go on
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from onionskin.catalog import LayerRow, VolumeRow
+from onionskin.catalog import VolumeRow
 from onionskin.catalog.tree import free_unneeded
 from onionskin.errors import StateError
 from onionskin.operations import reclaim
@@ -45,7 +45,7 @@ def restart_over(volume: OpenHead, below: Chain, base_lock: "BaseLock | None", *
     old_path, old_head, bytes_before = volume.path, volume.head, volume.segment_bytes()
 
     def change() -> None:
-        if catalog.head_of(volume.row) != old_head or not catalog.has(LayerRow, "id = ?", top.id):
+        if catalog.head_of(volume.row) != old_head or not catalog.has_layer(top.id):
             raise StateError("another process changed the tree; close the volume and open it again")
         map_byte, segments = head.insert(catalog)
         volume.share(segments, map_byte)

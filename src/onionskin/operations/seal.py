@@ -103,11 +103,13 @@ class Sealing:
     def _drop_empty_segment(self, id: bytes, wipe: str) -> None:
         """Remove the row of a segment without slots. If it has a file, that becomes pending work."""
         store = self._volume.store
-        for row in store.catalog.rows(SegmentRow, "id = ?", id):
-            if store.layout.segment_file(id).exists():
-                store.catalog.add_pending("segment", id, row.lock_byte, wipe)
-                self._unused.add(row.lock_byte)
-            store.catalog.delete(SegmentRow, "id = ?", id)
+        row = store.catalog.segment_with_id(id)
+        if row is None:
+            return
+        if store.layout.segment_file(id).exists():
+            store.catalog.add_pending("segment", id, row.lock_byte, wipe)
+            self._unused.add(row.lock_byte)
+        store.catalog.remove_segment(id)
 
     def go_on(self) -> None:
         """Tell the data path that the new head is the volume's."""

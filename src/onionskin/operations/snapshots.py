@@ -38,7 +38,7 @@ def take(volume: OpenHead, name: str, note: str, guid: bytes) -> Snapshot:
 
         def check_free() -> None:
             volume.refuse_half_merged()
-            if catalog.has(SnapshotRow, "volume = ? AND name = ?", volume.row.id, name):
+            if catalog.has_snapshot_named(volume.row.id, name):
                 raise SnapshotExistsError(
                     f"volume {volume.name!r} already has a snapshot {name!r}; choose another name"
                 )
@@ -67,7 +67,7 @@ def is_changed(volume: OpenDisk) -> bool:
     """Whether anything was written, trimmed or resized since `parent_of`. Flushes, to know."""
     flush(volume)
     catalog = volume.store.catalog
-    named = {row.layer for row in catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
+    named = {row.layer for row in catalog.snapshots_of(volume.row.id)}
     chain = read_chain(catalog, volume.head).layers
     above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
     below = chain[-len(above) - 1] if len(above) < len(chain) else None
@@ -100,7 +100,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
             _refuse_discard(volume, name, above, recursive)
             named = [*above, layer]
             for id in named:
-                catalog.delete(SnapshotRow, "layer = ?", id)
+                catalog.remove_snapshot_of_layer(id)
             for id in named:
                 free_unneeded(catalog, id)
 
@@ -123,7 +123,7 @@ def _refuse_discard(volume: OpenHead, name: str, above: set[bytes], recursive: b
             f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "
             "snapshot instead"
         )
-    named = sorted(row.name for row in catalog.rows(SnapshotRow, "volume = ?", volume.row.id) if row.layer in above)
+    named = sorted(row.name for row in catalog.snapshots_of(volume.row.id) if row.layer in above)
     if named and not recursive:
         raise StateError(
             f"snapshots were taken after {name!r}: {some_of(named)}; pass recursive to discard them too, or merge "
@@ -139,7 +139,7 @@ def merge(volume: OpenHead, name: str) -> None:
         around = unnamed_around(catalog, row.layer)
 
         def drop() -> None:
-            catalog.delete(SnapshotRow, "volume = ? AND name = ?", volume.row.id, name)
+            catalog.remove_snapshot(volume.row.id, name)
             free_unneeded(catalog, row.layer)
 
         volume.store.change(drop)

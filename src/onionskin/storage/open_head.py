@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
 from onionskin.base.signals import HeldBack
-from onionskin.catalog import CommitUnknownError, SegmentRow, VolumeRow
+from onionskin.catalog import CommitUnknownError, VolumeRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.storage.chain import pending_base_merges, read_chain
 from onionskin.storage.open_store import OpenStore
@@ -459,7 +459,7 @@ class OpenHead(OpenDisk):
         if not self.wants_next or self._closed:
             return
         # None where a snapshot is just being told what it is: then somebody asks again.
-        for spare in self.store.catalog.rows(SegmentRow, "layer = ? AND role = 'spare'", head):
+        for spare in self.store.catalog.spares_of(head):
             self.wants_next = False
             path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
 
