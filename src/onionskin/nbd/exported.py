@@ -34,6 +34,7 @@ class Exported:
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
+        self.opened = volume._opened  # for what no program needs to know of a volume
         self.operations = 0  # that go by its label; with the table's guard
         self.contexts: dict[str, tuple[object, ...]] = {}  # by the name of the snapshot since which
         self.contexts_guard = threading.Lock()  # held while one is offered, forgotten, or the disk replaced
@@ -41,7 +42,7 @@ class Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume._opened.store.catalog.snapshot_named(self.volume._opened.row.id, name)
+        return self.opened.store.catalog.snapshot_named(self.opened.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -61,11 +62,11 @@ class View(Exported):
 
     def is_of(self, served: "ServedVolume") -> bool:
         """Whether it is a view of a snapshot of that volume."""
-        return self.volume.store is served.volume.store and self.volume._opened.row.id == served.volume._opened.row.id
+        return self.volume.store is served.volume.store and self.opened.row.id == served.opened.row.id
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume._opened.store.catalog.volume_with_id(self.volume._opened.row.id)
+        volume = self.opened.store.catalog.volume_with_id(self.opened.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
@@ -144,9 +145,8 @@ class ServedVolume(Exported):
         self._bars: Counter[str | None] = Counter()  # snapshots that may not be opened; None: all
         try:
             nbd.add_export(name, volume._path, read_only=False, description=f"volume {name}")
-            opened = volume._opened
-            opened.follow(self._switch)
-            path = opened.store.layout.volume_control(opened.row.id)
+            self.opened.follow(self._switch)
+            path = self.opened.store.layout.volume_control(self.opened.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # we hold the volume: whoever made it is gone
             self.control = ControlSocket(path, self, log)

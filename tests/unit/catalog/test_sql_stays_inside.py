@@ -64,7 +64,7 @@ def _parameters(method: object) -> tuple[str, ...]:
         'catalog.row(LayerRow, "id = ?", id)',
         'catalog.rows(SnapshotRow, f"volume = ? ORDER BY name LIMIT {most}", id)',
         "store._opened.catalog.rows(VolumeRow)",
-        "self.opened_store.catalog.sound_rows(BaseRow)",
+        "self._opened.store.catalog.sound_rows(BaseRow)",
         'catalog.rows_in(SegmentRow, "id", ids)',
         "condition = \"kind != 'base-merge'\"",
         "found = catalog.has",
