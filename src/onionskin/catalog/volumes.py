@@ -42,6 +42,10 @@ class Volumes(Connection):
         return self.has(VolumeRow, "id = ?", id)
 
     def volumes(self) -> list[VolumeRow]:
+        """Return all volumes, in no order: of many, that takes half the time of `volumes_by_name`."""
+        return self.rows(VolumeRow)
+
+    def volumes_by_name(self) -> list[VolumeRow]:
         """Return all volumes, in the order of their names."""
         return self.rows(VolumeRow, "1 ORDER BY name")
 
