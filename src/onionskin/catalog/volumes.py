@@ -37,7 +37,7 @@ class Volumes(Connection):
         """Return a volume by id, or None if it is gone."""
         return self.row(VolumeRow, "id = ?", id)
 
-    def has_volume(self, id: bytes) -> bool:
+    def has_volume_with_id(self, id: bytes) -> bool:
         """Whether there is a volume with this id; its row may be unsound."""
         return self.has(VolumeRow, "id = ?", id)
 
