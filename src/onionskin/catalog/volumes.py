@@ -37,11 +37,15 @@ class Volumes(Connection):
         """Return a volume by id, or None if it is gone."""
         return self.row(VolumeRow, "id = ?", id)
 
-    def has_volume(self, id: bytes) -> bool:
+    def has_volume_with_id(self, id: bytes) -> bool:
         """Whether there is a volume with this id; its row may be unsound."""
         return self.has(VolumeRow, "id = ?", id)
 
     def volumes(self) -> list[VolumeRow]:
+        """Return all volumes, in no order: of many, that takes half the time of `volumes_by_name`."""
+        return self.rows(VolumeRow)
+
+    def volumes_by_name(self) -> list[VolumeRow]:
         """Return all volumes, in the order of their names."""
         return self.rows(VolumeRow, "1 ORDER BY name")
 

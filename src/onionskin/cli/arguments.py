@@ -217,7 +217,7 @@ def is_store(path: Path) -> bool:
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:
     try:
         with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
-            volumes = {row.id: row.name for row in store._opened.catalog.volumes()}
+            volumes = {row.id: row.name for row in store._opened.catalog.volumes_by_name()}
             if not with_snapshots:
                 return list(volumes.values())
             return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())

@@ -103,7 +103,7 @@ class Exports:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
-        for row in store._opened.catalog.volumes():
+        for row in store._opened.catalog.volumes_by_name():
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1

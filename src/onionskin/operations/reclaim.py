@@ -191,7 +191,7 @@ def add_files_of(catalog: Catalog, volume: bytes) -> None:
 
 def unlink_files_of(store: OpenStore, volume: bytes) -> None:
     """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
-    if store.catalog.has_volume(volume):
+    if store.catalog.has_volume_with_id(volume):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
     layout = store.layout
     for path in (*layout.dirty_drafts(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
