@@ -3,10 +3,14 @@
 ``ONIONSKIN_SANITIZE=address,undefined`` builds them for the sanitizers, as the CI does.
 ``ONIONSKIN_COVERAGE=1`` builds them to count the lines of C that run, for gcov.
 ``ONIONSKIN_ONLY=csrc/volume/flush.c`` builds only the modules that are made of that file, as the crash tests do.
+
+The links of the project in the metadata lead to the repository whose workflow builds (``GITHUB_REPOSITORY``): the sources
+name no place of their own, so a copy of the repository that publishes says where it is itself.
 """
 
 import os
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +40,23 @@ EXTENSIONS = {
     "kernels._volume": _VOLUME,
     "kernels._wipe": ["bulk/wipe", "base/linux_io"],
 }
+
+
+def project_links(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the links of the project: those of the package index, and of the repository that is built, if one is."""
+    index = "https://pypi.org/project/onionskin/"
+    if not environment.get("GITHUB_REPOSITORY"):
+        return {"Homepage": index, "Documentation": f"{index}#description", "Source": f"{index}#files"}
+    server = environment.get("GITHUB_SERVER_URL", "https://github.com")
+    repository = f"{server}/{environment['GITHUB_REPOSITORY']}"
+    return {
+        "Homepage": repository,
+        "Documentation": f"{repository}/blob/HEAD/docs/index.md",
+        "Source": repository,
+        "Changelog": f"{repository}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    }
+
 
 if sys.platform != "linux":
     raise SystemExit("onionskin runs on Linux only for now; csrc/base/linux_io.h says what a port must replace")
@@ -88,6 +109,7 @@ extensions = [
     if only is None or only in sources
 ]
 setup(
+    project_urls=project_links(os.environ),
     cmdclass={"build_ext": BuildObjectsOnce},
     ext_modules=cythonize(
         extensions,

@@ -1,6 +1,7 @@
 """Every code block of README.md and of docs is run, or at least parsed, as its language says.
 
-``python``, ``console`` and ``sh`` are run, all blocks of a page in one directory and one session. ``ini``, ``xml`` and
+``python``, ``console`` and ``sh`` are run, all blocks of a page in one directory and one session; what is shown of a
+recorded session is compared with another recording instead (test_front_page.py). ``ini``, ``xml`` and
 ``json`` are parsed. ``text`` is for pictures and for forms of commands: the command lines of onionskin in it are parsed by
 the program's own parser. Directives are Sphinx's, whose build has no warnings.
 """
@@ -25,7 +26,8 @@ from onionskin.cli.app import onionskin
 MIB = 1 << 20
 RUN = {"python", "console", "sh"}
 PARSED = {"ini", "json", "text", "xml"}
-DIRECTIVES = {"{eval-rst}", "{toctree}"}
+DIRECTIVES = {"{eval-rst}", "{include} ../README.md", "{toctree}"}
+RECORDED = ROOT / "docs" / "session.md"
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 # The two lines of README.md that make an environment: `.ci/run` runs the one, and a test here the program of the other.
@@ -39,7 +41,8 @@ def is_for_the_tree(block: Block) -> bool:
 
 
 def runs_here(block: Block) -> bool:
-    return block.language in RUN and not ENVIRONMENT.fullmatch(block.text) and not is_for_the_tree(block)
+    made_otherwise = ENVIRONMENT.fullmatch(block.text) or is_for_the_tree(block) or block.page == RECORDED
+    return block.language in RUN and not made_otherwise
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,8 @@ def gather_below(volume: OpenHead, layer_id: bytes) -> None:
             return
         layer, sealed = catalog.layer(layer_id), catalog.segments_of_layer(layer_id)
         is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
+    if is_read and not _is_open(volume, sealed):
+        return
     try:
         put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
     except CommitUnknownError:
@@ -91,6 +93,16 @@ def gather_below(volume: OpenHead, layer_id: bytes) -> None:
         _log.warning(
             "%s: the segments of layer %s could not be gathered: %s", catalog.path.parent, layer_id.hex(), error
         )
+
+
+def _is_open(volume: OpenHead, segments: list[SegmentRow]) -> bool:
+    """Whether a volume reads its layer from these segments.
+
+    Whoever opened a clone meanwhile may have gathered some of them. Then the volume still finds these blocks in the files of
+    before, which it keeps. It must not open the new file for the sake of the others: nothing that it finds is in that, so a
+    scrub that asks it for the live slots would be told that there are none, and would free them all.
+    """
+    return {row.id for row in segments} <= {id for _, id, _, _ in volume.path.segments()}
 
 
 def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
@@ -162,7 +174,8 @@ def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
     """Return the segments to gather: the smallest by what is live in them, as many as the bound allows."""
-    live = {row.id: int(layer_map.live_slots(row.id)["count"].sum()) * block_size for row in sealed}
+    use = layer_map.segment_use()  # in one pass over the map, however many segments there are
+    live = {row.id: use.get(row.id, (0, 0))[0] * block_size for row in sealed}
     chosen: list[SegmentRow] = []
     total = 0
     for row in sorted(sealed, key=lambda row: live[row.id])[: len(sealed) - SEGMENTS_KEPT]:
@@ -176,8 +189,9 @@ def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, by
 def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
     """Copy the live slots of segments behind each other into a new one, and point the map there. Returns the slots."""
     block_size, next_slot = layer.block_size, 0
-    target = make_file(store.layout.segment_file(segment))
-    try:
+    # As objects, which close a descriptor also where an interrupt comes before anybody has it.
+    with open(store.layout.segment_file(segment), "r+b", buffering=0, opener=_make) as file:
+        target = file.fileno()
         wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
         header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
         write_all(target, header)
@@ -190,8 +204,6 @@ def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: l
             layer_map.replace(row.id, live, segment, first)
             next_slot += int(live["count"].sum())
         sync_file(target)  # BARRIER: gathered segment
-    finally:
-        os.close(target)
     return next_slot
 
 
@@ -201,16 +213,23 @@ def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
 
 
 def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
-    source = os.open(store.layout.segment_file(row.id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with open(store.layout.segment_file(row.id), "rb", buffering=0, opener=_open_to_copy) as file:
+        source = file.fileno()
         table = [
             (source, target, HEADER_BYTES + int(slot) * block_size, HEADER_BYTES + int(to) * block_size,
              int(count) * block_size)
             for (slot, count), to in zip(live.tolist(), first.tolist(), strict=True)
         ]  # fmt: skip
         CopyJob(table).run()
-    finally:
-        os.close(source)
+
+
+def _make(path: str, flags: int) -> int:
+    return make_file(path)
+
+
+def _open_to_copy(path: str, flags: int) -> int:
+    """Open a file for `open`. A pipe in its place is not waited for: it has nothing at an offset, so the copy fails."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _switch(
@@ -230,6 +249,9 @@ def _switch(
         catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
         catalog.remove_segment(row.id)
     files.keep(reader.locks if reader else None)
+    if reader:
+        # By its id too: as soon as it is named somebody else may gather it, and the reader has to know what it holds then.
+        reader.share({segment_file.lock_byte: segment_file.target}, map_file.lock_byte)
     catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     length, frames, crc = written

@@ -385,12 +385,22 @@ class OpenHead(OpenDisk):
         def settle() -> None:
             if self.path.poisoned or not happened():
                 self.path.abort_below()
-            elif self.path.commit_below():
-                self.leave_base()
-                self.give_up_unread()
+            elif self._goes_on_below():
+                with suppress(
+                    OSError, OnionskinError
+                ):  # the old files stay locked, and so stay, until this is next done
+                    self.leave_base()
+                    self.give_up_unread()
 
         with self.settling(settle):
             yield
+
+    def _goes_on_below(self) -> bool:
+        """Go on with what was prepared, whose commit is done; also where an interrupt came when that was told already."""
+        try:
+            return bool(self.path.commit_below())
+        except StateError:  # nothing is prepared any more
+            return True
 
     # ---- its files ----
 

@@ -1,5 +1,7 @@
 """A layer that merges left with many segments gets few, while its volume is open or when it is opened for writing."""
 
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import onionskin
 from onionskin.catalog import LayerRow, SegmentRow
 from onionskin.operations import compact_segments
 from onionskin.operations.compact_segments import SEGMENTS_MAX
+from onionskin.storage.open_head import OpenHead
 
 BLOCK = 4096
 COUNT = 100
@@ -170,3 +173,163 @@ def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
         assert opened == [expected]
         store._opened.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have layers gathered that have more than so many segments."""
+
+    def switch(segments: int) -> None:
+        monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", segments)
+        monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 1)
+
+    switch(1000)
+    return switch
+
+
+def fill(volume: onionskin.Volume, numbers: range) -> None:
+    """Take a snapshot of each of some blocks, and merge all but the last one."""
+    for number in numbers:
+        volume.write(number * BLOCK, bytes([1 + number]) * BLOCK)
+        volume.snapshot(f"s{number}")
+    for number in numbers[:-1]:
+        volume.merge(f"s{number}")
+
+
+def read_all(volume: onionskin.Volume) -> bytes:
+    return bytes(volume.read(0, volume.size_bytes))
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+def test_what_somebody_else_gathered_of_an_open_volume_is_not_scrubbed_when_more_is_merged_into_it(
+    tmp_path: Path, few: Callable[[int], None], wipe: str
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
+        web = store.create("web", size=COUNT * BLOCK, wipe=wipe)
+        fill(web, range(6))
+        other.clone("web", "s5", "twin")
+        few(3)
+        other.open("twin").close()
+        other.delete("twin")
+        few(1000)
+        fill(web, range(6, 10))
+        few(3)
+        web.merge("s5")
+        assert {id for _, id, _, _ in web._path.segments()}.isdisjoint(
+            {row.id for row in store._opened.catalog.rows(SegmentRow)} - {*web._opened._byte_of_segment}
+        )
+        few(1000)
+        web.merge("s9")
+        web.flush()
+        store._opened.finish_work()
+        expected = read_all(web)
+        assert expected[: 10 * BLOCK] == b"".join(bytes([1 + number]) * BLOCK for number in range(10))
+        web.close()
+        with store.open("web") as web:
+            assert read_all(web) == expected
+        assert store.check() == []
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the_volume_reads_it(
+    tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, wipe: str
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
+        web = store.create("web", size=COUNT * BLOCK, wipe=wipe)
+        fill(web, range(8))
+        other.clone("web", "s7", "twin")
+        web.write(8 * BLOCK, b"x" * BLOCK)
+        web.snapshot("s8")
+        web.write(9 * BLOCK, b"y" * BLOCK)
+        web.snapshot("s9")
+        expected = read_all(web)
+        goes_on = OpenHead._goes_on_below
+
+        def commit_behind_another(head: OpenHead) -> bool:
+            few(0)
+            monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 0)
+            other.open("twin").close()
+            few(1000)
+            return goes_on(head)
+
+        monkeypatch.setattr(OpenHead, "_goes_on_below", commit_behind_another)
+        layer = store._opened.catalog.rows(LayerRow, "parent IS NULL")[0]
+        few(7)
+        monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 5)
+        compact_segments.gather_below(web._opened, layer.id)
+        other._opened.finish_work()
+        store._opened.finish_work()
+        open_files = {id for _, id, _, _ in web._path.segments()}
+        assert open_files == {*web._opened._byte_of_segment}
+        assert read_all(web) == expected
+        with store.open("web", snapshot="s9") as view:
+            assert read_all(view) == expected
+        web.close()
+        with store.open("web") as web:
+            assert read_all(web) == expected
+
+
+def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_goes_on(
+    tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: OpenHead) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK) as web:
+        fill(web, range(4))
+        expected = read_all(web)
+        few(2)
+        monkeypatch.setattr(OpenHead, "give_up_unread", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+        web.snapshot("later")
+        assert read_all(web) == expected
+        store._opened.finish_work()
+        files = {path.stem for path in store._opened.layout.segments.iterdir()}
+        assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
+
+
+def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and_the_volume(
+    tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: OpenHead) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK) as web:
+        fill(web, range(4))
+        expected = read_all(web)
+        few(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenHead, "give_up_unread", fail)
+            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+        assert not web._path.poisoned
+        web.snapshot("later")
+        assert read_all(web) == expected
+        web.revert("later")
+        store._opened.finish_work()
+        files = {path.stem for path in store._opened.layout.segments.iterdir()}
+        assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
+
+
+@pytest.mark.parametrize("wipe", ["release", "zero"])
+@pytest.mark.parametrize("at_an_opening", [True, False])
+def test_a_pipe_in_the_place_of_a_segment_is_not_waited_for(
+    tmp_path: Path, few: Callable[[int], None], wipe: str, at_an_opening: bool
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        web = store.create("web", size=COUNT * BLOCK, wipe=wipe)
+        fill(web, range(4))
+        layer = store._opened.catalog.rows(LayerRow, "sealed = 1")[0]
+        for row in store._opened.catalog.rows(SegmentRow, "layer = ?", layer.id):
+            path = store._opened.layout.segment_file(row.id)
+            path.unlink()
+            os.mkfifo(path)
+        few(2)
+        if at_an_opening:
+            web.close()
+            compact_segments.gather_chain(store._opened, layer.id)
+        else:
+            compact_segments.gather_below(web._opened, layer.id)
+            web.close()
+        assert store._opened.catalog.rows(LayerRow, "id = ?", layer.id) == [layer]
