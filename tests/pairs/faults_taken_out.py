@@ -159,7 +159,7 @@ FAULTS = [
             Edit(
                 "src/onionskin/storage/open_head.py",
                 """            elif self._goes_on_below():
-                with suppress(OSError, OnionskinError):  # the old files stay locked, and so stay, until this is next done
+                with suppress(OSError, OnionskinError):  # else the old files stay locked until this is next done
                     self.leave_base()
                     self.give_up_unread()
 """,

@@ -386,9 +386,7 @@ class OpenHead(OpenDisk):
             if self.path.poisoned or not happened():
                 self.path.abort_below()
             elif self._goes_on_below():
-                with suppress(
-                    OSError, OnionskinError
-                ):  # the old files stay locked, and so stay, until this is next done
+                with suppress(OSError, OnionskinError):  # else the old files stay locked until this is next done
                     self.leave_base()
                     self.give_up_unread()
 
