@@ -136,16 +136,16 @@ def import_image(
         if is_seekable(descriptor):
             kind = made.kind_of(format_of(descriptor))
             if kind in COMPRESSED:
-                draft = made.from_compressed(Source(descriptor, called), kind, note)
+                disk = made.from_compressed(Source(descriptor, called), kind, note)
             else:
                 is_named = isinstance(image, str | os.PathLike)
-                draft = made.from_file(descriptor, kind, Path(image) if is_named else None)  # type: ignore[arg-type]
+                disk = made.from_file(descriptor, kind, Path(image) if is_named else None)  # type: ignore[arg-type]
         else:
             source = Source(descriptor, called)
             kind = made.kind_of(format_of_start(source.peek(START_BYTES)))
-            draft = made.from_compressed(source, kind, note) if kind in COMPRESSED else made.from_stream(source, kind)
-        draft.publish()
-        return draft.size_bytes
+            disk = made.from_compressed(source, kind, note) if kind in COMPRESSED else made.from_stream(source, kind)
+        made.publish()
+        return disk.size_bytes
 
 
 @contextlib.contextmanager
@@ -176,6 +176,12 @@ class _Import:
         self._stack, self._store, self._name, self._called = stack, store, name, called
         self._format, self._block_size, self._wipe = format, block_size, wipe
         self._progress = progress
+        self._made: Draft | None = None
+
+    def publish(self) -> None:
+        """Make the disk that was filled a volume of the name that was asked for."""
+        assert self._made is not None
+        self._made.publish()
 
     def kind_of(self, found: ImageFormat | None) -> str:
         """Tell what is to be done with an image by its magic and by what the caller said: a format, or one to unpack."""
@@ -192,17 +198,19 @@ class _Import:
             )
         return found.name if found else "raw"
 
-    def _draft(self, size_bytes: int) -> "Draft":
+    def _draft(self, size_bytes: int) -> "Volume":
         from onionskin.operations import staged_volumes
+        from onionskin.volume import Volume
 
         if size_bytes == 0:
             raise FormatError(f"{self._called}: the image is empty; give one that holds a disk")
         self._refuse_larger(size_bytes)
-        return self._stack.enter_context(
+        self._made = self._stack.enter_context(
             staged_volumes.draft(
                 self._store._opened, self._name, size=size_bytes, block_size=self._block_size, wipe=self._wipe
             )
         )
+        return Volume(self._made.head)
 
     def _refuse_larger(self, size_bytes: int) -> None:
         if size_bytes > VOLUME_BYTES_MAX:
@@ -210,12 +218,12 @@ class _Import:
                 f"{self._called}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
             )
 
-    def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Draft":
+    def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Volume":
         """Take an image that can be read from any place. Without a path it goes by its descriptor."""
         if kind == "raw":
-            draft = self._draft(os.lseek(descriptor, 0, os.SEEK_END))
-            copy_into(draft, descriptor, path=self._called, progress=self._progress)
-            return draft
+            disk = self._draft(os.lseek(descriptor, 0, os.SEEK_END))
+            copy_into(disk, descriptor, path=self._called, progress=self._progress)
+            return disk
         from onionskin.exchange import qemu_img
         from onionskin.nbd.for_program import served_to_program
 
@@ -223,15 +231,15 @@ class _Import:
         if self._format is None:
             image.refuse_other_files()
         image.refuse_cut_short()
-        draft = self._draft(image.size_bytes)
-        with served_to_program(draft.path, qemu_img.EXPORT, writable=True) as disk:
-            image.copy_to(disk, _percents(self._progress, image.size_bytes))
-        return draft
+        disk = self._draft(image.size_bytes)
+        with served_to_program(disk._path, qemu_img.EXPORT, writable=True) as address:
+            image.copy_to(address, _percents(self._progress, image.size_bytes))
+        return disk
 
-    def from_compressed(self, source: Source, kind: str, note: Callable[[str], object] | None) -> "Draft":
+    def from_compressed(self, source: Source, kind: str, note: Callable[[str], object] | None) -> "Volume":
         """Take what the system's program makes of a compressed image: nothing, unless it was whole."""
         report = self._report(_position_of(source.descriptor))
-        draft: Draft | None = None
+        disk: Volume | None = None
         with unpacked(source, kind) as inner:
             within = self.kind_of(format_of_start(inner.peek(START_BYTES)))
             if within in COMPRESSED:
@@ -240,14 +248,14 @@ class _Import:
                 )
             is_stored = within == "raw" and inner.peek(1) != b""
             if is_stored:
-                draft = self._from_raw_stream(inner, report)
+                disk = self._from_raw_stream(inner, report)
             else:  # what cannot be told from its beginning is looked at when it is known to be whole
                 file = self._spool(inner, report)
         if note:
             note(f"unpacked with {kind}")
-        return draft or self.from_file(file.fileno(), within)
+        return disk or self.from_file(file.fileno(), within)
 
-    def from_stream(self, source: Source, kind: str) -> "Draft":
+    def from_stream(self, source: Source, kind: str) -> "Volume":
         """Take an image that can be read once."""
         report = self._report(lambda done: (done, 0))
         if kind == "raw" and source.peek(1):
@@ -273,23 +281,23 @@ class _Import:
         file.flush()
         return file
 
-    def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Draft":
+    def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Volume":
         """Write bytes to a disk that grows with them."""
         import numpy as np
 
         from onionskin.base.zero_runs import split_zeros
 
-        draft = self._draft(_FIRST_SIZE_BYTES)
+        disk = self._draft(_FIRST_SIZE_BYTES)
         buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
         end = b""  # where the footer of a fixed VHD would be
         done = 0
         while length := source.readinto(buffer.data):
             self._refuse_larger(done + length)
-            if done + length > draft.size_bytes:
-                draft.resize(min(max(2 * draft.size_bytes, done + length), VOLUME_BYTES_MAX))
-            for first, last, is_zero in split_zeros(buffer[:length], draft.block_size):
+            if done + length > disk.size_bytes:
+                disk.resize(min(max(2 * disk.size_bytes, done + length), VOLUME_BYTES_MAX))
+            for first, last, is_zero in split_zeros(buffer[:length], disk.block_size):
                 if not is_zero:
-                    draft.write(done + first, buffer[first:last])
+                    disk.write(done + first, buffer[first:last])
             end = (end + buffer[max(0, length - VHD_FOOTER_BYTES) : length].tobytes())[-VHD_FOOTER_BYTES:]
             done += length
             report(done)
@@ -298,8 +306,8 @@ class _Import:
                 f"{self._called} is {VHD.title} of fixed size, which only its end tells: save it as a file and import that, "
                 "or import its bytes as they are with format raw"
             )
-        draft.resize(done, force=True)
-        return draft
+        disk.resize(done, force=True)
+        return disk
 
 
 def _percents(progress: Progress | None, size_bytes: int) -> Callable[[float], object] | None:
@@ -387,12 +395,12 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     target = Path(path)
     if format == "raw":
-        export.export(volume, target, replace=False, progress=progress)
+        export.export(volume._opened, target, replace=False, progress=progress)
         return
-    store = volume.opened_store
+    store = volume._opened.store
     export.refuse_target(store, target, replace=False)
     qemu_img.program()
-    with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:
+    with pinned(volume._opened) as opened, export.new_image(store, target, opened, replace=False) as made:
         copy.check_room_for_copy(store, opened, target.absolute().parent)
         with served_to_program(opened.path, qemu_img.EXPORT, writable=False) as disk:
             percent = _percents(progress, volume.size_bytes)
@@ -446,7 +454,7 @@ def refuse_device(volume: "Volume", device: BlockDevice) -> None:
     from onionskin.operations.export import refuse_file_below
 
     for file in device.files_below():
-        refuse_file_below(volume.opened_store, device.path, file)
+        refuse_file_below(volume._opened.store, device.path, file)
     if device.size_bytes < volume.size_bytes:
         raise OSError(
             errno.ENOSPC,

@@ -18,7 +18,6 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
     PendingRow,
-    SegmentRow,
     SnapshotRow,
     VolumeRow,
     new_id,
@@ -37,8 +36,10 @@ from onionskin.errors import (
     StateError,
     VerifyError,
 )
-from onionskin.operations import compact_segments, merge_into_base, reclaim, staged_volumes, volumes
+from onionskin.operations import compact_segments, reclaim, staged_volumes, volumes
 from onionskin.operations import usage as usages
+from onionskin.operations.flush import finish
+from onionskin.operations.fold import fold_unnamed_below
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
 from onionskin.storage.chain import (
     NewHead,
@@ -55,6 +56,7 @@ from onionskin.storage.locks import (
     VolumeLock,
     is_being_merged_into,
 )
+from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
 from onionskin.volume import Volume
 
@@ -321,12 +323,12 @@ class Store:
         try:
             dirty = self._opened.layout.dirty_file(row.id)
             opened = self._opened.open_layer(row.head, writable=False, verify=verify, dirty=dirty)
-            volume = Volume(self._opened, row, opened, read_lock=lock, opened_by=self)
+            view = OpenView(self._opened, row, opened, read_lock=lock, free_waiting=reclaim.work_soon)
         except BaseException:
             lock.close()
             raise
-        self._opened.register(volume)
-        return volume
+        self._opened.register(view)
+        return Volume(view, self)
 
     def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
         """Take a lock of the volume that has a name, and return it as it is under the lock.
@@ -359,16 +361,16 @@ class Store:
         """
         if found:
             self._opened.catalog.sync_found()
-        volume = self._open_head(row, lock, verify)
-        self._opened.register(volume)
+        head = self._open_head(row, lock, verify)
+        self._opened.register(head)
         try:
-            self._after_open(volume)
+            self._after_open(head)
         except BaseException:
-            volume.close()
+            head.close()
             raise
-        return volume
+        return Volume(head, self)
 
-    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> Volume:
+    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
         if pending_base_merges(self._opened.catalog, row.head):
             _log.warning(
                 "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
@@ -384,7 +386,7 @@ class Store:
             self._opened, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0
         )
         opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
-        return Volume(self._opened, row, opened, volume_lock=lock, opened_by=self)
+        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
 
     def _look_at_spare(self, head: bytes) -> None:
         """Tidy what stands for the next head.
@@ -423,19 +425,19 @@ class Store:
                     continue
                 if opened.chain.base and opened.users > 1:
                     check_base(self._opened.catalog, opened.chain.base, verify=verify)
-                view = Volume(self._opened, row, opened, snapshot=snapshot, opened_by=self)
+                view = OpenView(store, row, opened, snapshot=snapshot, free_waiting=reclaim.work_soon)
             except BaseException:
                 self._opened.views.give_back(layer)
                 raise
             self._opened.register(view)
-            return view
+            return Volume(view, self)
 
     def _find_layer(self, name: str, snapshot: str) -> tuple[VolumeRow, bytes]:
         with self._opened.catalog.reading():
             row = self._opened.catalog.volume(name)
             return row, find_snapshot(self._opened.catalog, row, snapshot).layer
 
-    def _after_open(self, volume: Volume) -> None:
+    def _after_open(self, head: OpenHead) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name.
 
         What fails stays for the next time, and is no reason to refuse the volume.
@@ -443,13 +445,11 @@ class Store:
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
-        merge_into_base.fold_unnamed_below(volume)
-        segments = [
-            row.id for row in self._opened.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)
-        ]
+        fold_unnamed_below(head)
+        segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:
-                reclaim.scrub(self._opened, segments, volume.wipe)
+                reclaim.scrub(self._opened, segments, head.wipe)
             reclaim.work_soon(self._opened)
 
     def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
@@ -529,8 +529,8 @@ class Store:
                 return True
             named = self._opened.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
-            self._opened.catalog.delete(SnapshotRow, "volume = ?", id)
-            self._opened.catalog.delete(VolumeRow, "id = ?", id)
+            self._opened.catalog.remove_snapshots_of(id)
+            self._opened.catalog.remove_volume(id)
             reclaim.add_files_of(self._opened.catalog, id)
             for layer in (row.head, *(snapshot.layer for snapshot in named)):
                 free_unneeded(self._opened.catalog, layer)
@@ -631,7 +631,7 @@ class Store:
             raise ChainError(
                 f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
             )
-        for other in catalog.rows(BaseRow, "path = ?", old.path):
+        for other in catalog.bases_at(old.path):
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file

@@ -64,7 +64,7 @@ def test_a_removed_export_answers_that_it_is_shut_down(served: Served) -> None:
 def test_a_name_is_given_once(served: Served) -> None:
     at, volume = served
     with pytest.raises(FileExistsError):
-        at.server.add_export("web", volume.path, read_only=True)
+        at.server.add_export("web", volume._path, read_only=True)
     with pytest.raises(KeyError):
         at.server.set_default("none")
     with pytest.raises(TypeError, match="DataPath"):
@@ -75,7 +75,7 @@ def test_a_closed_volume_answers_that_it_is_shut_down(served: Served) -> None:
     at, volume = served
     volume.snapshot("clean")
     view = volume.store.open("web", snapshot="clean")
-    at.server.add_export("web@clean", view.path, read_only=True)
+    at.server.add_export("web@clean", view._path, read_only=True)
     with Client(at.path) as client:
         client.go("web@clean")
         assert client.read(0, 4096).data == bytes(4096)
@@ -88,13 +88,13 @@ def test_requests_wait_while_an_export_is_paused_and_then_use_the_new_path(tmp_p
         old.write(0, b"old")
         new.write(0, b"new")
         server = NbdServer()
-        server.add_export("web", old.path, read_only=False)
+        server.add_export("web", old._path, read_only=False)
         with serving(server, tmp_path / "s") as at, Client(at.path) as client:
             client.go("web")
             server.pause("web")
             client.socket.sendall(client.encode(READ, 0, 3))
             assert not select.select([client.socket], [], [], 0.05)[0]
-            server.replace_path("web", new.path)
+            server.replace_path("web", new._path)
             assert not select.select([client.socket], [], [], 0.05)[0]
             server.resume("web")
             assert client.reply({client._cookie: (READ, 0, 3)})[1].data == b"new"
@@ -126,7 +126,7 @@ def test_a_client_that_takes_no_replies_delays_neither_flush_nor_removal(served:
         volume.write(8 * MIB, b"x" * MIB)
         volume.trim(8 * MIB, MIB)
         assert other.simple(FLUSH) == 0
-        volume.path.wait_for_readers()
+        volume._path.wait_for_readers()
         at.server.remove_export("web")
         # What had been begun ends in an error, and what had not is refused.
         replies = dict(slow.reply(asked) for _ in asked)
@@ -140,11 +140,11 @@ def test_a_read_that_was_sent_in_part_never_mixes_two_disks(tmp_path: Path) -> N
         old.write(0, b"o" * (4 * MIB))
         new.write(0, b"n" * (4 * MIB))
         server = NbdServer()
-        server.add_export("web", old.path, read_only=False)
+        server.add_export("web", old._path, read_only=False)
         with serving(server, tmp_path / "s") as at, Client(at.path) as client:
             client.go("web")
             asked = ask_and_take_nothing(client, 8)
-            server.replace_path("web", new.path)
+            server.replace_path("web", new._path)
             replies = [reply for _, reply in sorted(client.reply(asked) for _ in asked)]
             begun = [reply for reply in replies if reply.error]
             assert [reply.error for reply in begun] == [EIO]
@@ -283,7 +283,7 @@ def test_stop_ends_clients_that_negotiate_and_exports_that_are_paused(served: Se
 def test_a_server_that_is_forgotten_lets_its_clients_go(tmp_path: Path) -> None:
     with Store(tmp_path / "store") as store, store.create("web", size=MIB) as volume:
         server = NbdServer()
-        server.add_export("web", volume.path, read_only=False)
+        server.add_export("web", volume._path, read_only=False)
         ours, theirs = socket.socketpair()
         server.serve(theirs.detach(), "test")
         assert len(ours.recv(18)) == 18

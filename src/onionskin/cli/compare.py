@@ -141,7 +141,7 @@ def _by_qemu_img(sides: "list[RawFile | OpenVolume | Image]", progress: Any) -> 
         keep, described = [], []
         for side in sides:
             if isinstance(side, OpenVolume):
-                disk = stack.enter_context(served_to_program(side.volume.path, qemu_img.EXPORT, writable=False))
+                disk = stack.enter_context(served_to_program(side.volume._path, qemu_img.EXPORT, writable=False))
                 keep.append(disk)
                 described.append(qemu_img.served_disk(disk))
             elif isinstance(side, RawFile):

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from onionskin.base.closing import call_all
-from onionskin.catalog import SnapshotRow, VolumeRow
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot
 from onionskin.operations import reclaim
+from onionskin.operations.flush import compact_if_wanted, scrub_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 
@@ -103,7 +103,7 @@ class Exports:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
-        for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name"):
+        for row in store._opened.catalog.volumes_by_name():
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -187,7 +187,7 @@ class Exports:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            rename_volume(served.volume.opened_store, served.volume.row.id, new_name)
+            rename_volume(served.opened.store, served.opened.row.id, new_name)
         finally:
             with self.table.guard:
                 served.operations -= 1
@@ -202,9 +202,9 @@ class Exports:
         self.table.follow_names()
         with self.table.guard:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
-            volumes = {name: (one.volume.store, one.volume.row.id) for name, one in self.table.served.items()}
+            volumes = {name: (one.volume.store, one.opened.row.id) for name, one in self.table.served.items()}
         for store in self._whole_stores:
-            volumes = {row.name: (store, row.id) for row in store._opened.catalog.rows(VolumeRow)} | volumes
+            volumes = {row.name: (store, row.id) for row in store._opened.catalog.volumes()} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
             if name < volume_name:
                 continue
@@ -258,7 +258,7 @@ class Exports:
             )
         if served is None:
             for store in self._whole_stores:
-                if store._opened.catalog.row(VolumeRow, "name = ?", volume_name):
+                if store._opened.catalog.volume_named(volume_name):
                     served = self._serve(store, volume_name)
                     break
         if served is None or not at:
@@ -277,7 +277,7 @@ class Exports:
                 served.views_changing += 1
             view = None
             try:
-                volume, row = open_snapshot(served.volume.store, served.volume.row.id, snapshot)
+                volume, row = open_snapshot(served.volume.store, served.opened.row.id, snapshot)
                 view = View(volume, row, served)
                 with self.table.guard:
                     served.refuse_barred(snapshot)  # an operation that came meanwhile waits for us
@@ -393,7 +393,8 @@ class Exports:
             ("views", lambda: self._close_idle_views(keep=IDLE_VIEWS_MAX)),
         ]
         for one in served:
-            steps += [(one.name, one.volume.scrub_freed), (one.name, one.volume.compact_if_wanted)]
+            head = one.opened.to_write()
+            steps += [(one.name, partial(scrub_freed, head)), (one.name, partial(compact_if_wanted, head))]
         for store in list(self._stores.values()):
             opened, at = store._opened, str(store.path)
             steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]
@@ -433,9 +434,7 @@ class Exports:
 def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
     """Name a volume's snapshots, in order, behind the last one."""
     while True:
-        rows = store._opened.catalog.rows(
-            SnapshotRow, f"volume = ? AND name > ? ORDER BY name LIMIT {LIST_PAGE}", volume_id, last
-        )
+        rows = store._opened.catalog.snapshots_named_after(volume_id, last, at_most=LIST_PAGE)
         for row in rows:
             yield row.name
         if len(rows) < LIST_PAGE:

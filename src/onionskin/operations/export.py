@@ -16,27 +16,26 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
-from onionskin.catalog import BaseRow
 from onionskin.errors import StateError
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
 from onionskin.storage.layout import DIRECTORIES
 from onionskin.storage.locks import is_locked
+from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
-    from onionskin.volume import Volume
 
 
-def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress | None") -> None:
+def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
     """Write what a volume or a view reads to a raw image file, holes kept. Durable on return.
 
     Parameters
     ----------
-    volume : Volume
+    volume : OpenDisk
         What was written to it before the call is in the image.
     target : Path
         A regular file there is replaced, if `replace`.
@@ -45,10 +44,10 @@ def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress
     progress : callable, optional
         Called with the bytes copied so far and in all.
     """
-    refuse_target(volume.opened_store, target, replace=replace)  # before the disk is sealed for it
-    with pinned(volume) as opened, new_image(volume.opened_store, target, opened, replace=replace) as descriptor:
-        copy.check_room_for_copy(volume.opened_store, opened, target.absolute().parent)
-        copy.copy_disk(volume.opened_store, opened, descriptor, progress=progress)
+    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
+    with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
+        copy.check_room_for_copy(volume.store, opened, target.absolute().parent)
+        copy.copy_disk(volume.store, opened, descriptor, progress=progress)
 
 
 @contextmanager
@@ -219,7 +218,7 @@ def _is_base(store: OpenStore, found: os.stat_result) -> bool:
         with suppress(OSError):  # closed meanwhile
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True
-    for base in store.catalog.rows(BaseRow):
+    for base in store.catalog.bases():
         with suppress(OSError):
             if os.path.samestat(Path(base.path).stat(), found):
                 return True

@@ -8,17 +8,24 @@ what hides it is durable. Nobody can come to stand on a layer without a name, so
 it between a reading of the tree and the commit is looked at twice.
 """
 
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
-from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
+from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
+from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.operations import reclaim
 from onionskin.operations.locked_maps import locked_maps
+from onionskin.operations.new_map import give_up_maps, switch_map, write_map
 from onionskin.operations.reclaim import segment_wants_zeros
+from onionskin.operations.staging import TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_durable, load_layer
+from onionskin.storage.chain import is_in_base_merge
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
     Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
 else:
     from onionskin.base.lazy import numpy
+
+_log = logging.getLogger(__name__)
 
 # What stands on a layer, as far up as the names. More are not looked through: an opening is not to wait for that.
 LAYERS_MAX = 1000
@@ -64,24 +73,23 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
     `own_head` is the one whose volume the caller holds. Of what another head hides over a layer that nothing else stands
     on, nothing is known: that layer may be about to be opened, or named.
     """
-    layer = catalog.row(LayerRow, "id = ?", layer_id)
-    if layer is None or not layer.sealed or catalog.has(SnapshotRow, "layer = ?", layer_id):
+    layer = catalog.layer_with_id(layer_id)
+    if layer is None or not layer.sealed or catalog.is_named(layer_id):
         return None
-    hides_nothing = "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?"  # as a clone that was not written to
-    if catalog.has(LayerRow, hides_nothing, layer_id, HEADER_BYTES, own_head):
+    if catalog.has_unwritten_head_on(layer_id, HEADER_BYTES, besides=own_head):  # as a clone is: it hides nothing
         return None
     children: dict[bytes, tuple[LayerRow, ...]] = {}
     todo, count = [layer], 0
     while todo:
         lower = todo.pop()
-        rows = catalog.rows(LayerRow, f"parent = ? LIMIT {LAYERS_MAX + 1 - count}", lower.id)
+        rows = catalog.children_of(lower.id, at_most=LAYERS_MAX + 1 - count)
         count += len(rows)
         if count > LAYERS_MAX:
             return None
         if not rows or (len(rows) == 1 and not rows[0].sealed and rows[0].id != own_head):
             continue
         children[lower.id] = tuple(rows)
-        todo += [row for row in rows if row.sealed and not catalog.has(SnapshotRow, "layer = ?", row.id)]
+        todo += [row for row in rows if row.sealed and not catalog.is_named(row.id)]
     return Above(layer, children) if children.get(layer_id) else None
 
 
@@ -89,7 +97,7 @@ def wants_wiping(store: OpenStore, above: Above) -> bool:
     """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
-    for segment in store.catalog.rows(SegmentRow, "layer = ?", above.layer.id):
+    for segment in store.catalog.segments_of_layer(above.layer.id):
         with suppress(FileNotFoundError):  # nothing was written to it, or it was freed meanwhile
             if segment_wants_zeros(store.layout.segment_file(segment.id)):
                 return True
@@ -183,3 +191,51 @@ def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
         lambda: read_above(store.catalog, layer_id, own_head),
         lambda above: above.layers() if above else [],
     )
+
+
+def free_hidden(volume: OpenHead, layers: Iterable[bytes]) -> None:
+    """Free what nobody reads any more of these layers, where they have no name, and with policy `zero` alone.
+
+    What the caller was asked for is done already: what fails is left to the next opening, and logged.
+    """
+    for id in layers:
+        try:
+            put_off(partial(_free_hidden, volume, id))
+        except CommitUnknownError:
+            raise
+        except (OSError, OnionskinError) as error:
+            if volume.path.poisoned:
+                raise
+            _log.warning("%s: what is hidden of layer %s could not be freed: %s", volume.store.path, id.hex(), error)
+
+
+def _free_hidden(volume: OpenHead, layer_id: bytes) -> None:
+    store, catalog = volume.store, volume.store.catalog
+    with catalog.reading():
+        seen = read_above(catalog, layer_id, volume.head)
+    if not seen or not wants_wiping(store, seen):
+        return
+    if any(row.id == volume.head for row in seen.layers()):
+        volume.path.flush()  # what is not durable hides nothing
+    with locked_above(store, layer_id, volume.head) as above:
+        if not above:
+            return
+        layer = above.layer
+        with load_layer(store, layer) as layer_map:
+            freed = without_hidden(store, volume.path, volume.head, above, layer_map)
+            if not freed:
+                return
+            with staged_files(store, ["map"], "zero") as files:
+                (map_file,) = files.rows
+                written = write_map(store, map_file, layer_map, "zero", layer.size_bytes)
+
+                def switch() -> None:
+                    now = read_above(catalog, layer_id, volume.head)
+                    if not above.is_as(now) or is_in_base_merge(catalog, [layer]):
+                        raise TreeChangedError("the layers changed while it was seen what they hide")
+                    switch_map(volume, [], layer, files, written)
+                    reclaim.add_scrubs(store, list(freed), "zero")
+
+                store.change(switch)
+    give_up_maps(volume, [layer])
+    reclaim.work_soon(store)

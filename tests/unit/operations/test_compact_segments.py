@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ import onionskin
 from onionskin.catalog import LayerRow, SegmentRow
 from onionskin.operations import compact_segments
 from onionskin.operations.compact_segments import SEGMENTS_MAX
+from onionskin.storage.open_head import OpenHead
 
 BLOCK = 4096
 COUNT = 100
@@ -215,8 +215,8 @@ def test_what_somebody_else_gathered_of_an_open_volume_is_not_scrubbed_when_more
         fill(web, range(6, 10))
         few(3)
         web.merge("s5")
-        assert {id for _, id, _, _ in web.path.segments()}.isdisjoint(
-            {row.id for row in store._opened.catalog.rows(SegmentRow)} - {*web._byte_of_segment}
+        assert {id for _, id, _, _ in web._path.segments()}.isdisjoint(
+            {row.id for row in store._opened.catalog.rows(SegmentRow)} - {*web._opened._byte_of_segment}
         )
         few(1000)
         web.merge("s9")
@@ -243,24 +243,24 @@ def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the
         web.write(9 * BLOCK, b"y" * BLOCK)
         web.snapshot("s9")
         expected = read_all(web)
-        is_committed = compact_segments._is_committed
+        goes_on = OpenHead._goes_on_below
 
-        def commit_behind_another(path: Any) -> bool:
+        def commit_behind_another(head: OpenHead) -> bool:
             few(0)
             monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 0)
             other.open("twin").close()
             few(1000)
-            return is_committed(path)
+            return goes_on(head)
 
-        monkeypatch.setattr(compact_segments, "_is_committed", commit_behind_another)
+        monkeypatch.setattr(OpenHead, "_goes_on_below", commit_behind_another)
         layer = store._opened.catalog.rows(LayerRow, "parent IS NULL")[0]
         few(7)
         monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 5)
-        compact_segments.gather_below(web, layer.id)
+        compact_segments.gather_below(web._opened, layer.id)
         other._opened.finish_work()
         store._opened.finish_work()
-        open_files = {id for _, id, _, _ in web.path.segments()}
-        assert open_files == {*web._byte_of_segment}
+        open_files = {id for _, id, _, _ in web._path.segments()}
+        assert open_files == {*web._opened._byte_of_segment}
         assert read_all(web) == expected
         with store.open("web", snapshot="s9") as view:
             assert read_all(view) == expected
@@ -272,7 +272,7 @@ def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the
 def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_goes_on(
     tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: onionskin.Volume) -> None:
+    def interrupt(_: OpenHead) -> None:
         monkeypatch.undo()
         raise KeyboardInterrupt
 
@@ -280,9 +280,9 @@ def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_go
         fill(web, range(4))
         expected = read_all(web)
         few(2)
-        monkeypatch.setattr(onionskin.Volume, "give_up_unread", interrupt)
+        monkeypatch.setattr(OpenHead, "give_up_unread", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compact_segments.gather_below(web, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
         web.snapshot("later")
         assert read_all(web) == expected
         store._opened.finish_work()
@@ -293,7 +293,7 @@ def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_go
 def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and_the_volume(
     tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: onionskin.Volume) -> None:
+    def fail(_: OpenHead) -> None:
         raise OSError(errno.ENOSPC, "the disk is full")
 
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=COUNT * BLOCK) as web:
@@ -301,9 +301,9 @@ def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and
         expected = read_all(web)
         few(2)
         with monkeypatch.context() as patch:
-            patch.setattr(onionskin.Volume, "give_up_unread", fail)
-            compact_segments.gather_below(web, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
-        assert not web.path.poisoned
+            patch.setattr(OpenHead, "give_up_unread", fail)
+            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+        assert not web._path.poisoned
         web.snapshot("later")
         assert read_all(web) == expected
         web.revert("later")
@@ -330,6 +330,6 @@ def test_a_pipe_in_the_place_of_a_segment_is_not_waited_for(
             web.close()
             compact_segments.gather_chain(store._opened, layer.id)
         else:
-            compact_segments.gather_below(web, layer.id)
+            compact_segments.gather_below(web._opened, layer.id)
             web.close()
         assert store._opened.catalog.rows(LayerRow, "id = ?", layer.id) == [layer]

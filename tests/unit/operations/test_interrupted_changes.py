@@ -10,7 +10,8 @@ import pytest
 
 import onionskin
 from onionskin.catalog import Catalog, CommitUnknownError
-from onionskin.operations import merge_into_base
+from onionskin.operations import fold, new_map
+from onionskin.operations.seal import Sealing
 from onionskin.operations.staging import StagedFiles
 
 BLOCK = 4096
@@ -64,7 +65,7 @@ def flatten(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    merge_into_base.compact(web)
+    new_map.compact(web._opened.to_write())
 
 
 @pytest.mark.parametrize("change", [snapshot, revert, flatten, compact])
@@ -81,7 +82,7 @@ def test_a_volume_goes_on_and_loses_nothing_after_an_interrupted(tmp_path: Path,
         with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
             change(web)
         changed = b"n" * BLOCK
-        if not web.path.poisoned:
+        if not web._path.poisoned:
             changed = web.read(0, BLOCK)
             web.write(BLOCK, b"w" * BLOCK)
             ends(web.flush)
@@ -99,7 +100,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
             web.write(ord(name) % 8 * BLOCK, name.encode() * BLOCK)
             web.snapshot(name)
         with pytest.MonkeyPatch.context() as patch:
-            begin = merge_into_base.staged_files
+            begin = fold.staged_files
 
             @contextmanager
             def then_interrupt(*arguments) -> Iterator[StagedFiles]:
@@ -107,7 +108,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
                     interrupt()
                     yield files
 
-            patch.setattr(merge_into_base, "staged_files", then_interrupt)
+            patch.setattr(fold, "staged_files", then_interrupt)
             with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
                 web.merge("b")
         assert [snapshot.name for snapshot in web.snapshots] == ["a", "c"]
@@ -121,7 +122,7 @@ def test_what_is_written_after_a_snapshot_that_could_not_be_committed_is_there_a
 
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=64 * BLOCK) as web, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(web, "_write_sealed", fail)
+            patch.setattr(Sealing, "_write_sealed", fail)
             with pytest.raises(OSError, match="full"):
                 web.snapshot("a")
             web.write(0, b"later" * 1000)
