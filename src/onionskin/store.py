@@ -91,6 +91,14 @@ class Store:
     -----
     A context manager. Any thread may call it; another process may have the same store open. After a fork the child
     has to open the store again.
+
+    It is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. It is true
+    as long as it is open, also where it holds no volume. There is no ``store["web"]``: opening a volume takes a lock that
+    somebody has to give back, and an expression that does so behind the reader's back would keep it until the garbage
+    collector comes by. `open` says what it does, and belongs into a with statement.
+
+    It pickles as its path, also when it is closed: what is unpickled, in a child process too, is a store that was opened
+    anew, and that is to be closed there. A `Volume` cannot be pickled.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Store:
         trust: bool = False,
         group: str | int | None = None,
     ) -> None:
+        self._trust = trust
         self._opened: OpenStore = OpenStore(
             path, create=create, trust=trust, group=group, work=reclaim.work_in_background
         )
@@ -130,7 +139,25 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Store {self.path}>"
+        state = "closed" if self._opened.closed else "read-only" if self.read_only else "open"
+        return f"<Store {self.path} {state}>"
+
+    def __reduce__(self) -> "tuple[Callable[[str, bool], Store], tuple[str, bool]]":
+        return _open_again, (str(self._opened.layout.root), self._trust)
+
+    # ---- the names in it ----
+
+    def __bool__(self) -> bool:
+        return not self._opened.closed
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._opened.catalog.has_volume(str(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.catalog.volume_names())
+
+    def __len__(self) -> int:
+        return self._opened.catalog.volume_count()
 
     # ---- volumes ----
 
@@ -798,6 +825,11 @@ class Store:
     def close(self) -> None:
         """Close the store, and the volumes that are still open in it. Idempotent."""
         self._opened.close()
+
+
+def _open_again(path: str, trust: bool) -> Store:
+    """Open the store that was pickled; it must be there still."""
+    return Store(path, create=False, trust=trust)
 
 
 def _check_geometry(block_size: int, wipe: str) -> tuple[int, str]:

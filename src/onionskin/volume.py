@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from onionskin.base import forking
 from onionskin.base.naming import check_name, check_note, some_of
@@ -211,7 +211,29 @@ class Volume:
 
     def __repr__(self) -> str:
         at = f"@{self.snapshot_name}" if self.snapshot_name else ""
-        return f"<Volume {self.opened_store.path}/{self.name}{at}{' closed' if self._closed else ''}>"
+        if self._closed or self._forked:
+            state = "closed" if self._closed else "lost in a fork"
+        else:
+            state = "poisoned" if self.path.poisoned else "open" if self.writable else "read-only"
+        return f"<Volume {self.opened_store.path}/{self.name}{at} {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Volume cannot be pickled, since one process has its lock; pickle its store and its name, and open it there"
+        )
+
+    def __getitem__(self, index: slice) -> bytes:
+        """Return the bytes of a slice, which is cut at the end of the disk as Python does; its step is 1.
+
+        A number is refused: for a disk it could mean a byte as well as a block, and Python would read a disk byte by
+        byte where somebody loops over it by mistake.
+        """
+        if not isinstance(index, slice):
+            raise TypeError("a disk is read by slices, such as volume[512:1024]; volume.read_blocks takes blocks")
+        start, stop, step = index.indices(self.size_bytes)
+        if step != 1:
+            raise ValueError(f"the bytes of a disk are read one after the other, not every {step}; slice what was read")
+        return self.read(start, max(stop - start, 0))
 
     def __enter__(self) -> "Volume":
         return self

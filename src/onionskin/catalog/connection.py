@@ -49,6 +49,7 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 
+_NO_DRAFT = "substr(name, 1, 1) != ?"
 # A layer and all below it. UNION, not UNION ALL: a circle ends.
 _CHAIN_IDS = (
     "WITH RECURSIVE up(id) AS (SELECT ? UNION "
@@ -444,6 +445,24 @@ class Catalog:
                 " WHERE substr(v.name, 1, 1) != ? ORDER BY v.name",
                 (DRAFT_PREFIX,),
             )
+
+    def volume_names(self) -> list[str]:
+        """Return the names of all volumes that are no drafts, sorted."""
+        with self._guard, self._errors():
+            return [
+                name
+                for (name,) in self._connection.execute(
+                    f"SELECT name FROM volumes WHERE {_NO_DRAFT} ORDER BY name", (DRAFT_PREFIX,)
+                )
+            ]
+
+    def volume_count(self) -> int:
+        """Return how many volumes there are that are no drafts."""
+        return self.count(VolumeRow, _NO_DRAFT, DRAFT_PREFIX)
+
+    def has_volume(self, name: str) -> bool:
+        """Whether there is a volume of that name; a draft has none."""
+        return self.has(VolumeRow, f"name = ? AND {_NO_DRAFT}", name, DRAFT_PREFIX)
 
     def draft_volumes(self) -> list[VolumeRow]:
         """Return the volumes that have no name yet."""

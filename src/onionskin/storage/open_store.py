@@ -129,6 +129,11 @@ class OpenStore:
             raise
         forking.register(self)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is what a fork left in the child."""
+        return self._closed
+
     def _open_catalog(self, create: bool) -> Catalog:
         """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
         try:
