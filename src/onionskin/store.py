@@ -747,21 +747,28 @@ class Store:
         """
         return usages.usage(self._opened, name)
 
-    def diff(self, name: str, a: str, b: str | None = None) -> "Extents":
-        """Return where two snapshots, or a snapshot and the head, may differ.
+    def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
+        """Return where two states of disks may differ: snapshots or a head, of one volume or across clones.
+
+        ``diff("web", "a", "b")`` compares two snapshots of a volume, ``diff("web", "a")`` one with the head, and
+        ``diff("golden@clean", "test-1@done")``, ``diff("golden@clean", "test-1")``, ``diff("golden@clean")`` name both.
 
         Parameters
         ----------
         name : str
-            The volume.
-        a, b : str
-            Snapshots, in any order; `b` None means the head as far as it is durable.
+            The volume; or the first state, as ``"volume@snapshot"``.
+        a, b : str, optional
+            Snapshots, in any order, of that volume, or of any as ``"volume@snapshot"``; `b` None means the head as far as
+            it is durable. Behind a first state there is only `a`: the second one; None means the head of the first's volume.
 
         Returns
         -------
         array
-            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what `b` has there: 0
-            HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different.
+            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what the second has
+            there: 0 HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different. Of two
+            that share neither a layer nor a base, as behind a flatten, that is all that either holds or its base may
+            hold: only maps are read. A second disk that is longer differs behind the end of the first
+            where something was written there.
 
         Raises
         ------
@@ -769,6 +776,8 @@ class Store:
             There is none of that name.
         FormatError
             A block map is damaged or missing.
+        ValueError
+            The arguments do not name two states.
         """
         return usages.diff(self._opened, name, a, b)
 
