@@ -4,7 +4,6 @@ What must hold: nothing is asked once for each volume, layer or segment, of the 
 a store may have a hundred thousand of them.
 """
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from onionskin.catalog import BaseRow, LayerRow, SegmentRow, SnapshotRow, Volume
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import StateError
+from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
@@ -100,7 +100,7 @@ def _holder(store: OpenStore, volume: bytes) -> int | None:
 def _lock_files_in_use(store: OpenStore) -> set[str]:
     """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
     names = set()
-    with os.scandir(store.layout.volumes) as entries:
+    with listed(store.layout.volumes) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 if entry.name.endswith(".lock") and entry.stat(follow_symlinks=False).st_size:
@@ -147,7 +147,7 @@ def _bytes_of_layers(store: OpenStore, layers: Iterable[LayerRow], segments: Ite
     """Return what the segments of each layer take on the disk."""
     owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
     held = {layer.id: 0 for layer in layers}
-    with os.scandir(store.layout.segments) as entries:
+    with listed(store.layout.segments) as entries:
         for entry in entries:
             owner = owners.get(entry.name)
             if owner in held:
