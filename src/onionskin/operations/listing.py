@@ -127,11 +127,13 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
     """Return the bases and the roots that stand on nothing, each with what stands on it."""
     catalog = store.catalog
     with catalog.reading():
-        layers = catalog.sound_rows(LayerRow, "1 ORDER BY created_ns")
+        layers = catalog.sound_rows(LayerRow)
         volumes = {row.id: row for row in catalog.sound_rows(VolumeRow)}
         names = {row.layer: row for row in catalog.sound_rows(SnapshotRow) if row.volume in volumes}
         bases = catalog.sound_rows(BaseRow, "1 ORDER BY path")
         segments = catalog.sound_rows(SegmentRow)
+    # Both kinds of numbers come from one counter; the clock may have gone back.
+    layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)
     heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
     nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
