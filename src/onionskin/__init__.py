@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.operations.holds import Hold
     from onionskin.operations.layering import ChainMember, Layering
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
@@ -41,6 +42,7 @@ _HOME = {
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
     **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    "Hold": "onionskin.operations.holds",
     "Snapshot": "onionskin.catalog.tree",
     "Volume": "onionskin.volume",
 }  # fmt: skip
@@ -49,6 +51,7 @@ __all__ = [
     "ChainError",
     "ChainMember",
     "FormatError",
+    "Hold",
     "Layering",
     "LiveVolume",
     "OnionskinError",

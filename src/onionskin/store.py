@@ -37,7 +37,15 @@ from onionskin.errors import (
     StateError,
     VerifyError,
 )
-from onionskin.operations import compact_segments, merge_into_base, reclaim, staged_volumes, volumes
+from onionskin.operations import (
+    compact_segments,
+    holds,
+    merge_into_base,
+    reclaim,
+    snapshot_names,
+    staged_volumes,
+    volumes,
+)
 from onionskin.operations import usage as usages
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
 from onionskin.storage.chain import (
@@ -530,7 +538,8 @@ class Store:
         VolumeNotFoundError
             There is none of that name.
         StateError
-            It is open, it has snapshots and `recursive` is not given, or clones stand on them (some are listed).
+            It is open, it has snapshots and `recursive` is not given, clones stand on them, or somebody holds one (some
+            are listed).
         """
         dropped = False
         while not dropped:
@@ -556,6 +565,7 @@ class Store:
                 return True
             named = self._opened.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
+            holds.refuse_held(self._opened.catalog, [snapshot.layer for snapshot in named])
             self._opened.catalog.delete(SnapshotRow, "volume = ?", id)
             self._opened.catalog.delete(VolumeRow, "id = ?", id)
             reclaim.add_files_of(self._opened.catalog, id)
@@ -604,6 +614,110 @@ class Store:
             The new name is taken.
         """
         volumes.rename(self._opened, name, new_name)
+
+    def rename_snapshot(self, volume: str, old: str, new: str) -> None:
+        """Give a snapshot another name. Views of it that are open, clones and holds go on.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        volume : str
+            Whose snapshot it is.
+        old : str
+            What it is called.
+        new : str
+            What it shall be called: at most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        SnapshotExistsError
+            The new name is taken.
+        """
+        snapshot_names.rename(self._opened, volume, old, new)
+
+    def set_note(self, volume: str, snapshot: str, note: str) -> None:
+        """Put another note in the place of a snapshot's.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        note : str
+            At most 64 KiB; "" takes the note away.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+        snapshot_names.set_note(self._opened, volume, snapshot, note)
+
+    def hold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Keep a snapshot: it is not discarded, merged or deleted before all who hold it let it go, and nor is its volume.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere. A name, a note and what was
+        written after it may change all the same.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        holder : str
+            Who needs it, as whoever is refused reads it: at most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            This holder holds it already.
+        """
+        holds.hold(self._opened, volume, snapshot, holder)
+
+    def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Let a snapshot go that `hold` keeps. Durable on return. Any thread may call it.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        holder : str
+            Who held it.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            This holder does not hold it; those who do are named.
+        """
+        holds.unhold(self._opened, volume, snapshot, holder)
+
+    def holds(self, volume: str, snapshot: str | None = None) -> list[holds.Hold]:
+        """Return who holds a snapshot, or any snapshot of a volume.
+
+        Parameters
+        ----------
+        volume : str
+        snapshot : str, optional
+            None: all of them.
+
+        Returns
+        -------
+        list of Hold
+            In the order in which the snapshots were taken, and each was held.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+        return holds.holds(self._opened, volume, snapshot)
 
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.

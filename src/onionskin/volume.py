@@ -40,7 +40,7 @@ from onionskin.catalog.tree import (
     users_of,
 )
 from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, merge_into_base, reclaim
+from onionskin.operations import copy, export, holds, merge_into_base, reclaim
 from onionskin.operations import usage as usages
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import (
@@ -915,7 +915,7 @@ class Volume:
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            A descendant has a name and `recursive` is not given, or a clone needs one; some are listed.
+            A descendant has a name and `recursive` is not given, a clone needs one, or somebody holds one; some are listed.
         """
         with self.operation():
             catalog = self.opened_store.catalog
@@ -928,6 +928,7 @@ class Volume:
                 above = descendants(catalog, layer)
                 self._refuse_discard(name, above, recursive)
                 named = [*above, layer]
+                holds.refuse_held(catalog, named)
                 for id in named:
                     catalog.delete(SnapshotRow, "layer = ?", id)
                 for id in named:
@@ -981,6 +982,7 @@ class Volume:
             around = unnamed_around(catalog, row.layer)
 
             def drop() -> None:
+                holds.refuse_held(catalog, [row.layer])
                 catalog.delete(SnapshotRow, "volume = ? AND name = ?", self.row.id, name)
                 free_unneeded(catalog, row.layer)
 

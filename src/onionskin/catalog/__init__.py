@@ -3,6 +3,7 @@
 from onionskin.catalog.connection import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
+    HoldRow,
     LayerRow,
     PendingRow,
     Row,
@@ -19,6 +20,7 @@ __all__ = [
     "BaseRow",
     "Catalog",
     "CommitUnknownError",
+    "HoldRow",
     "LayerRow",
     "PendingRow",
     "Row",

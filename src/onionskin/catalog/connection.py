@@ -25,6 +25,7 @@ from onionskin.catalog.rows import (
     DRAFT_PREFIX,
     TABLES,
     BaseRow,
+    HoldRow,
     LayerRow,
     PendingRow,
     Row,
@@ -116,7 +117,7 @@ class Catalog:
         found: list[tuple[str, str, str]] = []
         with self.reading():
             for kind, sound in SOUND_ROW.items():
-                key = "layer" if kind is SnapshotRow else "id"
+                key = "layer" if kind in (SnapshotRow, HoldRow) else "id"
                 for (id,) in self._connection.execute(
                     f"SELECT {key} FROM {TABLES[kind]} WHERE NOT coalesce({sound}, 0)"
                 ):
@@ -361,7 +362,7 @@ class Catalog:
             ).fetchone()
         return int(count)
 
-    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow) -> None:
+    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow | HoldRow) -> None:
         """Add a row. Inside a transaction."""
         kind = type(row)
         columns = COLUMNS[kind]
@@ -375,6 +376,20 @@ class Catalog:
         _check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
+
+    def update_snapshot(self, layer: bytes, **values: Any) -> None:
+        """Change columns of the snapshot of this layer. Inside a transaction."""
+        _check_values(SnapshotRow, values.items())
+        assignments = ", ".join(f"{column} = ?" for column in values)
+        self._execute(f"UPDATE snapshots SET {assignments} WHERE layer = ?", *values.values(), layer)
+
+    def holds_on(self, layers: Iterable[bytes]) -> list[HoldRow]:
+        """Return the holds on the snapshots of these layers, oldest first."""
+        return sorted(self.rows_in(HoldRow, "layer", layers), key=lambda row: (row.created_ns, row.holder))
+
+    def drop_hold(self, layer: bytes, holder: str) -> None:
+        """Remove a hold. Inside a transaction."""
+        self.delete(HoldRow, "layer = ? AND holder = ?", layer, holder)
 
     def move_segments(self, layer: bytes, new_layer: bytes) -> None:
         """Give all segments of a layer to another one. Inside a transaction."""
