@@ -39,8 +39,8 @@ from onionskin.catalog.tree import (
     unnamed_around,
     users_of,
 )
-from onionskin.errors import OnionskinError, SnapshotExistsError, SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, holds, merge_into_base, reclaim
+from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError
+from onionskin.operations import copy, export, holds, merge_into_base, reclaim, snapshot_names
 from onionskin.operations import usage as usages
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import (
@@ -597,15 +597,17 @@ class Volume:
         """The volume's snapshots, oldest first."""
         return list_snapshots(self.opened_store.catalog, self.row)
 
-    def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
+    def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
 
         Other threads may read and write meanwhile; what they write while it runs may be in it or not.
 
         Parameters
         ----------
-        name : str
-            At most 255 bytes, without '/', '@' and control characters.
+        name : str, optional
+            At most 255 bytes, without '/', '@' and control characters. By default the time in UTC, as
+            ``20261126T071101.123Z``: such names sort as they were taken, and of several in one millisecond each later one
+            has the next that is free.
         note : str
             Kept with it; at most 64 KiB.
         guid : str, optional
@@ -623,7 +625,7 @@ class Volume:
         OSError
             ENOSPC: no snapshot was taken, the volume goes on.
         """
-        name = check_name("snapshot", name)
+        name = None if name is None else check_name("snapshot", name)
         note = check_note(note)
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         with self.operation(during_merge=True):
@@ -632,16 +634,15 @@ class Volume:
 
             def check_free() -> None:
                 self._refuse_half_merged()
-                if catalog.has(SnapshotRow, "volume = ? AND name = ?", self.row.id, name):
-                    raise SnapshotExistsError(
-                        f"volume {self.name!r} already has a snapshot {name!r}; choose another name"
-                    )
+                if name is not None:
+                    snapshot_names.refuse_taken(catalog, self.row.id, self.name, name)
 
             def name_it(sealed: LayerRow, head: LayerRow) -> None:
                 # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
                 # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
                 number = head.map_lock_byte
-                row = SnapshotRow(self.row.id, name, sealed.id, guid_bytes, head.created_ns, note, number)
+                called = name or snapshot_names.name_of_time(catalog, self.row.id, head.created_ns)
+                row = SnapshotRow(self.row.id, called, sealed.id, guid_bytes, head.created_ns, note, number)
                 taken.append(describe_snapshot(catalog, self.row, row, sealed))
                 catalog.insert(row)
 

@@ -4,6 +4,8 @@ What must hold: what a name means is asked inside the transaction that changes i
 layer, which keeps its id; so do clones, holds, and the GUID by which other stores know the snapshot.
 """
 
+from datetime import UTC, datetime
+
 from onionskin.base.naming import check_name, check_note
 from onionskin.catalog import Catalog, SnapshotRow
 from onionskin.catalog.tree import find_snapshot
@@ -33,6 +35,20 @@ def set_note(store: OpenStore, volume: str, name: str, note: str) -> None:
         store.catalog.update_snapshot(row.layer, note=note)
 
     store.change(change)
+
+
+def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:
+    """Return a name for a snapshot that was given none: the time in UTC, or the next millisecond whose name is free.
+
+    Inside the transaction that takes it. Such names are of one length, so they sort by the time.
+    """
+    milliseconds = time_ns // 1_000_000
+    while True:
+        second = datetime.fromtimestamp(milliseconds // 1000, UTC)
+        name = f"{second:%Y%m%dT%H%M%S}.{milliseconds % 1000:03}Z"
+        if not catalog.has(SnapshotRow, "volume = ? AND name = ?", volume_id, name):
+            return name
+        milliseconds += 1
 
 
 def refuse_taken(catalog: Catalog, volume_id: bytes, volume: str, name: str) -> None:
