@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.prune import Retention
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
     from onionskin.volume import Volume
@@ -43,6 +44,7 @@ _HOME = {
     **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Hold": "onionskin.operations.holds",
+    "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
     "Volume": "onionskin.volume",
 }  # fmt: skip
@@ -56,6 +58,7 @@ __all__ = [
     "LiveVolume",
     "OnionskinError",
     "Problem",
+    "Retention",
     "Snapshot",
     "SnapshotExistsError",
     "SnapshotNotFoundError",

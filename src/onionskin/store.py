@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -41,6 +42,7 @@ from onionskin.operations import (
     compact_segments,
     holds,
     merge_into_base,
+    prune,
     reclaim,
     snapshot_names,
     staged_volumes,
@@ -48,6 +50,7 @@ from onionskin.operations import (
 )
 from onionskin.operations import usage as usages
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
+from onionskin.operations.prune import Retention, Rules, retained
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -776,6 +779,77 @@ class Store:
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
+
+    def prune(
+        self,
+        volume: str,
+        *,
+        keep_last: int = 0,
+        keep_hourly: int = 0,
+        keep_daily: int = 0,
+        keep_weekly: int = 0,
+        keep_monthly: int = 0,
+        keep_yearly: int = 0,
+        keep_within: timedelta | None = None,
+        zone: tzinfo = UTC,
+        dry_run: bool = False,
+    ) -> list[Retention]:
+        """Drop the names of a volume's snapshots that no rule keeps. The rules are restic's; one that keeps is enough.
+
+        A name is dropped by `Volume.merge`: the head, clones and the snapshots that are kept read as before, and only data
+        that none of them needs goes. Each is durable before the next begins: after an error those before it are dropped.
+
+        Parameters
+        ----------
+        volume : str
+            The volume. It may be open in this store, and is opened for the time where it is not.
+        keep_last : int
+            Keep so many of the newest. Here and below -1 is all, and 0 is no rule.
+        keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly : int
+            Of the last so many hours (days, weeks of ISO 8601, ...) that have snapshots, keep the newest of each; while there
+            are fewer of them, the oldest snapshot too.
+        keep_within : datetime.timedelta, optional
+            Keep all that are at most so much older than the newest.
+        zone : datetime.tzinfo
+            The time zone whose clock says where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
+        dry_run : bool
+            Drop nothing, and only say what would be.
+
+        Returns
+        -------
+        list of Retention
+            One for each snapshot, in the order of taking; those that nothing kept are dropped. What somebody holds
+            is kept.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        ValueError
+            No rule is given, or one that cannot be.
+        StateError
+            The volume is held by another process, or somebody took hold of a snapshot meanwhile.
+        """
+        rules = Rules(
+            last=keep_last,
+            hourly=keep_hourly,
+            daily=keep_daily,
+            weekly=keep_weekly,
+            monthly=keep_monthly,
+            yearly=keep_yearly,
+            within=keep_within,
+            zone=zone,
+        )
+        rules.check()
+        held = {hold.snapshot for hold in self.holds(volume)}
+        if dry_run:
+            return retained(self.snapshots(volume), rules, held=held)
+        id = self._opened.catalog.volume(volume).id
+        for handle in self._opened.open_handles():
+            if isinstance(handle, Volume) and handle.writable and handle.row.id == id:
+                return prune.prune(handle, rules, held)
+        with self.open(volume) as opened:
+            return prune.prune(opened, rules, held)
 
     # ---- looking ----
 
