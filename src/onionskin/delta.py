@@ -457,7 +457,7 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
     catalog = volume.opened_store.catalog
     with catalog.reading():
-        names = {row.name for row in catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
+        names = {row.name for row in catalog.snapshots_of(volume.row.id)}
         parent = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
         base = read_chain(catalog, volume.head).base
         size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0

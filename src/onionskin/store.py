@@ -19,7 +19,6 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
     PendingRow,
-    SegmentRow,
     SnapshotRow,
     VolumeRow,
     new_id,
@@ -482,9 +481,7 @@ class Store:
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
         merge_into_base.fold_unnamed_below(volume)
-        segments = [
-            row.id for row in self._opened.catalog.rows(SegmentRow, "layer = ? AND role = 'sealed'", volume.head)
-        ]
+        segments = [row.id for row in self._opened.catalog.sealed_segments_of(volume.head)]
         with suppress(OSError, OnionskinError):
             if segments:
                 reclaim.scrub(self._opened, segments, volume.wipe)
@@ -569,8 +566,8 @@ class Store:
             named = self._opened.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
             holds.refuse_held(self._opened.catalog, [snapshot.layer for snapshot in named])
-            self._opened.catalog.delete(SnapshotRow, "volume = ?", id)
-            self._opened.catalog.delete(VolumeRow, "id = ?", id)
+            self._opened.catalog.remove_snapshots_of(id)
+            self._opened.catalog.remove_volume(id)
             reclaim.add_files_of(self._opened.catalog, id)
             for layer in (row.head, *(snapshot.layer for snapshot in named)):
                 free_unneeded(self._opened.catalog, layer)
@@ -775,7 +772,7 @@ class Store:
             raise ChainError(
                 f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
             )
-        for other in catalog.rows(BaseRow, "path = ?", old.path):
+        for other in catalog.bases_at(old.path):
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file

@@ -65,8 +65,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/operations/reclaim.py",
-                "    with catalog.reading():\n        work = catalog.sound_rows(PendingRow)",
-                "    if catalog:\n        work = catalog.sound_rows(PendingRow)",
+                "    with catalog.reading():\n        work = catalog.all_sound(PendingRow)",
+                "    if catalog:\n        work = catalog.all_sound(PendingRow)",
             ),
         ),
         _pairs("open", "snapshots", "other", "threads", "release"),

@@ -1,6 +1,10 @@
-"""The catalog: the one truth for names and for the owner of each file. `connection` says what must hold."""
+"""The catalog: the one truth for names and for the owner of each file.
 
-from onionskin.catalog.connection import Catalog
+`connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments` and `work` have a query for each question that
+other rooms ask; none of them writes SQL itself.
+"""
+
+from onionskin.catalog.queries import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
     HoldRow,

@@ -1,4 +1,7 @@
-"""One connection to a store's catalog.
+"""One connection to a store's catalog: its version, its transactions, and rows of any table.
+
+What is asked of a table is in the module of its subject: `volumes`, `snapshots`, `layers`, `segments`, `work`. Only the
+modules of this package use what takes an SQL condition here; all others use the queries that have names.
 
 What must hold: every change of more than one row is one transaction. No row names a file before the transaction that
 connects row and file. An id or a lock byte is never used twice. A question about the tree is asked inside the
@@ -22,12 +25,10 @@ from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
-    DRAFT_PREFIX,
     TABLES,
     BaseRow,
     HoldRow,
     LayerRow,
-    PendingRow,
     Row,
     SegmentRow,
     SnapshotRow,
@@ -50,15 +51,8 @@ from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 
-_NO_DRAFT = "substr(name, 1, 1) != ?"
-# A layer and all below it. UNION, not UNION ALL: a circle ends.
-_CHAIN_IDS = (
-    "WITH RECURSIVE up(id) AS (SELECT ? UNION "
-    "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL)"
-)
 
-
-class Catalog:
+class Connection:
     """One connection to a store's catalog. All methods may be called by any thread."""
 
     def __init__(self, path: Path, *, create: bool, read_only: bool = False) -> None:
@@ -286,6 +280,15 @@ class Catalog:
         except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
             raise damaged(self.path, error) from error
 
+    def version(self) -> tuple[int, int]:
+        """Return a version that changes with every commit, of this connection or of another.
+
+        See https://www.sqlite.org/pragma.html#pragma_data_version.
+        """
+        with self._guard, self._errors():
+            (of_others,) = self._connection.execute("PRAGMA data_version").fetchone()
+            return of_others, self._connection.total_changes
+
     def close(self) -> None:
         """Close the connection. Idempotent."""
         if not self._forked:
@@ -300,7 +303,7 @@ class Catalog:
             self._copy._finalizer.detach()  # type: ignore[attr-defined]  # the parent removes it
         self._guard = threading.RLock()
 
-    # ---- rows ----
+    # ---- rows that fulfil an SQL condition: for the modules of this package ----
 
     def rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
         """Return the rows of a table that fulfil an SQL condition.
@@ -313,8 +316,11 @@ class Catalog:
         found = self._select(kind, condition, values)
         for *row, sound in found:
             if not sound:
-                raise damaged(self.path, f"the row {_shown(row[0])} of {TABLES[kind]} has a value that none can have")
+                raise self._unsound(kind, row[0])
         return [kind(*row[:-1]) for row in found]
+
+    def _unsound(self, kind: type, id: object) -> FormatError:
+        return damaged(self.path, f"the row {_shown(id)} of {TABLES[kind]} has a value that none can have")
 
     def sound_rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
         """Return the sound rows: one bad row does not hide the others. `unsound_rows` returns the bad ones."""
@@ -327,13 +333,16 @@ class Catalog:
         with self._guard, self._errors():
             return self._connection.execute(text, tuple(values)).fetchall()
 
-    def rows_in(self, kind: type[Row], column: str, wanted: Iterable[Any], condition: str = "1") -> list[Row]:
-        """Return the rows whose column has one of these values, in one state of the catalog."""
-        values, found = list(wanted), []
+    def rows_in(
+        self, kind: type[Row], column: str, wanted: Iterable[Any], condition: str = "1", *values: Any
+    ) -> list[Row]:
+        """Return the rows whose column has one of the wanted values, in one state of the catalog."""
+        of, found = list(wanted), []
         with self.reading():
-            for first in range(0, len(values), _VALUES_MAX):
-                part = values[first : first + _VALUES_MAX]
-                found += self.rows(kind, f"{column} IN ({', '.join('?' * len(part))}) AND {condition}", *part)
+            for first in range(0, len(of), _VALUES_MAX):
+                part = of[first : first + _VALUES_MAX]
+                marks = ", ".join("?" * len(part))
+                found += self.rows(kind, f"{column} IN ({marks}) AND {condition}", *part, *values)
         return found
 
     def row(self, kind: type[Row], condition: str, *values: Any) -> Row | None:
@@ -362,52 +371,31 @@ class Catalog:
             ).fetchone()
         return int(count)
 
+    def delete(self, kind: type, condition: str, *values: Any) -> None:
+        """Remove rows. Inside a transaction."""
+        self._execute(f"DELETE FROM {TABLES[kind]} WHERE {condition}", *values)
+
+    # ---- rows of any table ----
+
+    def all_sound(self, kind: type[Row]) -> list[Row]:
+        """Return all sound rows of a table, in no order: one bad row does not hide the others."""
+        return self.sound_rows(kind)
+
     def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow | HoldRow) -> None:
         """Add a row. Inside a transaction."""
         kind = type(row)
         columns = COLUMNS[kind]
         values = [getattr(row, column) for column in columns]
-        _check_values(kind, zip(columns, values, strict=True))
+        check_values(kind, zip(columns, values, strict=True))
         marks = ", ".join("?" * len(columns))
         self._execute(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", *values)
 
     def update(self, kind: type, id: bytes | int, **values: Any) -> None:
-        """Change columns of the row with this id. Inside a transaction."""
-        _check_values(kind, values.items())
+        """Change columns of the row with this id, or of the snapshot of this layer. Inside a transaction."""
+        check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
-        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
-
-    def update_snapshot(self, layer: bytes, **values: Any) -> None:
-        """Change columns of the snapshot of this layer. Inside a transaction."""
-        _check_values(SnapshotRow, values.items())
-        assignments = ", ".join(f"{column} = ?" for column in values)
-        self._execute(f"UPDATE snapshots SET {assignments} WHERE layer = ?", *values.values(), layer)
-
-    def holds_on(self, layers: Iterable[bytes]) -> list[HoldRow]:
-        """Return the holds on the snapshots of these layers, oldest first."""
-        return sorted(self.rows_in(HoldRow, "layer", layers), key=lambda row: (row.created_ns, row.holder))
-
-    def drop_hold(self, layer: bytes, holder: str) -> None:
-        """Remove a hold. Inside a transaction."""
-        self.delete(HoldRow, "layer = ? AND holder = ?", layer, holder)
-
-    def move_segments(self, layer: bytes, new_layer: bytes) -> None:
-        """Give all segments of a layer to another one. Inside a transaction."""
-        self._execute("UPDATE segments SET layer = ? WHERE layer = ?", new_layer, layer)
-
-    def delete(self, kind: type, condition: str, *values: Any) -> None:
-        """Remove rows. Inside a transaction."""
-        self._execute(f"DELETE FROM {TABLES[kind]} WHERE {condition}", *values)
-
-    def add_pending(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> PendingRow:
-        """Note work that has to be done. Inside a transaction."""
-        values = {"kind": kind, "target": target, "lock_byte": lock_byte, "wipe": wipe}
-        _check_values(PendingRow, values.items())
-        cursor = self._connection.execute(
-            "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)", tuple(values.values())
-        )
-        assert cursor.lastrowid is not None
-        return PendingRow(cursor.lastrowid, kind, target, lock_byte, wipe)
+        key = "layer" if kind is SnapshotRow else "id"
+        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {key} = ?", *values.values(), id)
 
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""
@@ -423,181 +411,12 @@ class Catalog:
         self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
 
-    # ---- volumes and snapshots ----
-
-    def head_of(self, volume: VolumeRow) -> bytes | None:
-        """Return the layer that is a volume's head now."""
-        found = self.volume_with_id(volume.id)
-        return found.head if found else None
-
-    def volume(self, name: str) -> VolumeRow:
-        """Return a volume by name, or raise VolumeNotFoundError."""
-        found = None if str(name).startswith(DRAFT_PREFIX) else self.row(VolumeRow, "name = ?", str(name))
-        if found is None:
-            raise VolumeNotFoundError(
-                f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
-            )
-        return found
-
-    def volume_with_id(self, id: bytes) -> VolumeRow | None:
-        """Return a volume by id, or None if it is gone."""
-        return self.row(VolumeRow, "id = ?", id)
-
-    def listed_heads(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (id, name, created_ns) of each volume that is no draft, then (parent, base, size_bytes, block_size, wipe) of
-        its head, by name.
-
-        A volume is left out if its head is gone or its row is not sound. No row is kept after it was yielded: a hundred
-        thousand rows that live at once cost Python's garbage collector as much as reading them.
-        """
-        volumes, layers = (
-            f"(SELECT * FROM {TABLES[kind]} WHERE coalesce({SOUND_ROW[kind]}, 0))" for kind in (VolumeRow, LayerRow)
-        )
-        with self._guard, self._errors():
-            yield from self._connection.execute(
-                "SELECT v.id, v.name, v.created_ns, l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
-                f" FROM {volumes} AS v JOIN {layers} AS l ON l.id = v.head"
-                " WHERE substr(v.name, 1, 1) != ? ORDER BY v.name",
-                (DRAFT_PREFIX,),
-            )
-
-    def volume_names(self) -> list[str]:
-        """Return the names of all volumes that are no drafts, sorted."""
-        with self._guard, self._errors():
-            return [
-                name
-                for (name,) in self._connection.execute(
-                    f"SELECT name FROM volumes WHERE {_NO_DRAFT} ORDER BY name", (DRAFT_PREFIX,)
-                )
-            ]
-
-    def volume_count(self) -> int:
-        """Return how many volumes there are that are no drafts."""
-        return self.count(VolumeRow, _NO_DRAFT, DRAFT_PREFIX)
-
-    def has_volume(self, name: str) -> bool:
-        """Whether there is a volume of that name; a draft has none."""
-        return self.has(VolumeRow, f"name = ? AND {_NO_DRAFT}", name, DRAFT_PREFIX)
-
-    def draft_volumes(self) -> list[VolumeRow]:
-        """Return the volumes that have no name yet."""
-        return self.sound_rows(VolumeRow, "name >= ? AND name < ?", DRAFT_PREFIX, chr(ord(DRAFT_PREFIX) + 1))
-
-    def snapshot_of_layer(self, layer: bytes) -> SnapshotRow | None:
-        """Return the name of a layer, or None."""
-        return self.row(SnapshotRow, "layer = ?", layer)
-
-    def snapshots_of(self, volume: bytes) -> list[SnapshotRow]:
-        """Return a volume's snapshots in the order of taking."""
-        return self.rows(SnapshotRow, "volume = ? ORDER BY number, name", volume)
-
-    # ---- layers and segments ----
-
-    def layer(self, id: bytes) -> LayerRow:
-        """Return a layer by id; it is an invariant that the layer exists."""
-        found = self.row(LayerRow, "id = ?", id)
-        if found is None:
-            raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
-        return found
-
-    def children_of(self, layer: bytes) -> list[LayerRow]:
-        """Return the layers that stand on a layer."""
-        return self.rows(LayerRow, "parent = ?", layer)
-
-    def is_needed(self, layer: bytes) -> bool:
-        """Whether a layer has a name, is a head, or has a child."""
-        return (
-            self.has(LayerRow, "parent = ?", layer)
-            or self.has(SnapshotRow, "layer = ?", layer)
-            or self.has(VolumeRow, "head = ?", layer)
-        )
-
-    def chain(self, layer_id: bytes) -> list[LayerRow]:
-        """Return a layer and all below it, bottom first; an empty list if it is gone."""
-        columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
-        text = f"{_CHAIN_IDS} SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
-        with self._guard, self._errors():
-            found = self._connection.execute(text, (layer_id,)).fetchall()
-        for *row, sound in found:
-            if not sound:
-                raise damaged(self.path, f"the row {_shown(row[0])} of layers has a value that none can have")
-        by_id = {row[0]: LayerRow(*row[:-1]) for row in found}
-        return self._in_order(by_id, layer_id)
-
-    def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
-        """Return the layers, of this one and all below it, with more sealed segments than so many."""
-        text = (
-            f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
-            "GROUP BY up.id HAVING count(*) > ?"
-        )
-        with self._guard, self._errors():
-            return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
-
-    def version(self) -> tuple[int, int]:
-        """Return a version that changes with every commit, of this connection or of another.
-
-        See https://www.sqlite.org/pragma.html#pragma_data_version.
-        """
-        with self._guard, self._errors():
-            (of_others,) = self._connection.execute("PRAGMA data_version").fetchone()
-            return of_others, self._connection.total_changes
-
-    def _in_order(self, by_id: dict[bytes, LayerRow], top: bytes) -> list[LayerRow]:
-        layers: list[LayerRow] = []
-        at: bytes | None = top if by_id else None
-        while at is not None:
-            layer = by_id.pop(at, None)
-            if layer is None:
-                raise damaged(self.path, f"layers stand on each other in a circle, or layer {at.hex()} is missing")
-            if layers and layer.block_size != layers[-1].block_size:
-                raise damaged(self.path, f"layer {at.hex()} has blocks of another size than what stands on it")
-            if layers and not layer.sealed:
-                raise damaged(self.path, f"layer {at.hex()} has layers above it and is not sealed")
-            layers.append(layer)
-            at = layer.parent
-        return layers[::-1]
-
-    def segments_of(self, layers: list[LayerRow]) -> dict[bytes, list[SegmentRow]]:
-        """Return the segments of each layer, spare ones included."""
-        found: dict[bytes, list[SegmentRow]] = {layer.id: [] for layer in layers}
-        for row in self.rows_in(SegmentRow, "layer", found):
-            found[row.layer].append(row)
-        return found
-
-    def spare_of(self, head: bytes) -> SegmentRow:
-        """Return the segment that is kept for the head after this one."""
-        found = self.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
-        if len(found) != 1:
-            raise damaged(self.path, f"the head {head.hex()} has {len(found)} spare segments, where one should be")
-        return found[0]
-
-    def base_of(self, layer: LayerRow) -> BaseRow | None:
-        """Return the base that a layer stands on itself, or None."""
-        if layer.base is None:
-            return None
-        found = self.row(BaseRow, "id = ?", layer.base)
-        if found is None:
-            raise damaged(self.path, f"the base {layer.base.hex()} is named but missing")
-        return found
-
-    def base_merges(self) -> list[PendingRow]:
-        """Return the merges into a base that were begun and not ended. There seldom are any."""
-        return self.sound_rows(PendingRow, "kind = 'base-merge'")
-
-    def base_merge_of(self, layer: bytes) -> PendingRow | None:
-        """Return the merge into the base up to this layer that was begun and not ended."""
-        return self.row(PendingRow, "kind = 'base-merge' AND target = ?", layer)
-
     def _execute(self, text: str, *values: Any) -> None:
         """Run a statement of a transaction, which holds the guard and translates errors."""
         self._connection.execute(text, values)
 
 
-_SOUND_LAYER = " AND ".join(value.sql.format(f"layers.{column}") for column, value in VALUES[LayerRow].items())
-_SOUND_LAYER += " AND (layers.parent IS NULL OR layers.base IS NULL)"
-
-
-def _check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
+def check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
     """Refuse to write a value that would break its condition."""
     for column, value in values:
         if not VALUES[kind][column].holds(value):

@@ -8,43 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from onionskin.catalog import (
-    BaseRow,
-    Catalog,
-    LayerRow,
-    PendingRow,
-    SegmentRow,
-    SnapshotRow,
-    VolumeRow,
-)
+from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import SnapshotNotFoundError
-
-# Conditions on `id`, or `layer`, of a row. Each names a layer once, so they are linear in their result.
-LAYERS_OF_VOLUME = (  # the layers that a volume's head and its snapshots stand on, given its id twice
-    "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots "
-    "WHERE volume = ? UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
-    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
-)
-_LAYERS_ABOVE = (  # the layers that stand on a layer
-    "WITH RECURSIVE above(id) AS (SELECT id FROM layers WHERE parent = ? UNION ALL SELECT layers.id FROM above "
-    "JOIN layers ON layers.parent = above.id) SELECT id FROM above"
-)
-_LAYERS_TO_NEAREST = (  # a layer and those below it, down to the first that has a name in a volume
-    "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
-    "WHERE layers.parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = below.id AND volume = ?)) "
-    "SELECT id FROM below"
-)
-LAYERS_BELOW = (  # a layer and all below it
-    "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
-    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
-)
-_LAYERS_OF = (  # a volume's head and snapshots, and all below them
-    "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots WHERE volume = ? "
-    "UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id WHERE layers.parent IS NOT NULL) "
-    "SELECT id FROM below"
-)
-_IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +46,7 @@ def when(created_ns: int) -> datetime:
 
 def find_snapshot(catalog: Catalog, volume: VolumeRow, name: str) -> SnapshotRow:
     """Return the row of a snapshot, or raise SnapshotNotFoundError."""
-    row = catalog.row(SnapshotRow, "volume = ? AND name = ?", volume.id, name)
+    row = catalog.snapshot_named(volume.id, name)
     if row is None:
         raise SnapshotNotFoundError(
             f"volume {volume.name!r} has no snapshot {name!r}; 'onionskin tree' lists those it has"
@@ -92,9 +58,7 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
     """Return a volume's snapshots in the order in which they were taken."""
     with catalog.reading():
         rows = catalog.snapshots_of(volume.id)
-        layers = {
-            layer.id: layer for layer in catalog.rows(LayerRow, f"id IN ({LAYERS_OF_VOLUME})", volume.id, volume.id)
-        }
+        layers = {layer.id: layer for layer in catalog.layers_of_volume(volume.id)}
     names = {row.layer: row.name for row in rows}
     for row in rows:
         if row.layer not in layers:
@@ -115,10 +79,7 @@ def list_snapshots(catalog: Catalog, volume: VolumeRow) -> list[Snapshot]:
 
 def nearest_snapshot(catalog: Catalog, volume: VolumeRow, layer: bytes | None) -> SnapshotRow | None:
     """Return the volume's snapshot of a layer, or of the nearest one below it that has one."""
-    if layer is None:
-        return None
-    condition = f"volume = ? AND layer IN ({_LAYERS_TO_NEAREST})"
-    return catalog.row(SnapshotRow, condition, volume.id, layer, volume.id)
+    return None if layer is None else catalog.nearest_snapshot_of(volume.id, layer)
 
 
 def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, layer: LayerRow) -> Snapshot:
@@ -155,20 +116,18 @@ def nearest_name(
 
 def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
     """Return all layers that stand on this one, at any height; not the layer itself."""
-    return {row.id for row in catalog.rows(LayerRow, f"id IN ({_LAYERS_ABOVE})", layer)}
+    return {row.id for row in catalog.layers_above(layer)}
 
 
 def unnamed_below(catalog: Catalog, layer: bytes) -> list[bytes]:
     """Return the layers below one that have no name, bottom first."""
-    unnamed = "NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
-    found = {row.id for row in catalog.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {unnamed}", layer)} - {layer}
+    found = {row.id for row in catalog.unnamed_in_chain(layer)} - {layer}
     return [row.id for row in catalog.chain(layer) if row.id in found] if found else []
 
 
 def unnamed_of(catalog: Catalog, volume: bytes) -> list[bytes]:
     """Return the sealed layers without a name that the head or a snapshot of a volume stands on."""
-    condition = "sealed = 1 AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
-    return [row.id for row in catalog.rows(LayerRow, f"id IN ({_LAYERS_OF}) AND {condition}", volume, volume)]
+    return [row.id for row in catalog.unnamed_of_volume(volume)]
 
 
 def unnamed_around(catalog: Catalog, layer: bytes | None) -> list[bytes]:
@@ -179,30 +138,28 @@ def unnamed_around(catalog: Catalog, layer: bytes | None) -> list[bytes]:
         around.append(below)
         below = row.parent
     above = layer
-    while above is not None and len(rows := catalog.rows(LayerRow, "parent = ? LIMIT 2", above)) == 1:
-        above = rows[0].id if _unnamed(catalog, rows[0].id) else None
+    while above is not None and (child := catalog.only_child_of(above)):
+        above = child.id if _unnamed(catalog, child.id) else None
         around += [above] if above else []
     return around
 
 
 def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) -> LayerRow | None:
-    named = layer != besides and catalog.has(SnapshotRow, "layer = ?", layer)
-    return None if named else catalog.row(LayerRow, "id = ? AND sealed = 1", layer)
+    if layer != besides and catalog.is_named(layer):
+        return None
+    found = catalog.layer_with_id(layer)
+    return found if found and found.sealed else None
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
     """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes other than `besides`."""
-    ids, users = list(layers), []
     with catalog.reading():
-        for first in range(0, len(ids), _IDS_MAX):
-            part = ids[first : first + _IDS_MAX]
-            marks = ", ".join("?" * len(part))
-            users += [row.name for row in catalog.rows(VolumeRow, f"head IN ({marks}) AND id != ?", *part, besides)]
-            named = catalog.rows(SnapshotRow, f"layer IN ({marks}) AND volume != ?", *part, besides)
-            of = {volume: catalog.volume_with_id(volume) for volume in {row.volume for row in named}}
-            for row in named:
-                volume = of[row.volume]  # None in a damaged catalog
-                users.append(f"{volume.name if volume else row.volume.hex()}@{row.name}")
+        users = [row.name for row in catalog.volumes_with_heads(layers, besides=besides)]
+        named = catalog.snapshots_of_layers(layers, besides=besides)
+        of = {volume: catalog.volume_with_id(volume) for volume in {row.volume for row in named}}
+    for row in named:
+        volume = of[row.volume]  # None in a damaged catalog
+        users.append(f"{volume.name if volume else row.volume.hex()}@{row.name}")
     return sorted(users)
 
 
@@ -213,26 +170,26 @@ def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
     is passed over.
     """
     while layer_id is not None:
-        layer = catalog.row(LayerRow, "id = ?", layer_id)
+        layer = catalog.layer_with_id(layer_id)
         if layer is None:
             break
         if catalog.is_needed(layer_id):
             return layer_id
         drop_layer(catalog, layer)
         layer_id = layer.parent
-        if layer.base and not catalog.has(LayerRow, "base = ?", layer.base):
-            catalog.delete(BaseRow, "id = ?", layer.base)
+        if layer.base and not catalog.is_base_needed(layer.base):
+            catalog.remove_base(layer.base)
     return None
 
 
 def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     """Remove one layer's rows; its files become pending work. Inside a transaction."""
-    for segment in catalog.rows(SegmentRow, "layer = ?", layer.id):
+    for segment in catalog.segments_of_layer(layer.id):
         catalog.add_pending("segment", segment.id, segment.lock_byte, layer.wipe)
         if segment.role == "spare":  # the map of the head that it was for
             catalog.add_pending("map", segment.id, segment.lock_byte, layer.wipe)
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
-    catalog.delete(SegmentRow, "layer = ?", layer.id)
-    catalog.delete(LayerRow, "id = ?", layer.id)
+    catalog.remove_segments_of(layer.id)
+    catalog.remove_layer(layer.id)
     # A merge of it into the base that was cancelled: no layer is left that needs it finished.
-    catalog.delete(PendingRow, "kind = 'base-merge' AND target = ?", layer.id)
+    catalog.remove_base_merge_of(layer.id)

@@ -215,14 +215,11 @@ def is_store(path: Path) -> bool:
 
 
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:
-    from onionskin.catalog import SnapshotRow, VolumeRow
-
     try:
         with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
-            volumes = {row.id: row.name for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name")}
+            volumes = {row.id: row.name for row in store._opened.catalog.volumes_by_name()}
             if not with_snapshots:
                 return list(volumes.values())
-            rows = store._opened.catalog.rows(SnapshotRow, "1 ORDER BY created_ns")
-            return sorted(f"{volumes[row.volume]}@{row.name}" for row in rows)
+            return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())
     except (OnionskinError, OSError, ValueError):
         return []

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onionskin.base.closing import call_all
-from onionskin.catalog import SnapshotRow, VolumeRow
+from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.control.server import ControlSocket
 from onionskin.errors import StateError, VolumeNotFoundError
@@ -41,7 +41,7 @@ class Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume.opened_store.catalog.row(SnapshotRow, "volume = ? AND name = ?", self.volume.row.id, name)
+        return self.volume.opened_store.catalog.snapshot_named(self.volume.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -65,7 +65,7 @@ class View(Exported):
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume.opened_store.catalog.row(VolumeRow, "id = ?", self.volume.row.id)
+        volume = self.volume.opened_store.catalog.volume_with_id(self.volume.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
@@ -244,13 +244,13 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
     name meant the same before and after.
     """
     for _ in range(OPEN_TRIES):
-        volume = store._opened.catalog.row(VolumeRow, "id = ?", volume_id)
+        volume = store._opened.catalog.volume_with_id(volume_id)
         if volume is None:
             raise VolumeNotFoundError("the volume was deleted meanwhile")
         before = find_snapshot(store._opened.catalog, volume, snapshot)
         view = store.open(volume.name, snapshot=snapshot)
         try:
-            after = store._opened.catalog.row(SnapshotRow, "volume = ? AND name = ?", volume_id, snapshot)
+            after = store._opened.catalog.snapshot_named(volume_id, snapshot)
             if view.row.id == volume_id and after is not None and is_same(before, after):
                 return view, after
         except BaseException:

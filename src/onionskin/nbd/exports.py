@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from onionskin.base.closing import call_all
-from onionskin.catalog import SnapshotRow, VolumeRow
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
@@ -103,7 +102,7 @@ class Exports:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
-        for row in store._opened.catalog.rows(VolumeRow, "1 ORDER BY name"):
+        for row in store._opened.catalog.volumes_by_name():
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -204,7 +203,7 @@ class Exports:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
             volumes = {name: (one.volume.store, one.volume.row.id) for name, one in self.table.served.items()}
         for store in self._whole_stores:
-            volumes = {row.name: (store, row.id) for row in store._opened.catalog.rows(VolumeRow)} | volumes
+            volumes = {row.name: (store, row.id) for row in store._opened.catalog.volumes()} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
             if name < volume_name:
                 continue
@@ -258,7 +257,7 @@ class Exports:
             )
         if served is None:
             for store in self._whole_stores:
-                if store._opened.catalog.row(VolumeRow, "name = ?", volume_name):
+                if store._opened.catalog.volume_named(volume_name):
                     served = self._serve(store, volume_name)
                     break
         if served is None or not at:
@@ -433,9 +432,7 @@ class Exports:
 def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
     """Name a volume's snapshots, in order, behind the last one."""
     while True:
-        rows = store._opened.catalog.rows(
-            SnapshotRow, f"volume = ? AND name > ? ORDER BY name LIMIT {LIST_PAGE}", volume_id, last
-        )
+        rows = store._opened.catalog.snapshots_named_after(volume_id, last, at_most=LIST_PAGE)
         for row in rows:
             yield row.name
         if len(rows) < LIST_PAGE:

@@ -76,12 +76,12 @@ def check(store: OpenStore) -> list[Problem]:
 def _read_rows(store: OpenStore) -> _Rows:
     catalog = store.catalog
     return _Rows(
-        catalog.sound_rows(LayerRow),
-        catalog.sound_rows(SegmentRow),
-        catalog.sound_rows(VolumeRow),
-        catalog.sound_rows(SnapshotRow),
-        catalog.sound_rows(BaseRow),
-        catalog.sound_rows(PendingRow),
+        catalog.all_sound(LayerRow),
+        catalog.all_sound(SegmentRow),
+        catalog.all_sound(VolumeRow),
+        catalog.all_sound(SnapshotRow),
+        catalog.all_sound(BaseRow),
+        catalog.all_sound(PendingRow),
     )
 
 
@@ -142,7 +142,7 @@ def _check_segments(
         path = store.layout.segment_file(row.id)
         fault = _segment_fault(path, row.id, layer.block_size, end)
         # One that was freed meanwhile may be overwritten or gone; its row went before.
-        if fault and store.catalog.has(SegmentRow, "id = ?", row.id):
+        if fault and store.catalog.has_segment(row.id):
             yield Problem("error", fault, str(path), RESTORE)
 
 
@@ -278,7 +278,7 @@ def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
     """
     with catalog.reading():
         merged = {layer.base for work in catalog.base_merges() for layer in catalog.chain(work.target)}
-        return None if base.id in merged else catalog.row(BaseRow, "id = ?", base.id)
+        return None if base.id in merged else catalog.base_with_id(base.id)
 
 
 # ---- the directories ----

@@ -79,9 +79,9 @@ def gather_below(volume: "Volume", layer_id: bytes) -> None:
     """
     catalog = volume.opened_store.catalog
     with catalog.reading():
-        if catalog.count(SegmentRow, "layer = ?", layer_id) <= SEGMENTS_MAX:
+        if catalog.segment_count(layer_id) <= SEGMENTS_MAX:
             return
-        layer, sealed = catalog.layer(layer_id), catalog.rows(SegmentRow, "layer = ?", layer_id)
+        layer, sealed = catalog.layer(layer_id), catalog.segments_of_layer(layer_id)
         is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
     try:
         put_off(partial(_gather, volume.opened_store, layer, sealed, volume if is_read else None))
@@ -142,10 +142,10 @@ def _switch_beside_readers(
     store, catalog = volume.opened_store, volume.opened_store.catalog
     segment_file, map_file = files.rows
     gathered = {row.id for row in small}
-    kept = [row for row in catalog.rows(SegmentRow, "layer = ?", layer.id) if row.id not in gathered]
+    kept = [row for row in catalog.segments_of_layer(layer.id) if row.id not in gathered]
 
     def settle() -> None:
-        now = catalog.row(LayerRow, "id = ?", layer.id)
+        now = catalog.layer_with_id(layer.id)
         if volume.path.poisoned or now is None or now.map_id != map_file.target:
             volume.path.abort_below()
         elif volume.path.commit_below():
@@ -161,7 +161,7 @@ def _switch_beside_readers(
 
 
 def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
-    if store.catalog.row(LayerRow, "id = ?", layer.id) != layer:
+    if store.catalog.layer_with_id(layer.id) != layer:
         raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
 
 
@@ -233,7 +233,7 @@ def _switch(
     segment_file, map_file = files.rows
     for row in small:
         catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
-        catalog.delete(SegmentRow, "id = ?", row.id)
+        catalog.remove_segment(row.id)
     files.keep(reader.locks if reader else None)
     catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
     catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)

@@ -427,7 +427,7 @@ def _stands_alone(catalog: Catalog, head: bytes) -> bool:
     """Whether nothing below a head has a name, belongs to another volume, or is a base."""
     layers = catalog.chain(head)
     return layers[0].base is None and not any(
-        catalog.snapshot_of_layer(layer.id) or catalog.count(LayerRow, "parent = ?", layer.id) > 1 for layer in layers
+        catalog.snapshot_of_layer(layer.id) or catalog.child_count(layer.id) > 1 for layer in layers
     )
 
 

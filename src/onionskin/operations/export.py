@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
-from onionskin.catalog import BaseRow
 from onionskin.errors import StateError
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
@@ -205,7 +204,7 @@ def _is_base(store: OpenStore, found: os.stat_result) -> bool:
         with suppress(OSError):  # closed meanwhile
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True
-    for base in store.catalog.rows(BaseRow):
+    for base in store.catalog.bases():
         with suppress(OSError):
             if os.path.samestat(Path(base.path).stat(), found):
                 return True

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 
-from onionskin.catalog import Catalog, LayerRow, PendingRow, SnapshotRow
+from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import StateError
 from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
@@ -51,11 +51,11 @@ def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]
     `head` is the one whose volume the caller holds.
     """
     with catalog.reading():
-        layer = catalog.row(LayerRow, "id = ?", layer_id)
+        layer = catalog.layer_with_id(layer_id)
         if layer is None or (above := _only_child(catalog, layer)) is None:
             return []
         run = [layer]
-        while (parent := catalog.row(LayerRow, "id = ?", run[0].parent)) and _only_child(catalog, parent):
+        while (parent := catalog.layer_with_id(run[0].parent)) and _only_child(catalog, parent):
             run.insert(0, parent)
         over: LayerRow | None = above
         while over:
@@ -69,14 +69,9 @@ def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
     """Return the child that a layer can be folded into: it has one, and no name, and nobody else needs it."""
     if not layer.sealed:
         return None
-    children = catalog.rows(LayerRow, "parent = ? LIMIT 2", layer.id)
-    if (
-        len(children) != 1
-        or catalog.row(SnapshotRow, "layer = ?", layer.id)
-        or catalog.row(PendingRow, "kind = 'base-merge' AND target = ?", layer.id)
-    ):
-        return None
-    return children[0]
+    child = catalog.only_child_of(layer.id)
+    is_kept = child and (catalog.snapshot_of_layer(layer.id) or catalog.base_merge_of(layer.id))
+    return None if is_kept else child
 
 
 def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow
+from onionskin.catalog import Catalog, LayerRow
 from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.reclaim import segment_wants_zeros
@@ -64,24 +64,23 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
     `own_head` is the one whose volume the caller holds. Of what another head hides over a layer that nothing else stands
     on, nothing is known: that layer may be about to be opened, or named.
     """
-    layer = catalog.row(LayerRow, "id = ?", layer_id)
-    if layer is None or not layer.sealed or catalog.has(SnapshotRow, "layer = ?", layer_id):
+    layer = catalog.layer_with_id(layer_id)
+    if layer is None or not layer.sealed or catalog.is_named(layer_id):
         return None
-    hides_nothing = "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?"  # as a clone that was not written to
-    if catalog.has(LayerRow, hides_nothing, layer_id, HEADER_BYTES, own_head):
+    if catalog.has_unwritten_head_on(layer_id, HEADER_BYTES, besides=own_head):  # as a clone is: it hides nothing
         return None
     children: dict[bytes, tuple[LayerRow, ...]] = {}
     todo, count = [layer], 0
     while todo:
         lower = todo.pop()
-        rows = catalog.rows(LayerRow, f"parent = ? LIMIT {LAYERS_MAX + 1 - count}", lower.id)
+        rows = catalog.children_of(lower.id, at_most=LAYERS_MAX + 1 - count)
         count += len(rows)
         if count > LAYERS_MAX:
             return None
         if not rows or (len(rows) == 1 and not rows[0].sealed and rows[0].id != own_head):
             continue
         children[lower.id] = tuple(rows)
-        todo += [row for row in rows if row.sealed and not catalog.has(SnapshotRow, "layer = ?", row.id)]
+        todo += [row for row in rows if row.sealed and not catalog.is_named(row.id)]
     return Above(layer, children) if children.get(layer_id) else None
 
 
@@ -89,7 +88,7 @@ def wants_wiping(store: OpenStore, above: Above) -> bool:
     """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
-    for segment in store.catalog.rows(SegmentRow, "layer = ?", above.layer.id):
+    for segment in store.catalog.segments_of_layer(above.layer.id):
         with suppress(FileNotFoundError):  # nothing was written to it, or it was freed meanwhile
             if segment_wants_zeros(store.layout.segment_file(segment.id)):
                 return True

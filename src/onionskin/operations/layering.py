@@ -16,8 +16,8 @@ import numpy
 from onionskin.base.files import data_ranges
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.states import DATA, HOLE
-from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, VolumeRow
-from onionskin.catalog.tree import LAYERS_BELOW, find_snapshot, when
+from onionskin.catalog import BaseRow, Catalog, LayerRow
+from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import ChainError
 from onionskin.kernels._maplog import OwnerMap
 from onionskin.operations.copy import covered
@@ -120,26 +120,26 @@ def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
     """Whether a merge into the base began or ended since a chain was read: then its file differs from what that says."""
     catalog = store.catalog
     with catalog.reading():
-        base = catalog.row(BaseRow, "id = ?", chain.base.id) if chain.base else None
-        merges = catalog.rows(PendingRow, "kind = 'base-merge'")
-        return base != chain.base or any(work.target == layer.id for work in merges for layer in chain.layers)
+        base = catalog.base_with_id(chain.base.id) if chain.base else None
+        merged = {work.target for work in catalog.base_merges()}
+        return base != chain.base or any(layer.id in merged for layer in chain.layers)
 
 
 def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
     """Describe the chain, top first. Inside `reading`."""
     top = chain.top.id
-    named = {row.layer: row for row in catalog.rows(SnapshotRow, f"layer IN ({LAYERS_BELOW})", top)}
+    named = {row.layer: row for row in catalog.snapshots_in_chain(top)}
     ids = {row.volume for row in named.values()}
-    heads = {row.head: row for row in catalog.rows(VolumeRow, "head = ?", top)}
-    volumes = {id: row.name for id in ids for row in catalog.rows(VolumeRow, "id = ?", id)}
+    head = catalog.volume_with_head(top)
+    volumes = {id: row.name for id in ids if (row := catalog.volume_with_id(id))}
 
     def describe(layer: LayerRow) -> ChainMember:
         if layer.id in named:
             row = named[layer.id]
             name = volumes.get(row.volume, row.volume.hex())  # it has no row in a damaged catalog
             return ChainMember("snapshot", f"{name}@{row.name}", when(row.created_ns))
-        if layer.id in heads:
-            return ChainMember("head", heads[layer.id].name, when(layer.created_ns))
+        if head and head.head == layer.id:
+            return ChainMember("head", head.name, when(layer.created_ns))
         return ChainMember("layer", layer.id.hex()[:8], when(layer.created_ns))
 
     layers = [describe(layer) for layer in reversed(chain.layers)]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from onionskin.catalog import BaseRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import StateError
@@ -51,18 +51,12 @@ def list_volumes(store: OpenStore) -> list[VolumeInfo]:
     held = _lock_files_in_use(store)
     with catalog.reading():
         # Only what something stands on is asked for its parent: of a hundred thousand clones, that is a few layers.
-        below = {
-            id: (parent, base)
-            for id, parent, base in catalog.values(
-                LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)"
-            )
-        }
-        paths = dict(catalog.values(BaseRow, "id, path"))
-        counts = dict(catalog.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
+        below, paths, counts = catalog.parents(), catalog.base_paths(), catalog.snapshot_counts()
         bases: dict[bytes, bytes | None] = {}
         infos = []
         for id, name, created_ns, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
-            path = paths.get(base if parent is None else _base_of(below, parent, bases))
+            under = base if parent is None else _base_of(below, parent, bases)
+            path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
             infos.append(
                 VolumeInfo(name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder)
@@ -79,7 +73,7 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         if not chain:
             raise StateError(f"the head of volume {name!r} is gone: another process changed the tree; try again")
         base = catalog.base_of(chain[0])
-        ((snapshots,),) = catalog.values(SnapshotRow, "count(*)", "volume = ?", row.id)
+        snapshots = catalog.snapshot_count(row.id)
     return VolumeInfo(
         row.name,
         chain[-1].size_bytes,
@@ -127,11 +121,11 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
     """Return the bases and the roots that stand on nothing, each with what stands on it."""
     catalog = store.catalog
     with catalog.reading():
-        layers = catalog.sound_rows(LayerRow)
-        volumes = {row.id: row for row in catalog.sound_rows(VolumeRow)}
-        names = {row.layer: row for row in catalog.sound_rows(SnapshotRow) if row.volume in volumes}
-        bases = catalog.sound_rows(BaseRow, "1 ORDER BY path")
-        segments = catalog.sound_rows(SegmentRow)
+        layers = catalog.all_sound(LayerRow)
+        volumes = {row.id: row for row in catalog.all_sound(VolumeRow)}
+        names = {row.layer: row for row in catalog.all_sound(SnapshotRow) if row.volume in volumes}
+        bases = catalog.bases_by_path()
+        segments = catalog.all_sound(SegmentRow)
     # Both kinds of numbers come from one counter; the clock may have gone back.
     layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)

@@ -17,7 +17,6 @@ from onionskin.storage.chain import LOCK_WAIT_SECONDS
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
 
-_IDS_MAX = 500  # in one statement; SQLite allows 999 and more
 STRETCHES_MAX = 256
 FILLED_MAX = 1 << 16
 
@@ -83,10 +82,5 @@ def in_few_stretches(numbers: set[int]) -> set[int]:
 def _are_named(catalog: Catalog, layers: Collection[LayerRow]) -> bool:
     """Whether the catalog still names the map files of all these layers: then none was freed before it was locked."""
     files = {layer.id: (layer.map_id, layer.map_lock_byte) for layer in layers}
-    ids, named = list(files), 0
-    with catalog.reading():
-        for first in range(0, len(ids), _IDS_MAX):
-            part = ids[first : first + _IDS_MAX]
-            for row in catalog.rows(LayerRow, f"id IN ({', '.join('?' * len(part))})", *part):
-                named += files[row.id] == (row.map_id, row.map_lock_byte)
-    return named == len(files)
+    found = {row.id: (row.map_id, row.map_lock_byte) for row in catalog.layers_with_ids(files)}
+    return found == files

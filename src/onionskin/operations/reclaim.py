@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
 from onionskin.base.limits import HEADER_BYTES
-from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow, VolumeRow
+from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin.kernels._wipe import wipe
@@ -50,11 +50,11 @@ def scrub(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
 def add_scrubs(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
     """Note that slots of these segments have to be freed. Inside a transaction."""
     catalog = store.catalog
-    rows = catalog.rows_in(SegmentRow, "id", set(segments))
-    noted = catalog.rows_in(PendingRow, "target", [row.id for row in rows], "kind = 'scrub'")
+    rows = catalog.segments_with_ids(set(segments))
+    noted = catalog.scrubs_of([row.id for row in rows])
     # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
     for work in noted:
-        catalog.delete(PendingRow, "id = ?", work.id)
+        catalog.remove_work(work.id)
     zero = {work.target for work in noted if work.wipe == "zero"}
     zero_layers = {id for id in {row.layer for row in rows} if catalog.layer(id).wipe == "zero"}
     for row in rows:
@@ -64,7 +64,7 @@ def add_scrubs(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
 
 def work_soon(store: OpenStore) -> None:
     """Do pending work: policy `zero` before this returns, `release` in the background."""
-    if not store.read_only and store.catalog.has(PendingRow, "kind != 'base-merge'"):
+    if not store.read_only and store.catalog.has_reclaims():
         do_pending(store, policy="zero")
         store.wake()
 
@@ -72,7 +72,7 @@ def work_soon(store: OpenStore) -> None:
 def work_in_background(store: OpenStore) -> None:
     """Do what waits for nobody. What fails stays in the catalog for the next open."""
     with suppress(OSError, OnionskinError):
-        if store.catalog.has(PendingRow, "kind != 'base-merge' AND wipe = 'zero'"):
+        if store.catalog.has_reclaims("zero"):
             do_pending(store, policy="zero")
         do_pending(store, policy="release")
     store.reserve.make()  # where it was given up, and what was freed makes room for it
@@ -89,9 +89,8 @@ def do_pending(store: OpenStore, *, policy: str | None = None) -> int:
     store.catalog.bury_unknown()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[PendingRow] = []
-    condition, values = ("", ()) if policy is None else ("AND wipe = ? ", (policy,))
     try:
-        for row in store.catalog.sound_rows(PendingRow, f"kind != 'base-merge' {condition}ORDER BY id", *values):
+        for row in store.catalog.reclaims(policy):
             try:
                 is_done = _do_alone(store, row, slots, unlink=unlinked)
             except (OSError, OnionskinError) as error:
@@ -123,7 +122,7 @@ def _forget(store: OpenStore, done: list[PendingRow], *, unlinked: bool) -> None
             if row.kind in _FILE_KINDS and not unlinked:
                 store.catalog.update(PendingRow, row.id, wipe="release")
             else:
-                store.catalog.delete(PendingRow, "id = ?", row.id)
+                store.catalog.remove_work(row.id)
 
     store.change(change)
 
@@ -150,7 +149,7 @@ def _do_alone(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink
     with _alone(store, row) as alone:
         if not alone:
             return False
-        now = store.catalog.row(PendingRow, "id = ?", row.id)
+        now = store.catalog.work_with_id(row.id)
         if now != row:  # kept or done since it was read; or done in part, and the rest is left to who reads it anew
             return now is None
         return _do(store, row, slots, unlink=unlink)
@@ -192,7 +191,7 @@ def add_files_of(catalog: Catalog, volume: bytes) -> None:
 
 def unlink_files_of(store: OpenStore, volume: bytes) -> None:
     """Remove the lock of a volume that has no row any more, and what it had not flushed. May be done again."""
-    if store.catalog.has(VolumeRow, "id = ?", volume):
+    if store.catalog.has_volume_with_id(volume):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
     layout = store.layout
     for path in (*layout.dirty_drafts(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
@@ -202,12 +201,8 @@ def unlink_files_of(store: OpenStore, volume: bytes) -> None:
 def _refuse_named(store: OpenStore, row: PendingRow) -> None:
     """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
     catalog = store.catalog
-    named = (
-        catalog.has(LayerRow, "map_id = ?", row.target)
-        if row.kind == "map"
-        else catalog.has(SegmentRow, "id = ?", row.target)
-    )
-    if named:
+    is_named = catalog.has_map if row.kind == "map" else catalog.has_segment
+    if is_named(row.target):
         raise FormatError(f"{catalog.path} is damaged: it frees the {row.kind} {row.target.hex()}, which a layer has")
 
 
@@ -272,8 +267,8 @@ def segment_wants_zeros(path: Path) -> bool:
 def _scrub(store: OpenStore, row: PendingRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
-        segment = store.catalog.row(SegmentRow, "id = ?", row.target)
-        owner = store.catalog.row(LayerRow, "id = ?", segment.layer) if segment else None
+        segment = store.catalog.segment_with_id(row.target)
+        owner = store.catalog.layer_with_id(segment.layer) if segment else None
     if segment is None or owner is None:  # freed as a whole meanwhile
         return True
     live = _live_slots(store, segment, owner, slots)
@@ -351,9 +346,9 @@ def orphans(store: OpenStore) -> list[Path]:
     """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
     catalog, layout = store.catalog, store.layout
     with catalog.reading():
-        work = catalog.sound_rows(PendingRow)
-        segments = catalog.sound_rows(SegmentRow)
-        maps = {row.map_id for row in catalog.sound_rows(LayerRow)} | {row.target for row in work}
+        work = catalog.all_sound(PendingRow)
+        segments = catalog.all_sound(SegmentRow)
+        maps = {row.map_id for row in catalog.all_sound(LayerRow)} | {row.target for row in work}
         maps |= {row.id for row in segments if row.role == "spare"}  # the next head's map, if it was made beforehand
         files = {row.id for row in segments} | {row.target for row in work}
         return sorted(

@@ -7,7 +7,7 @@ layer, which keeps its id; so do clones, holds, and the GUID by which other stor
 from datetime import UTC, datetime
 
 from onionskin.base.naming import check_name, check_note
-from onionskin.catalog import Catalog, SnapshotRow
+from onionskin.catalog import Catalog
 from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import SnapshotExistsError
 from onionskin.storage.open_store import OpenStore
@@ -46,12 +46,12 @@ def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:
     while True:
         second = datetime.fromtimestamp(milliseconds // 1000, UTC)
         name = f"{second:%Y%m%dT%H%M%S}.{milliseconds % 1000:03}Z"
-        if not catalog.has(SnapshotRow, "volume = ? AND name = ?", volume_id, name):
+        if not catalog.has_snapshot_named(volume_id, name):
             return name
         milliseconds += 1
 
 
 def refuse_taken(catalog: Catalog, volume_id: bytes, volume: str, name: str) -> None:
     """Raise SnapshotExistsError where a volume has a snapshot of that name. Inside the transaction that gives it."""
-    if catalog.has(SnapshotRow, "volume = ? AND name = ?", volume_id, name):
+    if catalog.has_snapshot_named(volume_id, name):
         raise SnapshotExistsError(f"volume {volume!r} already has a snapshot {name!r}; choose another name")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from onionskin.base.naming import check_name
-from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow, new_id
+from onionskin.catalog import SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
@@ -61,7 +61,7 @@ class Draft(Volume):
             sealed = self.seal(lambda: None, lambda sealed, head: None)
 
         def name_it() -> None:
-            if catalog.has(SnapshotRow, "volume = ? AND name = ?", volume.row.id, name):
+            if catalog.has_snapshot_named(volume.row.id, name):
                 raise SnapshotExistsError(
                     f"volume {volume.name!r} already has a snapshot {name!r}; merge or discard it first"
                 )
@@ -143,8 +143,8 @@ def _make(
     lock = VolumeLock(store.layout, id, name or "a draft")  # before there is a row that seems to be dead
 
     def insert() -> tuple[VolumeRow, bytes]:
-        below = catalog.row(LayerRow, "id = ?", clone_of) if clone_of else None
-        if clone_of and (below is None or not catalog.has(SnapshotRow, "layer = ?", clone_of)):
+        below = catalog.layer_with_id(clone_of)
+        if clone_of and (below is None or not catalog.is_named(clone_of)):
             raise StateError("the snapshot to start from is gone: another process changed the tree; try again")
         head = NewHead.on(
             below,
@@ -187,7 +187,7 @@ def _drop(store: OpenStore, id: bytes) -> None:
     def remove() -> None:
         row = catalog.volume_with_id(id)
         if row and row.name.startswith(DRAFT_PREFIX):
-            catalog.delete(VolumeRow, "id = ?", id)
+            catalog.remove_volume(id)
             add_files_of(catalog, id)
             free_unneeded(catalog, row.head)
 

@@ -31,7 +31,7 @@ class StagedFiles:
         behind it.
         """
         for row in self.rows:
-            self.store.catalog.delete(PendingRow, "id = ?", row.id)
+            self.store.catalog.remove_work(row.id)
             self.store.locks.share_exclusive(row.lock_byte)
         if reader:
             self.readers.append(reader)
@@ -39,7 +39,7 @@ class StagedFiles:
 
     def let_go(self) -> None:
         """Have nobody keep what was not kept after all."""
-        left = {row.lock_byte for row in self.store.catalog.rows_in(PendingRow, "id", [row.id for row in self.rows])}
+        left = {row.lock_byte for row in self.store.catalog.work_with_ids(row.id for row in self.rows)}
         for reader in self.readers:
             reader.drop_shared(left)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
-from onionskin.catalog.tree import LAYERS_OF_VOLUME, nearest_name
+from onionskin.catalog.tree import nearest_name
 from onionskin.kernels._maplog import LayerMap
 from onionskin.operations.check import Problem, check
 from onionskin.operations.differences import diff, diff_of_chains
@@ -76,22 +76,16 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
     """Read the tree of a volume. Inside `reading`."""
     catalog = store.catalog
     volume = catalog.volume(name)
-    layers = catalog.rows(LayerRow, f"id IN ({LAYERS_OF_VOLUME})", volume.id, volume.id)
-    only = catalog.rows(
-        LayerRow,
-        f"id IN (SELECT min(id) FROM layers WHERE parent IN ({LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1)",
-        volume.id,
-        volume.id,
-    )
-    snapshots = catalog.rows(SnapshotRow, "volume = ? ORDER BY number, name", volume.id)
-    ordered = _parents_first(layers)
+    snapshots = catalog.snapshots_of(volume.id)
+    ordered = _parents_first(catalog.layers_of_volume(volume.id))
     missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}
     if missing:
         raise damaged(
             catalog.path,
             f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle",
         )
-    return _VolumeTree(volume, snapshots, ordered, frozenset(layer.id for layer in only))
+    only_children = frozenset(layer.id for layer in catalog.only_children_over_volume(volume.id))
+    return _VolumeTree(volume, snapshots, ordered, only_children)
 
 
 def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:

@@ -36,5 +36,5 @@ def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
 
 def refuse_taken(store: OpenStore, name: str) -> None:
     """Raise VolumeExistsError where there is a volume of that name."""
-    if store.catalog.has(VolumeRow, "name = ?", name):
+    if store.catalog.has_volume_named(name):
         raise VolumeExistsError(f"the store {store.path} already has a volume {name!r}; choose another name")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import VOLUME_BYTES_MAX
-from onionskin.catalog import BaseRow, Catalog, LayerRow
+from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import FormatError, StateError
 from onionskin.kernels._maplog import STATE_DATA, LayerMap, OwnerMap
 from onionskin.storage.chain import Chain
@@ -35,7 +35,7 @@ def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:
     layers = catalog.chain(layer_id)
     if not layers:
         raise StateError("the layer is gone: another process changed the tree; try again")
-    base = catalog.row(BaseRow, "id = ?", layers[0].base) if layers[0].base else None
+    base = catalog.base_with_id(layers[0].base) if layers[0].base else None
     return Chain(tuple(layers), {}, base)
 
 

@@ -1,0 +1,210 @@
+"""What is asked of the catalog about layers, what they stand on, and the bases under them.
+
+What must hold: a condition on the ids of layers names each layer once, so that it is linear in its result.
+"""
+
+from collections.abc import Iterable
+
+from onionskin.catalog.connection import Connection
+from onionskin.catalog.rows import COLUMNS, BaseRow, LayerRow, SnapshotRow, VolumeRow
+from onionskin.catalog.schema import VALUES
+from onionskin.catalog.sqlite_errors import damaged
+from onionskin.errors import FormatError
+
+# A layer and all below it. UNION, not UNION ALL: a circle ends.
+_CHAIN_IDS = (
+    "WITH RECURSIVE up(id) AS (SELECT ? UNION "
+    "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL)"
+)
+_LAYERS_OF_VOLUME = (  # the layers that a volume's head and its snapshots stand on, given its id twice
+    "WITH RECURSIVE below(id) AS (SELECT head FROM volumes WHERE id = ? UNION SELECT layer FROM snapshots "
+    "WHERE volume = ? UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
+    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
+)
+_LAYERS_ABOVE = (  # the layers that stand on a layer
+    "WITH RECURSIVE above(id) AS (SELECT id FROM layers WHERE parent = ? UNION ALL SELECT layers.id FROM above "
+    "JOIN layers ON layers.parent = above.id) SELECT id FROM above"
+)
+LAYERS_BELOW = (  # a layer and all below it
+    "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
+    "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
+)
+_UNNAMED = "NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = layers.id)"
+
+_SOUND_LAYER = " AND ".join(value.sql.format(f"layers.{column}") for column, value in VALUES[LayerRow].items())
+_SOUND_LAYER += " AND (layers.parent IS NULL OR layers.base IS NULL)"
+
+
+class Layers(Connection):
+    """The queries about layers and bases. Each raises FormatError where a row that it returns breaks a condition."""
+
+    # ---- layers by their ids ----
+
+    def layer(self, id: bytes) -> LayerRow:
+        """Return a layer by id; it is an invariant that the layer exists."""
+        found = self.row(LayerRow, "id = ?", id)
+        if found is None:
+            raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
+        return found
+
+    def layer_with_id(self, id: bytes | None) -> LayerRow | None:
+        """Return a layer by id, or None if it is gone, or if None was given."""
+        return self.row(LayerRow, "id = ?", id)
+
+    def has_layer(self, id: bytes) -> bool:
+        """Whether there is a layer with this id; its row may be unsound."""
+        return self.has(LayerRow, "id = ?", id)
+
+    def layers_with_ids(self, ids: Iterable[bytes]) -> list[LayerRow]:
+        """Return those of these layers that are there, in no order."""
+        return self.rows_in(LayerRow, "id", ids)
+
+    def has_map(self, map_id: bytes) -> bool:
+        """Whether a layer has this map; the layer's row may be unsound."""
+        return self.has(LayerRow, "map_id = ?", map_id)
+
+    def remove_layer(self, id: bytes) -> None:
+        """Remove the row of a layer, which has no segment any more. Inside a transaction."""
+        self.delete(LayerRow, "id = ?", id)
+
+    # ---- what stands on a layer ----
+
+    def children_of(self, layer: bytes, *, at_most: int | None = None) -> list[LayerRow]:
+        """Return the layers that stand on a layer itself, in no order; no more than `at_most` of them."""
+        if at_most is None:
+            return self.rows(LayerRow, "parent = ?", layer)
+        return self.rows(LayerRow, "parent = ? LIMIT ?", layer, at_most)
+
+    def children_of_layers(self, layers: Iterable[bytes]) -> list[LayerRow]:
+        """Return the layers that stand on one of these layers itself, in no order."""
+        return self.rows_in(LayerRow, "parent", layers)
+
+    def only_child_of(self, layer: bytes) -> LayerRow | None:
+        """Return the one layer that stands on a layer itself; None where none does, or several do."""
+        children = self.children_of(layer, at_most=2)
+        return children[0] if len(children) == 1 else None
+
+    def child_count(self, layer: bytes) -> int:
+        """Return how many layers stand on a layer itself, those with unsound rows included."""
+        return self.count(LayerRow, "parent = ?", layer)
+
+    def has_unwritten_head_on(self, layer: bytes, map_bytes: int, *, besides: bytes) -> bool:
+        """Whether a head other than `besides` stands on a layer itself and has a map of no more than so many bytes."""
+        return self.has(
+            LayerRow, "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?", layer, map_bytes, besides
+        )
+
+    def layers_above(self, layer: bytes) -> list[LayerRow]:
+        """Return all layers that stand on this one, at any height, in no order; not the layer itself."""
+        return self.rows(LayerRow, f"id IN ({_LAYERS_ABOVE})", layer)
+
+    def parents(self) -> dict[bytes, tuple[bytes | None, bytes | None]]:
+        """Return (parent, base) of each layer that another one stands on, by its id; unsound rows are left out."""
+        found = self.values(LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)")
+        return {id: (parent, base) for id, parent, base in found}
+
+    def is_needed(self, layer: bytes) -> bool:
+        """Whether a layer has a name, is a head, or has a child."""
+        return (
+            self.has(LayerRow, "parent = ?", layer)
+            or self.has(SnapshotRow, "layer = ?", layer)
+            or self.has(VolumeRow, "head = ?", layer)
+        )
+
+    # ---- what a layer stands on ----
+
+    def chain(self, layer_id: bytes) -> list[LayerRow]:
+        """Return a layer and all below it, bottom first; an empty list if it is gone."""
+        columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
+        text = f"{_CHAIN_IDS} SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
+        with self._guard, self._errors():
+            found = self._connection.execute(text, (layer_id,)).fetchall()
+        for *row, sound in found:
+            if not sound:
+                raise self._unsound(LayerRow, row[0])
+        by_id = {row[0]: LayerRow(*row[:-1]) for row in found}
+        return self._in_order(by_id, layer_id)
+
+    def _in_order(self, by_id: dict[bytes, LayerRow], top: bytes) -> list[LayerRow]:
+        layers: list[LayerRow] = []
+        at: bytes | None = top if by_id else None
+        while at is not None:
+            layer = by_id.pop(at, None)
+            if layer is None:
+                raise damaged(self.path, f"layers stand on each other in a circle, or layer {at.hex()} is missing")
+            if layers and layer.block_size != layers[-1].block_size:
+                raise damaged(self.path, f"layer {at.hex()} has blocks of another size than what stands on it")
+            if layers and not layer.sealed:
+                raise damaged(self.path, f"layer {at.hex()} has layers above it and is not sealed")
+            layers.append(layer)
+            at = layer.parent
+        return layers[::-1]
+
+    def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
+        """Return the layers, of this one and all below it, with more sealed segments than so many."""
+        text = (
+            f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
+            "GROUP BY up.id HAVING count(*) > ?"
+        )
+        with self._guard, self._errors():
+            return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
+
+    def unnamed_in_chain(self, layer: bytes) -> list[LayerRow]:
+        """Return the layers without a name of a layer and all below it, in no order. The chain must have an end."""
+        return self.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {_UNNAMED}", layer)
+
+    def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
+        """Return a volume's head, its snapshots' layers and all that these stand on, in no order."""
+        return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME})", volume, volume)
+
+    def unnamed_of_volume(self, volume: bytes) -> list[LayerRow]:
+        """Return the sealed layers without a name that a volume's head or a snapshot of it stands on, in no order."""
+        return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME}) AND sealed = 1 AND {_UNNAMED}", volume, volume)
+
+    def only_children_over_volume(self, volume: bytes) -> list[LayerRow]:
+        """Return the layers that alone stand on one of `layers_of_volume`, of whatever volume they are, in no order."""
+        alone = f"SELECT min(id) FROM layers WHERE parent IN ({_LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1"
+        return self.rows(LayerRow, f"id IN ({alone})", volume, volume)
+
+    # ---- bases ----
+
+    def base_of(self, layer: LayerRow) -> BaseRow | None:
+        """Return the base that a layer stands on itself, or None."""
+        if layer.base is None:
+            return None
+        found = self.row(BaseRow, "id = ?", layer.base)
+        if found is None:
+            raise damaged(self.path, f"the base {layer.base.hex()} is named but missing")
+        return found
+
+    def base_with_id(self, id: bytes) -> BaseRow | None:
+        """Return a base by id, or None if it is gone."""
+        return self.row(BaseRow, "id = ?", id)
+
+    def bases(self) -> list[BaseRow]:
+        """Return all bases, in no order."""
+        return self.rows(BaseRow)
+
+    def bases_at(self, path: str) -> list[BaseRow]:
+        """Return the bases whose file is at this path, in no order: each volume that was made on it has one."""
+        return self.rows(BaseRow, "path = ?", path)
+
+    def bases_by_path(self) -> list[BaseRow]:
+        """Return all bases, in the order of their paths; unsound rows are left out."""
+        return self.sound_rows(BaseRow, "1 ORDER BY path")
+
+    def base_paths(self) -> dict[bytes, str]:
+        """Return the path of each base, by its id; unsound rows are left out."""
+        return dict(self.values(BaseRow, "id, path"))
+
+    def layers_standing_on(self, bases: Iterable[bytes]) -> list[LayerRow]:
+        """Return the layers that stand on one of these bases themselves, in no order."""
+        return self.rows_in(LayerRow, "base", bases)
+
+    def is_base_needed(self, base: bytes) -> bool:
+        """Whether a layer stands on a base itself; its row may be unsound."""
+        return self.has(LayerRow, "base = ?", base)
+
+    def remove_base(self, id: bytes) -> None:
+        """Remove the row of a base. Inside a transaction."""
+        self.delete(BaseRow, "id = ?", id)

@@ -1,0 +1,76 @@
+"""What is asked of the catalog about pending work: the merges into a base, and what is to be reclaimed.
+
+All work but a merge into a base is to be reclaimed: files are to be freed, or slots of them. `rows.PendingRow` says what each
+kind is.
+"""
+
+from collections.abc import Iterable
+
+from onionskin.catalog.connection import Connection, check_values
+from onionskin.catalog.rows import PendingRow
+
+
+class Work(Connection):
+    """The queries about pending work. Each raises FormatError where a row that it returns breaks a condition."""
+
+    # ---- work of any kind ----
+
+    def add_pending(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> PendingRow:
+        """Note work that has to be done. Inside a transaction."""
+        values = {"kind": kind, "target": target, "lock_byte": lock_byte, "wipe": wipe}
+        check_values(PendingRow, values.items())
+        cursor = self._connection.execute(
+            "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)", tuple(values.values())
+        )
+        assert cursor.lastrowid is not None
+        return PendingRow(cursor.lastrowid, kind, target, lock_byte, wipe)
+
+    def work_with_id(self, id: int) -> PendingRow | None:
+        """Return work by id, or None if it was done, or is not to be done any more."""
+        return self.row(PendingRow, "id = ?", id)
+
+    def work_with_ids(self, ids: Iterable[int]) -> list[PendingRow]:
+        """Return what of this work is still to be done, in no order."""
+        return self.rows_in(PendingRow, "id", ids)
+
+    def remove_work(self, id: int) -> None:
+        """Forget work that was done, or that is not to be done any more. Inside a transaction."""
+        self.delete(PendingRow, "id = ?", id)
+
+    # ---- merges into a base ----
+
+    def base_merges(self) -> list[PendingRow]:
+        """Return the merges into a base that were begun and not ended, in no order; unsound rows are left out.
+
+        There seldom are any.
+        """
+        return self.sound_rows(PendingRow, "kind = 'base-merge'")
+
+    def base_merge_of(self, layer: bytes) -> PendingRow | None:
+        """Return the merge into the base up to this layer that was begun and not ended, or None."""
+        return self.row(PendingRow, "kind = 'base-merge' AND target = ?", layer)
+
+    def remove_base_merge_of(self, layer: bytes) -> None:
+        """Forget the merge into the base up to this layer, if one was begun. Inside a transaction."""
+        self.delete(PendingRow, "kind = 'base-merge' AND target = ?", layer)
+
+    # ---- what is to be reclaimed ----
+
+    def reclaims(self, wipe: str | None = None) -> list[PendingRow]:
+        """Return what is to be reclaimed, of one wipe policy or of all, in the order in which it was noted.
+
+        Unsound rows are left out.
+        """
+        if wipe is None:
+            return self.sound_rows(PendingRow, "kind != 'base-merge' ORDER BY id")
+        return self.sound_rows(PendingRow, "kind != 'base-merge' AND wipe = ? ORDER BY id", wipe)
+
+    def has_reclaims(self, wipe: str | None = None) -> bool:
+        """Whether anything is to be reclaimed, of one wipe policy or of all; its row may be unsound."""
+        if wipe is None:
+            return self.has(PendingRow, "kind != 'base-merge'")
+        return self.has(PendingRow, "kind != 'base-merge' AND wipe = ?", wipe)
+
+    def scrubs_of(self, segments: Iterable[bytes]) -> list[PendingRow]:
+        """Return the scrubs that are noted of these segments, in no order."""
+        return self.rows_in(PendingRow, "target", segments, "kind = 'scrub'")
