@@ -178,7 +178,7 @@ def serve(base: Path, directory: Path) -> None:
 
     with Store(directory / "store") as store, store.create("web", base=base) as volume:
         server = NbdServer()
-        server.add_export("web", volume.path, read_only=False)
+        server.add_export("web", volume._path, read_only=False)
         server.set_default("web")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(directory / "onionskin.sock"))

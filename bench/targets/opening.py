@@ -32,7 +32,7 @@ def opens(directory: Path) -> Iterator[Figure]:
                 with Stopwatch() as watch:
                     web = store.open("web")
                 samples.seconds.append(watch.undisturbed)
-                memory = web.path.memory_bytes
+                memory = web._path.memory_bytes
                 web.close()
             what = f"open of 64 layers and 1,000,000 scattered extents, {title} disk"
             yield Figure(what, f"<= {duration(most_open)}", str(samples), samples.median <= most_open)
@@ -57,7 +57,7 @@ def second_open(store: onionskin.Store, snapshot: str) -> Iterator[Figure]:
                 view = store.open("web", snapshot=snapshot)
             with view:
                 second.seconds.append(other.undisturbed)
-                memories.append((between - before, resident_bytes() - between, view.path.memory_bytes))
+                memories.append((between - before, resident_bytes() - between, view._path.memory_bytes))
     # Memory that an earlier open gave back and a later one takes again would hide what is new: the index says itself.
     resident, index_bytes = memories[0][1], memories[0][2]
     share = resident / max(index_bytes, memories[0][0])

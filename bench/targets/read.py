@@ -69,7 +69,7 @@ def single_reads(view: onionskin.Volume, flat: FlatFile, wanted: Any) -> Iterato
             os.preadv(descriptor, buffers, offset)
 
     def data_path() -> None:
-        readinto = view.path.readinto
+        readinto = view._path.readinto
         for offset in offsets:
             readinto(offset, buffer)
 

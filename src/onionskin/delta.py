@@ -37,8 +37,10 @@ from onionskin.errors import ChainError, FormatError, SnapshotExistsError, State
 from onionskin.operations import staged_volumes
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
+from onionskin.operations.resize import resize
 from onionskin.storage.chain import Chain, lock_chain, read_chain
 from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 from onionskin.store import Store
 from onionskin.volume import Volume
@@ -225,17 +227,19 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     header = reader.header()
     start = _check_start(volume, header)
     with _draft_at(volume, start, header) as draft:
-        base_bytes = _base_bytes(draft) if start else 0
+        disk, base_bytes = Volume(draft.head), _base_bytes(draft.head) if start else 0
         if header.size_b > header.size_a:
-            _zero(draft, header.size_a, header.size_b - header.size_a, base_bytes)
+            _zero(disk, header.size_a, header.size_b - header.size_a, base_bytes)
         for offset, length, data in reader.records(header):
             if data is None:
-                _zero(draft, offset, length, base_bytes)
+                _zero(disk, offset, length, base_bytes)
             else:
-                draft.write(offset, data)
+                disk.write(offset, data)
             if progress is not None:
                 progress(offset + length, header.size_b)
-        return draft.become_snapshot_of(volume, name=header.name, note=header.note, guid=header.guid_b)
+        return draft.become_snapshot_of(
+            volume._opened.to_write(), name=header.name, note=header.note, guid=header.guid_b
+        )
 
 
 @contextmanager
@@ -247,31 +251,31 @@ def _draft_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iter
     size_bytes = max(header.size_a, header.size_b)
     layer = start.layer if start else None
     with staged_volumes.draft(
-        volume.opened_store, size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer
+        volume._opened.store, size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer
     ) as draft:
         if size_bytes > header.size_b:
-            draft.resize(header.size_b, force=True)
+            resize(draft.head, header.size_b, force=True)
         yield draft
 
 
-def _base_bytes(draft: "Draft") -> int:
+def _base_bytes(head: OpenHead) -> int:
     """Return up to where the base below a draft may show through."""
-    base = read_chain(draft.opened_store.catalog, draft.head).base
+    base = read_chain(head.store.catalog, head.head).base
     return base.size_bytes if base else 0
 
 
-def _zero(draft: "Draft", offset: int, length: int, base_bytes: int) -> None:
+def _zero(disk: Volume, offset: int, length: int, base_bytes: int) -> None:
     """Zero what is not zero already: so a record, which is 24 bytes, costs what is there, and not what it says."""
     end = offset + length
     if offset < base_bytes:
-        draft.zero(offset, min(end, base_bytes) - offset)
+        disk.zero(offset, min(end, base_bytes) - offset)
         offset = min(end, base_bytes)
     if offset == end:
         return
-    for run in draft.path.runs(offset, end - offset):
+    for run in disk._path.runs(offset, end - offset):
         if int(run["state"]) == states.DATA:
             first = max(offset, int(run["offset"]))
-            draft.zero(first, min(end, int(run["offset"]) + int(run["length"])) - first)
+            disk.zero(first, min(end, int(run["offset"]) + int(run["length"])) - first)
 
 
 def read_header(stream: Readable) -> Delta:
@@ -349,9 +353,9 @@ def _pin(store: Store, names: "tuple[State | None, State]", rows: "_Rows", stack
 
 def _open_pinned(store: Store, name: State, row: SnapshotRow, stack: ExitStack) -> tuple[Volume, OpenChain] | None:
     view = stack.enter_context(store.open(name.volume, snapshot=name.snapshot))
-    if (view.row.id, view.head) != (row.volume, row.layer):
+    if (view._opened.row.id, view._opened.head) != (row.volume, row.layer):
         return None
-    return view, stack.enter_context(pinned(view))
+    return view, stack.enter_context(pinned(view._opened))
 
 
 _Rows = tuple[SnapshotRow | None, SnapshotRow]
@@ -455,11 +459,11 @@ def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]",
 
 def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
-    catalog = volume.opened_store.catalog
+    opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
-        names = {row.name for row in catalog.snapshots_of(volume.row.id)}
-        parent = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
-        base = read_chain(catalog, volume.head).base
+        names = {row.name for row in catalog.snapshots_of(opened.row.id)}
+        parent = nearest_snapshot(catalog, opened.row, catalog.layer(opened.head).parent)
+        base = read_chain(catalog, opened.head).base
         size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0
     if header.full:
         if names or base is not None or _holds_data(volume):

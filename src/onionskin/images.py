@@ -125,6 +125,7 @@ def import_image(
     from onionskin.operations import staged_volumes
     from onionskin.operations.export import passing_file
     from onionskin.operations.volumes import refuse_taken
+    from onionskin.volume import Volume
 
     check_name("volume", name)
     refuse_taken(store._opened, name)
@@ -147,7 +148,7 @@ def import_image(
         draft = stack.enter_context(
             staged_volumes.draft(store._opened, name, size=size_bytes, block_size=block_size, wipe=wipe)
         )
-        copy_into(draft, source.fileno(), path=path, progress=progress)
+        copy_into(Volume(draft.head), source.fileno(), path=path, progress=progress)
         draft.publish()
     return size_bytes
 
@@ -218,12 +219,12 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     target = Path(path)
     if format == "raw":
-        export.export(volume, target, replace=False, progress=progress)
+        export.export(volume._opened, target, replace=False, progress=progress)
         return
-    store, parent = volume.opened_store, target.absolute().parent
+    store, parent = volume._opened.store, target.absolute().parent
     export.refuse_target(store, target, replace=False)
     _qemu_img()
-    with pinned(volume) as opened, export.new_image(store, target, opened, replace=False) as made:
+    with pinned(volume._opened) as opened, export.new_image(store, target, opened, replace=False) as made:
         copy.check_room_for_copy(store, opened, parent)
         with export.passing_file(store, parent, export.policies_of(opened)) as raw:
             copy.copy_disk(store, opened, raw.fileno(), progress=progress)

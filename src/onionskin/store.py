@@ -40,7 +40,6 @@ from onionskin.errors import (
 from onionskin.operations import (
     compact_segments,
     holds,
-    merge_into_base,
     prune,
     reclaim,
     snapshot_names,
@@ -48,6 +47,8 @@ from onionskin.operations import (
     volumes,
 )
 from onionskin.operations import usage as usages
+from onionskin.operations.flush import finish
+from onionskin.operations.fold import fold_unnamed_below
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
 from onionskin.operations.prune import Retention, Rules, retained
 from onionskin.storage.chain import (
@@ -65,6 +66,7 @@ from onionskin.storage.locks import (
     VolumeLock,
     is_being_merged_into,
 )
+from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
 from onionskin.volume import Volume
 
@@ -358,12 +360,12 @@ class Store:
         try:
             dirty = self._opened.layout.dirty_file(row.id)
             opened = self._opened.open_layer(row.head, writable=False, verify=verify, dirty=dirty)
-            volume = Volume(self._opened, row, opened, read_lock=lock, opened_by=self)
+            view = OpenView(self._opened, row, opened, read_lock=lock, free_waiting=reclaim.work_soon)
         except BaseException:
             lock.close()
             raise
-        self._opened.register(volume)
-        return volume
+        self._opened.register(view)
+        return Volume(view, self)
 
     def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
         """Take a lock of the volume that has a name, and return it as it is under the lock.
@@ -396,16 +398,16 @@ class Store:
         """
         if found:
             self._opened.catalog.sync_found()
-        volume = self._open_head(row, lock, verify)
-        self._opened.register(volume)
+        head = self._open_head(row, lock, verify)
+        self._opened.register(head)
         try:
-            self._after_open(volume)
+            self._after_open(head)
         except BaseException:
-            volume.close()
+            head.close()
             raise
-        return volume
+        return Volume(head, self)
 
-    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> Volume:
+    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
         if pending_base_merges(self._opened.catalog, row.head):
             _log.warning(
                 "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
@@ -421,7 +423,7 @@ class Store:
             self._opened, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0
         )
         opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
-        return Volume(self._opened, row, opened, volume_lock=lock, opened_by=self)
+        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
 
     def _look_at_spare(self, head: bytes) -> None:
         """Tidy what stands for the next head.
@@ -460,19 +462,19 @@ class Store:
                     continue
                 if opened.chain.base and opened.users > 1:
                     check_base(self._opened.catalog, opened.chain.base, verify=verify)
-                view = Volume(self._opened, row, opened, snapshot=snapshot, opened_by=self)
+                view = OpenView(store, row, opened, snapshot=snapshot, free_waiting=reclaim.work_soon)
             except BaseException:
                 self._opened.views.give_back(layer)
                 raise
             self._opened.register(view)
-            return view
+            return Volume(view, self)
 
     def _find_layer(self, name: str, snapshot: str) -> tuple[VolumeRow, bytes]:
         with self._opened.catalog.reading():
             row = self._opened.catalog.volume(name)
             return row, find_snapshot(self._opened.catalog, row, snapshot).layer
 
-    def _after_open(self, volume: Volume) -> None:
+    def _after_open(self, head: OpenHead) -> None:
         """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name.
 
         What fails stays for the next time, and is no reason to refuse the volume.
@@ -480,11 +482,11 @@ class Store:
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
-        merge_into_base.fold_unnamed_below(volume)
-        segments = [row.id for row in self._opened.catalog.sealed_segments_of(volume.head)]
+        fold_unnamed_below(head)
+        segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:
-                reclaim.scrub(self._opened, segments, volume.wipe)
+                reclaim.scrub(self._opened, segments, head.wipe)
             reclaim.work_soon(self._opened)
 
     def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
@@ -843,10 +845,10 @@ class Store:
             return retained(self.snapshots(volume), rules, held=held)
         id = self._opened.catalog.volume(volume).id
         for handle in self._opened.open_handles():
-            if isinstance(handle, Volume) and handle.writable and handle.row.id == id:
+            if isinstance(handle, OpenHead) and handle.writable and handle.row.id == id:
                 return prune.prune(handle, rules, held)
         with self.open(volume) as opened:
-            return prune.prune(opened, rules, held)
+            return prune.prune(opened._opened.to_write(), rules, held)
 
     # ---- looking ----
 

@@ -15,14 +15,6 @@ from onionskin.cli.app import onionskin as command_line
 SECTIONS = {"Parameters": "Parameters\n----------", "Returns": "Returns\n-------"}
 ABOUT_ITSELF = {"demo", "bench", "completion"}  # verbs that no other program has a word for
 REFERENCE = (ROOT / "docs/reference/api.md").read_text()
-# Members without an underscore that are for the other modules of the package, until they take storage/open_head.py instead.
-INTERNAL = {
-    "Volume": {
-        *("abandon", "after_fork", "compact_if_wanted", "forked", "give_up_unread", "leave_base", "locks"),
-        *("merge_ended", "operation", "prepare_if_wanted", "restart_on", "restart_over", "scrub_freed", "seal"),
-        *("settling", "share", "wait_for_readers"),
-    },
-}
 CLASSES = [name for name in onionskin.__all__ if isinstance(getattr(onionskin, name), type)]
 PLAIN = {member for kind in (object, tuple, OSError) for member in dir(kind)}  # what Python gives to a class
 
@@ -36,8 +28,7 @@ def test_a_public_name_is_in_the_reference(name: str) -> None:
 def test_the_members_of_a_class_are_those_that_the_reference_has(name: str) -> None:
     public = getattr(onionskin, name)
     members = {member for member in dir(public) if not member.startswith("_")} - PLAIN
-    assert INTERNAL.get(name, set()) <= members
-    assert members - INTERNAL.get(name, set()) == members_in_reference(name, members)
+    assert members == members_in_reference(name, members)
 
 
 def members_in_reference(name: str, members: set[str]) -> set[str]:
@@ -62,9 +53,11 @@ def attributes_of(name: str) -> set[str]:
     return set(re.findall(r"^(\w+) : ", section, re.MULTILINE))
 
 
-def test_an_open_store_has_no_other_attributes_than_the_reference_says(tmp_path: Path) -> None:
+def test_an_open_store_and_volume_have_no_other_attributes_than_the_reference_says(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         assert {name for name in vars(store) if not name.startswith("_")} == attributes_of("Store")
+        with store.create("web", size="1M") as volume:
+            assert {name for name in vars(volume) if not name.startswith("_")} == attributes_of("Volume")
 
 
 @pytest.mark.parametrize("name", onionskin.__all__)
@@ -97,7 +90,7 @@ def documented() -> list[tuple[str, Any]]:
             found[entry] = public
         elif inspect.isclass(public) and not issubclass(public, Exception):
             for name, member in vars(public).items():
-                if not name.startswith("_") and name not in INTERNAL.get(entry, ()) and inspect.isfunction(member):
+                if not name.startswith("_") and inspect.isfunction(member):
                     found[f"{entry}.{name}"] = member
     return list(found.items())
 

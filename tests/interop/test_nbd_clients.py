@@ -51,7 +51,7 @@ def overlay(tmp_path: Path, raw: Path) -> Iterator[Served]:
 
 def test_nbdinfo_shows_size_flags_and_exports(served: Served) -> None:
     at, volume = served
-    at.server.add_export("web@clean", volume.path, read_only=True, description="a snapshot")
+    at.server.add_export("web@clean", volume._path, read_only=True, description="a snapshot")
     (info,) = json.loads(run("nbdinfo", "--json", at.uri("web@clean")))["exports"]
     assert info["export-size"] == SIZE and info["is_read_only"] and info["can_multi_conn"] and info["can_df"]
     assert info["description"] == "a snapshot"

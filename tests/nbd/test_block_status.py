@@ -111,7 +111,7 @@ def changed(client: Client, length: int = 64 * MIB) -> list[tuple[int, int]]:
 
 def test_a_view_says_exactly_what_changed(served: Served) -> None:
     at, volume = served
-    at.server.add_export("view", volume.path, read_only=True)
+    at.server.add_export("view", volume._path, read_only=True)
     at.server.set_changed_since("view", CHANGED, np.array([[MIB, 4096], [3 * MIB, 100]], dtype=np.uint64))
     volume.write(10 * MIB, b"x" * 4096)
     with Client(at.path) as client:
@@ -144,7 +144,7 @@ def test_after_another_path_everything_has_changed(served: Served) -> None:
     with Client(at.path) as client:
         client.go("web", contexts=(CHANGED,))
         assert changed(client) == []
-        at.server.replace_path("web", volume.path)
+        at.server.replace_path("web", volume._path)
         assert changed(client) == [(0, 64 * MIB)]
         at.server.set_changed_since("web", CHANGED, np.empty((0, 2), dtype=np.uint64))
         assert changed(client) == []

@@ -64,7 +64,7 @@ def test_a_removed_export_answers_that_it_is_shut_down(served: Served) -> None:
 def test_a_name_is_given_once(served: Served) -> None:
     at, volume = served
     with pytest.raises(FileExistsError):
-        at.server.add_export("web", volume.path, read_only=True)
+        at.server.add_export("web", volume._path, read_only=True)
     with pytest.raises(KeyError):
         at.server.set_default("none")
     with pytest.raises(TypeError, match="DataPath"):
@@ -75,7 +75,7 @@ def test_a_closed_volume_answers_that_it_is_shut_down(served: Served) -> None:
     at, volume = served
     volume.snapshot("clean")
     view = volume.store.open("web", snapshot="clean")
-    at.server.add_export("web@clean", view.path, read_only=True)
+    at.server.add_export("web@clean", view._path, read_only=True)
     with Client(at.path) as client:
         client.go("web@clean")
         assert client.read(0, 4096).data == bytes(4096)
@@ -126,7 +126,7 @@ def test_a_client_that_takes_no_replies_delays_neither_flush_nor_removal(served:
         volume.write(8 * MIB, b"x" * MIB)
         volume.trim(8 * MIB, MIB)
         assert other.simple(FLUSH) == 0
-        volume.path.wait_for_readers()
+        volume._path.wait_for_readers()
         at.server.remove_export("web")
         # What had been begun ends in an error, and what had not is refused.
         replies = dict(slow.reply(asked) for _ in asked)
@@ -283,7 +283,7 @@ def test_stop_ends_clients_that_negotiate_and_exports_that_are_paused(served: Se
 def test_a_server_that_is_forgotten_lets_its_clients_go(tmp_path: Path) -> None:
     with Store(tmp_path / "store") as store, store.create("web", size=MIB) as volume:
         server = NbdServer()
-        server.add_export("web", volume.path, read_only=False)
+        server.add_export("web", volume._path, read_only=False)
         ours, theirs = socket.socketpair()
         server.serve(theirs.detach(), "test")
         assert len(ours.recv(18)) == 18

@@ -69,7 +69,7 @@ def test_abort_is_acknowledged_and_closes(at: Path) -> None:
 
 def test_list_names_every_export_with_its_description(served: Served) -> None:
     serving_at, volume = served
-    serving_at.server.add_export("web@clean", volume.path, read_only=True, description="before the update")
+    serving_at.server.add_export("web@clean", volume._path, read_only=True, description="before the update")
     with Client(serving_at.path) as client:
         assert client.option(LIST) == [
             (SERVER, struct.pack(">I3s", 3, b"web")),
@@ -81,7 +81,7 @@ def test_list_names_every_export_with_its_description(served: Served) -> None:
 
 def test_go_tells_size_flags_name_description_and_block_sizes(served: Served) -> None:
     serving_at, volume = served
-    serving_at.server.add_export("web@clean", volume.path, read_only=True, description="notes")
+    serving_at.server.add_export("web@clean", volume._path, read_only=True, description="notes")
     with Client(serving_at.path) as client:
         *infos, last = client.info(GO, "web@clean", 0, 1, 2, 3)
         by_type = {struct.unpack(">H", body[:2])[0]: body[2:] for kind, body in infos if kind == REP_INFO}
@@ -155,7 +155,7 @@ def test_contexts_are_selected_once_each_with_ids_of_their_own(at: Path) -> None
 
 def test_contexts_of_another_export_do_not_hold(served: Served) -> None:
     serving_at, volume = served
-    serving_at.server.add_export("other", volume.path, read_only=True)
+    serving_at.server.add_export("other", volume._path, read_only=True)
     with Client(serving_at.path) as client:
         client.start_structured()
         client.meta(SET_META, "web", "base:allocation")
@@ -279,7 +279,7 @@ def test_an_export_is_added_when_a_client_asks_for_it(served: Served) -> None:
     def add(name: str) -> bool:
         asked.append(name)
         if name == "web@clean":
-            serving_at.server.add_export(name, volume.path, read_only=True)
+            serving_at.server.add_export(name, volume._path, read_only=True)
         return name == "web@clean"
 
     serving_at.server.on_unknown_export = add

@@ -308,7 +308,7 @@ def test_block_status_is_invalid_without_contexts_or_length(at: Path) -> None:
 
 def test_a_read_only_export_permits_no_change(served: Served) -> None:
     serving_at, volume = served
-    serving_at.server.add_export("view", volume.path, read_only=True)
+    serving_at.server.add_export("view", volume._path, read_only=True)
     with Client(serving_at.path) as client:
         client.go("view")
         for flags in (0, FUA):

@@ -75,8 +75,8 @@ FAULTS = [
         "A2: flatten puts an empty head over the copy",
         (
             Edit(
-                "src/onionskin/operations/copy.py",
-                """    with volume.settling(settle):
+                "src/onionskin/operations/flatten.py",
+                """    with volume.changing_below(lambda: catalog.layer(volume.head).parent == flat.id):
         volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
         store.change(switch)
 """,
@@ -87,8 +87,13 @@ FAULTS = [
             catalog.insert(row)
 
     store.change(put)
-    volume.restart_over(read_chain(catalog, flat.id), None, also=lambda: None)
+    restart_over(volume, read_chain(catalog, flat.id), None, also=lambda: None)
 """,
+            ),
+            Edit(
+                "src/onionskin/operations/flatten.py",
+                "from onionskin.operations.seal import",
+                "from onionskin.operations.restart import restart_over\nfrom onionskin.operations.seal import",
             ),
         ),
         _pairs("flatten", "write", "same", "threads", "release"),
@@ -152,22 +157,18 @@ FAULTS = [
         "A5: what a merge into the base has dropped is wiped while a read still copies from it",
         (
             Edit(
-                "src/onionskin/operations/merge_into_base.py",
-                """        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
-            volume.path.abort_below()
-        elif volume.path.commit_below():
-            volume.give_up_unread()""",
-                """        if volume.path.poisoned or catalog.base_merge_of(folded.top.id):
-            volume.path.abort_below()
-        else:
-            volume.locks.keep_shared(read_chain(catalog, volume.head).lock_bytes)
-            reclaim.do_pending(volume.opened_store)
-            volume.path.commit_below()""",
-            ),
-            Edit(
-                "src/onionskin/operations/merge_into_base.py",
-                "from onionskin.catalog.tree import",
-                "from onionskin.operations import reclaim\nfrom onionskin.catalog.tree import",
+                "src/onionskin/storage/open_head.py",
+                """            elif self.path.commit_below():
+                self.leave_base()
+                self.give_up_unread()
+""",
+                """            else:
+                from onionskin.operations import reclaim
+
+                self.locks.keep_shared(read_chain(self.store.catalog, self.head).lock_bytes)
+                reclaim.do_pending(self.store)
+                self.path.commit_below()
+""",
             ),
         ),
         _pairs("read", "merge into base", "same", "threads", "zero"),
@@ -200,7 +201,7 @@ FAULTS = [
             Edit(
                 "src/onionskin/operations/export.py",
                 "    with pinned(volume) as opened, new_image(",
-                "    chain = read_chain(volume.opened_store.catalog, volume.head)\n"
+                "    chain = read_chain(volume.store.catalog, volume.head)\n"
                 "    live = OpenChain(chain, volume.path, volume.locks, volume.base_lock)\n"
                 "    with nullcontext(live) as opened, new_image(",
             ),
@@ -218,12 +219,12 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/images.py",
-                """        copy_into(draft, source.fileno(), path=path, progress=progress)
+                """        copy_into(Volume(draft.head), source.fileno(), path=path, progress=progress)
         draft.publish()
 """,
                 """        draft.publish()
-        copy_into(draft, source.fileno(), path=path, progress=progress)
-        draft.flush()
+        copy_into(Volume(draft.head), source.fileno(), path=path, progress=progress)
+        Volume(draft.head).flush()
 """,
             ),
         ),

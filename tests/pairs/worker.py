@@ -173,7 +173,7 @@ def _create(process: Process, actor: Actor, handle: str, name: str, units: int, 
 
 
 def _holds(process: Process, actor: Actor, handle: str, volume: Any) -> None:
-    steps.note(f"holds {volume.head.hex()}")
+    steps.note(f"holds {volume._opened.head.hex()}")
     process.handles[handle] = volume
 
 

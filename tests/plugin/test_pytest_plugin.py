@@ -99,10 +99,10 @@ def test_clones_go_behind_a_test_that_fails_or_closes_or_deletes_them(
 
         def test_deletes(onionskin_volume):
             onionskin_volume.close()
-            onionskin_volume.store.delete(onionskin_volume.row.name)
+            onionskin_volume.store.delete(onionskin_volume._opened.row.name)
 
         def test_poisons(onionskin_volume):
-            onionskin_volume.path.poison()
+            onionskin_volume._path.poison()
 
         def test_makes_two(onionskin_clone):
             first, second = onionskin_clone(), onionskin_clone()

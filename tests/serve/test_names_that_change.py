@@ -415,7 +415,7 @@ def test_a_catalog_that_cannot_be_read_for_a_while_ends_neither_the_server_nor_i
             def fail(*arguments: object) -> None:
                 raise FormatError("the catalog is damaged")
 
-            broken.setattr(type(slow.exports.table.served["web"].volume.opened_store.catalog), "rows", fail)
+            broken.setattr(type(slow.exports.table.served["web"].volume._opened.store.catalog), "rows", fail)
             slow.exports.tidy()
             assert is_refused(slow, "web")
             assert client.read(0, 4) == b"fast"

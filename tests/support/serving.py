@@ -63,7 +63,7 @@ def served_volume(
         arguments = {"base": base} if base else {"size": size}
         with store.create("web", **arguments) as volume:
             server = NbdServer(**options)
-            server.add_export("web", volume.path, read_only=False)
+            server.add_export("web", volume._path, read_only=False)
             server.set_default("web")
             with serving(server, directory / "socket") as at:
                 yield at, volume

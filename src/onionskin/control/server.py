@@ -285,7 +285,7 @@ class _Session:
         self._volume.flush()
 
     def resize(self, size_bytes: int) -> None:
-        with self._volume.guard:
+        with self._volume._opened.guard:
             if size_bytes < self._volume.size_bytes:
                 raise StateError(
                     f"volume {self._volume.name!r} is being served and its clients may write up to its end; stop the "
@@ -304,7 +304,7 @@ class _Session:
             self._volume.revert(name)
 
     def discard(self, name: str, recursive: bool) -> None:
-        with self._volume.guard:  # the findings about the tree hold until it is done
+        with self._volume._opened.guard:  # the findings about the tree hold until it is done
             going = self._descendants(name) if recursive else {name}
             at = self._volume.parent
             reverts = at is not None and at.name in self._descendants(name)

@@ -104,7 +104,7 @@ class ExportTable:
         """Export a view. With the guard."""
         volume_name, _, snapshot = export.partition("@")
         self._nbd.add_export(
-            export, view.volume.path, read_only=True, description=f"snapshot {snapshot} of {volume_name}"
+            export, view.volume._path, read_only=True, description=f"snapshot {snapshot} of {volume_name}"
         )
         self.views[export] = view
 

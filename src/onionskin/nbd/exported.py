@@ -34,6 +34,7 @@ class Exported:
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
+        self.opened = volume._opened  # for what no program needs to know of a volume
         self.operations = 0  # that go by its label; with the table's guard
         self.contexts: dict[str, tuple[object, ...]] = {}  # by the name of the snapshot since which
         self.contexts_guard = threading.Lock()  # held while one is offered, forgotten, or the disk replaced
@@ -41,7 +42,7 @@ class Exported:
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
         """Look up what a snapshot's name means now."""
-        return self.volume.opened_store.catalog.snapshot_named(self.volume.row.id, name)
+        return self.opened.store.catalog.snapshot_named(self.opened.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
@@ -61,11 +62,11 @@ class View(Exported):
 
     def is_of(self, served: "ServedVolume") -> bool:
         """Whether it is a view of a snapshot of that volume."""
-        return self.volume.store is served.volume.store and self.volume.row.id == served.volume.row.id
+        return self.volume.store is served.volume.store and self.opened.row.id == served.opened.row.id
 
     def meaning(self) -> str | None:
         """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
-        volume = self.volume.opened_store.catalog.volume_with_id(self.volume.row.id)
+        volume = self.opened.store.catalog.volume_with_id(self.opened.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
@@ -143,9 +144,9 @@ class ServedVolume(Exported):
         self.views_changing = 0  # views of it that are being opened or closed; with the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots that may not be opened; None: all
         try:
-            nbd.add_export(name, volume.path, read_only=False, description=f"volume {name}")
-            volume.on_switch = self._switch
-            path = volume.opened_store.layout.volume_control(volume.row.id)
+            nbd.add_export(name, volume._path, read_only=False, description=f"volume {name}")
+            self.opened.follow(self._switch)
+            path = self.opened.store.layout.volume_control(self.opened.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # we hold the volume: whoever made it is gone
             self.control = ControlSocket(path, self, log)
@@ -221,8 +222,8 @@ class ServedVolume(Exported):
         return {
             "volume": self.name,
             "uptime_seconds": round(time.monotonic() - self._serving.started, 3),
-            "memory_bytes": self.volume.path.memory_bytes,
-            "poisoned": self.volume.path.poisoned,
+            "memory_bytes": self.volume._path.memory_bytes,
+            "poisoned": self.volume._path.poisoned,
             "counters": self._nbd.counters(),
             "exports": self._serving.counters_of(self),
             "connections": self._nbd.connections(),
@@ -251,7 +252,7 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
         view = store.open(volume.name, snapshot=snapshot)
         try:
             after = store._opened.catalog.snapshot_named(volume_id, snapshot)
-            if view.row.id == volume_id and after is not None and is_same(before, after):
+            if view._opened.row.id == volume_id and after is not None and is_same(before, after):
                 return view, after
         except BaseException:
             view.close()

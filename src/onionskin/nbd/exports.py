@@ -21,6 +21,7 @@ from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot
 from onionskin.operations import reclaim
+from onionskin.operations.flush import compact_if_wanted, scrub_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 
@@ -186,7 +187,7 @@ class Exports:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            rename_volume(served.volume.opened_store, served.volume.row.id, new_name)
+            rename_volume(served.opened.store, served.opened.row.id, new_name)
         finally:
             with self.table.guard:
                 served.operations -= 1
@@ -201,7 +202,7 @@ class Exports:
         self.table.follow_names()
         with self.table.guard:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
-            volumes = {name: (one.volume.store, one.volume.row.id) for name, one in self.table.served.items()}
+            volumes = {name: (one.volume.store, one.opened.row.id) for name, one in self.table.served.items()}
         for store in self._whole_stores:
             volumes = {row.name: (store, row.id) for row in store._opened.catalog.volumes()} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
@@ -276,7 +277,7 @@ class Exports:
                 served.views_changing += 1
             view = None
             try:
-                volume, row = open_snapshot(served.volume.store, served.volume.row.id, snapshot)
+                volume, row = open_snapshot(served.volume.store, served.opened.row.id, snapshot)
                 view = View(volume, row, served)
                 with self.table.guard:
                     served.refuse_barred(snapshot)  # an operation that came meanwhile waits for us
@@ -392,7 +393,8 @@ class Exports:
             ("views", lambda: self._close_idle_views(keep=IDLE_VIEWS_MAX)),
         ]
         for one in served:
-            steps += [(one.name, one.volume.scrub_freed), (one.name, one.volume.compact_if_wanted)]
+            head = one.opened.to_write()
+            steps += [(one.name, partial(scrub_freed, head)), (one.name, partial(compact_if_wanted, head))]
         for store in list(self._stores.values()):
             opened, at = store._opened, str(store.path)
             steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]

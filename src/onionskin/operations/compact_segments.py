@@ -21,19 +21,17 @@ from onionskin.errors import OnionskinError
 from onionskin.kernels._copy import CopyJob
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.operations import reclaim
-from onionskin.operations.fold import TreeChangedError, put_off
 from onionskin.operations.reclaim import segment_wants_zeros
-from onionskin.operations.staging import StagedFiles, staged_files
+from onionskin.operations.staging import StagedFiles, TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_layer
 from onionskin.storage.chain import pending_base_merges, read_chain
 from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
-
-    from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
 else:
@@ -72,19 +70,19 @@ def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[Segment
     return [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
 
 
-def gather_below(volume: "Volume", layer_id: bytes) -> None:
+def gather_below(volume: OpenHead, layer_id: bytes) -> None:
     """Gather in a sealed layer of a volume that is open for writing, where the layer has too many segments.
 
     Reads and writes go on. A layer that cannot be gathered now is left as it is, and what the caller does goes on.
     """
-    catalog = volume.opened_store.catalog
+    catalog = volume.store.catalog
     with catalog.reading():
         if catalog.segment_count(layer_id) <= SEGMENTS_MAX:
             return
         layer, sealed = catalog.layer(layer_id), catalog.segments_of_layer(layer_id)
         is_read = any(below.id == layer_id for below in read_chain(catalog, volume.head).layers)
     try:
-        put_off(partial(_gather, volume.opened_store, layer, sealed, volume if is_read else None))
+        put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
     except CommitUnknownError:
         raise
     except (OSError, OnionskinError) as error:
@@ -95,7 +93,7 @@ def gather_below(volume: "Volume", layer_id: bytes) -> None:
         )
 
 
-def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: "Volume | None" = None) -> None:
+def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
     """Gather the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
     locks = ByteLocks(store.layout.lock)
     try:
@@ -131,7 +129,7 @@ def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader:
 
 
 def _switch_beside_readers(
-    volume: "Volume",
+    volume: OpenHead,
     layer: LayerRow,
     small: list[SegmentRow],
     files: StagedFiles,
@@ -139,23 +137,20 @@ def _switch_beside_readers(
     written: tuple[int, int, int],
 ) -> None:
     """Switch to the new files, in the catalog and in the data path that reads the old ones."""
-    store, catalog = volume.opened_store, volume.opened_store.catalog
+    store, catalog = volume.store, volume.store.catalog
     segment_file, map_file = files.rows
     gathered = {row.id for row in small}
     kept = [row for row in catalog.segments_of_layer(layer.id) if row.id not in gathered]
 
-    def settle() -> None:
+    def happened() -> bool:
         now = catalog.layer_with_id(layer.id)
-        if volume.path.poisoned or now is None or now.map_id != map_file.target:
-            volume.path.abort_below()
-        elif volume.path.commit_below():
-            volume.give_up_unread()
+        return now is not None and now.map_id == map_file.target
 
     source = (
         str(store.layout.map_file(map_file.target)), map_file.target, *written,
         [(segment_file.target, slots), *((row.id, row.slots) for row in kept)],
     )  # fmt: skip
-    with volume.settling(settle):
+    with volume.changing_below(happened):
         volume.path.prepare_below(layer=source, dropped=list(gathered), keep_base=True)
         store.change(lambda: _switch(store, layer, small, files, slots, written, volume))
 
@@ -225,7 +220,7 @@ def _switch(
     files: StagedFiles,
     slots: int,
     written: tuple[int, int, int],
-    reader: "Volume | None" = None,
+    reader: OpenHead | None = None,
 ) -> None:
     """Switch to the new files, which `reader` locks. Inside a transaction."""
     catalog = store.catalog

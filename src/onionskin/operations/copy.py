@@ -1,4 +1,4 @@
-"""Moving the bytes of whole disks: the copying half of an export and of a merge into the base, and flatten.
+"""Moving the bytes of whole disks: the copying half of an export, of a merge into the base, and of flatten.
 
 What must hold: a destination is written under the exclusive use of whoever calls; what it names as done is durable.
 The loops run in C: here are only tables of extents.
@@ -17,19 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.files import data_ranges, write_all
-from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.files import data_ranges
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
-from onionskin.base.modes import make_file
-from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
-from onionskin.catalog.tree import free_unneeded
-from onionskin.errors import StateError
 from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
-from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
-from onionskin.operations.staging import StagedFiles, staged_files
-from onionskin.storage.block_maps import empty_map
-from onionskin.storage.chain import Chain, open_chain, read_chain
+from onionskin.storage.chain import Chain, open_chain
+from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
@@ -40,7 +33,6 @@ if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock
-    from onionskin.volume import Volume
 
     Array = numpy.typing.NDArray[Any]
 else:
@@ -49,11 +41,11 @@ else:
 _FICLONERANGE = 0x4020940D
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
-_BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
+BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
 _PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
 
 
-def extents(volume: "Volume") -> "Array":
+def extents(volume: OpenDisk) -> "Array":
     """Return (offset, length, state) of what is DATA (1) or ZERO (2) in the layers, clipped to the size."""
     runs = volume.path.runs()
     out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
@@ -124,7 +116,7 @@ class StretchCopy:
         self._block_size, self._size_bytes = path.block_size, size_bytes
         self._progress = progress
         self._copy = partial(
-            _copy_table,
+            copy_table,
             sources={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
             reflink=reflink,
             punch=punch,
@@ -196,7 +188,7 @@ def copy_runs(
     copy.run(0, size_bytes)
 
 
-def _copy_table(
+def copy_table(
     table: "Array",
     segment: "Array",
     sources: Mapping[int, Path | int],
@@ -257,12 +249,12 @@ def _by_segments(
 
 def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: Path) -> None:
     """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
-    pieces = _flat_pieces(opened)
+    pieces = pieces_of(opened)
     lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
     system = os.statvfs(directory)
     needed, room = int(lengths.sum()), system.f_bavail * system.f_frsize
     if needed > room and may_reflink(opened.chain):
-        is_base = pieces["segment"] == _BASE
+        is_base = pieces["segment"] == BASE
         needed = 0
         if is_base.any() and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
             needed += int(lengths[is_base].sum())
@@ -354,137 +346,7 @@ def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress
     refuse_changed_base(opened)
 
 
-# ---- flatten ----
-
-
-def flatten(volume: "Volume", *, progress: "Progress | None") -> None:
-    """Put all that the disk reads into one new layer without a parent, and the head on it.
-
-    The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
-    all that was written to it: it only stands on another layer afterwards.
-    """
-    store, catalog = volume.opened_store, volume.opened_store.catalog
-    if _stands_alone(catalog, volume.head):
-        return
-    before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
-    check_room_for_copy(store, before, store.layout.segments)
-    old = volume.seal(lambda: None, lambda sealed, head: None)
-    chain = read_chain(catalog, old.id)
-    wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
-    with staged_files(store, ["segment", "map"], wipe) as files:
-        segment_file, map_file = files.rows
-        slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
-        flat = replace(
-            old,
-            id=new_id(),
-            parent=None,
-            base=None,
-            wipe=wipe,
-            map_id=map_file.target,
-            map_lock_byte=map_file.lock_byte,
-            map_length=written[0],
-            map_frames=written[1],
-            map_crc=written[2],
-        )
-        segments = [SegmentRow(segment_file.target, flat.id, "sealed", slots, segment_file.lock_byte)] if slots else []
-        _stand_on(volume, old, flat, segments, files)
-
-
-def _stand_on(volume: "Volume", old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
-    """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
-    store, catalog = volume.opened_store, volume.opened_store.catalog
-
-    def switch() -> None:
-        head = catalog.layer(volume.head)
-        if head.parent != old.id:
-            raise StateError("another process changed the tree while the disk was flattened; flatten it again")
-        files.keep(volume.locks)
-        catalog.insert(flat)
-        for row in segments:
-            catalog.insert(row)
-        catalog.update(LayerRow, volume.head, parent=flat.id)
-        free_unneeded(catalog, old.id)
-
-    def settle() -> None:
-        if volume.path.poisoned or catalog.layer(volume.head).parent != flat.id:
-            volume.path.abort_below()
-        else:
-            volume.path.commit_below()
-            volume.leave_base()
-            volume.give_up_unread()
-
-    source = (
-        str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,
-        [(row.id, row.slots) for row in segments],
-    )  # fmt: skip
-    below = [row.id for rows in read_chain(catalog, old.id).segments.values() for row in rows]
-    with volume.settling(settle):
-        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
-        store.change(switch)
-
-
-def _stands_alone(catalog: Catalog, head: bytes) -> bool:
-    """Whether nothing below a head has a name, belongs to another volume, or is a base."""
-    layers = catalog.chain(head)
-    return layers[0].base is None and not any(
-        catalog.snapshot_of_layer(layer.id) or catalog.child_count(layer.id) > 1 for layer in layers
-    )
-
-
-def _write_flat(
-    volume: "Volume", chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
-) -> tuple[int, tuple[int, int, int]]:
-    """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
-    store, block_size = volume.opened_store, chain.top.block_size
-    with chain_path(store, chain, volume.base_lock) as path:
-        opened = OpenChain(chain, path, volume.locks, volume.base_lock)
-        refuse_changed_base(opened)
-        pieces = _flat_pieces(opened)
-        counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
-        slots = numpy.concatenate(([0], numpy.cumsum(counts)))
-        # A disk that reads as zeros has no segment: no row would name its file.
-        if len(pieces):
-            _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
-        refuse_changed_base(opened)
-    flat_map = empty_map(block_size)
-    try:
-        if len(pieces):
-            number = flat_map.add_segment(segment)
-            for first, count, slot in zip(pieces["first"].tolist(), counts.tolist(), slots.tolist(), strict=False):
-                flat_map.set(first, count, number << 32 | slot)
-        written = flat_map.write(
-            str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=chain.top.size_bytes
-        )
-    finally:
-        flat_map.close()
-    sync_directory(store.layout.segments)  # BARRIER: flat segment name
-    sync_directory(store.layout.layers)  # BARRIER: flat map name
-    return int(slots[-1]), written
-
-
-def _write_flat_segment(
-    store: OpenStore,
-    opened: OpenChain,
-    pieces: "Array",
-    slots: "Array",
-    segment: bytes,
-    wipe_zero: bool,
-    progress: "Progress | None",
-) -> None:
-    """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
-    block_size = opened.chain.top.block_size
-    target = store.layout.segment_file(segment)
-    descriptor = make_file(target)
-    try:
-        write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
-        _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
-        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
-        sync_file(descriptor)  # BARRIER: flat segment
-    finally:
-        os.close(descriptor)
-
-
-def _flat_pieces(opened: OpenChain) -> "Array":
+def pieces_of(opened: OpenChain) -> "Array":
     """Return stretches of blocks [first, end) that may not read zero, each from one place: a segment, or the base."""
     path, block_size, runs = opened.path, opened.path.block_size, opened.path.runs()
     run_first = (runs["offset"] // block_size).astype(numpy.int64)
@@ -504,37 +366,11 @@ def _flat_pieces(opened: OpenChain) -> "Array":
     keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
     pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_FIELDS)
     pieces["first"], pieces["end"] = first[keep], end[keep]
-    pieces["segment"] = _BASE
+    pieces["segment"] = BASE
     inside, run = is_data[keep], run[is_data]
     pieces["segment"][inside] = runs["segment"][run]
     pieces["slot"][inside] = runs["slot"][run] + (first[is_data] - run_first[run])
     return pieces
-
-
-def _copy_pieces(
-    store: OpenStore,
-    opened: OpenChain,
-    pieces: "Array",
-    slots: "Array",
-    descriptor: int,
-    progress: "Progress | None",
-) -> None:
-    """Copy pieces of the disk behind each other, from the given slots on."""
-    path, base = opened.path, opened.chain.base
-    block_size, from_base = path.block_size, pieces["segment"] == _BASE
-    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
-    table["source"], table["destination"] = -1, descriptor
-    table["destination_offset"] = HEADER_BYTES + slots * block_size
-    table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
-    table["source_offset"][from_base] = pieces["first"][from_base] * block_size
-    table["length"] = (pieces["end"] - pieces["first"]) * block_size
-    sources: dict[int, Path | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
-    if base and opened.base_lock:
-        sources[_BASE] = opened.base_lock.descriptor
-        inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
-        table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
-    reflink = may_reflink(opened.chain)
-    _copy_table(table, pieces["segment"], sources, reflink=reflink, punch=True, solid=False, progress=progress)
 
 
 def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":

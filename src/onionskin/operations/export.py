@@ -22,20 +22,20 @@ from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
 from onionskin.storage.layout import DIRECTORIES
 from onionskin.storage.locks import is_locked
+from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
-    from onionskin.volume import Volume
 
 
-def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress | None") -> None:
+def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
     """Write what a volume or a view reads to a raw image file, holes kept. Durable on return.
 
     Parameters
     ----------
-    volume : Volume
+    volume : OpenDisk
         What was written to it before the call is in the image.
     target : Path
         A regular file there is replaced, if `replace`.
@@ -44,10 +44,10 @@ def export(volume: "Volume", target: Path, *, replace: bool, progress: "Progress
     progress : callable, optional
         Called with the bytes copied so far and in all.
     """
-    refuse_target(volume.opened_store, target, replace=replace)  # before the disk is sealed for it
-    with pinned(volume) as opened, new_image(volume.opened_store, target, opened, replace=replace) as descriptor:
-        copy.check_room_for_copy(volume.opened_store, opened, target.absolute().parent)
-        copy.copy_disk(volume.opened_store, opened, descriptor, progress=progress)
+    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
+    with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
+        copy.check_room_for_copy(volume.store, opened, target.absolute().parent)
+        copy.copy_disk(volume.store, opened, descriptor, progress=progress)
 
 
 @contextmanager

@@ -1,172 +1,196 @@
-"""Which layers without a name are folded now: so that many merges together cost little more than one that does it all.
+"""Folding: layers without a name become one with the layer over them.
 
-What must hold: a run (layers without a name that stand on each other, each the only child of the one below, and the layer
-over them) is folded as a whole where that frees enough, or where secrets have to go. Else only those parts of it are
-that have grown. Then each record of a map is written a logarithmic number of times, in whatever order snapshots are
-merged, and what is left is a few layers that hide little.
-
-Folding a large map with a small one costs what the large one does. So N merges into the same layer would be quadratic if
-each was done at once.
+What must hold: reads do not change, and a fold is durable before anything of what it replaces is freed (new_map.py). It is
+looked at again, inside the transaction, whether the layers are as they were: nobody else's name, branch or merge into a
+base may stand on one of them. What the caller was asked for is done already, so a fold that fails is left to the next
+opening. fold_policy.py says which layers are folded now.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 
-from onionskin.catalog import Catalog, LayerRow
-from onionskin.errors import StateError
-from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
-from onionskin.storage.block_maps import open_map
+from onionskin.catalog import CommitUnknownError, LayerRow
+from onionskin.catalog.tree import unnamed_below, unnamed_of
+from onionskin.errors import OnionskinError
+from onionskin.operations import compact_segments, fold_policy, reclaim
+from onionskin.operations.hidden_blocks import free_hidden
+from onionskin.operations.new_map import (
+    give_up_maps,
+    rewrite,
+    stands_on_nothing,
+    stricter,
+    switch_map,
+    write_map,
+)
+from onionskin.operations.staging import TreeChangedError, put_off, staged_files
+from onionskin.storage.chain import is_in_base_merge
+from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
-# Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
-SMALL_BYTES = 32 << 10
-# A run is folded as a whole if it frees at least so many bytes of data for each byte of map that is written.
-FREED_BYTES_MIN = 8
+_log = logging.getLogger(__name__)
 
-Group = Sequence[LayerRow]
+SEGMENTS_OPEN = 64  # of an open volume: with more, those without a block are looked for after a fold
 
 
-class TreeChangedError(StateError):
-    """Another process changed the layers that were about to be joined."""
+def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None:
+    """Fold each of these layers into its child, where it has no name and only one, and that one is in reach.
 
-
-def put_off(change: Callable[[], None]) -> bool:
-    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
-    try:
-        change()
-    except TreeChangedError:
-        return False
-    except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT):
+    What the caller was asked for is done already: a fold that fails is left to the next opening, and logged.
+    """
+    for id in layers:
+        if id is None:
+            continue
+        try:
+            fold(volume, id)
+        except CommitUnknownError:
             raise
+        except (OSError, OnionskinError) as error:
+            if volume.path.poisoned:
+                raise
+            _log.warning("%s: layer %s could not be joined with the next one: %s", volume.store.path, id.hex(), error)
+
+
+def fold(volume: OpenHead, layer_id: bytes) -> bool:
+    """Fold what is worth it of the layers without a name around one (fold_policy.py); returns whether any was."""
+    store = volume.store
+    run = fold_policy.run_around(store.catalog, volume.head, layer_id)
+    if is_in_base_merge(store.catalog, run):
         return False
+    try:
+        groups = fold_policy.groups_to_fold(store, run)
+    except FileNotFoundError:
+        _check_run_is_gone(store, run)
+        return False
+    folded = [_fold_group(volume, group) for group in groups]
+    if not any(folded):
+        return False
+    reclaim.work_soon(store)
     return True
 
 
-def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
-    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing.
+def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
+    """Fold layers into the last of them, if that can be done now."""
+    *lowers, upper = group
+    if not upper.sealed:
+        if len(lowers) > 1 and not _fold_group(volume, lowers):
+            return False
+        # Below the head, where nobody changes it: what a head has adopted is in its log, and no longer ours to move.
+        compact_segments.gather_below(volume, lowers[-1].id)
+        lowers = [volume.store.catalog.layer(lowers[-1].id)]
 
-    `head` is the one whose volume the caller holds.
+    def change() -> None:
+        try:
+            if upper.sealed:
+                _fold_sealed(volume, lowers, upper)
+            else:
+                _fold_into_head(volume, lowers[0], upper)
+        except FileNotFoundError:
+            _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
+            raise
+
+    folded = put_off(change)
+    if folded and upper.sealed:
+        compact_segments.gather_below(volume, upper.id)
+    return folded
+
+
+def _check_run_is_gone(store: OpenStore, run: Sequence[LayerRow]) -> None:
+    """While a FileNotFoundError is handled: raise it on, unless another process folded the layers meanwhile."""
+    try:
+        _check_unchanged(store, run[:-1], run[-1])
+    except TreeChangedError:
+        return
+    raise
+
+
+def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) -> None:
+    store = volume.store
+    locks = ByteLocks(store.layout.lock)
+    wipe = stricter(upper, *lowers)
+    try:
+        # They need not be in the volume's own chain.
+        locks.must_share({layer.map_lock_byte for layer in (*lowers, upper)})
+        _check_unchanged(store, lowers, upper)
+        with staged_files(store, ["map"], wipe) as files, closing(fold_policy.lay(store, [*lowers, upper])) as laid:
+            (map_file,) = files.rows
+            if stands_on_nothing(lowers[0]):
+                laid.map.drop_zero()
+            written = write_map(store, map_file, laid.map, wipe, upper.size_bytes)
+
+            def switch() -> None:
+                _check_unchanged(store, lowers, upper)
+                switch_map(volume, lowers, upper, files, written, scrubs=list(laid.freed))
+
+            store.change(switch)
+    finally:
+        locks.close()
+    give_up_maps(volume, [*lowers, upper])
+
+
+def _fold_into_head(volume: OpenHead, lower: LayerRow, upper: LayerRow) -> None:
+    store = volume.store
+    segments = store.catalog.segments_of_layer(lower.id)
+    source = (
+        str(store.layout.map_file(lower.map_id)),
+        lower.map_id,
+        lower.map_length,
+        lower.map_frames,
+        lower.map_crc,
+        [(segment.id, segment.slots) for segment in segments],
+    )
+    rewrite(volume, upper, lower, source, lambda: _check_unchanged(store, [lower], upper))
+    if len(volume.path.segments()) > SEGMENTS_OPEN:
+        _drop_unused(volume)
+
+
+def _drop_unused(volume: OpenHead) -> None:
+    """Give back the segments of the head that no block is in any more, with their numbers and their mappings.
+
+    A disk whose snapshots come and go while it is open would else collect them, until it has no number left.
     """
+    store, catalog = volume.store, volume.store.catalog
+    owned = {row.id for row in catalog.sealed_segments_of(volume.head)}
+    dropped = [id for id in volume.path.unused_segments() if id in owned]
+    if not dropped:
+        return
+
+    def drop() -> None:
+        wipe = catalog.layer(volume.head).wipe
+        for row in catalog.segments_with_ids(dropped):
+            catalog.add_pending("segment", row.id, row.lock_byte, wipe)
+            catalog.remove_segment(row.id)
+
+    with volume.changing_below(lambda: not catalog.has_segment(dropped[0])):
+        volume.path.prepare_below(dropped=dropped, keep_base=True)
+        store.change(drop)
+
+
+def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerRow) -> None:
+    """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
+    catalog = store.catalog
+    above = [*lowers[1:], upper]
+    unchanged = all(catalog.layer_with_id(layer.id) == layer for layer in (*lowers, upper)) and all(
+        [row.id for row in catalog.children_of(lower.id, at_most=2)] == [child.id]
+        and not catalog.snapshot_of_layer(lower.id)
+        and not catalog.base_merge_of(lower.id)
+        for lower, child in zip(lowers, above, strict=True)
+    )
+    if not unchanged:
+        raise TreeChangedError(
+            "the layers changed while they were merged: another process works on the tree; try again"
+        )
+
+
+def fold_unnamed_below(volume: OpenHead) -> None:
+    """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
+    catalog = volume.store.catalog
     with catalog.reading():
-        layer = catalog.layer_with_id(layer_id)
-        if layer is None or (above := _only_child(catalog, layer)) is None:
-            return []
-        run = [layer]
-        while (parent := catalog.layer_with_id(run[0].parent)) and _only_child(catalog, parent):
-            run.insert(0, parent)
-        over: LayerRow | None = above
-        while over:
-            run.append(over)
-            over = _only_child(catalog, over)
-    # The head of another volume is left to whoever opens that one.
-    return run if run[-1].sealed or run[-1].id == head else run[:-1]
-
-
-def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
-    """Return the child that a layer can be folded into: it has one, and no name, and nobody else needs it."""
-    if not layer.sealed:
-        return None
-    child = catalog.only_child_of(layer.id)
-    is_kept = child and (catalog.snapshot_of_layer(layer.id) or catalog.base_merge_of(layer.id))
-    return None if is_kept else child
-
-
-def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
-    """Return the parts of a run that are folded now, each into its last layer: all, some parts, or nothing."""
-    if len(run) < 2:
-        return []
-    weights = [_weight(store, layer) for layer in run]
-    parts = [run[first : last + 1] for first, last in grown_parts(weights)]
-    if [len(part) for part in parts] == [len(run)] or _frees_enough(store, run, sum(weights)):
-        return [run]
-    return parts
-
-
-def _weight(store: OpenStore, layer: LayerRow) -> int:
-    """Return the bytes that a layer's map has, without its header."""
-    if layer.sealed:
-        return max(layer.map_length - HEADER_BYTES, 0)
-    try:
-        return max(store.layout.map_file(layer.map_id).stat().st_size - HEADER_BYTES, 0)
-    except FileNotFoundError:
-        return 0
-
-
-def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the stretches (first, last) that are worth folding: small, or half as heavy again as their heaviest.
-
-    What is folded is then in a map that is by half larger than the one that it was in, which happens to it a
-    logarithmic number of times. Where a stretch is not, none of its parts that have its heaviest in them can have grown:
-    so that one is left out, and the two sides of it are looked at. Such a part may be small, though: those are added.
-    """
-    found: list[tuple[int, int]] = []
-    todo = [(0, len(weights) - 1)]
-    while todo:
-        first, last = todo.pop()
-        if last <= first:
-            continue
-        part = weights[first : last + 1]
-        total, heaviest = sum(part), max(part)
-        if total <= SMALL_BYTES or 2 * total >= 3 * heaviest:
-            found.append((first, last))
-            continue
-        at = first + part.index(heaviest)
-        todo += [(first, at - 1), (at + 1, last)]
-    return sorted(found + _small_parts(weights, found))
-
-
-def _small_parts(weights: Sequence[int], found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the stretches between those found that are small: the heaviest layer of a heavier stretch may be in one."""
-    taken = {at for first, last in found for at in range(first, last + 1)}
-    small: list[tuple[int, int]] = []
-    first, total = 0, 0
-    for at, weight in enumerate([*weights, SMALL_BYTES + 1]):
-        total += weight
-        if at in taken or total > SMALL_BYTES:
-            if at - first > 1:
-                small.append((first, at - 1))
-            is_start = at not in taken
-            first, total = (at, weight) if is_start else (at + 1, 0)
-    return small
-
-
-def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:
-    """Whether folding all of a run frees enough for what it costs; with policy `zero`, anything at all."""
-    zero = any(layer.wipe == "zero" for layer in run)
-    if zero and not run[-1].sealed:
-        return True  # what was written and not yet flushed may hide something too
-    with closing(lay(store, run)) as laid:
-        freed = sum(laid.freed.values()) * run[-1].block_size
-    return freed > 0 if zero else freed >= FREED_BYTES_MIN * weight
-
-
-@dataclass(slots=True)
-class Laid:
-    """Layers laid over each other: their map, and by segment the blocks that it no longer names."""
-
-    map: LayerMap
-    freed: dict[bytes, int]
-
-    def close(self) -> None:
-        """Free the map."""
-        self.map.close()
-
-
-def lay(store: OpenStore, layers: Sequence[LayerRow]) -> Laid:
-    """Load layers, bottom first, and lay them over each other. The caller closes what is returned."""
-    union = open_map(store, layers[0])
-    try:
-        use = union.segment_use()
-        for layer in layers[1:]:
-            with closing(open_map(store, layer)) as upper:
-                use |= upper.segment_use()
-                union.fold(upper)
-        left = union.segment_use()
-    except BaseException:
-        union.close()
-        raise
-    freed = {id: blocks - left.get(id, (0, 0))[0] for id, (blocks, _) in use.items()}
-    return Laid(union, {id: blocks for id, blocks in freed.items() if blocks})
+        unnamed = unnamed_below(catalog, volume.head)
+    seen: set[bytes] = set()
+    for layer in unnamed:
+        if layer not in seen:
+            seen |= {one.id for one in fold_policy.run_around(catalog, volume.head, layer)}
+            fold_where_unnamed(volume, [layer])
+    free_hidden(volume, unnamed_of(catalog, volume.row.id))

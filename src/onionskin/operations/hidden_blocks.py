@@ -8,17 +8,24 @@ what hides it is durable. Nobody can come to stand on a layer without a name, so
 it between a reading of the tree and the commit is looked at twice.
 """
 
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
-from onionskin.catalog import Catalog, LayerRow
+from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
+from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.operations import reclaim
 from onionskin.operations.locked_maps import locked_maps
+from onionskin.operations.new_map import give_up_maps, switch_map, write_map
 from onionskin.operations.reclaim import segment_wants_zeros
+from onionskin.operations.staging import TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_durable, load_layer
+from onionskin.storage.chain import is_in_base_merge
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
     Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
 else:
     from onionskin.base.lazy import numpy
+
+_log = logging.getLogger(__name__)
 
 # What stands on a layer, as far up as the names. More are not looked through: an opening is not to wait for that.
 LAYERS_MAX = 1000
@@ -182,3 +191,51 @@ def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
         lambda: read_above(store.catalog, layer_id, own_head),
         lambda above: above.layers() if above else [],
     )
+
+
+def free_hidden(volume: OpenHead, layers: Iterable[bytes]) -> None:
+    """Free what nobody reads any more of these layers, where they have no name, and with policy `zero` alone.
+
+    What the caller was asked for is done already: what fails is left to the next opening, and logged.
+    """
+    for id in layers:
+        try:
+            put_off(partial(_free_hidden, volume, id))
+        except CommitUnknownError:
+            raise
+        except (OSError, OnionskinError) as error:
+            if volume.path.poisoned:
+                raise
+            _log.warning("%s: what is hidden of layer %s could not be freed: %s", volume.store.path, id.hex(), error)
+
+
+def _free_hidden(volume: OpenHead, layer_id: bytes) -> None:
+    store, catalog = volume.store, volume.store.catalog
+    with catalog.reading():
+        seen = read_above(catalog, layer_id, volume.head)
+    if not seen or not wants_wiping(store, seen):
+        return
+    if any(row.id == volume.head for row in seen.layers()):
+        volume.path.flush()  # what is not durable hides nothing
+    with locked_above(store, layer_id, volume.head) as above:
+        if not above:
+            return
+        layer = above.layer
+        with load_layer(store, layer) as layer_map:
+            freed = without_hidden(store, volume.path, volume.head, above, layer_map)
+            if not freed:
+                return
+            with staged_files(store, ["map"], "zero") as files:
+                (map_file,) = files.rows
+                written = write_map(store, map_file, layer_map, "zero", layer.size_bytes)
+
+                def switch() -> None:
+                    now = read_above(catalog, layer_id, volume.head)
+                    if not above.is_as(now) or is_in_base_merge(catalog, [layer]):
+                        raise TreeChangedError("the layers changed while it was seen what they hide")
+                    switch_map(volume, [], layer, files, written)
+                    reclaim.add_scrubs(store, list(freed), "zero")
+
+                store.change(switch)
+    give_up_maps(volume, [layer])
+    reclaim.work_soon(store)

@@ -9,23 +9,22 @@ all that is pinned is sealed: its files do not change while their bytes are lock
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from onionskin.base import forking
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
-from onionskin.operations import merge_into_base, reclaim
+from onionskin.operations import reclaim
+from onionskin.operations.fold import fold
+from onionskin.operations.seal import seal
+from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
-
-if TYPE_CHECKING:
-    from onionskin.volume import Volume
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def pinned(volume: "Volume") -> Iterator[OpenChain]:
+def pinned(volume: OpenDisk) -> Iterator[OpenChain]:
     """Give a sealed chain that reads what the volume, or the view, reads now; it stays so to the end of the block.
 
     What was written before the call is in it. Any thread may call it, several at once. Writers wait as for a snapshot.
@@ -37,19 +36,19 @@ def pinned(volume: "Volume") -> Iterator[OpenChain]:
     ChainError
         The base is not the file that it was.
     """
-    keep = _sealed_head(volume) if volume.writable else _shared_view(volume)
+    keep = _sealed_head(volume) if isinstance(volume, OpenHead) else _shared_view(volume)
     with keep as opened:
         refuse_changed_base(opened)
         yield opened
 
 
 @contextmanager
-def _shared_view(volume: "Volume") -> Iterator[OpenChain]:
+def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
     if volume.closed:
         raise StateError(f"volume {volume.row.name!r} is closed; open it again")
     if volume.forked:
         raise forking.forked_error(f"volume {volume.row.name!r}")
-    store, layer = volume.opened_store, volume.head
+    store, layer = volume.store, volume.head
     opened = store.views.take(layer, lambda: store.open_layer(layer))
     try:
         yield opened
@@ -58,8 +57,8 @@ def _shared_view(volume: "Volume") -> Iterator[OpenChain]:
 
 
 @contextmanager
-def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
-    store = volume.opened_store
+def _sealed_head(volume: OpenHead) -> Iterator[OpenChain]:
+    store = volume.store
     with volume.operation(during_merge=True):
         if volume.is_merging:
             raise StateError(
@@ -78,10 +77,10 @@ def _sealed_head(volume: "Volume") -> Iterator[OpenChain]:
         _fold_back(volume, layer)
 
 
-def _seal(volume: "Volume") -> LayerRow:
+def _seal(volume: OpenHead) -> LayerRow:
     sealed: list[LayerRow] = []
     # It frees nothing, but is undone before the caller ends: a full disk is no reason not to be looked at.
-    volume.opened_store.reserve.retry(lambda: sealed.append(volume.seal(lambda: None, lambda sealed, head: None)))
+    volume.store.reserve.retry(lambda: sealed.append(seal(volume)))
     return sealed[-1]
 
 
@@ -92,13 +91,13 @@ def _close(opened: OpenChain) -> None:
         opened.base_lock.close()
 
 
-def _fold_back(volume: "Volume", layer: LayerRow) -> None:
+def _fold_back(volume: OpenHead, layer: LayerRow) -> None:
     """Fold the layer into what was written since. What fails is no fault of the reading: the next open does it."""
-    store: OpenStore = volume.opened_store
+    store: OpenStore = volume.store
     try:
         if not volume.closed:
             with volume.operation(during_merge=True):
-                merge_into_base.fold(volume, layer.id)
+                fold(volume, layer.id)
             reclaim.work_soon(store)  # where it was dropped meanwhile, its files waited for the locks
     except (OSError, OnionskinError) as error:
         _log.warning("%s: a layer that was read stays until the volume is opened again: %s", store.path, error)

@@ -8,20 +8,11 @@ is left needs, and what is held is kept.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Protocol
+from typing import Any
 
-from onionskin.catalog.tree import Snapshot
-
-
-class Prunable(Protocol):
-    """A volume that is open, here or by its server."""
-
-    @property
-    def snapshots(self) -> list[Snapshot]:
-        """Its snapshots, in the order of taking."""
-
-    def merge(self, name: str) -> object:
-        """Drop the name of one."""
+from onionskin.catalog.tree import Snapshot, list_snapshots
+from onionskin.operations import snapshots as of_volume
+from onionskin.storage.open_head import OpenHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +114,10 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
     return found
 
 
-def prune(volume: Prunable, rules: Rules, held: Collection[str]) -> list[Retention]:
+def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retention]:
     """Drop the names of the snapshots of an open volume that no rule keeps, oldest first."""
-    found = retained(volume.snapshots, rules, held=held)
+    found = retained(list_snapshots(volume.store.catalog, volume.row), rules, held=held)
     for one in found:
         if not one.kept_by:
-            volume.merge(one.snapshot)
+            of_volume.merge(volume, one.snapshot)
     return found

@@ -7,27 +7,41 @@ for writing, drops it, by its id.
 The row of a draft is a volume's, under a name that no volume can have.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from onionskin.base.naming import check_name
+from onionskin.base.states import DATA
 from onionskin.catalog import SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
-from onionskin.operations import reclaim, volumes
+from onionskin.operations import reclaim, snapshots, volumes
+from onionskin.operations.copy import extents
+from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
+from onionskin.operations.restart import restart_on
+from onionskin.operations.seal import seal
 from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import VolumeLock
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
-from onionskin.volume import Volume
 
 
-class Draft(Volume):
-    """A volume without a name. Made by `draft`."""
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A disk without a name. Made by `draft`.
 
-    public_name: str | None = None
-    stands_on: bytes | None = None  # the layer that it was cloned from
+    Attributes
+    ----------
+    head : OpenHead
+        What is written to.
+    """
+
+    head: OpenHead
+    public_name: str | None
+    stands_on: bytes | None  # the layer that it was cloned from
 
     def publish(self) -> None:
         """Make what was written durable, and this a volume of the name that the draft was made for.
@@ -37,13 +51,12 @@ class Draft(Volume):
         VolumeExistsError
             The name was taken meanwhile.
         """
-        name = self.public_name
-        assert name is not None
-        self.flush()
-        with self.operation():
-            volumes.rename_volume(self.opened_store, self.row.id, name)
+        assert self.public_name is not None
+        flush(self.head)
+        with self.head.operation():
+            volumes.rename_volume(self.head.store, self.head.row.id, self.public_name)
 
-    def become_snapshot_of(self, volume: Volume, *, name: str, note: str, guid: bytes) -> Snapshot:
+    def become_snapshot_of(self, volume: OpenHead, *, name: str, note: str, guid: bytes) -> Snapshot:
         """Make the draft the newest snapshot of a volume whose head is unchanged since the draft was cloned from it.
 
         The volume's disk reads as the draft then. All of it is one transaction.
@@ -55,50 +68,51 @@ class Draft(Volume):
         SnapshotExistsError
             The volume has a snapshot of that name.
         """
-        catalog = self.opened_store.catalog
+        catalog = self.head.store.catalog
         taken: list[Snapshot] = []
-        with self.operation():
-            sealed = self.seal(lambda: None, lambda sealed, head: None)
+        with self.head.operation():
+            sealed = seal(self.head)
 
         def name_it() -> None:
             if catalog.has_snapshot_named(volume.row.id, name):
                 raise SnapshotExistsError(
                     f"volume {volume.name!r} already has a snapshot {name!r}; merge or discard it first"
                 )
-            created_ns = catalog.layer(self.head).created_ns
+            created_ns = catalog.layer(self.head.head).created_ns
             row = SnapshotRow(volume.row.id, name, sealed.id, guid, created_ns, note, catalog.take_lock_byte())
             catalog.insert(row)
             taken.append(describe_snapshot(catalog, volume.row, row, sealed))
 
-        with volume.operation(), _unchanged(volume, self._refuse_changed):
-            volume.restart_on(sealed.id, name_it)
+        with volume.operation(), _unchanged(volume, self.stands_on):
+            restart_on(volume, sealed.id, name_it)
         return taken[0]
-
-    def _refuse_changed(self, volume: Volume) -> None:
-        catalog = self.opened_store.catalog
-        below = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
-        if (below.layer if below else None) != self.stands_on:
-            raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
-        if volume.head_changed if below else any(int(state) == 1 for _, _, state in volume.extents()):
-            raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
 
 
 @contextmanager
-def _unchanged(volume: Volume, refuse_changed: Callable[[Volume], None]) -> Iterator[None]:
+def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
     """Hold the writers of a disk that is about to be replaced, once it is known that nothing of theirs would be lost.
 
     They go on with the new disk, or with this one where it was not replaced.
     """
-    volume.flush()
+    flush(volume)
     path = volume.path
     _, frames, _ = path.log_state()
-    refuse_changed(volume)
+    _refuse_changed(volume, stands_on)
     if not path.freeze(frames):
         raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
     try:
         yield
     finally:
         path.thaw()
+
+
+def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
+    catalog = volume.store.catalog
+    below = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
+    if (below.layer if below else None) != stands_on:
+        raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
+    if snapshots.is_changed(volume) if below else any(int(state) == DATA for _, _, state in extents(volume)):
+        raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
 
 
 @contextmanager
@@ -132,7 +146,7 @@ def draft(
     try:
         yield made
     finally:
-        _end(made)
+        _end(made.head)
 
 
 def _make(
@@ -161,23 +175,22 @@ def _make(
     try:
         row, layer = store.change(insert)
         store.reserve.retry(lock.make_file)
-        made = Draft(store, row, store.open_head(layer, id), volume_lock=lock)
+        head = OpenHead(store, row, store.open_head(layer, id), volume_lock=lock, finish=finish)
     except BaseException:
         lock.close()
         raise
-    made.public_name, made.stands_on = name, clone_of
-    store.register(made)
-    return made
+    store.register(head)
+    return Draft(head, name, clone_of)
 
 
-def _end(made: Draft) -> None:
-    store = made.opened_store
-    row = store.catalog.volume_with_id(made.row.id)
+def _end(head: OpenHead) -> None:
+    store = head.store
+    row = store.catalog.volume_with_id(head.row.id)
     if row and not row.name.startswith(DRAFT_PREFIX):
-        made.close()
+        head.close()
         return
-    made.abandon()
-    _drop(store, made.row.id)
+    head.abandon()
+    _drop(store, head.row.id)
 
 
 def _drop(store: OpenStore, id: bytes) -> None:

@@ -5,12 +5,13 @@ is one of pending work, so that a crash leaves work like any other, and nobody e
 what is not needed. While a file is being made its lock byte is held alone, so that nobody does that work.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import EDQUOT, ENOSPC
 
 from onionskin.catalog import PendingRow, new_id
-from onionskin.errors import OnionskinError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -73,3 +74,20 @@ def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[
                 files.let_go()
                 reclaim.work_soon(store)
             raise
+
+
+class TreeChangedError(StateError):
+    """Another process changed the layers that were about to be joined."""
+
+
+def put_off(change: Callable[[], None]) -> bool:
+    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
+    try:
+        change()
+    except TreeChangedError:
+        return False
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        return False
+    return True

@@ -7,7 +7,7 @@ it then still names; so no file that an open data path reads is freed by anybody
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +143,12 @@ def pending_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
     begun = catalog.base_merges()
     ids = {layer.id for layer in catalog.chain(head)} if begun else set()
     return [work.target for work in begun if work.target in ids]
+
+
+def is_in_base_merge(catalog: Catalog, layers: Iterable[LayerRow]) -> bool:
+    """Whether a merge into the base that began and did not end reads a layer: it has to find it as it was."""
+    ids = {layer.id for layer in layers}
+    return any(below.id in ids for work in catalog.base_merges() for below in catalog.chain(work.target))
 
 
 def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = None) -> bool:

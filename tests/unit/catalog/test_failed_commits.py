@@ -10,7 +10,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import CommitUnknownError
-from onionskin.operations import merge_into_base
+from onionskin.operations import fold
 
 BLOCK = 4096
 INDEX_HEADER_BYTES = 96  # of SQLite's index of the log: two copies of what says how much of the log counts
@@ -151,13 +151,13 @@ def test_no_file_is_freed_that_a_change_which_may_come_back_names(
     web.write(0, b"N" * BLOCK)
     web.snapshot("newest")
     store._opened.finish_work()
-    write_map = merge_into_base._write_map
+    write_map = fold.write_map
 
     def and_fail_to_commit(*arguments: Any) -> tuple[int, int, int]:
         unsynced.failures, unsynced.refused_writes = 1, 1000
         return write_map(*arguments)
 
-    monkeypatch.setattr(merge_into_base, "_write_map", and_fail_to_commit)
+    monkeypatch.setattr(fold, "write_map", and_fail_to_commit)
     with pytest.raises(CommitUnknownError):
         web.merge("newer")
     with crashed(store) as left:

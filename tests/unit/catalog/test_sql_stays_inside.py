@@ -11,8 +11,6 @@ import onionskin
 from onionskin.catalog.connection import Connection
 
 PACKAGE = Path(onionskin.__file__).parent
-# They still write conditions: each goes from here with its last one.
-EXCEPTIONS = {"volume.py", "operations/merge_into_base.py"}
 
 # What takes an SQL condition, or a column, of a table.
 GENERIC = ("rows", "sound_rows", "rows_in", "row", "values", "has", "count", "delete")
@@ -42,17 +40,8 @@ def modules_outside() -> list[str]:
 
 
 def test_no_module_outside_the_catalog_has_sql() -> None:
-    found = {
-        f"{file}:{line}"
-        for file in modules_outside()
-        if file not in EXCEPTIONS
-        for line in sql_in((PACKAGE / file).read_text())
-    }
+    found = {f"{file}:{line}" for file in modules_outside() for line in sql_in((PACKAGE / file).read_text())}
     assert found == set()
-
-
-def test_a_module_is_an_exception_only_as_long_as_it_has_sql() -> None:
-    assert {file for file in EXCEPTIONS if not list(sql_in((PACKAGE / file).read_text()))} == set()
 
 
 def test_what_takes_a_condition_is_what_the_connection_has_for_it() -> None:
@@ -75,7 +64,7 @@ def _parameters(method: object) -> tuple[str, ...]:
         'catalog.row(LayerRow, "id = ?", id)',
         'catalog.rows(SnapshotRow, f"volume = ? ORDER BY name LIMIT {most}", id)',
         "store._opened.catalog.rows(VolumeRow)",
-        "self.opened_store.catalog.sound_rows(BaseRow)",
+        "self._opened.store.catalog.sound_rows(BaseRow)",
         'catalog.rows_in(SegmentRow, "id", ids)',
         "condition = \"kind != 'base-merge'\"",
         "found = catalog.has",

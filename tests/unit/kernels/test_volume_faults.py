@@ -153,7 +153,7 @@ def test_a_child_that_was_forked_while_a_thread_held_the_locks_raises_and_does_n
         held, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with web.guard, store._opened.catalog._guard, web.locks._guard:
+            with web._opened.guard, store._opened.catalog._guard, web._opened.locks._guard:
                 held.set()
                 release.wait()
 
@@ -234,10 +234,10 @@ def test_a_store_on_a_read_only_file_system_is_said_to_be_on_one(ext4_mount) -> 
 
 def test_a_volume_that_cannot_be_flushed_does_not_keep_the_others_open(store: onionskin.Store, monkeypatch) -> None:
     volumes = [store.create(name, size=BLOCK) for name in ("a", "b", "c")]
-    monkeypatch.setattr(volumes[1], "_flush_and_compact", lambda: os.open("/nonexistent", os.O_RDONLY))
+    monkeypatch.setattr(volumes[1]._opened, "_finish", lambda head: os.open("/nonexistent", os.O_RDONLY))
     with pytest.raises(FileNotFoundError):
         store.close()
-    assert all(volume.closed and volume.path.closed for volume in volumes)
+    assert all(volume.closed and volume._path.closed for volume in volumes)
 
 
 def test_a_closed_volume_raises(store: onionskin.Store) -> None:

@@ -207,7 +207,7 @@ def test_stretches_of_any_length_copy_each_byte_once(tmp_path: Path, seed: int) 
         web.flush()
         descriptor = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
         os.ftruncate(descriptor, size)
-        copying = copy.StretchCopy(store._opened, web.path, descriptor, size, reflink=False, punch=True)
+        copying = copy.StretchCopy(store._opened, web._path, descriptor, size, reflink=False, punch=True)
         at, ends = 0, []
         while at < size:
             at = copying.run(at, int(rng.integers(1, 40) * BLOCK))

@@ -97,9 +97,9 @@ def test_a_volume_may_be_reverted_merged_and_closed_while_it_is_exported(
 
 
 def test_two_states_may_be_pinned_at_once(web: onionskin.Volume) -> None:
-    with pinned(web) as first:
+    with pinned(web._opened) as first:
         web.write(0, b"2" * BLOCK)
-        with pinned(web) as second:
+        with pinned(web._opened) as second:
             web.write(0, b"3" * BLOCK)
             assert first.path.read(0, 1) == b"b"
             assert second.path.read(0, 1) == b"2"

@@ -7,7 +7,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow, SegmentRow
-from onionskin.operations import copy
+from onionskin.operations import flatten
 
 BLOCK = 65536
 
@@ -65,9 +65,9 @@ def test_a_disk_of_zeros_is_flattened_into_no_segment(tmp_path: Path, wipe: str)
 
 def test_a_volume_that_stands_alone_is_not_touched_by_flatten(web: onionskin.Volume) -> None:
     web.flatten()
-    head = web.head
+    head = web._opened.head
     web.flatten()
-    assert web.head == head
+    assert web._opened.head == head
 
 
 def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
@@ -78,11 +78,11 @@ def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
 
     before = web.read(0, web.size_bytes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(copy, "free_unneeded", fail)
+        patch.setattr(flatten, "free_unneeded", fail)
         web.flatten()
     assert web.read(0, web.size_bytes) == before
     catalog = web.store._opened.catalog
-    reached = {layer.id for layer in catalog.chain(web.head)}
+    reached = {layer.id for layer in catalog.chain(web._opened.head)}
     assert {row.id for row in catalog.rows(LayerRow)} == reached
     assert web.store.check() == []
 

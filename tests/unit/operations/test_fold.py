@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import onionskin
 from onionskin.catalog import LayerRow, PendingRow, SegmentRow
-from onionskin.operations import fold, merge_into_base, reclaim
-from onionskin.operations.fold import grown_parts
+from onionskin.operations import fold, fold_policy, reclaim
+from onionskin.operations.fold_policy import grown_parts
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
 
@@ -22,7 +22,7 @@ BLOCK = 4096
 
 
 def is_worth_it(part: list[int]) -> bool:
-    return sum(part) <= fold.SMALL_BYTES or 2 * sum(part) >= 3 * max(part)
+    return sum(part) <= fold_policy.SMALL_BYTES or 2 * sum(part) >= 3 * max(part)
 
 
 @given(
@@ -106,7 +106,7 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
     disk, states = bytearray(40 * BLOCK), {}
     with pytest.MonkeyPatch.context() as patch:
         if not small:
-            patch.setattr(fold, "SMALL_BYTES", 0)
+            patch.setattr(fold_policy, "SMALL_BYTES", 0)
             patch.setattr(fold, "FREED_BYTES_MIN", 1 << 20)
         with onionskin.Store(room / "store") as store:
             with store.create("v", size=len(disk), wipe=wipe) as volume:
@@ -148,7 +148,7 @@ def assert_nothing_is_left(store: onionskin.Store) -> None:
 
 
 def test_what_is_put_off_with_policy_zero_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fold, "SMALL_BYTES", 0)
+    monkeypatch.setattr(fold_policy, "SMALL_BYTES", 0)
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="8M", wipe="zero") as volume:
         scattered(volume, 0, 200)
         volume.snapshot("large")
@@ -166,7 +166,7 @@ def test_what_is_put_off_with_policy_zero_hides_nothing(tmp_path: Path, monkeypa
 def test_a_run_that_frees_much_is_folded_though_it_has_not_grown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "SMALL_BYTES", 0)
+    monkeypatch.setattr(fold_policy, "SMALL_BYTES", 0)
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="8M") as volume:
         scattered(volume, 0, 200)
         volume.snapshot("large")
@@ -237,13 +237,13 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
         for name in ("a", "b", "c"):
             volume.write(0, name.encode() * BLOCK)
             volume.snapshot(name)
-        monkeypatch.setattr(merge_into_base.folding, "groups_to_fold", lambda store, run: [])
+        monkeypatch.setattr(fold_policy, "groups_to_fold", lambda store, run: [])
         volume.merge("a")
         volume.merge("b")
         monkeypatch.undo()
-        run = merge_into_base.folding.run_around(store._opened.catalog, volume.head, layer_ids(store)[0])
+        run = fold_policy.run_around(store._opened.catalog, volume._opened.head, layer_ids(store)[0])
         assert len(run) == 3
-        lay = fold.lay
+        lay = fold_policy.lay
 
         def change_first(*args):  # type: ignore[no-untyped-def]
             monkeypatch.undo()
@@ -251,10 +251,10 @@ def test_layers_that_changed_meanwhile_are_left_as_they_are(tmp_path: Path, monk
                 store._opened.catalog.update(LayerRow, run[1].id, size_bytes=run[1].size_bytes + BLOCK)
             return lay(*args)
 
-        monkeypatch.setattr(fold, "lay", change_first)
-        assert not merge_into_base.fold(volume, run[0].id)
+        monkeypatch.setattr(fold_policy, "lay", change_first)
+        assert not fold.fold(volume._opened, run[0].id)
         assert len(layer_ids(store)) == 4
-        assert merge_into_base.fold(volume, run[0].id)
+        assert fold.fold(volume._opened, run[0].id)
         assert len(layer_ids(store)) == 2
 
 

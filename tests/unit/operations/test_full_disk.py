@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.operations import compact_segments, merge_into_base
+from onionskin.operations import compact_segments, fold
 from onionskin.operations.compact_segments import SEGMENTS_MAX
 
 BLOCK = 4096
@@ -36,7 +36,7 @@ def test_a_merge_on_a_full_disk_drops_the_name_and_is_finished_when_there_is_roo
         (root / "filler").unlink()
         with store.open("web") as web:
             assert web.read(0, 30000) == b"new" * 10000
-            assert len(store._opened.catalog.chain(web.head)) == 1
+            assert len(store._opened.catalog.chain(web._opened.head)) == 1
 
 
 def test_an_export_that_has_no_room_is_refused_before_anything_is_written(tmp_path: Path, ext4_mount) -> None:
@@ -58,11 +58,11 @@ def test_a_flatten_that_has_no_room_is_refused_before_anything_is_written(tmp_pa
     root = ext4_mount(48 << 20)
     (tmp_path / "base.raw").write_bytes(b"x" * (40 << 20))
     with onionskin.Store(root / "store") as store, store.create("web", base=tmp_path / "base.raw") as web:
-        head = web.head
+        head = web._opened.head
         with pytest.raises(OSError, match=f"needs {40 << 20} bytes") as caught:
             web.flatten()
         assert caught.value.errno == 28
-        assert web.head == head
+        assert web._opened.head == head
         assert list(store._opened.layout.segments.iterdir()) == []
         web.trim(0, 20 << 20)
         web.flatten()
@@ -97,7 +97,7 @@ def test_work_that_can_wait_does_not_keep_a_volume_from_opening(
             monkeypatch.setattr(compact_segments, "_copy_slots", full)
             for number in range(SEGMENTS_MAX + 1):
                 web.merge(f"s{number}")
-            monkeypatch.setattr(merge_into_base, "_rewrite", full)
+            monkeypatch.setattr(fold, "rewrite", full)
             web.merge(f"s{SEGMENTS_MAX + 1}")
         with store.open("web") as web:
             assert web.read(0, (SEGMENTS_MAX + 2) * BLOCK) == b"x" * (SEGMENTS_MAX + 2) * BLOCK

@@ -10,7 +10,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import Catalog, CommitUnknownError
-from onionskin.operations import merge_into_base
+from onionskin.operations import fold, new_map
 from onionskin.operations.staging import StagedFiles
 
 BLOCK = 4096
@@ -64,7 +64,7 @@ def flatten(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    merge_into_base.compact(web)
+    new_map.compact(web._opened.to_write())
 
 
 @pytest.mark.parametrize("change", [snapshot, revert, flatten, compact])
@@ -81,7 +81,7 @@ def test_a_volume_goes_on_and_loses_nothing_after_an_interrupted(tmp_path: Path,
         with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
             change(web)
         changed = b"n" * BLOCK
-        if not web.path.poisoned:
+        if not web._path.poisoned:
             changed = web.read(0, BLOCK)
             web.write(BLOCK, b"w" * BLOCK)
             ends(web.flush)
@@ -99,7 +99,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
             web.write(ord(name) % 8 * BLOCK, name.encode() * BLOCK)
             web.snapshot(name)
         with pytest.MonkeyPatch.context() as patch:
-            begin = merge_into_base.staged_files
+            begin = fold.staged_files
 
             @contextmanager
             def then_interrupt(*arguments) -> Iterator[StagedFiles]:
@@ -107,7 +107,7 @@ def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its
                     interrupt()
                     yield files
 
-            patch.setattr(merge_into_base, "staged_files", then_interrupt)
+            patch.setattr(fold, "staged_files", then_interrupt)
             with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
                 web.merge("b")
         assert [snapshot.name for snapshot in web.snapshots] == ["a", "c"]

@@ -37,7 +37,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
     rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
     names = {row.layer for row in rows}
     ours = set()
-    for top in [*names, volume.head]:
+    for top in [*names, volume._opened.head]:
         ours |= {layer.id for layer in catalog.chain(top)}
 
     def held(id: bytes) -> int:
@@ -69,7 +69,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
             own, below = own + held(below), layers[below].parent
         return usage.Usage(name, own, held(id) + sum(map(held, above(id))), freed_by_merge(id) if name else 0)
 
-    return [*(one(row.name, row.layer) for row in rows), one(None, volume.head)]
+    return [*(one(row.name, row.layer) for row in rows), one(None, volume._opened.head)]
 
 
 def states_at(store: onionskin.Store, layer: bytes) -> np.ndarray[Any, Any]:
@@ -173,11 +173,13 @@ def test_a_diff_is_what_the_layers_of_only_one_side_touch(
     room: Path, steps: list[tuple[str, int, int]], a: int, b: int
 ) -> None:
     with store_of(room, steps) as (store, volume):
-        tops = {row.name: row.layer for row in store._opened.catalog.rows(SnapshotRow, "volume = ?", volume.row.id)}
+        tops = {
+            row.name: row.layer for row in store._opened.catalog.rows(SnapshotRow, "volume = ?", volume._opened.row.id)
+        }
         if not tops:
             return
         first, second = sorted(tops)[a % len(tops)], [None, *sorted(tops)][b % (len(tops) + 1)]
-        layer = volume.head if second is None else tops[second]
+        layer = volume._opened.head if second is None else tops[second]
         size_bytes = store._opened.catalog.layer(layer).size_bytes
         found = {
             block: int(extent["state"])

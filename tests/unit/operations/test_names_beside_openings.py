@@ -60,8 +60,8 @@ def test_a_volume_that_is_opened_is_the_one_that_has_the_name_when_it_is_locked(
     before_the_lock(swap)
     with store.open("v") as opened, store.open("w") as other:
         assert (opened.read(0, 1), other.read(0, 1)) == (b"w", b"v")
-        assert opened.head != other.head
-        assert opened.row.id == store._opened.catalog.volume("v").id
+        assert opened._opened.head != other._opened.head
+        assert opened._opened.row.id == store._opened.catalog.volume("v").id
 
 
 def test_a_volume_that_was_made_anew_under_a_name_is_locked_itself(
@@ -138,7 +138,7 @@ def test_a_delete_removes_no_volume_that_was_renamed_meanwhile(
 
 def test_a_lock_file_that_is_removed_lets_no_second_writer_in(store: onionskin.Store) -> None:
     with store.open("v") as volume:
-        store._opened.layout.volume_lock(volume.row.id).unlink()
+        store._opened.layout.volume_lock(volume._opened.row.id).unlink()
         with onionskin.Store(store.path) as other, pytest.raises(onionskin.StateError, match="is open"):
             other.open("v")
         volume.write(0, b"still mine")

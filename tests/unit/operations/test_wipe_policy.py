@@ -11,7 +11,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
-from onionskin.operations import merge_into_base, reclaim
+from onionskin.operations import fold, reclaim
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -106,9 +106,9 @@ def test_a_torn_segment_is_wiped_and_not_cut_off(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store:
         web = store.create("web", size="8M", wipe="zero")
         web.write(0, FILL)
-        web.path.close()  # no flush: what a crash leaves
+        web._path.close()  # no flush: what a crash leaves
         web.close()
-        store._opened.layout.dirty_file(web.row.id).unlink()  # a crash of the machine, that is
+        store._opened.layout.dirty_file(web._opened.row.id).unlink()  # a crash of the machine, that is
         (segment,) = store._opened.layout.segments.iterdir()
         length = segment.stat().st_size
         with segment.open("r+b") as file:
@@ -151,7 +151,7 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             raise OSError("the catalog is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(merge_into_base, "_switch_map", fail)
+            patch.setattr(fold, "switch_map", fail)
             web.merge("two")  # the name is dropped; that the layers could not be joined is left to the next opening
         for draft in drafts:
             size = os.fstat(draft).st_size

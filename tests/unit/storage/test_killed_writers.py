@@ -117,7 +117,7 @@ def test_an_opening_that_only_reads_shows_it_too_and_leaves_it_for_the_next_writ
     for _ in range(2):
         with onionskin.Store(root) as store, store.open("web", mode="r") as web:
             assert web.read(0, web.size_bytes) == EXPECTED
-            assert not web.path.unflushed
+            assert not web._path.unflushed
     assert dirty_file(root).read_bytes() == left
     with onionskin.Store(root) as store, store.open("web") as web:
         assert web.read(0, web.size_bytes) == EXPECTED
@@ -247,9 +247,9 @@ def fold(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    from onionskin.operations import merge_into_base
+    from onionskin.operations import new_map
 
-    merge_into_base.compact(web)
+    new_map.compact(web._opened.to_write())
 
 
 def flush(web: onionskin.Volume) -> None:

@@ -20,7 +20,7 @@ def store(tmp_path: Path):
 
 def test_two_views_of_a_snapshot_share_one_data_path(store: onionskin.Store) -> None:
     with store.open("web", snapshot="clean") as first, store.open("web", snapshot="clean") as second:
-        assert first.path is second.path
+        assert first._path is second._path
 
 
 def test_a_view_goes_on_when_another_of_the_same_snapshot_is_closed(store: onionskin.Store) -> None:
@@ -34,7 +34,7 @@ def test_a_view_goes_on_when_another_of_the_same_snapshot_is_closed(store: onion
 
 def test_the_last_view_closes_the_data_path(store: onionskin.Store) -> None:
     views = [store.open("web", snapshot="clean") for _ in range(3)]
-    path = views[0].path
+    path = views[0]._path
     for view in views:
         assert not path.closed
         view.close()
@@ -55,9 +55,9 @@ def test_an_array_of_a_closed_view_keeps_its_segment_when_all_else_is_deleted(st
 
 def test_a_view_that_is_opened_again_after_the_last_was_closed_is_made_anew(store: onionskin.Store) -> None:
     with store.open("web", snapshot="clean") as first:
-        path = first.path
+        path = first._path
     with store.open("web", snapshot="clean") as second:
-        assert second.path is not path
+        assert second._path is not path
         assert second.read(0, BLOCK) == b"a" * BLOCK
 
 

@@ -1,0 +1,188 @@
+"""Making a disk independent of everything below it: what it reads is copied into one layer of its own.
+
+What must hold: the copy is durable before the transaction that puts the head on it; the head that takes the writes
+meanwhile stays, with all that was written to it; snapshots keep what they stand on.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.files import write_all
+from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.modes import make_file
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
+from onionskin.catalog.tree import free_unneeded
+from onionskin.errors import StateError
+from onionskin.kernels._copy import EXTENT_FIELDS
+from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
+from onionskin.operations import copy
+from onionskin.operations.seal import seal
+from onionskin.operations.staging import StagedFiles, staged_files
+from onionskin.storage.block_maps import empty_map
+from onionskin.storage.chain import Chain, read_chain
+from onionskin.storage.open_head import OpenHead
+from onionskin.storage.open_store import OpenStore
+from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from onionskin.base.progress import Progress
+
+    Array = numpy.typing.NDArray[Any]
+else:
+    from onionskin.base.lazy import numpy
+
+
+def flatten(volume: OpenHead, *, progress: "Progress | None") -> None:
+    """Put all that the disk reads into one new layer without a parent, and the head on it.
+
+    The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
+    all that was written to it: it only stands on another layer afterwards.
+    """
+    with volume.operation():
+        _flatten(volume, progress)
+
+
+def _flatten(volume: OpenHead, progress: "Progress | None") -> None:
+    store, catalog = volume.store, volume.store.catalog
+    if _stands_alone(catalog, volume.head):
+        return
+    before = OpenChain(read_chain(catalog, volume.head), volume.path, volume.locks, volume.base_lock)
+    copy.check_room_for_copy(store, before, store.layout.segments)
+    old = seal(volume)
+    chain = read_chain(catalog, old.id)
+    wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
+    with staged_files(store, ["segment", "map"], wipe) as files:
+        segment_file, map_file = files.rows
+        slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
+        flat = replace(
+            old,
+            id=new_id(),
+            parent=None,
+            base=None,
+            wipe=wipe,
+            map_id=map_file.target,
+            map_lock_byte=map_file.lock_byte,
+            map_length=written[0],
+            map_frames=written[1],
+            map_crc=written[2],
+        )
+        segments = [SegmentRow(segment_file.target, flat.id, "sealed", slots, segment_file.lock_byte)] if slots else []
+        _stand_on(volume, old, flat, segments, files)
+
+
+def _stand_on(volume: OpenHead, old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
+    """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
+    store, catalog = volume.store, volume.store.catalog
+
+    def switch() -> None:
+        head = catalog.layer(volume.head)
+        if head.parent != old.id:
+            raise StateError("another process changed the tree while the disk was flattened; flatten it again")
+        files.keep(volume.locks)
+        catalog.insert(flat)
+        for row in segments:
+            catalog.insert(row)
+        catalog.update(LayerRow, volume.head, parent=flat.id)
+        free_unneeded(catalog, old.id)
+
+    source = (
+        str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,
+        [(row.id, row.slots) for row in segments],
+    )  # fmt: skip
+    below = [row.id for rows in read_chain(catalog, old.id).segments.values() for row in rows]
+    with volume.changing_below(lambda: catalog.layer(volume.head).parent == flat.id):
+        volume.path.prepare_below(base_fd=None, base_bytes=0, layer=source, dropped=below)
+        store.change(switch)
+
+
+def _stands_alone(catalog: Catalog, head: bytes) -> bool:
+    """Whether nothing below a head has a name, belongs to another volume, or is a base."""
+    layers = catalog.chain(head)
+    return layers[0].base is None and not any(
+        catalog.snapshot_of_layer(layer.id) or catalog.child_count(layer.id) > 1 for layer in layers
+    )
+
+
+def _write_flat(
+    volume: OpenHead, chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
+) -> tuple[int, tuple[int, int, int]]:
+    """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
+    store, block_size = volume.store, chain.top.block_size
+    with copy.chain_path(store, chain, volume.base_lock) as path:
+        opened = OpenChain(chain, path, volume.locks, volume.base_lock)
+        refuse_changed_base(opened)
+        pieces = copy.pieces_of(opened)
+        counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
+        slots = numpy.concatenate(([0], numpy.cumsum(counts)))
+        # A disk that reads as zeros has no segment: no row would name its file.
+        if len(pieces):
+            _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
+        refuse_changed_base(opened)
+    flat_map = empty_map(block_size)
+    try:
+        if len(pieces):
+            number = flat_map.add_segment(segment)
+            for first, count, slot in zip(pieces["first"].tolist(), counts.tolist(), slots.tolist(), strict=False):
+                flat_map.set(first, count, number << 32 | slot)
+        written = flat_map.write(
+            str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=chain.top.size_bytes
+        )
+    finally:
+        flat_map.close()
+    sync_directory(store.layout.segments)  # BARRIER: flat segment name
+    sync_directory(store.layout.layers)  # BARRIER: flat map name
+    return int(slots[-1]), written
+
+
+def _write_flat_segment(
+    store: OpenStore,
+    opened: OpenChain,
+    pieces: "Array",
+    slots: "Array",
+    segment: bytes,
+    wipe_zero: bool,
+    progress: "Progress | None",
+) -> None:
+    """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
+    block_size = opened.chain.top.block_size
+    target = store.layout.segment_file(segment)
+    descriptor = make_file(target)
+    try:
+        write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
+        _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
+        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
+        sync_file(descriptor)  # BARRIER: flat segment
+    finally:
+        os.close(descriptor)
+
+
+def _copy_pieces(
+    store: OpenStore,
+    opened: OpenChain,
+    pieces: "Array",
+    slots: "Array",
+    descriptor: int,
+    progress: "Progress | None",
+) -> None:
+    """Copy pieces of the disk behind each other, from the given slots on."""
+    path, base = opened.path, opened.chain.base
+    block_size, from_base = path.block_size, pieces["segment"] == copy.BASE
+    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
+    table["source"], table["destination"] = -1, descriptor
+    table["destination_offset"] = HEADER_BYTES + slots * block_size
+    table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
+    table["source_offset"][from_base] = pieces["first"][from_base] * block_size
+    table["length"] = (pieces["end"] - pieces["first"]) * block_size
+    sources: dict[int, Path | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    if base and opened.base_lock:
+        sources[copy.BASE] = opened.base_lock.descriptor
+        inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
+        table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
+    reflink = copy.may_reflink(opened.chain)
+    copy.copy_table(table, pieces["segment"], sources, reflink=reflink, punch=True, solid=False, progress=progress)

@@ -1,0 +1,153 @@
+"""Which layers without a name are folded now: so that many merges together cost little more than one that does it all.
+
+What must hold: a run (layers without a name that stand on each other, each the only child of the one below, and the layer
+over them) is folded as a whole where that frees enough, or where secrets have to go. Else only those parts of it are
+that have grown. Then each record of a map is written a logarithmic number of times, in whatever order snapshots are
+merged, and what is left is a few layers that hide little.
+
+Folding a large map with a small one costs what the large one does. So N merges into the same layer would be quadratic if
+each was done at once.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from onionskin.catalog import Catalog, LayerRow
+from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
+from onionskin.storage.block_maps import open_map
+from onionskin.storage.open_store import OpenStore
+
+# Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
+SMALL_BYTES = 32 << 10
+# A run is folded as a whole if it frees at least so many bytes of data for each byte of map that is written.
+FREED_BYTES_MIN = 8
+
+Group = Sequence[LayerRow]
+
+
+def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
+    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing.
+
+    `head` is the one whose volume the caller holds.
+    """
+    with catalog.reading():
+        layer = catalog.layer_with_id(layer_id)
+        if layer is None or (above := _only_child(catalog, layer)) is None:
+            return []
+        run = [layer]
+        while (parent := catalog.layer_with_id(run[0].parent)) and _only_child(catalog, parent):
+            run.insert(0, parent)
+        over: LayerRow | None = above
+        while over:
+            run.append(over)
+            over = _only_child(catalog, over)
+    # The head of another volume is left to whoever opens that one.
+    return run if run[-1].sealed or run[-1].id == head else run[:-1]
+
+
+def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
+    """Return the child that a layer can be folded into: it has one, and no name, and nobody else needs it."""
+    if not layer.sealed:
+        return None
+    child = catalog.only_child_of(layer.id)
+    is_kept = child and (catalog.snapshot_of_layer(layer.id) or catalog.base_merge_of(layer.id))
+    return None if is_kept else child
+
+
+def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
+    """Return the parts of a run that are folded now, each into its last layer: all, some parts, or nothing."""
+    if len(run) < 2:
+        return []
+    weights = [_weight(store, layer) for layer in run]
+    parts = [run[first : last + 1] for first, last in grown_parts(weights)]
+    if [len(part) for part in parts] == [len(run)] or _frees_enough(store, run, sum(weights)):
+        return [run]
+    return parts
+
+
+def _weight(store: OpenStore, layer: LayerRow) -> int:
+    """Return the bytes that a layer's map has, without its header."""
+    if layer.sealed:
+        return max(layer.map_length - HEADER_BYTES, 0)
+    try:
+        return max(store.layout.map_file(layer.map_id).stat().st_size - HEADER_BYTES, 0)
+    except FileNotFoundError:
+        return 0
+
+
+def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the stretches (first, last) that are worth folding: small, or half as heavy again as their heaviest.
+
+    What is folded is then in a map that is by half larger than the one that it was in, which happens to it a
+    logarithmic number of times. Where a stretch is not, none of its parts that have its heaviest in them can have grown:
+    so that one is left out, and the two sides of it are looked at. Such a part may be small, though: those are added.
+    """
+    found: list[tuple[int, int]] = []
+    todo = [(0, len(weights) - 1)]
+    while todo:
+        first, last = todo.pop()
+        if last <= first:
+            continue
+        part = weights[first : last + 1]
+        total, heaviest = sum(part), max(part)
+        if total <= SMALL_BYTES or 2 * total >= 3 * heaviest:
+            found.append((first, last))
+            continue
+        at = first + part.index(heaviest)
+        todo += [(first, at - 1), (at + 1, last)]
+    return sorted(found + _small_parts(weights, found))
+
+
+def _small_parts(weights: Sequence[int], found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the stretches between those found that are small: the heaviest layer of a heavier stretch may be in one."""
+    taken = {at for first, last in found for at in range(first, last + 1)}
+    small: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for at, weight in enumerate([*weights, SMALL_BYTES + 1]):
+        total += weight
+        if at in taken or total > SMALL_BYTES:
+            if at - first > 1:
+                small.append((first, at - 1))
+            is_start = at not in taken
+            first, total = (at, weight) if is_start else (at + 1, 0)
+    return small
+
+
+def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:
+    """Whether folding all of a run frees enough for what it costs; with policy `zero`, anything at all."""
+    zero = any(layer.wipe == "zero" for layer in run)
+    if zero and not run[-1].sealed:
+        return True  # what was written and not yet flushed may hide something too
+    with closing(lay(store, run)) as laid:
+        freed = sum(laid.freed.values()) * run[-1].block_size
+    return freed > 0 if zero else freed >= FREED_BYTES_MIN * weight
+
+
+@dataclass(slots=True)
+class Laid:
+    """Layers laid over each other: their map, and by segment the blocks that it no longer names."""
+
+    map: LayerMap
+    freed: dict[bytes, int]
+
+    def close(self) -> None:
+        """Free the map."""
+        self.map.close()
+
+
+def lay(store: OpenStore, layers: Sequence[LayerRow]) -> Laid:
+    """Load layers, bottom first, and lay them over each other. The caller closes what is returned."""
+    union = open_map(store, layers[0])
+    try:
+        use = union.segment_use()
+        for layer in layers[1:]:
+            with closing(open_map(store, layer)) as upper:
+                use |= upper.segment_use()
+                union.fold(upper)
+        left = union.segment_use()
+    except BaseException:
+        union.close()
+        raise
+    freed = {id: blocks - left.get(id, (0, 0))[0] for id, (blocks, _) in use.items()}
+    return Laid(union, {id: blocks for id, blocks in freed.items() if blocks})

@@ -1,0 +1,138 @@
+"""Giving a layer a new block map: one that it shares with layers that were folded into it, or one without what is dead.
+
+What must hold: a new map file is durable before the one transaction that switches to it; that transaction also moves the
+segments and notes what has to be freed; reads do not change, whatever step a crash comes after.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from onionskin.base.fsync import sync_directory
+from onionskin.catalog import LayerRow, PendingRow
+from onionskin.operations import reclaim
+from onionskin.operations.staging import StagedFiles, put_off, staged_files
+from onionskin.storage.open_head import OpenHead, if_begun
+from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from onionskin.kernels._maplog import LayerMap
+    from onionskin.kernels._volume import LowerLayer
+
+
+# ---- of a sealed layer ----
+
+
+def write_map(
+    store: OpenStore, file: PendingRow, layer_map: "LayerMap", wipe: str, size_bytes: int
+) -> tuple[int, int, int]:
+    """Write the new map of a sealed layer to a file that is named in the catalog: (length, frames, crc), durable."""
+    written = layer_map.write(
+        str(store.layout.map_file(file.target)), map_id=file.target, wipe_zero=wipe == "zero", size_bytes=size_bytes
+    )
+    sync_directory(store.layout.layers)  # BARRIER: folded map name
+    return written
+
+
+def give_up_maps(volume: OpenHead, folded: Sequence[LayerRow]) -> None:
+    """Give up the maps that another took the place of: an open data path has read them, and needs them no more.
+
+    Not all of the chain is looked at: segments have changed their owners, and not their bytes.
+    """
+    volume.locks.drop_shared({layer.map_lock_byte for layer in folded})
+
+
+def switch_map(
+    volume: OpenHead,
+    lowers: Sequence[LayerRow],
+    upper: LayerRow,
+    files: StagedFiles,
+    written: tuple[int, int, int],
+    *,
+    scrubs: Sequence[bytes] | None = None,
+) -> None:
+    """Give `upper` its new map, and all that `lowers`, bottom first, had. Inside a transaction.
+
+    `scrubs`: the segments that have slots which the new map no longer names; None where nobody counted.
+    """
+    store, catalog = volume.store, volume.store.catalog
+    (map_file,) = files.rows
+    catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
+    files.keep(volume.locks if upper.map_lock_byte in volume.locks.shared else None)
+    length, frames, crc = written
+    catalog.update(
+        LayerRow,
+        upper.id,
+        map_id=map_file.target,
+        map_lock_byte=map_file.lock_byte,
+        map_length=length,
+        map_frames=frames,
+        map_crc=crc,
+    )
+    if not lowers:
+        return
+    if scrubs is None:
+        scrubs = [row.id for lower in lowers for row in catalog.segments_of_layer(lower.id)]
+    reclaim.add_scrubs(store, scrubs, stricter(upper, *lowers))
+    catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
+    for lower in reversed(lowers):
+        catalog.move_segments(lower.id, upper.id)
+        catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
+        catalog.remove_layer(lower.id)
+
+
+def stricter(*layers: LayerRow) -> str:
+    """Return the policy of what comes of layers."""
+    return "zero" if any(layer.wipe == "zero" for layer in layers) else "release"
+
+
+def stands_on_nothing(layer: LayerRow) -> bool:
+    """Whether there is neither a layer nor a base below a layer: then ZERO hides nothing."""
+    return layer.parent is None and layer.base is None
+
+
+# ---- of the head ----
+
+
+def rewrite(
+    volume: OpenHead,
+    head: LayerRow,
+    lower: LayerRow | None = None,
+    source: "LowerLayer | None" = None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the head's map anew, with `lower`, the layer below it, folded into it where that is given as `source` too.
+
+    `check` is asked inside the transaction.
+    """
+    store = volume.store
+    with staged_files(store, ["map"], stricter(head, *([lower] if lower else []))) as files:
+        (map_file,) = files.rows
+
+        def switch() -> None:
+            check()
+            written_as = (written.map_length, written.map_frames, written.map_crc)
+            switch_map(volume, [lower] if lower else [], head, files, written_as)
+
+        with volume.settling(lambda: _settle_rewrite(volume, [lower, head] if lower else [head], map_file.target)):
+            written = volume.path.rewrite_map(
+                new_path=str(store.layout.map_file(map_file.target)),
+                new_id=map_file.target,
+                lower=source,
+                drop_zero=stands_on_nothing(lower or head),
+            )
+            store.change(switch)
+
+
+def _settle_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes) -> None:
+    """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
+    if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
+        if_begun(volume.path.rewrite_abort)
+        return
+    if_begun(volume.path.rewrite_commit)
+    if not volume.path.poisoned:
+        give_up_maps(volume, folded)
+
+
+def compact(volume: OpenHead) -> None:
+    """Write the head's map log anew, without what is dead in it."""
+    put_off(lambda: rewrite(volume, volume.store.catalog.layer(volume.head)))

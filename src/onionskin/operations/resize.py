@@ -1,0 +1,35 @@
+"""Changing the size of a disk.
+
+What must hold: the size that counts is the one in the head's map, which is durable on return; the catalog only shows it.
+"""
+
+import logging
+
+from onionskin.catalog import LayerRow
+from onionskin.errors import StateError
+from onionskin.storage.open_head import OpenHead
+
+_log = logging.getLogger(__name__)
+
+
+def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:
+    """Grow or, with `force`, shrink the disk. See `Volume.resize`."""
+    if size_bytes < 1:
+        raise ValueError("a volume has at least one byte; delete it if it is not needed")
+    with volume.operation():
+        if size_bytes < volume.size_bytes and not force:
+            raise StateError(
+                f"resize would cut {volume.name!r} from {volume.size_bytes} to {size_bytes} bytes and lose what lies "
+                "behind; pass force if that is meant"
+            )
+        volume.path.resize(size_bytes)
+        _note_size(volume)
+
+
+def _note_size(volume: OpenHead) -> None:
+    """Write the size to the catalog, which shows it without opening the disk; what counts is the one in the map."""
+    store = volume.store
+    try:
+        store.change(lambda: store.catalog.update(LayerRow, volume.head, size_bytes=volume.size_bytes))
+    except OSError as error:
+        _log.warning("%r: its new size is not listed before it is next closed: %s", volume, error)
