@@ -2,7 +2,7 @@
 
 import click
 
-from onionskin.cli import bench, byte_ranges, check, exchange, exit_status, map, serve, snapshots, volumes
+from onionskin.cli import bench, byte_ranges, check, exchange, exit_status, keeping, map, serve, snapshots, volumes
 
 __all__ = ["onionskin"]
 
@@ -11,6 +11,7 @@ _VERBS = (
     *(snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
     *(volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate, volumes.delete),
     *(snapshots.diff, snapshots.usage, map.map_),
+    *(keeping.hold, keeping.unhold, keeping.holds, keeping.note, keeping.prune),
     *(exchange.import_, exchange.export, exchange.delta, exchange.apply),
     *(byte_ranges.read, byte_ranges.write, byte_ranges.trim, byte_ranges.zero),
     *(serve.serve, serve.stats, serve.mount, serve.umount),
