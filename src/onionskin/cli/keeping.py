@@ -1,8 +1,9 @@
 """The verbs that say which snapshots stay: hold, unhold, holds, prune, and note, which says why."""
 
 import re
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,6 +14,8 @@ from onionskin.cli.snapshots import find_snapshot, snapshot_value
 
 if TYPE_CHECKING:
     from onionskin.operations.prune import Retention, Rules
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
@@ -93,7 +96,7 @@ def note(name: Name, text: str, as_json: bool) -> None:
     output.tell(as_json, value, lambda: f"noted with {name}" if text else f"{name} has no note any more")
 
 
-def _keep(what: str, help: str) -> Any:
+def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
     return click.option(f"--keep-{what}", type=click.IntRange(min=-1), default=0, metavar="N", help=help)
 
 
