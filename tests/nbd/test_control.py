@@ -88,13 +88,13 @@ def test_requests_wait_while_an_export_is_paused_and_then_use_the_new_path(tmp_p
         old.write(0, b"old")
         new.write(0, b"new")
         server = NbdServer()
-        server.add_export("web", old.path, read_only=False)
+        server.add_export("web", old._path, read_only=False)
         with serving(server, tmp_path / "s") as at, Client(at.path) as client:
             client.go("web")
             server.pause("web")
             client.socket.sendall(client.encode(READ, 0, 3))
             assert not select.select([client.socket], [], [], 0.05)[0]
-            server.replace_path("web", new.path)
+            server.replace_path("web", new._path)
             assert not select.select([client.socket], [], [], 0.05)[0]
             server.resume("web")
             assert client.reply({client._cookie: (READ, 0, 3)})[1].data == b"new"
@@ -140,11 +140,11 @@ def test_a_read_that_was_sent_in_part_never_mixes_two_disks(tmp_path: Path) -> N
         old.write(0, b"o" * (4 * MIB))
         new.write(0, b"n" * (4 * MIB))
         server = NbdServer()
-        server.add_export("web", old.path, read_only=False)
+        server.add_export("web", old._path, read_only=False)
         with serving(server, tmp_path / "s") as at, Client(at.path) as client:
             client.go("web")
             asked = ask_and_take_nothing(client, 8)
-            server.replace_path("web", new.path)
+            server.replace_path("web", new._path)
             replies = [reply for _, reply in sorted(client.reply(asked) for _ in asked)]
             begun = [reply for reply in replies if reply.error]
             assert [reply.error for reply in begun] == [EIO]

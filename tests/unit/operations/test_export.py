@@ -214,7 +214,7 @@ def test_a_name_is_given_on_a_file_system_without_hard_links(
     export_image(web, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == web.read(0, SIZE)
     with pytest.raises(FileExistsError):
-        export.export(web, tmp_path / "out", replace=False, progress=None)
+        export.export(web._opened, tmp_path / "out", replace=False, progress=None)
 
 
 def test_the_store_is_no_place_for_an_image_by_whatever_way_it_is_named(
