@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.operations.holds import Hold
     from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.prune import Retention
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
     from onionskin.volume import Volume
@@ -41,6 +43,8 @@ _HOME = {
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
     **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    "Hold": "onionskin.operations.holds",
+    "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
     "Volume": "onionskin.volume",
 }  # fmt: skip
@@ -49,10 +53,12 @@ __all__ = [
     "ChainError",
     "ChainMember",
     "FormatError",
+    "Hold",
     "Layering",
     "LiveVolume",
     "OnionskinError",
     "Problem",
+    "Retention",
     "Snapshot",
     "SnapshotExistsError",
     "SnapshotNotFoundError",

@@ -1,4 +1,4 @@
-"""What changed between two snapshots of a volume, as a stream, and how another store's volume follows it.
+"""What changed between two snapshots, as a stream, and how another store's volume follows it.
 
     header                  magic "ONIONDLT", version, sizes, GUIDs of a and b, name and note of b, CRC-32
     record, record, ...     DATA (bytes) or ZERO (a length), in rising order of offset, each with a CRC-32
@@ -31,10 +31,11 @@ from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
 from onionskin.base.zero_runs import split_zeros
-from onionskin.catalog import SnapshotRow, VolumeRow
-from onionskin.catalog.tree import Snapshot, find_snapshot, nearest_snapshot
+from onionskin.catalog import SnapshotRow
+from onionskin.catalog.tree import Snapshot, nearest_snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
-from onionskin.operations import staged_volumes, usage
+from onionskin.operations import staged_volumes
+from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
 from onionskin.operations.resize import resize
 from onionskin.storage.chain import Chain, lock_chain, read_chain
@@ -134,18 +135,23 @@ class Delta:
 
 
 def delta(
-    store: Store, volume: str, a: str | None, b: str, out: Writable, *, progress: Progress | None = None
+    store: Store, volume: str | None, a: str | None, b: str, out: Writable, *, progress: Progress | None = None
 ) -> Delta:
-    """Write what changed from snapshot `a` to snapshot `b` of a volume as a stream.
+    """Write what changed from snapshot `a` to snapshot `b` as a stream, also across clones and volumes of a store.
+
+    Two that share a layer or a base are compared by their maps. Of others, as before and behind a flatten, both disks are
+    read, and what is the same in both is not in the stream.
 
     Parameters
     ----------
-    store, volume
-        The volume; it may be in use, snapshots do not change.
+    store : Store
+    volume : str or None
+        The volume of the snapshots that are named without one; it may be in use, snapshots do not change. None where both
+        are named with theirs.
     a : str or None
-        Where the receiver is. None writes all of `b`, for an empty volume.
+        Where the receiver is: a snapshot, or ``"golden@clean"`` of any volume. None writes all of `b`, for an empty volume.
     b : str
-        Where the receiver shall be.
+        Where the receiver shall be: a snapshot, or ``"test-1@done"`` of any volume. A head has to get a name first.
     out : file
         Written front to back, never asked to seek; not flushed, not closed.
     progress : callable, optional
@@ -158,8 +164,12 @@ def delta(
 
     Raises
     ------
-    SnapshotNotFoundError, ChainError
-        A snapshot does not exist, or the two have nothing in common.
+    VolumeNotFoundError, SnapshotNotFoundError
+        A snapshot does not exist.
+    ChainError
+        A base is not the file that it was.
+    ValueError
+        `a` or `b` is no name of a snapshot.
     OSError
         Reading or writing failed.
     """
@@ -177,8 +187,10 @@ def delta(
         )
         extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
         writer = _Writer(out, header)
-        _write_records(writer, ends.view, _clipped(extents, top.size_bytes), progress)
-        refuse_changed_base(ends.opened)
+        _write_records(writer, ends, _clipped(extents, top.size_bytes), progress)
+        for opened in (ends.opened, ends.opened_a):
+            if opened is not None:
+                refuse_changed_base(opened)
         return writer.end()
 
 
@@ -289,25 +301,31 @@ def read_header(stream: Readable) -> Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """The two snapshots of a stream, and their layers, whose files stay as they are: no name is looked up again."""
+    """The two snapshots of a stream, and their layers, whose files stay as they are: no name is looked up again.
+
+    `view_a` and `opened_a` are there only where the bytes of both have to be compared.
+    """
 
     a: SnapshotRow | None
     b: SnapshotRow
     chain_a: Chain | None
     view: Volume
     opened: OpenChain
+    view_a: Volume | None = None
+    opened_a: OpenChain | None = None
 
 
 @contextmanager
-def _ends(store: Store, volume: str, a: str | None, b: str) -> Iterator[_Ends]:
+def _ends(store: Store, volume: str | None, a: str | None, b: str) -> Iterator[_Ends]:
     """Find both snapshots in one state of the catalog and pin what they read; again where a name meant another since."""
+    names = None if a is None else snapshot_of(volume, a), snapshot_of(volume, b)
     while True:
-        rows = _rows(store, volume, a, b)
+        rows = _rows(store, *names)
         with ExitStack() as stack:
             try:
-                ends = _pin(store, volume, rows, stack)
+                ends = _pin(store, names, rows, stack)
             except StateError:  # a layer is gone, maybe
-                if rows == _rows(store, volume, a, b):
+                if rows == _rows(store, *names):
                     raise
                 continue
             if ends is not None:
@@ -315,37 +333,47 @@ def _ends(store: Store, volume: str, a: str | None, b: str) -> Iterator[_Ends]:
                 return
 
 
-def _pin(store: Store, volume: str, rows: "_Rows", stack: ExitStack) -> _Ends | None:
+def _pin(store: Store, names: "tuple[State | None, State]", rows: "_Rows", stack: ExitStack) -> _Ends | None:
     """Pin what two snapshots read until the stack is unwound; None where a name means another than it did."""
-    volume_row, row_a, row_b = rows
-    view = stack.enter_context(store.open(volume, snapshot=row_b.name))
-    if (view._opened.row.id, view._opened.head) != (volume_row.id, row_b.layer):
+    row_a, row_b = rows
+    found = _open_pinned(store, names[1], row_b, stack)
+    if found is None:
         return None
-    opened = stack.enter_context(pinned(view._opened))
-    chain_a = None
-    if row_a:
-        locks = ByteLocks(store._opened.layout.lock)
-        stack.callback(locks.close)
-        chain_a = lock_chain(store._opened.catalog, row_a.layer, locks)
-    return _Ends(row_a, row_b, chain_a, view, opened)
+    view, opened = found
+    if row_a is None or names[0] is None:
+        return _Ends(None, row_b, None, view, opened)
+    locks = ByteLocks(store._opened.layout.lock)
+    stack.callback(locks.close)
+    chain_a = lock_chain(store._opened.catalog, row_a.layer, locks)
+    if are_related(chain_a, opened.chain):
+        return _Ends(row_a, row_b, chain_a, view, opened)
+    before = _open_pinned(store, names[0], row_a, stack)
+    return None if before is None else _Ends(row_a, row_b, chain_a, view, opened, *before)
 
 
-_Rows = tuple[VolumeRow, SnapshotRow | None, SnapshotRow]
+def _open_pinned(store: Store, name: State, row: SnapshotRow, stack: ExitStack) -> tuple[Volume, OpenChain] | None:
+    view = stack.enter_context(store.open(name.volume, snapshot=name.snapshot))
+    if (view._opened.row.id, view._opened.head) != (row.volume, row.layer):
+        return None
+    return view, stack.enter_context(pinned(view._opened))
 
 
-def _rows(store: Store, volume: str, a: str | None, b: str) -> _Rows:
+_Rows = tuple[SnapshotRow | None, SnapshotRow]
+
+
+def _rows(store: Store, a: State | None, b: State) -> _Rows:
     catalog = store._opened.catalog
     with catalog.reading():
-        row = catalog.volume(volume)
-        start = None if a is None else find_snapshot(catalog, row, a)
-        return row, start, find_snapshot(catalog, row, b)
+        start, end = (name.layer(catalog)[1] if name else None for name in (a, b))
+    assert end is not None
+    return start, end
 
 
 def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
     """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
-    assert ends.a is not None
-    found = usage.diff_of_chains(store._opened, ends.a.name, ends.b.name, chain_a, ends.opened.chain)
-    return [(int(offset), int(length), int(state) == states.ZERO) for offset, length, state in found]
+    found = diff_of_chains(store._opened, chain_a, ends.opened.chain)
+    compared = ends.view_a is not None  # then what the maps say of zeros is not needed
+    return [(int(offset), int(length), int(state) == states.ZERO and not compared) for offset, length, state in found]
 
 
 def _full_extents(ends: _Ends) -> Extents:
@@ -385,10 +413,11 @@ def _clipped(extents: Extents, size_bytes: int) -> Extents:
     ]
 
 
-def _write_records(writer: "_Writer", view: Volume, extents: Extents, progress: Progress | None) -> None:
+def _write_records(writer: "_Writer", ends: _Ends, extents: Extents, progress: Progress | None) -> None:
     total = sum(length for _, length, _ in extents)
     done = 0
     buffer = np.empty(DATA_BYTES_MAX, dtype=np.uint8)
+    before = np.empty(DATA_BYTES_MAX if ends.view_a else 0, dtype=np.uint8)
     for offset, length, is_zero in extents:
         if is_zero:
             writer.zero(offset, length)
@@ -396,11 +425,28 @@ def _write_records(writer: "_Writer", view: Volume, extents: Extents, progress: 
             continue
         for at in range(offset, offset + length, DATA_BYTES_MAX):
             piece = buffer[: min(DATA_BYTES_MAX, offset + length - at)]
-            view.readinto(at, piece)
-            _write_piece(writer, at, piece, view.block_size)
+            ends.view.readinto(at, piece)
+            for start, stop in _differing(ends, at, piece, before) if ends.view_a else ((0, len(piece)),):
+                _write_piece(writer, at + start, piece[start:stop], ends.view.block_size)
             done += len(piece)
             if progress is not None:
                 progress(done, total)
+
+
+def _differing(
+    ends: _Ends, at: int, piece: "npt.NDArray[np.uint8]", buffer: "npt.NDArray[np.uint8]"
+) -> Iterator[tuple[int, int]]:
+    """Give the runs of blocks of a piece that read otherwise at a. Behind the end of a all of it is read as zero."""
+    assert ends.view_a is not None
+    old, block_size = buffer[: len(piece)], ends.view.block_size
+    inside = min(max(ends.view_a.size_bytes - at, 0), len(piece))
+    if inside:
+        ends.view_a.readinto(at, old[:inside])
+    old[inside:] = 0  # as `apply` makes it
+    same = ~np.logical_or.reduceat(piece != old, np.arange(0, len(piece), block_size))
+    borders = np.flatnonzero(np.diff(same, prepend=True, append=True))
+    for first, behind in borders.reshape(-1, 2).tolist():
+        yield first * block_size, min(behind * block_size, len(piece))
 
 
 def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]", block_size: int) -> None:

@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -36,11 +37,20 @@ from onionskin.errors import (
     StateError,
     VerifyError,
 )
-from onionskin.operations import compact_segments, reclaim, staged_volumes, volumes
+from onionskin.operations import (
+    compact_segments,
+    holds,
+    prune,
+    reclaim,
+    snapshot_names,
+    staged_volumes,
+    volumes,
+)
 from onionskin.operations import usage as usages
 from onionskin.operations.flush import finish
 from onionskin.operations.fold import fold_unnamed_below
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
+from onionskin.operations.prune import Retention, Rules, retained
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -93,6 +103,14 @@ class Store:
     -----
     A context manager. Any thread may call it; another process may have the same store open. After a fork the child
     has to open the store again.
+
+    It is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. It is true
+    as long as it is open, also where it holds no volume. There is no ``store["web"]``: opening a volume takes a lock that
+    somebody has to give back, and an expression that does so behind the reader's back would keep it until the garbage
+    collector comes by. `open` says what it does, and belongs into a with statement.
+
+    It pickles as its path, also when it is closed: what is unpickled, in a child process too, is a store that was opened
+    anew, and that is to be closed there. A `Volume` cannot be pickled.
     """
 
     def __init__(
@@ -103,6 +121,7 @@ class Store:
         trust: bool = False,
         group: str | int | None = None,
     ) -> None:
+        self._trust = trust
         self._opened: OpenStore = OpenStore(
             path, create=create, trust=trust, group=group, work=reclaim.work_in_background
         )
@@ -132,7 +151,25 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Store {self.path}>"
+        state = "closed" if self._opened.closed else "read-only" if self.read_only else "open"
+        return f"<Store {self.path} {state}>"
+
+    def __reduce__(self) -> "tuple[Callable[[str, bool], Store], tuple[str, bool]]":
+        return _open_again, (str(self._opened.layout.root), self._trust)
+
+    # ---- the names in it ----
+
+    def __bool__(self) -> bool:
+        return not self._opened.closed
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._opened.catalog.has_volume(str(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.catalog.volume_names())
+
+    def __len__(self) -> int:
+        return self._opened.catalog.volume_count()
 
     # ---- volumes ----
 
@@ -503,7 +540,8 @@ class Store:
         VolumeNotFoundError
             There is none of that name.
         StateError
-            It is open, it has snapshots and `recursive` is not given, or clones stand on them (some are listed).
+            It is open, it has snapshots and `recursive` is not given, clones stand on them, or somebody holds one (some
+            are listed).
         """
         dropped = False
         while not dropped:
@@ -529,6 +567,7 @@ class Store:
                 return True
             named = self._opened.catalog.snapshots_of(id)
             self._refuse_delete(row, named, recursive)
+            holds.refuse_held(self._opened.catalog, [snapshot.layer for snapshot in named])
             self._opened.catalog.remove_snapshots_of(id)
             self._opened.catalog.remove_volume(id)
             reclaim.add_files_of(self._opened.catalog, id)
@@ -577,6 +616,110 @@ class Store:
             The new name is taken.
         """
         volumes.rename(self._opened, name, new_name)
+
+    def rename_snapshot(self, volume: str, old: str, new: str) -> None:
+        """Give a snapshot another name. Views of it that are open, clones and holds go on.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        volume : str
+            Whose snapshot it is.
+        old : str
+            What it is called.
+        new : str
+            What it shall be called: at most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        SnapshotExistsError
+            The new name is taken.
+        """
+        snapshot_names.rename(self._opened, volume, old, new)
+
+    def set_note(self, volume: str, snapshot: str, note: str) -> None:
+        """Put another note in the place of a snapshot's.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        note : str
+            At most 64 KiB; "" takes the note away.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+        snapshot_names.set_note(self._opened, volume, snapshot, note)
+
+    def hold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Keep a snapshot: it is not discarded, merged or deleted before all who hold it let it go, and nor is its volume.
+
+        Durable on return. Any thread may call it; the volume may be open, here or elsewhere. A name, a note and what was
+        written after it may change all the same.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        holder : str
+            Who needs it, as whoever is refused reads it: at most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            This holder holds it already.
+        """
+        holds.hold(self._opened, volume, snapshot, holder)
+
+    def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Let a snapshot go that `hold` keeps. Durable on return. Any thread may call it.
+
+        Parameters
+        ----------
+        volume, snapshot : str
+            The snapshot.
+        holder : str
+            Who held it.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            This holder does not hold it; those who do are named.
+        """
+        holds.unhold(self._opened, volume, snapshot, holder)
+
+    def holds(self, volume: str, snapshot: str | None = None) -> list[holds.Hold]:
+        """Return who holds a snapshot, or any snapshot of a volume.
+
+        Parameters
+        ----------
+        volume : str
+        snapshot : str, optional
+            None: all of them.
+
+        Returns
+        -------
+        list of Hold
+            In the order in which the snapshots were taken, and each was held.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+        return holds.holds(self._opened, volume, snapshot)
 
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Say where the base of a volume is now.
@@ -635,6 +778,77 @@ class Store:
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
+
+    def prune(
+        self,
+        volume: str,
+        *,
+        keep_last: int = 0,
+        keep_hourly: int = 0,
+        keep_daily: int = 0,
+        keep_weekly: int = 0,
+        keep_monthly: int = 0,
+        keep_yearly: int = 0,
+        keep_within: timedelta | None = None,
+        zone: tzinfo = UTC,
+        dry_run: bool = False,
+    ) -> list[Retention]:
+        """Drop the names of a volume's snapshots that no rule keeps. The rules are restic's; one that keeps is enough.
+
+        A name is dropped by `Volume.merge`: the head, clones and the snapshots that are kept read as before, and only data
+        that none of them needs goes. Each is durable before the next begins: after an error those before it are dropped.
+
+        Parameters
+        ----------
+        volume : str
+            The volume. It may be open in this store, and is opened for the time where it is not.
+        keep_last : int
+            Keep so many of the newest. Here and below -1 is all, and 0 is no rule.
+        keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly : int
+            Of the last so many hours (days, weeks of ISO 8601, ...) that have snapshots, keep the newest of each; while there
+            are fewer of them, the oldest snapshot too.
+        keep_within : datetime.timedelta, optional
+            Keep all that are at most so much older than the newest.
+        zone : datetime.tzinfo
+            The time zone whose clock says where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
+        dry_run : bool
+            Drop nothing, and only say what would be.
+
+        Returns
+        -------
+        list of Retention
+            One for each snapshot, in the order of taking; those that nothing kept are dropped. What somebody holds
+            is kept.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        ValueError
+            No rule is given, or one that cannot be.
+        StateError
+            The volume is held by another process, or somebody took hold of a snapshot meanwhile.
+        """
+        rules = Rules(
+            last=keep_last,
+            hourly=keep_hourly,
+            daily=keep_daily,
+            weekly=keep_weekly,
+            monthly=keep_monthly,
+            yearly=keep_yearly,
+            within=keep_within,
+            zone=zone,
+        )
+        rules.check()
+        held = {hold.snapshot for hold in self.holds(volume)}
+        if dry_run:
+            return retained(self.snapshots(volume), rules, held=held)
+        id = self._opened.catalog.volume(volume).id
+        for handle in self._opened.open_handles():
+            if isinstance(handle, OpenHead) and handle.writable and handle.row.id == id:
+                return prune.prune(handle, rules, held)
+        with self.open(volume) as opened:
+            return prune.prune(opened._opened.to_write(), rules, held)
 
     # ---- looking ----
 
@@ -720,21 +934,28 @@ class Store:
         """
         return usages.usage(self._opened, name)
 
-    def diff(self, name: str, a: str, b: str | None = None) -> "Extents":
-        """Return where two snapshots, or a snapshot and the head, may differ.
+    def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
+        """Return where two states of disks may differ: snapshots or a head, of one volume or across clones.
+
+        ``diff("web", "a", "b")`` compares two snapshots of a volume, ``diff("web", "a")`` one with the head, and
+        ``diff("golden@clean", "test-1@done")``, ``diff("golden@clean", "test-1")``, ``diff("golden@clean")`` name both.
 
         Parameters
         ----------
         name : str
-            The volume.
-        a, b : str
-            Snapshots, in any order; `b` None means the head as far as it is durable.
+            The volume; or the first state, as ``"volume@snapshot"``.
+        a, b : str, optional
+            Snapshots, in any order, of that volume, or of any as ``"volume@snapshot"``; `b` None means the head as far as
+            it is durable. Behind a first state there is only `a`: the second one; None means the head of the first's volume.
 
         Returns
         -------
         array
-            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what `b` has there: 0
-            HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different.
+            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what the second has
+            there: 0 HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different. Of two
+            that share neither a layer nor a base, as behind a flatten, that is all that either holds or its base may
+            hold: only maps are read. A second disk that is longer differs behind the end of the first
+            where something was written there.
 
         Raises
         ------
@@ -742,6 +963,8 @@ class Store:
             There is none of that name.
         FormatError
             A block map is damaged or missing.
+        ValueError
+            The arguments do not name two states.
         """
         return usages.diff(self._opened, name, a, b)
 
@@ -798,6 +1021,11 @@ class Store:
     def close(self) -> None:
         """Close the store, and the volumes that are still open in it. Idempotent."""
         self._opened.close()
+
+
+def _open_again(path: str, trust: bool) -> Store:
+    """Open the store that was pickled; it must be there still."""
+    return Store(path, create=False, trust=trust)
 
 
 def _check_geometry(block_size: int, wipe: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ operations/ has a module for each thing that is done to it.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from onionskin.base.naming import check_name, check_note
 from onionskin.base.progress import Progress
@@ -95,6 +95,24 @@ class Volume:
 
     def __repr__(self) -> str:
         return repr(self._opened)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Volume cannot be pickled, since one process has its lock; pickle its store and its name, and open it there"
+        )
+
+    def __getitem__(self, index: slice) -> bytes:
+        """Return the bytes of a slice, which is cut at the end of the disk as Python does; its step is 1.
+
+        A number is refused: for a disk it could mean a byte as well as a block, and Python would read a disk byte by
+        byte where somebody loops over it by mistake.
+        """
+        if not isinstance(index, slice):
+            raise TypeError("a disk is read by slices, such as volume[512:1024]; volume.read_blocks takes blocks")
+        start, stop, step = index.indices(self.size_bytes)
+        if step != 1:
+            raise ValueError(f"the bytes of a disk are read one after the other, not every {step}; slice what was read")
+        return self.read(start, max(stop - start, 0))
 
     def __enter__(self) -> "Volume":
         return self
@@ -383,15 +401,17 @@ class Volume:
         """The volume's snapshots, oldest first."""
         return list_snapshots(self._opened.store.catalog, self._opened.row)
 
-    def snapshot(self, name: str, note: str = "", *, guid: str | None = None) -> Snapshot:
+    def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Name the disk as it is now. Everything written before the call is in it, and durable on return.
 
         Other threads may read and write meanwhile; what they write while it runs may be in it or not.
 
         Parameters
         ----------
-        name : str
-            At most 255 bytes, without '/', '@' and control characters.
+        name : str, optional
+            At most 255 bytes, without '/', '@' and control characters. By default the time in UTC, as
+            ``20261126T071101.123Z``: such names sort as they were taken, and of several in one millisecond each later one
+            has the next that is free.
         note : str
             Kept with it; at most 64 KiB.
         guid : str, optional
@@ -409,7 +429,7 @@ class Volume:
         OSError
             ENOSPC: no snapshot was taken, the volume goes on.
         """
-        name = check_name("snapshot", name)
+        name = None if name is None else check_name("snapshot", name)
         note = check_note(note)
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         return snapshots.take(self._opened.to_write(), name, note, guid_bytes)
@@ -452,7 +472,7 @@ class Volume:
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            A descendant has a name and `recursive` is not given, or a clone needs one; some are listed.
+            A descendant has a name and `recursive` is not given, a clone needs one, or somebody holds one; some are listed.
         """
         snapshots.discard(self._opened.to_write(), name, recursive=recursive)
 

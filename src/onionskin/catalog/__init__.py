@@ -7,6 +7,7 @@ other rooms ask; none of them writes SQL itself.
 from onionskin.catalog.queries import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
+    HoldRow,
     LayerRow,
     PendingRow,
     Row,
@@ -23,6 +24,7 @@ __all__ = [
     "BaseRow",
     "Catalog",
     "CommitUnknownError",
+    "HoldRow",
     "LayerRow",
     "PendingRow",
     "Row",

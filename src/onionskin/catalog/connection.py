@@ -27,6 +27,7 @@ from onionskin.catalog.rows import (
     COLUMNS,
     TABLES,
     BaseRow,
+    HoldRow,
     LayerRow,
     Row,
     SegmentRow,
@@ -110,7 +111,7 @@ class Connection:
         found: list[tuple[str, str, str]] = []
         with self.reading():
             for kind, sound in SOUND_ROW.items():
-                key = "layer" if kind is SnapshotRow else "id"
+                key = "layer" if kind in (SnapshotRow, HoldRow) else "id"
                 for (id,) in self._connection.execute(
                     f"SELECT {key} FROM {TABLES[kind]} WHERE NOT coalesce({sound}, 0)"
                 ):
@@ -380,7 +381,7 @@ class Connection:
         """Return all sound rows of a table, in no order: one bad row does not hide the others."""
         return self.sound_rows(kind)
 
-    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow) -> None:
+    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow | HoldRow) -> None:
         """Add a row. Inside a transaction."""
         kind = type(row)
         columns = COLUMNS[kind]
@@ -390,10 +391,11 @@ class Connection:
         self._execute(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", *values)
 
     def update(self, kind: type, id: bytes | int, **values: Any) -> None:
-        """Change columns of the row with this id. Inside a transaction."""
+        """Change columns of the row with this id, or of the snapshot of this layer. Inside a transaction."""
         check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
-        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE id = ?", *values.values(), id)
+        key = "layer" if kind is SnapshotRow else "id"
+        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {key} = ?", *values.values(), id)
 
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""

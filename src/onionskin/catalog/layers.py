@@ -63,10 +63,6 @@ class Layers(Connection):
         """Whether a layer has this map; the layer's row may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
-    def layers_by_age(self) -> list[LayerRow]:
-        """Return all layers, the oldest first; unsound rows are left out."""
-        return self.sound_rows(LayerRow, "1 ORDER BY created_ns")
-
     def remove_layer(self, id: bytes) -> None:
         """Remove the row of a layer, which has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)

@@ -76,6 +76,15 @@ class SnapshotRow:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldRow:
+    """Somebody who needs the snapshot of a layer: as long as there is one, its name is not dropped."""
+
+    layer: bytes
+    holder: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class PendingRow:
     """Work that has to be done before it is forgotten.
 
@@ -93,13 +102,14 @@ class PendingRow:
     done_bytes: int = 0
 
 
-Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, PendingRow)
+Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, HoldRow, PendingRow)
 TABLES: dict[type, str] = {
     BaseRow: "bases",
     LayerRow: "layers",
     SegmentRow: "segments",
     VolumeRow: "volumes",
     SnapshotRow: "snapshots",
+    HoldRow: "holds",
     PendingRow: "pending",
 }
 COLUMNS = {kind: tuple(field.name for field in fields(kind)) for kind in TABLES}

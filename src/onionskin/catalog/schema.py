@@ -10,13 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.catalog.rows import BaseRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog.rows import BaseRow, HoldRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _NUMBER_MAX = (1 << 62) - 1
 
-SCHEMA = """
+# By layer, as a snapshot's name may change. The reference keeps a name that is held also from code that does not ask.
+_HOLDS = """CREATE TABLE holds (
+    layer BLOB NOT NULL REFERENCES snapshots (layer), holder TEXT NOT NULL, created_ns INTEGER NOT NULL,
+    PRIMARY KEY (layer, holder)) WITHOUT ROWID"""
+
+SCHEMA = f"""
 CREATE TABLE store (uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL);
 CREATE TABLE bases (
     id BLOB PRIMARY KEY, path TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
@@ -38,6 +43,7 @@ CREATE TABLE snapshots (
     volume BLOB NOT NULL REFERENCES volumes, name TEXT NOT NULL, layer BLOB NOT NULL UNIQUE REFERENCES layers,
     guid BLOB NOT NULL, created_ns INTEGER NOT NULL, note TEXT NOT NULL, number INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (volume, name)) WITHOUT ROWID;
+{_HOLDS};
 CREATE TABLE pending (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, target BLOB NOT NULL, lock_byte INTEGER NOT NULL,
     wipe TEXT NOT NULL, done_bytes INTEGER NOT NULL DEFAULT 0);
@@ -63,8 +69,16 @@ def _number_snapshots(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX pending_kind ON pending (kind)")
 
 
+def _add_holds(connection: sqlite3.Connection) -> None:
+    connection.execute(_HOLDS)
+
+
 # The steps that bring a catalog of each older version to the next one.
-UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_done_bytes, 2: _number_snapshots}
+UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
+    1: _add_done_bytes,
+    2: _number_snapshots,
+    3: _add_holds,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +148,7 @@ VALUES: dict[type, dict[str, Value]] = {
         "volume": _ID, "name": _text(1), "layer": _ID, "guid": _ID, "created_ns": _INTEGER, "note": _text(),
         "number": _number(0),
     },
+    HoldRow: {"layer": _ID, "holder": _text(1), "created_ns": _INTEGER},
     PendingRow: {
         "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
         "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),

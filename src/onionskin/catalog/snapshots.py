@@ -1,10 +1,11 @@
-"""What is asked of the catalog about snapshots: the names of sealed layers."""
+"""What is asked of the catalog about snapshots, which are the names of sealed layers, and about who holds them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.layers import LAYERS_BELOW
-from onionskin.catalog.rows import SnapshotRow
+from onionskin.catalog.rows import HoldRow, SnapshotRow
 
 _LAYERS_TO_NEAREST = (  # a layer and those below it, down to the first that has a name in a volume
     "WITH RECURSIVE below(id) AS (SELECT ? UNION ALL SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
@@ -78,3 +79,15 @@ class Snapshots(Connection):
     def remove_snapshots_of(self, volume: bytes) -> None:
         """Take all snapshots of a volume away; their layers stay. Inside a transaction."""
         self.delete(SnapshotRow, "volume = ?", volume)
+
+    def update_snapshot(self, layer: bytes, **values: Any) -> None:
+        """Change columns of the snapshot of this layer. Inside a transaction."""
+        self.update(SnapshotRow, layer, **values)
+
+    def holds_on(self, layers: Iterable[bytes]) -> list[HoldRow]:
+        """Return the holds on the snapshots of these layers, oldest first."""
+        return sorted(self.rows_in(HoldRow, "layer", layers), key=lambda row: (row.created_ns, row.holder))
+
+    def drop_hold(self, layer: bytes, holder: str) -> None:
+        """Remove a hold. Inside a transaction."""
+        self.delete(HoldRow, "layer = ? AND holder = ?", layer, holder)

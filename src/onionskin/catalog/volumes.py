@@ -1,7 +1,7 @@
 """What is asked of the catalog about volumes: their names and their heads.
 
-A volume whose name begins with '@' is a draft. `volume`, `listed_heads` and `draft_volumes` tell drafts from the others; all
-other queries take both.
+A volume whose name begins with '@' is a draft. `volume`, `has_volume`, `volume_names`, `volume_count`, `listed_heads` and
+`draft_volumes` tell drafts from the others; all other queries take both.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,8 @@ from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import DRAFT_PREFIX, TABLES, LayerRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
 from onionskin.errors import VolumeNotFoundError
+
+_NO_DRAFT = "substr(name, 1, 1) != ?"
 
 
 class Volumes(Connection):
@@ -48,6 +50,19 @@ class Volumes(Connection):
     def volumes_by_name(self) -> list[VolumeRow]:
         """Return all volumes, in the order of their names."""
         return self.rows(VolumeRow, "1 ORDER BY name")
+
+    def volume_names(self) -> list[str]:
+        """Return the names of all volumes that are no drafts, sorted; unsound rows are left out."""
+        return [name for (name,) in self.values(VolumeRow, "name", f"{_NO_DRAFT} ORDER BY name", DRAFT_PREFIX)]
+
+    def volume_count(self) -> int:
+        """Return how many volumes there are that are no drafts; unsound rows do not count."""
+        ((count,),) = self.values(VolumeRow, "count(*)", _NO_DRAFT, DRAFT_PREFIX)
+        return int(count)
+
+    def has_volume(self, name: str) -> bool:
+        """Whether there is a volume of that name, which no draft is; its row may be unsound."""
+        return self.has(VolumeRow, f"name = ? AND {_NO_DRAFT}", name, DRAFT_PREFIX)
 
     def draft_volumes(self) -> list[VolumeRow]:
         """Return the volumes that have no name yet, in the order of their ids; unsound rows are left out."""

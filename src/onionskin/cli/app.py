@@ -9,6 +9,7 @@ from onionskin.cli import (
     compare,
     exchange,
     exit_status,
+    keeping,
     map,
     serve,
     snapshots,
@@ -24,6 +25,7 @@ _SECTIONS = {
         volumes.delete,
     ),
     "Snapshots": (snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
+    "Keep snapshots, and how long": (keeping.hold, keeping.unhold, keeping.holds, keeping.note, keeping.prune),
     "Look": (
         *(volumes.tree, volumes.list_volumes, volumes.info, snapshots.usage, snapshots.diff, compare.compare),
         map.map_,

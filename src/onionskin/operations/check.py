@@ -22,6 +22,7 @@ from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import load_map, open_map
 from onionskin.storage.chain import check_base
+from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
@@ -285,7 +286,7 @@ def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
 
 def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
     for directory in (store.layout.layers, store.layout.segments, store.layout.volumes):
-        with os.scandir(directory) as entries:
+        with listed(directory) as entries:
             yield from sorted(entries, key=lambda entry: entry.name)
 
 

@@ -4,7 +4,6 @@ What must hold: nothing is asked once for each volume, layer or segment, of the 
 a store may have a hundred thousand of them.
 """
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import StateError
+from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
@@ -94,7 +94,7 @@ def _holder(store: OpenStore, volume: bytes) -> int | None:
 def _lock_files_in_use(store: OpenStore) -> set[str]:
     """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
     names = set()
-    with os.scandir(store.layout.volumes) as entries:
+    with listed(store.layout.volumes) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 if entry.name.endswith(".lock") and entry.stat(follow_symlinks=False).st_size:
@@ -121,11 +121,13 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
     """Return the bases and the roots that stand on nothing, each with what stands on it."""
     catalog = store.catalog
     with catalog.reading():
-        layers = catalog.layers_by_age()
+        layers = catalog.all_sound(LayerRow)
         volumes = {row.id: row for row in catalog.all_sound(VolumeRow)}
         names = {row.layer: row for row in catalog.all_sound(SnapshotRow) if row.volume in volumes}
         bases = catalog.bases_by_path()
         segments = catalog.all_sound(SegmentRow)
+    # Both kinds of numbers come from one counter; the clock may have gone back.
+    layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)
     heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
     nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
@@ -141,7 +143,7 @@ def _bytes_of_layers(store: OpenStore, layers: Iterable[LayerRow], segments: Ite
     """Return what the segments of each layer take on the disk."""
     owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
     held = {layer.id: 0 for layer in layers}
-    with os.scandir(store.layout.segments) as entries:
+    with listed(store.layout.segments) as entries:
         for entry in entries:
             owner = owners.get(entry.name)
             if owner in held:

@@ -18,8 +18,8 @@ from onionskin.catalog.tree import (
     unnamed_around,
     users_of,
 )
-from onionskin.errors import SnapshotExistsError, StateError
-from onionskin.operations import reclaim
+from onionskin.errors import StateError
+from onionskin.operations import holds, reclaim, snapshot_names
 from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
@@ -30,7 +30,7 @@ from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
 
 
-def take(volume: OpenHead, name: str, note: str, guid: bytes) -> Snapshot:
+def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
     """Name the disk as it is now. See `Volume.snapshot`."""
     with volume.operation(during_merge=True):
         catalog = volume.store.catalog
@@ -38,16 +38,15 @@ def take(volume: OpenHead, name: str, note: str, guid: bytes) -> Snapshot:
 
         def check_free() -> None:
             volume.refuse_half_merged()
-            if catalog.has_snapshot_named(volume.row.id, name):
-                raise SnapshotExistsError(
-                    f"volume {volume.name!r} already has a snapshot {name!r}; choose another name"
-                )
+            if name is not None:
+                snapshot_names.refuse_taken(catalog, volume.row.id, volume.name, name)
 
         def name_it(sealed: LayerRow, head: LayerRow) -> None:
             # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
             # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
             number = head.map_lock_byte
-            row = SnapshotRow(volume.row.id, name, sealed.id, guid, head.created_ns, note, number)
+            called = name or snapshot_names.name_of_time(catalog, volume.row.id, head.created_ns)
+            row = SnapshotRow(volume.row.id, called, sealed.id, guid, head.created_ns, note, number)
             taken.append(describe_snapshot(catalog, volume.row, row, sealed))
             catalog.insert(row)
 
@@ -99,6 +98,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
             above = descendants(catalog, layer)
             _refuse_discard(volume, name, above, recursive)
             named = [*above, layer]
+            holds.refuse_held(catalog, named)
             for id in named:
                 catalog.remove_snapshot_of_layer(id)
             for id in named:
@@ -139,6 +139,7 @@ def merge(volume: OpenHead, name: str) -> None:
         around = unnamed_around(catalog, row.layer)
 
         def drop() -> None:
+            holds.refuse_held(catalog, [row.layer])
             catalog.remove_snapshot(volume.row.id, name)
             free_unneeded(catalog, row.layer)
 

@@ -1,5 +1,8 @@
 """Where the files of a store are. Paths in the catalog are relative to the store, so that it can be moved whole."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +80,15 @@ class Layout:
     def volume_control(self, uuid: bytes) -> Path:
         """The control socket of the server of a volume."""
         return self.volumes / f"{uuid.hex()}.control"
+
+
+@contextmanager
+def listed(directory: Path) -> "Iterator[Iterator[os.DirEntry[str]]]":
+    """List a directory of a store. One that is not there is empty: a copy that is only read may have been made without it."""
+    try:
+        entries = os.scandir(directory)
+    except FileNotFoundError:
+        yield iter(())
+        return
+    with entries:
+        yield entries

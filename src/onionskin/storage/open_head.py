@@ -115,7 +115,11 @@ class OpenDisk(ABC):
 
     def __repr__(self) -> str:
         at = f"@{self.snapshot_name}" if self.snapshot_name else ""
-        return f"<Volume {self.store.path}/{self.name}{at}{' closed' if self._closed else ''}>"
+        if self._closed or self._forked:
+            state = "closed" if self._closed else "lost in a fork"
+        else:
+            state = "poisoned" if self.path.poisoned else "open" if self.writable else "read-only"
+        return f"<Volume {self.store.path}/{self.name}{at} {state}>"
 
     def follow(self, told: "Callable[[DataPath], None]") -> None:
         """Have a method called with each new data path, before the old one is closed. It is held weakly; must not raise."""

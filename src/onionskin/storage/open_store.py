@@ -119,6 +119,9 @@ class OpenStore:
             refuse_foreign(self.layout)
         refuse_links(self.layout)
         self.read_only: bool = self.layout.catalog.exists() and not can_be_written(self.layout.catalog)
+        if not self.read_only and self.layout.catalog.exists():
+            with suppress(OSError):  # what needs it says so
+                self._make_parts()
         self.reserve: Reserve = Reserve(self.layout, read_only=self.read_only)
         self.catalog: Catalog = self._open_catalog(create)
         try:
@@ -128,6 +131,11 @@ class OpenStore:
             self.catalog.close()
             raise
         forking.register(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is what a fork left in the child."""
+        return self._closed
 
     def _open_catalog(self, create: bool) -> Catalog:
         """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
@@ -156,10 +164,18 @@ class OpenStore:
                 (refuse_other_group if was_there else make_shared)(directory, group)
             with suppress(PermissionError):  # somebody else's directory, so not one that we made
                 sync_directory(directory.parent)  # BARRIER: store name
+        self._make_parts()
+
+    def _make_parts(self) -> None:
+        """Make the directories that a store consists of, where they are not there: copies of it may leave out empty ones."""
         for name in DIRECTORIES:
-            (self.layout.root / name).mkdir(exist_ok=True, mode=0o700)
-            if is_shared(self.layout.root):
-                make_shared(self.layout.root / name, self.layout.root.stat().st_gid)
+            with suppress(FileExistsError):
+                (self.layout.root / name).mkdir(mode=0o700)
+                found = self.layout.root.stat()
+                if os.geteuid() == 0:  # in a store that belongs to somebody else, the owner goes on with it
+                    os.chown(self.layout.root / name, found.st_uid, found.st_gid)
+                if is_shared(self.layout.root):
+                    make_shared(self.layout.root / name, found.st_gid)
 
     def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
         """Open a head for the holder of its volume's lock."""

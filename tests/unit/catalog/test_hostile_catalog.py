@@ -36,7 +36,7 @@ COLUMNS = [
     (statement.split()[2], column.split()[0])
     for statement in SCHEMA.strip().split(";\n")
     if statement.startswith("CREATE TABLE")
-    for column in statement[statement.index("(") + 1 :].split("PRIMARY KEY (volume")[0].replace("\n", " ").split(", ")
+    for column in statement[statement.index("(") + 1 :].split("PRIMARY KEY (")[0].replace("\n", " ").split(", ")
     if column.strip(" );")
 ]
 
@@ -55,6 +55,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             web.trim(0, 4096)
         store.create("db", size="8M", wipe="zero").close()
         store.clone("web", "a", "copy")
+        store.hold("web", "a", "backup")
         with store._opened.catalog.transaction():
             row = store._opened.catalog.rows(SegmentRow)[0]
             store._opened.catalog.add_pending("scrub", row.id, row.lock_byte, "zero")
@@ -81,6 +82,8 @@ def use(path: Path) -> None:
         write_and_take_back,
         lambda store: store.clone("web", "b", "another"),
         lambda store: store.rename("copy", "other"),
+        lambda store: store.holds("web"),
+        lambda store: store.unhold("web", "a", "backup"),
         lambda store: store.delete("web", recursive=True),
         lambda store: store.check(repair=True),
     ]
@@ -107,7 +110,7 @@ def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: P
         path = tmp_path / f"{row}-{VALUES.index(value)}"
         shutil.copytree(store_path, path)
         with suppress(sqlite3.IntegrityError), closing(sqlite3.connect(path / "catalog.db")) as catalog:
-            key = {"store": "uuid", "snapshots": "layer"}.get(table, "id")
+            key = {"store": "uuid", "snapshots": "layer", "holds": "layer"}.get(table, "id")
             (found,) = catalog.execute(f"SELECT {key} FROM {table} LIMIT 1 OFFSET {row}").fetchone()
             catalog.execute(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (value, found))
             catalog.commit()

@@ -169,6 +169,7 @@ def test_a_store_that_knows_no_progress_is_opened_and_learns_to(web: onionskin.V
     with sqlite3.connect(web.store.path / "catalog.db") as catalog:
         catalog.execute("ALTER TABLE pending DROP COLUMN done_bytes")
         catalog.execute("ALTER TABLE snapshots DROP COLUMN number")
+        catalog.execute("DROP TABLE holds")
         for index in ("layers_base", "pending_target", "pending_kind"):
             catalog.execute(f"DROP INDEX {index}")
         catalog.execute("PRAGMA user_version = 1")

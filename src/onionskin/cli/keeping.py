@@ -1,0 +1,164 @@
+"""The verbs that say which snapshots stay: hold, unhold, holds, prune, and note, which says why."""
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli.output import json_option
+from onionskin.cli.snapshots import find_snapshot, snapshot_value
+
+if TYPE_CHECKING:
+    from onionskin.operations.prune import Retention, Rules
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+
+
+class DurationType(click.ParamType):  # type: ignore[type-arg]
+    """A time such as 36h, 14d or 8w."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Parse the text, or fail as a usage error."""
+        if isinstance(value, timedelta):
+            return value
+        found = re.fullmatch(r"(\d{1,6})([hdw])", value)
+        if not found:
+            self.fail(
+                f"{value!r} is no time; write a number of hours, days or weeks, such as 36h, 14d or 8w", param, ctx
+            )
+        return int(found[1]) * _UNITS[found[2]]
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("holder")
+@trust_option
+@json_option
+def hold(name: Name, holder: str, as_json: bool) -> None:
+    """Keep a snapshot from being discarded, merged or deleted.
+
+    HOLDER says who needs it, and lets it go with unhold.
+    """
+    with name.open_store() as store:
+        store.hold(name.volume, name.required_snapshot, holder)
+    output.tell(as_json, _hold_value(name, holder), lambda: f"{name} is held by {holder}")
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("holder")
+@trust_option
+@json_option
+def unhold(name: Name, holder: str, as_json: bool) -> None:
+    """Let a snapshot go that HOLDER held."""
+    with name.open_store() as store:
+        store.unhold(name.volume, name.required_snapshot, holder)
+    output.tell(as_json, _hold_value(name, holder), lambda: f"{name} is not held by {holder} any more")
+
+
+def _hold_value(name: Name, holder: str) -> dict[str, Any]:
+    return {"volume": name.volume, "snapshot": name.snapshot, "holder": holder}
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@trust_option
+@json_option
+def holds(name: Name, as_json: bool) -> None:
+    """List who holds a snapshot, or any of a volume."""
+    with name.open_store() as store:
+        found = store.holds(name.volume, name.snapshot)
+    value = [
+        {"snapshot": one.snapshot, "holder": one.holder, "created": output.timestamp(one.created)} for one in found
+    ]
+    rows = [(one.snapshot, one.holder, output.when(one.created)) for one in found]
+    output.show(as_json, value, lambda: output.table(("SNAPSHOT", "HOLDER", "SINCE"), rows))
+
+
+@click.command()
+@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("text")
+@trust_option
+@json_option
+def note(name: Name, text: str, as_json: bool) -> None:
+    """Put a note in the place of a snapshot's; "" takes it away."""
+    with name.open_store() as store:
+        store.set_note(name.volume, name.required_snapshot, text)
+        value = snapshot_value(find_snapshot(store.snapshots(name.volume), name))
+    output.tell(as_json, value, lambda: f"noted with {name}" if text else f"{name} has no note any more")
+
+
+def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
+    return click.option(f"--keep-{what}", type=click.IntRange(min=-1), default=0, metavar="N", help=help)
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@_keep("last", "Keep the N newest; here and below -1 keeps all.")
+@_keep("hourly", "Keep the newest of each of the last N hours that have one.")
+@_keep("daily", "Keep the newest of each of the last N days that have one.")
+@_keep("weekly", "Keep the newest of each of the last N weeks that have one.")
+@_keep("monthly", "Keep the newest of each of the last N months that have one.")
+@_keep("yearly", "Keep the newest of each of the last N years that have one.")
+@click.option(
+    "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
+)
+@click.option("--time-zone", default="UTC", metavar="NAME", help="Whose clock says where a day ends, as Europe/Berlin.")
+@click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be.")
+@trust_option
+@json_option
+def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any) -> None:
+    """Drop the names of the snapshots that no rule keeps.
+
+    The rules are restic's, and one that keeps is enough. What is held is kept. A name is dropped as by merge: the disk,
+    clones and the snapshots that stay read as before.
+    """
+    from onionskin.operations.prune import retained
+
+    rules = _rules(keep, time_zone)
+    with name.open_store() as store:
+        held = {one.snapshot for one in store.holds(name.volume)}
+        found = retained(store.snapshots(name.volume), rules, held=held)
+    if not dry_run and any(not one.kept_by for one in found):
+        with name.open_volume() as (_, volume):
+            for one in found:
+                if not one.kept_by:
+                    volume.merge(one.snapshot)
+    value = [
+        {"snapshot": one.snapshot, "created": output.timestamp(one.created), "kept_by": list(one.kept_by)}
+        for one in found
+    ]
+    output.tell(as_json, value, lambda: _drawn(found, dry_run))
+
+
+def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":
+    from zoneinfo import ZoneInfo
+
+    from onionskin.operations.prune import Rules
+
+    try:
+        zone = ZoneInfo(time_zone)
+    except (LookupError, OSError, ValueError) as error:
+        raise click.UsageError(
+            f"there is no time zone {time_zone!r} here; write UTC, or a name as Europe/Berlin"
+        ) from error
+    rules = Rules(**{what.removeprefix("keep_"): count for what, count in keep.items()}, zone=zone)
+    try:
+        rules.check()
+    except ValueError as error:
+        raise click.UsageError("no rule says what to keep, so nothing would be; give one, as --keep-last 3") from error
+    return rules
+
+
+def _drawn(found: "list[Retention]", dry_run: bool) -> str:
+    dropped = "would be dropped" if dry_run else "dropped"
+    rows = [(one.snapshot, output.when(one.created), ", ".join(one.kept_by) or dropped) for one in found]
+    return output.table(("SNAPSHOT", "TAKEN", "KEPT BY"), rows)

@@ -1,0 +1,89 @@
+"""Holds: who needs a snapshot, so that nobody drops its name.
+
+What must hold: `refuse_held` is asked inside each transaction that drops a snapshot's name, whatever for, so that no hold
+comes between the question and the drop. The catalog's own reference from a hold to its snapshot is behind it.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from onionskin.base.naming import check_name, some_of
+from onionskin.catalog import Catalog, HoldRow
+from onionskin.catalog.tree import find_snapshot, when
+from onionskin.errors import StateError
+from onionskin.storage.open_store import OpenStore
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Somebody who needs a snapshot: it is not discarded, merged or deleted, and neither is its volume.
+
+    Attributes
+    ----------
+    snapshot : str
+    holder : str
+        Who it is, in words of their own choice.
+    created : datetime.datetime
+        Since when, in UTC.
+    """
+
+    snapshot: str
+    holder: str
+    created: datetime
+
+
+def refuse_held(catalog: Catalog, layers: Iterable[bytes]) -> None:
+    """Raise StateError where a snapshot of one of these layers is held. Inside the transaction that would drop it."""
+    held = catalog.holds_on(layers)
+    if not held:
+        return
+    names = []
+    for hold in held:
+        row = catalog.snapshot_of_layer(hold.layer)
+        volume = catalog.volume_with_id(row.volume) if row else None
+        of = f"{volume.name}@{row.name}" if row and volume else hold.layer.hex()  # in a damaged catalog
+        names.append(f"{of} by {hold.holder!r}")
+    raise StateError(
+        f"held: {some_of(names)}; nothing was dropped; who held it lets it go with 'onionskin unhold', or Store.unhold"
+    )
+
+
+def hold(store: OpenStore, volume: str, snapshot: str, holder: str) -> None:
+    """Keep a snapshot until the holder lets it go."""
+    holder = check_name("holder", holder)
+
+    def change() -> None:
+        row = find_snapshot(store.catalog, store.catalog.volume(volume), snapshot)
+        if any(found.holder == holder for found in store.catalog.holds_on([row.layer])):
+            raise StateError(f"{volume}@{snapshot} is held by {holder!r} already; choose another name for this holder")
+        store.catalog.insert(HoldRow(row.layer, holder, time.time_ns()))
+
+    store.change(change)
+
+
+def unhold(store: OpenStore, volume: str, snapshot: str, holder: str) -> None:
+    """Let a snapshot go."""
+
+    def change() -> None:
+        row = find_snapshot(store.catalog, store.catalog.volume(volume), snapshot)
+        holders = [found.holder for found in store.catalog.holds_on([row.layer])]
+        if holder not in holders:
+            by = f"held by {some_of(holders)}" if holders else "held by nobody"
+            raise StateError(f"{volume}@{snapshot} is not held by {holder!r}; it is {by}")
+        store.catalog.drop_hold(row.layer, holder)
+
+    store.change(change)
+
+
+def holds(store: OpenStore, volume: str, snapshot: str | None) -> list[Hold]:
+    """Return who holds a snapshot of a volume, or any of them: in the order of taking, and of holding."""
+    catalog = store.catalog
+    with catalog.reading():
+        row = catalog.volume(volume)
+        rows = catalog.snapshots_of(row.id) if snapshot is None else [find_snapshot(catalog, row, snapshot)]
+        found = catalog.holds_on([one.layer for one in rows])
+    places = {one.layer: place for place, one in enumerate(rows)}
+    found.sort(key=lambda hold: places[hold.layer])
+    return [Hold(rows[places[one.layer]].name, one.holder, when(one.created_ns)) for one in found]

@@ -1,0 +1,57 @@
+"""What a snapshot is called, and what is noted with it: both may change later.
+
+What must hold: what a name means is asked inside the transaction that changes it. What is open goes on, as it is bound to a
+layer, which keeps its id; so do clones, holds, and the GUID by which other stores know the snapshot.
+"""
+
+from datetime import UTC, datetime
+
+from onionskin.base.naming import check_name, check_note
+from onionskin.catalog import Catalog
+from onionskin.catalog.tree import find_snapshot
+from onionskin.errors import SnapshotExistsError
+from onionskin.storage.open_store import OpenStore
+
+
+def rename(store: OpenStore, volume: str, name: str, new_name: str) -> None:
+    """Give a snapshot another name."""
+    new_name = check_name("snapshot", new_name)
+
+    def change() -> None:
+        row = find_snapshot(store.catalog, store.catalog.volume(volume), name)
+        if new_name != name:
+            refuse_taken(store.catalog, row.volume, volume, new_name)
+            store.catalog.update_snapshot(row.layer, name=new_name)
+
+    store.change(change)
+
+
+def set_note(store: OpenStore, volume: str, name: str, note: str) -> None:
+    """Put another note in the place of a snapshot's."""
+    note = check_note(note)
+
+    def change() -> None:
+        row = find_snapshot(store.catalog, store.catalog.volume(volume), name)
+        store.catalog.update_snapshot(row.layer, note=note)
+
+    store.change(change)
+
+
+def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:
+    """Return a name for a snapshot that was given none: the time in UTC, or the next millisecond whose name is free.
+
+    Inside the transaction that takes it. Such names are of one length, so they sort by the time.
+    """
+    milliseconds = time_ns // 1_000_000
+    while True:
+        second = datetime.fromtimestamp(milliseconds // 1000, UTC)
+        name = f"{second:%Y%m%dT%H%M%S}.{milliseconds % 1000:03}Z"
+        if not catalog.has_snapshot_named(volume_id, name):
+            return name
+        milliseconds += 1
+
+
+def refuse_taken(catalog: Catalog, volume_id: bytes, volume: str, name: str) -> None:
+    """Raise SnapshotExistsError where a volume has a snapshot of that name. Inside the transaction that gives it."""
+    if catalog.has_snapshot_named(volume_id, name):
+        raise SnapshotExistsError(f"volume {volume!r} already has a snapshot {name!r}; choose another name")
