@@ -127,11 +127,13 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
     volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
     if (!volume->next_numbers)
         return -ENOMEM;
-    int status = onion_head_log_create(volume, log);
+    int status = onion_site_set(onion_head_log_create(volume, log), log->path, 0);
     if (status == 0)
         status = write_compact(volume, layer, log);
-    if (status == 0)
+    if (status == 0) {
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
+        onion_site_set(status, volume->layers_directory, 0);
+    }
     if (status < 0)
         drop_draft(volume, log);
     return status;

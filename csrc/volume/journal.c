@@ -392,6 +392,12 @@ static int grow(struct onion_volume *volume) {
     return status == -ENOSPC || status == -EDQUOT || status == -EFBIG ? ONION_E_JOURNAL_FULL : status;
 }
 
+int onion_journal_note_fault(struct onion_volume *volume, int status) {
+    const char *path = volume->journal.path;
+    /* A full half is overcome by a flush, and an error in the heap is one of no file. */
+    return path && status != ONION_E_JOURNAL_FULL ? onion_site_set(status, path, 0) : status;
+}
+
 int onion_journal_make_room(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
     int status = journal->header ? grow(volume) : begin(volume);
@@ -400,7 +406,7 @@ int onion_journal_make_room(struct onion_volume *volume) {
         journal->path = NULL;
         return 0;
     }
-    return status;
+    return status < 0 ? onion_journal_note_fault(volume, status) : 0;
 }
 
 /* ---- a flush ---- */

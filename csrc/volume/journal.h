@@ -87,6 +87,8 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
 void onion_journal_leave_found(struct onion_volume *volume);
 /* Room for the record of one more change, and for one that names its segment. ONION_E_JOURNAL_FULL: a flush makes room. */
 int onion_journal_make_room(struct onion_volume *volume);
+/* Notes an error of the file of the journal for the message; returns `status`. The caller holds pending_lock. */
+int onion_journal_note_fault(struct onion_volume *volume, int status);
 /* Where the records go on from; when a head was opened. */
 void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner);
 /* Takes the pending records away, and switches to the other half. owner: the state that later records go on from.

@@ -50,7 +50,8 @@ static int put_record(void *context) {
 
 int onion_pending_put(struct onion_volume *volume, const struct onion_record *record) {
     struct put put = {volume, record};
-    return onion_fault_run(put_record, &put);
+    int status = onion_fault_run(put_record, &put);
+    return __builtin_expect(status < 0, 0) ? onion_journal_note_fault(volume, status) : status;
 }
 
 struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending) {

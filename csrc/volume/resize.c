@@ -64,8 +64,9 @@ static int hold_records(struct onion_volume *volume) {
     int status = onion_pending_make_room(volume);
     pending->is_held = status == 0;
     pending->join_from = pending->record_count;
+    status = status == ONION_E_JOURNAL_FULL ? onion_journal_note_fault(volume, -ENOSPC) : status;
     pthread_mutex_unlock(&volume->pending_lock);
-    return status == ONION_E_JOURNAL_FULL ? -ENOSPC : status;
+    return status;
 }
 
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {

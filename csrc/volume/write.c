@@ -126,11 +126,18 @@ static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t le
     return status;
 }
 
+static int no_room_in_journal(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->pending_lock);
+    int status = onion_journal_note_fault(volume, -ENOSPC);
+    pthread_mutex_unlock(&volume->pending_lock);
+    return status;
+}
+
 /* For a change that found no room for its record: a flush makes some. The gate is given up meanwhile, and stays so on an
  * error. */
 static int flush_for_room(struct onion_volume *volume, uint64_t offset, uint64_t length, uint32_t *attempts) {
     pthread_rwlock_unlock(&volume->gate);
-    int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : -ENOSPC;
+    int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : no_room_in_journal(volume);
     return status < 0 ? status : begin_write(volume, offset, length);
 }
 
