@@ -110,17 +110,17 @@ int onion_volume_read(struct onion_volume *volume, uint64_t offset, uint64_t len
 }
 
 static int read_batch(struct onion_volume *volume, const uint64_t *block_indices, size_t count, char *out) {
-    onion_place places[BATCH];
+    onion_location locations[BATCH];
     const char *addresses[BATCH];
-    onion_map_lookup_many(&volume->index, block_indices, count, places);
+    onion_map_lookup_many(&volume->index, block_indices, count, locations);
     for (size_t i = 0; i < count; i++) {
         addresses[i] = NULL;
-        if (onion_place_is_data(places[i])) {
-            int status = onion_segment_address(volume->segments[onion_place_segment(places[i])], &volume->epoch,
-                                               onion_place_slot(places[i]), 1, &addresses[i]);
+        if (onion_location_is_data(locations[i])) {
+            int status = onion_segment_address(volume->segments[onion_location_segment(locations[i])], &volume->epoch,
+                                               onion_location_slot(locations[i]), 1, &addresses[i]);
             if (status < 0)
                 return status;
-        } else if (places[i] == ONION_PLACE_HOLE) {
+        } else if (locations[i] == ONION_LOCATION_HOLE) {
             const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
             uint64_t offset = block_indices[i] << volume->block_shift;
             if (base && offset + volume->block_size <= base->length)
@@ -131,7 +131,7 @@ static int read_batch(struct onion_volume *volume, const uint64_t *block_indices
     for (size_t i = 0; i < count; i++, out += volume->block_size) {
         if (addresses[i])
             guarded_copy(out, addresses[i], volume->block_size);
-        else if (places[i] == ONION_PLACE_HOLE)
+        else if (locations[i] == ONION_LOCATION_HOLE)
             read_base(volume, block_indices[i] << volume->block_shift, volume->block_size, out);
         else
             memset(out, 0, volume->block_size);

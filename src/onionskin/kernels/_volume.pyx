@@ -33,14 +33,14 @@ cdef extern from "volume/volume.h" nogil:
         ONION_UUID_BYTES
         ONION_SEGMENT_FIRST
         ONION_SEGMENT_LAST
-    ctypedef uint64_t onion_place
+    ctypedef uint64_t onion_location
     struct onion_run:
         uint64_t block_index
         uint64_t block_count
-        onion_place place
-    bint onion_place_is_data(onion_place)
-    uint32_t onion_place_segment(onion_place)
-    uint32_t onion_place_slot(onion_place)
+        onion_location location
+    bint onion_location_is_data(onion_location)
+    uint32_t onion_location_segment(onion_location)
+    uint32_t onion_location_slot(onion_location)
 
     struct onion_volume
     struct onion_segment_ref:
@@ -57,8 +57,8 @@ cdef extern from "volume/volume.h" nogil:
     struct onion_head_source:
         const char *map_path
         unsigned char map_id[16]
-        const onion_segment_ref *adopted
-        uint32_t adopted_count
+        const onion_segment_ref *inherited
+        uint32_t inherited_count
         const void *own
         uint32_t own_count
         unsigned char spare[16]
@@ -104,9 +104,9 @@ cdef extern from "volume/volume.h" nogil:
     int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
     int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
     int onion_volume_wait_for_readers(onion_volume *)
-    uint64_t onion_volume_take_unreachable(onion_volume *)
-    int onion_volume_scrub_wanted(onion_volume *, void *, uint32_t)
-    void onion_volume_scrub_again(onion_volume *, const void *, uint32_t)
+    uint64_t onion_volume_take_unwipeable(onion_volume *)
+    int onion_volume_reclaim_wanted(onion_volume *, void *, uint32_t)
+    void onion_volume_reclaim_again(onion_volume *, const void *, uint32_t)
     int64_t onion_volume_unused_segments(onion_volume *, void *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
@@ -126,7 +126,7 @@ cdef extern from "volume/volume.h" nogil:
     int onion_volume_unflushed(onion_volume *)
     int onion_volume_freeze(onion_volume *, uint64_t)
     void onion_volume_thaw(onion_volume *)
-    int onion_volume_wants_compaction(onion_volume *)
+    int onion_volume_wants_compact_map(onion_volume *)
     int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
     int onion_volume_commit_below(onion_volume *)
     void onion_volume_abort_below(onion_volume *)
@@ -169,13 +169,13 @@ cdef enum:
     # More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
     VIEW_PIECES_MAX = 4096
     RUNS_AT_ONCE = 65536
-    SCRUBS_AT_ONCE = 256
-    # The share of a log that is dead is not worth to be asked for where the log has fewer records.
+    SEGMENTS_AT_ONCE = 256
+    # Of a log with fewer records, the share that is dead does not matter.
     RECORDS_OF_A_SMALL_LOG = 64
     INDEX_BYTES = sizeof(uint64_t)
     STATE_DATA = 1  # of dtypes.RUN
     STATE_ZERO = 2
-    SLOT_BITS = 32  # of a place; the segment's number stands over them
+    SLOT_BITS = 32  # of a location; the segment's number stands over them
 _ROLES = ("sealed", "adopted", "own")
 
 
@@ -569,8 +569,8 @@ cdef class DataPath:
         source.own_count = len(owned) // ONION_UUID_BYTES
         source.known_length, source.known_frames, source.known_crc = known
         cdef onion_segment_ref *refs = _segment_refs(adopted)
-        source.adopted = refs
-        source.adopted_count = len(adopted)
+        source.inherited = refs
+        source.inherited_count = len(adopted)
         try:
             with nogil:
                 if c_to_read:
@@ -843,7 +843,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
         if status < 0:
-            _raise(status, "scrub")
+            _raise(status, "reclaim")
         try:
             raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
         finally:
@@ -856,17 +856,17 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_wait_for_readers(self._volume)
         if status < 0:
-            _raise(status, "scrub")
+            _raise(status, "reclaim")
 
     def scrub_wanted(self):
-        """Return the ids of adopted segments in which slots became free since the last call.
+        """Return the ids of inherited segments in which slots became free since the last call.
 
         What is returned is forgotten here: whoever cannot write it down puts it back with `want_scrub`.
         """
-        cdef unsigned char ids[SCRUBS_AT_ONCE * ONION_UUID_BYTES]
+        cdef unsigned char ids[SEGMENTS_AT_ONCE * ONION_UUID_BYTES]
         cdef int count
         with nogil:
-            count = onion_volume_scrub_wanted(self._volume, ids, SCRUBS_AT_ONCE)
+            count = onion_volume_reclaim_wanted(self._volume, ids, SEGMENTS_AT_ONCE)
         return _ids(ids, count)
 
     def want_scrub(self, ids):
@@ -875,7 +875,7 @@ cdef class DataPath:
         cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
         cdef uint32_t count = len(joined) // ONION_UUID_BYTES
         with nogil:
-            onion_volume_scrub_again(self._volume, raw, count)
+            onion_volume_reclaim_again(self._volume, raw, count)
 
     def unused_segments(self):
         """Return the ids of segments that no block and no record of the head's log needs. Flushes.
@@ -893,14 +893,14 @@ cdef class DataPath:
             with nogil:
                 count = onion_volume_unused_segments(self._volume, ids, capacity)
             if count < 0:
-                _raise(<int>count, "scrub")
+                _raise(<int>count, "reclaim")
             return _ids(ids, min(count, capacity))
         finally:
             free(ids)
 
     def take_unreachable(self):
         """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
-        return onion_volume_take_unreachable(self._volume)
+        return onion_volume_take_unwipeable(self._volume)
 
     def map_dead_ratio(self):
         """Return the share of the head's log that a rewrite would save, 0.0 to 1.0."""
@@ -926,7 +926,7 @@ cdef class DataPath:
         """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
         cdef int status
         with nogil:
-            status = onion_volume_wants_compaction(self._volume)
+            status = onion_volume_wants_compact_map(self._volume)
         if status < 0:
             _raise(status, "flush")
         return status == 1
@@ -1071,7 +1071,7 @@ cdef class DataPath:
             The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest one, or, with
             `keep_base`, one that has all that is in the dropped segments. Segments that are open here stay what they are.
         dropped : sequence of bytes
-            Ids of segments that are read no more. Of those that the head wrote or adopted, only such that
+            Ids of segments that are read no more. Of those that the head wrote or inherited, only such that
             `unused_segments` returned.
         keep_base : bool
             The base stays what it is.
