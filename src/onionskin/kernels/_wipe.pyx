@@ -27,7 +27,7 @@ cdef extern from "bulk/wipe.h" nogil:
         uint64_t bytes_skipped
         uint64_t bytes_verified
         uint64_t bytes_punched
-        uint64_t bytes_unreachable
+        uint64_t bytes_unwipeable
         uint32_t filesystem_magic
         int copy_on_write
 
@@ -128,7 +128,7 @@ cdef class WipeJob:
         if status < 0:
             raise OSError(-status, os.strerror(-status), _path_of(self._fd))
         return WipeResult(result.bytes_wiped, result.bytes_skipped, result.bytes_verified, result.bytes_punched,
-                          result.bytes_unreachable, result.filesystem_magic, bool(result.copy_on_write))
+                          result.bytes_unwipeable, result.filesystem_magic, bool(result.copy_on_write))
 
 
 def _path_of(fd):
