@@ -6,7 +6,8 @@
 
 /* Makes a file's data, and the metadata needed to read it, durable. 0 or -errno. */
 int onion_sync_file(int fd);
-/* Begins to write a file's dirty pages out, so that a sync that follows has less to wait for. A hint: nothing is durable. */
+/* Begins to write a file's dirty pages out, so that a sync that follows has less to wait for. A hint: nothing is
+ * durable. */
 void onion_start_writing(int fd);
 /* Makes the names in a directory durable. 0 or -errno. */
 int onion_sync_directory(const char *path);

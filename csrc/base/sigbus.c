@@ -31,8 +31,8 @@ static void let_it_kill(void) {
     sigaction(SIGBUS, &standard, NULL);
 }
 
-/* What was installed over ours, and then had ours over it, may hand a signal on to us again: by a call, or by raising it
- * anew. Then it goes to what was there before both. A handler that is entered from within itself stands lower on the
+/* What was installed over ours, and then had ours over it, may hand a signal on to us again: by a call, or by raising
+ * it anew. Then it goes to what was there before both. A handler that is entered from within itself stands lower on the
  * stack. */
 static void pass_on(int signal_number, siginfo_t *info, void *ucontext) {
     uintptr_t frame = (uintptr_t)__builtin_frame_address(0), outer = outer_frame;

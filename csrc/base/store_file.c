@@ -12,8 +12,8 @@
 
 #include "base/linux_io.h"
 
-/* Holes in a log are what a crash leaves in its last frame, whose pages were not all written. Up to this length nothing is
- * asked; a longer file that has more holes than data was made by no flush. */
+/* Holes in a log are what a crash leaves in its last frame, whose pages were not all written. Up to this length nothing
+ * is asked; a longer file that has more holes than data was made by no flush. */
 #define SPARSE_BYTES_MAX (64ull << 20)
 
 int onion_open_file(const char *path, int flags) {

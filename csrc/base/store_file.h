@@ -10,11 +10,11 @@
 
 #include "base/status.h"
 
-/* A descriptor (close on exec) of the regular file at path, or -errno, or ONION_E_NOT_A_FILE: a symbolic link, a directory,
- * a pipe... flags and mode as for open(). */
+/* A descriptor (close on exec) of the regular file at path, or -errno, or ONION_E_NOT_A_FILE: a symbolic link, a
+ * directory, a pipe... flags and mode as for open(). */
 int onion_open_file(const char *path, int flags);
-/* Makes the file (O_RDWR); -EEXIST where anything has that name. Its mode is 0600, or 0660 in a directory that is shared with
- * its group: one with the set-group-ID bit whose group may write. */
+/* Makes the file (O_RDWR); -EEXIST where anything has that name. Its mode is 0600, or 0660 in a directory that is
+ * shared with its group: one with the set-group-ID bit whose group may write. */
 int onion_make_file(const char *path);
 
 struct onion_map_bytes {

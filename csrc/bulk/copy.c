@@ -15,9 +15,9 @@
  *   copy_file_range, 1 thread     0.52 0.53                 0.89 1.74
  *   copy_file_range, 2 threads    0.52 0.54                 1.01 1.65
  *
- * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). On a machine
- * with other work two threads that both write spin at the file's lock (copying alone: 0.9 s against 0.2 s with one), so
- * they take turns (begin_writing). */
+ * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). On a
+ * machine with other work two threads that both write spin at the file's lock (copying alone: 0.9 s against 0.2 s with
+ * one), so they take turns (begin_writing). */
 #define _GNU_SOURCE
 #include "bulk/copy.h"
 
@@ -233,16 +233,16 @@ static int share(struct copy_job *job, struct copy_piece *piece) {
     if (length == 0)
         return 0;
     begin_writing(job);
-    /* The clone takes these pages out of the cache too, and splits each folio that lies partly in the range, which costs
-     * as much again as the clone: 1,024 of 1 MiB took 75 ms on XFS, and 45 with this. */
+    /* The clone takes these pages out of the cache too, and splits each folio that lies partly in the range, which
+     * costs as much again as the clone: 1,024 of 1 MiB took 75 ms on XFS, and 45 with this. */
     onion_drop_cached(pair->destination, piece->destination_offset, length);
     status = onion_reflink(pair->source, piece->source_offset, pair->destination, piece->destination_offset, length);
     end_writing(job);
     if (status < 0)
         return status;
     if (status == 0) {
-        /* Where blocks cannot be shared a copy inside the kernel goes page by page through a pipe: 0.42 s of 1 GiB where
-         * a buffer takes 0.22 s. Only a file server does better. */
+        /* Where blocks cannot be shared a copy inside the kernel goes page by page through a pipe: 0.42 s of 1 GiB
+         * where a buffer takes 0.22 s. Only a file server does better. */
         __atomic_store_n(&pair->has_reflink, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&pair->has_range, onion_is_remote(pair->destination), __ATOMIC_RELAXED);
         return 0;
@@ -374,8 +374,8 @@ static int take_piece(struct copy_job *job, struct copy_piece *piece) {
     return taken;
 }
 
-/* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all of
- * it still to be written takes as long as the copy did. */
+/* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all
+ * of it still to be written takes as long as the copy did. */
 static void write_behind(struct copy_job *job, const struct copy_piece *done) {
     uint64_t from = 0, to = 0;
 
@@ -423,8 +423,8 @@ static void *copy_pieces(void *argument) {
 
 /* ---- before the threads start ---- */
 
-/* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into one
- * walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
+/* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into
+ * one walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
  * extents of 64 KiB into a fresh image of 4 GiB: 0.35 s so, 0.9 s in the order of the source. */
 static int compare_extents(const void *left, const void *right) {
     const struct onion_copy_extent *a = left, *b = right;
@@ -532,8 +532,8 @@ int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threa
     job.extent_count = join_extents(extents, extent_count);
     status = find_pairs(&job);
     if (status == 0) {
-        /* One thread for as long as blocks are shared: all of it is done under the destination's lock, and two threads that
-         * take turns at it are slower than one: 65 ms for 1,024 clones on XFS, and 56. */
+        /* One thread for as long as blocks are shared: all of it is done under the destination's lock, and two threads
+         * that take turns at it are slower than one: 65 ms for 1,024 clones on XFS, and 56. */
         job.alone = job.pairs[0].has_reflink;
         if (job.alone)
             copy_pieces(&job);

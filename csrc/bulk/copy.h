@@ -1,5 +1,5 @@
 /* copy.h: copies extents between files with several threads, for a merge into the base, flatten, export and the
- * gathering of segments.
+ * compaction of segments.
  *
  * An extent names open descriptors and byte offsets. The kernel never opens, creates, truncates or syncs a file.
  * Extents that continue each other on both sides are joined first. Each piece is copied by the first way that the

@@ -247,7 +247,7 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
     }
     result->bytes_wiped = job->bytes_taken;
     result->bytes_skipped = job->bytes_skipped;
-    result->bytes_unreachable = job->copy_on_write ? job->bytes_taken : job->bytes_shared;
+    result->bytes_unwipeable = job->copy_on_write ? job->bytes_taken : job->bytes_shared;
     return 0;
 }
 

@@ -33,10 +33,10 @@ struct onion_wipe_result {
     uint64_t bytes_skipped; /* holes: nothing to overwrite */
     uint64_t bytes_verified;
     uint64_t bytes_punched;
-    uint64_t bytes_unreachable; /* overwritten, but the old bytes are (also) elsewhere: shared or copy-on-write */
-    uint32_t filesystem_magic;  /* statfs f_type */
-    int sync_failed;            /* 1: the fdatasync failed, so other bytes written to this file may be lost too */
-    int copy_on_write;          /* 1: the file system does not overwrite in place */
+    uint64_t bytes_unwipeable; /* overwritten, but the old bytes are (also) elsewhere: shared or copy-on-write */
+    uint32_t filesystem_magic; /* statfs f_type */
+    int sync_failed;           /* 1: the fdatasync failed, so other bytes written to this file may be lost too */
+    int copy_on_write;         /* 1: the file system does not overwrite in place */
 };
 
 /* Does what the flags say to each range of fd (open for writing), with `threads` threads for the zeros (1 to 64).

@@ -4,7 +4,7 @@
  *
  *   0, and the rest 0    every block of the range is HOLE
  *   0                    address of a sparse leaf
- *   1  ENTRY_RUN         the whole range is one run; bits 63..16 are the place of its first block
+ *   1  ENTRY_RUN         the whole range is one run; bits 63..16 are the location of its first block
  *   2  ENTRY_DENSE       address of a dense leaf
  *
  * A sparse leaf is a list of runs in block order; what no run covers is HOLE. A run is one u64:
@@ -12,11 +12,11 @@
  *   63      55 54       48 47         32 31      0
  *   [ block   | length - 1 | segment    | slot    ]      block is counted within the range
  *
- * so the order of the numbers is the order of the blocks, and the low 48 bits are a place. A stretch of more than
+ * so the order of the numbers is the order of the blocks, and the low 48 bits are a location. A stretch of more than
  * RUN_BLOCKS_MAX blocks is cut into several runs. What is put beside blocks that it continues is joined with them, so a
  * range that fills in order stays at a few runs and ends as one entry of the root.
  *
- * A dense leaf has one place for each block of the range, and counts those that are not HOLE.
+ * A dense leaf has one location for each block of the range, and counts those that are not HOLE.
  *
  * A range at the end of a map that is shorter than the others never becomes ENTRY_RUN, so that ENTRY_RUN always means
  * all of 1 << range_shift blocks, and resizing has no entry to rewrite.
@@ -24,13 +24,13 @@
  * `touched` has a bit for each ROOT_PAGE_ENTRIES entries of the root, set before the first of them stops being HOLE
  * and never cleared. Walks skip by it what nothing was ever written to, and thereby do not fault it in.
  *
- * What a reader may see. Root entries, runs and dense places are loaded and stored as atomic u64, and what is published is
- * complete (release; the reader acquires). Beside readers, a sparse leaf changes only by
- *   - one store to a run that keeps its block (its length or place changes), or
+ * What a reader may see. Root entries, runs and dense locations are loaded and stored as atomic u64, and what is
+ * published is complete (release; the reader acquires). Beside readers, a sparse leaf changes only by
+ *   - one store to a run that keeps its block (its length or location changes), or
  *   - runs stored past the end of the list and then published by one store to `count`;
  * everything else makes a new leaf, stores its address in the root and retires the old one. A binary search that
  * runs beside the first is right, since the blocks it compares stay; beside the second it sees the list before. A dense
- * leaf changes place by place, so a reader beside a long write sees some of its blocks before and some after. */
+ * leaf changes location by location, so a reader beside a long write sees some of its blocks before and some after. */
 #define _GNU_SOURCE
 #include "index/blockmap.h"
 
@@ -45,12 +45,12 @@
 #define ENTRY_TAG_MASK 3u
 #define ENTRY_RUN 1u
 #define ENTRY_DENSE 2u
-#define ENTRY_PLACE_SHIFT 16
+#define ENTRY_LOCATION_SHIFT 16
 
 #define RUN_BLOCK_SHIFT 55
 #define RUN_LENGTH_SHIFT 48
 #define RUN_BLOCKS_MAX 128u
-#define PLACE_MASK (((uint64_t)1 << 48) - 1)
+#define LOCATION_MASK (((uint64_t)1 << 48) - 1)
 
 #define RANGE_BLOCKS_MAX 512u
 /* A list of runs longer than a quarter of the range's blocks is worth a table: 128 of 512. */
@@ -76,14 +76,14 @@ struct sparse_leaf {
 
 struct dense_leaf {
     uint64_t mapped; /* blocks that are not HOLE; only writers look at it */
-    uint64_t places[];
+    uint64_t locations[];
 };
 
 /* A run within a range, unpacked: of any length. block_count == 0: none. */
 struct stretch {
     uint32_t block;
     uint32_t block_count;
-    onion_place place;
+    onion_location location;
 };
 
 /* A change to a list of runs: runs[at .. at + removed) give way to added[0 .. added_count). */
@@ -92,7 +92,7 @@ struct splice {
     uint32_t removed;
     uint32_t added_count;
     bool covers_range; /* the whole range has become one stretch */
-    onion_place range_place;
+    onion_location range_location;
     uint64_t added[RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX + 4];
 };
 
@@ -105,22 +105,22 @@ static inline uint64_t load_relaxed(const uint64_t *word) { return __atomic_load
 
 /* -- entries and runs ---------------------------------------------------------------------------------------- */
 
-static inline uint64_t entry_of_run(onion_place place) { return place << ENTRY_PLACE_SHIFT | ENTRY_RUN; }
-static inline onion_place entry_place(uint64_t entry) { return entry >> ENTRY_PLACE_SHIFT; }
+static inline uint64_t entry_of_run(onion_location location) { return location << ENTRY_LOCATION_SHIFT | ENTRY_RUN; }
+static inline onion_location entry_location(uint64_t entry) { return entry >> ENTRY_LOCATION_SHIFT; }
 static inline unsigned entry_tag(uint64_t entry) { return entry & ENTRY_TAG_MASK; }
 static inline void *entry_leaf(uint64_t entry) { return (void *)(uintptr_t)(entry & ~(uint64_t)ENTRY_TAG_MASK); }
 static inline uint64_t entry_of_sparse(struct sparse_leaf *leaf) { return (uint64_t)(uintptr_t)leaf; }
 static inline uint64_t entry_of_dense(struct dense_leaf *leaf) { return (uint64_t)(uintptr_t)leaf | ENTRY_DENSE; }
 
-static inline uint64_t run_pack(uint32_t block, uint32_t block_count, onion_place place) {
-    return (uint64_t)block << RUN_BLOCK_SHIFT | (uint64_t)(block_count - 1) << RUN_LENGTH_SHIFT | place;
+static inline uint64_t run_pack(uint32_t block, uint32_t block_count, onion_location location) {
+    return (uint64_t)block << RUN_BLOCK_SHIFT | (uint64_t)(block_count - 1) << RUN_LENGTH_SHIFT | location;
 }
 static inline uint32_t run_block(uint64_t run) { return (uint32_t)(run >> RUN_BLOCK_SHIFT); }
 static inline uint32_t run_blocks(uint64_t run) {
     return (uint32_t)(run >> RUN_LENGTH_SHIFT & (RUN_BLOCKS_MAX - 1)) + 1;
 }
 static inline uint32_t run_end(uint64_t run) { return run_block(run) + run_blocks(run); }
-static inline onion_place run_place(uint64_t run) { return run & PLACE_MASK; }
+static inline onion_location run_location(uint64_t run) { return run & LOCATION_MASK; }
 
 static inline uint32_t range_blocks(const struct onion_map *map) { return 1u << map->range_shift; }
 
@@ -149,26 +149,26 @@ static inline uint32_t sparse_count(const struct sparse_leaf *leaf) {
     return __atomic_load_n(&leaf->count, __ATOMIC_ACQUIRE);
 }
 
-static inline onion_place sparse_lookup(const struct sparse_leaf *leaf, uint32_t block) {
+static inline onion_location sparse_lookup(const struct sparse_leaf *leaf, uint32_t block) {
     uint32_t index = runs_up_to(leaf->runs, sparse_count(leaf), block);
     if (index == 0)
-        return ONION_PLACE_HOLE;
+        return ONION_LOCATION_HOLE;
     uint64_t run = load(&leaf->runs[index - 1]);
     uint32_t into = block - run_block(run);
-    return into < run_blocks(run) ? onion_place_advance(run_place(run), into) : ONION_PLACE_HOLE;
+    return into < run_blocks(run) ? onion_location_advance(run_location(run), into) : ONION_LOCATION_HOLE;
 }
 
-static inline onion_place entry_lookup(uint64_t entry, uint32_t block) {
+static inline onion_location entry_lookup(uint64_t entry, uint32_t block) {
     if (entry == 0)
-        return ONION_PLACE_HOLE;
+        return ONION_LOCATION_HOLE;
     if (entry_tag(entry) == ENTRY_RUN)
-        return onion_place_advance(entry_place(entry), block);
+        return onion_location_advance(entry_location(entry), block);
     if (entry_tag(entry) == ENTRY_DENSE)
-        return load(&((const struct dense_leaf *)entry_leaf(entry))->places[block]);
+        return load(&((const struct dense_leaf *)entry_leaf(entry))->locations[block]);
     return sparse_lookup(entry_leaf(entry), block);
 }
 
-onion_place onion_map_lookup(const struct onion_map *map, uint64_t block_index) {
+onion_location onion_map_lookup(const struct onion_map *map, uint64_t block_index) {
     assert(block_index < map->block_count);
     uint64_t entry = load(&map->root[block_index >> map->range_shift]);
     return entry_lookup(entry, (uint32_t)(block_index & (range_blocks(map) - 1)));
@@ -178,7 +178,7 @@ onion_place onion_map_lookup(const struct onion_map *map, uint64_t block_index) 
  * would end if its runs lay evenly. */
 static inline void prefetch_leaf(uint64_t entry, uint32_t block) {
     if (entry_tag(entry) == ENTRY_DENSE)
-        __builtin_prefetch(&((const struct dense_leaf *)entry_leaf(entry))->places[block]);
+        __builtin_prefetch(&((const struct dense_leaf *)entry_leaf(entry))->locations[block]);
     else if (entry != 0 && entry_tag(entry) != ENTRY_RUN)
         __builtin_prefetch(entry_leaf(entry));
 }
@@ -194,7 +194,7 @@ static inline void prefetch_runs(uint64_t entry, uint32_t block, uint32_t range_
 
 /* One group: each pass touches only what the pass before has prefetched, so that the cache misses overlap. */
 static void lookup_group(const struct onion_map *map, const uint64_t *block_indices, size_t count,
-                         onion_place *places) {
+                         onion_location *locations) {
     uint64_t entries[LOOKUP_GROUP];
     uint32_t block_mask = range_blocks(map) - 1;
 
@@ -209,14 +209,14 @@ static void lookup_group(const struct onion_map *map, const uint64_t *block_indi
     for (size_t i = 0; i < count; i++)
         prefetch_runs(entries[i], (uint32_t)block_indices[i] & block_mask, map->range_shift);
     for (size_t i = 0; i < count; i++)
-        places[i] = entry_lookup(entries[i], (uint32_t)block_indices[i] & block_mask);
+        locations[i] = entry_lookup(entries[i], (uint32_t)block_indices[i] & block_mask);
 }
 
 void onion_map_lookup_many(const struct onion_map *map, const uint64_t *block_indices, size_t count,
-                           onion_place *places) {
+                           onion_location *locations) {
     for (size_t done = 0; done < count; done += LOOKUP_GROUP) {
         size_t group = count - done < LOOKUP_GROUP ? count - done : LOOKUP_GROUP;
-        lookup_group(map, block_indices + done, group, places + done);
+        lookup_group(map, block_indices + done, group, locations + done);
     }
 }
 
@@ -229,25 +229,26 @@ static struct stretch sparse_stretch_at(const struct sparse_leaf *leaf, uint32_t
         uint64_t run = load(&leaf->runs[index - 1]);
         if (block < run_end(run))
             return (struct stretch){block, run_end(run) - block,
-                                    onion_place_advance(run_place(run), block - run_block(run))};
+                                    onion_location_advance(run_location(run), block - run_block(run))};
     }
     uint32_t hole_end = index < count ? run_block(load(&leaf->runs[index])) : block_end;
-    return (struct stretch){block, hole_end - block, ONION_PLACE_HOLE};
+    return (struct stretch){block, hole_end - block, ONION_LOCATION_HOLE};
 }
 
 static struct stretch dense_stretch_at(const struct dense_leaf *leaf, uint32_t block, uint32_t block_end) {
-    onion_place place = load(&leaf->places[block]);
+    onion_location location = load(&leaf->locations[block]);
     uint32_t count = 1;
-    while (block + count < block_end && load(&leaf->places[block + count]) == onion_place_advance(place, count))
+    while (block + count < block_end &&
+           load(&leaf->locations[block + count]) == onion_location_advance(location, count))
         count++;
-    return (struct stretch){block, count, place};
+    return (struct stretch){block, count, location};
 }
 
 static struct stretch entry_stretch_at(uint64_t entry, uint32_t block, uint32_t block_end) {
     if (entry == 0)
-        return (struct stretch){block, block_end - block, ONION_PLACE_HOLE};
+        return (struct stretch){block, block_end - block, ONION_LOCATION_HOLE};
     if (entry_tag(entry) == ENTRY_RUN)
-        return (struct stretch){block, block_end - block, onion_place_advance(entry_place(entry), block)};
+        return (struct stretch){block, block_end - block, onion_location_advance(entry_location(entry), block)};
     if (entry_tag(entry) == ENTRY_DENSE)
         return dense_stretch_at(entry_leaf(entry), block, block_end);
     return sparse_stretch_at(entry_leaf(entry), block, block_end);
@@ -263,7 +264,7 @@ void onion_map_run_at(const struct onion_map *map, uint64_t block_index, uint64_
 
     if (stretch.block_count > block_end - block)
         stretch.block_count = block_end - block;
-    *run = (struct onion_run){block_index, stretch.block_count, stretch.place};
+    *run = (struct onion_run){block_index, stretch.block_count, stretch.location};
 }
 
 /* The first block at or after block_index whose root entry is not HOLE; block_end or more where there is none. */
@@ -301,13 +302,13 @@ int onion_map_next(const struct onion_map *map, uint64_t block_index, uint64_t b
         if (block_index >= block_end)
             return 0;
         onion_map_run_at(map, block_index, block_end - block_index, run);
-        if (run->place != ONION_PLACE_HOLE)
+        if (run->location != ONION_LOCATION_HOLE)
             break;
         block_index += run->block_count;
     }
     while ((block_index = run->block_index + run->block_count) < block_end) {
         onion_map_run_at(map, block_index, block_end - block_index, &more);
-        if (more.place != onion_place_advance(run->place, run->block_count))
+        if (more.location != onion_location_advance(run->location, run->block_count))
             break;
         run->block_count += more.block_count;
     }
@@ -372,11 +373,13 @@ static void replace_entry(struct onion_map *map, uint64_t range, uint64_t old, u
 
 /* -- a change to a list of runs ------------------------------------------------------------------------------ */
 
-static struct stretch unpack(uint64_t run) { return (struct stretch){run_block(run), run_blocks(run), run_place(run)}; }
+static struct stretch unpack(uint64_t run) {
+    return (struct stretch){run_block(run), run_blocks(run), run_location(run)};
+}
 
 static bool continues(const struct stretch *before, const struct stretch *after) {
     return before->block + before->block_count == after->block &&
-           onion_place_advance(before->place, before->block_count) == after->place;
+           onion_location_advance(before->location, before->block_count) == after->location;
 }
 
 /* Cuts a stretch into runs; returns how many. */
@@ -385,7 +388,7 @@ static uint32_t pack_runs(struct stretch stretch, uint64_t *runs) {
     for (uint32_t into = 0; into < stretch.block_count; into += RUN_BLOCKS_MAX) {
         uint32_t left = stretch.block_count - into;
         runs[count++] = run_pack(stretch.block + into, left < RUN_BLOCKS_MAX ? left : RUN_BLOCKS_MAX,
-                                 onion_place_advance(stretch.place, into));
+                                 onion_location_advance(stretch.location, into));
     }
     return count;
 }
@@ -447,12 +450,12 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
     if (first < last && run_end(runs[last - 1]) > put_end) {
         struct stretch over = unpack(runs[last - 1]);
         uint32_t into = put_end - over.block;
-        right = (struct stretch){put_end, over.block_count - into, onion_place_advance(over.place, into)};
+        right = (struct stretch){put_end, over.block_count - into, onion_location_advance(over.location, into)};
     }
-    if (put.place == ONION_PLACE_HOLE)
+    if (put.location == ONION_LOCATION_HOLE)
         put.block_count = 0;
     if (put.block_count && left.block_count && continues(&left, &put)) {
-        put = (struct stretch){left.block, left.block_count + put.block_count, left.place};
+        put = (struct stretch){left.block, left.block_count + put.block_count, left.location};
         left.block_count = 0;
     }
     if (put.block_count && right.block_count && continues(&put, &right)) {
@@ -464,7 +467,7 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
     if (put.block_count && !right.block_count)
         join_after(runs, count, &last, &put);
 
-    struct splice splice = {.at = first, .removed = last - first, .range_place = put.place};
+    struct splice splice = {.at = first, .removed = last - first, .range_location = put.location};
     splice.covers_range = put.block_count == range_block_count;
     splice.added_count = pack_runs(left, splice.added);
     splice.added_count += pack_runs(put, splice.added + splice.added_count);
@@ -519,11 +522,11 @@ static struct sparse_leaf *splice_copy(struct onion_map *map, const uint64_t *ru
 
 static void dense_put(struct dense_leaf *leaf, struct stretch put) {
     for (uint32_t i = 0; i < put.block_count; i++) {
-        uint64_t *at = &leaf->places[put.block + i];
-        leaf->mapped -= *at != ONION_PLACE_HOLE;
-        store(at, onion_place_advance(put.place, i));
+        uint64_t *at = &leaf->locations[put.block + i];
+        leaf->mapped -= *at != ONION_LOCATION_HOLE;
+        store(at, onion_location_advance(put.location, i));
     }
-    if (put.place != ONION_PLACE_HOLE)
+    if (put.location != ONION_LOCATION_HOLE)
         leaf->mapped += put.block_count;
 }
 
@@ -542,7 +545,7 @@ static struct sparse_leaf *sparse_from_dense(struct onion_map *map, const struct
     uint32_t count = 0, blocks = range_blocks(map);
     for (uint32_t block = 0; block < blocks;) {
         struct stretch stretch = dense_stretch_at(dense, block, blocks);
-        if (stretch.place != ONION_PLACE_HOLE)
+        if (stretch.location != ONION_LOCATION_HOLE)
             count += pack_runs(stretch, runs + count);
         block += stretch.block_count;
     }
@@ -552,7 +555,8 @@ static struct sparse_leaf *sparse_from_dense(struct onion_map *map, const struct
 
 static bool dense_is_one_run(const struct onion_map *map, const struct dense_leaf *leaf) {
     uint32_t last = range_blocks(map) - 1;
-    return leaf->mapped == range_blocks(map) && leaf->places[last] == onion_place_advance(leaf->places[0], last) &&
+    return leaf->mapped == range_blocks(map) &&
+           leaf->locations[last] == onion_location_advance(leaf->locations[0], last) &&
            dense_stretch_at(leaf, 0, last + 1).block_count == last + 1;
 }
 
@@ -562,8 +566,8 @@ static void set_in_dense(struct onion_map *map, uint64_t range, uint64_t entry, 
     if (leaf->mapped == 0) {
         replace_entry(map, range, entry, 0);
     } else if (dense_is_one_run(map, leaf)) {
-        replace_entry(map, range, entry, entry_of_run(leaf->places[0]));
-    } else if (put.place == ONION_PLACE_HOLE && leaf->mapped <= range_blocks(map) >> SPARSE_AGAIN_SHIFT) {
+        replace_entry(map, range, entry, entry_of_run(leaf->locations[0]));
+    } else if (put.location == ONION_LOCATION_HOLE && leaf->mapped <= range_blocks(map) >> SPARSE_AGAIN_SHIFT) {
         struct sparse_leaf *sparse = sparse_from_dense(map, leaf);
         if (sparse) /* without memory the table stays: it is right, only larger */
             replace_entry(map, range, entry, entry_of_sparse(sparse));
@@ -597,14 +601,14 @@ static int set_in_runs(struct onion_map *map, uint64_t range, uint64_t entry, st
         prefetch_whole_leaf(leaf);
     uint32_t count = leaf ? leaf->count : 0;
     if (entry_tag(entry) == ENTRY_RUN)
-        count = pack_runs((struct stretch){0, range_blocks(map), entry_place(entry)}, whole_range);
+        count = pack_runs((struct stretch){0, range_blocks(map), entry_location(entry)}, whole_range);
 
     struct splice splice = splice_plan(runs, count, put, range_blocks(map));
     uint32_t new_count = count - splice.removed + splice.added_count;
     if (splice.removed == 0 && splice.added_count == 0)
         return 0;
     if (splice.covers_range || new_count == 0) {
-        replace_entry(map, range, entry, new_count == 0 ? 0 : entry_of_run(splice.range_place));
+        replace_entry(map, range, entry, new_count == 0 ? 0 : entry_of_run(splice.range_location));
         return 0;
     }
     if (new_count > sparse_limit(map))
@@ -621,7 +625,7 @@ static int set_in_runs(struct onion_map *map, uint64_t range, uint64_t entry, st
 static int set_range(struct onion_map *map, uint64_t range, struct stretch put) {
     uint64_t entry = load(&map->root[range]);
     if (put.block_count == range_blocks(map)) {
-        replace_entry(map, range, entry, put.place == ONION_PLACE_HOLE ? 0 : entry_of_run(put.place));
+        replace_entry(map, range, entry, put.location == ONION_LOCATION_HOLE ? 0 : entry_of_run(put.location));
         return 0;
     }
     if (entry_tag(entry) == ENTRY_DENSE) {
@@ -631,16 +635,16 @@ static int set_range(struct onion_map *map, uint64_t range, struct stretch put) 
     return set_in_runs(map, range, entry, put);
 }
 
-int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place) {
+int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location) {
     assert(block_index <= map->block_count && block_count <= map->block_count - block_index);
     uint64_t at = block_index, end = block_index + block_count;
     while (at < end) {
-        if (place == ONION_PLACE_HOLE && (at = skip_hole_ranges(map, at, end)) >= end)
+        if (location == ONION_LOCATION_HOLE && (at = skip_hole_ranges(map, at, end)) >= end)
             break;
         uint32_t block = (uint32_t)(at & (range_blocks(map) - 1));
         uint32_t to_range_end = range_blocks(map) - block;
         uint32_t count = end - at < to_range_end ? (uint32_t)(end - at) : to_range_end;
-        struct stretch put = {block, count, onion_place_advance(place, at - block_index)};
+        struct stretch put = {block, count, onion_location_advance(location, at - block_index)};
         int status = set_range(map, at >> map->range_shift, put);
         if (status < 0)
             return status;
@@ -654,14 +658,15 @@ int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_co
 /* A range laid open: which of its blocks are mapped, and where those are. */
 struct open_range {
     uint64_t mapped[RANGE_BLOCKS_MAX / 64];
-    onion_place places[RANGE_BLOCKS_MAX];
+    onion_location locations[RANGE_BLOCKS_MAX];
 };
 
 static void open_put(struct open_range *open, struct stretch put) {
     for (uint32_t i = put.block; i < put.block + put.block_count; i++) {
         uint64_t bit = (uint64_t)1 << i % 64;
-        open->places[i] = onion_place_advance(put.place, i - put.block);
-        open->mapped[i / 64] = put.place == ONION_PLACE_HOLE ? open->mapped[i / 64] & ~bit : open->mapped[i / 64] | bit;
+        open->locations[i] = onion_location_advance(put.location, i - put.block);
+        open->mapped[i / 64] =
+            put.location == ONION_LOCATION_HOLE ? open->mapped[i / 64] & ~bit : open->mapped[i / 64] | bit;
     }
 }
 
@@ -676,9 +681,9 @@ static struct stretch open_next(const struct open_range *open, uint32_t *block, 
         uint64_t rest = open->mapped[at / 64] >> at % 64;
         at = rest ? at + (uint32_t)__builtin_ctzll(rest) : (at | 63) + 1;
     }
-    struct stretch stretch = {at, 0, at < block_end ? open->places[at] : ONION_PLACE_HOLE};
+    struct stretch stretch = {at, 0, at < block_end ? open->locations[at] : ONION_LOCATION_HOLE};
     while (at < block_end && open_is_mapped(open, at) &&
-           open->places[at] == onion_place_advance(stretch.place, at - stretch.block))
+           open->locations[at] == onion_location_advance(stretch.location, at - stretch.block))
         at++;
     stretch.block_count = at - stretch.block;
     *block = at;
@@ -690,17 +695,17 @@ static void open_entry(const struct onion_map *map, uint64_t entry, struct open_
     memset(open->mapped, 0, sizeof open->mapped);
     for (uint32_t block = 0; entry != 0 && block < blocks;) {
         struct stretch stretch = entry_stretch_at(entry, block, blocks);
-        if (stretch.place != ONION_PLACE_HOLE)
+        if (stretch.location != ONION_LOCATION_HOLE)
             open_put(open, stretch);
         block += stretch.block_count;
     }
 }
 
 static void raise_slots_end(uint64_t *slots_end, const struct stretch *stretch) {
-    if (!slots_end || !onion_place_is_data(stretch->place))
+    if (!slots_end || !onion_location_is_data(stretch->location))
         return;
-    uint64_t end = (uint64_t)onion_place_slot(stretch->place) + stretch->block_count;
-    uint64_t *highest = &slots_end[onion_place_segment(stretch->place)];
+    uint64_t end = (uint64_t)onion_location_slot(stretch->location) + stretch->block_count;
+    uint64_t *highest = &slots_end[onion_location_segment(stretch->location)];
     *highest = end > *highest ? end : *highest;
 }
 
@@ -712,7 +717,7 @@ static int pack_range(struct onion_map *map, const struct open_range *open, uint
     while ((stretch = open_next(open, &block, blocks)).block_count) {
         raise_slots_end(slots_end, &stretch);
         if (stretch.block_count == blocks) {
-            *entry = entry_of_run(stretch.place);
+            *entry = entry_of_run(stretch.location);
             return 0;
         }
         count += pack_runs(stretch, runs + count);
@@ -729,7 +734,7 @@ static int pack_range(struct onion_map *map, const struct open_range *open, uint
 }
 
 static struct stretch change_stretch(const struct onion_change *piece) {
-    return (struct stretch){(uint32_t)piece->where >> 10 & 1023, (uint32_t)piece->where & 1023, piece->place};
+    return (struct stretch){(uint32_t)piece->where >> 10 & 1023, (uint32_t)piece->where & 1023, piece->location};
 }
 
 /* Applies changes of one range to its entry. */
@@ -740,7 +745,7 @@ static int apply_in_range(struct onion_map *map, uint64_t range, const struct on
     struct stretch last = change_stretch(&changes[count - 1]);
     int status = 0;
     if (last.block_count == range_blocks(map)) { /* it hides all before it */
-        entry = last.place == ONION_PLACE_HOLE ? 0 : entry_of_run(last.place);
+        entry = last.location == ONION_LOCATION_HOLE ? 0 : entry_of_run(last.location);
         raise_slots_end(slots_end, &last);
     } else {
         open_entry(map, old, &open);
@@ -775,15 +780,15 @@ uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range) {
     return block < map->block_count ? block >> map->range_shift : UINT64_MAX;
 }
 
-static bool is_gone(onion_place place, const unsigned char *gone) {
-    return onion_place_is_data(place) && gone[onion_place_segment(place)];
+static bool is_gone(onion_location location, const unsigned char *gone) {
+    return onion_location_is_data(location) && gone[onion_location_segment(location)];
 }
 
 /* Whether some block of an entry is HOLE (where below has something) or in a segment that is gone. */
 static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool below_has, const unsigned char *gone) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks;) {
         struct stretch stretch = entry_stretch_at(entry, block, blocks);
-        if (stretch.place == ONION_PLACE_HOLE ? below_has : is_gone(stretch.place, gone))
+        if (stretch.location == ONION_LOCATION_HOLE ? below_has : is_gone(stretch.location, gone))
             return true;
         block += stretch.block_count;
     }
@@ -794,11 +799,11 @@ static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool be
 static void open_put_below(const struct onion_map *map, struct open_range *open, uint64_t entry,
                            const unsigned char *gone, bool drop) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks; block++) {
-        if (open_is_mapped(open, block) && !is_gone(open->places[block], gone))
+        if (open_is_mapped(open, block) && !is_gone(open->locations[block], gone))
             continue;
-        onion_place place = entry_lookup(entry, block);
-        if (place != ONION_PLACE_HOLE || drop)
-            open_put(open, (struct stretch){block, 1, place});
+        onion_location location = entry_lookup(entry, block);
+        if (location != ONION_LOCATION_HOLE || drop)
+            open_put(open, (struct stretch){block, 1, location});
     }
 }
 
@@ -827,10 +832,10 @@ int onion_map_fold(struct onion_map *lower, const struct onion_map *upper, const
     uint64_t end = blocks_of_both(lower, upper);
     struct onion_run run = {0, 0, 0};
     while (onion_map_next(upper, run.block_index + run.block_count, end, &run)) {
-        onion_place place = run.place;
-        if (renumber && onion_place_is_data(place))
-            place = onion_place_make(renumber[onion_place_segment(place)], onion_place_slot(place));
-        int status = onion_map_set(lower, run.block_index, run.block_count, place);
+        onion_location location = run.location;
+        if (renumber && onion_location_is_data(location))
+            location = onion_location_make(renumber[onion_location_segment(location)], onion_location_slot(location));
+        int status = onion_map_set(lower, run.block_index, run.block_count, location);
         if (status < 0)
             return status;
     }
@@ -844,7 +849,7 @@ uint64_t onion_map_count_shadowed(const struct onion_map *lower, const struct on
         uint64_t above_end = above.block_index + above.block_count;
         struct onion_run below = {above.block_index, 0, 0};
         while (onion_map_next(lower, below.block_index + below.block_count, above_end, &below))
-            if (onion_place_is_data(below.place))
+            if (onion_location_is_data(below.location))
                 shadowed += below.block_count;
     }
     return shadowed;

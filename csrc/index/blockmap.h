@@ -1,10 +1,10 @@
 /* blockmap.h: the index that says where each block of a volume is.
  *
- * A block maps to a place: a segment number (16 bits) and a slot (32 bits), or one of two states without data. A
+ * A block maps to a location: a segment number (16 bits) and a slot (32 bits), or one of two states without data. A
  * run is a stretch of consecutive blocks that are all HOLE, all ZERO, or DATA in consecutive slots.
  *
  * The index has two levels. The root has one 8-byte entry for each 2 MiB of disk, which is either a whole-range run
- * or a leaf. A sparse leaf is a short sorted list of runs, 8 bytes each. A dense leaf is a table with one place for
+ * or a leaf. A sparse leaf is a short sorted list of runs, 8 bytes each. A dense leaf is a table with one location for
  * each block. So a look-up is two or three memory loads, whatever the number of layers, and memory follows
  * fragmentation and not size. The root is anonymous mmap, so parts that were never written cost no memory.
  *
@@ -18,10 +18,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef uint64_t onion_place;
+typedef uint64_t onion_location;
 
-#define ONION_PLACE_HOLE ((onion_place)0)
-#define ONION_PLACE_ZERO ((onion_place)0xFFFF << 32)
+#define ONION_LOCATION_HOLE ((onion_location)0)
+#define ONION_LOCATION_ZERO ((onion_location)0xFFFF << 32)
 #define ONION_SEGMENT_FIRST 1u
 #define ONION_SEGMENT_LAST 0xFFFEu
 #define ONION_SLOT_LAST 0xFFFFFFFEu
@@ -31,23 +31,23 @@ typedef uint64_t onion_place;
 #define ONION_BLOCK_SHIFT_MIN 12
 #define ONION_BLOCK_SHIFT_MAX 21
 
-static inline onion_place onion_place_make(uint32_t segment, uint32_t slot) {
-    return (onion_place)segment << 32 | slot;
+static inline onion_location onion_location_make(uint32_t segment, uint32_t slot) {
+    return (onion_location)segment << 32 | slot;
 }
-static inline uint32_t onion_place_segment(onion_place place) { return (uint32_t)(place >> 32); }
-static inline uint32_t onion_place_slot(onion_place place) { return (uint32_t)place; }
-static inline int onion_place_is_data(onion_place place) {
-    return onion_place_segment(place) - ONION_SEGMENT_FIRST <= ONION_SEGMENT_LAST - ONION_SEGMENT_FIRST;
+static inline uint32_t onion_location_segment(onion_location location) { return (uint32_t)(location >> 32); }
+static inline uint32_t onion_location_slot(onion_location location) { return (uint32_t)location; }
+static inline int onion_location_is_data(onion_location location) {
+    return onion_location_segment(location) - ONION_SEGMENT_FIRST <= ONION_SEGMENT_LAST - ONION_SEGMENT_FIRST;
 }
-/* The place `blocks` blocks further into a run that begins at `place`. */
-static inline onion_place onion_place_advance(onion_place place, uint64_t blocks) {
-    return onion_place_is_data(place) ? place + blocks : place;
+/* The location `blocks` blocks further into a run that begins at `location`. */
+static inline onion_location onion_location_advance(onion_location location, uint64_t blocks) {
+    return onion_location_is_data(location) ? location + blocks : location;
 }
 
 struct onion_run {
     uint64_t block_index;
     uint64_t block_count;
-    onion_place place; /* of the first block; DATA runs go on in the slots that follow */
+    onion_location location; /* of the first block; DATA runs go on in the slots that follow */
 };
 
 /* Takes over a leaf, to free() it later. */
@@ -89,20 +89,20 @@ static inline uint64_t onion_map_range_of(const struct onion_map *map, uint64_t 
     return block_index >> map->range_shift;
 }
 
-/* The place of one block. block_index < block_count. */
-onion_place onion_map_lookup(const struct onion_map *map, uint64_t block_index);
+/* The location of one block. block_index < block_count. */
+onion_location onion_map_lookup(const struct onion_map *map, uint64_t block_index);
 /* The run at block_index, as long as one look at the index shows it, and at most block_limit blocks. Neighbouring
  * calls may return runs that continue each other. Returns the run through *run. */
 void onion_map_run_at(const struct onion_map *map, uint64_t block_index, uint64_t block_limit, struct onion_run *run);
 /* The next run that is not HOLE at or after block_index and before block_end; runs that continue each other across
  * ranges are joined. Returns 1, or 0 where there is none. */
 int onion_map_next(const struct onion_map *map, uint64_t block_index, uint64_t block_end, struct onion_run *run);
-/* places[i] = the place of block_indices[i]; every index must be below block_count. */
+/* locations[i] = the location of block_indices[i]; every index must be below block_count. */
 void onion_map_lookup_many(const struct onion_map *map, const uint64_t *block_indices, size_t count,
-                           onion_place *places);
-/* Maps block_count blocks from block_index on to `place` and, for DATA, the slots that follow. HOLE unmaps.
+                           onion_location *locations);
+/* Maps block_count blocks from block_index on to `location` and, for DATA, the slots that follow. HOLE unmaps.
  * On -ENOMEM the ranges (2 MiB each) before the one that failed are changed and the others are not. */
-int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place);
+int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location);
 /* Lays upper over lower: blocks that are not HOLE in upper replace those of lower. Segment numbers of upper become
  * renumber[number] (renumber may be NULL: they are kept). Blocks of upper past the end of lower are left out.
  * -ENOMEM. */
@@ -110,7 +110,7 @@ int onion_map_fold(struct onion_map *lower, const struct onion_map *upper, const
 /* A change to blocks of one range. */
 struct onion_change {
     uint64_t where; /* onion_change_where */
-    onion_place place;
+    onion_location location;
 };
 #define ONION_CHANGE_RANGE_SHIFT 20
 static inline uint64_t onion_change_where(uint64_t range, uint32_t block, uint32_t block_count) {
@@ -125,7 +125,7 @@ int onion_map_apply(struct onion_map *map, const struct onion_change *changes, s
 /* The first range from `range` on in which some block is not HOLE, or UINT64_MAX. */
 uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range);
 /* Lays a range of `below` (NULL: all HOLE) under the range of the map. A block that is HOLE, or DATA in a segment
- * whose gone[number] is not 0, gets the place that it has in below. If it is HOLE there too, it becomes HOLE with
+ * whose gone[number] is not 0, gets the location that it has in below. If it is HOLE there too, it becomes HOLE with
  * `drop`, and stays as it is without. Readers see each block as before or as after. The caller keeps writers to the
  * range away. -ENOMEM: nothing has changed. */
 int onion_map_put_below(struct onion_map *map, uint64_t range, const struct onion_map *below, const unsigned char *gone,

@@ -40,7 +40,7 @@ static int make_room(struct onion_build *build) {
     return 0;
 }
 
-int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t block_count, onion_place place) {
+int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t block_count, onion_location location) {
     uint64_t limit = build->map->block_count, at = block_index;
     uint64_t end = block_index >= limit || block_count > limit - block_index ? limit : block_index + block_count;
     uint32_t shift = build->map->range_shift;
@@ -51,7 +51,7 @@ int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t bl
         uint64_t range = at >> shift, range_end = (range + 1) << shift, next = range_end < end ? range_end : end;
         uint32_t block = (uint32_t)(at - (range << shift));
         build->changes[build->count++] = (struct onion_change){onion_change_where(range, block, (uint32_t)(next - at)),
-                                                               onion_place_advance(place, at - block_index)};
+                                                               onion_location_advance(location, at - block_index)};
         build->is_sorted &= range >= build->range_last;
         build->range_last = range;
         build->range_highest = range > build->range_highest ? range : build->range_highest;

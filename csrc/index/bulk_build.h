@@ -20,8 +20,9 @@ struct onion_build {
 
 /* Begins to collect changes of `map`. -ENOMEM. */
 int onion_build_init(struct onion_build *build, struct onion_map *map);
-/* Maps blocks to `place` and, for DATA, the slots that follow. Blocks past the end of the map are left out. -ENOMEM. */
-int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t block_count, onion_place place);
+/* Maps blocks to `location` and, for DATA, the slots that follow. Blocks past the end of the map are left out.
+ * -ENOMEM. */
+int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t block_count, onion_location location);
 /* Makes the map show all that was put, and slots_end be right. More may be put afterwards. -ENOMEM. */
 int onion_build_apply(struct onion_build *build);
 /* Frees all but the map; also good on a zeroed or an already destroyed build. */

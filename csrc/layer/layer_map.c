@@ -60,7 +60,7 @@ static int apply_segment(struct onion_layer *layer, const struct onion_record *r
 }
 
 static int apply_record(struct onion_layer *layer, const struct onion_record *record, uint16_t *number_of) {
-    onion_place place;
+    onion_location location;
     switch (record->kind) {
     case ONION_RECORD_SEGMENT:
         return apply_segment(layer, record, number_of);
@@ -71,12 +71,12 @@ static int apply_record(struct onion_layer *layer, const struct onion_record *re
     case ONION_RECORD_DATA:
         if (!number_of[record->segment])
             return ONION_E_FORMAT;
-        place = onion_place_make(number_of[record->segment], record->slot);
+        location = onion_location_make(number_of[record->segment], record->slot);
         break;
     default:
-        place = record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO : ONION_PLACE_HOLE;
+        location = record->kind == ONION_RECORD_ZERO ? ONION_LOCATION_ZERO : ONION_LOCATION_HOLE;
     }
-    return onion_map_set(&layer->map, record->block_index, record->block_count, place);
+    return onion_map_set(&layer->map, record->block_index, record->block_count, location);
 }
 
 /* The records of a grown part may stand before or behind the SIZE record of their frame: make room first. */
@@ -138,19 +138,19 @@ uint32_t onion_layer_records(const struct onion_layer *layer, struct onion_layer
                              struct onion_record *records, uint32_t capacity) {
     uint32_t used = 0;
     struct onion_run run;
-    /* two places: a DATA record may need a SEGMENT record before it */
+    /* two entries: a DATA record may need a SEGMENT record before it */
     while (capacity - used >= 2 && next_run(layer, writer->block_index, &run)) {
         struct onion_record record = {.block_index = run.block_index, .kind = ONION_RECORD_ZERO};
         record.block_count = run.block_count < UINT32_MAX ? (uint32_t)run.block_count : UINT32_MAX;
-        if (onion_place_is_data(run.place)) {
-            uint32_t number = onion_place_segment(run.place);
+        if (onion_location_is_data(run.location)) {
+            uint32_t number = onion_location_segment(run.location);
             if (!writer->number_of[number]) {
                 writer->number_of[number] = (uint16_t)++writer->numbers_given;
                 records[used++] = onion_record_segment(writer->number_of[number], layer->segment_ids[number - 1]);
             }
             record.kind = ONION_RECORD_DATA;
             record.segment = writer->number_of[number];
-            record.slot = onion_place_slot(run.place);
+            record.slot = onion_location_slot(run.location);
         }
         records[used++] = record;
         writer->block_index = run.block_index + record.block_count;
@@ -164,14 +164,14 @@ uint64_t onion_layer_runs(const struct onion_layer *layer, struct onion_layer_ru
     uint64_t count = 0;
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count, count++) {
-        int is_data = onion_place_is_data(run.place);
+        int is_data = onion_location_is_data(run.location);
         if (out)
             out[count] = (struct onion_layer_run){
                 .block_index = run.block_index,
                 .block_count = run.block_count,
                 .state = is_data ? 1 : 2,
-                .segment = is_data ? (uint16_t)onion_place_segment(run.place) : 0,
-                .slot = is_data ? onion_place_slot(run.place) : 0,
+                .segment = is_data ? (uint16_t)onion_location_segment(run.location) : 0,
+                .slot = is_data ? onion_location_slot(run.location) : 0,
             };
     }
     return count;
@@ -206,10 +206,10 @@ uint64_t onion_layer_slots(const struct onion_layer *layer, uint32_t segment, st
     uint64_t count = 0;
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
-        if (!onion_place_is_data(run.place) || onion_place_segment(run.place) != segment)
+        if (!onion_location_is_data(run.location) || onion_location_segment(run.location) != segment)
             continue;
         if (out)
-            out[count] = (struct onion_stretch){onion_place_slot(run.place), run.block_count};
+            out[count] = (struct onion_stretch){onion_location_slot(run.location), run.block_count};
         count++;
     }
     return count;
@@ -239,16 +239,16 @@ void onion_layer_count(const struct onion_layer *layer, uint64_t *data_blocks, u
     struct onion_run run;
     *data_blocks = *zero_blocks = 0;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count)
-        *(onion_place_is_data(run.place) ? data_blocks : zero_blocks) += run.block_count;
+        *(onion_location_is_data(run.location) ? data_blocks : zero_blocks) += run.block_count;
 }
 
 void onion_layer_segment_use(const struct onion_layer *layer, uint64_t *blocks, uint64_t *ends) {
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
-        if (!onion_place_is_data(run.place))
+        if (!onion_location_is_data(run.location))
             continue;
-        uint32_t segment = onion_place_segment(run.place);
-        uint64_t end = onion_place_slot(run.place) + run.block_count;
+        uint32_t segment = onion_location_segment(run.location);
+        uint64_t end = onion_location_slot(run.location) + run.block_count;
         blocks[segment] += run.block_count;
         ends[segment] = end > ends[segment] ? end : ends[segment];
     }
@@ -259,9 +259,9 @@ void onion_layer_segment_use(const struct onion_layer *layer, uint64_t *blocks, 
 int onion_layer_drop_zero(struct onion_layer *layer) {
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
-        if (run.place != ONION_PLACE_ZERO)
+        if (run.location != ONION_LOCATION_ZERO)
             continue;
-        int status = onion_map_set(&layer->map, run.block_index, run.block_count, ONION_PLACE_HOLE);
+        int status = onion_map_set(&layer->map, run.block_index, run.block_count, ONION_LOCATION_HOLE);
         if (status < 0)
             return status;
     }
@@ -284,13 +284,13 @@ static uint64_t stretch_at(const struct onion_stretch *slots, uint64_t count, ui
 /* The part of one run that lies in the stretches. Returns blocks moved or -ENOMEM. */
 static int64_t replace_run(struct onion_layer *layer, const struct onion_run *run, const struct onion_stretch *slots,
                            const uint64_t *new_first, uint64_t count, uint32_t new_segment) {
-    uint64_t slot = onion_place_slot(run->place), slot_end = slot + run->block_count;
+    uint64_t slot = onion_location_slot(run->location), slot_end = slot + run->block_count;
     int64_t moved = 0;
     for (uint64_t i = stretch_at(slots, count, slot); i < count && slots[i].first < slot_end; i++) {
         uint64_t from = slots[i].first > slot ? slots[i].first : slot;
         uint64_t to = slots[i].first + slots[i].count < slot_end ? slots[i].first + slots[i].count : slot_end;
-        onion_place place = onion_place_make(new_segment, (uint32_t)(new_first[i] + (from - slots[i].first)));
-        int status = onion_map_set(&layer->map, run->block_index + (from - slot), to - from, place);
+        onion_location location = onion_location_make(new_segment, (uint32_t)(new_first[i] + (from - slots[i].first)));
+        int status = onion_map_set(&layer->map, run->block_index + (from - slot), to - from, location);
         if (status < 0)
             return status;
         moved += (int64_t)(to - from);
@@ -303,7 +303,7 @@ int64_t onion_layer_replace(struct onion_layer *layer, uint32_t segment, const s
     int64_t total = 0;
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
-        if (!onion_place_is_data(run.place) || onion_place_segment(run.place) != segment)
+        if (!onion_location_is_data(run.location) || onion_location_segment(run.location) != segment)
             continue;
         int64_t moved = replace_run(layer, &run, slots, new_first, count, new_segment);
         if (moved < 0)

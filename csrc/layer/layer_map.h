@@ -31,8 +31,8 @@ int onion_layer_grow(struct onion_layer *layer, uint64_t block_count);
 int onion_layer_add_segment(struct onion_layer *layer, const unsigned char uuid[ONION_UUID_BYTES]);
 
 /* Applies the frames of a log, from cursor->offset on to the end of its `length` bytes, to an empty layer. The layer
- * grows with SIZE records; segments get numbers in the order of their first SEGMENT record, whatever numbers the log gives
- * them. Returns 0 at a clean end, or a code of onion_log_next (ONION_E_TORN: all whole frames are applied), or
+ * grows with SIZE records; segments get numbers in the order of their first SEGMENT record, whatever numbers the log
+ * gives them. Returns 0 at a clean end, or a code of onion_log_next (ONION_E_TORN: all whole frames are applied), or
  * ONION_E_FORMAT for an unsound record, or -ENOMEM. *fault_offset is the byte of the bad frame or record. */
 int onion_layer_load(struct onion_layer *layer, const unsigned char *bytes, uint64_t length,
                      struct onion_log_cursor *cursor, uint64_t *fault_offset);

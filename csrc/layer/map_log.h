@@ -135,8 +135,8 @@ uint64_t onion_log_blocks(const unsigned char *bytes, uint64_t length, uint32_t 
 /* The largest size that a SIZE record of it gives, in the same way; 0 without one. */
 uint64_t onion_log_size_bytes(const unsigned char *bytes, uint64_t length);
 
-/* Where the frame with the number `frame` ends, and its CRC: by the frames' own word, of a log that was read beyond it. 0:
- * there are not so many. */
+/* Where the frame with the number `frame` ends, and its CRC: by the frames' own word, of a log that was read beyond it.
+ * 0: there are not so many. */
 uint64_t onion_log_frame_end(const unsigned char *bytes, uint64_t length, uint64_t frame, uint32_t *crc);
 
 /* Decodes and checks one record: known kind, reserved bytes zero, fields unused by the kind zero, block_count > 0

@@ -1,8 +1,8 @@
 /* block_status.c: BLOCK_STATUS: extents of the volume, seen through each context that the client selected.
  *
- * The volume is asked once for all contexts, in batches; each context turns an extent into flags, and neighbours with the
- * same flags are one descriptor. The reply ends where any context has as many descriptors as fit: the protocol lets a
- * server describe less than it was asked for. */
+ * The volume is asked once for all contexts, in batches; each context turns an extent into flags, and neighbours with
+ * the same flags are one descriptor. The reply ends where any context has as many descriptors as fit: the protocol lets
+ * a server describe less than it was asked for. */
 #include <errno.h>
 #include <stdlib.h>
 
@@ -39,8 +39,8 @@ static int add(struct descriptors *list, uint32_t length, uint32_t flags, uint32
     return 1;
 }
 
-/* The index does not keep how deep in the chain a block lies: 1 is the head's own, 2 is everything below. ZERO hides what
- * is below, wherever it was recorded, and counts as the deeper. */
+/* The index does not keep how deep in the chain a block lies: 1 is the head's own, 2 is everything below. ZERO hides
+ * what is below, wherever it was recorded, and counts as the deeper. */
 static uint32_t depth_of(enum onion_extent_kind kind) {
     return kind == ONION_EXTENT_NONE ? 0 : kind == ONION_EXTENT_HEAD ? 1 : 2;
 }

@@ -177,7 +177,7 @@ static int flush_once(struct onion_nbd_export *export, int *wants_scrub) {
     if (!volume)
         return -ESHUTDOWN;
     int status = onion_volume_flush(volume);
-    *wants_scrub = onion_volume_wants_scrub(volume) || onion_volume_may_want_compaction(volume);
+    *wants_scrub = onion_volume_wants_reclaim(volume) || onion_volume_may_want_compact_map(volume);
     onion_nbd_leave(export);
     return status;
 }

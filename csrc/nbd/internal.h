@@ -197,8 +197,8 @@ void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *e
 /* The volume, with a request counted as in flight on it, or NULL where the export is gone. Waits while it is held. */
 struct onion_volume *onion_nbd_enter(struct onion_nbd_export *export, uint64_t *generation);
 void onion_nbd_leave(struct onion_nbd_export *export);
-/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is not
- * in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
+/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is
+ * not in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
 /* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for
  * those in flight. */
@@ -225,8 +225,8 @@ int onion_nbd_send_replies(struct onion_nbd_connection *connection);
 size_t onion_nbd_encode_status(const struct onion_nbd_session *session, uint64_t cookie, uint32_t error,
                                unsigned char *out);
 
-/* Counts the connection's own requests in flight; enter may be called again, and leaves c->volume NULL where the export is
- * gone. Nobody waits for a socket, a queue or a lock of another connection's before leave. */
+/* Counts the connection's own requests in flight; enter may be called again, and leaves c->volume NULL where the export
+ * is gone. Nobody waits for a socket, a queue or a lock of another connection's before leave. */
 void onion_nbd_connection_enter(struct onion_nbd_connection *connection);
 void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 

@@ -12,8 +12,8 @@
  *   nothing of the chunk's header      the header becomes an error
  *   a header that promises nothing     zeros complete the data, and the tail is an error chunk
  *   a header that promises success     nothing: the connection is closed
- * So a header that promises (a simple one; a chunk that is the last) goes out only after a byte of each of its pages was
- * loaded, which makes the third case a race against whoever truncates the file. A large structured read promises in
+ * So a header that promises (a simple one; a chunk that is the last) goes out only after a byte of each of its pages
+ * was loaded, which makes the third case a race against whoever truncates the file. A large structured read promises in
  * its tail instead, and no page is loaded twice. */
 #define _GNU_SOURCE
 #include <errno.h>

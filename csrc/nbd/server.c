@@ -163,8 +163,8 @@ static int start_thread(struct onion_nbd_connection *connection) {
     return status;
 }
 
-/* Whether there is room for one more. Who has not come to use an export yet gives way to who may, the oldest first: else a
- * few silent clients would keep all others out until their time is over. With the server's lock. */
+/* Whether there is room for one more. Who has not come to use an export yet gives way to who may, the oldest first:
+ * else a few silent clients would keep all others out until their time is over. With the server's lock. */
 static int has_room(struct onion_nbd_server *server) {
     struct onion_nbd_connection *oldest = NULL;
     uint64_t max = server->options.connections_max;

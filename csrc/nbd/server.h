@@ -38,17 +38,23 @@ enum {
 
 struct onion_nbd_listing;
 
-/* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are not
- * terminated; those of the first four are any bytes that a client sent.
+/* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are
+ * not terminated; those of the first four are any bytes that a client sent.
+ *
  * still_export, still_context: a client names what is there. 1: it still is what that name means, 0: the next two are
  * asked as if it were not there. NULL: it always is.
+ *
  * find_export, find_context: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ *
  * make_room: a flush of that export found the disk full. 1: it was made after all, with room that was found for it, 0:
  * there is none to be made.
- * freed: a flush of that export left work for onion_volume_scrub_wanted.
+ *
+ * freed: a flush of that export left work for onion_volume_reclaim_wanted.
+ *
  * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
  * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
- * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed. */
+ * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed.
+ * */
 struct onion_nbd_hooks {
     int (*still_export)(void *context, const char *name, uint32_t length);
     int (*still_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
@@ -104,8 +110,8 @@ int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on; later ones ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
 int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
                             const char *description);
-/* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. With `if_unused` nothing is done
- * where a connection has the export, or is just coming to it: -EBUSY. -ENOENT. */
+/* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. With `if_unused` nothing is
+ * done where a connection has the export, or is just coming to it: -EBUSY. -ENOENT. */
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused);
 /* Waits for requests in flight; later ones use the new volume. A reply that was sent in part ends in an error. The
  * export's changed-since contexts say from then on that everything changed. -ENOENT. */
@@ -116,7 +122,8 @@ int onion_nbd_release(struct onion_nbd_server *server, const char *name);
 /* The mark to take before the runs of a changed-since context are computed: see onion_volume_birth. -ENOENT. */
 int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name);
 /* Adds or replaces a metadata context that answers flag 1 for what changed: the runs (offset, length; sorted, apart),
- * which are copied, and, on a writable export, whatever was written since `mark` and whatever is ZERO. -ENOENT, -EINVAL. */
+ * which are copied, and, on a writable export, whatever was written since `mark` and whatever is ZERO. -ENOENT,
+ * -EINVAL. */
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
                           const uint64_t (*runs)[2], size_t run_count, uint64_t mark);
 
@@ -135,14 +142,14 @@ void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters 
 /* Of all connections to one export since it was added. -ENOENT. */
 int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out);
 
-/* What happened: a queue of lines that never blocks a connection. Where nobody reads, the oldest are dropped and counted.
- * The descriptor is an eventfd, readable while there are any. */
+/* What happened: a queue of lines that never blocks a connection. Where nobody reads, the oldest are dropped and
+ * counted. The descriptor is an eventfd, readable while there are any. */
 int onion_nbd_event_fd(const struct onion_nbd_server *server);
 /* The oldest event, terminated; returns its length, or 0 where there is none. */
 uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NBD_EVENT_BYTES], uint64_t *dropped);
 
-/* Takes no more requests, finishes those that arrived, closes what is not done after grace_ms, then flushes each writable
- * export. Returns the first failure of a flush. Idempotent. */
+/* Takes no more requests, finishes those that arrived, closes what is not done after grace_ms, then flushes each
+ * writable export. Returns the first failure of a flush. Idempotent. */
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms);
 
 #endif

@@ -35,8 +35,8 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
 }
 
 /* recv, after a short while of asking without sleeping where several requests are under way and the last ones came
- * that fast: to be woken costs more than a request. At queue depth 1 the client waits for its turn on the processor, often
- * this one, so asking only keeps it waiting: measured, half as many reads. */
+ * that fast: to be woken costs more than a request. At queue depth 1 the client waits for its turn on the processor,
+ * often this one, so asking only keeps it waiting: measured, half as many reads. */
 static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, size_t length, int several) {
     int64_t began = onion_nbd_now_ns(), waited = 0;
     ssize_t n = -1;
@@ -63,8 +63,8 @@ static void count_latency(struct onion_nbd_connection *connection) {
         }
 }
 
-/* Waits for bytes, out of flight and with nothing unsent; all_answered: none of them belong to a request that has begun.
- * Returns how many, 0 at the end, or -errno. */
+/* Waits for bytes, out of flight and with nothing unsent; all_answered: none of them belong to a request that has
+ * begun. Returns how many, 0 at the end, or -errno. */
 static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length, int all_answered) {
     int several = connection->reply_count > 1;
     int status = onion_nbd_send_replies(connection);

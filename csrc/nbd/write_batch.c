@@ -1,9 +1,10 @@
 /* write_batch.c: writes that arrived together share system calls.
  *
- * Their payloads lie behind each other in one buffer, in the order of the requests. Requests that continue each other are
- * one write; single blocks at scattered places are one onion_volume_write_blocks, which gives the new ones consecutive
- * slots and so one pwrite. Of a place written twice the later request wins, as if they had come one by one. Where a
- * shared write fails, each of its requests is tried by itself, so that only those get an error which have one. */
+ * Their payloads lie behind each other in one buffer, in the order of the requests. Requests that continue each other
+ * are one write; single blocks at scattered places are one onion_volume_write_blocks, which gives the new ones
+ * consecutive slots and so one pwrite. Of a place written twice the later request wins, as if they had come one by one.
+ * Where a shared write fails, each of its requests is tried by itself, so that only those get an error which have
+ * one. */
 #include "nbd/internal.h"
 
 struct batch {

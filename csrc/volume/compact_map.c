@@ -13,7 +13,7 @@
 #include "volume/internal.h"
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
-#define COMPACT_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
+#define COMPACT_MAP_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
 
 static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
     struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
@@ -33,7 +33,7 @@ static int load_log_file(const char *path, uint64_t length, uint64_t frames, uin
     return onion_site_set(status, path, fault);
 }
 
-static int adopt_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
+static int number_of_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
     for (uint32_t k = 0; k < layer->segment_count; k++)
         if (!memcmp(layer->segment_ids[k], uuid, ONION_UUID_BYTES)) {
             *number = (uint16_t)(k + 1);
@@ -57,7 +57,7 @@ static int fold_layers(struct onion_layer *lower, const struct onion_layer *uppe
     uint16_t *numbers = calloc(upper->segment_count + 1, sizeof *numbers);
     int status = numbers ? 0 : -ENOMEM;
     for (uint32_t k = 0; k < upper->segment_count && status == 0; k++)
-        status = adopt_id(lower, upper->segment_ids[k], &numbers[k + 1]);
+        status = number_of_id(lower, upper->segment_ids[k], &numbers[k + 1]);
     if (status == 0)
         status = onion_map_fold(&lower->map, &upper->map, numbers);
     free(numbers);
@@ -65,7 +65,8 @@ static int fold_layers(struct onion_layer *lower, const struct onion_layer *uppe
 }
 
 /* The head's map over `lower`, as it is durable now, in *layer. */
-static int gather_head(struct onion_volume *volume, const struct onion_layer_source *lower, struct onion_layer *layer) {
+static int load_folded_map(struct onion_volume *volume, const struct onion_layer_source *lower,
+                           struct onion_layer *layer) {
     struct onion_layer head = {0};
     int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
     if (status == 0)
@@ -83,7 +84,7 @@ static int gather_head(struct onion_volume *volume, const struct onion_layer_sou
     return status;
 }
 
-static int write_compact(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
+static int write_compact_map(struct onion_volume *volume, const struct onion_layer *layer, struct onion_head_log *log) {
     struct onion_layer_writer *writer = calloc(1, sizeof *writer);
     struct onion_record *records = malloc(REWRITE_FRAME_RECORDS * sizeof *records);
     int status = writer && records ? onion_head_log_draw_salt(log) : -ENOMEM;
@@ -109,7 +110,7 @@ static int write_compact(struct onion_volume *volume, const struct onion_layer *
 }
 
 /* Removes a map that nobody will name; with policy `zero` nothing of it stays on the medium either. */
-static void drop_draft(struct onion_volume *volume, struct onion_head_log *log) {
+static void drop_staged_map(struct onion_volume *volume, struct onion_head_log *log) {
     struct onion_byte_range all = {0};
     struct onion_wipe_result result;
     struct stat info;
@@ -127,13 +128,15 @@ static int write_rewritten(struct onion_volume *volume, const struct onion_layer
     volume->next_numbers = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->next_numbers);
     if (!volume->next_numbers)
         return -ENOMEM;
-    int status = onion_head_log_create(volume, log);
+    int status = onion_site_set(onion_head_log_create(volume, log), log->path, 0);
     if (status == 0)
-        status = write_compact(volume, layer, log);
-    if (status == 0)
+        status = write_compact_map(volume, layer, log);
+    if (status == 0) {
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: rewritten map name */
+        onion_site_set(status, volume->layers_directory, 0);
+    }
     if (status < 0)
-        drop_draft(volume, log);
+        drop_staged_map(volume, log);
     return status;
 }
 
@@ -147,7 +150,7 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     if (status == 0)
         status = onion_head_log_describe(&volume->next_log, new_path, new_id);
     if (status == 0)
-        status = gather_head(volume, lower, &layer);
+        status = load_folded_map(volume, lower, &layer);
     if (status == 0 && drop_zero)
         status = onion_layer_drop_zero(&layer);
     if (status == 0)
@@ -161,9 +164,9 @@ int onion_volume_rewrite(struct onion_volume *volume, const char *new_path, cons
     *written = (struct onion_sealed){volume->next_log.cursor.offset, volume->next_log.cursor.sequence,
                                      volume->next_log.cursor.crc, volume->size_bytes};
     struct onion_journal_owner owner = onion_head_log_owner(&volume->next_log);
-    pthread_mutex_lock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
     onion_journal_add_owner(volume, &owner);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
     onion_volume_keep_flush_gate(volume, &volume->rewriting, 1 + (drop_zero != 0));
     return 0;
 }
@@ -181,11 +184,11 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
             struct onion_segment *segment = volume->segments[i];
             segment->log_number = volume->next_numbers[i];
             if (segment->log_number)
-                segment->generation = volume->generation; /* adopted, unless it was ours already */
+                segment->generation = volume->generation; /* inherited, unless it was ours already */
         }
         if (volume->rewriting == 2)
             volume->nothing_below = 1;
-        onion_volume_settle_owner(volume);
+        onion_volume_resolve_owner(volume);
         onion_volume_note_log_bytes(volume, &volume->log);
         pthread_rwlock_unlock(&volume->gate);
         status = 0;
@@ -198,8 +201,8 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
     if (!volume->rewriting)
         return -EINVAL;
     if (onion_volume_usable(volume) != ONION_E_FORKED)
-        onion_volume_settle_owner(volume);
-    drop_draft(volume, &volume->next_log);
+        onion_volume_resolve_owner(volume);
+    drop_staged_map(volume, &volume->next_log);
     onion_head_log_close(&volume->next_log);
     onion_volume_open_flush_gate(volume);
     return 0;
@@ -216,8 +219,8 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
     struct onion_run run;
     while (*records && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
         at = run.block_index + run.block_count;
-        *needed += !onion_place_is_data(run.place) ||
-                   onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]);
+        *needed += !onion_location_is_data(run.location) ||
+                   onion_segment_is_head(volume, volume->segments[onion_location_segment(run.location)]);
     }
     onion_epoch_leave(&volume->epoch, ticket);
     onion_volume_open_flush_gate(volume);
@@ -234,23 +237,23 @@ int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *sta
     return 0;
 }
 
-int onion_volume_may_want_compaction(const struct onion_volume *volume) {
+int onion_volume_may_want_compact_map(const struct onion_volume *volume) {
     return __atomic_load_n(&volume->log_bytes, __ATOMIC_RELAXED) >
-           __atomic_load_n(&volume->compact_at, __ATOMIC_RELAXED);
+           __atomic_load_n(&volume->compact_map_at, __ATOMIC_RELAXED);
 }
 
-int onion_volume_wants_compaction(struct onion_volume *volume) {
+int onion_volume_wants_compact_map(struct onion_volume *volume) {
     uint64_t records, needed;
-    if (!onion_volume_may_want_compaction(volume))
+    if (!onion_volume_may_want_compact_map(volume))
         return 0;
     int status = onion_volume_log_records(volume, &records, &needed);
     if (status < 0)
         return status;
-    uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_BYTES_MIN;
+    uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_MAP_BYTES_MIN;
     if (bytes > most)
         return 1;
     /* Asked again when a part of it has been added: what is needed may have become less meanwhile. */
-    uint64_t next = bytes + (bytes / 8 > COMPACT_BYTES_MIN / 2 ? bytes / 8 : COMPACT_BYTES_MIN / 2);
-    __atomic_store_n(&volume->compact_at, next < most ? next : most, __ATOMIC_RELAXED);
+    uint64_t next = bytes + (bytes / 8 > COMPACT_MAP_BYTES_MIN / 2 ? bytes / 8 : COMPACT_MAP_BYTES_MIN / 2);
+    __atomic_store_n(&volume->compact_map_at, next < most ? next : most, __ATOMIC_RELAXED);
     return 0;
 }

@@ -1,13 +1,13 @@
 /* flush.c: what makes changes durable. See volume.h for what must hold.
  *
  * A flush, step by step, and what a crash between two steps leaves:
- *   1. take the pending records and the dirty flags     nothing happened
+ *   1. take the dirty records and the dirty flags     nothing happened
  *   2. make the map file, if there is none              an empty log, or a torn header
  *   3. sync the segments (and their directory, if new)  data in slots that no durable map names
  *   4. sync the header of a new map, and its directory  an empty log
  *   5. append one frame to the map log                  a torn frame, which the next open cuts off
  *   6. sync the map log                                 the flush is done
- *   7. wipe and punch the slots that the frame freed    done again at the next open, or by the next scrub
+ *   7. wipe and punch the slots that the frame freed    done again at the next open, or by the next reclaim
  * The flush gate lets one flush run at a time, so at most one frame is unsynced; a flush never rides on another's
  * sync, it waits and then makes its own. */
 #define _GNU_SOURCE
@@ -22,7 +22,8 @@
 
 /* ---- segments ---- */
 
-/* Those of the head, or of the one that a seal has just ended: what its successor has written since is not in the batch. */
+/* Syncs the segments of the head, or of the one that a seal has just ended: what its successor has written since is not
+ * in the batch. */
 static int sync_segments(struct onion_volume *volume, int of_sealed) {
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     int directory_dirty = 0;
@@ -68,18 +69,22 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
     return used;
 }
 
-/* The records of a batch, out of the half of the journal that they lie in, which may be moved but under pending_lock. */
-static int copy_batch(struct onion_volume *volume, const struct onion_pending *batch, struct onion_record *out) {
-    pthread_mutex_lock(&volume->pending_lock);
+/* Copies the records of a batch out of the half of the journal that they lie in. Only dirty_lock keeps that half from
+ * being moved. */
+static int copy_batch(struct onion_volume *volume, const struct onion_dirty_records *batch, struct onion_record *out) {
+    pthread_mutex_lock(&volume->dirty_lock);
     const struct onion_journal *journal = &volume->journal;
     const struct onion_record *from = batch->published ? journal->records[!journal->current] : batch->records;
     int status = onion_journal_copy(out, from, batch->record_count);
-    pthread_mutex_unlock(&volume->pending_lock);
+    if (status < 0 && batch->published)
+        onion_dirty_records_note_fault(volume, status);
+    pthread_mutex_unlock(&volume->dirty_lock);
     return status;
 }
 
 /* Replaces many records by what they come to, so that a frame is not longer than the index is fragmented, however often
- * blocks were written and trimmed. Returns how many there are then: as many as before where that is no gain, or no memory. */
+ * blocks were written and trimmed. Returns how many there are then: as many as before if that is no gain, or if
+ * memory is missing. */
 static size_t net_records(struct onion_volume *volume, struct onion_record *records, size_t count) {
     struct onion_map net = {0};
     uint64_t end = 1, at = 0;
@@ -97,18 +102,18 @@ static size_t net_records(struct onion_volume *volume, struct onion_record *reco
         if (records[i].kind != ONION_RECORD_SEGMENT)
             status = onion_map_set(&net, records[i].block_index, records[i].block_count,
                                    records[i].kind == ONION_RECORD_DATA
-                                       ? onion_place_make(records[i].segment, records[i].slot)
-                                       : ONION_PLACE_ZERO);
+                                       ? onion_location_make(records[i].segment, records[i].slot)
+                                       : ONION_LOCATION_ZERO);
     struct onion_run run;
     uint16_t zero = volume->nothing_below ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
     while (out && status == 0 && used < count && onion_map_next(&net, at, end, &run)) {
         uint64_t blocks = run.block_count < UINT32_MAX ? run.block_count : UINT32_MAX;
-        int is_data = onion_place_is_data(run.place);
+        int is_data = onion_location_is_data(run.location);
         out[used++] = (struct onion_record){.block_index = run.block_index,
                                             .block_count = (uint32_t)blocks,
                                             .kind = is_data ? ONION_RECORD_DATA : zero,
-                                            .segment = is_data ? (uint16_t)onion_place_segment(run.place) : 0,
-                                            .slot = is_data ? onion_place_slot(run.place) : 0};
+                                            .segment = is_data ? (uint16_t)onion_location_segment(run.location) : 0,
+                                            .slot = is_data ? onion_location_slot(run.location) : 0};
         at = run.block_index + blocks;
     }
     int is_less = out && status == 0 && used < count;
@@ -119,7 +124,8 @@ static size_t net_records(struct onion_volume *volume, struct onion_record *reco
     return is_less ? used : count;
 }
 
-static int write_batch(struct onion_volume *volume, struct onion_head_log *log, const struct onion_pending *batch) {
+static int write_batch(struct onion_volume *volume, struct onion_head_log *log,
+                       const struct onion_dirty_records *batch) {
     uint32_t own = onion_volume_own_segment_count(volume) + 1, new_count = 0;
     struct onion_record *copied = malloc((batch->record_count + 1) * sizeof *copied);
     struct onion_record *records = malloc((batch->record_count + own) * sizeof *records);
@@ -155,19 +161,20 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log, 
     return status;
 }
 
-/* ---- taking the pending changes, and putting them back ---- */
+/* ---- taking the dirty records, and putting them back ---- */
 
-struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next) {
+struct onion_dirty_records onion_volume_take_dirty_records(struct onion_volume *volume,
+                                                           const struct onion_head_log *next) {
     struct onion_journal_owner owner = onion_head_log_owner(&volume->log),
                                first = next ? onion_head_log_owner(next) : owner;
-    pthread_mutex_lock(&volume->pending_lock);
-    struct onion_pending *pending = &volume->pending, batch = *pending;
-    pending->freed = NULL;
-    pending->freed_count = pending->freed_capacity = 0;
-    pending->freed_slots = pending->flush_at_slots = pending->flush_at_records = 0;
+    pthread_mutex_lock(&volume->dirty_lock);
+    struct onion_dirty_records *dirty = &volume->dirty_records, batch = *dirty;
+    dirty->freed = NULL;
+    dirty->freed_count = dirty->freed_capacity = 0;
+    dirty->freed_slots = dirty->flush_at_slots = dirty->flush_at_records = 0;
     __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
     onion_journal_take(volume, &batch, &first, next ? &owner : NULL);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
     return batch;
 }
 
@@ -178,8 +185,8 @@ static void *joined_arrays(void *first, size_t first_count, const void *second, 
     return both;
 }
 
-static int put_back_records(struct onion_volume *volume, struct onion_pending *batch) {
-    struct onion_pending *later = &volume->pending;
+static int put_back_records(struct onion_volume *volume, struct onion_dirty_records *batch) {
+    struct onion_dirty_records *later = &volume->dirty_records;
     if (batch->published)
         return onion_journal_put_back(volume, batch);
     volume->journal.heap_taken = 0;
@@ -198,8 +205,8 @@ static int put_back_records(struct onion_volume *volume, struct onion_pending *b
     return 0;
 }
 
-static int put_back_freed(struct onion_volume *volume, struct onion_pending *batch) {
-    struct onion_pending *later = &volume->pending;
+static int put_back_freed(struct onion_volume *volume, struct onion_dirty_records *batch) {
+    struct onion_dirty_records *later = &volume->dirty_records;
     void *freed =
         joined_arrays(batch->freed, batch->freed_count, later->freed, later->freed_count, sizeof *batch->freed);
     if (!freed)
@@ -213,27 +220,27 @@ static int put_back_freed(struct onion_volume *volume, struct onion_pending *bat
     return 0;
 }
 
-static void release_batch(struct onion_pending *batch) {
+static void release_batch(struct onion_dirty_records *batch) {
     if (!batch->published)
         free(batch->records);
     free(batch->freed);
 }
 
-void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch) {
-    pthread_mutex_lock(&volume->pending_lock);
+void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_records *batch) {
+    pthread_mutex_lock(&volume->dirty_lock);
     int status = put_back_records(volume, batch);
     if (status == 0)
         status = put_back_freed(volume, batch);
     if (status < 0)
         onion_volume_mark_poisoned(volume); /* the order of changes is lost */
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
     release_batch(batch);
 }
 
 /* ---- flush ---- */
 
-int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
-                              int of_sealed) {
+int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log,
+                              struct onion_dirty_records *batch, int of_sealed) {
     int status = batch->record_count && log->fd < 0 ? onion_head_log_begin(volume, log) : 0;
     if (status == 0)
         status = sync_segments(volume, of_sealed);
@@ -245,9 +252,9 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
     }
     /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
     struct onion_journal_owner now = onion_head_log_owner(log);
-    pthread_mutex_lock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
     onion_journal_drop_taken(volume, &now);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
     /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
     status = onion_volume_reclaim_freed(volume, batch);
     release_batch(batch);
@@ -255,7 +262,7 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
 }
 
 int onion_volume_flush_behind_gate(struct onion_volume *volume) {
-    struct onion_pending batch = onion_volume_take_pending(volume, NULL);
+    struct onion_dirty_records batch = onion_volume_take_dirty_records(volume, NULL);
     return onion_volume_commit_batch(volume, &volume->log, &batch, 0);
 }
 
@@ -269,10 +276,10 @@ int onion_volume_flush(struct onion_volume *volume) {
 }
 
 int onion_volume_relieve(struct onion_volume *volume) {
-    struct onion_pending *pending = &volume->pending;
-    pthread_mutex_lock(&volume->pending_lock);
-    int must = pending->freed_slots > pending->flush_at_slots + (ONION_WAITING_BYTES_HARD >> volume->block_shift);
-    pthread_mutex_unlock(&volume->pending_lock);
+    struct onion_dirty_records *dirty = &volume->dirty_records;
+    pthread_mutex_lock(&volume->dirty_lock);
+    int must = dirty->freed_slots > dirty->flush_at_slots + (ONION_WAITING_BYTES_HARD >> volume->block_shift);
+    pthread_mutex_unlock(&volume->dirty_lock);
     pthread_mutex_lock(&volume->flush_lock);
     int is_busy = volume->flush_busy;
     pthread_mutex_unlock(&volume->flush_lock);
@@ -281,11 +288,12 @@ int onion_volume_relieve(struct onion_volume *volume) {
     int status = onion_volume_flush(volume);
     if (!onion_has_no_room(status))
         return status;
-    pthread_mutex_lock(&volume->pending_lock);
-    pending->flush_at_records = pending->record_count;
-    pending->flush_at_slots = pending->freed_slots;
+    pthread_mutex_lock(&volume->dirty_lock);
+    dirty->flush_at_records = dirty->record_count;
+    dirty->flush_at_slots = dirty->freed_slots;
     __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
+    onion_site_clear(); /* nobody is told of this error */
     return 0;
 }
 
@@ -305,9 +313,9 @@ int onion_volume_unflushed(struct onion_volume *volume) {
     if (onion_volume_usable(volume) < 0)
         return 0;
     pthread_rwlock_rdlock(&volume->gate);
-    pthread_mutex_lock(&volume->pending_lock);
-    int found = volume->pending.record_count != 0;
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
+    int found = volume->dirty_records.record_count != 0;
+    pthread_mutex_unlock(&volume->dirty_lock);
     uint32_t count = volume->closed ? 0 : volume->segment_count;
     for (uint32_t i = 1; i <= count && !found; i++)
         found = volume->segments[i]->own && __atomic_load_n(&volume->segments[i]->dirty, __ATOMIC_SEQ_CST);

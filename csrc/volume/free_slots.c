@@ -10,7 +10,7 @@ static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint
         bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
 }
 
-/* Bits of all slots of `segment` that the index or a pending change needs. Writers must be kept out. */
+/* Bits of all slots of `segment` that the index or a dirty record needs. Writers must be kept out. */
 static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
     *bits = segment->next_slot;
     unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
@@ -19,23 +19,24 @@ static unsigned char *live_bitmap(struct onion_volume *volume, const struct onio
     uint64_t at = 0;
     struct onion_run run;
     while (onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
-            mark_slots(bitmap, *bits, onion_place_slot(run.place), run.block_count);
+        if (onion_location_is_data(run.location) && onion_location_segment(run.location) == segment->number)
+            mark_slots(bitmap, *bits, onion_location_slot(run.location), run.block_count);
         at = run.block_index + run.block_count;
     }
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < volume->pending.freed_count; i++)
-        if (volume->pending.freed[i].segment == segment->number)
-            mark_slots(bitmap, *bits, volume->pending.freed[i].slot, volume->pending.freed[i].count);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
+    for (size_t i = 0; i < volume->dirty_records.freed_count; i++)
+        if (volume->dirty_records.freed[i].segment == segment->number)
+            mark_slots(bitmap, *bits, volume->dirty_records.freed[i].slot, volume->dirty_records.freed[i].count);
+    pthread_mutex_unlock(&volume->dirty_lock);
     return bitmap;
 }
 
-/* A head that was sealed meanwhile is asked no more: the index of the next one forgets what that writes over, and the layer
- * still has it. So whose the segment is counts only here, behind the flush, which waits for a seal to end.
+/* The index of a head that was sealed meanwhile is not the right one to ask: the index of the next head forgets the
+ * blocks that it writes over, and the sealed layer still has them. So the segment is looked up only behind the flush,
+ * which waits for a seal to end.
  *
  * Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
- * among the head's, so neither the index nor a pending record may know that the durable map still needs it. */
+ * among the head's, so neither the index nor a dirty record may know that the durable map still needs it. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits) {
     int status = onion_volume_close_flush_gate(volume);
@@ -79,15 +80,18 @@ static int give_back_unset(struct onion_volume *volume, struct onion_segment *se
     return status;
 }
 
-/* What a process that died left pending becomes durable; where the disk is full it stays pending. */
+/* Makes the dirty records durable that a process that died left; where the disk is full they stay dirty. */
 static int flush_found(struct onion_volume *volume) {
-    return volume->pending.record_count ? onion_volume_flush(volume) : 0;
+    return volume->dirty_records.record_count ? onion_volume_flush(volume) : 0;
 }
 
 int onion_volume_free_own_slots(struct onion_volume *volume) {
     int status = flush_found(volume);
-    if (onion_has_no_room(status))
-        return 0; /* free slots are looked for at an opening that has room; the volume can be used, and space be freed */
+    if (onion_has_no_room(status)) {
+        /* Free slots are looked for at an opening that has room. The volume can be used, and space be freed. */
+        onion_site_clear(); /* nobody is told of this error */
+        return 0;
+    }
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
         if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */

@@ -57,12 +57,15 @@ int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log
 
 /* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
 int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log) {
+    const char *path = log->path;
     int status = onion_sync_file(log->fd); /* BARRIER: map header */
-    if (status == 0)
+    if (status == 0) {
+        path = volume->layers_directory;
         status = onion_sync_directory(volume->layers_directory); /* BARRIER: map name */
+    }
     if (status == 0)
         log->is_new = 0;
-    return onion_volume_poison_on(volume, onion_site_set(status, log->path, 0));
+    return onion_volume_poison_on(volume, onion_site_set(status, path, 0));
 }
 
 int onion_head_log_draw_salt(struct onion_head_log *log) {
@@ -87,7 +90,8 @@ void onion_head_log_close(struct onion_head_log *log) {
 
 /* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
  * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
- * are no frame: who reads the log sees its end. A disk with no room for them has room for the frame perhaps. */
+ * are no frame, so a reader of the log sees its end there. A disk without room for the zeros may have room for the
+ * frame. */
 static int write_frame(struct onion_head_log *log, const unsigned char *bytes, size_t length, size_t with_room) {
     uint64_t end = log->cursor.offset + length;
     if (end <= log->room_end)
@@ -125,7 +129,7 @@ void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion
     __atomic_store_n(&volume->log_bytes, log->cursor.offset, __ATOMIC_RELAXED);
 }
 
-/* ---- what pending records go on from ---- */
+/* ---- what dirty records go on from ---- */
 
 struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log) {
     struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};
@@ -133,8 +137,8 @@ struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log
     return owner;
 }
 
-void onion_volume_settle_owner(struct onion_volume *volume) {
-    pthread_mutex_lock(&volume->pending_lock);
-    onion_journal_settle_owner(volume, volume->log.map_id);
-    pthread_mutex_unlock(&volume->pending_lock);
+void onion_volume_resolve_owner(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->dirty_lock);
+    onion_journal_resolve_owner(volume, volume->log.map_id);
+    pthread_mutex_unlock(&volume->dirty_lock);
 }

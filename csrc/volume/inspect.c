@@ -28,42 +28,42 @@ int onion_volume_wait_for_readers(struct onion_volume *volume) {
     return status;
 }
 
-int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
-                              uint32_t capacity) {
+int onion_volume_reclaim_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
+                                uint32_t capacity) {
     uint32_t count = 0;
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
-    __atomic_store_n(&volume->scrub_wanted, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&volume->reclaim_wanted, 0, __ATOMIC_SEQ_CST);
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count && count < capacity; i++)
-        if (!onion_place_is_own(volume, onion_place_make(i, 0)) &&
-            __atomic_exchange_n(&volume->segments[i]->scrub_wanted, 0, __ATOMIC_SEQ_CST))
+        if (!onion_location_is_own(volume, onion_location_make(i, 0)) &&
+            __atomic_exchange_n(&volume->segments[i]->reclaim_wanted, 0, __ATOMIC_SEQ_CST))
             memcpy(uuids[count++], volume->segments[i]->uuid, ONION_UUID_BYTES);
     pthread_rwlock_unlock(&volume->gate);
     if (count == capacity)
-        __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST); /* there may be more */
+        __atomic_store_n(&volume->reclaim_wanted, 1, __ATOMIC_SEQ_CST); /* there may be more */
     return (int)count;
 }
 
-void onion_volume_scrub_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
-                              uint32_t count) {
+void onion_volume_reclaim_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
+                                uint32_t count) {
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return;
     pthread_rwlock_rdlock(&volume->gate);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t number = onion_volume_find_segment(volume, uuids[i]);
         if (number)
-            onion_volume_want_scrub(volume, volume->segments[number]);
+            onion_volume_want_reclaim(volume, volume->segments[number]);
     }
     pthread_rwlock_unlock(&volume->gate);
 }
 
-uint64_t onion_volume_take_unreachable(struct onion_volume *volume) {
-    return __atomic_exchange_n(&volume->bytes_unreachable, 0, __ATOMIC_RELAXED);
+uint64_t onion_volume_take_unwipeable(struct onion_volume *volume) {
+    return __atomic_exchange_n(&volume->bytes_unwipeable, 0, __ATOMIC_RELAXED);
 }
 
-int onion_volume_wants_scrub(struct onion_volume *volume) {
-    return __atomic_load_n(&volume->scrub_wanted, __ATOMIC_SEQ_CST);
+int onion_volume_wants_reclaim(struct onion_volume *volume) {
+    return __atomic_load_n(&volume->reclaim_wanted, __ATOMIC_SEQ_CST);
 }
 
 static struct onion_segment_info info_of(const struct onion_volume *volume, const struct onion_segment *segment) {

@@ -19,16 +19,16 @@
 
 #define ONION_STRIPES 256
 
-/* A slot that a pending record freed. */
+/* A slot that a dirty record freed. */
 struct onion_freed {
     uint32_t segment;
     uint32_t slot;
     uint32_t count;
 };
 
-/* Map changes since the last flush, in order. Records name segments by their number in the index; a SEGMENT record, which is
- * for who finds them in the journal, says which that is. */
-struct onion_pending {
+/* The map changes since the last flush, in order. A record names its segment by the number in the index. A SEGMENT
+ * record says which segment has that number, for an opening that finds the records in the journal. */
+struct onion_dirty_records {
     struct onion_record *records; /* in a half of the journal, or in the heap */
     size_t record_count, record_capacity;
     uint64_t *published; /* the half's count: what is counted there survives the process. NULL: in the heap */
@@ -43,8 +43,8 @@ struct onion_pending {
     uint64_t flush_at_slots;
 };
 
-/* What may wait for a flush that nobody asks for: records (memory, and the size of a frame) and bytes that were freed, which a
- * guest could else write and trim without end. Above the second bound writers wait. */
+/* How much may wait for a flush that nobody asks for: records, which take memory and make a frame long, and freed
+ * bytes, which a guest could otherwise write and trim without end. Above the second bound, writers wait. */
 #define ONION_WAITING_RECORDS_MAX (1u << 18)
 #define ONION_WAITING_BYTES_MAX (16ull << 20)
 #define ONION_WAITING_BYTES_HARD (32ull << 20)
@@ -65,17 +65,18 @@ struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check against it */
     int wipe_zero, writable;
-    uint64_t bytes_unreachable;     /* atomic; see onion_volume_take_unreachable */
-    int poisoned, closed, forked;   /* atomic */
-    int scrub_wanted;               /* atomic: some segment's is set, or was */
-    int flush_wanted;               /* atomic: more waits for a flush than should */
-    uint64_t log_bytes, compact_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
+    uint64_t bytes_unwipeable;    /* atomic; see onion_volume_take_unwipeable */
+    int poisoned, closed, forked; /* atomic */
+    int reclaim_wanted;           /* atomic: some segment's is set, or was */
+    int flush_wanted;             /* atomic: more waits for a flush than should */
+    uint64_t log_bytes,
+        compact_map_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
     char *segments_directory, *layers_directory;
 
     struct onion_map index;
     struct onion_build build; /* what was replayed, until the index is made of it */
     struct onion_epoch epoch;
-    struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 places */
+    struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 entries */
     uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
     struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
     uint32_t vacant_count;
@@ -91,8 +92,8 @@ struct onion_volume {
     pthread_rwlock_t gate;
     pthread_mutex_t stripes[ONION_STRIPES];
     pthread_mutex_t slots_lock;
-    pthread_mutex_t pending_lock;
-    struct onion_pending pending;
+    pthread_mutex_t dirty_lock; /* guards the next two */
+    struct onion_dirty_records dirty_records;
     struct onion_journal journal;
 
     pthread_mutex_t flush_lock; /* guards the two below; the gate is closed while flush_busy */
@@ -109,14 +110,14 @@ struct onion_volume {
     struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
     uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
     int sealing, rewriting;
-    int frozen; /* the gate is held, for who closes or thaws the volume */
+    int frozen; /* the gate is held until the volume is closed or thawed */
 };
 
 /* ---- where bytes of a volume come from ---- */
 
 enum onion_source_kind { ONION_SOURCE_ZERO, ONION_SOURCE_DATA, ONION_SOURCE_BASE };
 
-/* One run of a range: the first bytes of it that come from one place. */
+/* One run of a range: the first bytes of it that all have one source. */
 struct onion_source {
     enum onion_source_kind kind;
     uint64_t length;                  /* bytes of the range */
@@ -127,8 +128,8 @@ struct onion_source {
     uint64_t block_count;
 };
 
-/* All that shows bytes of a volume asks here: reading, the read plan, and the mapping of a view. Under a reader's
- * ticket, or the stripe. */
+/* Finds the first run of a range. Reading, the read plan and the mapping of a view all ask here. The caller has a
+ * reader's ticket, or holds the stripe. */
 static inline void onion_volume_next_run(const struct onion_volume *volume, uint64_t offset, uint64_t length,
                                          struct onion_source *source) {
     uint64_t start = offset & (volume->block_size - 1);
@@ -138,13 +139,13 @@ static inline void onion_volume_next_run(const struct onion_volume *volume, uint
     uint64_t bytes = (run.block_count << volume->block_shift) - start;
     source->length = bytes < length ? bytes : length;
     source->kind = ONION_SOURCE_ZERO;
-    if (onion_place_is_data(run.place)) {
+    if (onion_location_is_data(run.location)) {
         source->kind = ONION_SOURCE_DATA;
         source->offset = start;
-        source->segment = volume->segments[onion_place_segment(run.place)];
-        source->slot = onion_place_slot(run.place);
+        source->segment = volume->segments[onion_location_segment(run.location)];
+        source->slot = onion_location_slot(run.location);
         source->block_count = run.block_count;
-    } else if (run.place == ONION_PLACE_HOLE) {
+    } else if (run.location == ONION_LOCATION_HOLE) {
         const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
         if (base && offset < base->length) { /* zeros past its end are another run */
             source->kind = ONION_SOURCE_BASE;
@@ -156,7 +157,7 @@ static inline void onion_volume_next_run(const struct onion_volume *volume, uint
     }
 }
 
-/* Where they lie in memory; NULL: they are zero. A segment is mapped now if need be. */
+/* Says where the bytes lie in memory; NULL: they are zero. A segment is mapped now if need be. */
 static inline int onion_source_address(const struct onion_source *source, struct onion_epoch *epoch,
                                        const char **address) {
     *address = source->kind == ONION_SOURCE_BASE ? source->base->address + source->offset : NULL;
@@ -203,20 +204,22 @@ static inline int onion_segment_is_head(const struct onion_volume *volume, const
     return segment->generation == volume->generation;
 }
 
-static inline int onion_place_is_own(const struct onion_volume *volume, onion_place place) {
-    if (!onion_place_is_data(place))
+static inline int onion_location_is_own(const struct onion_volume *volume, onion_location location) {
+    if (!onion_location_is_data(location))
         return 0;
-    const struct onion_segment *segment = volume->segments[onion_place_segment(place)];
+    const struct onion_segment *segment = volume->segments[onion_location_segment(location)];
     return segment->own && onion_segment_is_head(volume, segment);
 }
 
-/* The segment's own mark first: who takes the volume's looks at the segments afterwards. */
-static inline void onion_volume_want_scrub(struct onion_volume *volume, struct onion_segment *segment) {
-    __atomic_store_n(&segment->scrub_wanted, 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&volume->scrub_wanted, 1, __ATOMIC_SEQ_CST);
+/* Sets the segment's own mark first, because the thread that takes the volume's mark looks at the segments
+ * afterwards. */
+static inline void onion_volume_want_reclaim(struct onion_volume *volume, struct onion_segment *segment) {
+    __atomic_store_n(&segment->reclaim_wanted, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&volume->reclaim_wanted, 1, __ATOMIC_SEQ_CST);
 }
 
-/* For who has the flush gate closed, or opens it soon: onion_volume_poison also wakes those who wait there. */
+/* For a caller that has the flush gate closed, or opens it soon. onion_volume_poison also wakes the threads that wait
+ * there. */
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
@@ -235,26 +238,29 @@ uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_s
 uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
 /* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
 int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
-/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found one
- * that did. The gate is held alone. */
+/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found
+ * one that did. The gate is held alone. */
 struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
 /* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
 uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
 
-/* ---- pending.c ---- */
+/* ---- dirty_records.c ---- */
 
-/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed, and
- * nothing changed. The caller holds pending_lock. */
-int onion_pending_put(struct onion_volume *volume, const struct onion_record *record);
+/* Notes that an error is one of the journal's file, for the message. Returns `status`. The caller holds dirty_lock. */
+int onion_dirty_records_note_fault(struct onion_volume *volume, int status);
+
+/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed,
+ * and nothing changed. The caller holds dirty_lock. */
+int onion_dirty_records_put(struct onion_volume *volume, const struct onion_record *record);
 /* What a record that was put changed of the list. */
-struct onion_pending_mark {
+struct onion_dirty_records_mark {
     size_t record_count;
     uint32_t last_blocks, declared;
 };
-struct onion_pending_mark onion_pending_mark(const struct onion_pending *pending);
+struct onion_dirty_records_mark onion_dirty_records_mark(const struct onion_dirty_records *dirty);
 /* Takes the last record back, which the index could not take. */
-void onion_pending_take_back(struct onion_pending *pending, const struct onion_pending_mark *mark);
+void onion_dirty_records_take_back(struct onion_dirty_records *dirty, const struct onion_dirty_records_mark *mark);
 
 /* ---- state.c ---- */
 
@@ -280,20 +286,21 @@ int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *
 int onion_head_log_draw_salt(struct onion_head_log *log);
 int onion_head_log_append(struct onion_head_log *log, const struct onion_record *records, uint32_t count);
 void onion_head_log_close(struct onion_head_log *log);
-/* For onion_volume_may_want_compaction. */
+/* For onion_volume_may_want_compact_map. */
 void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log);
 /* What the journal's records go on from: a log as it is. */
 struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log);
-/* What is pending goes on from the head's log, whatever else was possible. */
-void onion_volume_settle_owner(struct onion_volume *volume);
+/* The dirty records go on from the head's log, whatever else was possible. */
+void onion_volume_resolve_owner(struct onion_volume *volume);
 
 /* ---- reclaim.c ---- */
 
 /* Wipes (policy `zero`) and punches slots of one own segment, then lets them be used again. */
 int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segment, const struct onion_freed *freed,
                          size_t count);
-/* After the frame that freed them is durable. Adopted segments are other handles' too: their owner scrubs them. */
-int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch);
+/* Call it after the frame that freed the slots is durable. Inherited segments are shared with other handles, so their
+ * slots are not given back here: the operation that holds the layer alone reclaims them. */
+int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_dirty_records *batch);
 
 /* ---- read.c ---- */
 
@@ -305,13 +312,15 @@ int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, ui
 
 /* Flushes by itself where too much waits for it. A full disk is no error here. */
 int onion_volume_relieve(struct onion_volume *volume);
-/* Takes away what is pending, to be made durable or put back. next: the log of the head that a seal begins, or NULL. */
-struct onion_pending onion_volume_take_pending(struct onion_volume *volume, const struct onion_head_log *next);
-/* Makes a batch durable in `log`. On failure it is back in the pending list. */
-int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log, struct onion_pending *batch,
-                              int of_sealed);
+/* Takes the dirty records away, to be made durable or put back. next: the log of the head that a seal begins, or
+ * NULL. */
+struct onion_dirty_records onion_volume_take_dirty_records(struct onion_volume *volume,
+                                                           const struct onion_head_log *next);
+/* Makes a batch durable in `log`. On failure it is back in the list of dirty records. */
+int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log,
+                              struct onion_dirty_records *batch, int of_sealed);
 /* A flush that changed nothing gives its batch back, before what came since. */
-void onion_volume_put_back(struct onion_volume *volume, struct onion_pending *batch);
+void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 
 /* ---- replace_below.c ---- */
@@ -320,15 +329,16 @@ void onion_below_free(struct onion_below *below);
 
 /* ---- write.c ---- */
 
-/* Maps blocks to a place, appends the record and frees what the head held there; all or nothing. The caller holds
+/* Maps blocks to a location, appends the record and frees what the head held there; all or nothing. The caller holds
  * the stripe. */
-int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place);
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count,
+                        onion_location location);
 /* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
 int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
                             const void *bytes, int fresh);
 /* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
- * pending_lock. */
-int onion_pending_make_room(struct onion_volume *volume);
+ * dirty_lock. */
+int onion_dirty_records_make_room(struct onion_volume *volume);
 
 /* ---- lifecycle.c ---- */
 

@@ -57,8 +57,9 @@ static int read_boot_id(unsigned char *out) {
     return digits == 32 ? 0 : -ENOSYS;
 }
 
-/* A service that is started again may see its disk through another mount of the same file system (systemd gives each start
- * a tree of mounts of its own). So where the file system itself can be told from a later mounting of it, that is asked. */
+/* A service that is started again may see its disk through another mount of the same file system (systemd gives each
+ * start a tree of mounts of its own). So where the file system itself can be told from a later mounting of it, that is
+ * asked. */
 static uint64_t sysfs_inode(dev_t device, const char *type) {
     char link[64], target[4096], node[4200];
     struct stat info;
@@ -198,7 +199,7 @@ static int map_shared(int fd, off_t offset, size_t length, void **out) {
     return 0;
 }
 
-/* Makes a half twice as large. Nobody holds on to its address but under pending_lock. */
+/* Makes a half twice as large. Nobody holds on to its address but under dirty_lock. */
 static int grow_half(struct onion_journal *journal, int half) {
     size_t before = journal->capacity[half] * sizeof(struct onion_record), after = before ? 2 * before : FIRST_BYTES;
     after = after > HALF_BYTES_MAX ? HALF_BYTES_MAX : after;
@@ -250,18 +251,18 @@ static void set_limit(struct onion_volume *volume) {
         size_t left = journal->capacity[!journal->current] - journal->taken_count;
         limit = left < limit ? left : limit;
     }
-    volume->pending.record_capacity = limit;
+    volume->dirty_records.record_capacity = limit;
 }
 
 static void use_half(struct onion_volume *volume, int half) {
     struct onion_journal *journal = &volume->journal;
     journal->current = half;
-    volume->pending.records = journal->records[half];
-    volume->pending.published = &journal->header->halves[half].record_count;
+    volume->dirty_records.records = journal->records[half];
+    volume->dirty_records.published = &journal->header->halves[half].record_count;
 }
 
-/* Whether the file at the path is of a path of the same volume that was opened later than this one: so this one is about to
- * be closed, and what is written to it is dropped. */
+/* Whether the file at the path is of a path of the same volume that was opened later than this one: so this one is
+ * about to be closed, and what is written to it is dropped. */
 static int is_replaced(const struct onion_journal *journal, const struct onion_journal_header *here) {
     struct onion_journal_header found;
     int fd = open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
@@ -273,8 +274,8 @@ static int is_replaced(const struct onion_journal *journal, const struct onion_j
     return replaced;
 }
 
-/* On btrfs a write to a mapped page wants a new place for it, and SIGBUS where a full disk has none; a file that is
- * overwritten in place has its blocks. It has to be asked for before there are any. */
+/* On btrfs a write to a mapped page needs a new place on the disk, and raises SIGBUS where a full disk has none; a file
+ * that is overwritten in place has its blocks. The flag has to be set before the file has blocks. */
 static void overwrite_in_place(int fd) {
     int flags = 0;
     if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
@@ -283,16 +284,16 @@ static void overwrite_in_place(int fd) {
     }
 }
 
-/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another path of the volume has the name;
- * what a process left that was killed here is removed by the next one that opens the volume for writing. */
-static int make_file(struct onion_volume *volume, const char *draft) {
+/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another path of the volume has the
+ * name; what a process left that was killed here is removed by the next one that opens the volume for writing. */
+static int make_file(struct onion_volume *volume, const char *staged) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header header = {.magic = ONION_JOURNAL_MAGIC,
                                           .version = ONION_JOURNAL_VERSION,
                                           .block_size = volume->block_size,
                                           .opened_ns = journal->opened_ns};
     void *mapped = NULL;
-    journal->fd = onion_make_file(draft);
+    journal->fd = onion_make_file(staged);
     if (journal->fd < 0)
         return journal->fd;
     overwrite_in_place(journal->fd);
@@ -312,29 +313,29 @@ static int make_file(struct onion_volume *volume, const char *draft) {
     return status < 0 ? status : store_bytes(journal->header, &header, sizeof header);
 }
 
-/* What is pending already, and in the heap: of a process that died, and not durable yet. */
-static int move_pending(struct onion_volume *volume) {
-    struct onion_pending *pending = &volume->pending;
-    struct onion_record *records = pending->records;
-    size_t count = pending->record_count;
+/* Moves the dirty records that are in the heap: a process that died left them, and they are not durable yet. */
+static int move_dirty_records(struct onion_volume *volume) {
+    struct onion_dirty_records *dirty = &volume->dirty_records;
+    struct onion_record *records = dirty->records;
+    size_t count = dirty->record_count;
     int status = 0;
     use_half(volume, 0);
-    pending->record_count = 0;
-    pending->declared = 0;
+    dirty->record_count = 0;
+    dirty->declared = 0;
     set_limit(volume);
     for (size_t i = 0; i < count && status == 0; i++) {
-        while (status == 0 && pending->record_count + 2 > pending->record_capacity) {
+        while (status == 0 && dirty->record_count + 2 > dirty->record_capacity) {
             status = grow_half(&volume->journal, 0);
             use_half(volume, 0);
             set_limit(volume);
         }
         if (status == 0)
-            status = onion_pending_put(volume, &records[i]);
+            status = onion_dirty_records_put(volume, &records[i]);
     }
     if (status < 0) {
-        pending->records = records;
-        pending->record_count = pending->record_capacity = count;
-        pending->published = NULL;
+        dirty->records = records;
+        dirty->record_count = dirty->record_capacity = count;
+        dirty->published = NULL;
         return status;
     }
     free(records);
@@ -345,43 +346,44 @@ static int begin(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
     if (journal->heap_taken)
         return ONION_E_JOURNAL_FULL;
-    char *draft = NULL;
+    char *staged = NULL;
     int status = -EEXIST;
-    for (int number = 0; status == -EEXIST && number < ONION_JOURNAL_DRAFTS; number++) {
-        free(draft);
-        if (asprintf(&draft, "%s.%d", journal->path, number) < 0)
+    for (int number = 0; status == -EEXIST && number < ONION_JOURNAL_STAGED_NAMES; number++) {
+        free(staged);
+        if (asprintf(&staged, "%s.%d", journal->path, number) < 0)
             return -ENOMEM;
-        status = make_file(volume, draft);
+        status = make_file(volume, staged);
     }
     if (status == -EEXIST) { /* the paths of one volume are fewer: then the records stay in the heap */
-        free(draft);
+        free(staged);
         return -ENOSYS;
     }
     if (status == 0)
-        status = move_pending(volume);
-    if (status == 0 && rename(draft, journal->path)) {
+        status = move_dirty_records(volume);
+    if (status == 0 && rename(staged, journal->path)) {
         status = -errno;
-        onion_volume_mark_poisoned(volume); /* never seen; what is pending is in a file without a name */
+        onion_volume_mark_poisoned(volume); /* never seen; the dirty records are in a file without a name */
     }
     if (status < 0) {
-        unlink(draft);
-        if (!volume->pending.published)
+        unlink(staged);
+        if (!volume->dirty_records.published)
             unmap_all(journal);
     } else {
         close_found(journal);
     }
-    free(draft);
+    free(staged);
     return status;
 }
 
-/* A file system without such mappings: the records stay in the heap, and death of the process loses what was not flushed. */
+/* A file system without such mappings: the records stay in the heap, and death of the process loses what was not
+ * flushed. */
 static int is_impossible(int status) {
     return status == -ENODEV || status == -EOPNOTSUPP || status == -ENOSYS || status == -EINVAL;
 }
 
 static int grow(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    size_t needed = volume->pending.record_count + 2;
+    size_t needed = volume->dirty_records.record_count + 2;
     int status = 0;
     while (status == 0 && needed > journal->capacity[journal->current])
         status = grow_half(journal, journal->current);
@@ -400,35 +402,35 @@ int onion_journal_make_room(struct onion_volume *volume) {
         journal->path = NULL;
         return 0;
     }
-    return status;
+    return status < 0 ? onion_dirty_records_note_fault(volume, status) : 0;
 }
 
 /* ---- a flush ---- */
 
 static void store_owners(struct onion_volume *volume, int half) {
     struct onion_journal *journal = &volume->journal;
-    struct onion_journal_half *place = &journal->header->halves[half];
+    struct onion_journal_half *stored = &journal->header->halves[half];
     /* One after the other: while one of them is half stored, the other one holds. */
-    if (store_bytes(&place->owner, &journal->owner, sizeof place->owner) < 0 ||
-        store_bytes(&place->alternative, &journal->alternative, sizeof place->alternative) < 0)
+    if (store_bytes(&stored->owner, &journal->owner, sizeof stored->owner) < 0 ||
+        store_bytes(&stored->alternative, &journal->alternative, sizeof stored->alternative) < 0)
         onion_volume_mark_poisoned(volume);
 }
 
 static void switch_halves(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    struct onion_pending *pending = &volume->pending;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
     uint64_t order = ++journal->order;
     int other = !journal->current;
     store_owners(volume, other);
     if (store_bytes(&journal->header->halves[other].order, &order, sizeof order) < 0)
         onion_volume_mark_poisoned(volume);
-    journal->taken_count = pending->record_count;
-    *pending = (struct onion_pending){0};
+    journal->taken_count = dirty->record_count;
+    *dirty = (struct onion_dirty_records){0};
     use_half(volume, other);
     set_limit(volume);
 }
 
-void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch,
+void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records *batch,
                         const struct onion_journal_owner *owner, const struct onion_journal_owner *alternative) {
     static const struct onion_journal_owner none;
     struct onion_journal *journal = &volume->journal;
@@ -443,18 +445,18 @@ void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch
         switch_halves(volume);
     } else {
         journal->heap_taken = journal->path != NULL;
-        volume->pending = (struct onion_pending){0};
+        volume->dirty_records = (struct onion_dirty_records){0};
     }
 }
 
-/* Lets records go on from a later frame of the same map. No frames are any: whenever the process dies, one of the states
- * that are stored here is right. */
-static int advance(struct onion_journal_owner *place, const struct onion_journal_owner *now) {
+/* Lets records go on from a later frame of the same map. No frames are any: whenever the process dies, one of the
+ * states that are stored here is right. */
+static int advance(struct onion_journal_owner *owner, const struct onion_journal_owner *now) {
     static const uint64_t any;
-    int status = store_bytes(&place->frames, &any, sizeof any);
+    int status = store_bytes(&owner->frames, &any, sizeof any);
     if (status == 0)
-        status = store_bytes(&place->crc, &now->crc, sizeof now->crc);
-    return status < 0 ? status : store_bytes(&place->frames, &now->frames, sizeof now->frames);
+        status = store_bytes(&owner->crc, &now->crc, sizeof now->crc);
+    return status < 0 ? status : store_bytes(&owner->frames, &now->frames, sizeof now->frames);
 }
 
 static void advance_owners(struct onion_volume *volume, const struct onion_journal_owner *now) {
@@ -487,9 +489,9 @@ void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_jo
     set_limit(volume);
 }
 
-int onion_journal_put_back(struct onion_volume *volume, struct onion_pending *batch) {
+int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_records *batch) {
     struct onion_journal *journal = &volume->journal;
-    struct onion_pending *later = &volume->pending;
+    struct onion_dirty_records *later = &volume->dirty_records;
     int newer = journal->current, older = !newer;
     struct onion_record *copied = malloc((later->record_count + 1) * sizeof *copied);
     int status = copied ? onion_journal_copy(copied, later->records, later->record_count) : -ENOMEM;
@@ -526,7 +528,7 @@ void onion_journal_add_owner(struct onion_volume *volume, const struct onion_jou
         store_owners(volume, journal->current);
 }
 
-void onion_journal_settle_owner(struct onion_volume *volume, const unsigned char *map_id) {
+void onion_journal_resolve_owner(struct onion_volume *volume, const unsigned char *map_id) {
     static const struct onion_journal_owner none;
     struct onion_journal *journal = &volume->journal;
     if (!memcmp(journal->alternative.map_id, map_id, ONION_UUID_BYTES))
@@ -541,19 +543,19 @@ void onion_journal_settle_owner(struct onion_volume *volume, const unsigned char
 void onion_journal_mark_poisoned(struct onion_volume *volume) {
     static const uint32_t one = 1;
     struct onion_journal *journal = &volume->journal;
-    pthread_mutex_lock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
     if (!journal->header && journal->found_fd >= 0)
         (void)onion_pwrite_all(journal->found_fd, &one, sizeof one, offsetof(struct onion_journal_header, poisoned));
     else if (journal->path && (journal->header || begin(volume) == 0))
         (void)store_bytes(&journal->header->poisoned, &one, sizeof one);
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
 }
 
 void onion_journal_clear_poisoned(struct onion_volume *volume) {
     static const uint32_t zero;
     struct onion_journal *journal = &volume->journal;
     journal->found_poisoned = 0;
-    if (volume->pending.record_count) {
+    if (volume->dirty_records.record_count) {
         (void)onion_pwrite_all(journal->found_fd, &zero, sizeof zero, offsetof(struct onion_journal_header, poisoned));
     } else {
         (void)!ftruncate(journal->found_fd, 0);
@@ -628,7 +630,7 @@ static int name_segment(struct translation *translation, const struct onion_reco
 /* Takes over one record of those found, which is checked as one of a log is. */
 static int take_record(struct translation *translation, const struct onion_record *raw) {
     struct onion_volume *volume = translation->volume;
-    struct onion_pending *pending = &volume->pending;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
     struct onion_record record = *raw;
     if (!onion_record_is_sound(&record, ONION_VOLUME_BYTES_MAX >> volume->block_shift))
         return ONION_E_FORMAT;
@@ -648,7 +650,7 @@ static int take_record(struct translation *translation, const struct onion_recor
     default:
         return ONION_E_FORMAT;
     }
-    pending->records[pending->record_count++] = record;
+    dirty->records[dirty->record_count++] = record;
     return 0;
 }
 
@@ -675,9 +677,9 @@ static int take_halves(struct onion_volume *volume, const struct found *found, c
                        uint64_t length, uint32_t segment_first) {
     const struct onion_journal_half *halves = found->header.halves;
     int first = halves[0].order <= halves[1].order ? 0 : 1, status = 0;
-    volume->pending.records =
-        malloc((halves[0].record_count + halves[1].record_count + 1) * sizeof *volume->pending.records);
-    if (!volume->pending.records)
+    volume->dirty_records.records =
+        malloc((halves[0].record_count + halves[1].record_count + 1) * sizeof *volume->dirty_records.records);
+    if (!volume->dirty_records.records)
         return -ENOMEM;
     for (int i = 0; i < 2 && status == 0; i++) {
         int half = first ^ i;
@@ -690,7 +692,7 @@ static int take_halves(struct onion_volume *volume, const struct found *found, c
 
 int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first) {
     struct onion_journal *journal = &volume->journal;
-    struct onion_pending *pending = &volume->pending;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
     struct found found = {0};
     if (!journal->path)
         return 0;
@@ -700,20 +702,20 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
         status = take_halves(volume, &found, log, length, segment_first);
     }
     if (status < 0)
-        pending->record_count = 0;
-    if (!pending->record_count) {
-        free(pending->records);
-        pending->records = NULL;
+        dirty->record_count = 0;
+    if (!dirty->record_count) {
+        free(dirty->records);
+        dirty->records = NULL;
         if (!journal->found_poisoned)
             close_found(journal);
     }
-    pending->record_capacity = pending->record_count; /* so the first change goes on in a file of this opening */
+    dirty->record_capacity = dirty->record_count; /* so the first change goes on in a file of this opening */
     return status == -ENOMEM || status == -EIO ? status : 0;
 }
 
 void onion_journal_leave_found(struct onion_volume *volume) {
-    free(volume->pending.records);
-    volume->pending = (struct onion_pending){0};
+    free(volume->dirty_records.records);
+    volume->dirty_records = (struct onion_dirty_records){0};
     close_found(&volume->journal);
 }
 
@@ -721,13 +723,13 @@ void onion_journal_leave_found(struct onion_volume *volume) {
 
 void onion_journal_close(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    if (journal->header && !volume->pending.record_count && !journal->taken_count &&
+    if (journal->header && !volume->dirty_records.record_count && !journal->taken_count &&
         !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
         (void)!ftruncate(journal->fd, 0);
     if (journal->header) { /* else the records are the heap's */
-        volume->pending.records = NULL;
-        volume->pending.published = NULL;
-        volume->pending.record_count = volume->pending.record_capacity = 0;
+        volume->dirty_records.records = NULL;
+        volume->dirty_records.published = NULL;
+        volume->dirty_records.record_count = volume->dirty_records.record_capacity = 0;
     }
     unmap_all(journal);
     close_found(journal);

@@ -1,4 +1,4 @@
-/* journal.h: keeps the pending records of a head, so that the death of the process loses none of them.
+/* journal.h: keeps the dirty records of a head, so that the death of the process loses none of them.
  *
  * The records lie in a mapped file, volumes/ID.dirty. Data that was stored in a mapped page stays when the process
  * is killed, and costs no system call. The file is valid for the same boot and the same mount only, so nothing of
@@ -14,7 +14,7 @@
  *  - A mapped page always has a block (fallocate), so a full disk is an error and not a signal. The SIGBUS guard
  *    catches other failures of a page.
  *  - A half that a flush took has room for all records that come meanwhile, so that it can always be put back.
- * The volume's pending_lock guards all of this. */
+ * The volume's dirty_lock guards all of this. */
 #ifndef ONIONSKIN_VOLUME_JOURNAL_H
 #define ONIONSKIN_VOLUME_JOURNAL_H
 
@@ -24,9 +24,9 @@
 #include "layer/map_log.h"
 
 struct onion_volume;
-struct onion_pending;
+struct onion_dirty_records;
 
-#define ONION_JOURNAL_DRAFTS 4 /* names of files that are being made: the path's, and .0 to .3 */
+#define ONION_JOURNAL_STAGED_NAMES 4 /* names of files that are being made: the path's, and .0 to .3 */
 #define ONION_JOURNAL_MAGIC "ONIONDTY"
 #define ONION_JOURNAL_VERSION 1u
 #define ONION_JOURNAL_HEADER_BYTES 4096u
@@ -78,31 +78,32 @@ struct onion_journal {
 void onion_journal_init(struct onion_journal *journal);
 /* Where the file is, or will be. NULL: there is none. */
 int onion_journal_set_path(struct onion_volume *volume, const char *path);
-/* While a head is opened: reads the records that a process that died left behind. It makes them the pending records
+/* While a head is opened: reads the records that a process that died left behind. It makes them the dirty records
  * if they go on from the log of `length` bytes (NULL: no file), which was replayed. segment_first: the head's own
  * segments are those from here on. A file that is not sound, or not of this boot and mount, is ignored as a whole. */
 int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first);
 /* For a head that is only read, and whose index has the records that were found: the file stays as it is, for the
  * next opening that writes. */
 void onion_journal_leave_found(struct onion_volume *volume);
-/* Room for the record of one more change, and for one that names its segment. ONION_E_JOURNAL_FULL: a flush makes room. */
+/* Room for the record of one more change, and for one that names its segment. ONION_E_JOURNAL_FULL: a flush makes
+ * room. */
 int onion_journal_make_room(struct onion_volume *volume);
 /* Where the records go on from; when a head was opened. */
 void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner);
-/* Takes the pending records away, and switches to the other half. owner: the state that later records go on from.
+/* Takes the dirty records away, and switches to the other half. owner: the state that later records go on from.
  * alternative may be NULL. */
-void onion_journal_take(struct onion_volume *volume, struct onion_pending *batch,
+void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records *batch,
                         const struct onion_journal_owner *owner, const struct onion_journal_owner *alternative);
 /* The records that were taken are durable in a frame, behind which the log stands as `now` says. */
 void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now);
 /* A flush that changed nothing gives its half back, before the records that came since. -EIO. */
-int onion_journal_put_back(struct onion_volume *volume, struct onion_pending *batch);
+int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
 /* Copies records out of a half; a page that cannot be read is -EIO. */
 int onion_journal_copy(struct onion_record *to, const struct onion_record *from, size_t count);
 /* A rewrite is about to be committed: later records may go on from its map too. */
 void onion_journal_add_owner(struct onion_volume *volume, const struct onion_journal_owner *alternative);
 /* It is this map that they go on from. */
-void onion_journal_settle_owner(struct onion_volume *volume, const unsigned char *map_id);
+void onion_journal_resolve_owner(struct onion_volume *volume, const unsigned char *map_id);
 /* Says on the disk that a sync failed, before anybody is told. */
 void onion_journal_mark_poisoned(struct onion_volume *volume);
 /* The work that the mark asked for was done. */

@@ -30,7 +30,7 @@ static void init_locks(struct onion_volume *volume) {
     for (int i = 0; i < ONION_STRIPES; i++)
         pthread_mutex_init(&volume->stripes[i], NULL);
     pthread_mutex_init(&volume->slots_lock, NULL);
-    pthread_mutex_init(&volume->pending_lock, NULL);
+    pthread_mutex_init(&volume->dirty_lock, NULL);
     pthread_mutex_init(&volume->flush_lock, NULL);
     pthread_mutex_init(&volume->prepare_lock, NULL);
     pthread_cond_init(&volume->flush_free, NULL);
@@ -58,7 +58,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->generation = 1;
     volume->log.fd = volume->next_log.fd = volume->prepared_log.fd = -1;
     volume->nothing_below = 1;
-    volume->compact_at = 512u << 10;
+    volume->compact_map_at = 512u << 10;
     onion_journal_init(&volume->journal);
     init_locks(volume);
     onion_epoch_init(&volume->epoch);
@@ -147,8 +147,8 @@ void onion_volume_free(struct onion_volume *volume) {
         return;
     onion_volume_close(volume);
     onion_epoch_destroy(&volume->epoch);
-    free(volume->pending.records);
-    free(volume->pending.freed);
+    free(volume->dirty_records.records);
+    free(volume->dirty_records.freed);
     free(volume->next_numbers);
     onion_segment_free(volume->vacant);
     free(volume->segments);

@@ -59,6 +59,15 @@ static int read_range(void *context) {
     return 0;
 }
 
+static __attribute__((noinline, cold)) int note_base_fault(int status, const struct onion_mapping *base,
+                                                           uint64_t offset) {
+    char path[4096], link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", base->fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    return onion_site_set(status, path, offset);
+}
+
 /* Notes which file a load from a mapping failed in. The reader's ticket keeps the mappings. */
 static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume *volume) {
     const char *address = onion_fault_address(); /* NULL: it was another error */
@@ -70,13 +79,8 @@ static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume
         if (mapping && address >= mapping->address && address < mapping->address + mapping->length)
             onion_site_set(-EIO, segment->path, (uint64_t)(address - mapping->address));
     }
-    if (base && address >= base->address && address < base->address + base->length) {
-        char path[4096], link[64];
-        snprintf(link, sizeof link, "/proc/self/fd/%d", base->fd);
-        ssize_t length = readlink(link, path, sizeof path - 1);
-        path[length < 0 ? 0 : length] = 0;
-        onion_site_set(-EIO, path, (uint64_t)(address - base->address));
-    }
+    if (base && address >= base->address && address < base->address + base->length)
+        note_base_fault(-EIO, base, (uint64_t)(address - base->address));
 }
 
 /* Runs `work` as a reader. Closed is looked at after entering: close waits for those who are inside. */
@@ -106,17 +110,17 @@ int onion_volume_read(struct onion_volume *volume, uint64_t offset, uint64_t len
 }
 
 static int read_batch(struct onion_volume *volume, const uint64_t *block_indices, size_t count, char *out) {
-    onion_place places[BATCH];
+    onion_location locations[BATCH];
     const char *addresses[BATCH];
-    onion_map_lookup_many(&volume->index, block_indices, count, places);
+    onion_map_lookup_many(&volume->index, block_indices, count, locations);
     for (size_t i = 0; i < count; i++) {
         addresses[i] = NULL;
-        if (onion_place_is_data(places[i])) {
-            int status = onion_segment_address(volume->segments[onion_place_segment(places[i])], &volume->epoch,
-                                               onion_place_slot(places[i]), 1, &addresses[i]);
+        if (onion_location_is_data(locations[i])) {
+            int status = onion_segment_address(volume->segments[onion_location_segment(locations[i])], &volume->epoch,
+                                               onion_location_slot(locations[i]), 1, &addresses[i]);
             if (status < 0)
                 return status;
-        } else if (places[i] == ONION_PLACE_HOLE) {
+        } else if (locations[i] == ONION_LOCATION_HOLE) {
             const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
             uint64_t offset = block_indices[i] << volume->block_shift;
             if (base && offset + volume->block_size <= base->length)
@@ -127,7 +131,7 @@ static int read_batch(struct onion_volume *volume, const uint64_t *block_indices
     for (size_t i = 0; i < count; i++, out += volume->block_size) {
         if (addresses[i])
             guarded_copy(out, addresses[i], volume->block_size);
-        else if (places[i] == ONION_PLACE_HOLE)
+        else if (locations[i] == ONION_LOCATION_HOLE)
             read_base(volume, block_indices[i] << volume->block_shift, volume->block_size, out);
         else
             memset(out, 0, volume->block_size);
@@ -182,7 +186,7 @@ static int map_data(struct onion_volume *volume, const struct onion_source *sour
 static int map_base(const struct onion_source *source, char *at) {
     uint64_t pages = (source->length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     void *got = mremap(source->base->address + source->offset, 0, pages, MREMAP_MAYMOVE | MREMAP_FIXED, at);
-    return got == MAP_FAILED ? -errno : 0;
+    return got == MAP_FAILED ? note_base_fault(-errno, source->base, source->offset) : 0;
 }
 
 static int map_pieces(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max, char *at,

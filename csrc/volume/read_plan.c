@@ -88,8 +88,8 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
 
 /* ---- what holds them ---- */
 
-/* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what is
- * missing must be asked for, and fail, and not be skipped as zeros. */
+/* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what
+ * is missing must be asked for, and fail, and not be skipped as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
     struct onion_extent extent = {.offset = offset,
                                   .length = length,
@@ -128,8 +128,8 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
     uint64_t bytes = (run.block_count << volume->block_shift) - start;
     struct onion_extent extent = {
         .offset = offset, .length = bytes < length ? bytes : length, .kind = ONION_EXTENT_ZERO};
-    if (onion_place_is_data(run.place)) {
-        const struct onion_segment *segment = volume->segments[onion_place_segment(run.place)];
+    if (onion_location_is_data(run.location)) {
+        const struct onion_segment *segment = volume->segments[onion_location_segment(run.location)];
         extent.birth = segment->birth;
         extent.kind = onion_segment_is_head(volume, segment) ? ONION_EXTENT_HEAD : ONION_EXTENT_BELOW;
     }

@@ -13,7 +13,7 @@ static int by_segment_and_slot(const void *a, const void *b) {
     return x->slot < y->slot ? -1 : x->slot > y->slot;
 }
 
-/* Sorts, and joins neighbours in place. Returns how many are left. */
+/* Sorts the runs of slots and joins neighbours in place. Returns how many are left. */
 static size_t join_freed(struct onion_freed *freed, size_t count) {
     size_t kept = 0;
     qsort(freed, count, sizeof *freed, by_segment_and_slot);
@@ -41,11 +41,11 @@ int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segm
     int status = onion_wipe(segment->fd, ranges, count, flags, 1, &result, NULL, NULL);
     free(ranges);
     if (status == 0 && volume->wipe_zero)
-        __atomic_add_fetch(&volume->bytes_unreachable, result.bytes_unreachable, __ATOMIC_RELAXED);
+        __atomic_add_fetch(&volume->bytes_unwipeable, result.bytes_unwipeable, __ATOMIC_RELAXED);
     if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
         onion_volume_poison_on(volume, status);
     if (status < 0) {
-        onion_volume_want_scrub(volume, segment);
+        onion_volume_want_reclaim(volume, segment);
         return onion_site_set(status, segment->path, count ? onion_slot_offset(volume->block_shift, freed[0].slot) : 0);
     }
     pthread_mutex_lock(&volume->slots_lock);
@@ -55,7 +55,7 @@ int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segm
     return 0;
 }
 
-int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending *batch) {
+int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_dirty_records *batch) {
     if (!batch->freed_count)
         return 0;
     onion_epoch_wait(&volume->epoch); /* a read may still be copying from a slot that it found before */
@@ -69,7 +69,7 @@ int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_pending
         if (segment->own)
             one = onion_volume_reclaim(volume, segment, batch->freed + i, end - i);
         else
-            onion_volume_want_scrub(volume, segment);
+            onion_volume_want_reclaim(volume, segment);
         status = status < 0 ? status : one;
     }
     return status;

@@ -52,7 +52,7 @@ static int replay_segment(struct replay *replay, const struct onion_record *reco
 }
 
 static int replay_record(struct replay *replay, const struct onion_record *record) {
-    onion_place place;
+    onion_location location;
     switch (record->kind) {
     case ONION_RECORD_SEGMENT:
         return replay_segment(replay, record);
@@ -63,12 +63,12 @@ static int replay_record(struct replay *replay, const struct onion_record *recor
     case ONION_RECORD_DATA:
         if (!replay->number_of[record->segment])
             return ONION_E_FORMAT;
-        place = onion_place_make(replay->number_of[record->segment], record->slot);
+        location = onion_location_make(replay->number_of[record->segment], record->slot);
         break;
     default:
-        place = record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO : ONION_PLACE_HOLE;
+        location = record->kind == ONION_RECORD_ZERO ? ONION_LOCATION_ZERO : ONION_LOCATION_HOLE;
     }
-    return onion_build_put(&replay->volume->build, record->block_index, record->block_count, place);
+    return onion_build_put(&replay->volume->build, record->block_index, record->block_count, location);
 }
 
 /* Puts all whole frames into the build. As onion_layer_load: 0 at a clean end, or ONION_E_TORN, or what is wrong. */
@@ -119,10 +119,10 @@ static int replay_runs(struct replay *replay, const struct onion_layer *layer) {
     int status = 0;
     while (status == 0 &&
            onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run)) {
-        onion_place place = run.place;
-        if (onion_place_is_data(place))
-            place = onion_place_make(index_of[onion_place_segment(place)], onion_place_slot(place));
-        status = onion_build_put(&volume->build, run.block_index, run.block_count, place);
+        onion_location location = run.location;
+        if (onion_location_is_data(location))
+            location = onion_location_make(index_of[onion_location_segment(location)], onion_location_slot(location));
+        status = onion_build_put(&volume->build, run.block_index, run.block_count, location);
     }
     free(index_of);
     return status;
@@ -224,7 +224,7 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 
 /* ---- the head ---- */
 
-/* A log that was replayed as far as it is whole must pass through the point that the catalog knows. */
+/* Checks that a log, which was replayed as far as it is whole, passes through the point that the catalog knows. */
 static int check_known(const struct onion_head_source *source, const struct onion_map_bytes *map,
                        const struct onion_log_cursor *end, uint64_t *fault) {
     uint32_t crc = 0;
@@ -238,7 +238,8 @@ static int check_known(const struct onion_head_source *source, const struct onio
     return source->known_frames && (offset != source->known_length || crc != source->known_crc) ? ONION_E_CHECKSUM : 0;
 }
 
-/* Checks and replays the bytes of a head's log. *torn: a crash left a part of a frame, or of the header, at the cursor. */
+/* Checks and replays the bytes of a head's log. *torn: a crash left a part of a frame, or of the header, at the
+ * cursor. */
 static int replay_head(struct replay *replay, const struct onion_head_source *source, const struct onion_map_bytes *map,
                        int *torn, uint64_t *fault) {
     struct onion_volume *volume = replay->volume;
@@ -265,9 +266,9 @@ static int replay_head(struct replay *replay, const struct onion_head_source *so
     return status == 0 ? check_known(source, map, cursor, fault) : status;
 }
 
-/* Makes what was read durable, without a torn frame. A file of which not even the header is whole is made again, by name,
- * at the first flush. */
-static int settle_log(struct onion_head_log *log, int fd, int torn) {
+/* Makes what was read durable, without a torn frame. A file of which not even the header is whole is made again, by
+ * name, at the first flush. */
+static int make_log_durable(struct onion_head_log *log, int fd, int torn) {
     if (torn && log->cursor.offset == 0) {
         int status = unlink(log->path) ? -errno : 0;
         close(fd);
@@ -284,9 +285,9 @@ static int settle_log(struct onion_head_log *log, int fd, int torn) {
     return status;
 }
 
-/* Writes a part of a file again, so that its pages are dirty: where a sync failed, the kernel may have marked them clean although
- * they never reached the disk, and the syncs of an opening would prove nothing. What cannot be read is left to whoever reads
- * it. */
+/* Writes a part of a file again, so that its pages are dirty: where a sync failed, the kernel may have marked them
+ * clean although they never reached the disk, and the syncs of an opening would prove nothing. What cannot be read is
+ * left to the next read of it. */
 static int write_again(int fd, uint64_t offset, uint64_t length) {
     char *bytes = malloc(AGAIN_BYTES);
     int status = bytes ? 0 : -ENOMEM;
@@ -307,14 +308,14 @@ static int write_segment_again(struct onion_volume *volume, const struct onion_s
     struct onion_run run;
     while (status == 0 && onion_map_next(&volume->index, at, volume->index.block_count, &run)) {
         at = run.block_index + run.block_count;
-        if (onion_place_is_data(run.place) && onion_place_segment(run.place) == segment->number)
-            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_place_slot(run.place)),
+        if (onion_location_is_data(run.location) && onion_location_segment(run.location) == segment->number)
+            status = write_again(segment->fd, onion_slot_offset(volume->block_shift, onion_location_slot(run.location)),
                                  run.block_count << volume->block_shift);
     }
     return status;
 }
 
-/* What was pending when a process died goes over what its log says; bytes NULL: there is none. */
+/* Lays the dirty records that a process that died left over what its log says. bytes NULL: there is no log. */
 static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     struct onion_volume *volume = replay->volume;
     const struct onion_head_log *log = &volume->log;
@@ -322,12 +323,12 @@ static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     memcpy(owner.map_id, log->map_id, ONION_UUID_BYTES);
     onion_journal_begin_at(volume, &owner);
     int status = onion_journal_find(volume, bytes, log->cursor.offset, replay->segment_first);
-    for (size_t i = 0; i < volume->pending.record_count && status == 0; i++) {
-        const struct onion_record *record = &volume->pending.records[i];
-        onion_place place = record->kind == ONION_RECORD_DATA   ? onion_place_make(record->segment, record->slot)
-                            : record->kind == ONION_RECORD_ZERO ? ONION_PLACE_ZERO
-                                                                : ONION_PLACE_HOLE;
-        status = onion_build_put(&volume->build, record->block_index, record->block_count, place);
+    for (size_t i = 0; i < volume->dirty_records.record_count && status == 0; i++) {
+        const struct onion_record *record = &volume->dirty_records.records[i];
+        onion_location location = record->kind == ONION_RECORD_DATA ? onion_location_make(record->segment, record->slot)
+                                  : record->kind == ONION_RECORD_ZERO ? ONION_LOCATION_ZERO
+                                                                      : ONION_LOCATION_HOLE;
+        status = onion_build_put(&volume->build, record->block_index, record->block_count, location);
     }
     return status;
 }
@@ -360,7 +361,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     if (status < 0 || to_read)
         close(fd);
     else
-        status = settle_log(log, fd, torn);
+        status = make_log_durable(log, fd, torn);
     if (status < 0)
         return onion_site_set(status, source->map_path, fault);
     replay->volume->log_bytes = log->cursor.offset;
@@ -371,11 +372,11 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
 
 /* Gives the head's segments their numbers; their files are opened when it is known what the log names in them. */
 static int add_head_segments(struct onion_volume *volume, const struct onion_head_source *source) {
-    for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
-        int own = i >= source->adopted_count;
+    for (uint32_t i = 0; i < source->inherited_count + source->own_count; i++) {
+        int own = i >= source->inherited_count;
         uint32_t number;
         int status = onion_volume_add_segment(
-            volume, own ? source->own[i - source->adopted_count] : source->adopted[i].uuid, &number);
+            volume, own ? source->own[i - source->inherited_count] : source->inherited[i].uuid, &number);
         if (status < 0)
             return status;
         volume->segments[number]->generation = volume->generation;
@@ -387,10 +388,10 @@ static int add_head_segments(struct onion_volume *volume, const struct onion_hea
 }
 
 static int open_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first) {
-    for (uint32_t i = 0; i < source->adopted_count + source->own_count; i++) {
+    for (uint32_t i = 0; i < source->inherited_count + source->own_count; i++) {
         struct onion_segment *segment = volume->segments[first + i];
         int status = segment->own ? onion_segment_open_own(segment, volume->build.slots_end[segment->number])
-                                  : onion_segment_check(segment, source->adopted[i].slots);
+                                  : onion_segment_check(segment, source->inherited[i].slots);
         if (status == 0 && segment->fd >= 0 && volume->journal.found_poisoned)
             status = write_segment_again(volume, segment);
         if (status == 0 && segment->fd >= 0)
@@ -401,14 +402,14 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
     return 0;
 }
 
-/* The segments that the head made become as those of a sealed layer: so they need no descriptor, and are mapped as far as
- * they reach now. */
+/* The segments that the head made become as those of a sealed layer: so they need no descriptor, and are mapped as far
+ * as they reach now. */
 static int check_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first) {
     int status = 0;
-    for (uint32_t i = 0; i < source->adopted_count + source->own_count && status == 0; i++) {
+    for (uint32_t i = 0; i < source->inherited_count + source->own_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[first + i];
         status = segment->own ? onion_segment_check_own(segment, volume->build.slots_end[segment->number])
-                              : onion_segment_check(segment, source->adopted[i].slots);
+                              : onion_segment_check(segment, source->inherited[i].slots);
         segment->own = 0;
     }
     volume->own = 0;

@@ -2,12 +2,13 @@
  * nothing any more. See volume.h for what is promised.
  *
  * Reads and writes go on. What makes each step right beside them:
- *   1. Each block that the new layer has gets its place there, where it was in a dropped segment or nowhere. Both read the
- *      same. Writers to a range are kept out by its stripe, flushes, resizes and seals by the flush gate.
+ *   1. Each block that the new layer has gets its location there, where it was in a dropped segment or nowhere. Both
+ *      read the same. Writers to a range are kept out by its stripe, flushes, resizes and seals by the flush gate.
  *   2. Wait until all reads have ended that found a block nowhere before step 1: they go on to load the base.
- *   3. The new base takes the old one's place. A block that is nowhere reads the same from both, or has been given a place.
+ *   3. The new base takes the old one's place. A block that is nowhere reads the same from both, or has been given a
+ *      location.
  *   4. What is left in dropped segments becomes HOLE: from here on the base, or zeros, answer for it.
- *   5. Wait until all reads have ended that found a place in a dropped segment, or loaded the old base.
+ *   5. Wait until all reads have ended that found a location in a dropped segment, or loaded the old base.
  *   6. The dropped segments go, and their numbers are free for others.
  * Only 1 and 4 need memory. Where it is missing all reads as it did, and the steps may be taken again. */
 #define _GNU_SOURCE
@@ -26,7 +27,7 @@ struct onion_below {
     uint64_t base_bytes;
     struct onion_mapping *base, *old_base;
     int base_is_swapped;
-    int is_begun; /* blocks may have their new places */
+    int is_begun; /* blocks may have their new locations */
     int has_layer;
     struct onion_layer source;    /* the new lowest layer, by its own numbers */
     struct onion_map layer;       /* the same by the volume's */
@@ -44,7 +45,7 @@ static int needs_memory(const void *memory) { return memory ? 0 : -ENOMEM; }
 static int by_uuid(const void *a, const void *b) { return memcmp(a, b, ONION_UUID_BYTES); }
 
 /* No block of the layer lies behind the end of its segment, nor in one that the catalog does not list. */
-static int check_places(const struct onion_below *below, const char *map_path) {
+static int check_locations(const struct onion_below *below, const char *map_path) {
     const struct onion_layer *layer = &below->source;
     uint64_t *slots = calloc(layer->segment_count + 1, sizeof *slots);
     if (!slots)
@@ -56,8 +57,8 @@ static int check_places(const struct onion_below *below, const char *map_path) {
                 slots[k + 1] = below->added[i]->next_slot;
     struct onion_run run = {0, 0, 0};
     while (status == 0 && onion_map_next(&layer->map, run.block_index + run.block_count, layer->map.block_count, &run))
-        if (onion_place_is_data(run.place) &&
-            onion_place_slot(run.place) + run.block_count > slots[onion_place_segment(run.place)])
+        if (onion_location_is_data(run.location) &&
+            onion_location_slot(run.location) + run.block_count > slots[onion_location_segment(run.location)])
             status = onion_site_set(ONION_E_FORMAT, map_path, 0);
     free(slots);
     return status;
@@ -102,11 +103,11 @@ static int load_layer(struct onion_volume *volume, struct onion_below *below, co
         status = onion_layer_init(&below->source, volume->index.block_count, volume->block_shift);
     if (status == 0 && source->map_length)
         status = read_layer(volume, below, source);
-    return status < 0 ? status : check_places(below, source->map_path);
+    return status < 0 ? status : check_locations(below, source->map_path);
 }
 
-/* A segment of the layer that the volume has open already keeps its number there, unless it is one that is dropped. Behind
- * the gate. */
+/* A segment of the layer that the volume has open already keeps its number there, unless it is one that is dropped.
+ * Behind the gate. */
 static int use_open_segments(struct onion_volume *volume, struct onion_below *below, uint16_t *number_of) {
     uint32_t left = 0;
     int status = 0;
@@ -185,17 +186,17 @@ static int find_dropped(struct onion_volume *volume, struct onion_below *below,
 static void mark_used(struct onion_volume *volume, unsigned char *used) {
     struct onion_run run = {0, 0, 0};
     while (onion_map_next(&volume->index, run.block_index + run.block_count, volume->index.block_count, &run))
-        if (onion_place_is_data(run.place))
-            used[onion_place_segment(run.place)] = 1;
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < volume->pending.record_count; i++)
-        used[volume->pending.records[i].segment] = 1;
-    for (size_t i = 0; i < volume->pending.freed_count; i++)
-        used[volume->pending.freed[i].segment] = 1;
-    pthread_mutex_unlock(&volume->pending_lock);
+        if (onion_location_is_data(run.location))
+            used[onion_location_segment(run.location)] = 1;
+    pthread_mutex_lock(&volume->dirty_lock);
+    for (size_t i = 0; i < volume->dirty_records.record_count; i++)
+        used[volume->dirty_records.records[i].segment] = 1;
+    for (size_t i = 0; i < volume->dirty_records.freed_count; i++)
+        used[volume->dirty_records.freed[i].segment] = 1;
+    pthread_mutex_unlock(&volume->dirty_lock);
 }
 
-/* What the head wrote or adopted goes only when nothing needs it: unlike what lies below, it is in the head's log. */
+/* What the head wrote or inherited goes only when nothing needs it: unlike what lies below, it is in the head's log. */
 static int check_unused(struct onion_volume *volume, const struct onion_below *below) {
     int of_head = 0, status = 0;
     for (uint32_t i = 0; i < below->dropped_count; i++) {
@@ -262,7 +263,7 @@ void onion_below_free(struct onion_below *below) {
     free(below);
 }
 
-/* Takes the segments of a layer out again that no block was given a place in. */
+/* Takes the segments of a layer out again that no block was given a location in. */
 static void forget_layer(struct onion_volume *volume, struct onion_below *below) {
     pthread_rwlock_wrlock(&volume->gate);
     while (below->numbered_count) {
@@ -340,8 +341,8 @@ static int put_ranges(struct onion_volume *volume, const struct onion_map *of, c
     return status;
 }
 
-/* The youngest thing that the new layer, or HOLE, stands for from now on: block status goes by it. Where the base stays, the
- * layer has all that was in what is dropped, and HOLE stands for what it did. */
+/* The youngest thing that the new layer, or HOLE, stands for from now on: block status goes by it. Where the base
+ * stays, the layer has all that was in what is dropped, and HOLE stands for what it did. */
 static void inherit_birth(struct onion_volume *volume, const struct onion_below *below) {
     uint64_t birth = below->keep_base ? 0 : volume->below_birth;
     if (below->keep_base && !below->has_layer)
@@ -368,14 +369,14 @@ static void swap_base(struct onion_volume *volume, struct onion_below *below) {
 
 /* Slots of dropped segments are nobody's to give back, least of all those of the segments that get their numbers. */
 static void forget_freed(struct onion_volume *volume, const unsigned char *gone) {
-    struct onion_pending *pending = &volume->pending;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
     size_t kept = 0;
-    pthread_mutex_lock(&volume->pending_lock);
-    for (size_t i = 0; i < pending->freed_count; i++)
-        if (!gone[pending->freed[i].segment])
-            pending->freed[kept++] = pending->freed[i];
-    pending->freed_count = kept;
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
+    for (size_t i = 0; i < dirty->freed_count; i++)
+        if (!gone[dirty->freed[i].segment])
+            dirty->freed[kept++] = dirty->freed[i];
+    dirty->freed_count = kept;
+    pthread_mutex_unlock(&volume->dirty_lock);
 }
 
 static void drop_segments(struct onion_volume *volume, struct onion_below *below) {

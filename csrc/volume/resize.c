@@ -4,15 +4,15 @@
 
 #include "volume/internal.h"
 
-/* What lies past a size in its last block becomes zero, in a new slot: the old one stays as it is until the new size
- * is durable. Writers are kept out. */
+/* Zeroes what lies past a size in its last block, in a new slot: the old slot stays as it is until the new size is
+ * durable. Writers are kept out. */
 static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
     uint32_t tail = (uint32_t)(size_bytes & (volume->block_size - 1));
     if (!tail)
         return 0;
     uint64_t block = size_bytes >> volume->block_shift;
-    onion_place place = onion_map_lookup(&volume->index, block);
-    if (place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base))
+    onion_location location = onion_map_lookup(&volume->index, block);
+    if (location == ONION_LOCATION_ZERO || (location == ONION_LOCATION_HOLE && !volume->base))
         return 0;
     char *zeros = calloc(1, volume->block_size);
     if (!zeros)
@@ -24,12 +24,12 @@ static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
 
 /* Blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
 static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end) {
-    onion_place place = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
+    onion_location location = volume->nothing_below ? ONION_LOCATION_HOLE : ONION_LOCATION_ZERO;
     int status = 0;
     while (first < end && status == 0) {
         uint64_t range_end = (first / volume->blocks_per_range + 1) * volume->blocks_per_range;
         uint64_t count = (range_end < end ? range_end : end) - first;
-        status = onion_volume_change(volume, first, count, place);
+        status = onion_volume_change(volume, first, count, location);
         first += count;
     }
     return status;
@@ -45,27 +45,28 @@ static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
         status = hide_blocks(volume, (small + mask) >> volume->block_shift, (large + mask) >> volume->block_shift);
     struct onion_record record = {.kind = ONION_RECORD_SIZE, .block_index = size_bytes};
     if (status == 0) {
-        pthread_mutex_lock(&volume->pending_lock);
-        status = onion_pending_make_room(volume);
+        pthread_mutex_lock(&volume->dirty_lock);
+        status = onion_dirty_records_make_room(volume);
         if (status == 0)
-            status = onion_pending_put(volume, &record);
-        pthread_mutex_unlock(&volume->pending_lock);
+            status = onion_dirty_records_put(volume, &record);
+        pthread_mutex_unlock(&volume->dirty_lock);
     }
     if (status == 0)
         __atomic_store_n(&volume->size_bytes, size_bytes, __ATOMIC_RELEASE);
     return status;
 }
 
-/* A resize is whole or did not happen, also for who finds the journal: its records are not published, and are gone when
- * their frame was not written. */
+/* A resize is whole or did not happen, also for an opening that finds the journal: its records are not published, and
+ * are gone if their frame was not written. */
 static int hold_records(struct onion_volume *volume) {
-    struct onion_pending *pending = &volume->pending;
-    pthread_mutex_lock(&volume->pending_lock);
-    int status = onion_pending_make_room(volume);
-    pending->is_held = status == 0;
-    pending->join_from = pending->record_count;
-    pthread_mutex_unlock(&volume->pending_lock);
-    return status == ONION_E_JOURNAL_FULL ? -ENOSPC : status;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
+    pthread_mutex_lock(&volume->dirty_lock);
+    int status = onion_dirty_records_make_room(volume);
+    dirty->is_held = status == 0;
+    dirty->join_from = dirty->record_count;
+    status = status == ONION_E_JOURNAL_FULL ? onion_dirty_records_note_fault(volume, -ENOSPC) : status;
+    pthread_mutex_unlock(&volume->dirty_lock);
+    return status;
 }
 
 int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
@@ -84,7 +85,7 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
         }
         status = apply_resize(volume, size_bytes);
         /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
-        struct onion_pending batch = onion_volume_take_pending(volume, NULL);
+        struct onion_dirty_records batch = onion_volume_take_dirty_records(volume, NULL);
         if (status == 0)
             status = onion_volume_commit_batch(volume, &volume->log, &batch, 0);
         else

@@ -29,7 +29,7 @@ static void unswap_heads(struct onion_volume *volume) {
         if (onion_segment_is_head(volume, segment))
             segment->generation--;
         if (segment->generation == volume->generation - 1)
-            onion_volume_want_scrub(volume, segment);
+            onion_volume_want_reclaim(volume, segment);
     }
     volume->generation--;
     pthread_rwlock_unlock(&volume->gate);
@@ -47,7 +47,7 @@ static int prepare_log(struct onion_volume *volume, const char *map_path, const 
     return status;
 }
 
-/* Step by step, and each step may be the last: what is not done here the first flush of the next head does. */
+/* Makes the files step by step. Any step may be the last: the first flush of the next head does the rest. */
 static int prepare_locked(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     pthread_rwlock_rdlock(&volume->gate);
     int status = onion_volume_usable(volume);
@@ -105,14 +105,14 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
     if (status < 0)
         return status;
     pthread_rwlock_wrlock(&volume->gate);
-    struct onion_pending batch = onion_volume_take_pending(volume, &volume->next_log);
+    struct onion_dirty_records batch = onion_volume_take_dirty_records(volume, &volume->next_log);
     sealed->size_bytes = volume->size_bytes;
     swap_heads(volume);
     pthread_rwlock_unlock(&volume->gate);
     status = onion_volume_commit_batch(volume, &volume->log, &batch, 1);
     if (status < 0) {
         unswap_heads(volume);
-        onion_volume_settle_owner(volume);
+        onion_volume_resolve_owner(volume);
         return status;
     }
     sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
@@ -121,9 +121,9 @@ static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed)
     return 0;
 }
 
-/* All that the commit of a seal would need and might not get: a number in the index and in the log that is sealed, and
- * memory. Where a seal is refused there are numbers left for opening the volume again, and for a head that goes on with
- * the spare after a seal that was aborted. */
+/* Sets aside what the commit of a seal needs and might not get: a number in the index, one in the log that is sealed,
+ * and memory. Where a seal is refused, there are numbers left for opening the volume again, and for a head that goes on
+ * with the spare after an aborted seal. */
 static int make_room_for_spare(struct onion_volume *volume) {
     static const unsigned char no_id[ONION_UUID_BYTES];
     if (onion_volume_numbers_left(volume) <= NUMBERS_KEPT ||
@@ -181,7 +181,7 @@ int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spa
 
 int onion_volume_has_spare(struct onion_volume *volume) { return volume->spare != 0; }
 
-/* What the sealed head wrote is only read from now on: it needs no descriptor, so that a deep chain costs none. */
+/* Closes the segments of the sealed head, which are only read from now on. So a deep chain costs no descriptors. */
 static void close_sealed_segments(struct onion_volume *volume) {
     pthread_rwlock_wrlock(&volume->gate);
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
@@ -212,7 +212,7 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
-        onion_volume_settle_owner(volume);
+        onion_volume_resolve_owner(volume);
         onion_volume_note_log_bytes(volume, &volume->log);
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
@@ -227,7 +227,7 @@ int onion_volume_seal_abort(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
         unswap_heads(volume);
-        onion_volume_settle_owner(volume);
+        onion_volume_resolve_owner(volume);
         onion_head_log_close(&volume->next_log);
         status = 0;
     }

@@ -46,8 +46,8 @@ struct onion_segment {
     uint64_t birth;      /* the how manieth segment of this opening it is: given once */
     uint32_t log_number; /* in the head's map log; 0: not yet declared there */
     uint64_t generation; /* of the head that owns it; 0: a sealed layer's */
-    int own;             /* 1: made by that head, so writable; 0: adopted */
-    int scrub_wanted;    /* slots became free, and no flush gives them back */
+    int own;             /* 1: made by that head, so writable; 0: inherited */
+    int reclaim_wanted;  /* slots became free, and no flush gives them back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
     uint32_t block_shift;

@@ -35,8 +35,8 @@ void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&vo
 
 /* ---- the flush gate ---- */
 
-/* Closes the gate, or says why not. Who keeps it closed may never come back to open it, where the outcome of a commit
- * is unknown: so nobody waits on a volume that can no longer be used. */
+/* Closes the gate, or says why not. Where the outcome of a commit is unknown, the thread that keeps the gate closed may
+ * never come back to open it. So no thread waits on a volume that can no longer be used. */
 static int flush_gate_close(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
     if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
@@ -50,7 +50,7 @@ static int flush_gate_close(struct onion_volume *volume) {
     return status;
 }
 
-/* The gate stays closed until the outcome is known; close need not wait for that. */
+/* The gate stays closed until the outcome is known, and onion_volume_close need not wait for that. */
 void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
     pthread_mutex_lock(&volume->flush_lock);
     *sealing_or_rewriting = kind;
@@ -79,8 +79,8 @@ int onion_volume_close_flush_gate(struct onion_volume *volume) {
 
 int onion_volume_poison_on(struct onion_volume *volume, int status) {
     /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
-     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The next
-     * opening has to know of it too, before anybody is told. */
+     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The
+     * next opening has to know of it too, before anybody is told. */
     if (status < 0) {
         onion_volume_mark_poisoned(volume);
         onion_journal_mark_poisoned(volume);
@@ -96,13 +96,13 @@ int onion_volume_sync_segment_names(struct onion_volume *volume) {
 /* ---- holding writers ---- */
 
 int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
-    int status = onion_volume_close_flush_gate(volume); /* so that nobody is inside who waits for the gate below */
+    int status = onion_volume_close_flush_gate(volume); /* so that no flush is inside that waits for the gate below */
     if (status < 0)
         return status;
     pthread_rwlock_wrlock(&volume->gate);
-    pthread_mutex_lock(&volume->pending_lock);
-    int is_changed = volume->pending.record_count || volume->log.cursor.sequence != frames;
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_lock(&volume->dirty_lock);
+    int is_changed = volume->dirty_records.record_count || volume->log.cursor.sequence != frames;
+    pthread_mutex_unlock(&volume->dirty_lock);
     if (is_changed) {
         pthread_rwlock_unlock(&volume->gate);
         onion_volume_open_flush_gate(volume);

@@ -7,14 +7,14 @@
  * What must hold
  *  - Readers take no lock. Objects that they may still see (leaves, mappings, freed slots) outlive them: see
  *    base/epoch.h.
- *  - A change becomes visible in the index and in the list of pending records together, under pending_lock. The
+ *  - A change becomes visible in the index and in the list of dirty records together, under dirty_lock. The
  *    bytes that it names were written before. So a flush that takes the list and then syncs the segments has synced
  *    everything that its frame names.
  *  - A slot that was freed is given back only after the frame that frees it is durable and every read that began
  *    before has ended.
  *  - Writers hold `gate` shared; seal, resize and close hold it alone. A striped lock orders writers to one 2 MiB
  *    range. The flush gate orders flushes. Seal and rewrite keep it closed until their outcome is known.
- * Order of locks: flush gate, gate, stripe, pending_lock / slots_lock / mapping_lock (leaves). */
+ * Order of locks: flush gate, gate, stripe, dirty_lock / slots_lock / mapping_lock (leaves). */
 #ifndef ONIONSKIN_VOLUME_VOLUME_H
 #define ONIONSKIN_VOLUME_VOLUME_H
 
@@ -45,16 +45,16 @@ struct onion_layer_source {
 struct onion_head_source {
     const char *map_path;
     unsigned char map_id[ONION_UUID_BYTES];
-    const struct onion_segment_ref *adopted;
-    uint32_t adopted_count;
+    const struct onion_segment_ref *inherited;
+    uint32_t inherited_count;
     const unsigned char (*own)[ONION_UUID_BYTES]; /* the first is where new blocks go */
     uint32_t own_count;
     unsigned char spare[ONION_UUID_BYTES];
-    /* What the catalog knows to be durable in the log: it passes through exactly this point, or it is damaged. 0 frames:
-     * nothing is known, and the log may be missing or torn anywhere. */
+    /* What the catalog knows to be durable in the log: it passes through exactly this point, or it is damaged. 0
+     * frames: nothing is known, and the log may be missing or torn anywhere. */
     uint64_t known_length, known_frames;
     uint32_t known_crc;
-    const char *dirty_path; /* where pending records survive the process (journal.h); NULL: they do not */
+    const char *dirty_path; /* where dirty records survive the process (journal.h); NULL: they do not */
 };
 
 struct onion_sealed {
@@ -75,11 +75,11 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
 /* Makes the index of the layers that were added: before the first read of a view. open_head does it too. */
 int onion_volume_fold_layers(struct onion_volume *volume);
 /* Adds the head, last. It cuts off a torn frame, and syncs all that it finds, because data that can be read after a
- * crash need not be durable. Records that a process that died in this boot left at dirty_path are pending again. If
- * a sync of that process failed, all contents of the head's own files are written again. */
+ * crash need not be durable. Records that a process that died in this boot left at dirty_path are dirty records again.
+ * If a sync of that process failed, all contents of the head's own files are written again. */
 int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_source *source);
-/* The same for a volume that is not writable: reads the log as far as it is whole, and changes and syncs nothing. No writer
- * may have the head open meanwhile. The spare and dirty_path are not looked at. */
+/* The same for a volume that is not writable: reads the log as far as it is whole, and changes and syncs nothing. No
+ * writer may have the head open meanwhile. The spare and dirty_path are not looked at. */
 int onion_volume_open_head_to_read(struct onion_volume *volume, const struct onion_head_source *source);
 /* Finds the free slots of the head's own segments; with policy `zero` wipes those that still hold bytes. */
 int onion_volume_free_own_slots(struct onion_volume *volume);
@@ -154,29 +154,31 @@ int64_t onion_volume_extents(struct onion_volume *volume, uint64_t offset, uint6
  * twice in an opening, unlike numbers. Data that is written from now on has this birth or a greater one, or is in a
  * block that the head holds already. 0: a view. */
 uint64_t onion_volume_birth(struct onion_volume *volume);
-/* Slots of the segment that the index, or a change not yet durable, needs: a bitmap of *bits bits that the caller frees. It
- * is the index of the head as it is then, which the caller looks at behind the answer. Flushes, and waits for writers. */
+/* Finds the slots of the segment that the index, or a change that is not yet durable, needs: a bitmap of *bits bits
+ * that the caller frees. The index is that of the head at that time, so the caller checks afterwards that it is the
+ * head it means. Flushes, and waits for writers. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits);
 /* Returns when every read that began before has ended. */
 int onion_volume_wait_for_readers(struct onion_volume *volume);
 /* Segments, except those that the head writes, in which slots became free since the last call: the ids of up to
  * `capacity`. Returns how many. */
-int onion_volume_scrub_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES], uint32_t capacity);
-/* Puts a wish back that scrub_wanted gave out. Ids of segments that are gone are left out. */
-void onion_volume_scrub_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
-                              uint32_t count);
+int onion_volume_reclaim_wanted(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
+                                uint32_t capacity);
+/* Puts a wish back that reclaim_wanted gave out. Ids of segments that are gone are left out. */
+void onion_volume_reclaim_again(struct onion_volume *volume, const unsigned char (*uuids)[ONION_UUID_BYTES],
+                                uint32_t count);
 /* Whether there may be some. Costs nothing. */
-int onion_volume_wants_scrub(struct onion_volume *volume);
+int onion_volume_wants_reclaim(struct onion_volume *volume);
 
 /* Bytes of own slots that were wiped since the last call, and whose old contents overwriting cannot have reached. */
-uint64_t onion_volume_take_unreachable(struct onion_volume *volume);
+uint64_t onion_volume_take_unwipeable(struct onion_volume *volume);
 
 struct onion_segment_info {
     uint32_t number;
     unsigned char uuid[ONION_UUID_BYTES];
     uint64_t slots; /* ever handed out; 0 where the file was never made */
-    int role;       /* 0 sealed, 1 adopted by the head, 2 made by the head */
+    int role;       /* 0 sealed, 1 inherited by the head, 2 made by the head */
 };
 /* Returns how many there are; fills as many as fit. */
 uint32_t onion_volume_segments(struct onion_volume *volume, struct onion_segment_info *infos, uint32_t capacity);
@@ -209,10 +211,11 @@ int onion_volume_rewrite_abort(struct onion_volume *volume);
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed);
 /* The durable state of the head's log: length, frames, and checksum of the last frame. Zeros if it has no frame. */
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state);
-/* Whether more than half of a head's log that is not small is dead: 1 or 0. Costs nothing while little was added to it. */
-int onion_volume_wants_compaction(struct onion_volume *volume);
+/* Whether more than half of a head's log that is not small is dead: 1 or 0. Costs nothing while little was added to
+ * it. */
+int onion_volume_wants_compact_map(struct onion_volume *volume);
 /* Whether it is worth to ask that. Costs nothing. */
-int onion_volume_may_want_compaction(const struct onion_volume *volume);
+int onion_volume_may_want_compact_map(const struct onion_volume *volume);
 
 /* Replaces the lowest layers in two steps, while reads and writes go on: layers that were merged into the base or
  * copied into one new layer, and segments in which no block is left. Between the steps the caller commits.
@@ -231,14 +234,14 @@ struct onion_below_source {
 /* All that can fail: maps the base, loads and checks the layer, makes room. -EBUSY: another replacement is prepared, or
  * the head still needs a segment that is to be dropped; -ENOENT: there is no such segment. */
 int onion_volume_prepare_below(struct onion_volume *volume, const struct onion_below_source *source);
-/* 0: done; the numbers, the memory and the mappings of dropped segments, and the old base, are given back: no read needs
- * them any more. A negative code: memory is missing, or the volume cannot be used. All reads as before, from
- * the old files as well as the new: the caller keeps their locks, and may call again. */
+/* 0: done; the numbers, the memory and the mappings of dropped segments, and the old base, are given back: no read
+ * needs them any more. A negative code: memory is missing, or the volume cannot be used. All reads as before, from the
+ * old files as well as the new: the caller keeps their locks, and may call again. */
 int onion_volume_commit_below(struct onion_volume *volume);
 /* The old files stay. Nothing is done where nothing is prepared. */
 void onion_volume_abort_below(struct onion_volume *volume);
-/* Segments that the caller may drop, where the catalog says that they are the head's: no block and no record of the head's
- * log names them. Flushes. Returns how many there are and gives the ids of as many as fit. */
+/* Segments that the caller may drop, where the catalog says that they are the head's: no block and no record of the
+ * head's log names them. Flushes. Returns how many there are and gives the ids of as many as fit. */
 int64_t onion_volume_unused_segments(struct onion_volume *volume, unsigned char (*uuids)[ONION_UUID_BYTES],
                                      uint32_t capacity);
 

@@ -11,33 +11,33 @@
 
 /* ---- changing the map ---- */
 
-int onion_pending_make_room(struct onion_volume *volume) {
-    struct onion_pending *pending = &volume->pending;
-    if (__builtin_expect(pending->record_count + 2 <= pending->record_capacity, 1))
+int onion_dirty_records_make_room(struct onion_volume *volume) {
+    struct onion_dirty_records *dirty = &volume->dirty_records;
+    if (__builtin_expect(dirty->record_count + 2 <= dirty->record_capacity, 1))
         return 0;
     if (volume->journal.path) {
         int status = onion_journal_make_room(volume);
-        if (status < 0 || pending->published)
+        if (status < 0 || dirty->published)
             return status;
     }
-    size_t capacity = pending->record_capacity * 2 + 256;
-    struct onion_record *records = realloc(pending->records, capacity * sizeof *records);
+    size_t capacity = dirty->record_capacity * 2 + 256;
+    struct onion_record *records = realloc(dirty->records, capacity * sizeof *records);
     if (!records)
         return -ENOMEM;
-    pending->records = records;
-    pending->record_capacity = capacity;
+    dirty->records = records;
+    dirty->record_capacity = capacity;
     return 0;
 }
 
-static int reserve_freed(struct onion_pending *pending, size_t more) {
-    if (pending->freed_count + more <= pending->freed_capacity)
+static int reserve_freed(struct onion_dirty_records *dirty, size_t more) {
+    if (dirty->freed_count + more <= dirty->freed_capacity)
         return 0;
-    size_t capacity = pending->freed_capacity * 2 + more + 64;
-    struct onion_freed *freed = realloc(pending->freed, capacity * sizeof *freed);
+    size_t capacity = dirty->freed_capacity * 2 + more + 64;
+    struct onion_freed *freed = realloc(dirty->freed, capacity * sizeof *freed);
     if (!freed)
         return -ENOMEM;
-    pending->freed = freed;
-    pending->freed_capacity = capacity;
+    dirty->freed = freed;
+    dirty->freed_capacity = capacity;
     return 0;
 }
 
@@ -48,63 +48,64 @@ static int64_t note_freed(struct onion_volume *volume, uint64_t block_index, uin
     struct onion_run run;
     while (at < end && onion_map_next(&volume->index, at, end, &run)) {
         at = run.block_index + run.block_count;
-        if (!onion_place_is_data(run.place) ||
-            !onion_segment_is_head(volume, volume->segments[onion_place_segment(run.place)]))
+        if (!onion_location_is_data(run.location) ||
+            !onion_segment_is_head(volume, volume->segments[onion_location_segment(run.location)]))
             continue;
-        if (reserve_freed(&volume->pending, noted + 1) < 0)
+        if (reserve_freed(&volume->dirty_records, noted + 1) < 0)
             return -ENOMEM;
-        volume->pending.freed[volume->pending.freed_count + noted++] = (struct onion_freed){
-            onion_place_segment(run.place), onion_place_slot(run.place), (uint32_t)run.block_count};
+        volume->dirty_records.freed[volume->dirty_records.freed_count + noted++] = (struct onion_freed){
+            onion_location_segment(run.location), onion_location_slot(run.location), (uint32_t)run.block_count};
     }
     return (int64_t)noted;
 }
 
-static struct onion_record record_of(uint64_t block_index, uint64_t block_count, onion_place place) {
+static struct onion_record record_of(uint64_t block_index, uint64_t block_count, onion_location location) {
     struct onion_record record = {.block_index = block_index, .block_count = (uint32_t)block_count};
-    if (onion_place_is_data(place)) {
+    if (onion_location_is_data(location)) {
         record.kind = ONION_RECORD_DATA;
-        record.segment = (uint16_t)onion_place_segment(place);
-        record.slot = onion_place_slot(place);
+        record.segment = (uint16_t)onion_location_segment(location);
+        record.slot = onion_location_slot(location);
     } else {
-        record.kind = place == ONION_PLACE_HOLE ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
+        record.kind = location == ONION_LOCATION_HOLE ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
     }
     return record;
 }
 
 static void count_freed(struct onion_volume *volume, size_t noted) {
-    struct onion_pending *pending = &volume->pending;
+    struct onion_dirty_records *dirty = &volume->dirty_records;
     for (size_t i = 0; i < noted; i++)
-        pending->freed_slots += pending->freed[pending->freed_count + i].count;
-    pending->freed_count += noted;
-    if (pending->record_count > pending->flush_at_records + ONION_WAITING_RECORDS_MAX ||
-        pending->freed_slots > pending->flush_at_slots + (ONION_WAITING_BYTES_MAX >> volume->block_shift))
+        dirty->freed_slots += dirty->freed[dirty->freed_count + i].count;
+    dirty->freed_count += noted;
+    if (dirty->record_count > dirty->flush_at_records + ONION_WAITING_RECORDS_MAX ||
+        dirty->freed_slots > dirty->flush_at_slots + (ONION_WAITING_BYTES_MAX >> volume->block_shift))
         __atomic_store_n(&volume->flush_wanted, 1, __ATOMIC_RELAXED);
 }
 
-int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count, onion_place place) {
-    struct onion_record record = record_of(block_index, block_count, place);
-    struct onion_pending *pending = &volume->pending;
-    pthread_mutex_lock(&volume->pending_lock);
-    int64_t noted = onion_pending_make_room(volume);
+int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count,
+                        onion_location location) {
+    struct onion_record record = record_of(block_index, block_count, location);
+    struct onion_dirty_records *dirty = &volume->dirty_records;
+    pthread_mutex_lock(&volume->dirty_lock);
+    int64_t noted = onion_dirty_records_make_room(volume);
     if (noted == 0)
         noted = note_freed(volume, block_index, block_count);
-    struct onion_pending_mark mark = onion_pending_mark(pending);
+    struct onion_dirty_records_mark mark = onion_dirty_records_mark(dirty);
     /* The record first: its page may fail, and then nothing has changed. */
-    int status = noted < 0 ? (int)noted : onion_pending_put(volume, &record);
+    int status = noted < 0 ? (int)noted : onion_dirty_records_put(volume, &record);
     if (status == 0) {
-        status = onion_map_set(&volume->index, block_index, block_count, place);
+        status = onion_map_set(&volume->index, block_index, block_count, location);
         if (status < 0)
-            onion_pending_take_back(pending, &mark);
+            onion_dirty_records_take_back(dirty, &mark);
         else
             count_freed(volume, (size_t)noted);
     }
-    pthread_mutex_unlock(&volume->pending_lock);
+    pthread_mutex_unlock(&volume->dirty_lock);
     return status;
 }
 
 /* ---- writing ---- */
 
-/* After a write, its locks given up. */
+/* Called after a write has given up its locks. */
 static int after_write(struct onion_volume *volume, int status) {
     if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
         return onion_volume_relieve(volume);
@@ -126,11 +127,18 @@ static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t le
     return status;
 }
 
-/* For a change that found no room for its record: a flush makes some. The gate is given up meanwhile, and stays so on an
- * error. */
+static int no_room_in_journal(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->dirty_lock);
+    int status = onion_dirty_records_note_fault(volume, -ENOSPC);
+    pthread_mutex_unlock(&volume->dirty_lock);
+    return status;
+}
+
+/* Makes room by a flush for a change that found none for its record. The gate is given up meanwhile, and is not taken
+ * again on an error. */
 static int flush_for_room(struct onion_volume *volume, uint64_t offset, uint64_t length, uint32_t *attempts) {
     pthread_rwlock_unlock(&volume->gate);
-    int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : -ENOSPC;
+    int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : no_room_in_journal(volume);
     return status < 0 ? status : begin_write(volume, offset, length);
 }
 
@@ -150,10 +158,10 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
     return taken == ONION_E_FULL_SEGMENT ? onion_site_set(ONION_E_FULL_SEGMENT, segment->path, 0) : taken;
 }
 
-/* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, where the segment
- * is sealed before, a scrub. */
+/* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, if the segment
+ * is sealed before that, a reclaim. */
 static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
-    onion_volume_want_scrub(volume, segment);
+    onion_volume_want_reclaim(volume, segment);
     pthread_mutex_lock(&volume->slots_lock);
     onion_segment_give_back(segment, slot, count);
     pthread_mutex_unlock(&volume->slots_lock);
@@ -180,7 +188,8 @@ static int write_fresh(struct onion_volume *volume, uint64_t block_index, uint64
             return (int)taken;
         int status = write_slots(segment, slot, 0, (uint64_t)taken << volume->block_shift, bytes);
         if (status == 0)
-            status = onion_volume_change(volume, block_index, (uint64_t)taken, onion_place_make(segment->number, slot));
+            status =
+                onion_volume_change(volume, block_index, (uint64_t)taken, onion_location_make(segment->number, slot));
         if (status < 0) {
             return_slots(volume, segment, slot, (uint32_t)taken);
             return status;
@@ -197,16 +206,16 @@ static int write_whole(struct onion_volume *volume, uint64_t block_index, uint64
     while (count) {
         struct onion_run run;
         onion_map_run_at(&volume->index, block_index, count, &run);
-        int own = onion_place_is_own(volume, run.place), status;
+        int own = onion_location_is_own(volume, run.location), status;
         if (own) {
-            status = write_slots(volume->segments[onion_place_segment(run.place)], onion_place_slot(run.place), 0,
-                                 run.block_count << volume->block_shift, bytes);
+            status = write_slots(volume->segments[onion_location_segment(run.location)],
+                                 onion_location_slot(run.location), 0, run.block_count << volume->block_shift, bytes);
         } else {
             /* Neighbours that need new slots too share one write. */
             struct onion_run next;
             while (run.block_count < count) {
                 onion_map_run_at(&volume->index, block_index + run.block_count, count - run.block_count, &next);
-                if (onion_place_is_own(volume, next.place))
+                if (onion_location_is_own(volume, next.location))
                     break;
                 run.block_count += next.block_count;
             }
@@ -225,9 +234,9 @@ int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, u
                             const void *bytes, int fresh) {
     struct onion_run run;
     onion_map_run_at(&volume->index, block_index, 1, &run);
-    if (!fresh && onion_place_is_own(volume, run.place))
-        return write_slots(volume->segments[onion_place_segment(run.place)], onion_place_slot(run.place), start, length,
-                           bytes);
+    if (!fresh && onion_location_is_own(volume, run.location))
+        return write_slots(volume->segments[onion_location_segment(run.location)], onion_location_slot(run.location),
+                           start, length, bytes);
     char *block = malloc(volume->block_size);
     if (!block)
         return -ENOMEM;
@@ -295,17 +304,17 @@ static char zeros[1 << ONION_BLOCK_SHIFT_MAX];
 
 /* Part of a block becomes zero; nothing to do where all of it reads zero. */
 static int zero_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length) {
-    onion_place place = onion_map_lookup(&volume->index, block_index);
-    int reads_zero = place == ONION_PLACE_ZERO || (place == ONION_PLACE_HOLE && !volume->base);
+    onion_location location = onion_map_lookup(&volume->index, block_index);
+    int reads_zero = location == ONION_LOCATION_ZERO || (location == ONION_LOCATION_HOLE && !volume->base);
     return reads_zero ? 0 : onion_volume_write_part(volume, block_index, start, length, zeros, 0);
 }
 
 static int zero_whole(struct onion_volume *volume, uint64_t block_index, uint64_t count) {
-    onion_place wanted = volume->nothing_below ? ONION_PLACE_HOLE : ONION_PLACE_ZERO;
+    onion_location wanted = volume->nothing_below ? ONION_LOCATION_HOLE : ONION_LOCATION_ZERO;
     while (count) {
         struct onion_run run;
         onion_map_run_at(&volume->index, block_index, count, &run);
-        int status = run.place == wanted ? 0 : onion_volume_change(volume, block_index, run.block_count, wanted);
+        int status = run.location == wanted ? 0 : onion_volume_change(volume, block_index, run.block_count, wanted);
         if (status < 0)
             return status;
         block_index += run.block_count;
@@ -368,7 +377,7 @@ static int write_listed(struct onion_volume *volume, uint64_t block_index, const
     return status;
 }
 
-/* Blocks that need new slots get consecutive ones, whatever their places on the disk, and share one write. The slots
+/* Blocks that need new slots get consecutive ones, wherever they are on the disk, and share one write. The slots
  * are ours alone until they are mapped, so the write needs no stripe. */
 static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const char *bytes) {
@@ -384,7 +393,7 @@ static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block
                 pthread_mutex_t *stripe = stripe_of(volume, block_indices[i]);
                 pthread_mutex_lock(stripe);
                 status = onion_volume_change(volume, block_indices[i], 1,
-                                             onion_place_make(segment->number, slot + (uint32_t)i));
+                                             onion_location_make(segment->number, slot + (uint32_t)i));
                 pthread_mutex_unlock(stripe);
             }
             if (status < 0)
@@ -406,7 +415,7 @@ static uint64_t count_fresh(struct onion_volume *volume, const uint64_t *block_i
     uint64_t fresh = 0;
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     while (fresh < count && fresh < WRITE_BATCH && block_indices[fresh] < whole_blocks &&
-           !onion_place_is_own(volume, onion_map_lookup(&volume->index, block_indices[fresh])))
+           !onion_location_is_own(volume, onion_map_lookup(&volume->index, block_indices[fresh])))
         fresh++;
     onion_epoch_leave(&volume->epoch, ticket);
     return fresh;

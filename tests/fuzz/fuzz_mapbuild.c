@@ -20,14 +20,14 @@ static uint64_t number(const uint8_t *bytes, int count) {
     return value;
 }
 
-static onion_place place_of(const uint8_t *change) {
+static onion_location location_of(const uint8_t *change) {
     switch (change[0] & 3) {
     case 0:
-        return ONION_PLACE_HOLE;
+        return ONION_LOCATION_HOLE;
     case 1:
-        return ONION_PLACE_ZERO;
+        return ONION_LOCATION_ZERO;
     default:
-        return onion_place_make(1 + (change[0] >> 2 & 7), (uint32_t)number(change + 6, 2));
+        return onion_location_make(1 + (change[0] >> 2 & 7), (uint32_t)number(change + 6, 2));
     }
 }
 
@@ -40,9 +40,9 @@ static void check_same(const struct onion_map *built, const struct onion_map *se
         check(onion_map_next(set, b.block_index + b.block_count, BLOCKS, &b) == more);
         if (!more)
             break;
-        check(a.block_index == b.block_index && a.block_count == b.block_count && a.place == b.place);
-        if (onion_place_is_data(a.place))
-            check(onion_place_slot(a.place) + a.block_count <= slots_end[onion_place_segment(a.place)]);
+        check(a.block_index == b.block_index && a.block_count == b.block_count && a.location == b.location);
+        if (onion_location_is_data(a.location))
+            check(onion_location_slot(a.location) + a.block_count <= slots_end[onion_location_segment(a.location)]);
     }
     for (uint64_t block = 0; block < BLOCKS; block++)
         check(onion_map_lookup(built, block) == onion_map_lookup(set, block));
@@ -61,8 +61,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (data++, size--; size >= 8; data += 8, size -= 8) {
         uint64_t first = number(data + 3, 3) % (BLOCKS + 10), count = number(data + 1, 2) % (BLOCKS + 10);
         uint64_t inside = first >= BLOCKS ? 0 : count < BLOCKS - first ? count : BLOCKS - first;
-        check(onion_build_put(&build, first, count, place_of(data)) == 0);
-        check(!inside || onion_map_set(&set, first, inside, place_of(data)) == 0);
+        check(onion_build_put(&build, first, count, location_of(data)) == 0);
+        check(!inside || onion_map_set(&set, first, inside, location_of(data)) == 0);
         if ((data[0] & 0xe0) == 0xe0)
             check(onion_build_apply(&build) == 0);
     }

@@ -1,8 +1,8 @@
 /* fuzz_maplog.c: any bytes as a map file. tools/fuzz.sh builds and runs it.
  *
- * A fuzzer does not find CRCs by chance. So each input is taken twice: as it is, and, with the first byte telling how, as
- * a header that holds and frames made from the rest, each with the chain and the CRC that make it hold. What loads must
- * come out the same when it is written compactly and loaded again. */
+ * A fuzzer does not find CRCs by chance. So each input is taken twice: as it is, and, with the first byte telling how,
+ * as a header that holds and frames made from the rest, each with the chain and the CRC that make it hold. What loads
+ * must come out the same when it is written compactly and loaded again. */
 #include <stdlib.h>
 #include <string.h>
 

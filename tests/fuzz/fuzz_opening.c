@@ -1,8 +1,8 @@
 /* fuzz_opening.c: any bytes as the map files of a sealed layer and of the head over it, beside segments that are sound.
  *
- * The first bytes say whether the maps are taken as they are, or made of frames that hold, so that more than CRCs is tried;
- * and what there is below. What opens must read everywhere, take writes, and read the same when it is opened again. The
- * files are in memory: /dev/shm. */
+ * The first bytes say whether the maps are taken as they are, or made of frames that hold, so that more than CRCs is
+ * tried; and what there is below. What opens must read everywhere, take writes, and read the same when it is opened
+ * again. The files are in memory: /dev/shm. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

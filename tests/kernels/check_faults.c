@@ -2,9 +2,9 @@
  * (half of it written, then the disk is full), or the nth fdatasync.
  *
  * What must hold: after a pwrite that failed the verb can be called again, and in the end all is as without the fault;
- * after a sync that failed the volume is poisoned, which its file says before anybody is told, and the next opening writes all
- * that the head holds again, since the kernel may take for clean what never reached the disk; and what an opening finds is
- * all that was acknowledged. */
+ * after a sync that failed the volume is poisoned, which its file says before anybody is told, and the next opening
+ * writes all that the head holds again, since the kernel may take for clean what never reached the disk; and what an
+ * opening finds is all that was acknowledged. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -175,7 +175,7 @@ static void check_contents(int all_flushed) {
     }
 }
 
-/* What the file of pending records says of a failed sync. */
+/* What the file of dirty records says of a failed sync. */
 static int is_marked(void) {
     struct onion_journal_header header = {0};
     FILE *file = fopen(dirty_path, "rb");
@@ -192,18 +192,18 @@ static void check_written_again(void) {
     uint32_t count = onion_volume_segments(volume, infos, 4);
     int64_t found = onion_volume_runs(volume, 0, BLOCKS, runs, BLOCKS, &next);
     for (int64_t i = 0; i < found; i++) {
-        if (!onion_place_is_data(runs[i].place))
+        if (!onion_location_is_data(runs[i].location))
             continue;
         const char *name = NULL;
         for (uint32_t k = 0; k < count; k++)
-            if (infos[k].number == onion_place_segment(runs[i].place))
+            if (infos[k].number == onion_location_segment(runs[i].location))
                 name = (const char *)infos[k].uuid;
         char path[400];
         int length = snprintf(path, sizeof path, "%s/", segments_directory);
         for (int byte = 0; byte < ONION_UUID_BYTES; byte++)
             length += snprintf(path + length, sizeof path - (size_t)length, "%02x", (unsigned char)name[byte]);
         snprintf(path + length, sizeof path - (size_t)length, ".seg");
-        CHECK(was_written(path, ONION_HEADER_BYTES + (off_t)onion_place_slot(runs[i].place) * BLOCK,
+        CHECK(was_written(path, ONION_HEADER_BYTES + (off_t)onion_location_slot(runs[i].location) * BLOCK,
                           (off_t)runs[i].block_count * BLOCK));
     }
     CHECK(access(map_path, F_OK) || was_written(map_path, 0, ONION_HEADER_BYTES));

@@ -1,8 +1,9 @@
-/* check_journal.c: a short history of one volume, run again and again by a child that is killed in front of the nth system
- * call, or in the nth gap between two verbs.
+/* check_journal.c: a short history of one volume, run again and again by a child that is killed in front of the nth
+ * system call, or in the nth gap between two verbs.
  *
- * What must hold: the next opening finds all that was acknowledged, flushed or not, and of the verb under way all or nothing
- * of each block. Of a snapshot and of a fold it is the catalog that says what happened: here a page that both share. */
+ * What must hold: the next opening finds all that was acknowledged, flushed or not, and of the verb under way all or
+ * nothing of each block. Of a snapshot and of a fold it is the catalog that says what happened: here a page that both
+ * share. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -35,8 +36,8 @@ struct catalog {
     int next_id;
     int map, own[8], own_count, spare; /* of the head; ids are numbers here */
     int has_lower, lower_map;
-    struct onion_segment_ref lower_segments[2], adopted[2]; /* with a seal that was aborted before, a head has two */
-    uint32_t lower_count, adopted_count;
+    struct onion_segment_ref lower_segments[2], inherited[2]; /* with a seal that was aborted before, a head has two */
+    uint32_t lower_count, inherited_count;
     struct onion_sealed lower;
     uint64_t size_bytes, size_begun;
     unsigned char acknowledged[BLOCKS], begun[BLOCKS]; /* what each block is filled with */
@@ -145,8 +146,8 @@ static void open_volume(void) {
     struct onion_head_source source = {.map_path = path_of(layers_directory, catalog->map, ".map", 0),
                                        .own = (const unsigned char(*)[ONION_UUID_BYTES])own,
                                        .own_count = (uint32_t)catalog->own_count,
-                                       .adopted = catalog->adopted,
-                                       .adopted_count = catalog->adopted_count,
+                                       .inherited = catalog->inherited,
+                                       .inherited_count = catalog->inherited_count,
                                        .dirty_path = dirty_path};
     id_of(catalog->map, source.map_id);
     id_of(catalog->spare, source.spare);
@@ -275,8 +276,8 @@ static void rewrite(int commits, unsigned char with) {
         struct catalog after = *catalog;
         after.map = map;
         if (after.has_lower) {
-            memcpy(after.adopted, after.lower_segments, sizeof after.adopted);
-            after.adopted_count = after.lower_count;
+            memcpy(after.inherited, after.lower_segments, sizeof after.inherited);
+            after.inherited_count = after.lower_count;
         }
         after.has_lower = 0;
         step();

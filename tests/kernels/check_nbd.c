@@ -1,5 +1,5 @@
-/* check_nbd.c: the NBD protocol's bytes, and a server over a real volume with several clients at once, without Python, for
- * the sanitizers: tools/check_kernels.sh builds and runs it.
+/* check_nbd.c: the NBD protocol's bytes, and a server over a real volume with several clients at once, without Python,
+ * for the sanitizers: tools/check_kernels.sh builds and runs it.
  *
  * Everything that is decoded is handed over in an allocation of exactly its length, so that one byte too many is an
  * error. Writes files in the working directory, and removes them. */

@@ -43,7 +43,7 @@ static char root[256], segments_directory[300], layers_directory[300];
 static struct onion_volume *volume;
 static struct layer layers[LAYERS_MAX];
 static uint32_t layer_count;
-static struct layer head; /* its path and map id, and the segments that it adopted */
+static struct layer head; /* its path and map id, and the segments that it inherited */
 static id own[OWN_MAX], spare;
 static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
 static uint32_t own_count;
@@ -223,7 +223,7 @@ static void *prepare(void *argument) {
     return NULL;
 }
 
-/* What the head adopted, and no block is in any more: its number is another segment's soon. */
+/* What the head inherited, and no block is in any more: its number is another segment's soon. */
 static void drop_unused(void) {
     static id unused[ONION_SEGMENT_LAST], dropped[ONION_SEGMENT_LAST];
     struct onion_below_source below = {.keep_base = 1, .dropped = dropped};
@@ -301,8 +301,8 @@ static void *ask(void *argument) {
 
 static void open_volume(void) {
     struct onion_head_source source = {.map_path = head.path,
-                                       .adopted = head.segments,
-                                       .adopted_count = head.source.segment_count,
+                                       .inherited = head.segments,
+                                       .inherited_count = head.source.segment_count,
                                        .own = (const unsigned char(*)[ONION_UUID_BYTES])own,
                                        .own_count = own_count};
     memcpy(source.map_id, head.source.map_id, sizeof(id));

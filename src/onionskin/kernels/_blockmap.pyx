@@ -9,28 +9,28 @@ from onionskin.base.lazy import dtypes
 from onionskin.base.lazy import numpy as np
 
 cdef extern from "index/blockmap.h" nogil:
-    ctypedef uint64_t onion_place
-    const onion_place ONION_PLACE_HOLE
-    const onion_place ONION_PLACE_ZERO
+    ctypedef uint64_t onion_location
+    const onion_location ONION_LOCATION_HOLE
+    const onion_location ONION_LOCATION_ZERO
     const uint32_t ONION_SLOT_LAST
     struct onion_run:
         uint64_t block_index
         uint64_t block_count
-        onion_place place
+        onion_location location
     struct onion_map:
         uint64_t block_count
-    bint onion_place_is_data(onion_place place)
-    uint32_t onion_place_slot(onion_place place)
+    bint onion_location_is_data(onion_location location)
+    uint32_t onion_location_slot(onion_location location)
     int onion_map_init(onion_map *map, uint64_t block_count, uint32_t block_shift)
     void onion_map_destroy(onion_map *map)
     int onion_map_resize(onion_map *map, uint64_t block_count)
     uint64_t onion_map_memory(const onion_map *map)
-    onion_place onion_map_lookup(const onion_map *map, uint64_t block_index)
+    onion_location onion_map_lookup(const onion_map *map, uint64_t block_index)
     void onion_map_run_at(const onion_map *map, uint64_t block_index, uint64_t block_limit, onion_run *run)
     int onion_map_next(const onion_map *map, uint64_t block_index, uint64_t block_end, onion_run *run)
     void onion_map_lookup_many(const onion_map *map, const uint64_t *block_indices, size_t count,
-                               onion_place *places)
-    int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place)
+                               onion_location *places)
+    int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location)
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
 
@@ -38,13 +38,13 @@ cdef extern from "index/bulk_build.h" nogil:
     struct onion_build:
         uint64_t *slots_end
     int onion_build_init(onion_build *, onion_map *)
-    int onion_build_put(onion_build *, uint64_t, uint64_t, onion_place)
+    int onion_build_put(onion_build *, uint64_t, uint64_t, onion_location)
     int onion_build_apply(onion_build *)
     void onion_build_destroy(onion_build *)
 
 
-HOLE = int(ONION_PLACE_HOLE)
-ZERO = int(ONION_PLACE_ZERO)
+HOLE = int(ONION_LOCATION_HOLE)
+ZERO = int(ONION_LOCATION_ZERO)
 SEGMENT_NUMBERS = 1 << 16
 
 
@@ -118,7 +118,7 @@ cdef class BlockMap:
         if block_limit == 0:
             raise ValueError("block_limit is 0: ask for one block at least")
         onion_map_run_at(&self.map, block_index, block_limit, &run)
-        return run.block_index, run.block_count, run.place
+        return run.block_index, run.block_count, run.location
 
     def next(self, uint64_t block_index, uint64_t block_end):
         """Return the first run that is not HOLE at or after `block_index`, before `block_end`, or None."""
@@ -127,7 +127,7 @@ cdef class BlockMap:
         self.check_open()
         with nogil:
             found = onion_map_next(&self.map, block_index, block_end, &run)
-        return (run.block_index, run.block_count, run.place) if found else None
+        return (run.block_index, run.block_count, run.location) if found else None
 
     def runs(self):
         """Return all runs that are not HOLE, as an ndarray of dtypes.PLACE_RUN in block order."""
@@ -136,7 +136,7 @@ cdef class BlockMap:
         found = []
         run.block_index = run.block_count = 0
         while onion_map_next(&self.map, run.block_index + run.block_count, self.map.block_count, &run):
-            found.append((run.block_index, run.block_count, run.place))
+            found.append((run.block_index, run.block_count, run.location))
         return np.array(found, dtype=dtypes.PLACE_RUN)
 
     def lookup_many(self, block_indices):
@@ -158,10 +158,10 @@ cdef class BlockMap:
         """Map blocks to `place` and, for DATA, the slots that follow; HOLE unmaps."""
         cdef int status
         self.check_range(block_index, block_count)
-        if onion_place_is_data(place):
-            if block_count and onion_place_slot(place) + (block_count - 1) > ONION_SLOT_LAST:
-                raise ValueError(f"{block_count} blocks from slot {onion_place_slot(place)} pass the last slot")
-        elif place != ONION_PLACE_HOLE and place != ONION_PLACE_ZERO:
+        if onion_location_is_data(place):
+            if block_count and onion_location_slot(place) + (block_count - 1) > ONION_SLOT_LAST:
+                raise ValueError(f"{block_count} blocks from slot {onion_location_slot(place)} pass the last slot")
+        elif place != ONION_LOCATION_HOLE and place != ONION_LOCATION_ZERO:
             raise ValueError(f"{place:#x} is not a place: it is neither HOLE nor ZERO nor in segments 1 to 0xFFFE")
         with nogil:
             status = onion_map_set(&self.map, block_index, block_count, place)

@@ -22,20 +22,20 @@ from libc.string cimport memcpy
 
 
 cdef extern from "index/blockmap.h" nogil:
-    ctypedef uint64_t onion_place
+    ctypedef uint64_t onion_location
     enum:
         ONION_SEGMENT_LAST
     const uint64_t ONION_SLOT_LAST
-    const onion_place ONION_PLACE_HOLE
-    const onion_place ONION_PLACE_ZERO
-    uint32_t onion_place_segment(onion_place place)
-    uint32_t onion_place_slot(onion_place place)
-    int onion_place_is_data(onion_place place)
+    const onion_location ONION_LOCATION_HOLE
+    const onion_location ONION_LOCATION_ZERO
+    uint32_t onion_location_segment(onion_location location)
+    uint32_t onion_location_slot(onion_location location)
+    int onion_location_is_data(onion_location location)
     struct onion_map:
         uint64_t block_count
     uint64_t onion_map_memory(const onion_map *map)
-    onion_place onion_map_lookup(const onion_map *map, uint64_t block_index)
-    int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_place place)
+    onion_location onion_map_lookup(const onion_map *map, uint64_t block_index)
+    int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location)
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
 
@@ -134,18 +134,18 @@ cdef extern from "layer/layer_map.h" nogil:
 
 cdef extern from "layer/provenance.h" nogil:
     enum:
-        ONION_OWNER_LAST
-    struct onion_owners:
+        ONION_PROVENANCE_LAYER_LAST
+    struct onion_provenance:
         onion_map map
-    struct onion_owner_run:
+    struct onion_provenance_run:
         pass
-    int onion_owners_init(onion_owners *owners, uint64_t block_count, uint32_t block_shift)
-    void onion_owners_destroy(onion_owners *owners)
-    int onion_owners_lay(onion_owners *owners, const onion_map *upper, uint32_t owner)
-    int onion_owners_lay_log(onion_owners *owners, const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
-                             uint32_t owner, uint64_t *size_bytes, uint64_t *fault_offset)
-    int onion_owners_settle(onion_owners *owners)
-    uint64_t onion_owners_runs(const onion_owners *owners, onion_owner_run *out)
+    int onion_provenance_init(onion_provenance *provenance, uint64_t block_count, uint32_t block_shift)
+    void onion_provenance_destroy(onion_provenance *provenance)
+    int onion_provenance_lay(onion_provenance *provenance, const onion_map *upper, uint32_t layer)
+    int onion_provenance_lay_log(onion_provenance *provenance, const unsigned char *data, uint64_t length, onion_log_cursor *cursor,
+                             uint32_t layer, uint64_t *size_bytes, uint64_t *fault_offset)
+    int onion_provenance_resolve(onion_provenance *provenance)
+    uint64_t onion_provenance_runs(const onion_provenance *provenance, onion_provenance_run *out)
 
 
 cdef extern from "base/crc32c.h" nogil:
@@ -156,8 +156,8 @@ cdef extern from "base/crc32c.h" nogil:
 MAGIC_SEGMENT = b"ONIONSEG"
 MAGIC_MAP = b"ONIONMAP"
 HEADER_BYTES = ONION_HEADER_BYTES
-PLACE_HOLE = ONION_PLACE_HOLE
-PLACE_ZERO = ONION_PLACE_ZERO
+PLACE_HOLE = ONION_LOCATION_HOLE
+PLACE_ZERO = ONION_LOCATION_ZERO
 STATE_DATA = 1
 STATE_ZERO = 2
 # A map of this many bytes has 2.8 thousand million records: beyond any that is compacted when it should be.
@@ -728,7 +728,7 @@ cdef class LayerMap:
             raise ValueError(f"an id has {ONION_UUID_BYTES} bytes, not {len(segment)}")
         number = onion_layer_add_segment(&self._layer, segment)
         if number == ONION_E_FORMAT:
-            raise StateError(f"a layer has no more than {ONION_SEGMENT_LAST} segments: gather small ones first")
+            raise StateError(f"a layer has no more than {ONION_SEGMENT_LAST} segments: compact small ones first")
         if number < 0:
             raise MemoryError("no memory for one more segment")
         self._segments.append(bytes(segment))
@@ -744,7 +744,7 @@ cdef class LayerMap:
         limit = self._layer.map.block_count
         if block_index < 0 or block_count < 0 or block_index + block_count > limit:
             raise ValueError(f"{block_count} blocks from {block_index} on are outside the map of {limit} blocks")
-        if place not in (ONION_PLACE_HOLE, ONION_PLACE_ZERO):
+        if place not in (ONION_LOCATION_HOLE, ONION_LOCATION_ZERO):
             number, slot = place >> 32, place & 0xFFFFFFFF
             if not 1 <= number <= len(self._segments) or slot + block_count - 1 > ONION_SLOT_LAST:
                 raise ValueError(f"place {place:#x} is in no segment of this map: add_segment first")
@@ -820,7 +820,7 @@ cdef class LayerMap:
         if number == 0:
             raise ValueError(f"segment {segment.hex()} is not in this map")
         if segment == new_segment:
-            raise ValueError(f"segment {segment.hex()} cannot be gathered into itself")
+            raise ValueError(f"segment {segment.hex()} cannot be moved into itself")
         slots = np.ascontiguousarray(slots, dtypes.SLOTS)
         new_slots = np.ascontiguousarray(new_slots, np.uint64)
         _check_slots(slots, new_slots)
@@ -848,7 +848,7 @@ cdef class OwnerMap:
         Blocks that it has room for, which no layer may exceed.
     """
 
-    cdef onion_owners _owners
+    cdef onion_provenance _provenance
     cdef bint _open
     cdef readonly object block_size
     cdef readonly object laid
@@ -856,7 +856,7 @@ cdef class OwnerMap:
     def __cinit__(self, *, block_size, block_count):
         if block_count < 0:
             raise ValueError(f"block_count {block_count} is negative")
-        status = onion_owners_init(&self._owners, block_count, _block_shift(block_size))
+        status = onion_provenance_init(&self._provenance, block_count, _block_shift(block_size))
         if status == -ENOMEM:
             raise MemoryError(f"no memory for the index of {block_count} blocks")
         if status < 0:
@@ -866,7 +866,7 @@ cdef class OwnerMap:
         self.laid = 0
 
     def __dealloc__(self):
-        onion_owners_destroy(&self._owners)
+        onion_provenance_destroy(&self._provenance)
 
     def lay(self, LayerMap upper not None):
         """Lay a layer over those before it.
@@ -876,16 +876,16 @@ cdef class OwnerMap:
         StateError
             There are as many layers as there are numbers.
         """
-        cdef uint32_t owner = self._next()
+        cdef uint32_t layer = self._next()
         cdef int status
         upper._check_open()
         if upper.block_size != self.block_size:
             raise ValueError(f"blocks of {upper.block_size} bytes do not lie over blocks of {self.block_size}")
         with nogil:
-            status = onion_owners_lay(&self._owners, &upper._layer.map, owner)
+            status = onion_provenance_lay(&self._provenance, &upper._layer.map, layer)
         if status < 0:
             raise MemoryError("no memory for the index")
-        self.laid = owner
+        self.laid = layer
 
     def lay_file(self, path, *, map_id, length=None, frames=None, crc=None):
         """Lay the layer of a map file over those before it; parameters and errors are those of `LayerMap.load`.
@@ -897,7 +897,7 @@ cdef class OwnerMap:
         """
         cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
         cdef const unsigned char *start
-        cdef uint32_t owner = self._next()
+        cdef uint32_t layer = self._next()
         cdef uint64_t count
         cdef uint64_t fault = 0
         cdef uint64_t size_bytes = <uint64_t>-1
@@ -905,26 +905,26 @@ cdef class OwnerMap:
         path = os.fspath(path)
         data = _read_sound_map(path, map_id, self.block_size, length)
         if data is None:
-            self.laid = owner
+            self.laid = layer
             return None
         start = <const unsigned char *>PyByteArray_AS_STRING(data)
         count = len(data)
         if self.laid and onion_log_has_holes(start, count, ONION_HEADER_BYTES):
             return self._lay_map(path, map_id, length, frames, crc)
         with nogil:
-            status = onion_owners_lay_log(&self._owners, start, count, &cursor, owner, &size_bytes, &fault)
+            status = onion_provenance_lay_log(&self._provenance, start, count, &cursor, layer, &size_bytes, &fault)
         if status == -ENOMEM:
             raise MemoryError(f"{path}: no memory for the block map")
         if status < 0 and (status != ONION_E_TORN or length is not None):
             raise FormatError(_log_fault(path, fault, status))
         _check_sealed(path, (length, frames, crc), (cursor.offset, cursor.sequence, cursor.crc))
-        self.laid = owner
+        self.laid = layer
         return None if size_bytes == <uint64_t>-1 else size_bytes
 
     def _lay_map(self, path, map_id, length, frames, crc):
         """Lay a layer whose log says of blocks that it has them no more: what lies below shows through there."""
         layer = LayerMap.load(
-            path, map_id=map_id, block_size=self.block_size, block_count=self._owners.map.block_count,
+            path, map_id=map_id, block_size=self.block_size, block_count=self._provenance.map.block_count,
             length=length, frames=frames, crc=crc,
         )
         try:
@@ -936,35 +936,35 @@ cdef class OwnerMap:
     def runs(self):
         """Return the blocks that some layer has, in order, as an array of dtypes.OWNER_RUN; state 1 DATA, 2 ZERO."""
         cdef uint64_t count
-        cdef onion_owner_run *out
+        cdef onion_provenance_run *out
         cdef int status
         self._check_open()
         with nogil:
-            status = onion_owners_settle(&self._owners)
-            count = onion_owners_runs(&self._owners, NULL) if status == 0 else 0
+            status = onion_provenance_resolve(&self._provenance)
+            count = onion_provenance_runs(&self._provenance, NULL) if status == 0 else 0
         if status < 0:
             raise MemoryError("no memory for the index")
         array = np.zeros(count, dtypes.OWNER_RUN)
-        out = <onion_owner_run *><size_t>_array_data(array)
+        out = <onion_provenance_run *><size_t>_array_data(array)
         if count:
             with nogil:
-                onion_owners_runs(&self._owners, out)
+                onion_provenance_runs(&self._provenance, out)
         return array
 
     def close(self):
         """Free the memory; every later call raises StateError. May be called again."""
         self._open = False
-        onion_owners_destroy(&self._owners)
+        onion_provenance_destroy(&self._provenance)
 
     cdef int _check_open(self) except -1:
         if not self._open:
-            raise StateError("this map of owners is closed: make it again")
+            raise StateError("this map of layers is closed: make it again")
         return 0
 
     cdef int64_t _next(self) except -1:
         self._check_open()
-        if self.laid == ONION_OWNER_LAST:
-            raise StateError(f"more than {ONION_OWNER_LAST} layers hold data: merge some of their snapshots first")
+        if self.laid == ONION_PROVENANCE_LAYER_LAST:
+            raise StateError(f"more than {ONION_PROVENANCE_LAYER_LAST} layers hold data: merge some of their snapshots first")
         return self.laid + 1
 
 

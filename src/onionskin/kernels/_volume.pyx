@@ -9,8 +9,8 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport E2BIG, EBUSY, EINVAL, ENOENT
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport E2BIG, EBUSY, EFBIG, EINVAL, EIO, ENOENT
+from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -29,14 +29,18 @@ cdef extern from "Python.h":
     void PyErr_Clear()
 
 cdef extern from "volume/volume.h" nogil:
-    ctypedef uint64_t onion_place
+    enum:
+        ONION_UUID_BYTES
+        ONION_SEGMENT_FIRST
+        ONION_SEGMENT_LAST
+    ctypedef uint64_t onion_location
     struct onion_run:
         uint64_t block_index
         uint64_t block_count
-        onion_place place
-    bint onion_place_is_data(onion_place)
-    uint32_t onion_place_segment(onion_place)
-    uint32_t onion_place_slot(onion_place)
+        onion_location location
+    bint onion_location_is_data(onion_location)
+    uint32_t onion_location_segment(onion_location)
+    uint32_t onion_location_slot(onion_location)
 
     struct onion_volume
     struct onion_segment_ref:
@@ -53,8 +57,8 @@ cdef extern from "volume/volume.h" nogil:
     struct onion_head_source:
         const char *map_path
         unsigned char map_id[16]
-        const onion_segment_ref *adopted
-        uint32_t adopted_count
+        const onion_segment_ref *inherited
+        uint32_t inherited_count
         const void *own
         uint32_t own_count
         unsigned char spare[16]
@@ -100,9 +104,9 @@ cdef extern from "volume/volume.h" nogil:
     int64_t onion_volume_runs(onion_volume *, uint64_t, uint64_t, onion_run *, uint64_t, uint64_t *)
     int onion_volume_live_slots(onion_volume *, const unsigned char *, unsigned char **, uint64_t *)
     int onion_volume_wait_for_readers(onion_volume *)
-    uint64_t onion_volume_take_unreachable(onion_volume *)
-    int onion_volume_scrub_wanted(onion_volume *, void *, uint32_t)
-    void onion_volume_scrub_again(onion_volume *, const void *, uint32_t)
+    uint64_t onion_volume_take_unwipeable(onion_volume *)
+    int onion_volume_reclaim_wanted(onion_volume *, void *, uint32_t)
+    void onion_volume_reclaim_again(onion_volume *, const void *, uint32_t)
     int64_t onion_volume_unused_segments(onion_volume *, void *, uint32_t)
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
@@ -122,7 +126,7 @@ cdef extern from "volume/volume.h" nogil:
     int onion_volume_unflushed(onion_volume *)
     int onion_volume_freeze(onion_volume *, uint64_t)
     void onion_volume_thaw(onion_volume *)
-    int onion_volume_wants_compaction(onion_volume *)
+    int onion_volume_wants_compact_map(onion_volume *)
     int onion_volume_prepare_below(onion_volume *, const onion_below_source *)
     int onion_volume_commit_below(onion_volume *)
     void onion_volume_abort_below(onion_volume *)
@@ -161,9 +165,17 @@ cdef extern from "base/status.h" nogil:
         ONION_E_NUMBERS
         ONION_E_MAPPINGS
 
-# More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
-_VIEW_PIECES_MAX = 4096
-_RUNS_AT_ONCE = 65536
+cdef enum:
+    # More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
+    VIEW_PIECES_MAX = 4096
+    RUNS_AT_ONCE = 65536
+    SEGMENTS_AT_ONCE = 256
+    # Of a log with fewer records, the share that is dead does not matter.
+    RECORDS_OF_A_SMALL_LOG = 64
+    INDEX_BYTES = sizeof(uint64_t)
+    STATE_DATA = 1  # of dtypes.RUN
+    STATE_ZERO = 2
+    SLOT_BITS = 32  # of a location; the segment's number stands over them
 _ROLES = ("sealed", "adopted", "own")
 
 
@@ -217,7 +229,11 @@ cdef object _refusal(int status, object what):
 
 
 cdef int _raise(int status, object what, object path=None) except -1:
-    """Turns a negative code into its exception. The file is the one that the code was noted for, else `path`."""
+    """Turns a negative code into its exception.
+
+    The error names the file and the byte that the code was noted for (base/site.h), else `path`. An error that is about no
+    file, as one of missing memory, names what was asked for.
+    """
     cdef const onion_site *site = onion_site_of(status)
     offset = 0
     if site != NULL:
@@ -233,11 +249,13 @@ cdef int _raise(int status, object what, object path=None) except -1:
     if status == ONION_E_BOUNDS:
         raise ValueError(f"{what}: the range passes the end of the volume")
     if status == ONION_E_VERIFY:
-        raise OSError(5, f"{what}: bytes read back after the wipe are not zero", path)
+        raise OSError(EIO, f"{what}: bytes read back after the wipe are not zero", path)
     if status == ONION_E_FULL_SEGMENT:
-        raise OSError(27, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
-    where = f" at byte {offset}" if offset else ""
-    raise OSError(-status, f"{os.strerror(-status)}{where}", path)
+        raise OSError(EFBIG, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
+    reason = os.strerror(-status)
+    if path is None:
+        raise OSError(-status, f"{what}: {reason}")
+    raise OSError(-status, f"{reason} at byte {offset}" if offset else reason, path)
 
 
 cdef int _raise_range(int status, object what, object offset, object length, uint64_t size_bytes, object path=None) except -1:
@@ -308,8 +326,8 @@ cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
 
 
 cdef list _ids(const unsigned char *ids, int64_t count):
-    cdef bytes joined = (<const char *>ids)[:16 * count]
-    return [joined[16 * i : 16 * i + 16] for i in range(count)]
+    cdef bytes joined = (<const char *>ids)[:ONION_UUID_BYTES * count]
+    return [joined[i : i + ONION_UUID_BYTES] for i in range(0, len(joined), ONION_UUID_BYTES)]
 
 
 cdef object _indices(object block_indices):
@@ -323,9 +341,9 @@ cdef object _indices(object block_indices):
 
 
 cdef int _copy_id(unsigned char *out, object id) except -1:
-    if not isinstance(id, bytes) or len(id) != 16:
-        raise ValueError(f"an id has 16 bytes, not {id!r}")
-    memcpy(out, PyBytes_AS_STRING(id), 16)
+    if not isinstance(id, bytes) or len(id) != ONION_UUID_BYTES:
+        raise ValueError(f"an id has {ONION_UUID_BYTES} bytes, not {id!r}")
+    memcpy(out, PyBytes_AS_STRING(id), ONION_UUID_BYTES)
     return 0
 
 
@@ -448,7 +466,6 @@ cdef class DataPath:
     """
     cdef onion_volume *_volume
     cdef readonly object block_size
-    cdef str _directory
     cdef object __weakref__
 
     def __cinit__(self, *, block_size, size_bytes, segments_directory, layers_directory, wipe_zero, writable):
@@ -464,7 +481,6 @@ cdef class DataPath:
                                  "power of two from 4096 to 2097152, a volume at most 64 TiB")
             _raise(status, "open")
         self.block_size = block_size
-        self._directory = os.fspath(segments_directory)
 
     def __dealloc__(self):
         if self._volume != NULL:
@@ -513,7 +529,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_fold_layers(self._volume)
         if status < 0:
-            _raise(status, "open", self._directory)
+            _raise(status, "open")
 
     def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
         """Add the head, last, ready for writing. Returns the size in bytes of the volume.
@@ -535,7 +551,7 @@ cdef class DataPath:
         `dirty_path` has it; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
         file system that is mounted read-only will do. The caller holds off writers of the head.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(16), known, True, dirty_path)
+        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(ONION_UUID_BYTES), known, True, dirty_path)
 
     def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read, dirty_path):
         cdef onion_head_source source
@@ -550,11 +566,11 @@ cdef class DataPath:
         _copy_id(source.map_id, map_id)
         _copy_id(source.spare, spare)
         source.own = <const void *>PyBytes_AS_STRING(owned)
-        source.own_count = len(owned) // 16
+        source.own_count = len(owned) // ONION_UUID_BYTES
         source.known_length, source.known_frames, source.known_crc = known
         cdef onion_segment_ref *refs = _segment_refs(adopted)
-        source.adopted = refs
-        source.adopted_count = len(adopted)
+        source.inherited = refs
+        source.inherited_count = len(adopted)
         try:
             with nogil:
                 if c_to_read:
@@ -573,7 +589,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_free_own_slots(self._volume)
         if status < 0:
-            _raise(status, "open", self._directory)
+            _raise(status, "open")
 
     # ---- reading and writing ----
 
@@ -619,7 +635,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_read(self._volume, at, count, to)
         if status < 0:
-            _raise_range(status, "read", offset, length, onion_volume_size(self._volume), self._directory)
+            _raise_range(status, "read", offset, length, onion_volume_size(self._volume))
         return out
 
     def readinto(self, object offset, buffer):
@@ -640,7 +656,7 @@ cdef class DataPath:
             with nogil:
                 status = onion_volume_read(self._volume, at, view.len, view.buf)
             if status < 0:
-                _raise_range(status, "read", offset, view.len, onion_volume_size(self._volume), self._directory)
+                _raise_range(status, "read", offset, view.len, onion_volume_size(self._volume))
             return view.len
         finally:
             PyBuffer_Release(&view)
@@ -663,7 +679,7 @@ cdef class DataPath:
             with nogil:
                 status = onion_volume_write(self._volume, at, view.len, view.buf)
             if status < 0:
-                _raise_range(status, "write", offset, view.len, onion_volume_size(self._volume), self._directory)
+                _raise_range(status, "write", offset, view.len, onion_volume_size(self._volume))
             return view.len
         finally:
             PyBuffer_Release(&view)
@@ -675,7 +691,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_zero(self._volume, at, count)
         if status < 0:
-            _raise_range(status, "zero", offset, length, onion_volume_size(self._volume), self._directory)
+            _raise_range(status, "zero", offset, length, onion_volume_size(self._volume))
 
     trim = zero
 
@@ -683,7 +699,7 @@ cdef class DataPath:
         if status == ONION_E_BOUNDS:
             count = -(-self.size_bytes // self.block_size)
             raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks")
-        return _raise(status, what, self._directory)
+        return _raise(status, what)
 
     def read_blocks(self, block_indices, out=None):
         """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given. As `readinto`, else."""
@@ -696,11 +712,11 @@ cdef class DataPath:
         try:
             _get_buffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             try:
-                if out_view.len != index_view.len // 8 * self.block_size:
-                    raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                if out_view.len != index_view.len // INDEX_BYTES * self.block_size:
+                    raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // INDEX_BYTES * self.block_size}")
                 with nogil:
                     status = onion_volume_read_blocks(
-                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, out_view.buf)
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // INDEX_BYTES, out_view.buf)
                 if status < 0:
                     self._raise_blocks(status, "read_blocks", indices)
             finally:
@@ -718,11 +734,11 @@ cdef class DataPath:
         try:
             _get_buffer(data, &data_view, PyBUF_SIMPLE)
             try:
-                if data_view.len != index_view.len // 8 * self.block_size:
-                    raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // 8 * self.block_size}")
+                if data_view.len != index_view.len // INDEX_BYTES * self.block_size:
+                    raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // INDEX_BYTES * self.block_size}")
                 with nogil:
                     status = onion_volume_write_blocks(
-                        self._volume, <const uint64_t *>index_view.buf, index_view.len // 8, data_view.buf)
+                        self._volume, <const uint64_t *>index_view.buf, index_view.len // INDEX_BYTES, data_view.buf)
                 if status < 0:
                     self._raise_blocks(status, "write_blocks", indices)
             finally:
@@ -736,7 +752,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_flush(self._volume)
         if status < 0:
-            _raise(status, "flush", self._directory)
+            _raise(status, "flush")
 
     def resize(self, size_bytes):
         """Change the size; durable on return. What is new reads zero."""
@@ -745,7 +761,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_resize(self._volume, size)
         if status < 0:
-            _raise(status, "resize", self._directory)
+            _raise(status, "resize")
 
     # ---- the index ----
 
@@ -756,7 +772,7 @@ cdef class DataPath:
         cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
         cdef uint64_t next_block = start
         cdef int64_t count
-        cdef onion_run *raw = <onion_run *>malloc(_RUNS_AT_ONCE * sizeof(onion_run))
+        cdef onion_run *raw = <onion_run *>malloc(RUNS_AT_ONCE * sizeof(onion_run))
         if raw == NULL:
             raise MemoryError
         parts = []
@@ -764,9 +780,9 @@ cdef class DataPath:
             while next_block < end:
                 start = next_block
                 with nogil:
-                    count = onion_volume_runs(self._volume, start, end, raw, 65536, &next_block)
+                    count = onion_volume_runs(self._volume, start, end, raw, RUNS_AT_ONCE, &next_block)
                 if count < 0:
-                    _raise(<int>count, "extents", self._directory)
+                    _raise(<int>count, "extents")
                 if count:
                     parts.append(self._run_array(raw, count))
         finally:
@@ -775,15 +791,15 @@ cdef class DataPath:
 
     cdef object _run_array(self, onion_run *raw, int64_t count):
         cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
-        table = numpy.frombuffer(bytes_, dtype="<u8").reshape(-1, 3)
+        table = numpy.frombuffer(bytes_, dtype=dtypes.PLACE_RUN)
         out = numpy.empty(count, dtype=dtypes.RUN)
-        segment = table[:, 2] >> 32
-        data = (segment > 0) & (segment < 0xFFFF)
-        out["offset"] = table[:, 0] * self.block_size
-        out["length"] = table[:, 1] * self.block_size
-        out["state"] = numpy.where(data, 1, 2)
+        slot, segment = table["place"] & UINT32_MAX, table["place"] >> SLOT_BITS
+        data = (segment >= ONION_SEGMENT_FIRST) & (segment <= ONION_SEGMENT_LAST)
+        out["offset"] = table["block_index"] * self.block_size
+        out["length"] = table["block_count"] * self.block_size
+        out["state"] = numpy.where(data, STATE_DATA, STATE_ZERO)
         out["segment"] = numpy.where(data, segment, 0)
-        out["slot"] = numpy.where(data, table[:, 2] & 0xFFFFFFFF, 0)
+        out["slot"] = numpy.where(data, slot, 0)
         return out
 
     def segments(self):
@@ -819,7 +835,7 @@ cdef class DataPath:
 
         It is the index of the head as it is then: the caller looks behind the answer whether that is the one it means.
         """
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         cdef unsigned char *bitmap = NULL
         cdef uint64_t bits = 0
         cdef int status
@@ -827,7 +843,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_live_slots(self._volume, id, &bitmap, &bits)
         if status < 0:
-            _raise(status, "scrub", self._directory)
+            _raise(status, "reclaim")
         try:
             raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
         finally:
@@ -840,26 +856,26 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_wait_for_readers(self._volume)
         if status < 0:
-            _raise(status, "scrub", self._directory)
+            _raise(status, "reclaim")
 
     def scrub_wanted(self):
-        """Return the ids of adopted segments in which slots became free since the last call.
+        """Return the ids of inherited segments in which slots became free since the last call.
 
         What is returned is forgotten here: whoever cannot write it down puts it back with `want_scrub`.
         """
-        cdef unsigned char ids[256 * 16]
+        cdef unsigned char ids[SEGMENTS_AT_ONCE * ONION_UUID_BYTES]
         cdef int count
         with nogil:
-            count = onion_volume_scrub_wanted(self._volume, ids, 256)
+            count = onion_volume_reclaim_wanted(self._volume, ids, SEGMENTS_AT_ONCE)
         return _ids(ids, count)
 
     def want_scrub(self, ids):
         """Put back what `scrub_wanted` returned. Ids of segments that are gone are left out."""
         joined = b"".join(ids)
         cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
-        cdef uint32_t count = len(joined) // 16
+        cdef uint32_t count = len(joined) // ONION_UUID_BYTES
         with nogil:
-            onion_volume_scrub_again(self._volume, raw, count)
+            onion_volume_reclaim_again(self._volume, raw, count)
 
     def unused_segments(self):
         """Return the ids of segments that no block and no record of the head's log needs. Flushes.
@@ -870,21 +886,21 @@ cdef class DataPath:
         cdef unsigned char *ids
         cdef int64_t count
         cdef uint32_t capacity = onion_volume_segments(self._volume, NULL, 0) + 1
-        ids = <unsigned char *>malloc(capacity * 16)
+        ids = <unsigned char *>malloc(capacity * ONION_UUID_BYTES)
         if ids == NULL:
             raise MemoryError
         try:
             with nogil:
                 count = onion_volume_unused_segments(self._volume, ids, capacity)
             if count < 0:
-                _raise(<int>count, "scrub", self._directory)
+                _raise(<int>count, "reclaim")
             return _ids(ids, min(count, capacity))
         finally:
             free(ids)
 
     def take_unreachable(self):
         """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
-        return onion_volume_take_unreachable(self._volume)
+        return onion_volume_take_unwipeable(self._volume)
 
     def map_dead_ratio(self):
         """Return the share of the head's log that a rewrite would save, 0.0 to 1.0."""
@@ -894,7 +910,7 @@ cdef class DataPath:
             status = onion_volume_log_records(self._volume, &records, &needed)
         if status < 0:
             _raise(status, "info")
-        return max(0.0, 1.0 - needed / records) if records > 64 else 0.0
+        return max(0.0, 1.0 - needed / records) if records > RECORDS_OF_A_SMALL_LOG else 0.0
 
     def log_state(self):
         """Return (length, frames, crc) of what the head's log durably holds; zeros where it has no frame."""
@@ -910,9 +926,9 @@ cdef class DataPath:
         """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
         cdef int status
         with nogil:
-            status = onion_volume_wants_compaction(self._volume)
+            status = onion_volume_wants_compact_map(self._volume)
         if status < 0:
-            _raise(status, "flush", self._directory)
+            _raise(status, "flush")
         return status == 1
 
     def freeze(self, frames):
@@ -944,7 +960,7 @@ cdef class DataPath:
 
     def seal(self, *, map_path, map_id):
         """Make the head a durable sealed layer and begin a new head. Flushes wait for seal_commit or seal_abort."""
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         cdef onion_sealed raw
         cdef int status
         path = os.fsencode(map_path)
@@ -955,18 +971,18 @@ cdef class DataPath:
         if status < 0:
             if status == -EBUSY:
                 raise StateError("snapshot: no spare segment is registered")
-            _raise(status, "snapshot", self._directory)
+            _raise(status, "snapshot")
         return _sealed(&raw, self._just_sealed())
 
     def seal_commit(self, next_spare):
         """The catalog names the new head: go on with it."""
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         _copy_id(id, next_spare)
         cdef int status
         with nogil:
             status = onion_volume_seal_commit(self._volume, id)
         if status < 0:
-            _raise(status, "snapshot", self._directory)
+            _raise(status, "snapshot")
 
     def seal_abort(self):
         """The catalog still names the old head: it goes on, and owns what was written since."""
@@ -974,11 +990,11 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_seal_abort(self._volume)
         if status < 0:
-            _raise(status, "snapshot", self._directory)
+            _raise(status, "snapshot")
 
     def prepare(self, *, map_path, map_id):
         """Make the files of the next head, durable, before a seal whose map they are asks for them."""
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         cdef int status
         path = os.fsencode(map_path)
         cdef const char *c_path = path
@@ -986,24 +1002,24 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_prepare(self._volume, c_path, id)
         if status < 0:
-            _raise(status, "prepare", self._directory)
+            _raise(status, "prepare")
 
     def set_spare(self, spare):
         """Register the id of the segment that the next head will begin with."""
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         _copy_id(id, spare)
         cdef int status
         with nogil:
             status = onion_volume_set_spare(self._volume, id)
         if status < 0:
-            _raise(status, "snapshot", self._directory)
+            _raise(status, "snapshot")
 
     def rewrite_map(self, *, new_path, new_id, lower=None, drop_zero=False):
         """Write the head's map, folded over `lower`, to a new durable file. Flushes wait for commit or abort.
 
         `lower` is (map_path, map_id, length, frames, crc, segments) of the parent layer.
         """
-        cdef unsigned char id[16]
+        cdef unsigned char id[ONION_UUID_BYTES]
         cdef onion_sealed raw
         cdef _LayerSource source = None
         cdef const onion_layer_source *c_lower = NULL
@@ -1026,7 +1042,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_rewrite_commit(self._volume)
         if status < 0:
-            _raise(status, "merge", self._directory)
+            _raise(status, "merge")
 
     def rewrite_abort(self):
         """The catalog still names the old map file: drop the new one."""
@@ -1034,7 +1050,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_rewrite_abort(self._volume)
         if status < 0:
-            _raise(status, "merge", self._directory)
+            _raise(status, "merge")
 
     # ---- what lies below ----
 
@@ -1055,7 +1071,7 @@ cdef class DataPath:
             The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest one, or, with
             `keep_base`, one that has all that is in the dropped segments. Segments that are open here stay what they are.
         dropped : sequence of bytes
-            Ids of segments that are read no more. Of those that the head wrote or adopted, only such that
+            Ids of segments that are read no more. Of those that the head wrote or inherited, only such that
             `unused_segments` returned.
         keep_base : bool
             The base stays what it is.
@@ -1076,7 +1092,7 @@ cdef class DataPath:
         source.base_fd = -1 if base_fd is None else base_fd
         source.base_bytes = _whole(base_bytes, "a size")
         source.dropped = <const void *>PyBytes_AS_STRING(ids)
-        source.dropped_count = len(ids) // 16
+        source.dropped_count = len(ids) // ONION_UUID_BYTES
         if layer is not None:
             c_layer = _LayerSource(*layer)
             source.layer = &c_layer.source
@@ -1125,12 +1141,12 @@ cdef class DataPath:
         if count == 0:
             return numpy.frombuffer(b"", dtype=numpy.uint8)
         with nogil:
-            status = onion_volume_map_range(self._volume, at, count, 4096, &address, &mapped.mapped_length, &mapped.pieces)
+            status = onion_volume_map_range(self._volume, at, count, VIEW_PIECES_MAX, &address, &mapped.mapped_length, &mapped.pieces)
         if status == -E2BIG:
             copied = numpy.frombuffer(self.read(offset, length), dtype=numpy.uint8)
             return copied
         if status < 0:
-            _raise_range(status, "view", offset, length, onion_volume_size(self._volume), self._directory)
+            _raise_range(status, "view", offset, length, onion_volume_size(self._volume))
         mapped.address = address
         mapped.start = at % <uint64_t>self.block_size
         mapped.length = count
@@ -1169,7 +1185,7 @@ def _path_of(fd):
 
 cdef list _segment_list(const onion_segment_info *infos, uint32_t count):
     cdef uint32_t i
-    return [(infos[i].number, infos[i].uuid[:16], _ROLES[infos[i].role], infos[i].slots) for i in range(count)]
+    return [(infos[i].number, infos[i].uuid[:ONION_UUID_BYTES], _ROLES[infos[i].role], infos[i].slots) for i in range(count)]
 
 
 def _runs_of_bits(bits):

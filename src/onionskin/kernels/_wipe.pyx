@@ -27,7 +27,7 @@ cdef extern from "bulk/wipe.h" nogil:
         uint64_t bytes_skipped
         uint64_t bytes_verified
         uint64_t bytes_punched
-        uint64_t bytes_unreachable
+        uint64_t bytes_unwipeable
         uint32_t filesystem_magic
         int copy_on_write
 
@@ -123,12 +123,20 @@ cdef class WipeJob:
         if status == ONION_E_CANCELLED:
             raise WipeCancelled(f"the wipe was cancelled after {self.bytes_done} bytes; do it again")
         if status == ONION_E_VERIFY:
-            raise VerifyError(f"bytes of file descriptor {self._fd} that were overwritten with zeros do not read back "
+            raise VerifyError(f"bytes of {_path_of(self._fd) or 'the file'} that were overwritten with zeros do not read back "
                               "as zeros; nothing was given back: the device may be failing")
         if status < 0:
-            raise OSError(-status, os.strerror(-status))
+            raise OSError(-status, os.strerror(-status), _path_of(self._fd))
         return WipeResult(result.bytes_wiped, result.bytes_skipped, result.bytes_verified, result.bytes_punched,
-                          result.bytes_unreachable, result.filesystem_magic, bool(result.copy_on_write))
+                          result.bytes_unwipeable, result.filesystem_magic, bool(result.copy_on_write))
+
+
+def _path_of(fd):
+    """Return the path that a descriptor was opened by, for a message; None where the system does not say."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return None
 
 
 def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int threads=0):

@@ -5,6 +5,7 @@ it; calls that wait run without the GIL; callbacks from the server's threads tak
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.errno cimport EINVAL, ENOENT, ESHUTDOWN
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -14,6 +15,14 @@ import threading
 from onionskin.kernels._volume import DataPath
 from onionskin.errors import StateError
 from onionskin.base.lazy import numpy
+
+cdef extern from "base/site.h" nogil:
+    struct onion_site:
+        int status
+        uint64_t offset
+        char path[4096]
+    const onion_site *onion_site_of(int)
+    void onion_site_clear()
 
 cdef extern from "nbd/server.h" nogil:
     struct onion_volume
@@ -71,6 +80,9 @@ cdef extern from "nbd/server.h" nogil:
 cdef extern from "base/status.h" nogil:
     enum:
         ONION_E_POISONED
+
+cdef enum:
+    ERRNO_MAX = 4095  # Linux has no greater one
 
 # Numbered as the protocol's commands; "disc" has no counter.
 _VERBS = ("read", "write", "disc", "flush", "trim", "cache", "write_zeroes", "block_status")
@@ -266,7 +278,7 @@ cdef class NbdServer:
         cdef int status = onion_nbd_new(&options, &self._server)
         if status < 0:
             self._server = NULL
-            if status == -22:
+            if status == -EINVAL:
                 raise ValueError("a server needs connections_max of at least 1, request_bytes_max from 65536 to "
                                  "33554432, and bytes_in_flight_max of at least request_bytes_max")
             raise OSError(-status, os.strerror(-status))
@@ -278,15 +290,20 @@ cdef class NbdServer:
                 onion_nbd_free(self._server)
 
     cdef int _raise(self, int64_t status, object name) except -1:
-        if status == -2:
+        # A flush that failed here says in which file.
+        cdef const onion_site *site = onion_site_of(<int>status)
+        where = name if site == NULL else os.fsdecode(site.path)
+        onion_site_clear()
+        if status == -ENOENT:
             raise KeyError(name)
-        if status == -108:
+        if status == -ESHUTDOWN:
             raise StateError("the NBD server is stopped")
         if status == ONION_E_POISONED:
             raise StateError(f"{name}: an earlier sync failed; close the volume and open it again")
-        if status == -22:
+        if status == -EINVAL:
             raise ValueError(f"{name}: longer than 4096 bytes, or runs that are not sorted and apart")
-        raise OSError(-status, os.strerror(-status) if -status < 4096 else f"error {status}", name)
+        reason = os.strerror(-status) if -status <= ERRNO_MAX else f"error {status}"
+        raise OSError(-status, reason, where)
 
     property on_unknown_export:
         def __get__(self):

@@ -21,7 +21,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
@@ -37,6 +37,22 @@ _WRITER_BYTES = 1 << 62  # the first of those that stand for the writers of volu
 _FLOCK = struct.Struct("hhqqi4x")
 
 
+@contextmanager
+def _named(descriptor: int) -> Iterator[None]:
+    """Give an error of a call on a descriptor the name of the file, which the call does not know."""
+    try:
+        yield
+    except OSError as error:
+        _name(error, descriptor)
+        raise
+
+
+def _name(error: OSError, descriptor: int) -> None:
+    if error.filename is None:
+        with suppress(OSError):
+            error.filename = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
 def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
     """Set or change a lock without waiting; False if somebody else's is in the way."""
     try:
@@ -45,13 +61,23 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
         return False
     except PermissionError:  # POSIX lets a system answer EACCES for the same thing
         return False
+    except OSError as error:
+        _name(error, descriptor)
+        raise
     return True
 
 
 def is_locked(descriptor: int, start: int, count: int) -> bool:
     """Whether another open file description holds any lock on the bytes."""
-    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return _kind_in_the_way(descriptor, fcntl.F_WRLCK, start, count) != fcntl.F_UNLCK
+
+
+def _kind_in_the_way(descriptor: int, kind: int, start: int, count: int) -> int:
+    """Return the kind of a lock that somebody else has and that one of `kind` would meet; F_UNLCK: there is none."""
+    with _named(descriptor):
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
+    found: int = _FLOCK.unpack(answer)[0]
+    return found
 
 
 def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
@@ -104,7 +130,9 @@ class ByteLocks:
 
     def wait_shared(self, number: int) -> None:
         """Lock one byte for reading, and wait for whoever holds it alone. Nobody else may use this handle yet."""
-        fcntl.fcntl(self._open_descriptor(), fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
+        descriptor = self._open_descriptor()
+        with _named(descriptor):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
         self._shared.add(number)
 
     def drop_shared(self, numbers: Iterable[int]) -> None:
@@ -263,7 +291,8 @@ class VolumeLock:
         byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
         try:
             if descriptor >= 0:
-                os.ftruncate(descriptor, 0)
+                with _named(descriptor):
+                    os.ftruncate(descriptor, 0)
         finally:
             for one in (descriptor, byte_descriptor):
                 if one >= 0:
@@ -309,8 +338,7 @@ def _writer_byte(volume_id: bytes) -> int:
 
 def _is_only_read(descriptor: int, volume_id: bytes) -> bool:
     """Whether a volume could be locked for reading: those who have it locked do no more."""
-    wanted = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _writer_byte(volume_id), 1, 0)
-    return bool(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))[0] == fcntl.F_UNLCK)
+    return _kind_in_the_way(descriptor, fcntl.F_RDLCK, _writer_byte(volume_id), 1) == fcntl.F_UNLCK
 
 
 def _lock_at_its_path(path: Path) -> int:
@@ -341,9 +369,11 @@ def _refuse_held(path: Path, volume_name: str) -> NoReturn:
 
 def _write_holder(descriptor: int) -> None:
     """Say who holds a volume; a disk that is full keeps nobody from it."""
-    os.ftruncate(descriptor, 0)
+    with _named(descriptor):
+        os.ftruncate(descriptor, 0)
     try:
-        os.pwrite(descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
+        with _named(descriptor):
+            os.pwrite(descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
@@ -377,7 +407,8 @@ def _checked_lock_file(path: Path, flags: int) -> int:
         if error.errno == ELOOP:
             raise StateError(f"{path} is a symbolic link, and no file of a store is; remove it") from None
         raise
-    found = os.fstat(descriptor)
+    with _named(descriptor):
+        found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
         is_regular = stat.S_ISREG(found.st_mode)
@@ -412,7 +443,8 @@ def volume_holder(path: Path) -> Holder | None:
 
 def _read_holder(descriptor: int) -> Holder:
     """What the file says; a process that is just taking or giving up the lock has pid 0."""
-    fields = os.pread(descriptor, 100, 0).split()
+    with _named(descriptor):
+        fields = os.pread(descriptor, 100, 0).split()
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
         return Holder(0, 0)
     return Holder(int(fields[0]), int(fields[1]))

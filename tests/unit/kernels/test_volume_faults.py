@@ -49,7 +49,7 @@ def test_a_base_that_is_truncated_under_a_mapping_is_an_io_error(store: onionski
         os.truncate(base, BLOCK)
         with pytest.raises(OSError) as caught:
             web.read_blocks([40])
-        assert caught.value.errno == errno.EIO
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(base))
         assert web.read(0, 2) == b"bb"
 
 
