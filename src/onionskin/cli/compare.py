@@ -56,7 +56,7 @@ class OpenVolume:
 
     def ranges(self) -> Iterable[tuple[int, int]]:
         """Give what the layers hold; over a base, all of it."""
-        if self.volume.base_lock is not None:
+        if self.volume._opened.base_lock is not None:
             return [(0, self.size_bytes)]
         return [(int(offset), int(offset + length)) for offset, length, _ in self.volume.extents()]
 
