@@ -7,7 +7,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import (
-    NEW_SNAPSHOT,
+    NEW_SNAPSHOT_OR_NONE,
     SIZE,
     SNAPSHOT,
     VOLUME,
@@ -50,25 +50,28 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     )
 
 
-def same_volume(a: Name, b: Name) -> None:
-    """Refuse two names that are not of one volume, as wrong usage."""
-    if a.volume != b.volume or a.store.resolve() != b.store.resolve():
-        raise click.UsageError(f"{a} and {b} are not of one volume")
+def same_store(a: Name, b: Name) -> None:
+    """Refuse two names that are not of one store, as wrong usage."""
+    if a.store.resolve() != b.store.resolve():
+        raise click.UsageError(
+            f"{a} and {b} are not of one store; copy one with delta and apply, or with import, to where the other is"
+        )
 
 
 @click.command()
-@click.argument("name", type=NEW_SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("name", type=NEW_SNAPSHOT_OR_NONE, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.option("--note", default="", help="A few words that tree and snapshots show.")
 @trust_option
 @json_option
 def snapshot(name: Name, note: str, as_json: bool) -> None:
     """Keep the disk as it is now under a name.
 
-    Nothing is copied, whatever the size.
+    If no name is given, the snapshot is called by the time in UTC, as 20261126T071101.123Z; such names sort as they were
+    taken. Nothing is copied, whatever the size.
     """
     with name.open_volume() as (_, volume):
-        taken = volume.snapshot(name.required_snapshot, note)
-    output.tell(as_json, snapshot_value(taken), lambda: f"took {name}")
+        taken = volume.snapshot(name.snapshot, note)
+    output.tell(as_json, snapshot_value(taken), lambda: f"took {name.store}/{name.volume}@{taken.name}")
 
 
 @click.command()
@@ -183,14 +186,20 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
 @trust_option
 @json_option
 def diff(a: Name, b: Name, as_json: bool) -> None:
-    """Show what changed between snapshots, or up to the head."""
-    same_volume(a, b)
+    """Show what changed between two snapshots, or up to a head.
+
+    Both may be of different volumes of a store, such as a snapshot and a clone of it. Only what the volumes hold is
+    looked at: what was written again with the same contents counts as changed.
+    """
+    same_store(a, b)
     with a.open_store() as store:
         extents = _diff(store, a, b)
     changed = sum(length for _, length, _ in extents)
     value = {
         "from": a.snapshot,
+        "from_volume": a.volume,
         "to": b.snapshot,
+        "to_volume": b.volume,
         "bytes": changed,
         "extents": [{"offset": o, "length": n, "state": output.STATES[s]} for o, n, s in extents],
     }
@@ -208,12 +217,20 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
+    start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
-        found = store.diff(a.volume, a.required_snapshot, b.snapshot)
+        found = store.diff(start, f"{b.volume}@{b.snapshot}")
     else:
-        # An open head does not change meanwhile; a served one goes on changing.
-        with live(store, a.volume) or open_to_read(store, b) as volume:
-            found = volume.diff(a.required_snapshot, None)
+        find_snapshot(store.snapshots(a.volume), a)
+        # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
+        served = live(store, b.volume)
+        with served or open_to_read(store, b) as volume:
+            if a.volume == b.volume:
+                found = volume.diff(a.required_snapshot, None)
+            else:
+                if served:
+                    served.flush()
+                found = store.diff(start, b.volume)
     return [(int(offset), int(length), int(state)) for offset, length, state in found]
 
 

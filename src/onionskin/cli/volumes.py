@@ -7,6 +7,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import (
+    NEW_SNAPSHOT,
     NEW_VOLUME,
     SIZE,
     SNAPSHOT,
@@ -309,16 +310,19 @@ def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("new_name", metavar="NEW")
 @trust_option
 @json_option
 def rename(name: Name, new_name: str, as_json: bool) -> None:
-    """Give a volume another name in its store.
+    """Give a volume or a snapshot another name in its store.
 
-    NEW is the name alone, or STORE/NEW. If it is being served, connected clients go on, and later clients ask for
-    the new name.
+    NEW is the name alone, or STORE/NEW; of a snapshot it is the name alone, or STORE/VOLUME@NEW. If the volume is being
+    served, connected clients go on, and later clients ask for the new name. Clones and holds of a snapshot stay.
     """
+    if name.snapshot is not None:
+        _rename_snapshot(name, new_name, as_json=as_json)
+        return
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
         raise click.UsageError("a volume cannot move to another store; copy it with delta and apply")
@@ -330,6 +334,20 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
             store.rename(name.volume, new.volume)
         about = store.info(new.volume)
     output.tell(as_json, volume_value(about), lambda: f"{name} is {new} now")
+
+
+def _rename_snapshot(name: Name, new_name: str, *, as_json: bool) -> None:
+    new = Name(name.store, name.volume, new_name.removeprefix("@"))
+    if "/" in new_name:
+        new = NEW_SNAPSHOT.convert(new_name, None, None)
+    if new.store.resolve() != name.store.resolve() or new.volume != name.volume:
+        raise click.UsageError(
+            f"a snapshot stays with its volume: write {name.store}/{name.volume}@NEW, or make a volume of it with clone"
+        )
+    with name.open_store() as store:  # of a served volume too: its server looks names up whenever one is asked for
+        store.rename_snapshot(name.volume, name.required_snapshot, new.required_snapshot)
+        value = snapshot_value(find_snapshot(store.snapshots(name.volume), new))
+    output.tell(as_json, value, lambda: f"{name} is {new} now")
 
 
 @click.command()
