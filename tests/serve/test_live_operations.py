@@ -305,7 +305,7 @@ def test_a_renamed_volume_is_exported_under_its_new_name_and_clients_go_on(vms: 
         onionskin("clone", f"{vms}/www@a", f"{vms}/web")
         assert [one["name"] for one in onionskin_json("list", vms)] == ["web", "www"]
         assert "is open for writing in" in onionskin("delete", f"{vms}/www", status=5).stderr
-        onionskin("delete", f"{vms}/web")
+        onionskin("delete", f"{vms}/web", "--yes")
 
 
 def test_a_name_that_was_changed_by_another_process_is_followed(vms: Path, serve: Start) -> None:

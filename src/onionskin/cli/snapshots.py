@@ -1,11 +1,12 @@
 """The verbs for snapshots: snapshot, snapshots, revert, discard, merge, diff, usage."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onionskin.cli import output
+from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     NEW_SNAPSHOT_OR_NONE,
     SIZE,
@@ -17,6 +18,7 @@ from onionskin.cli.arguments import (
     open_to_read,
     trust_option,
 )
+from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
 
@@ -89,22 +91,26 @@ def snapshots(name: Name, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
-@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def revert(name: Name, yes: bool, as_json: bool) -> None:
+def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Make the disk read as when a snapshot was taken.
 
     All snapshots stay. Changes since the last one are dropped.
     """
-    with name.open_volume() as (_, volume):
-        find_snapshot(volume.snapshots, name)
-        if volume.head_changed:
-            output.confirm_loss(
-                f"{name.volume} was written to since its last snapshot. Drop these changes?",
-                f"revert would drop the changes of {name.store}/{name.volume} since its last snapshot",
-                yes=yes,
-            )
+    from onionskin.operations import losses as of_store
+
+    with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
+        find_snapshot(store.snapshots(name.volume), name)
+        if served is not None:
+            losses.refuse_unagreed(served, "revert")
+        loss = of_store.of_revert(store._opened, name.volume, name.required_snapshot)
+        if volume is None:
+            losses.tell_dry_run(as_json, "revert", [loss])
+            return
+        losses.agree("revert", [loss], yes=yes)
         volume.revert(name.required_snapshot)
         value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
     output.tell(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
@@ -113,27 +119,57 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
-@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
+def discard(name: Name, recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Drop a snapshot and all that was written after it.
 
     If the head is on that branch, the disk reads as when the snapshot was taken.
     """
-    with name.open_volume() as (_, volume):
-        find_snapshot(volume.snapshots, name)
+    from onionskin.operations import losses as of_store
+
+    with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
+        find_snapshot(store.snapshots(name.volume), name)
+        loss = of_store.of_discard(store._opened, name.volume, [name.required_snapshot], recursive=recursive)
+        if served is not None:
+            if name.snapshot in _ancestors(served):
+                losses.refuse_unagreed(served, "discard of a snapshot that the disk stands on")
+            losses.refuse_read(served, [one.partition("@")[2] for one in loss.snapshots])
+        if volume is None:
+            losses.tell_dry_run(as_json, "discard", [loss])
+            return
+        losses.agree("discard", [loss], yes=yes)
         before = {s.name for s in volume.snapshots}
-        if name.snapshot in _ancestors(volume) and volume.head_changed:
-            output.confirm_loss(
-                f"{name.volume} was written to after {name.snapshot}. Drop these changes?",
-                f"discard would drop what was written to {name.store}/{name.volume} after {name.snapshot}",
-                yes=yes,
-            )
         volume.discard(name.required_snapshot, recursive=recursive)
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
+
+
+@contextmanager
+def _open_to_drop(
+    name: Name, *, dry_run: bool
+) -> "Iterator[tuple[Store, Volume | LiveVolume | None, LiveVolume | None]]":
+    """Give the store, the volume to be changed with all that was written to it flushed, and its server if it has one.
+
+    For a dry run the volume is not opened, and None: it is found that it could be.
+    """
+    from onionskin.operations.losses import refuse_open
+
+    with name.open_store() as store:
+        served = losses.flushed(store, name.volume)
+        if served is not None:
+            with served:
+                yield store, None if dry_run else served, served
+        elif dry_run:
+            refuse_open(store._opened, name.volume)
+            yield store, None, None
+        else:
+            with store.open(name.volume) as volume:
+                volume.flush()
+                yield store, volume, None
 
 
 def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
