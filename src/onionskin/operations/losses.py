@@ -70,10 +70,9 @@ def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Los
         dropped = [layer for row in rows for layer in (row.head, *(one.layer for one in named[row.id]))]
         return _going(catalog, rows, snapshots, dropped)
 
-    loss = _measured(store, find)
     for name in names:
         refuse_open(store, name)
-    return loss
+    return _measured(store, find)
 
 
 def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
@@ -122,17 +121,16 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
         return own
 
     with locked_maps(store, find, lambda layers: layers) as layers:
-        behind, touched = 0, False
+        behind = 0
         for layer in layers:
             first = -(-size_bytes // layer.block_size)
             with closing(open_map(store, layer)) as layer_map:
                 runs = layer_map.runs()
             ends = runs["block_index"] + runs["block_count"]
             runs, ends = runs[ends > first], ends[ends > first]
-            touched = touched or len(runs) > 0
             data = runs["state"] == states.DATA
             behind += int((ends - runs["block_index"].clip(first))[data].sum()) * layer.block_size
-    return Loss((), (), behind, touched)
+    return Loss((), (), behind, is_lost=behind > 0)  # zeros read as zeros again where it grows again
 
 
 # ---- what refuses it ----
