@@ -79,7 +79,7 @@ def detect_format(path: AnyPath) -> str:
 
 def import_image(
     store: "Store",
-    image: AnyPath | IO[bytes],
+    path: AnyPath | IO[bytes],
     name: str,
     *,
     format: str | None = None,
@@ -94,9 +94,10 @@ def import_image(
     ----------
     store : Store
         Where the volume is made.
-    image : path or binary file
-        A file or a block device, by its path; or what is open and has a descriptor, which is read from its position on: it
-        may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked by the system's program.
+    path : path-like or binary file
+        A file or a block device, by its path; or, in its place, an open binary file that has a descriptor, which is read
+        from its position on: it may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked
+        by the system's program.
         It is not written to.
     name : str
         Of the new volume.
@@ -131,15 +132,15 @@ def import_image(
     if format is not None and format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     with contextlib.ExitStack() as stack:
-        descriptor, called = stack.enter_context(_opened(image))
+        descriptor, called = stack.enter_context(_opened(path))
         made = _Import(stack, store, name, called, format, block_size, wipe, progress)
         if is_seekable(descriptor):
             kind = made.kind_of(format_of(descriptor))
             if kind in COMPRESSED:
                 disk = made.from_compressed(Source(descriptor, called), kind, note)
             else:
-                is_named = isinstance(image, str | os.PathLike)
-                disk = made.from_file(descriptor, kind, Path(image) if is_named else None)  # type: ignore[arg-type]
+                is_named = isinstance(path, str | os.PathLike)
+                disk = made.from_file(descriptor, kind, Path(path) if is_named else None)  # type: ignore[arg-type]
         else:
             source = Source(descriptor, called)
             kind = made.kind_of(format_of_start(source.peek(START_BYTES)))

@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name, some_of
+from onionskin.base.naming import check_name
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
     PendingRow,
-    SnapshotRow,
     VolumeRow,
     new_id,
 )
 from onionskin.catalog.tree import (
     Snapshot,
-    descendants,
     find_snapshot,
     free_unneeded,
     list_snapshots,
-    users_of,
 )
 from onionskin.errors import (
     ChainError,
@@ -40,6 +37,7 @@ from onionskin.errors import (
 from onionskin.operations import (
     compact_segments,
     holds,
+    losses,
     prune,
     reclaim,
     snapshot_names,
@@ -566,7 +564,7 @@ class Store:
             if row is None:
                 return True
             named = self._opened.catalog.snapshots_of(id)
-            self._refuse_delete(row, named, recursive)
+            losses.refuse_delete(self._opened.catalog, [row], recursive)
             holds.refuse_held(self._opened.catalog, [snapshot.layer for snapshot in named])
             self._opened.catalog.remove_snapshots_of(id)
             self._opened.catalog.remove_volume(id)
@@ -580,21 +578,6 @@ class Store:
             with suppress(OSError):  # it is removed, and what cannot be unlinked now stays pending
                 reclaim.unlink_files_of(self._opened, id)
         return removed
-
-    def _refuse_delete(self, row: VolumeRow, named: list[SnapshotRow], recursive: bool) -> None:
-        above = {snapshot.layer for snapshot in named}
-        for snapshot in named:
-            above |= descendants(self._opened.catalog, snapshot.layer)
-        users = users_of(self._opened.catalog, above, besides=row.id)
-        if users:
-            raise StateError(
-                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
-            )
-        if named and not recursive:
-            names = some_of(sorted(snapshot.name for snapshot in named))
-            raise StateError(
-                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
-            )
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a volume another name. Handles that are open keep working.

@@ -51,7 +51,7 @@ def first_bytes(run: Run, store: Path) -> bytes:
 def test_no_keeps_the_changes(spawn: Spawn, run: Run, dirty: Path, verb: str) -> None:
     status, shown = on_terminal(spawn, b"n\n", verb, f"{dirty}/web@clean")
     assert status == 1
-    assert b"Drop these changes?" in shown
+    assert b"nothing else holds. Drop them?" in shown
     assert b"onionskin: nothing was changed" in shown
     assert first_bytes(run, dirty) == b"dirty"
 
@@ -90,12 +90,14 @@ def test_nothing_is_asked_where_nothing_is_lost(run: Run, vms: Path, verb: str) 
     assert first_bytes(run, vms) == b"clean"
 
 
-def test_a_discard_beside_the_head_asks_nothing(run: Run, vms: Path) -> None:
+def test_a_discard_beside_the_head_asks_too_where_data_would_be_lost(run: Run, vms: Path) -> None:
     assert run("write", f"{vms}/web", 0, input=b"other").exit_code == 0
     assert run("snapshot", f"{vms}/web@other").exit_code == 0
     assert run("revert", f"{vms}/web@clean").exit_code == 0
     assert run("write", f"{vms}/web", 0, input=b"dirty").exit_code == 0
-    assert run("discard", f"{vms}/web@other").exit_code == 0
+    refused = run("discard", f"{vms}/web@other")
+    assert refused.exit_code == 5 and "web@other" in refused.stderr
+    assert run("discard", f"{vms}/web@other", "--yes").exit_code == 0
     assert first_bytes(run, vms) == b"dirty"
 
 

@@ -70,6 +70,37 @@ def test_one_snapshot_of_a_free_volume_is_listed_alone(vms: Path, serve: Start) 
     assert exports_of(serve(f"{vms}/web@b")) == ["web@b"]
 
 
+def test_a_snapshot_is_named_by_the_time_where_it_is_given_no_name(vms: Path, serve: Start) -> None:
+    serve(f"{vms}/web")
+    name = onionskin_json("snapshot", f"{vms}/web")["name"]
+    assert name.endswith("Z")
+    assert f"took {vms}/web@{name[:8]}" in onionskin("snapshot", f"{vms}/web").stdout
+    assert onionskin_json("snapshots", f"{vms}/web")[0]["name"] == name
+
+
+def test_a_renamed_snapshot_is_found_by_its_new_name_and_its_clients_go_on(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    with server.client() as client:
+        client.write(0, b"a" * 4096)
+        onionskin("snapshot", f"{vms}/web@a")
+        client.write(0, b"b" * 4096)
+        with server.client("web@a") as view:
+            assert onionskin_json("rename", f"{vms}/web@a", "first")["name"] == "first"
+            onionskin("snapshot", f"{vms}/web@a")
+            assert view.read(0, 1) == b"a"
+            with server.client("web@first") as renamed, server.client("web@a") as later:
+                assert (renamed.read(0, 1), later.read(0, 1)) == (b"a", b"b")
+
+
+def test_a_snapshot_is_compared_with_the_served_head_of_a_clone(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@a")
+    onionskin("clone", f"{vms}/web@a", f"{vms}/other")
+    with serve(f"{vms}/other").client("other") as client:
+        client.write(MIB, b"x" * 4096)
+        found = onionskin_json("diff", f"{vms}/web@a", f"{vms}/other")
+        assert found["extents"] == [{"offset": MIB, "length": 4096, "state": "data"}]
+
+
 def test_a_taken_name_has_the_same_exit_status_as_at_rest(vms: Path, serve: Start) -> None:
     serve(f"{vms}/web")
     onionskin("snapshot", f"{vms}/web@a")
@@ -296,7 +327,7 @@ def test_a_renamed_volume_is_exported_under_its_new_name_and_clients_go_on(vms: 
         onionskin("clone", f"{vms}/www@a", f"{vms}/web")
         assert [one["name"] for one in onionskin_json("list", vms)] == ["web", "www"]
         assert "is open for writing in" in onionskin("delete", f"{vms}/www", status=5).stderr
-        onionskin("delete", f"{vms}/web")
+        onionskin("delete", f"{vms}/web", "--yes")
 
 
 def test_a_name_that_was_changed_by_another_process_is_followed(vms: Path, serve: Start) -> None:

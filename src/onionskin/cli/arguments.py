@@ -206,6 +206,7 @@ NEW_VOLUME = NameType("none", fresh=True)
 SNAPSHOT = NameType("required")
 NEW_SNAPSHOT = NameType("required", fresh=True)
 VOLUME_OR_SNAPSHOT = NameType("optional")
+NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
 
 

@@ -24,7 +24,7 @@ from onionskin.cli.arguments import (
     trust_option,
 )
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import same_volume, snapshot_value
+from onionskin.cli.snapshots import same_store, snapshot_value
 from onionskin.cli.volumes import WIPE, volume_value
 from onionskin.exchange.image_formats import KNOWN, SUFFIXES
 from onionskin.images import FORMATS, export_image, export_to_device, import_image, refuse_device
@@ -213,7 +213,7 @@ def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
     """Write the changes between two snapshots as a stream.
 
-    If no A is given, write all of B.
+    If no A is given, write all of B. Both may be of different volumes of a store, such as a snapshot and one of a clone.
 
     onionskin delta vms/web@a vms/web@b | ssh host onionskin apply vms/web
 
@@ -226,8 +226,8 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
     b = names[-1]
     start = None
     if len(names) == 2:
-        same_volume(names[0], b)
-        start = names[0].required_snapshot
+        same_store(names[0], b)
+        start = f"{names[0].volume}@{names[0].required_snapshot}"
     if path is None and sys.stdout.isatty():
         raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
     with (
@@ -238,8 +238,10 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
         out.flush()
     value = {
-        "from": start,
+        "from": names[0].snapshot if start else None,
+        "from_volume": names[0].volume if start else None,
         "to": b.snapshot,
+        "to_volume": b.volume,
         "full": sent.full,
         "size_bytes": sent.size_b,
         "data_bytes": sent.data_bytes,

@@ -1,13 +1,14 @@
 """The verbs for snapshots: snapshot, snapshots, revert, discard, merge, diff, usage."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onionskin.cli import output
+from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
-    NEW_SNAPSHOT,
+    NEW_SNAPSHOT_OR_NONE,
     SIZE,
     SNAPSHOT,
     VOLUME,
@@ -17,6 +18,7 @@ from onionskin.cli.arguments import (
     open_to_read,
     trust_option,
 )
+from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
 from onionskin.errors import SnapshotNotFoundError
 
@@ -50,25 +52,28 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     )
 
 
-def same_volume(a: Name, b: Name) -> None:
-    """Refuse two names that are not of one volume, as wrong usage."""
-    if a.volume != b.volume or a.store.resolve() != b.store.resolve():
-        raise click.UsageError(f"{a} and {b} are not of one volume")
+def same_store(a: Name, b: Name) -> None:
+    """Refuse two names that are not of one store, as wrong usage."""
+    if a.store.resolve() != b.store.resolve():
+        raise click.UsageError(
+            f"{a} and {b} are not of one store; copy one with delta and apply, or with import, to where the other is"
+        )
 
 
 @click.command()
-@click.argument("name", type=NEW_SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("name", type=NEW_SNAPSHOT_OR_NONE, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.option("--note", default="", help="A few words that tree and snapshots show.")
 @trust_option
 @json_option
 def snapshot(name: Name, note: str, as_json: bool) -> None:
     """Keep the disk as it is now under a name.
 
-    Nothing is copied, whatever the size.
+    If no name is given, the snapshot is called by the time in UTC, as 20261126T071101.123Z; such names sort as they were
+    taken. Nothing is copied, whatever the size.
     """
     with name.open_volume() as (_, volume):
-        taken = volume.snapshot(name.required_snapshot, note)
-    output.tell(as_json, snapshot_value(taken), lambda: f"took {name}")
+        taken = volume.snapshot(name.snapshot, note)
+    output.tell(as_json, snapshot_value(taken), lambda: f"took {name.store}/{name.volume}@{taken.name}")
 
 
 @click.command()
@@ -86,22 +91,26 @@ def snapshots(name: Name, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
-@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def revert(name: Name, yes: bool, as_json: bool) -> None:
+def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Make the disk read as when a snapshot was taken.
 
     All snapshots stay. Changes since the last one are dropped.
     """
-    with name.open_volume() as (_, volume):
-        find_snapshot(volume.snapshots, name)
-        if volume.head_changed:
-            output.confirm_loss(
-                f"{name.volume} was written to since its last snapshot. Drop these changes?",
-                f"revert would drop the changes of {name.store}/{name.volume} since its last snapshot",
-                yes=yes,
-            )
+    from onionskin.operations import losses as of_store
+
+    with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
+        find_snapshot(store.snapshots(name.volume), name)
+        if served is not None:
+            losses.refuse_unagreed(served, "revert")
+        loss = of_store.of_revert(store._opened, name.volume, name.required_snapshot)
+        if volume is None:
+            losses.tell_dry_run(as_json, "revert", [loss])
+            return
+        losses.agree("revert", [loss], yes=yes)
         volume.revert(name.required_snapshot)
         value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
     output.tell(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
@@ -110,27 +119,57 @@ def revert(name: Name, yes: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
-@click.option("--yes", is_flag=True, help="Drop changes of the head without asking.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def discard(name: Name, recursive: bool, yes: bool, as_json: bool) -> None:
+def discard(name: Name, recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Drop a snapshot and all that was written after it.
 
     If the head is on that branch, the disk reads as when the snapshot was taken.
     """
-    with name.open_volume() as (_, volume):
-        find_snapshot(volume.snapshots, name)
+    from onionskin.operations import losses as of_store
+
+    with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
+        find_snapshot(store.snapshots(name.volume), name)
+        loss = of_store.of_discard(store._opened, name.volume, [name.required_snapshot], recursive=recursive)
+        if served is not None:
+            if name.snapshot in _ancestors(served):
+                losses.refuse_unagreed(served, "discard of a snapshot that the disk stands on")
+            losses.refuse_read(served, [one.partition("@")[2] for one in loss.snapshots])
+        if volume is None:
+            losses.tell_dry_run(as_json, "discard", [loss])
+            return
+        losses.agree("discard", [loss], yes=yes)
         before = {s.name for s in volume.snapshots}
-        if name.snapshot in _ancestors(volume) and volume.head_changed:
-            output.confirm_loss(
-                f"{name.volume} was written to after {name.snapshot}. Drop these changes?",
-                f"discard would drop what was written to {name.store}/{name.volume} after {name.snapshot}",
-                yes=yes,
-            )
         volume.discard(name.required_snapshot, recursive=recursive)
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
+
+
+@contextmanager
+def _open_to_drop(
+    name: Name, *, dry_run: bool
+) -> "Iterator[tuple[Store, Volume | LiveVolume | None, LiveVolume | None]]":
+    """Give the store, the volume to be changed with all that was written to it flushed, and its server if it has one.
+
+    For a dry run the volume is not opened, and None: it is found that it could be.
+    """
+    from onionskin.operations.losses import refuse_open
+
+    with name.open_store() as store:
+        served = losses.flushed(store, name.volume)
+        if served is not None:
+            with served:
+                yield store, None if dry_run else served, served
+        elif dry_run:
+            refuse_open(store._opened, name.volume)
+            yield store, None, None
+        else:
+            with store.open(name.volume) as volume:
+                volume.flush()
+                yield store, volume, None
 
 
 def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
@@ -183,14 +222,20 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
 @trust_option
 @json_option
 def diff(a: Name, b: Name, as_json: bool) -> None:
-    """Show what changed between snapshots, or up to the head."""
-    same_volume(a, b)
+    """Show what changed between two snapshots, or up to a head.
+
+    Both may be of different volumes of a store, such as a snapshot and a clone of it. Only what the volumes hold is
+    looked at: what was written again with the same contents counts as changed.
+    """
+    same_store(a, b)
     with a.open_store() as store:
         extents = _diff(store, a, b)
     changed = sum(length for _, length, _ in extents)
     value = {
         "from": a.snapshot,
+        "from_volume": a.volume,
         "to": b.snapshot,
+        "to_volume": b.volume,
         "bytes": changed,
         "extents": [{"offset": o, "length": n, "state": output.STATES[s]} for o, n, s in extents],
     }
@@ -208,12 +253,20 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
+    start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
-        found = store.diff(a.volume, a.required_snapshot, b.snapshot)
+        found = store.diff(start, f"{b.volume}@{b.snapshot}")
     else:
-        # An open head does not change meanwhile; a served one goes on changing.
-        with live(store, a.volume) or open_to_read(store, b) as volume:
-            found = volume.diff(a.required_snapshot, None)
+        find_snapshot(store.snapshots(a.volume), a)
+        # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
+        served = live(store, b.volume)
+        with served or open_to_read(store, b) as volume:
+            if a.volume == b.volume:
+                found = volume.diff(a.required_snapshot, None)
+            else:
+                if served:
+                    served.flush()
+                found = store.diff(start, b.volume)
     return [(int(offset), int(length), int(state)) for offset, length, state in found]
 
 

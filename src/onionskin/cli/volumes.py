@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from onionskin.cli import output
+import onionskin
+from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
+    NEW_SNAPSHOT,
     NEW_VOLUME,
     SIZE,
     SNAPSHOT,
@@ -19,14 +21,18 @@ from onionskin.cli.arguments import (
     open_store,
     trust_option,
 )
+from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import find_snapshot, snapshot_value
-from onionskin.errors import FormatError
+from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value
+from onionskin.errors import FormatError, StateError
 from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
-    from onionskin.store import TreeNode, VolumeInfo
+    from onionskin.control.client import LiveVolume
+    from onionskin.operations.losses import Loss
+    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)
 WIPE = click.Choice(["release", "zero"])
@@ -294,31 +300,59 @@ def flatten(name: Name, as_json: bool) -> None:
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @click.argument("size", type=SIZE)
 @click.option("--force", is_flag=True, help="Shrink, which drops what lies beyond the new end.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def resize(name: Name, size: int, force: bool, as_json: bool) -> None:
+def resize(name: Name, size: int, force: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Change the size of a disk.
 
-    Snapshots keep their sizes, and revert brings the old size back.
+    Snapshots keep their sizes, and revert brings the old size back. A disk that is being served does not shrink.
     """
     with name.open_store() as store:
         with live(store, name.volume) or store.open(name.volume) as volume:
+            shrinks = size < volume.size_bytes
+            if dry_run or (shrinks and force):
+                loss = _lost_by_shrinking(store, name, volume, size, force=force)
+                if dry_run:
+                    losses.tell_dry_run(as_json, "resize", [loss])
+                    return
+                losses.agree("resize", [loss], yes=yes)
             volume.resize(size, force=force)
         about = store.info(name.volume)
     output.tell(as_json, volume_value(about), lambda: f"{name} has {output.size(about.size_bytes)} now")
 
 
+def _lost_by_shrinking(store: "Store", name: Name, volume: "Volume | LiveVolume", size: int, *, force: bool) -> "Loss":
+    """Say what a resize drops, or refuse it as it would be refused itself."""
+    from onionskin.operations.losses import Loss, of_shrinking
+
+    if size >= volume.size_bytes:
+        return Loss((), (), 0, False)
+    if not isinstance(volume, onionskin.Volume):
+        raise StateError(
+            f"volume {name.volume!r} is being served and its clients may write up to its end; stop the server to shrink it"
+        )
+    if not force:
+        raise StateError(f"resize would cut {name.volume!r} and lose what lies behind; pass force if that is meant")
+    volume.flush()
+    return of_shrinking(store._opened, name.volume, size)
+
+
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("new_name", metavar="NEW")
 @trust_option
 @json_option
 def rename(name: Name, new_name: str, as_json: bool) -> None:
-    """Give a volume another name in its store.
+    """Give a volume or a snapshot another name in its store.
 
-    NEW is the name alone, or STORE/NEW. If it is being served, connected clients go on, and later clients ask for
-    the new name.
+    NEW is the name alone, or STORE/NEW; of a snapshot it is the name alone, or STORE/VOLUME@NEW. If the volume is being
+    served, connected clients go on, and later clients ask for the new name. Clones and holds of a snapshot stay.
     """
+    if name.snapshot is not None:
+        _rename_snapshot(name, new_name, as_json=as_json)
+        return
     new = NEW_VOLUME.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
         raise click.UsageError("a volume cannot move to another store; copy it with delta and apply")
@@ -330,6 +364,20 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
             store.rename(name.volume, new.volume)
         about = store.info(new.volume)
     output.tell(as_json, volume_value(about), lambda: f"{name} is {new} now")
+
+
+def _rename_snapshot(name: Name, new_name: str, *, as_json: bool) -> None:
+    new = Name(name.store, name.volume, new_name.removeprefix("@"))
+    if "/" in new_name:
+        new = NEW_SNAPSHOT.convert(new_name, None, None)
+    if new.store.resolve() != name.store.resolve() or new.volume != name.volume:
+        raise click.UsageError(
+            f"a snapshot stays with its volume: write {name.store}/{name.volume}@NEW, or make a volume of it with clone"
+        )
+    with name.open_store() as store:  # of a served volume too: its server looks names up whenever one is asked for
+        store.rename_snapshot(name.volume, name.required_snapshot, new.required_snapshot)
+        value = snapshot_value(find_snapshot(store.snapshots(name.volume), new))
+    output.tell(as_json, value, lambda: f"{name} is {new} now")
 
 
 @click.command()
@@ -352,17 +400,30 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 
 
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.option("--recursive", is_flag=True, help="Delete its snapshots too.")
+@click.argument("names", type=VOLUME, nargs=-1, required=True, metavar="STORE/VOLUME...")
+@click.option("--recursive", is_flag=True, help="Delete their snapshots too.")
+@yes_option
+@dry_run_option
 @trust_option
 @json_option
-def delete(name: Name, recursive: bool, as_json: bool) -> None:
-    """Delete a volume, with --recursive its snapshots too.
+def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete volumes, with --recursive their snapshots too.
 
-    The command refuses this while a clone needs one of them.
+    The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
+    looked at before the first is deleted; then they are deleted one after the other.
     """
-    with name.open_store() as store:
-        before = {about.name for about in store.volumes()}
-        store.delete(name.volume, recursive=recursive)
-        gone = sorted(before - {about.name for about in store.volumes()})
+    from onionskin.operations import losses as of_store
+
+    for name in names[1:]:
+        same_store(names[0], name)
+    with names[0].open_store() as store:
+        called = list(dict.fromkeys(name.volume for name in names))
+        loss = of_store.of_delete(store._opened, called, recursive=recursive)
+        if dry_run:
+            losses.tell_dry_run(as_json, "delete", [loss])
+            return
+        losses.agree("delete", [loss], yes=yes)
+        for one in of_store.clones_first(store._opened, called):
+            store.delete(one, recursive=recursive)
+    gone = sorted(called)
     output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -329,22 +329,23 @@ class LiveVolume:
 
         self._call("resize", size_bytes=parse_size(size))
 
-    def snapshot(self, name: str, note: str = "") -> Snapshot:
+    def snapshot(self, name: str | None = None, note: str = "") -> Snapshot:
         """Name the disk as it is now, with all acknowledged writes of all clients and no later ones.
 
         Durable on return. Clients go on meanwhile.
 
         Parameters
         ----------
-        name : str
-            At most 255 bytes, without '/', '@' and control characters.
+        name : str, optional
+            At most 255 bytes, without '/', '@' and control characters. By default the time in UTC, as for
+            `Volume.snapshot`.
         note : str
             Kept with it; at most 64 KiB.
 
         Returns
         -------
         Snapshot
-            The snapshot that was taken.
+            The snapshot that was taken, with the name that it got.
 
         Raises
         ------

@@ -34,7 +34,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "snapshots": {},
     "parent": {},
     "head_changed": {},
-    "snapshot": {"name": (str,), "note": (str,)},
+    "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,)},
     "discard": {"name": (str,), "recursive": (bool,)},
     "merge": {"name": (str,)},

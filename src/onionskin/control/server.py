@@ -295,7 +295,7 @@ class _Session:
 
     # ---- the tree ----
 
-    def snapshot(self, name: str, note: str) -> Any:
+    def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
     def revert(self, name: str) -> None:

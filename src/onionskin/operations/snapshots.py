@@ -7,7 +7,7 @@ clone a layer at any time. What is left to do behind it (folding, freeing) may f
 from itertools import takewhile
 
 from onionskin.base.naming import some_of
-from onionskin.catalog import LayerRow, SnapshotRow
+from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import (
     Snapshot,
     descendants,
@@ -96,7 +96,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
         def drop() -> None:
             # Asked where nobody can change the answer: others may clone a snapshot at any time.
             above = descendants(catalog, layer)
-            _refuse_discard(volume, name, above, recursive)
+            refuse_discard(catalog, volume.row, name, above, recursive)
             named = [*above, layer]
             holds.refuse_held(catalog, named)
             for id in named:
@@ -105,7 +105,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
                 free_unneeded(catalog, id)
 
         above = descendants(catalog, layer)
-        _refuse_discard(volume, name, above, recursive)
+        refuse_discard(catalog, volume.row, name, above, recursive)
         if volume.head in above:
             restart_on(volume, layer, drop)
         else:
@@ -115,15 +115,15 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
         free_hidden(volume, around)
 
 
-def _refuse_discard(volume: OpenHead, name: str, above: set[bytes], recursive: bool) -> None:
-    catalog = volume.store.catalog
-    users = users_of(catalog, above, besides=volume.row.id)
+def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
+    """Raise StateError where something that stands on a snapshot keeps it; `above` are the layers that stand on it."""
+    users = users_of(catalog, above, besides=volume.id)
     if users:
         raise StateError(
             f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "
             "snapshot instead"
         )
-    named = sorted(row.name for row in catalog.snapshots_of(volume.row.id) if row.layer in above)
+    named = sorted(row.name for row in catalog.snapshots_of(volume.id) if row.layer in above)
     if named and not recursive:
         raise StateError(
             f"snapshots were taken after {name!r}: {some_of(named)}; pass recursive to discard them too, or merge "

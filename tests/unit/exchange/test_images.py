@@ -70,6 +70,13 @@ def test_an_image_that_ends_inside_a_block_keeps_its_size(store: Store, tmp_path
     assert contents(store, "web") == path.read_bytes()
 
 
+def test_an_image_is_given_by_its_path_or_open_and_the_parameter_is_called_path(store: Store, raw: Path) -> None:
+    import_image(store, path=raw, name="by-path")
+    with open(raw, "rb") as file:
+        import_image(store, path=file, name="open")
+    assert contents(store, "by-path") == contents(store, "open") == raw.read_bytes()
+
+
 def test_data_ranges_follow_the_holes_of_a_file(raw: Path) -> None:
     with open(raw, "rb") as file:
         ranges = list(files.data_ranges(file.fileno(), 0, 16 << 20))

@@ -64,7 +64,7 @@ def test_all_that_reads_and_all_that_frees_works_in_processes_of_their_own(root:
     run("trim", f"{store}/web", 0, "1M")
     run("merge", f"{store}/web@a")
     run("discard", f"{store}/web@b", "--yes")
-    run("delete", f"{store}/web", "--recursive")
+    run("delete", f"{store}/web", "--recursive", "--yes")
     assert (os.statvfs(root).f_bavail - before) * os.statvfs(root).f_frsize > -9 * MIB  # the reserve is there again
     assert (store / "reserve").stat().st_blocks * 512 >= 8 * MIB
     assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)

@@ -1,0 +1,240 @@
+"""What a change would drop, found before it is made: names, and data that nothing else holds.
+
+What must hold: nothing is changed, and no block data is read. Whatever the change would be refused for, this is refused for
+too, in the same words. What is found is a state that was: the change itself asks again, inside its transaction.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+
+from onionskin.base import states
+from onionskin.base.naming import some_of
+from onionskin.catalog import Catalog, LayerRow, VolumeRow
+from onionskin.catalog.tree import descendants, find_snapshot, users_of
+from onionskin.errors import FormatError, StateError
+from onionskin.operations import holds
+from onionskin.operations.locked_maps import locked_maps
+from onionskin.operations.snapshots import refuse_discard
+from onionskin.storage.block_maps import open_map
+from onionskin.storage.locks import VolumeLock
+from onionskin.storage.open_head import OpenHead
+from onionskin.storage.open_store import OpenStore
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What would go.
+
+    Attributes
+    ----------
+    volumes : tuple of str
+    snapshots : tuple of str
+        As ``volume@snapshot``, in the order of taking.
+    bytes_freed : int or None
+        Data that comes back. None: a block map is damaged, so nobody knows.
+    is_lost : bool
+        Whether anything that was written, trimmed or resized goes with it.
+    """
+
+    volumes: tuple[str, ...]
+    snapshots: tuple[str, ...]
+    bytes_freed: int | None
+    is_lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Going:
+    """The same, with the layers that hold the data."""
+
+    volumes: list[VolumeRow]
+    snapshots: list[str]
+    layers: list[LayerRow]
+    is_resized: bool
+
+
+# ---- by what is done ----
+
+
+def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Loss:
+    """Say what goes with volumes. A volume that is open, here or elsewhere, is refused."""
+
+    def find() -> _Going:
+        catalog = store.catalog
+        rows = list({row.id: row for row in map(catalog.volume, names)}.values())
+        refuse_delete(catalog, rows, recursive)
+        named = {row.id: catalog.snapshots_of(row.id) for row in rows}
+        holds.refuse_held(catalog, [one.layer for row in rows for one in named[row.id]])
+        snapshots = [f"{row.name}@{one.name}" for row in rows for one in named[row.id]]
+        dropped = [layer for row in rows for layer in (row.head, *(one.layer for one in named[row.id]))]
+        return _going(catalog, rows, snapshots, dropped)
+
+    loss = _measured(store, find)
+    for name in names:
+        refuse_open(store, name)
+    return loss
+
+
+def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
+    """Say what goes of a volume's head."""
+
+    def find() -> _Going:
+        catalog = store.catalog
+        row = catalog.volume(name)
+        target = find_snapshot(catalog, row, snapshot).layer
+        return _going(catalog, [], [], [row.head], kept={target})
+
+    return _measured(store, find, unflushed_of=name)
+
+
+def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
+    """Say what goes with snapshots of a volume, and with all that was written after them."""
+
+    def find() -> _Going:
+        catalog = store.catalog
+        row = catalog.volume(name)
+        layers = {find_snapshot(catalog, row, one).layer: one for one in snapshots}
+        above = {layer: descendants(catalog, layer) for layer in layers}
+        for layer, one in layers.items():
+            refuse_discard(catalog, row, one, above[layer] - layers.keys(), recursive)
+        all_above = set().union(*above.values())
+        dropped = all_above | layers.keys()
+        holds.refuse_held(catalog, dropped)
+        named = [one for one in catalog.snapshots_of(row.id) if one.layer in dropped]
+        # A head on the branch is put on the lowest of them, which stays for it.
+        kept = layers.keys() - all_above if row.head in all_above else set()
+        return _going(catalog, [], [f"{name}@{one.name}" for one in named], dropped, kept=kept)
+
+    return _measured(store, find, unflushed_of=name)
+
+
+def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
+    """Say what of a volume lies behind a new end, and in no snapshot. 0 bytes come back where it only grows."""
+
+    def find() -> list[LayerRow]:
+        catalog = store.catalog
+        own: list[LayerRow] = []
+        for layer in reversed(catalog.chain(catalog.volume(name).head)):
+            if own and (catalog.is_named(layer.id) or catalog.child_count(layer.id) > 1):
+                break
+            own.append(layer)
+        return own
+
+    with locked_maps(store, find, lambda layers: layers) as layers:
+        behind, touched = 0, False
+        for layer in layers:
+            first = -(-size_bytes // layer.block_size)
+            with closing(open_map(store, layer)) as layer_map:
+                runs = layer_map.runs()
+            ends = runs["block_index"] + runs["block_count"]
+            runs, ends = runs[ends > first], ends[ends > first]
+            touched = touched or len(runs) > 0
+            data = runs["state"] == states.DATA
+            behind += int((ends - runs["block_index"].clip(first))[data].sum()) * layer.block_size
+    return Loss((), (), behind, touched)
+
+
+# ---- what refuses it ----
+
+
+def refuse_open(store: OpenStore, name: str) -> None:
+    """Raise StateError where somebody has the volume open, as whoever opens it for writing is refused."""
+    VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
+
+
+def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
+    """Raise StateError where volumes that are deleted together have snapshots that others need, or have any at all."""
+    together = {row.name for row in rows}
+    for row in rows:
+        named = catalog.snapshots_of(row.id)
+        above: set[bytes] = set()
+        for snapshot in named:  # in the order of taking: what stands on an earlier one is found with that
+            if snapshot.layer not in above:
+                above |= {snapshot.layer, *descendants(catalog, snapshot.layer)}
+        users = [one for one in users_of(catalog, above, besides=row.id) if one.partition("@")[0] not in together]
+        if users:
+            raise StateError(
+                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
+            )
+        if named and not recursive:
+            names = some_of(sorted(snapshot.name for snapshot in named))
+            raise StateError(
+                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
+            )
+
+
+def clones_first(store: OpenStore, names: Sequence[str]) -> list[str]:
+    """Sort volumes that are deleted together so that none comes before another one that stands on its snapshots."""
+    catalog = store.catalog
+    with catalog.reading():
+        rows = [catalog.volume(name) for name in names]
+        named = {row.name: {one.layer for one in catalog.snapshots_of(row.id)} for row in rows}
+        below = {row.name: {layer.id for layer in catalog.layers_of_volume(row.id)} for row in rows}
+    stand_on = {a: {b for b in named if b != a and below[a] & named[b]} for a in named}
+    order = TopologicalSorter(stand_on).static_order()
+    return list(reversed(list(order)))
+
+
+# ---- the layers that go ----
+
+
+def _going(
+    catalog: Catalog,
+    volumes: list[VolumeRow],
+    snapshots: list[str],
+    dropped: Iterable[bytes],
+    *,
+    kept: Collection[bytes] = (),
+) -> _Going:
+    """Find what `free_unneeded` would remove once these heads and names are gone. Inside `reading`."""
+    roots, gone = set(dropped), dict[bytes, LayerRow]()
+    resized = False
+    for root in roots:
+        at: bytes | None = root
+        while at is not None and at not in gone and at not in kept:
+            row = catalog.layer_with_id(at)
+            if row is None or _is_needed(catalog, at, roots, gone):
+                break
+            gone[at], at = row, row.parent
+            below = catalog.layer_with_id(at)
+            resized = resized or (below is not None and below.size_bytes != row.size_bytes)
+    return _Going(volumes, snapshots, list(gone.values()), resized)
+
+
+def _is_needed(catalog: Catalog, layer: bytes, dropped: Collection[bytes], gone: Collection[bytes]) -> bool:
+    children = catalog.children_of(layer, at_most=len(gone) + 1)  # there may be a hundred thousand clones
+    if any(child.id not in gone for child in children):
+        return True
+    return layer not in dropped and (catalog.is_named(layer) or catalog.volume_with_head(layer) is not None)
+
+
+def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str | None = None) -> Loss:
+    """Count what the layers hold, from their maps, which are locked meanwhile."""
+    with locked_maps(store, find, lambda going: going.layers) as going:
+        freed: int | None = 0
+        is_lost = going.is_resized
+        for layer in going.layers:
+            try:
+                with closing(open_map(store, layer)) as layer_map:
+                    data, zeros = (int(count) for count in layer_map.count())
+            except (FormatError, OSError):  # it is damaged, and can be dropped all the same
+                freed, is_lost = None, True
+                continue
+            is_lost = is_lost or bool(data or zeros)
+            freed = None if freed is None else freed + data * layer.block_size
+        ids = {row.id for row in going.volumes}
+        if unflushed_of is not None:
+            ids.add(store.catalog.volume(unflushed_of).id)
+        is_lost = is_lost or any(_has_unflushed(store, id) for id in ids)
+        return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
+
+
+def _has_unflushed(store: OpenStore, volume: bytes) -> bool:
+    """Whether a process that died left something of the volume that is not in its map yet."""
+    if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
+        return False  # it is flushed by whoever asks
+    try:
+        return store.layout.dirty_file(volume).stat().st_size > 0
+    except FileNotFoundError:
+        return False
