@@ -32,7 +32,9 @@ def check_note(note: str) -> str:
     if "\0" in note or any(unicodedata.category(character) == "Cs" for character in note):
         raise ValueError("a note cannot have a zero byte, or text that UTF-8 cannot hold; take it out")
     if len(note.encode()) > NOTE_BYTES_MAX:
-        raise ValueError(f"a note has at most {NOTE_BYTES_MAX} bytes, and this one has {len(note.encode())}; shorten it")
+        raise ValueError(
+            f"a note has at most {NOTE_BYTES_MAX} bytes, and this one has {len(note.encode())}; shorten it"
+        )
     return note
 
 

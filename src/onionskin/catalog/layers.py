@@ -133,7 +133,9 @@ class Layers(Connection):
             if layer is None:
                 raise damaged(self.path, f"layers stand on each other in a circle, or layer {at.hex()} is missing")
             if layers and layer.block_size != layers[-1].block_size:
-                raise damaged(self.path, f"layer {at.hex()} has blocks of another size than the layer that stands on it")
+                raise damaged(
+                    self.path, f"layer {at.hex()} has blocks of another size than the layer that stands on it"
+                )
             if layers and not layer.sealed:
                 raise damaged(self.path, f"layer {at.hex()} has layers above it and is not sealed")
             layers.append(layer)
