@@ -160,7 +160,7 @@ class DiskFile(io.RawIOBase):
         wanted = self._position if size is None else operator.index(size)
         if wanted != self._volume.size_bytes:
             raise io.UnsupportedOperation(
-                f"a file cannot change the size of its disk from {self._volume.size_bytes} to {wanted} bytes; use Volume.resize"
+                f"a file cannot make a disk of {self._volume.size_bytes} bytes one of {wanted}; use Volume.resize"
             )
         return wanted
 
