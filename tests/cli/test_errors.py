@@ -64,6 +64,8 @@ READERS = [
     *(["write", "{s}/v", "0"], ["trim", "{s}/v", "0", "1"], ["zero", "{s}/v", "0", "1"]),
     *(["serve", "{s}/v", "--tcp", ":0"], ["stats", "{s}/v"], ["mount", "{s}/v@a", "{s}"]),
     ["compare", "{s}/v", "{s}/w"],
+    *(["hold", "{s}/v@a", "me"], ["unhold", "{s}/v@a", "me"], ["holds", "{s}/v"], ["note", "{s}/v@a", "text"]),
+    ["prune", "{s}/v", "--keep-last", "1"],
 ]
 
 
