@@ -13,6 +13,7 @@
 static const char ALLOCATION[] = "base:allocation";
 static const char DEPTH[] = "qemu:allocation-depth";
 static const char CHANGED[] = "onionskin:changed-since:";
+static const char BITMAP[] = "qemu:dirty-bitmap:"; /* the same, for who knows what QEMU calls it */
 
 /* ---- what is answered ---- */
 
@@ -238,21 +239,36 @@ static void put_context(struct onion_nbd_out *out, uint32_t option, uint32_t id,
     put(out, name, strlen(name));
 }
 
-static void list_context(struct onion_nbd_out *out, uint32_t option, const struct onion_nbd_string *query,
-                         const char *name) {
-    if (!query || listed_by(query, name))
-        put_context(out, option, 0, name);
+struct onion_nbd_context_listing {
+    struct onion_nbd_session *session;
+    const struct onion_nbd_meta_query *query;
+    struct onion_nbd_out *out;
+    int full;
+};
+
+/* Once, by however many queries it is listed: so what is answered is bound by what there is. */
+static void list_context(struct onion_nbd_context_listing *listing, const char *name) {
+    struct onion_nbd_meta_query query = *listing->query;
+    struct onion_nbd_string string;
+    int listed = !query.query_count;
+    while (!listed && onion_nbd_meta_next(&query, &string))
+        listed = listed_by(&string, name);
+    if (listed)
+        put_context(listing->out, ONION_NBD_OPT_LIST_META_CONTEXT, 0, name);
 }
 
-/* query NULL: all. */
-static void list_contexts(struct onion_nbd_export *export, uint32_t option, const struct onion_nbd_string *query,
-                          struct onion_nbd_out *out) {
-    list_context(out, option, query, ALLOCATION);
-    list_context(out, option, query, DEPTH);
-    pthread_mutex_lock(&export->lock);
-    for (struct onion_nbd_context *context = export->contexts; context; context = context->next)
-        list_context(out, option, query, context->name);
-    pthread_mutex_unlock(&export->lock);
+int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char *name) {
+    size_t length = strlen(name);
+    if (!length || length > ONION_NBD_NAME_MAX)
+        return -EINVAL;
+    list_context(listing, name);
+    memcpy(listing->session->listed, name, length);
+    listing->session->listed_length = (uint32_t)length;
+    return listing->full = listing->out->length >= ONION_NBD_LIST_BYTES;
+}
+
+static int begins_with(const struct onion_nbd_string *string, const char *prefix) {
+    return string->length > strlen(prefix) && !memcmp(string->bytes, prefix, strlen(prefix));
 }
 
 static struct onion_nbd_context *find_context(struct onion_nbd_export *export, const struct onion_nbd_string *name) {
@@ -273,8 +289,7 @@ static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *se
     if (context && hooks->still_context &&
         !hooks->still_context(hooks->context, export_name, length, name->bytes, name->length))
         context = NULL;
-    if (!context && hooks->find_context && name->length > strlen(CHANGED) &&
-        !memcmp(name->bytes, CHANGED, strlen(CHANGED)) &&
+    if (!context && hooks->find_context && (begins_with(name, CHANGED) || begins_with(name, BITMAP)) &&
         hooks->find_context(hooks->context, export_name, length, name->bytes, name->length))
         context = find_context(export, name);
     return context;
@@ -301,6 +316,44 @@ static void select_context(struct onion_nbd_session *session, const struct onion
     put_context(out, ONION_NBD_OPT_SET_META_CONTEXT, id, name);
 }
 
+/* What was computed already, where nobody knows what could be. A client that asks for one by name learns whether it can be
+ * had. */
+static void list_computed(struct onion_nbd_context_listing *listing, struct onion_nbd_export *export) {
+    struct onion_nbd_meta_query query = *listing->query;
+    struct onion_nbd_string string;
+    while (onion_nbd_meta_next(&query, &string))
+        find_or_ask_context(listing->session->server, export, &string);
+    pthread_mutex_lock(&export->lock);
+    for (struct onion_nbd_context *context = export->contexts; context; context = context->next)
+        list_context(listing, context->name);
+    pthread_mutex_unlock(&export->lock);
+}
+
+/* Part after part, as exports are listed. */
+static enum onion_nbd_next list_contexts(struct onion_nbd_session *session, const struct onion_nbd_meta_query *query,
+                                         struct onion_nbd_export *export, struct onion_nbd_out *out) {
+    const uint32_t option = ONION_NBD_OPT_LIST_META_CONTEXT;
+    const struct onion_nbd_hooks *hooks = &session->server->options.hooks;
+    struct onion_nbd_context_listing listing = {session, query, out, 0};
+    uint32_t after = session->listed_length;
+    if (!after) {
+        list_context(&listing, ALLOCATION);
+        list_context(&listing, DEPTH);
+    }
+    if (!hooks->list_contexts) {
+        list_computed(&listing, export);
+        return acknowledge(out, option);
+    }
+    const char *name = onion_nbd_label(export)->name;
+    int status = hooks->list_contexts(hooks->context, name, session->listed, after, &listing);
+    if (status >= 0 && listing.full)
+        return ONION_NBD_MORE_REPLIES;
+    session->listed_length = 0;
+    if (status < 0)
+        return refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, "the contexts cannot be listed now");
+    return acknowledge(out, option);
+}
+
 static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                         const unsigned char *data, struct onion_nbd_out *out) {
     struct onion_nbd_meta_query query;
@@ -316,20 +369,14 @@ static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const
     if (!export)
         return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "no such export");
     if (listing) {
-        /* A client that asks for one context by name learns whether it can be had. */
-        while (onion_nbd_meta_next(&query, &string)) {
-            find_or_ask_context(session->server, export, &string);
-            list_contexts(export, option->option, &string, out);
-        }
-        if (!query.query_count)
-            list_contexts(export, option->option, NULL, out);
+        enum onion_nbd_next next = list_contexts(session, &query, export, out);
         onion_nbd_unref(session->server, export);
-    } else {
-        onion_nbd_unref(session->server, session->meta_export);
-        session->meta_export = export;
-        while (onion_nbd_meta_next(&query, &string))
-            select_context(session, &string, out);
+        return next;
     }
+    onion_nbd_unref(session->server, session->meta_export);
+    session->meta_export = export;
+    while (onion_nbd_meta_next(&query, &string))
+        select_context(session, &string, out);
     return acknowledge(out, option->option);
 }
 

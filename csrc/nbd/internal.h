@@ -13,7 +13,7 @@ enum {
     ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* longer ones are answered TOO_BIG ... */
     ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* ... or, longer than this, by closing */
     ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
-    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports that are gathered before they are sent */
+    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports or contexts that are gathered before they are sent */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
     ONION_NBD_IN_BYTES = 256 << 10, /* what one receive takes at most */
     ONION_NBD_REPLIES_MAX = 64,     /* that are sent together */
@@ -22,7 +22,7 @@ enum {
     ONION_NBD_EVENTS_MAX = 256,
 };
 
-/* Ids of contexts on the wire. Those of changed-since contexts follow. */
+/* Ids of contexts on the wire. Those of changed-since contexts, under our name and QEMU's, follow. */
 enum { ONION_NBD_ID_ALLOCATION = 1, ONION_NBD_ID_DEPTH = 2, ONION_NBD_ID_CHANGED = 3 };
 
 /* A changed-since context. Changes only while its export is held; lives as long as the export. */
@@ -70,7 +70,7 @@ struct onion_nbd_session {
     struct onion_nbd_server *server;
     int tls, require_tls, no_zeroes;
     int structured;
-    uint32_t listed_length; /* of the export that was listed last; 0: a list begins */
+    uint32_t listed_length; /* of the export or context that was listed last; 0: a list begins */
     char listed[ONION_NBD_NAME_MAX];
     struct onion_nbd_export *chosen;      /* holds a reference */
     struct onion_nbd_export *meta_export; /* that the contexts were selected for; holds a reference */

@@ -37,6 +37,7 @@ enum {
 };
 
 struct onion_nbd_listing;
+struct onion_nbd_context_listing;
 
 /* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are
  * not terminated; those of the first four are any bytes that a client sent.
@@ -54,6 +55,9 @@ struct onion_nbd_listing;
  * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
  * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
  * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed.
+ *
+ * list_contexts: likewise the metadata contexts that find_context could add to the export `name`, which is terminated, to
+ * onion_nbd_list_context. NULL: those that were added are listed.
  * */
 struct onion_nbd_hooks {
     int (*still_export)(void *context, const char *name, uint32_t length);
@@ -63,6 +67,8 @@ struct onion_nbd_hooks {
     int (*make_room)(void *context, const char *name);
     void (*freed)(void *context, const char *name);
     int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
+    int (*list_contexts)(void *context, const char *name, const char *after, uint32_t length,
+                         struct onion_nbd_context_listing *listing);
     void *context;
 };
 
@@ -129,6 +135,8 @@ int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, con
 
 /* For list_exports: adds a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
 int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description);
+/* For list_contexts, likewise. */
+int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char *name);
 
 /* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */

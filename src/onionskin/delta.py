@@ -32,12 +32,13 @@ from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
 from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SnapshotRow
-from onionskin.catalog.tree import Snapshot, nearest_snapshot
+from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
 from onionskin.operations import staged_volumes
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
 from onionskin.operations.resize import resize
+from onionskin.operations.staged_volumes import is_changed_since, snapshot_below
 from onionskin.storage.chain import Chain, lock_chain, read_chain
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
@@ -202,8 +203,9 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     stream : file
         Read front to back to its end.
     volume : Volume
-        Open for writing, its head unchanged since the snapshot that has the GUID of a. For a full stream:
-        without a base, without snapshots and without data, of any size.
+        Open for writing, its head unchanged since the snapshot that has the GUID of a. That may be another volume's, where
+        this one is a clone that has no snapshot of its own. For a full stream: without a base, without snapshots and
+        without data, of any size.
     progress : callable, optional
         Called with the offset on the disk reached so far and its size.
 
@@ -458,11 +460,11 @@ def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]",
 
 
 def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
-    """Refuse a volume that is not where the stream starts; give the snapshot that its head stands on."""
+    """Refuse a volume that is not where the stream starts; give the snapshot, of whatever volume, that its head stands on."""
     opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
         names = {row.name for row in catalog.snapshots_of(opened.row.id)}
-        parent = nearest_snapshot(catalog, opened.row, catalog.layer(opened.head).parent)
+        parent = snapshot_below(catalog, opened.row, opened.head)
         base = read_chain(catalog, opened.head).base
         size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0
     if header.full:
@@ -478,7 +480,7 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
             f"volume {volume.name!r} stands on {stands}, where the stream to {header.name!r} does not start; "
             "revert to the snapshot where it starts, or write a stream from the one that is here"
         )
-    if volume.head_changed:
+    if is_changed_since(opened, parent):
         raise StateError(
             f"volume {volume.name!r} was written to after snapshot {parent.name!r}; "
             f"revert to {parent.name!r}, then apply the stream again"

@@ -64,6 +64,8 @@ READERS = [
     *(["write", "{s}/v", "0"], ["trim", "{s}/v", "0", "1"], ["zero", "{s}/v", "0", "1"]),
     *(["serve", "{s}/v", "--tcp", ":0"], ["stats", "{s}/v"], ["mount", "{s}/v@a", "{s}"]),
     ["compare", "{s}/v", "{s}/w"],
+    *(["hold", "{s}/v@a", "me"], ["unhold", "{s}/v@a", "me"], ["holds", "{s}/v"], ["note", "{s}/v@a", "text"]),
+    ["prune", "{s}/v", "--keep-last", "1"],
 ]
 
 
@@ -297,7 +299,7 @@ PATHS = [
     (["map", "{s}/web", "-o", "{d}/none/x.svg"], 3, "{d}/none/x.svg: No such file or directory; check the path"),
     (["tree", "{f}"], 3, "is not a store"),
     (["create", "{f}/web", "--size", "1M"], 4, "File exists"),
-    (["serve", "{s}/web", "--socket", "{d}"], 4, "it is no socket"),
+    (["serve", "{s}/web", "--socket", "{d}"], 4, "it is not a socket"),
     (["serve", "{s}/web", "--socket", "{d}/none/s"], 3, "{d}/none/s: No such file or directory; check the path"),
     (["serve", "{s}/web", "--socket", "{d}/closed/s"], 1, "{d}/closed/s: Permission denied; check its owner and mode"),
     (["serve", "{s}/web", "--tcp", ":0", "--in-flight", "1"], 2, "--in-flight is at least 32M"),

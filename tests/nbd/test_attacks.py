@@ -90,7 +90,7 @@ def test_as_many_context_queries_as_fit_an_option_are_answered(at: Path) -> None
         client.start_structured()
         many = ["base:"] * ((65536 - 12) // 9)
         replies = client.meta(LIST_META, "web", *many)
-        assert replies[-1][0] == ACK and [kind for kind, _ in replies[:-1]] == [META_CONTEXT] * len(many)
+        assert [kind for kind, _ in replies] == [META_CONTEXT, ACK]  # what many queries list is listed once
         one = client.meta(SET_META, "web", *["base:allocation"] * 3000, "x" * 4096)
         assert [kind for kind, _ in one] == [META_CONTEXT, ACK]
         assert client.go("web", structured=False).size == SIZE

@@ -220,13 +220,13 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/images.py",
-                """        copy_into(Volume(draft.head), source.fileno(), path=path, progress=progress)
-        draft.publish()
-""",
-                """        draft.publish()
-        copy_into(Volume(draft.head), source.fileno(), path=path, progress=progress)
-        Volume(draft.head).flush()
-""",
+                "        self._made.publish()\n",
+                "        from onionskin.operations.flush import flush\n\n        flush(self._made.head)\n",
+            ),
+            Edit(
+                "src/onionskin/images.py",
+                "        return Volume(self._made.head)\n",
+                "        self._made.publish()\n        return Volume(self._made.head)\n",
             ),
         ),
         _pairs("import", "tree", "other", "processes", "release", "kill last"),

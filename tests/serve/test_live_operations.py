@@ -242,6 +242,28 @@ def test_changed_since_follows_the_head_and_is_exact_for_snapshots(vms: Path, se
         assert changed("web", "a") == [(MIB, 65536), (3 * MIB, 65536), (5 * MIB, 65536)]
 
 
+def test_what_changed_is_a_dirty_bitmap_for_clients_that_know_qemu(vms: Path, serve: Start) -> None:
+    server = serve(f"{vms}/web")
+    name = "a, b: 100 % ä"
+    with server.client() as client:
+        onionskin("snapshot", f"{vms}/web@{name}")
+        client.write(MIB, b"1" * 65536)
+        onionskin("snapshot", f"{vms}/web@b")
+        listed = json.loads(run_tool("nbdinfo", "--json", server.uri("web@b")))["exports"][0]["contexts"]
+        assert listed[2:] == [f"onionskin:changed-since:{name}", f"qemu:dirty-bitmap:{name}"]
+        found = json.loads(run_tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", server.uri("web@b")))
+        assert [(one["offset"], one["length"]) for one in found if one["type"] & 1] == [(MIB, 65536)]
+        quoted = f"qemu:dirty-bitmap:{name}".replace(",", ",,")
+        options = f"driver=nbd,server.type=unix,server.path={server.socket},export=web@b,x-dirty-bitmap={quoted}"
+        mapped = json.loads(run_tool("qemu-img", "map", "--output=json", "--image-opts", options))
+        assert [(one["start"], one["length"]) for one in mapped if not one["data"]] == [(MIB, 65536)]
+        with server.client("web@b"):  # keeps the export, and what it knows, from being closed
+            run_tool("nbdinfo", f"--map=qemu:dirty-bitmap:{name}", server.uri("web@b"))
+            onionskin("merge", f"{vms}/web@{name}")
+            text = run_tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", server.uri("web@b"))
+            assert all(extent["type"] & 1 for extent in json.loads(text))
+
+
 def test_a_snapshots_name_that_comes_back_is_not_taken_for_the_old_one(vms: Path, serve: Start) -> None:
     server = serve(f"{vms}/web")
     with server.client() as client:

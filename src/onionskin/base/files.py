@@ -16,13 +16,13 @@ _UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)
 def data_ranges(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Give the ranges [first, last) of a file between `start` and `stop` that are not holes.
 
-    If the file system cannot tell, all of the file counts as data. Bytes beyond the end of the file count as a hole;
-    the end is that at the first question.
+    If the file system cannot tell, all of the file counts as data. Bytes beyond the end of the file count as a hole.
+    The end is taken once, when the first range is asked for.
 
     Raises
     ------
     OSError
-        The system did not answer; or EIO: the file became shorter meanwhile, so its former contents are not known.
+        The system did not answer. EIO: the file became shorter meanwhile, so its former contents are not known.
     """
     at = start
     stop = min(stop, os.lseek(descriptor, 0, os.SEEK_END))
@@ -41,7 +41,7 @@ def _next_range(descriptor: int, at: int, stop: int) -> tuple[int, int] | None:
         first = os.lseek(descriptor, at, os.SEEK_DATA)
         last = os.lseek(descriptor, first, os.SEEK_HOLE)
     except OSError as refusal:
-        if refusal.errno == ENXIO:  # also where the file was cut meanwhile: the caller looks
+        if refusal.errno == ENXIO:  # the file may have been cut meanwhile, too: the caller checks that
             return None
         if refusal.errno not in _UNKNOWN_TO_FILE_SYSTEM:
             raise

@@ -1,4 +1,4 @@
-"""NumPy, imported with the first array and not with the package: the import takes longer than most verbs.
+"""NumPy, which is imported with the first array and not with the package: the import takes longer than most verbs.
 
 Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as usual.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Later:
-    """A module that is imported at the first use of one of its names. Any thread may use it first."""
+    """A module that is imported when one of its names is first used. Any thread may use it first."""
 
     def __init__(self, module: str) -> None:
         self._module = module

@@ -72,7 +72,7 @@ def group_id(group: str | int) -> int:
 
 
 def refuse_other_group(directory: Path, group: str | int) -> None:
-    """Refuse a store that is not shared with the named group: only a new store can be given to a group."""
+    """Refuse a store that is not shared with the named group. Only a new store can be given to a group."""
     if not is_shared(directory) or directory.stat().st_gid != group_id(group):
         raise StateError(
             f"the store {directory} was not made for group {group}; to give it to that group, close it, and run "

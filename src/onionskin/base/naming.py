@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
 
 NAMES_SHOWN = 10  # in a message
-# They change the look of the text around them: a name with one can look like another name.
+# These characters change the look of the text around them, so a name with one can look like another name.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -30,9 +30,11 @@ def check_note(note: str) -> str:
         raise TypeError(f"a note is a string, not {note!r}")
     note = str(note)
     if "\0" in note or any(unicodedata.category(character) == "Cs" for character in note):
-        raise ValueError("a note has no NUL, and is text that UTF-8 can hold")
+        raise ValueError("a note cannot have a zero byte, or text that UTF-8 cannot hold; take it out")
     if len(note.encode()) > NOTE_BYTES_MAX:
-        raise ValueError(f"a note has at most {NOTE_BYTES_MAX} bytes, not {len(note.encode())}")
+        raise ValueError(
+            f"a note has at most {NOTE_BYTES_MAX} bytes, and this one has {len(note.encode())}; shorten it"
+        )
     return note
 
 

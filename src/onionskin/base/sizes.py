@@ -26,9 +26,9 @@ def parse_size(text: str | int) -> int:
     Raises
     ------
     ValueError
-        If it is not a size, is no whole number of bytes, or is too large.
+        The text is not a size, is not a whole number of bytes, or is too large.
     TypeError
-        If it is neither a text nor a whole number, of Python or of NumPy.
+        `text` is neither a string nor a whole number of Python or NumPy.
     """
     if not isinstance(text, str):
         if isinstance(text, bool):
@@ -43,7 +43,7 @@ def parse_size(text: str | int) -> int:
         tenths = 10 ** len(fraction)
         size_bytes, rest = divmod(int(whole + fraction) * unit, tenths)
         if rest:
-            raise ValueError(f"{text!r} is no whole number of bytes: write it with fewer decimals")
+            raise ValueError(f"{text!r} is not a whole number of bytes: write it with fewer decimals")
     if not 0 <= size_bytes <= OFFSET_MAX:
         raise ValueError(f"{text!r} is not a size: it must be between 0 and 2**63 - 1 bytes")
     return size_bytes

@@ -1,4 +1,4 @@
-"""Sockets that only their owner may use, wherever they lie.
+"""Sockets that only their owner may use, in whatever directory they are.
 
 What must hold: a Unix socket has its mode from the moment at which it has a name, whatever the umask. A path of any
 length can be bound and connected to (the kernel's limit is 107 bytes). A socket on which no process listens is
@@ -25,7 +25,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 @contextmanager
 def _short_path(path: Path) -> Iterator[str]:
-    """Name a file by a descriptor of its directory: short enough for an address, however deep it lies."""
+    """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
     descriptor = os.open(path.absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}/{path.name}"
@@ -72,7 +72,7 @@ class UnixListener:
             self.socket.close()
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno:  # it names no file, or the one that stands for it
+            if isinstance(error, OSError) and error.errno:  # the error names no file, or a name that only stands for it
                 raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
@@ -92,7 +92,7 @@ def _refuse_taken(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(errno.EEXIST, "it is no socket; choose another path, or remove it first", str(path))
+        raise FileExistsError(errno.EEXIST, "it is not a socket; choose another path, or remove it first", str(path))
     try:
         connect_unix(path, seconds=1).close()
     except (ConnectionRefusedError, FileNotFoundError):
@@ -110,7 +110,7 @@ def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Not as Python's own time limit: a socket that does not block does not wait for a place either.
+        # Python's own time limit would make the socket non-blocking, and such a socket does not wait for the queue.
         limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with _short_path(path) as short:
@@ -123,18 +123,20 @@ def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Take HOST:PORT apart: `:10809` and `10809` are on loopback, `[::1]:10809` is IPv6, a host alone has the port of
-    NBD."""
+    """Split HOST:PORT.
+
+    `:10809` and `10809` are on loopback, `[::1]:10809` is IPv6, and a host alone has the port of NBD.
+    """
     host, colon, port = text.rpartition(":")
     if not colon and text.isdigit():
         host, port = "", text
     elif not colon or text.endswith("]"):
         host, port = text, str(PORT)
     if not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is no address: write HOST:PORT, as 127.0.0.1:10809")
+        raise ValueError(f"{text!r} is not an address: write HOST:PORT, such as 127.0.0.1:10809")
     host = host.removeprefix("[").removesuffix("]")
     if ":" in host and not text.startswith("["):
-        raise ValueError(f"{text!r} is no address: write an IPv6 address in brackets, as [::1]:10809")
+        raise ValueError(f"{text!r} is not an address: write an IPv6 address in brackets, such as [::1]:10809")
     return host or "127.0.0.1", int(port)
 
 
@@ -143,7 +145,7 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ValueError(f"{host!r} is no host that is known here: {error.strerror}; check the address") from None
+        raise ValueError(f"no host {host!r} is known here: {error.strerror}; check the address") from None
     listeners: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in found:
@@ -187,7 +189,7 @@ def credentials_of(connection: socket.socket) -> tuple[int, int, int]:
 
 
 def uri_of(listener: socket.socket, path: Path | None, *, tls: bool) -> str:
-    """Write where clients connect, without the name of an export."""
+    """Return the URI that clients connect to, without the name of an export."""
     if path is not None:
         return f"nbd+unix:///?socket={_quoted(os.fsencode(path))}"
     if listener.family == socket.AF_UNIX:
@@ -197,6 +199,6 @@ def uri_of(listener: socket.socket, path: Path | None, *, tls: bool) -> str:
 
 
 def _quoted(path: bytes) -> str:
-    """Write a path so that a URI can hold it, whatever its bytes are: RFC 3986, section 2.1."""
+    """Encode a path for a URI, whatever its bytes are. See RFC 3986, section 2.1."""
     plain = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/"
     return "".join(chr(byte) if byte in plain else f"%{byte:02X}" for byte in path)

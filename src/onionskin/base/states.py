@@ -1,5 +1,5 @@
-"""What a stretch of a disk or a layer is, wherever an array or a tuple has a `state`; the kernels count the same way."""
+"""The values of `state` in arrays and tuples. They say what a stretch is; the kernels use the same values."""
 
-HOLE = 0  # nothing is here: what is below shows, and where nothing is below it reads zero
+HOLE = 0  # there is nothing here: the layers below show through, and without any it reads as zeros
 DATA = 1
-ZERO = 2  # reads zero, and hides what is below
+ZERO = 2  # it reads as zeros, and hides what is below

@@ -1,4 +1,4 @@
-"""The zero blocks of a buffer, which import and delta leave out instead of storing them."""
+"""Finds the zero blocks of a buffer. Import and delta leave them out instead of storing them."""
 
 import itertools
 from collections.abc import Iterator

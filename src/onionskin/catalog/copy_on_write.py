@@ -1,4 +1,4 @@
-"""SQLite's index of its log on btrfs.
+"""Makes the index of SQLite's log so that btrfs overwrites it in place.
 
 What must hold: a full disk does not end the process. SQLite writes its index through a mapping. If a file system puts
 each page that is written to a new place, such a write finds no room on a full disk, and the process gets SIGBUS. A file
@@ -19,7 +19,7 @@ _NOCOW = 0x00800000
 def make_index_in_place(catalog: Path) -> None:
     """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place."""
     index = catalog.with_name(f"{catalog.name}-shm")
-    with suppress(OSError):  # SQLite makes it, then
+    with suppress(OSError):  # if this fails, SQLite makes the index
         if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes
             return
         found = catalog.stat()
@@ -27,7 +27,7 @@ def make_index_in_place(catalog: Path) -> None:
             index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(found.st_mode)
         )
         try:
-            if os.geteuid() == 0:  # as SQLite does: the owner goes on with it
+            if os.geteuid() == 0:  # the owner of the catalog has to be able to use it; SQLite does the same
                 os.fchown(descriptor, found.st_uid, found.st_gid)
             (flags,) = struct.unpack("l", fcntl.ioctl(descriptor, _GET_FLAGS, bytes(struct.calcsize("l"))))
             fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("l", flags | _NOCOW))

@@ -1,4 +1,4 @@
-"""What is asked of the catalog about layers, what they stand on, and the bases under them.
+"""The queries about layers, about what they stand on, and about the bases under them.
 
 What must hold: a condition on the ids of layers names each layer once, so that it is linear in its result.
 """
@@ -11,7 +11,7 @@ from onionskin.catalog.schema import VALUES
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import FormatError
 
-# A layer and all below it. UNION, not UNION ALL: a circle ends.
+# A layer and all below it. It is UNION and not UNION ALL, so that a circle ends.
 _CHAIN_IDS = (
     "WITH RECURSIVE up(id) AS (SELECT ? UNION "
     "SELECT layers.parent FROM up JOIN layers ON layers.id = up.id WHERE layers.parent IS NOT NULL)"
@@ -41,7 +41,7 @@ class Layers(Connection):
     # ---- layers by their ids ----
 
     def layer(self, id: bytes) -> LayerRow:
-        """Return a layer by id; it is an invariant that the layer exists."""
+        """Return a layer by id. A sound catalog has each layer that something names."""
         found = self.row(LayerRow, "id = ?", id)
         if found is None:
             raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
@@ -56,7 +56,7 @@ class Layers(Connection):
         return self.has(LayerRow, "id = ?", id)
 
     def layers_with_ids(self, ids: Iterable[bytes]) -> list[LayerRow]:
-        """Return those of these layers that are there, in no order."""
+        """Return those of these layers that exist, in no order."""
         return self.rows_in(LayerRow, "id", ids)
 
     def has_map(self, map_id: bytes) -> bool:
@@ -70,26 +70,26 @@ class Layers(Connection):
     # ---- what stands on a layer ----
 
     def children_of(self, layer: bytes, *, at_most: int | None = None) -> list[LayerRow]:
-        """Return the layers that stand on a layer itself, in no order; no more than `at_most` of them."""
+        """Return the layers that stand directly on a layer, in no order; no more than `at_most` of them."""
         if at_most is None:
             return self.rows(LayerRow, "parent = ?", layer)
         return self.rows(LayerRow, "parent = ? LIMIT ?", layer, at_most)
 
     def children_of_layers(self, layers: Iterable[bytes]) -> list[LayerRow]:
-        """Return the layers that stand on one of these layers itself, in no order."""
+        """Return the layers that stand directly on one of these layers, in no order."""
         return self.rows_in(LayerRow, "parent", layers)
 
     def only_child_of(self, layer: bytes) -> LayerRow | None:
-        """Return the one layer that stands on a layer itself; None where none does, or several do."""
+        """Return the one layer that stands directly on a layer, or None if none does or several do."""
         children = self.children_of(layer, at_most=2)
         return children[0] if len(children) == 1 else None
 
     def child_count(self, layer: bytes) -> int:
-        """Return how many layers stand on a layer itself, those with unsound rows included."""
+        """Return how many layers stand directly on a layer, those with unsound rows included."""
         return self.count(LayerRow, "parent = ?", layer)
 
     def has_unwritten_head_on(self, layer: bytes, map_bytes: int, *, besides: bytes) -> bool:
-        """Whether a head other than `besides` stands on a layer itself and has a map of no more than so many bytes."""
+        """Whether a head other than `besides` stands directly on a layer and has a map of at most `map_bytes`."""
         return self.has(
             LayerRow, "parent = ? AND sealed = 0 AND map_length <= ? AND id != ?", layer, map_bytes, besides
         )
@@ -133,7 +133,9 @@ class Layers(Connection):
             if layer is None:
                 raise damaged(self.path, f"layers stand on each other in a circle, or layer {at.hex()} is missing")
             if layers and layer.block_size != layers[-1].block_size:
-                raise damaged(self.path, f"layer {at.hex()} has blocks of another size than what stands on it")
+                raise damaged(
+                    self.path, f"layer {at.hex()} has blocks of another size than the layer that stands on it"
+                )
             if layers and not layer.sealed:
                 raise damaged(self.path, f"layer {at.hex()} has layers above it and is not sealed")
             layers.append(layer)
@@ -141,7 +143,7 @@ class Layers(Connection):
         return layers[::-1]
 
     def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
-        """Return the layers, of this one and all below it, with more sealed segments than so many."""
+        """Return the layers with more than `segments` sealed segments, of this layer and all below it."""
         text = (
             f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
             "GROUP BY up.id HAVING count(*) > ?"
@@ -150,7 +152,7 @@ class Layers(Connection):
             return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
 
     def unnamed_in_chain(self, layer: bytes) -> list[LayerRow]:
-        """Return the layers without a name of a layer and all below it, in no order. The chain must have an end."""
+        """Return those layers without a name that are this layer or below it, in no order. The chain must have an end."""
         return self.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {_UNNAMED}", layer)
 
     def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
@@ -162,14 +164,14 @@ class Layers(Connection):
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME}) AND sealed = 1 AND {_UNNAMED}", volume, volume)
 
     def only_children_over_volume(self, volume: bytes) -> list[LayerRow]:
-        """Return the layers that alone stand on one of `layers_of_volume`, of whatever volume they are, in no order."""
+        """Return the layers of any volume that are the only child of one of `layers_of_volume`, in no order."""
         alone = f"SELECT min(id) FROM layers WHERE parent IN ({_LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1"
         return self.rows(LayerRow, f"id IN ({alone})", volume, volume)
 
     # ---- bases ----
 
     def base_of(self, layer: LayerRow) -> BaseRow | None:
-        """Return the base that a layer stands on itself, or None."""
+        """Return the base that a layer stands on directly, or None."""
         if layer.base is None:
             return None
         found = self.row(BaseRow, "id = ?", layer.base)
@@ -186,7 +188,7 @@ class Layers(Connection):
         return self.rows(BaseRow)
 
     def bases_at(self, path: str) -> list[BaseRow]:
-        """Return the bases whose file is at this path, in no order: each volume that was made on it has one."""
+        """Return the bases whose file is at this path, in no order. Each volume that was made on the file has one."""
         return self.rows(BaseRow, "path = ?", path)
 
     def bases_by_path(self) -> list[BaseRow]:
@@ -198,11 +200,11 @@ class Layers(Connection):
         return dict(self.values(BaseRow, "id, path"))
 
     def layers_standing_on(self, bases: Iterable[bytes]) -> list[LayerRow]:
-        """Return the layers that stand on one of these bases themselves, in no order."""
+        """Return the layers that stand directly on one of these bases, in no order."""
         return self.rows_in(LayerRow, "base", bases)
 
     def is_base_needed(self, base: bytes) -> bool:
-        """Whether a layer stands on a base itself; its row may be unsound."""
+        """Whether a layer stands directly on a base; the layer's row may be unsound."""
         return self.has(LayerRow, "base = ?", base)
 
     def remove_base(self, id: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Opens a catalog that may only be read: in its place if SQLite can do that, or else as a private copy.
+"""Opens a catalog that may only be read. If SQLite cannot read it in place, it reads a private copy.
 
 What must hold: nothing is made or written beside the catalog. Data that a crash left in SQLite's log is read too. If
-only a copy can be brought up to that log, or to this version, the copy is.
+the log has to be applied, or the schema upgraded, this is done to the copy.
 """
 
 import logging
@@ -28,10 +28,10 @@ def can_be_written(catalog: Path) -> bool:
 def why_not_written(catalog: Path) -> tuple[int, str]:
     """Return the reason why a catalog can only be read: an errno, and a text."""
     if _cannot_change(catalog):
-        return EROFS, "its file system is mounted so"
+        return EROFS, "its file system is mounted read-only"
     if can_be_written(catalog):
         return ENOSPC, "the disk was full to the last block when it was opened; free some room, and open it again"
-    return EACCES, f"it belongs to user {catalog.stat().st_uid}, who lets user {os.geteuid()} do no more"
+    return EACCES, f"it belongs to user {catalog.stat().st_uid}, and user {os.geteuid()} may not write it"
 
 
 def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str] | None]":
@@ -43,7 +43,7 @@ def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.Temporary
         except sqlite3.Error:
             return copied(path)
         if log.stat().st_size:
-            _log.warning("%s is read with what its log holds, which a crash or another process left there", path)
+            _log.warning("%s is read together with its log, which a crash or another process left there", path)
         return connection, None
     if _cannot_change(path):  # no process can write it, and it is whole
         try:
@@ -67,11 +67,11 @@ def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory
             if _looks(path) == before:
                 break
         else:
-            raise StateError(f"{path} is being changed all the time by another process; try again")
+            raise StateError(f"{path} was changed by another process each time that it was copied; try again")
         held = _log_of(copy).stat().st_size if _log_of(copy).exists() else 0
         _log.log(
             logging.WARNING if held else logging.INFO,
-            "%s can only be read: what is shown is a private copy of it and the %s bytes of its log, as they are now",
+            "%s can only be read, so a private copy of it and of the %s bytes of its log is shown, as they are now",
             path,
             held,
         )

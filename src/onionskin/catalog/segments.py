@@ -1,4 +1,4 @@
-"""What is asked of the catalog about segments: the files that hold the data of layers."""
+"""The queries about segments, which are the files that hold the data of layers."""
 
 from collections.abc import Iterable
 
@@ -30,11 +30,11 @@ class Segments(Connection):
         return self.rows(SegmentRow, "layer = ? AND role = 'sealed'", layer)
 
     def spares_of(self, head: bytes) -> list[SegmentRow]:
-        """Return the segments that are kept for the head after this one: one, or none where the layer is no head."""
+        """Return the segments that are kept for the next head: one, or none if the layer is not a head."""
         return self.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
 
     def spare_of(self, head: bytes) -> SegmentRow:
-        """Return the segment that is kept for the head after this one."""
+        """Return the segment that is kept for the next head."""
         found = self.spares_of(head)
         if len(found) != 1:
             raise damaged(self.path, f"the head {head.hex()} has {len(found)} spare segments, where one should be")
@@ -49,7 +49,7 @@ class Segments(Connection):
         return self.has(SegmentRow, "id = ?", id)
 
     def segments_with_ids(self, ids: Iterable[bytes]) -> list[SegmentRow]:
-        """Return those of these segments that are there, in no order."""
+        """Return those of these segments that exist, in no order."""
         return self.rows_in(SegmentRow, "id", ids)
 
     def move_segments(self, layer: bytes, new_layer: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of the catalog about snapshots, which are the names of sealed layers, and about who holds them."""
+"""The queries about snapshots, which are the names of sealed layers, and about the holds on them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +43,7 @@ class Snapshots(Connection):
         return int(count)
 
     def snapshot_counts(self) -> dict[bytes, int]:
-        """Return how many snapshots each volume has that has any; unsound rows do not count."""
+        """Return how many snapshots each volume with snapshots has; unsound rows do not count."""
         return dict(self.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
 
     def snapshot_of_layer(self, layer: bytes) -> SnapshotRow | None:
@@ -61,7 +61,7 @@ class Snapshots(Connection):
         return self.rows_in(SnapshotRow, "layer", layers, "volume != ?", besides)
 
     def snapshots_in_chain(self, layer: bytes) -> list[SnapshotRow]:
-        """Return the names of a layer and of all below it, in no order. The chain must have been found to have an end."""
+        """Return the names of a layer and of all below it, in no order. The caller has checked that the chain ends."""
         return self.rows(SnapshotRow, f"layer IN ({LAYERS_BELOW})", layer)
 
     def nearest_snapshot_of(self, volume: bytes, layer: bytes) -> SnapshotRow | None:
@@ -69,15 +69,15 @@ class Snapshots(Connection):
         return self.row(SnapshotRow, f"volume = ? AND layer IN ({_LAYERS_TO_NEAREST})", volume, layer, volume)
 
     def remove_snapshot(self, volume: bytes, name: str) -> None:
-        """Take a volume's snapshot of that name away; its layer stays. Inside a transaction."""
+        """Remove a volume's snapshot of that name; its layer stays. Inside a transaction."""
         self.delete(SnapshotRow, "volume = ? AND name = ?", volume, name)
 
     def remove_snapshot_of_layer(self, layer: bytes) -> None:
-        """Take the name of a layer away, if it has one; the layer stays. Inside a transaction."""
+        """Remove the name of a layer, if it has one; the layer stays. Inside a transaction."""
         self.delete(SnapshotRow, "layer = ?", layer)
 
     def remove_snapshots_of(self, volume: bytes) -> None:
-        """Take all snapshots of a volume away; their layers stay. Inside a transaction."""
+        """Remove all snapshots of a volume; their layers stay. Inside a transaction."""
         self.delete(SnapshotRow, "volume = ?", volume)
 
     def update_snapshot(self, layer: bytes, **values: Any) -> None:

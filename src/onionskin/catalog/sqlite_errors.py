@@ -14,7 +14,7 @@ RESTORE = "restore it from a copy of the store"
 
 
 class CommitUnknownError(StateError):
-    """COMMIT failed in a way that does not tell whether it took effect: the catalog must be read again."""
+    """COMMIT failed, and it is not known whether it took effect: the catalog must be read again."""
 
 
 def damaged(path: Path, what: object) -> FormatError:
@@ -42,9 +42,11 @@ def _refusal(path: Path, otherwise: int) -> int:
 
 
 def _cannot_make(path: Path, count: int) -> int:
-    """Make so many files as large as SQLite's log beside the catalog, and remove them: 0, or the errno of what fails.
+    """Try to make `count` files as large as SQLite's log beside the catalog. Return 0, or the errno of the first failure.
 
-    Space that a file system reports as free may be reserved, under a quota, or in too small pieces.
+    The files are removed again.
+
+    Space that a file system reports as free may be reserved, under a quota, or in pieces that are too small.
     """
     if not count:
         return 0
@@ -77,7 +79,7 @@ def translated(error: sqlite3.Error, path: Path) -> Exception:
     if primary == sqlite3.SQLITE_FULL:
         return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StateError(f"{path} is locked by another process for over a minute; try again when it is done")
+        return StateError(f"{path} has been locked by another process for over a minute; try again when it is done")
     if primary in (
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_CANTOPEN,
@@ -85,7 +87,7 @@ def translated(error: sqlite3.Error, path: Path) -> Exception:
         sqlite3.SQLITE_PERM,
     ):
         number = _refusal(path, EIO if primary == sqlite3.SQLITE_IOERR else EACCES)
-        # SQLite's words describe its own step; if the reason is known, they would only mislead.
+        # SQLite's message describes its own step. It would mislead where the reason is known.
         return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
     if isinstance(error, sqlite3.DatabaseError):
         return damaged(path, error)

@@ -35,6 +35,8 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
         path = Path(value)
         if path.is_file() or path.is_block_device():
             return path
+        if "/" not in value:
+            self.fail(f"{value} does not exist as a file, and a volume is named STORE/VOLUME", param, ctx)
         return VOLUME_OR_SNAPSHOT.convert(value, param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

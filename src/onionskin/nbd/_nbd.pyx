@@ -28,6 +28,7 @@ cdef extern from "nbd/server.h" nogil:
     struct onion_volume
     struct onion_nbd_server
     struct onion_nbd_listing
+    struct onion_nbd_context_listing
     struct onion_nbd_hooks:
         int (*still_export)(void *, const char *, uint32_t) noexcept
         int (*still_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
@@ -36,6 +37,7 @@ cdef extern from "nbd/server.h" nogil:
         int (*make_room)(void *, const char *) noexcept
         void (*freed)(void *, const char *) noexcept
         int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
+        int (*list_contexts)(void *, const char *, const char *, uint32_t, onion_nbd_context_listing *) noexcept
         void *context
     struct onion_nbd_options:
         uint32_t connections_max
@@ -67,6 +69,7 @@ cdef extern from "nbd/server.h" nogil:
     int onion_nbd_hold(onion_nbd_server *, const char *)
     int onion_nbd_release(onion_nbd_server *, const char *)
     int64_t onion_nbd_change_mark(onion_nbd_server *, const char *)
+    int onion_nbd_list_context(onion_nbd_context_listing *, const char *)
     int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint64_t)
     int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
@@ -96,6 +99,7 @@ cdef class _Hooks:
     cdef object find_export
     cdef object find_context
     cdef object list_exports
+    cdef object list_contexts
     cdef object make_room
     cdef object freed
 
@@ -187,6 +191,26 @@ cdef int _list_exports(void *context, const char *after, uint32_t length, onion_
         return -5
 
 
+cdef int _list_contexts(void *context, const char *name, const char *after, uint32_t length,
+                        onion_nbd_context_listing *listing) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    cdef int status = 0
+    cdef bytes encoded
+    cdef const char *c_meta
+    try:
+        for meta in hooks.list_contexts(name.decode(), after[:length].decode()):
+            encoded = _encoded(meta)
+            c_meta = encoded
+            with nogil:  # it looks at each of the client's queries, of which there may be thousands
+                status = onion_nbd_list_context(listing, c_meta)
+            if status != 0:
+                break
+        return status
+    except BaseException as error:
+        _report(error, hooks.list_contexts)
+        return -5
+
+
 cdef void _report(object error, object callback) noexcept:
     """Hand an exception that nobody can catch to sys.unraisablehook."""
     try:
@@ -227,6 +251,8 @@ cdef class NbdServer:
     list_exports : callable(after) -> iterable of (name, description), optional
         Names what clients can ask for, also what is not there yet: the names behind `after` (empty: all), in an order
         that is always the same. No more of them are taken than are sent together. Called as `on_unknown_export` is.
+    list_contexts : callable(name, after) -> iterable of str, optional
+        Names, likewise, the metadata contexts that `on_unknown_context` could add to the export `name`.
 
     Attributes
     ----------
@@ -236,7 +262,8 @@ cdef class NbdServer:
         threads may ask for the same name at once, so `add_export` may raise FileExistsError, which is as good. The
         name is whatever the client sent.
     on_unknown_context : callable(name, context) -> bool, or None
-        As above, for a context ``onionskin:changed-since:...`` of the export `name`: calls `set_changed_since`.
+        As above, for a context ``onionskin:changed-since:...`` or ``qemu:dirty-bitmap:...`` of the export `name`: calls
+        `set_changed_since`.
     on_known_export, on_known_context : callable, or None
         Asked as the two above are, where there is an export or context of that name: whether it still is what the name
         means. False: `on_unknown_export`, or `on_unknown_context`, is asked as if it were not there.
@@ -254,10 +281,11 @@ cdef class NbdServer:
     cdef object __weakref__
 
     def __cinit__(self, *, connections_max=64, bytes_in_flight_max=64 << 20, idle_seconds=0,
-                  request_bytes_max=32 << 20, list_exports=None):
+                  request_bytes_max=32 << 20, list_exports=None, list_contexts=None):
         cdef onion_nbd_options options
         self._hooks = _Hooks()
         self._hooks.list_exports = list_exports
+        self._hooks.list_contexts = list_contexts
         self._paths = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -274,6 +302,9 @@ cdef class NbdServer:
         options.hooks.list_exports = NULL
         if list_exports is not None:
             options.hooks.list_exports = _list_exports
+        options.hooks.list_contexts = NULL
+        if list_contexts is not None:
+            options.hooks.list_contexts = _list_contexts
         options.hooks.context = <void *>self._hooks
         cdef int status = onion_nbd_new(&options, &self._server)
         if status < 0:

@@ -1,19 +1,21 @@
 """What changed since a snapshot, which clients ask for as a metadata context of an export.
 
+Each has two names with one meaning: ours, and that of a dirty bitmap of QEMU's, for clients that know QEMU only.
+
 What must hold: a context is offered for what the names mean now and for the disk as it is, else it is worked out again; it
 is computed without a lock, and looked at again before it is offered; since a snapshot whose name went all counts as
 changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import Exported, ServedVolume
+from onionskin.nbd.exported import Exported, ServedVolume, View, snapshot_names_behind
 
-CONTEXT_PREFIX = "onionskin:changed-since:"
+PREFIXES = ("onionskin:changed-since:", "qemu:dirty-bitmap:")  # in the order in which contexts are listed
 
 
 class ChangedBlocks:
@@ -38,7 +40,7 @@ class ChangedBlocks:
 
         So is one whose snapshot is gone: it says that everything changed.
         """
-        since = context.removeprefix(CONTEXT_PREFIX)
+        since = _snapshot_of(context)
         try:
             exported = self._table.exported(export)
             if exported is None:
@@ -48,7 +50,7 @@ class ChangedBlocks:
                 self._forget(exported, {since})
                 return True
             with exported.contexts_guard:
-                return exported.contexts.get(since) == key
+                return exported.contexts.get(context) == key
         except (OnionskinError, OSError) as error:
             self._log(f"context {context!r} of {export!r}: {error}")
             return False
@@ -59,7 +61,7 @@ class ChangedBlocks:
         Without a lock while it is computed. Before it is offered it is looked at again whether the names still mean what
         they meant, and whether the disk is still the one that was compared.
         """
-        since = context.removeprefix(CONTEXT_PREFIX)
+        since = _snapshot_of(context)
         try:
             exported = self._table.exported(export)
             if exported is None:
@@ -74,11 +76,25 @@ class ChangedBlocks:
                 if exported.context_key(since) != key:
                     raise StateError("the snapshots, or the disk, changed meanwhile; ask again")
                 self._nbd.set_changed_since(self._table.label_of(exported), context, runs, mark=mark)
-                exported.contexts[since] = key
+                exported.contexts[context] = key
             return True
         except (OnionskinError, OSError, ValueError, KeyError) as error:
             self._log(f"context {context!r} of {export!r}: {error}")
             return False
+
+    def names_behind(self, export: str, after: str) -> Iterator[str]:
+        """Name the contexts that a client can ask for of an export, in order, behind one of them; "" is before all."""
+        exported = self._table.exported(export)
+        if exported is None:
+            return
+        itself = exported.row.name if isinstance(exported, View) else None
+        behind = next((at for at, prefix in enumerate(PREFIXES) if after.startswith(prefix)), 0)
+        last = _snapshot_of(after) if after else ""
+        for prefix in PREFIXES[behind:]:
+            for name in snapshot_names_behind(exported.volume.store, exported.opened.row.id, last):
+                if name != itself:
+                    yield prefix + name
+            last = ""
 
     def forget(self, served: ServedVolume, names: set[str]) -> None:
         """A snapshot's name went, and may come back for another disk: all counts as changed since it, till then."""
@@ -89,10 +105,15 @@ class ChangedBlocks:
 
     def _forget(self, exported: Exported, names: set[str]) -> None:
         with self._table.operation(exported), exported.contexts_guard:
-            for since in names & exported.contexts.keys():
-                del exported.contexts[since]
+            for context in [context for context in exported.contexts if _snapshot_of(context) in names]:
+                del exported.contexts[context]
                 if (size_bytes := exported.volume.size_bytes) and (label := self._table.label_of(exported)):
-                    self._nbd.set_changed_since(label, CONTEXT_PREFIX + since, [(0, size_bytes)])
+                    self._nbd.set_changed_since(label, context, [(0, size_bytes)])
+
+
+def _snapshot_of(context: str) -> str:
+    """Give the name of the snapshot in the name of a context."""
+    return next(context.removeprefix(prefix) for prefix in PREFIXES if context.startswith(prefix))
 
 
 def _joined(extents: Any) -> list[tuple[int, int]]:

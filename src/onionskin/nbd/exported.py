@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 10.0
 OPEN_TRIES = 10
+LIST_PAGE = 256  # snapshots that are read from the catalog together
 
 
 class Exported:
@@ -36,7 +37,7 @@ class Exported:
         self.volume = volume
         self.opened = volume._opened  # for what no program needs to know of a volume
         self.operations = 0  # that go by its label; with the table's guard
-        self.contexts: dict[str, tuple[object, ...]] = {}  # by the name of the snapshot since which
+        self.contexts: dict[str, tuple[object, ...]] = {}  # by their names
         self.contexts_guard = threading.Lock()  # held while one is offered, forgotten, or the disk replaced
         self._switches = 0
 
@@ -264,3 +265,14 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
 def is_same(one: SnapshotRow, other: SnapshotRow) -> bool:
     """Whether two rows, read at different times, are of one snapshot. Its layer's id may change, and a name comes back."""
     return (one.volume, one.name, one.guid, one.created_ns) == (other.volume, other.name, other.guid, other.created_ns)
+
+
+def snapshot_names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
+    """Name a volume's snapshots, in order, behind the last one."""
+    while True:
+        rows = store._opened.catalog.snapshots_named_after(volume_id, last, at_most=LIST_PAGE)
+        for row in rows:
+            yield row.name
+        if len(rows) < LIST_PAGE:
+            return
+        last = rows[-1].name

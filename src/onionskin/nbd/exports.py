@@ -19,7 +19,7 @@ from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import ServedVolume, View, open_snapshot
+from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
 from onionskin.operations import reclaim
 from onionskin.operations.flush import compact_if_wanted, scrub_freed
 from onionskin.operations.volumes import rename_volume
@@ -27,7 +27,6 @@ from onionskin.store import Store
 
 VIEW_IDLE_SECONDS = 30.0
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
-LIST_PAGE = 256  # snapshots that are read from the catalog together
 
 
 class Exports:
@@ -212,11 +211,15 @@ class Exports:
             if name in volumes:
                 if name != volume_name:
                     yield name, f"volume {name}"
-                names = _names_behind(*volumes[name], last)
+                names = snapshot_names_behind(*volumes[name], last)
             else:
                 names = iter([one for volume, one in kept if volume == name and one > last])
             for one in names:
                 yield f"{name}@{one}", f"snapshot {one} of {name}"
+
+    def contexts_behind(self, export: str, after: str) -> Iterator[str]:
+        """Name all metadata contexts of an export that clients can ask for, but those that need no snapshot."""
+        return self._changed_blocks.names_behind(export, after)
 
     # ---- what the C server asks, from its threads ----
 
@@ -429,14 +432,3 @@ class Exports:
         while self._stores:
             _, store = self._stores.popitem()
             call_all([store.close, store._opened.finish_work, partial(reclaim.work_soon, store._opened)])
-
-
-def _names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
-    """Name a volume's snapshots, in order, behind the last one."""
-    while True:
-        rows = store._opened.catalog.snapshots_named_after(volume_id, last, at_most=LIST_PAGE)
-        for row in rows:
-            yield row.name
-        if len(rows) < LIST_PAGE:
-            return
-        last = rows[-1].name

@@ -70,6 +70,7 @@ class Server:
             idle_seconds=limits.idle_seconds,
             request_bytes_max=limits.request_bytes_max,
             list_exports=lambda after: self.exports.names_behind(after),
+            list_contexts=lambda export, after: self.exports.contexts_behind(export, after),
         )
         self.exports = Exports(
             self._nbd,

@@ -1,8 +1,8 @@
-"""Writing a disk to a raw image file.
+"""Writes a disk to a raw image file.
 
-What must hold: the image is the disk at one instant (`pinned`); its name appears when all of it is durable; what the
-name meant before is looked at by inode, not by path, when the name is given: no base, no file of the store, and, unless
-the caller said so, nothing at all is replaced. A draft that came to nothing leaves none of a disk of policy `zero`.
+What must hold: the image is the disk at one instant (`pinned`). Its name appears when all of it is durable. Just before
+that, the file that had the name is checked by its inode, not by its path: no base and no file of the store is replaced,
+and nothing at all unless the caller said so. If the export fails, a disk of policy `zero` leaves none of its data.
 """
 
 import errno
@@ -36,11 +36,11 @@ def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress
     Parameters
     ----------
     volume : OpenDisk
-        What was written to it before the call is in the image.
+        The image holds what was written to it before the call.
     target : Path
-        A regular file there is replaced, if `replace`.
+        A regular file there is replaced if `replace` is true.
     replace : bool
-        False: a file at `target`, also one that appears meanwhile, is kept, and FileExistsError raised.
+        If false, a file at `target` is kept and FileExistsError is raised, even if the file appears meanwhile.
     progress : callable, optional
         Called with the bytes copied so far and in all.
     """
@@ -52,9 +52,9 @@ def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress
 
 @contextmanager
 def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
-    """Give a new file to write the image to, and that file its name when the block has ended well.
+    """Give a new file to write the image to, and give that file its name when the block has ended without an error.
 
-    What is written is the block's matter; here it is made durable, named, or wiped and removed.
+    The block writes the file. Here it is made durable and named, or wiped and removed.
     """
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -95,7 +95,7 @@ def _give_name(directory: int, draft: str, target: Path, *, replace: bool) -> No
 
 
 def _take_name(directory: int, target: Path) -> None:
-    """Make an empty file of that name, which is ours to replace."""
+    """Make an empty file of that name. It is our own, so it may be replaced."""
     try:
         os.close(os.open(target.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
     except FileExistsError:
@@ -107,7 +107,7 @@ def _exists(target: Path) -> FileExistsError:
 
 
 def _drop_draft(store: OpenStore, directory: int, draft: str, descriptor: int, opened: "OpenChain") -> None:
-    """Remove what was not finished, if it has not its name already (an interrupt may come behind the renaming)."""
+    """Remove an unfinished file, unless it has its name already: an interrupt may come just after the renaming."""
     with suppress(OSError):
         if not os.path.samestat(os.fstat(descriptor), os.stat(draft, dir_fd=directory, follow_symlinks=False)):
             return
@@ -119,9 +119,9 @@ def _drop_draft(store: OpenStore, directory: int, draft: str, descriptor: int, o
 
 @contextmanager
 def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
-    """Give a file without a name for a copy of a disk that is needed for a while; what it held is wiped at the end.
+    """Give a file without a name for a temporary copy of a disk. Its contents are wiped at the end.
 
-    It vanishes with the process, however that ends; a process that is killed wipes nothing.
+    It vanishes with the process, however that ends. A process that is killed wipes nothing.
     """
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
@@ -131,7 +131,7 @@ def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> 
 
 
 def wipe_draft(store: OpenStore, descriptor: int, policies: Iterable[str]) -> None:
-    """Overwrite a file with a copy of a disk, where a layer of the disk has policy `zero`, before its blocks are freed."""
+    """Overwrite a file that holds a copy of a disk before its blocks are freed, if a layer has policy `zero`."""
     if "zero" in policies:
         result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
         store.note_unreachable(result.bytes_unreachable)
@@ -146,7 +146,7 @@ def policies_of(opened: "OpenChain") -> set[str]:
 
 
 def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
-    """Raise where an image may not be put: in the store, or in the place of something that is not to be replaced."""
+    """Refuse a target in the store, and one that would replace a file that must not be replaced."""
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _refuse_directory(store, directory, target)
@@ -156,7 +156,7 @@ def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
 
 
 def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
-    """Refuse a directory of the store, or below it, by whatever links or mounts it was named."""
+    """Refuse a directory that is in the store, whatever links or mounts its path goes through."""
     own = set()
     for path in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
         found = path.stat()
@@ -169,7 +169,7 @@ def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
                 raise ValueError(f"{target} is in the store itself; choose a path outside of it")
             try:
                 above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
-            except PermissionError:  # what is above is not ours to see, and so not our store
+            except PermissionError:  # we may not see the directory above, so it is not our store
                 return
             os.close(at)
             at = above
@@ -189,7 +189,7 @@ def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: boo
         return
     if not stat.S_ISREG(found.st_mode):
         raise FileExistsError(
-            errno.EEXIST, "there is something that is no regular file; choose another path", str(target)
+            errno.EEXIST, "there is something that is not a regular file; choose another path", str(target)
         )
     if found.st_nlink > 1 and _is_own_file(store, found):
         raise ValueError(f"{target} is a file of the store itself; choose another path")
@@ -200,7 +200,7 @@ def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: boo
 
 
 def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
-    """Raise where a block device that is to be written stands on a file that is needed."""
+    """Refuse to write to a block device that stands on a file that is needed."""
     try:
         found = file.stat()
     except FileNotFoundError:  # it was unlinked: no base
@@ -226,7 +226,7 @@ def _is_base(store: OpenStore, found: os.stat_result) -> bool:
 
 
 def _is_in_use(directory: int, name: str) -> bool:
-    """Whether some volume, of any store, has the file open as its base now: it holds a lock on it."""
+    """Whether some volume of any store has the file open as its base now: such a volume holds a lock on it."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError:

@@ -1,7 +1,7 @@
-"""Making a disk independent of everything below it: what it reads is copied into one layer of its own.
+"""Makes a disk independent of everything below it: what it reads is copied into one layer of its own.
 
-What must hold: the copy is durable before the transaction that puts the head on it; the head that takes the writes
-meanwhile stays, with all that was written to it; snapshots keep what they stand on.
+What must hold: the copy is durable before the transaction that puts the head on it. The head that takes the writes
+meanwhile stays, with everything that was written to it. Snapshots keep the layers that they stand on.
 """
 
 import os
@@ -41,8 +41,8 @@ else:
 def flatten(volume: OpenHead, *, progress: "Progress | None") -> None:
     """Put all that the disk reads into one new layer without a parent, and the head on it.
 
-    The head is sealed first, so that what is copied does not change. The head that takes the writes meanwhile stays, with
-    all that was written to it: it only stands on another layer afterwards.
+    The head is sealed first, so that what is copied does not change. A new head takes the writes meanwhile. It stays, with
+    everything that was written to it, and only stands on another layer afterwards.
     """
     with volume.operation():
         _flatten(volume, progress)
@@ -112,7 +112,10 @@ def _stands_alone(catalog: Catalog, head: bytes) -> bool:
 def _write_flat(
     volume: OpenHead, chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
-    """Write a segment whose slots follow the disk, and a map for it, both durable. Returns (slots, what the map file is)."""
+    """Write a segment with the blocks in the order of the disk, and its map; both are durable on return.
+
+    Returns the number of slots, and the map file's length, frames and crc.
+    """
     store, block_size = volume.store, chain.top.block_size
     with copy.chain_path(store, chain, volume.base_lock) as path:
         opened = OpenChain(chain, path, volume.locks, volume.base_lock)
@@ -120,7 +123,7 @@ def _write_flat(
         pieces = copy.pieces_of(opened)
         counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
         slots = numpy.concatenate(([0], numpy.cumsum(counts)))
-        # A disk that reads as zeros has no segment: no row would name its file.
+        # A disk that reads as zeros gets no segment: no row would name its file.
         if len(pieces):
             _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
         refuse_changed_base(opened)
@@ -149,7 +152,7 @@ def _write_flat_segment(
     wipe_zero: bool,
     progress: "Progress | None",
 ) -> None:
-    """Write what the pieces read into a new segment; each begins at its slot, and the last of `slots` is the end."""
+    """Copy the pieces into a new segment. Each begins at its entry of `slots`, and the last entry is the end."""
     block_size = opened.chain.top.block_size
     target = store.layout.segment_file(segment)
     descriptor = make_file(target)
@@ -170,7 +173,7 @@ def _copy_pieces(
     descriptor: int,
     progress: "Progress | None",
 ) -> None:
-    """Copy pieces of the disk behind each other, from the given slots on."""
+    """Copy pieces of the disk to the given slots of a segment."""
     path, base = opened.path, opened.chain.base
     block_size, from_base = path.block_size, pieces["segment"] == copy.BASE
     table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)

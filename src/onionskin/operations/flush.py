@@ -1,8 +1,8 @@
-"""Making durable what was written to a head, and what is to be done after that.
+"""Makes durable what was written to a head, and does what follows from that.
 
-What must hold: a flush returns only when all that was written before the call is durable; what it freed in segments that
-the head adopted is noted, so that it is freed on the medium; a map that is mostly dead is written anew by the flush
-that finds no operation under way, and by the end of the opening.
+What must hold: a flush returns only when everything that was written before the call is durable. Slots that it freed in
+inherited segments are noted, so that they are freed on the medium. A map log that is mostly dead is written anew by a
+flush while no operation is under way, and when the volume is closed.
 """
 
 import logging
@@ -31,7 +31,7 @@ def flush(volume: OpenDisk) -> None:
 
 
 def scrub_freed(volume: OpenHead) -> None:
-    """Free on the medium what durable frames freed in adopted segments: after flushes that did not go through here."""
+    """Free on the medium the slots of inherited segments that a flush freed. The server calls this after its own flushes."""
     path = volume.path
     volume.store.note_unreachable(path.take_unreachable())
     wanted = path.scrub_wanted()
@@ -40,14 +40,14 @@ def scrub_freed(volume: OpenHead) -> None:
     try:
         reclaim.scrub(volume.store, wanted, volume.wipe)
     except BaseException:
-        path.want_scrub(wanted)  # a wish is over when it is recorded
+        path.want_scrub(wanted)  # they are forgotten only once they are recorded
         raise
 
 
 def compact_if_wanted(volume: OpenHead) -> None:
-    """Write the head's map log anew where most of it is dead: after flushes, also those that did not go through here.
+    """Write the head's map log anew if most of it is dead. The server calls this after its own flushes.
 
-    Where an operation is under way a later flush asks again.
+    If an operation is under way, a later flush asks again.
     """
     if not volume.path.wants_compaction():
         return
@@ -56,11 +56,11 @@ def compact_if_wanted(volume: OpenHead) -> None:
     except (OSError, OnionskinError) as error:
         if volume.path.poisoned:
             raise
-        _log.warning("%r: its map could not be written anew, and goes on as it is: %s", volume, error)
+        _log.warning("%r: its map log could not be written anew; the old one stays in use: %s", volume, error)
 
 
 def finish(volume: OpenHead) -> None:
-    """Make durable what was written to a head that is being closed, and leave it as the next opening likes it."""
+    """Make durable what was written to a head that is being closed, and leave it so that the next opening is fast."""
     flush(volume)
     if volume.path.map_dead_ratio() > DEAD_RATIO_AT_CLOSE:
         compact(volume)
@@ -70,7 +70,7 @@ def finish(volume: OpenHead) -> None:
 
 
 def _note_close(volume: OpenHead) -> None:
-    """Write down what the head's log durably holds: from then on, a map that holds less is damaged, not new.
+    """Write to the catalog how much the head's log durably holds. A map that holds less later is damaged, not new.
 
     An opening that changed nothing writes nothing.
     """
@@ -79,5 +79,5 @@ def _note_close(volume: OpenHead) -> None:
     now = {"map_length": length, "map_frames": frames, "map_crc": crc, "size_bytes": volume.size_bytes}
     row = catalog.layer(volume.head)
     if frames and any(getattr(row, column) != value for column, value in now.items()):
-        with suppress(OSError):  # a full disk: then the next opening knows no more than this one did
+        with suppress(OSError):  # the disk is full: then the next opening knows only what this one knew
             volume.store.change(lambda: catalog.update(LayerRow, volume.head, **now))

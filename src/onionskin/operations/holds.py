@@ -45,9 +45,7 @@ def refuse_held(catalog: Catalog, layers: Iterable[bytes]) -> None:
         volume = catalog.volume_with_id(row.volume) if row else None
         of = f"{volume.name}@{row.name}" if row and volume else hold.layer.hex()  # in a damaged catalog
         names.append(f"{of} by {hold.holder!r}")
-    raise StateError(
-        f"held: {some_of(names)}; nothing was dropped; who held it lets it go with 'onionskin unhold', or Store.unhold"
-    )
+    raise StateError(f"held: {some_of(names)}; nothing was dropped; let it go with 'onionskin unhold' first")
 
 
 def hold(store: OpenStore, volume: str, snapshot: str, holder: str) -> None:

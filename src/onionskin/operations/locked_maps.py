@@ -1,7 +1,7 @@
-"""Keeping the files of block maps where they are, for who reads several of them.
+"""Keeps the files of block maps from being freed while an operation reads several of them.
 
-What must hold: who reads several maps locks them first, and knows that the catalog named them after the locks were taken:
-then nobody has freed one, and nobody will. What had to wait for these locks is done when they are given up.
+What must hold: an operation that reads several maps locks them first, and checks that the catalog names them after it
+took the locks. Then nobody has freed one, and nobody will. Work that waits for these locks is done after them.
 """
 
 import time
@@ -27,15 +27,15 @@ Found = TypeVar("Found")
 def locked_maps(
     store: OpenStore, find: Callable[[], Found], layers_of: Callable[[Found], Collection[LayerRow]]
 ) -> Iterator[Found]:
-    """Give what `find` read in one state of the catalog, its layers' map files locked against whoever frees them.
+    """Give what `find` read in one state of the catalog, while the map files of its layers are locked.
 
-    The layers are those of a state that was. What is named, written or dropped since then changes nothing in their
-    files: sealed ones never change, and of a head's log the frames that are added later may be seen too.
+    The catalog may have changed since that state. This changes nothing in the files: those of sealed layers never
+    change, and of a head's log, frames that were added later may be seen too.
 
     Raises
     ------
     StateError
-        The tree is being changed all the time.
+        The tree was changed each time that the maps were locked.
     """
     locks = ByteLocks(store.layout.lock)
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
@@ -45,26 +45,28 @@ def locked_maps(
                 found = find()
             layers = layers_of(found)
             wanted = {layer.map_lock_byte for layer in layers}
-            # Between them may be a byte that somebody has alone for hours: of a file that is being made, or wiped.
+            # A byte between them may be held alone for hours, because its file is being made or wiped.
             is_held = locks.take_shared(in_few_stretches(wanted)) or locks.take_shared(wanted)
             if is_held and _are_named(store.catalog, layers):
                 break
             locks.keep_shared(())
             if time.monotonic() > deadline:
-                raise StateError(f"the tree of {store.path} is being changed all the time; try again when that is done")
+                raise StateError(
+                    f"the tree of {store.path} keeps changing; try again when the other operations are done"
+                )
             time.sleep(0.01)  # somebody frees one of the files; nothing tells us when it is done
         yield found
     finally:
         locks.close()
         if any(handle.writable for handle in store.open_handles()):
-            reclaim.work_soon(store)  # what had to wait for these locks
+            reclaim.work_soon(store)  # this is the work that waited for these locks
 
 
 def in_few_stretches(numbers: set[int]) -> set[int]:
     """Add numbers that lie between those given, until they are no more than STRETCHES_MAX stretches.
 
-    The time for a lock grows with the locks that a file has. A byte that is locked for nothing only keeps what belongs to it
-    from being freed until these locks are given up. Gaps that have more than FILLED_MAX numbers together stay: each
+    The time for a lock grows with the locks that a file has. A byte that is locked without need only keeps its file from
+    being freed until these locks are released. Gaps that have more than FILLED_MAX numbers together stay: each
     number is kept in memory, and the bytes of a volume's layers lie as far apart as the other volumes are busy.
     """
     ordered = sorted(numbers)
@@ -80,7 +82,7 @@ def in_few_stretches(numbers: set[int]) -> set[int]:
 
 
 def _are_named(catalog: Catalog, layers: Collection[LayerRow]) -> bool:
-    """Whether the catalog still names the map files of all these layers: then none was freed before it was locked."""
+    """Whether the catalog still names the map files of all these layers. If so, none was freed before it was locked."""
     files = {layer.id: (layer.map_id, layer.map_lock_byte) for layer in layers}
     found = {row.id: (row.map_id, row.map_lock_byte) for row in catalog.layers_with_ids(files)}
     return found == files

@@ -1,7 +1,7 @@
-"""Giving a layer a new block map: one that it shares with layers that were folded into it, or one without what is dead.
+"""Gives a layer a new block map: one into which other layers were folded, or one without dead records.
 
-What must hold: a new map file is durable before the one transaction that switches to it; that transaction also moves the
-segments and notes what has to be freed; reads do not change, whatever step a crash comes after.
+What must hold: a new map file is durable before the one transaction that switches to it. That transaction also moves
+the segments and notes what has to be freed. Reads do not change, at whatever step a crash comes.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ def write_map(
 
 
 def give_up_maps(volume: OpenHead, folded: Sequence[LayerRow]) -> None:
-    """Give up the maps that another took the place of: an open data path has read them, and needs them no more.
+    """Unlock the maps that were replaced. An open data path has read them, and does not need them any more.
 
-    Not all of the chain is looked at: segments have changed their owners, and not their bytes.
+    The segments need no change of locks: they belong to other layers now, but keep their lock bytes.
     """
     volume.locks.drop_shared({layer.map_lock_byte for layer in folded})
 
@@ -50,9 +50,9 @@ def switch_map(
     *,
     scrubs: Sequence[bytes] | None = None,
 ) -> None:
-    """Give `upper` its new map, and all that `lowers`, bottom first, had. Inside a transaction.
+    """Give `upper` its new map, and all segments of `lowers`, bottom first. Inside a transaction.
 
-    `scrubs`: the segments that have slots which the new map no longer names; None where nobody counted.
+    `scrubs`: the segments with slots that the new map no longer names, or None if they were not counted.
     """
     store, catalog = volume.store, volume.store.catalog
     (map_file,) = files.rows
@@ -81,12 +81,12 @@ def switch_map(
 
 
 def stricter(*layers: LayerRow) -> str:
-    """Return the policy of what comes of layers."""
+    """Return the wipe policy of a layer that is made from these layers."""
     return "zero" if any(layer.wipe == "zero" for layer in layers) else "release"
 
 
 def stands_on_nothing(layer: LayerRow) -> bool:
-    """Whether there is neither a layer nor a base below a layer: then ZERO hides nothing."""
+    """Whether there is neither a layer nor a base below a layer. If so, ZERO hides nothing."""
     return layer.parent is None and layer.base is None
 
 
@@ -100,9 +100,9 @@ def rewrite(
     source: "LowerLayer | None" = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the head's map anew, with `lower`, the layer below it, folded into it where that is given as `source` too.
+    """Write the head's map anew. If `lower`, the layer below it, is given as `source` too, fold it into the head.
 
-    `check` is asked inside the transaction.
+    `check` is called inside the transaction.
     """
     store = volume.store
     with staged_files(store, ["map"], stricter(head, *([lower] if lower else []))) as files:
@@ -124,7 +124,7 @@ def rewrite(
 
 
 def _settle_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes) -> None:
-    """Append to the new map file if the catalog names it. Where nobody knows, both files stay; the volume is poisoned."""
+    """Append to the new map file if the catalog names it. If that is not known, both files stay and nothing is written."""
     if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
         return
@@ -134,5 +134,5 @@ def _settle_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes)
 
 
 def compact(volume: OpenHead) -> None:
-    """Write the head's map log anew, without what is dead in it."""
+    """Write the head's map log anew, without its dead records."""
     put_off(lambda: rewrite(volume, volume.store.catalog.layer(volume.head)))

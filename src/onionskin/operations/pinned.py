@@ -1,9 +1,9 @@
-"""One state of a disk, kept for as long as something reads it: an export, a stream, a comparison.
+"""Keeps one state of a disk for as long as an export, a stream or a comparison reads it.
 
 What must hold: what is read is the disk at one instant, whoever writes, reverts, merges or discards meanwhile. A view is
 such a state already. The head of a volume that is open here is sealed into a layer without a name, which is read under
-locks of its own while writers go on in the new head, and is folded back afterwards, however the reading ended. So
-all that is pinned is sealed: its files do not change while their bytes are locked, and whoever frees them waits.
+locks of its own while writers go on in the new head. It is folded back afterwards, however the reading ended. So
+everything that is pinned is sealed: its files do not change, and nobody frees them while their bytes are locked.
 """
 
 import logging
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def pinned(volume: OpenDisk) -> Iterator[OpenChain]:
-    """Give a sealed chain that reads what the volume, or the view, reads now; it stays so to the end of the block.
+    """Give a sealed chain that reads as the volume or the view does now, and does not change before the end of the block.
 
-    What was written before the call is in it. Any thread may call it, several at once. Writers wait as for a snapshot.
+    It holds what was written before the call. Several threads may call this at once. Writers wait as for a snapshot.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def _sealed_head(volume: OpenHead) -> Iterator[OpenChain]:
 
 def _seal(volume: OpenHead) -> LayerRow:
     sealed: list[LayerRow] = []
-    # It frees nothing, but is undone before the caller ends: a full disk is no reason not to be looked at.
+    # A seal frees nothing, but it is undone soon, so a disk that is full can still be read.
     volume.store.reserve.retry(lambda: sealed.append(seal(volume)))
     return sealed[-1]
 
@@ -92,12 +92,16 @@ def _close(opened: OpenChain) -> None:
 
 
 def _fold_back(volume: OpenHead, layer: LayerRow) -> None:
-    """Fold the layer into what was written since. What fails is no fault of the reading: the next open does it."""
+    """Fold the layer into what was written since. If that fails, the reading has not: the next open folds the layer."""
     store: OpenStore = volume.store
     try:
         if not volume.closed:
             with volume.operation(during_merge=True):
                 fold(volume, layer.id)
-            reclaim.work_soon(store)  # where it was dropped meanwhile, its files waited for the locks
+            reclaim.work_soon(store)  # if the layer was dropped meanwhile, its files waited for the locks
     except (OSError, OnionskinError) as error:
-        _log.warning("%s: a layer that was read stays until the volume is opened again: %s", store.path, error)
+        _log.warning(
+            "%s: a layer that was made for a reading could not be folded back; the next opening of the volume does it: %s",
+            store.path,
+            error,
+        )

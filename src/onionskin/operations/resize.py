@@ -1,4 +1,4 @@
-"""Changing the size of a disk.
+"""Changes the size of a disk.
 
 What must hold: the size that counts is the one in the head's map, which is durable on return; the catalog only shows it.
 """
@@ -27,9 +27,9 @@ def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:
 
 
 def _note_size(volume: OpenHead) -> None:
-    """Write the size to the catalog, which shows it without opening the disk; what counts is the one in the map."""
+    """Write the size to the catalog, so that lists can show it without opening the disk. The one in the map counts."""
     store = volume.store
     try:
         store.change(lambda: store.catalog.update(LayerRow, volume.head, size_bytes=volume.size_bytes))
     except OSError as error:
-        _log.warning("%r: its new size is not listed before it is next closed: %s", volume, error)
+        _log.warning("%r: lists show the old size until the volume is closed: %s", volume, error)

@@ -1,7 +1,7 @@
-"""Putting a volume's head on another layer: its disk reads as that layer did, and what was written since is dropped.
+"""Puts a volume's head on another layer. Its disk then reads as that layer, and what was written since is dropped.
 
-What must hold: the new data path is open in full, under the locks of its files, before the transaction that makes it the
-right one; a failure at any step leaves the old one working. Others' calls go on, on the old disk or on the new one.
+What must hold: the new data path is open in full, under the locks of its files, before the transaction that switches to
+it. A failure at any step leaves the old one working. Other threads read and write on, the old disk or the new.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""What a snapshot is called, and what is noted with it: both may change later.
+"""Changes the name and the note of a snapshot.
 
-What must hold: what a name means is asked inside the transaction that changes it. What is open goes on, as it is bound to a
-layer, which keeps its id; so do clones, holds, and the GUID by which other stores know the snapshot.
+What must hold: a name is looked up inside the transaction that changes it. What is open is bound to a layer, which
+keeps its id, so it goes on. Clones, holds, and the GUID by which other stores know the snapshot stay too.
 """
 
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ def rename(store: OpenStore, volume: str, name: str, new_name: str) -> None:
 
 
 def set_note(store: OpenStore, volume: str, name: str, note: str) -> None:
-    """Put another note in the place of a snapshot's."""
+    """Replace the note of a snapshot."""
     note = check_note(note)
 
     def change() -> None:
@@ -40,7 +40,7 @@ def set_note(store: OpenStore, volume: str, name: str, note: str) -> None:
 def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:
     """Return a name for a snapshot that was given none: the time in UTC, or the next millisecond whose name is free.
 
-    Inside the transaction that takes it. Such names are of one length, so they sort by the time.
+    Inside the transaction that takes the snapshot. All such names have the same length, so they sort by time.
     """
     milliseconds = time_ns // 1_000_000
     while True:
@@ -52,6 +52,6 @@ def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:
 
 
 def refuse_taken(catalog: Catalog, volume_id: bytes, volume: str, name: str) -> None:
-    """Raise SnapshotExistsError where a volume has a snapshot of that name. Inside the transaction that gives it."""
+    """Raise SnapshotExistsError if a volume has a snapshot of that name. Inside the transaction that gives the name."""
     if catalog.has_snapshot_named(volume_id, name):
         raise SnapshotExistsError(f"volume {volume!r} already has a snapshot {name!r}; choose another name")

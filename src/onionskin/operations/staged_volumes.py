@@ -13,19 +13,20 @@ from dataclasses import dataclass
 
 from onionskin.base.naming import check_name
 from onionskin.base.states import DATA
-from onionskin.catalog import SnapshotRow, VolumeRow, new_id
+from onionskin.catalog import Catalog, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import DRAFT_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
-from onionskin.operations import reclaim, snapshots, volumes
+from onionskin.operations import reclaim, volumes
 from onionskin.operations.copy import extents
 from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
 from onionskin.operations.restart import restart_on
 from onionskin.operations.seal import seal
-from onionskin.storage.chain import NewHead
+from onionskin.storage.block_maps import map_is_used
+from onionskin.storage.chain import NewHead, read_chain
 from onionskin.storage.locks import VolumeLock
-from onionskin.storage.open_head import OpenHead
+from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
@@ -108,11 +109,31 @@ def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
 
 def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
     catalog = volume.store.catalog
-    below = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
+    below = snapshot_below(catalog, volume.row, volume.head)
     if (below.layer if below else None) != stands_on:
         raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
-    if snapshots.is_changed(volume) if below else any(int(state) == DATA for _, _, state in extents(volume)):
+    if is_changed_since(volume, below) if below else any(int(state) == DATA for _, _, state in extents(volume)):
         raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
+
+
+def snapshot_below(catalog: Catalog, volume: VolumeRow, head: bytes) -> SnapshotRow | None:
+    """Return the snapshot that a head stands on: the volume's own, or, of a clone without any, the nearest of any volume."""
+    below = catalog.layer(head).parent
+    own = nearest_snapshot(catalog, volume, below)
+    if own or below is None:
+        return own
+    named = {row.layer: row for row in catalog.snapshots_in_chain(below)}
+    return next((named[layer.id] for layer in reversed(catalog.chain(below)) if layer.id in named), None)
+
+
+def is_changed_since(volume: OpenDisk, below: SnapshotRow) -> bool:
+    """Whether anything was written, trimmed or resized since a snapshot that the disk stands on. Flushes, to know."""
+    flush(volume)
+    layers = read_chain(volume.store.catalog, volume.head).layers
+    at = next(at for at, layer in enumerate(layers) if layer.id == below.layer)
+    if layers[at].size_bytes != volume.size_bytes:
+        return True
+    return any(map_is_used(volume.store, layer) for layer in layers[at + 1 :])
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Files that are being made, and the catalog's promise that no file is there without a row.
+"""Makes files so that none exists without a row in the catalog.
 
-What must hold: a file is named in the catalog before it is made. Until the transaction that gives it its place, its row
-is one of pending work, so that a crash leaves work like any other, and nobody ever has to guess from a directory's list
-what is not needed. While a file is being made its lock byte is held alone, so that nobody does that work.
+What must hold: a file is named in the catalog before it is made. Until the transaction that names it for good, its row
+says that the file has to be freed. So a crash leaves ordinary pending work, and nobody has to guess from the list of a
+directory which files are not needed. While a file is being made, its lock byte is held alone, so nobody frees it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +28,8 @@ class StagedFiles:
     def keep(self, reader: ByteLocks | None = None) -> None:
         """Forget that the files are to be freed. Inside the transaction that names them for good.
 
-        Whoever reads them may take shared locks from now on, and `reader` does; nobody can free them before the commit, nor
-        behind it.
+        Readers may take shared locks from now on, and `reader` does. Nobody can free the files before the commit or after
+        it.
         """
         for row in self.rows:
             self.store.catalog.remove_work(row.id)
@@ -39,7 +39,7 @@ class StagedFiles:
             reader.must_share({row.lock_byte for row in self.rows})
 
     def let_go(self) -> None:
-        """Have nobody keep what was not kept after all."""
+        """Release the readers' locks on the files that were not kept after all."""
         left = {row.lock_byte for row in self.store.catalog.work_with_ids(row.id for row in self.rows)}
         for reader in self.readers:
             reader.drop_shared(left)
@@ -47,10 +47,10 @@ class StagedFiles:
 
 @contextmanager
 def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[StagedFiles]:
-    """Name files (`map`, `segment`) that are about to be made; what `keep` was not called for is freed.
+    """Name files (`map`, `segment`) that are about to be made. Those that `keep` was not called for are freed.
 
-    The names are durable when the block begins. Where the block raises, the catalog decides what is kept: an interrupt
-    may have come behind the commit.
+    The names are durable when the block begins. If the block raises, the catalog decides which files are kept: an
+    interrupt may have come after the commit.
     """
     catalog = store.catalog
     with ExitStack() as alone:
@@ -59,7 +59,7 @@ def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[
             rows = []
             for kind in kinds:
                 lock_byte = catalog.take_lock_byte()
-                # One that was handed out by a transaction which failed may still be locked by its taker.
+                # A byte that a failed transaction handed out may still be locked by the process that took it.
                 while not alone.enter_context(store.locks.exclusive(lock_byte)):
                     lock_byte = catalog.take_lock_byte()
                 rows.append(catalog.add_pending(kind, new_id(), lock_byte, wipe))
@@ -77,11 +77,11 @@ def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[
 
 
 class TreeChangedError(StateError):
-    """Another process changed the layers that were about to be joined."""
+    """Another process changed the layers that an operation was about to join."""
 
 
 def put_off(change: Callable[[], None]) -> bool:
-    """Do work that can wait for the next open: it is left where the tree changed meanwhile, or the disk is full."""
+    """Do work that can wait for the next open. If the tree changed meanwhile, or the disk is full, return False."""
     try:
         change()
     except TreeChangedError:

@@ -1,7 +1,7 @@
-"""Loading the block maps of layers from their files, as the catalog describes them.
+"""Loads the block maps of layers from their files, as the catalog describes them.
 
 What must hold: a sealed layer's map is checked against the length, frame count and CRC that the catalog has; a head's
-is read as far as it is durable. Who reads several maps locks them first (operations/locked_maps.py).
+is read as far as it is durable. A caller that reads several maps locks them first (operations/locked_maps.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-# A head's log is read beside its writer: two frames that come in the midst of it look as if one was missing.
+# A head's log is read while its writer appends to it. Frames that arrive during the read can look like a gap.
 _TRIES = 3
 
 Found = TypeVar("Found")
 
 
 def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:
-    """Read a chain for its maps alone: without its segments. Inside `reading`."""
+    """Read a chain without its segments, for its maps alone. Inside `reading`."""
     layers = catalog.chain(layer_id)
     if not layers:
         raise StateError("the layer is gone: another process changed the tree; try again")
@@ -40,7 +40,7 @@ def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:
 
 
 def empty_map(block_size: int) -> LayerMap:
-    """Return a map without a block, with room for any."""
+    """Return a map that holds no block and has room for all."""
     return LayerMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
 
 
@@ -57,7 +57,7 @@ def open_map(store: OpenStore, layer: LayerRow) -> LayerMap:
 
 
 def load_map(store: OpenStore, layer: LayerRow) -> LayerMap:
-    """Read the file of a layer's map, which must be there. The caller closes what is returned."""
+    """Read the file of a layer's map, which must exist. The caller closes the map."""
     return LayerMap.load(
         str(store.layout.map_file(layer.map_id)),
         map_id=layer.map_id,
@@ -68,7 +68,9 @@ def load_map(store: OpenStore, layer: LayerRow) -> LayerMap:
 
 
 def load_durable(store: OpenStore, layer: LayerRow, state: tuple[int, int, int] | None = None) -> LayerMap:
-    """Load what of a head's map is known to be durable: as its row says, or as `state` does (length, frames, crc).
+    """Load the part of a head's map that is known to be durable.
+
+    Its row says how much that is, or `state` does (length, frames, crc).
 
     `open_map` may see frames that a crash of the machine would still undo. The caller closes it.
     """
@@ -87,7 +89,7 @@ def load_durable(store: OpenStore, layer: LayerRow, state: tuple[int, int, int] 
 
 
 def _settled(layer: LayerRow, read: Callable[[], Found]) -> Found:
-    """Read a map; that of a head again where it seems damaged, for a writer may have been at it."""
+    """Read a map. If a head's map seems damaged, read it again: a writer may just have appended to it."""
     for _ in range(0 if layer.sealed else _TRIES - 1):
         try:
             return read()
@@ -97,12 +99,15 @@ def _settled(layer: LayerRow, read: Callable[[], Found]) -> Found:
 
 
 def _sealed(layer: LayerRow) -> dict[str, int]:
-    """Return what the catalog says of a sealed layer's map file; nothing for a head."""
+    """Return what the catalog says about a sealed layer's map file; nothing for a head."""
     return {"length": layer.map_length, "frames": layer.map_frames, "crc": layer.map_crc} if layer.sealed else {}
 
 
 def lay_map(store: OpenStore, layer: LayerRow, owners: OwnerMap) -> int | None:
-    """Lay a layer over those below it, as `open_map` loads one; return the size that a head's map gives the disk."""
+    """Lay a layer over those below it, and return the size that a head's map gives the disk.
+
+    The map is found as by `open_map`.
+    """
     try:
         size_bytes = _settled(
             layer,
@@ -117,9 +122,9 @@ def lay_map(store: OpenStore, layer: LayerRow, owners: OwnerMap) -> int | None:
 
 
 class SlotsOfLayers:
-    """The slots that sealed layers name, by segment: a layer's map is loaded once for all segments that are asked for.
+    """The slots that sealed layers name, by segment. A layer's map is loaded once for all segments that are asked for.
 
-    Only for as long as the layers cannot get another map with fewer slots whose loss would matter: what is live never grows.
+    The answers may be out of date, which does no harm: the set of live slots of a sealed layer only ever shrinks.
     """
 
     def __init__(self, store: OpenStore) -> None:
@@ -128,7 +133,7 @@ class SlotsOfLayers:
         self._runs: dict[bytes, Array] = {}
 
     def of(self, layer: LayerRow, segment: bytes) -> "Array":
-        """Return the live slots of a segment of a layer, sorted: an array of dtypes.SLOTS."""
+        """Return the live slots of a segment of a layer, sorted, as an array of dtypes.SLOTS."""
         if self._layer != layer:
             with load_layer(self._store, layer) as layer_map:
                 self._runs = _slots_by_segment(layer_map)
@@ -150,7 +155,7 @@ def _slots_by_segment(layer_map: LayerMap) -> "dict[bytes, Array]":
 
 @contextmanager
 def load_layer(store: OpenStore, layer: LayerRow) -> Iterator[LayerMap]:
-    """Load a layer's block map for the time of a with block."""
+    """Load a layer's block map, and close it at the end of the with block."""
     layer_map = open_map(store, layer)
     try:
         yield layer_map

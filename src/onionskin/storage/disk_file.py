@@ -1,7 +1,7 @@
-"""A volume as a raw binary file, for code that wants one: `io.BufferedRandom`, archives, parsers of file systems.
+"""Shows a volume as a raw binary file to code that needs one: `io.BufferedRandom`, archives, parsers of file systems.
 
-What must hold: it answers as `open(path, "r+b", buffering=0)` does, on a file that, like a block device, cannot change its
-size: past the end reads find nothing and writes have no room. It has no descriptor.
+What must hold: it behaves as `open(path, "r+b", buffering=0)` does on a file that cannot change its size, as a block
+device cannot: past the end, reads find nothing and writes have no room. It has no descriptor.
 """
 
 import io
@@ -12,7 +12,7 @@ from typing import Any, Protocol, SupportsIndex
 
 
 class ByteDisk(Protocol):
-    """What a file is made over: a volume has all of it."""
+    """What a `DiskFile` needs of its disk. A volume has all of it."""
 
     @property
     def size_bytes(self) -> int:
@@ -42,8 +42,8 @@ class ByteDisk(Protocol):
 class DiskFile(io.RawIOBase):
     """A seekable file of the volume's size, with a position of its own. Made by `Volume.open_file`.
 
-    `flush` and `close` make a writable volume's data durable, and leave the volume open; a file that is only dropped, and
-    collected, flushes nothing. A view of a snapshot can be read only. One thread at a time may use it.
+    `flush` and `close` make a writable volume's data durable, and leave the volume open. A file that is dropped and then
+    garbage-collected flushes nothing. A view of a snapshot can only be read. One thread at a time may use the file.
     """
 
     def __init__(self, volume: ByteDisk) -> None:
@@ -52,10 +52,10 @@ class DiskFile(io.RawIOBase):
         self._collected = False
 
     def __del__(self) -> None:
-        """Leave the volume alone: the collector may come in the middle of a snapshot, for which a flush would wait."""
+        """Do not flush: the collector may run in the middle of a snapshot, and a flush would wait for that."""
 
     def _dealloc_warn(self, source: object) -> None:
-        """Note that the close to come is the collector's: the io module says so when it collects a buffer over this."""
+        """Note that the collector will close this file. The io module calls this when it collects a buffer over it."""
         self._collected = True
 
     def _check_open(self) -> None:
@@ -96,7 +96,7 @@ class DiskFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position, which may pass the end; returns it. OSError (EINVAL) before the start."""
+        """Move the position, which may be behind the end, and return it. Before the start it is an OSError (EINVAL)."""
         self._check_open()
         starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._volume.size_bytes}
         if whence not in starts:
@@ -108,7 +108,7 @@ class DiskFile(io.RawIOBase):
         return position
 
     def read(self, size: "int | None" = -1, /) -> bytes:
-        """Return at most `size` bytes from the position on, all to the end where it is negative or None."""
+        """Return at most `size` bytes from the position on. If `size` is negative or None, return all up to the end."""
         self._check_open()
         length = self._bytes_left()
         if size is not None and operator.index(size) >= 0:
@@ -122,7 +122,7 @@ class DiskFile(io.RawIOBase):
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill a writable buffer of any format from the position on; returns the bytes read, fewer at the end."""
+        """Fill a writable buffer of any format from the position on. Return the bytes read, which are fewer at the end."""
         self._check_open()
         view = memoryview(buffer)
         if view.readonly:
@@ -134,7 +134,7 @@ class DiskFile(io.RawIOBase):
         return length
 
     def write(self, data: Any, /) -> int:
-        """Write at the position; returns the bytes written, of which there are fewer where the end is reached.
+        """Write at the position. Return the bytes written, which are fewer if the end of the disk is reached.
 
         Raises
         ------
@@ -149,18 +149,18 @@ class DiskFile(io.RawIOBase):
         if view.nbytes == 0:
             return 0
         if left == 0:
-            raise OSError(ENOSPC, "the end of the disk is reached; Volume.resize makes it larger")
+            raise OSError(ENOSPC, "the end of the disk is reached; make it larger with Volume.resize")
         length = self._volume.write(self._position, data if view.nbytes <= left else view.tobytes()[:left])
         self._position += length
         return length
 
     def truncate(self, size: "SupportsIndex | None" = None, /) -> int:
-        """Return the size if it is the disk's own; UnsupportedOperation for any other: `Volume.resize` changes it."""
+        """Return `size` if the disk has that size; else raise UnsupportedOperation. `Volume.resize` changes the size."""
         self._check_writable()
         wanted = self._position if size is None else operator.index(size)
         if wanted != self._volume.size_bytes:
             raise io.UnsupportedOperation(
-                f"a file does not make a disk of {self._volume.size_bytes} bytes one of {wanted}; use Volume.resize"
+                f"a file cannot make a disk of {self._volume.size_bytes} bytes one of {wanted}; use Volume.resize"
             )
         return wanted
 

@@ -1,4 +1,4 @@
-"""Where the files of a store are. Paths in the catalog are relative to the store, so that it can be moved whole."""
+"""Says where the files of a store are. No path is kept of a file in the store, so that it can be moved as a whole."""
 
 import os
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ class Layout:
 
     @property
     def catalog(self) -> Path:
-        """The SQLite file: the store exists if and only if this does."""
+        """The SQLite file. The store exists if and only if this file does."""
         return self.root / CATALOG
 
     @property
     def lock(self) -> Path:
-        """One byte for each segment and map file; byte 0 for the store."""
+        """The lock file: one byte for each segment and map file, and byte 0 for the store."""
         return self.root / "lock"
 
     @property
     def reserve(self) -> Path:
-        """Room that is given up when the disk is full and something must be freed."""
+        """The file whose room is given up when the disk is full and something must be freed."""
         return self.root / "reserve"
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the store that are in none of its directories, those that SQLite makes included."""
+        """The files directly in the store's directory, those that SQLite makes included."""
         beside = (self.catalog.with_name(f"{CATALOG}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
         return (self.catalog, *beside, self.lock, self.reserve)
 
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def volumes(self) -> Path:
-        """The directory of the writers' locks and of the servers' control sockets."""
+        """The directory of the writers' locks, their unflushed records, and the servers' control sockets."""
         return self.root / "volumes"
 
     def map_file(self, map_id: bytes) -> Path:
@@ -65,11 +65,11 @@ class Layout:
         return self.volumes / f"{uuid.hex()}.lock"
 
     def dirty_file(self, uuid: bytes) -> Path:
-        """What the one writer of a volume has not flushed: for the next one in the same boot, if it dies."""
+        """The records that the writer of a volume has not flushed. If it dies, the next one in the same boot reads them."""
         return self.volumes / f"{uuid.hex()}.dirty"
 
     def dirty_drafts(self, uuid: bytes) -> list[Path]:
-        """Where such a file is made. One that is there when nobody writes the volume was left by a kill."""
+        """The names under which such a file is made. One that exists while nobody writes the volume was left by a kill."""
         path = self.dirty_file(uuid)
         return [path.with_name(f"{path.name}.{number}") for number in range(4)]
 
@@ -84,7 +84,7 @@ class Layout:
 
 @contextmanager
 def listed(directory: Path) -> "Iterator[Iterator[os.DirEntry[str]]]":
-    """List a directory of a store. One that is not there is empty: a copy that is only read may have been made without it."""
+    """List a directory of a store. A missing one counts as empty: a copy of a store may leave out empty directories."""
     try:
         entries = os.scandir(directory)
     except FileNotFoundError:

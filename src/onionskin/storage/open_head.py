@@ -1,11 +1,11 @@
-"""A disk that is open: the head of a volume for writing, or a head or a snapshot to be read.
+"""A disk that is open: the head of a volume for writing, or a head or a snapshot for reading.
 
 What must hold: a handle holds shared locks on all files that its data path can read, until the last read of them has
 ended, or the last array over them is gone. A change of the tree is one transaction, and the data path is told the outcome
-afterwards, whatever was raised; where nobody can know the outcome the head takes no more writes. Who goes straight to
-the data path is told of a new one before the old one is closed.
+afterwards, whatever was raised. If the outcome cannot be known, the head takes no more writes. Code that calls the
+data path directly is told of a new one before the old one is closed.
 
-Nothing here decides what is done to a disk: what its end needs (a flush, freeing) is handed in.
+Nothing here decides what is done to a disk. What has to happen at its end (a flush, freeing) is passed in.
 """
 
 import logging
@@ -36,22 +36,22 @@ Result = TypeVar("Result")
 
 
 class OpenDisk(ABC):
-    """What all that is open has: see `OpenHead` and `OpenView`.
+    """What `OpenHead` and `OpenView` have in common.
 
     Attributes
     ----------
     store : OpenStore
         The opening of the store that it belongs to.
     row : VolumeRow
-        The volume, as it was when it was opened. Its name may be another one by now.
+        The volume's row as it was when it was opened. The name may have changed since.
     path : DataPath
-        What it reads through.
+        The data path that reads and writes go through.
     head : bytes
-        The id of the top layer of what it reads.
+        The id of the top layer of the disk.
     base_lock : BaseLock or None
-        The lock on its base, where it has one.
+        The lock on the base, if there is one.
     guard : threading.RLock
-        Held by who changes the tree, or ends the handle.
+        Held while the tree is changed, and while the handle is closed.
     """
 
     snapshot_name: str | None = None
@@ -81,12 +81,12 @@ class OpenDisk(ABC):
 
     @property
     def pins(self) -> tuple[object, ...]:
-        """What an array over its files has to keep."""
+        """The objects that an array over its files has to keep alive."""
         return (self._locks, self.base_lock)
 
     @property
     def name(self) -> str:
-        """The volume's name, as it is now where somebody renamed it meanwhile."""
+        """The volume's name now. Somebody may have renamed it since it was opened."""
         if not (self._closed or self._forked):
             found = self.store.catalog.volume_with_id(self.row.id)
             if found:
@@ -110,7 +110,7 @@ class OpenDisk(ABC):
 
     @property
     def forked(self) -> bool:
-        """Whether this is what a fork left in the child, where nothing of it works."""
+        """Whether this is the copy in the child of a fork, which cannot be used."""
         return self._forked
 
     def __repr__(self) -> str:
@@ -122,7 +122,10 @@ class OpenDisk(ABC):
         return f"<Volume {self.store.path}/{self.name}{at} {state}>"
 
     def follow(self, told: "Callable[[DataPath], None]") -> None:
-        """Have a method called with each new data path, before the old one is closed. It is held weakly; must not raise."""
+        """Have a method called with each new data path, before the old one is closed.
+
+        The method is held weakly, and must not raise.
+        """
         self._followers.append(weakref.WeakMethod(told))
 
     def _tell(self, path: "DataPath") -> None:
@@ -131,7 +134,7 @@ class OpenDisk(ABC):
                 told(path)
 
     def on_path(self, call: "Callable[[DataPath], Result]") -> Result:
-        """Run a call; again on the new data path if a revert replaced the old one meanwhile."""
+        """Run a call. If a revert replaced the data path meanwhile, run it again on the new one."""
         while True:
             path = self.path
             try:
@@ -150,11 +153,11 @@ class OpenDisk(ABC):
                 raise
 
     def prepare_if_wanted(self) -> None:
-        """Make the files of the next head; what is only read has none."""
+        """Make the files of the next head. A disk that is only read has none, so nothing is done."""
         return
 
     def to_write(self) -> "OpenHead":
-        """Return the head that is open for writing, or raise StateError where this is none."""
+        """Return the head that is open for writing, or raise StateError if this is not one."""
         with self.guard:
             self._refuse_ended()
         raise StateError(f"{self!r} is a view of a snapshot; open the volume itself")
@@ -167,7 +170,7 @@ class OpenDisk(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give it up. Idempotent. Arrays over its files stay valid."""
+        """Close the disk. Idempotent. Arrays over its files stay valid."""
 
     def after_fork(self) -> None:
         """In the child of a fork: raise from now on, release nothing."""
@@ -177,18 +180,18 @@ class OpenDisk(ABC):
 
 
 class OpenView(OpenDisk):
-    """A snapshot, or a head that nobody writes, that is open to be read.
+    """A snapshot, or a head that nobody writes, that is open for reading.
 
     Parameters
     ----------
     store, row, opened
-        What it is of, and its files under their locks. Of a snapshot, `opened` was taken from the store's views.
+        The store, the volume, and the files under their locks. For a snapshot, `opened` comes from the store's views.
     snapshot : str, optional
-        The snapshot's name. None: it is a head.
+        The snapshot's name, or None for a head.
     read_lock : ReadersLock, optional
-        Of a head: keeps writers away.
+        For a head: it keeps writers away.
     free_waiting : callable
-        Called with the store when a snapshot's files are given up, to free those that waited for that.
+        Called with the store when a snapshot's files are given up. It frees those files that waited for this.
     """
 
     def __init__(
@@ -208,17 +211,17 @@ class OpenView(OpenDisk):
 
     @property
     def pins(self) -> tuple[object, ...]:
-        """What an array over its files has to keep."""
+        """The objects that an array over its files has to keep alive."""
         return (*super().pins, self._read_lock)
 
     def close(self) -> None:
-        """Give it up. Its locks end with the last array over it: they close when nothing refers to them."""
+        """Close the view. Its locks are released when the last array over it is gone, since nothing refers to them then."""
         if self._forked:
             return
         with self.guard:
             if self._released:
                 return
-            self._closed = True  # and again where an interrupt came before the end
+            self._closed = True  # a second call goes on here if an interrupt came before the end
             self.store.forget(self)
             if self.snapshot_name is None:
                 self.path.close()
@@ -228,12 +231,12 @@ class OpenView(OpenDisk):
                 self._give_back()
 
     def _give_back(self) -> None:
-        self.path = closed_path(self.path)  # other views of the layer may go on with the open one
+        self.path = closed_path(self.path)  # other views of the layer may still use the open one
         self._tell(self.path)
         self.store.views.give_back(self.head)
         self._locks = self.base_lock = None
         self._released = True
-        with suppress(OSError, OnionskinError):  # what waited for these files, perhaps with secrets in it
+        with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
             self._free_waiting(self.store)
 
 
@@ -243,20 +246,21 @@ class OpenHead(OpenDisk):
     Parameters
     ----------
     store, row, opened
-        What it is of, and its files under their locks.
+        The store, the volume, and the files under their locks.
     volume_lock : VolumeLock
-        Is given up at the end.
+        It is released at the end.
     finish : callable
-        Called with this when it is closed, to make durable what was written; not where the data path is poisoned.
+        Called with the head when it is closed, to make durable what was written. It is not called if the data path is
+        poisoned.
 
     Attributes
     ----------
     is_merging : bool
-        Whether a merge into the base copies. Under `guard`.
+        Whether a merge into the base is copying. Under `guard`.
     merge_stop : bool
-        Whether such a merge is to end, since the head is being closed.
+        Whether such a merge has to stop, because the head is being closed.
     wants_next : bool
-        Whether the files of the next head are to be made beforehand.
+        Whether the files of the next head have to be made beforehand.
     """
 
     def __init__(
@@ -277,7 +281,7 @@ class OpenHead(OpenDisk):
         self.wants_next: bool = False
         self._has_sealed = False
         self._unsettled: Callable[[], None] | None = None
-        # The lock byte of each segment that the data path may read: known here also when the catalog has forgotten it.
+        # The lock byte of each segment that the data path may read. It is kept here after the catalog has forgotten it.
         self._byte_of_segment: dict[bytes, int] = opened.chain.byte_of_segment
 
     @property
@@ -286,7 +290,7 @@ class OpenHead(OpenDisk):
         return True
 
     def to_write(self) -> "OpenHead":
-        """Return this."""
+        """Return this head."""
         return self
 
     # ---- operations ----
@@ -295,8 +299,8 @@ class OpenHead(OpenDisk):
     def operation(self, *, during_merge: bool = False, may_resume: bool = False) -> Iterator[None]:
         """Hold the volume for one operation on its tree.
 
-        `during_merge`: also while a merge into the base copies, and the caller looks for one that was interrupted.
-        `may_resume`: it ends one that was interrupted.
+        `during_merge`: the operation may run while a merge into the base copies, and the caller itself checks for an
+        interrupted merge. `may_resume`: the operation ends an interrupted merge.
         """
         if self._forked:
             raise forking.forked_error(f"volume {self.name!r}")
@@ -314,7 +318,7 @@ class OpenHead(OpenDisk):
             yield
 
     def refuse_half_merged(self) -> None:
-        """Raise where a merge into the base was begun and has not ended, and none is under way."""
+        """Raise StateError if a merge into the base was begun and has not ended, and none is under way."""
         if not self.is_merging and pending_base_merges(self.store.catalog, self.head):
             raise StateError(
                 f"a merge of {self.name!r} into its base was begun and has not ended; merge into the base again"
@@ -326,7 +330,7 @@ class OpenHead(OpenDisk):
         self._merge_end.notify_all()
 
     def if_idle(self, work: Callable[[], None]) -> None:
-        """Do work that a later call may do as well, unless an operation is under way or the head is being closed."""
+        """Do work unless an operation is under way or the head is being closed. A later call can do it as well."""
         if not self.guard.acquire(blocking=False):
             return
         try:
@@ -341,10 +345,10 @@ class OpenHead(OpenDisk):
     def settling(self, settle: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a change of the catalog, then `settle`, which asks the catalog how it ended and tells the data path.
 
-        `done` stands for it, where given, when the change returned: then there is nothing to ask.
+        If the change returns and `done` is given, `done` is called instead: there is nothing to ask then.
 
-        Whatever was raised: an interrupt may come just behind a commit, and a flush waits for ever for a seal or a
-        rewrite of which nobody tells the end. What a second interrupt prevents is done by the next operation.
+        The outcome is told whatever was raised. An interrupt may come just after a commit, and a flush waits for ever
+        for a seal or a rewrite whose end is not told. If a second interrupt prevents this, the next operation does it.
         """
         with HeldBack():
             self._unsettled = settle
@@ -360,7 +364,7 @@ class OpenHead(OpenDisk):
                 self._settle()
 
     def settle_what_is_left(self) -> None:
-        """Tell the data path what it waits for: an operation goes on in another thread, or was interrupted twice."""
+        """Tell the data path an outcome that it still waits for, because an operation was interrupted twice."""
         if self._unsettled:
             with self.guard:
                 self._settle()
@@ -380,17 +384,17 @@ class OpenHead(OpenDisk):
 
     @contextmanager
     def changing_below(self, happened: Callable[[], bool]) -> Iterator[None]:
-        """Replace what lies below the head: in the block the data path prepares it, and then the catalog changes.
+        """Replace what lies below the head. In the block, the data path prepares it, and then the catalog changes.
 
-        `happened` says whether the catalog has changed. Where memory is missing behind the commit, the volume reads the
-        same bytes from the old files, which its locks keep from being freed as long as it is open.
+        `happened` says whether the catalog has changed. If memory runs out after the commit, the volume reads the same
+        bytes from the old files, and its locks keep them from being freed as long as it is open.
         """
 
         def settle() -> None:
             if self.path.poisoned or not happened():
                 self.path.abort_below()
             elif self._goes_on_below():
-                with suppress(OSError, OnionskinError):  # else the old files stay locked until this is next done
+                with suppress(OSError, OnionskinError):  # if this fails, the old files stay locked until the next time
                     self.leave_base()
                     self.give_up_unread()
 
@@ -398,27 +402,27 @@ class OpenHead(OpenDisk):
             yield
 
     def _goes_on_below(self) -> bool:
-        """Go on with what was prepared, whose commit is done; also where an interrupt came when that was told already."""
+        """Go on with what was prepared and is committed. An interrupt may have come after the data path was told."""
         try:
             return bool(self.path.commit_below())
-        except StateError:  # nothing is prepared any more
+        except StateError:  # the data path was told already
             return True
 
     # ---- its files ----
 
     def share(self, segments: "Mapping[int, bytes]", *others: int) -> None:
-        """Lock files that the volume will read, by lock byte, before the commit that names them; ids of segments are kept.
+        """Lock files that the volume will read, by lock byte, before the commit that names them.
 
-        So nothing that can fail is left to do behind the commit.
+        So nothing that can fail is left to do after the commit. The ids of the segments are kept.
         """
         self.locks.must_share({*segments, *others})
         self._byte_of_segment.update((id, lock_byte) for lock_byte, id in segments.items())
 
     def give_up_unread(self) -> None:
-        """After a change of the tree: give up the files that are not read any more, once no read is under way in them.
+        """Unlock the files that are not read any more after a change of the tree, once no read of them is under way.
 
-        What is read is what the data path has open. The catalog may say less (somebody gathered segments of a layer that
-        is open here), and then the old files stay locked, and so stay.
+        The data path decides what is read. The catalog may name fewer files (somebody compacted segments of a layer
+        that is open here). Then the old files stay locked, and are not freed.
         """
         chain = read_chain(self.store.catalog, self.head)
         self._byte_of_segment |= chain.byte_of_segment
@@ -428,49 +432,49 @@ class OpenHead(OpenDisk):
         self.locks.keep_shared(chain.lock_bytes.union(self._byte_of_segment.values()))
 
     def leave_base(self) -> None:
-        """Give up the base, where the disk stands on none any more."""
+        """Release the base if the disk does not stand on one any more."""
         if self.base_lock and read_chain(self.store.catalog, self.head).base is None:
             self.wait_for_readers()
             self.base_lock.close()
             self.base_lock = None
 
     def segment_bytes(self) -> dict[bytes, int]:
-        """Return what `put_segment_bytes` brings back, where the change that `share` was called for came to nothing."""
+        """Return what `put_segment_bytes` restores if the change that `share` was called for fails."""
         return dict(self._byte_of_segment)
 
     def put_segment_bytes(self, before: dict[bytes, int]) -> None:
-        """Know the lock bytes of segments as before a change."""
+        """Restore the lock bytes of segments as they were before a change."""
         self._byte_of_segment = before
 
     def switch(
         self, new_path: "DataPath", head: bytes, base_lock: "BaseLock | None", byte_of_segment: Mapping[bytes, int]
     ) -> None:
-        """Go on with another head, which is open: what it reads is locked, and the catalog has it."""
+        """Go on with another head. It is open, its files are locked, and the catalog names it."""
         self._byte_of_segment.update(byte_of_segment)
         self.base_lock = base_lock
-        self.wants_next = False  # it was for the head that is left; before the path, see prepare_if_wanted
+        self.wants_next = False  # this was for the old head; it is set before the path, see prepare_if_wanted
         old_path, self.path, self.head = self.path, new_path, head
         if old_path is not new_path:
             self._tell(new_path)
-            old_path.close()  # waits for those who read
+            old_path.close()  # this waits for reads that are under way
         self.give_up_unread()
 
     def note_seal(self) -> None:
         """Have the files of the next head made beforehand, from the second seal on.
 
-        A first one may be all that this process is for; who takes a second will take more.
+        A process may end after one snapshot. A process that takes a second one will probably take more.
         """
         self.wants_next, self._has_sealed = self._has_sealed, True
         if self.wants_next:
             self.store.wake()
 
     def prepare_if_wanted(self) -> None:
-        """Make the files of the next head, so that a snapshot and the first flush after it need not."""
+        """Make the files of the next head, so that neither a snapshot nor the first flush after it has to."""
         path, head = self.path, self.head
-        # Asked after the path was taken: a revert meanwhile wants nothing made for the head that it begins.
+        # This is checked after the path was read: a revert meanwhile begins a head for which nothing must be made.
         if not self.wants_next or self._closed:
             return
-        # None where a snapshot is just being told what it is: then somebody asks again.
+        # There is none while a snapshot is told its outcome; the call is repeated after that.
         for spare in self.store.catalog.spares_of(head):
             self.wants_next = False
             path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
@@ -478,7 +482,7 @@ class OpenHead(OpenDisk):
     # ---- the end ----
 
     def close(self) -> None:
-        """Flush, and give the volume up. Idempotent."""
+        """Flush, and close the volume. Idempotent."""
         if self._forked:
             return
         with self.guard:
@@ -489,7 +493,7 @@ class OpenHead(OpenDisk):
                 self._merge_end.wait()
             if self._released:  # by another thread that waited too
                 return
-            self._closed = True  # and again where an interrupt came before the end
+            self._closed = True  # a second call goes on here if an interrupt came before the end
             try:
                 self._settle()
                 if not (self.path.poisoned or self.path.closed):
@@ -498,7 +502,7 @@ class OpenHead(OpenDisk):
                 self._release()
 
     def abandon(self) -> None:
-        """Give the volume up without a flush: what was written is not wanted."""
+        """Close the volume without a flush: what was written is not wanted."""
         with self.guard:
             if not self._released:
                 self._closed = True
@@ -514,13 +518,13 @@ class OpenHead(OpenDisk):
         self._released = True
 
     def __del__(self) -> None:
-        """Warn of an open volume that is lost with writes that were not flushed, which are lost too."""
+        """Warn if an open volume is dropped with writes that were not flushed: those are lost."""
         if not getattr(self, "_released", True) and not self._forked and self.path.unflushed:
             warnings.warn(f"unclosed Volume {self.row.name!r}", ResourceWarning, source=self, stacklevel=2)
 
 
 def if_begun(tell: Callable[[], None]) -> None:
-    """Tell the data path how a seal or a rewrite ended; one that was not begun, or was told already, needs nothing."""
+    """Tell the data path how a seal or a rewrite ended. If it was not begun, or was told already, do nothing."""
     try:
         tell()
     except OSError as error:

@@ -119,11 +119,11 @@ class OpenStore:
             refuse_foreign(self.layout)
         refuse_links(self.layout)
         self.read_only: bool = self.layout.catalog.exists() and not can_be_written(self.layout.catalog)
-        if not self.read_only and self.layout.catalog.exists():
-            with suppress(OSError):  # what needs it says so
-                self._make_parts()
         self.reserve: Reserve = Reserve(self.layout, read_only=self.read_only)
         self.catalog: Catalog = self._open_catalog(create)
+        if not self.read_only:  # and it is a store: nothing is made in a directory that is none
+            with suppress(OSError):  # what needs it says so
+                self._make_parts()
         try:
             self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
             self.locks.wait_shared(STORE_BYTE)

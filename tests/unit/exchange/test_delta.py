@@ -584,3 +584,76 @@ def test_any_bytes_end_in_a_format_error(garbage: bytes) -> None:
 def test_the_header_is_as_documented() -> None:
     assert struct.unpack_from("<8sII", header_of(HEAD)) == (b"ONIONDLT", 1, 0)
     assert (HEADER.size, RECORD.size, COUNTS.size) == (76, 24, 24)
+
+
+# ---- a clone that has no snapshot of its own ----
+
+
+@pytest.fixture
+def clones(stores: tuple[Store, Store]) -> Iterator[tuple[Store, Store, bytes]]:
+    """Both stores have golden@clean and a clone of it, test-1; and the stream to test-1@done, which is here only."""
+    here, there = stores
+    with here.create("golden", size=SIZE) as golden:
+        golden.write(BLOCK, b"g" * BLOCK)
+        golden.snapshot("clean")
+    whole = io.BytesIO()
+    delta.delta(here, "golden", None, "clean", whole)
+    with there.create("golden", size=SIZE) as golden:
+        delta.apply(io.BytesIO(whole.getvalue()), golden)
+    for store in stores:
+        store.clone("golden", "clean", "test-1")
+    with here.open("test-1") as test:
+        test.write(3 * BLOCK, b"t" * BLOCK)
+        test.zero(BLOCK, BLOCK)
+        test.snapshot("done")
+    stream = io.BytesIO()
+    delta.delta(here, None, "golden@clean", "test-1@done", stream)
+    yield here, there, stream.getvalue()
+
+
+def test_a_clone_follows_a_stream_from_the_snapshot_that_it_was_cloned_from(clones: tuple[Store, Store, bytes]) -> None:
+    here, there, stream = clones
+    apply(there, stream, "test-1")
+    assert contents(there, "test-1") == contents(here, "test-1") == contents(there, "test-1", "done")
+    assert there.snapshots("test-1")[0].guid == here.snapshots("test-1")[0].guid
+    assert contents(there, "golden") == contents(here, "golden", "clean")
+    assert there.check() == []
+
+
+def test_a_clone_then_follows_its_own_snapshots(clones: tuple[Store, Store, bytes]) -> None:
+    here, there, stream = clones
+    apply(there, stream, "test-1")
+    with here.open("test-1") as test:
+        test.write(5 * BLOCK, b"u" * BLOCK)
+        test.snapshot("more")
+    out = io.BytesIO()
+    delta.delta(here, "test-1", "done", "more", out)
+    apply(there, out.getvalue(), "test-1")
+    assert contents(there, "test-1") == contents(here, "test-1")
+
+
+def test_a_clone_that_was_written_to_is_refused_and_keeps_its_data(clones: tuple[Store, Store, bytes]) -> None:
+    _, there, stream = clones
+    with there.open("test-1") as test:
+        test.write(0, b"mine")
+    with pytest.raises(StateError, match="written to after snapshot 'clean'"):
+        apply(there, stream, "test-1")
+    assert contents(there, "test-1")[:4] == b"mine" and there.snapshots("test-1") == []
+
+
+def test_a_clone_of_another_snapshot_is_refused(clones: tuple[Store, Store, bytes]) -> None:
+    _, there, stream = clones
+    with there.open("golden") as golden:
+        golden.write(0, b"newer")
+        golden.snapshot("newer")
+    there.clone("golden", "newer", "test-2")
+    with pytest.raises(ChainError, match="stands on snapshot 'newer'"):
+        apply(there, stream, "test-2")
+
+
+def test_a_clone_whose_origin_lost_the_name_below_is_refused(clones: tuple[Store, Store, bytes]) -> None:
+    _, there, stream = clones
+    with there.open("golden") as golden:
+        golden.merge("clean")
+    with pytest.raises(ChainError, match="stands on no snapshot"):
+        apply(there, stream, "test-1")

@@ -246,7 +246,7 @@ def test_a_device_or_directory_is_not_replaced(web: onionskin.Volume, tmp_path: 
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "directory").mkdir()
     for name in ("fifo", "directory"):
-        with pytest.raises(FileExistsError, match="no regular file"):
+        with pytest.raises(FileExistsError, match="not a regular file"):
             web.export(tmp_path / name)
 
 

@@ -107,7 +107,7 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
     with pytest.MonkeyPatch.context() as patch:
         if not small:
             patch.setattr(fold_policy, "SMALL_BYTES", 0)
-            patch.setattr(fold, "FREED_BYTES_MIN", 1 << 20)
+            patch.setattr(fold_policy, "FREED_BYTES_MIN", 1 << 20)
         with onionskin.Store(room / "store") as store:
             with store.create("v", size=len(disk), wipe=wipe) as volume:
                 for number, step in enumerate(steps):

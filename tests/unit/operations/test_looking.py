@@ -37,7 +37,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
     rows = catalog.rows(SnapshotRow, "volume = ? ORDER BY created_ns", volume.id)
     names = {row.layer for row in rows}
     ours = set()
-    for top in [*names, volume._opened.head]:
+    for top in [*names, volume.head]:
         ours |= {layer.id for layer in catalog.chain(top)}
 
     def held(id: bytes) -> int:
@@ -69,7 +69,7 @@ def usage_by_walking(store: onionskin.Store, name: str) -> list[usage.Usage]:
             own, below = own + held(below), layers[below].parent
         return usage.Usage(name, own, held(id) + sum(map(held, above(id))), freed_by_merge(id) if name else 0)
 
-    return [*(one(row.name, row.layer) for row in rows), one(None, volume._opened.head)]
+    return [*(one(row.name, row.layer) for row in rows), one(None, volume.head)]
 
 
 def states_at(store: onionskin.Store, layer: bytes) -> np.ndarray[Any, Any]:

@@ -11,7 +11,7 @@ import pytest
 from conftest import image_of, unmount
 
 import onionskin
-from onionskin.operations import fold, reclaim
+from onionskin.operations import new_map, reclaim
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -151,7 +151,7 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             raise OSError("the catalog is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(fold, "switch_map", fail)
+            patch.setattr(new_map, "switch_map", fail)
             web.merge("two")  # the name is dropped; that the layers could not be joined is left to the next opening
         for draft in drafts:
             size = os.fstat(draft).st_size

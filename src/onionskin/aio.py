@@ -1,0 +1,697 @@
+"""Stores and volumes for programs that use asyncio: what can take longer than a millisecond is awaited.
+
+Each method is a thin twin of one of `onionskin.Store` or `onionskin.Volume`, which runs in a thread of a bounded pool. What
+must hold:
+
+- An await ends when its call has ended, also where the task was cancelled: whatever CancelledError is raised, the operation
+  has happened or has not, nothing of it is under way, and no thread still reads or writes a buffer of the caller's.
+- A cancelled call that had not begun does not begin. One that reports progress is told to stop by that way.
+- What a cancelled call opened is closed again.
+- `close` waits for the calls that are under way, and no cancellation cuts it short.
+- Reading and writing have threads of their own, so that they do not wait behind merges.
+"""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, timedelta, tzinfo
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+import onionskin.store
+import onionskin.volume
+from onionskin.base.progress import Progress
+from onionskin.errors import StateError
+
+if TYPE_CHECKING:
+    import numpy.typing
+
+    from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.catalog.tree import Snapshot
+    from onionskin.operations.holds import Hold
+    from onionskin.operations.layering import Layering
+    from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.prune import Retention
+    from onionskin.operations.usage import Problem, Usage
+
+    Array = numpy.typing.NDArray[Any]
+
+THREADS = 8
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _twin_of(twin: object) -> Callable[[Method], Method]:
+    """Put the documentation of what a method awaits behind the line that it has itself."""
+
+    def document(method: Method) -> Method:
+        method.__doc__ = f"{inspect.getdoc(method) or ''}\n\n{inspect.getdoc(twin) or ''}"
+        return method
+
+    return document
+
+
+class Store:
+    """A directory that holds volumes, opened by ``async with Store(path)`` or by ``await Store(path)``.
+
+    Parameters
+    ----------
+    path, create, trust, group
+        As for `onionskin.Store`.
+    threads : int
+        So many calls run at a time that read and write, and as many others; more of them wait.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        The directory, as it was given.
+
+    Notes
+    -----
+    An await ends when its call has ended. So a task that is cancelled goes on for as long as the call takes, and a timeout
+    may come late; a call with `progress` stops soon, and one that had not begun does not begin. When CancelledError is
+    raised, the operation has happened or has not, as after a kill; nothing of it is under way, and the store and its
+    volumes can be used. What was being opened is closed again.
+
+    A `progress` is called in the event loop, with the latest figures. What it raises ends the operation, as in the other
+    API, and is raised by the await.
+
+    Any event loop may use it, several too.
+    """
+
+    def __init__(
+        self,
+        path: "AnyPath",
+        *,
+        create: bool = True,
+        trust: bool = False,
+        group: str | int | None = None,
+        threads: int = THREADS,
+    ) -> None:
+        self.path = Path(path)
+        self._calls = _Calls(f"store {path}", _Threads(threads))
+        self._make = partial(onionskin.store.Store, path, create=create, trust=trust, group=group)
+        self._sync: onionskin.store.Store | None = None
+
+    @property
+    def sync(self) -> "onionskin.store.Store":
+        """The `onionskin.Store` that does the work, for calls that may block."""
+        if self._sync is None:
+            raise StateError(f"store {self.path} is not open: use it with 'async with', or await it first")
+        return self._sync
+
+    def __repr__(self) -> str:
+        return f"<aio {self._sync!r}>" if self._sync is not None else f"<aio Store {self.path} not open>"
+
+    async def _opened(self) -> "Store":
+        def open() -> None:
+            self._sync = self._make()
+
+        if self._sync is None:
+            try:
+                await self._calls.run(open)
+            except BaseException:
+                await self.close()
+                raise
+        return self
+
+    def __await__(self) -> "Generator[Any, None, Store]":
+        return self._opened().__await__()
+
+    async def __aenter__(self) -> "Store":
+        return await self._opened()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        """Run any function in a thread of the store, as its own methods are: `onionskin.delta.delta`, for example.
+
+        Parameters
+        ----------
+        function : callable
+            Is given the rest. It may use `sync` of this store and of its volumes.
+        *args, **kwargs
+            What it is called with.
+
+        Returns
+        -------
+        object
+            What the function returns.
+        """
+        return await self._calls.run(partial(function, *args, **kwargs))
+
+    def _opening(self, open: "Callable[[], onionskin.volume.Volume]") -> "Opening":
+        async def opened() -> Volume:
+            return Volume(self, await self._calls.run(open, undo=onionskin.volume.Volume.close))
+
+        return Opening(opened)
+
+    # ---- volumes ----
+
+    @_twin_of(onionskin.store.Store.create)
+    def create(
+        self,
+        name: str,
+        *,
+        base: "AnyPath | None" = None,
+        size: "int | str | None" = None,
+        block_size: int = 4096,
+        wipe: "WipePolicy" = "release",
+        digest: bool = False,
+        base_format: "Literal['raw'] | None" = None,
+    ) -> "Opening":
+        """Await `onionskin.Store.create`, or use it with ``async with``."""
+        return self._opening(
+            partial(
+                self.sync.create,
+                name,
+                base=base,
+                size=size,
+                block_size=block_size,
+                wipe=wipe,
+                digest=digest,
+                base_format=base_format,
+            )
+        )
+
+    @_twin_of(onionskin.store.Store.open)
+    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Opening":
+        """Await `onionskin.Store.open`, or use it with ``async with``."""
+        return self._opening(partial(self.sync.open, name, snapshot=snapshot, verify=verify, mode=mode))
+
+    @_twin_of(onionskin.store.Store.clone)
+    async def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
+        """Await `onionskin.Store.clone`."""
+        await self.run(self.sync.clone, name, snapshot, new_name, wipe=wipe)
+
+    @_twin_of(onionskin.store.Store.delete)
+    async def delete(self, name: str, *, recursive: bool = False) -> None:
+        """Await `onionskin.Store.delete`."""
+        await self.run(self.sync.delete, name, recursive=recursive)
+
+    @_twin_of(onionskin.store.Store.rename)
+    async def rename(self, name: str, new_name: str) -> None:
+        """Await `onionskin.Store.rename`."""
+        await self.run(self.sync.rename, name, new_name)
+
+    @_twin_of(onionskin.store.Store.rename_snapshot)
+    async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
+        """Await `onionskin.Store.rename_snapshot`."""
+        await self.run(self.sync.rename_snapshot, volume, old, new)
+
+    @_twin_of(onionskin.store.Store.set_note)
+    async def set_note(self, volume: str, snapshot: str, note: str) -> None:
+        """Await `onionskin.Store.set_note`."""
+        await self.run(self.sync.set_note, volume, snapshot, note)
+
+    @_twin_of(onionskin.store.Store.hold)
+    async def hold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Await `onionskin.Store.hold`."""
+        await self.run(self.sync.hold, volume, snapshot, holder)
+
+    @_twin_of(onionskin.store.Store.unhold)
+    async def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+        """Await `onionskin.Store.unhold`."""
+        await self.run(self.sync.unhold, volume, snapshot, holder)
+
+    @_twin_of(onionskin.store.Store.holds)
+    async def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
+        """Await `onionskin.Store.holds`."""
+        return await self.run(self.sync.holds, volume, snapshot)
+
+    @_twin_of(onionskin.store.Store.relocate)
+    async def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
+        """Await `onionskin.Store.relocate`."""
+        await self.run(self.sync.relocate, name, base=base, trust=trust, verify=verify)
+
+    @_twin_of(onionskin.store.Store.prune)
+    async def prune(
+        self,
+        volume: str,
+        *,
+        keep_last: int = 0,
+        keep_hourly: int = 0,
+        keep_daily: int = 0,
+        keep_weekly: int = 0,
+        keep_monthly: int = 0,
+        keep_yearly: int = 0,
+        keep_within: timedelta | None = None,
+        zone: tzinfo = UTC,
+        dry_run: bool = False,
+    ) -> "list[Retention]":
+        """Await `onionskin.Store.prune`."""
+        return await self.run(
+            self.sync.prune,
+            volume,
+            keep_last=keep_last,
+            keep_hourly=keep_hourly,
+            keep_daily=keep_daily,
+            keep_weekly=keep_weekly,
+            keep_monthly=keep_monthly,
+            keep_yearly=keep_yearly,
+            keep_within=keep_within,
+            zone=zone,
+            dry_run=dry_run,
+        )
+
+    # ---- looking ----
+
+    @_twin_of(onionskin.store.Store.volumes)
+    async def volumes(self) -> "list[VolumeInfo]":
+        """Await `onionskin.Store.volumes`."""
+        return await self.run(self.sync.volumes)
+
+    @_twin_of(onionskin.store.Store.info)
+    async def info(self, name: str) -> "VolumeInfo":
+        """Await `onionskin.Store.info`."""
+        return await self.run(self.sync.info, name)
+
+    @_twin_of(onionskin.store.Store.snapshots)
+    async def snapshots(self, name: str) -> "list[Snapshot]":
+        """Await `onionskin.Store.snapshots`."""
+        return await self.run(self.sync.snapshots, name)
+
+    @_twin_of(onionskin.store.Store.tree)
+    async def tree(self) -> "list[TreeNode]":
+        """Await `onionskin.Store.tree`."""
+        return await self.run(self.sync.tree)
+
+    @_twin_of(onionskin.store.Store.usage)
+    async def usage(self, name: str) -> "list[Usage]":
+        """Await `onionskin.Store.usage`."""
+        return await self.run(self.sync.usage, name)
+
+    @_twin_of(onionskin.store.Store.diff)
+    async def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
+        """Await `onionskin.Store.diff`."""
+        return await self.run(self.sync.diff, name, a, b)
+
+    @_twin_of(onionskin.store.Store.layering)
+    async def layering(self, name: str, snapshot: str | None = None) -> "Layering":
+        """Await `onionskin.Store.layering`."""
+        return await self.run(self.sync.layering, name, snapshot)
+
+    @_twin_of(onionskin.store.Store.check)
+    async def check(self, *, repair: bool = False) -> "list[Problem]":
+        """Await `onionskin.Store.check`."""
+        return await self.run(self.sync.check, repair=repair)
+
+    @_twin_of(onionskin.store.Store.close)
+    async def close(self) -> None:
+        """Await `onionskin.Store.close`, behind all calls that are under way in the store and its volumes."""
+        await self._calls.end(lambda: None if self._sync is None else self._sync.close())
+        self._calls.threads.end()
+
+
+class Opening:
+    """A volume that is being opened or made: to be awaited, or used with ``async with``, once. Begins only then."""
+
+    def __init__(self, open: "Callable[[], Coroutine[Any, Any, Volume]]") -> None:
+        self._open = open
+        self._volume: Volume | None = None
+
+    def __await__(self) -> "Generator[Any, None, Volume]":
+        return self._open().__await__()
+
+    async def __aenter__(self) -> "Volume":
+        self._volume = await self._open()
+        return self._volume
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._volume is not None:
+            await self._volume.close()
+
+
+class Volume:
+    """One open volume. Made by `Store.create` and `Store.open`; ``async with`` flushes and closes it.
+
+    What it is (`name`, `size_bytes`, `block_size`, `wipe`, `writable`, `closed`) can be asked without an await. `Store` says
+    what holds when an await is cancelled.
+    """
+
+    def __init__(self, store: Store, sync: "onionskin.volume.Volume") -> None:
+        self._store = store
+        self._sync = sync
+        self._calls = _Calls(f"volume {sync.name!r}", store._calls.threads, within=store._calls)
+
+    @property
+    def store(self) -> Store:
+        """The store that it was opened in."""
+        return self._store
+
+    @property
+    def sync(self) -> "onionskin.volume.Volume":
+        """The `onionskin.Volume` that does the work, for calls that may block."""
+        return self._sync
+
+    @property
+    def name(self) -> str:
+        """The volume's name, as it is now where somebody renamed it meanwhile."""
+        return self._sync.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk in bytes."""
+        return self._sync.size_bytes
+
+    @property
+    def block_size(self) -> int:
+        """The unit of copy-on-write, in bytes."""
+        return self._sync.block_size
+
+    @property
+    def wipe(self) -> str:
+        """What happens to freed space."""
+        return self._sync.wipe
+
+    @property
+    def writable(self) -> bool:
+        """Whether this is the head, and not a view of a snapshot."""
+        return self._sync.writable
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._sync.closed
+
+    def __repr__(self) -> str:
+        return f"<aio {self._sync!r}>"
+
+    async def __aenter__(self) -> "Volume":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _bytes(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return await self._calls.run(partial(function, *args, **kwargs), of_bytes=True)
+
+    async def _run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return await self._calls.run(partial(function, *args, **kwargs))
+
+    # ---- bytes ----
+
+    @_twin_of(onionskin.volume.Volume.read)
+    async def read(self, offset: int, length: int) -> bytes:
+        """Await `onionskin.Volume.read`."""
+        return await self._bytes(self._sync.read, offset, length)
+
+    @_twin_of(onionskin.volume.Volume.readinto)
+    async def readinto(self, offset: int, buffer: "WritableBuffer") -> int:
+        """Await `onionskin.Volume.readinto`."""
+        return await self._bytes(self._sync.readinto, offset, buffer)
+
+    @_twin_of(onionskin.volume.Volume.write)
+    async def write(self, offset: int, data: "ReadableBuffer") -> int:
+        """Await `onionskin.Volume.write`."""
+        return await self._bytes(self._sync.write, offset, data)
+
+    @_twin_of(onionskin.volume.Volume.read_blocks)
+    async def read_blocks(self, block_indices: "Sequence[int] | Array", out: "Bytes | None" = None) -> "Bytes":
+        """Await `onionskin.Volume.read_blocks`."""
+        return await self._bytes(self._sync.read_blocks, block_indices, out)
+
+    @_twin_of(onionskin.volume.Volume.write_blocks)
+    async def write_blocks(self, block_indices: "Sequence[int] | Array", data: "ReadableBuffer") -> None:
+        """Await `onionskin.Volume.write_blocks`."""
+        await self._bytes(self._sync.write_blocks, block_indices, data)
+
+    @_twin_of(onionskin.volume.Volume.zero)
+    async def zero(self, offset: int, length: int) -> None:
+        """Await `onionskin.Volume.zero`."""
+        await self._bytes(self._sync.zero, offset, length)
+
+    @_twin_of(onionskin.volume.Volume.trim)
+    async def trim(self, offset: int, length: int) -> None:
+        """Await `onionskin.Volume.trim`."""
+        await self._bytes(self._sync.trim, offset, length)
+
+    @_twin_of(onionskin.volume.Volume.view)
+    async def view(self, offset: int, length: int) -> "Bytes":
+        """Await `onionskin.Volume.view`. To look into the array may wait for the disk, and the event loop with it."""
+        return await self._bytes(self._sync.view, offset, length)
+
+    @_twin_of(onionskin.volume.Volume.flush)
+    async def flush(self) -> None:
+        """Await `onionskin.Volume.flush`."""
+        await self._bytes(self._sync.flush)
+
+    @_twin_of(onionskin.volume.Volume.resize)
+    async def resize(self, size: "int | str", *, force: bool = False) -> None:
+        """Await `onionskin.Volume.resize`."""
+        await self._run(self._sync.resize, size, force=force)
+
+    @_twin_of(onionskin.volume.Volume.extents)
+    async def extents(self) -> "Extents":
+        """Await `onionskin.Volume.extents`."""
+        return await self._run(self._sync.extents)
+
+    # ---- snapshots ----
+
+    @_twin_of(onionskin.volume.Volume.parent)
+    async def parent(self) -> "Snapshot | None":
+        """Await the property `onionskin.Volume.parent`."""
+        return await self._run(lambda: self._sync.parent)
+
+    @_twin_of(onionskin.volume.Volume.head_changed)
+    async def head_changed(self) -> bool:
+        """Await the property `onionskin.Volume.head_changed`."""
+        return await self._run(lambda: self._sync.head_changed)
+
+    @_twin_of(onionskin.volume.Volume.snapshots)
+    async def snapshots(self) -> "list[Snapshot]":
+        """Await the property `onionskin.Volume.snapshots`."""
+        return await self._run(lambda: self._sync.snapshots)
+
+    @_twin_of(onionskin.volume.Volume.snapshot)
+    async def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> "Snapshot":
+        """Await `onionskin.Volume.snapshot`."""
+        return await self._run(self._sync.snapshot, name, note, guid=guid)
+
+    @_twin_of(onionskin.volume.Volume.revert)
+    async def revert(self, name: str) -> None:
+        """Await `onionskin.Volume.revert`."""
+        await self._run(self._sync.revert, name)
+
+    @_twin_of(onionskin.volume.Volume.discard)
+    async def discard(self, name: str, *, recursive: bool = False) -> None:
+        """Await `onionskin.Volume.discard`."""
+        await self._run(self._sync.discard, name, recursive=recursive)
+
+    @_twin_of(onionskin.volume.Volume.merge)
+    async def merge(self, name: str) -> None:
+        """Await `onionskin.Volume.merge`."""
+        await self._run(self._sync.merge, name)
+
+    @_twin_of(onionskin.volume.Volume.merge_into_base)
+    async def merge_into_base(
+        self,
+        upto: str | None = None,
+        *,
+        progress: Progress | None = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        """Await `onionskin.Volume.merge_into_base`. A cancelled task cancels the merge."""
+        merge = partial(self._sync.merge_into_base, upto, threads=threads, bytes_per_second=bytes_per_second)
+        await self._calls.run_with_progress(progress, lambda report: merge(progress=report))
+
+    @_twin_of(onionskin.volume.Volume.flatten)
+    async def flatten(self, *, progress: Progress | None = None) -> None:
+        """Await `onionskin.Volume.flatten`. A cancelled task ends the copy."""
+        await self._calls.run_with_progress(progress, lambda report: self._sync.flatten(progress=report))
+
+    @_twin_of(onionskin.volume.Volume.export)
+    async def export(self, path: "AnyPath", *, progress: Progress | None = None) -> None:
+        """Await `onionskin.Volume.export`. A cancelled task ends the export, and no image is left."""
+        await self._calls.run_with_progress(progress, lambda report: self._sync.export(path, progress=report))
+
+    @_twin_of(onionskin.volume.Volume.diff)
+    async def diff(self, a: str, b: str | None = None) -> "Extents":
+        """Await `onionskin.Volume.diff`."""
+        return await self._run(self._sync.diff, a, b)
+
+    @_twin_of(onionskin.volume.Volume.usage)
+    async def usage(self) -> "list[Usage]":
+        """Await `onionskin.Volume.usage`."""
+        return await self._run(self._sync.usage)
+
+    @_twin_of(onionskin.volume.Volume.layering)
+    async def layering(self) -> "Layering":
+        """Await `onionskin.Volume.layering`."""
+        return await self._run(self._sync.layering)
+
+    @_twin_of(onionskin.volume.Volume.close)
+    async def close(self) -> None:
+        """Await `onionskin.Volume.close`, behind all calls that are under way."""
+        await self._calls.end(self._sync.close)
+
+
+class _Threads:
+    """The threads of a store, of two kinds; they are started when they are needed."""
+
+    def __init__(self, count: int) -> None:
+        self.of_bytes: Executor = ThreadPoolExecutor(count, thread_name_prefix="onionskin bytes")
+        self.others: Executor = ThreadPoolExecutor(count, thread_name_prefix="onionskin aio")
+
+    def end(self) -> None:
+        """Join the threads, which have nothing to do any more. Idempotent."""
+        self.of_bytes.shutdown()
+        self.others.shutdown()
+
+
+class _Calls:
+    """The calls under way of one store or volume.
+
+    Parameters
+    ----------
+    what : str
+        Whose they are, for errors.
+    threads : _Threads
+    within : _Calls, optional
+        Those of the store, for a volume: they are among them.
+    """
+
+    def __init__(self, what: str, threads: _Threads, *, within: "_Calls | None" = None) -> None:
+        self.threads = threads
+        self._what = what
+        self._within = within
+        self._under_way: set[Future[Any]] = set()
+        self._is_closing = self._is_closed = False
+
+    async def run(
+        self,
+        call: Callable[[], Result],
+        *,
+        of_bytes: bool = False,
+        undo: Callable[[Result], object] | None = None,
+        stop: Callable[[], None] | None = None,
+    ) -> Result:
+        """Run a call in a thread and wait for its end.
+
+        Where the task is cancelled meanwhile, a call that has begun is asked to `stop`, and what it did is undone. What it
+        raised is the cause of the CancelledError then.
+        """
+        if self._is_closing or (self._within is not None and self._within._is_closing):
+            raise StateError(f"{self._what} is closed, or is being closed; open it again")
+        future = self._submit(call, self.threads.of_bytes if of_bytes else self.threads.others)
+
+        def cancel() -> None:
+            if not future.cancel() and stop is not None:
+                stop()
+
+        interrupted = await _end_of(future, cancel)
+        if interrupted is None:
+            return future.result()
+        failure = None if future.cancelled() else future.exception()
+        if undo is not None and failure is None and not future.cancelled():
+            undone = self._submit(partial(undo, future.result()), self.threads.others)
+            await _end_of(undone)
+            failure = undone.exception()
+        raise interrupted from failure
+
+    async def run_with_progress(self, progress: Progress | None, call: Callable[[Progress], Result]) -> Result:
+        """Run a call that reports its progress, and stop it where the task is cancelled."""
+        report = _Report(progress)
+        result = await self.run(lambda: call(report), stop=report.stop)
+        if report.error is not None:  # it was raised too late to end the call
+            raise report.error
+        return result
+
+    async def end(self, close: Callable[[], None]) -> None:
+        """Begin no more calls, wait for those under way, and close. Where that fails, calls can be made as before."""
+        self._is_closing = True
+        interrupted: asyncio.CancelledError | None = None
+        while under_way := tuple(self._under_way):
+            interrupted = await _end_of(under_way[0]) or interrupted
+        if not self._is_over():
+            future = self._submit(close, self.threads.others)
+            interrupted = await _end_of(future) or interrupted
+            if failure := future.exception():
+                self._is_closing = False
+                raise failure
+        self._is_closed = True
+        if interrupted is not None:
+            raise interrupted
+
+    def _is_over(self) -> bool:
+        """Whether it was closed: with it, all that is in a store, and there is no thread any more."""
+        return self._is_closed or (self._within is not None and self._within._is_closed)
+
+    def _submit(self, call: Callable[[], Result], pool: Executor) -> "Future[Result]":
+        future = pool.submit(call)
+        owner: _Calls | None = self
+        while owner is not None:
+            owner._under_way.add(future)
+            future.add_done_callback(owner._under_way.discard)
+            owner = owner._within
+        return future
+
+
+async def _end_of(future: "Future[Any]", cancel: Callable[[], object] = lambda: None) -> asyncio.CancelledError | None:
+    """Wait until a call has ended, whatever happens to the task: where that is cancelled, `cancel` is called.
+
+    The cancellation is returned, for the caller to raise.
+    """
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    interrupted: asyncio.CancelledError | None = None
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(ended.set)
+
+    future.add_done_callback(tell)
+    while not ended.is_set():
+        try:
+            await ended.wait()
+        except asyncio.CancelledError as error:
+            interrupted = error
+            cancel()
+    return interrupted
+
+
+class _Report:
+    """Progress on its way from a thread to the event loop, and the wish to stop on its way back."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._progress = progress
+        self._guard = threading.Lock()
+        self._latest: tuple[int, int] | None = None  # what was not told yet
+        self.error: BaseException | None = None  # what ends the operation
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take figures from the thread; raise there what ends the operation."""
+        if self.error is not None:
+            raise self.error
+        if self._progress is None:
+            return
+        with self._guard:
+            is_waiting, self._latest = self._latest is not None, (done, total)
+        if not is_waiting:
+            self._loop.call_soon_threadsafe(self._tell, self._progress)
+
+    def _tell(self, progress: Progress) -> None:
+        with self._guard:
+            latest, self._latest = self._latest, None
+        if latest is None or self.error is not None:
+            return
+        try:
+            progress(*latest)
+        except BaseException as error:
+            self.error = error
+
+    def stop(self) -> None:
+        """End the operation when it reports next."""
+        if self.error is None:
+            self.error = StateError("the task that waited for it was cancelled")
+
+
+__all__ = ["Opening", "Store", "Volume"]

@@ -1,0 +1,204 @@
+"""onionskin.aio: twins of all that may block, and what holds when a task that waits for one is cancelled."""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onionskin
+from onionskin import aio
+
+QUICK = {"read_only", "unreachable_bytes", "open_file"}  # asked by way of `sync`
+
+
+@pytest.mark.parametrize("kind", ["Store", "Volume"])
+def test_all_that_is_public_has_a_twin_or_is_quick(kind: str) -> None:
+    ours, twins = getattr(onionskin, kind), getattr(aio, kind)
+    assert {name for name in dir(ours) if name[0] != "_"} - set(dir(twins)) <= QUICK
+
+
+@pytest.mark.parametrize("kind", ["Store", "Volume"])
+def test_a_twin_takes_what_its_twin_takes_and_says_the_same(kind: str) -> None:
+    ours, twins = getattr(onionskin, kind), getattr(aio, kind)
+    for name, method in vars(ours).items():
+        if inspect.isfunction(method) and name[0] != "_" and name not in QUICK:
+            twin = getattr(twins, name)
+            one, other = inspect.signature(method).parameters, inspect.signature(twin).parameters
+            assert [(p.name, p.kind, p.default) for p in one.values()] == [
+                (p.name, p.kind, p.default) for p in other.values()
+            ], name
+            assert (inspect.getdoc(method) or "") in (inspect.getdoc(twin) or ""), name
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [
+        one.name for one in threading.enumerate() if one.name.startswith(("onionskin aio", "onionskin bytes"))
+    ] == []
+
+
+class Held:
+    """A function that is held in its thread until the test lets it go on."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self.function(*args, **kwargs)
+
+
+async def begun(held: Held) -> None:
+    assert await asyncio.to_thread(held.begun.wait, 60)
+
+
+def test_a_volume_is_made_written_snapshotted_and_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            async with store.create("web", size="1M") as disk:
+                await disk.write(0, b"hello")
+                assert (await disk.snapshot("a")).name == "a"
+                assert [one.name for one in await disk.snapshots()] == ["a"]
+            disk = await store.open("web")
+            assert await disk.read(0, 5) == b"hello"
+        assert disk.closed
+        with pytest.raises(onionskin.StateError, match="closed"):
+            await disk.read(0, 5)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_snapshot_is_taken_before_its_await_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store, store.create("web", size="1M") as disk:
+            held = Held(disk.sync.snapshot)
+            monkeypatch.setattr(disk.sync, "snapshot", held)
+            task = asyncio.create_task(disk.snapshot("a"))
+            await begun(held)
+            task.cancel()
+            await asyncio.sleep(0)
+            assert not task.done()
+            held.go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert [one.name for one in await disk.snapshots()] == ["a"]
+            await disk.write(0, b"goes on")
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_that_waits_for_a_thread_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms", threads=1) as store, store.create("web", size="1M") as disk:
+            held = Held(lambda: None)
+            first = asyncio.create_task(store.run(held))
+            await begun(held)
+            second = asyncio.create_task(disk.snapshot("a"))
+            await asyncio.sleep(0)
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            held.go_on.set()
+            await first
+            assert await disk.snapshots() == []
+
+    asyncio.run(main())
+
+
+def test_a_volume_whose_opening_was_cancelled_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            await (await store.create("web", size="1M")).close()
+            held = Held(store.sync.open)
+            with monkeypatch.context() as patch:
+                patch.setattr(store.sync, "open", held)
+                opening = store.open("web")
+            task = asyncio.ensure_future(opening)
+            await begun(held)
+            task.cancel()
+            held.go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with store.open("web") as disk:
+                assert disk.writable
+
+    asyncio.run(main())
+
+
+def test_close_waits_for_calls_and_no_cancellation_cuts_it_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            disk = await store.create("web", size="1M")
+            held = Held(disk.sync.snapshot)
+            monkeypatch.setattr(disk.sync, "snapshot", held)
+            snapshot = asyncio.create_task(disk.snapshot("a"))
+            await begun(held)
+            closing = asyncio.create_task(disk.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.sleep(0)
+            assert not closing.done() and not disk.closed
+            held.go_on.set()
+            assert (await snapshot).name == "a"
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            assert disk.closed
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_export_ends_where_it_reports_and_leaves_no_image(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store, store.create("web", size="64M") as disk:
+            await disk.write(0, b"x" * (32 << 20))
+            task: asyncio.Task[None] | None = None
+
+            def cancel(done: int, total: int) -> None:
+                assert task is not None
+                task.cancel()
+
+            def export(report: Any) -> None:
+                report(0, 1)
+                while True:  # an operation without an end, but for what its progress raises
+                    report(0, 1)
+
+            task = asyncio.create_task(disk._calls.run_with_progress(cancel, export))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(ZeroDivisionError):
+                await disk._calls.run_with_progress(lambda done, total: 1 // 0, export)
+            await disk.export(tmp_path / "out.raw")
+            assert (tmp_path / "out.raw").stat().st_size == 64 << 20
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_ends_waits_for_what_its_tasks_began(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await aio.Store(tmp_path / "vms")
+        disk = await store.create("web", size="1M")
+
+        async def work() -> None:
+            async with store:
+                await disk.snapshot("a")
+                await asyncio.sleep(3600)
+
+        task = asyncio.create_task(work())
+        while not disk.sync.snapshots:
+            await asyncio.sleep(0)
+        assert not task.done()
+
+    asyncio.run(main())
+    with onionskin.Store(tmp_path / "vms") as store, store.open("web") as disk:
+        assert [one.name for one in disk.snapshots] == ["a"]
