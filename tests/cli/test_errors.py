@@ -128,7 +128,6 @@ def test_names_that_are_taken(run: Run, vms: Path, tmp_path: Path) -> None:
         (["create", "{s}/new", "--size", "1M", "--digest"], "--base"),
         (["create", "{s}/new", "--size", "1M", "--block-size", "5000"], "block"),
         (["create", "{s}/new@a", "--size", "1M"], "a volume is wanted"),
-        (["snapshot", "{s}/web"], "@SNAPSHOT"),
         (["merge", "{s}/web"], "--into-base"),
         (["diff", "{s}/web@clean", "{s}/elsewhere/web"], "not of one store"),
         (["delta", "{s}/elsewhere/web@clean", "{s}/web@clean"], "not of one store"),
