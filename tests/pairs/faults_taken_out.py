@@ -159,7 +159,7 @@ FAULTS = [
             Edit(
                 "src/onionskin/storage/open_head.py",
                 """            elif self._goes_on_below():
-                with suppress(OSError, OnionskinError):  # else the old files stay locked until this is next done
+                with suppress(OSError, OnionskinError):  # if this fails, the old files stay locked until the next time
                     self.leave_base()
                     self.give_up_unread()
 """,

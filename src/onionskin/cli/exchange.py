@@ -239,14 +239,14 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         out.flush()
     value = {
         "from": names[0].snapshot if start else None,
-        "from_volume": names[0].volume if start else None,
         "to": b.snapshot,
-        "to_volume": b.volume,
         "full": sent.full,
         "size_bytes": sent.size_b,
         "data_bytes": sent.data_bytes,
         "zero_bytes": sent.zero_bytes,
     }
+    if start and names[0].volume != b.volume:
+        value |= {"from_volume": names[0].volume, "to_volume": b.volume}
     if path is not None:
         output.tell(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
     elif as_json:

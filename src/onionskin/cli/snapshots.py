@@ -233,12 +233,12 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
     changed = sum(length for _, length, _ in extents)
     value = {
         "from": a.snapshot,
-        "from_volume": a.volume,
         "to": b.snapshot,
-        "to_volume": b.volume,
         "bytes": changed,
         "extents": [{"offset": o, "length": n, "state": output.STATES[s]} for o, n, s in extents],
     }
+    if a.volume != b.volume:
+        value |= {"from_volume": a.volume, "to_volume": b.volume}
 
     def draw() -> str:
         rows = [(str(o), str(n), output.STATES[s]) for o, n, s in extents]
