@@ -9,11 +9,11 @@ from onionskin.catalog.rows import (
     BaseRow,
     HoldRow,
     LayerRow,
-    PendingRow,
     Row,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
+    WorkRow,
     new_id,
 )
 from onionskin.catalog.schema import SCHEMA_VERSION
@@ -26,10 +26,10 @@ __all__ = [
     "CommitUnknownError",
     "HoldRow",
     "LayerRow",
-    "PendingRow",
     "Row",
     "SegmentRow",
     "SnapshotRow",
     "VolumeRow",
+    "WorkRow",
     "new_id",
 ]

@@ -54,7 +54,7 @@ class SegmentRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """One volume. A name that begins with '@' belongs to a draft, which no list shows and no user can name."""
+    """One volume. A name that begins with '@' belongs to a staged volume, which no list shows and no user can name."""
 
     id: bytes
     name: str
@@ -85,7 +85,7 @@ class HoldRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingRow:
+class WorkRow:
     """Work that has to be done before it is forgotten.
 
     kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made, its row is here too,
@@ -102,7 +102,7 @@ class PendingRow:
     done_bytes: int = 0
 
 
-Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, HoldRow, PendingRow)
+Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, HoldRow, WorkRow)
 TABLES: dict[type, str] = {
     BaseRow: "bases",
     LayerRow: "layers",
@@ -110,10 +110,10 @@ TABLES: dict[type, str] = {
     VolumeRow: "volumes",
     SnapshotRow: "snapshots",
     HoldRow: "holds",
-    PendingRow: "pending",
+    WorkRow: "pending",
 }
 COLUMNS = {kind: tuple(field.name for field in fields(kind)) for kind in TABLES}
-DRAFT_PREFIX = "@"
+STAGED_PREFIX = "@"
 
 
 def new_id() -> bytes:

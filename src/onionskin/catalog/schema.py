@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.catalog.rows import BaseRow, HoldRow, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog.rows import BaseRow, HoldRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow, WorkRow
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
 SCHEMA_VERSION = 4
@@ -149,7 +149,7 @@ VALUES: dict[type, dict[str, Value]] = {
         "number": _number(0),
     },
     HoldRow: {"layer": _ID, "holder": _text(1), "created_ns": _INTEGER},
-    PendingRow: {
+    WorkRow: {
         "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
         "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),
     },

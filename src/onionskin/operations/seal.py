@@ -42,8 +42,8 @@ class Sealing:
         self._volume = volume
         self._spare = spare  # what the next head begins with; its id is the id of that head's map too
         self._sealed = sealed
-        # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-        self.scrubs: list[bytes] = volume.path.scrub_wanted()
+        # Slots that the last flush of this head freed in segments it had inherited: the new head never asks.
+        self.to_reclaim: list[bytes] = volume.path.reclaim_wanted()
         self.next_head: NextHead | None = None
         self._unused: set[int] = set()
 
@@ -68,7 +68,7 @@ class Sealing:
         self.next_head = new = NextHead(head.layer.id, new_id(), *catalog.take_lock_bytes(2))
         layer = replace(head.layer, map_lock_byte=new.map_byte)
         self._write_next_head(layer, new)
-        reclaim.add_scrubs(volume.store, self.scrubs, volume.wipe)
+        reclaim.add_slot_work(volume.store, self.to_reclaim, volume.wipe)
         row = self._write_sealed(old)
         also(row, layer)
         volume.share({new.spare_byte: new.spare}, new.map_byte)
@@ -107,7 +107,7 @@ class Sealing:
         if row is None:
             return
         if store.layout.segment_file(id).exists():
-            store.catalog.add_pending("segment", id, row.lock_byte, wipe)
+            store.catalog.add_work("segment", id, row.lock_byte, wipe)
             self._unused.add(row.lock_byte)
         store.catalog.remove_segment(id)
 
@@ -121,7 +121,7 @@ class Sealing:
     def finish(self) -> None:
         """Give up files that were made for nothing, and free what is to be freed. Once the data path was told."""
         self._volume.locks.drop_shared(self._unused)
-        if self.scrubs or self._unused:
+        if self.to_reclaim or self._unused:
             reclaim.work_soon(self._volume.store)
         self._volume.note_seal()
 
@@ -137,17 +137,17 @@ def begin_seal(volume: OpenHead) -> Iterator[Sealing]:
     spare = volume.store.catalog.spare_of(volume.head)
     begun: list[Sealing] = []
     try:
-        with volume.settling(lambda: _settle(volume, begun), lambda: begun[0].go_on()):
+        with volume.resolving(lambda: _resolve(volume, begun), lambda: begun[0].go_on()):
             map_path = str(volume.store.layout.map_file(spare.id))
             begun.append(Sealing(volume, spare, volume.path.seal(map_path=map_path, map_id=spare.id)))
             yield begun[0]
     except BaseException:
-        if begun and begun[0].scrubs and not volume.path.closed:
-            volume.path.want_scrub(begun[0].scrubs)
+        if begun and begun[0].to_reclaim and not volume.path.closed:
+            volume.path.want_reclaim(begun[0].to_reclaim)
         raise
 
 
-def _settle(volume: OpenHead, begun: list[Sealing]) -> None:
+def _resolve(volume: OpenHead, begun: list[Sealing]) -> None:
     """Go on with the new head if the catalog has it, with the old one if not."""
     new = begun[0].next_head if begun else None
     if new is None or volume.path.poisoned or volume.store.catalog.head_of(volume.row) != new.head:
