@@ -2,9 +2,10 @@
 
 What must hold: a writer of a volume holds its lock; a handle holds shared locks on all files that it can read before
 it trusts the catalog; what is freed goes through `reclaim`. Nothing here touches block data.
+
+The methods import what they alone need: each verb of the command line opens a store, and few need more than one of these.
 """
 
-import logging
 import operator
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name
 from onionskin.base.sizes import parse_size
@@ -34,21 +36,6 @@ from onionskin.errors import (
     StateError,
     VerifyError,
 )
-from onionskin.operations import (
-    compact_segments,
-    holds,
-    losses,
-    prune,
-    reclaim,
-    snapshot_names,
-    staged_volumes,
-    volumes,
-)
-from onionskin.operations import usage as usages
-from onionskin.operations.flush import finish
-from onionskin.operations.fold import fold_unnamed_below
-from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.operations.prune import Retention, Rules, retained
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -66,15 +53,25 @@ from onionskin.storage.locks import (
 )
 from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
-from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.operations import holds
+    from onionskin.operations import usage as usages
     from onionskin.operations.layering import Layering
+    from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.prune import Retention
+    from onionskin.volume import Volume
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
+
+
+def _work_in_background(store: OpenStore) -> None:
+    from onionskin.operations import reclaim
+
+    reclaim.work_in_background(store)
 
 
 class Store:
@@ -120,9 +117,7 @@ class Store:
         group: str | int | None = None,
     ) -> None:
         self._trust = trust
-        self._opened: OpenStore = OpenStore(
-            path, create=create, trust=trust, group=group, work=reclaim.work_in_background
-        )
+        self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
         self.path: Path = self._opened.path
 
     @property
@@ -181,7 +176,7 @@ class Store:
         wipe: "WipePolicy" = "release",
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
-    ) -> Volume:
+    ) -> "Volume":
         """Make a volume and open it for writing.
 
         The volume, and the store's directories where it is the first, are durable on return. Any thread may call it.
@@ -234,7 +229,7 @@ class Store:
         digest: bool,
         *,
         vouched: bool,
-    ) -> Volume:
+    ) -> "Volume":
         block_size, wipe = _check_geometry(block_size, wipe)
         size_bytes = None if size is None else _check_size(parse_size(size))
         if base is None:
@@ -265,7 +260,7 @@ class Store:
         block_size: int,
         wipe: str,
         size_bytes: int,
-    ) -> Volume:
+    ) -> "Volume":
         """Make a volume and open it; the lock is held before anybody can see it, and a failure leaves none."""
         self._opened.catalog.refuse_read_only()
         id = new_id()
@@ -285,7 +280,7 @@ class Store:
             raise
         return self._open_new(id, lock)
 
-    def _open_new(self, id: bytes, lock: VolumeLock) -> Volume:
+    def _open_new(self, id: bytes, lock: VolumeLock) -> "Volume":
         """Open a volume that was just made; one that cannot be opened was not made."""
         try:
             row = self._opened.catalog.volume_with_id(id)
@@ -299,11 +294,13 @@ class Store:
             raise
 
     def _insert_volume(self, id: bytes, name: str, head: NewHead) -> None:
+        from onionskin.operations import volumes
+
         volumes.refuse_taken(self._opened, name)
         head.insert(self._opened.catalog)
         self._opened.catalog.insert(VolumeRow(id, name, head.layer.id, head.layer.created_ns))
 
-    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> Volume:
+    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
 
         Any thread may call it. What a process that died left unflushed is read by every opening of the head, and made
@@ -352,8 +349,12 @@ class Store:
             lock.close()
             raise
 
-    def _open_to_read(self, name: str, verify: bool) -> Volume:
+    def _open_to_read(self, name: str, verify: bool) -> "Volume":
         """Open a head that nobody writes. Nothing is written for it, in no file."""
+
+        from onionskin.operations import reclaim
+        from onionskin.volume import Volume
+
         row, lock = self._lock_volume(name, ReadersLock)
         try:
             dirty = self._opened.layout.dirty_file(row.id)
@@ -389,11 +390,14 @@ class Store:
                 raise
             lock.close()
 
-    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, found: bool = True) -> Volume:
+    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, found: bool = True) -> "Volume":
         """Open the volume that is locked. On an error the lock stays the caller's.
 
         Not `found` is one that this handle has just made: its commit synced the log, and with it all that was read of it.
         """
+
+        from onionskin.volume import Volume
+
         if found:
             self._opened.catalog.sync_found()
         head = self._open_head(row, lock, verify)
@@ -406,6 +410,9 @@ class Store:
         return Volume(head, self)
 
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
+        from onionskin.operations import compact_segments
+        from onionskin.operations.flush import finish
+
         if unfinished_base_merges(self._opened.catalog, row.head):
             _log.warning(
                 "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
@@ -429,6 +436,9 @@ class Store:
         A snapshot that failed at its commit left the head with two segments: the spare has blocks then, and is in the map.
         Else its files were at most made beforehand, are empty, and are made again when they are needed.
         """
+
+        from onionskin.operations import reclaim
+
         spare = self._opened.catalog.spare_of(head)
         path = self._opened.layout.segment_file(spare.id)
         if path.exists() and path.stat().st_size > HEADER_BYTES:
@@ -440,11 +450,15 @@ class Store:
                 os.close(descriptor)
                 made.unlink()
 
-    def _open_view(self, name: str, snapshot: str, verify: bool) -> Volume:
+    def _open_view(self, name: str, snapshot: str, verify: bool) -> "Volume":
         """Open a snapshot, or share what is open of it already: then only its base is looked at again.
 
         What the name means is asked again when the files are locked: it may have gone to another snapshot meanwhile.
         """
+
+        from onionskin.operations import reclaim
+        from onionskin.volume import Volume
+
         store = self._opened
         while True:
             row, layer = self._find_layer(name, snapshot)
@@ -477,6 +491,10 @@ class Store:
 
         What fails stays for the next time, and is no reason to refuse the volume.
         """
+
+        from onionskin.operations import reclaim, staged_volumes
+        from onionskin.operations.fold import fold_unnamed_below
+
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
@@ -541,6 +559,9 @@ class Store:
             It is open, it has snapshots and `recursive` is not given, clones stand on them, or somebody holds one (some
             are listed).
         """
+
+        from onionskin.operations import reclaim
+
         dropped = False
         while not dropped:
             row, lock = self._lock_volume(name, VolumeLock)
@@ -556,6 +577,8 @@ class Store:
         The lock keeps nobody from renaming the volume: what the name means is decided where the volume is removed.
         False if it means another one by now.
         """
+
+        from onionskin.operations import holds, losses, reclaim
 
         def remove() -> bool:
             if name is not None and self._opened.catalog.volume(name).id != id:
@@ -598,6 +621,9 @@ class Store:
         VolumeExistsError
             The new name is taken.
         """
+
+        from onionskin.operations import volumes
+
         volumes.rename(self._opened, name, new_name)
 
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
@@ -621,6 +647,9 @@ class Store:
         SnapshotExistsError
             The new name is taken.
         """
+
+        from onionskin.operations import snapshot_names
+
         snapshot_names.rename(self._opened, volume, old, new)
 
     def set_note(self, volume: str, snapshot: str, note: str) -> None:
@@ -640,6 +669,9 @@ class Store:
         VolumeNotFoundError, SnapshotNotFoundError
             There is none of that name.
         """
+
+        from onionskin.operations import snapshot_names
+
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
     def hold(self, volume: str, snapshot: str, holder: str) -> None:
@@ -662,6 +694,9 @@ class Store:
         StateError
             This holder holds it already.
         """
+
+        from onionskin.operations import holds
+
         holds.hold(self._opened, volume, snapshot, holder)
 
     def unhold(self, volume: str, snapshot: str, holder: str) -> None:
@@ -681,9 +716,12 @@ class Store:
         StateError
             This holder does not hold it; those who do are named.
         """
+
+        from onionskin.operations import holds
+
         holds.unhold(self._opened, volume, snapshot, holder)
 
-    def holds(self, volume: str, snapshot: str | None = None) -> list[holds.Hold]:
+    def holds(self, volume: str, snapshot: str | None = None) -> "list[holds.Hold]":
         """Return who holds a snapshot, or any snapshot of a volume.
 
         Parameters
@@ -702,6 +740,9 @@ class Store:
         VolumeNotFoundError, SnapshotNotFoundError
             There is none of that name.
         """
+
+        from onionskin.operations import holds
+
         return holds.holds(self._opened, volume, snapshot)
 
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
@@ -775,7 +816,7 @@ class Store:
         keep_within: timedelta | None = None,
         zone: tzinfo = UTC,
         dry_run: bool = False,
-    ) -> list[Retention]:
+    ) -> "list[Retention]":
         """Drop the names of a volume's snapshots that no rule keeps. The rules are restic's; one that keeps is enough.
 
         A name is dropped by `Volume.merge`: the head, clones and the snapshots that are kept read as before, and only data
@@ -812,6 +853,10 @@ class Store:
         StateError
             The volume is held by another process, or somebody took hold of a snapshot meanwhile.
         """
+
+        from onionskin.operations import prune
+        from onionskin.operations.prune import Rules, retained
+
         rules = Rules(
             last=keep_last,
             hourly=keep_hourly,
@@ -835,7 +880,7 @@ class Store:
 
     # ---- looking ----
 
-    def volumes(self) -> list[VolumeInfo]:
+    def volumes(self) -> "list[VolumeInfo]":
         """Return all volumes.
 
         Returns
@@ -843,9 +888,12 @@ class Store:
         list of VolumeInfo
             By name, from one state of the store. Nothing is locked or opened.
         """
+
+        from onionskin.operations.listing import list_volumes
+
         return list_volumes(self._opened)
 
-    def info(self, name: str) -> VolumeInfo:
+    def info(self, name: str) -> "VolumeInfo":
         """Return what one volume is, without opening it.
 
         Parameters
@@ -863,6 +911,9 @@ class Store:
         VolumeNotFoundError
             There is none of that name.
         """
+
+        from onionskin.operations.listing import volume_info
+
         return volume_info(self._opened, name)
 
     def snapshots(self, name: str) -> list[Snapshot]:
@@ -885,7 +936,7 @@ class Store:
         """
         return list_snapshots(self._opened.catalog, self._opened.catalog.volume(name))
 
-    def tree(self) -> list[TreeNode]:
+    def tree(self) -> "list[TreeNode]":
         """Return what stands on what.
 
         Returns
@@ -893,9 +944,12 @@ class Store:
         list of TreeNode
             The bases, and the layers that stand on nothing, each with what stands on it as `children`.
         """
+
+        from onionskin.operations.listing import read_tree
+
         return read_tree(self._opened)
 
-    def usage(self, name: str) -> list[usages.Usage]:
+    def usage(self, name: str) -> "list[usages.Usage]":
         """Return what each snapshot of a volume holds.
 
         Parameters
@@ -915,6 +969,9 @@ class Store:
         FormatError
             A block map is damaged or missing.
         """
+
+        from onionskin.operations import usage as usages
+
         return usages.usage(self._opened, name)
 
     def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
@@ -949,6 +1006,9 @@ class Store:
         ValueError
             The arguments do not name two states.
         """
+
+        from onionskin.operations import usage as usages
+
         return usages.diff(self._opened, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
@@ -979,7 +1039,7 @@ class Store:
 
         return layering_of(self._opened, name, snapshot)
 
-    def check(self, *, repair: bool = False) -> list[usages.Problem]:
+    def check(self, *, repair: bool = False) -> "list[usages.Problem]":
         """Look for damage, in the catalog and in all files that it names; data blocks are not read.
 
         Parameters
@@ -993,6 +1053,10 @@ class Store:
             What was found; each has a severity, "error" where data is at risk and "notice" where work is left. Empty where
             all is well.
         """
+
+        from onionskin.operations import reclaim, staged_volumes
+        from onionskin.operations import usage as usages
+
         self._opened.finish_work()  # what is under way here is no problem
         if repair:
             self._opened.catalog.refuse_read_only()
@@ -1031,4 +1095,4 @@ def _check_size(size_bytes: int) -> int:
     return size_bytes
 
 
-__all__ = ["Store", "TreeNode", "VolumeInfo"]
+__all__ = ["Store"]

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onionskin.base import forking
 from onionskin.base.modes import make_file
@@ -47,6 +46,9 @@ from onionskin.catalog.schema import (
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
+
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
 
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60

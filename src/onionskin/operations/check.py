@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from errno import ENXIO
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def _slots_named(store: OpenStore, layer: LayerRow) -> dict[bytes, int]:
     if not layer.map_length and (layer.sealed or not os.path.lexists(store.layout.map_file(layer.map_id))):
         return {}
     if layer.map_length and not layer.sealed:
-        load_map(store, replace(layer, sealed=1)).close()
+        load_map(store, layer._replace(sealed=1)).close()
     with closing(open_map(store, layer)) as layer_map:
         return {id: end for id, (_, end) in layer_map.segment_use().items()}
 

@@ -7,13 +7,13 @@ that it folds the layer, or folds others into it, while it is open: a disk whose
 opening would else have a file for each of them.
 """
 
-import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16

@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
 from pathlib import Path
@@ -291,7 +290,7 @@ def _can_reflink(source: int, directory: Path) -> bool:
 def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
     """Refuse a merge into the base for which its file system has no room."""
     assert folded.base is not None
-    with chain_path(store, replace(folded, base=None)) as path:
+    with chain_path(store, folded._replace(base=None)) as path:
         runs = path.runs()
         needed = int(runs["length"][runs["state"] == 1].sum())
     found = os.fstat(base_lock.descriptor)

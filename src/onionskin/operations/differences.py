@@ -7,7 +7,7 @@ may differ. No block data is read, and the maps are locked while they are (opera
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import dtypes
@@ -120,7 +120,7 @@ def _same_base(one: BaseRow | None, other: BaseRow | None) -> bool:
     """Whether two volumes stand on one file, as it was when they were made. Each has a row of its own for it."""
     if one is None or other is None:
         return one is other
-    return replace(one, id=b"", digest=None) == replace(other, id=b"", digest=None)
+    return one._replace(id=b"", digest=None) == other._replace(id=b"", digest=None)
 
 
 def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":

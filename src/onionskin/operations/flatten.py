@@ -5,7 +5,6 @@ meanwhile stays, with everything that was written to it. Snapshots keep the laye
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +59,7 @@ def _flatten(volume: OpenHead, progress: "Progress | None") -> None:
     with staged_files(store, ["segment", "map"], wipe) as files:
         segment_file, map_file = files.rows
         slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
-        flat = replace(
-            old,
+        flat = old._replace(
             id=new_id(),
             parent=None,
             base=None,

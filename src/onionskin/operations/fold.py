@@ -6,10 +6,10 @@ base may stand on one of them. What the caller was asked for is done already, so
 opening. fold_policy.py says which layers are folded now.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 
+from onionskin.base.lazy import logger
 from onionskin.catalog import CommitUnknownError, LayerRow
 from onionskin.catalog.tree import unnamed_below, unnamed_of
 from onionskin.errors import OnionskinError
@@ -29,7 +29,7 @@ from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 SEGMENTS_OPEN = 64  # of an open volume: with more, those without a block are looked for after a fold
 

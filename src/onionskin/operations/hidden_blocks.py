@@ -8,13 +8,13 @@ what hides it is durable. Nobody can come to stand on a layer without a name, so
 it between a reading of the tree and the commit is looked at twice.
 """
 
-import logging
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base.lazy import logger
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, STATE_DATA, LayerMap
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # What stands on a layer, as far up as the names. More are not looked through: an opening is not to wait for that.
 LAYERS_MAX = 1000

@@ -7,7 +7,6 @@ beginning to that transaction. Reads do not change, whatever step a crash comes 
 
 import os
 import time
-from dataclasses import replace
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -227,7 +226,7 @@ def _copy_into_base(
         os.ftruncate(descriptor, size_bytes)
     reflink = all(layer.wipe == "release" for layer in folded.layers)
     # Without the base: nothing is read from it, and it may be shorter now than it was.
-    with copy.chain_path(store, replace(folded, base=None)) as path:
+    with copy.chain_path(store, folded._replace(base=None)) as path:
         copying = copy.StretchCopy(
             store,
             path,

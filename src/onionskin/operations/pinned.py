@@ -6,11 +6,11 @@ locks of its own while writers go on in the new head. It is folded back afterwar
 everything that is pinned is sealed: its files do not change, and nobody frees them while their bytes are locked.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from onionskin.base import forking
+from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
@@ -20,7 +20,7 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @contextmanager

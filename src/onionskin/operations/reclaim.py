@@ -5,7 +5,6 @@ work stays pending. With policy `zero` a file is overwritten before it is unlink
 All of it may be done twice.
 """
 
-import logging
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _WIPE_ZERO = 1  # the feature bit of a header
 _ROWS_AT_ONCE = 64  # that one transaction forgets

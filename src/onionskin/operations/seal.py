@@ -10,7 +10,7 @@ written, and `Sealing.finish` behind it.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import LayerRow, SegmentRow, VolumeRow, new_id
@@ -55,7 +55,7 @@ class Sealing:
         self.next_head, self._unused = None, set()
         volume, catalog = self._volume, self._volume.store.catalog
         # The size as the map has it: a crash behind a resize may have left the row with the old one.
-        old = replace(catalog.layer(volume.head), size_bytes=self._sealed.size_bytes)
+        old = catalog.layer(volume.head)._replace(size_bytes=self._sealed.size_bytes)
         # Its id is the spare's: so the catalog names the file before there is such a layer, if it is made beforehand.
         head = NewHead.on(
             old,
@@ -66,7 +66,7 @@ class Sealing:
             map_id=self._spare.id,
         )
         self.next_head = new = NextHead(head.layer.id, new_id(), *catalog.take_lock_bytes(2))
-        layer = replace(head.layer, map_lock_byte=new.map_byte)
+        layer = head.layer._replace(map_lock_byte=new.map_byte)
         self._write_next_head(layer, new)
         reclaim.add_slot_work(volume.store, self.to_reclaim, volume.wipe)
         row = self._write_sealed(old)
@@ -98,7 +98,7 @@ class Sealing:
                 catalog.update(SegmentRow, id, role="sealed", slots=slots)
             else:
                 self._drop_empty_segment(id, old.wipe)
-        return replace(old, **what)
+        return old._replace(**what)
 
     def _drop_empty_segment(self, id: bytes, wipe: str) -> None:
         """Remove the row of a segment without slots. If it has a file, that becomes pending work."""

@@ -4,18 +4,16 @@ What must hold: the shared locks are taken before the catalog is read for the se
 it then still names; so no file that an open data path reads is freed by anybody.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.exchange.image_formats import refuse_as_raw
 from onionskin.kernels._volume import DataPath
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks
@@ -23,8 +21,7 @@ from onionskin.storage.locks import BaseLock, ByteLocks
 LOCK_WAIT_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """Layers, bottom first, with their segments, and the base below them."""
 
     layers: tuple[LayerRow, ...]
@@ -188,6 +185,8 @@ def is_same_file(a: Path, b: Path) -> bool:
 def digest_of(descriptor: int) -> bytes:
     """Return the SHA-256 of an open file."""
     with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # with an offset of its own
+        import hashlib  # it brings OpenSSL, which only verifying needs
+
         return hashlib.file_digest(file, "sha256").digest()
 
 
@@ -203,6 +202,8 @@ def described_base(path: Path, *, digest: bool = False, vouched: bool = True) ->
     lock = BaseLock(path)
     try:
         if not vouched:
+            from onionskin.exchange.image_formats import refuse_as_raw
+
             refuse_as_raw(lock.descriptor, path)
         found = os.fstat(lock.descriptor)
         taken = digest_of(lock.descriptor) if digest else None
@@ -311,8 +312,7 @@ def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
     return spare
 
 
-@dataclass(frozen=True, slots=True)
-class NewHead:
+class NewHead(NamedTuple):
     """The rows of a head that is about to be made. Lock bytes are filled in by `insert`."""
 
     layer: LayerRow
@@ -351,7 +351,7 @@ class NewHead:
     def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
         """Write the rows. Inside a transaction. Returns the lock byte of the map, and those of the segments with ids."""
         map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
-        catalog.insert(replace(self.layer, map_lock_byte=map_byte))
+        catalog.insert(self.layer._replace(map_lock_byte=map_byte))
         catalog.insert(SegmentRow(self.own, self.layer.id, "own", 0, own_byte))
         catalog.insert(SegmentRow(self.spare, self.layer.id, "spare", 0, spare_byte))
         return map_byte, {own_byte: self.own, spare_byte: self.spare}

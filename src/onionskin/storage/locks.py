@@ -22,10 +22,9 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from onionskin.base import forking
 from onionskin.base.modes import share_file
@@ -237,8 +236,7 @@ def _flock(descriptor: int, operation: int) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that holds a volume."""
 
     pid: int

@@ -5,7 +5,6 @@ list of what is open, and the thread for what nobody waits for. What that thread
 shared locks on all files that it can read before it trusts the catalog.
 """
 
-import logging
 import os
 import stat
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from onionskin.base import forking
 from onionskin.base.background import Background
 from onionskin.base.fsync import sync_directory
+from onionskin.base.lazy import logger
 from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_group
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath
     from onionskin.kernels._volume import DataPath
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Result = TypeVar("Result")
 
