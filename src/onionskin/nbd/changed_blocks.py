@@ -15,7 +15,8 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import Exported, ServedVolume, View, snapshot_names_behind
 
-PREFIXES = ("onionskin:changed-since:", "qemu:dirty-bitmap:")  # in the order in which contexts are listed
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+PREFIXES = ("onionskin:changed-since:", DIRTY_BITMAP)  # in the order in which contexts are listed
 
 
 class ChangedBlocks:
@@ -28,9 +29,15 @@ class ChangedBlocks:
         Asks for them, and is given them.
     log : callable
         Takes a line.
+    listed_bitmap : str, optional
+        The one snapshot whose dirty bitmap is listed. Some clients of QEMU's take the bitmap that is there, and none if
+        there are several. Any snapshot can be asked for by its name all the same.
     """
 
-    def __init__(self, table: ExportTable, nbd: NbdServer, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, table: ExportTable, nbd: NbdServer, log: Callable[[str], None], *, listed_bitmap: str | None = None
+    ) -> None:
+        self._listed_bitmap = listed_bitmap
         self._table = table
         self._nbd = nbd
         self._log = log
@@ -92,7 +99,7 @@ class ChangedBlocks:
         last = _snapshot_of(after) if after else ""
         for prefix in PREFIXES[behind:]:
             for name in snapshot_names_behind(exported.volume.store, exported.opened.row.id, last):
-                if name != itself:
+                if name != itself and (prefix != DIRTY_BITMAP or self._listed_bitmap in (None, name)):
                     yield prefix + name
             last = ""
 

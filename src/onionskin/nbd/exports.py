@@ -65,6 +65,7 @@ class Exports:
         uris: Callable[[], list[str]],
         stopping: threading.Event,
         want_tidying: Callable[[], None],
+        listed_bitmap: str | None = None,
     ) -> None:
         self.allow_revert = allow_revert
         self.started = time.monotonic()
@@ -78,7 +79,7 @@ class Exports:
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
         self.table = ExportTable(nbd, log)
-        self._changed_blocks = ChangedBlocks(self.table, nbd, log)
+        self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
         nbd.on_known_export = self._is_still_export
         nbd.on_known_context = self._changed_blocks.is_still
         nbd.on_unknown_export = self._find_export

@@ -50,6 +50,8 @@ class Server:
         Takes a line.
     trust : bool
         Whether to open stores that another user owns.
+    listed_bitmap : str, optional
+        The one snapshot whose ``qemu:dirty-bitmap`` context is listed; all, where it is not given.
 
     Attributes
     ----------
@@ -57,7 +59,15 @@ class Server:
         What is served.
     """
 
-    def __init__(self, *, limits: Limits, allow_revert: bool, log: Callable[[str], None], trust: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        allow_revert: bool,
+        log: Callable[[str], None],
+        trust: bool = False,
+        listed_bitmap: str | None = None,
+    ) -> None:
         self._limits = limits
         self._log = log
         self._listeners: list[Listener] = []
@@ -80,6 +90,7 @@ class Server:
             uris=lambda: self.uris,
             stopping=self._stopping,
             want_tidying=self._tidying.set,
+            listed_bitmap=listed_bitmap,
         )
         self._tls_carrier = TlsCarrier(
             limits.connections_max,
