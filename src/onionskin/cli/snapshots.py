@@ -219,17 +219,24 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
 @click.command()
 @click.argument("a", type=SNAPSHOT, metavar="STORE/VOLUME@A")
 @click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
+@click.option("--json-lines", "as_lines", is_flag=True, help="Print each extent as JSON on a line of its own.")
 @trust_option
 @json_option
-def diff(a: Name, b: Name, as_json: bool) -> None:
+def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
     """Show what changed between two snapshots, or up to a head.
 
     Both may be of different volumes of a store, such as a snapshot and a clone of it. Only what the volumes hold is
     looked at: what was written again with the same contents counts as changed.
     """
+    if as_lines and as_json:
+        raise click.UsageError("--json and --json-lines do not go together")
     same_store(a, b)
     with a.open_store() as store:
         extents = _diff(store, a, b)
+    if as_lines:
+        for offset, length, state in extents:
+            output.echo(output.as_json_line({"offset": offset, "length": length, "state": output.STATES[state]}))
+        return
     changed = sum(length for _, length, _ in extents)
     value = {
         "from": a.snapshot,
