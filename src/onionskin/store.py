@@ -3,8 +3,8 @@
 What must hold: a writer of a volume holds its lock; a handle holds shared locks on all files that it can read before
 it trusts the catalog; everything that is freed goes through `reclaim`. Nothing here touches block data.
 
-Each method imports the modules that only it needs, because each verb of the command line opens a store, and few verbs need
-more than one of these modules.
+Each method imports the modules that only it needs, because each verb of the command line opens a store, and few verbs
+need more than one of these modules.
 """
 
 import operator
