@@ -152,7 +152,7 @@ class Layers(Connection):
             return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
 
     def unnamed_in_chain(self, layer: bytes) -> list[LayerRow]:
-        """Return the layers without a name among this layer and all below it, in no order. The chain must have an end."""
+        """Return the layers without a name among this one and all below it, in no order. The chain must have an end."""
         return self.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {_UNNAMED}", layer)
 
     def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
