@@ -109,7 +109,10 @@ def _is_open(volume: OpenHead, segments: list[SegmentRow]) -> bool:
 
 
 def _compact(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
-    """Compact the smallest of a layer's sealed segments. `reader` is a volume that has the layer open below its head."""
+    """Compact the smallest of a layer's sealed segments.
+
+    `reader` is the volume that has the layer open below its head, if there is one.
+    """
     locks = ByteLocks(store.layout.lock)
     try:
         wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
