@@ -165,8 +165,10 @@ class Connection:
         CommitUnknownError
             It is not known whether the transaction happened.
 
-        Notes ----- An interrupt that arrives while COMMIT runs is raised after it, so the transaction has happened by
-        then. Code that undoes the work around a transaction therefore asks the catalog first how the transaction ended.
+        Notes
+        -----
+        An interrupt that arrives while COMMIT runs is raised after it, so the transaction has happened by then. Code
+        that undoes the work around a transaction therefore asks the catalog first how the transaction ended.
         """
         self.refuse_read_only()
         with self._transaction():

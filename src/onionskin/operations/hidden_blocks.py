@@ -1,4 +1,6 @@
-"""Frees blocks of a layer without a name that nobody reads because all layers above hide them (policy `zero`).
+"""This module frees blocks of a layer without a name that nobody reads, because all layers above hide them.
+
+It does so only with policy `zero`.
 
 A fold frees the blocks that the only child of a layer hides. But nothing can be folded if several layers stand on a
 layer, as clones do. A fold also frees nothing if the child hides nothing and the layers above the child do.
@@ -75,9 +77,10 @@ class Above:
 def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | None:
     """Read the layers above a layer.
 
-    Returns None if the layer is gone, if it is read itself, if there are too many layers above it, or if a layer above
-    it is known to hide nothing. `own_head` is the head of the volume that the caller holds. If only the head of another
-    volume stands on a layer, that head does not count, because the layer may be about to be opened or named.
+    Returns None if the layer is gone, if it is a head or has a name, if there are too many layers above it, or if a
+    layer above it is known to hide nothing. `own_head` is the head of the volume that the caller holds. If only the
+    head of another volume stands on a layer, that head does not count, because the layer may be about to be opened or
+    named.
     """
     layer = catalog.layer_with_id(layer_id)
     if layer is None or not layer.sealed or catalog.is_named(layer_id):

@@ -1,4 +1,4 @@
-"""The layering of a disk: which layer each part of it comes from. It is read from the block maps, and no block data is.
+"""The layering of a disk: which layer each part of it comes from. It is read from the block maps alone.
 
 What must hold: the chain and the names on it are read in one state of the catalog. The map files of the chain are
 locked while they are read, and the base is one open file. Nothing is opened for writing, made or changed, so that the

@@ -111,8 +111,7 @@ def do_work(store: OpenStore, *, policy: str | None = None) -> int:
 def _forget(store: OpenStore, done: list[WorkRow], *, unlinked: bool) -> None:
     """Remove the rows of work that is done. A file that was wiped and not unlinked gets policy `release` instead.
 
-    After a crash before this, the work is done once more, and so it is if two processes do it at the same time. Neither
-    does harm.
+    Work may be done twice, after a crash before this or by two processes at the same time. That does no harm.
     """
     if not done:
         return

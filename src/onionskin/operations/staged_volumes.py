@@ -58,9 +58,10 @@ class StagedVolume:
             volumes.rename_volume(self.head.store, self.head.row.id, self.public_name)
 
     def become_snapshot_of(self, volume: OpenHead, *, name: str, note: str, guid: bytes) -> Snapshot:
-        """Make the staged volume the newest snapshot of a volume, in one transaction. The disk then reads as it.
+        """Make the staged volume the newest snapshot of a volume, in one transaction.
 
-        The head of the volume must be unchanged since the staged volume was cloned.
+        The disk of the volume then reads as the staged volume. The head of the volume must be unchanged since the
+        staged volume was cloned from it.
 
         Raises
         ------

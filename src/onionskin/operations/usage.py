@@ -1,4 +1,4 @@
-"""The usage of snapshots: how much data each of them holds. It is read from the maps, and no block data is.
+"""The usage of snapshots: how much data each of them holds. It is read from the maps alone.
 
 What must hold: the answer comes from one state of the catalog, whose map files are locked while they are read. Each map
 is loaded once, and no more than two are in memory at a time.

@@ -169,7 +169,7 @@ def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = No
 
 
 def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
-    """Return the layers up to which unfinished merges go whose base is the file at a path, also under another name."""
+    """Return the targets of unfinished merges into the file at a path, even if their base has another path."""
     begun = []
     for work in catalog.base_merges():
         layers = catalog.chain(work.target)

@@ -340,7 +340,7 @@ def _writer_byte(volume_id: bytes) -> int:
 
 
 def _is_only_read(descriptor: int, volume_id: bytes) -> bool:
-    """Whether a volume could be locked for reading. If it is locked, those who hold it only read it then."""
+    """Whether a volume that is locked could also be locked for reading, so that its holders only read it."""
     return _kind_in_the_way(descriptor, fcntl.F_RDLCK, _writer_byte(volume_id), 1) == fcntl.F_UNLCK
 
 
