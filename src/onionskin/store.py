@@ -81,6 +81,7 @@ class Store:
     Parameters
     ----------
     path : path-like
+        The directory.
     create : bool
         Whether to make a store if there is none. If this is false, VolumeNotFoundError is raised instead.
     trust : bool
@@ -96,7 +97,9 @@ class Store:
     path : pathlib.Path
         The directory, as it was given.
 
-    Notes ----- A store is a context manager. Any thread may call it, and other processes may have the same store open.
+    Notes
+    -----
+    A store is a context manager. Any thread may call it, and other processes may have the same store open.
     After a fork, the child has to open the store again.
 
     A store is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. Its
@@ -388,7 +391,7 @@ class Store:
                 if row.id == id:
                     if isinstance(lock, VolumeLock):
                         if not self._opened.layout.volume_lock(id).exists():
-                            self._opened.catalog.sync_found()  # no file whose row a crash of the machine would undo
+                            self._opened.catalog.sync_found()  # a crash must not undo the row and leave the file
                         self._opened.reserve.retry(lock.make_file)
                     return row, lock
             except BaseException:
@@ -495,7 +498,7 @@ class Store:
             return row, find_snapshot(self._opened.catalog, row, snapshot).layer
 
     def _after_open(self, head: OpenHead) -> None:
-        """Do the work that a crash left, that a reader was in the way of, or that a layer caused by losing its name.
+        """Do work that was left over: by a crash, because a reader was in the way, or for a layer that lost its name.
 
         Work that fails is left for the next time. It is no reason to refuse the volume.
         """
