@@ -1,8 +1,8 @@
-"""Retention: which snapshots of a volume are kept, by rules as restic has them, and what becomes of the others.
+"""Retention: this module decides which snapshots of a volume are kept, by the rules of restic, and drops the others.
 
-What must hold: what is decided depends on the snapshots and the rules alone, and not on when it is asked. Without a rule
-nothing is decided, as it would drop all. What is not kept loses its name by a merge, so no data goes that a state which
-is left needs, and what is held is kept.
+What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. A call
+without any rule is refused, because it would drop all snapshots. A snapshot that is not kept loses its name by a merge,
+so all data stays that the remaining states need. A snapshot that is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -17,19 +17,20 @@ from onionskin.storage.open_head import OpenHead
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What to keep: of the last so many hours, days, ... that have a snapshot, the newest one each; -1 is all of them.
+    """The rules that say which snapshots to keep. In each number, -1 means all, and 0 means that there is no such rule.
 
     Attributes
     ----------
     last : int
-        So many of the newest.
+        This many of the newest snapshots are kept.
     hourly, daily, weekly, monthly, yearly : int
-        Weeks are those of ISO 8601. While there are fewer than so many, the oldest snapshot is kept too, so that a
-        long rule can grow.
+        Of this many of the last hours, days, ... that have a snapshot, the newest snapshot of each is kept. Weeks are
+        those of ISO 8601. If there are fewer periods than that, the oldest snapshot is kept too, so that a long rule
+        can grow.
     within : datetime.timedelta or None
-        All that are at most so much older than the newest snapshot.
+        All snapshots are kept that are older than the newest one by at most this time.
     zone : datetime.tzinfo
-        Whose clock says where an hour or a day ends.
+        The time zone that defines where an hour or a day ends.
     """
 
     last: int = 0
@@ -42,7 +43,7 @@ class Rules:
     zone: tzinfo = UTC
 
     def check(self) -> None:
-        """Raise ValueError where they keep nothing, or are none."""
+        """Raise ValueError or TypeError if a rule is not valid, or if there is no rule that keeps anything."""
         for name in ("last", *_PERIODS):
             count = getattr(self, name)
             if type(count) is not int:
@@ -57,16 +58,17 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What the rules say of one snapshot.
+    """The result of the rules for one snapshot.
 
     Attributes
     ----------
     snapshot : str
-        Its name.
+        The name of the snapshot.
     created : datetime.datetime
-        In UTC.
+        The time at which it was taken, in UTC.
     kept_by : tuple of str
-        The rules that keep it, such as "daily"; "held" where somebody holds it. Empty: its name is dropped.
+        The rules that keep it, such as "daily", and "held" if somebody holds it. If the tuple is empty, the name is
+        dropped.
     """
 
     snapshot: str
@@ -84,7 +86,10 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 
 
 def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
-    """Say of each snapshot which rules keep it, in the order given. Of two of one time the later in it is the newer."""
+    """Return for each snapshot, in the given order, which rules keep it.
+
+    Of two snapshots that were taken at the same time, the later one in this order is the newer.
+    """
     rules.check()
     if not snapshots:
         return []
@@ -104,7 +109,10 @@ def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[st
 
 
 def _newest_of_each(periods: list[Any], count: int) -> list[int]:
-    """Return the places of the first of each period, for so many periods; and the last place where they are fewer."""
+    """Return the index of the first snapshot of each period, for the first `count` periods.
+
+    If there are fewer periods, the last index is returned too. A `count` of -1 means all periods.
+    """
     found: list[int] = []
     for place, period in enumerate(periods):
         if len(found) == count:
@@ -119,6 +127,6 @@ def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retenti
     taken = list_snapshots(volume.store.catalog, volume.row)
     found = retained(taken, rules, held=held)
     for snapshot, one in zip(taken, found, strict=True):
-        if not one.kept_by:  # by its GUID too: anybody may rename snapshots meanwhile
+        if not one.kept_by:  # the GUID is checked too, because somebody may rename snapshots meanwhile
             of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
     return found
