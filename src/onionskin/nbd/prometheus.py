@@ -14,7 +14,7 @@ _Sample = tuple[str, dict[str, str], Any]  # metric, labels, value
 
 
 def prometheus(stats: dict[str, Any]) -> str:
-    """Write the result of `stats` as metrics, one a line, labelled with the volume and, for an export's own, the export."""
+    """Write the result of `stats` as metrics, one a line, labelled with the volume and, if it has one, the export."""
     lines = []
     by_metric: dict[str, list[tuple[dict[str, str], Any]]] = {}
     for metric, labels, value in _samples(stats):

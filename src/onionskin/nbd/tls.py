@@ -1,8 +1,9 @@
 """TLS for NBD clients on TCP: the option haggling up to STARTTLS, the handshake, and a pump behind it.
 
 The C server speaks no TLS. A client that comes over TCP talks to a thread here first. The thread answers every option
-but STARTTLS with an error, so no data of a disk and no name of an export is sent unencrypted. After the handshake, the
-C server gets one end of a pair of local sockets, and the thread carries bytes between the client and the other end.
+but STARTTLS with an error, so the server sends nothing unencrypted but the greeting and these answers. After the
+handshake, the C server gets one end of a pair of local sockets, and the thread carries bytes between the client and the
+other end.
 
 What must hold: before the handshake is done, nothing from a client is trusted, and no more than a small bound of it is
 kept. A handshake that takes too long is ended. Clients prove who they are by a certificate or by a pre-shared key; the
