@@ -160,7 +160,7 @@ class LiveVolume:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
     def _cancel(self) -> None:
-        """Cancel the operation, wait until it has ended, and close the connection. So a later call finds the volume free."""
+        """Cancel the operation, wait until it has ended, and close the connection, so that the volume is free."""
         with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
             frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
             while not self._receive().keys() & {"result", "error"}:
