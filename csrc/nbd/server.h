@@ -40,8 +40,8 @@ struct onion_nbd_listing;
 struct onion_nbd_context_listing;
 
 /* Functions of the caller that the server calls. It holds no lock during a call, and the calling thread has nothing in
- * flight. Each function may be NULL. Names with a length are not terminated; those of the first four may be any bytes that a
- * client sent.
+ * flight. Each function may be NULL. Names with a length are not terminated. Those of the first four functions may be
+ * any bytes that a client sent.
  *
  * still_export, still_context: a client asks for a name that the server has. 1: the name still means the same thing. 0:
  * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.

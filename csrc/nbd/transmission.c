@@ -66,8 +66,8 @@ static void count_latency(struct onion_nbd_connection *connection) {
         }
 }
 
-/* Sends all replies, leaves flight and waits for bytes. all_answered: every request that was begun has its reply, so
- * the latency is counted. Returns the number of bytes, 0 at the end, or -errno. */
+/* Sends all replies and waits for bytes, while nothing is in flight. all_answered: every request that was begun has its
+ * reply, so the latency is counted. Returns the number of bytes, 0 at the end, or -errno. */
 static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length, int all_answered) {
     int several = connection->reply_count > 1;
     int status = onion_nbd_send_replies(connection);
