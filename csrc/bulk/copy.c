@@ -269,9 +269,8 @@ static int write_zeros(struct copy_job *job, struct copy_piece *piece) {
     return 0;
 }
 
-/* Makes the piece a hole and returns 1. Returns 0 if zeros have to be written, because punching never makes a file
- * longer.
- */
+/* Makes the piece a hole and returns 1. Returns 0 if zeros have to be written, as past the end of a file: punching
+ * never makes a file longer. */
 static int make_hole(const struct copy_piece *piece) {
     uint64_t end = piece->destination_offset + piece->length;
     struct onion_data_span data;

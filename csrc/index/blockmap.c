@@ -273,8 +273,8 @@ void onion_map_run_at(const struct onion_map *map, uint64_t block_index, uint64_
     *run = (struct onion_run){block_index, stretch.block_count, stretch.location};
 }
 
-/* Returns the first block at or after block_index whose root entry is not HOLE, or block_end or more if there is none.
- * */
+/* Returns the first block at or after block_index whose root entry is not HOLE, or block_end or more if there is
+ * none. */
 static uint64_t skip_hole_ranges(const struct onion_map *map, uint64_t block_index, uint64_t block_end) {
     uint64_t range = block_index >> map->range_shift;
     uint64_t last = (block_end - 1) >> map->range_shift;
@@ -483,8 +483,8 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
     return splice;
 }
 
-/* Changes a leaf in place, if readers then see nothing but the state before or the state after. Returns whether it did.
- * */
+/* Changes a leaf in place, if readers then see nothing but the state before or the state after. Returns whether it
+ * did. */
 static bool splice_in_place(const struct onion_map *map, struct sparse_leaf *leaf, const struct splice *splice) {
     uint32_t count = leaf->count - splice->removed + splice->added_count;
     uint64_t *at = leaf->runs + splice->at;
@@ -793,8 +793,8 @@ static bool is_gone(onion_location location, const unsigned char *gone) {
     return onion_location_is_data(location) && gone[onion_location_segment(location)];
 }
 
-/* Returns whether an entry has a block in a segment that is gone, or a block that is HOLE while the range below is not.
- * */
+/* Returns whether an entry has a block in a segment that is gone, or a block that is HOLE while the range below is
+ * not. */
 static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool below_has, const unsigned char *gone) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks;) {
         struct stretch stretch = entry_stretch_at(entry, block, blocks);

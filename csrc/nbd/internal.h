@@ -219,8 +219,8 @@ int onion_nbd_negotiate(struct onion_nbd_connection *connection);
 
 /* ---- reply.c ---- */
 
-/* Sends all bytes, and waits for a slow client: 0 or -errno. The caller holds the send lock if other threads may send.
- * */
+/* Sends all bytes, and waits for a slow client: 0 or -errno. The caller holds the send lock if other threads may
+ * send. */
 int onion_nbd_send_all(struct onion_nbd_connection *connection, const void *bytes, size_t length);
 /* Adds a reply to the replies that are sent together. If there is no room for it, those are sent first. */
 int onion_nbd_reply_status(struct onion_nbd_connection *connection, uint64_t cookie, uint32_t error);

@@ -376,8 +376,8 @@ static int settle_faults(struct onion_nbd_connection *connection, uint32_t first
             return -ECONNABORTED;
         failed += status < 0;
     }
-    /* If all data can be read again by now, fail the first reply that has data, so that a retry cannot loop for ever.
-     * */
+    /* If all data can be read again by now, fail the first reply that has data, so that a retry cannot loop for
+     * ever. */
     return failed ? 0 : suspect ? fail(connection, suspect, ONION_NBD_EIO) : -EFAULT;
 }
 

@@ -502,8 +502,8 @@ int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_recor
             store_bytes(journal->records[older] + batch->record_count, copied, later->record_count * sizeof *copied);
     free(copied);
     uint64_t count = batch->record_count + later->record_count;
-    /* First the older half gets all records. Those of the newer half are in the file twice then, which changes nothing.
-     * */
+    /* First the older half gets all records. Those of the newer half are in the file twice then, which changes
+     * nothing. */
     if (status == 0 && !batch->is_held)
         status = store_count(journal, older, count);
     if (status == 0)
@@ -573,8 +573,8 @@ struct found {
     struct onion_record *records[2];
 };
 
-/* Reads the header of the file at the path. Returns 1 if it is of this boot and mount, and its counts fit its length.
- * */
+/* Reads the header of the file at the path. Returns 1 if it is of this boot and mount, and its counts fit its
+ * length. */
 static int read_found(struct onion_volume *volume, struct found *found) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header here = {0};

@@ -101,8 +101,8 @@ void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records 
 /* Empties the half that was taken, whose records are durable in a frame now. `now` is the state of the log after this
  * frame. */
 void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now);
-/* Puts the records that a flush took back before the newer records, because the flush changed nothing. -EIO, -ENOMEM.
- * */
+/* Puts the records that a flush took back before the newer records, because the flush changed nothing. -EIO,
+ * -ENOMEM. */
 int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
 /* Copies records out of a half. -EIO: a page cannot be read. */
 int onion_journal_copy(struct onion_record *to, const struct onion_record *from, size_t count);
