@@ -66,7 +66,7 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
 
 
 def find(store: Store, name: str) -> "LiveVolume | None":
-    """Connect to the server of a volume, or return None where no server holds it."""
+    """Connect to the server of a volume, or return None if no server holds it."""
     row = store._opened.catalog.volume(name)
     holder = volume_holder(store._opened.layout.volume_lock(row.id))
     if holder is None:
@@ -160,7 +160,7 @@ class LiveVolume:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
     def _cancel(self) -> None:
-        """Ask for an end and wait for it, so that the next call finds the volume free. The connection is spent."""
+        """Cancel the operation, wait until it has ended, and close the connection, so that the volume is free."""
         with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
             frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
             while not self._receive().keys() & {"result", "error"}:
@@ -372,7 +372,9 @@ class LiveVolume:
         self._call("revert", name=name)
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
-        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`. Durable on return.
+        """Drop a snapshot and all that was written after it. Durable on return.
+
+        If the disk stands on the snapshot, it changes as with `revert`.
 
         Parameters
         ----------
@@ -442,7 +444,7 @@ class LiveVolume:
         threads : int
             The number of threads that copy; 0 lets the server choose.
         bytes_per_second : int
-            The bound of the bytes written in a second; 0: no bound.
+            The largest number of bytes to write in a second; 0: no limit.
 
         Raises
         ------
