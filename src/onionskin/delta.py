@@ -17,7 +17,9 @@ The byte tables are in docs/format.md ("Delta stream"). What must hold:
 - What a stream costs is bound by how long it is, not by the sizes that it names.
 """
 
+import errno
 import hashlib
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -73,7 +75,7 @@ Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
 
 class Writable(Protocol):
-    """Where a stream goes: a pipe, a file, a socket's file. ``write`` takes all that it is given."""
+    """Where a stream goes: a pipe, a file, a socket's file. ``write`` takes all, or says how much it took."""
 
     def write(self, data: bytes, /) -> object:
         """Take bytes.
@@ -81,7 +83,7 @@ class Writable(Protocol):
         Parameters
         ----------
         data : bytes
-            All of them are taken.
+            All of them are taken; or some, and their number is returned.
         """
 
 
@@ -549,7 +551,7 @@ class _Writer:
         length = COUNTS.size + self._digest.digest_size
         crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, self._header.size_b, length)))
         self._put(RECORD.pack(END, crc, self._header.size_b, length) + counts)
-        self._out.write(self._digest.digest())
+        self._write(self._digest.digest())
         return replace(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
 
     def _write_pending(self) -> None:
@@ -567,7 +569,19 @@ class _Writer:
 
     def _put(self, data: bytes) -> None:
         self._digest.update(data)
-        self._out.write(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        """Write all: a file without a buffer says how much it took, which is less where a signal or a full disk came."""
+        while data:
+            taken = self._out.write(data)
+            if taken is None and not isinstance(self._out, io.RawIOBase):  # of another kind: it took all
+                return
+            if not taken:
+                raise BlockingIOError(
+                    errno.EAGAIN, "the stream goes to a file that takes nothing now; make it blocking"
+                )
+            data = data[taken:] if isinstance(taken, int) else b""
 
 
 class _Reader:

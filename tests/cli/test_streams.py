@@ -6,9 +6,12 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
+
+from onionskin.cli.output import StandardStream
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -77,6 +80,56 @@ def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) ->
     refused = run("export", f"{vms}/web", tmp_path / "fifo", "--format", "qcow2")
     assert refused.exit_code == 2
     assert "only a raw image can be written to a pipe" in refused.stderr
+
+
+# ---- standard streams that do not wait, or have no buffer ----
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("verb", [["export", "-"], ["read", "0", "2M"], ["delta"]])
+def test_all_goes_through_a_stdout_that_takes_a_part_at_a_time(
+    run: Run, spawn: Spawn, vms: Path, verb: list[str], unbuffered: str
+) -> None:
+    data = os.urandom(2 << 20)
+    assert run("create", f"{vms}/full", "--size", "2M").exit_code == 0
+    assert run("write", f"{vms}/full", 0, input=data).exit_code == 0
+    assert run("snapshot", f"{vms}/full@a").exit_code == 0
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = spawn(verb[0], f"{vms}/full@a", *verb[1:], stdout=writer, env={"PYTHONUNBUFFERED": unbuffered})
+    os.close(writer)
+    with open(reader, "rb") as file:
+        got = file.read()
+    assert process.wait(60) == 0
+    if verb[0] == "delta":
+        assert run("create", f"{vms}/copy", "--size", "1M").exit_code == 0
+        assert run("apply", f"{vms}/copy", input=got).exit_code == 0
+        got = run("read", f"{vms}/copy", 0, "2M").stdout_bytes
+    assert got == data
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+def test_a_stdin_that_has_nothing_yet_has_not_ended(monkeypatch: pytest.MonkeyPatch, *, is_buffered: bool) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    late = [lambda: os.write(writer, b"late"), lambda: os.close(writer)]
+    wait = StandardStream._wait
+
+    def write_and_wait(stream: StandardStream) -> None:
+        late.pop(0)()
+        wait(stream)
+
+    monkeypatch.setattr(StandardStream, "_wait", write_and_wait)
+    with open(reader, "rb", -1 if is_buffered else 0) as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        stream = StandardStream("stdin")
+        assert [stream.read(4), stream.read(4)] == [b"late", b""]
+
+
+def test_a_full_disk_is_noticed_where_stdout_has_no_buffer(vms: Path, tmp_path: Path) -> None:
+    line = "ulimit -f 100; trap '' XFSZ; PYTHONUNBUFFERED=1 os export {vms}/web - > {out}"
+    done = shell(line, vms=vms, out=tmp_path / "out")
+    assert (done.returncode, done.stderr[:32]) == (1, b"onionskin: stdout: File too larg")
 
 
 # ---- block devices ----

@@ -49,7 +49,7 @@ class Source:
         """Return the next bytes and leave them; fewer only at the end."""
         while len(self._ahead) < length:
             with self._naming():
-                more = os.read(self.descriptor, length - len(self._ahead))
+                more = _read(self.descriptor, length - len(self._ahead))
             if not more:
                 break
             self._ahead += more
@@ -62,7 +62,7 @@ class Source:
         self._ahead = self._ahead[done:]
         while done < len(buffer):
             with self._naming():
-                read = os.readv(self.descriptor, [buffer[done:]])
+                read = _readinto(self.descriptor, buffer[done:])
             if read == 0:
                 break
             done += read
@@ -79,6 +79,22 @@ class Source:
         """Return what was looked at, which whoever reads the descriptor from now on does not find there."""
         ahead, self._ahead = self._ahead, b""
         return ahead
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    """Read as `os.read`, and wait where the descriptor does not: b"" is the end, and nothing else."""
+    buffer = bytearray(length)
+    return bytes(buffer[: _readinto(descriptor, memoryview(buffer))])
+
+
+def _readinto(descriptor: int, buffer: "memoryview[int]") -> int:
+    while True:
+        try:
+            return os.readv(descriptor, [buffer])
+        except BlockingIOError:  # whoever made a pipe may have made it non-blocking
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
 
 
 def is_seekable(descriptor: int) -> bool:
@@ -217,6 +233,6 @@ class _Feeder:
                 at += os.write(self._input, data[at:])
             if any(descriptor == self._stopped for descriptor, _ in poll.poll()):
                 return
-            data = os.read(self._descriptor, _CHUNK_BYTES)
+            data = _read(self._descriptor, _CHUNK_BYTES)
             if not data:
                 return

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -246,3 +247,26 @@ def test_a_source_that_cannot_be_read_is_named() -> None:
             Source(descriptor, "the disk").peek(1)
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["raw", "gzip"])
+def test_a_pipe_that_has_nothing_yet_has_not_ended(store: Store, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    disk = os.urandom(40960)
+    data = gzip.compress(disk) if kind == "gzip" else disk
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    late = [data[:20], data[20:30], data[30:]]
+
+    def poll() -> Any:
+        if late:
+            os.write(writer, late.pop(0))
+            if not late:
+                os.close(writer)
+        return made()
+
+    made = select.poll
+    monkeypatch.setattr("onionskin.exchange.streams.select.poll", poll)
+    with open(reader, "rb", buffering=0) as pipe:
+        assert import_image(store, pipe, "new") == len(disk)
+    with store.open("new", mode="r") as volume:
+        assert volume.read(0, len(disk)) == disk
