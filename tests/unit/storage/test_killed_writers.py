@@ -1,5 +1,6 @@
 """A process that is killed loses nothing that was acknowledged, flushed or not, whatever it was at."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from click.testing import CliRunner
 
 import onionskin
+from onionskin.base.states import DATA
+from onionskin.cli.app import onionskin as command_line
 from onionskin.images import export_image, import_image
 from onionskin.storage.layout import Layout
 
@@ -152,6 +156,29 @@ def test_an_export_keeps_writers_from_a_head_that_is_only_read(root: Path, tmp_p
         with pytest.raises(onionskin.StateError, match="closed"):
             web.export(tmp_path / "out")
         store.open("web").close()
+
+
+def test_what_changed_is_not_told_before_what_was_left_is_in_the_map(root: Path) -> None:
+    write_and_die(root)
+    with onionskin.Store(root) as store:
+        with store.open("web", mode="r") as web, pytest.raises(onionskin.StateError, match="unflushed"):
+            web.diff("one")
+        with store.open("web", mode="r") as web:
+            assert web.diff("one", "one").tolist() == []
+        store.open("web").close()
+        with store.open("web", mode="r") as web:
+            assert (20 * BLOCK, BLOCK, DATA) in web.diff("one").tolist()
+
+
+@pytest.mark.parametrize("of", ["web", "clone"])
+def test_diff_of_the_command_line_tells_what_was_left_unflushed(root: Path, of: str) -> None:
+    with onionskin.Store(root) as store:
+        store.clone("web", "one", "clone")
+        with store.open("clone") as clone:
+            clone.snapshot("one")
+    write_and_die(root)
+    told = CliRunner().invoke(command_line, ["diff", f"{root}/{of}@one", f"{root}/web", "--json"])
+    assert {"offset": 20 * BLOCK, "length": BLOCK, "state": "data"} in json.loads(told.stdout)["extents"]
 
 
 def test_a_head_of_which_nothing_was_flushed_is_read_after_a_kill(tmp_path: Path) -> None:
