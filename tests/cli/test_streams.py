@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import pytest
 from click.testing import Result
 
+import onionskin
 from onionskin.cli.output import StandardStream
+from onionskin.exchange.block_devices import BlockDevice
+from onionskin.images import export_to_device
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -80,6 +83,27 @@ def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) ->
     refused = run("export", f"{vms}/web", tmp_path / "fifo", "--format", "qcow2")
     assert refused.exit_code == 2
     assert "only a raw image can be written to a pipe" in refused.stderr
+
+
+def overwrite(base: Path) -> None:
+    with open(base, "r+b") as file:
+        file.write(b"later")
+    os.utime(base, ns=(1, 1))
+
+
+def test_an_image_to_stdout_is_not_whole_where_the_base_changed_meanwhile(
+    run: Run, spawn: Spawn, vms: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(os.urandom(4 << 20))
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    process = spawn("export", f"{vms}/over", "-", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # it has begun, and waits
+    overwrite(base)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert b"has changed" in said
 
 
 # ---- standard streams that do not wait, or have no buffer ----
@@ -161,6 +185,31 @@ def test_a_block_device_is_written_and_keeps_what_is_behind_the_disk(
     assert target.read_bytes() == b"clean" + bytes((1 << 20) - 5) + b"\1" * 4096
     assert run("import", target, f"{vms}/back").exit_code == 0
     assert run("read", f"{vms}/back", 0, 5).stdout == "clean"
+
+
+def test_a_block_device_has_no_whole_disk_where_the_base_changed_meanwhile(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(b"b" * (1 << 20))
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    with (
+        onionskin.Store(vms) as store,
+        store.open("over", mode="r") as over,
+        BlockDevice(device(1 << 20)) as target,
+        pytest.raises(onionskin.ChainError, match="has changed"),
+    ):
+        export_to_device(over, target, progress=lambda done, total: overwrite(base))
+
+
+def test_a_head_that_is_written_to_is_on_a_block_device_as_it_was(
+    run: Run, vms: Path, device: Callable[..., Path]
+) -> None:
+    with onionskin.Store(vms) as store, store.open("web") as web, BlockDevice(device(8 << 20)) as target:
+        web.resize("8M")
+        web.write(6 << 20, b"as it was")
+        export_to_device(web, target, progress=lambda done, total: web.write(6 << 20, b"later    "))
+    assert target.path.read_bytes()[6 << 20 : (6 << 20) + 9] == b"as it was"
 
 
 def test_a_block_device_is_not_written_without_a_yes(run: Run, vms: Path, device: Callable[..., Path]) -> None:

@@ -145,8 +145,8 @@ def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
     """Raise StateError where the map of a head does not say all that is on the disk, and nobody has it open to flush it."""
     if has_unflushed(store, volume):
         raise StateError(
-            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open it "
-            "for writing and close it, which makes them durable"
+            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
+            "it for writing and close it, which makes them durable"
         )
 
 
