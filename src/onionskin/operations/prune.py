@@ -1,8 +1,8 @@
 """Retention: which snapshots of a volume are kept, by rules as restic has them, and what becomes of the others.
 
-What must hold: what is decided depends on the snapshots and the rules alone, and not on when it is asked. Without a rule
-nothing is decided, as it would drop all. What is not kept loses its name by a merge, so no data goes that a state which
-is left needs, and what is held is kept.
+What must hold: what is decided depends on the snapshots and the rules alone, and not on when it is asked; the snapshot that
+was taken last is the newest, whatever the clock said. Without a rule nothing is decided, as it would drop all. What is not
+kept loses its name by a merge, so no data goes that a state which is left needs, and what is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -84,17 +84,18 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 
 
 def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
-    """Say of each snapshot which rules keep it, in the order given. Of two of one time the later in it is the newer."""
+    """Say of each snapshot which rules keep it, in the order given, which is that of taking: the last one is the newest.
+
+    The time on a snapshot says its day, and never that it is older than another: clocks are set, forth and back, and the last
+    one that was taken is what whoever prunes after it counts on.
+    """
     rules.check()
-    if not snapshots:
-        return []
-    newest_first = sorted(range(len(snapshots)), key=lambda place: (snapshots[place].created, place), reverse=True)
     kept: list[list[str]] = [["held"] if snapshot.name in held else [] for snapshot in snapshots]
-    latest = snapshots[newest_first[0]].created
+    newest_first = range(len(snapshots) - 1, -1, -1)
     for nth, place in enumerate(newest_first):
         if nth < rules.last or rules.last == -1:
             kept[place].append("last")
-        if rules.within is not None and latest - snapshots[place].created <= rules.within:
+        if rules.within is not None and snapshots[-1].created - snapshots[place].created <= rules.within:
             kept[place].append("within")
     times = [snapshots[place].created.astimezone(rules.zone) for place in newest_first]
     for name, period in _PERIODS.items():
@@ -106,11 +107,13 @@ def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[st
 def _newest_of_each(periods: list[Any], count: int) -> list[int]:
     """Return the places of the first of each period, for so many periods; and the last place where they are fewer."""
     found: list[int] = []
+    seen = set()
     for place, period in enumerate(periods):
         if len(found) == count:
             return found
-        if place == 0 or period != periods[place - 1] or place == len(periods) - 1:
+        if period not in seen or place == len(periods) - 1:
             found.append(place)
+        seen.add(period)
     return found
 
 
