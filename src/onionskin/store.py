@@ -48,7 +48,8 @@ from onionskin.operations import usage as usages
 from onionskin.operations.flush import finish
 from onionskin.operations.fold import fold_unnamed_below
 from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.operations.prune import Retention, Rules, retained
+from onionskin.operations.prune import Retention, Rules
+from onionskin.operations.snapshots import merge
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -810,7 +811,7 @@ class Store:
         ValueError
             No rule is given, or one that cannot be.
         StateError
-            The volume is held by another process, or somebody took hold of a snapshot meanwhile.
+            The volume is held by another process, or a snapshot was renamed meanwhile.
         """
         rules = Rules(
             last=keep_last,
@@ -823,15 +824,18 @@ class Store:
             zone=zone,
         )
         rules.check()
-        held = {hold.snapshot for hold in self.holds(volume)}
-        if dry_run:
-            return retained(self.snapshots(volume), rules, held=held)
+        found = [one for _, one in prune.planned(self._opened, volume, rules)]
+        if dry_run or all(one.kept_by for one in found):
+            return found
         id = self._opened.catalog.volume(volume).id
         for handle in self._opened.open_handles():
             if isinstance(handle, OpenHead) and handle.writable and handle.row.id == id:
-                return prune.prune(handle, rules, held)
+                return self._prune(handle, rules)
         with self.open(volume) as opened:
-            return prune.prune(opened._opened.to_write(), rules, held)
+            return self._prune(opened._opened.to_write(), rules)
+
+    def _prune(self, head: OpenHead, rules: Rules) -> list[Retention]:
+        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, one.name, guid=one.guid))
 
     # ---- looking ----
 

@@ -6,13 +6,14 @@ kept loses its name by a merge, so no data goes that a state which is left needs
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from onionskin.catalog.tree import Snapshot, list_snapshots
-from onionskin.operations import snapshots as of_volume
-from onionskin.storage.open_head import OpenHead
+from onionskin.errors import StateError
+from onionskin.operations.holds import holds
+from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +118,31 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
     return found
 
 
-def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retention]:
-    """Drop the names of the snapshots of an open volume that no rule keeps, oldest first."""
-    taken = list_snapshots(volume.store.catalog, volume.row)
-    found = retained(taken, rules, held=held)
-    for snapshot, one in zip(taken, found, strict=True):
-        if not one.kept_by:  # by its GUID too: anybody may rename snapshots meanwhile
-            of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
-    return found
+def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot], object]) -> list[Retention]:
+    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and say what became of each.
+
+    `merge` drops one, if its name is still that of the snapshot: anybody may rename snapshots meanwhile. What somebody took
+    hold of meanwhile is kept.
+    """
+    done = []
+    for snapshot, one in planned(store, volume, rules):
+        what = one
+        if not one.kept_by:
+            try:
+                merge(snapshot)
+            except StateError:
+                if snapshot.name not in _held(store, volume):
+                    raise
+                what = replace(one, kept_by=("held",))
+        done.append(what)
+    return done
+
+
+def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
+    """Say of each snapshot of a volume what would become of it."""
+    taken = list_snapshots(store.catalog, store.catalog.volume(volume))
+    return list(zip(taken, retained(taken, rules, held=_held(store, volume)), strict=True))
+
+
+def _held(store: OpenStore, volume: str) -> set[str]:
+    return {hold.snapshot for hold in holds(store, volume, None)}
