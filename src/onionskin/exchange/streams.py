@@ -25,6 +25,8 @@ _PROGRAMS: Final = {
     "bzip2": ("bzip2", "-dc"),
     "lz4": ("lz4", "-dcq"),
 }
+# Of several streams in a row bzip2 leaves all out behind one whose first bytes are damaged or missing, and ends with status 0.
+_LEFT_OUT: Final = "trailing garbage"
 COMPRESSED: Final = frozenset(_PROGRAMS)
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -157,9 +159,10 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             process.stdout.close()
         if feeder:
             feeder.finish()
-        if status:
-            said.seek(0)
-            lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()[-1:] or [f"status {status}"]
+        said.seek(0)
+        text = said.read(1 << 16).decode(errors="replace").strip()
+        if status or _LEFT_OUT in text:
+            lines = text.splitlines()[-1:] or [f"status {status}"]
             raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; fetch it again")
 
 

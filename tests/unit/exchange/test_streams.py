@@ -118,6 +118,21 @@ def test_a_compressed_image_that_was_cut_short_leaves_nothing(
     assert store.check() == []
 
 
+@pytest.mark.parametrize("kind", PACK)
+def test_several_compressed_streams_in_a_row_are_one_disk_and_one_that_is_damaged_is_none(
+    store: Store, kind: str
+) -> None:
+    """Parallel programs make such: bzip2 says nothing worse of a damaged one than that there is trailing garbage."""
+    first, second = PACK[kind](DISK[:50_000]), PACK[kind](DISK[50_000:])
+    with pipe_of(first + second) as pipe:
+        import_image(store, pipe, "whole")
+    assert contents(store, "whole") == DISK
+    for behind in (b"?" + second[1:], second[:3], b"?"):
+        with pytest.raises(FormatError, match="could not unpack it"), pipe_of(first + behind) as pipe:
+            import_image(store, pipe, "web")
+    assert list(store) == ["whole"]
+
+
 def test_an_image_of_another_format_may_be_compressed_or_come_through_a_pipe(store: Store, tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(DISK + bytes(-len(DISK) % 512))
     subprocess.run(
