@@ -8,18 +8,18 @@ The byte tables are in docs/format.md ("Delta stream"). What must hold:
 
 - The stream is written and read front to back, so that it goes through a pipe.
 - Header, data, size and GUIDs come from one pinned state of both snapshots.
-- The stream names its starting point by GUID. A volume that is not exactly there (its head stands on another snapshot,
-or
+- The stream names its starting point by GUID. A volume that is not exactly there (its head stands on another snapshot, or
   was written to) is refused before a byte of it changes.
 - The reader trusts nothing in a stream. It checks each size against a limit before it uses memory or disk for it. Each
   record must lie inside the size that the header names, and after the record before it, so every stream ends.
 - The data that arrives goes into a staged volume. Only if the SHA-256 at the end agrees does the staged volume become
-the
-  snapshot b and the head, in one transaction. After a failure or a kill before that, the volume is as it was.
+  the snapshot b and the head, in one transaction. After a failure or a kill before that, the volume is as it was.
 - The cost of applying a stream is bounded by the stream's length, not by the sizes that it names.
 """
 
+import errno
 import hashlib
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
 
 class Writable(Protocol):
-    """The target of a stream: a pipe, a file, the file of a socket. ``write`` takes all that it is given."""
+    """The target of a stream: a pipe, a file, the file of a socket. ``write`` takes all, or returns how much it took."""
 
     def write(self, data: bytes, /) -> object:
         """Take bytes.
@@ -83,7 +83,7 @@ class Writable(Protocol):
         Parameters
         ----------
         data : bytes
-            All of them are taken.
+            All of them are taken; or some, and their number is returned.
         """
 
 
@@ -567,7 +567,7 @@ class _Writer:
         length = COUNTS.size + self._digest.digest_size
         crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, self._header.size_b, length)))
         self._put(RECORD.pack(END, crc, self._header.size_b, length) + counts)
-        self._out.write(self._digest.digest())
+        self._write(self._digest.digest())
         return replace(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
 
     def _write_pending(self) -> None:
@@ -585,7 +585,19 @@ class _Writer:
 
     def _put(self, data: bytes) -> None:
         self._digest.update(data)
-        self._out.write(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        """Write all: a file without a buffer says how much it took, which is less where a signal or a full disk came."""
+        while data:
+            taken = self._out.write(data)
+            if taken is None and not isinstance(self._out, io.RawIOBase):  # of another kind: it took all
+                return
+            if not taken:
+                raise BlockingIOError(
+                    errno.EAGAIN, "the stream goes to a file that takes nothing now; make it blocking"
+                )
+            data = data[taken:] if isinstance(taken, int) else b""
 
 
 class _Reader:

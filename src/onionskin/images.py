@@ -19,6 +19,7 @@ pipe
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
@@ -42,6 +43,7 @@ from onionskin.exchange.image_formats import (
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
 if TYPE_CHECKING:
+    from onionskin.kernels._volume import DataPath
     from onionskin.operations.staged_volumes import StagedVolume
     from onionskin.store import Store
     from onionskin.volume import Volume
@@ -227,8 +229,10 @@ class _Import:
     def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Volume":
         """Import an image that can be read at any offset. Without a path, it is read through its descriptor."""
         if kind == "raw":
+            before = os.fstat(descriptor)
             disk = self._stage(os.lseek(descriptor, 0, os.SEEK_END))
             copy_into(disk, descriptor, path=self._called, progress=self._progress)
+            refuse_changed(descriptor, before, self._called)
             return disk
         from onionskin.exchange import qemu_img
         from onionskin.nbd.for_program import served_to_program
@@ -335,6 +339,13 @@ def _position_of(descriptor: int) -> Callable[[int], tuple[int, int]]:
     return lambda _: (os.lseek(descriptor, 0, os.SEEK_CUR), total)
 
 
+def refuse_changed(descriptor: int, before: os.stat_result, called: str) -> None:
+    """Raise FormatError where a file was written to while it was read: what was read is no disk that there was then."""
+    after = os.fstat(descriptor)
+    if stat.S_ISREG(after.st_mode) and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise FormatError(f"{called}: the image changed while it was read (size or time differ); read it again")
+
+
 def copy_into(
     volume: "Volume", descriptor: int, *, path: AnyPath | None = None, progress: Progress | None = None
 ) -> None:
@@ -426,7 +437,7 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
     Parameters
     ----------
     volume : Volume
-        It is open, and nobody writes to it meanwhile.
+        It is open. What was written to a head before the call is on the device.
     device : BlockDevice
         It is open.
     progress : callable, optional
@@ -438,25 +449,55 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
         The device is a loop device over a file that is a base, of a volume of this store or of an open volume.
     OSError
         ENOSPC: the device is smaller than the disk, and nothing was written. Or an error of the device.
+    ChainError
+        The base changed meanwhile.
     """
     import numpy as np
 
     from onionskin.base.zero_runs import split_zeros
 
     refuse_device(volume, device)
-    size_bytes = volume.size_bytes
     buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
-    for at in range(0, size_bytes, _CHUNK_BYTES):
-        piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
-        volume.readinto(at, piece)
-        for first, last, is_zero in split_zeros(piece, ZERO_UNIT_BYTES):
-            if is_zero:
-                device.zero(at + first, last - first)
-            else:
-                device.write(at + first, piece[first:last].data)
-        if progress is not None:
-            progress(at + len(piece), size_bytes)
-    device.sync()
+    with reading(volume) as disk:
+        size_bytes = int(disk.size_bytes)
+        for at in range(0, size_bytes, _CHUNK_BYTES):
+            piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
+            disk.readinto(at, piece)
+            for first, last, is_zero in split_zeros(piece, ZERO_UNIT_BYTES):
+                if is_zero:
+                    device.zero(at + first, last - first)
+                else:
+                    device.write(at + first, piece[first:last].data)
+            if progress is not None:
+                progress(at + len(piece), size_bytes)
+        device.sync()
+
+
+@contextlib.contextmanager
+def reading(volume: "Volume") -> "Iterator[DataPath]":
+    """Give a whole disk to read, as it is at one instant; an image that goes away as it is read has no other guard.
+
+    Parameters
+    ----------
+    volume : Volume
+        Open; for a head, what was written before the call is read.
+
+    Yields
+    ------
+    DataPath
+        What to read from.
+
+    Raises
+    ------
+    ChainError
+        The base was written to meanwhile: at the end, so before the end of the block nothing that was read is good.
+    """
+    from onionskin.operations.pinned import pinned
+    from onionskin.storage.shared_paths import refuse_changed_base
+
+    with pinned(volume._opened) as opened:
+        yield opened.path
+        refuse_changed_base(opened)
 
 
 def refuse_device(volume: "Volume", device: BlockDevice) -> None:

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from onionskin.operations import usage as usages
     from onionskin.operations.layering import Layering
     from onionskin.operations.listing import TreeNode, VolumeInfo
-    from onionskin.operations.prune import Retention
+    from onionskin.operations.prune import Retention, Rules
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -870,11 +870,11 @@ class Store:
         ValueError
             No rule is given, or a rule is not valid.
         StateError
-            Another process holds the volume, or a hold on a snapshot began meanwhile.
+            Another process holds the volume, or a snapshot was renamed meanwhile.
         """
 
         from onionskin.operations import prune
-        from onionskin.operations.prune import Rules, retained
+        from onionskin.operations.prune import Rules
 
         rules = Rules(
             last=keep_last,
@@ -887,15 +887,21 @@ class Store:
             zone=zone,
         )
         rules.check()
-        held = {hold.snapshot for hold in self.holds(volume)}
-        if dry_run:
-            return retained(self.snapshots(volume), rules, held=held)
+        found = [one for _, one in prune.planned(self._opened, volume, rules)]
+        if dry_run or all(one.kept_by for one in found):
+            return found
         id = self._opened.catalog.volume(volume).id
         for handle in self._opened.open_handles():
             if isinstance(handle, OpenHead) and handle.writable and handle.row.id == id:
-                return prune.prune(handle, rules, held)
+                return self._prune(handle, rules)
         with self.open(volume) as opened:
-            return prune.prune(opened._opened.to_write(), rules, held)
+            return self._prune(opened._opened.to_write(), rules)
+
+    def _prune(self, head: OpenHead, rules: "Rules") -> "list[Retention]":
+        from onionskin.operations import prune
+        from onionskin.operations.snapshots import merge
+
+        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, one.name, guid=one.guid))
 
     # ---- looking ----
 

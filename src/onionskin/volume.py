@@ -16,7 +16,7 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, merge_into_base, snapshots
+from onionskin.operations import copy, export, losses, merge_into_base, snapshots
 from onionskin.operations import usage as usages
 from onionskin.operations.flatten import flatten
 from onionskin.operations.flush import flush
@@ -601,7 +601,8 @@ class Volume:
         Parameters
         ----------
         a, b : str
-            Snapshots, in any order. If `b` is None, the second state is the head, which is flushed first.
+            Snapshots, in any order. If `b` is None, the second state is the head, which is flushed first if it is open for
+            writing.
 
         Returns
         -------
@@ -612,9 +613,13 @@ class Volume:
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
+        StateError
+            The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
         if b is None and self.writable:
             self.flush()
+        elif b is None and self._opened.snapshot_name is None:
+            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return usages.diff(self._opened.store, self._name_now(), a, b)
 
     def usage(self) -> "list[Usage]":

@@ -260,6 +260,8 @@ def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
+    from onionskin.operations.losses import has_unflushed
+
     start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
         found = store.diff(start, f"{b.volume}@{b.snapshot}")
@@ -267,6 +269,8 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
         find_snapshot(store.snapshots(a.volume), a)
         # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
         served = live(store, b.volume)
+        if served is None and has_unflushed(store._opened, store._opened.catalog.volume(b.volume).id):
+            store.open(b.volume).close()  # what a writer that died left becomes durable, and is in the map
         with served or open_to_read(store, b) as volume:
             if a.volume == b.volume:
                 found = volume.diff(a.required_snapshot, None)

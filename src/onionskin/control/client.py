@@ -392,20 +392,22 @@ class LiveVolume:
         """
         self._call("discard", name=name, recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: str, *, guid: str | None = None) -> None:
         """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
 
         Parameters
         ----------
         name : str
             A snapshot of this volume.
+        guid : str, optional
+            Only where the name is still that of the snapshot with this GUID; else StateError is raised.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
         """
-        self._call("merge", name=name)
+        self._call("merge", name=name, guid=guid)
 
     def rename(self, new_name: str) -> None:
         """Give the volume another name: connected clients go on, later clients ask for the new name.

@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,)},
     "discard": {"name": (str,), "recursive": (bool,)},
-    "merge": {"name": (str,)},
+    "merge": {"name": (str,), "guid": (str, NoneType)},
     "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},

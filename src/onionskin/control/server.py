@@ -25,6 +25,7 @@ from onionskin.base.modes import file_mode
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
+from onionskin.operations import snapshots
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
@@ -313,9 +314,9 @@ class _Session:
             with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
                 self._volume.discard(name, recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: str, guid: str | None) -> None:
         with self._served.without_views({name}):
-            self._volume.merge(name)
+            snapshots.merge(self._volume._opened.to_write(), name, guid=guid)
 
     def rename(self, new_name: str) -> None:
         self._served.rename(new_name)

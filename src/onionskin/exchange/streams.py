@@ -26,6 +26,8 @@ _PROGRAMS: Final = {
     "bzip2": ("bzip2", "-dc"),
     "lz4": ("lz4", "-dcq"),
 }
+# Of several streams in a row bzip2 leaves out all behind one whose first bytes are damaged or missing, and ends with status 0.
+_LEFT_OUT: Final = "trailing garbage"
 COMPRESSED: Final = frozenset(_PROGRAMS)
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -50,7 +52,7 @@ class Source:
         """Return the next bytes without consuming them. They are fewer than `length` only at the end."""
         while len(self._ahead) < length:
             with self._naming():
-                more = os.read(self.descriptor, length - len(self._ahead))
+                more = _read(self.descriptor, length - len(self._ahead))
             if not more:
                 break
             self._ahead += more
@@ -63,7 +65,7 @@ class Source:
         self._ahead = self._ahead[done:]
         while done < len(buffer):
             with self._naming():
-                read = os.readv(self.descriptor, [buffer[done:]])
+                read = _readinto(self.descriptor, buffer[done:])
             if read == 0:
                 break
             done += read
@@ -80,6 +82,22 @@ class Source:
         """Consume and return the bytes that were looked at. A later reader of the descriptor does not get them."""
         ahead, self._ahead = self._ahead, b""
         return ahead
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    """Read as `os.read`, and wait where the descriptor does not: b"" is the end, and nothing else."""
+    buffer = bytearray(length)
+    return bytes(buffer[: _readinto(descriptor, memoryview(buffer))])
+
+
+def _readinto(descriptor: int, buffer: "memoryview[int]") -> int:
+    while True:
+        try:
+            return os.readv(descriptor, [buffer])
+        except BlockingIOError:  # whoever made a pipe may have made it non-blocking
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
 
 
 def is_seekable(descriptor: int) -> bool:
@@ -144,9 +162,10 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             process.stdout.close()
         if feeder:
             feeder.finish()
-        if status:
-            said.seek(0)
-            lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()[-1:] or [f"status {status}"]
+        said.seek(0)
+        text = said.read(1 << 16).decode(errors="replace").strip()
+        if status or _LEFT_OUT in text:
+            lines = text.splitlines()[-1:] or [f"status {status}"]
             raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; fetch it again")
 
 
@@ -220,6 +239,6 @@ class _Feeder:
                 at += os.write(self._input, data[at:])
             if any(descriptor == self._stopped for descriptor, _ in poll.poll()):
                 return
-            data = os.read(self._descriptor, _CHUNK_BYTES)
+            data = _read(self._descriptor, _CHUNK_BYTES)
             if not data:
                 return

@@ -143,6 +143,15 @@ def refuse_open(store: OpenStore, name: str) -> None:
     VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
 
 
+def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
+    """Raise StateError where the map of a head does not say all that is on the disk, and nobody has it open to flush it."""
+    if has_unflushed(store, volume):
+        raise StateError(
+            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
+            "it for writing and close it, which makes them durable"
+        )
+
+
 def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
     """Raise StateError if volumes that are deleted together have snapshots that other volumes need.
 
@@ -229,11 +238,11 @@ def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str
         ids = {row.id for row in going.volumes}
         if unflushed_of is not None:
             ids.add(store.catalog.volume(unflushed_of).id)
-        is_lost = is_lost or any(_has_unflushed(store, id) for id in ids)
+        is_lost = is_lost or any(has_unflushed(store, id) for id in ids)
         return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
 
 
-def _has_unflushed(store: OpenStore, volume: bytes) -> bool:
+def has_unflushed(store: OpenStore, volume: bytes) -> bool:
     """Whether a process that died left data of the volume that is not in the head's map yet."""
     if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
         return False  # the volume is open here, and the caller flushes it

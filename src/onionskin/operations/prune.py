@@ -1,18 +1,20 @@
 """Retention: this module decides which snapshots of a volume are kept, by the rules of restic, and drops the others.
 
-What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. A call
-without any rule is refused, because it would drop all snapshots. A snapshot that is not kept loses its name by a merge,
-so all data stays that the remaining states need. A snapshot that is held is kept.
+What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. The snapshot that
+was taken last is the newest, whatever the clock said. A call without any rule is refused, because it would drop all
+snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining states need. A snapshot
+that is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from onionskin.catalog.tree import Snapshot, list_snapshots
-from onionskin.operations import snapshots as of_volume
-from onionskin.storage.open_head import OpenHead
+from onionskin.errors import StateError
+from onionskin.operations.holds import holds
+from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +88,18 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 
 
 def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
-    """Return for each snapshot, in the given order, which rules keep it.
+    """Return for each snapshot, in the given order, which is that of taking, which rules keep it. The last is the newest.
 
-    Of two snapshots that were taken at the same time, the later one in this order is the newer.
+    The time of a snapshot gives its day, and never its age beside another: a clock may be set back, and the snapshot that
+    was taken last is the one that a caller of prune relies on.
     """
     rules.check()
-    if not snapshots:
-        return []
-    newest_first = sorted(range(len(snapshots)), key=lambda place: (snapshots[place].created, place), reverse=True)
     kept: list[list[str]] = [["held"] if snapshot.name in held else [] for snapshot in snapshots]
-    latest = snapshots[newest_first[0]].created
+    newest_first = range(len(snapshots) - 1, -1, -1)
     for nth, place in enumerate(newest_first):
         if nth < rules.last or rules.last == -1:
             kept[place].append("last")
-        if rules.within is not None and latest - snapshots[place].created <= rules.within:
+        if rules.within is not None and snapshots[-1].created - snapshots[place].created <= rules.within:
             kept[place].append("within")
     times = [snapshots[place].created.astimezone(rules.zone) for place in newest_first]
     for name, period in _PERIODS.items():
@@ -114,19 +114,41 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
     If there are fewer periods, the last index is returned too. A `count` of -1 means all periods.
     """
     found: list[int] = []
+    seen = set()
     for place, period in enumerate(periods):
         if len(found) == count:
             return found
-        if place == 0 or period != periods[place - 1] or place == len(periods) - 1:
+        if period not in seen or place == len(periods) - 1:
             found.append(place)
+        seen.add(period)
     return found
 
 
-def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retention]:
-    """Drop the names of the snapshots of an open volume that no rule keeps, oldest first."""
-    taken = list_snapshots(volume.store.catalog, volume.row)
-    found = retained(taken, rules, held=held)
-    for snapshot, one in zip(taken, found, strict=True):
-        if not one.kept_by:  # the GUID is checked too, because somebody may rename snapshots meanwhile
-            of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
-    return found
+def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot], object]) -> list[Retention]:
+    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and say what became of each.
+
+    `merge` drops one, if its name is still that of the snapshot: anybody may rename snapshots meanwhile. What somebody took
+    hold of meanwhile is kept.
+    """
+    done = []
+    for snapshot, one in planned(store, volume, rules):
+        what = one
+        if not one.kept_by:
+            try:
+                merge(snapshot)
+            except StateError:
+                if snapshot.name not in _held(store, volume):
+                    raise
+                what = replace(one, kept_by=("held",))
+        done.append(what)
+    return done
+
+
+def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
+    """Say of each snapshot of a volume what would become of it."""
+    taken = list_snapshots(store.catalog, store.catalog.volume(volume))
+    return list(zip(taken, retained(taken, rules, held=_held(store, volume)), strict=True))
+
+
+def _held(store: OpenStore, volume: str) -> set[str]:
+    return {hold.snapshot for hold in holds(store, volume, None)}
