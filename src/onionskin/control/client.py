@@ -3,19 +3,22 @@
 `LiveVolume` has the methods of `onionskin.Volume` that work on a served volume, and they raise the same errors. It has
 no methods for operations that it cannot do (write, flatten, apply).
 
-A server reports every few seconds that an operation goes on. If a server says nothing for SILENCE_SECONDS, it was
-stopped or hangs, and the caller gets a StateError that names its process.
+A server reports every few seconds that an operation goes on. If a server says nothing for WORD_SECONDS, a warning says
+which process is waited for. If it says nothing for SILENCE_SECONDS, it was stopped or hangs, and the caller gets a StateError
+that names its process.
 """
 
 import base64
+import select
 import socket
 import threading
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.lazy import dtypes
+from onionskin.base.lazy import dtypes, logger
 from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_unix, credentials_of
 from onionskin.catalog.tree import Snapshot
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 else:
     from onionskin.base.lazy import numpy
+
+
+_log = logger(__name__)
 
 
 def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
@@ -85,6 +91,15 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         return live
     live.close()
     return find(store, name)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (SIGSTOP, SIGTSTP) or a debugger; false where /proc does not say."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"T", b"t")
 
 
 def _silent(name: str, pid: int) -> str:
@@ -168,6 +183,7 @@ class LiveVolume:
         self._connection.close()
 
     def _receive(self) -> dict[str, Any]:
+        self._say_whom_it_waits_for()
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
         except TimeoutError:
@@ -175,6 +191,19 @@ class LiveVolume:
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply
+
+    def _say_whom_it_waits_for(self) -> None:
+        """Wait for the first byte of a reply, and log a warning if it takes long."""
+        arrives = select.poll()
+        arrives.register(self._connection, select.POLLIN)
+        if self._connection.gettimeout() is not None and not arrives.poll(frames.WORD_SECONDS * 1000):
+            _log.warning(
+                "waiting for process %s, which serves volume %r: it is %s (at most %.0f s)",
+                self._pid,
+                self.name,
+                "stopped; kill -CONT lets it go on" if is_stopped(self._pid) else "silent, and may hang on its disk",
+                frames.SILENCE_SECONDS,
+            )
 
     # ---- looking ----
 

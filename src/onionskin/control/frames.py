@@ -23,6 +23,7 @@ VERSION = 1
 # While an operation runs, the server reports regularly that it is alive; a caller that hears nothing for much longer
 # gives up.
 ALIVE_SECONDS = 2.0
+WORD_SECONDS = 3 * ALIVE_SECONDS / 2  # of silence, after which a caller is told that it waits, and for whom
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 18
