@@ -144,7 +144,7 @@ def refuse_open(store: OpenStore, name: str) -> None:
 
 
 def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
-    """Raise StateError where the map of a head does not say all that is on the disk, and nobody has it open to flush it."""
+    """Raise StateError if a process that died left unflushed writes, which are not in the head's map yet."""
     if has_unflushed(store, volume):
         raise StateError(
             f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "

@@ -1,9 +1,9 @@
 """Retention: this module decides which snapshots of a volume are kept, by the rules of restic, and drops the others.
 
-What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. The snapshot that
-was taken last is the newest, whatever the clock said. A call without any rule is refused, because it would drop all
-snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining states need. A snapshot
-that is held is kept.
+What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. The snapshot
+that was taken last counts as the newest, even if the clock was set back. A call without any rule is refused, because it
+would drop all snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining
+states need. A snapshot that is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -88,10 +88,11 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 
 
 def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
-    """Return for each snapshot, in the given order, which is that of taking, which rules keep it. The last is the newest.
+    """Return for each snapshot which rules keep it. The snapshots are in the order in which they were taken.
 
-    The time of a snapshot gives its day, and never its age beside another: a clock may be set back, and the snapshot that
-    was taken last is the one that a caller of prune relies on.
+    The last one counts as the newest. The times say to which hour or day a snapshot belongs and how old it is, but not
+    which of two snapshots is newer. The clock may be set back, and a caller of prune relies on the snapshot that was
+    taken last.
     """
     rules.check()
     kept: list[list[str]] = [["held"] if snapshot.name in held else [] for snapshot in snapshots]
@@ -125,10 +126,10 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
 
 
 def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot], object]) -> list[Retention]:
-    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and say what became of each.
+    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and return what became of each.
 
-    `merge` drops one, if its name is still that of the snapshot: anybody may rename snapshots meanwhile. What somebody took
-    hold of meanwhile is kept.
+    `merge` drops the name of a snapshot. It refuses to do so if the name means another snapshot by then, because
+    somebody may rename snapshots meanwhile. A snapshot that somebody holds meanwhile is kept.
     """
     done = []
     for snapshot, one in planned(store, volume, rules):
@@ -145,7 +146,7 @@ def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot
 
 
 def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
-    """Say of each snapshot of a volume what would become of it."""
+    """Return what a prune would do with each snapshot of a volume."""
     taken = list_snapshots(store.catalog, store.catalog.volume(volume))
     return list(zip(taken, retained(taken, rules, held=_held(store, volume)), strict=True))
 
