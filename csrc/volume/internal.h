@@ -12,6 +12,7 @@
 #include "base/epoch.h"
 #include "base/mappings.h"
 #include "base/site.h"
+#include "base/whole_io.h"
 #include "index/bulk_build.h"
 #include "volume/journal.h"
 #include "volume/segment.h"
