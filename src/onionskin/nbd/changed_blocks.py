@@ -52,7 +52,7 @@ class ChangedBlocks:
         """
         return self._ask(self._find, export, context)
 
-    def _ask(self, answer: Callable[[Exported, str, str], bool], export: str, context: str) -> bool:
+    def _ask(self, answer: Callable[[View | ServedVolume, str, str], bool], export: str, context: str) -> bool:
         """Answer for an export and the snapshot that a context names; log an error, and return False then."""
         try:
             exported = self._table.exported(export)
@@ -61,7 +61,7 @@ class ChangedBlocks:
             self._log(f"context {context!r} of {export!r}: {error}")
             return False
 
-    def _is_still(self, exported: Exported, context: str, since: str) -> bool:
+    def _is_still(self, exported: View | ServedVolume, context: str, since: str) -> bool:
         key = exported.context_key(since)
         if key is None:
             self._forget(exported, {since})
@@ -69,7 +69,7 @@ class ChangedBlocks:
         with exported.contexts_guard:
             return exported.contexts.get(context) == key
 
-    def _find(self, exported: Exported, context: str, since: str) -> bool:
+    def _find(self, exported: View | ServedVolume, context: str, since: str) -> bool:
         key = exported.context_key(since)
         if key is None:
             raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
