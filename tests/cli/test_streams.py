@@ -106,6 +106,22 @@ def test_an_image_to_stdout_is_not_whole_where_the_base_changed_meanwhile(
     assert b"has changed" in said
 
 
+def test_a_file_that_takes_the_place_of_a_pipe_is_not_written_over(
+    run: Run, vms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_bytes(b"needed")
+    monkeypatch.setattr("onionskin.cli.exchange._goal", lambda image: "stream")
+    refused = run("export", f"{vms}/web", tmp_path / "out")
+    assert refused.exit_code == 4
+    assert (tmp_path / "out").read_bytes() == b"needed"
+
+
+def test_what_is_full_is_named(run: Run, vms: Path) -> None:
+    full = run("export", f"{vms}/web", "/dev/full")
+    assert (full.exit_code, full.stderr[:11]) == (7, "onionskin: ")
+    assert "/dev/full: No space left" in full.stderr
+
+
 # ---- standard streams that do not wait, or have no buffer ----
 
 

@@ -1,6 +1,7 @@
 """The verbs that move disks between files and stores: import, export, delta, apply."""
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -179,12 +180,17 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 
 
 @contextlib.contextmanager
-def _stream_to(image: Path) -> "Iterator[IO[bytes] | output.StandardStream]":
+def _stream_to(image: Path) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
         yield output.StandardStream("stdout")
         return
-    with open(os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb") as file:  # of a FIFO, this waits for a reader
-        yield file
+    with open(
+        os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb", buffering=0
+    ) as file:  # of a FIFO, this waits for a reader
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):  # it took the place of a pipe
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(image))
+        yield output.StandardStream(str(image), file)
 
 
 def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:

@@ -15,7 +15,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -66,11 +66,11 @@ def naming(name: str) -> Iterator[None]:
 
 
 class StandardStream:
-    """Bytes from stdin or to stdout; its errors say which of them."""
+    """Bytes from stdin or to stdout, or to a file that stands in for it; its errors say which of them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, file: "IO[bytes] | None" = None) -> None:
         self.name = name
-        self._file = (sys.stdin if name == "stdin" else sys.stdout).buffer
+        self._file = file or (sys.stdin if name == "stdin" else sys.stdout).buffer
 
     def read(self, size: int = -1) -> bytes:
         """Read as a file does; b"" is the end, and never that there is nothing yet."""

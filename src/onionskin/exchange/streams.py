@@ -25,7 +25,7 @@ _PROGRAMS: Final = {
     "bzip2": ("bzip2", "-dc"),
     "lz4": ("lz4", "-dcq"),
 }
-# Of several streams in a row bzip2 leaves all out behind one whose first bytes are damaged or missing, and ends with status 0.
+# Of several streams in a row bzip2 leaves all out from one on whose first bytes are damaged, and ends with status 0.
 _LEFT_OUT: Final = "trailing garbage"
 COMPRESSED: Final = frozenset(_PROGRAMS)
 _CHUNK_BYTES: Final = 1 << 20
