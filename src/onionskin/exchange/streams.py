@@ -40,12 +40,14 @@ class Source:
         Stays the caller's.
     name : str
         What messages call it.
+    ahead : bytes, optional
+        What was read of the descriptor already.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, name: str, ahead: bytes = b"") -> None:
         self.descriptor = descriptor
         self.name = name
-        self._ahead = b""
+        self._ahead = ahead
 
     def peek(self, length: int) -> bytes:
         """Return the next bytes and leave them; fewer only at the end."""
@@ -55,7 +57,7 @@ class Source:
             if not more:
                 break
             self._ahead += more
-        return self._ahead
+        return self._ahead[:length]
 
     def readinto(self, buffer: "memoryview[int]") -> int:
         """Fill a buffer; fewer bytes only at the end."""
@@ -146,9 +148,9 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             env=os.environ | {"LC_ALL": "C"},
         )
         assert process.stdout is not None
-        if feeder:
-            feeder.start()
         try:
+            if feeder:
+                feeder.start()
             yield Source(process.stdout.fileno(), source.name)
             _refuse_rest(process, source.name)
             status = process.wait()
@@ -195,9 +197,9 @@ class _Feeder:
 
     def start(self) -> None:
         """Begin. The program has its end of the pipe."""
-        os.close(self.output)
         self._thread.start()
         self._is_started = True
+        os.close(self.output)
 
     def finish(self) -> None:
         """Raise what kept the source from being read."""
