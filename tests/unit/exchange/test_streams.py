@@ -335,7 +335,10 @@ def test_no_program_is_left_where_no_thread_can_be_started(store: Store, monkeyp
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with pipe_of(PACK["gzip"](DISK)) as pipe:
+    reader, writer = os.pipe()
+    os.write(writer, PACK["gzip"](DISK[:9999]))
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as pipe:
         before = len(os.listdir("/proc/self/fd"))
         monkeypatch.setattr("onionskin.exchange.streams.subprocess.Popen", start)
         monkeypatch.setattr("onionskin.exchange.streams.threading.Thread.start", refuse)
