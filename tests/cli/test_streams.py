@@ -166,6 +166,15 @@ def test_a_stdin_that_has_nothing_yet_has_not_ended(monkeypatch: pytest.MonkeyPa
         assert [stream.read(4), stream.read(4)] == [b"late", b""]
 
 
+def test_a_file_that_a_stream_cannot_be_written_to_is_named_and_not_left(run: Run, vms: Path, tmp_path: Path) -> None:
+    assert run("write", f"{vms}/web", 0, input=os.urandom(1 << 20)).exit_code == 0
+    assert run("snapshot", f"{vms}/web@full").exit_code == 0
+    done = shell("ulimit -f 100; trap '' XFSZ; os delta {vms}/web@full -o {out}", vms=vms, out=tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"onionskin: {tmp_path}/out: File too large".encode())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_noticed_where_stdout_has_no_buffer(vms: Path, tmp_path: Path) -> None:
     line = "ulimit -f 100; trap '' XFSZ; PYTHONUNBUFFERED=1 os export {vms}/web - > {out}"
     done = shell(line, vms=vms, out=tmp_path / "out")

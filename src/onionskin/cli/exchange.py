@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
-from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.fsync import sync_directory
 from onionskin.cli import output
 from onionskin.cli.arguments import (
     NEW_VOLUME,
@@ -171,7 +171,7 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
                 out.write(piece)
                 if progress is not None:
                     progress(at + len(piece), size_bytes)
-            out.flush()
+            out.finish()
     value = {"path": str(image), "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
     if not is_stdout:
         output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, raw")
@@ -242,7 +242,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         output.progress(f"delta {b}", as_json) as progress,
     ):
         sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
-        out.flush()
+        out.finish()
     value = {
         "from": names[0].snapshot if start else None,
         "to": b.snapshot,
@@ -260,16 +260,14 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
+def _new_file(path: Path | None) -> Iterator[output.StandardStream]:
     """Give stdout, or a new file that is durable and whole at the end, or removed."""
     if path is None:
         yield output.StandardStream("stdout")
         return
-    with open(path, "xb") as file:
+    with output.naming(str(path)), open(path, "xb") as file:
         try:
-            yield file
-            file.flush()
-            sync_file(file.fileno())  # BARRIER: written delta
+            yield output.StandardStream(str(path), file)
             sync_directory(path.absolute().parent)  # BARRIER: written delta name
         except BaseException:
             path.unlink()

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import select
+import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 import click
 
+from onionskin.base.fsync import sync_file
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA, HOLE, ZERO
@@ -103,6 +105,14 @@ class StandardStream:
                     self._wait()
                 else:
                     return
+
+    def finish(self) -> None:
+        """Pass on all written bytes. Those that went to a file or a block device are durable then, as in a file of a name."""
+        self.flush()
+        mode = os.fstat(self.fileno()).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            with naming(self.name):
+                sync_file(self.fileno())  # BARRIER: streamed file
 
     def _wait(self) -> None:
         """Wait until it is ready: who started us, or shares a terminal or a pipe with us, may have made it non-blocking."""
