@@ -114,6 +114,25 @@ def test_a_cancelled_call_that_waits_for_a_thread_does_not_begin(
     asyncio.run(main())
 
 
+def test_two_tasks_that_await_a_store_open_it_once(tmp_path: Path) -> None:
+    made: list[onionskin.Store] = []
+
+    async def main() -> None:
+        store = aio.Store(tmp_path / "vms")
+        make = store._make
+
+        def make_and_tell() -> onionskin.Store:
+            made.append(make())
+            return made[-1]
+
+        store._make = make_and_tell  # type: ignore[assignment]
+        await asyncio.gather(store, store)
+        await store.close()
+
+    asyncio.run(main())
+    assert [bool(one) for one in made] == [False]
+
+
 def test_a_volume_whose_opening_was_cancelled_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with aio.Store(tmp_path / "vms") as store:
