@@ -116,17 +116,22 @@ def test_a_cancelled_call_that_waits_for_a_thread_does_not_begin(
 
 def test_two_tasks_that_await_a_store_open_it_once(tmp_path: Path) -> None:
     made: list[onionskin.Store] = []
+    both_wait = threading.Event()
 
     async def main() -> None:
         store = aio.Store(tmp_path / "vms")
         make = store._make
 
         def make_and_tell() -> onionskin.Store:
+            both_wait.wait(60)
             made.append(make())
             return made[-1]
 
         store._make = make_and_tell  # type: ignore[assignment]
-        await asyncio.gather(store, store)
+        tasks = [asyncio.ensure_future(store._opened()) for _ in range(2)]
+        await asyncio.sleep(0)
+        both_wait.set()
+        await asyncio.gather(*tasks)
         await store.close()
 
     asyncio.run(main())
