@@ -98,6 +98,7 @@ class Store:
         self.path: Path = Path(path)
         self._calls = _Calls(f"store {path}", _Threads(threads))
         self._make = partial(onionskin.store.Store, path, create=create, trust=trust, group=group)
+        self._opening_guard = threading.Lock()
         self._sync: onionskin.store.Store | None = None
 
     @property
@@ -112,7 +113,9 @@ class Store:
 
     async def _opened(self) -> "Store":
         def open() -> None:
-            self._sync = self._make()
+            with self._opening_guard:  # of two tasks that await it one opens it
+                if self._sync is None:
+                    self._sync = self._make()
 
         if self._sync is None:
             try:

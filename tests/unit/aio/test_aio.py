@@ -114,6 +114,30 @@ def test_a_cancelled_call_that_waits_for_a_thread_does_not_begin(
     asyncio.run(main())
 
 
+def test_two_tasks_that_await_a_store_open_it_once(tmp_path: Path) -> None:
+    made: list[onionskin.Store] = []
+    both_wait = threading.Event()
+
+    async def main() -> None:
+        store = aio.Store(tmp_path / "vms")
+        make = store._make
+
+        def make_and_tell() -> onionskin.Store:
+            both_wait.wait(60)
+            made.append(make())
+            return made[-1]
+
+        store._make = make_and_tell  # type: ignore[assignment]
+        tasks = [asyncio.ensure_future(store._opened()) for _ in range(2)]
+        await asyncio.sleep(0)
+        both_wait.set()
+        await asyncio.gather(*tasks)
+        await store.close()
+
+    asyncio.run(main())
+    assert [bool(one) for one in made] == [False]
+
+
 def test_a_volume_whose_opening_was_cancelled_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with aio.Store(tmp_path / "vms") as store:
