@@ -264,9 +264,9 @@ class Store:
     # ---- looking ----
 
     @_twin_of(onionskin.store.Store.volumes)
-    async def volumes(self) -> list[VolumeInfo]:
+    async def volumes(self, *, space: bool = True) -> list[VolumeInfo]:
         """Await `onionskin.Store.volumes`."""
-        return await self.run(self.sync.volumes)
+        return await self.run(self.sync.volumes, space=space)
 
     @_twin_of(onionskin.store.Store.info)
     async def info(self, name: str) -> VolumeInfo:

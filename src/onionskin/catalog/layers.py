@@ -103,6 +103,10 @@ class Layers(Connection):
         found = self.values(LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)")
         return {id: (parent, base) for id, parent, base in found}
 
+    def parents_among(self, layers: Iterable[bytes]) -> list[bytes]:
+        """Return those of these layers that another one stands on, in no order."""
+        return [parent for (parent,) in self.values_in(LayerRow, "DISTINCT parent", "parent", layers)]
+
     def is_needed(self, layer: bytes) -> bool:
         """Whether a layer has a name, is a head, or has a child."""
         return (
@@ -158,6 +162,16 @@ class Layers(Connection):
     def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
         """Return a volume's head, its snapshots' layers and all that these stand on, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME})", volume, volume)
+
+    def forks_of_volume(self, volume: bytes) -> list[bytes]:
+        """Return those of `layers_of_volume` without a name that a layer stands on which is none of them, in no order."""
+        child = (
+            f"SELECT 1 FROM layers AS child WHERE child.parent = layers.id AND child.id NOT IN ({_LAYERS_OF_VOLUME})"
+        )
+        found = self.values(
+            LayerRow, "id", f"id IN ({_LAYERS_OF_VOLUME}) AND {_UNNAMED} AND EXISTS ({child})", *(volume,) * 4
+        )
+        return [id for (id,) in found]
 
     def unnamed_of_volume(self, volume: bytes) -> list[LayerRow]:
         """Return the sealed layers without a name that a volume's head or a snapshot of it stands on, in no order."""

@@ -18,13 +18,15 @@ from onionskin.cli.arguments import (
     open_to_read,
     trust_option,
 )
+from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
-from onionskin.errors import SnapshotNotFoundError
+from onionskin.errors import FormatError, SnapshotNotFoundError
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
+    from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -39,6 +41,20 @@ def snapshot_value(snapshot: "Snapshot") -> dict[str, Any]:
         "note": snapshot.note,
         "size_bytes": snapshot.size_bytes,
     }
+
+
+_Listed = tuple["Snapshot", "SnapshotSpace | None"]
+_COLUMNS: "tuple[Column[_Listed], ...]" = (
+    Column("name", "SNAPSHOT", lambda one: one[0].name),
+    Column("size", "SIZE", lambda one: one[0].size_bytes, is_size=True),
+    Column("used", "USED", lambda one: one[1].used_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("written", "WRITTEN", lambda one: one[1].written_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("taken", "TAKEN", lambda one: one[0].created),
+    Column("parent", "PARENT", lambda one: one[0].parent),
+    Column("note", "NOTE", lambda one: one[0].note),
+    Column("guid", "GUID", lambda one: one[0].guid),
+)
+_SHOWN = ("name", "size", "used", "written", "taken", "parent", "note")
 
 
 def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
@@ -78,15 +94,40 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@column_options(_COLUMNS)
 @trust_option
 @json_option
-def snapshots(name: Name, as_json: bool) -> None:
-    """List the snapshots of a volume."""
+def snapshots(name: Name, asked: Asked, as_json: bool) -> None:
+    """List the snapshots of a volume.
+
+    USED is what nothing else reads, and what comes back if that snapshot alone is dropped, as merge does. WRITTEN is what was
+    written between the snapshot before it and this one. Where much was written they are shown only with -o.
+    """
     with name.open_store() as store:
         found = store.snapshots(name.volume)
-    rows = [(s.name, output.size(s.size_bytes), output.when(s.created), s.parent or "-", s.note) for s in found]
-    headings = ("SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE")
-    output.show(as_json, [snapshot_value(s) for s in found], lambda: output.table(headings, rows, right="SIZE"))
+        space = space_of(store, name.volume, wanted=is_asked(asked, _COLUMNS))
+    listed = in_order(asked, _COLUMNS, [(one, space.get(one.name)) for one in found])
+    value = [snapshot_value(one) | space_value(taken) for one, taken in listed]
+    output.show(as_json, value, lambda: draw(asked, _COLUMNS, listed, _SHOWN))
+
+
+def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, SnapshotSpace]":
+    """Find out what each snapshot takes; nothing of those of which it is not wanted, or not asked for and not quick."""
+    from onionskin.operations import usage
+
+    if wanted is False or (wanted is None and not usage.is_quick(store._opened, volume)):
+        return {}
+    try:
+        return {one.snapshot: one for one in usage.snapshot_space(store._opened, volume)}
+    except (FormatError, OSError):  # a list of the names is wanted then too
+        if wanted:
+            raise
+        return {}
+
+
+def space_value(space: "SnapshotSpace | None") -> dict[str, Any]:
+    """Return what a snapshot takes as JSON; null where it was not found out."""
+    return {"used_bytes": space.used_bytes if space else None, "written_bytes": space.written_bytes if space else None}
 
 
 @click.command()
