@@ -212,12 +212,12 @@ class Store:
         await self.run(self.sync.set_note, volume, snapshot, note)
 
     @_twin_of(onionskin.store.Store.hold)
-    async def hold(self, volume: str, snapshot: str, holder: str) -> None:
+    async def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Await `onionskin.Store.hold`."""
         await self.run(self.sync.hold, volume, snapshot, holder)
 
     @_twin_of(onionskin.store.Store.unhold)
-    async def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+    async def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Await `onionskin.Store.unhold`."""
         await self.run(self.sync.unhold, volume, snapshot, holder)
 
@@ -287,6 +287,11 @@ class Store:
     async def usage(self, name: str) -> list[Usage]:
         """Await `onionskin.Store.usage`."""
         return await self.run(self.sync.usage, name)
+
+    @_twin_of(onionskin.store.Store.bytes_freed_by_merge)
+    async def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
+        """Await `onionskin.Store.bytes_freed_by_merge`."""
+        return await self.run(self.sync.bytes_freed_by_merge, volume, snapshots)
 
     @_twin_of(onionskin.store.Store.diff)
     async def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
@@ -481,12 +486,12 @@ class Volume:
         await self._run(self._sync.revert, name)
 
     @_twin_of(onionskin.volume.Volume.discard)
-    async def discard(self, name: str, *, recursive: bool = False) -> None:
+    async def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
         """Await `onionskin.Volume.discard`."""
         await self._run(self._sync.discard, name, recursive=recursive)
 
     @_twin_of(onionskin.volume.Volume.merge)
-    async def merge(self, name: str) -> None:
+    async def merge(self, name: "str | Sequence[str]") -> None:
         """Await `onionskin.Volume.merge`."""
         await self._run(self._sync.merge, name)
 

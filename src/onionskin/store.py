@@ -7,14 +7,14 @@ it trusts the catalog; what is freed goes through `reclaim`. Nothing here touche
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name
+from onionskin.base.naming import check_name, several
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
@@ -642,7 +642,7 @@ class Store:
         """
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
-    def hold(self, volume: str, snapshot: str, holder: str) -> None:
+    def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Keep a snapshot: it is not discarded, merged or deleted before all who hold it let it go, and nor is its volume.
 
         Durable on return. Any thread may call it; the volume may be open, here or elsewhere. A name, a note and what was
@@ -650,8 +650,9 @@ class Store:
 
         Parameters
         ----------
-        volume, snapshot : str
-            The snapshot.
+        volume : str
+        snapshot : str or sequence of str
+            A snapshot of it, or several: then all are held, or none is.
         holder : str
             Who needs it, as whoever is refused reads it: at most 255 bytes, without '/', '@' and control characters.
 
@@ -661,16 +662,19 @@ class Store:
             There is none of that name.
         StateError
             This holder holds it already.
+        ValueError
+            The sequence is empty.
         """
-        holds.hold(self._opened, volume, snapshot, holder)
+        holds.hold(self._opened, volume, several("snapshot", snapshot), holder)
 
-    def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+    def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Let a snapshot go that `hold` keeps. Durable on return. Any thread may call it.
 
         Parameters
         ----------
-        volume, snapshot : str
-            The snapshot.
+        volume : str
+        snapshot : str or sequence of str
+            A snapshot of it, or several: then all are let go, or none is.
         holder : str
             Who held it.
 
@@ -680,8 +684,10 @@ class Store:
             There is none of that name.
         StateError
             This holder does not hold it; those who do are named.
+        ValueError
+            The sequence is empty.
         """
-        holds.unhold(self._opened, volume, snapshot, holder)
+        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder)
 
     def holds(self, volume: str, snapshot: str | None = None) -> list[holds.Hold]:
         """Return who holds a snapshot, or any snapshot of a volume.
@@ -922,6 +928,34 @@ class Store:
             A block map is damaged or missing.
         """
         return usages.usage(self._opened, name)
+
+    def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
+        """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.
+
+        That is what nothing reads then. The volume may be open: its head counts as far as it is durable. What only clones
+        hide that stand on one layer together is not counted.
+
+        Parameters
+        ----------
+        volume : str
+        snapshots : str or sequence of str
+            Of that volume.
+
+        Returns
+        -------
+        int or None
+            In bytes; None where a block map is damaged, so that nobody knows.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            Somebody holds one of them.
+        ValueError
+            The sequence is empty.
+        """
+        return losses.of_merge(self._opened, volume, several("snapshot", snapshots)).bytes_freed
 
     def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
         """Return where two states of disks may differ: snapshots or a head, of one volume or across clones.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from onionskin.base.naming import check_name, check_note
+from onionskin.base.naming import check_name, check_note, several
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
@@ -454,7 +454,7 @@ class Volume:
         """
         snapshots.revert(self._opened.to_write(), name)
 
-    def discard(self, name: str, *, recursive: bool = False) -> None:
+    def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
 
         If the head descends from it, the disk reads as when the snapshot was taken. Durable on return. This is not TRIM, and
@@ -462,10 +462,10 @@ class Volume:
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all are dropped in one transaction, or none is.
         recursive : bool
-            Drop the snapshots that were taken after it too.
+            Drop the snapshots that were taken after them too.
 
         Raises
         ------
@@ -473,10 +473,12 @@ class Volume:
             There is none of that name.
         StateError
             A descendant has a name and `recursive` is not given, a clone needs one, or somebody holds one; some are listed.
+        ValueError
+            The sequence is empty.
         """
-        snapshots.discard(self._opened.to_write(), name, recursive=recursive)
+        snapshots.discard(self._opened.to_write(), several("snapshot", name), recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: "str | Sequence[str]") -> None:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
@@ -485,15 +487,19 @@ class Volume:
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all names are dropped in one transaction, or none is.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
+        StateError
+            Somebody holds one of them.
+        ValueError
+            The sequence is empty.
         """
-        snapshots.merge(self._opened.to_write(), name)
+        snapshots.merge(self._opened.to_write(), several("snapshot", name))
 
     def merge_into_base(
         self,

@@ -37,13 +37,17 @@ SEGMENTS_OPEN = 64  # of an open volume: with more, those without a block are lo
 def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None:
     """Fold each of these layers into its child, where it has no name and only one, and that one is in reach.
 
-    What the caller was asked for is done already: a fold that fails is left to the next opening, and logged.
+    Each run of layers without a name is looked at once, however many of them are given. What the caller was asked for is
+    done already: a fold that fails is left to the next opening, and logged.
     """
+    seen: set[bytes] = set()
     for id in layers:
-        if id is None:
+        if id is None or id in seen:
             continue
         try:
-            fold(volume, id)
+            run = fold_policy.run_around(volume.store.catalog, volume.head, id)
+            seen.update(layer.id for layer in run)
+            _fold_run(volume, run)
         except CommitUnknownError:
             raise
         except (OSError, OnionskinError) as error:
@@ -54,8 +58,11 @@ def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None
 
 def fold(volume: OpenHead, layer_id: bytes) -> bool:
     """Fold what is worth it of the layers without a name around one (fold_policy.py); returns whether any was."""
+    return _fold_run(volume, fold_policy.run_around(volume.store.catalog, volume.head, layer_id))
+
+
+def _fold_run(volume: OpenHead, run: Sequence[LayerRow]) -> bool:
     store = volume.store
-    run = fold_policy.run_around(store.catalog, volume.head, layer_id)
     if is_in_base_merge(store.catalog, run):
         return False
     try:
@@ -188,9 +195,5 @@ def fold_unnamed_below(volume: OpenHead) -> None:
     catalog = volume.store.catalog
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)
-    seen: set[bytes] = set()
-    for layer in unnamed:
-        if layer not in seen:
-            seen |= {one.id for one in fold_policy.run_around(catalog, volume.head, layer)}
-            fold_where_unnamed(volume, [layer])
+    fold_where_unnamed(volume, unnamed)
     free_hidden(volume, unnamed_of(catalog, volume.row.id))

@@ -120,5 +120,5 @@ def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retenti
     found = retained(taken, rules, held=held)
     for snapshot, one in zip(taken, found, strict=True):
         if not one.kept_by:  # by its GUID too: anybody may rename snapshots meanwhile
-            of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
+            of_volume.merge(volume, [one.snapshot], guid=snapshot.guid)
     return found
