@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.holds import Hold
-    from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.layering import Layering
     from onionskin.operations.prune import Retention
+    from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
     from onionskin.volume import Volume
@@ -41,16 +43,19 @@ _HOME = {
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
-    **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
+    **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Hold": "onionskin.operations.holds",
+    "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
+    "StoreInfo": "onionskin.operations.store_info",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 
 __all__ = [
     "ChainError",
+    "ChainLayer",
     "ChainMember",
     "FormatError",
     "Hold",
@@ -64,6 +69,7 @@ __all__ = [
     "SnapshotNotFoundError",
     "StateError",
     "Store",
+    "StoreInfo",
     "TreeNode",
     "Usage",
     "VerifyError",

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
+    from onionskin.operations.store_info import StoreInfo
 
     Array = numpy.typing.NDArray[Any]
 
@@ -272,6 +274,16 @@ class Store:
     async def info(self, name: str) -> VolumeInfo:
         """Await `onionskin.Store.info`."""
         return await self.run(self.sync.info, name)
+
+    @_twin_of(onionskin.store.Store.store_info)
+    async def store_info(self) -> "StoreInfo":
+        """Await `onionskin.Store.store_info`."""
+        return await self.run(self.sync.store_info)
+
+    @_twin_of(onionskin.store.Store.chain)
+    async def chain(self, name: str, snapshot: str | None = None) -> "list[ChainLayer]":
+        """Await `onionskin.Store.chain`."""
+        return await self.run(self.sync.chain, name, snapshot)
 
     @_twin_of(onionskin.store.Store.snapshots)
     async def snapshots(self, name: str) -> list[Snapshot]:

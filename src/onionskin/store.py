@@ -70,7 +70,9 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
+    from onionskin.operations.store_info import StoreInfo
 
 _log = logging.getLogger(__name__)
 
@@ -876,6 +878,42 @@ class Store:
             There is none of that name.
         """
         return volume_info(self._opened, name)
+
+    def store_info(self) -> "StoreInfo":
+        """Return what the store is as a whole: how much is in it, and what of that can be given back.
+
+        Returns
+        -------
+        StoreInfo
+            Found from the sizes of files and the rows of the catalog. Nothing is locked for long, opened or changed.
+        """
+        from onionskin.operations.store_info import store_info
+
+        return store_info(self._opened)
+
+    def chain(self, name: str, snapshot: str | None = None) -> "list[ChainLayer]":
+        """Return what a volume, or a snapshot of it, stands on, with what each layer holds.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        snapshot : str, optional
+            One of its snapshots; None: the head.
+
+        Returns
+        -------
+        list of ChainLayer
+            The head, or the layer of the snapshot, first; the base last, if there is one.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations.chain_members import chain_of
+
+        return chain_of(self._opened, name, snapshot)
 
     def snapshots(self, name: str) -> list[Snapshot]:
         """Return a volume's snapshots without opening it.

@@ -75,7 +75,9 @@ def test_snapshots_are_listed(run: Run, vms: Path) -> None:
         ("clean", None, "as installed"),
         ("two", "clean", ""),
     ]
-    assert listed[1] == as_json(run("info", f"{vms}/web@two", "--json"))
+    about = as_json(run("info", f"{vms}/web@two", "--json"))
+    assert [layer["name"] for layer in about.pop("chain")] == ["web@two", "web@clean"]
+    assert listed[1] == about
     assert listed[1] == taken | {"used_bytes": 0, "written_bytes": 0}
     assert len(taken["guid"]) == 32
     text = ok(run("snapshots", f"{vms}/web")).splitlines()
@@ -85,6 +87,7 @@ def test_snapshots_are_listed(run: Run, vms: Path) -> None:
 
 def test_info_and_list_agree(run: Run, vms: Path) -> None:
     about = as_json(run("info", f"{vms}/web", "--json"))
+    assert [layer["name"] for layer in about.pop("chain")] == ["web", "web@clean"]
     assert set(about) == VOLUME_KEYS
     assert as_json(run("list", vms, "--json")) == [about]
     assert "1 MiB (1048576 bytes)" in ok(run("info", f"{vms}/web"))

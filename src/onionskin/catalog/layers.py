@@ -63,6 +63,10 @@ class Layers(Connection):
         """Whether a layer has this map; the layer's row may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
+    def maps_among(self, map_ids: Iterable[bytes]) -> list[bytes]:
+        """Return those of these maps that a layer has, in no order; unsound rows are left out."""
+        return [id for (id,) in self.values_in(LayerRow, "map_id", "map_id", map_ids)]
+
     def remove_layer(self, id: bytes) -> None:
         """Remove the row of a layer, which has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)

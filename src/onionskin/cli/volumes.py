@@ -1,5 +1,6 @@
 """The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from onionskin.cli.arguments import (
     STORE,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
+    VOLUME_SNAPSHOT_OR_STORE,
     Name,
     live,
     note_trust,
@@ -30,8 +32,11 @@ from onionskin.errors import FormatError, StateError
 from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
+    from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.losses import Loss
+    from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store, TreeNode, VolumeInfo
     from onionskin.volume import Volume
 
@@ -246,31 +251,47 @@ def _holder(about: "VolumeInfo") -> str:
 
 
 @click.command()
-@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("name", type=VOLUME_SNAPSHOT_OR_STORE, metavar="STORE[/VOLUME[@SNAPSHOT]]")
 @trust_option
 @json_option
-def info(name: Name, as_json: bool) -> None:
-    """Describe a volume or a snapshot."""
+def info(name: Name | Path, as_json: bool) -> None:
+    """Describe a store, a volume or a snapshot.
+
+    Of a volume and a snapshot that includes the layers that it stands on, down to the base, and what each of them holds.
+    """
+    if isinstance(name, Path):
+        _show_store(name, as_json)
+        return
     with name.open_store() as store:
         about = store.info(name.volume)
         snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
         space = space_of(store, name.volume, wanted=None).get(snapshot.name) if snapshot else None
+        chain = store.chain(name.volume, name.snapshot)
     if snapshot is None:
-        pairs = [
-            ("volume", about.name),
-            ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
-            ("block size", output.size(about.block_size)),
-            ("wipe", about.wipe),
-            ("base", str(about.base or "none")),
-            ("made", output.when(about.created)),
-            ("snapshots", str(about.snapshots)),
-            ("used", output.size(about.used_bytes)),
-            ("written", f"{output.size(about.written_bytes)} since the last snapshot"),
-            ("held by", _holder(about) or "nobody"),
-        ]
-        output.show(as_json, volume_value(about), lambda: output.fields(pairs))
-        return
-    pairs = [
+        pairs, value = _volume_fields(about), volume_value(about)
+    else:
+        pairs, value = _snapshot_fields(about, snapshot, space), snapshot_value(snapshot) | space_value(space)
+    value["chain"] = [_layer_value(layer) for layer in chain]
+    output.show(as_json, value, lambda: f"{output.fields(pairs)}\n\n{_draw_chain(chain)}")
+
+
+def _volume_fields(about: "VolumeInfo") -> list[tuple[str, str]]:
+    return [
+        ("volume", about.name),
+        ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
+        ("block size", output.size(about.block_size)),
+        ("wipe", about.wipe),
+        ("base", str(about.base or "none")),
+        ("made", output.when(about.created)),
+        ("snapshots", str(about.snapshots)),
+        ("used", output.size(about.used_bytes)),
+        ("written", f"{output.size(about.written_bytes)} since the last snapshot"),
+        ("held by", _holder(about) or "nobody"),
+    ]
+
+
+def _snapshot_fields(about: "VolumeInfo", snapshot: "Snapshot", space: "SnapshotSpace | None") -> list[tuple[str, str]]:
+    return [
         ("snapshot", snapshot.name),
         ("of volume", about.name),
         ("size", f"{output.size(snapshot.size_bytes)} ({snapshot.size_bytes} bytes)"),
@@ -281,7 +302,64 @@ def info(name: Name, as_json: bool) -> None:
         ("note", snapshot.note),
         ("guid", snapshot.guid),
     ]
-    output.show(as_json, snapshot_value(snapshot) | space_value(space), lambda: output.fields(pairs))
+
+
+def _layer_value(layer: "ChainLayer") -> dict[str, Any]:
+    return {
+        "kind": layer.kind,
+        "name": layer.name,
+        "created": output.timestamp(layer.created),
+        "size_bytes": layer.size_bytes,
+        "bytes_held": layer.bytes_held,
+        "format": layer.format,
+    }
+
+
+_LAYERS_SHOWN = 30
+
+
+def _draw_chain(chain: "list[ChainLayer]") -> str:
+    """Draw what a disk stands on, top first; of a long chain its beginning, and the base."""
+    shown = chain if len(chain) <= _LAYERS_SHOWN else [*chain[: _LAYERS_SHOWN - 2], *chain[-1:]]
+    rows = [
+        (
+            f"{layer.kind}, {layer.format}" if layer.format else layer.kind,
+            layer.name,
+            output.size(layer.size_bytes),
+            "missing" if layer.bytes_held is None else output.size(layer.bytes_held),
+            output.when(layer.created) or "-",
+        )
+        for layer in shown
+    ]
+    lines = output.table(("LAYER", "NAME", "SIZE", "HOLDS", "MADE"), rows, right="SIZE HOLDS").split("\n")
+    if len(shown) < len(chain):
+        lines.insert(len(lines) - 1, f"... {len(chain) - len(shown)} more, which --json lists")
+    return "\n".join(lines)
+
+
+def _show_store(path: Path, as_json: bool) -> None:
+    with open_store(path) as store:
+        about = store.store_info()
+    size = output.size
+    waits = [f"{about.pending_work} files or parts of files are to be freed"] if about.pending_work else []
+    if about.unfinished_base_merges:
+        waits.append("a merge into a base was begun and has not ended; run 'onionskin merge --into-base' again")
+    by_repair = (
+        f"{size(about.bytes_freed_by_repair)} in files that nothing names; onionskin check --repair removes them"
+    )
+    pairs = [
+        ("store", about.path),
+        ("format", f"version {about.format_version}"),
+        ("volumes", str(about.volumes)),
+        ("snapshots", str(about.snapshots)),
+        ("holds", f"{size(about.bytes_held)}, and {size(about.map_bytes)} of block maps"),
+        ("work", "; ".join(waits) or "none waits"),
+        ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
+        ("left over", by_repair if about.bytes_freed_by_repair else ""),
+        ("reserve", size(about.reserve_bytes)),
+        ("read-only", "yes" if about.read_only else ""),
+    ]
+    output.show(as_json, asdict(about) if as_json else None, lambda: output.fields(pairs))
 
 
 @click.command()

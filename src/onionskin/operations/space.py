@@ -7,18 +7,16 @@ A layer with a name counts to the volume that the snapshot is of, also where clo
 volume of what stands on it, and to none if that is more than one.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from onionskin.base.limits import HEADER_BYTES
-from onionskin.catalog import VolumeRow
-from onionskin.storage.layout import listed
+from onionskin.catalog import LayerRow, VolumeRow
+from onionskin.storage.layout import allocated_bytes, allocated_files, listed
 from onionskin.storage.open_store import OpenStore
 
-_BLOCK_BYTES = 512  # what st_blocks counts
 _NOBODY = b""  # the id of no volume
 _FILES_QUICK = 20_000  # to look at so many takes 0.3 s
 
@@ -109,18 +107,7 @@ def _held_by_layers(store: OpenStore) -> dict[bytes, int]:
 
 def _segment_files(directory: Path) -> dict[bytes, int]:
     """Return the bytes of data that each segment takes; those without any are left out."""
-    found: dict[bytes, int] = {}
-    with listed(directory) as entries:
-        for entry in entries:
-            name, _, suffix = entry.name.partition(".")
-            with suppress(FileNotFoundError, ValueError):
-                if suffix == "seg" and (data_bytes := _data_bytes(entry.stat(follow_symlinks=False).st_blocks)):
-                    found[bytes.fromhex(name)] = data_bytes
-    return found
-
-
-def _data_bytes(blocks: int) -> int:
-    return max(blocks * _BLOCK_BYTES - HEADER_BYTES, 0)
+    return {id: taken - HEADER_BYTES for id, taken in allocated_files(directory, ".seg") if taken > HEADER_BYTES}
 
 
 # ---- of one volume ----
@@ -137,16 +124,21 @@ def space_of(store: OpenStore, volume: VolumeRow) -> Space:
     below = parents.get(volume.head)
     owners.note_user(below, volume.id)
     own = [layer for id, layer in layers.items() if id == volume.head or owners.of(id) == volume.id]
-    held = {
-        id: sum(_bytes_of(store.layout.segment_file(row.id)) for row in rows)
-        for id, rows in catalog.segments_of(own).items()
-    }
+    held = bytes_of_layers(store, own)
     of_head = held.get(volume.head, 0)
     return Space(sum(held.values()), of_head + owners.written_below(held, below, volume.id))
 
 
+def bytes_of_layers(store: OpenStore, layers: Sequence[LayerRow]) -> dict[bytes, int]:
+    """Return the bytes of data that each of some layers holds. Inside `reading`."""
+    return {
+        id: sum(_bytes_of(store.layout.segment_file(row.id)) for row in rows)
+        for id, rows in store.catalog.segments_of(list(layers)).items()
+    }
+
+
 def _bytes_of(segment_file: Path) -> int:
     try:
-        return _data_bytes(segment_file.stat().st_blocks)
+        return max(allocated_bytes(segment_file.stat()) - HEADER_BYTES, 0)
     except FileNotFoundError:  # nothing was written to it yet
         return 0
