@@ -203,6 +203,11 @@ class Store:
         """Await `onionskin.Store.rename`."""
         await self.run(self.sync.rename, name, new_name)
 
+    @_twin_of(onionskin.store.Store.set_wipe)
+    async def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
+        """Await `onionskin.Store.set_wipe`."""
+        await self.run(self.sync.set_wipe, name, wipe)
+
     @_twin_of(onionskin.store.Store.rename_snapshot)
     async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Await `onionskin.Store.rename_snapshot`."""

@@ -38,6 +38,7 @@ from onionskin.operations import (
     compact_segments,
     holds,
     losses,
+    properties,
     prune,
     reclaim,
     snapshot_names,
@@ -601,6 +602,36 @@ class Store:
             The new name is taken.
         """
         volumes.rename(self._opened, name, new_name)
+
+    def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
+        """Change what happens to the space that a volume frees.
+
+        Durable on return. From "release" to "zero", that holds for all that the volume and its snapshots hold, and for what
+        waits to be freed; what was given back before is not overwritten any more. From "zero" to "release", it holds for
+        what is freed of the disk itself; what snapshots hold by then stays "zero". Clones keep their own policies.
+
+        Parameters
+        ----------
+        name : str
+            A volume that is not open, here or elsewhere.
+        wipe : {"release", "zero"}
+            Whether freed space is overwritten with zeros before it can be used again.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        StateError
+            The volume is held by another handle; its process id is named.
+        ValueError
+            It is no policy.
+        """
+        _, wipe_policy = _check_geometry(4096, wipe)
+        row, lock = self._lock_volume(name, VolumeLock)
+        try:
+            properties.set_wipe(self._opened, row, wipe_policy)
+        finally:
+            lock.close()
 
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Give a snapshot another name. Views of it that are open, clones and holds go on.

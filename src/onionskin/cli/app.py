@@ -11,6 +11,7 @@ from onionskin.cli import (
     exit_status,
     keeping,
     map,
+    properties,
     serve,
     snapshots,
     verbs,
@@ -23,7 +24,7 @@ _HELP = ["-h", "--help"]
 _SECTIONS = {
     "Volumes": (
         *(volumes.create, volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate),
-        volumes.delete,
+        *(volumes.delete, properties.set_, properties.get),
     ),
     "Snapshots": (snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
     "Keep snapshots, and how long": (keeping.hold, keeping.unhold, keeping.holds, keeping.note, keeping.prune),

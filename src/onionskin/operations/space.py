@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onionskin.base.limits import HEADER_BYTES
-from onionskin.catalog import LayerRow, VolumeRow
+from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.storage.layout import allocated_bytes, allocated_files, listed
 from onionskin.storage.open_store import OpenStore
 
@@ -115,18 +115,26 @@ def _segment_files(directory: Path) -> dict[bytes, int]:
 
 def space_of(store: OpenStore, volume: VolumeRow) -> Space:
     """Return what one volume takes. Inside `reading`."""
-    catalog = store.catalog
+    own, owners = _own_layers(store.catalog, volume)
+    held = bytes_of_layers(store, own)
+    of_head = held.get(volume.head, 0)
+    below = next((layer.parent for layer in own if layer.id == volume.head), None)
+    return Space(sum(held.values()), of_head + owners.written_below(held, below, volume.id))
+
+
+def own_layers(catalog: Catalog, volume: VolumeRow) -> list[LayerRow]:
+    """Return the layers that count to one volume, its head among them, in no order. Inside `reading`."""
+    return _own_layers(catalog, volume)[0]
+
+
+def _own_layers(catalog: Catalog, volume: VolumeRow) -> tuple[list[LayerRow], _Owners]:
     layers = {layer.id: layer for layer in catalog.layers_of_volume(volume.id)}
     parents = {layer.id: layer.parent for layer in layers.values()}
     owners = _Owners({row.layer: row.volume for row in catalog.snapshots_of_layers(parents)}, parents)
     for fork in catalog.forks_of_volume(volume.id):
         owners.note_user(fork, _NOBODY)
-    below = parents.get(volume.head)
-    owners.note_user(below, volume.id)
-    own = [layer for id, layer in layers.items() if id == volume.head or owners.of(id) == volume.id]
-    held = bytes_of_layers(store, own)
-    of_head = held.get(volume.head, 0)
-    return Space(sum(held.values()), of_head + owners.written_below(held, below, volume.id))
+    owners.note_user(parents.get(volume.head), volume.id)
+    return [layer for id, layer in layers.items() if id == volume.head or owners.of(id) == volume.id], owners
 
 
 def bytes_of_layers(store: OpenStore, layers: Sequence[LayerRow]) -> dict[bytes, int]:
