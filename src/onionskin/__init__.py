@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
+    from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Problem, Usage
-    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.store import Store
     from onionskin.volume import Volume
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
@@ -42,13 +43,14 @@ _HOME = {
     ),
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
-    **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
+    **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
+    "Store": "onionskin.store",
     "StoreInfo": "onionskin.operations.store_info",
     "Volume": "onionskin.volume",
 }  # fmt: skip

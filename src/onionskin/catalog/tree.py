@@ -20,15 +20,17 @@ class Snapshot:
     Attributes
     ----------
     name : str
+        Its name.
     guid : str
-        32 hex digits that a delta stream keeps: the same snapshot in two stores.
+        32 hex digits. A delta stream keeps them, so the same snapshot has the same GUID in two stores.
     created : datetime.datetime
-        In UTC.
+        The time at which it was taken, in UTC.
     parent : str or None
-        The snapshot that it was taken after.
+        The name of the snapshot after which it was taken.
     note : str
+        Its note; an empty string if it has none.
     size_bytes : int
-        Size of the disk then.
+        The size of the disk at that time, in bytes.
     """
 
     name: str
@@ -115,7 +117,7 @@ def nearest_name(
 
 
 def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
-    """Return all layers that stand on this one, at any height; not the layer itself."""
+    """Return all layers that stand on this one, at any height. The layer itself is not among them."""
     return {row.id for row in catalog.layers_above(layer)}
 
 
@@ -131,7 +133,7 @@ def unnamed_of(catalog: Catalog, volume: bytes) -> list[bytes]:
 
 
 def unnamed_around(catalog: Catalog, layer: bytes | None) -> list[bytes]:
-    """Return a layer, and those without a name that it stands on or that it may be folded into."""
+    """Return a layer, and the layers without a name that it stands on or that it may be folded into."""
     around: list[bytes] = []
     below = layer
     while below is not None and (row := _unnamed(catalog, below, besides=layer)):
@@ -152,7 +154,7 @@ def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) ->
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
-    """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes other than `besides`."""
+    """Return the heads (`web-2`) and names (`web-2@clean`) that volumes other than `besides` have on these layers."""
     with catalog.reading():
         users = [row.name for row in catalog.volumes_with_heads(layers, besides=besides)]
         named = catalog.snapshots_of_layers(layers, besides=besides)
@@ -166,8 +168,8 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
 def remove_unreachable_layers(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
     """Remove a layer and the layers below it, down to the first that is needed. Inside a transaction.
 
-    Their files become pending work. Returns the needed layer at which it stopped, or None. A layer that is already gone
-    is passed over.
+    The files of the removed layers become pending work. Returns the needed layer at which the removal stopped, or None.
+    If the layer is already gone, nothing is done.
     """
     while layer_id is not None:
         layer = catalog.layer_with_id(layer_id)
@@ -186,10 +188,10 @@ def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     """Remove one layer's rows; its files become pending work. Inside a transaction."""
     for segment in catalog.segments_of_layer(layer.id):
         catalog.add_work("segment", segment.id, segment.lock_byte, layer.wipe)
-        if segment.role == "spare":  # the map of the head that it was for
+        if segment.role == "spare":  # the map of the next head, which this segment was for, has the same id
             catalog.add_work("map", segment.id, segment.lock_byte, layer.wipe)
     catalog.add_work("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     catalog.remove_segments_of(layer.id)
     catalog.remove_layer(layer.id)
-    # A merge of it into the base that was cancelled: no layer is left that needs it finished.
+    # A merge into the base up to this layer may have been cancelled. No layer is left that needs this merge to end.
     catalog.remove_base_merge_of(layer.id)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from onionskin.cli import losses, output
-from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli import output
+from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import SNAPSHOTS, chosen_snapshots, find_snapshot, listed, snapshot_value
 
 if TYPE_CHECKING:
     from onionskin.operations.prune import Retention, Rules
-    from onionskin.store import Store
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -135,18 +134,19 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
     The rules are restic's, and one that keeps is enough. What is held is kept. A name is dropped as by merge: the disk,
     clones and the snapshots that stay read as before.
     """
-    from onionskin.operations.prune import retained
+    from onionskin.operations import prune as of_store
 
     rules = _rules(keep, time_zone)
-    with name.open_store() as store:
-        held = {one.snapshot for one in store.holds(name.volume)}
-        found = retained(store.snapshots(name.volume), rules, held=held)
+    with name.open_store() as store, live(store, name.volume) or nullcontext() as served:
+        if served is not None and dry_run:
+            served.flush()  # so that what its clients wrote counts
+        if served is None or dry_run:
+            found = store.prune(name.volume, **keep, zone=rules.zone, dry_run=dry_run)
+        else:
+            merge = served.merge
+            found = of_store.prune(store._opened, name.volume, rules, lambda one: merge(one.name, guid=one.guid))
         dropped = [one.snapshot for one in found if not one.kept_by]
-        freed = _freed_by_merge(store, name.volume, dropped) if dry_run and dropped else 0
-    if not dry_run and dropped:
-        with name.open_volume() as (_, volume):
-            for one in dropped:
-                volume.merge(one)
+        freed = store.bytes_freed_by_merge(name.volume, dropped) if dry_run and dropped else 0
     value = [
         {"snapshot": one.snapshot, "created": output.timestamp(one.created), "kept_by": list(one.kept_by)}
         | ({"bytes_freed_together": freed} if dry_run and not one.kept_by else {})
@@ -161,13 +161,6 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
         return f"{listed}\n{room} would come back; nothing was changed"
 
     output.tell(as_json, value, draw)
-
-
-def _freed_by_merge(store: "Store", volume: str, snapshots: list[str]) -> int | None:
-    """Say how much comes back, of a served volume with what its clients wrote until now."""
-    served = losses.flushed(store, volume)
-    with served or nullcontext():
-        return store.bytes_freed_by_merge(volume, snapshots)
 
 
 def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":

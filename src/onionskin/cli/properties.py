@@ -9,7 +9,7 @@ from onionskin.cli.arguments import VOLUME, Name, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
-    from onionskin.store import VolumeInfo
+    from onionskin.operations.listing import VolumeInfo
 
 # What can be set, and to what.
 _SETTABLE = {"wipe": ("release", "zero")}

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
     from onionskin.operations.usage import SnapshotSpace
-    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.store import Store
     from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)

@@ -1,7 +1,8 @@
-"""What a change would drop, found before it is made: names, and data that nothing else holds.
+"""Losses: the names and the data that a change would drop, found before the change is made.
 
-What must hold: nothing is changed, and no block data is read. Whatever the change would be refused for, this is refused for
-too, in the same words. What is found is a state that was: the change itself asks again, inside its transaction.
+What must hold: nothing is changed, and no block data is read. If the change itself would be refused, the question is
+refused too, with the same message. The answer describes one past state of the store. So the change itself checks again,
+inside its transaction.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,17 +26,18 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What would go.
+    """The names and the data that a change would drop.
 
     Attributes
     ----------
     volumes : tuple of str
+        The names of the volumes.
     snapshots : tuple of str
-        As ``volume@snapshot``, in the order of taking.
+        The snapshots as ``volume@snapshot``, in the order in which they were taken.
     bytes_freed : int or None
-        Data that comes back. None: a block map is damaged, so nobody knows.
+        The number of bytes of data that would be freed. It is None if a block map is damaged, so that nobody knows.
     is_lost : bool
-        Whether anything that was written, trimmed or resized goes with it.
+        Whether anything that was written, trimmed or resized would be lost.
     """
 
     volumes: tuple[str, ...]
@@ -46,7 +48,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class _Going:
-    """The same, with the layers that hold the data."""
+    """The names that a change would drop, and the layers that hold the data."""
 
     volumes: list[VolumeRow]
     snapshots: list[str]
@@ -54,11 +56,11 @@ class _Going:
     is_resized: bool
 
 
-# ---- by what is done ----
+# ---- the losses of each change ----
 
 
 def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Loss:
-    """Say what goes with volumes. A volume that is open, here or elsewhere, is refused."""
+    """Return what a deletion of volumes would drop. A volume that is open, here or elsewhere, is refused."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -76,7 +78,7 @@ def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Los
 
 
 def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
-    """Say what goes of a volume's head."""
+    """Return what a revert would drop of a volume's head."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -88,7 +90,7 @@ def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
 
 
 def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
-    """Say what goes with snapshots of a volume, and with all that was written after them."""
+    """Return what a discard of snapshots would drop, with everything that was written after them."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -97,7 +99,7 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
         dropped = all_of_branches(branches)
         holds.refuse_held(catalog, dropped)
         named = [one for one in catalog.snapshots_of(row.id) if one.layer in dropped]
-        # A head on a branch is put on the lowest of it, which stays for it.
+        # A head that is above one of the snapshots is put on the lowest of them, whose layer therefore stays.
         kept = [root for root, above in branches.items() if row.head in above]
         return _going(catalog, [], [f"{name}@{one.name}" for one in named], dropped, kept=kept)
 
@@ -152,7 +154,7 @@ def _freed_by_folds(store: OpenStore, runs: Iterable[Sequence[LayerRow]]) -> int
 
 
 def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
-    """Say what of a volume lies behind a new end, and in no snapshot. 0 bytes come back where it only grows."""
+    """Return what a resize would drop: the data behind the new end that no snapshot has, if the volume shrinks."""
 
     def find() -> list[LayerRow]:
         catalog = store.catalog
@@ -173,24 +175,36 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
             runs, ends = runs[ends > first], ends[ends > first]
             data = runs["state"] == states.DATA
             behind += int((ends - runs["block_index"].clip(first))[data].sum()) * layer.block_size
-    return Loss((), (), behind, is_lost=behind > 0)  # zeros read as zeros again where it grows again
+    return Loss((), (), behind, is_lost=behind > 0)  # zeros are no loss: they read as zeros if the volume grows again
 
 
-# ---- what refuses it ----
+# ---- reasons to refuse a change ----
 
 
 def refuse_open(store: OpenStore, name: str) -> None:
-    """Raise StateError where somebody has the volume open, as whoever opens it for writing is refused."""
+    """Raise the StateError that an opening for writing would raise, if somebody has the volume open."""
     VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
 
 
+def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
+    """Raise StateError if a process that died left unflushed writes, which are not in the head's map yet."""
+    if has_unflushed(store, volume):
+        raise StateError(
+            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
+            "it for writing and close it, which makes them durable"
+        )
+
+
 def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
-    """Raise StateError where volumes that are deleted together have snapshots that others need, or have any at all."""
+    """Raise StateError if volumes that are deleted together have snapshots that other volumes need.
+
+    Unless `recursive` is true, StateError is also raised if the volumes have any snapshots.
+    """
     together = {row.name for row in rows}
     for row in rows:
         named = catalog.snapshots_of(row.id)
         above: set[bytes] = set()
-        for snapshot in named:  # in the order of taking: what stands on an earlier one is found with that
+        for snapshot in named:  # the oldest comes first, and the layers above it include those of later snapshots
             if snapshot.layer not in above:
                 above |= {snapshot.layer, *descendants(catalog, snapshot.layer)}
         users = [one for one in users_of(catalog, above, besides=row.id) if one.partition("@")[0] not in together]
@@ -206,7 +220,7 @@ def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) 
 
 
 def clones_first(store: OpenStore, names: Sequence[str]) -> list[str]:
-    """Sort volumes that are deleted together so that none comes before another one that stands on its snapshots."""
+    """Sort volumes that are deleted together, so that each comes after the volumes that stand on its snapshots."""
     catalog = store.catalog
     with catalog.reading():
         rows = [catalog.volume(name) for name in names]
@@ -217,7 +231,7 @@ def clones_first(store: OpenStore, names: Sequence[str]) -> list[str]:
     return list(reversed(list(order)))
 
 
-# ---- the layers that go ----
+# ---- the layers that are dropped ----
 
 
 def _going(
@@ -228,7 +242,7 @@ def _going(
     *,
     kept: Collection[bytes] = (),
 ) -> _Going:
-    """Find what `remove_unreachable_layers` would remove once these heads and names are gone. Inside `reading`."""
+    """Find the layers that `remove_unreachable_layers` would remove without these heads and names. Inside `reading`."""
     roots, gone = set(dropped), dict[bytes, LayerRow]()
     resized = False
     for root in roots:
@@ -244,20 +258,20 @@ def _going(
 
 
 def _is_needed(catalog: Catalog, layer: bytes, dropped: Collection[bytes], gone: Collection[bytes]) -> bool:
-    children = catalog.children_of(layer, at_most=len(gone) + 1)  # there may be a hundred thousand clones
+    children = catalog.children_of(layer, at_most=len(gone) + 1)  # a layer may have a hundred thousand clones
     if any(child.id not in gone for child in children):
         return True
     return layer not in dropped and (catalog.is_named(layer) or catalog.volume_with_head(layer) is not None)
 
 
 def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str | None = None) -> Loss:
-    """Count what the layers hold, from their maps, which are locked meanwhile."""
+    """Count the data of the layers from their maps, which are locked meanwhile."""
     with locked_maps(store, find, lambda going: going.layers) as going:
         loss = _count(store, going)
         ids = {row.id for row in going.volumes}
         if unflushed_of is not None:
             ids.add(store.catalog.volume(unflushed_of).id)
-        return replace(loss, is_lost=loss.is_lost or any(_has_unflushed(store, id) for id in ids))
+        return replace(loss, is_lost=loss.is_lost or any(has_unflushed(store, id) for id in ids))
 
 
 def _count(store: OpenStore, going: _Going) -> Loss:
@@ -268,7 +282,7 @@ def _count(store: OpenStore, going: _Going) -> Loss:
         try:
             with closing(open_map(store, layer)) as layer_map:
                 data, zeros = (int(count) for count in layer_map.count())
-        except (FormatError, OSError):  # it is damaged, and can be dropped all the same
+        except (FormatError, OSError):  # the map is damaged, but the layer can be dropped all the same
             freed, is_lost = None, True
             continue
         is_lost = is_lost or bool(data or zeros)
@@ -276,10 +290,10 @@ def _count(store: OpenStore, going: _Going) -> Loss:
     return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
 
 
-def _has_unflushed(store: OpenStore, volume: bytes) -> bool:
-    """Whether a process that died left something of the volume that is not in its map yet."""
+def has_unflushed(store: OpenStore, volume: bytes) -> bool:
+    """Whether a process that died left data of the volume that is not in the head's map yet."""
     if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
-        return False  # it is flushed by whoever asks
+        return False  # the volume is open here, and the caller flushes it
     try:
         return store.layout.dirty_file(volume).stat().st_size > 0
     except FileNotFoundError:

@@ -1,16 +1,17 @@
-"""Sealing a head: what was written until then is a layer that never changes again, and writers go on in a new head.
+"""Sealing a head: the head becomes a layer that never changes again, and writers go on in a new head.
 
-What must hold: what is sealed is durable before the transaction that makes it a layer and the new head the volume's; the
-data path goes on with the head that the catalog has, whatever was raised between; writers go on during all but the swap
-of the heads. No data is synced inside the transaction: a slow disk under one volume holds no other one up.
+What must hold: the sealed data is durable before the transaction that makes it a sealed layer and gives the volume its
+new head. Whatever error is raised, the data path goes on with the head that the catalog has. Writers go on all the
+time, except while the heads are swapped. No data is synced inside the transaction, so a slow disk under one volume does
+not delay others.
 
-A seal has two parts, so that several heads can be sealed in one transaction: `begin_seal`, in whose block the rows are
-written, and `Sealing.finish` behind it.
+A seal has two parts, so that several heads can be sealed in one transaction. The rows are written in the with block of
+`begin_seal`, and `Sealing.finish` is called after the block.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import LayerRow, SegmentRow, VolumeRow, new_id
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NextHead:
-    """What is new after a seal: the head, its spare, and the lock bytes of the head's map and of the spare."""
+    """The ids of the new head and its spare segment after a seal, and the lock bytes of its map and of the spare."""
 
     head: bytes
     spare: bytes
@@ -33,30 +34,32 @@ class NextHead:
 
 
 class Sealing:
-    """A seal that was begun: the data path has its new head, and waits to be told whether that is the volume's.
+    """A seal that was begun. The data path has its new head, and waits to be told whether the volume has it too.
 
-    Made by `begin_seal`.
+    `begin_seal` makes it.
     """
 
     def __init__(self, volume: OpenHead, spare: SegmentRow, sealed: "Sealed") -> None:
         self._volume = volume
-        self._spare = spare  # what the next head begins with; its id is the id of that head's map too
+        self._spare = spare  # the first segment of the next head; its id is also the id of that head's map
         self._sealed = sealed
-        # Slots that the last flush of this head freed in segments it had inherited: the new head never asks.
+        # The last flush of this head may have freed slots in inherited segments. The new head does not know of them.
         self.to_reclaim: list[bytes] = volume.path.reclaim_wanted()
         self.next_head: NextHead | None = None
         self._unused: set[int] = set()
 
     def write_rows(self, also: Callable[[LayerRow, LayerRow], None]) -> LayerRow:
-        """Write the sealed layer and the new head, and return the sealed layer. Inside a transaction, which may run twice.
+        """Write the rows of the sealed layer and the new head, and return the sealed layer.
 
-        `also` is called with the rows of the sealed layer and of the new head.
+        This is called inside a transaction, which may run twice. `also` is called with the rows of the sealed layer and
+        of the new head.
         """
         self.next_head, self._unused = None, set()
         volume, catalog = self._volume, self._volume.store.catalog
-        # The size as the map has it: a crash behind a resize may have left the row with the old one.
-        old = replace(catalog.layer(volume.head), size_bytes=self._sealed.size_bytes)
-        # Its id is the spare's: so the catalog names the file before there is such a layer, if it is made beforehand.
+        # The size comes from the map, because a crash after a resize may have left the old size in the row.
+        old = catalog.layer(volume.head)._replace(size_bytes=self._sealed.size_bytes)
+        # The map has the id of the spare. So if the map is made beforehand, the catalog names it before the head
+        # exists.
         head = NewHead.on(
             old,
             base=None,
@@ -66,7 +69,7 @@ class Sealing:
             map_id=self._spare.id,
         )
         self.next_head = new = NextHead(head.layer.id, new_id(), *catalog.take_lock_bytes(2))
-        layer = replace(head.layer, map_lock_byte=new.map_byte)
+        layer = head.layer._replace(map_lock_byte=new.map_byte)
         self._write_next_head(layer, new)
         reclaim.add_slot_work(volume.store, self.to_reclaim, volume.wipe)
         row = self._write_sealed(old)
@@ -75,7 +78,7 @@ class Sealing:
         return row
 
     def _write_next_head(self, layer: LayerRow, new: NextHead) -> None:
-        """Write the new head, which begins with the old one's spare, and make it the volume's."""
+        """Write the row of the new head, make the old head's spare its segment, and give it to the volume."""
         catalog = self._volume.store.catalog
         catalog.insert(layer)
         catalog.update(SegmentRow, self._spare.id, role="own", layer=layer.id)
@@ -83,7 +86,10 @@ class Sealing:
         catalog.update(VolumeRow, self._volume.row.id, head=layer.id)
 
     def _write_sealed(self, old: LayerRow) -> LayerRow:
-        """Write how the files of the old head are now, note the lock bytes of those made for nothing, and return its row."""
+        """Write the rows of the layer that was sealed and of its segments, and return the row of the layer.
+
+        Segments without slots are dropped.
+        """
         catalog, sealed = self._volume.store.catalog, self._sealed
         what: dict[str, Any] = {
             "sealed": 1,
@@ -98,10 +104,10 @@ class Sealing:
                 catalog.update(SegmentRow, id, role="sealed", slots=slots)
             else:
                 self._drop_empty_segment(id, old.wipe)
-        return replace(old, **what)
+        return old._replace(**what)
 
     def _drop_empty_segment(self, id: bytes, wipe: str) -> None:
-        """Remove the row of a segment without slots. If it has a file, that becomes pending work."""
+        """Remove the row of a segment without slots. If it has a file, the file becomes pending work."""
         store = self._volume.store
         row = store.catalog.segment_with_id(id)
         if row is None:
@@ -112,14 +118,14 @@ class Sealing:
         store.catalog.remove_segment(id)
 
     def go_on(self) -> None:
-        """Tell the data path that the new head is the volume's."""
+        """Tell the data path that the volume goes on with the new head."""
         assert self.next_head is not None
         self._volume.head = self.next_head.head
         spare = self.next_head.spare
         if_begun(lambda: self._volume.path.seal_commit(spare))
 
     def finish(self) -> None:
-        """Give up files that were made for nothing, and free what is to be freed. Once the data path was told."""
+        """Give up files that were made for nothing, and start freeing slots. The data path knows its head by then."""
         self._volume.locks.drop_shared(self._unused)
         if self.to_reclaim or self._unused:
             reclaim.work_soon(self._volume.store)
@@ -128,10 +134,10 @@ class Sealing:
 
 @contextmanager
 def begin_seal(volume: OpenHead) -> Iterator[Sealing]:
-    """Make durable what was written, and swap the heads; in the block one transaction calls `Sealing.write_rows`.
+    """Make durable what was written, and swap the heads. In the with block, one transaction calls `Sealing.write_rows`.
 
-    At the end of the block the data path is told which head goes on: the new one, or, where the catalog does not have
-    that, the old one. In an operation of the volume. Behind the block, `Sealing.finish` is called.
+    At the end of the block, the data path is told which head goes on. This is the new one if the catalog has it, and
+    otherwise the old one. The caller is in an operation of the volume, and calls `Sealing.finish` after the block.
     """
     _need_spare(volume)
     spare = volume.store.catalog.spare_of(volume.head)
@@ -148,7 +154,7 @@ def begin_seal(volume: OpenHead) -> Iterator[Sealing]:
 
 
 def _resolve(volume: OpenHead, begun: list[Sealing]) -> None:
-    """Go on with the new head if the catalog has it, with the old one if not."""
+    """Go on with the new head if the catalog has it, and otherwise with the old one."""
     new = begun[0].next_head if begun else None
     if new is None or volume.path.poisoned or volume.store.catalog.head_of(volume.row) != new.head:
         if_begun(volume.path.seal_abort)
@@ -162,10 +168,10 @@ def seal(
     check: Callable[[], None] = lambda: None,
     also: Callable[[LayerRow, LayerRow], None] = lambda sealed, head: None,
 ) -> LayerRow:
-    """Seal the head and go on in a new one. Returns the sealed layer. In an operation of the volume.
+    """Seal the head and go on in a new one. Returns the sealed layer. The caller is in an operation of the volume.
 
-    `also` runs in the same transaction, with the rows of the sealed layer and of the new head.
-    `check` is asked before anything happens, and again inside the transaction.
+    `check` is called before anything happens, and again inside the transaction. `also` is called in the same
+    transaction, with the rows of the sealed layer and of the new head.
     """
     check()
 
@@ -180,7 +186,7 @@ def seal(
 
 
 def _need_spare(volume: OpenHead) -> None:
-    """Register a spare segment where an aborted snapshot used it up."""
+    """Give the head a new spare segment if an aborted snapshot used its spare."""
     if volume.path.has_spare:
         return
     catalog = volume.store.catalog

@@ -1,7 +1,8 @@
-"""The snapshots of a volume that is open: taking one, reverting to one, dropping one's name.
+"""The operations on snapshots of an open volume: taking one, reverting to one, discarding and merging one.
 
-What must hold: a change is one transaction, and whether it is allowed is asked inside it: another process may name or
-clone a layer at any time. What is left to do behind it (folding, freeing) may fail, and the next opening does it.
+What must hold: each change is one transaction. Whether it is allowed is checked inside the transaction, because another
+process may name or clone a layer at any time. The work after it (folding and freeing) may fail, and then the next
+opening does it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +33,7 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 
 
 def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
-    """Name the disk as it is now. See `Volume.snapshot`."""
+    """Take a snapshot of the disk as it is now. See `Volume.snapshot`."""
     with volume.operation(during_merge=True):
         catalog = volume.store.catalog
         taken: list[Snapshot] = []
@@ -43,8 +44,9 @@ def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot
                 snapshot_names.refuse_taken(catalog, volume.row.id, volume.name, name)
 
         def name_it(sealed: LayerRow, head: LayerRow) -> None:
-            # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
-            # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
+            # The head's lock byte is a number that no snapshot has yet, so the snapshot needs no number of its own.
+            # Such a number would lie between the lock bytes of the chain and cut them into more stretches. Each stretch
+            # is a lock, and a lock costs the kernel more time the more locks there are.
             number = head.map_lock_byte
             called = name or snapshot_names.name_of_time(catalog, volume.row.id, head.created_ns)
             row = SnapshotRow(volume.row.id, called, sealed.id, guid, head.created_ns, note, number)
@@ -64,7 +66,7 @@ def parent_of(volume: OpenDisk) -> Snapshot | None:
 
 
 def is_changed(volume: OpenDisk) -> bool:
-    """Whether anything was written, trimmed or resized since `parent_of`. Flushes, to know."""
+    """Whether anything was written, trimmed or resized since `parent_of`. This flushes first."""
     flush(volume)
     catalog = volume.store.catalog
     named = {row.layer for row in catalog.snapshots_of(volume.row.id)}
@@ -95,7 +97,7 @@ def discard(volume: OpenHead, names: Sequence[str], *, recursive: bool) -> None:
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
-            # Asked where nobody can change the answer: others may clone a snapshot at any time.
+            # This is checked inside the transaction, because others may clone a snapshot at any time.
             for row in rows:
                 _refuse_renamed(volume, row.name, row.layer)
             going = all_of_branches(refuse_discard(catalog, volume.row, rows, recursive))
@@ -137,7 +139,7 @@ def all_of_branches(branches: dict[bytes, set[bytes]]) -> set[bytes]:
 def refuse_discard(
     catalog: Catalog, volume: VolumeRow, rows: Sequence[SnapshotRow], recursive: bool
 ) -> dict[bytes, set[bytes]]:
-    """Raise StateError where something keeps snapshots that are discarded together; return their branches."""
+    """Raise StateError if something needs snapshots that are discarded together. Return their branches."""
     names = {row.layer: row.name for row in rows}
     branches = branches_of(catalog, rows)
     for root, above in branches.items():
@@ -146,7 +148,7 @@ def refuse_discard(
 
 
 def _refuse_needed(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
-    """Raise StateError where something that stands on a snapshot keeps it; `above` are the layers that stand on it."""
+    """Raise StateError if something above a snapshot needs it. `above` are the layers that stand on the snapshot."""
     users = users_of(catalog, above, besides=volume.id)
     if users:
         raise StateError(
@@ -162,7 +164,10 @@ def _refuse_needed(catalog: Catalog, volume: VolumeRow, name: str, above: set[by
 
 
 def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
-    """Raise where a name does not mean the layer any more: anybody may rename snapshots. Inside the transaction that acts."""
+    """Raise StateError if a name does not mean this layer any more, because somebody renamed snapshots.
+
+    This is called inside the transaction that makes the change.
+    """
     if find_snapshot(volume.store.catalog, volume.row, name).layer != layer:
         raise StateError(
             f"snapshots of volume {volume.name!r} were renamed meanwhile, and {name!r} is another one now; nothing was "
@@ -171,7 +176,10 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
 
 
 def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) -> None:
-    """Drop names of snapshots and keep all data. See `Volume.merge`. `guid`: only where the one name is that snapshot's."""
+    """Drop snapshots' names and keep all data. See `Volume.merge`.
+
+    If `guid` is given, the snapshot with the one name must have it.
+    """
     with volume.operation():
         catalog = volume.store.catalog
         rows = [find_snapshot(catalog, volume.row, name) for name in names]

@@ -3,16 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CATALOG = "catalog.db"
 _ID_DIGITS = 32
 DIRECTORIES = ("layers", "segments", "volumes")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """The paths of one store."""
 
     root: Path
