@@ -325,14 +325,14 @@ def _draw_chain(chain: "list[ChainLayer]") -> str:
     rows = [
         (
             f"{layer.kind}, {layer.format}" if layer.format else layer.kind,
-            layer.name,
             output.size(layer.size_bytes),
             "missing" if layer.bytes_held is None else output.size(layer.bytes_held),
             output.when(layer.created) or "-",
+            layer.name,  # last, since a path may be long
         )
         for layer in shown
     ]
-    lines = output.table(("LAYER", "NAME", "SIZE", "HOLDS", "MADE"), rows, right="SIZE HOLDS").split("\n")
+    lines = output.table(("LAYER", "SIZE", "HOLDS", "MADE", "NAME"), rows, right="SIZE HOLDS").split("\n")
     if len(shown) < len(chain):
         lines.insert(len(lines) - 1, f"... {len(chain) - len(shown)} more, which --json lists")
     return "\n".join(lines)
