@@ -5,22 +5,22 @@ the number itself, in bytes or in seconds since 1970. A column that takes long i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from onionskin.cli import output
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Listed = TypeVar("Listed")
 Cell = str | int | datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class Column(Generic[Listed]):
+class Column(NamedTuple, Generic[Listed]):
     """One column: what it is called behind -o and in the heading, and what it shows of a row.
 
     A number is a size in bytes if `is_size`. None stands for what is not there, or was not found out.
@@ -50,8 +50,7 @@ class Column(Generic[Listed]):
         return "-" if value is None else str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What the options ask for."""
 
     columns: tuple[str, ...] | None
@@ -79,8 +78,10 @@ class _ColumnsType(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"there is no column {name!r}; there are {', '.join(self.names)}", param, ctx)
         return wanted
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Offer the columns that are not in the list yet."""
+        from click.shell_completion import CompletionItem
+
         lead, comma, last = incomplete.rpartition(",")
         taken = lead.split(",")
         return [
