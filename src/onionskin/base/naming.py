@@ -49,6 +49,11 @@ def several(what: str, names: "str | Sequence[str]") -> list[str]:
     return found
 
 
+def is_text(name: object) -> bool:
+    """Whether UTF-8 can hold a name that is asked for. Of bytes in an argument that are no text it cannot."""
+    return not (isinstance(name, str) and any("\ud800" <= character <= "\udfff" for character in name))
+
+
 def some_of(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
     """List names for a message: a few, and how many more there are. A snapshot may have 100,000 clones."""
     more = len(names) - at_most
