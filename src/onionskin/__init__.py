@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.holds import Hold
-    from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.layering import Layering
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
+    from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store
     from onionskin.volume import Volume
@@ -42,17 +44,20 @@ _HOME = {
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
     **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
-    **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
+    **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Hold": "onionskin.operations.holds",
+    "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
     "Store": "onionskin.store",
+    "StoreInfo": "onionskin.operations.store_info",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 
 __all__ = [
     "ChainError",
+    "ChainLayer",
     "ChainMember",
     "FormatError",
     "Hold",
@@ -66,6 +71,7 @@ __all__ = [
     "SnapshotNotFoundError",
     "StateError",
     "Store",
+    "StoreInfo",
     "TreeNode",
     "Usage",
     "VerifyError",

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
+    from onionskin.operations.store_info import StoreInfo
 
     Array = numpy.typing.NDArray[Any]
 
@@ -206,6 +208,11 @@ class Store:
         """Await `onionskin.Store.rename`."""
         await self.run(self.sync.rename, name, new_name)
 
+    @_twin_of(onionskin.store.Store.set_wipe)
+    async def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
+        """Await `onionskin.Store.set_wipe`."""
+        await self.run(self.sync.set_wipe, name, wipe)
+
     @_twin_of(onionskin.store.Store.rename_snapshot)
     async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Await `onionskin.Store.rename_snapshot`."""
@@ -217,12 +224,12 @@ class Store:
         await self.run(self.sync.set_note, volume, snapshot, note)
 
     @_twin_of(onionskin.store.Store.hold)
-    async def hold(self, volume: str, snapshot: str, holder: str) -> None:
+    async def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Await `onionskin.Store.hold`."""
         await self.run(self.sync.hold, volume, snapshot, holder)
 
     @_twin_of(onionskin.store.Store.unhold)
-    async def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+    async def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Await `onionskin.Store.unhold`."""
         await self.run(self.sync.unhold, volume, snapshot, holder)
 
@@ -269,14 +276,24 @@ class Store:
     # ---- looking ----
 
     @_twin_of(onionskin.store.Store.volumes)
-    async def volumes(self) -> list[VolumeInfo]:
+    async def volumes(self, *, space: bool = True) -> list[VolumeInfo]:
         """Await `onionskin.Store.volumes`."""
-        return await self.run(self.sync.volumes)
+        return await self.run(self.sync.volumes, space=space)
 
     @_twin_of(onionskin.store.Store.info)
     async def info(self, name: str) -> VolumeInfo:
         """Await `onionskin.Store.info`."""
         return await self.run(self.sync.info, name)
+
+    @_twin_of(onionskin.store.Store.store_info)
+    async def store_info(self) -> "StoreInfo":
+        """Await `onionskin.Store.store_info`."""
+        return await self.run(self.sync.store_info)
+
+    @_twin_of(onionskin.store.Store.chain)
+    async def chain(self, name: str, snapshot: str | None = None) -> "list[ChainLayer]":
+        """Await `onionskin.Store.chain`."""
+        return await self.run(self.sync.chain, name, snapshot)
 
     @_twin_of(onionskin.store.Store.snapshots)
     async def snapshots(self, name: str) -> list[Snapshot]:
@@ -292,6 +309,11 @@ class Store:
     async def usage(self, name: str) -> list[Usage]:
         """Await `onionskin.Store.usage`."""
         return await self.run(self.sync.usage, name)
+
+    @_twin_of(onionskin.store.Store.bytes_freed_by_merge)
+    async def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
+        """Await `onionskin.Store.bytes_freed_by_merge`."""
+        return await self.run(self.sync.bytes_freed_by_merge, volume, snapshots)
 
     @_twin_of(onionskin.store.Store.diff)
     async def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
@@ -486,12 +508,12 @@ class Volume:
         await self._run(self._sync.revert, name)
 
     @_twin_of(onionskin.volume.Volume.discard)
-    async def discard(self, name: str, *, recursive: bool = False) -> None:
+    async def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
         """Await `onionskin.Volume.discard`."""
         await self._run(self._sync.discard, name, recursive=recursive)
 
     @_twin_of(onionskin.volume.Volume.merge)
-    async def merge(self, name: str) -> None:
+    async def merge(self, name: "str | Sequence[str]") -> None:
         """Await `onionskin.Volume.merge`."""
         await self._run(self._sync.merge, name)
 

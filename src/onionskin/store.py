@@ -9,7 +9,7 @@ need more than one of these modules.
 
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name
+from onionskin.base.naming import check_name, several
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
@@ -57,10 +57,12 @@ from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
+    from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Problem, Usage
     from onionskin.volume import Volume
 
@@ -639,6 +641,39 @@ class Store:
 
         volumes.rename(self._opened, name, new_name)
 
+    def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
+        """Change what happens to the space that a volume frees.
+
+        Durable on return. From "release" to "zero", that holds for all that the volume and its snapshots hold, and for what
+        waits to be freed; what was given back before is not overwritten any more. From "zero" to "release", it holds for
+        what is freed of the disk itself; what snapshots hold by then stays "zero". Clones keep their own policies.
+
+        Parameters
+        ----------
+        name : str
+            A volume that is not open, here or elsewhere.
+        wipe : {"release", "zero"}
+            Whether freed space is overwritten with zeros before it can be used again.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        StateError
+            The volume is held by another handle; its process id is named.
+        ValueError
+            It is no policy.
+        """
+
+        from onionskin.operations import properties
+
+        _, wipe_policy = _check_geometry(4096, wipe)
+        row, lock = self._lock_volume(name, VolumeLock)
+        try:
+            properties.set_wipe(self._opened, row, wipe_policy)
+        finally:
+            lock.close()
+
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Give a snapshot another name. Open views, clones and holds of the snapshot stay as they are.
 
@@ -687,7 +722,7 @@ class Store:
 
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
-    def hold(self, volume: str, snapshot: str, holder: str) -> None:
+    def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """Hold a snapshot, so that neither it nor its volume can be removed.
 
         The snapshot cannot be discarded, merged or deleted before every holder has let it go. The name, the note and
@@ -696,8 +731,10 @@ class Store:
 
         Parameters
         ----------
-        volume, snapshot : str
-            The volume, and the snapshot to hold.
+        volume : str
+            The volume.
+        snapshot : str or sequence of str
+            The snapshot to hold, or several of them. Then all are held in one transaction, or none is.
         holder : str
             A name for the user of the snapshot, which the error of a refused operation shows. It has at most 255 bytes,
             without '/', '@' and control characters.
@@ -708,19 +745,23 @@ class Store:
             There is no volume or snapshot of that name.
         StateError
             This holder holds the snapshot already.
+        ValueError
+            The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.hold(self._opened, volume, snapshot, holder)
+        holds.hold(self._opened, volume, several("snapshot", snapshot), holder)
 
-    def unhold(self, volume: str, snapshot: str, holder: str) -> None:
+    def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
         """End a hold on a snapshot that `hold` began. This is durable on return. Any thread may call it.
 
         Parameters
         ----------
-        volume, snapshot : str
-            The volume, and the snapshot that is held.
+        volume : str
+            The volume.
+        snapshot : str or sequence of str
+            The snapshot that is held, or several of them. Then all are let go in one transaction, or none is.
         holder : str
             The name that was given to `hold`.
 
@@ -730,11 +771,13 @@ class Store:
             There is no volume or snapshot of that name.
         StateError
             This holder does not hold the snapshot. The message names the holders.
+        ValueError
+            The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.unhold(self._opened, volume, snapshot, holder)
+        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder)
 
     def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
         """Return the holds on a snapshot, or on all snapshots of a volume.
@@ -901,12 +944,18 @@ class Store:
         from onionskin.operations import prune
         from onionskin.operations.snapshots import merge
 
-        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, one.name, guid=one.guid))
+        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, [one.name], guid=one.guid))
 
     # ---- looking ----
 
-    def volumes(self) -> "list[VolumeInfo]":
+    def volumes(self, *, space: bool = True) -> "list[VolumeInfo]":
         """Return all volumes.
+
+        Parameters
+        ----------
+        space : bool
+            Find out what each takes on the disk. That looks at the files of the store, and takes two seconds where a
+            hundred thousand volumes have some; without it `used_bytes` and `written_bytes` are None.
 
         Returns
         -------
@@ -916,7 +965,7 @@ class Store:
 
         from onionskin.operations.listing import list_volumes
 
-        return list_volumes(self._opened)
+        return list_volumes(self._opened, space=space)
 
     def info(self, name: str) -> "VolumeInfo":
         """Return information about one volume, without opening it.
@@ -941,6 +990,44 @@ class Store:
         from onionskin.operations.listing import volume_info
 
         return volume_info(self._opened, name)
+
+    def store_info(self) -> "StoreInfo":
+        """Return what the store is as a whole: how much is in it, and what of that can be given back.
+
+        Returns
+        -------
+        StoreInfo
+            Found from the sizes of files and the rows of the catalog. Nothing is locked for long, opened or changed.
+        """
+
+        from onionskin.operations.store_info import store_info
+
+        return store_info(self._opened)
+
+    def chain(self, name: str, snapshot: str | None = None) -> "list[ChainLayer]":
+        """Return what a volume, or a snapshot of it, stands on, with what each layer holds.
+
+        Parameters
+        ----------
+        name : str
+            The volume.
+        snapshot : str, optional
+            One of its snapshots; None: the head.
+
+        Returns
+        -------
+        list of ChainLayer
+            The head, or the layer of the snapshot, first; the base last, if there is one.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        """
+
+        from onionskin.operations.chain_members import chain_of
+
+        return chain_of(self._opened, name, snapshot)
 
     def snapshots(self, name: str) -> list[Snapshot]:
         """Return a volume's snapshots without opening it.
@@ -999,6 +1086,37 @@ class Store:
         from onionskin.operations import usage as usages
 
         return usages.usage(self._opened, name)
+
+    def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
+        """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.
+
+        That is what nothing reads then. The volume may be open: its head counts as far as it is durable. What only clones
+        hide that stand on one layer together is not counted.
+
+        Parameters
+        ----------
+        volume : str
+        snapshots : str or sequence of str
+            Of that volume.
+
+        Returns
+        -------
+        int or None
+            In bytes; None where a block map is damaged, so that nobody knows.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            Somebody holds one of them.
+        ValueError
+            The sequence is empty.
+        """
+
+        from onionskin.operations import losses
+
+        return losses.of_merge(self._opened, volume, several("snapshot", snapshots)).bytes_freed
 
     def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
         """Return where two states of disks may differ. A state is a snapshot or a head, and they may be of two volumes.

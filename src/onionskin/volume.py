@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from onionskin.base.naming import check_name, check_note
+from onionskin.base.naming import check_name, check_note, several
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
@@ -468,7 +468,7 @@ class Volume:
         """
         snapshots.revert(self._opened.to_write(), name)
 
-    def discard(self, name: str, *, recursive: bool = False) -> None:
+    def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
 
         If the head descends from the snapshot, the disk reads as it did when the snapshot was taken. The change is
@@ -477,10 +477,10 @@ class Volume:
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all are dropped in one transaction, or none is.
         recursive : bool
-            Also drop the snapshots that were taken after it.
+            Also drop the snapshots that were taken after them.
 
         Raises
         ------
@@ -489,10 +489,12 @@ class Volume:
         StateError
             Snapshots were taken after it and `recursive` is not given, or one of the snapshots to drop is held or is
             needed by a clone. The message lists some of them.
+        ValueError
+            The sequence is empty.
         """
-        snapshots.discard(self._opened.to_write(), name, recursive=recursive)
+        snapshots.discard(self._opened.to_write(), several("snapshot", name), recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: "str | Sequence[str]") -> None:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
@@ -501,15 +503,19 @@ class Volume:
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all names are dropped in one transaction, or none is.
 
         Raises
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
+        StateError
+            Somebody holds one of them.
+        ValueError
+            The sequence is empty.
         """
-        snapshots.merge(self._opened.to_write(), name)
+        snapshots.merge(self._opened.to_write(), several("snapshot", name))
 
     def merge_into_base(
         self,

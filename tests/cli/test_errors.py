@@ -71,7 +71,7 @@ READERS = [
     *(["serve", "{s}/v", "--tcp", ":0"], ["stats", "{s}/v"], ["mount", "{s}/v@a", "{s}"]),
     ["compare", "{s}/v", "{s}/w"],
     *(["hold", "{s}/v@a", "me"], ["unhold", "{s}/v@a", "me"], ["holds", "{s}/v"], ["note", "{s}/v@a", "text"]),
-    ["prune", "{s}/v", "--keep-last", "1"],
+    *(["prune", "{s}/v", "--keep-last", "1"], ["set", "{s}/v", "wipe=zero"], ["get", "{s}/v"]),
 ]
 
 
@@ -125,7 +125,7 @@ def test_names_that_are_taken(run: Run, vms: Path, tmp_path: Path) -> None:
         (["map", "{s}/web", "--columns", "0"], "0"),
         (["tree", "{s}", "--output", "{s}.png"], "*.svg"),
         (["tree", "{s}", "--output", "-", "--json"], "--json"),
-        (["info", "{s}/"], "no volume"),
+        (["usage", "{s}/"], "no volume"),
         (["info", "{s}/web@"], "no snapshot"),
         (["revert", "{s}/web"], "@SNAPSHOT"),
         (["flatten", "{s}/web@clean"], "a volume is wanted"),

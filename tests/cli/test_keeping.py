@@ -31,7 +31,7 @@ def three(run: Run, vms: Path) -> Path:
 
 def test_a_snapshot_is_held_and_let_go(run: Run, three: Path) -> None:
     held = as_json(run("hold", f"{three}/web@b", "backup", "--json"))
-    assert held == {"volume": "web", "snapshot": "b", "holder": "backup"}
+    assert held == {"volume": "web", "snapshot": "b", "snapshots": ["b"], "holder": "backup"}
     refused = run("merge", f"{three}/web@b")
     assert refused.exit_code == 5 and "web@b by 'backup'" in refused.stderr and "unhold" in refused.stderr
     (one,) = as_json(run("holds", f"{three}/web", "--json"))

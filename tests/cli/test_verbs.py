@@ -16,7 +16,10 @@ import onionskin
 
 Run = Callable[..., Result]
 
-VOLUME_KEYS = {"name", "size_bytes", "block_size", "wipe", "base", "created", "snapshots", "holder"}
+VOLUME_KEYS = {"name", "size_bytes", "block_size", "wipe", "base", "created", "snapshots", "holder"} | {
+    "used_bytes",
+    "written_bytes",
+}
 SNAPSHOT_KEYS = {"name", "guid", "created", "parent", "note", "size_bytes"}
 
 
@@ -67,20 +70,24 @@ def test_trim_and_zero_make_a_range_read_zero(run: Run, vms: Path, verb: str) ->
 def test_snapshots_are_listed(run: Run, vms: Path) -> None:
     taken = as_json(run("snapshot", f"{vms}/web@two", "--json"))
     listed = as_json(run("snapshots", f"{vms}/web", "--json"))
-    assert [set(one) for one in listed] == [SNAPSHOT_KEYS] * 2
+    assert [set(one) for one in listed] == [SNAPSHOT_KEYS | {"used_bytes", "written_bytes"}] * 2
     assert [(one["name"], one["parent"], one["note"]) for one in listed] == [
         ("clean", None, "as installed"),
         ("two", "clean", ""),
     ]
-    assert listed[1] == taken == as_json(run("info", f"{vms}/web@two", "--json"))
+    about = as_json(run("info", f"{vms}/web@two", "--json"))
+    assert [layer["name"] for layer in about.pop("chain")] == ["web@two", "web@clean"]
+    assert listed[1] == about
+    assert listed[1] == taken | {"used_bytes": 0, "written_bytes": 0}
     assert len(taken["guid"]) == 32
     text = ok(run("snapshots", f"{vms}/web")).splitlines()
-    assert text[0].split() == ["SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE"]
+    assert text[0].split() == ["SNAPSHOT", "SIZE", "USED", "WRITTEN", "TAKEN", "PARENT", "NOTE"]
     assert text[1].endswith("as installed")
 
 
 def test_info_and_list_agree(run: Run, vms: Path) -> None:
     about = as_json(run("info", f"{vms}/web", "--json"))
+    assert [layer["name"] for layer in about.pop("chain")] == ["web", "web@clean"]
     assert set(about) == VOLUME_KEYS
     assert as_json(run("list", vms, "--json")) == [about]
     assert "1 MiB (1048576 bytes)" in ok(run("info", f"{vms}/web"))

@@ -130,6 +130,22 @@ def test_a_branch_that_the_disk_does_not_stand_on_can_be_discarded(vms: Path, se
     assert onionskin_json("discard", f"{vms}/web@side")["discarded"] == ["side"]
 
 
+def test_several_snapshots_are_merged_and_discarded_together(vms: Path, serve: Start) -> None:
+    onionskin("snapshot", f"{vms}/web@root")
+    for name in "abcd":
+        onionskin("snapshot", f"{vms}/web@{name}")
+    onionskin("revert", f"{vms}/web@root")
+    server = serve(f"{vms}/web")
+    with server.client("web@b"):
+        assert "clients are reading web@b" in onionskin("merge", f"{vms}/web@a..@c", status=5).stderr
+        assert "clients are reading web@b" in onionskin("merge", f"{vms}/web@a..@c", "--dry-run", status=5).stderr
+    assert "--allow-revert" in onionskin("discard", f"{vms}/web@root..", "--yes", status=5).stderr
+    assert len(onionskin_json("snapshots", f"{vms}/web")) == 5
+    assert onionskin_json("merge", f"{vms}/web@a..@b")["merged"] == ["a", "b"]
+    assert onionskin_json("discard", f"{vms}/web@c..")["discarded"] == ["c", "d"]
+    assert onionskin_json("merge", f"{vms}/web@root")["merged"] == ["root"]
+
+
 def test_a_snapshot_that_a_client_reads_is_neither_merged_nor_discarded(vms: Path, serve: Start) -> None:
     server = serve(f"{vms}/web")
     onionskin("snapshot", f"{vms}/web@a")

@@ -38,15 +38,26 @@ def check_note(note: str) -> str:
     return note
 
 
+def several(what: str, names: "str | Sequence[str]") -> list[str]:
+    """Return one name or several as a list without repetitions; none at all is refused."""
+    found = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not found:
+        raise ValueError(f"no {what} is named; nothing was changed")
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {what} is a str, not {name!r}")
+    return found
+
+
 def is_text(name: object) -> bool:
     """Whether UTF-8 can hold a name that is asked for. Of bytes in an argument that are no text it cannot."""
     return not (isinstance(name, str) and any("\ud800" <= character <= "\udfff" for character in name))
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
     """List names for a message: a few, and how many more there are. A snapshot may have 100,000 clones."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _fault(name: str) -> str | None:

@@ -360,6 +360,14 @@ class Connection:
         with self._guard, self._errors():
             return list(self._connection.execute(text, values))
 
+    def values_in(self, kind: type, columns: str, column: str, wanted: Iterable[Any]) -> list[tuple[Any, ...]]:
+        """Return columns of the sound rows whose column has one of the wanted values. Inside `reading`."""
+        of, found = list(wanted), []
+        for first in range(0, len(of), _VALUES_MAX):
+            part = of[first : first + _VALUES_MAX]
+            found += self.values(kind, columns, f"{column} IN ({', '.join('?' * len(part))})", *part)
+        return found
+
     def has(self, kind: type, condition: str, *values: Any) -> bool:
         """Whether there is a row that fulfils a condition."""
         with self._guard, self._errors():

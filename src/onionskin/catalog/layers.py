@@ -63,6 +63,10 @@ class Layers(Connection):
         """Whether a layer has this map. The row of the layer may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
+    def maps_among(self, map_ids: Iterable[bytes]) -> list[bytes]:
+        """Return those of these maps that a layer has, in no order; unsound rows are left out."""
+        return [id for (id,) in self.values_in(LayerRow, "map_id", "map_id", map_ids)]
+
     def remove_layer(self, id: bytes) -> None:
         """Remove the row of a layer that has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)
@@ -102,6 +106,10 @@ class Layers(Connection):
         """Return (parent, base) of each layer that has a child, by the layer's id. Unsound rows are left out."""
         found = self.values(LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)")
         return {id: (parent, base) for id, parent, base in found}
+
+    def parents_among(self, layers: Iterable[bytes]) -> list[bytes]:
+        """Return those of these layers that another one stands on, in no order."""
+        return [parent for (parent,) in self.values_in(LayerRow, "DISTINCT parent", "parent", layers)]
 
     def is_needed(self, layer: bytes) -> bool:
         """Whether a layer has a name, is a head, or has a child."""
@@ -158,6 +166,16 @@ class Layers(Connection):
     def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
         """Return a volume's head, the layers of its snapshots, and all layers below these, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME})", volume, volume)
+
+    def forks_of_volume(self, volume: bytes) -> list[bytes]:
+        """Return those of `layers_of_volume` without a name that a layer stands on which is none of them, in no order."""
+        child = (
+            f"SELECT 1 FROM layers AS child WHERE child.parent = layers.id AND child.id NOT IN ({_LAYERS_OF_VOLUME})"
+        )
+        found = self.values(
+            LayerRow, "id", f"id IN ({_LAYERS_OF_VOLUME}) AND {_UNNAMED} AND EXISTS ({child})", *(volume,) * 4
+        )
+        return [id for (id,) in found]
 
     def unnamed_of_volume(self, volume: bytes) -> list[LayerRow]:
         """Return the sealed layers without a name among the `layers_of_volume`, in no order."""

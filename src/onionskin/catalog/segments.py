@@ -1,6 +1,6 @@
 """The queries about segments, which are the files that hold the data of layers."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import LayerRow, SegmentRow
@@ -51,6 +51,10 @@ class Segments(Connection):
     def segments_with_ids(self, ids: Iterable[bytes]) -> list[SegmentRow]:
         """Return those of these segments that exist, in no order."""
         return self.rows_in(SegmentRow, "id", ids)
+
+    def layers_of_segments(self, ids: Collection[bytes]) -> list[tuple[bytes, bytes]]:
+        """Return (segment, layer) of those of these segments that exist, in no order; unsound rows are left out."""
+        return self.values_in(SegmentRow, "id, layer", "id", ids)
 
     def move_segments(self, layer: bytes, new_layer: bytes) -> None:
         """Give all segments of a layer to another one. Inside a transaction."""

@@ -47,6 +47,10 @@ class Snapshots(Connection):
         """Return how many snapshots each volume with snapshots has; unsound rows do not count."""
         return dict(self.values(SnapshotRow, "volume, count(*)", "1 GROUP BY volume"))
 
+    def volumes_of_names(self) -> dict[bytes, bytes]:
+        """Return the volume of each snapshot, by its layer; unsound rows are left out."""
+        return dict(self.values(SnapshotRow, "layer, volume"))
+
     def snapshot_of_layer(self, layer: bytes) -> SnapshotRow | None:
         """Return the name of a layer, or None."""
         return self.row(SnapshotRow, "layer = ?", layer)

@@ -70,9 +70,8 @@ class Volumes(Connection):
         return self.sound_rows(VolumeRow, "name >= ? AND name < ?", STAGED_PREFIX, chr(ord(STAGED_PREFIX) + 1))
 
     def listed_heads(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (id, name, created_ns) of each volume that is not staged, then (parent, base, size_bytes, block_size,
-        wipe) of
-        its head, by name.
+        """Yield (id, name, created_ns, head) of each volume that is not staged, then (parent, base, size_bytes, block_size,
+        wipe) of its head, by name.
 
         A volume is left out if its head is gone or its row is not sound. No row is kept after it was yielded: a hundred
         thousand rows that live at once cost Python's garbage collector as much as reading them.
@@ -82,11 +81,19 @@ class Volumes(Connection):
         )
         with self._guard, self._errors():
             yield from self._connection.execute(
-                "SELECT v.id, v.name, v.created_ns, l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
+                "SELECT v.id, v.name, v.created_ns, v.head, l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
                 f" FROM {volumes} AS v JOIN {layers} AS l ON l.id = v.head"
                 " WHERE substr(v.name, 1, 1) != ? ORDER BY v.name",
                 (STAGED_PREFIX,),
             )
+
+    def volumes_over_layers(self) -> list[tuple[bytes, bytes, bytes]]:
+        """Return (layer, least id, greatest id) of the volumes whose heads stand directly on each layer, staged ones too."""
+        with self._guard, self._errors():
+            return self._connection.execute(
+                f"SELECT l.parent, min(v.id), max(v.id) FROM {TABLES[VolumeRow]} AS v JOIN {TABLES[LayerRow]} AS l"
+                " ON l.id = v.head WHERE l.parent IS NOT NULL GROUP BY l.parent"
+            ).fetchall()
 
     def head_of(self, volume: VolumeRow) -> bytes | None:
         """Return the layer that is a volume's head now, or None if the volume is gone."""

@@ -24,6 +24,8 @@ _SECTIONS = {
         "rename": "volumes.rename",
         "relocate": "volumes.relocate",
         "delete": "volumes.delete",
+        "set": "properties.set_",
+        "get": "properties.get",
     },
     "Snapshots": {
         "snapshot": "snapshots.snapshot",

@@ -176,6 +176,14 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(f"{directory}/{name}") for name in names]
 
 
+class VolumeOrStoreType(NameType):
+    """A volume, one of its snapshots, or a store: the directory itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text, or fail as a usage error. What is a store is meant as one."""
+        return Path(value) if isinstance(value, str) and is_store(Path(value)) else super().convert(value, param, ctx)
+
+
 class StoreType(click.ParamType):  # type: ignore[type-arg]
     """The directory of a store."""
 
@@ -211,6 +219,7 @@ NEW_VOLUME = NameType("none", fresh=True)
 SNAPSHOT = NameType("required")
 NEW_SNAPSHOT = NameType("required", fresh=True)
 VOLUME_OR_SNAPSHOT = NameType("optional")
+VOLUME_SNAPSHOT_OR_STORE = VolumeOrStoreType("optional")
 NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
 

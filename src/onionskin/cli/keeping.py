@@ -11,7 +11,7 @@ import click
 from onionskin.cli import output
 from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import find_snapshot, snapshot_value
+from onionskin.cli.snapshots import SNAPSHOTS, chosen_snapshots, find_snapshot, listed, snapshot_value
 
 if TYPE_CHECKING:
     from onionskin.operations.prune import Retention, Rules
@@ -39,34 +39,46 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.argument("holder")
 @trust_option
 @json_option
-def hold(name: Name, holder: str, as_json: bool) -> None:
-    """Keep a snapshot from being discarded, merged or deleted.
+def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
+    """Keep snapshots from being discarded, merged or deleted.
 
-    HOLDER says who needs it, and lets it go with unhold.
+    HOLDER says who needs them, and lets them go with unhold. Several snapshots of a volume, and ranges as vms/web@a..@c, are
+    held together, or none is.
     """
-    with name.open_store() as store:
-        store.hold(name.volume, name.required_snapshot, holder)
-    output.tell(as_json, _hold_value(name, holder), lambda: f"{name} is held by {holder}")
+    with names[0].open_store() as store:
+        chosen = chosen_snapshots(store.snapshots(names[0].volume), names)
+        store.hold(names[0].volume, chosen, holder)
+    is_are = "are" if len(chosen) > 1 else "is"
+    output.tell(
+        as_json, _hold_value(names, chosen, holder), lambda: f"{listed(names, chosen)} {is_are} held by {holder}"
+    )
 
 
 @click.command()
-@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.argument("holder")
 @trust_option
 @json_option
-def unhold(name: Name, holder: str, as_json: bool) -> None:
-    """Let a snapshot go that HOLDER held."""
-    with name.open_store() as store:
-        store.unhold(name.volume, name.required_snapshot, holder)
-    output.tell(as_json, _hold_value(name, holder), lambda: f"{name} is not held by {holder} any more")
+def unhold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
+    """Let snapshots go that HOLDER held.
+
+    Several snapshots of a volume, and ranges as vms/web@a..@c, are let go together, or none is.
+    """
+    with names[0].open_store() as store:
+        chosen = chosen_snapshots(store.snapshots(names[0].volume), names)
+        store.unhold(names[0].volume, chosen, holder)
+    is_are = "are" if len(chosen) > 1 else "is"
+    value = _hold_value(names, chosen, holder)
+    output.tell(as_json, value, lambda: f"{listed(names, chosen)} {is_are} not held by {holder} any more")
 
 
-def _hold_value(name: Name, holder: str) -> dict[str, Any]:
-    return {"volume": name.volume, "snapshot": name.snapshot, "holder": holder}
+def _hold_value(names: tuple[Name, ...], chosen: list[str], holder: str) -> dict[str, Any]:
+    only = chosen[0] if len(chosen) == 1 else None
+    return {"volume": names[0].volume, "snapshot": only, "snapshots": chosen, "holder": holder}
 
 
 @click.command()
@@ -113,7 +125,7 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
     "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
 )
 @click.option("--time-zone", default="UTC", metavar="NAME", help="Whose clock says where a day ends, as Europe/Berlin.")
-@click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be.")
+@click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")
 @trust_option
 @json_option
 def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any) -> None:
@@ -126,16 +138,29 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
 
     rules = _rules(keep, time_zone)
     with name.open_store() as store, live(store, name.volume) or nullcontext() as served:
+        if served is not None and dry_run:
+            served.flush()  # so that what its clients wrote counts
         if served is None or dry_run:
             found = store.prune(name.volume, **keep, zone=rules.zone, dry_run=dry_run)
         else:
             merge = served.merge
             found = of_store.prune(store._opened, name.volume, rules, lambda one: merge(one.name, guid=one.guid))
+        dropped = [one.snapshot for one in found if not one.kept_by]
+        freed = store.bytes_freed_by_merge(name.volume, dropped) if dry_run and dropped else 0
     value = [
         {"snapshot": one.snapshot, "created": output.timestamp(one.created), "kept_by": list(one.kept_by)}
+        | ({"bytes_freed_together": freed} if dry_run and not one.kept_by else {})
         for one in found
     ]
-    output.tell(as_json, value, lambda: _drawn(found, dry_run))
+
+    def draw() -> str:
+        listed = _drawn(found, dry_run)
+        if not (dry_run and dropped):
+            return listed
+        room = "data that cannot be counted" if freed is None else output.size(freed)
+        return f"{listed}\n{room} would come back; nothing was changed"
+
+    output.tell(as_json, value, draw)
 
 
 def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onionskin.operations.losses import Loss
     from onionskin.store import Store
 
+_NAMES_SHOWN = 1000  # who is asked whether all of them may go sees them; --json has as many as there are
 dry_run_option = click.option("--dry-run", is_flag=True, help="Change nothing, and say what would go.")
 yes_option = click.option("--yes", is_flag=True, help="Drop what nothing else holds without asking.")
 
@@ -28,8 +29,8 @@ def describe(losses: "Sequence[Loss]") -> str:
     volumes = [name for loss in losses for name in loss.volumes]
     snapshots = [name for loss in losses for name in loss.snapshots]
     bytes_freed = freed(losses)
-    parts = [f"the volume{'s' * (len(volumes) > 1)} {some_of(volumes)}"] if volumes else []
-    parts += [f"the snapshot{'s' * (len(snapshots) > 1)} {some_of(snapshots)}"] if snapshots else []
+    parts = [f"the volume{'s' * (len(volumes) > 1)} {some_of(volumes, _NAMES_SHOWN)}"] if volumes else []
+    parts += [f"the snapshot{'s' * (len(snapshots) > 1)} {some_of(snapshots, _NAMES_SHOWN)}"] if snapshots else []
     room = "data that cannot be counted" if bytes_freed is None else f"{output.size(bytes_freed)} of data"
     return " and ".join([*parts, f"{room} that nothing else holds"])
 

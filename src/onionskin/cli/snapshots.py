@@ -1,11 +1,13 @@
 """The verbs for snapshots: snapshot, snapshots, revert, discard, merge, diff, usage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.naming import some_of
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     NEW_SNAPSHOT_OR_NONE,
@@ -18,13 +20,15 @@ from onionskin.cli.arguments import (
     open_to_read,
     trust_option,
 )
+from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
-from onionskin.errors import SnapshotNotFoundError
+from onionskin.errors import FormatError, SnapshotNotFoundError
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
+    from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -41,6 +45,21 @@ def snapshot_value(snapshot: "Snapshot") -> dict[str, Any]:
     }
 
 
+SNAPSHOTS = "STORE/VOLUME@SNAPSHOT..."
+_Listed = tuple["Snapshot", "SnapshotSpace | None"]
+_COLUMNS: "tuple[Column[_Listed], ...]" = (
+    Column("name", "SNAPSHOT", lambda one: one[0].name),
+    Column("size", "SIZE", lambda one: one[0].size_bytes, is_size=True),
+    Column("used", "USED", lambda one: one[1].used_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("written", "WRITTEN", lambda one: one[1].written_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("taken", "TAKEN", lambda one: one[0].created),
+    Column("parent", "PARENT", lambda one: one[0].parent),
+    Column("note", "NOTE", lambda one: one[0].note),
+    Column("guid", "GUID", lambda one: one[0].guid),
+)
+_SHOWN = ("name", "size", "used", "written", "taken", "parent", "note")
+
+
 def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     """Find the snapshot that a name means, before the user is asked about it."""
     for snapshot in snapshots:
@@ -50,6 +69,40 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
         f"volume {name.volume!r} has no snapshot {name.snapshot!r}; "
         f"list them with: onionskin snapshots {name.store}/{name.volume}"
     )
+
+
+def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list[str]:
+    """Find the snapshots of one volume that names and ranges mean, in the order of taking, each once.
+
+    A range is ``A..@C``, ``A..`` or ``..@C``; both ends are in it. What is the name of a snapshot is no range.
+    """
+    places = {snapshot.name: place for place, snapshot in enumerate(snapshots)}
+    chosen: set[int] = set()
+    for name in names:
+        if (name.store.resolve(), name.volume) != (names[0].store.resolve(), names[0].volume):
+            raise click.UsageError(f"{names[0]} and {name} are not of one volume; give one command for each volume")
+        first, dots, last = name.required_snapshot.partition("..")
+        if name.snapshot in places or not dots or (last and not last.startswith("@")):
+            find_snapshot(snapshots, name)
+            chosen.add(places[name.required_snapshot])
+            continue
+        if not first and not last:
+            raise click.UsageError(f"{name} names no end of the range: write @A..@C, @A.. or @..@C")
+        ends = [replace(name, snapshot=end) for end in (first, last.removeprefix("@")) if end]
+        for end in ends:
+            find_snapshot(snapshots, end)
+        start = places[first] if first else 0
+        stop = places[last.removeprefix("@")] if last else len(snapshots) - 1
+        if start > stop:
+            raise click.UsageError(f"{name}: {ends[1]} was taken before {ends[0]}; write the older one first")
+        chosen.update(range(start, stop + 1))
+    return [snapshots[place].name for place in sorted(chosen)]
+
+
+def listed(names: Sequence[Name], chosen: Sequence[str]) -> str:
+    """Write the snapshots of a volume for people: one in full, of several a few."""
+    volume = f"{str(names[0].store).rstrip('/')}/{names[0].volume}"
+    return some_of([f"{volume}@{one}" for one in chosen])
 
 
 def same_store(a: Name, b: Name) -> None:
@@ -78,15 +131,40 @@ def snapshot(name: Name, note: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@column_options(_COLUMNS)
 @trust_option
 @json_option
-def snapshots(name: Name, as_json: bool) -> None:
-    """List the snapshots of a volume."""
+def snapshots(name: Name, asked: Asked, as_json: bool) -> None:
+    """List the snapshots of a volume.
+
+    USED is what nothing else reads, and what comes back if that snapshot alone is dropped, as merge does. WRITTEN is what was
+    written between the snapshot before it and this one. Where much was written they are shown only with -o.
+    """
     with name.open_store() as store:
         found = store.snapshots(name.volume)
-    rows = [(s.name, output.size(s.size_bytes), output.when(s.created), s.parent or "-", s.note) for s in found]
-    headings = ("SNAPSHOT", "SIZE", "TAKEN", "PARENT", "NOTE")
-    output.show(as_json, [snapshot_value(s) for s in found], lambda: output.table(headings, rows, right="SIZE"))
+        space = space_of(store, name.volume, wanted=is_asked(asked, _COLUMNS))
+    listed = in_order(asked, _COLUMNS, [(one, space.get(one.name)) for one in found])
+    value = [snapshot_value(one) | space_value(taken) for one, taken in listed]
+    output.show(as_json, value, lambda: draw(asked, _COLUMNS, listed, _SHOWN))
+
+
+def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, SnapshotSpace]":
+    """Find out what each snapshot takes; nothing of those of which it is not wanted, or not asked for and not quick."""
+    from onionskin.operations import usage
+
+    if wanted is False or (wanted is None and not usage.is_quick(store._opened, volume)):
+        return {}
+    try:
+        return {one.snapshot: one for one in usage.snapshot_space(store._opened, volume)}
+    except (FormatError, OSError):  # a list of the names is wanted then too
+        if wanted:
+            raise
+        return {}
+
+
+def space_value(space: "SnapshotSpace | None") -> dict[str, Any]:
+    """Return what a snapshot takes as JSON; null where it was not found out."""
+    return {"used_bytes": space.used_bytes if space else None, "written_bytes": space.written_bytes if space else None}
 
 
 @click.command()
@@ -117,24 +195,26 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", type=SNAPSHOT, metavar="STORE/VOLUME@SNAPSHOT")
+@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
 @yes_option
 @dry_run_option
 @trust_option
 @json_option
-def discard(name: Name, recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Drop a snapshot and all that was written after it.
+def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Drop snapshots and all that was written after them.
 
-    If the head is on that branch, the disk reads as when the snapshot was taken.
+    If the head is on that branch, the disk reads as when the snapshot was taken. Several snapshots of a volume, and ranges
+    as vms/web@a..@c (all from a to c in the order of taking), vms/web@a.. and vms/web@..@c, are dropped together, or none is.
     """
     from onionskin.operations import losses as of_store
 
+    name = names[0]
     with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
-        find_snapshot(store.snapshots(name.volume), name)
-        loss = of_store.of_discard(store._opened, name.volume, [name.required_snapshot], recursive=recursive)
+        chosen = chosen_snapshots(store.snapshots(name.volume), names)
+        loss = of_store.of_discard(store._opened, name.volume, chosen, recursive=recursive)
         if served is not None:
-            if name.snapshot in _ancestors(served):
+            if not set(chosen).isdisjoint(_ancestors(served)):
                 losses.refuse_unagreed(served, "discard of a snapshot that the disk stands on")
             losses.refuse_read(served, [one.partition("@")[2] for one in loss.snapshots])
         if volume is None:
@@ -142,7 +222,7 @@ def discard(name: Name, recursive: bool, yes: bool, dry_run: bool, as_json: bool
             return
         losses.agree("discard", [loss], yes=yes)
         before = {s.name for s in volume.snapshots}
-        volume.discard(name.required_snapshot, recursive=recursive)
+        volume.discard(chosen, recursive=recursive)
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
@@ -184,36 +264,70 @@ def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
 
 
 @click.command()
-@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("names", type=VOLUME_OR_SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
 @click.option("--rate", type=SIZE, metavar="SIZE", help="Copy at most so many bytes a second, as 100M.")
+@dry_run_option
 @trust_option
 @json_option
-def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: bool) -> None:
-    """Drop a snapshot's name and keep all data.
+def merge(
+    names: tuple[Name, ...], into_base: bool, threads: int, rate: int | None, dry_run: bool, as_json: bool
+) -> None:
+    """Drop snapshots' names and keep all data.
+
+    Several snapshots of a volume, and ranges as vms/web@a..@c (all from a to c in the order of taking), vms/web@a.. and
+    vms/web@..@c, are merged together, or none is.
 
     With --into-base, write a snapshot, or the whole volume, into the base file itself. Ctrl-C ends that, and the same
-    command goes on with it. Machines can read and write a
-    served volume meanwhile.
+    command goes on with it. Machines can read and write a served volume meanwhile.
     """
     if rate is not None and not into_base:
         raise click.UsageError("--rate is about --into-base; a merge into a layer copies nothing")
-    if not into_base and name.snapshot is None:
-        raise click.UsageError(f"name the snapshot to merge, as {name}@SNAPSHOT, or give --into-base")
+    if into_base and len(names) > 1:
+        raise click.UsageError("--into-base takes one name: the layers up to that snapshot are written into the base")
+    if into_base and dry_run:
+        raise click.UsageError(
+            "--dry-run is about merges of snapshots; --into-base writes into the base, and drops no data"
+        )
+    for name in names:
+        if not into_base and name.snapshot is None:
+            raise click.UsageError(f"name the snapshot to merge, as {name}@SNAPSHOT, or give --into-base")
+    if into_base:
+        _merge_into_base(names[0], threads, rate or 0, as_json)
+    else:
+        _merge(names, dry_run, as_json)
+
+
+def _merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
+    from onionskin.operations import losses as of_store
+
+    name = names[0]
+    if dry_run:
+        with _open_to_drop(name, dry_run=True) as (store, _, served):
+            chosen = chosen_snapshots(store.snapshots(name.volume), names)
+            loss = of_store.of_merge(store._opened, name.volume, chosen)
+            if served is not None:
+                losses.refuse_read(served, chosen)
+        losses.tell_dry_run(as_json, "merge", [loss])
+        return
+    with name.open_volume() as (store, volume):
+        chosen = chosen_snapshots(store.snapshots(name.volume), names)
+        volume.merge(chosen)
+    value = {"volume": name.volume, "merged": sorted(chosen), "into_base": False}
+    output.tell(as_json, value, lambda: f"merged {listed(names, chosen)}")
+
+
+def _merge_into_base(name: Name, threads: int, rate: int, as_json: bool) -> None:
     with name.open_volume() as (_, volume):
         if name.snapshot is not None:
             find_snapshot(volume.snapshots, name)
         before = {s.name for s in volume.snapshots}
-        if into_base:
-            with output.progress(f"merge {name} into its base", as_json) as progress:
-                volume.merge_into_base(name.snapshot, progress=progress, threads=threads, bytes_per_second=rate or 0)
-        else:
-            volume.merge(name.required_snapshot)
+        with output.progress(f"merge {name} into its base", as_json) as progress:
+            volume.merge_into_base(name.snapshot, progress=progress, threads=threads, bytes_per_second=rate)
         gone = sorted(before - {s.name for s in volume.snapshots})
-    value = {"volume": name.volume, "merged": gone, "into_base": into_base}
-    where = " into its base" if into_base else ""
-    output.tell(as_json, value, lambda: f"merged {name}{where}")
+    value = {"volume": name.volume, "merged": gone, "into_base": True}
+    output.tell(as_json, value, lambda: f"merged {name} into its base")
 
 
 @click.command()

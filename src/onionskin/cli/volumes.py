@@ -1,5 +1,6 @@
 """The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,23 +16,28 @@ from onionskin.cli.arguments import (
     STORE,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
+    VOLUME_SNAPSHOT_OR_STORE,
     Name,
     live,
     note_trust,
     open_store,
     trust_option,
 )
+from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value
+from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value, space_of, space_value
 from onionskin.errors import FormatError, StateError
 from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
+    from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
+    from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
+    from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -50,6 +56,8 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
         "created": output.timestamp(info.created),
         "snapshots": info.snapshots,
         "holder": info.holder,
+        "used_bytes": info.used_bytes,
+        "written_bytes": info.written_bytes,
     }
 
 
@@ -197,28 +205,46 @@ def _draw(nodes: "list[TreeNode]") -> str:
     return "\n".join(lines) or "no volumes"
 
 
+_COLUMNS: "tuple[Column[VolumeInfo], ...]" = (
+    Column("name", "VOLUME", lambda about: about.name),
+    Column("size", "SIZE", lambda about: about.size_bytes, is_size=True),
+    Column("used", "USED", lambda about: about.used_bytes, is_size=True, is_slow=True),
+    Column("written", "WRITTEN", lambda about: about.written_bytes, is_size=True, is_slow=True),
+    Column("snapshots", "SNAPSHOTS", lambda about: about.snapshots, is_number=True),
+    Column("wipe", "WIPE", lambda about: about.wipe),
+    Column("base", "BASE", lambda about: None if about.base is None else str(about.base)),
+    Column("holder", "HELD-BY", lambda about: _holder(about) or None),
+    Column("block-size", "BLOCK-SIZE", lambda about: about.block_size, is_size=True),
+    Column("created", "CREATED", lambda about: about.created),
+)
+_SHOWN = ("name", "size", "used", "written", "snapshots", "wipe", "base", "holder")
+
+
 @click.command(name="list")
 @click.argument("store", type=STORE)
+@column_options(_COLUMNS)
 @trust_option
 @json_option
-def list_volumes(store: Path, as_json: bool) -> None:
-    """List the volumes of a store."""
+def list_volumes(store: Path, asked: Asked, as_json: bool) -> None:
+    """List the volumes of a store.
+
+    USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of
+    that was written since the last snapshot. In a store of more than 20,000 files they are shown only with -o.
+    """
     with open_store(store) as opened:
-        volumes = opened.volumes()
-    headings = ("VOLUME", "SIZE", "SNAPSHOTS", "WIPE", "BASE", "HELD-BY")
-    rows = [
-        (
-            about.name,
-            output.size(about.size_bytes),
-            str(about.snapshots),
-            about.wipe,
-            str(about.base or "-"),
-            _holder(about) or "-",
-        )
-        for about in volumes
-    ]
-    value = [volume_value(about) for about in volumes]
-    output.show(as_json, value, lambda: output.table(headings, rows, right="SIZE SNAPSHOTS"))
+        space = is_asked(asked, _COLUMNS)
+        if space is None:
+            space = as_json or is_quick(opened)
+        volumes = in_order(asked, _COLUMNS, opened.volumes(space=space))
+    value = [volume_value(about) for about in volumes] if as_json else None
+    output.show(as_json, value, lambda: draw(asked, _COLUMNS, volumes, _SHOWN))
+
+
+def is_quick(store: "Store") -> bool:
+    """Whether nobody minds waiting for what the volumes of a store hold."""
+    from onionskin.operations import space
+
+    return space.is_quick(store._opened)
 
 
 def _holder(about: "VolumeInfo") -> str:
@@ -226,37 +252,115 @@ def _holder(about: "VolumeInfo") -> str:
 
 
 @click.command()
-@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("name", type=VOLUME_SNAPSHOT_OR_STORE, metavar="STORE[/VOLUME[@SNAPSHOT]]")
 @trust_option
 @json_option
-def info(name: Name, as_json: bool) -> None:
-    """Describe a volume or a snapshot."""
+def info(name: Name | Path, as_json: bool) -> None:
+    """Describe a store, a volume or a snapshot.
+
+    Of a volume and a snapshot that includes the layers that it stands on, down to the base, and what each of them holds.
+    """
+    if isinstance(name, Path):
+        _show_store(name, as_json)
+        return
     with name.open_store() as store:
         about = store.info(name.volume)
         snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
+        space = space_of(store, name.volume, wanted=None).get(snapshot.name) if snapshot else None
+        chain = store.chain(name.volume, name.snapshot)
     if snapshot is None:
-        pairs = [
-            ("volume", about.name),
-            ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
-            ("block size", output.size(about.block_size)),
-            ("wipe", about.wipe),
-            ("base", str(about.base or "none")),
-            ("made", output.when(about.created)),
-            ("snapshots", str(about.snapshots)),
-            ("held by", _holder(about) or "nobody"),
-        ]
-        output.show(as_json, volume_value(about), lambda: output.fields(pairs))
-        return
-    pairs = [
+        pairs, value = _volume_fields(about), volume_value(about)
+    else:
+        pairs, value = _snapshot_fields(about, snapshot, space), snapshot_value(snapshot) | space_value(space)
+    value["chain"] = [_layer_value(layer) for layer in chain]
+    output.show(as_json, value, lambda: f"{output.fields(pairs)}\n\n{_draw_chain(chain)}")
+
+
+def _volume_fields(about: "VolumeInfo") -> list[tuple[str, str]]:
+    return [
+        ("volume", about.name),
+        ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
+        ("block size", output.size(about.block_size)),
+        ("wipe", about.wipe),
+        ("base", str(about.base or "none")),
+        ("made", output.when(about.created)),
+        ("snapshots", str(about.snapshots)),
+        ("used", output.size(about.used_bytes)),
+        ("written", f"{output.size(about.written_bytes)} since the last snapshot"),
+        ("held by", _holder(about) or "nobody"),
+    ]
+
+
+def _snapshot_fields(about: "VolumeInfo", snapshot: "Snapshot", space: "SnapshotSpace | None") -> list[tuple[str, str]]:
+    return [
         ("snapshot", snapshot.name),
         ("of volume", about.name),
         ("size", f"{output.size(snapshot.size_bytes)} ({snapshot.size_bytes} bytes)"),
+        ("used", output.size(space.used_bytes if space else None)),
+        ("written", output.size(space.written_bytes if space else None)),
         ("taken", output.when(snapshot.created)),
         ("parent", snapshot.parent or "none"),
         ("note", snapshot.note),
         ("guid", snapshot.guid),
     ]
-    output.show(as_json, snapshot_value(snapshot), lambda: output.fields(pairs))
+
+
+def _layer_value(layer: "ChainLayer") -> dict[str, Any]:
+    return {
+        "kind": layer.kind,
+        "name": layer.name,
+        "created": output.timestamp(layer.created),
+        "size_bytes": layer.size_bytes,
+        "bytes_held": layer.bytes_held,
+        "format": layer.format,
+    }
+
+
+_LAYERS_SHOWN = 30
+
+
+def _draw_chain(chain: "list[ChainLayer]") -> str:
+    """Draw what a disk stands on, top first; of a long chain its beginning, and the base."""
+    shown = chain if len(chain) <= _LAYERS_SHOWN else [*chain[: _LAYERS_SHOWN - 2], *chain[-1:]]
+    rows = [
+        (
+            f"{layer.kind}, {layer.format}" if layer.format else layer.kind,
+            output.size(layer.size_bytes),
+            "missing" if layer.bytes_held is None else output.size(layer.bytes_held),
+            output.when(layer.created) or "-",
+            layer.name,  # last, since a path may be long
+        )
+        for layer in shown
+    ]
+    lines = output.table(("LAYER", "SIZE", "HOLDS", "MADE", "NAME"), rows, right="SIZE HOLDS").split("\n")
+    if len(shown) < len(chain):
+        lines.insert(len(lines) - 1, f"... {len(chain) - len(shown)} more, which --json lists")
+    return "\n".join(lines)
+
+
+def _show_store(path: Path, as_json: bool) -> None:
+    with open_store(path) as store:
+        about = store.store_info()
+    size = output.size
+    waits = [f"{about.pending_work} files or parts of files are to be freed"] if about.pending_work else []
+    if about.unfinished_base_merges:
+        waits.append("a merge into a base was begun and has not ended; run 'onionskin merge --into-base' again")
+    by_repair = (
+        f"{size(about.bytes_freed_by_repair)} in files that nothing names; onionskin check --repair removes them"
+    )
+    pairs = [
+        ("store", about.path),
+        ("format", f"version {about.format_version}"),
+        ("volumes", str(about.volumes)),
+        ("snapshots", str(about.snapshots)),
+        ("holds", f"{size(about.bytes_held)}, and {size(about.map_bytes)} of block maps"),
+        ("work", "; ".join(waits) or "none waits"),
+        ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
+        ("left over", by_repair if about.bytes_freed_by_repair else ""),
+        ("reserve", size(about.reserve_bytes)),
+        ("read-only", "yes" if about.read_only else ""),
+    ]
+    output.show(as_json, asdict(about) if as_json else None, lambda: output.fields(pairs))
 
 
 @click.command()

@@ -12,6 +12,7 @@ import base64
 import select
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import dtypes, logger
+from onionskin.base.naming import several
 from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_unix, credentials_of
 from onionskin.catalog.tree import Snapshot
@@ -400,17 +402,17 @@ class LiveVolume:
         """
         self._call("revert", name=name)
 
-    def discard(self, name: str, *, recursive: bool = False) -> None:
+    def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
         """Drop a snapshot and all that was written after it. Durable on return.
 
         If the disk stands on the snapshot, it changes as with `revert`.
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all are dropped in one transaction, or none is.
         recursive : bool
-            Drop the snapshots that were taken after it too.
+            Drop the snapshots that were taken after them too.
 
         Raises
         ------
@@ -419,24 +421,26 @@ class LiveVolume:
         StateError
             As for `Volume.discard`; or the disk would change under clients, and the server does not allow that.
         """
-        self._call("discard", name=name, recursive=recursive)
+        self._call("discard", name=_one_or_several(name), recursive=recursive)
 
-    def merge(self, name: str, *, guid: str | None = None) -> None:
+    def merge(self, name: "str | Sequence[str]", *, guid: str | None = None) -> None:
         """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
 
         Parameters
         ----------
-        name : str
-            A snapshot of this volume.
+        name : str or sequence of str
+            A snapshot of this volume, or several: then all names are dropped in one transaction, or none is.
         guid : str, optional
-            Only where the name is still that of the snapshot with this GUID; else StateError is raised.
+            Only where the one name is still that of the snapshot with this GUID; else StateError is raised.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
+        StateError
+            Somebody holds one of them, or a client reads one.
         """
-        self._call("merge", name=name, guid=guid)
+        self._call("merge", name=_one_or_several(name), guid=guid)
 
     def rename(self, new_name: str) -> None:
         """Give the volume another name: connected clients go on, later clients ask for the new name.
@@ -490,3 +494,9 @@ class LiveVolume:
 
 
 __all__ = ["LiveVolume", "connect", "find"]
+
+
+def _one_or_several(name: "str | Sequence[str]") -> str | list[str]:
+    """Return one name by itself, as a server of any version takes it."""
+    names = several("snapshot", name)
+    return names[0] if len(names) == 1 else names

@@ -37,8 +37,8 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,)},
-    "discard": {"name": (str,), "recursive": (bool,)},
-    "merge": {"name": (str,), "guid": (str, NoneType)},
+    "discard": {"name": (str, list), "recursive": (bool,)},
+    "merge": {"name": (str, list), "guid": (str, NoneType)},
     "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},
@@ -170,6 +170,10 @@ def _fault_of(value: Any) -> str | None:
         except UnicodeEncodeError:
             return "it is not Unicode"
         return f"it has more than {TEXT_BYTES_MAX} bytes" if length > TEXT_BYTES_MAX else None
+    if isinstance(value, list):
+        if not value or not all(isinstance(one, str) for one in value):
+            return "it is no list of names"
+        return next(filter(None, map(_fault_of, value)), None)
     if isinstance(value, int) and not 0 <= value < 1 << 63:
         return "it is negative, or larger than any disk"
     return None

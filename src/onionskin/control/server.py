@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.base.modes import file_mode
+from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
@@ -304,19 +305,22 @@ class _Session:
         with self._served.paused():
             self._volume.revert(name)
 
-    def discard(self, name: str, recursive: bool) -> None:
+    def discard(self, name: str | list[str], recursive: bool) -> None:
+        names = several("snapshot", name)
         with self._volume._opened.guard:  # so that the tree does not change between these look-ups and the discard
-            going = self._descendants(name) if recursive else {name}
+            descendants = self._descendants(names)
+            going = descendants if recursive else set(names)
             at = self._volume.parent
-            reverts = at is not None and at.name in self._descendants(name)
+            reverts = at is not None and at.name in descendants
             if reverts:
                 self._refuse_unagreed("discard of a snapshot that the disk stands on")
             with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
-                self._volume.discard(name, recursive=recursive)
+                self._volume.discard(names, recursive=recursive)
 
-    def merge(self, name: str, guid: str | None) -> None:
-        with self._served.without_views({name}):
-            snapshots.merge(self._volume._opened.to_write(), name, guid=guid)
+    def merge(self, name: str | list[str], guid: str | None) -> None:
+        names = several("snapshot", name)
+        with self._served.without_views(set(names)):
+            snapshots.merge(self._volume._opened.to_write(), names, guid=guid)
 
     def rename(self, new_name: str) -> None:
         self._served.rename(new_name)
@@ -334,16 +338,18 @@ class _Session:
                 "first, or serve with --allow-revert"
             )
 
-    def _descendants(self, name: str) -> set[str]:
-        """Return the names of a snapshot and of those that were taken after it on its branch."""
+    def _descendants(self, names: list[str]) -> set[str]:
+        """Return the names of snapshots and of those that were taken after them on their branches."""
         parents = {snapshot.name: snapshot.parent for snapshot in self._volume.snapshots}
-        found = {name}
+        found = set(names)
+        apart: set[str] = set()  # what stands on none of them; each is looked at once, whatever stands on what
         for one in parents:
-            line = [one]
-            while (parent := parents.get(line[-1])) is not None:
-                line.append(parent)
-            if name in line:
-                found.add(one)
+            line: list[str] = []
+            at: str | None = one
+            while at is not None and at not in found and at not in apart:
+                line.append(at)
+                at = parents.get(at)
+            (found if at in found else apart).update(line)
         return found
 
 

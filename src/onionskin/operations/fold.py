@@ -37,14 +37,18 @@ SEGMENTS_OPEN = 64  # if an open volume has more segments than this, a fold drop
 def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None:
     """Fold each of these layers into its child, if it has no name and only one child, and this child is in reach.
 
-    The head of another volume is not in reach. The operation that the caller was asked for is already done. So a fold
-    that fails is logged and left to the next opening.
+    Each run of layers without a name is looked at once, however many of them are given. The head of another volume is not
+    in reach. The operation that the caller was asked for is already done. So a fold that fails is logged and left to the
+    next opening.
     """
+    seen: set[bytes] = set()
     for id in layers:
-        if id is None:
+        if id is None or id in seen:
             continue
         try:
-            fold(volume, id)
+            run = fold_policy.run_around(volume.store.catalog, volume.head, id)
+            seen.update(layer.id for layer in run)
+            _fold_run(volume, run)
         except CommitUnknownError:
             raise
         except (OSError, OnionskinError) as error:
@@ -58,8 +62,11 @@ def fold(volume: OpenHead, layer_id: bytes) -> bool:
 
     Returns whether any layer was folded.
     """
+    return _fold_run(volume, fold_policy.run_around(volume.store.catalog, volume.head, layer_id))
+
+
+def _fold_run(volume: OpenHead, run: Sequence[LayerRow]) -> bool:
     store = volume.store
-    run = fold_policy.run_around(store.catalog, volume.head, layer_id)
     if is_in_base_merge(store.catalog, run):
         return False
     try:
@@ -196,9 +203,5 @@ def fold_unnamed_below(volume: OpenHead) -> None:
     catalog = volume.store.catalog
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)
-    seen: set[bytes] = set()
-    for layer in unnamed:
-        if layer not in seen:
-            seen |= {one.id for one in fold_policy.run_around(catalog, volume.head, layer)}
-            fold_where_unnamed(volume, [layer])
+    fold_where_unnamed(volume, unnamed)
     free_hidden(volume, unnamed_of(catalog, volume.row.id))

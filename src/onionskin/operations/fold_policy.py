@@ -12,7 +12,7 @@ only those parts of the run are folded that have grown. So each record of a map 
 times, in whatever order snapshots are merged. The layers that are left are few, and they hide little.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -29,37 +29,42 @@ FREED_BYTES_MIN = 8
 Group = Sequence[LayerRow]
 
 
-def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
+def run_around(
+    catalog: Catalog, head: bytes, layer_id: bytes, *, dropped: Collection[bytes] = (), gone: Collection[bytes] = ()
+) -> list[LayerRow]:
     """Return the run that a layer is in, bottom first, or an empty list if there is none.
 
     The last layer of the run is the one above the layers without a name. `head` is the head of the volume that the
-    caller holds.
+    caller holds. The run is the one that would be there if the names of the layers `dropped` were dropped, and if the
+    layers `gone` were removed.
     """
+
+    def only_child(layer: LayerRow) -> LayerRow | None:
+        """Return the only child of a layer if the layer can be folded into it, or None.
+
+        It cannot if the layer is a head, has a name, or is the target of a merge into the base.
+        """
+        if not layer.sealed:
+            return None
+        children = [row for row in catalog.children_of(layer.id, at_most=len(gone) + 2) if row.id not in gone]
+        if len(children) != 1 or catalog.base_merge_of(layer.id):
+            return None
+        is_kept = layer.id not in dropped and catalog.snapshot_of_layer(layer.id)
+        return None if is_kept else children[0]
+
     with catalog.reading():
         layer = catalog.layer_with_id(layer_id)
-        if layer is None or (above := _only_child(catalog, layer)) is None:
+        if layer is None or (above := only_child(layer)) is None:
             return []
         run = [layer]
-        while (parent := catalog.layer_with_id(run[0].parent)) and _only_child(catalog, parent):
+        while (parent := catalog.layer_with_id(run[0].parent)) and only_child(parent):
             run.insert(0, parent)
         over: LayerRow | None = above
         while over:
             run.append(over)
-            over = _only_child(catalog, over)
+            over = only_child(over)
     # The head of another volume is left to the next opening of that volume.
     return run if run[-1].sealed or run[-1].id == head else run[:-1]
-
-
-def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
-    """Return the only child of a layer if the layer can be folded into it, or None.
-
-    It cannot if the layer is a head, has a name, or is the target of a merge into the base.
-    """
-    if not layer.sealed:
-        return None
-    child = catalog.only_child_of(layer.id)
-    is_kept = child and (catalog.snapshot_of_layer(layer.id) or catalog.base_merge_of(layer.id))
-    return None if is_kept else child
 
 
 def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:

@@ -5,7 +5,7 @@ comes between the question and the drop. The catalog's own reference from a hold
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -48,29 +48,35 @@ def refuse_held(catalog: Catalog, layers: Iterable[bytes]) -> None:
     raise StateError(f"held: {some_of(names)}; nothing was dropped; let it go with 'onionskin unhold' first")
 
 
-def hold(store: OpenStore, volume: str, snapshot: str, holder: str) -> None:
-    """Keep a snapshot until the holder lets it go."""
+def hold(store: OpenStore, volume: str, snapshots: Sequence[str], holder: str) -> None:
+    """Keep snapshots until the holder lets them go: all of them, or none."""
     holder = check_name("holder", holder)
 
     def change() -> None:
-        row = find_snapshot(store.catalog, store.catalog.volume(volume), snapshot)
-        if any(found.holder == holder for found in store.catalog.holds_on([row.layer])):
-            raise StateError(f"{volume}@{snapshot} is held by {holder!r} already; choose another name for this holder")
-        store.catalog.insert(HoldRow(row.layer, holder, time.time_ns()))
+        row = store.catalog.volume(volume)
+        for snapshot in snapshots:
+            layer = find_snapshot(store.catalog, row, snapshot).layer
+            if any(found.holder == holder for found in store.catalog.holds_on([layer])):
+                raise StateError(
+                    f"{volume}@{snapshot} is held by {holder!r} already; choose another name for this holder"
+                )
+            store.catalog.insert(HoldRow(layer, holder, time.time_ns()))
 
     store.change(change)
 
 
-def unhold(store: OpenStore, volume: str, snapshot: str, holder: str) -> None:
-    """Let a snapshot go."""
+def unhold(store: OpenStore, volume: str, snapshots: Sequence[str], holder: str) -> None:
+    """Let snapshots go: all of them, or none."""
 
     def change() -> None:
-        row = find_snapshot(store.catalog, store.catalog.volume(volume), snapshot)
-        holders = [found.holder for found in store.catalog.holds_on([row.layer])]
-        if holder not in holders:
-            by = f"held by {some_of(holders)}" if holders else "held by nobody"
-            raise StateError(f"{volume}@{snapshot} is not held by {holder!r}; it is {by}")
-        store.catalog.drop_hold(row.layer, holder)
+        row = store.catalog.volume(volume)
+        for snapshot in snapshots:
+            layer = find_snapshot(store.catalog, row, snapshot).layer
+            holders = [found.holder for found in store.catalog.holds_on([layer])]
+            if holder not in holders:
+                by = f"held by {some_of(holders)}" if holders else "held by nobody"
+                raise StateError(f"{volume}@{snapshot} is not held by {holder!r}; it is {by}")
+            store.catalog.drop_hold(layer, holder)
 
     store.change(change)
 

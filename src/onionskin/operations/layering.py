@@ -9,7 +9,6 @@ module only works on tables.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -17,10 +16,11 @@ import numpy
 from onionskin.base.files import data_ranges
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.states import DATA, HOLE
-from onionskin.catalog import BaseRow, Catalog, LayerRow
-from onionskin.catalog.tree import find_snapshot, when
+from onionskin.catalog import BaseRow
+from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import ChainError
 from onionskin.kernels._maplog import ProvenanceMap
+from onionskin.operations.chain_members import ChainMember, chain_members
 from onionskin.operations.copy import covered
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import lay_map, read_layers
@@ -34,25 +34,6 @@ if TYPE_CHECKING:
 
 _BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
 LAYER_EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
-
-
-@dataclass(frozen=True, slots=True)
-class ChainMember:
-    """One layer of a chain, or the base below it.
-
-    Attributes
-    ----------
-    kind : str
-        One of `head`, `snapshot`, `layer` (without a name) and `base`.
-    name : str
-        The name as in `Store.tree`: `web` for a head, `web@clean` for a snapshot, and the path of a base.
-    created : datetime.datetime or None
-        The time at which the snapshot was taken or the layer was made, in UTC. It is None for a base.
-    """
-
-    kind: str
-    name: str
-    created: datetime | None
 
 
 class Layering(NamedTuple):
@@ -111,7 +92,7 @@ def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
     """Read the chain that `find` names. Inside `reading`."""
     top = find()
     chain = read_layers(store.catalog, top)
-    return _Found(chain, _members(store.catalog, chain), bool(unfinished_base_merges(store.catalog, top)))
+    return _Found(chain, chain_members(store.catalog, chain), bool(unfinished_base_merges(store.catalog, top)))
 
 
 def _read(store: OpenStore, found: _Found) -> Layering:
@@ -128,27 +109,6 @@ def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
         base = catalog.base_with_id(chain.base.id) if chain.base else None
         merged = {work.target for work in catalog.base_merges()}
         return base != chain.base or any(layer.id in merged for layer in chain.layers)
-
-
-def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
-    """Describe the chain, top first. Inside `reading`."""
-    top = chain.top.id
-    named = {row.layer: row for row in catalog.snapshots_in_chain(top)}
-    ids = {row.volume for row in named.values()}
-    head = catalog.volume_with_head(top)
-    volumes = {id: row.name for id in ids if (row := catalog.volume_with_id(id))}
-
-    def describe(layer: LayerRow) -> ChainMember:
-        if layer.id in named:
-            row = named[layer.id]
-            name = volumes.get(row.volume, row.volume.hex())  # in a damaged catalog, the volume may have no row
-            return ChainMember("snapshot", f"{name}@{row.name}", when(row.created_ns))
-        if head and head.head == layer.id:
-            return ChainMember("head", head.name, when(layer.created_ns))
-        return ChainMember("layer", layer.id.hex()[:8], when(layer.created_ns))
-
-    layers = [describe(layer) for layer in reversed(chain.layers)]
-    return (*layers, *([ChainMember("base", chain.base.path, None)] if chain.base else []))
 
 
 def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":

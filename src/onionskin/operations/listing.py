@@ -12,7 +12,8 @@ from datetime import datetime
 from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import when
-from onionskin.errors import StateError
+from onionskin.errors import FormatError, StateError
+from onionskin.operations.space import SpaceOfAll, space_of
 from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
@@ -23,6 +24,9 @@ class VolumeInfo:
     """The description of a volume.
 
     `base` is the path of the base, or None. `holder` is the id of the process that has the volume open for writing.
+    `used_bytes` is what the volume and its snapshots hold on the disk, without what it shares with the snapshot that it
+    was cloned from. `written_bytes` is the part of it that was written since the last snapshot. Both are None if nobody
+    asked for them, or if a row of the catalog is damaged.
     """
 
     name: str
@@ -33,6 +37,8 @@ class VolumeInfo:
     created: datetime
     snapshots: int
     holder: int | None
+    used_bytes: int | None
+    written_bytes: int | None
 
 
 @dataclass(slots=True)
@@ -48,21 +54,25 @@ class TreeNode:
     children: list["TreeNode"] = field(default_factory=list)
 
 
-def list_volumes(store: OpenStore) -> list[VolumeInfo]:
-    """Return all volumes, by name."""
+def list_volumes(store: OpenStore, *, space: bool = True) -> list[VolumeInfo]:
+    """Return all volumes, by name; without `space` no segment is looked at."""
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
         # Only the layers that have children are read for their parents: under a hundred thousand clones, these are few.
         below, paths, counts = catalog.parents(), catalog.base_paths(), catalog.snapshot_counts()
         bases: dict[bytes, bytes | None] = {}
+        taken = SpaceOfAll(store, {layer: parent for layer, (parent, _) in below.items()}) if space else None
         infos = []
-        for id, name, created_ns, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
+        for id, name, created_ns, head, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
             under = base if parent is None else _base_of(below, parent, bases)
             path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
+            used, written = taken.of(id, head, parent) if taken else (None, None)
             infos.append(
-                VolumeInfo(name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder)
+                VolumeInfo(
+                    name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder, used, written
+                )
             )
     return infos
 
@@ -77,6 +87,7 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
             raise StateError(f"the head of volume {name!r} is gone: another process changed the tree; try again")
         base = catalog.base_of(chain[0])
         snapshots = catalog.snapshot_count(row.id)
+        used, written = _space_of(store, row)
     return VolumeInfo(
         row.name,
         chain[-1].size_bytes,
@@ -86,7 +97,16 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         created=when(row.created_ns),
         snapshots=snapshots,
         holder=_holder(store, row.id),
+        used_bytes=used,
+        written_bytes=written,
     )
+
+
+def _space_of(store: OpenStore, row: VolumeRow) -> tuple[int | None, int | None]:
+    try:
+        return space_of(store, row)
+    except FormatError:  # of a row that is asked for nothing else: the volume is there all the same
+        return None, None
 
 
 def _holder(store: OpenStore, volume: bytes) -> int | None:

@@ -7,7 +7,7 @@ inside its transaction.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 
 from onionskin.base import states
@@ -15,9 +15,9 @@ from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.catalog.tree import descendants, find_snapshot, users_of
 from onionskin.errors import FormatError, StateError
-from onionskin.operations import holds
+from onionskin.operations import fold_policy, holds
 from onionskin.operations.locked_maps import locked_maps
-from onionskin.operations.snapshots import refuse_discard
+from onionskin.operations.snapshots import all_of_branches, refuse_discard
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.locks import VolumeLock
 from onionskin.storage.open_head import OpenHead
@@ -95,19 +95,62 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
     def find() -> _Going:
         catalog = store.catalog
         row = catalog.volume(name)
-        layers = {find_snapshot(catalog, row, one).layer: one for one in snapshots}
-        above = {layer: descendants(catalog, layer) for layer in layers}
-        for layer, one in layers.items():
-            refuse_discard(catalog, row, one, above[layer] - layers.keys(), recursive)
-        all_above = set().union(*above.values())
-        dropped = all_above | layers.keys()
+        branches = refuse_discard(catalog, row, [find_snapshot(catalog, row, one) for one in snapshots], recursive)
+        dropped = all_of_branches(branches)
         holds.refuse_held(catalog, dropped)
         named = [one for one in catalog.snapshots_of(row.id) if one.layer in dropped]
         # A head that is above one of the snapshots is put on the lowest of them, whose layer therefore stays.
-        kept = layers.keys() - all_above if row.head in all_above else set()
+        kept = [root for root, above in branches.items() if row.head in above]
         return _going(catalog, [], [f"{name}@{one.name}" for one in named], dropped, kept=kept)
 
     return _measured(store, find, unflushed_of=name)
+
+
+def of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
+    """Say what goes with the names of snapshots alone: what nothing reads then, and what was written again after them.
+
+    What is hidden by several that stand on a layer, as clones do, is not counted: of it goes what policy `zero` looks for.
+    """
+
+    def find() -> tuple[_Going, list[list[LayerRow]]]:
+        catalog = store.catalog
+        row = catalog.volume(name)
+        rows = [find_snapshot(catalog, row, one) for one in snapshots]
+        dropped = {one.layer for one in rows}
+        holds.refuse_held(catalog, dropped)
+        in_order = sorted(rows, key=lambda one: one.number)
+        going = _going(catalog, [], [f"{name}@{one.name}" for one in in_order], dropped)
+        gone = {layer.id for layer in going.layers}
+        runs: list[list[LayerRow]] = []
+        seen: set[bytes] = set()
+        # What stood beside a layer that goes may be alone on the one below now.
+        for layer in (*(one.layer for one in in_order), *(one.parent for one in going.layers)):
+            if layer is not None and layer not in gone and layer not in seen:
+                runs.append(fold_policy.run_around(catalog, row.head, layer, dropped=dropped, gone=gone))
+                seen.update(one.id for one in runs[-1])
+        return going, runs
+
+    def layers_of(found: tuple[_Going, list[list[LayerRow]]]) -> list[LayerRow]:
+        going, runs = found
+        return [*going.layers, *(layer for run in runs for layer in run)]
+
+    with locked_maps(store, find, layers_of) as (going, runs):
+        loss = _count(store, going)
+        folded = _freed_by_folds(store, runs)
+    freed = None if loss.bytes_freed is None or folded is None else loss.bytes_freed + folded
+    return replace(loss, bytes_freed=freed)
+
+
+def _freed_by_folds(store: OpenStore, runs: Iterable[Sequence[LayerRow]]) -> int | None:
+    """Return the data that folding runs of layers frees, so far as they are folded now; None where a map is damaged."""
+    freed = 0
+    try:
+        for group in (group for run in runs for group in fold_policy.groups_to_fold(store, run)):
+            with closing(fold_policy.lay(store, group)) as laid:
+                freed += sum(laid.freed.values()) * group[-1].block_size
+    except (FormatError, OSError):
+        return None
+    return freed
 
 
 def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
@@ -224,22 +267,27 @@ def _is_needed(catalog: Catalog, layer: bytes, dropped: Collection[bytes], gone:
 def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str | None = None) -> Loss:
     """Count the data of the layers from their maps, which are locked meanwhile."""
     with locked_maps(store, find, lambda going: going.layers) as going:
-        freed: int | None = 0
-        is_lost = going.is_resized
-        for layer in going.layers:
-            try:
-                with closing(open_map(store, layer)) as layer_map:
-                    data, zeros = (int(count) for count in layer_map.count())
-            except (FormatError, OSError):  # the map is damaged, but the layer can be dropped all the same
-                freed, is_lost = None, True
-                continue
-            is_lost = is_lost or bool(data or zeros)
-            freed = None if freed is None else freed + data * layer.block_size
+        loss = _count(store, going)
         ids = {row.id for row in going.volumes}
         if unflushed_of is not None:
             ids.add(store.catalog.volume(unflushed_of).id)
-        is_lost = is_lost or any(has_unflushed(store, id) for id in ids)
-        return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
+        return replace(loss, is_lost=loss.is_lost or any(has_unflushed(store, id) for id in ids))
+
+
+def _count(store: OpenStore, going: _Going) -> Loss:
+    """Count what layers hold whose maps are locked."""
+    freed: int | None = 0
+    is_lost = going.is_resized
+    for layer in going.layers:
+        try:
+            with closing(open_map(store, layer)) as layer_map:
+                data, zeros = (int(count) for count in layer_map.count())
+        except (FormatError, OSError):  # the map is damaged, but the layer can be dropped all the same
+            freed, is_lost = None, True
+            continue
+        is_lost = is_lost or bool(data or zeros)
+        freed = None if freed is None else freed + data * layer.block_size
+    return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
 
 
 def has_unflushed(store: OpenStore, volume: bytes) -> bool:

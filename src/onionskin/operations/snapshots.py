@@ -5,6 +5,7 @@ process may name or clone a layer at any time. The work after it (folding and fr
 opening does it.
 """
 
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from onionskin.base.naming import some_of
@@ -87,38 +88,66 @@ def revert(volume: OpenHead, name: str) -> None:
         free_hidden(volume, around)
 
 
-def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
-    """Drop a snapshot's name and all that was written after it on its branch. See `Volume.discard`."""
+def discard(volume: OpenHead, names: Sequence[str], *, recursive: bool) -> None:
+    """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
     with volume.operation():
         catalog = volume.store.catalog
-        layer = find_snapshot(catalog, volume.row, name).layer
-        parent = catalog.layer(layer).parent
-        around = unnamed_around(catalog, layer)
+        rows = [find_snapshot(catalog, volume.row, name) for name in names]
+        parents = [catalog.layer(row.layer).parent for row in rows]
+        around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
             # This is checked inside the transaction, because others may clone a snapshot at any time.
-            _refuse_renamed(volume, name, layer)
-            above = descendants(catalog, layer)
-            refuse_discard(catalog, volume.row, name, above, recursive)
-            named = [*above, layer]
-            holds.refuse_held(catalog, named)
-            for id in named:
+            for row in rows:
+                _refuse_renamed(volume, row.name, row.layer)
+            going = all_of_branches(refuse_discard(catalog, volume.row, rows, recursive))
+            holds.refuse_held(catalog, going)
+            for id in going:
                 catalog.remove_snapshot_of_layer(id)
-            for id in named:
+            for id in going:
                 remove_unreachable_layers(catalog, id)
 
-        above = descendants(catalog, layer)
-        refuse_discard(catalog, volume.row, name, above, recursive)
-        if volume.head in above:
-            restart_on(volume, layer, drop)
+        branches = refuse_discard(catalog, volume.row, rows, recursive)
+        under_head = [root for root, above in branches.items() if volume.head in above]
+        if under_head:
+            restart_on(volume, under_head[0], drop)
         else:
             volume.store.change(drop)
             reclaim.work_soon(volume.store)
-        fold_where_unnamed(volume, [layer, parent])
+        fold_where_unnamed(
+            volume, [id for row, parent in zip(rows, parents, strict=True) for id in (row.layer, parent)]
+        )
         free_hidden(volume, around)
 
 
-def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
+def branches_of(catalog: Catalog, rows: Iterable[SnapshotRow]) -> dict[bytes, set[bytes]]:
+    """Return what stands on the lowest of these snapshots, by their layers; the others stand on those."""
+    branches: dict[bytes, set[bytes]] = {}
+    covered: set[bytes] = set()
+    for row in sorted(rows, key=lambda row: row.number):  # so what stands on another one is mostly not asked for
+        if row.layer not in covered:
+            branches[row.layer] = descendants(catalog, row.layer)
+            covered |= branches[row.layer]
+    return {root: above for root, above in branches.items() if root not in covered}
+
+
+def all_of_branches(branches: dict[bytes, set[bytes]]) -> set[bytes]:
+    """Return the layers of branches, and those that they stand on."""
+    return set(branches).union(*branches.values())
+
+
+def refuse_discard(
+    catalog: Catalog, volume: VolumeRow, rows: Sequence[SnapshotRow], recursive: bool
+) -> dict[bytes, set[bytes]]:
+    """Raise StateError if something needs snapshots that are discarded together. Return their branches."""
+    names = {row.layer: row.name for row in rows}
+    branches = branches_of(catalog, rows)
+    for root, above in branches.items():
+        _refuse_needed(catalog, volume, names[root], above - names.keys(), recursive)
+    return branches
+
+
+def _refuse_needed(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
     """Raise StateError if something above a snapshot needs it. `above` are the layers that stand on the snapshot."""
     users = users_of(catalog, above, besides=volume.id)
     if users:
@@ -146,27 +175,29 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
         )
 
 
-def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
-    """Drop a snapshot's name and keep all data. See `Volume.merge`.
+def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) -> None:
+    """Drop snapshots' names and keep all data. See `Volume.merge`.
 
-    If `guid` is given, the snapshot with this name must have it.
+    If `guid` is given, the snapshot with the one name must have it.
     """
     with volume.operation():
         catalog = volume.store.catalog
-        row = find_snapshot(catalog, volume.row, name)
-        if guid is not None and row.guid.hex() != guid:
+        rows = [find_snapshot(catalog, volume.row, name) for name in names]
+        if guid is not None and any(row.guid.hex() != guid for row in rows):
             raise StateError(
-                f"{name!r} is another snapshot of {volume.name!r} now; look at the snapshots, and try again"
+                f"{names[0]!r} is another snapshot of {volume.name!r} now; look at the snapshots, and try again"
             )
-        around = unnamed_around(catalog, row.layer)
+        around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
-            _refuse_renamed(volume, name, row.layer)
-            holds.refuse_held(catalog, [row.layer])
-            catalog.remove_snapshot(volume.row.id, name)
-            remove_unreachable_layers(catalog, row.layer)
+            holds.refuse_held(catalog, [row.layer for row in rows])
+            for row in rows:
+                _refuse_renamed(volume, row.name, row.layer)
+                catalog.remove_snapshot(volume.row.id, row.name)
+            for row in rows:
+                remove_unreachable_layers(catalog, row.layer)
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)
-        fold_where_unnamed(volume, [row.layer])
+        fold_where_unnamed(volume, [row.layer for row in rows])
         free_hidden(volume, around)

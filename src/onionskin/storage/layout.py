@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 CATALOG = "catalog.db"
+_ID_DIGITS = 32
 DIRECTORIES = ("layers", "segments", "volumes")
 
 
@@ -79,6 +80,20 @@ class Layout(NamedTuple):
     def volume_control(self, uuid: bytes) -> Path:
         """The control socket of the server of a volume."""
         return self.volumes / f"{uuid.hex()}.control"
+
+
+def allocated_bytes(status: os.stat_result) -> int:
+    """Return what a file takes on the disk."""
+    return status.st_blocks * 512  # POSIX leaves the unit open, and Linux counts these
+
+
+def allocated_files(directory: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
+    """Yield (id, bytes on the disk) of each file that has an id for its name. One that goes meanwhile may be left out."""
+    with listed(directory) as entries:
+        for entry in entries:
+            if len(entry.name) == _ID_DIGITS + len(suffix) and entry.name.endswith(suffix):
+                with suppress(FileNotFoundError, ValueError):
+                    yield bytes.fromhex(entry.name[:_ID_DIGITS]), allocated_bytes(entry.stat(follow_symlinks=False))
 
 
 @contextmanager

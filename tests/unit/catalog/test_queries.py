@@ -190,3 +190,21 @@ def test_a_staged_volume_is_found_by_its_name_only_where_those_are_asked_for(cat
     assert [row.name for row in catalog.volumes_by_name()] == ["@staged", "db", "web"]
     with pytest.raises(LookupError, match="no volume '@staged'"):
         catalog.volume("@staged")
+
+
+def test_forks_of_a_volume_are_its_layers_without_a_name_that_something_else_stands_on(catalog: Catalog) -> None:
+    insert(catalog, *(a_layer(1), a_layer(2, 1), a_layer(3, 2, sealed=0), a_layer(4, 1, sealed=0)))
+    insert(catalog, a_volume(1, "web", 3), a_volume(2, "db", 4))
+    assert catalog.forks_of_volume(an_id(1)) == catalog.forks_of_volume(an_id(2)) == [an_id(1)]
+    insert(catalog, a_snapshot(1, "a", 1, 1))
+    assert catalog.forks_of_volume(an_id(1)) == []
+    assert catalog.volumes_over_layers() == [(an_id(1), an_id(2), an_id(2)), (an_id(2), an_id(1), an_id(1))]
+    assert catalog.volumes_of_names() == {an_id(1): an_id(1)}
+
+
+def test_parents_and_layers_are_found_of_more_than_one_statement_takes(catalog: Catalog) -> None:
+    insert(catalog, *(a_layer(n, n - 1 if n > 1 else None) for n in range(1, MANY + 1)))
+    insert(catalog, *(SegmentRow(an_id(n), an_id(n), "sealed", 0, MANY + n) for n in range(1, MANY + 1)))
+    every = [an_id(n) for n in range(1, MANY + 1)]
+    assert sorted(catalog.parents_among(every)) == every[:-1]
+    assert sorted(catalog.layers_of_segments(every)) == [(id, id) for id in every]

@@ -1,0 +1,144 @@
+"""Tables whose columns the user chooses: -o, -H, -p, --sort and --reverse of the verbs that list.
+
+What must hold: with -H each row is one line, its cells are parted by one tab each, and no cell holds a tab. With -p a cell is
+the number itself, in bytes or in seconds since 1970. A column that takes long is found out only where it is asked for.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import click
+
+from onionskin.cli import output
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+Listed = TypeVar("Listed")
+Cell = str | int | datetime | None
+
+
+class Column(NamedTuple, Generic[Listed]):
+    """One column: what it is called behind -o and in the heading, and what it shows of a row.
+
+    A number is a size in bytes if `is_size`. None stands for what is not there, or was not found out.
+    """
+
+    name: str
+    heading: str
+    of: Callable[[Listed], Cell]
+    is_size: bool = False
+    is_number: bool = False
+    is_slow: bool = False
+
+    def shown(self, row: Listed) -> str:
+        """Write a cell for people."""
+        value = self.of(row)
+        if isinstance(value, datetime):
+            return output.when(value)
+        if value is None or value == "":
+            return "-" if value is None else ""
+        return output.size(int(value)) if self.is_size else str(value)
+
+    def exact(self, row: Listed) -> str:
+        """Write a cell for programs."""
+        value = self.of(row)
+        if isinstance(value, datetime):
+            return str(int(value.timestamp()))
+        return "-" if value is None else str(value)
+
+
+class Asked(NamedTuple):
+    """What the options ask for."""
+
+    columns: tuple[str, ...] | None
+    without_header: bool
+    exact: bool
+    sort: str | None
+    reverse: bool
+
+
+class _ColumnsType(click.ParamType):  # type: ignore[type-arg]
+    """Names of columns, with commas between them."""
+
+    name = "COLUMN,..."
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Take the list apart, or fail as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        wanted = tuple(name.strip() for name in value.split(","))
+        for name in wanted:
+            if name not in self.names:
+                self.fail(f"there is no column {name!r}; there are {', '.join(self.names)}", param, ctx)
+        return wanted
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        """Offer the columns that are not in the list yet."""
+        from click.shell_completion import CompletionItem
+
+        lead, comma, last = incomplete.rpartition(",")
+        taken = lead.split(",")
+        return [
+            CompletionItem(f"{lead}{comma}{name}") for name in self.names if name.startswith(last) and name not in taken
+        ]
+
+
+def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
+    """Give a verb the options; it takes them as `asked`."""
+    names = [column.name for column in columns]
+    options = (
+        click.option("-o", "columns", type=_ColumnsType(names), help=f"Show these columns: {', '.join(names)}."),
+        click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns."),
+        click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970."),
+        click.option("--sort", "-s", type=click.Choice(names), metavar="COLUMN", help="Sort by this column."),
+        click.option("--reverse", is_flag=True, help="Turn the order round."),
+    )
+
+    def decorate(verb: Any) -> Any:
+        def with_options(
+            *, columns: Any, without_header: bool, exact: bool, sort: Any, reverse: bool, **rest: Any
+        ) -> Any:
+            return verb(asked=Asked(columns, without_header, exact, sort, reverse), **rest)
+
+        with_options.__doc__ = verb.__doc__
+        with_options.__name__ = verb.__name__
+        with_options.__click_params__ = getattr(verb, "__click_params__", [])  # type: ignore[attr-defined]
+        return reduce(lambda made, option: option(made), reversed(options), with_options)
+
+    return decorate
+
+
+def is_asked(asked: Asked, columns: "Sequence[Column[Listed]]") -> bool | None:
+    """Whether the slow columns are to be found out; None where the verb decides."""
+    slow = {column.name for column in columns if column.is_slow}
+    if asked.sort in slow:
+        return True
+    return None if asked.columns is None else bool(slow.intersection(asked.columns))
+
+
+def in_order(asked: Asked, columns: "Sequence[Column[Listed]]", rows: "Sequence[Listed]") -> "list[Listed]":
+    """Sort rows as asked; those without a value come last, and rows of one value stay as they were."""
+    found = list(rows)
+    by = next((column for column in columns if column.name == asked.sort), None)
+    if by is None:
+        return found[::-1] if asked.reverse else found
+    known = [row for row in found if by.of(row) is not None]
+    known.sort(key=by.of, reverse=asked.reverse)  # type: ignore[arg-type]  # of one column all are of one type
+    return known + [row for row in found if by.of(row) is None]
+
+
+def draw(asked: Asked, columns: "Sequence[Column[Listed]]", rows: "Sequence[Listed]", default: Sequence[str]) -> str:
+    """Draw a table of the columns asked for; where none are, of those named by default."""
+    by_name = {column.name: column for column in columns}
+    chosen = [by_name[name] for name in asked.columns or default]
+    cells = [[column.exact(row) if asked.exact else column.shown(row) for column in chosen] for row in rows]
+    if asked.without_header:
+        return "\n".join("\t".join(map(output.cell, row)) for row in cells)
+    right = " ".join(column.heading for column in chosen if column.is_size or column.is_number)
+    return output.table([column.heading for column in chosen], cells, right=right)
