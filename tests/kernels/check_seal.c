@@ -24,7 +24,7 @@
         }                                                                           \
     } while (0)
 
-enum { BLOCK = 4096, BLOCKS = 16, OWN_MAX = 16, PAIR = 2, CUTS = 200 };
+enum { BLOCK = 4096, BLOCKS = 16, OWN_MAX = 16, PAIR = 2, CUTS = 500 };
 enum last { BEGUN, HELD, CUT, RELEASED, SYNCED, LAST_COUNT };
 
 typedef unsigned char id[ONION_UUID_BYTES];
