@@ -11,7 +11,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import Catalog
-from onionskin.kernels._volume import DataPath
+from onionskin.kernels import _volume
 from onionskin.operations import seal
 from onionskin.operations.seal import Sealing
 
@@ -96,9 +96,9 @@ def test_no_write_comes_between_the_cuts_of_two_volumes(
     store: onionskin.Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volumes = make("a", "b")
-    cut_heads = seal.cut_heads
+    cut_heads = _volume.cut_heads
 
-    def cut_and_write(paths: list[DataPath], names: list[str]) -> None:
+    def cut_and_write(paths: list[_volume.DataPath], names: list[str]) -> None:
         cut_heads(paths, names)
         for volume in volumes:
             volume.write(BLOCK, (7).to_bytes(8, "little"))
