@@ -61,6 +61,23 @@ struct onion_head_log {
     int is_new;        /* header and name are not synced yet */
 };
 
+/* How far a seal is: see seal.c. */
+enum onion_seal_stage {
+    ONION_SEAL_NONE,
+    ONION_SEAL_BEGUN,
+    ONION_SEAL_HELD,
+    ONION_SEAL_CUT,
+    ONION_SEAL_RELEASED,
+    ONION_SEAL_SYNCED,
+};
+
+struct onion_seal {
+    enum onion_seal_stage stage;
+    int spare_taken;                  /* guarded by prepare_lock: nobody makes files of the spare any more */
+    struct onion_dirty_records batch; /* CUT, RELEASED: what was cut off and is not durable yet */
+    uint64_t size_bytes;              /* at the cut */
+};
+
 struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check against it */
@@ -109,6 +126,7 @@ struct onion_volume {
     pthread_mutex_t prepare_lock;       /* guards the next, and who makes the spare's file */
     struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
     uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
+    struct onion_seal seal;
     int sealing, rewriting;
     int frozen; /* the gate is held until the volume is closed or thawed */
 };
@@ -321,6 +339,8 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
                               struct onion_dirty_records *batch, int of_sealed);
 /* A flush that changed nothing gives its batch back, before what came since. */
 void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
+/* Frees what a batch holds of the heap. */
+void onion_volume_release_batch(struct onion_dirty_records *batch);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 
 /* ---- replace_below.c ---- */

@@ -4,6 +4,8 @@ What must hold: a change is one transaction, and whether it is allowed is asked 
 clone a layer at any time. What is left to do behind it (folding, freeing) may fail, and the next opening does it.
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 
 from onionskin.base.naming import some_of
@@ -24,7 +26,7 @@ from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.restart import restart_on
-from onionskin.operations.seal import seal
+from onionskin.operations.seal import seal_together
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
@@ -32,26 +34,48 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 
 def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
     """Name the disk as it is now. See `Volume.snapshot`."""
-    with volume.operation(during_merge=True):
-        catalog = volume.store.catalog
-        taken: list[Snapshot] = []
+    return take_together([(volume, name, guid)], note)[0]
 
-        def check_free() -> None:
-            volume.refuse_half_merged()
-            if name is not None:
-                snapshot_names.refuse_taken(catalog, volume.row.id, volume.name, name)
 
-        def name_it(sealed: LayerRow, head: LayerRow) -> None:
-            # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
-            # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
-            number = head.map_lock_byte
-            called = name or snapshot_names.name_of_time(catalog, volume.row.id, head.created_ns)
-            row = SnapshotRow(volume.row.id, called, sealed.id, guid, head.created_ns, note, number)
-            taken.append(describe_snapshot(catalog, volume.row, row, sealed))
-            catalog.insert(row)
+def take_together(disks: Sequence[tuple[OpenHead, str | None, bytes]], note: str) -> list[Snapshot]:
+    """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none."""
+    with ExitStack() as stack:
+        # By their ids: whoever else holds several takes them in this order, so no two wait for each other.
+        for volume in sorted((volume for volume, _, _ in disks), key=lambda volume: volume.row.id):
+            stack.enter_context(volume.operation(during_merge=True))
+        namings = [_Naming(volume, name, note, guid) for volume, name, guid in disks]
+        seal_together([(naming.volume, naming.check, naming.write) for naming in namings])
+    return [naming.taken for naming in namings]
 
-        seal(volume, check=check_free, also=name_it)
-        return taken[0]
+
+class _Naming:
+    """The name that a snapshot gives: whether it is free, and its row."""
+
+    taken: Snapshot
+
+    def __init__(self, volume: OpenHead, name: str | None, note: str, guid: bytes) -> None:
+        self.volume = volume
+        self._name = name
+        self._note = note
+        self._guid = guid
+
+    def check(self) -> None:
+        """Raise where the name is taken, or the volume can have no snapshot now."""
+        volume = self.volume
+        volume.refuse_half_merged()
+        if self._name is not None:
+            snapshot_names.refuse_taken(volume.store.catalog, volume.row.id, volume.name, self._name)
+
+    def write(self, sealed: LayerRow, head: LayerRow) -> None:
+        """Write the row. Inside the transaction, which may run twice."""
+        row, catalog = self.volume.row, self.volume.store.catalog
+        # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
+        # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
+        number = head.map_lock_byte
+        called = self._name or snapshot_names.name_of_time(catalog, row.id, head.created_ns)
+        snapshot = SnapshotRow(row.id, called, sealed.id, self._guid, head.created_ns, self._note, number)
+        self.taken = describe_snapshot(catalog, row, snapshot, sealed)
+        catalog.insert(snapshot)
 
 
 def parent_of(volume: OpenDisk) -> Snapshot | None:
