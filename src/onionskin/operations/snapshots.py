@@ -117,7 +117,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
 
 def _refuse_discard(volume: OpenHead, name: str, above: set[bytes], recursive: bool) -> None:
     catalog = volume.store.catalog
-    users = users_of(catalog, above, besides=volume.row.id)
+    users = users_of(catalog, above, besides=[volume.row.id])
     if users:
         raise StateError(
             f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "
