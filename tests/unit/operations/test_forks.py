@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin import images
 from onionskin.operations import forks
 from onionskin.operations.fold import SEGMENTS_OPEN
 
@@ -95,7 +96,7 @@ def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> No
     ],
 )
 def test_a_pattern_is_no_format_string(store: onionskin.Store, pattern: str) -> None:
-    with pytest.raises(ValueError, match="pattern|name"):
+    with pytest.raises(ValueError, match=r"pattern|name"):
         store.fork("web@clean", pattern=pattern)
 
 
@@ -391,7 +392,7 @@ def test_the_empty_fork_of_a_snapshot_is_the_parent_of_its_own_forks(store: onio
 
 def test_what_is_imported_comes_from_nothing(store: onionskin.Store, tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(b"x" * BLOCK)
-    onionskin.images.import_image(store, "imported", tmp_path / "disk.raw")
+    images.import_image(store, tmp_path / "disk.raw", "imported")
     assert store.lineage("imported") == [] and rows(store)["lineage"] == 2
     store.fork("imported", names=["f"])
     assert [one.name for one in store.lineage("f")] == ["imported"]
