@@ -7,8 +7,11 @@ other rooms ask; none of them writes SQL itself.
 from onionskin.catalog.queries import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
+    ForkCallRow,
     HoldRow,
+    LabelRow,
     LayerRow,
+    LineageRow,
     PendingRow,
     Row,
     SegmentRow,
@@ -24,8 +27,11 @@ __all__ = [
     "BaseRow",
     "Catalog",
     "CommitUnknownError",
+    "ForkCallRow",
     "HoldRow",
+    "LabelRow",
     "LayerRow",
+    "LineageRow",
     "PendingRow",
     "Row",
     "SegmentRow",

@@ -54,12 +54,16 @@ class SegmentRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """One volume. A name that begins with '@' belongs to a draft, which no list shows and no user can name."""
+    """One volume. A name that begins with '@' belongs to a draft, which no list shows and no user can name.
+
+    From `expires_ns` on, by the clock that tells the date, it may be dropped; None: never.
+    """
 
     id: bytes
     name: str
     head: bytes
     created_ns: int
+    expires_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,42 @@ class HoldRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelRow:
+    """A label of a volume."""
+
+    volume: bytes
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class LineageRow:
+    """Where a volume comes from: `parent` is the volume that it was cloned or forked from, or None.
+
+    `snapshot` and `guid` are those of the snapshot that it began as, which had that name then; None: it began as the head
+    of its parent. The row outlives the volume, from `dropped_ns` on, as long as another row has it for its parent.
+    """
+
+    volume: bytes
+    parent: bytes | None
+    name: str
+    snapshot: str | None
+    guid: bytes | None
+    created_ns: int
+    dropped_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkCallRow:
+    """A fork that was asked for under a key, and the names that it made, as JSON. `digest` is that of its arguments."""
+
+    key: str
+    digest: bytes
+    names: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class PendingRow:
     """Work that has to be done before it is forgotten.
 
@@ -102,7 +142,19 @@ class PendingRow:
     done_bytes: int = 0
 
 
-Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, HoldRow, PendingRow)
+Row = TypeVar(
+    "Row",
+    BaseRow,
+    LayerRow,
+    SegmentRow,
+    VolumeRow,
+    SnapshotRow,
+    HoldRow,
+    LabelRow,
+    LineageRow,
+    ForkCallRow,
+    PendingRow,
+)
 TABLES: dict[type, str] = {
     BaseRow: "bases",
     LayerRow: "layers",
@@ -110,7 +162,18 @@ TABLES: dict[type, str] = {
     VolumeRow: "volumes",
     SnapshotRow: "snapshots",
     HoldRow: "holds",
+    LabelRow: "labels",
+    LineageRow: "lineage",
+    ForkCallRow: "fork_calls",
     PendingRow: "pending",
+}
+# The column that says which row is meant, where it is not `id`.
+KEYS: dict[type, str] = {
+    SnapshotRow: "layer",
+    HoldRow: "layer",
+    LabelRow: "volume",
+    LineageRow: "volume",
+    ForkCallRow: "key",
 }
 COLUMNS = {kind: tuple(field.name for field in fields(kind)) for kind in TABLES}
 DRAFT_PREFIX = "@"

@@ -4,6 +4,7 @@ What must hold: a layer is needed if it is a head, has a name, or has a needed c
 layers, and it only ever removes leaves that are not needed.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,11 +152,11 @@ def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) ->
     return found if found and found.sealed else None
 
 
-def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
-    """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes other than `besides`."""
+def users_of(catalog: Catalog, layers: set[bytes], *, besides: Collection[bytes]) -> list[str]:
+    """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes that are not among `besides`."""
     with catalog.reading():
-        users = [row.name for row in catalog.volumes_with_heads(layers, besides=besides)]
-        named = catalog.snapshots_of_layers(layers, besides=besides)
+        users = [row.name for row in catalog.volumes_with_heads(layers) if row.id not in besides]
+        named = [row for row in catalog.snapshots_of_layers(layers) if row.volume not in besides]
         of = {volume: catalog.volume_with_id(volume) for volume in {row.volume for row in named}}
     for row in named:
         volume = of[row.volume]  # None in a damaged catalog

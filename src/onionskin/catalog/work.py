@@ -37,6 +37,16 @@ class Work(Connection):
         """Forget work that was done, or that is not to be done any more. Inside a transaction."""
         self.delete(PendingRow, "id = ?", id)
 
+    def last_work(self) -> int:
+        """Return the greatest id that work has; what is noted in this transaction from now on has a greater one."""
+        with self._guard, self._errors():
+            (last,) = self._connection.execute("SELECT max(id) FROM pending").fetchone()
+        return last if type(last) is int else 0
+
+    def segments_freed_since(self, work: int) -> list[bytes]:
+        """Return the segments of which it was noted, behind this work, that they go as a whole."""
+        return [id for (id,) in self.values(PendingRow, "target", "id > ? AND kind = 'segment'", work)]
+
     # ---- merges into a base ----
 
     def base_merges(self) -> list[PendingRow]:

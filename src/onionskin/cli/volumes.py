@@ -410,7 +410,7 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     """Delete volumes, with --recursive their snapshots too.
 
     The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
-    looked at before the first is deleted; then they are deleted one after the other.
+    deleted together, or none of them.
     """
     from onionskin.operations import losses as of_store
 
@@ -423,7 +423,6 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
             losses.tell_dry_run(as_json, "delete", [loss])
             return
         losses.agree("delete", [loss], yes=yes)
-        for one in of_store.clones_first(store._opened, called):
-            store.delete(one, recursive=recursive)
+        store.delete(*called, recursive=recursive)
     gone = sorted(called)
     output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

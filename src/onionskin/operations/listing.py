@@ -4,7 +4,7 @@ What must hold: nothing is asked once for each volume, layer or segment, of the 
 a store may have a hundred thousand of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +20,10 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class VolumeInfo:
-    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing."""
+    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing.
+
+    From `expires` on `Store.expire` may drop it; None: never.
+    """
 
     name: str
     size_bytes: int
@@ -30,6 +33,8 @@ class VolumeInfo:
     created: datetime
     snapshots: int
     holder: int | None
+    expires: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(slots=True)
@@ -45,21 +50,35 @@ class TreeNode:
     children: list["TreeNode"] = field(default_factory=list)
 
 
-def list_volumes(store: OpenStore) -> list[VolumeInfo]:
-    """Return all volumes, by name."""
+def list_volumes(store: OpenStore, wanted: Mapping[str, str]) -> list[VolumeInfo]:
+    """Return the volumes that have all these labels, by name."""
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
         # Only what something stands on is asked for its parent: of a hundred thousand clones, that is a few layers.
         below, paths, counts = catalog.parents(), catalog.base_paths(), catalog.snapshot_counts()
         bases: dict[bytes, bytes | None] = {}
+        labels = catalog.labels()
         infos = []
-        for id, name, created_ns, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
+        for id, name, created_ns, expires_ns, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
+            if wanted and not wanted.items() <= labels.get(id, {}).items():
+                continue
             under = base if parent is None else _base_of(below, parent, bases)
             path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
             infos.append(
-                VolumeInfo(name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder)
+                VolumeInfo(
+                    name,
+                    size_bytes,
+                    block_size,
+                    wipe,
+                    path,
+                    when(created_ns),
+                    counts.get(id, 0),
+                    holder,
+                    _expires(expires_ns),
+                    labels.get(id, {}),
+                )
             )
     return infos
 
@@ -74,6 +93,7 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
             raise StateError(f"the head of volume {name!r} is gone: another process changed the tree; try again")
         base = catalog.base_of(chain[0])
         snapshots = catalog.snapshot_count(row.id)
+        labels = catalog.labels_of(row.id)
     return VolumeInfo(
         row.name,
         chain[-1].size_bytes,
@@ -83,7 +103,13 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         created=when(row.created_ns),
         snapshots=snapshots,
         holder=_holder(store, row.id),
+        expires=_expires(row.expires_ns),
+        labels=labels,
     )
+
+
+def _expires(expires_ns: int | None) -> datetime | None:
+    return None if expires_ns is None else when(expires_ns)
 
 
 def _holder(store: OpenStore, volume: bytes) -> int | None:

@@ -7,16 +7,15 @@ too, in the same words. What is found is a state that was: the change itself ask
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
 
 from onionskin.base import states
-from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
-from onionskin.catalog.tree import descendants, find_snapshot, users_of
-from onionskin.errors import FormatError, StateError
+from onionskin.catalog.tree import descendants, find_snapshot
+from onionskin.errors import FormatError
 from onionskin.operations import holds
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import refuse_discard
+from onionskin.operations.volumes import refuse_delete
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.locks import VolumeLock
 from onionskin.storage.open_head import OpenHead
@@ -139,39 +138,6 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
 def refuse_open(store: OpenStore, name: str) -> None:
     """Raise StateError where somebody has the volume open, as whoever opens it for writing is refused."""
     VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
-
-
-def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
-    """Raise StateError where volumes that are deleted together have snapshots that others need, or have any at all."""
-    together = {row.name for row in rows}
-    for row in rows:
-        named = catalog.snapshots_of(row.id)
-        above: set[bytes] = set()
-        for snapshot in named:  # in the order of taking: what stands on an earlier one is found with that
-            if snapshot.layer not in above:
-                above |= {snapshot.layer, *descendants(catalog, snapshot.layer)}
-        users = [one for one in users_of(catalog, above, besides=row.id) if one.partition("@")[0] not in together]
-        if users:
-            raise StateError(
-                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
-            )
-        if named and not recursive:
-            names = some_of(sorted(snapshot.name for snapshot in named))
-            raise StateError(
-                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
-            )
-
-
-def clones_first(store: OpenStore, names: Sequence[str]) -> list[str]:
-    """Sort volumes that are deleted together so that none comes before another one that stands on its snapshots."""
-    catalog = store.catalog
-    with catalog.reading():
-        rows = [catalog.volume(name) for name in names]
-        named = {row.name: {one.layer for one in catalog.snapshots_of(row.id)} for row in rows}
-        below = {row.name: {layer.id for layer in catalog.layers_of_volume(row.id)} for row in rows}
-    stand_on = {a: {b for b in named if b != a and below[a] & named[b]} for a in named}
-    order = TopologicalSorter(stand_on).static_order()
-    return list(reversed(list(order)))
 
 
 # ---- the layers that go ----

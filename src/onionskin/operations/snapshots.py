@@ -141,7 +141,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
 
 def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
     """Raise StateError where something that stands on a snapshot keeps it; `above` are the layers that stand on it."""
-    users = users_of(catalog, above, besides=volume.id)
+    users = users_of(catalog, above, besides=[volume.id])
     if users:
         raise StateError(
             f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "

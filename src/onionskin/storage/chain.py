@@ -7,7 +7,7 @@ it then still names; so no file that an open data path reads is freed by anybody
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -351,9 +351,7 @@ class NewHead:
     def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
         """Write the rows. Inside a transaction. Returns the lock byte of the map, and those of the segments with ids."""
         map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
-        catalog.insert(replace(self.layer, map_lock_byte=map_byte))
-        catalog.insert(SegmentRow(self.own, self.layer.id, "own", 0, own_byte))
-        catalog.insert(SegmentRow(self.spare, self.layer.id, "spare", 0, spare_byte))
+        insert_heads(catalog, [self], [map_byte, own_byte, spare_byte])
         return map_byte, {own_byte: self.own, spare_byte: self.spare}
 
     def chain(self, below: Chain) -> Chain:
@@ -364,3 +362,15 @@ class NewHead:
             SegmentRow(self.spare, self.layer.id, "spare", 0, 0),
         ]
         return Chain((*below.layers, self.layer), segments, below.base)
+
+
+def insert_heads(catalog: Catalog, heads: Sequence[NewHead], lock_bytes: Sequence[int] = ()) -> None:
+    """Write the rows of heads, for which three lock bytes each may have been taken. Inside a transaction."""
+    free = iter(lock_bytes or catalog.take_lock_bytes(3 * len(heads)))
+    layers, segments = [], []
+    for head in heads:
+        layers.append(replace(head.layer, map_lock_byte=next(free)))
+        segments.append(SegmentRow(head.own, head.layer.id, "own", 0, next(free)))
+        segments.append(SegmentRow(head.spare, head.layer.id, "spare", 0, next(free)))
+    catalog.insert_all(layers)
+    catalog.insert_all(segments)

@@ -20,8 +20,8 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
@@ -266,12 +266,7 @@ class VolumeLock:
         try:
             self._byte_descriptor = open_lock_file(layout.lock)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
-                if _is_only_read(self._byte_descriptor, volume_id):
-                    raise StateError(
-                        f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its "
-                        "snapshots instead"
-                    )
-                _refuse_held(self._path, volume_name)
+                _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
             self.after_fork()
             raise
@@ -329,6 +324,41 @@ class ReadersLock:
     def close(self) -> None:
         """Give the volume up. Idempotent."""
         self._bytes.close()
+
+
+@contextmanager
+def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[None]:
+    """Hold volumes, by their ids with their names, as their writers do, without a file for any of them.
+
+    One descriptor holds the bytes of all. A file that is there is only looked at: one who knows no bytes may hold that.
+
+    Raises
+    ------
+    StateError
+        Another handle, of this process or of another one, holds one of them.
+    """
+    locks = ByteLocks(layout.lock)
+    try:
+        with ExitStack() as stack:
+            for id in sorted(volumes):
+                path = layout.volume_lock(id)
+                if not stack.enter_context(locks.exclusive(_writer_byte(id))):
+                    _refuse_taken(locks._open_descriptor(), path, id, volumes[id])
+                if volume_holder(path):
+                    _refuse_held(path, volumes[id])
+            yield
+    finally:
+        locks.close()
+
+
+def _refuse_taken(descriptor: int, path: Path, volume_id: bytes, volume_name: str) -> NoReturn:
+    """Say who has the byte of a volume's writer: its writer, or readers of its head."""
+    if _is_only_read(descriptor, volume_id):
+        raise StateError(
+            f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its snapshots "
+            "instead"
+        )
+    _refuse_held(path, volume_name)
 
 
 def _writer_byte(volume_id: bytes) -> int:
