@@ -9,6 +9,7 @@ from onionskin.cli import (
     compare,
     exchange,
     exit_status,
+    forking,
     keeping,
     map,
     serve,
@@ -24,6 +25,7 @@ _SECTIONS = {
         *(volumes.create, volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate),
         volumes.delete,
     ),
+    "Many copies": (forking.fork, forking.forks, forking.lineage, forking.expire),
     "Snapshots": (snapshots.snapshot, snapshots.snapshots, snapshots.revert, snapshots.discard, snapshots.merge),
     "Keep snapshots, and how long": (keeping.hold, keeping.unhold, keeping.holds, keeping.note, keeping.prune),
     "Look": (

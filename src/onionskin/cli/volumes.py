@@ -21,6 +21,7 @@ from onionskin.cli.arguments import (
     open_store,
     trust_option,
 )
+from onionskin.cli.forking import label_option
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
@@ -198,12 +199,13 @@ def _draw(nodes: "list[TreeNode]") -> str:
 
 @click.command(name="list")
 @click.argument("store", type=STORE)
+@label_option("List those alone that have this label.")
 @trust_option
 @json_option
-def list_volumes(store: Path, as_json: bool) -> None:
+def list_volumes(store: Path, labels: tuple[tuple[str, str], ...], as_json: bool) -> None:
     """List the volumes of a store."""
     with open_store(store) as opened:
-        volumes = opened.volumes()
+        volumes = opened.volumes(labels=dict(labels))
     headings = ("VOLUME", "SIZE", "SNAPSHOTS", "WIPE", "BASE", "HELD-BY")
     rows = [
         (
