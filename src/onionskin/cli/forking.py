@@ -1,5 +1,6 @@
 """The verbs for many copies: fork, forks, lineage, expire."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class LabelType(click.ParamType):  # type: ignore[type-arg]
 LABEL = LabelType()
 
 
-def label_option(about: str) -> Any:
+def label_option(about: str) -> "Callable[[Any], Any]":
     """Make the option --label, which may come several times."""
     return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
 

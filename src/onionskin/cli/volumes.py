@@ -15,6 +15,7 @@ from onionskin.cli.arguments import (
     STORE,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
+    WIPE,
     Name,
     live,
     note_trust,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)
-WIPE = click.Choice(["release", "zero"])
 
 
 def volume_value(info: "VolumeInfo") -> dict[str, Any]:
