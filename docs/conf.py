@@ -64,9 +64,12 @@ nitpick_ignore = [
         "collections.abc.Callable",
         "collections.abc.Sequence",
         "datetime.datetime",
+        "datetime.timedelta",
+        "datetime.tzinfo",
         "io.RawIOBase",
         "numpy.dtype",
         "numpy.ndarray",
+        "onionskin.aio.Result",  # a variable of types
         "os.PathLike",
         "pathlib.Path",
         "typing.BinaryIO",

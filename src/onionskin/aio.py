@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import onionskin.store
 import onionskin.volume
 from onionskin.base.progress import Progress
+from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
+from onionskin.operations.holds import Hold
+from onionskin.operations.lineage import Ancestor
+from onionskin.operations.listing import TreeNode, VolumeInfo
+from onionskin.operations.prune import Retention
+from onionskin.operations.usage import Problem, Usage
 
 if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
-    from onionskin.catalog.tree import Snapshot
-    from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
-    from onionskin.operations.lineage import Ancestor
-    from onionskin.operations.listing import TreeNode, VolumeInfo
-    from onionskin.operations.prune import Retention
-    from onionskin.operations.usage import Problem, Usage
 
     Array = numpy.typing.NDArray[Any]
 
@@ -95,7 +95,7 @@ class Store:
         group: str | int | None = None,
         threads: int = THREADS,
     ) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._calls = _Calls(f"store {path}", _Threads(threads))
         self._make = partial(onionskin.store.Store, path, create=create, trust=trust, group=group)
         self._sync: onionskin.store.Store | None = None
@@ -238,7 +238,7 @@ class Store:
         return await self.run(self.sync.forks_of, source, snapshot)
 
     @_twin_of(onionskin.store.Store.lineage)
-    async def lineage(self, name: str) -> "list[Ancestor]":
+    async def lineage(self, name: str) -> list[Ancestor]:
         """Await `onionskin.Store.lineage`."""
         return await self.run(self.sync.lineage, name)
 
@@ -294,7 +294,7 @@ class Store:
         await self.run(self.sync.unhold, volume, snapshot, holder)
 
     @_twin_of(onionskin.store.Store.holds)
-    async def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
+    async def holds(self, volume: str, snapshot: str | None = None) -> list[Hold]:
         """Await `onionskin.Store.holds`."""
         return await self.run(self.sync.holds, volume, snapshot)
 
@@ -317,7 +317,7 @@ class Store:
         keep_within: timedelta | None = None,
         zone: tzinfo = UTC,
         dry_run: bool = False,
-    ) -> "list[Retention]":
+    ) -> list[Retention]:
         """Await `onionskin.Store.prune`."""
         return await self.run(
             self.sync.prune,
@@ -336,27 +336,27 @@ class Store:
     # ---- looking ----
 
     @_twin_of(onionskin.store.Store.volumes)
-    async def volumes(self, *, labels: "Mapping[str, str] | None" = None) -> "list[VolumeInfo]":
+    async def volumes(self, *, labels: "Mapping[str, str] | None" = None) -> list[VolumeInfo]:
         """Await `onionskin.Store.volumes`."""
         return await self.run(self.sync.volumes, labels=labels)
 
     @_twin_of(onionskin.store.Store.info)
-    async def info(self, name: str) -> "VolumeInfo":
+    async def info(self, name: str) -> VolumeInfo:
         """Await `onionskin.Store.info`."""
         return await self.run(self.sync.info, name)
 
     @_twin_of(onionskin.store.Store.snapshots)
-    async def snapshots(self, name: str) -> "list[Snapshot]":
+    async def snapshots(self, name: str) -> list[Snapshot]:
         """Await `onionskin.Store.snapshots`."""
         return await self.run(self.sync.snapshots, name)
 
     @_twin_of(onionskin.store.Store.tree)
-    async def tree(self) -> "list[TreeNode]":
+    async def tree(self) -> list[TreeNode]:
         """Await `onionskin.Store.tree`."""
         return await self.run(self.sync.tree)
 
     @_twin_of(onionskin.store.Store.usage)
-    async def usage(self, name: str) -> "list[Usage]":
+    async def usage(self, name: str) -> list[Usage]:
         """Await `onionskin.Store.usage`."""
         return await self.run(self.sync.usage, name)
 
@@ -371,7 +371,7 @@ class Store:
         return await self.run(self.sync.layering, name, snapshot)
 
     @_twin_of(onionskin.store.Store.check)
-    async def check(self, *, repair: bool = False) -> "list[Problem]":
+    async def check(self, *, repair: bool = False) -> list[Problem]:
         """Await `onionskin.Store.check`."""
         return await self.run(self.sync.check, repair=repair)
 
@@ -528,7 +528,7 @@ class Volume:
     # ---- snapshots ----
 
     @_twin_of(onionskin.volume.Volume.parent)
-    async def parent(self) -> "Snapshot | None":
+    async def parent(self) -> Snapshot | None:
         """Await the property `onionskin.Volume.parent`."""
         return await self._run(lambda: self._sync.parent)
 
@@ -538,12 +538,12 @@ class Volume:
         return await self._run(lambda: self._sync.head_changed)
 
     @_twin_of(onionskin.volume.Volume.snapshots)
-    async def snapshots(self) -> "list[Snapshot]":
+    async def snapshots(self) -> list[Snapshot]:
         """Await the property `onionskin.Volume.snapshots`."""
         return await self._run(lambda: self._sync.snapshots)
 
     @_twin_of(onionskin.volume.Volume.snapshot)
-    async def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> "Snapshot":
+    async def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> Snapshot:
         """Await `onionskin.Volume.snapshot`."""
         return await self._run(self._sync.snapshot, name, note, guid=guid)
 
@@ -591,7 +591,7 @@ class Volume:
         return await self._run(self._sync.diff, a, b)
 
     @_twin_of(onionskin.volume.Volume.usage)
-    async def usage(self) -> "list[Usage]":
+    async def usage(self) -> list[Usage]:
         """Await `onionskin.Volume.usage`."""
         return await self._run(self._sync.usage)
 

@@ -94,7 +94,7 @@ def import_image(
     ----------
     store : Store
         Where the volume is made.
-    path : path-like or binary file
+    path : path-like or file
         A file or a block device, by its path; or, in its place, an open binary file that has a descriptor, which is read
         from its position on: it may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked
         by the system's program.

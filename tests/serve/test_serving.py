@@ -46,7 +46,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_or_a_file_is_not(vms: Path, s
     assert first.socket.exists()
     serve(f"{vms}/web", "--socket", first.socket).client().close()
     (tmp_path / "file").touch()
-    assert "no socket" in onionskin("serve", f"{vms}/db", "--socket", tmp_path / "file", status=4).stderr
+    assert "not a socket" in onionskin("serve", f"{vms}/db", "--socket", tmp_path / "file", status=4).stderr
     assert (tmp_path / "file").exists()
 
 

@@ -20,6 +20,7 @@ from onionskin.cli import (
 
 __all__ = ["onionskin"]
 
+_HELP = ["-h", "--help"]
 _SECTIONS = {
     "Volumes": (
         *(volumes.create, volumes.clone, volumes.flatten, volumes.resize, volumes.rename, volumes.relocate),
@@ -43,7 +44,7 @@ _SECTIONS = {
     cls=exit_status.Verbs,
     epilog=exit_status.EPILOG,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
 )
 @click.version_option(package_name="onionskin", message="onionskin %(version)s")
 @click.pass_context
@@ -57,4 +58,6 @@ def onionskin(ctx: click.Context) -> None:
 for _section, _verbs in _SECTIONS.items():
     for _verb in _verbs:
         onionskin.add_command(_verb)
+        # Said of each, and not left to the group: click keeps the option that it made first, also without the group.
+        _verb.context_settings.setdefault("help_option_names", _HELP)
         verbs.SECTION_OF[_verb.name or ""] = _section

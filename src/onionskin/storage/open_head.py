@@ -453,7 +453,9 @@ class OpenHead(OpenDisk):
         self._byte_of_segment.update(byte_of_segment)
         self.base_lock = base_lock
         self.wants_next = False  # this was for the old head; it is set before the path, see prepare_if_wanted
-        old_path, self.path, self.head = self.path, new_path, head
+        old_path = self.path
+        self.path = new_path
+        self.head = head
         if old_path is not new_path:
             self._tell(new_path)
             old_path.close()  # this waits for reads that are under way
