@@ -116,8 +116,9 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
 
 def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retention]:
     """Drop the names of the snapshots of an open volume that no rule keeps, oldest first."""
-    found = retained(list_snapshots(volume.store.catalog, volume.row), rules, held=held)
-    for one in found:
-        if not one.kept_by:
-            of_volume.merge(volume, one.snapshot)
+    taken = list_snapshots(volume.store.catalog, volume.row)
+    found = retained(taken, rules, held=held)
+    for snapshot, one in zip(taken, found, strict=True):
+        if not one.kept_by:  # by its GUID too: anybody may rename snapshots meanwhile
+            of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
     return found

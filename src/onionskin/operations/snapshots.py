@@ -105,7 +105,7 @@ def revert(volume: OpenHead, name: str) -> None:
         catalog = volume.store.catalog
         target = find_snapshot(catalog, volume.row, name).layer
         around = unnamed_around(catalog, catalog.layer(volume.head).parent)
-        restart_on(volume, target, lambda: None)
+        restart_on(volume, target, lambda: _refuse_renamed(volume, name, target))
         free_hidden(volume, around)
 
 
@@ -119,6 +119,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
 
         def drop() -> None:
             # Asked where nobody can change the answer: others may clone a snapshot at any time.
+            _refuse_renamed(volume, name, layer)
             above = descendants(catalog, layer)
             refuse_discard(catalog, volume.row, name, above, recursive)
             named = [*above, layer]
@@ -155,14 +156,28 @@ def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[by
         )
 
 
-def merge(volume: OpenHead, name: str) -> None:
-    """Drop a snapshot's name and keep all data. See `Volume.merge`."""
+def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
+    """Raise where a name does not mean the layer any more: anybody may rename snapshots. Inside the transaction that acts."""
+    if find_snapshot(volume.store.catalog, volume.row, name).layer != layer:
+        raise StateError(
+            f"snapshots of volume {volume.name!r} were renamed meanwhile, and {name!r} is another one now; nothing was "
+            "changed; look at them, and try again"
+        )
+
+
+def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
+    """Drop a snapshot's name and keep all data. See `Volume.merge`. `guid`: only where the name is that snapshot's."""
     with volume.operation():
         catalog = volume.store.catalog
         row = find_snapshot(catalog, volume.row, name)
+        if guid is not None and row.guid.hex() != guid:
+            raise StateError(
+                f"{name!r} is another snapshot of {volume.name!r} now; look at the snapshots, and try again"
+            )
         around = unnamed_around(catalog, row.layer)
 
         def drop() -> None:
+            _refuse_renamed(volume, name, row.layer)
             holds.refuse_held(catalog, [row.layer])
             catalog.remove_snapshot(volume.row.id, name)
             free_unneeded(catalog, row.layer)

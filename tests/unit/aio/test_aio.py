@@ -158,7 +158,7 @@ def test_close_waits_for_calls_and_no_cancellation_cuts_it_short(
     asyncio.run(main())
 
 
-def test_a_cancelled_export_ends_where_it_reports_and_leaves_no_image(tmp_path: Path) -> None:
+def test_a_cancelled_call_with_progress_ends_where_it_reports(tmp_path: Path) -> None:
     async def main() -> None:
         async with aio.Store(tmp_path / "vms") as store, store.create("web", size="64M") as disk:
             await disk.write(0, b"x" * (32 << 20))
