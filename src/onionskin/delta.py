@@ -12,8 +12,8 @@ The byte tables are in docs/format.md ("Delta stream"). What must hold:
   snapshot, or was written to) is refused before a byte of it changes.
 - Nothing in it is believed: each size is checked against a limit before memory or disk is used for it, and
   records can only lie inside the size that the header names, each behind the last, so that it has an end.
-- What arrives goes into a draft, which becomes the snapshot b and the head, in one transaction, only when the SHA-256 at
-  the end agrees. Whatever goes wrong before that, a kill included, the volume has seen none of it.
+- What arrives goes into a staged volume, which becomes the snapshot b and the head, in one transaction, only when the
+  SHA-256 at the end agrees. Whatever goes wrong before that, a kill included, the volume has seen none of it.
 - What a stream costs is bound by how long it is, not by the sizes that it names.
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from onionskin.operations.staged_volumes import Draft
+    from onionskin.operations.staged_volumes import StagedVolume
 else:
     from onionskin.base.lazy import numpy as np
 
@@ -228,8 +228,8 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     reader = _Reader(stream)
     header = reader.header()
     start = _check_start(volume, header)
-    with _draft_at(volume, start, header) as draft:
-        disk, base_bytes = Volume(draft.head), _base_bytes(draft.head) if start else 0
+    with _staged_at(volume, start, header) as staged:
+        disk, base_bytes = Volume(staged.head), _base_bytes(staged.head) if start else 0
         if header.size_b > header.size_a:
             _zero(disk, header.size_a, header.size_b - header.size_a, base_bytes)
         for offset, length, data in reader.records(header):
@@ -239,29 +239,30 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
                 disk.write(offset, data)
             if progress is not None:
                 progress(offset + length, header.size_b)
-        return draft.become_snapshot_of(
+        return staged.become_snapshot_of(
             volume._opened.to_write(), name=header.name, note=header.note, guid=header.guid_b
         )
 
 
 @contextmanager
-def _draft_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iterator[Draft]":
-    """Give a draft of the size of b that reads as a: what arrives goes there, so that the volume has none of it before all.
+def _staged_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iterator[StagedVolume]":
+    """Give a staged volume of the size of b that reads as a: what arrives goes there, so that the volume has none of it
+    before all.
 
     That a disk grows is free, since nothing is behind its end. Only one that shrinks has something to forget.
     """
     size_bytes = max(header.size_a, header.size_b)
     layer = start.layer if start else None
-    with staged_volumes.draft(
+    with staged_volumes.stage(
         volume._opened.store, size=size_bytes, block_size=volume.block_size, wipe=volume.wipe, clone_of=layer
-    ) as draft:
+    ) as staged:
         if size_bytes > header.size_b:
-            resize(draft.head, header.size_b, force=True)
-        yield draft
+            resize(staged.head, header.size_b, force=True)
+        yield staged
 
 
 def _base_bytes(head: OpenHead) -> int:
-    """Return up to where the base below a draft may show through."""
+    """Return up to where the base below a staged volume may show through."""
     base = read_chain(head.store.catalog, head.head).base
     return base.size_bytes if base else 0
 

@@ -7,7 +7,7 @@ What must hold:
   caller; an image that names other files is refused unless the caller named its format and so vouches for it.
 - Holes stay holes: of a raw file only what SEEK_DATA finds is read, and blocks of zeros are not stored.
 - A conversion makes no copy: qemu-img reads, or writes, the disk itself, which this process serves to it alone.
-- An import is a draft until all of it is durable: one that fails, or is killed, leaves no volume, and one that is under
+- An import is staged until all of it is durable: one that fails, or is killed, leaves no volume, and one that is under
   way deletes nothing by a name. An export that fails leaves no file.
 - An image that ends early, or becomes shorter while it is read, is an error: what is missing is not zeros. Of a pipe nobody
   can tell; a program that unpacks can, and is believed.
@@ -39,7 +39,7 @@ from onionskin.exchange.image_formats import (
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
 if TYPE_CHECKING:
-    from onionskin.operations.staged_volumes import Draft
+    from onionskin.operations.staged_volumes import StagedVolume
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -161,7 +161,8 @@ def _opened(image: AnyPath | IO[bytes]) -> Iterator[tuple[int, str]]:
 
 
 class _Import:
-    """One import: a draft is made and filled from whatever the image is. What it needs is closed with the stack."""
+    """One import: a staged volume is made and filled from whatever the image is. What it needs is closed with the
+    stack."""
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ class _Import:
         self._stack, self._store, self._name, self._called = stack, store, name, called
         self._format, self._block_size, self._wipe = format, block_size, wipe
         self._progress = progress
-        self._made: Draft | None = None
+        self._made: StagedVolume | None = None
 
     def publish(self) -> None:
         """Make the disk that was filled a volume of the name that was asked for."""
@@ -199,7 +200,7 @@ class _Import:
             )
         return found.name if found else "raw"
 
-    def _draft(self, size_bytes: int) -> "Volume":
+    def _stage(self, size_bytes: int) -> "Volume":
         from onionskin.operations import staged_volumes
         from onionskin.volume import Volume
 
@@ -207,7 +208,7 @@ class _Import:
             raise FormatError(f"{self._called}: the image is empty; give one that holds a disk")
         self._refuse_larger(size_bytes)
         self._made = self._stack.enter_context(
-            staged_volumes.draft(
+            staged_volumes.stage(
                 self._store._opened, self._name, size=size_bytes, block_size=self._block_size, wipe=self._wipe
             )
         )
@@ -222,7 +223,7 @@ class _Import:
     def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Volume":
         """Take an image that can be read from any place. Without a path it goes by its descriptor."""
         if kind == "raw":
-            disk = self._draft(os.lseek(descriptor, 0, os.SEEK_END))
+            disk = self._stage(os.lseek(descriptor, 0, os.SEEK_END))
             copy_into(disk, descriptor, path=self._called, progress=self._progress)
             return disk
         from onionskin.exchange import qemu_img
@@ -232,7 +233,7 @@ class _Import:
         if self._format is None:
             image.refuse_other_files()
         image.refuse_cut_short()
-        disk = self._draft(image.size_bytes)
+        disk = self._stage(image.size_bytes)
         with served_to_program(disk._path, qemu_img.EXPORT, writable=True) as address:
             image.copy_to(address, _percents(self._progress, image.size_bytes))
         return disk
@@ -288,7 +289,7 @@ class _Import:
 
         from onionskin.base.zero_runs import split_zeros
 
-        disk = self._draft(_FIRST_SIZE_BYTES)
+        disk = self._stage(_FIRST_SIZE_BYTES)
         buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
         end = b""  # where the footer of a fixed VHD would be
         done = 0

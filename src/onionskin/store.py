@@ -20,8 +20,8 @@ from onionskin.base.naming import check_name
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
-    PendingRow,
     VolumeRow,
+    WorkRow,
     new_id,
 )
 from onionskin.catalog.tree import (
@@ -57,10 +57,10 @@ from onionskin.storage.chain import (
     NewHead,
     check_base,
     described_base,
-    pending_base_merges,
     read_chain,
     refuse_half_merged,
     replace_spare,
+    unfinished_base_merges,
 )
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import (
@@ -147,7 +147,7 @@ class Store:
         The old contents are where the file system is a copy-on-write one, or where other files share the blocks. The first
         time it is logged too.
         """
-        return self._opened.unreachable_bytes
+        return self._opened.unwipeable_bytes
 
     def __enter__(self) -> "Store":
         return self
@@ -408,7 +408,7 @@ class Store:
         return Volume(head, self)
 
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
-        if pending_base_merges(self._opened.catalog, row.head):
+        if unfinished_base_merges(self._opened.catalog, row.head):
             _log.warning(
                 "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
                 "itself: end it with 'onionskin merge --into-base'",
@@ -417,9 +417,9 @@ class Store:
             )
         self._look_at_spare(row.head)
         dirty = self._opened.layout.dirty_file(row.id)
-        for left in self._opened.layout.dirty_drafts(row.id):
+        for left in self._opened.layout.staged_dirty_files(row.id):
             left.unlink(missing_ok=True)
-        compact_segments.gather_chain(
+        compact_segments.compact_chain(
             self._opened, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0
         )
         opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
@@ -486,7 +486,7 @@ class Store:
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:
-                reclaim.scrub(self._opened, segments, head.wipe)
+                reclaim.reclaim_slots(self._opened, segments, head.wipe)
             reclaim.work_soon(self._opened)
 
     def snapshot_group(self, names: "Mapping[str, str | None]", note: str = "") -> dict[str, Snapshot]:
@@ -1005,7 +1005,7 @@ class Store:
         for other in catalog.bases_at(old.path):
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
-            catalog.update(PendingRow, work.id, done_bytes=0)  # who knows what was merged into that file
+            catalog.update(WorkRow, work.id, done_bytes=0)  # who knows what was merged into that file
 
     def prune(
         self,
@@ -1247,7 +1247,7 @@ class Store:
             self._opened.catalog.refuse_read_only()
             staged_volumes.drop_dead(self._opened)
             reclaim.remove_orphans(self._opened)
-            reclaim.do_pending(self._opened)
+            reclaim.do_work(self._opened)
         return usages.check(self._opened)
 
     def close(self) -> None:

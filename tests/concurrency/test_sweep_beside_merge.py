@@ -17,15 +17,15 @@ def test_files_that_are_being_made_have_rows_and_nobody_frees_them(tmp_path: Pat
         store.create("db", size=BLOCK).close()
         with staged_files(store._opened, ["map"], "release") as files:
             (row,) = files.rows
-            draft = store._opened.layout.map_file(row.target)
-            draft.write_bytes(b"not yet named")
+            staged = store._opened.layout.map_file(row.target)
+            staged.write_bytes(b"not yet named")
             for one in (store, other):
                 one.open("db").close()
                 reclaim.remove_orphans(one._opened)
-                assert reclaim.do_pending(one._opened) == 1
-            assert draft.exists()
-        assert reclaim.do_pending(other._opened) == 0
-        assert not draft.exists(), "the block ended, and nobody kept the file"
+                assert reclaim.do_work(one._opened) == 1
+            assert staged.exists()
+        assert reclaim.do_work(other._opened) == 0
+        assert not staged.exists(), "the block ended, and nobody kept the file"
 
 
 def test_an_opening_touches_nothing_that_no_row_names(tmp_path: Path) -> None:

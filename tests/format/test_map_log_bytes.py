@@ -307,7 +307,7 @@ def test_any_log_of_the_reference_loads_as_its_records_say(
         for i in range(record.block_count):
             number = {9: 1, 4: 2}.get(record.segment, 0)
             data = number << 32 | record.slot + i
-            place = {reference.HOLE: 0, reference.ZERO: _maplog.PLACE_ZERO}.get(record.kind, data)
+            place = {reference.HOLE: 0, reference.ZERO: _maplog.LOCATION_ZERO}.get(record.kind, data)
             model[record.block_index + i] = place
     assert [layer.lookup(i) for i in range(256)] == model
 

@@ -65,8 +65,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/operations/reclaim.py",
-                "    with catalog.reading():\n        work = catalog.all_sound(PendingRow)",
-                "    if catalog:\n        work = catalog.all_sound(PendingRow)",
+                "    with catalog.reading():\n        work = catalog.all_sound(WorkRow)",
+                "    if catalog:\n        work = catalog.all_sound(WorkRow)",
             ),
         ),
         _pairs("open", "snapshots", "other", "threads", "release"),
@@ -166,7 +166,7 @@ FAULTS = [
                 from onionskin.operations import reclaim
 
                 self.locks.keep_shared(read_chain(self.store.catalog, self.head).lock_bytes)
-                reclaim.do_pending(self.store)
+                reclaim.do_work(self.store)
                 self.path.commit_below()
 """,
             ),

@@ -58,9 +58,9 @@ def build() -> Path:
             "-fPIC",
             "-pthread",
         ]
-        draft = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*compiler, *options, "-o", draft, SOURCE, "-ldl"], check=True)
-        draft.replace(target)
+        staged = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([*compiler, *options, "-o", staged, SOURCE, "-ldl"], check=True)
+        staged.replace(target)
     return target
 
 

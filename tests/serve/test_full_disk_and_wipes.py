@@ -128,20 +128,22 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
     with library.Store(tmp_path / "vms") as store, store.create("web", size="1M", wipe="zero") as web:
         web.write(0, secret + b"x" * BLOCK)
         web.snapshot("a")
-        web.merge("a")  # the head adopts the segment, which another handle may be reading: it is scrubbed, not reused
+        web.merge(
+            "a"
+        )  # the head inherits the segment, which another handle may be reading: its slots are reclaimed, not reused
     (segment,) = [path for path in (tmp_path / "vms" / "segments").iterdir() if secret in path.read_bytes()]
     monkeypatch.setattr(serving, "TIDY_SECONDS", 3600)
     wiped = threading.Event()
-    scrub = reclaim.scrub
+    reclaim_slots = reclaim.reclaim_slots
 
-    def scrub_and_tell(store: OpenStore, segments: Any, wipe: str) -> None:
-        scrub(store, segments, wipe)
+    def reclaim_and_tell(store: OpenStore, segments: Any, wipe: str) -> None:
+        reclaim_slots(store, segments, wipe)
         wiped.set()
 
     server = Server(limits=Limits(), allow_revert=False, log=print)
     server.exports.add_volume(tmp_path / "vms", "web")
     with in_this_process(server, short_socket(tmp_path)), NbdClient.unix(short_socket(tmp_path), "web") as client:
-        monkeypatch.setattr(reclaim, "scrub", scrub_and_tell)
+        monkeypatch.setattr(reclaim, "reclaim_slots", reclaim_and_tell)
         client.trim(0, BLOCK)
         client.flush()
         assert wiped.wait(60)

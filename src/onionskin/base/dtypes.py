@@ -8,7 +8,7 @@ EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
 STRETCH = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8")])
 # As onion_run in csrc/index/blockmap.h, onion_layer_run in csrc/layer/layer_map.h, and the records of docs/format.md.
-PLACE_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("place", "<u8")])
+LOCATION_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("location", "<u8")])
 LAYER_RUN = numpy.dtype(
     {
         "names": ["block_index", "block_count", "state", "segment", "slot"],
@@ -17,10 +17,10 @@ LAYER_RUN = numpy.dtype(
         "itemsize": 24,
     }
 )
-# As onion_owner_run in csrc/layer/provenance.h; state 1 is DATA, 2 ZERO.
-OWNER_RUN = numpy.dtype(
+# As onion_provenance_run in csrc/layer/provenance.h; state 1 is DATA, 2 ZERO.
+PROVENANCE_RUN = numpy.dtype(
     {
-        "names": ["block_index", "block_count", "owner", "state"],
+        "names": ["block_index", "block_count", "layer", "state"],
         "formats": ["<u8", "<u8", "<u4", "u1"],
         "offsets": [0, 8, 16, 20],
         "itemsize": 24,

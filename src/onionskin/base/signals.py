@@ -12,10 +12,10 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class HeldBack:
+class DeferredInterrupt:
     """A context that notes these signals, if they have a handler, and handles the first one at its end."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class HeldBack:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in HELD_BACK:
+            for number in DEFERRED:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler

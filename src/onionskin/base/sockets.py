@@ -55,10 +55,10 @@ class UnixListener:
         _refuse_taken(self.path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # It gets its name by a rename, so that no client ever finds a socket that does not listen yet.
-        draft = self.path.with_name(f".{self.path.name[:40]}.{os.getpid()}")
+        staged = self.path.with_name(f".{self.path.name[:40]}.{os.getpid()}")
         try:
             os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, less the umask
-            with _short_path(draft) as short:
+            with _short_path(staged) as short:
                 with suppress(FileNotFoundError):
                     Path(short).unlink()
                 self.socket.bind(short)
@@ -67,11 +67,11 @@ class UnixListener:
                 if stat.S_IMODE(found.st_mode) != mode:
                     os.chmod(short, mode)  # noqa: PTH101 - only ever widens: restores bits that the umask took away
             self._identity = (found.st_dev, found.st_ino)
-            draft.rename(self.path)
+            staged.rename(self.path)
         except BaseException as error:
             self.socket.close()
             with suppress(OSError):
-                draft.unlink(missing_ok=True)
+                staged.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno:  # the error names no file, or a name that only stands for it
                 raise OSError(error.errno, error.strerror, str(path)) from None
             raise

@@ -12,11 +12,11 @@ from onionskin.catalog.rows import (
     LabelRow,
     LayerRow,
     LineageRow,
-    PendingRow,
     Row,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
+    WorkRow,
     new_id,
 )
 from onionskin.catalog.schema import SCHEMA_VERSION
@@ -32,10 +32,10 @@ __all__ = [
     "LabelRow",
     "LayerRow",
     "LineageRow",
-    "PendingRow",
     "Row",
     "SegmentRow",
     "SnapshotRow",
     "VolumeRow",
+    "WorkRow",
     "new_id",
 ]

@@ -27,8 +27,8 @@ from onionskin.catalog.rows import (
     COLUMNS,
     KEYS,
     TABLES,
-    PendingRow,
     Row,
+    WorkRow,
     new_id,
 )
 from onionskin.catalog.schema import (
@@ -392,7 +392,7 @@ class Connection:
             found.append(values)
         if kind is None:
             return
-        assert kind is not PendingRow  # `add_pending` numbers those
+        assert kind is not WorkRow  # `add_work` numbers those
         columns = COLUMNS[kind]
         marks = ", ".join("?" * len(columns))
         self._connection.executemany(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", found)
@@ -464,10 +464,10 @@ def _make(path: Path) -> None:
     The name is durable once the catalog is opened, together with the store's directories, which are older: to change
     the journal mode SQLite makes a journal, and syncs the directory for it.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
+    staged = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
     # SQLite would let every user read it; it gives its log and its index the mode of this file.
-    os.close(make_file(draft))
-    connection = sqlite3.connect(draft, isolation_level=None)
+    os.close(make_file(staged))
+    connection = sqlite3.connect(staged, isolation_level=None)
     try:
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog schema
         connection.execute("BEGIN")
@@ -478,13 +478,13 @@ def _make(path: Path) -> None:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        draft.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise translated(error, path) from error
     finally:
         connection.close()
     try:
-        os.link(draft, path)  # unlike a rename, it never replaces the catalog of a process that was faster
+        os.link(staged, path)  # unlike a rename, it never replaces the catalog of a process that was faster
     except FileExistsError:
         pass
     finally:
-        draft.unlink()
+        staged.unlink()

@@ -54,7 +54,7 @@ class SegmentRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """One volume. A name that begins with '@' belongs to a draft, which no list shows and no user can name.
+    """One volume. A name that begins with '@' belongs to a staged volume, which no list shows and no user can name.
 
     From `expires_ns` on, by the clock that tells the date, it may be dropped; None: never.
     """
@@ -125,7 +125,7 @@ class ForkCallRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingRow:
+class WorkRow:
     """Work that has to be done before it is forgotten.
 
     kind `map` or `segment`: wipe (policy `zero`) and unlink that file. While a file is being made, its row is here too,
@@ -153,7 +153,7 @@ Row = TypeVar(
     LabelRow,
     LineageRow,
     ForkCallRow,
-    PendingRow,
+    WorkRow,
 )
 TABLES: dict[type, str] = {
     BaseRow: "bases",
@@ -165,7 +165,7 @@ TABLES: dict[type, str] = {
     LabelRow: "labels",
     LineageRow: "lineage",
     ForkCallRow: "fork_calls",
-    PendingRow: "pending",
+    WorkRow: "pending",
 }
 # The column that says which row is meant, where it is not `id`.
 KEYS: dict[type, str] = {
@@ -176,7 +176,7 @@ KEYS: dict[type, str] = {
     ForkCallRow: "key",
 }
 COLUMNS = {kind: tuple(field.name for field in fields(kind)) for kind in TABLES}
-DRAFT_PREFIX = "@"
+STAGED_PREFIX = "@"
 
 
 def new_id() -> bytes:

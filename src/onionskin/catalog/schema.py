@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.catalog.rows import (
-    DRAFT_PREFIX,
+    STAGED_PREFIX,
     BaseRow,
     ForkCallRow,
     HoldRow,
     LabelRow,
     LayerRow,
     LineageRow,
-    PendingRow,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
+    WorkRow,
 )
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
@@ -121,7 +121,7 @@ def _find_lineage(connection: sqlite3.Connection) -> None:
     }
     found = []
     for id, name, head, created_ns in connection.execute("SELECT id, name, head, created_ns FROM volumes"):
-        if str(name).startswith(DRAFT_PREFIX):
+        if str(name).startswith(STAGED_PREFIX):
             continue
         layer = below.get(head)
         seen: set[bytes] = set()
@@ -222,7 +222,7 @@ VALUES: dict[type, dict[str, Value]] = {
         "guid": _or_null(_ID), "created_ns": _INTEGER, "dropped_ns": _or_null(_INTEGER),
     },
     ForkCallRow: {"key": _text(1), "digest": _BLOB, "names": _text(2), "created_ns": _INTEGER},
-    PendingRow: {
+    WorkRow: {
         "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
         "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),
     },

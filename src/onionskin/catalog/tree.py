@@ -1,7 +1,7 @@
 """Snapshots and the tree of layers under them: ancestors, descendants, and layers that are not needed any more.
 
-What must hold: a layer is needed if it is a head, has a name, or has a needed child. Only `free_unneeded` removes
-layers, and it only ever removes leaves that are not needed.
+What must hold: a layer is needed if it is a head, has a name, or has a needed child. Only `remove_unreachable_layers`
+removes layers, and it only ever removes leaves that are not needed.
 """
 
 from collections.abc import Collection
@@ -164,7 +164,7 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: Collection[bytes]
     return sorted(users)
 
 
-def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
+def remove_unreachable_layers(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
     """Remove a layer and the layers below it, down to the first that is needed. Inside a transaction.
 
     Their files become pending work. Returns the needed layer at which it stopped, or None. A layer that is already gone
@@ -186,10 +186,10 @@ def free_unneeded(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
 def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
     """Remove one layer's rows; its files become pending work. Inside a transaction."""
     for segment in catalog.segments_of_layer(layer.id):
-        catalog.add_pending("segment", segment.id, segment.lock_byte, layer.wipe)
+        catalog.add_work("segment", segment.id, segment.lock_byte, layer.wipe)
         if segment.role == "spare":  # the map of the head that it was for
-            catalog.add_pending("map", segment.id, segment.lock_byte, layer.wipe)
-    catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
+            catalog.add_work("map", segment.id, segment.lock_byte, layer.wipe)
+    catalog.add_work("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     catalog.remove_segments_of(layer.id)
     catalog.remove_layer(layer.id)
     # A merge of it into the base that was cancelled: no layer is left that needs it finished.

@@ -1,18 +1,18 @@
 """What is asked of the catalog about volumes: their names and their heads.
 
-A volume whose name begins with '@' is a draft. `volume`, `has_volume`, `volume_names`, `volume_count`, `listed_heads` and
-`draft_volumes` tell drafts from the others; all other queries take both.
+A volume whose name begins with '@' is staged. `volume`, `has_volume`, `volume_names`, `volume_count`, `listed_heads`
+and `staged_volumes` tell staged volumes from the others; all other queries take both.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from onionskin.catalog.connection import Connection
-from onionskin.catalog.rows import DRAFT_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
+from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
 from onionskin.errors import VolumeNotFoundError
 
-_NO_DRAFT = "substr(name, 1, 1) != ?"
+_NOT_STAGED = "substr(name, 1, 1) != ?"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
 
 
@@ -21,7 +21,7 @@ class Volumes(Connection):
 
     def volume(self, name: str) -> VolumeRow:
         """Return a volume by name, or raise VolumeNotFoundError."""
-        found = None if str(name).startswith(DRAFT_PREFIX) else self.volume_named(str(name))
+        found = None if str(name).startswith(STAGED_PREFIX) else self.volume_named(str(name))
         if found is None:
             raise VolumeNotFoundError(
                 f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
@@ -53,24 +53,24 @@ class Volumes(Connection):
         return self.rows(VolumeRow, "1 ORDER BY name")
 
     def volume_names(self) -> list[str]:
-        """Return the names of all volumes that are no drafts, sorted; unsound rows are left out."""
-        return [name for (name,) in self.values(VolumeRow, "name", f"{_NO_DRAFT} ORDER BY name", DRAFT_PREFIX)]
+        """Return the names of all volumes that are not staged, sorted; unsound rows are left out."""
+        return [name for (name,) in self.values(VolumeRow, "name", f"{_NOT_STAGED} ORDER BY name", STAGED_PREFIX)]
 
     def volume_count(self) -> int:
-        """Return how many volumes there are that are no drafts; unsound rows do not count."""
-        ((count,),) = self.values(VolumeRow, "count(*)", _NO_DRAFT, DRAFT_PREFIX)
+        """Return how many volumes there are that are not staged; unsound rows do not count."""
+        ((count,),) = self.values(VolumeRow, "count(*)", _NOT_STAGED, STAGED_PREFIX)
         return int(count)
 
     def has_volume(self, name: str) -> bool:
-        """Whether there is a volume of that name, which no draft is; its row may be unsound."""
-        return self.has(VolumeRow, f"name = ? AND {_NO_DRAFT}", name, DRAFT_PREFIX)
+        """Whether there is a volume of that name, which no staged volume is; its row may be unsound."""
+        return self.has(VolumeRow, f"name = ? AND {_NOT_STAGED}", name, STAGED_PREFIX)
 
-    def draft_volumes(self) -> list[VolumeRow]:
+    def staged_volumes(self) -> list[VolumeRow]:
         """Return the volumes that have no name yet, in the order of their ids; unsound rows are left out."""
-        return self.sound_rows(VolumeRow, "name >= ? AND name < ?", DRAFT_PREFIX, chr(ord(DRAFT_PREFIX) + 1))
+        return self.sound_rows(VolumeRow, "name >= ? AND name < ?", STAGED_PREFIX, chr(ord(STAGED_PREFIX) + 1))
 
     def listed_heads(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (id, name, created_ns, expires_ns) of each volume that is no draft, then (parent, base, size_bytes,
+        """Yield (id, name, created_ns, expires_ns) of each volume that is not staged, then (parent, base, size_bytes,
         block_size, wipe) of its head, by name.
 
         A volume is left out if its head is gone or its row is not sound. No row is kept after it was yielded: a hundred
@@ -84,7 +84,7 @@ class Volumes(Connection):
                 "SELECT v.id, v.name, v.created_ns, v.expires_ns, l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
                 f" FROM {volumes} AS v JOIN {layers} AS l ON l.id = v.head"
                 " WHERE substr(v.name, 1, 1) != ? ORDER BY v.name",
-                (DRAFT_PREFIX,),
+                (STAGED_PREFIX,),
             )
 
     def volumes_named(self, names: Iterable[str]) -> list[VolumeRow]:

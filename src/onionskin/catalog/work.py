@@ -1,13 +1,13 @@
 """What is asked of the catalog about pending work: the merges into a base, and what is to be reclaimed.
 
-All work but a merge into a base is to be reclaimed: files are to be freed, or slots of them. `rows.PendingRow` says what each
-kind is.
+All work but a merge into a base is to be reclaimed: files are to be freed, or slots of them. `rows.WorkRow` says what
+each kind is.
 """
 
 from collections.abc import Iterable
 
 from onionskin.catalog.connection import Connection, check_values
-from onionskin.catalog.rows import PendingRow
+from onionskin.catalog.rows import WorkRow
 
 
 class Work(Connection):
@@ -15,27 +15,27 @@ class Work(Connection):
 
     # ---- work of any kind ----
 
-    def add_pending(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> PendingRow:
+    def add_work(self, kind: str, target: bytes, lock_byte: int, wipe: str) -> WorkRow:
         """Note work that has to be done. Inside a transaction."""
         values = {"kind": kind, "target": target, "lock_byte": lock_byte, "wipe": wipe}
-        check_values(PendingRow, values.items())
+        check_values(WorkRow, values.items())
         cursor = self._connection.execute(
             "INSERT INTO pending (kind, target, lock_byte, wipe) VALUES (?, ?, ?, ?)", tuple(values.values())
         )
         assert cursor.lastrowid is not None
-        return PendingRow(cursor.lastrowid, kind, target, lock_byte, wipe)
+        return WorkRow(cursor.lastrowid, kind, target, lock_byte, wipe)
 
-    def work_with_id(self, id: int) -> PendingRow | None:
+    def work_with_id(self, id: int) -> WorkRow | None:
         """Return work by id, or None if it was done, or is not to be done any more."""
-        return self.row(PendingRow, "id = ?", id)
+        return self.row(WorkRow, "id = ?", id)
 
-    def work_with_ids(self, ids: Iterable[int]) -> list[PendingRow]:
+    def work_with_ids(self, ids: Iterable[int]) -> list[WorkRow]:
         """Return what of this work is still to be done, in no order."""
-        return self.rows_in(PendingRow, "id", ids)
+        return self.rows_in(WorkRow, "id", ids)
 
     def remove_work(self, id: int) -> None:
         """Forget work that was done, or that is not to be done any more. Inside a transaction."""
-        self.delete(PendingRow, "id = ?", id)
+        self.delete(WorkRow, "id = ?", id)
 
     def last_work(self) -> int:
         """Return the greatest id that work has; what is noted in this transaction from now on has a greater one."""
@@ -45,42 +45,42 @@ class Work(Connection):
 
     def segments_freed_since(self, work: int) -> list[bytes]:
         """Return the segments of which it was noted, behind this work, that they go as a whole."""
-        return [id for (id,) in self.values(PendingRow, "target", "id > ? AND kind = 'segment'", work)]
+        return [id for (id,) in self.values(WorkRow, "target", "id > ? AND kind = 'segment'", work)]
 
     # ---- merges into a base ----
 
-    def base_merges(self) -> list[PendingRow]:
+    def base_merges(self) -> list[WorkRow]:
         """Return the merges into a base that were begun and not ended, in no order; unsound rows are left out.
 
         There seldom are any.
         """
-        return self.sound_rows(PendingRow, "kind = 'base-merge'")
+        return self.sound_rows(WorkRow, "kind = 'base-merge'")
 
-    def base_merge_of(self, layer: bytes) -> PendingRow | None:
+    def base_merge_of(self, layer: bytes) -> WorkRow | None:
         """Return the merge into the base up to this layer that was begun and not ended, or None."""
-        return self.row(PendingRow, "kind = 'base-merge' AND target = ?", layer)
+        return self.row(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
     def remove_base_merge_of(self, layer: bytes) -> None:
         """Forget the merge into the base up to this layer, if one was begun. Inside a transaction."""
-        self.delete(PendingRow, "kind = 'base-merge' AND target = ?", layer)
+        self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
     # ---- what is to be reclaimed ----
 
-    def reclaims(self, wipe: str | None = None) -> list[PendingRow]:
+    def reclaims(self, wipe: str | None = None) -> list[WorkRow]:
         """Return what is to be reclaimed, of one wipe policy or of all, in the order in which it was noted.
 
         Unsound rows are left out.
         """
         if wipe is None:
-            return self.sound_rows(PendingRow, "kind != 'base-merge' ORDER BY id")
-        return self.sound_rows(PendingRow, "kind != 'base-merge' AND wipe = ? ORDER BY id", wipe)
+            return self.sound_rows(WorkRow, "kind != 'base-merge' ORDER BY id")
+        return self.sound_rows(WorkRow, "kind != 'base-merge' AND wipe = ? ORDER BY id", wipe)
 
     def has_reclaims(self, wipe: str | None = None) -> bool:
         """Whether anything is to be reclaimed, of one wipe policy or of all; its row may be unsound."""
         if wipe is None:
-            return self.has(PendingRow, "kind != 'base-merge'")
-        return self.has(PendingRow, "kind != 'base-merge' AND wipe = ?", wipe)
+            return self.has(WorkRow, "kind != 'base-merge'")
+        return self.has(WorkRow, "kind != 'base-merge' AND wipe = ?", wipe)
 
-    def scrubs_of(self, segments: Iterable[bytes]) -> list[PendingRow]:
-        """Return the scrubs that are noted of these segments, in no order."""
-        return self.rows_in(PendingRow, "target", segments, "kind = 'scrub'")
+    def slot_work_of(self, segments: Iterable[bytes]) -> list[WorkRow]:
+        """Return the work on slots that is noted of these segments, in no order."""
+        return self.rows_in(WorkRow, "target", segments, "kind = 'scrub'")

@@ -29,7 +29,7 @@ cdef extern from "index/blockmap.h" nogil:
     void onion_map_run_at(const onion_map *map, uint64_t block_index, uint64_t block_limit, onion_run *run)
     int onion_map_next(const onion_map *map, uint64_t block_index, uint64_t block_end, onion_run *run)
     void onion_map_lookup_many(const onion_map *map, const uint64_t *block_indices, size_t count,
-                               onion_location *places)
+                               onion_location *locations)
     int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location)
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
     uint64_t onion_map_count_shadowed(const onion_map *lower, const onion_map *upper)
@@ -55,9 +55,9 @@ cdef int check(int status) except -1:
 
 
 cdef class BlockMap:
-    """The index of one volume or layer: block -> place.
+    """The index of one volume or layer: block -> location.
 
-    A place is an int: ``HOLE``, ``ZERO``, or ``segment << 32 | slot`` with segment 1 to 0xFFFE. Not for several
+    A location is an int: ``HOLE``, ``ZERO``, or ``segment << 32 | slot`` with segment 1 to 0xFFFE. Not for several
     threads at once: leaves are changed in place.
 
     Parameters
@@ -107,12 +107,12 @@ cdef class BlockMap:
         return self.map.block_count
 
     def lookup(self, uint64_t block_index):
-        """Return the place of one block."""
+        """Return the location of one block."""
         self.check_range(block_index, 1)
         return onion_map_lookup(&self.map, block_index)
 
     def run_at(self, uint64_t block_index, uint64_t block_limit):
-        """Return the run at a block, at most `block_limit` blocks long, as (block_index, block_count, place)."""
+        """Return the run at a block, at most `block_limit` blocks long, as (block_index, block_count, location)."""
         cdef onion_run run
         self.check_range(block_index, 1)
         if block_limit == 0:
@@ -130,41 +130,41 @@ cdef class BlockMap:
         return (run.block_index, run.block_count, run.location) if found else None
 
     def runs(self):
-        """Return all runs that are not HOLE, as an ndarray of dtypes.PLACE_RUN in block order."""
+        """Return all runs that are not HOLE, as an ndarray of dtypes.LOCATION_RUN in block order."""
         cdef onion_run run
         self.check_open()
         found = []
         run.block_index = run.block_count = 0
         while onion_map_next(&self.map, run.block_index + run.block_count, self.map.block_count, &run):
             found.append((run.block_index, run.block_count, run.location))
-        return np.array(found, dtype=dtypes.PLACE_RUN)
+        return np.array(found, dtype=dtypes.LOCATION_RUN)
 
     def lookup_many(self, block_indices):
-        """Return the places of many blocks, in their order, as an ndarray of uint64."""
+        """Return the locations of many blocks, in their order, as an ndarray of uint64."""
         self.check_open()
         cdef const uint64_t[::1] indices = np.ascontiguousarray(block_indices, dtype=np.uint64)
-        places = np.empty(indices.shape[0], dtype=np.uint64)
-        cdef uint64_t[::1] out = places
+        locations = np.empty(indices.shape[0], dtype=np.uint64)
+        cdef uint64_t[::1] out = locations
         cdef size_t count = indices.shape[0]
         if count == 0:
-            return places
+            return locations
         if np.max(indices) >= self.map.block_count:
             raise ValueError(f"block {np.max(indices)} is past the end of the map at {self.map.block_count}")
         with nogil:
             onion_map_lookup_many(&self.map, &indices[0], count, &out[0])
-        return places
+        return locations
 
-    def set(self, uint64_t block_index, uint64_t block_count, uint64_t place):
-        """Map blocks to `place` and, for DATA, the slots that follow; HOLE unmaps."""
+    def set(self, uint64_t block_index, uint64_t block_count, uint64_t location):
+        """Map blocks to `location` and, for DATA, the slots that follow; HOLE unmaps."""
         cdef int status
         self.check_range(block_index, block_count)
-        if onion_location_is_data(place):
-            if block_count and onion_location_slot(place) + (block_count - 1) > ONION_SLOT_LAST:
-                raise ValueError(f"{block_count} blocks from slot {onion_location_slot(place)} pass the last slot")
-        elif place != ONION_LOCATION_HOLE and place != ONION_LOCATION_ZERO:
-            raise ValueError(f"{place:#x} is not a place: it is neither HOLE nor ZERO nor in segments 1 to 0xFFFE")
+        if onion_location_is_data(location):
+            if block_count and onion_location_slot(location) + (block_count - 1) > ONION_SLOT_LAST:
+                raise ValueError(f"{block_count} blocks from slot {onion_location_slot(location)} pass the last slot")
+        elif location != ONION_LOCATION_HOLE and location != ONION_LOCATION_ZERO:
+            raise ValueError(f"{location:#x} is not a location: neither HOLE nor ZERO nor in segments 1 to 0xFFFE")
         with nogil:
-            status = onion_map_set(&self.map, block_index, block_count, place)
+            status = onion_map_set(&self.map, block_index, block_count, location)
         check(status)
 
     def set_many(self, changes):
@@ -172,7 +172,7 @@ cdef class BlockMap:
 
         Parameters
         ----------
-        changes : sequence of (block_index, block_count, place)
+        changes : sequence of (block_index, block_count, location)
             Later ones go over earlier ones; blocks past the end of the map are left out.
 
         Returns
@@ -185,8 +185,8 @@ cdef class BlockMap:
         self.check_open()
         check(onion_build_init(&build, &self.map))
         try:
-            for block_index, block_count, place in changes:
-                check(onion_build_put(&build, block_index, block_count, place))
+            for block_index, block_count, location in changes:
+                check(onion_build_put(&build, block_index, block_count, location))
             with nogil:
                 status = onion_build_apply(&build)
             check(status)

@@ -11,8 +11,8 @@ _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 MAGIC_SEGMENT: bytes
 MAGIC_MAP: bytes
 HEADER_BYTES: int
-PLACE_HOLE: int
-PLACE_ZERO: int
+LOCATION_HOLE: int
+LOCATION_ZERO: int
 STATE_DATA: int
 STATE_ZERO: int
 
@@ -100,7 +100,7 @@ class LayerMap:
         """Return the bytes of memory that the index holds."""
 
     def lookup(self, block_index: int) -> int:
-        """Return the place of a block."""
+        """Return the location of a block."""
 
     def runs(self) -> npt.NDArray[np.void]:
         """Return all runs that are not HOLE."""
@@ -123,8 +123,8 @@ class LayerMap:
     def add_segment(self, segment: bytes) -> int:
         """Return the number of a segment."""
 
-    def set(self, block_index: int, block_count: int, place: int) -> None:
-        """Map blocks to a place."""
+    def set(self, block_index: int, block_count: int, location: int) -> None:
+        """Map blocks to a location."""
 
     def fold(self, upper: LayerMap) -> None:
         """Lay another map over this one."""
@@ -143,7 +143,7 @@ class LayerMap:
     def close(self) -> None:
         """Free the memory."""
 
-class OwnerMap:
+class ProvenanceMap:
     """Which layer each block comes from."""
 
     def __new__(cls, *, block_size: int, block_count: int) -> Self: ...

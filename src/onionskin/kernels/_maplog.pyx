@@ -156,8 +156,8 @@ cdef extern from "base/crc32c.h" nogil:
 MAGIC_SEGMENT = b"ONIONSEG"
 MAGIC_MAP = b"ONIONMAP"
 HEADER_BYTES = ONION_HEADER_BYTES
-PLACE_HOLE = ONION_LOCATION_HOLE
-PLACE_ZERO = ONION_LOCATION_ZERO
+LOCATION_HOLE = ONION_LOCATION_HOLE
+LOCATION_ZERO = ONION_LOCATION_ZERO
 STATE_DATA = 1
 STATE_ZERO = 2
 # A map of this many bytes has 2.8 thousand million records: beyond any that is compacted when it should be.
@@ -625,7 +625,7 @@ cdef class LayerMap:
         return onion_map_memory(&self._layer.map)
 
     def lookup(self, block_index):
-        """Return the place of a block: 0 for HOLE, PLACE_ZERO, or segment number << 32 | slot."""
+        """Return the location of a block: 0 for HOLE, LOCATION_ZERO, or segment number << 32 | slot."""
         self._check_open()
         if not 0 <= block_index < self._layer.map.block_count:
             raise ValueError(f"block {block_index} is outside the map of {self._layer.map.block_count} blocks")
@@ -735,22 +735,22 @@ cdef class LayerMap:
         self._numbers[bytes(segment)] = number
         return number
 
-    def set(self, block_index, block_count, place):
-        """Map ``block_count`` blocks from ``block_index`` on to ``place`` and the slots that follow it.
+    def set(self, block_index, block_count, location):
+        """Map ``block_count`` blocks from ``block_index`` on to ``location`` and the slots that follow it.
 
-        ``place`` is PLACE_HOLE, PLACE_ZERO, or segment number << 32 | slot.
+        ``location`` is LOCATION_HOLE, LOCATION_ZERO, or segment number << 32 | slot.
         """
         self._check_open()
         limit = self._layer.map.block_count
         if block_index < 0 or block_count < 0 or block_index + block_count > limit:
             raise ValueError(f"{block_count} blocks from {block_index} on are outside the map of {limit} blocks")
-        if place not in (ONION_LOCATION_HOLE, ONION_LOCATION_ZERO):
-            number, slot = place >> 32, place & 0xFFFFFFFF
+        if location not in (ONION_LOCATION_HOLE, ONION_LOCATION_ZERO):
+            number, slot = location >> 32, location & 0xFFFFFFFF
             if not 1 <= number <= len(self._segments) or slot + block_count - 1 > ONION_SLOT_LAST:
-                raise ValueError(f"place {place:#x} is in no segment of this map: add_segment first")
+                raise ValueError(f"location {location:#x} is in no segment of this map: add_segment first")
         if block_count == 0:
             return
-        if onion_map_set(&self._layer.map, block_index, block_count, place) < 0:
+        if onion_map_set(&self._layer.map, block_index, block_count, location) < 0:
             raise MemoryError("no memory for the index")
 
     def fold(self, LayerMap upper not None):
@@ -834,7 +834,7 @@ cdef class LayerMap:
         return moved
 
 
-cdef class OwnerMap:
+cdef class ProvenanceMap:
     """Which layer each block comes from: layers are laid over each other, from the bottom up.
 
     Layers get numbers in the order in which they are laid, 1 for the first. Use by one thread at a time. After an error
@@ -934,7 +934,8 @@ cdef class OwnerMap:
             layer.close()
 
     def runs(self):
-        """Return the blocks that some layer has, in order, as an array of dtypes.OWNER_RUN; state 1 DATA, 2 ZERO."""
+        """Return the blocks that some layer has, in order, as an array of dtypes.PROVENANCE_RUN; state 1 DATA, 2
+        ZERO."""
         cdef uint64_t count
         cdef onion_provenance_run *out
         cdef int status
@@ -944,7 +945,7 @@ cdef class OwnerMap:
             count = onion_provenance_runs(&self._provenance, NULL) if status == 0 else 0
         if status < 0:
             raise MemoryError("no memory for the index")
-        array = np.zeros(count, dtypes.OWNER_RUN)
+        array = np.zeros(count, dtypes.PROVENANCE_RUN)
         out = <onion_provenance_run *><size_t>_array_data(array)
         if count:
             with nogil:
@@ -985,4 +986,4 @@ def _overwrite(descriptor):
         size = os.fstat(descriptor).st_size
         for offset in range(0, size, 1 << 20):
             os.pwrite(descriptor, bytes(min(1 << 20, size - offset)), offset)
-        os.fsync(descriptor)  # BARRIER: overwritten map draft
+        os.fsync(descriptor)  # BARRIER: overwritten staged map

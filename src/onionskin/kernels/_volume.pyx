@@ -179,7 +179,7 @@ cdef enum:
     STATE_DATA = 1  # of dtypes.RUN
     STATE_ZERO = 2
     SLOT_BITS = 32  # of a location; the segment's number stands over them
-_ROLES = ("sealed", "adopted", "own")
+_ROLES = ("sealed", "inherited", "own")
 
 
 cdef object _damage(int status, object path, object offset):
@@ -534,7 +534,7 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "open")
 
-    def open_head(self, *, map_path, map_id, adopted, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
+    def open_head(self, *, map_path, map_id, inherited, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
         """Add the head, last, ready for writing. Returns the size in bytes of the volume.
 
         Parameters
@@ -545,18 +545,19 @@ cdef class DataPath:
         dirty_path : path, optional
             What is written and not flushed survives the process there; what is found there is taken up.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), spare, known, False, dirty_path)
+        return self._open_head(map_path, map_id, inherited, (own, *more_own), spare, known, False, dirty_path)
 
-    def open_head_to_read(self, *, map_path, map_id, adopted, own, more_own=(), known=(0, 0, 0), dirty_path=None):
+    def open_head_to_read(self, *, map_path, map_id, inherited, own, more_own=(), known=(0, 0, 0), dirty_path=None):
         """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
 
         What is durable of the head is read, and over it what a process that died had written and not flushed, where
         `dirty_path` has it; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
         file system that is mounted read-only will do. The caller holds off writers of the head.
         """
-        return self._open_head(map_path, map_id, adopted, (own, *more_own), bytes(ONION_UUID_BYTES), known, True, dirty_path)
+        no_spare = bytes(ONION_UUID_BYTES)
+        return self._open_head(map_path, map_id, inherited, (own, *more_own), no_spare, known, True, dirty_path)
 
-    def _open_head(self, map_path, map_id, adopted, own, spare, known, to_read, dirty_path):
+    def _open_head(self, map_path, map_id, inherited, own, spare, known, to_read, dirty_path):
         cdef onion_head_source source
         cdef int status, c_to_read = to_read
         memset(&source, 0, sizeof(source))
@@ -571,9 +572,9 @@ cdef class DataPath:
         source.own = <const void *>PyBytes_AS_STRING(owned)
         source.own_count = len(owned) // ONION_UUID_BYTES
         source.known_length, source.known_frames, source.known_crc = known
-        cdef onion_segment_ref *refs = _segment_refs(adopted)
+        cdef onion_segment_ref *refs = _segment_refs(inherited)
         source.inherited = refs
-        source.inherited_count = len(adopted)
+        source.inherited_count = len(inherited)
         try:
             with nogil:
                 if c_to_read:
@@ -794,9 +795,9 @@ cdef class DataPath:
 
     cdef object _run_array(self, onion_run *raw, int64_t count):
         cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
-        table = numpy.frombuffer(bytes_, dtype=dtypes.PLACE_RUN)
+        table = numpy.frombuffer(bytes_, dtype=dtypes.LOCATION_RUN)
         out = numpy.empty(count, dtype=dtypes.RUN)
-        slot, segment = table["place"] & UINT32_MAX, table["place"] >> SLOT_BITS
+        slot, segment = table["location"] & UINT32_MAX, table["location"] >> SLOT_BITS
         data = (segment >= ONION_SEGMENT_FIRST) & (segment <= ONION_SEGMENT_LAST)
         out["offset"] = table["block_index"] * self.block_size
         out["length"] = table["block_count"] * self.block_size
@@ -861,10 +862,10 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "reclaim")
 
-    def scrub_wanted(self):
+    def reclaim_wanted(self):
         """Return the ids of inherited segments in which slots became free since the last call.
 
-        What is returned is forgotten here: whoever cannot write it down puts it back with `want_scrub`.
+        What is returned is forgotten here: whoever cannot write it down puts it back with `want_reclaim`.
         """
         cdef unsigned char ids[SEGMENTS_AT_ONCE * ONION_UUID_BYTES]
         cdef int count
@@ -872,8 +873,8 @@ cdef class DataPath:
             count = onion_volume_reclaim_wanted(self._volume, ids, SEGMENTS_AT_ONCE)
         return _ids(ids, count)
 
-    def want_scrub(self, ids):
-        """Put back what `scrub_wanted` returned. Ids of segments that are gone are left out."""
+    def want_reclaim(self, ids):
+        """Put back what `reclaim_wanted` returned. Ids of segments that are gone are left out."""
         joined = b"".join(ids)
         cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
         cdef uint32_t count = len(joined) // ONION_UUID_BYTES
@@ -901,7 +902,7 @@ cdef class DataPath:
         finally:
             free(ids)
 
-    def take_unreachable(self):
+    def take_unwipeable(self):
         """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
         return onion_volume_take_unwipeable(self._volume)
 

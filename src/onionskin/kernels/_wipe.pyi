@@ -12,7 +12,7 @@ class WipeResult(NamedTuple):
     bytes_skipped: int
     bytes_verified: int
     bytes_punched: int
-    bytes_unreachable: int
+    bytes_unwipeable: int
     filesystem_magic: int
     copy_on_write: bool
 

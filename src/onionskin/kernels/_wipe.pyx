@@ -58,7 +58,7 @@ class WipeResult(NamedTuple):
     bytes_skipped: int
     bytes_verified: int
     bytes_punched: int
-    bytes_unreachable: int
+    bytes_unwipeable: int
     filesystem_magic: int
     copy_on_write: bool
 
@@ -160,7 +160,7 @@ def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int thread
     Returns
     -------
     WipeResult
-        ``bytes_unreachable`` counts the bytes whose old contents overwriting cannot reach.
+        ``bytes_unwipeable`` counts the bytes whose old contents overwriting cannot reach.
 
     Raises
     ------

@@ -270,7 +270,7 @@ cdef class NbdServer:
     on_full_disk : callable(name) -> bool, or None
         A client's flush of the export `name` found the disk full. True: this has flushed, with room that it made for it.
     on_freed : callable(name), or None
-        A client's flush left segments for `DataPath.scrub_wanted`. Like `on_full_disk` it is called from the
+        A client's flush left segments for `DataPath.reclaim_wanted`. Like `on_full_disk` it is called from the
         connection's thread, before the client is answered, with no lock held.
     """
     cdef onion_nbd_server *_server

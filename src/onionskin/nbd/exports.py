@@ -21,7 +21,7 @@ from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
 from onionskin.operations import reclaim
-from onionskin.operations.flush import compact_if_wanted, scrub_freed
+from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 
@@ -397,7 +397,7 @@ class Exports:
         ]
         for one in served:
             head = one.opened.to_write()
-            steps += [(one.name, partial(scrub_freed, head)), (one.name, partial(compact_if_wanted, head))]
+            steps += [(one.name, partial(reclaim_freed, head)), (one.name, partial(compact_map_if_wanted, head))]
         for store in list(self._stores.values()):
             opened, at = store._opened, str(store.path)
             steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
-from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, SnapshotRow, VolumeRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.operations.locked_maps import locked_maps
@@ -30,7 +30,7 @@ SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 
 RESTORE = "restore the file from a copy of the store"
 _OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")
 
-_DIRTY_DRAFTS = [f"dirty.{number}" for number in range(4)]
+_STAGED_DIRTY_FILES = [f"dirty.{number}" for number in range(4)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Rows:
     volumes: list[VolumeRow]
     snapshots: list[SnapshotRow]
     bases: list[BaseRow]
-    pending: list[PendingRow]
+    work: list[WorkRow]
     segments_of: dict[bytes, list[SegmentRow]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ def check(store: OpenStore) -> list[Problem]:
         problems += _check_bases(store, rows)
     problems += [
         Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
-        for row in rows.pending
+        for row in rows.work
     ]
     return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
 
@@ -81,7 +81,7 @@ def _read_rows(store: OpenStore) -> _Rows:
         catalog.all_sound(VolumeRow),
         catalog.all_sound(SnapshotRow),
         catalog.all_sound(BaseRow),
-        catalog.all_sound(PendingRow),
+        catalog.all_sound(WorkRow),
     )
 
 
@@ -327,9 +327,9 @@ def _named_files(rows: _Rows) -> set[str]:
     named = {f"{row.map_id.hex()}.map" for row in rows.layers} | {f"{row.id.hex()}.seg" for row in rows.segments}
     # A spare's id is that of the next head's map too.
     named |= {f"{row.id.hex()}.map" for row in rows.segments if row.role == "spare"}
-    for row in rows.pending:
+    for row in rows.work:
         named |= {f"{row.target.hex()}.map", f"{row.target.hex()}.seg"}
-    volumes = [volume.id for volume in rows.volumes] + [row.target for row in rows.pending if row.kind == "volume"]
+    volumes = [volume.id for volume in rows.volumes] + [row.target for row in rows.work if row.kind == "volume"]
     for id in volumes:
         named |= {f"{id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
     return named

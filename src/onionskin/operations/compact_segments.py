@@ -1,9 +1,9 @@
-"""Gathering: a layer that merges have left with many small segments gets one instead of them.
+"""Compaction of segments: a layer that merges have left with many small segments gets one instead of them.
 
 What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
 keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
-`GATHER_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` each time that
-it folds the layer, or folds others into it, while it is open: a disk whose snapshots come and go for months in one
+`COMPACT_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` each time
+that it folds the layer, or folds others into it, while it is open: a disk whose snapshots come and go for months in one
 opening would else have a file for each of them.
 """
 
@@ -24,7 +24,7 @@ from onionskin.operations import reclaim
 from onionskin.operations.reclaim import segment_wants_zeros
 from onionskin.operations.staging import StagedFiles, TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_layer
-from onionskin.storage.chain import pending_base_merges, read_chain
+from onionskin.storage.chain import read_chain, unfinished_base_merges
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -41,25 +41,26 @@ _log = logging.getLogger(__name__)
 
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
-GATHER_BYTES_MAX = 256 << 20
+COMPACT_BYTES_MAX = 256 << 20
 OPEN_BYTES_MAX = 64 << 20  # while the volume is open: a snapshot that is asked for meanwhile waits for the copy
 
 
-def gather_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = False) -> None:
-    """Gather in each layer of a chain that has too many segments. The volume's lock is held, its path not yet open.
+def compact_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = False) -> None:
+    """Compact segments in each layer of a chain that has too many segments. The volume's lock is held, its path not yet
+    open.
 
-    A layer that cannot be gathered now is left as it is: it reads the same.
+    A layer that cannot be compacted now is left as it is: it reads the same.
     """
     catalog = store.catalog
-    if pending_base_merges(catalog, head):
+    if unfinished_base_merges(catalog, head):
         return  # a merge into the base has to find its layers as they were
     for layer, segments in _crowded(catalog, head):
         if not layer.sealed and may_hold_unflushed:
             continue  # what a process that died left unflushed goes over the map that it had
         try:
-            put_off(partial(_gather, store, layer, segments))
+            put_off(partial(_compact, store, layer, segments))
         except (OSError, OnionskinError) as error:
-            _log.warning("%s: the segments of layer %s could not be gathered: %s", store.path, layer.id.hex(), error)
+            _log.warning("%s: the segments of layer %s could not be compacted: %s", store.path, layer.id.hex(), error)
 
 
 def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
@@ -70,10 +71,10 @@ def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[Segment
     return [(layer, [row for row in segments[layer.id] if row.role == "sealed"]) for layer in layers]
 
 
-def gather_below(volume: OpenHead, layer_id: bytes) -> None:
-    """Gather in a sealed layer of a volume that is open for writing, where the layer has too many segments.
+def compact_below(volume: OpenHead, layer_id: bytes) -> None:
+    """Compact segments in a sealed layer of a volume that is open for writing, where the layer has too many segments.
 
-    Reads and writes go on. A layer that cannot be gathered now is left as it is, and what the caller does goes on.
+    Reads and writes go on. A layer that cannot be compacted now is left as it is, and what the caller does goes on.
     """
     catalog = volume.store.catalog
     with catalog.reading():
@@ -84,38 +85,39 @@ def gather_below(volume: OpenHead, layer_id: bytes) -> None:
     if is_read and not _is_open(volume, sealed):
         return
     try:
-        put_off(partial(_gather, volume.store, layer, sealed, volume if is_read else None))
+        put_off(partial(_compact, volume.store, layer, sealed, volume if is_read else None))
     except CommitUnknownError:
         raise
     except (OSError, OnionskinError) as error:
         if volume.path.poisoned:
             raise
         _log.warning(
-            "%s: the segments of layer %s could not be gathered: %s", catalog.path.parent, layer_id.hex(), error
+            "%s: the segments of layer %s could not be compacted: %s", catalog.path.parent, layer_id.hex(), error
         )
 
 
 def _is_open(volume: OpenHead, segments: list[SegmentRow]) -> bool:
     """Whether a volume reads its layer from these segments.
 
-    Whoever opened a clone meanwhile may have gathered some of them. Then the volume still finds these blocks in the files of
-    before, which it keeps. It must not open the new file for the sake of the others: nothing that it finds is in that, so a
-    scrub that asks it for the live slots would be told that there are none, and would free them all.
+    Whoever opened a clone meanwhile may have compacted some of them. Then the volume still finds these blocks in the
+    files of before, which it keeps. It must not open the new file for the sake of the others: nothing that it finds is
+    in that, so a reclaim that asks it for the live slots would be told that there are none, and would free them all.
     """
     return {row.id for row in segments} <= {id for _, id, _, _ in volume.path.segments()}
 
 
-def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
-    """Gather the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
+def _compact(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
+    """Compact the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
     locks = ByteLocks(store.layout.lock)
     try:
         wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
-        # What the reader holds nobody frees as a whole; and a scrub, which borrows its lock, frees no slot that is copied.
+        # What the reader holds nobody frees as a whole; and work on slots, which borrows its lock, frees no slot that
+        # is copied.
         if not locks.take_shared(wanted - reader.locks.shared if reader else wanted):
             return  # somebody frees or wipes one of them just now: the next time will do
-        _refuse_changed(store, layer)  # somebody else may have gathered the same layer, and freed its files
+        _refuse_changed(store, layer)  # somebody else may have compacted the same layer, and freed its files
         with load_layer(store, layer) as layer_map:
-            small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else GATHER_BYTES_MAX)
+            small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else COMPACT_BYTES_MAX)
             if len(small) < 2:
                 return
             with staged_files(store, ["segment", "map"], layer.wipe) as files:
@@ -128,8 +130,8 @@ def _gather(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader:
                     wipe_zero=layer.wipe == "zero",
                     size_bytes=size_bytes,
                 )
-                sync_directory(store.layout.segments)  # BARRIER: gathered segment name
-                sync_directory(store.layout.layers)  # BARRIER: gathered map name
+                sync_directory(store.layout.segments)  # BARRIER: compacted segment name
+                sync_directory(store.layout.layers)  # BARRIER: compacted map name
                 if reader:
                     _switch_beside_readers(reader, layer, small, files, slots, written)
                 else:
@@ -151,8 +153,8 @@ def _switch_beside_readers(
     """Switch to the new files, in the catalog and in the data path that reads the old ones."""
     store, catalog = volume.store, volume.store.catalog
     segment_file, map_file = files.rows
-    gathered = {row.id for row in small}
-    kept = [row for row in catalog.segments_of_layer(layer.id) if row.id not in gathered]
+    compacted = {row.id for row in small}
+    kept = [row for row in catalog.segments_of_layer(layer.id) if row.id not in compacted]
 
     def happened() -> bool:
         now = catalog.layer_with_id(layer.id)
@@ -163,17 +165,17 @@ def _switch_beside_readers(
         [(segment_file.target, slots), *((row.id, row.slots) for row in kept)],
     )  # fmt: skip
     with volume.changing_below(happened):
-        volume.path.prepare_below(layer=source, dropped=list(gathered), keep_base=True)
+        volume.path.prepare_below(layer=source, dropped=list(compacted), keep_base=True)
         store.change(lambda: _switch(store, layer, small, files, slots, written, volume))
 
 
 def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
     if store.catalog.layer_with_id(layer.id) != layer:
-        raise TreeChangedError("a layer changed while its segments were gathered; open the volume again")
+        raise TreeChangedError("a layer changed while its segments were compacted; open the volume again")
 
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
-    """Return the segments to gather: the smallest by what is live in them, as many as the bound allows."""
+    """Return the segments to compact: the smallest by what is live in them, as many as the bound allows."""
     use = layer_map.segment_use()  # in one pass over the map, however many segments there are
     live = {row.id: use.get(row.id, (0, 0))[0] * block_size for row in sealed}
     chosen: list[SegmentRow] = []
@@ -203,7 +205,7 @@ def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: l
             _copy_runs(store, row, live, first, target, block_size)
             layer_map.replace(row.id, live, segment, first)
             next_slot += int(live["count"].sum())
-        sync_file(target)  # BARRIER: gathered segment
+        sync_file(target)  # BARRIER: compacted segment
     return next_slot
 
 
@@ -246,14 +248,15 @@ def _switch(
     _refuse_changed(store, layer)
     segment_file, map_file = files.rows
     for row in small:
-        catalog.add_pending("segment", row.id, row.lock_byte, layer.wipe)
+        catalog.add_work("segment", row.id, row.lock_byte, layer.wipe)
         catalog.remove_segment(row.id)
     files.keep(reader.locks if reader else None)
     if reader:
-        # By its id too: as soon as it is named somebody else may gather it, and the reader has to know what it holds then.
+        # By its id too: as soon as it is named somebody else may compact it, and the reader has to know what it holds
+        # then.
         reader.share({segment_file.lock_byte: segment_file.target}, map_file.lock_byte)
     catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
-    catalog.add_pending("map", layer.map_id, layer.map_lock_byte, layer.wipe)
+    catalog.add_work("map", layer.map_id, layer.map_lock_byte, layer.wipe)
     length, frames, crc = written
     catalog.update(
         LayerRow, layer.id, map_id=map_file.target, map_lock_byte=map_file.lock_byte, map_length=length,

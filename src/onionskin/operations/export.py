@@ -60,16 +60,16 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
     try:
         _refuse_directory(store, directory, target)
         _refuse_file(store, directory, target, replace=replace)
-        draft = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
+        staged = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             try:
                 yield descriptor
                 sync_file(descriptor)  # BARRIER: exported image
                 _refuse_file(store, directory, target, replace=replace)
-                _give_name(directory, draft, target, replace=replace)
+                _give_name(directory, staged, target, replace=replace)
             except BaseException:
-                _drop_draft(store, directory, draft, descriptor, opened)
+                _drop_staged(store, directory, staged, descriptor, opened)
                 raise
             sync_file(directory)  # BARRIER: exported image name
         finally:
@@ -78,10 +78,10 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
         os.close(directory)
 
 
-def _give_name(directory: int, draft: str, target: Path, *, replace: bool) -> None:
+def _give_name(directory: int, staged: str, target: Path, *, replace: bool) -> None:
     if not replace:
         try:
-            os.link(draft, target.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+            os.link(staged, target.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
         except FileExistsError:
             raise _exists(target) from None
         except OSError as error:
@@ -89,9 +89,9 @@ def _give_name(directory: int, draft: str, target: Path, *, replace: bool) -> No
                 raise
             _take_name(directory, target)  # a file system without hard links
         else:
-            os.unlink(draft, dir_fd=directory)
+            os.unlink(staged, dir_fd=directory)
             return
-    os.replace(draft, target.name, src_dir_fd=directory, dst_dir_fd=directory)
+    os.replace(staged, target.name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def _take_name(directory: int, target: Path) -> None:
@@ -106,15 +106,15 @@ def _exists(target: Path) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
-def _drop_draft(store: OpenStore, directory: int, draft: str, descriptor: int, opened: "OpenChain") -> None:
+def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int, opened: "OpenChain") -> None:
     """Remove an unfinished file, unless it has its name already: an interrupt may come just after the renaming."""
     with suppress(OSError):
-        if not os.path.samestat(os.fstat(descriptor), os.stat(draft, dir_fd=directory, follow_symlinks=False)):
+        if not os.path.samestat(os.fstat(descriptor), os.stat(staged, dir_fd=directory, follow_symlinks=False)):
             return
         if os.fstat(descriptor).st_nlink == 1:
             with suppress(OSError):
-                wipe_draft(store, descriptor, policies_of(opened))
-        os.unlink(draft, dir_fd=directory)
+                wipe_staged(store, descriptor, policies_of(opened))
+        os.unlink(staged, dir_fd=directory)
 
 
 @contextmanager
@@ -127,14 +127,14 @@ def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> 
         try:
             yield file
         finally:
-            wipe_draft(store, file.fileno(), policies)
+            wipe_staged(store, file.fileno(), policies)
 
 
-def wipe_draft(store: OpenStore, descriptor: int, policies: Iterable[str]) -> None:
+def wipe_staged(store: OpenStore, descriptor: int, policies: Iterable[str]) -> None:
     """Overwrite a file that holds a copy of a disk before its blocks are freed, if a layer has policy `zero`."""
     if "zero" in policies:
         result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
-        store.note_unreachable(result.bytes_unreachable)
+        store.note_unwipeable(result.bytes_unwipeable)
 
 
 def policies_of(opened: "OpenChain") -> set[str]:

@@ -14,7 +14,7 @@ from onionskin.base.fsync import sync_directory, sync_file
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
-from onionskin.catalog.tree import free_unneeded
+from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import StateError
 from onionskin.kernels._copy import EXTENT_FIELDS
 from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
@@ -89,7 +89,7 @@ def _stand_on(volume: OpenHead, old: LayerRow, flat: LayerRow, segments: list[Se
         for row in segments:
             catalog.insert(row)
         catalog.update(LayerRow, volume.head, parent=flat.id)
-        free_unneeded(catalog, old.id)
+        remove_unreachable_layers(catalog, old.id)
 
     source = (
         str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,

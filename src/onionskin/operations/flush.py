@@ -11,7 +11,7 @@ from contextlib import suppress
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError
 from onionskin.operations import reclaim
-from onionskin.operations.new_map import compact
+from onionskin.operations.new_map import compact_map
 from onionskin.storage.open_head import OpenDisk, OpenHead
 
 _log = logging.getLogger(__name__)
@@ -23,28 +23,28 @@ def flush(volume: OpenDisk) -> None:
     """Make everything that was written before the call durable. See `Volume.flush`."""
     head = volume if isinstance(volume, OpenHead) else None
     if head:
-        head.settle_what_is_left()
+        head.resolve_what_is_left()
     volume.store.reserve.retry(lambda: volume.on_path(lambda path: path.flush()))
     if head:
-        scrub_freed(head)
-        compact_if_wanted(head)
+        reclaim_freed(head)
+        compact_map_if_wanted(head)
 
 
-def scrub_freed(volume: OpenHead) -> None:
+def reclaim_freed(volume: OpenHead) -> None:
     """Free on the medium the slots of inherited segments that a flush freed. The server calls this after its own flushes."""
     path = volume.path
-    volume.store.note_unreachable(path.take_unreachable())
-    wanted = path.scrub_wanted()
+    volume.store.note_unwipeable(path.take_unwipeable())
+    wanted = path.reclaim_wanted()
     if not wanted:
         return
     try:
-        reclaim.scrub(volume.store, wanted, volume.wipe)
+        reclaim.reclaim_slots(volume.store, wanted, volume.wipe)
     except BaseException:
-        path.want_scrub(wanted)  # they are forgotten only once they are recorded
+        path.want_reclaim(wanted)  # they are forgotten only once they are recorded
         raise
 
 
-def compact_if_wanted(volume: OpenHead) -> None:
+def compact_map_if_wanted(volume: OpenHead) -> None:
     """Write the head's map log anew if most of it is dead. The server calls this after its own flushes.
 
     If an operation is under way, a later flush asks again.
@@ -52,7 +52,7 @@ def compact_if_wanted(volume: OpenHead) -> None:
     if not volume.path.wants_compaction():
         return
     try:
-        volume.if_idle(lambda: compact(volume))
+        volume.if_idle(lambda: compact_map(volume))
     except (OSError, OnionskinError) as error:
         if volume.path.poisoned:
             raise
@@ -63,7 +63,7 @@ def finish(volume: OpenHead) -> None:
     """Make durable what was written to a head that is being closed, and leave it so that the next opening is fast."""
     flush(volume)
     if volume.path.map_dead_ratio() > DEAD_RATIO_AT_CLOSE:
-        compact(volume)
+        compact_map(volume)
     _note_close(volume)
     reclaim.work_soon(volume.store)
     volume.store.finish_work()

@@ -76,8 +76,8 @@ def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
     if not upper.sealed:
         if len(lowers) > 1 and not _fold_group(volume, lowers):
             return False
-        # Below the head, where nobody changes it: what a head has adopted is in its log, and no longer ours to move.
-        compact_segments.gather_below(volume, lowers[-1].id)
+        # Below the head, where nobody changes it: what a head has inherited is in its log, and no longer ours to move.
+        compact_segments.compact_below(volume, lowers[-1].id)
         lowers = [volume.store.catalog.layer(lowers[-1].id)]
 
     def change() -> None:
@@ -92,7 +92,7 @@ def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
 
     folded = put_off(change)
     if folded and upper.sealed:
-        compact_segments.gather_below(volume, upper.id)
+        compact_segments.compact_below(volume, upper.id)
     return folded
 
 
@@ -121,7 +121,7 @@ def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) 
 
             def switch() -> None:
                 _check_unchanged(store, lowers, upper)
-                switch_map(volume, lowers, upper, files, written, scrubs=list(laid.freed))
+                switch_map(volume, lowers, upper, files, written, to_reclaim=list(laid.freed))
 
             store.change(switch)
     finally:
@@ -159,7 +159,7 @@ def _drop_unused(volume: OpenHead) -> None:
     def drop() -> None:
         wipe = catalog.layer(volume.head).wipe
         for row in catalog.segments_with_ids(dropped):
-            catalog.add_pending("segment", row.id, row.lock_byte, wipe)
+            catalog.add_work("segment", row.id, row.lock_byte, wipe)
             catalog.remove_segment(row.id)
 
     with volume.changing_below(lambda: not catalog.has_segment(dropped[0])):

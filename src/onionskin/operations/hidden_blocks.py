@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
 from onionskin.errors import OnionskinError
-from onionskin.kernels._maplog import HEADER_BYTES, PLACE_HOLE, STATE_DATA, LayerMap
+from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, STATE_DATA, LayerMap
 from onionskin.operations import reclaim
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.new_map import give_up_maps, switch_map, write_map
@@ -118,7 +118,7 @@ def without_hidden(
         return {}
     before = layer_map.segment_use()
     for first, last in wanted.tolist():
-        layer_map.set(first, last - first, PLACE_HOLE)
+        layer_map.set(first, last - first, LOCATION_HOLE)
     left = layer_map.segment_use()
     freed = {id: blocks - left.get(id, (0, 0))[0] for id, (blocks, _) in before.items()}
     return {id: blocks for id, blocks in freed.items() if blocks}
@@ -234,7 +234,7 @@ def _free_hidden(volume: OpenHead, layer_id: bytes) -> None:
                     if not above.is_as(now) or is_in_base_merge(catalog, [layer]):
                         raise TreeChangedError("the layers changed while it was seen what they hide")
                     switch_map(volume, [], layer, files, written)
-                    reclaim.add_scrubs(store, list(freed), "zero")
+                    reclaim.add_slot_work(store, list(freed), "zero")
 
                 store.change(switch)
     give_up_maps(volume, [layer])

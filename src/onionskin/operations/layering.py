@@ -19,11 +19,11 @@ from onionskin.base.states import DATA, HOLE
 from onionskin.catalog import BaseRow, Catalog, LayerRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import ChainError
-from onionskin.kernels._maplog import OwnerMap
+from onionskin.kernels._maplog import ProvenanceMap
 from onionskin.operations.copy import covered
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import lay_map, read_layers
-from onionskin.storage.chain import Chain, pending_base_merges
+from onionskin.storage.chain import Chain, unfinished_base_merges
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
     """Inside `reading`."""
     top = find()
     chain = read_layers(store.catalog, top)
-    return _Found(chain, _members(store.catalog, chain), bool(pending_base_merges(store.catalog, top)))
+    return _Found(chain, _members(store.catalog, chain), bool(unfinished_base_merges(store.catalog, top)))
 
 
 def _read(store: OpenStore, found: _Found) -> Layering:
@@ -150,24 +150,24 @@ def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
     """Return what the layers have, as extents by depth, and the size of the disk."""
     top, block_size = chain.top, chain.top.block_size
     size_bytes = top.size_bytes
-    owners = OwnerMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
-    depth_of_owner = [0]
+    provenance = ProvenanceMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
+    depth_of = [0]
     try:
         for depth, layer in zip(range(len(chain.layers) - 1, -1, -1), chain.layers, strict=True):
             if layer.sealed and not layer.map_length:
                 continue  # an empty layer owns nothing, and needs no number
-            head_bytes = lay_map(store, layer, owners)
-            depth_of_owner.append(depth)
+            head_bytes = lay_map(store, layer, provenance)
+            depth_of.append(depth)
             if head_bytes is not None:
                 size_bytes = head_bytes  # what a resize left that is not in the catalog yet
-        runs = owners.runs()
+        runs = provenance.runs()
     finally:
-        owners.close()
+        provenance.close()
     out = numpy.empty(len(runs), LAYER_EXTENT_DTYPE)
     out["offset"] = runs["block_index"] * block_size
     out["length"] = runs["block_count"] * block_size
     out["state"] = runs["state"]
-    out["depth"] = numpy.array(depth_of_owner, numpy.uint32)[runs["owner"]]
+    out["depth"] = numpy.array(depth_of, numpy.uint32)[runs["layer"]]
     return _clipped(out, size_bytes), size_bytes
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow, VolumeRow
-from onionskin.catalog.rows import DRAFT_PREFIX
+from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import StateError
 from onionskin.storage.layout import listed
@@ -155,7 +155,7 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
     # Both kinds of numbers come from one counter; the clock may have gone back.
     layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)
-    heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(DRAFT_PREFIX)}
+    heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(STAGED_PREFIX)}
     nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
     roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
     by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}

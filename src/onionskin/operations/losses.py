@@ -151,7 +151,7 @@ def _going(
     *,
     kept: Collection[bytes] = (),
 ) -> _Going:
-    """Find what `free_unneeded` would remove once these heads and names are gone. Inside `reading`."""
+    """Find what `remove_unreachable_layers` would remove once these heads and names are gone. Inside `reading`."""
     roots, gone = set(dropped), dict[bytes, LayerRow]()
     resized = False
     for root in roots:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
 from onionskin.base.naming import some_of
-from onionskin.catalog import BaseRow, Catalog, LayerRow, PendingRow, SnapshotRow, new_id
-from onionskin.catalog.tree import descendants, find_snapshot, free_unneeded
+from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, WorkRow, new_id
+from onionskin.catalog.tree import descendants, find_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, StateError
 from onionskin.operations import copy, reclaim
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import TreeChangedError
-from onionskin.storage.chain import Chain, is_same_file, pending_base_merges, read_chain
+from onionskin.storage.chain import Chain, is_same_file, read_chain, unfinished_base_merges
 from onionskin.storage.locks import BaseLock, is_file_at
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -47,7 +47,7 @@ def merge_into_base(
     resumes = True
     while resumes:
         with volume.operation(may_resume=True):
-            interrupted = pending_base_merges(volume.store.catalog, volume.head)
+            interrupted = unfinished_base_merges(volume.store.catalog, volume.head)
             resumes = bool(interrupted)
             target = interrupted[0] if interrupted else _target_of(volume, upto)
             folded = _begin_base_merge(volume, target, is_new=not interrupted)
@@ -86,7 +86,7 @@ def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain
             # Asked again where nobody can change the answer: somebody may have made a clone since.
             refuse_older(store, volume, read_chain(catalog, volume.head), target)
             if not catalog.base_merge_of(target):
-                catalog.add_pending("base-merge", target, 0, volume.wipe)
+                catalog.add_work("base-merge", target, 0, volume.wipe)
 
         store.change(begin)
     except BaseException:
@@ -298,7 +298,7 @@ def _note_done(store: OpenStore, folded: Chain, descriptor: int, done_bytes: int
         with catalog.transaction():
             work = catalog.base_merge_of(folded.top.id)
             if work:
-                catalog.update(PendingRow, work.id, done_bytes=done_bytes)
+                catalog.update(WorkRow, work.id, done_bytes=done_bytes)
                 catalog.update(BaseRow, _same_row(store, folded).id, **_looks(descriptor))
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
@@ -316,9 +316,9 @@ def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
             raise TreeChangedError("the layers changed while they were merged into the base; merge again")
         catalog.update(BaseRow, base.id, **_looks(lock.descriptor), digest=None)
         for segment in catalog.segments_of_layer(top.id):
-            catalog.add_pending("segment", segment.id, segment.lock_byte, top.wipe)
+            catalog.add_work("segment", segment.id, segment.lock_byte, top.wipe)
         catalog.remove_segments_of(top.id)
-        catalog.add_pending("map", top.map_id, top.map_lock_byte, top.wipe)
+        catalog.add_work("map", top.map_id, top.map_lock_byte, top.wipe)
         map_byte = catalog.take_lock_byte()
         volume.locks.must_share({map_byte})
         catalog.update(
@@ -333,7 +333,7 @@ def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
             map_crc=0,
         )
         if top.parent:
-            free_unneeded(catalog, top.parent)
+            remove_unreachable_layers(catalog, top.parent)
         catalog.remove_base_merge_of(top.id)
 
     store.change(switch)

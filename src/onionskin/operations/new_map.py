@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
-from onionskin.catalog import LayerRow, PendingRow
+from onionskin.catalog import LayerRow, WorkRow
 from onionskin.operations import reclaim
 from onionskin.operations.staging import StagedFiles, put_off, staged_files
 from onionskin.storage.open_head import OpenHead, if_begun
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_map(
-    store: OpenStore, file: PendingRow, layer_map: "LayerMap", wipe: str, size_bytes: int
+    store: OpenStore, file: WorkRow, layer_map: "LayerMap", wipe: str, size_bytes: int
 ) -> tuple[int, int, int]:
     """Write the new map of a sealed layer to a file that is named in the catalog: (length, frames, crc), durable."""
     written = layer_map.write(
@@ -48,15 +48,15 @@ def switch_map(
     files: StagedFiles,
     written: tuple[int, int, int],
     *,
-    scrubs: Sequence[bytes] | None = None,
+    to_reclaim: Sequence[bytes] | None = None,
 ) -> None:
     """Give `upper` its new map, and all segments of `lowers`, bottom first. Inside a transaction.
 
-    `scrubs`: the segments with slots that the new map no longer names, or None if they were not counted.
+    `to_reclaim`: the segments with slots that the new map no longer names, or None if they were not counted.
     """
     store, catalog = volume.store, volume.store.catalog
     (map_file,) = files.rows
-    catalog.add_pending("map", upper.map_id, upper.map_lock_byte, upper.wipe)
+    catalog.add_work("map", upper.map_id, upper.map_lock_byte, upper.wipe)
     files.keep(volume.locks if upper.map_lock_byte in volume.locks.shared else None)
     length, frames, crc = written
     catalog.update(
@@ -70,13 +70,13 @@ def switch_map(
     )
     if not lowers:
         return
-    if scrubs is None:
-        scrubs = [row.id for lower in lowers for row in catalog.segments_of_layer(lower.id)]
-    reclaim.add_scrubs(store, scrubs, stricter(upper, *lowers))
+    if to_reclaim is None:
+        to_reclaim = [row.id for lower in lowers for row in catalog.segments_of_layer(lower.id)]
+    reclaim.add_slot_work(store, to_reclaim, stricter(upper, *lowers))
     catalog.update(LayerRow, upper.id, parent=lowers[0].parent, base=lowers[0].base)
     for lower in reversed(lowers):
         catalog.move_segments(lower.id, upper.id)
-        catalog.add_pending("map", lower.map_id, lower.map_lock_byte, lower.wipe)
+        catalog.add_work("map", lower.map_id, lower.map_lock_byte, lower.wipe)
         catalog.remove_layer(lower.id)
 
 
@@ -113,7 +113,7 @@ def rewrite(
             written_as = (written.map_length, written.map_frames, written.map_crc)
             switch_map(volume, [lower] if lower else [], head, files, written_as)
 
-        with volume.settling(lambda: _settle_rewrite(volume, [lower, head] if lower else [head], map_file.target)):
+        with volume.resolving(lambda: _resolve_rewrite(volume, [lower, head] if lower else [head], map_file.target)):
             written = volume.path.rewrite_map(
                 new_path=str(store.layout.map_file(map_file.target)),
                 new_id=map_file.target,
@@ -123,7 +123,7 @@ def rewrite(
             store.change(switch)
 
 
-def _settle_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes) -> None:
+def _resolve_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes) -> None:
     """Append to the new map file if the catalog names it. If that is not known, both files stay and nothing is written."""
     if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
@@ -133,6 +133,6 @@ def _settle_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes)
         give_up_maps(volume, folded)
 
 
-def compact(volume: OpenHead) -> None:
+def compact_map(volume: OpenHead) -> None:
     """Write the head's map log anew, without its dead records."""
     put_off(lambda: rewrite(volume, volume.store.catalog.layer(volume.head)))

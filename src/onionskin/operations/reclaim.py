@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
 from onionskin.base.limits import HEADER_BYTES
-from onionskin.catalog import Catalog, LayerRow, PendingRow, SegmentRow
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin.kernels._wipe import wipe
@@ -40,18 +40,18 @@ _ID_NAME = re.compile("[0-9a-f]{32}")
 _FILE_KINDS = ("map", "segment")
 
 
-def scrub(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
+def reclaim_slots(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
     """Free the slots of segments that their owners' maps do not name."""
     found = list(segments)
-    store.change(lambda: add_scrubs(store, found, wipe))
+    store.change(lambda: add_slot_work(store, found, wipe))
     work_soon(store)
 
 
-def add_scrubs(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
+def add_slot_work(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
     """Note that slots of these segments have to be freed. Inside a transaction."""
     catalog = store.catalog
     rows = catalog.segments_with_ids(set(segments))
-    noted = catalog.scrubs_of([row.id for row in rows])
+    noted = catalog.slot_work_of([row.id for row in rows])
     # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
     for work in noted:
         catalog.remove_work(work.id)
@@ -59,13 +59,13 @@ def add_scrubs(store: OpenStore, segments: Iterable[bytes], wipe: str) -> None:
     zero_layers = {id for id in {row.layer for row in rows} if catalog.layer(id).wipe == "zero"}
     for row in rows:
         is_zero = wipe == "zero" or row.id in zero or row.layer in zero_layers
-        catalog.add_pending("scrub", row.id, row.lock_byte, "zero" if is_zero else wipe)
+        catalog.add_work("scrub", row.id, row.lock_byte, "zero" if is_zero else wipe)
 
 
 def work_soon(store: OpenStore) -> None:
     """Do pending work: policy `zero` before this returns, `release` in the background."""
     if not store.read_only and store.catalog.has_reclaims():
-        do_pending(store, policy="zero")
+        do_work(store, policy="zero")
         store.wake()
 
 
@@ -73,22 +73,22 @@ def work_in_background(store: OpenStore) -> None:
     """Do what waits for nobody. What fails stays in the catalog for the next open."""
     with suppress(OSError, OnionskinError):
         if store.catalog.has_reclaims("zero"):
-            do_pending(store, policy="zero")
-        do_pending(store, policy="release")
+            do_work(store, policy="zero")
+        do_work(store, policy="release")
     store.reserve.make()  # where it was given up, and what was freed makes room for it
     for handle in store.open_handles():
         with suppress(OSError, OnionskinError):  # the next head makes its files itself then
             handle.prepare_if_wanted()
 
 
-def do_pending(store: OpenStore, *, policy: str | None = None) -> int:
+def do_work(store: OpenStore, *, policy: str | None = None) -> int:
     """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left.
 
     What fails stays pending and is logged: the damage of one volume is no concern of the others.
     """
     store.catalog.bury_unknown()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
-    done: list[PendingRow] = []
+    done: list[WorkRow] = []
     try:
         for row in store.catalog.reclaims(policy):
             try:
@@ -107,7 +107,7 @@ def do_pending(store: OpenStore, *, policy: str | None = None) -> int:
     return left
 
 
-def _forget(store: OpenStore, done: list[PendingRow], *, unlinked: bool) -> None:
+def _forget(store: OpenStore, done: list[WorkRow], *, unlinked: bool) -> None:
     """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
 
     A crash before that only has it done once more; so do two who do it at the same time.
@@ -120,7 +120,7 @@ def _forget(store: OpenStore, done: list[PendingRow], *, unlinked: bool) -> None
     def change() -> None:
         for row in done:
             if row.kind in _FILE_KINDS and not unlinked:
-                store.catalog.update(PendingRow, row.id, wipe="release")
+                store.catalog.update(WorkRow, row.id, wipe="release")
             else:
                 store.catalog.remove_work(row.id)
 
@@ -137,14 +137,14 @@ def _sync_directories(store: OpenStore, kinds: set[str]) -> None:
         sync_directory(store.layout.volumes)  # BARRIER: freed lock name
 
 
-def _report(store: OpenStore, row: PendingRow, error: Exception) -> None:
+def _report(store: OpenStore, row: WorkRow, error: Exception) -> None:
     """Say once for each piece of work that it failed."""
     if row.id not in store.reported_work:
         store.reported_work.add(row.id)
         _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
 
 
-def _do_alone(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+def _do_alone(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
     with _alone(store, row) as alone:
         if not alone:
@@ -156,11 +156,11 @@ def _do_alone(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink
 
 
 @contextmanager
-def _alone(store: OpenStore, row: PendingRow) -> Iterator[bool]:
+def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
     """Hold the byte of a file exclusively, through the store's own locks.
 
-    A scrub may borrow the lock of the one volume that has the file open for writing here: that never reads a slot which
-    the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
+    Work on slots may borrow the lock of the one volume that has the file open for writing here: that never reads a slot
+    which the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
     a lock on a file that goes as a whole still reads it.
     """
     locks = store.locks
@@ -172,7 +172,7 @@ def _alone(store: OpenStore, row: PendingRow) -> Iterator[bool]:
         yield held
 
 
-def _do(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
+def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work; False where it has to wait for its volume to be open here."""
     if row.kind == "volume":
         unlink_files_of(store, row.target)
@@ -181,12 +181,12 @@ def _do(store: OpenStore, row: PendingRow, slots: SlotsOfLayers, *, unlink: bool
         _refuse_named(store, row)
         _free_file(store, row, unlink=unlink)
         return True
-    return _scrub(store, row, slots)
+    return _reclaim_slots(store, row, slots)
 
 
 def add_files_of(catalog: Catalog, volume: bytes) -> None:
     """Note that the files of a volume go, whose row does. Inside that transaction."""
-    catalog.add_pending("volume", volume, catalog.take_lock_byte(), "release")
+    catalog.add_work("volume", volume, catalog.take_lock_byte(), "release")
 
 
 def unlink_files_of(store: OpenStore, volume: bytes) -> None:
@@ -194,11 +194,11 @@ def unlink_files_of(store: OpenStore, volume: bytes) -> None:
     if store.catalog.has_volume_with_id(volume):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
     layout = store.layout
-    for path in (*layout.dirty_drafts(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
+    for path in (*layout.staged_dirty_files(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
         path.unlink(missing_ok=True)
 
 
-def _refuse_named(store: OpenStore, row: PendingRow) -> None:
+def _refuse_named(store: OpenStore, row: WorkRow) -> None:
     """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
     catalog = store.catalog
     is_named = catalog.has_map if row.kind == "map" else catalog.has_segment
@@ -230,7 +230,7 @@ def open_to_free(path: Path) -> int | None:
     return descriptor
 
 
-def _free_file(store: OpenStore, row: PendingRow, *, unlink: bool) -> None:
+def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
     """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
     descriptor = open_to_free(path)
@@ -239,7 +239,7 @@ def _free_file(store: OpenStore, row: PendingRow, *, unlink: bool) -> None:
     try:
         if row.wipe == "zero" or wants_zeros(descriptor):
             result = wipe(descriptor, [(0, os.fstat(descriptor).st_size)], zero=True, punch=False)
-            store.note_unreachable(result.bytes_unreachable)
+            store.note_unwipeable(result.bytes_unwipeable)
         if unlink:
             path.unlink()
     finally:
@@ -264,7 +264,7 @@ def segment_wants_zeros(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _scrub(store: OpenStore, row: PendingRow, slots: SlotsOfLayers) -> bool:
+def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool:
     """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
     with store.catalog.reading():
         segment = store.catalog.segment_with_id(row.target)
@@ -283,7 +283,7 @@ def _scrub(store: OpenStore, row: PendingRow, slots: SlotsOfLayers) -> bool:
         ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
         if len(ranges):
             result = wipe(descriptor, ranges, zero=row.wipe == "zero" or wants_zeros(descriptor), punch=True)
-            store.note_unreachable(result.bytes_unreachable)
+            store.note_unwipeable(result.bytes_unwipeable)
     finally:
         os.close(descriptor)
     return True
@@ -346,7 +346,7 @@ def orphans(store: OpenStore) -> list[Path]:
     """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
     catalog, layout = store.catalog, store.layout
     with catalog.reading():
-        work = catalog.all_sound(PendingRow)
+        work = catalog.all_sound(WorkRow)
         segments = catalog.all_sound(SegmentRow)
         maps = {row.map_id for row in catalog.all_sound(LayerRow)} | {row.target for row in work}
         maps |= {row.id for row in segments if row.role == "spare"}  # the next head's map, if it was made beforehand

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onionskin.catalog import VolumeRow
-from onionskin.catalog.tree import free_unneeded
+from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import StateError
 from onionskin.operations import reclaim
 from onionskin.storage.chain import Chain, NewHead, lock_base, lock_chain, open_chain
@@ -51,15 +51,15 @@ def restart_over(volume: OpenHead, below: Chain, base_lock: "BaseLock | None", *
         volume.share(segments, map_byte)
         catalog.update(VolumeRow, volume.row.id, head=head.layer.id)
         also()
-        free_unneeded(catalog, old_head)
+        remove_unreachable_layers(catalog, old_head)
 
-    def settle() -> None:
+    def resolve() -> None:
         if old_path.poisoned or catalog.head_of(volume.row) != head.layer.id:
             new_path.close()
             volume.put_segment_bytes(bytes_before)
         else:
             volume.switch(new_path, head.layer.id, base_lock, below.byte_of_segment)
 
-    with volume.settling(settle):
+    with volume.resolving(resolve):
         store.change(change)
     reclaim.work_soon(store)

@@ -54,7 +54,7 @@ class Sealing:
         # What the next head begins with; its id is the id of that head's map too.
         self._spare: SegmentRow = volume.store.catalog.spare_of(volume.head)
         self._sealed: Sealed | None = None
-        self.scrubs: list[bytes] = []
+        self.to_reclaim: list[bytes] = []
         self.next_head: NextHead | None = None
         self._unused: set[int] = set()
 
@@ -66,8 +66,8 @@ class Sealing:
     def sync(self) -> None:
         """Make durable what was written between that and the cut."""
         self._sealed = self.volume.path.seal_sync()
-        # Slots that the last flush of this head freed in segments it had adopted: the new head never asks.
-        self.scrubs = self.volume.path.scrub_wanted()
+        # Slots that the last flush of this head freed in segments it had inherited: the new head never asks.
+        self.to_reclaim = self.volume.path.reclaim_wanted()
 
     def write_rows(self, also: Also) -> LayerRow:
         """Write the sealed layer and the new head, and return the sealed layer. Inside a transaction, which may run twice.
@@ -91,7 +91,7 @@ class Sealing:
         self.next_head = new = NextHead(head.layer.id, new_id(), *catalog.take_lock_bytes(2))
         layer = replace(head.layer, map_lock_byte=new.map_byte)
         self._write_next_head(layer, new)
-        reclaim.add_scrubs(volume.store, self.scrubs, volume.wipe)
+        reclaim.add_slot_work(volume.store, self.to_reclaim, volume.wipe)
         row = self._write_sealed(old)
         also(row, layer)
         volume.share({new.spare_byte: new.spare}, new.map_byte)
@@ -131,7 +131,7 @@ class Sealing:
         if row is None:
             return
         if store.layout.segment_file(id).exists():
-            store.catalog.add_pending("segment", id, row.lock_byte, wipe)
+            store.catalog.add_work("segment", id, row.lock_byte, wipe)
             self._unused.add(row.lock_byte)
         store.catalog.remove_segment(id)
 
@@ -142,7 +142,7 @@ class Sealing:
         spare = self.next_head.spare
         if_begun(lambda: self.volume.path.seal_commit(spare))
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Go on with the new head if the catalog has it, with the old one if not."""
         volume, new = self.volume, self.next_head
         if new is None or volume.path.poisoned or volume.store.catalog.head_of(volume.row) != new.head:
@@ -150,15 +150,15 @@ class Sealing:
         else:
             self.go_on()
 
-    def give_scrubs_back(self) -> None:
+    def give_back_reclaims(self) -> None:
         """Have the data path wish again what no row was written for."""
-        if self.scrubs and not self.volume.path.closed:
-            self.volume.path.want_scrub(self.scrubs)
+        if self.to_reclaim and not self.volume.path.closed:
+            self.volume.path.want_reclaim(self.to_reclaim)
 
     def finish(self) -> None:
         """Give up files that were made for nothing, and free what is to be freed. Once the data path was told."""
         self.volume.locks.drop_shared(self._unused)
-        if self.scrubs or self._unused:
+        if self.to_reclaim or self._unused:
             reclaim.work_soon(self.volume.store)
         self.volume.note_seal()
 
@@ -174,7 +174,7 @@ def begin_seals(volumes: Sequence[OpenHead]) -> Iterator[list[Sealing]]:
     try:
         with ExitStack() as stack:
             for sealing in sealings:
-                stack.enter_context(sealing.volume.settling(sealing.settle, sealing.go_on))
+                stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
             with _side_by_side(sealings) as run:
                 run(Sealing.begin)
                 cut_heads([volume.path for volume in volumes], [volume.row.name for volume in volumes])
@@ -182,7 +182,7 @@ def begin_seals(volumes: Sequence[OpenHead]) -> Iterator[list[Sealing]]:
             yield sealings
     except BaseException:
         for sealing in sealings:
-            sealing.give_scrubs_back()
+            sealing.give_back_reclaims()
         raise
 
 

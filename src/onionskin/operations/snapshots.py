@@ -15,8 +15,8 @@ from onionskin.catalog.tree import (
     descendants,
     describe_snapshot,
     find_snapshot,
-    free_unneeded,
     nearest_snapshot,
+    remove_unreachable_layers,
     unnamed_around,
     users_of,
 )
@@ -127,7 +127,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
             for id in named:
                 catalog.remove_snapshot_of_layer(id)
             for id in named:
-                free_unneeded(catalog, id)
+                remove_unreachable_layers(catalog, id)
 
         above = descendants(catalog, layer)
         refuse_discard(catalog, volume.row, name, above, recursive)
@@ -180,7 +180,7 @@ def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
             _refuse_renamed(volume, name, row.layer)
             holds.refuse_held(catalog, [row.layer])
             catalog.remove_snapshot(volume.row.id, name)
-            free_unneeded(catalog, row.layer)
+            remove_unreachable_layers(catalog, row.layer)
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)

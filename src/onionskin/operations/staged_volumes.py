@@ -1,10 +1,10 @@
 """A disk that is being made: an import, a stream that is applied. It has no name until all of it is durable.
 
-What must hold: a draft is listed nowhere, and its one end is a transaction that gives it a name, or makes it a snapshot. A
-process that dies before that leaves a draft whose lock nobody holds: the next one to make a draft, or to open a volume
-for writing, drops it, by its id.
+What must hold: a staged volume is listed nowhere, and its one end is a transaction that gives it a name, or makes it a
+snapshot. A process that dies before that leaves a staged volume whose lock nobody holds: the next one to make a staged
+volume, or to open a volume for writing, drops it, by its id.
 
-The row of a draft is a volume's, under a name that no volume can have.
+The row of a staged volume is a volume's, under a name that no volume can have.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from onionskin.base.naming import check_name
 from onionskin.base.states import DATA
 from onionskin.catalog import Catalog, SnapshotRow, VolumeRow, new_id
-from onionskin.catalog.rows import DRAFT_PREFIX
-from onionskin.catalog.tree import Snapshot, describe_snapshot, free_unneeded, nearest_snapshot
+from onionskin.catalog.rows import STAGED_PREFIX
+from onionskin.catalog.tree import Snapshot, describe_snapshot, nearest_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
 from onionskin.operations import reclaim, volumes
 from onionskin.operations.copy import extents
@@ -31,8 +31,8 @@ from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A disk without a name. Made by `draft`.
+class StagedVolume:
+    """A disk without a name. Made by `stage`.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Draft:
     stands_on: bytes | None  # the layer that it was cloned from
 
     def publish(self) -> None:
-        """Make what was written durable, and this a volume of the name that the draft was made for.
+        """Make what was written durable, and this a volume of the name that the staged volume was made for.
 
         Raises
         ------
@@ -58,9 +58,10 @@ class Draft:
             volumes.rename_volume(self.head.store, self.head.row.id, self.public_name)
 
     def become_snapshot_of(self, volume: OpenHead, *, name: str, note: str, guid: bytes) -> Snapshot:
-        """Make the draft the newest snapshot of a volume whose head is unchanged since the draft was cloned from it.
+        """Make the staged volume the newest snapshot of a volume whose head is unchanged since the staged volume was
+        cloned from it.
 
-        The volume's disk reads as the draft then. All of it is one transaction.
+        The volume's disk reads as the staged volume then. All of it is one transaction.
 
         Raises
         ------
@@ -137,7 +138,7 @@ def is_changed_since(volume: OpenDisk, below: SnapshotRow) -> bool:
 
 
 @contextmanager
-def draft(
+def stage(
     store: OpenStore,
     name: str | None = None,
     *,
@@ -145,7 +146,7 @@ def draft(
     block_size: int = 4096,
     wipe: str = "release",
     clone_of: bytes | None = None,
-) -> Iterator[Draft]:
+) -> Iterator[StagedVolume]:
     """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
 
     Parameters
@@ -172,10 +173,10 @@ def draft(
 
 def _make(
     store: OpenStore, name: str | None, size: int | None, block_size: int, wipe: str, clone_of: bytes | None
-) -> Draft:
+) -> StagedVolume:
     catalog, id = store.catalog, new_id()
     store.reserve.make()
-    lock = VolumeLock(store.layout, id, name or "a draft")  # before there is a row that seems to be dead
+    lock = VolumeLock(store.layout, id, name or "a staged volume")  # before there is a row that seems to be dead
 
     def insert() -> tuple[VolumeRow, bytes]:
         below = catalog.layer_with_id(clone_of)
@@ -189,7 +190,7 @@ def _make(
             size_bytes=size if size is not None else below.size_bytes if below else 0,
         )
         head.insert(catalog)
-        row = VolumeRow(id, f"{DRAFT_PREFIX}{id.hex()}", head.layer.id, head.layer.created_ns)
+        row = VolumeRow(id, f"{STAGED_PREFIX}{id.hex()}", head.layer.id, head.layer.created_ns)
         catalog.insert(row)
         return row, head.layer.id
 
@@ -201,13 +202,13 @@ def _make(
         lock.close()
         raise
     store.register(head)
-    return Draft(head, name, clone_of)
+    return StagedVolume(head, name, clone_of)
 
 
 def _end(head: OpenHead) -> None:
     store = head.store
     row = store.catalog.volume_with_id(head.row.id)
-    if row and not row.name.startswith(DRAFT_PREFIX):
+    if row and not row.name.startswith(STAGED_PREFIX):
         head.close()
         return
     head.abandon()
@@ -215,15 +216,15 @@ def _end(head: OpenHead) -> None:
 
 
 def _drop(store: OpenStore, id: bytes) -> None:
-    """Remove a draft, by its id. It is not open here."""
+    """Remove a staged volume, by its id. It is not open here."""
     catalog = store.catalog
 
     def remove() -> None:
         row = catalog.volume_with_id(id)
-        if row and row.name.startswith(DRAFT_PREFIX):
+        if row and row.name.startswith(STAGED_PREFIX):
             catalog.remove_volume(id)
             add_files_of(catalog, id)
-            free_unneeded(catalog, row.head)
+            remove_unreachable_layers(catalog, row.head)
 
     store.change(remove)
     with suppress(OSError):  # it is dropped, and what cannot be unlinked now stays pending
@@ -232,8 +233,8 @@ def _drop(store: OpenStore, id: bytes) -> None:
 
 
 def drop_dead(store: OpenStore) -> None:
-    """Drop the drafts of processes that died."""
-    for row in store.catalog.draft_volumes():
+    """Drop the staged volumes of processes that died."""
+    for row in store.catalog.staged_volumes():
         with suppress(StateError):  # it is being written
             lock = VolumeLock(store.layout, row.id, row.name)
             try:

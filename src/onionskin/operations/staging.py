@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
 
-from onionskin.catalog import PendingRow, new_id
+from onionskin.catalog import WorkRow, new_id
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
 from onionskin.storage.locks import ByteLocks
@@ -22,7 +22,7 @@ class StagedFiles:
     """The rows of files that are being made, in the order in which they were asked for."""
 
     store: OpenStore
-    rows: tuple[PendingRow, ...]
+    rows: tuple[WorkRow, ...]
     readers: list[ByteLocks] = field(default_factory=list)
 
     def keep(self, reader: ByteLocks | None = None) -> None:
@@ -55,14 +55,14 @@ def staged_files(store: OpenStore, kinds: Sequence[str], wipe: str) -> Iterator[
     catalog = store.catalog
     with ExitStack() as alone:
 
-        def intend() -> tuple[PendingRow, ...]:
+        def intend() -> tuple[WorkRow, ...]:
             rows = []
             for kind in kinds:
                 lock_byte = catalog.take_lock_byte()
                 # A byte that a failed transaction handed out may still be locked by the process that took it.
                 while not alone.enter_context(store.locks.exclusive(lock_byte)):
                     lock_byte = catalog.take_lock_byte()
-                rows.append(catalog.add_pending(kind, new_id(), lock_byte, wipe))
+                rows.append(catalog.add_work(kind, new_id(), lock_byte, wipe))
             return tuple(rows)
 
         files = StagedFiles(store, store.change(intend))

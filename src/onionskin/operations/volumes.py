@@ -10,8 +10,8 @@ from contextlib import suppress
 
 from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import Catalog, VolumeRow
-from onionskin.catalog.rows import DRAFT_PREFIX
-from onionskin.catalog.tree import descendants, free_unneeded, users_of
+from onionskin.catalog.rows import STAGED_PREFIX
+from onionskin.catalog.tree import descendants, remove_unreachable_layers, users_of
 from onionskin.errors import StateError, VolumeExistsError, VolumeNotFoundError
 from onionskin.operations import holds, lineage, reclaim
 from onionskin.storage.chain import NewHead
@@ -35,7 +35,7 @@ def rename(store: OpenStore, name: str, new_name: str) -> None:
 
 
 def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
-    """Give the volume with this id another name, whatever it is called now. A draft becomes a volume by it."""
+    """Give the volume with this id another name, whatever it is called now. A staged volume becomes a volume by it."""
     new_name = check_name("volume", new_name)
 
     def change() -> None:
@@ -50,7 +50,7 @@ def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
 def _rename(store: OpenStore, row: VolumeRow, new_name: str) -> None:
     refuse_taken(store, new_name)
     store.catalog.update(VolumeRow, row.id, name=new_name)
-    if row.name.startswith(DRAFT_PREFIX):
+    if row.name.startswith(STAGED_PREFIX):
         lineage.begin(store.catalog, [VolumeRow(row.id, new_name, row.head, row.created_ns)])
     else:
         lineage.rename(store.catalog, row.id, new_name)
@@ -104,7 +104,7 @@ def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool) -
         catalog.end_lineage(row.id, now_ns)
         reclaim.add_files_of(catalog, row.id)
     before = catalog.last_work()
-    stood_on = [free_unneeded(catalog, layer) for layer in (*(row.head for row in rows), *layers)]
+    stood_on = [remove_unreachable_layers(catalog, layer) for layer in (*(row.head for row in rows), *layers)]
     return _bytes_of(store, catalog.segments_freed_since(before)), [layer for layer in stood_on if layer]
 
 

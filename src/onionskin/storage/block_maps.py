@@ -12,7 +12,7 @@ from onionskin.base.lazy import dtypes
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import FormatError, StateError
-from onionskin.kernels._maplog import STATE_DATA, LayerMap, OwnerMap
+from onionskin.kernels._maplog import STATE_DATA, LayerMap, ProvenanceMap
 from onionskin.storage.chain import Chain
 from onionskin.storage.open_store import OpenStore
 
@@ -49,7 +49,7 @@ def open_map(store: OpenStore, layer: LayerRow) -> LayerMap:
     if layer.sealed and layer.map_length == 0:
         return empty_map(layer.block_size)
     try:
-        return _settled(layer, lambda: load_map(store, layer))
+        return _read_until_sound(layer, lambda: load_map(store, layer))
     except FileNotFoundError:
         if layer.sealed:
             raise
@@ -88,7 +88,7 @@ def load_durable(store: OpenStore, layer: LayerRow, state: tuple[int, int, int] 
     )
 
 
-def _settled(layer: LayerRow, read: Callable[[], Found]) -> Found:
+def _read_until_sound(layer: LayerRow, read: Callable[[], Found]) -> Found:
     """Read a map. If a head's map seems damaged, read it again: a writer may just have appended to it."""
     for _ in range(0 if layer.sealed else _TRIES - 1):
         try:
@@ -103,20 +103,22 @@ def _sealed(layer: LayerRow) -> dict[str, int]:
     return {"length": layer.map_length, "frames": layer.map_frames, "crc": layer.map_crc} if layer.sealed else {}
 
 
-def lay_map(store: OpenStore, layer: LayerRow, owners: OwnerMap) -> int | None:
+def lay_map(store: OpenStore, layer: LayerRow, provenance: ProvenanceMap) -> int | None:
     """Lay a layer over those below it, and return the size that a head's map gives the disk.
 
     The map is found as by `open_map`.
     """
     try:
-        size_bytes = _settled(
+        size_bytes = _read_until_sound(
             layer,
-            lambda: owners.lay_file(str(store.layout.map_file(layer.map_id)), map_id=layer.map_id, **_sealed(layer)),
+            lambda: provenance.lay_file(
+                str(store.layout.map_file(layer.map_id)), map_id=layer.map_id, **_sealed(layer)
+            ),
         )
     except FileNotFoundError:
         if layer.sealed:
             raise
-        owners.lay(empty_map(layer.block_size))  # nothing was flushed to this head yet
+        provenance.lay(empty_map(layer.block_size))  # nothing was flushed to this head yet
         return None
     return None if layer.sealed else size_bytes
 

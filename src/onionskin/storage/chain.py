@@ -138,7 +138,7 @@ def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bo
         raise VerifyError(f"the base {base.path} does not have the SHA-256 that it had: {_BASE_ADVICE}")
 
 
-def pending_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
+def unfinished_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
     """Return the layers below a head up to which a merge into the base was begun and not ended. There seldom are any."""
     begun = catalog.base_merges()
     ids = {layer.id for layer in catalog.chain(head)} if begun else set()
@@ -277,7 +277,7 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
     path.open_head(
         map_path=str(layout.map_file(head.map_id)),
         map_id=head.map_id,
-        adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
+        inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
         more_own=own[:-1],
         spare=_ids_of(layout, head, segments, "spare")[0],
@@ -293,7 +293,7 @@ def _open_head_to_read(
     path.open_head_to_read(
         map_path=str(layout.map_file(head.map_id)),
         map_id=head.map_id,
-        adopted=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
+        inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
         more_own=own[:-1],
         known=(head.map_length, head.map_frames, head.map_crc),
@@ -305,7 +305,7 @@ def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
     """Make a head's spare segment one of its own, and register another. Inside a transaction."""
     row = catalog.spare_of(head)
     catalog.update(SegmentRow, row.id, role="own")
-    catalog.add_pending("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
+    catalog.add_work("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
     spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
     catalog.insert(spare)
     return spare

@@ -68,7 +68,7 @@ class Layout:
         """The records that the writer of a volume has not flushed. If it dies, the next one in the same boot reads them."""
         return self.volumes / f"{uuid.hex()}.dirty"
 
-    def dirty_drafts(self, uuid: bytes) -> list[Path]:
+    def staged_dirty_files(self, uuid: bytes) -> list[Path]:
         """The names under which such a file is made. One that exists while nobody writes the volume was left by a kill."""
         path = self.dirty_file(uuid)
         return [path.with_name(f"{path.name}.{number}") for number in range(4)]

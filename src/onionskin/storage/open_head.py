@@ -19,10 +19,10 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
-from onionskin.base.signals import HeldBack
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import CommitUnknownError, VolumeRow
 from onionskin.errors import OnionskinError, StateError
-from onionskin.storage.chain import pending_base_merges, read_chain
+from onionskin.storage.chain import read_chain, unfinished_base_merges
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, closed_path
 
@@ -280,7 +280,7 @@ class OpenHead(OpenDisk):
         self.merge_stop: bool = False
         self.wants_next: bool = False
         self._has_sealed = False
-        self._unsettled: Callable[[], None] | None = None
+        self._unresolved: Callable[[], None] | None = None
         # The lock byte of each segment that the data path may read. It is kept here after the catalog has forgotten it.
         self._byte_of_segment: dict[bytes, int] = opened.chain.byte_of_segment
 
@@ -306,7 +306,7 @@ class OpenHead(OpenDisk):
             raise forking.forked_error(f"volume {self.name!r}")
         with self.guard:
             self._refuse_ended()
-            self._settle()
+            self._resolve()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
             if self.is_merging and not during_merge:
@@ -319,7 +319,7 @@ class OpenHead(OpenDisk):
 
     def refuse_half_merged(self) -> None:
         """Raise StateError if a merge into the base was begun and has not ended, and none is under way."""
-        if not self.is_merging and pending_base_merges(self.store.catalog, self.head):
+        if not self.is_merging and unfinished_base_merges(self.store.catalog, self.head):
             raise StateError(
                 f"a merge of {self.name!r} into its base was begun and has not ended; merge into the base again"
             )
@@ -334,7 +334,7 @@ class OpenHead(OpenDisk):
         if not self.guard.acquire(blocking=False):
             return
         try:
-            if not (self._closed or self.is_merging or self._unsettled):
+            if not (self._closed or self.is_merging or self._unresolved):
                 work()
         finally:
             self.guard.release()
@@ -342,45 +342,45 @@ class OpenHead(OpenDisk):
     # ---- how a change of the catalog ended ----
 
     @contextmanager
-    def settling(self, settle: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
-        """Run a change of the catalog, then `settle`, which asks the catalog how it ended and tells the data path.
+    def resolving(self, resolve: Callable[[], None], done: Callable[[], None] | None = None) -> Iterator[None]:
+        """Run a change of the catalog, then `resolve`, which asks the catalog how it ended and tells the data path.
 
         If the change returns and `done` is given, `done` is called instead: there is nothing to ask then.
 
         The outcome is told whatever was raised. An interrupt may come just after a commit, and a flush waits for ever
         for a seal or a rewrite whose end is not told. If a second interrupt prevents this, the next operation does it.
         """
-        with HeldBack():
-            self._unsettled = settle
+        with DeferredInterrupt():
+            self._unresolved = resolve
             try:
                 yield
                 if done:
                     done()
-                    self._unsettled = None
+                    self._unresolved = None
             except CommitUnknownError:
                 self.path.poison()
                 raise
             finally:
-                self._settle()
+                self._resolve()
 
-    def settle_what_is_left(self) -> None:
+    def resolve_what_is_left(self) -> None:
         """Tell the data path an outcome that it still waits for, because an operation was interrupted twice."""
-        if self._unsettled:
+        if self._unresolved:
             with self.guard:
-                self._settle()
+                self._resolve()
 
-    def _settle(self) -> None:
-        settle = self._unsettled
-        if settle is None:
+    def _resolve(self) -> None:
+        resolve = self._unresolved
+        if resolve is None:
             return
         try:
-            settle()
+            resolve()
         except Exception:
             self.path.poison()  # the catalog cannot be read
-            settle()
-            self._unsettled = None
+            resolve()
+            self._unresolved = None
             raise
-        self._unsettled = None
+        self._unresolved = None
 
     @contextmanager
     def changing_below(self, happened: Callable[[], bool]) -> Iterator[None]:
@@ -390,7 +390,7 @@ class OpenHead(OpenDisk):
         bytes from the old files, and its locks keep them from being freed as long as it is open.
         """
 
-        def settle() -> None:
+        def resolve() -> None:
             if self.path.poisoned or not happened():
                 self.path.abort_below()
             elif self._goes_on_below():
@@ -398,7 +398,7 @@ class OpenHead(OpenDisk):
                     self.leave_base()
                     self.give_up_unread()
 
-        with self.settling(settle):
+        with self.resolving(resolve):
             yield
 
     def _goes_on_below(self) -> bool:
@@ -497,7 +497,7 @@ class OpenHead(OpenDisk):
                 return
             self._closed = True  # a second call goes on here if an interrupt came before the end
             try:
-                self._settle()
+                self._resolve()
                 if not (self.path.poisoned or self.path.closed):
                     self._finish(self)
             finally:

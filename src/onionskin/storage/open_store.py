@@ -103,8 +103,8 @@ class OpenStore:
         self.path: Path = Path(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
-        # Wiped through this handle with policy `zero`, and not reached by it: see `note_unreachable`.
-        self.unreachable_bytes: int = 0
+        # Wiped through this handle with policy `zero`, and not reached by it: see `note_unwipeable`.
+        self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
         self._counting = threading.Lock()
         self._background = Background(partial(work, self), "onionskin pending work")
@@ -245,11 +245,11 @@ class OpenStore:
         """Wait for the background to be done."""
         self._background.finish()
 
-    def note_unreachable(self, count: int) -> None:
+    def note_unwipeable(self, count: int) -> None:
         """Count bytes that a wipe overwrote and did not reach, and say so in the log, the first time."""
         with self._counting:
-            first = count and not self.unreachable_bytes
-            self.unreachable_bytes += count
+            first = count and not self.unwipeable_bytes
+            self.unwipeable_bytes += count
         if first:
             _log.warning(
                 "%s: a wipe overwrote %s whose old contents may still be on the medium, since the file system writes "

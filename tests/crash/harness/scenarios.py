@@ -218,7 +218,10 @@ SCENARIOS = (
         recover_in=("create", "write", "flush"),
     ),
     scripted("write again", "opened catalog", "opened segment", first_states=1, recover_in=("reopen", "snapshot", "flush")),
-    scripted("gather", "gathered segment", "gathered segment name", "gathered map name", "written map", "folded map name"),
+    scripted(
+        "compact", "compacted segment", "compacted segment name", "compacted map name",
+        "written map", "folded map name",
+    ),
     scripted("flatten", "flat segment", "flat segment name", "flat map name"),
     scripted("delete", "freed map name", "freed segment name", "freed lock name"),
     scripted("export", "exported image", "exported image name"),
@@ -233,6 +236,6 @@ SCENARIOS = (
     ),
     program_scenario("a delta is written", write_delta, check_delta, "written delta", "written delta name"),
     program_scenario(
-        "a block map finds no room", fail_to_write_map, check_nothing, "overwritten map draft", wipes=True
+        "a block map finds no room", fail_to_write_map, check_nothing, "overwritten staged map", wipes=True
     ),
 )  # fmt: skip

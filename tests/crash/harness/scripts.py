@@ -37,7 +37,7 @@ def write_again(planner: Planner) -> None:
     planner.flush()
 
 
-def gather(planner: Planner) -> None:
+def compact(planner: Planner) -> None:
     """Merges until a sealed layer has four segments, of which an opening makes one."""
     for number in range(4):
         planner.write_at(2 * number * BLOCK_BYTES, 2 * BLOCK_BYTES)
@@ -103,7 +103,7 @@ def delete(planner: Planner) -> None:
 SCRIPTS = {
     "make": Script(make),
     "write again": Script(write_again),
-    "gather": Script(gather),
+    "compact": Script(compact),
     "flatten": Script(flatten, has_base=True),
     "export": Script(export, has_base=True),
     "free": Script(free),

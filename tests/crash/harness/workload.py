@@ -37,7 +37,8 @@ def record(root: Path, seed: Seed, wipe: str, step_count: int = STEPS, source: P
 
 
 def lower_limits() -> None:
-    """Lets a layer be gathered that has three segments, which takes two of them; a merge into the base notes each block."""
+    """Lets segments be compacted of a layer that has three segments, which takes two of them; a merge into the base
+    notes each block."""
     from onionskin.operations import compact_segments, merge_into_base
 
     merge_into_base.FIRST_STRETCH_BYTES = merge_into_base.STRETCH_BYTES_MIN = 1

@@ -58,7 +58,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store.hold("web", "a", "backup")
         with store._opened.catalog.transaction():
             row = store._opened.catalog.rows(SegmentRow)[0]
-            store._opened.catalog.add_pending("scrub", row.id, row.lock_byte, "zero")
+            store._opened.catalog.add_work("scrub", row.id, row.lock_byte, "zero")
     with closing(sqlite3.connect(root / "store" / "catalog.db")) as catalog:
         catalog.execute("PRAGMA writable_schema = ON")
         catalog.execute("UPDATE sqlite_schema SET sql = replace(sql, ' NOT NULL', '') WHERE type = 'table'")

@@ -132,7 +132,7 @@ def test_only_the_nearest_snapshot_of_the_volume_itself_is_named(catalog: Catalo
 
 def test_a_merge_into_the_base_is_never_reclaimed(catalog: Catalog) -> None:
     with catalog.transaction():
-        merge = catalog.add_pending("base-merge", an_id(1), 0, "zero")
+        merge = catalog.add_work("base-merge", an_id(1), 0, "zero")
     assert catalog.reclaims() == catalog.reclaims("zero") == []
     assert not catalog.has_reclaims()
     assert not catalog.has_reclaims("zero")
@@ -145,12 +145,12 @@ def test_a_merge_into_the_base_is_never_reclaimed(catalog: Catalog) -> None:
 
 def test_what_is_to_be_reclaimed_comes_in_the_order_in_which_it_was_noted(catalog: Catalog) -> None:
     with catalog.transaction():
-        noted = [catalog.add_pending("map", an_id(3), 1, "release"), catalog.add_pending("scrub", an_id(2), 2, "zero")]
-        noted.append(catalog.add_pending("segment", an_id(1), 3, "zero"))
+        noted = [catalog.add_work("map", an_id(3), 1, "release"), catalog.add_work("scrub", an_id(2), 2, "zero")]
+        noted.append(catalog.add_work("segment", an_id(1), 3, "zero"))
     assert catalog.reclaims() == noted
     assert catalog.reclaims("zero") == noted[1:]
     assert catalog.has_reclaims("release")
-    assert catalog.scrubs_of([an_id(1), an_id(2), an_id(3)]) == [noted[1]]
+    assert catalog.slot_work_of([an_id(1), an_id(2), an_id(3)]) == [noted[1]]
     with catalog.transaction():
         catalog.remove_work(noted[0].id)
     assert not catalog.has_reclaims("release")
@@ -182,11 +182,11 @@ def test_a_base_is_needed_as_long_as_a_layer_stands_on_it(catalog: Catalog) -> N
     assert (catalog.is_base_needed(an_id(1)), catalog.is_base_needed(an_id(3))) == (True, False)
 
 
-def test_a_draft_is_found_by_its_name_only_where_drafts_are_asked_for(catalog: Catalog) -> None:
+def test_a_staged_volume_is_found_by_its_name_only_where_those_are_asked_for(catalog: Catalog) -> None:
     insert(catalog, *(a_layer(n, sealed=0) for n in (1, 2, 3)))
-    insert(catalog, a_volume(1, "web", 1), a_volume(2, "@draft", 2), a_volume(3, "db", 3))
-    assert [row.name for row in catalog.draft_volumes()] == ["@draft"]
+    insert(catalog, a_volume(1, "web", 1), a_volume(2, "@staged", 2), a_volume(3, "db", 3))
+    assert [row.name for row in catalog.staged_volumes()] == ["@staged"]
     assert [row[1] for row in catalog.listed_heads()] == ["db", "web"]
-    assert [row.name for row in catalog.volumes_by_name()] == ["@draft", "db", "web"]
-    with pytest.raises(LookupError, match="no volume '@draft'"):
-        catalog.volume("@draft")
+    assert [row.name for row in catalog.volumes_by_name()] == ["@staged", "db", "web"]
+    with pytest.raises(LookupError, match="no volume '@staged'"):
+        catalog.volume("@staged")

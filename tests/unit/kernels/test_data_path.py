@@ -41,7 +41,7 @@ class Files:
     def open(self, *, wipe_zero: bool = False) -> DataPath:
         path = self.empty(wipe_zero=wipe_zero)
         path.open_head(
-            map_path=self.map_file(self.map_id), map_id=self.map_id, adopted=[], own=self.own, spare=self.spare
+            map_path=self.map_file(self.map_id), map_id=self.map_id, inherited=[], own=self.own, spare=self.spare
         )
         path.free_own_slots()
         return path
@@ -157,7 +157,7 @@ def wait_for(child: int) -> int:
     raise AssertionError("the child hangs")
 
 
-def test_slots_of_a_segment_just_adopted_are_live_until_what_replaced_them_is_durable(files: Files) -> None:
+def test_slots_of_a_segment_just_inherited_are_live_until_what_replaced_them_is_durable(files: Files) -> None:
     lower_own, lower_map = files.own, files.map_id
     path = files.open()
     path.write(0, b"a" * 2 * BLOCK)
@@ -177,7 +177,7 @@ def test_slots_of_a_segment_just_adopted_are_live_until_what_replaced_them_is_du
 
     again = files.empty()
     again.open_head(
-        map_path=files.map_file(rewritten), map_id=rewritten, adopted=sealed.segments, own=files.spare,
+        map_path=files.map_file(rewritten), map_id=rewritten, inherited=sealed.segments, own=files.spare,
         spare=os.urandom(16),
     )  # fmt: skip
     needed = {int(run["slot"]) for run in again.runs() if again.segments()[run["segment"] - 1][1] == lower_own}

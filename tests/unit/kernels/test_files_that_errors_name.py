@@ -115,7 +115,7 @@ def open_path():
         wipe_zero=False, writable=True,
     )
     path.open_head(
-        map_path=path_of_map(head), map_id=head, adopted=[], own=own, spare=spare, dirty_path=root / "web.dirty"
+        map_path=path_of_map(head), map_id=head, inherited=[], own=own, spare=spare, dirty_path=root / "web.dirty"
     )
     return path
 

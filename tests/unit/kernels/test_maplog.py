@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onionskin.base import dtypes
 from onionskin.errors import FormatError, StateError
 from onionskin.kernels import _maplog
-from onionskin.kernels._maplog import PLACE_ZERO, LayerMap
+from onionskin.kernels._maplog import LOCATION_ZERO, LayerMap
 
 BLOCKS = 3000  # more than five ranges of 2 MiB
 MAP_ID = b"m" * 16
@@ -31,7 +31,7 @@ def apply(layer: LayerMap, model: Model, change: Change) -> None:
     if isinstance(target, bytes):
         layer.set(block_index, block_count, layer.add_segment(target) << 32 | slot)
     else:
-        layer.set(block_index, block_count, PLACE_ZERO if target else 0)
+        layer.set(block_index, block_count, LOCATION_ZERO if target else 0)
     for i in range(block_count):
         model.pop(block_index + i, None)
         if isinstance(target, bytes):
@@ -76,11 +76,11 @@ def test_runs_and_lookups_say_what_was_set(steps: list[Change]) -> None:
     layer, model = build(steps)
     assert contents(layer) == model
     for block_index in range(0, BLOCKS, 7):
-        place, expected = layer.lookup(block_index), model.get(block_index)
+        location, expected = layer.lookup(block_index), model.get(block_index)
         if isinstance(expected, tuple):
-            assert (layer.segments[(place >> 32) - 1], place & 0xFFFFFFFF) == expected
+            assert (layer.segments[(location >> 32) - 1], location & 0xFFFFFFFF) == expected
         else:
-            assert place == (PLACE_ZERO if expected else 0)
+            assert location == (LOCATION_ZERO if expected else 0)
 
 
 @given(changes)
@@ -112,7 +112,7 @@ def test_fold_lays_the_upper_layer_over_the_lower(low: list[Change], high: list[
 
 def test_fold_of_a_grown_layer_grows_the_lower_one() -> None:
     lower, upper = empty(10), empty(5000)
-    upper.set(4990, 10, PLACE_ZERO)
+    upper.set(4990, 10, LOCATION_ZERO)
     lower.fold(upper)
     assert lower.block_count == 5000
     assert lower.runs()["block_index"].tolist() == [4990]
@@ -120,7 +120,7 @@ def test_fold_of_a_grown_layer_grows_the_lower_one() -> None:
 
 def test_fold_of_a_longer_lower_layer_keeps_its_tail() -> None:
     lower, upper = empty(5000), empty(10)
-    lower.set(4990, 10, PLACE_ZERO)
+    lower.set(4990, 10, LOCATION_ZERO)
     lower.fold(upper)
     assert (lower.block_count, lower.count()) == (5000, (0, 10))
 
@@ -165,7 +165,7 @@ def test_live_slots_are_sorted_joined_and_complete(steps: list[Change]) -> None:
 
 
 @given(changes)
-def test_replace_of_all_live_slots_gathers_a_segment(steps: list[Change]) -> None:
+def test_replace_of_all_live_slots_compacts_a_segment(steps: list[Change]) -> None:
     layer, model = build([*steps, (0, 1, A, 0)])
     slots = layer.live_slots(A)
     ends = np.cumsum(slots["count"])
@@ -265,7 +265,7 @@ def test_a_map_of_many_frames_loads_again(tmp_path: Path) -> None:
 
 def test_a_run_longer_than_a_record_can_say_is_split(tmp_path: Path) -> None:
     layer = empty(1 << 33)
-    layer.set(5, (1 << 32) + 9, PLACE_ZERO)
+    layer.set(5, (1 << 32) + 9, LOCATION_ZERO)
     layer.write(str(tmp_path / "m"), map_id=MAP_ID, wipe_zero=False, size_bytes=None)
     again = LayerMap.load(str(tmp_path / "m"), map_id=MAP_ID, block_size=4096, block_count=1 << 33)
     assert again.runs().tolist() == [(5, (1 << 32) + 9, 2, 0, 0)]
@@ -307,17 +307,17 @@ def test_a_map_that_is_too_short_says_what_to_do(tmp_path: Path) -> None:
         LayerMap.load(str(tmp_path / "m"), map_id=MAP_ID, block_size=4096, block_count=1, length=4096)
 
 
-@pytest.mark.parametrize("place", [1, 3 << 32, 1 << 32 | 0xFFFFFFFF, -1, 1 << 60])
-def test_set_refuses_places_in_no_segment(place: int) -> None:
+@pytest.mark.parametrize("location", [1, 3 << 32, 1 << 32 | 0xFFFFFFFF, -1, 1 << 60])
+def test_set_refuses_locations_in_no_segment(location: int) -> None:
     layer, _ = build([(0, 9, A, 0)])
     with pytest.raises(ValueError, match="add_segment"):
-        layer.set(0, 2, place)
+        layer.set(0, 2, location)
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 1), (BLOCKS, 1), (0, BLOCKS + 1), (1, -1)])
 def test_set_refuses_blocks_outside_the_map(first: int, count: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        empty().set(first, count, PLACE_ZERO)
+        empty().set(first, count, LOCATION_ZERO)
 
 
 @pytest.mark.parametrize("block_index", [-1, BLOCKS])
@@ -349,7 +349,7 @@ def test_a_layer_has_no_more_than_65534_segments() -> None:
 
 def test_memory_follows_fragmentation() -> None:
     layer = empty(1 << 20)
-    layer.set(0, 1 << 20, PLACE_ZERO)
+    layer.set(0, 1 << 20, LOCATION_ZERO)
     whole = layer.memory_bytes()
     order = list(range(0, 1 << 20, 64))
     random.Random(1).shuffle(order)

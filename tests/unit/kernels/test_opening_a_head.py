@@ -34,13 +34,13 @@ class Head:
 
     def open(self, known: Known = (0, 0, 0)) -> DataPath:
         path = self.empty(writable=True)
-        path.open_head(map_path=self.map, map_id=self.map_id, adopted=[], own=self.own, spare=self.spare, known=known)
+        path.open_head(map_path=self.map, map_id=self.map_id, inherited=[], own=self.own, spare=self.spare, known=known)
         path.free_own_slots()
         return path
 
     def open_to_read(self, known: Known = (0, 0, 0)) -> DataPath:
         path = self.empty(writable=False)
-        path.open_head_to_read(map_path=self.map, map_id=self.map_id, adopted=[], own=self.own, known=known)
+        path.open_head_to_read(map_path=self.map, map_id=self.map_id, inherited=[], own=self.own, known=known)
         return path
 
     def write(self, frames: int) -> Known:

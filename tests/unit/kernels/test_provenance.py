@@ -1,4 +1,4 @@
-"""The map of owners against an array: which of the layers that were laid over each other each block is of."""
+"""The map of provenance against an array: which of the layers that were laid over each other each block is of."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onionskin.errors import FormatError, StateError
-from onionskin.kernels._maplog import PLACE_HOLE, PLACE_ZERO, LayerMap, OwnerMap
+from onionskin.kernels._maplog import LOCATION_HOLE, LOCATION_ZERO, LayerMap, ProvenanceMap
 
 BLOCK = 4096
 BLOCKS = 1600  # four ranges of the index
@@ -25,13 +25,13 @@ def layer_of(runs: list[Run], block_count: int = BLOCKS) -> LayerMap:
     layer = LayerMap(block_size=BLOCK, block_count=block_count)
     segment = layer.add_segment(b"s" * 16)
     for block, count, state in runs:
-        place = (PLACE_HOLE, segment << 32 | (block * 7919) % 5000, PLACE_ZERO)[state]
-        layer.set(block, min(count, block_count - block), place)
+        location = (LOCATION_HOLE, segment << 32 | (block * 7919) % 5000, LOCATION_ZERO)[state]
+        layer.set(block, min(count, block_count - block), location)
     return layer
 
 
-def whose(owners: OwnerMap) -> list[tuple[int, int, int, int]]:
-    return [(int(r["block_index"]), int(r["block_count"]), int(r["owner"]), int(r["state"])) for r in owners.runs()]
+def whose(provenance: ProvenanceMap) -> list[tuple[int, int, int, int]]:
+    return [(int(r["block_index"]), int(r["block_count"]), int(r["layer"]), int(r["state"])) for r in provenance.runs()]
 
 
 def expected(stack: list[list[Run]]) -> np.ndarray:
@@ -45,9 +45,9 @@ def expected(stack: list[list[Run]]) -> np.ndarray:
     return of_all
 
 
-def found(owners: OwnerMap) -> np.ndarray:
+def found(provenance: ProvenanceMap) -> np.ndarray:
     of_all = np.zeros((2, BLOCKS), int)
-    for block, count, owner, state in whose(owners):
+    for block, count, owner, state in whose(provenance):
         assert not of_all[:, block : block + count].any()
         of_all[:, block : block + count] = [[owner], [state]]
     return of_all
@@ -56,11 +56,11 @@ def found(owners: OwnerMap) -> np.ndarray:
 @settings(deadline=None)
 @given(layers)
 def test_each_block_is_of_the_uppermost_layer_that_has_it(stack: list[list[Run]]) -> None:
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
     for runs in stack:
-        owners.lay(layer_of(runs))
-    assert owners.laid == len(stack)
-    assert (found(owners) == expected(stack)).all()
+        provenance.lay(layer_of(runs))
+    assert provenance.laid == len(stack)
+    assert (found(provenance) == expected(stack)).all()
 
 
 @settings(deadline=None)
@@ -69,56 +69,56 @@ def test_map_files_lie_over_each_other_as_maps_do(
     tmp_path_factory: pytest.TempPathFactory, stack: list[list[Run]]
 ) -> None:
     directory = tmp_path_factory.mktemp("maps")
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
     for number, runs in enumerate(stack):
         path, map_id = directory / str(number), bytes([number]) * 16
         length, frames, crc = layer_of(runs).write(path, map_id=map_id, wipe_zero=False, size_bytes=number * BLOCK)
-        size_bytes = owners.lay_file(path, map_id=map_id, length=length, frames=frames, crc=crc)
+        size_bytes = provenance.lay_file(path, map_id=map_id, length=length, frames=frames, crc=crc)
         assert size_bytes == number * BLOCK
-    assert (found(owners) == expected(stack)).all()
+    assert (found(provenance) == expected(stack)).all()
 
 
 def test_the_runs_of_one_layer_that_touch_are_one_run_whatever_their_slots() -> None:
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
-    owners.lay(layer_of([(0, 3, 1), (3, 5, 1), (8, 2, 2), (10, 600, 1)]))
-    assert whose(owners) == [(0, 8, 1, 1), (8, 2, 1, 2), (10, 600, 1, 1)]
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance.lay(layer_of([(0, 3, 1), (3, 5, 1), (8, 2, 2), (10, 600, 1)]))
+    assert whose(provenance) == [(0, 8, 1, 1), (8, 2, 1, 2), (10, 600, 1, 1)]
 
 
 @pytest.mark.parametrize("state", [1, 2])
 def test_a_run_over_the_border_of_a_window_is_one_run(state: int) -> None:
     count = WINDOW + 4096
-    owners = OwnerMap(block_size=BLOCK, block_count=count)
-    owners.lay(layer_of([(WINDOW - 700, 1400, state), (WINDOW - 1, 1, 3 - state)], count))
-    assert whose(owners) == [
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=count)
+    provenance.lay(layer_of([(WINDOW - 700, 1400, state), (WINDOW - 1, 1, 3 - state)], count))
+    assert whose(provenance) == [
         (WINDOW - 700, 699, 1, state),
         (WINDOW - 1, 1, 1, 3 - state),
         (WINDOW, 700, 1, state),
     ]
-    owners.lay(layer_of([(WINDOW - 700, 1400, state)], count))
-    assert whose(owners) == [(WINDOW - 700, 1400, 2, state)]
+    provenance.lay(layer_of([(WINDOW - 700, 1400, state)], count))
+    assert whose(provenance) == [(WINDOW - 700, 1400, 2, state)]
 
 
 def test_more_may_be_laid_after_a_look() -> None:
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
-    owners.lay(layer_of([(0, 10, 1)]))
-    assert whose(owners) == [(0, 10, 1, 1)]
-    owners.lay(layer_of([(5, 10, 2)]))
-    assert whose(owners) == [(0, 5, 1, 1), (5, 10, 2, 2)]
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance.lay(layer_of([(0, 10, 1)]))
+    assert whose(provenance) == [(0, 10, 1, 1)]
+    provenance.lay(layer_of([(5, 10, 2)]))
+    assert whose(provenance) == [(0, 5, 1, 1), (5, 10, 2, 2)]
 
 
 def test_what_lies_behind_the_end_is_left_out() -> None:
-    owners = OwnerMap(block_size=BLOCK, block_count=8)
-    owners.lay(layer_of([(4, 100, 1), (200, 1, 1)]))
-    assert whose(owners) == [(4, 4, 1, 1)]
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=8)
+    provenance.lay(layer_of([(4, 100, 1), (200, 1, 1)]))
+    assert whose(provenance) == [(4, 4, 1, 1)]
 
 
 def test_blocks_that_a_log_gave_up_show_what_is_below(tmp_path: Path) -> None:
     path = tmp_path / "map"
     path.write_bytes(encode_log([[zero(0, 8), hole(2, 3)]], b"m" * 16))
-    alone = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
+    alone = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
     alone.lay_file(path, map_id=b"m" * 16)
     assert whose(alone) == [(0, 2, 1, 2), (5, 3, 1, 2)]
-    over = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
+    over = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
     over.lay(layer_of([(0, 20, 1)]))
     over.lay_file(path, map_id=b"m" * 16)
     assert whose(over) == [(0, 2, 2, 2), (2, 3, 1, 1), (5, 3, 2, 2), (8, 12, 1, 1)]
@@ -127,23 +127,23 @@ def test_blocks_that_a_log_gave_up_show_what_is_below(tmp_path: Path) -> None:
 def test_a_damaged_map_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "map"
     length, frames, crc = layer_of([(0, 10, 1)]).write(path, map_id=b"m" * 16, wipe_zero=False, size_bytes=None)
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
     with pytest.raises(FormatError, match="catalog says otherwise"):
-        owners.lay_file(path, map_id=b"m" * 16, length=length, frames=frames, crc=crc ^ 1)
+        provenance.lay_file(path, map_id=b"m" * 16, length=length, frames=frames, crc=crc ^ 1)
     with pytest.raises(FormatError, match="is the block map"):
-        owners.lay_file(path, map_id=b"n" * 16, length=length)
+        provenance.lay_file(path, map_id=b"n" * 16, length=length)
     data = bytearray(path.read_bytes())
     data[4096 + 70] ^= 1
     path.write_bytes(data)
     with pytest.raises(FormatError, match="damaged at byte"):
-        owners.lay_file(path, map_id=b"m" * 16, length=length)
+        provenance.lay_file(path, map_id=b"m" * 16, length=length)
 
 
 def test_a_closed_map_of_owners_raises() -> None:
-    owners = OwnerMap(block_size=BLOCK, block_count=BLOCKS)
-    owners.close()
-    owners.close()
+    provenance = ProvenanceMap(block_size=BLOCK, block_count=BLOCKS)
+    provenance.close()
+    provenance.close()
     with pytest.raises(StateError, match="closed"):
-        owners.runs()
+        provenance.runs()
     with pytest.raises(StateError, match="closed"):
-        owners.lay(layer_of([]))
+        provenance.lay(layer_of([]))

@@ -38,7 +38,7 @@ class Disk:
             with self.base.open("rb") as file:
                 self.path.set_base(file.fileno(), len(base))
         self.path.open_head(
-            map_path=self.map_file(self.map_id), map_id=self.map_id, adopted=[], own=self.own, spare=self.spare
+            map_path=self.map_file(self.map_id), map_id=self.map_id, inherited=[], own=self.own, spare=self.spare
         )
 
     def map_file(self, map_id: bytes) -> str:
@@ -82,7 +82,7 @@ class Disk:
         """Make a layer of its own in the same directories."""
         other, map_id = self.empty(), os.urandom(16)
         other.open_head(
-            map_path=self.map_file(map_id), map_id=map_id, adopted=[], own=os.urandom(16), spare=os.urandom(16)
+            map_path=self.map_file(map_id), map_id=map_id, inherited=[], own=os.urandom(16), spare=os.urandom(16)
         )
         for at, data in contents.items():
             other.write(at * BLOCK, data)
@@ -329,7 +329,7 @@ def test_a_head_without_a_block_in_it_costs_no_number(tmp_path: Path) -> None:
     disk.path.close()
 
 
-def test_a_wish_to_scrub_can_be_put_back(tmp_path: Path) -> None:
+def test_a_wish_to_reclaim_can_be_put_back(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     disk.write(0, block(b"a", 4))
     disk.seal()
@@ -338,9 +338,9 @@ def test_a_wish_to_scrub_can_be_put_back(tmp_path: Path) -> None:
     disk.path.rewrite_commit()
     disk.write(1, block(b"c"))
     disk.path.flush()
-    wanted = disk.path.scrub_wanted()
+    wanted = disk.path.reclaim_wanted()
     assert wanted == [disk.below[0][5][0][0]]
-    assert disk.path.scrub_wanted() == []
-    disk.path.want_scrub([*wanted, os.urandom(16)])
-    assert disk.path.scrub_wanted() == wanted
+    assert disk.path.reclaim_wanted() == []
+    disk.path.want_reclaim([*wanted, os.urandom(16)])
+    assert disk.path.reclaim_wanted() == wanted
     disk.path.close()

@@ -72,7 +72,7 @@ def test_a_head_goes_on_with_the_numbers_of_its_log_also_where_that_has_holes(tm
             wipe_zero=False, writable=True,
         )  # fmt: skip
         path.add_layer(**lower)
-        path.open_head(map_path=str(map_path), map_id=map_id, adopted=[], own=own, spare=b"S" * 16)
+        path.open_head(map_path=str(map_path), map_id=map_id, inherited=[], own=own, spare=b"S" * 16)
         path.free_own_slots()
         return path
 

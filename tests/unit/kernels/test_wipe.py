@@ -78,7 +78,7 @@ def test_wipe_zeros_the_ranges_and_no_other_byte(
     assert result.bytes_wiped == zeroed
     assert result.bytes_verified == (zeroed if verify else 0)
     assert result.bytes_punched == (zeroed if punch else 0)
-    assert result.bytes_unreachable == 0
+    assert result.bytes_unwipeable == 0
 
 
 def test_ranges_may_be_an_array(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_medium_holds_the_canary_after_a_punch_but_not_after_a_wipe(
     directory = request.getfixturevalue(f"{kind}_mount")(64 * MIB)
     with canary_file(directory / "file", 4 * MIB) as fd:
         result = wipe(fd, [(0, 4 * MIB)], zero=zero, punch=True)
-        assert (result.bytes_punched, result.bytes_unreachable, result.copy_on_write) == (4 * MIB, 0, False)
+        assert (result.bytes_punched, result.bytes_unwipeable, result.copy_on_write) == (4 * MIB, 0, False)
     unmount(directory)
     assert (canaries_in(image_of(directory)) == 0) is zero
 
@@ -309,7 +309,7 @@ def test_zeros_that_were_written_and_not_synced_are_written_again(kind: str, req
         assert wipe(fd, [(0, MIB)], zero=True, punch=True).bytes_wiped == 0
 
 
-def test_shared_extents_are_unreachable(xfs_mount: Mount) -> None:
+def test_shared_extents_are_unwipeable(xfs_mount: Mount) -> None:
     directory = xfs_mount()
     with canary_file(directory / "file", MIB) as fd:
         with (directory / "clone").open("wb") as clone:
@@ -317,7 +317,7 @@ def test_shared_extents_are_unreachable(xfs_mount: Mount) -> None:
         os.pwrite(fd, bytes(256 * 1024), 0)  # what is written again is not shared any more
         result = wipe(fd, [(0, 512 * 1024)], zero=True, punch=True)
         assert result.bytes_wiped == 512 * 1024
-        assert result.bytes_unreachable == 256 * 1024
+        assert result.bytes_unwipeable == 256 * 1024
         assert CANARY in (directory / "clone").read_bytes()
 
 
@@ -332,7 +332,7 @@ def test_btrfs_is_copy_on_write_unless_the_file_says_nocow(btrfs_mount: Mount, n
         result = wipe(fd, [(0, MIB)], zero=True, punch=True)
         assert result.filesystem_magic == BTRFS_MAGIC
         assert result.copy_on_write is not nocow
-        assert result.bytes_unreachable == (0 if nocow else MIB)
+        assert result.bytes_unwipeable == (0 if nocow else MIB)
 
 
 def test_a_range_may_end_where_no_file_can(ext4_mount: Mount) -> None:

@@ -22,7 +22,7 @@ Crowd = Callable[[], None]
 
 @pytest.fixture
 def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
-    """Have no segments gathered any more, as an older version did while a volume was open; called again, have them."""
+    """Have no segments compacted any more, as an older version did while a volume was open; called again, have them."""
     limits = [SEGMENTS_MAX, 10_000]
 
     def switch() -> None:
@@ -81,7 +81,7 @@ def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
             if len(names) > kept:
                 web.merge(names.pop(draw.randrange(kept)))
             assert web.read(0, len(disk)) == disk
-            # Of each layer: what makes it be gathered; and of the head its own and its spare.
+            # Of each layer: what makes it be compacted; and of the head its own and its spare.
             assert len(store._opened.catalog.rows(SegmentRow)) <= (len(names) + 1) * (6 + 2)
         store._opened.finish_work()
         assert {path.stem for path in store._opened.layout.segments.iterdir()} <= {
@@ -94,7 +94,7 @@ def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_they_read(
+def test_compacting_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_they_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str
 ) -> None:
     monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 4)
@@ -117,7 +117,7 @@ def test_gathering_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what_
         assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
-def test_a_gathering_that_fails_leaves_the_fold_done(
+def test_a_compaction_that_fails_leaves_the_fold_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> int:
@@ -132,7 +132,7 @@ def test_a_gathering_that_fails_leaves_the_fold_done(
             web.snapshot(f"s{number}")
         for number in range(4):
             web.merge(f"s{number}")
-        assert "could not be gathered" in caplog.text and "could not be joined" not in caplog.text
+        assert "could not be compacted" in caplog.text and "could not be joined" not in caplog.text
         assert len(store._opened.catalog.rows(LayerRow)) == 1
         assert web.read(0, 4 * BLOCK) == b"".join(bytes([1 + number]) * BLOCK for number in range(4))
         assert store.check() == []
@@ -140,7 +140,7 @@ def test_a_gathering_that_fails_leaves_the_fold_done(
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("step", ["_copy_slots", "load_layer"])
-def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
+def test_two_who_open_clones_and_compact_one_layer_at_once_both_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, step: str
 ) -> None:
     monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", 1000)
@@ -177,7 +177,7 @@ def test_two_who_open_clones_and_gather_one_layer_at_once_both_succeed(
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have layers gathered that have more than so many segments."""
+    """Have layers compacted that have more than so many segments."""
 
     def switch(segments: int) -> None:
         monkeypatch.setattr(compact_segments, "SEGMENTS_MAX", segments)
@@ -201,7 +201,7 @@ def read_all(volume: onionskin.Volume) -> bytes:
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-def test_what_somebody_else_gathered_of_an_open_volume_is_not_scrubbed_when_more_is_merged_into_it(
+def test_what_somebody_else_compacted_of_an_open_volume_is_not_reclaimed_when_more_is_merged_into_it(
     tmp_path: Path, few: Callable[[int], None], wipe: str
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
@@ -231,7 +231,7 @@ def test_what_somebody_else_gathered_of_an_open_volume_is_not_scrubbed_when_more
 
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
-def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the_volume_reads_it(
+def test_what_somebody_else_compacts_right_behind_the_commit_stays_as_long_as_the_volume_reads_it(
     tmp_path: Path, few: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, wipe: str
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
@@ -256,7 +256,7 @@ def test_what_somebody_else_gathers_right_behind_the_commit_stays_as_long_as_the
         layer = store._opened.catalog.rows(LayerRow, "parent IS NULL")[0]
         few(7)
         monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 5)
-        compact_segments.gather_below(web._opened, layer.id)
+        compact_segments.compact_below(web._opened, layer.id)
         other._opened.finish_work()
         store._opened.finish_work()
         open_files = {id for _, id, _, _ in web._path.segments()}
@@ -282,7 +282,7 @@ def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_go
         few(2)
         monkeypatch.setattr(OpenHead, "give_up_unread", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+            compact_segments.compact_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
         web.snapshot("later")
         assert read_all(web) == expected
         store._opened.finish_work()
@@ -302,7 +302,7 @@ def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and
         few(2)
         with monkeypatch.context() as patch:
             patch.setattr(OpenHead, "give_up_unread", fail)
-            compact_segments.gather_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
+            compact_segments.compact_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
         assert not web._path.poisoned
         web.snapshot("later")
         assert read_all(web) == expected
@@ -328,8 +328,8 @@ def test_a_pipe_in_the_place_of_a_segment_is_not_waited_for(
         few(2)
         if at_an_opening:
             web.close()
-            compact_segments.gather_chain(store._opened, layer.id)
+            compact_segments.compact_chain(store._opened, layer.id)
         else:
-            compact_segments.gather_below(web._opened, layer.id)
+            compact_segments.compact_below(web._opened, layer.id)
             web.close()
         assert store._opened.catalog.rows(LayerRow, "id = ?", layer.id) == [layer]

@@ -254,7 +254,7 @@ def test_a_device_or_directory_is_not_replaced(web: onionskin.Volume, tmp_path: 
 
 
 @pytest.mark.parametrize(("wipe", "rest"), [("zero", False), ("release", True)])
-def test_the_draft_of_an_export_that_fails_is_wiped_where_a_layer_wants_that(
+def test_the_staged_file_of_an_export_that_fails_is_wiped_where_a_layer_wants_that(
     store: onionskin.Store, tmp_path: Path, wipe: str, rest: bool
 ) -> None:
     """Also where the volume itself does not: it is a clone with another policy."""
@@ -265,8 +265,8 @@ def test_the_draft_of_an_export_that_fails_is_wiped_where_a_layer_wants_that(
     kept: list[int] = []
 
     def fail(done: int, total: int) -> None:
-        (draft,) = tmp_path.glob("*.part")
-        kept.append(os.open(draft, os.O_RDONLY))
+        (staged,) = tmp_path.glob("*.part")
+        kept.append(os.open(staged, os.O_RDONLY))
         raise KeyboardInterrupt
 
     try:

@@ -78,7 +78,7 @@ def test_a_flatten_that_fails_at_its_end_leaves_no_layer_that_nothing_reaches(
 
     before = web.read(0, web.size_bytes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flatten, "free_unneeded", fail)
+        patch.setattr(flatten, "remove_unreachable_layers", fail)
         web.flatten()
     assert web.read(0, web.size_bytes) == before
     catalog = web.store._opened.catalog

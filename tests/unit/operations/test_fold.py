@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import onionskin
-from onionskin.catalog import LayerRow, PendingRow, SegmentRow
+from onionskin.catalog import LayerRow, SegmentRow, WorkRow
 from onionskin.operations import fold, fold_policy, reclaim
 from onionskin.operations.fold_policy import grown_parts
 from onionskin.storage.block_maps import open_map
@@ -131,7 +131,7 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
 
 def assert_nothing_is_left(store: onionskin.Store) -> None:
     """No sealed segment has data in a slot that its layer's map, or the map of a layer over it, hides."""
-    assert not [row for row in store._opened.catalog.rows(PendingRow) if row.wipe == "zero"]
+    assert not [row for row in store._opened.catalog.rows(WorkRow) if row.wipe == "zero"]
     for layer in store._opened.catalog.rows(LayerRow, "sealed"):
         layer_map = open_map(store._opened, layer)
         for segment in store._opened.catalog.rows(SegmentRow, "layer = ?", layer.id):
@@ -186,24 +186,24 @@ def layers_without_name(store: onionskin.Store) -> int:
     return len(store._opened.catalog.rows(LayerRow, f"sealed AND NOT {named}"))
 
 
-def test_only_segments_that_lost_blocks_are_scrubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scrubbed: list[int] = []
+def test_only_segments_that_lost_blocks_have_slots_reclaimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reclaimed: list[int] = []
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="8M") as volume:
         for number in range(12):
             volume.write(number * BLOCK, b"x" * BLOCK)
             volume.snapshot(f"s{number}")
         volume.write(3 * BLOCK, b"y" * BLOCK)
         volume.snapshot("last")
-        add = reclaim.add_scrubs
+        add = reclaim.add_slot_work
 
         def count(store: OpenStore, ids: Iterable[bytes], wipe: str) -> None:
-            scrubbed.append(len(list(ids)))
+            reclaimed.append(len(list(ids)))
             add(store, ids, wipe)
 
-        monkeypatch.setattr(reclaim, "add_scrubs", count)
+        monkeypatch.setattr(reclaim, "add_slot_work", count)
         for number in range(12):
             volume.merge(f"s{number}")
-    assert sum(scrubbed[:12]) == 1
+    assert sum(reclaimed[:12]) == 1
 
 
 def test_a_merge_beside_many_snapshots_asks_for_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.catalog import PendingRow
+from onionskin.catalog import WorkRow
 from onionskin.operations import merge_into_base
 
 BLOCK = 4096
@@ -50,7 +50,7 @@ def test_merging_again_ends_it(web: onionskin.Volume, tmp_path: Path) -> None:
     web.merge_into_base("a")
     assert web.read(0, web.size_bytes) == before
     assert (tmp_path / "base.raw").read_bytes() == b"1" * 8 * BLOCK + b"b" * 56 * BLOCK
-    assert web.store._opened.catalog.rows(PendingRow, "kind = 'base-merge'") == []
+    assert web.store._opened.catalog.rows(WorkRow, "kind = 'base-merge'") == []
 
 
 def test_no_volume_is_made_over_a_base_that_is_half_merged(web: onionskin.Volume, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def flatten(web: onionskin.Volume) -> None:
 
 
 def compact(web: onionskin.Volume) -> None:
-    new_map.compact(web._opened.to_write())
+    new_map.compact_map(web._opened.to_write())
 
 
 @pytest.mark.parametrize("change", [snapshot, revert, flatten, compact])

@@ -29,9 +29,9 @@ def test_a_store_knows_the_names_of_its_volumes(store: onionskin.Store) -> None:
     assert 3 not in store and Path("web") not in store
 
 
-def test_a_draft_is_no_name_of_a_store(store: onionskin.Store) -> None:
-    with staged_volumes.draft(store._opened, size=BLOCK) as draft:
-        assert draft.head.row.name not in store and list(store) == [] and len(store) == 0
+def test_a_staged_volume_is_no_name_of_a_store(store: onionskin.Store) -> None:
+    with staged_volumes.stage(store._opened, size=BLOCK) as staged:
+        assert staged.head.row.name not in store and list(store) == [] and len(store) == 0
 
 
 def test_an_open_store_without_volumes_is_true_and_a_closed_one_is_not(store: onionskin.Store) -> None:

@@ -144,21 +144,23 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
         web.write(BLOCK, b"head")
         web.flush()
         before = set(store._opened.layout.layers.iterdir())
-        drafts: list[int] = []
+        staged_files: list[int] = []
 
         def fail(*_: object) -> None:
-            drafts.extend(os.open(path, os.O_RDONLY) for path in set(store._opened.layout.layers.iterdir()) - before)
+            staged_files.extend(
+                os.open(path, os.O_RDONLY) for path in set(store._opened.layout.layers.iterdir()) - before
+            )
             raise OSError("the catalog is full")
 
         with monkeypatch.context() as patch:
             patch.setattr(new_map, "switch_map", fail)
             web.merge("two")  # the name is dropped; that the layers could not be joined is left to the next opening
-        for draft in drafts:
-            size = os.fstat(draft).st_size
+        for staged in staged_files:
+            size = os.fstat(staged).st_size
             assert size > 4096
-            assert os.pread(draft, size, 0) == bytes(size)
-            os.close(draft)
-        assert len(drafts) == 1
+            assert os.pread(staged, size, 0) == bytes(size)
+            os.close(staged)
+        assert len(staged_files) == 1
         assert web.read(0, 3) == b"two"
 
 

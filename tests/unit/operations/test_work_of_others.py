@@ -1,4 +1,5 @@
-"""Pending work of one volume that fails is no other volume's matter, and a wish to scrub is over when it is written down."""
+"""Pending work of one volume that fails is no other volume's matter, and a wish to reclaim slots is over when it is
+written down."""
 
 from errno import ENOSPC
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.catalog import LayerRow, PendingRow, SegmentRow
+from onionskin.catalog import LayerRow, SegmentRow, WorkRow
 from onionskin.operations import check, reclaim
 
 SIZE = 1 << 20
@@ -26,7 +27,7 @@ def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
         store.create("good", size=SIZE, wipe="zero").close()
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         with store._opened.catalog.transaction():
-            store._opened.catalog.add_pending("scrub", segment.id, segment.lock_byte, "zero")
+            store._opened.catalog.add_work("scrub", segment.id, segment.lock_byte, "zero")
         damaged = store._opened.layout.map_file(store._opened.catalog.layer(segment.layer).map_id)
     contents = bytearray(damaged.read_bytes())
     contents[BLOCK + 40] ^= 1
@@ -56,7 +57,7 @@ def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
         web.write(0, SECRET)
         web.snapshot("a")
         web.write(2 * BLOCK, b"z" * BLOCK)
-        web.merge("a")  # the head adopts the segment
+        web.merge("a")  # the head inherits the segment
         web.flush()
         web.trim(0, BLOCK)
 
@@ -64,7 +65,7 @@ def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
             raise OSError(ENOSPC, "no space")
 
         with monkeypatch.context() as patch:
-            patch.setattr(reclaim, "scrub", full)
+            patch.setattr(reclaim, "reclaim_slots", full)
             with pytest.raises(OSError, match="no space"):
                 web.flush()
         assert with_secret()
@@ -80,8 +81,8 @@ def test_no_layer_is_named_by_work_that_is_left(tmp_path: Path) -> None:
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         layer = store._opened.catalog.layer(segment.layer)
         with store._opened.catalog.transaction():
-            store._opened.catalog.add_pending("segment", segment.id, segment.lock_byte, "zero")
-            store._opened.catalog.add_pending("map", layer.map_id, layer.map_lock_byte, "zero")
+            store._opened.catalog.add_work("segment", segment.id, segment.lock_byte, "zero")
+            store._opened.catalog.add_work("map", layer.map_id, layer.map_lock_byte, "zero")
         web.close()
         reclaim.work_soon(store._opened)
         store._opened.finish_work()
@@ -91,18 +92,19 @@ def test_no_layer_is_named_by_work_that_is_left(tmp_path: Path) -> None:
             assert view.read(0, BLOCK) == b"x" * BLOCK
 
 
-def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_since(
+def test_what_a_snapshot_holds_is_not_reclaimed_by_what_its_volume_wrote_over_it_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head that owned the segment is sealed, and the next one written, while a scrub is about to ask for live slots."""
+    """The head that owned the segment is sealed, and the next one written, while work on slots is about to ask for live
+    slots."""
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
         web.write(0, b"x" * 4 * BLOCK)
         web.snapshot("a")
-        web.merge("a")  # the head adopts the segment
+        web.merge("a")  # the head inherits the segment
         store._opened.finish_work()
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         with store._opened.catalog.transaction():
-            store._opened.catalog.add_pending("scrub", segment.id, segment.lock_byte, "release")
+            store._opened.catalog.add_work("scrub", segment.id, segment.lock_byte, "release")
         find_path = store._opened.path_of_head
 
         def find_path_and_seal(layer: bytes) -> object:
@@ -114,8 +116,8 @@ def test_what_a_snapshot_holds_is_not_scrubbed_by_what_its_volume_wrote_over_it_
             return path
 
         monkeypatch.setattr(store._opened, "path_of_head", find_path_and_seal)
-        reclaim.do_pending(store._opened)
-        reclaim.do_pending(store._opened)
+        reclaim.do_work(store._opened)
+        reclaim.do_work(store._opened)
         assert web.read(0, 4 * BLOCK) == bytes(3 * BLOCK) + b"x" * BLOCK
         with store.open("web", snapshot="b") as view:
             assert view.read(0, 4 * BLOCK) == b"x" * 4 * BLOCK
@@ -143,17 +145,17 @@ def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage
         assert [info.name for info in store.volumes()] == ["left"]
 
 
-def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
+def test_what_is_to_be_wiped_behind_slot_work_that_is_not_forgotten_yet_is_wiped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody has done the work for the map of before, and its row is still there when there is more of it."""
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE, wipe="zero") as web:
         web.write(0, SECRET)
         web.snapshot("a")
-        web.merge("a")  # the head adopts the segment
+        web.merge("a")  # the head inherits the segment
         store._opened.finish_work()
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
-        store._opened.change(lambda: reclaim.add_scrubs(store._opened, [segment.id], "release"))
+        store._opened.change(lambda: reclaim.add_slot_work(store._opened, [segment.id], "release"))
         forget = reclaim._forget
 
         def free_more_and_forget(*work: Any, **how: bool) -> None:
@@ -164,16 +166,16 @@ def test_what_is_to_be_wiped_behind_a_scrub_that_is_not_forgotten_yet_is_wiped(
         with monkeypatch.context() as patch:
             patch.setattr(reclaim, "work_soon", lambda store: None)
             patch.setattr(reclaim, "_forget", free_more_and_forget)
-            reclaim.do_pending(store._opened)
-        reclaim.do_pending(store._opened)
+            reclaim.do_work(store._opened)
+        reclaim.do_work(store._opened)
         assert not any(SECRET[:8] in path.read_bytes() for path in store._opened.layout.segments.iterdir())
 
 
-def test_a_scrub_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:
+def test_slot_work_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
         web.write(0, SECRET)
         web.snapshot("a")
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         for wipe in ("release", "zero", "release"):
-            store._opened.change(lambda: reclaim.add_scrubs(store._opened, [segment.id], wipe))  # noqa: B023
-        assert [row.wipe for row in store._opened.catalog.rows(PendingRow, "kind = 'scrub'")] == ["zero"]
+            store._opened.change(lambda: reclaim.add_slot_work(store._opened, [segment.id], wipe))  # noqa: B023
+        assert [row.wipe for row in store._opened.catalog.rows(WorkRow, "kind = 'scrub'")] == ["zero"]

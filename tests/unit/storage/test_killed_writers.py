@@ -249,7 +249,7 @@ def fold(web: onionskin.Volume) -> None:
 def compact(web: onionskin.Volume) -> None:
     from onionskin.operations import new_map
 
-    new_map.compact(web._opened.to_write())
+    new_map.compact_map(web._opened.to_write())
 
 
 def flush(web: onionskin.Volume) -> None:

@@ -104,7 +104,7 @@ def test_a_head_that_could_not_be_prepared_makes_its_files_itself(tmp_path: Path
         wipe_zero=False,
         writable=True,
     )
-    path.open_head(map_path=str(directories[1] / "own.map"), map_id=map_id, adopted=[], own=own, spare=spare)
+    path.open_head(map_path=str(directories[1] / "own.map"), map_id=map_id, inherited=[], own=own, spare=spare)
     with pytest.raises(OSError) as refused:
         path.prepare(map_path=str(tmp_path / "missing" / "next.map"), map_id=spare)
     assert refused.value.errno == errno.ENOENT

@@ -13,7 +13,7 @@ from conftest import Mount, image_of
 
 import onionskin
 from onionskin.delta import delta
-from onionskin.operations.staged_volumes import draft
+from onionskin.operations.staged_volumes import stage
 
 BLOCK = 4096
 NOBODY = 65534
@@ -62,7 +62,7 @@ WRITING: list[Callable[[onionskin.Store], object]] = [
     lambda store: store.clone("web", "a", "new"),
     lambda store: store.delete("clone"),
     lambda store: store.rename("web", "new"),
-    lambda store: draft(store._opened, "new", size=BLOCK).__enter__(),
+    lambda store: stage(store._opened, "new", size=BLOCK).__enter__(),
     lambda store: store.check(repair=True),
 ]
 
