@@ -16,9 +16,10 @@ from typing import IO
 
 import pytest
 from hypothesis import settings
+from support.examples import examples
 
 # A machine that is busy fails no test.
-settings.register_profile("no deadline", deadline=None)
+settings.register_profile("no deadline", deadline=None, max_examples=examples(100))
 settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+from _pytest.mark.structures import ParameterSet
 from docs.blocks import PAGES, ROOT, Block, blocks_of
 from docs.session import run_session, steps_of
 
@@ -28,6 +29,7 @@ RUN = {"python", "console", "sh"}
 PARSED = {"ini", "json", "text", "xml"}
 DIRECTIVES = {"{eval-rst}", "{include} ../README.md", "{toctree}"}
 RECORDED = ROOT / "docs" / "session.md"
+SLOW_PAGES = {"backup"}  # it moves whole images about
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 # The two lines of README.md that make an environment: `.ci/run` runs the one, and a test here the program of the other.
@@ -58,7 +60,11 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs_here, blocks_of(page)))], ids=lambda p: p.stem)
+def page_to_run(page: Path) -> ParameterSet:
+    return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW_PAGES else [])
+
+
+@pytest.mark.parametrize("page", [page_to_run(page) for page in PAGES if any(map(runs_here, blocks_of(page)))])
 def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, debian: Path) -> None:
     directory, programs = tmp_path / page.stem, tmp_path / "programs"
     directory.mkdir()

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_an_array_larger_than_memory_is_worked_on_in_less_memory(tmp_path: Path) -> None:
     def limit() -> None:
         # All anonymous memory, also what is never touched: an index takes 256 MiB of addresses.

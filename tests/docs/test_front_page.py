@@ -48,6 +48,7 @@ def test_a_picture_of_the_front_page_is_small_and_fits_a_telephone(picture: str)
     assert f'width="{draw_front_page.WIDTH}"' in drawn and draw_front_page.WIDTH <= 360
 
 
+@pytest.mark.slow
 def test_the_recorded_session_is_what_the_tutorial_prints_now(tmp_path: Path) -> None:
     made = record_session.record(record_session.TUTORIAL.read_text(), tmp_path)
     kept = (ROOT / "docs/session.md").read_text()

@@ -1,6 +1,5 @@
 """Drives a store and a plain model through every operation, and compares all that can be read."""
 
-import os
 import random
 import shutil
 import tempfile
@@ -11,11 +10,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from model.disk_model import StoreModel, VolumeModel
+from support.examples import examples
 
 import onionskin
 
 # Hypothesis takes the exception of pytest-timeout's signal for one of the example, and goes on: so end the process.
-EXAMPLES = int(os.environ.get("ONIONSKIN_EXAMPLES", "30"))
+EXAMPLES = examples(30)
 pytestmark = pytest.mark.timeout(300 + 10 * EXAMPLES, method="thread")
 
 BLOCK = 4096

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin import delta
 from onionskin.catalog import LayerRow
@@ -142,7 +143,7 @@ def change(web: Volume, what: str, at: int, length: int) -> None:
         getattr(web, what)(at, length)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(before=changes, after=changes)
 def test_whatever_was_done_the_receiver_reads_the_same(
     tmp_path_factory: pytest.TempPathFactory,
@@ -324,7 +325,7 @@ base_changes = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, SIZE), after=base_changes)
 def test_a_receiver_on_the_same_base_reads_the_same_whatever_was_zeroed_cut_or_grown(
     tmp_path_factory: pytest.TempPathFactory, size: int, after: list[tuple[str, int, int]]

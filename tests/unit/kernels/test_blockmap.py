@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin.base import dtypes
 from onionskin.errors import StateError
@@ -104,7 +105,7 @@ def maps(draw: st.DrawFn) -> tuple[int, int, list[Change]]:
 
 
 @given(maps())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) -> None:
     block_map, locations = map_of(*made)
     assert_same(block_map, locations)
@@ -113,7 +114,7 @@ def test_lookups_and_runs_say_what_was_set(made: tuple[int, int, list[Change]]) 
 
 
 @given(maps(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_many_changes_at_once_are_the_changes_one_by_one(
     made: tuple[int, int, list[Change]], data: st.DataObject
 ) -> None:
@@ -233,7 +234,7 @@ def test_resize_keeps_what_is_left_and_adds_holes(made: tuple[int, int, list[Cha
 
 
 @given(st.permutations(range(RANGE_BLOCKS)), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_a_range_filled_in_any_order_ends_as_one_root_entry(order: list[int], trimmed: bool) -> None:
     block_map = BlockMap(4 * RANGE_BLOCKS)
     block_map.set(0, 1, ZERO)

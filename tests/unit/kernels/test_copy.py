@@ -14,6 +14,7 @@ import pytest
 from conftest import Mount
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob, CopyResult
 
@@ -63,7 +64,7 @@ def extents_in(draw: st.DrawFn, source_size: int) -> list[tuple[int, int, int, i
     return draw(st.permutations(extents))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     extents=extents_in(100_000),
     threads=st.integers(1, 3),

@@ -8,6 +8,7 @@ import pytest
 from format import reference_encoder as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin.base import dtypes
 from onionskin.errors import FormatError, StateError
@@ -220,7 +221,7 @@ def test_replace_refuses_an_unknown_segment_and_the_same_one() -> None:
         layer.replace(A, slots, A, [0])
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(changes, st.booleans())
 def test_a_written_map_loads_again(tmp_path_factory: pytest.TempPathFactory, steps: list[Change], wipe: bool) -> None:
     layer, model = build(steps)

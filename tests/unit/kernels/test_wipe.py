@@ -18,6 +18,7 @@ import pytest
 from conftest import Mount, image_of, unmount
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin.errors import VerifyError
 from onionskin.kernels._wipe import WipeCancelled, WipeJob, wipe
@@ -57,7 +58,7 @@ def canaries_in(image: Path) -> int:
 ranges_of_bytes = st.lists(st.tuples(st.integers(0, 60_000), st.integers(0, 60_000)), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(gaps_and_lengths=ranges_of_bytes, verify=st.booleans(), punch=st.booleans(), threads=st.integers(1, 3))
 def test_wipe_zeros_the_ranges_and_no_other_byte(
     gaps_and_lengths: list[tuple[int, int]], verify: bool, punch: bool, threads: int

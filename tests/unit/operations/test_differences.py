@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 import onionskin
 from onionskin import delta
@@ -167,7 +168,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.booleans(), st.integers(0, 999), st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_what_is_not_said_to_differ_reads_the_same_and_a_stream_leads_there(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int, int]], same: bool, a: int, b: int
 ) -> None:

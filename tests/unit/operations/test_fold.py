@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 import onionskin
 from onionskin.catalog import LayerRow, SegmentRow, WorkRow
@@ -97,7 +98,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(STEPS, st.randoms(use_true_random=False), st.sampled_from(["release", "zero"]), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
     room: Path, steps: list[tuple[int, int, str]], order: random.Random, wipe: str, small: bool
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 import onionskin
 from onionskin.errors import ChainError, FormatError, StateError
@@ -151,7 +152,7 @@ def step(volume: onionskin.Volume, model: VolumeModel, verb: str, argument: obje
     getattr(model, verb)(name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.booleans(), STEPS)
 def test_every_block_is_of_the_layer_that_the_model_says(
     tmp_path_factory: pytest.TempPathFactory, over_base: bool, steps: list[tuple[str, object]]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 import onionskin
 from onionskin.base.limits import HEADER_BYTES
@@ -160,7 +161,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_usage_says_what_walking_the_tree_for_each_snapshot_says(room: Path, steps: list[tuple[str, int, int]]) -> None:
     with store_of(room, steps) as (store, _):
         for volume in store.volumes():
@@ -168,7 +169,7 @@ def test_usage_says_what_walking_the_tree_for_each_snapshot_says(room: Path, ste
 
 
 @given(STEPS, st.integers(0, 99), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_diff_is_what_the_layers_of_only_one_side_touch(
     room: Path, steps: list[tuple[str, int, int]], a: int, b: int
 ) -> None:
@@ -190,7 +191,7 @@ def test_a_diff_is_what_the_layers_of_only_one_side_touch(
 
 
 @given(STEPS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_all_volumes_together_are_what_each_is_by_itself(room: Path, steps: list[tuple[str, int, int]]) -> None:
     with store_of(room, steps) as (store, volume):
         infos = store.volumes()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.operations.layering import LAYER_EXTENT_DTYPE, ChainMember, Layering
@@ -53,7 +54,7 @@ def shown(layering: Layering, first: int, last: int) -> tuple[int, int, float]:
     return best, depth, counts[best, depth] / (last - first)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(PARTS, st.integers(1, 9), st.integers(1, 4))
 def test_a_cell_shows_what_has_most_of_its_data(parts: list[tuple[int, int, int]], columns: int, rows: int) -> None:
     layering = layering_of(parts, 3)

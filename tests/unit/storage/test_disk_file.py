@@ -21,6 +21,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.examples import examples
 
 import onionskin
 
@@ -154,7 +155,9 @@ class BufferedMachine(RawMachine):
 
 TestRawFile = RawMachine.TestCase
 TestBufferedFile = BufferedMachine.TestCase
-TestRawFile.settings = TestBufferedFile.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestRawFile.settings = TestBufferedFile.settings = settings(
+    max_examples=examples(40), stateful_step_count=30, deadline=None
+)
 
 
 @pytest.fixture
