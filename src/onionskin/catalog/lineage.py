@@ -23,7 +23,8 @@ class Lineage(Connection):
 
     def has_forks(self, volume: bytes) -> bool:
         """Whether a volume is there that was cloned or forked from one."""
-        return self.has(LineageRow, "parent = ? AND dropped_ns IS NULL", volume)
+        # Of one that an older onionskin dropped, which was open when the catalog was upgraded, `dropped_ns` says nothing.
+        return self.has(VolumeRow, "id IN (SELECT volume FROM lineage WHERE parent = ?)", volume)
 
     def end_lineage(self, volume: bytes, dropped_ns: int) -> None:
         """Note that a volume is gone, and forget it and all above it that nothing comes from. Inside a transaction."""

@@ -25,7 +25,7 @@ from onionskin.catalog.rows import (
 )
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _NUMBER_MAX = (1 << 62) - 1
 
 # By layer, as a snapshot's name may change. The reference keeps a name that is held also from code that does not ask.
@@ -100,8 +100,11 @@ def _number_snapshots(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX pending_kind ON pending (kind)")
 
 
-def _add_holds_and_forks(connection: sqlite3.Connection) -> None:
+def _add_holds(connection: sqlite3.Connection) -> None:
     connection.execute(_HOLDS)
+
+
+def _add_forks(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE volumes ADD COLUMN expires_ns INTEGER")
     for statement in _FORKS:
         connection.execute(statement)
@@ -142,7 +145,8 @@ def _origin(named: tuple[bytes, str, bytes] | None, volume: bytes) -> tuple[byte
 UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _add_done_bytes,
     2: _number_snapshots,
-    3: _add_holds_and_forks,
+    3: _add_holds,
+    4: _add_forks,
 }
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from support.older_stores import make_older
 
 import onionskin
 from onionskin import images
@@ -276,7 +277,7 @@ def rounds(store: onionskin.Store, count: int, *, write: bool) -> None:
             (name,) = store.fork("web")
             store.delete(name)
         after = rows(store)
-        # The head adopts what it is folded with: segments without a block go together, once so many are open.
+        # The head inherits what it is folded with: segments without a block go together, once so many are open.
         assert after | {"segments": 0} == before | {"segments": 0} and after["segments"] <= SEGMENTS_OPEN + 8
         assert files(store) <= count_before + SEGMENTS_OPEN + 8
     assert store.check() == []
@@ -403,14 +404,7 @@ def test_an_older_store_learns_where_its_clones_come_from(store: onionskin.Store
     with store.open("a") as a:
         a.snapshot("done")
     store.close()
-    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
-        for table in ("holds", "labels", "lineage", "fork_calls"):
-            catalog.execute(f"DROP TABLE {table}")
-        for index in ("volumes_expires", "volumes_numbers"):
-            catalog.execute(f"DROP INDEX {index}")
-        catalog.execute("ALTER TABLE volumes DROP COLUMN expires_ns")
-        catalog.execute("PRAGMA user_version = 3")
-        catalog.commit()
+    make_older(store.path, 3)
     with onionskin.Store(store.path) as again:
         assert [(one.name, one.snapshot) for one in again.lineage("a")] == [("web", "clean")]
         assert again.forks_of("web@clean") == ["a"] and again.info("a").expires is None and again.check() == []
