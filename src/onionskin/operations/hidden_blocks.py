@@ -4,8 +4,10 @@ A fold frees what a layer's only child hides. Where several stand on a layer, as
 nothing and what stands on that does, there is nothing to fold.
 
 What must hold: no block is given up that a name or a head reads, or a layer that is being sealed for somebody to read;
-what hides it is durable. Nobody can come to stand on a layer without a name, so what is hidden stays so: only what stood on
-it between a reading of the tree and the commit is looked at twice.
+what hides it is durable. A fork of a disk with an empty head comes to stand on a layer without a name (forks.py), and hides
+nothing. So what stands on the layer is read again inside the transaction that gives blocks up, which puts it off where
+somebody has come; and the fork compares, inside its own transaction, what its disk stood on when its head was found empty.
+Whichever commits first, the other one sees it. Nothing comes between two layers: what a layer hides of those below stays so.
 """
 
 import logging

@@ -1,19 +1,25 @@
 """Forks: many volumes from one state, made in one transaction, and dropped again."""
 
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.older_stores import make_older
 
 import onionskin
 from onionskin import images
-from onionskin.operations import forks
+from onionskin.catalog import LayerRow
+from onionskin.catalog.tree import unnamed_of
+from onionskin.operations import forks, hidden_blocks
 from onionskin.operations.fold import SEGMENTS_OPEN
+from onionskin.operations.hidden_blocks import free_hidden
+from onionskin.operations.new_map import compact_map
 
 BLOCK = 4096
 
@@ -262,6 +268,87 @@ def test_what_hides_a_block_between_the_look_and_the_fork_is_noticed(
         (name,) = store.fork("web")
         assert rows(store)["layers"] >= before + 2 and len(seen) == 2
     assert first_byte(store, name) == b"b" and store.check() == []
+
+
+@pytest.fixture
+def wiped(tmp_path: Path) -> Iterator[tuple[onionskin.Store, onionskin.Volume, onionskin.Volume]]:
+    """A disk of policy `zero` with an empty head, and its fork, which hides the block that the layer under both has."""
+    with onionskin.Store(tmp_path / "wiped") as store, store.create("web", size=64 * BLOCK, wipe="zero") as web:
+        web.write(0, b"b" * BLOCK)
+        (name,) = store.fork("web", names=["over"])
+        with store.open(name) as over:
+            over.write(0, b"o" * BLOCK)
+            over.flush()
+            yield store, web, over
+
+
+def free_below(over: onionskin.Volume) -> None:
+    """Give up what all that stands on the layer below a fork hides of it."""
+    head = over._opened.to_write()
+    free_hidden(head, unnamed_of(head.store.catalog, over._opened.row.id))
+
+
+def write_durably(web: onionskin.Volume) -> None:
+    """Write a block, and have it in the row of the head that there is something, without which it counts for empty."""
+    web.write(0, b"c" * BLOCK)
+    compact_map(web._opened.to_write())
+
+
+def when_found_empty(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
+    """Have something happen just after the head that is forked was found empty."""
+    real, seen = forks._below, []
+
+    def found(*arguments: Any) -> list[LayerRow]:
+        layers = real(*arguments)
+        seen.append(1)
+        if len(seen) == 1:
+            then()
+        return layers
+
+    monkeypatch.setattr(forks, "_below", found)
+
+
+def test_a_block_that_was_given_up_since_the_head_was_found_empty_is_not_missing_in_the_fork(
+    wiped: tuple[onionskin.Store, onionskin.Volume, onionskin.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, web, over = wiped
+
+    def hide() -> None:
+        write_durably(web)
+        free_below(over)
+
+    when_found_empty(monkeypatch, hide)
+    assert [first_byte(store, name) for name in store.fork("web")] == [b"c"]
+    assert (web[:1], over[:1]) == (b"c", b"o") and not [one for one in store.check() if one.severity == "error"]
+
+
+def test_a_block_that_a_fork_has_come_to_read_is_not_given_up(
+    wiped: tuple[onionskin.Store, onionskin.Volume, onionskin.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was hidden by all when the maps were read, and the fork committed before what was found was."""
+    store, web, over = wiped
+    found, forked = threading.Event(), threading.Event()
+    write_map = hidden_blocks.write_map
+
+    def wait(*arguments: Any) -> tuple[int, int, int]:
+        found.set()
+        assert forked.wait(60)
+        return write_map(*arguments)
+
+    monkeypatch.setattr(hidden_blocks, "write_map", wait)
+    giving_up = threading.Thread(target=free_below, args=(over,))
+
+    def hide() -> None:
+        write_durably(web)
+        giving_up.start()
+        assert found.wait(60)
+
+    when_found_empty(monkeypatch, hide)
+    names = store.fork("web")
+    forked.set()
+    giving_up.join()
+    assert [first_byte(store, name) for name in names] == [b"b"]
+    assert (web[:1], over[:1]) == (b"c", b"o") and not [one for one in store.check() if one.severity == "error"]
 
 
 def rounds(store: onionskin.Store, count: int, *, write: bool) -> None:
