@@ -367,6 +367,25 @@ class Connection:
             ).fetchone()
         return int(count)
 
+    def values_found(self, kind: type, column: str, wanted: Iterable[bytes]) -> set[bytes]:
+        """Return which of these values a column has, in whatever rows; the rows may be unsound. There is an index on it."""
+        of = list(wanted)
+        found: set[bytes] = set()
+        for first in range(0, len(of), _VALUES_MAX):
+            part = of[first : first + _VALUES_MAX]
+            # One step in the index for each value: a layer may have a hundred thousand children.
+            text = (
+                f"WITH wanted(value) AS (VALUES {', '.join(['(?)'] * len(part))}) "
+                f"SELECT value FROM wanted WHERE EXISTS (SELECT 1 FROM {TABLES[kind]} WHERE {column} = value)"
+            )
+            with self._guard, self._errors():
+                found.update(value for (value,) in self._connection.execute(text, part))
+        return found
+
+    def delete_all(self, kind: type, column: str, wanted: Iterable[bytes]) -> None:
+        """Remove the rows whose column has one of these values. Inside a transaction."""
+        self._connection.executemany(f"DELETE FROM {TABLES[kind]} WHERE {column} = ?", [(value,) for value in wanted])
+
     def delete(self, kind: type, condition: str, *values: Any) -> None:
         """Remove rows. Inside a transaction."""
         self._execute(f"DELETE FROM {TABLES[kind]} WHERE {condition}", *values)

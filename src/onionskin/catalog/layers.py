@@ -63,6 +63,10 @@ class Layers(Connection):
         """Whether a layer has this map; the layer's row may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
+    def remove_layers(self, ids: Iterable[bytes]) -> None:
+        """Remove the rows of layers, which have no segment any more, and on which none stands. Inside a transaction."""
+        self.delete_all(LayerRow, "id", ids)
+
     def remove_layer(self, id: bytes) -> None:
         """Remove the row of a layer, which has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)
@@ -103,12 +107,13 @@ class Layers(Connection):
         found = self.values(LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)")
         return {id: (parent, base) for id, parent, base in found}
 
-    def is_needed(self, layer: bytes) -> bool:
-        """Whether a layer has a name, is a head, or has a child."""
+    def needed_layers(self, layers: Iterable[bytes]) -> set[bytes]:
+        """Return those of these layers that have a name, are a head, or have a child; the rows may be unsound."""
+        asked = list(layers)
         return (
-            self.has(LayerRow, "parent = ?", layer)
-            or self.has(SnapshotRow, "layer = ?", layer)
-            or self.has(VolumeRow, "head = ?", layer)
+            self.values_found(LayerRow, "parent", asked)
+            | self.values_found(SnapshotRow, "layer", asked)
+            | self.values_found(VolumeRow, "head", asked)
         )
 
     # ---- what a layer stands on ----

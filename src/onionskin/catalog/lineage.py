@@ -1,5 +1,7 @@
 """What is asked of the catalog about where volumes come from, and about the forks that were asked for under a key."""
 
+from collections.abc import Iterable
+
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import ForkCallRow, LineageRow, VolumeRow
 
@@ -26,16 +28,18 @@ class Lineage(Connection):
         # Of one that an older onionskin dropped, which was open when the catalog was upgraded, `dropped_ns` says nothing.
         return self.has(VolumeRow, "id IN (SELECT volume FROM lineage WHERE parent = ?)", volume)
 
-    def end_lineage(self, volume: bytes, dropped_ns: int) -> None:
-        """Note that a volume is gone, and forget it and all above it that nothing comes from. Inside a transaction."""
-        self._execute("UPDATE lineage SET dropped_ns = ? WHERE volume = ?", dropped_ns, volume)
-        at: bytes | None = volume
-        while at is not None:
-            row = self.lineage_of(at)
-            if row is None or row.dropped_ns is None or self.has(LineageRow, "parent = ?", at):
-                return
-            self.delete(LineageRow, "volume = ?", at)
-            at = row.parent
+    def end_lineage(self, volumes: Iterable[bytes], dropped_ns: int) -> None:
+        """Note that volumes are gone, and forget them and all above them that nothing comes from. Inside a transaction."""
+        at = set(volumes)
+        self._connection.executemany(
+            "UPDATE lineage SET dropped_ns = ? WHERE volume = ?", [(dropped_ns, volume) for volume in at]
+        )
+        while at:
+            gone = self.rows_in(LineageRow, "volume", at, "dropped_ns IS NOT NULL")
+            parents = self.values_found(LineageRow, "parent", [row.volume for row in gone])
+            gone = [row for row in gone if row.volume not in parents]
+            self.delete_all(LineageRow, "volume", [row.volume for row in gone])
+            at = {row.parent for row in gone if row.parent is not None}
 
     def fork_call(self, key: str) -> ForkCallRow | None:
         """Return what was forked under a key, or None."""

@@ -40,10 +40,6 @@ class Volumes(Connection):
         """Return a volume by id, or None if it is gone."""
         return self.row(VolumeRow, "id = ?", id)
 
-    def has_volume_with_id(self, id: bytes) -> bool:
-        """Whether there is a volume with this id; its row may be unsound."""
-        return self.has(VolumeRow, "id = ?", id)
-
     def volumes(self) -> list[VolumeRow]:
         """Return all volumes, in no order: of many, that takes half the time of `volumes_by_name`."""
         return self.rows(VolumeRow)
@@ -141,9 +137,17 @@ class Volumes(Connection):
             return self.rows_in(VolumeRow, "head", layers)
         return self.rows_in(VolumeRow, "head", layers, "id != ?", besides)
 
-    def remove_volume(self, id: bytes) -> None:
-        """Remove the row of a volume, whose snapshots have none any more. Inside a transaction."""
-        self.delete(VolumeRow, "id = ?", id)
+    def which_are_volumes(self, ids: Iterable[bytes]) -> set[bytes]:
+        """Return those of these ids that a volume has; its row may be unsound."""
+        return self.values_found(VolumeRow, "id", ids)
+
+    def volumes_with_ids(self, ids: Iterable[bytes]) -> list[VolumeRow]:
+        """Return those of these volumes that exist, in no order."""
+        return self.rows_in(VolumeRow, "id", ids)
+
+    def remove_volumes(self, ids: Iterable[bytes]) -> None:
+        """Remove the rows of volumes, whose snapshots have none any more. Inside a transaction."""
+        self.delete_all(VolumeRow, "id", ids)
 
 
 def _as_glob(text: str) -> str:

@@ -25,6 +25,14 @@ class Work(Connection):
         assert cursor.lastrowid is not None
         return WorkRow(cursor.lastrowid, kind, target, lock_byte, wipe)
 
+    def add_all_work(self, rows: Iterable[tuple[str, bytes, int, str]]) -> None:
+        """Note work: (kind, target, lock byte, wipe) of each. Inside a transaction."""
+        columns = ("kind", "target", "lock_byte", "wipe")
+        noted = list(rows)
+        for row in noted:
+            check_values(WorkRow, zip(columns, row, strict=True))
+        self._connection.executemany(f"INSERT INTO pending ({', '.join(columns)}) VALUES (?, ?, ?, ?)", noted)
+
     def work_with_id(self, id: int) -> WorkRow | None:
         """Return work by id, or None if it was done, or is not to be done any more."""
         return self.row(WorkRow, "id = ?", id)
@@ -60,9 +68,11 @@ class Work(Connection):
         """Return the merge into the base up to this layer that was begun and not ended, or None."""
         return self.row(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
-    def remove_base_merge_of(self, layer: bytes) -> None:
-        """Forget the merge into the base up to this layer, if one was begun. Inside a transaction."""
-        self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
+    def remove_base_merge_of(self, *layers: bytes) -> None:
+        """Forget the merges into the base up to these layers, where one was begun. Inside a transaction."""
+        if self.has(WorkRow, "kind = 'base-merge'"):  # there seldom is one
+            for layer in layers:
+                self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
     # ---- what is to be reclaimed ----
 

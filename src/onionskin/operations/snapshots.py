@@ -126,8 +126,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
             holds.refuse_held(catalog, named)
             for id in named:
                 catalog.remove_snapshot_of_layer(id)
-            for id in named:
-                remove_unreachable_layers(catalog, id)
+            remove_unreachable_layers(catalog, named)
 
         above = descendants(catalog, layer)
         refuse_discard(catalog, volume.row, name, above, recursive)
@@ -180,7 +179,7 @@ def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
             _refuse_renamed(volume, name, row.layer)
             holds.refuse_held(catalog, [row.layer])
             catalog.remove_snapshot(volume.row.id, name)
-            remove_unreachable_layers(catalog, row.layer)
+            remove_unreachable_layers(catalog, [row.layer])
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)

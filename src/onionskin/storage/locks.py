@@ -21,7 +21,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
@@ -158,6 +158,15 @@ class ByteLocks:
         with self._guard:
             if number in self._exclusive:
                 _set_lock(self._open_descriptor(), fcntl.F_RDLCK, number, 1)
+
+    def take_exclusive(self, numbers: Iterable[int]) -> int | None:
+        """Hold bytes alone until `close`, without waiting; returns the first of them that somebody else has, or None."""
+        with self._guard:
+            for number in sorted(set(numbers)):
+                if not _set_lock(self._open_descriptor(), fcntl.F_WRLCK, number, 1):
+                    return number
+                self._exclusive.add(number)
+        return None
 
     @contextmanager
     def exclusive(self, number: int) -> Iterator[bool]:
@@ -339,14 +348,16 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
     """
     locks = ByteLocks(layout.lock)
     try:
-        with ExitStack() as stack:
-            for id in sorted(volumes):
-                path = layout.volume_lock(id)
-                if not stack.enter_context(locks.exclusive(_writer_byte(id))):
-                    _refuse_taken(locks._open_descriptor(), path, id, volumes[id])
-                if volume_holder(path):
-                    _refuse_held(path, volumes[id])
-            yield
+        of = {_writer_byte(id): id for id in volumes}
+        taken = locks.take_exclusive(of)
+        if taken is not None:
+            id = of[taken]
+            _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
+        for id, name in volumes.items():
+            path = layout.volume_lock(id)
+            if volume_holder(path):
+                _refuse_held(path, name)
+        yield
     finally:
         locks.close()
 

@@ -16,7 +16,7 @@ import onionskin
 from onionskin import images
 from onionskin.catalog import LayerRow
 from onionskin.catalog.tree import unnamed_of
-from onionskin.operations import forks, hidden_blocks
+from onionskin.operations import forks, hidden_blocks, volumes
 from onionskin.operations.fold import SEGMENTS_OPEN
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.new_map import compact_map
@@ -428,6 +428,48 @@ def test_deleting_says_how_much_goes(store: onionskin.Store) -> None:
     assert store.delete(name) >= 16 * BLOCK
     with pytest.raises(TypeError):
         store.delete()
+
+
+def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted:
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("execute", "executemany"):
+                calls.append(name)
+            return getattr(self._connection, name)
+
+    calls: list[str] = []
+    few, many = store.fork("web@clean", count=2), store.fork("web@clean", count=200, labels={"a": "b"})
+    files(store)
+    catalog, counts = store._opened.catalog, []
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_connection", Counted(catalog._connection))
+        for names in (few, many):
+            calls.clear()
+            volumes.delete(store._opened, names, recursive=False)
+            counts.append(len(calls))
+    assert counts[0] == counts[1]
+    store._opened.wake()
+    assert list(store) == ["web"] and files(store) and store.check() == []
+
+
+def test_what_stands_on_each_other_goes_together_and_what_it_stood_on_is_said(store: onionskin.Store) -> None:
+    (low,) = store.fork("web@clean", names=["low"])
+    with store.open(low) as disk:
+        disk.write(0, b"l")
+        store.fork("low", names=["mid"])
+    with store.open("mid") as disk:
+        disk.write(0, b"m")
+        store.fork("mid", names=["top", "other"])
+    before = rows(store)["layers"]
+    (clean,) = store._opened.catalog.snapshots()
+    assert volumes.delete(store._opened, ["low", "other", "mid", "top"], recursive=True)[1] == [clean.layer]
+    store._opened.wake()
+    assert rows(store)["layers"] == before - 6 and files(store) and store.check() == []
 
 
 def test_with_policy_zero_what_only_the_cut_kept_is_wiped_with_its_last_fork(tmp_path: Path) -> None:
