@@ -25,6 +25,7 @@ from onionskin.base.durations import parse_duration
 from onionskin.base.limits import HEADER_BYTES, NAME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_id
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
 from onionskin.errors import OnionskinError, StateError, VolumeExistsError
 from onionskin.operations import lineage
@@ -122,7 +123,7 @@ def check_wanted(
         checked,
         _check_count(1 if count is None else count) if checked is None else len(checked),
         parse_pattern(DEFAULT_PATTERN if pattern is None else pattern, volume),
-        None if key is None else check_name("key", key),
+        None if key is None else _check_key(key),
         None if lifetime is None else parse_duration(lifetime),
         check_labels(labels or {}),
         wipe,
@@ -139,6 +140,16 @@ def _check_names(names: Sequence[str], count: int | None, pattern: str | None) -
         raise ValueError("a name is given twice, and each fork has its own")
     _check_count(len(found))
     return found
+
+
+def _check_key(key: str) -> str:
+    """Return a key that a call may have: a text of the caller's own, such as the address of a task."""
+    if not isinstance(key, str):
+        raise TypeError(f"a key is a text, not {key!r}")
+    key = str(key)
+    if not key or not key.isprintable() or len(key.encode(errors="replace")) > NAME_BYTES_MAX:
+        raise ValueError(f"{key!r} cannot be a key: it has 1 to {NAME_BYTES_MAX} bytes that print on a line")
+    return key
 
 
 def _check_count(count: int) -> int:
@@ -357,7 +368,17 @@ def made_before(store: OpenStore, wanted: Wanted) -> list[str] | None:
         return None
     if found.digest != wanted.digest():
         raise StateError(f"the key {wanted.key!r} was used for another fork within a day; give each fork its own key")
-    return [str(name) for name in json.loads(found.names)]
+    return _names_in(store, found)
+
+
+def _names_in(store: OpenStore, call: ForkCallRow) -> list[str]:
+    try:
+        names = json.loads(call.names)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged(store.catalog.path, f"what was forked under the key {call.key!r} is no list of names")
+    return names
 
 
 def _insert(

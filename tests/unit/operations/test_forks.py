@@ -162,6 +162,25 @@ def test_a_key_is_free_again_behind_a_day(store: onionskin.Store) -> None:
     assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
 
 
+def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None:
+    store.fork("web@clean", idempotency_key="https://ci/run/7@2 again")
+    for wrong in ("", "two\nlines", "x" * 300, "\ud800"):
+        with pytest.raises(ValueError, match="key"):
+            store.fork("web@clean", idempotency_key=wrong)
+    with pytest.raises(TypeError, match="key"):
+        store.fork("web@clean", idempotency_key=7)
+
+
+@pytest.mark.parametrize("names", ["nothing", "7", '["a", 7]', "{}"])
+def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, names: str) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        catalog.execute("UPDATE fork_calls SET names = ?", (names,))
+        catalog.commit()
+    with pytest.raises(onionskin.FormatError, match="key 'k'"):
+        store.fork("web@clean", idempotency_key="k")
+
+
 def test_a_cut_under_a_key_is_done_once(store: onionskin.Store) -> None:
     with store.open("web") as web:
         web.write(0, b"b")
