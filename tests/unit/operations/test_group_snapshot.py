@@ -143,48 +143,54 @@ def test_nothing_is_done_for_no_volume(store: onionskin.Store) -> None:
     assert store.snapshot_group({}) == {}
 
 
-def fail_in_begin(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    fail_before(monkeypatch, "begin", name)
+Fail = Callable[[pytest.MonkeyPatch, str, BaseException], None]
 
 
-def fail_in_sync(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    fail_before(monkeypatch, "sync", name)
+def fail_in_begin(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    fail_before(monkeypatch, "begin", name, error)
 
 
-def fail_before(monkeypatch: pytest.MonkeyPatch, step: str, name: str) -> None:
+def fail_in_sync(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    fail_before(monkeypatch, "sync", name, error)
+
+
+def fail_before(monkeypatch: pytest.MonkeyPatch, step: str, name: str, error: BaseException) -> None:
     real: Callable[[Sealing], None] = getattr(Sealing, step)
 
     def fail(sealing: Sealing) -> None:
         if sealing.volume.row.name == name:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         real(sealing)
 
     monkeypatch.setattr(Sealing, step, fail)
 
 
-def fail_in_cut(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def fail_in_cut(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
     def fail(paths: object, names: object) -> None:
-        raise OSError(errno.ENOMEM, name)
+        raise error
 
     monkeypatch.setattr(seal, "cut_heads", fail)
 
 
-def fail_in_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def fail_in_rows(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
     def fail(self: Catalog, *row: object) -> None:
-        raise OSError(errno.EIO, name)
+        raise error
 
     monkeypatch.setattr(Catalog, "take_lock_bytes", fail)
 
 
 @pytest.mark.parametrize("failed", ["web", "db"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
 @pytest.mark.parametrize("fail", [fail_in_begin, fail_in_cut, fail_in_sync, fail_in_rows])
 def test_all_volumes_go_on_where_a_step_fails_for_one(
-    store: onionskin.Store, make: Make, fail: Callable[[pytest.MonkeyPatch, str], None], failed: str
+    store: onionskin.Store, make: Make, fail: Fail, error: BaseException, failed: str
 ) -> None:
     volumes = make("web", "db", "log")
     with pytest.MonkeyPatch.context() as patch:
-        fail(patch, failed)
-        with pytest.raises(OSError, match=failed):
+        fail(patch, failed, error)
+        with pytest.raises(type(error)):
             store.snapshot_group(dict.fromkeys(("web", "db", "log"), "s"))
     for volume in volumes:
         assert volume.snapshots == []
@@ -199,6 +205,15 @@ def test_all_volumes_go_on_where_a_step_fails_for_one(
             assert volume.read(BLOCK, 5) == b"after"
             assert [snapshot.name for snapshot in volume.snapshots] == ["s"]
     assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("step", ["begin", "sync"])
+def test_an_error_of_one_of_several_says_whose_it_is(store: onionskin.Store, make: Make, step: str) -> None:
+    make("web", "db")
+    with pytest.MonkeyPatch.context() as patch:
+        fail_before(patch, step, "db", OSError(errno.ENOSPC, "No space left"))
+        with pytest.raises(OSError, match="volume 'db': No space left"):
+            store.snapshot_group({"web": "s", "db": "s"})
 
 
 def test_two_groups_at_once_in_opposite_order_both_end(store: onionskin.Store, make: Make) -> None:
