@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import ChainMember, Layering
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.prune import Retention
     from onionskin.operations.usage import Problem, Usage
     from onionskin.store import Store, TreeNode, VolumeInfo
@@ -43,6 +44,7 @@ _HOME = {
     **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
     **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    "Ancestor": "onionskin.operations.lineage",
     "Hold": "onionskin.operations.holds",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
@@ -50,6 +52,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
+    "Ancestor",
     "ChainError",
     "ChainMember",
     "FormatError",
