@@ -1,13 +1,14 @@
-/* copy.c: moves extents between files; see copy.h for what is promised.
+/* copy.c: copies extents between files. copy.h says what it promises.
  *
  * What must hold:
- * - the threads take pieces from one cursor, so that an error or a cancel leaves at most one piece a thread to finish;
- * - no block is ever shared without ONION_COPY_REFLINK. copy_file_range is such a way too: the kernel tries a reflink
- *   first where the file system has one. It is therefore used only under that flag;
- * - what two files refuse once is not asked of them again.
+ * - the threads take pieces from one cursor, so after an error or a cancel each thread finishes at most one piece;
+ * - no block is ever shared without ONION_COPY_REFLINK. This includes copy_file_range, because the kernel tries a
+ * reflink
+ *   first if the file system has one. So copy_file_range too is used only with that flag;
+ * - a way that two files refused once is not tried on them again.
  *
- * Little is lost by that. Measured on ext4 (Linux 6.18, 2 cores): 1 GiB in shuffled extents of 64 KiB into an existing
- * file, copy + fdatasync, in seconds (two runs, of the bare calls in a loop, one call an extent):
+ * Little is lost without copy_file_range. Measured on ext4 (Linux 6.18, 2 cores): 1 GiB in shuffled extents of 64 KiB
+ * into an existing file, copy + fdatasync, in seconds (two runs, the bare calls in a loop, one call for each extent):
  *
  *                           source in the page cache    source on the disk
  *   pread/pwrite, 1 thread        0.72 0.83                 1.17 1.20
@@ -15,9 +16,9 @@
  *   copy_file_range, 1 thread     0.52 0.53                 0.89 1.74
  *   copy_file_range, 2 threads    0.52 0.54                 1.01 1.65
  *
- * A layer that is merged is seldom in the cache, so two threads of pread/pwrite are the default (_copy.pyx). On a
- * machine with other work two threads that both write spin at the file's lock (copying alone: 0.9 s against 0.2 s with
- * one), so they take turns (begin_writing). */
+ * A layer that is merged is seldom in the cache, so two threads with pread/pwrite are the default (_copy.pyx). On a
+ * machine with other work, two threads that both write spin at the file's lock (the copy alone takes 0.9 s, and 0.2 s
+ * with one thread). So they take turns (begin_writing). */
 #define _GNU_SOURCE
 #include "bulk/copy.h"
 
@@ -34,20 +35,20 @@
 #include "base/workers.h"
 
 enum {
-    PIECE_BYTES = 8 << 20,    /* what a thread takes at a time */
-    BEHIND_BYTES = 32 << 20,  /* what is left to the sync at the end, at least */
-    BUFFER_BYTES = 256 << 10, /* one read and one write: what a core's cache holds in between */
+    PIECE_BYTES = 8 << 20,    /* the largest piece that a thread takes at a time */
+    BEHIND_BYTES = 32 << 20,  /* writing out starts when at least so much was copied since it was started last */
+    BUFFER_BYTES = 256 << 10, /* one read and one write; a core's cache holds the data in between */
     ALIGNMENT_BYTES = 4096,
-    SLEEP_NS_MAX = 50 * 1000 * 1000 /* how late a waiting thread may see a cancel or a new rate */
+    SLEEP_NS_MAX = 50 * 1000 * 1000 /* the longest delay until a waiting thread notices a cancel or a new rate */
 };
 
-/* The extents between one source and one destination are neighbours after sorting. */
+/* A source and a destination. After sorting, the extents of a pair are neighbours. */
 struct copy_pair {
     int source, destination;
-    size_t extent_end;    /* index of the first extent that is no longer theirs */
-    uint64_t block_bytes; /* of the destination's file system */
+    size_t extent_end;    /* the index after the pair's last extent */
+    uint64_t block_bytes; /* the block size of the destination's file system */
     uint64_t source_size_bytes;
-    int has_reflink, has_range; /* atomics: cleared by the first refusal */
+    int has_reflink, has_range; /* atomics: cleared when the files first refuse it */
 };
 
 struct copy_job {
@@ -58,15 +59,15 @@ struct copy_job {
     struct onion_copy_progress *progress;
     const unsigned char *zeros; /* BUFFER_BYTES */
 
-    int alone;               /* only one thread is at work, until a pair turns out to share no blocks */
-    pthread_mutex_t writing; /* held while something is done to a destination */
+    int alone;               /* one thread works alone, until a pair turns out to share no blocks */
+    pthread_mutex_t writing; /* held while a thread changes a destination */
     pthread_mutex_t lock;    /* guards all below */
     size_t extent_index, pair_index;
-    struct copy_pair *behind_pair; /* whose destination is being filled, in order, */
-    uint64_t behind;               /* and up to where its writing out was started */
-    uint64_t position;             /* in that extent, relative */
+    struct copy_pair *behind_pair; /* the pair whose destination is being filled in order */
+    uint64_t behind;               /* writing it out was started up to this offset */
+    uint64_t position;             /* relative to the offset of the extent at extent_index */
     int status;                    /* the first failure of any thread */
-    double tokens_bytes;           /* may be sent now; negative: owed */
+    double tokens_bytes;           /* bytes that may be moved now; negative: too many were moved */
     struct timespec refilled;
 };
 
@@ -88,8 +89,8 @@ static void count_done(struct copy_job *job, uint64_t *way, uint64_t bytes) {
 
 /* ---- the rate limit: a token bucket that all threads share ---- */
 
-/* Takes `bytes` out of the bucket if it is not empty (it may go below zero, which makes the next wait longer).
- * Returns 0, or how long to sleep before asking again. */
+/* Takes `bytes` out of the bucket if it is not empty. The bucket may go below zero, which makes the next wait longer.
+ * Returns 0, or the time in ns to sleep before the next try. */
 static long take_tokens(struct copy_job *job, double rate, uint64_t bytes) {
     struct timespec now;
     double burst = rate / 8, wait;
@@ -108,7 +109,7 @@ static long take_tokens(struct copy_job *job, double rate, uint64_t bytes) {
     return wait < SLEEP_NS_MAX ? (long)wait : SLEEP_NS_MAX;
 }
 
-/* Waits until some bytes may be moved, at most `wanted`: how many, or ONION_E_CANCELLED. */
+/* Waits until some bytes may be moved. Returns how many, at most `wanted`, or ONION_E_CANCELLED. */
 static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted) {
     for (;;) {
         uint64_t rate = __atomic_load_n(&job->progress->bytes_per_second, __ATOMIC_RELAXED);
@@ -119,7 +120,7 @@ static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted) {
             return ONION_E_CANCELLED;
         if (rate == 0)
             return (int64_t)bytes;
-        /* Small steps under a low rate, so that it is kept over seconds and not over minutes. */
+        /* A low rate needs small steps, so that it holds over seconds and not only over minutes. */
         bytes =
             min_u64(bytes, rate / 8 > ALIGNMENT_BYTES ? rate / 8 / ALIGNMENT_BYTES * ALIGNMENT_BYTES : ALIGNMENT_BYTES);
         pthread_mutex_lock(&job->lock);
@@ -133,12 +134,12 @@ static int64_t wait_for_turn(struct copy_job *job, uint64_t wanted) {
 
 /* ---- the destination ---- */
 
-/* A file system lets one writer at a time into a file. Two threads that write to one take turns at its lock and spin
- * there, so they take turns here: one writes, or shares blocks, while the other reads. */
+/* A file system lets only one thread at a time write to a file. Two threads that write to the same file would spin at
+ * its lock. So they take turns here: one writes or shares blocks, while the other reads. */
 static void begin_writing(struct copy_job *job) { pthread_mutex_lock(&job->writing); }
 static void end_writing(struct copy_job *job) { pthread_mutex_unlock(&job->writing); }
 
-/* ---- the ways to move bytes: each takes a part from the front of the piece, or leaves it ---- */
+/* ---- the ways to move bytes: each moves a part from the front of the piece, or nothing ---- */
 
 static void advance(struct copy_piece *piece, uint64_t bytes) {
     piece->source_offset += bytes;
@@ -199,7 +200,7 @@ static int copy_in_kernel(struct copy_job *job, struct copy_piece *piece) {
                                   (uint64_t)turn);
         end_writing(job);
         if (copied == -EOPNOTSUPP || copied == 0) {
-            /* 0 is also what files without a size (procfs) answer: read() will tell whether the source ends. */
+            /* Files without a size (procfs) return 0 too. The pread that follows finds out whether the source ends. */
             __atomic_store_n(&pair->has_range, 0, __ATOMIC_RELAXED);
             return 0;
         }
@@ -233,16 +234,16 @@ static int share(struct copy_job *job, struct copy_piece *piece) {
     if (length == 0)
         return 0;
     begin_writing(job);
-    /* The clone takes these pages out of the cache too, and splits each folio that lies partly in the range, which
-     * costs as much again as the clone: 1,024 of 1 MiB took 75 ms on XFS, and 45 with this. */
+    /* The clone itself drops these pages from the cache too. But it splits each folio that lies partly in the range,
+     * which costs as much as the clone: 1,024 clones of 1 MiB took 75 ms on XFS, and 45 ms with this call. */
     onion_drop_cached(pair->destination, piece->destination_offset, length);
     status = onion_reflink(pair->source, piece->source_offset, pair->destination, piece->destination_offset, length);
     end_writing(job);
     if (status < 0)
         return status;
     if (status == 0) {
-        /* Where blocks cannot be shared a copy inside the kernel goes page by page through a pipe: 0.42 s of 1 GiB
-         * where a buffer takes 0.22 s. Only a file server does better. */
+        /* If blocks cannot be shared, a copy inside the kernel goes page by page through a pipe: it takes 0.42 s for 1
+         * GiB, and a buffer takes 0.22 s. It is faster only on a file server. */
         __atomic_store_n(&pair->has_reflink, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&pair->has_range, onion_is_remote(pair->destination), __ATOMIC_RELAXED);
         return 0;
@@ -268,7 +269,8 @@ static int write_zeros(struct copy_job *job, struct copy_piece *piece) {
     return 0;
 }
 
-/* Makes the piece a hole: 1, or 0 if it has to be written: punching never makes a file longer. */
+/* Makes the piece a hole and returns 1. Returns 0 if zeros have to be written, as past the end of a file: punching
+ * never makes a file longer. */
 static int make_hole(const struct copy_piece *piece) {
     uint64_t end = piece->destination_offset + piece->length;
     struct onion_data_span data;
@@ -281,7 +283,7 @@ static int make_hole(const struct copy_piece *piece) {
         return 0;
     status = onion_seek_data(piece->pair->destination, piece->destination_offset, end, &data);
     if (status <= 0)
-        return status < 0 ? status : 1; /* it is one: a fresh file is not worth a journal transaction a hole */
+        return status < 0 ? status : 1; /* it is a hole already, so save a journal transaction of the file system */
     return onion_punch(piece->pair->destination, piece->destination_offset, piece->length);
 }
 
@@ -339,7 +341,8 @@ static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_p
 
     if (pair->source < 0)
         return make_zero(job, piece);
-    /* Asked here, because beyond the end of a file all looks like a hole, and copy_file_range just ends. */
+    /* This is checked first, because past the end of a file everything looks like a hole, and copy_file_range just
+     * ends. */
     if (piece->source_offset + piece->length > pair->source_size_bytes)
         return -EIO;
     return (job->flags & (ONION_COPY_ZERO_HOLES | ONION_COPY_SOLID)) == ONION_COPY_ZERO_HOLES
@@ -347,7 +350,7 @@ static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_p
                : move_data(job, buffer, piece);
 }
 
-/* 1 and the next piece, or 0: no more, or some thread has failed. */
+/* Takes the next piece and returns 1. Returns 0 if there are no more, or some thread has failed. */
 static int take_piece(struct copy_job *job, struct copy_piece *piece) {
     const struct onion_copy_extent *extent;
     int taken = 0;
@@ -374,8 +377,8 @@ static int take_piece(struct copy_job *job, struct copy_piece *piece) {
     return taken;
 }
 
-/* Starts to write out what was copied to before `offset`, so that the disk works beside the copy: a sync that finds all
- * of it still to be written takes as long as the copy did. */
+/* Starts to write out the destination before the piece `done`, so that the disk works while the copy goes on. A sync
+ * that found all data still to be written would take as long as the copy did. */
 static void write_behind(struct copy_job *job, const struct copy_piece *done) {
     uint64_t from = 0, to = 0;
 
@@ -423,9 +426,10 @@ static void *copy_pieces(void *argument) {
 
 /* ---- before the threads start ---- */
 
-/* In the order of the destination: ext4 keeps a file that was written in one go in folios of 2 MiB, and each write into
- * one walks the list of its 512 blocks, which is in the cache only if the write before was to the same one. 1 GiB in
- * extents of 64 KiB into a fresh image of 4 GiB: 0.35 s so, 0.9 s in the order of the source. */
+/* Sorts in the order of the destination. ext4 keeps a file that was written in one go in folios of 2 MiB, and each
+ * write into a folio walks the list of its 512 blocks. The list is in the processor's cache only if the write before
+ * was to the same folio. 1 GiB in extents of 64 KiB into a fresh image of 4 GiB takes 0.35 s in this order, and 0.9 s
+ * in the order of the source. */
 static int compare_extents(const void *left, const void *right) {
     const struct onion_copy_extent *a = left, *b = right;
     uint64_t a_offset = a->destination_offset, b_offset = b->destination_offset;
@@ -454,7 +458,7 @@ static int continues(const struct onion_copy_extent *before, const struct onion_
            (before->source < 0 || before->source_offset + before->length == extent->source_offset);
 }
 
-/* Sorts and joins in place and returns how many extents are left. */
+/* Sorts and joins the extents in place. Returns how many are left. */
 static size_t join_extents(struct onion_copy_extent *extents, size_t extent_count) {
     size_t kept = 0;
 
@@ -486,7 +490,7 @@ static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *ext
     return 0;
 }
 
-/* Makes the table of pairs: allocated, to be freed by the caller also on failure. */
+/* Allocates the table of pairs. The caller frees it, also after a failure. */
 static int find_pairs(struct copy_job *job) {
     size_t pair_count = 0;
 
@@ -532,8 +536,8 @@ int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threa
     job.extent_count = join_extents(extents, extent_count);
     status = find_pairs(&job);
     if (status == 0) {
-        /* One thread for as long as blocks are shared: all of it is done under the destination's lock, and two threads
-         * that take turns at it are slower than one: 65 ms for 1,024 clones on XFS, and 56. */
+        /* One thread works alone for as long as blocks are shared. Sharing is done under the destination's lock, so two
+         * threads that take turns are slower than one: 65 ms for 1,024 clones on XFS, and 56 ms with one. */
         job.alone = job.pairs[0].has_reflink;
         if (job.alone)
             copy_pieces(&job);

@@ -8,9 +8,9 @@
  *    both files;
  *  - copy_file_range;
  *  - pread and pwrite through a buffer.
- * The first two ways are used only if ONION_COPY_REFLINK is given, because copy_file_range reflinks too where it
- * can. Where blocks cannot be shared, copy_file_range is used only on file servers. Extents are copied in the order
- * of the destination, which is written out behind the copy. */
+ * The first two ways are used only if ONION_COPY_REFLINK is given, because copy_file_range reflinks too if it can. If
+ * blocks cannot be shared, copy_file_range is used only on file servers. Extents are copied in the order of the
+ * destination. The copy starts to write the destination out while it goes on. */
 #ifndef ONIONSKIN_BULK_COPY_H
 #define ONIONSKIN_BULK_COPY_H
 
@@ -23,9 +23,9 @@ enum onion_copy_flags {
     ONION_COPY_REFLINK = 1,    /* sharing blocks is allowed (never with policy `zero`) */
     ONION_COPY_ZERO_HOLES = 2, /* ranges that are holes in the source file are made zero in the destination by
                                  punching (or writing) instead of copying; without it they are copied as bytes.
-                                 Extents with source -1 likewise: without it zeros are always written */
-    ONION_COPY_SOLID = 4       /* sources are not searched for holes: segments have none where a map names slots, and
-                                two seeks an extent cost half as much as copying 64 KiB */
+                                 The same holds for extents with source -1: without it zeros are always written */
+    ONION_COPY_SOLID = 4       /* sources are not searched for holes. Segments have none in slots that a map names, and
+                                two seeks for an extent cost half as much as copying 64 KiB */
 };
 
 struct onion_copy_extent {
@@ -36,22 +36,22 @@ struct onion_copy_extent {
     uint64_t length; /* bytes, > 0 */
 };
 
-/* Read and written with atomics while the copy runs. */
+/* The fields are read and written with atomics while the copy runs. */
 struct onion_copy_progress {
     uint64_t bytes_done;
-    uint64_t bytes_reflinked; /* of those done: how each was moved */
+    uint64_t bytes_reflinked; /* these four add up to bytes_done: the way in which bytes were moved */
     uint64_t bytes_ranged;
     uint64_t bytes_copied;
     uint64_t bytes_zeroed;
     int cancel;                /* set to 1 by another thread: the copy stops within one piece (8 MiB at most) */
-    uint64_t bytes_per_second; /* upper bound of what is read, written or zeroed (sharing is free); 0: none. May be
-                                  changed while the copy runs */
+    uint64_t bytes_per_second; /* the limit for bytes that are read, written or zeroed; shared bytes do not count.
+                                  0: no limit. It may be changed while the copy runs */
 };
 
-/* Copies all extents, which must not overlap on the destination side, with `threads` threads (1 to 64). A source
- * that ends early is -EIO, and a destination that is full is -ENOSPC. The third error is ONION_E_CANCELLED. The
- * data that was copied so far stays: copying again is always right. Nothing is durable on return. Sorts and joins
- * `extents` in place. */
+/* Copies all extents, which must not overlap in the destination, with `threads` threads (1 to 64). Errors: -EIO if a
+ * source ends early, -ENOSPC if the destination is full, ONION_E_CANCELLED, or another -errno. After an error, data
+ * that was copied stays, and the caller may copy again. Nothing is durable on return. Sorts and joins `extents` in
+ * place. */
 int onion_copy(struct onion_copy_extent *extents, size_t extent_count, int threads, int flags,
                struct onion_copy_progress *progress);
 

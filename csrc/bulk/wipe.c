@@ -1,14 +1,17 @@
-/* wipe.c: overwrite with zeros, fdatasync, read back, punch; see wipe.h for what is promised.
+/* wipe.c: overwrites with zeros, calls fdatasync, reads back, and punches. wipe.h says what it promises.
  *
  * What must hold:
  * - the phases run one after the other over all ranges: no range is punched before one fdatasync has returned 0 after
- *   the last zero was written, and (if asked) before all of it has been read back;
+ * the
+ *   last zero was written, and (with VERIFY) before all zeros have been read back;
  * - any error ends the whole wipe before the next phase;
- * - what is overwritten is what FIEMAP calls allocated, unwritten extents included. SEEK_DATA takes those for holes,
- *   but after a crash they can lie over bytes that reached the medium while the record that they are written did not.
+ * - all extents that FIEMAP calls allocated are overwritten, unwritten extents too. SEEK_DATA takes unwritten extents
+ * for
+ *   holes. But after a crash old bytes can lie under such an extent: the bytes had reached the medium, and the file
+ *   system's record that the extent is written had not.
  *
- * Within a phase the threads take pieces from one cursor under a mutex; the cursor walks the ranges and the file's
- * blocks, so nothing is allocated in proportion to them. */
+ * Within a phase the threads take pieces from one cursor under a mutex. The cursor walks the ranges and the file's
+ * blocks, so no memory is needed in proportion to them. */
 #define _GNU_SOURCE
 #include "bulk/wipe.h"
 
@@ -25,9 +28,9 @@
 #include "base/workers.h"
 
 enum {
-    PIECE_BYTES = 8 << 20,  /* what a thread takes at a time */
-    BUFFER_BYTES = 1 << 20, /* one write or read */
-    ALIGNMENT_BYTES = 4096  /* of memory, offset and length under O_DIRECT */
+    PIECE_BYTES = 8 << 20,  /* the largest piece that a thread takes at a time */
+    BUFFER_BYTES = 1 << 20, /* the largest write or read */
+    ALIGNMENT_BYTES = 4096  /* the alignment of memory, offset and length under O_DIRECT */
 };
 
 struct wipe_job {
@@ -37,16 +40,16 @@ struct wipe_job {
     uint64_t size_bytes;
     int copy_on_write;
     const unsigned char *zeros; /* BUFFER_BYTES, ALIGNMENT_BYTES aligned */
-    uint64_t *progress;         /* NULL while a phase runs that does not count */
+    uint64_t *progress;         /* NULL during phases that do not count progress */
     const int *cancel;
 
-    int read_fd;     /* the file again, for reading back */
-    int read_direct; /* 1: past the page cache */
+    int read_fd;     /* a second descriptor of the file, for reading back */
+    int read_direct; /* 1: read_fd reads past the page cache */
 
     pthread_mutex_t lock; /* guards all below */
     struct onion_data_walk walk;
     size_t range_index;
-    uint64_t position; /* in the range, absolute; below its offset: not begun */
+    uint64_t position; /* an offset in the file; below the range's offset: the range is not begun */
     int status;        /* the first failure of any thread */
     uint64_t bytes_taken, bytes_skipped, bytes_shared;
 };
@@ -67,7 +70,7 @@ static void count_skipped(struct wipe_job *job, uint64_t bytes) {
     count_progress(job, bytes);
 }
 
-/* Moves the cursor to the next allocated span and takes at most a piece of it. 1, 0 at the end, or negative. */
+/* Moves the cursor to the next allocated span and takes a piece of it. Returns 1, 0 at the end, or a negative code. */
 static int take_piece(struct wipe_job *job, struct onion_data_span *piece) {
     while (job->range_index < job->range_count) {
         const struct onion_byte_range *range = &job->ranges[job->range_index];
@@ -99,7 +102,7 @@ static int take_piece(struct wipe_job *job, struct onion_data_span *piece) {
     return 0;
 }
 
-/* take_piece for threads: 0 as soon as any of them has failed. */
+/* Calls take_piece under the lock. Returns 0 as soon as any thread has failed. */
 static int take_piece_locked(struct wipe_job *job, struct onion_data_span *piece) {
     int status = 0;
 
@@ -150,8 +153,8 @@ static void *zero_pieces(void *argument) {
     return NULL;
 }
 
-/* Reads [offset, offset + length) back, at most BUFFER_BYTES, and compares. Under O_DIRECT the ends are moved out to
- * the alignment; the bytes there belong to others and are not looked at. */
+/* Reads [offset, offset + length) back, at most BUFFER_BYTES, and compares it with zeros. Under O_DIRECT more is read,
+ * up to the alignment on both sides; these bytes are not part of the range and are not compared. */
 static int verify_run(const struct wipe_job *job, unsigned char *buffer, uint64_t offset, uint64_t length, int direct) {
     uint64_t start = direct ? offset / ALIGNMENT_BYTES * ALIGNMENT_BYTES : offset;
     uint64_t wanted = offset + length - start, filled = 0;
@@ -167,7 +170,7 @@ static int verify_run(const struct wipe_job *job, unsigned char *buffer, uint64_
             return got < 0 ? -errno : -EIO; /* the file is shorter than it was */
         filled += (uint64_t)got;
         if (direct && filled < wanted && filled % ALIGNMENT_BYTES)
-            return -EINVAL; /* cannot go on from here: the caller reads it again through the cache */
+            return -EINVAL; /* O_DIRECT cannot go on at this offset: the caller reads again through the cache */
     }
     return memcmp(buffer + (offset - start), job->zeros, length) == 0 ? 0 : ONION_E_VERIFY;
 }
@@ -181,7 +184,7 @@ static int verify_piece(struct wipe_job *job, unsigned char *buffer, const struc
         if (is_cancelled(job))
             return ONION_E_CANCELLED;
         if (status == -EINVAL) {
-            /* All pages are clean after the fdatasync, so the kernel can drop them and must read them again. */
+            /* After the fdatasync all pages are clean, so the kernel can drop them and has to read them again. */
             posix_fadvise(job->fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
             status = verify_run(job, buffer, offset, length, 0);
         }
@@ -219,8 +222,8 @@ static int run_phase(struct wipe_job *job, void *(*work)(void *), int threads) {
     return job->status;
 }
 
-/* The descriptor of the caller may be write-only, so the file is opened again, by the one name that an unlinked file
- * still has. */
+/* The caller's descriptor may be write-only, so the file is opened again. The path in /proc works for an unlinked file
+ * too. */
 static void open_for_reading_back(struct wipe_job *job) {
     char path[40];
 
@@ -240,7 +243,7 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
         return status;
     if (is_cancelled(job))
         return ONION_E_CANCELLED;
-    /* Once only: after a failure the kernel takes the pages for clean, and a second call would succeed. */
+    /* It is called only once: after a failure the kernel takes the pages for clean, and a second call would succeed. */
     if (job->bytes_taken > 0 && fdatasync(job->fd) < 0) { /* BARRIER: wiped bytes */
         result->sync_failed = 1;
         return -errno;
@@ -268,13 +271,13 @@ static int punch_phase(struct wipe_job *job, uint64_t block_bytes, struct onion_
         uint64_t offset = job->ranges[i].offset, end = offset, counted;
         int status;
 
-        /* Neighbours are punched as one, so that a block which two of them share becomes free. */
+        /* Adjacent ranges are punched together, so that a block which two of them share becomes free. */
         for (; i < job->range_count && job->ranges[i].offset == end; i++)
             end += job->ranges[i].length;
         if (offset >= job->size_bytes)
             break;
         counted = min_u64(end, job->size_bytes) - offset;
-        /* The file's last block is only given back if all of it is named. */
+        /* The file system frees the file's last block only if the range covers all of it, so the end is rounded up. */
         if (end >= job->size_bytes)
             end = (job->size_bytes + block_bytes - 1) / block_bytes * block_bytes;
         if (is_cancelled(job))
@@ -300,7 +303,7 @@ static int check_ranges(const struct onion_byte_range *ranges, size_t range_coun
     return 0;
 }
 
-/* Each byte counts as progress once: in the first phase that is asked for. */
+/* Runs the phases that the flags ask for. Each byte counts as progress once, in the first of them. */
 static int run_phases(struct wipe_job *job, int flags, int threads, uint64_t block_bytes,
                       struct onion_wipe_result *result) {
     int status = 0;
@@ -310,7 +313,7 @@ static int run_phases(struct wipe_job *job, int flags, int threads, uint64_t blo
     if (status == 0 && (flags & ONION_WIPE_ZERO)) {
         status = zero_phase(job, threads, result);
         job->progress = NULL;
-        job->walk.known_from = job->walk.known_to = 0; /* overwriting may have moved blocks: ask again */
+        job->walk.known_from = job->walk.known_to = 0; /* overwriting may have moved blocks, so ask FIEMAP again */
     }
     if (status == 0 && (flags & ONION_WIPE_VERIFY)) {
         status = verify_phase(job, threads, result);
@@ -339,7 +342,7 @@ int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count
     if (fstat(fd, &file) < 0)
         return -errno;
     if (!S_ISREG(file.st_mode))
-        return -EINVAL; /* a device says that its size is 0: nothing would be wiped, and success reported */
+        return -EINVAL; /* a device has st_size 0, so nothing would be wiped and success would be reported */
     job.size_bytes = (uint64_t)file.st_size;
     job.copy_on_write = onion_is_copy_on_write(fd, &result->filesystem_magic);
     if (job.copy_on_write < 0)

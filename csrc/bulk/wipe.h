@@ -1,9 +1,9 @@
-/* wipe.h: overwrites ranges of a file with zeros on the medium, and only then gives them back.
+/* wipe.h: overwrites ranges of a file with zeros on the medium, and only then gives their space back.
  *
- * The order is the promise. Zeros are written with ordinary pwrite in large runs. Then fdatasync makes them
+ * The order is what matters. Zeros are written with ordinary pwrite in large runs. Then fdatasync makes them
  * durable. Then (ONION_WIPE_VERIFY) they are read back past the page cache. Only then may the range be punched.
  * ZERO_RANGE, hole punching and reflinks never stand in for the zeros, because they leave the old bytes on the
- * medium. Holes in the range are skipped (FIEMAP, or SEEK_DATA where there is none), because they hold nothing.
+ * medium. Holes in the range are skipped (found with FIEMAP, or else with SEEK_DATA), because they hold nothing.
  * Extents that are allocated but unwritten are overwritten too. They read zero, but after a crash (or a ZERO_RANGE)
  * old bytes can lie under them.
  *
@@ -19,8 +19,8 @@
 
 enum onion_wipe_flags {
     ONION_WIPE_ZERO = 1,   /* overwrite and sync */
-    ONION_WIPE_VERIFY = 2, /* read back from the medium after the sync: O_DIRECT, or dropped cache where refused */
-    ONION_WIPE_PUNCH = 4   /* give the space back at the end: holes, the file's size stays */
+    ONION_WIPE_VERIFY = 2, /* read back from the medium after the sync, with O_DIRECT or after dropping the cache */
+    ONION_WIPE_PUNCH = 4   /* punch holes at the end; the file's size stays */
 };
 
 struct onion_byte_range {
@@ -30,24 +30,24 @@ struct onion_byte_range {
 
 struct onion_wipe_result {
     uint64_t bytes_wiped;   /* overwritten with zeros and made durable */
-    uint64_t bytes_skipped; /* holes: nothing to overwrite */
+    uint64_t bytes_skipped; /* holes, which need no overwriting */
     uint64_t bytes_verified;
     uint64_t bytes_punched;
-    uint64_t bytes_unwipeable; /* overwritten, but the old bytes are (also) elsewhere: shared or copy-on-write */
+    uint64_t bytes_unwipeable; /* overwritten, but the old bytes still lie elsewhere: shared or copy-on-write */
     uint32_t filesystem_magic; /* statfs f_type */
     int sync_failed;           /* 1: the fdatasync failed, so other bytes written to this file may be lost too */
     int copy_on_write;         /* 1: the file system does not overwrite in place */
 };
 
 /* Does what the flags say to each range of fd (open for writing), with `threads` threads for the zeros (1 to 64).
- * Ranges must be sorted and must not overlap. They may pass the end of the file, where there is nothing to do.
+ * Ranges must be sorted and must not overlap. They may pass the end of the file; nothing is done there.
  * *progress (may be NULL) counts bytes with atomics. Each byte of the ranges within the file counts once. *cancel
  * (may be NULL) stops the work when it becomes non-zero: ONION_E_CANCELLED.
  *
- * ONION_E_VERIFY if a byte that was read back is not zero. -EINVAL for bad arguments, and for files that are not
- * regular; else -errno of the call that failed. The counts in *result cover the phases that were completed; they
- * are valid on errors as well. A file system that cannot punch is no error: bytes_punched stays 0. On an error, no
- * range that was not synced yet is punched. */
+ * Errors: ONION_E_VERIFY if a byte that was read back is not zero, -EINVAL for bad arguments and for files that are not
+ * regular, otherwise -errno of the call that failed. The counts in *result cover the phases that were completed; they
+ * are valid after errors too. A file system that cannot punch is no error: bytes_punched stays 0. After an error, no
+ * range is punched that was not synced. */
 int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count, int flags, int threads,
                struct onion_wipe_result *result, uint64_t *progress, const int *cancel);
 

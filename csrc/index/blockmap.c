@@ -1,4 +1,4 @@
-/* blockmap.c: the packing of the two-level index of blockmap.h.
+/* blockmap.c: implements the two-level index of blockmap.h. This comment describes how it is packed.
  *
  * A root entry is one u64. Its low two bits are a tag:
  *
@@ -7,30 +7,32 @@
  *   1  ENTRY_RUN         the whole range is one run; bits 63..16 are the location of its first block
  *   2  ENTRY_DENSE       address of a dense leaf
  *
- * A sparse leaf is a list of runs in block order; what no run covers is HOLE. A run is one u64:
+ * A sparse leaf is a list of runs in block order. Blocks that no run covers are HOLE. A run is one u64:
  *
  *   63      55 54       48 47         32 31      0
  *   [ block   | length - 1 | segment    | slot    ]      block is counted within the range
  *
- * so the order of the numbers is the order of the blocks, and the low 48 bits are a location. A stretch of more than
- * RUN_BLOCKS_MAX blocks is cut into several runs. What is put beside blocks that it continues is joined with them, so a
- * range that fills in order stays at a few runs and ends as one entry of the root.
+ * So the order of the numbers is the order of the blocks, and the low 48 bits are a location. A stretch of more than
+ * RUN_BLOCKS_MAX blocks is cut into several runs. New blocks are joined with neighbours that they continue. So a range
+ * that fills in order has only a few runs, and ends as one entry of the root.
  *
  * A dense leaf has one location for each block of the range, and counts those that are not HOLE.
  *
- * A range at the end of a map that is shorter than the others never becomes ENTRY_RUN, so that ENTRY_RUN always means
- * all of 1 << range_shift blocks, and resizing has no entry to rewrite.
+ * The last range of a map may be shorter than the others. It never becomes ENTRY_RUN, so ENTRY_RUN always means all of
+ * 1 << range_shift blocks, and a resize need not rewrite an entry.
  *
- * `touched` has a bit for each ROOT_PAGE_ENTRIES entries of the root, set before the first of them stops being HOLE
- * and never cleared. Walks skip by it what nothing was ever written to, and thereby do not fault it in.
+ * `touched` has a bit for each ROOT_PAGE_ENTRIES entries of the root. The bit is set before the first of them stops
+ * being HOLE, and is never cleared. Walks use it to skip entries that were never written, so that they do not fault in
+ * pages.
  *
- * What a reader may see. Root entries, runs and dense locations are loaded and stored as atomic u64, and what is
- * published is complete (release; the reader acquires). Beside readers, a sparse leaf changes only by
+ * What a reader may see: root entries, runs and dense locations are loaded and stored as atomic u64, and a published
+ * leaf is complete (release; the reader acquires). While readers may run, a sparse leaf changes only by
  *   - one store to a run that keeps its block (its length or location changes), or
- *   - runs stored past the end of the list and then published by one store to `count`;
- * everything else makes a new leaf, stores its address in the root and retires the old one. A binary search that
- * runs beside the first is right, since the blocks it compares stay; beside the second it sees the list before. A dense
- * leaf changes location by location, so a reader beside a long write sees some of its blocks before and some after. */
+ *   - runs that are stored past the end of the list and then published by one store to `count`.
+ * Every other change makes a new leaf, stores its address in the root and retires the old leaf. A binary search during
+ * the first kind of change is right, because the blocks that it compares stay the same. During the second kind it sees
+ * the list as it was before. A dense leaf changes location by location, so a reader during a long write sees some of
+ * its blocks as before and some as after. */
 #define _GNU_SOURCE
 #include "index/blockmap.h"
 
@@ -53,10 +55,11 @@
 #define LOCATION_MASK (((uint64_t)1 << 48) - 1)
 
 #define RANGE_BLOCKS_MAX 512u
-/* A list of runs longer than a quarter of the range's blocks is worth a table: 128 of 512. */
+/* A list with more runs than a quarter of the range's blocks (128 of 512) becomes a dense leaf. */
 #define SPARSE_SHIFT 2
 #define SPARSE_RUNS_MIN 2u
-/* A table that trims leave with few blocks becomes a list again, well below the length at which it became a table. */
+/* When trims leave few blocks in a dense leaf, it becomes a list again, well below the length at which lists become
+ * dense. */
 #define SPARSE_AGAIN_SHIFT 4
 
 #define ROOT_PAGE_SHIFT 9
@@ -75,18 +78,18 @@ struct sparse_leaf {
 };
 
 struct dense_leaf {
-    uint64_t mapped; /* blocks that are not HOLE; only writers look at it */
+    uint64_t mapped; /* number of blocks that are not HOLE; only writers use it */
     uint64_t locations[];
 };
 
-/* A run within a range, unpacked: of any length. block_count == 0: none. */
+/* An unpacked run within a range. It may have any length. block_count == 0: there is none. */
 struct stretch {
     uint32_t block;
     uint32_t block_count;
     onion_location location;
 };
 
-/* A change to a list of runs: runs[at .. at + removed) give way to added[0 .. added_count). */
+/* A change to a list of runs: runs[at .. at + removed) are replaced by added[0 .. added_count). */
 struct splice {
     uint32_t at;
     uint32_t removed;
@@ -100,7 +103,8 @@ struct splice {
 
 static inline uint64_t load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 static inline void store(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-/* Enough for a run below a `count` that was acquired, unless it was stored to since: then only its own bits matter. */
+/* A relaxed load is enough for a run below a `count` that was acquired. If the run was stored to since, only its own
+ * bits matter. */
 static inline uint64_t load_relaxed(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
 
 /* -- entries and runs ---------------------------------------------------------------------------------------- */
@@ -129,7 +133,7 @@ static inline uint32_t sparse_limit(const struct onion_map *map) {
     return limit < SPARSE_RUNS_MIN ? SPARSE_RUNS_MIN : limit;
 }
 
-/* How many of the runs begin at or before block. */
+/* Returns how many of the runs begin at or before block. */
 static inline uint32_t runs_up_to(const uint64_t *runs, uint32_t count, uint32_t block) {
     uint64_t last = (uint64_t)block << RUN_BLOCK_SHIFT | (((uint64_t)1 << RUN_BLOCK_SHIFT) - 1);
     const uint64_t *base = runs;
@@ -174,8 +178,9 @@ onion_location onion_map_lookup(const struct onion_map *map, uint64_t block_inde
     return entry_lookup(entry, (uint32_t)(block_index & (range_blocks(map) - 1)));
 }
 
-/* The line of a leaf that a look-up reads first, and, of a sparse leaf, where its count is known, the one where it
- * would end if its runs lay evenly. */
+/* Prefetches the cache line of a leaf that a look-up reads first. prefetch_runs comes later, when the count of a sparse
+ * leaf is in the cache: it prefetches the lines in the middle of the list, and where the search would end if the runs
+ * lay evenly. */
 static inline void prefetch_leaf(uint64_t entry, uint32_t block) {
     if (entry_tag(entry) == ENTRY_DENSE)
         __builtin_prefetch(&((const struct dense_leaf *)entry_leaf(entry))->locations[block]);
@@ -192,7 +197,8 @@ static inline void prefetch_runs(uint64_t entry, uint32_t block, uint32_t range_
     __builtin_prefetch(&leaf->runs[(count * block) >> range_shift]);
 }
 
-/* One group: each pass touches only what the pass before has prefetched, so that the cache misses overlap. */
+/* Looks one group up. Each pass reads only memory that the pass before has prefetched, so that the cache misses
+ * overlap. */
 static void lookup_group(const struct onion_map *map, const uint64_t *block_indices, size_t count,
                          onion_location *locations) {
     uint64_t entries[LOOKUP_GROUP];
@@ -267,7 +273,8 @@ void onion_map_run_at(const struct onion_map *map, uint64_t block_index, uint64_
     *run = (struct onion_run){block_index, stretch.block_count, stretch.location};
 }
 
-/* The first block at or after block_index whose root entry is not HOLE; block_end or more where there is none. */
+/* Returns the first block at or after block_index whose root entry is not HOLE, or block_end or more if there is
+ * none. */
 static uint64_t skip_hole_ranges(const struct onion_map *map, uint64_t block_index, uint64_t block_end) {
     uint64_t range = block_index >> map->range_shift;
     uint64_t last = (block_end - 1) >> map->range_shift;
@@ -317,7 +324,7 @@ int onion_map_next(const struct onion_map *map, uint64_t block_index, uint64_t b
 
 /* -- leaves -------------------------------------------------------------------------------------------------- */
 
-/* What malloc takes for a request: 8 bytes of its own, in steps of 16, at least 32. */
+/* Returns the memory that malloc uses for a request: 8 bytes more, rounded up to 16, and at least 32. */
 static size_t malloc_bytes(size_t bytes) {
     size_t taken = (bytes + 8 + 15) & ~(size_t)15;
     return taken < 32 ? 32 : taken;
@@ -328,7 +335,7 @@ static size_t dense_bytes(const struct onion_map *map) {
     return sizeof(struct dense_leaf) + range_blocks(map) * sizeof(uint64_t);
 }
 
-/* Room for an eighth more, and for what malloc would round up to anyway: an even number of runs. */
+/* Leaves room for an eighth more runs, and makes the number even, because malloc would round up to that anyway. */
 static uint32_t sparse_capacity(uint32_t count) { return (count + count / 8 + 1) & ~1u; }
 
 static void *leaf_alloc(struct onion_map *map, size_t bytes) {
@@ -353,7 +360,7 @@ static void touch_root(struct onion_map *map, uint64_t range) {
         __atomic_fetch_or(&map->touched[page / 64], bit, __ATOMIC_ACQ_REL);
 }
 
-/* Publishes an entry, and lets go of the leaf of the one it replaces. */
+/* Publishes an entry, and retires or frees the leaf of the entry that it replaces. */
 static void replace_entry(struct onion_map *map, uint64_t range, uint64_t old, uint64_t entry) {
     if (entry == old)
         return;
@@ -382,7 +389,7 @@ static bool continues(const struct stretch *before, const struct stretch *after)
            onion_location_advance(before->location, before->block_count) == after->location;
 }
 
-/* Cuts a stretch into runs; returns how many. */
+/* Cuts a stretch into runs. Returns how many. */
 static uint32_t pack_runs(struct stretch stretch, uint64_t *runs) {
     uint32_t count = 0;
     for (uint32_t into = 0; into < stretch.block_count; into += RUN_BLOCKS_MAX) {
@@ -414,8 +421,8 @@ static void join_after(const uint64_t *runs, uint32_t count, uint32_t *last, str
     }
 }
 
-/* Runs that the change would only write again as they are stay out of it: so an ordered write is an append or a
- * longer last run, which needs no new leaf. */
+/* Takes out of a change the runs that it would write again unchanged. So a write in order is an append or a longer last
+ * run, which needs no new leaf. */
 static void splice_narrow(struct splice *splice, const uint64_t *runs) {
     uint32_t same = 0;
     while (same < splice->removed && same < splice->added_count && runs[splice->at + same] == splice->added[same])
@@ -431,8 +438,8 @@ static void splice_narrow(struct splice *splice, const uint64_t *runs) {
     }
 }
 
-/* What `put` does to a list of runs: what it covers gives way, what sticks out on either side of it stays, and
- * whatever continues each other is joined. */
+/* Plans the change that `put` makes to a list of runs. Runs that it covers are removed, the parts of runs on either
+ * side of it stay, and runs that continue each other are joined. */
 static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct stretch put, uint32_t range_block_count) {
     struct stretch left = {0, 0, 0}, right = {0, 0, 0};
     uint32_t put_end = put.block + put.block_count;
@@ -476,7 +483,8 @@ static struct splice splice_plan(const uint64_t *runs, uint32_t count, struct st
     return splice;
 }
 
-/* Changes a leaf where it lies, if that can be done without a reader seeing anything but before or after. */
+/* Changes a leaf in place, if readers then see nothing but the state before or the state after. Returns whether it
+ * did. */
 static bool splice_in_place(const struct onion_map *map, struct sparse_leaf *leaf, const struct splice *splice) {
     uint32_t count = leaf->count - splice->removed + splice->added_count;
     uint64_t *at = leaf->runs + splice->at;
@@ -569,7 +577,7 @@ static void set_in_dense(struct onion_map *map, uint64_t range, uint64_t entry, 
         replace_entry(map, range, entry, entry_of_run(leaf->locations[0]));
     } else if (put.location == ONION_LOCATION_HOLE && leaf->mapped <= range_blocks(map) >> SPARSE_AGAIN_SHIFT) {
         struct sparse_leaf *sparse = sparse_from_dense(map, leaf);
-        if (sparse) /* without memory the table stays: it is right, only larger */
+        if (sparse) /* without memory the dense leaf stays, which is right too, only larger */
             replace_entry(map, range, entry, entry_of_sparse(sparse));
     }
 }
@@ -586,13 +594,14 @@ static int become_dense(struct onion_map *map, uint64_t range, uint64_t entry, c
     return 0;
 }
 
-/* The first lines of a leaf, all at once: a binary search would miss on them one after the other. */
+/* Prefetches the first lines of a leaf together, because a binary search would miss on them one after the other. */
 static inline void prefetch_whole_leaf(const struct sparse_leaf *leaf) {
     for (int line = 0; line < SET_PREFETCH_LINES; line++)
         __builtin_prefetch((const char *)leaf + line * CACHE_LINE_BYTES);
 }
 
-/* The entry is HOLE, a whole-range run or a sparse leaf: each of them a list of runs. */
+/* Sets blocks in a range whose entry is HOLE, a whole-range run or a sparse leaf. Each of these is treated as a list of
+ * runs. */
 static int set_in_runs(struct onion_map *map, uint64_t range, uint64_t entry, struct stretch put) {
     uint64_t whole_range[RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX];
     struct sparse_leaf *leaf = entry_tag(entry) == ENTRY_RUN ? NULL : entry_leaf(entry);
@@ -655,7 +664,7 @@ int onion_map_set(struct onion_map *map, uint64_t block_index, uint64_t block_co
 
 /* -- many changes at once ------------------------------------------------------------------------------------ */
 
-/* A range laid open: which of its blocks are mapped, and where those are. */
+/* A range in unpacked form: which of its blocks are mapped, and their locations. */
 struct open_range {
     uint64_t mapped[RANGE_BLOCKS_MAX / 64];
     onion_location locations[RANGE_BLOCKS_MAX];
@@ -674,7 +683,7 @@ static bool open_is_mapped(const struct open_range *open, uint32_t block) {
     return open->mapped[block / 64] >> block % 64 & 1;
 }
 
-/* The stretch of mapped blocks at or after *block; length 0 at the end. *block moves behind it. */
+/* Returns the next stretch of mapped blocks at or after *block; its length is 0 at the end. Moves *block to its end. */
 static struct stretch open_next(const struct open_range *open, uint32_t *block, uint32_t block_end) {
     uint32_t at = *block;
     while (at < block_end && !open_is_mapped(open, at)) {
@@ -709,7 +718,7 @@ static void raise_slots_end(uint64_t *slots_end, const struct stretch *stretch) 
     *highest = end > *highest ? end : *highest;
 }
 
-/* Packs what lies open into an entry of the root: the smallest form that it fits. */
+/* Packs an open range into an entry of the root, in the smallest form that it fits. */
 static int pack_range(struct onion_map *map, const struct open_range *open, uint64_t *slots_end, uint64_t *entry) {
     uint64_t runs[RANGE_BLOCKS_MAX + RANGE_BLOCKS_MAX / RUN_BLOCKS_MAX];
     uint32_t count = 0, block = 0, blocks = range_blocks(map);
@@ -744,7 +753,7 @@ static int apply_in_range(struct onion_map *map, uint64_t range, const struct on
     uint64_t old = map->root[range], entry;
     struct stretch last = change_stretch(&changes[count - 1]);
     int status = 0;
-    if (last.block_count == range_blocks(map)) { /* it hides all before it */
+    if (last.block_count == range_blocks(map)) { /* it replaces all changes before it */
         entry = last.location == ONION_LOCATION_HOLE ? 0 : entry_of_run(last.location);
         raise_slots_end(slots_end, &last);
     } else {
@@ -771,7 +780,7 @@ int onion_map_apply(struct onion_map *map, const struct onion_change *changes, s
     return 0;
 }
 
-/* -- what lies below ------------------------------------------------------------------------------------------ */
+/* -- blocks from below ---------------------------------------------------------------------------------------- */
 
 uint64_t onion_map_next_range(const struct onion_map *map, uint64_t range) {
     if (range >= map->root_count)
@@ -784,7 +793,8 @@ static bool is_gone(onion_location location, const unsigned char *gone) {
     return onion_location_is_data(location) && gone[onion_location_segment(location)];
 }
 
-/* Whether some block of an entry is HOLE (where below has something) or in a segment that is gone. */
+/* Returns whether an entry has a block in a segment that is gone, or a block that is HOLE while the range below is
+ * not. */
 static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool below_has, const unsigned char *gone) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks;) {
         struct stretch stretch = entry_stretch_at(entry, block, blocks);
@@ -795,7 +805,7 @@ static bool entry_gives_way(const struct onion_map *map, uint64_t entry, bool be
     return false;
 }
 
-/* Puts under an open range what `entry` of another map has. */
+/* Fills an open range from `entry` of another map, in blocks that are HOLE or in a segment that is gone. */
 static void open_put_below(const struct onion_map *map, struct open_range *open, uint64_t entry,
                            const unsigned char *gone, bool drop) {
     for (uint32_t block = 0, blocks = range_blocks(map); block < blocks; block++) {
@@ -869,13 +879,13 @@ static size_t root_bytes_for(uint64_t root_count) {
 
 static size_t touched_words_for(uint64_t root_count) { return root_count / TOUCHED_WORD_ENTRIES + 1; }
 
-/* A disk has at most 2^63 - 1 bytes, as a file has. */
+/* A disk has at most 2^63 - 1 bytes, like a file. */
 static bool block_count_fits(uint64_t block_count, uint32_t range_shift) {
     return block_count <= (uint64_t)INT64_MAX >> (ONION_RANGE_BYTES_SHIFT - range_shift);
 }
 
-/* Without huge pages: a map that has a few entries at far ends should cost pages of 4 KiB, and there is a map for
- * each layer. */
+/* Maps the root without huge pages: there is a map for each layer, and a map with a few distant entries should cost
+ * only pages of 4 KiB. */
 static void *root_map(size_t bytes) {
     void *root = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (root == MAP_FAILED)
@@ -964,7 +974,7 @@ void onion_old_root_free(struct onion_old_root *old) {
     free(old);
 }
 
-/* Copies what was touched; pages that nothing was written to are not faulted in. */
+/* Copies the pages of the root that were touched. Other pages are not faulted in. */
 static void copy_root(const struct onion_map *map, uint64_t *root, uint64_t *touched) {
     for (size_t word = 0; word < touched_words_for(map->root_count); word++) {
         touched[word] = load(&map->touched[word]);
@@ -977,7 +987,7 @@ static void copy_root(const struct onion_map *map, uint64_t *root, uint64_t *tou
     }
 }
 
-/* A reader loads block_count before root and touched: so it never has a count that is too large for them. */
+/* A reader loads block_count before root and touched, so its count is never too large for them. */
 int onion_map_grow(struct onion_map *map, uint64_t block_count, struct onion_old_root **old) {
     uint64_t root_count = ranges_for(block_count, map->range_shift);
     *old = NULL;

@@ -1,4 +1,4 @@
-/* bulk_build.c: see bulk_build.h. The sort is a radix sort by range, lowest digit first, which is stable. */
+/* bulk_build.c: implements bulk_build.h. The sort is a radix sort by range, lowest digit first, which is stable. */
 #include "index/bulk_build.h"
 
 #include <errno.h>
@@ -6,7 +6,7 @@
 #include <string.h>
 
 #define CHANGES_FIRST ((size_t)1 << 12)
-#define CHANGES_MAX ((size_t)1 << 22) /* 64 MiB, twice: then they are applied before more are collected */
+#define CHANGES_MAX ((size_t)1 << 22) /* 64 MiB, twice; so many changes are applied before more are collected */
 #define DIGIT_BITS_MAX 11
 
 int onion_build_init(struct onion_build *build, struct onion_map *map) {
@@ -35,7 +35,7 @@ static int make_room(struct onion_build *build) {
         return -ENOMEM;
     build->changes = changes;
     build->capacity = capacity;
-    free(build->sorted); /* made when it is needed */
+    free(build->sorted); /* sort_changes makes it again */
     build->sorted = NULL;
     return 0;
 }
@@ -60,7 +60,7 @@ int onion_build_put(struct onion_build *build, uint64_t block_index, uint64_t bl
     return 0;
 }
 
-/* One pass: from -> to, by the digit of `bits` bits at `shift`. */
+/* Does one pass of the sort, from `from` to `to`, by the digit of `bits` bits at `shift`. */
 static void sort_by_digit(const struct onion_change *from, struct onion_change *to, size_t count, unsigned shift,
                           unsigned bits) {
     size_t starts[(1 << DIGIT_BITS_MAX) + 1] = {0};

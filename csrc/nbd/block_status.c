@@ -1,8 +1,9 @@
-/* block_status.c: BLOCK_STATUS: extents of the volume, seen through each context that the client selected.
+/* block_status.c: makes the reply to BLOCK_STATUS: the extents of the volume, seen through each context that the client
+ * selected.
  *
- * The volume is asked once for all contexts, in batches; each context turns an extent into flags, and neighbours with
- * the same flags are one descriptor. The reply ends where any context has as many descriptors as fit: the protocol lets
- * a server describe less than it was asked for. */
+ * The volume is asked for its extents once for all contexts, in batches. Each context turns an extent into flags, and
+ * neighbours with the same flags become one descriptor. The reply ends as soon as one context has no room for more
+ * descriptors: the protocol lets a server describe less than the client asked for. */
 #include <errno.h>
 #include <stdlib.h>
 
@@ -13,7 +14,7 @@
 
 struct descriptors {
     unsigned char *bytes;             /* chunk header, context id, descriptors */
-    uint32_t count, length_left_open; /* length of the last one */
+    uint32_t count, length_left_open; /* length_left_open: the last descriptor's length so far */
     uint32_t flags;
 };
 
@@ -23,7 +24,7 @@ static unsigned char *descriptor_at(const struct descriptors *list, uint32_t i) 
     return list->bytes + HEADER + 8 * (size_t)i;
 }
 
-/* 0 where there is no room. */
+/* Adds a range to a list. Returns 0 if there is no room. */
 static int add(struct descriptors *list, uint32_t length, uint32_t flags, uint32_t count_max) {
     if (list->count && list->flags == flags) {
         list->length_left_open += length;
@@ -39,8 +40,8 @@ static int add(struct descriptors *list, uint32_t length, uint32_t flags, uint32
     return 1;
 }
 
-/* The index does not keep how deep in the chain a block lies: 1 is the head's own, 2 is everything below. ZERO hides
- * what is below, wherever it was recorded, and counts as the deeper. */
+/* The index does not record how deep in the chain a block lies. So depth 1 means a block of the head, and depth 2 means
+ * anything below. A ZERO counts as 2, because the index does not tell in which layer it was recorded. */
 static uint32_t depth_of(enum onion_extent_kind kind) {
     return kind == ONION_EXTENT_NONE ? 0 : kind == ONION_EXTENT_HEAD ? 1 : 2;
 }
@@ -49,10 +50,10 @@ static uint32_t allocation_of(enum onion_extent_kind kind) {
     return kind == ONION_EXTENT_NONE || kind == ONION_EXTENT_ZERO ? ONION_NBD_STATE_HOLE | ONION_NBD_STATE_ZERO : 0;
 }
 
-/* Whether `at` is in a run, and how far that stays so, at most to `end`. */
+/* Returns whether `at` is in a run. Lowers *end to the offset where that changes, if that comes first. */
 static int in_runs(const struct onion_nbd_context *context, uint64_t at, uint64_t *end) {
     size_t low = 0, high = context->run_count;
-    while (low < high) { /* the first run that ends behind `at` */
+    while (low < high) { /* find the first run that ends after `at` */
         size_t middle = (low + high) / 2;
         if (context->runs[middle][0] + context->runs[middle][1] <= at)
             low = middle + 1;
@@ -73,11 +74,11 @@ static int written_since(const struct onion_nbd_context *context, const struct o
         return 1;
     if (read_only)
         return 0;
-    /* A trim after the runs were computed left nothing but a zero that might as well be old: it has to count. */
+    /* A trim after the runs were computed leaves a ZERO, which looks like one that is older. So every ZERO counts. */
     return extent->kind == ONION_EXTENT_ZERO || extent->birth >= context->mark;
 }
 
-/* 0 where there was no room. */
+/* Adds an extent as a changed-since context sees it. Returns 0 if there is no room. */
 static int add_changed(struct descriptors *list, const struct onion_nbd_context *context,
                        const struct onion_extent *extent, int read_only, uint32_t count_max) {
     if (written_since(context, extent, read_only))
@@ -101,7 +102,7 @@ static int add_extent(const struct onion_nbd_session *session, uint32_t i, struc
     return add_changed(list, session->contexts[i], extent, session->chosen->read_only, count_max);
 }
 
-/* 1: everything was described, 0: there was no room for more, or a negative code. */
+/* Returns 1 if everything was described, 0 if there was no room for more, or a negative code. */
 static int describe(struct onion_volume *volume, const struct onion_nbd_session *session,
                     const struct onion_nbd_request *request, struct descriptors *lists) {
     uint32_t count_max = request->flags & ONION_NBD_FLAG_REQ_ONE ? 1 : DESCRIPTORS_MAX;
@@ -123,7 +124,7 @@ static int describe(struct onion_volume *volume, const struct onion_nbd_session 
     return 1;
 }
 
-/* Lists that are done behind each other, as they go out. */
+/* Adds the headers, and moves the finished lists together as they are sent. Returns the length. */
 static size_t pack(const struct onion_nbd_session *session, uint64_t cookie, struct descriptors *lists) {
     unsigned char *to = lists[0].bytes;
     for (uint32_t i = 0; i < session->context_count; i++) {

@@ -1,4 +1,4 @@
-/* events.c: what the server tells of itself: events, the clock, and counters. Under all its other files. */
+/* events.c: events, the clock and counters, which all other files of the server use. */
 #define _GNU_SOURCE
 #include <stdarg.h>
 #include <stdio.h>
@@ -24,7 +24,7 @@ void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) {
     vsnprintf(server->events[at], ONION_NBD_EVENT_BYTES, format, arguments);
     pthread_mutex_unlock(&server->event_lock);
     va_end(arguments);
-    /* Fails only where the counter is full, and then it is readable anyway. */
+    /* The write fails only if the counter is full, and then the descriptor is readable anyway. */
     if (write(server->event_fd, &one, sizeof one) < 0)
         return;
 }

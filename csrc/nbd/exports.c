@@ -1,9 +1,9 @@
-/* exports.c: what is served: by which name, with which volume, and who is in flight on it. See server.h for what must
+/* exports.c: the exports: their names, their volumes, and the requests in flight on them. See server.h for what must
  * hold.
  *
- * An export is taken out of the list at once and freed with its last reference. Whether its volume may be used is a
- * question of its own: requests count themselves in flight (onion_nbd_enter), and who wants to take the volume away
- * holds the export, so that no more come in, and waits for those that are inside. */
+ * An export that is removed leaves the list at once, and is freed with its last reference. The use of its volume is
+ * counted separately: each request counts itself as in flight (onion_nbd_enter). A thread that takes the volume away
+ * first holds the export, so that no more requests come in, and then waits for those in flight. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -100,7 +100,7 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     if (status == 0)
         status = server->stopping ? -ESHUTDOWN : *at ? -EEXIST : 0;
     if (status == 0)
-        *at = export; /* last, so that LIST keeps the order in which they came */
+        *at = export; /* at the end of the list, so that LIST shows exports in the order in which they were added */
     pthread_mutex_unlock(&server->lock);
     if (status < 0)
         free_export(export);
@@ -194,7 +194,7 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     return status;
 }
 
-/* With the export's lock. */
+/* The caller holds the export's lock. */
 static void hold(struct onion_nbd_export *export) {
     export->holds++;
     while (export->in_flight)
@@ -227,7 +227,7 @@ static struct onion_nbd_export *find_named(struct onion_nbd_server *server, cons
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused) {
     pthread_mutex_lock(&server->lock);
     struct onion_nbd_export **at = onion_nbd_link_to(server, name, strlen(name)), *export = *at;
-    int status = !export ? -ENOENT : if_unused && export->references > 1 ? -EBUSY : 0; /* one is that of the list */
+    int status = !export ? -ENOENT : if_unused && export->references > 1 ? -EBUSY : 0; /* one reference is the list's */
     if (status == 0)
         *at = export->next;
     pthread_mutex_unlock(&server->lock);
@@ -299,7 +299,7 @@ static int runs_are_sorted(const uint64_t (*runs)[2], size_t count) {
     return 1;
 }
 
-/* The context of that name, made if it is not there. With the export's lock. NULL: no memory. */
+/* Finds or makes the context of that name. The caller holds the export's lock. NULL: no memory. */
 static struct onion_nbd_context *context_named(struct onion_nbd_export *export, const char *meta) {
     struct onion_nbd_context **at = &export->contexts;
     while (*at && strcmp((*at)->name, meta))

@@ -1,5 +1,5 @@
-/* handshake.c: option haggling. onion_nbd_option is a function of the session and the option's bytes alone, so that
- * it can be checked and fuzzed without a socket; the end of this file moves the bytes. */
+/* handshake.c: option haggling. onion_nbd_option depends on the session and the option's bytes alone, so that it can be
+ * checked and fuzzed without a socket. The end of this file moves the bytes over the socket. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -13,9 +13,9 @@
 static const char ALLOCATION[] = "base:allocation";
 static const char DEPTH[] = "qemu:allocation-depth";
 static const char CHANGED[] = "onionskin:changed-since:";
-static const char BITMAP[] = "qemu:dirty-bitmap:"; /* the same, for who knows what QEMU calls it */
+static const char BITMAP[] = "qemu:dirty-bitmap:"; /* the same context under QEMU's name */
 
-/* ---- what is answered ---- */
+/* ---- answers ---- */
 
 static void put(struct onion_nbd_out *out, const void *bytes, size_t length) {
     if (out->failed || !length)
@@ -90,7 +90,7 @@ int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const ch
     return listing->full = listing->out->length >= ONION_NBD_LIST_BYTES;
 }
 
-/* Part after part, so that thousands of names take no more memory than a few. */
+/* Lists the exports in parts, so that thousands of names take no more memory than a few. */
 static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                         struct onion_nbd_out *out) {
     struct onion_nbd_server *server = session->server;
@@ -116,7 +116,7 @@ static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const
 }
 
 static uint16_t transmission_flags(const struct onion_nbd_session *session, const struct onion_nbd_export *export) {
-    /* Every connection reads and writes the one volume, and a flush covers them all. */
+    /* CAN_MULTI_CONN: all connections use the same volume, and a flush covers the writes of all. */
     uint16_t flags = ONION_NBD_HAS_FLAGS | ONION_NBD_SEND_FLUSH | ONION_NBD_SEND_FUA | ONION_NBD_CAN_MULTI_CONN |
                      ONION_NBD_SEND_CACHE;
     if (session->structured)
@@ -126,8 +126,8 @@ static uint16_t transmission_flags(const struct onion_nbd_session *session, cons
     return flags | ONION_NBD_SEND_TRIM | ONION_NBD_SEND_WRITE_ZEROES | ONION_NBD_SEND_FAST_ZERO;
 }
 
-/* Size and block size now, or -1 where the export is gone. Entering would wait while the export is held; that is meant:
- * a client that comes back during a revert gets the size that is right afterwards. */
+/* Returns the present size and block size, or -1 if the export is gone. It waits while the export is held. This is
+ * intended: a client that connects during a revert gets the size that is right afterwards. */
 static int export_facts(struct onion_nbd_export *export, uint64_t *size_bytes, uint32_t *block_size) {
     uint64_t generation;
     struct onion_volume *volume = onion_nbd_enter(export, &generation);
@@ -162,7 +162,8 @@ static int put_infos(struct onion_nbd_session *session, uint32_t option, const s
         put_info(out, option, ONION_NBD_INFO_NAME, label->name, strlen(label->name));
     if (onion_nbd_info_asked(query, ONION_NBD_INFO_DESCRIPTION) && *label->description)
         put_info(out, option, ONION_NBD_INFO_DESCRIPTION, label->description, strlen(label->description));
-    /* Whoever does not ask may still need the largest request; any byte may be read and written by itself. */
+    /* Sent even to a client that does not ask, because it may need the largest request. The minimum is 1, since single
+     * bytes may be read and written. */
     onion_put32(bytes, 1);
     onion_put32(bytes + 4, block_size);
     onion_put32(bytes + 8, session->server->options.request_bytes_max);
@@ -170,7 +171,7 @@ static int put_infos(struct onion_nbd_session *session, uint32_t option, const s
     return 0;
 }
 
-/* The session's choice. Contexts selected for another export do not hold for this one. */
+/* Sets the export of the session. Contexts that were selected for another export do not apply to it. */
 static void choose(struct onion_nbd_session *session, struct onion_nbd_export *export) {
     session->chosen = export;
     if (session->meta_export != export)
@@ -196,7 +197,7 @@ static enum onion_nbd_next info_or_go(struct onion_nbd_session *session, const s
     return ONION_NBD_TRANSMISSION;
 }
 
-/* Has no way to say no but to close. */
+/* EXPORT_NAME has no error reply, so a name that does not exist closes the connection. */
 static enum onion_nbd_next export_name(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                        const unsigned char *data, struct onion_nbd_out *out) {
     static const unsigned char zeroes[ONION_NBD_EXPORT_ZEROES];
@@ -224,7 +225,7 @@ static int string_is(const struct onion_nbd_string *string, const char *text) {
     return string->length == strlen(text) && !memcmp(string->bytes, text, string->length);
 }
 
-/* A listing query names a context, or ends in a colon and names all that begin with it. */
+/* A listing query is the name of a context, or ends in a colon and matches all names that begin with it. */
 static int listed_by(const struct onion_nbd_string *query, const char *name) {
     if (query->length && query->bytes[query->length - 1] == ':')
         return strlen(name) >= query->length && !memcmp(query->bytes, name, query->length);
@@ -246,7 +247,7 @@ struct onion_nbd_context_listing {
     int full;
 };
 
-/* Once, by however many queries it is listed: so what is answered is bound by what there is. */
+/* Lists a context once, even if several queries match it, so that the answer is no longer than the list of contexts. */
 static void list_context(struct onion_nbd_context_listing *listing, const char *name) {
     struct onion_nbd_meta_query query = *listing->query;
     struct onion_nbd_string string;
@@ -316,8 +317,8 @@ static void select_context(struct onion_nbd_session *session, const struct onion
     put_context(out, ONION_NBD_OPT_SET_META_CONTEXT, id, name);
 }
 
-/* What was computed already, where nobody knows what could be. A client that asks for one by name learns whether it can be
- * had. */
+/* Lists the contexts that were computed already, for a server without the hook list_contexts. A context that a query
+ * names is computed first, so the client learns whether it can be had. */
 static void list_computed(struct onion_nbd_context_listing *listing, struct onion_nbd_export *export) {
     struct onion_nbd_meta_query query = *listing->query;
     struct onion_nbd_string string;
@@ -329,7 +330,7 @@ static void list_computed(struct onion_nbd_context_listing *listing, struct onio
     pthread_mutex_unlock(&export->lock);
 }
 
-/* Part after part, as exports are listed. */
+/* Lists the contexts in parts, like the exports. */
 static enum onion_nbd_next list_contexts(struct onion_nbd_session *session, const struct onion_nbd_meta_query *query,
                                          struct onion_nbd_export *export, struct onion_nbd_out *out) {
     const uint32_t option = ONION_NBD_OPT_LIST_META_CONTEXT;
@@ -439,7 +440,7 @@ static int64_t now_ms(void) {
     return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
-/* Exactly `length` bytes before the deadline: a client that dribbles cannot hold a connection for ever. */
+/* Receives exactly `length` bytes before the deadline, so that a slow client cannot hold a connection for ever. */
 static int receive(struct onion_nbd_connection *connection, void *out, size_t length, int64_t deadline_ms) {
     char *to = out;
     while (length) {
@@ -458,7 +459,7 @@ static int receive(struct onion_nbd_connection *connection, void *out, size_t le
     return 0;
 }
 
-/* All of it before the deadline: nor can one that does not read what it asked for. */
+/* Sends all bytes before the deadline, so that a client that does not read cannot hold a connection for ever. */
 static int send_in_time(struct onion_nbd_connection *connection, const void *bytes, size_t length,
                         int64_t deadline_ms) {
     const char *from = bytes;
@@ -506,7 +507,8 @@ static int send_out(struct onion_nbd_connection *connection, struct onion_nbd_ou
     return status;
 }
 
-/* Before the client is told that it may use its export: from then on it gives way to nobody. */
+/* Ends the negotiation, before the client is told that it may use its export. From then on the connection is not ended
+ * to make room for another. -ECONNABORTED: it is being ended already. */
 static int come_in(struct onion_nbd_connection *connection) {
     pthread_mutex_lock(&connection->server->lock);
     if (!connection->gives_way)
@@ -515,7 +517,7 @@ static int come_in(struct onion_nbd_connection *connection) {
     return connection->negotiating ? -ECONNABORTED : 0;
 }
 
-/* One option: how to go on, or a negative code. */
+/* Receives and answers one option. Returns how to go on (enum onion_nbd_next), or a negative code. */
 static int take_option(struct onion_nbd_connection *connection, int64_t deadline_ms) {
     unsigned char header[ONION_NBD_OPTION_BYTES];
     struct onion_nbd_option option;

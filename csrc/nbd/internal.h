@@ -10,22 +10,22 @@
 #include "nbd/server.h"
 
 enum {
-    ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* longer ones are answered TOO_BIG ... */
-    ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* ... or, longer than this, by closing */
-    ONION_NBD_CONTEXTS_MAX = 16,          /* that one connection can select */
-    ONION_NBD_LIST_BYTES = 64 << 10,      /* of a list of exports or contexts that are gathered before they are sent */
+    ONION_NBD_OPTION_DATA_MAX = 64 << 10, /* an option with more data is answered TOO_BIG */
+    ONION_NBD_OPTION_SKIP_MAX = 1 << 20,  /* an option with more data than this closes the connection */
+    ONION_NBD_CONTEXTS_MAX = 16,          /* contexts that one connection can select */
+    ONION_NBD_LIST_BYTES = 64 << 10,      /* a list of exports or contexts is sent in parts of about this size */
     ONION_NBD_HANDSHAKE_SECONDS = 30,
-    ONION_NBD_IN_BYTES = 256 << 10, /* what one receive takes at most */
-    ONION_NBD_REPLIES_MAX = 64,     /* that are sent together */
+    ONION_NBD_IN_BYTES = 256 << 10, /* the receive buffer */
+    ONION_NBD_REPLIES_MAX = 64,     /* replies that are sent together */
     ONION_NBD_BATCH_MAX = 32,       /* writes that share system calls */
     ONION_NBD_QUEUE_MAX = 64,       /* requests that wait for the helper */
     ONION_NBD_EVENTS_MAX = 256,
 };
 
-/* Ids of contexts on the wire. Those of changed-since contexts, under our name and QEMU's, follow. */
+/* Ids of contexts on the wire. Changed-since contexts, under either of their names, get the ids from ID_CHANGED on. */
 enum { ONION_NBD_ID_ALLOCATION = 1, ONION_NBD_ID_DEPTH = 2, ONION_NBD_ID_CHANGED = 3 };
 
-/* A changed-since context. Changes only while its export is held; lives as long as the export. */
+/* A changed-since context. It changes only while its export is held, and lives as long as the export. */
 struct onion_nbd_context {
     struct onion_nbd_context *next;
     char *name;
@@ -36,7 +36,8 @@ struct onion_nbd_context {
     size_t run_count;
 };
 
-/* What an export is called. Lives as long as the export, though that may have another one meanwhile. */
+/* The name and the description of an export. Former labels live as long as the export, because connections may be
+ * reading them. */
 struct onion_nbd_label {
     struct onion_nbd_label *former;
     char *name, *description;
@@ -44,42 +45,42 @@ struct onion_nbd_label {
 
 struct onion_nbd_export {
     struct onion_nbd_export *next;
-    uint32_t references;            /* guarded by the server's lock: the list's own, and one for each user */
-    struct onion_nbd_label *label;  /* atomic; set with the server's lock */
-    struct onion_nbd_counters past; /* of connections that ended; guarded by the server's lock */
+    uint32_t references;            /* one for the list and one for each user; guarded by the server's lock */
+    struct onion_nbd_label *label;  /* atomic; set under the server's lock */
+    struct onion_nbd_counters past; /* the sum of connections that ended; guarded by the server's lock */
     int read_only;
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t changed;
     struct onion_volume *volume; /* NULL: removed */
-    uint64_t generation;         /* of the volume: replies of another one are not continued */
+    uint64_t generation;         /* counts the volumes; a reply that began with another volume is not continued */
     uint32_t in_flight;
     uint32_t holds;
     struct onion_nbd_context *contexts;
     uint32_t next_context_id;
 };
 
-/* A growing buffer for what a negotiation answers. */
+/* A growing buffer for the answers of a negotiation. */
 struct onion_nbd_out {
     unsigned char *bytes;
     size_t length, capacity;
-    int failed; /* memory was missing */
+    int failed; /* an allocation failed */
 };
 
-/* What option haggling has settled so far. Needs no socket. */
+/* The state of option haggling. It needs no socket. */
 struct onion_nbd_session {
     struct onion_nbd_server *server;
     int tls, require_tls, no_zeroes;
     int structured;
-    uint32_t listed_length; /* of the export or context that was listed last; 0: a list begins */
+    uint32_t listed_length; /* length of the name that was listed last; 0: a list begins */
     char listed[ONION_NBD_NAME_MAX];
     struct onion_nbd_export *chosen;      /* holds a reference */
-    struct onion_nbd_export *meta_export; /* that the contexts were selected for; holds a reference */
+    struct onion_nbd_export *meta_export; /* the export of the selected contexts; holds a reference */
     uint32_t context_count;
     uint32_t context_ids[ONION_NBD_CONTEXTS_MAX];
     struct onion_nbd_context *contexts[ONION_NBD_CONTEXTS_MAX]; /* NULL for the two fixed ones */
 };
 
-/* MORE_REPLIES: what was answered is sent, and the same option given again. */
+/* MORE_REPLIES: the caller sends the answers so far, and calls again with the same option. */
 enum onion_nbd_next { ONION_NBD_MORE_OPTIONS, ONION_NBD_TRANSMISSION, ONION_NBD_CLOSE, ONION_NBD_MORE_REPLIES };
 
 /* A request on its way to the helper, with its payload. */
@@ -89,7 +90,7 @@ struct onion_nbd_job {
     uint32_t error;
     int flush_wanted;
     int64_t received_ns;
-    unsigned char *reply; /* NULL: a plain one */
+    unsigned char *reply; /* NULL: a reply that only has a status */
     size_t reply_length;
 };
 
@@ -104,19 +105,20 @@ struct onion_nbd_helper {
     struct onion_nbd_job queue[ONION_NBD_QUEUE_MAX];
 };
 
-/* A reply on its way out: a chunk (header, data, tail), and for reads what follows it. See reply.c. */
+/* A reply that is being sent: the present chunk (header, data, tail), and for reads the range of the chunks after it.
+ * See reply.c. */
 struct onion_nbd_reply {
-    uint64_t cookie, offset; /* of what is not laid out yet */
+    uint64_t cookie, offset; /* offset and left: the range that is not laid out yet */
     uint32_t left;
-    uint64_t at; /* of the chunk's data */
+    uint64_t at; /* at and data_left: the range of the chunk's data that is not sent yet */
     uint32_t data_left;
     uint16_t flags;
     unsigned char header[32], tail[32];
     uint8_t header_length, header_sent, tail_length, tail_sent;
     uint8_t is_read;
-    uint8_t begun;    /* bytes of it are in the socket */
-    uint8_t padding;  /* the chunk's data could not be read: zeros complete it, its tail says so */
-    uint8_t promised; /* the chunk's header says that nothing went wrong, and nothing follows that could deny it */
+    uint8_t begun;    /* some of its bytes are in the socket */
+    uint8_t padding;  /* the chunk's data could not be read: zeros complete it, and its tail reports the error */
+    uint8_t promised; /* the chunk's header says success, and nothing that follows can report an error */
 };
 
 struct onion_nbd_connection {
@@ -128,7 +130,7 @@ struct onion_nbd_connection {
     int flags;
     uint32_t client_flags;
     int negotiating;
-    int gives_way; /* it is ended for another one; with the server's lock */
+    int gives_way; /* it is being ended to make room for another connection; under the server's lock */
     int broken;    /* atomic: nothing more can be sent */
     struct onion_nbd_session session;
     struct onion_nbd_counters counters; /* atomic each */
@@ -138,11 +140,11 @@ struct onion_nbd_connection {
     size_t in_from, in_to;
     int requests_come_fast;
     int64_t received_ns;               /* when the last bytes came */
-    uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet; not the helper's */
+    uint32_t waiting[ONION_NBD_VERBS]; /* requests whose latency is not counted yet, without those of the helper */
     unsigned char *payload;            /* kept from one large write to the next */
     size_t payload_capacity;
-    unsigned char *batch; /* ONION_NBD_IN_BYTES for payloads behind each other; NULL until two writes come together */
-    struct onion_volume *volume; /* while in flight; NULL also where the export is gone */
+    unsigned char *batch;        /* ONION_NBD_IN_BYTES for consecutive payloads; NULL until two writes come together */
+    struct onion_volume *volume; /* set while in flight; NULL if the export is gone */
     int in_flight;
     uint32_t gone; /* the error to answer while volume is NULL */
     uint64_t generation;
@@ -163,7 +165,7 @@ struct onion_nbd_server {
     uint32_t connection_count;
     uint64_t next_id;
     int stopping;                   /* atomic */
-    struct onion_nbd_counters past; /* of connections that ended */
+    struct onion_nbd_counters past; /* the sum of connections that ended */
 
     pthread_mutex_t event_lock;
     int event_fd;
@@ -184,24 +186,26 @@ int64_t onion_nbd_now_ns(void);
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
-/* Adds up counters of which the second ones may be counting. */
+/* Adds the counters `one` to `sum`. Other threads may be incrementing `one` meanwhile. */
 void onion_nbd_add_counters(struct onion_nbd_counters *sum, const struct onion_nbd_counters *one);
 
 /* ---- exports.c ---- */
 
-/* What leads to the export of that name, or to NULL, in the list. With the server's lock. */
+/* Returns the pointer in the list that points to the export of that name, or the list's last pointer, which is NULL.
+ * The caller holds the server's lock. */
 struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length);
-/* With a reference, or NULL. name is any bytes. */
+/* Returns the export of that name with a reference, or NULL. The name may be any bytes. */
 struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length);
 void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *export);
-/* The volume, with a request counted as in flight on it, or NULL where the export is gone. Waits while it is held. */
+/* Counts a request as in flight and returns the volume, or returns NULL if the export is gone. Waits while the export
+ * is held. */
 struct onion_volume *onion_nbd_enter(struct onion_nbd_export *export, uint64_t *generation);
 void onion_nbd_leave(struct onion_nbd_export *export);
-/* Makes durable what was written before the call; a second time where the hooks made room on a full disk. The caller is
- * not in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
+/* Makes durable what was written before the call. If the disk is full, the hook make_room may flush again with more
+ * room. The caller is not in flight. -ESHUTDOWN: the export is gone. A view has nothing to make durable. */
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export);
-/* A volume that is gone stays gone: who is held sees it, and later requests get ESHUTDOWN. Waits for
- * those in flight. */
+/* Removes the volume for good and waits for the requests in flight. Requests that wait because the export is held, and
+ * later requests, get ESHUTDOWN. */
 void onion_nbd_take_volume_away(struct onion_nbd_export *export);
 
 /* ---- handshake.c ---- */
@@ -210,23 +214,24 @@ void onion_nbd_take_volume_away(struct onion_nbd_export *export);
 enum onion_nbd_next onion_nbd_option(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                      const unsigned char *data, struct onion_nbd_out *out);
 void onion_nbd_session_end(struct onion_nbd_session *session);
-/* The whole of it on a connection's socket: 1 when transmission may begin, 0 when the connection is to be closed. */
+/* Does the whole handshake on a connection's socket. 1: transmission may begin. 0: the connection is to be closed. */
 int onion_nbd_negotiate(struct onion_nbd_connection *connection);
 
 /* ---- reply.c ---- */
 
-/* All of it, waiting for a slow client: 0 or -errno. The caller holds the send lock, if others may send. */
+/* Sends all bytes, and waits for a slow client: 0 or -errno. The caller holds the send lock if other threads may
+ * send. */
 int onion_nbd_send_all(struct onion_nbd_connection *connection, const void *bytes, size_t length);
-/* Adds a reply to those that are sent together; sends them first where there is no room. */
+/* Adds a reply to the replies that are sent together. If there is no room for it, those are sent first. */
 int onion_nbd_reply_status(struct onion_nbd_connection *connection, uint64_t cookie, uint32_t error);
 int onion_nbd_reply_read(struct onion_nbd_connection *connection, const struct onion_nbd_request *request);
-/* Sends what was added: 0, or -errno when the connection is of no more use. */
+/* Sends the replies that were added: 0, or -errno if the connection cannot be used any more. */
 int onion_nbd_send_replies(struct onion_nbd_connection *connection);
 size_t onion_nbd_encode_status(const struct onion_nbd_session *session, uint64_t cookie, uint32_t error,
                                unsigned char *out);
 
-/* Counts the connection's own requests in flight; enter may be called again, and leaves c->volume NULL where the export
- * is gone. Nobody waits for a socket, a queue or a lock of another connection's before leave. */
+/* Count the connection's own requests as in flight. enter may be called again, and leaves c->volume NULL if the export
+ * is gone. Between enter and leave, the thread does not wait for a socket, a queue or another connection's lock. */
 void onion_nbd_connection_enter(struct onion_nbd_connection *connection);
 void onion_nbd_connection_leave(struct onion_nbd_connection *connection);
 
@@ -238,24 +243,25 @@ void onion_nbd_limits(const struct onion_nbd_session *session, const struct onio
 
 /* ---- write_batch.c ---- */
 
-/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests, payloads behind each other; errors are zero before. */
+/* Writes `count` (up to ONION_NBD_BATCH_MAX) checked requests, whose payloads are consecutive. The caller sets `errors`
+ * to zero before. */
 void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_request *requests, uint32_t count,
                            const unsigned char *payloads, uint32_t *errors);
 
 /* ---- worker.c ---- */
 
-/* Gives a request to the helper; the payload becomes its own. Waits while too much is queued. 0 or -errno. */
+/* Gives a request to the helper, which frees the payload. Waits while too much is queued. 0 or -errno. */
 int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
                     unsigned char *payload);
-/* Runs a request that needs no thread of its own. */
+/* Runs a TRIM or WRITE_ZEROES in the calling thread, and returns the error value for the client. */
 uint32_t onion_nbd_run_zero(struct onion_volume *volume, const struct onion_nbd_request *request);
 int onion_nbd_helper_idle(struct onion_nbd_connection *connection);
-/* Waits until all jobs are answered, and ends the thread. */
+/* Waits until all jobs are answered, and ends the helper's thread. */
 void onion_nbd_helper_end(struct onion_nbd_connection *connection);
 
 /* ---- block_status.c ---- */
 
-/* The reply to BLOCK_STATUS, allocated: 0 or a negative code. */
+/* Allocates the reply to BLOCK_STATUS, which the caller frees: 0 or a negative code. */
 int onion_nbd_block_status(struct onion_volume *volume, const struct onion_nbd_session *session,
                            const struct onion_nbd_request *request, unsigned char **reply, size_t *reply_length);
 

@@ -1,4 +1,5 @@
-/* protocol.c: see protocol.h. Byte order is that of a little-endian host turned around, as everywhere in onionskin. */
+/* protocol.c: implements protocol.h. The host is little-endian, as everywhere in onionskin, so the bytes of each number
+ * are swapped. */
 #include "nbd/protocol.h"
 
 #include <errno.h>
@@ -21,7 +22,7 @@ int onion_nbd_request_decode(const unsigned char *bytes, struct onion_nbd_reques
     return onion_get32(bytes) == ONION_NBD_REQUEST_MAGIC ? 0 : ONION_E_FORMAT;
 }
 
-/* A length of 32 bits and as many bytes. Moves *at on, and leaves it where the string does not fit. */
+/* Decodes a length of 32 bits and as many bytes. Moves *at behind them, but not if the string does not fit. */
 static int take_string(const unsigned char **at, const unsigned char *end, struct onion_nbd_string *out) {
     if (end - *at < 4)
         return ONION_E_FORMAT;
@@ -57,7 +58,7 @@ int onion_nbd_meta_decode(const unsigned char *data, uint32_t length, struct oni
     query->query_count = onion_get32(at);
     query->next = at += 4;
     query->end = end;
-    /* Each query takes four bytes at least, so a count that is too large ends soon. */
+    /* Each query takes at least four bytes, so the loop ends soon even if the count is too large. */
     for (uint32_t i = 0; i < query->query_count; i++)
         if (take_string(&at, end, &string) < 0)
             return ONION_E_FORMAT;
@@ -101,7 +102,7 @@ uint32_t onion_nbd_request_check(const struct onion_nbd_request *request, const 
         return ONION_NBD_EINVAL;
     if (request->offset > limits->size_bytes || request->length > limits->size_bytes - request->offset)
         return type == ONION_NBD_CMD_WRITE || type == ONION_NBD_CMD_WRITE_ZEROES ? ONION_NBD_ENOSPC : ONION_NBD_EINVAL;
-    /* Zeros that must be allocated are written, which is what FAST_ZERO asks not to wait for. */
+    /* With NO_HOLE the zeros are written as data, which is slow, and FAST_ZERO asks for an error in that case. */
     if (request->flags & ONION_NBD_FLAG_FAST_ZERO && request->flags & ONION_NBD_FLAG_NO_HOLE)
         return ONION_NBD_ENOTSUP;
     return 0;
@@ -118,7 +119,7 @@ uint32_t onion_nbd_error(int64_t status) {
         return ONION_NBD_ENOSPC;
     case -ENOMEM:
         return ONION_NBD_ENOMEM;
-    case ONION_E_BOUNDS: /* it was inside when it was checked: the disk was made smaller meanwhile */
+    case ONION_E_BOUNDS: /* the disk became smaller since the request was checked */
         return ONION_NBD_EINVAL;
     case ONION_E_READ_ONLY:
         return ONION_NBD_EPERM;

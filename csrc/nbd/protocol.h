@@ -19,14 +19,14 @@
 #define ONION_NBD_CHUNK_MAGIC UINT32_C(0x668e33ef)
 
 enum {
-    ONION_NBD_NAME_MAX = 4096, /* bytes of a name, as the protocol has it */
+    ONION_NBD_NAME_MAX = 4096, /* the longest name that the protocol allows, in bytes */
     ONION_NBD_GREETING_BYTES = 18,
-    ONION_NBD_OPTION_BYTES = 16, /* header of an option */
+    ONION_NBD_OPTION_BYTES = 16, /* the header of an option */
     ONION_NBD_OPTION_REPLY_BYTES = 20,
     ONION_NBD_REQUEST_BYTES = 28,
     ONION_NBD_SIMPLE_REPLY_BYTES = 16,
-    ONION_NBD_CHUNK_BYTES = 20,        /* header of a structured reply chunk */
-    ONION_NBD_EXPORT_REPLY_BYTES = 10, /* to EXPORT_NAME, without the zeroes */
+    ONION_NBD_CHUNK_BYTES = 20,        /* the header of a structured reply chunk */
+    ONION_NBD_EXPORT_REPLY_BYTES = 10, /* the reply to EXPORT_NAME, without the zeroes */
     ONION_NBD_EXPORT_ZEROES = 124,
 };
 
@@ -104,7 +104,7 @@ enum {
 
 enum { ONION_NBD_STATE_HOLE = 1, ONION_NBD_STATE_ZERO = 2 };
 
-/* Error values on the wire: not those of the system, though most have the same number on Linux. */
+/* Error values on the wire. They are defined by the protocol, though most have the same numbers as errno on Linux. */
 enum {
     ONION_NBD_EPERM = 1,
     ONION_NBD_EIO = 5,
@@ -118,7 +118,7 @@ enum {
 
 struct onion_nbd_option {
     uint32_t option;
-    uint32_t length; /* of the data that follow */
+    uint32_t length; /* length of the data that follow */
 };
 
 struct onion_nbd_request {
@@ -143,31 +143,32 @@ struct onion_nbd_info_query {
 struct onion_nbd_meta_query {
     struct onion_nbd_string name;
     uint32_t query_count;
-    const unsigned char *next, *end; /* what onion_nbd_meta_next reads */
+    const unsigned char *next, *end; /* the range that onion_nbd_meta_next reads */
 };
 
-/* Each takes exactly as many bytes as its header has, and returns 0 or ONION_E_FORMAT where the magic is wrong. */
+/* Each decodes a header of fixed length, and returns 0, or ONION_E_FORMAT if the magic is wrong. */
 int onion_nbd_option_decode(const unsigned char *bytes, struct onion_nbd_option *option);
 int onion_nbd_request_decode(const unsigned char *bytes, struct onion_nbd_request *request);
-/* The data of an option, all of them: 0, or ONION_E_FORMAT where lengths do not add up or a name is too long. The
- * meta query is checked to its end, so that onion_nbd_meta_next cannot fail. */
+/* Each decodes all data of an option: 0, or ONION_E_FORMAT if lengths do not add up or a name is too long. The meta
+ * query is checked to its end, so onion_nbd_meta_next cannot fail. */
 int onion_nbd_info_decode(const unsigned char *data, uint32_t length, struct onion_nbd_info_query *query);
 int onion_nbd_info_asked(const struct onion_nbd_info_query *query, uint16_t info);
 int onion_nbd_meta_decode(const unsigned char *data, uint32_t length, struct onion_nbd_meta_query *query);
 int onion_nbd_meta_next(struct onion_nbd_meta_query *query, struct onion_nbd_string *out);
 
-/* What of a request is wrong by itself or for an export of this size: 0 or the error value for the client. */
+/* The facts about an export and a session that a request is checked against. */
 struct onion_nbd_limits {
     uint64_t size_bytes;
     uint32_t request_bytes_max;
     int read_only, structured;
     uint32_t context_count;
 };
+/* Returns 0 if a request may be run, or the error value for the client. */
 uint32_t onion_nbd_request_check(const struct onion_nbd_request *request, const struct onion_nbd_limits *limits);
-/* The error value for a negative code of base/status.h. */
+/* Returns the error value on the wire for a negative code of base/status.h. */
 uint32_t onion_nbd_error(int64_t status);
 
-/* Encoders return how many bytes they wrote. */
+/* Encoders return the number of bytes that they wrote. */
 size_t onion_nbd_greeting(unsigned char *out);
 size_t onion_nbd_option_reply(unsigned char *out, uint32_t option, uint32_t type, uint32_t length);
 size_t onion_nbd_simple_reply(unsigned char *out, uint64_t cookie, uint32_t error);

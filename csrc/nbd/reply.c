@@ -1,20 +1,20 @@
-/* reply.c: replies on their way out.
+/* reply.c: lays out replies and sends them.
  *
- * Replies that belong together are sent with one system call: their headers from memory, their data straight from the
- * segments' mappings. A reply is a chunk at a time:
+ * Several replies are sent with one system call: their headers from memory, their data straight from the segments'
+ * mappings. A reply is sent chunk by chunk:
  *
  *   header | data (planned anew for each system call) | tail
  *
- * A simple reply is one chunk without a tail. A structured read may be several: holes of the disk go out as holes, and
- * what is too scattered for one plan is cut.
+ * A simple reply is one chunk without a tail. A structured read may consist of several chunks: holes of the disk are
+ * sent as holes, and data that is too scattered for one plan is divided.
  *
- * When data cannot be read, what can still be said depends on what was sent:
+ * If data cannot be read, the possible answer depends on what was sent already:
  *   nothing of the chunk's header      the header becomes an error
  *   a header that promises nothing     zeros complete the data, and the tail is an error chunk
- *   a header that promises success     nothing: the connection is closed
- * So a header that promises (a simple one; a chunk that is the last) goes out only after a byte of each of its pages
- * was loaded, which makes the third case a race against whoever truncates the file. A large structured read promises in
- * its tail instead, and no page is loaded twice. */
+ *   a header that promises success     none: the connection is closed
+ * So before a header that promises success is sent (a simple reply, or the last chunk), one byte of each page of its
+ * data is loaded. The third case then happens only if a file is truncated between this load and the send. A large
+ * structured read promises success in its tail instead, so no page is loaded twice. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -25,9 +25,9 @@
 
 #define IOV_MAX_USED 512
 #define PIECES_MAX 256
-#define SEND_BYTES (2u << 20)       /* what one system call is given at most */
-#define TOUCH_BYTES_MAX (64u << 10) /* reads up to here promise in their header */
-#define HOLE_BYTES_MIN (32u << 10)  /* shorter zeros are sent as bytes: a chunk of their own costs the client more */
+#define SEND_BYTES (2u << 20)       /* about the largest number of bytes for one system call */
+#define TOUCH_BYTES_MAX (64u << 10) /* structured reads up to this length promise success in their header */
+#define HOLE_BYTES_MIN (32u << 10)  /* shorter zeros are sent as bytes, because a chunk costs the client more */
 
 static char zeros[64 << 10]; /* never written */
 
@@ -65,7 +65,7 @@ static int wait_for_room(struct onion_nbd_connection *connection) {
 
 static int give_up(struct onion_nbd_connection *connection, int status) {
     __atomic_store_n(&connection->broken, 1, __ATOMIC_SEQ_CST);
-    shutdown(connection->fd, SHUT_RDWR); /* the other thread may be waiting on it */
+    shutdown(connection->fd, SHUT_RDWR); /* wakes the connection's other thread, which may be waiting for the socket */
     return status;
 }
 
@@ -95,7 +95,7 @@ size_t onion_nbd_encode_status(const struct onion_nbd_session *session, uint64_t
                  : onion_nbd_chunk(out, cookie, ONION_NBD_REPLY_DONE, ONION_NBD_REPLY_NONE, 0);
 }
 
-/* A place for one more. NULL: the connection is of no more use. */
+/* Returns a place for one more reply, or NULL if the connection cannot be used any more. */
 static struct onion_nbd_reply *next_reply(struct onion_nbd_connection *connection) {
     if (connection->reply_count == ONION_NBD_REPLIES_MAX) {
         if (onion_nbd_send_replies(connection) < 0)
@@ -132,7 +132,7 @@ int onion_nbd_reply_read(struct onion_nbd_connection *connection, const struct o
     return 0;
 }
 
-/* Says of a reply that its data cannot be had. -ECONNABORTED: it cannot be said any more. */
+/* Makes a reply report that its data cannot be read. -ECONNABORTED: it is too late to report it. */
 static int fail(struct onion_nbd_connection *connection, struct onion_nbd_reply *reply, uint32_t error) {
     onion_nbd_counter_add(&connection->counters.errors, 1);
     onion_nbd_event(connection->server, "%s: read of %u bytes at %llu failed with error %u", connection->peer,
@@ -155,12 +155,12 @@ static int fail(struct onion_nbd_connection *connection, struct onion_nbd_reply 
 
 /* ---- laying out a chunk ---- */
 
-/* What one system call is given. */
+/* The arguments of one system call. */
 struct gathering {
     struct iovec iov[IOV_MAX_USED];
     uint32_t used;
     size_t bytes;
-    struct onion_piece pieces[PIECES_MAX]; /* of the chunk that was laid out last */
+    struct onion_piece pieces[PIECES_MAX]; /* the pieces of the present chunk's data */
     int64_t piece_count;
     uint64_t planned;
 };
@@ -179,7 +179,7 @@ static int touch_range(struct onion_volume *volume, uint64_t offset, uint64_t le
     return 0;
 }
 
-/* How much of what is left goes into one chunk of data: up to zeros that are worth a chunk of their own. */
+/* Returns the length of the next chunk of data. It ends before zeros that are long enough for a chunk of their own. */
 static uint32_t data_chunk_length(const struct gathering *g, const struct onion_nbd_reply *reply) {
     uint64_t length = 0;
     if (reply->flags & ONION_NBD_FLAG_DF)
@@ -223,7 +223,7 @@ static void lay_out_hole(struct onion_nbd_reply *reply, uint32_t length) {
     reply->left -= length;
 }
 
-/* The next chunk of a read: its header, and in g the pieces that its data begin with. */
+/* Lays out the next chunk of a read: its header, and in g the first pieces of its data. */
 static int lay_out(struct onion_nbd_connection *connection, struct onion_nbd_reply *reply, struct gathering *g) {
     reply->header_sent = reply->tail_length = reply->tail_sent = 0;
     if (!connection->volume)
@@ -254,7 +254,7 @@ static void push(struct gathering *g, const void *address, size_t length) {
     g->bytes += length;
 }
 
-/* Up to `length` zeros. Returns how many. */
+/* Adds up to `length` zeros. Returns how many were added. */
 static uint64_t push_zeros(struct gathering *g, uint64_t length) {
     uint64_t pushed = 0;
     while (pushed < length && g->used < IOV_MAX_USED && g->bytes < SEND_BYTES) {
@@ -265,7 +265,7 @@ static uint64_t push_zeros(struct gathering *g, uint64_t length) {
     return pushed;
 }
 
-/* As much of the chunk's data as there is room for: 1 when that is all of it, 0 when not. */
+/* Adds as much of the chunk's data as there is room for. Returns whether that is all of it. */
 static int push_data(struct gathering *g, const struct onion_nbd_reply *reply) {
     uint64_t left = reply->data_left;
     if (reply->padding)
@@ -286,7 +286,7 @@ static int push_data(struct gathering *g, const struct onion_nbd_reply *reply) {
     return left == 0;
 }
 
-/* The pieces of a chunk that was begun before. */
+/* Plans the rest of the data of a chunk that was laid out before. */
 static int plan_rest(struct onion_nbd_connection *connection, struct onion_nbd_reply *reply, struct gathering *g) {
     g->piece_count = 0;
     if (!reply->data_left || reply->padding)
@@ -298,7 +298,7 @@ static int plan_rest(struct onion_nbd_connection *connection, struct onion_nbd_r
     return g->piece_count < 0 ? fail(connection, reply, onion_nbd_error(g->piece_count)) : 0;
 }
 
-/* Adds a reply's next bytes: 1 when the next reply may follow, 0 when not, or a negative code. */
+/* Adds a reply's next bytes. Returns 1 if the next reply may follow in the same call, 0 if not, or a negative code. */
 static int gather_one(struct onion_nbd_connection *connection, struct onion_nbd_reply *reply, struct gathering *g) {
     int status = reply->header_length ? plan_rest(connection, reply, g) : lay_out(connection, reply, g);
     if (status < 0)
@@ -333,7 +333,7 @@ static size_t take(uint8_t *sent, uint8_t length, size_t bytes) {
     return part;
 }
 
-/* `bytes` more are in the socket. Returns the first reply that is not done. */
+/* Notes that `bytes` more bytes are in the socket. Returns the first reply that is not done. */
 static uint32_t advance(struct onion_nbd_connection *connection, uint32_t first, size_t bytes) {
     while (first < connection->reply_count) {
         struct onion_nbd_reply *reply = &connection->replies[first];
@@ -348,7 +348,7 @@ static uint32_t advance(struct onion_nbd_connection *connection, uint32_t first,
         if (!reply->header_length || reply->header_sent < reply->header_length || reply->data_left ||
             reply->tail_sent < reply->tail_length)
             return first;
-        if (reply->left) { /* its next chunk is laid out when it is gathered */
+        if (reply->left) { /* the next call of gather_one lays out its next chunk */
             reply->header_length = reply->header_sent = 0;
             return first;
         }
@@ -357,7 +357,7 @@ static uint32_t advance(struct onion_nbd_connection *connection, uint32_t first,
     return first;
 }
 
-/* sendmsg could not read some mapping and sent nothing: find out whose, and fail those. */
+/* sendmsg could not read some mapping and sent nothing. Finds the replies whose data cannot be read, and fails them. */
 static int settle_faults(struct onion_nbd_connection *connection, uint32_t first) {
     struct onion_nbd_reply *suspect = NULL;
     struct onion_ticket ticket;
@@ -376,11 +376,12 @@ static int settle_faults(struct onion_nbd_connection *connection, uint32_t first
             return -ECONNABORTED;
         failed += status < 0;
     }
-    /* Whoever failed may have come back, but a loop must end. */
+    /* If all data can be read again by now, fail the first reply that has data, so that a retry cannot loop for
+     * ever. */
     return failed ? 0 : suspect ? fail(connection, suspect, ONION_NBD_EIO) : -EFAULT;
 }
 
-/* The volume is another one: what was sent in part must not go on with other bytes. */
+/* The volume was replaced or is gone. A reply that was sent in part must not go on with the bytes of another volume. */
 static int fail_begun(struct onion_nbd_connection *connection, uint32_t first) {
     int status = 0;
     for (uint32_t i = first; i < connection->reply_count && status == 0; i++) {
@@ -389,7 +390,7 @@ static int fail_begun(struct onion_nbd_connection *connection, uint32_t first) {
             continue;
         if (reply->begun || !connection->volume)
             status = fail(connection, reply, connection->volume ? ONION_NBD_EIO : connection->gone);
-        else if (reply->data_left) { /* laid out, and nothing sent: from the start */
+        else if (reply->data_left) { /* it was laid out and nothing was sent: lay it out again */
             reply->offset -= reply->data_left;
             reply->left += reply->data_left;
             reply->data_left = reply->header_length = 0;
@@ -398,7 +399,7 @@ static int fail_begun(struct onion_nbd_connection *connection, uint32_t first) {
     return status;
 }
 
-/* Out of flight while something else is waited for. */
+/* Goes in flight again after a wait. If the volume is another one by now, replies that have begun fail. */
 static int reenter(struct onion_nbd_connection *connection, uint32_t first, uint64_t generation) {
     onion_nbd_connection_enter(connection);
     return connection->generation == generation && connection->volume ? 0 : fail_begun(connection, first);
@@ -411,12 +412,12 @@ static int wait_and_reenter(struct onion_nbd_connection *connection, uint32_t fi
     return status < 0 ? status : reenter(connection, first, generation);
 }
 
-/* One system call. *first moves on to the first reply that is not done. */
+/* Sends as much as one system call takes. Moves *first to the first reply that is not done. */
 static int send_some(struct onion_nbd_connection *connection, uint32_t *first) {
     struct gathering g;
     struct onion_ticket ticket;
     int status = connection->volume ? onion_volume_plan_begin(connection->volume, &ticket) : 0;
-    if (status < 0) { /* closed or poisoned under us: reads fail */
+    if (status < 0) { /* the volume was closed or poisoned meanwhile, so reads fail */
         onion_nbd_connection_leave(connection);
         connection->gone = onion_nbd_error(status);
     }
@@ -437,7 +438,7 @@ static int send_some(struct onion_nbd_connection *connection, uint32_t *first) {
                              : -error;
 }
 
-/* The helper may hold the lock while it waits for the client: then nobody must wait for us. */
+/* The helper may hold the lock while it waits for the client. So this thread is not in flight while it waits. */
 static int lock_for_sending(struct onion_nbd_connection *connection) {
     if (pthread_mutex_trylock(&connection->send_lock) == 0)
         return 0;

@@ -1,4 +1,4 @@
-/* server.c: connections, and the life of the server. See server.h for what must hold. */
+/* server.c: starts and stops the server and its connections. See server.h for what must hold. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
@@ -89,7 +89,7 @@ static void link_connection(struct onion_nbd_server *server, struct onion_nbd_co
     server->connection_count++;
 }
 
-/* The last that a connection's thread does: once the count is down the server may be freed. */
+/* The last step of a connection's thread. After the count is decremented, the server may be freed. */
 static void end_connection(struct onion_nbd_connection *connection) {
     struct onion_nbd_server *server = connection->server;
     pthread_mutex_lock(&server->lock);
@@ -155,7 +155,7 @@ static int start_thread(struct onion_nbd_connection *connection) {
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* of this thread's own loads: base/sigbus.h */
+    sigdelset(&all, SIGBUS); /* raised by this thread's own loads: base/sigbus.h */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int status = -pthread_create(&thread, &attributes, run_connection, connection);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -163,8 +163,9 @@ static int start_thread(struct onion_nbd_connection *connection) {
     return status;
 }
 
-/* Whether there is room for one more. Who has not come to use an export yet gives way to who may, the oldest first:
- * else a few silent clients would keep all others out until their time is over. With the server's lock. */
+/* Returns whether there is room for one more connection. If not, the oldest connection that still negotiates is ended
+ * to make room: otherwise a few silent clients would keep all others out until their time is over. The caller holds the
+ * server's lock. */
 static int has_room(struct onion_nbd_server *server) {
     struct onion_nbd_connection *oldest = NULL;
     uint64_t max = server->options.connections_max;
@@ -173,7 +174,7 @@ static int has_room(struct onion_nbd_server *server) {
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
         if (at->negotiating && !at->gives_way && (!oldest || at->id < oldest->id))
             oldest = at;
-    if (!oldest || server->connection_count >= 2 * max) /* those that give way are on their way out */
+    if (!oldest || server->connection_count >= 2 * max) /* the connections that are being ended still count */
         return 0;
     oldest->gives_way = 1;
     shutdown(oldest->fd, SHUT_RDWR);
@@ -251,7 +252,7 @@ int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, st
 
 /* ---- stop ---- */
 
-/* Until no connection is left, or the time is over. With the server's lock. */
+/* Waits until no connection is left, or the time is over. The caller holds the server's lock. */
 static void wait_for_connections(struct onion_nbd_server *server, uint64_t grace_ms) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -269,12 +270,13 @@ static void shut_all(struct onion_nbd_server *server, int how) {
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next) {
         if (how == SHUT_RDWR)
             __atomic_store_n(&at->broken, 1, __ATOMIC_SEQ_CST);
-        /* While it negotiates nothing is in flight. */
+        /* A connection that negotiates has nothing in flight, so it is shut down at once. */
         shutdown(at->fd, at->negotiating ? SHUT_RDWR : how);
     }
 }
 
-/* No export is added any more. A volume that was closed already has been flushed by who closed it. */
+/* Flushes and removes all exports. No export is added any more. A volume that is closed already was flushed when it was
+ * closed. */
 static int flush_exports(struct onion_nbd_server *server) {
     int status = 0;
     for (;;) {
@@ -295,13 +297,13 @@ static int flush_exports(struct onion_nbd_server *server) {
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
     pthread_mutex_lock(&server->lock);
     server->stopping = 1;
-    /* What has arrived is still read and answered; then the end of the stream is found. */
+    /* The connections still read and answer what has arrived, and then find the end of the stream. */
     shut_all(server, SHUT_RD);
     wait_for_connections(server, grace_ms);
     shut_all(server, SHUT_RDWR);
     for (struct onion_nbd_export *export = server->exports; export; export = export->next) {
         pthread_mutex_lock(&export->lock);
-        export->holds = 0; /* else a connection that is held would never end, nor the flush below begin */
+        export->holds = 0; /* otherwise a waiting connection would never end, and the flush below would not begin */
         pthread_cond_broadcast(&export->changed);
         pthread_mutex_unlock(&export->lock);
     }

@@ -32,33 +32,35 @@ struct onion_nbd_server;
 
 enum {
     ONION_NBD_REQUEST_BYTES_MAX = 32 << 20,
-    ONION_NBD_EVENT_BYTES = 512, /* of one event, with its terminating zero */
-    ONION_NBD_VERBS = 8,         /* numbered as the protocol's commands */
+    ONION_NBD_EVENT_BYTES = 512, /* the size of an event, with its terminating zero */
+    ONION_NBD_VERBS = 8,         /* they are numbered like the protocol's commands */
 };
 
 struct onion_nbd_listing;
 struct onion_nbd_context_listing;
 
-/* Asked without any lock, and with nothing in flight on behalf of the asker. Each may be NULL. Names with a length are
- * not terminated; those of the first four are any bytes that a client sent.
+/* Functions of the caller that the server calls. It holds no lock during a call, and the calling thread has nothing in
+ * flight. Each function may be NULL. Names with a length are not terminated. Those of the first four functions may be
+ * any bytes that a client sent.
  *
- * still_export, still_context: a client names what is there. 1: it still is what that name means, 0: the next two are
- * asked as if it were not there. NULL: it always is.
+ * still_export, still_context: a client asks for a name that the server has. 1: the name still means the same thing. 0:
+ * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.
  *
- * find_export, find_context: a client names what is not there; they may add it. 1: look again, 0: it does not exist.
+ * find_export, find_context: a client asks for a name that the server does not have. The function may add it. 1: the
+ * server looks again. 0: the name does not exist.
  *
- * make_room: a flush of that export found the disk full. 1: it was made after all, with room that was found for it, 0:
- * there is none to be made.
+ * make_room: a flush of that export found the disk full. 1: the function found room and flushed the volume. 0: there is
+ * no room.
  *
  * freed: a flush of that export left work for onion_volume_reclaim_wanted.
  *
- * list_exports: a client wants to know all names, more than are open. Hands those that come behind `after` (none: all)
- * to onion_nbd_list, in an order of its own that is always the same, until there are no more or that returns 1; then it
- * is asked again with the last one. Negative: the list ends in an error. NULL: the exports that are there are listed.
+ * list_exports: a client wants a list of all names, not only of those that are open. The function passes the names that
+ * come after `after` (length 0: all names) to onion_nbd_list, in an order of its own that is always the same. It
+ * returns when there are no more names, or when onion_nbd_list returns 1; then it is called again with the last name.
+ * Negative: the list ends with an error. NULL: the server lists the exports that it has.
  *
- * list_contexts: likewise the metadata contexts that find_context could add to the export `name`, which is terminated, to
- * onion_nbd_list_context. NULL: those that were added are listed.
- * */
+ * list_contexts: the function does the same with onion_nbd_list_context, for the metadata contexts that find_context
+ * could add to the export `name`, which is terminated. NULL: the server lists the contexts that it has. */
 struct onion_nbd_hooks {
     int (*still_export)(void *context, const char *name, uint32_t length);
     int (*still_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
@@ -73,9 +75,9 @@ struct onion_nbd_hooks {
 };
 
 struct onion_nbd_options {
-    uint32_t connections_max;   /* where they are open, the oldest that still negotiates gives way to a new one */
-    uint32_t idle_seconds;      /* a connection without a request is closed after so long; 0: never */
-    uint32_t request_bytes_max; /* of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
+    uint32_t connections_max;   /* if so many are open, the oldest that still negotiates is ended for a new one */
+    uint32_t idle_seconds;      /* a connection without a request is closed after this time; 0: never */
+    uint32_t request_bytes_max; /* the limit of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;
     struct onion_nbd_hooks hooks;
 };
@@ -84,80 +86,82 @@ struct onion_nbd_options {
 struct onion_nbd_counters {
     uint64_t requests[ONION_NBD_VERBS];
     uint64_t bytes[ONION_NBD_VERBS];
-    uint64_t latency_ns[ONION_NBD_VERBS]; /* summed up: from a request's last byte to its reply's handing over */
+    uint64_t latency_ns[ONION_NBD_VERBS]; /* the sum of times from a request's last byte until its reply was sent */
     uint64_t errors;
-    uint64_t sends; /* system calls that sent replies: requests over this is how many were answered together */
+    uint64_t sends; /* system calls that sent replies; requests / sends is how many were answered together */
 };
 
 struct onion_nbd_connection_info {
     uint64_t id;
     char peer[128];
-    char export_name[256]; /* cut where it is longer; empty while negotiating */
+    char export_name[256]; /* cut off if it is longer; empty while negotiating */
     int tls, negotiating;
     struct onion_nbd_counters counters;
 };
 
 enum onion_nbd_serve_flags {
-    ONION_NBD_SERVE_TLS = 1,            /* the socket carries what came out of TLS */
+    ONION_NBD_SERVE_TLS = 1,            /* the caller carries the client's TLS, and the socket has the plain bytes */
     ONION_NBD_SERVE_REQUIRE_TLS = 2,    /* nothing but STARTTLS and ABORT is answered */
-    ONION_NBD_SERVE_RESUME_OPTIONS = 4, /* greeting and client flags were exchanged by the caller */
+    ONION_NBD_SERVE_RESUME_OPTIONS = 4, /* the caller has exchanged greeting and client flags */
 };
 
 int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_server **out);
-/* Stops, with no grace. */
+/* Stops the server without grace, and frees it. */
 void onion_nbd_free(struct onion_nbd_server *server);
 
-/* The volume must stay allocated until the export was removed or its volume replaced, or the server is stopped.
- * -EEXIST: the name is taken. -EINVAL: longer than the protocol allows. */
+/* The volume must stay allocated until the export is removed, its volume is replaced, or the server is stopped.
+ * -EEXIST: the name is taken. -EINVAL: the name or the description is longer than the protocol allows. */
 int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume, int read_only,
                          const char *description);
-/* Answers to the empty name. -ENOENT. */
+/* Makes the export of that name the one that clients get by the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
-/* Connections that have the export open go on; later ones ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
+/* Connections that have the export open go on. Later clients ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
 int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, const char *new_name,
                             const char *description);
-/* Waits for requests in flight; later ones, on connections that are open, get ESHUTDOWN. With `if_unused` nothing is
- * done where a connection has the export, or is just coming to it: -EBUSY. -ENOENT. */
+/* Waits for requests in flight. Later requests on open connections get ESHUTDOWN. With `if_unused`, nothing is done if
+ * a connection has the export open or is about to open it: -EBUSY. -ENOENT. */
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused);
-/* Waits for requests in flight; later ones use the new volume. A reply that was sent in part ends in an error. The
- * export's changed-since contexts say from then on that everything changed. -ENOENT. */
+/* Waits for requests in flight. Later requests use the new volume. A reply that was sent in part ends with an error.
+ * The export's changed-since contexts say from then on that everything changed. -ENOENT. */
 int onion_nbd_replace_volume(struct onion_nbd_server *server, const char *name, struct onion_volume *volume);
-/* hold waits for requests in flight; later ones wait until as many releases were made. -ENOENT. */
+/* hold waits for requests in flight. Later requests wait until release was called as often as hold. -ENOENT. */
 int onion_nbd_hold(struct onion_nbd_server *server, const char *name);
 int onion_nbd_release(struct onion_nbd_server *server, const char *name);
-/* The mark to take before the runs of a changed-since context are computed: see onion_volume_birth. -ENOENT. */
+/* Returns a mark, which the caller takes before it computes the runs of a changed-since context: see
+ * onion_volume_birth.
+ * -ENOENT. */
 int64_t onion_nbd_change_mark(struct onion_nbd_server *server, const char *name);
-/* Adds or replaces a metadata context that answers flag 1 for what changed: the runs (offset, length; sorted, apart),
- * which are copied, and, on a writable export, whatever was written since `mark` and whatever is ZERO. -ENOENT,
- * -EINVAL. */
+/* Adds or replaces a metadata context that answers flag 1 for ranges that changed. These are the runs (offset, length;
+ * sorted, without overlap), which are copied. On a writable export, ranges that were written since `mark` and ranges
+ * that are ZERO count as changed too. -ENOENT, -EINVAL. */
 int onion_nbd_set_context(struct onion_nbd_server *server, const char *name, const char *meta,
                           const uint64_t (*runs)[2], size_t run_count, uint64_t mark);
 
-/* For list_exports: adds a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
+/* list_exports calls it to add a name. 1: there is no room for more now. -EINVAL: longer than the protocol allows. */
 int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const char *description);
-/* For list_contexts, likewise. */
+/* list_contexts calls it in the same way. */
 int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char *name);
 
 /* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags);
 
-/* How many there are; fills as many as fit. */
+/* Returns the number of connections, and describes as many of them as fit. */
 uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd_connection_info *infos,
                                uint32_t capacity);
-/* Of all connections since the start. */
+/* Returns the counters of all connections since the start. */
 void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters *out);
-/* Of all connections to one export since it was added. -ENOENT. */
+/* Returns the counters of all connections to one export since it was added. -ENOENT. */
 int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out);
 
-/* What happened: a queue of lines that never blocks a connection. Where nobody reads, the oldest are dropped and
- * counted. The descriptor is an eventfd, readable while there are any. */
+/* Events are lines of a log. They go into a queue that never blocks a connection. If nobody reads it, the oldest events
+ * are dropped and counted. The descriptor is an eventfd, which is readable while there are events. */
 int onion_nbd_event_fd(const struct onion_nbd_server *server);
-/* The oldest event, terminated; returns its length, or 0 where there is none. */
+/* Copies the oldest event, with a terminating zero. Returns its length, or 0 if there is none. */
 uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NBD_EVENT_BYTES], uint64_t *dropped);
 
-/* Takes no more requests, finishes those that arrived, closes what is not done after grace_ms, then flushes each
- * writable export. Returns the first failure of a flush. Idempotent. */
+/* Takes no more requests and finishes those that have arrived. After grace_ms it closes the connections that are not
+ * done. Then it flushes each writable export. Returns the first failure of a flush. Idempotent. */
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms);
 
 #endif

@@ -1,7 +1,8 @@
-/* transmission.c: the transmission phase: requests come in, are run or given to the helper, and are answered.
+/* transmission.c: the transmission phase: it receives requests, runs them or gives them to the helper, and answers
+ * them.
  *
- * One receive takes what has arrived; all requests that are complete are run; their replies are sent together; then the
- * next receive waits. At queue depth 1 that is two system calls a request, and no other thread takes part. */
+ * One receive takes what has arrived. All complete requests are run, and their replies are sent together. Then the next
+ * receive waits. At queue depth 1 this takes two system calls for each request, and no other thread takes part. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
@@ -13,18 +14,19 @@
 
 #include "nbd/internal.h"
 
-#define SOCKET_BUFFER_BYTES (1 << 20) /* more leaves the caches before the client has read it */
-#define SLOW_ZERO_BYTES (32u << 20)   /* zeroing or trimming more than this is the helper's */
-#define SLOW_WRITE_BYTES (1u << 20)   /* zeros that must be written */
+#define SOCKET_BUFFER_BYTES (1 << 20) /* with more, data leaves the caches before the client has read it */
+#define SLOW_ZERO_BYTES (32u << 20)   /* the helper zeroes and trims ranges longer than this */
+#define SLOW_WRITE_BYTES (1u << 20)   /* the helper writes zeros as data if they are longer than this */
 #define SLOW_STATUS_BYTES (128u << 20)
 #define PAYLOAD_BYTES_KEPT (4u << 20)
-#define SPIN_NS 50000 /* how long a receive may ask without sleeping */
+#define SPIN_NS 50000 /* the time that a receive may poll without sleeping */
 
 enum verdict { GO_ON, NEEDS_MORE, ENDED };
 
 /* ---- receiving ---- */
 
-/* Larger buffers let more of a large reply be sent at a time. Where the system allows less, less it is. */
+/* Sets the socket's options. A larger buffer lets more of a large reply be sent at a time. If the system limits it, the
+ * smaller buffer is used. */
 static void prepare_socket(struct onion_nbd_connection *connection) {
     int bytes = SOCKET_BUFFER_BYTES, one = 1;
     struct timeval idle = {.tv_sec = connection->server->options.idle_seconds};
@@ -34,9 +36,9 @@ static void prepare_socket(struct onion_nbd_connection *connection) {
     setsockopt(connection->fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
 }
 
-/* recv, after a short while of asking without sleeping where several requests are under way and the last ones came
- * that fast: to be woken costs more than a request. At queue depth 1 the client waits for its turn on the processor,
- * often this one, so asking only keeps it waiting: measured, half as many reads. */
+/* Receives. If several requests are under way and the last ones came fast, it first polls for a short time without
+ * sleeping, because waking up costs more than a request. At queue depth 1 it does not poll: the client often needs this
+ * very processor to send its next request, so polling would delay it. Measured, polling halved the rate of reads. */
 static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, size_t length, int several) {
     int64_t began = onion_nbd_now_ns(), waited = 0;
     ssize_t n = -1;
@@ -53,7 +55,8 @@ static ssize_t receive_soon(struct onion_nbd_connection *connection, void *out, 
     return n;
 }
 
-/* Replies are in the socket: for all requests that came together the time is the same. */
+/* Counts the latency of the requests whose replies are in the socket now. They arrived together, so they have the same
+ * latency. */
 static void count_latency(struct onion_nbd_connection *connection) {
     uint64_t ns = (uint64_t)(onion_nbd_now_ns() - connection->received_ns);
     for (int verb = 0; verb < ONION_NBD_VERBS; verb++)
@@ -63,8 +66,8 @@ static void count_latency(struct onion_nbd_connection *connection) {
         }
 }
 
-/* Waits for bytes, out of flight and with nothing unsent; all_answered: none of them belong to a request that has
- * begun. Returns how many, 0 at the end, or -errno. */
+/* Sends all replies and waits for bytes, while nothing is in flight. all_answered: every request that was begun has its
+ * reply, so the latency is counted. Returns the number of bytes, 0 at the end, or -errno. */
 static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_t length, int all_answered) {
     int several = connection->reply_count > 1;
     int status = onion_nbd_send_replies(connection);
@@ -85,7 +88,7 @@ static ssize_t receive(struct onion_nbd_connection *connection, void *out, size_
     return status;
 }
 
-/* More bytes behind those that are there. */
+/* Receives more bytes into the buffer, after those that are in it. */
 static enum verdict fill(struct onion_nbd_connection *connection) {
     size_t held = connection->in_to - connection->in_from;
     if (connection->in_from) {
@@ -100,7 +103,7 @@ static enum verdict fill(struct onion_nbd_connection *connection) {
     return GO_ON;
 }
 
-/* Exactly `length` bytes: what was received already, then the rest. out NULL: they are not wanted. */
+/* Takes exactly `length` bytes: first those that were received already, then the rest. out NULL: they are skipped. */
 static int take_bytes(struct onion_nbd_connection *connection, unsigned char *out, uint64_t length) {
     size_t held = connection->in_to - connection->in_from;
     size_t part = held < length ? held : (size_t)length;
@@ -108,7 +111,7 @@ static int take_bytes(struct onion_nbd_connection *connection, unsigned char *ou
         memcpy(out, connection->in + connection->in_from, part);
     connection->in_from += part;
     for (uint64_t done = part; done < length;) {
-        /* The buffer is empty by now, so it has room for what nobody wants. */
+        /* The buffer is empty by now, so skipped bytes can go there. */
         uint64_t room = out || length - done < ONION_NBD_IN_BYTES ? length - done : ONION_NBD_IN_BYTES;
         ssize_t n = receive(connection, out ? out + done : connection->in, (size_t)room, 0);
         if (n <= 0)
@@ -154,7 +157,7 @@ static void count(struct onion_nbd_connection *connection, const struct onion_nb
     connection->waiting[request->type]++;
 }
 
-/* What is wrong with a request, in flight from here on. */
+/* Checks a request: 0 or the error value for the client. The connection is in flight from here on. */
 static uint32_t check(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     struct onion_nbd_limits limits;
     onion_nbd_connection_enter(connection);
@@ -181,7 +184,7 @@ static int run_block_status(struct onion_nbd_connection *connection, const struc
     return status;
 }
 
-/* A request without payload, in flight and checked. */
+/* Runs a request without payload, which is in flight and checked. */
 static int run(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     if (is_slow(request))
         return onion_nbd_queue(connection, request, NULL);
@@ -207,7 +210,7 @@ static int write_now(struct onion_nbd_connection *connection, const struct onion
     return onion_nbd_reply_status(connection, request->cookie, error);
 }
 
-/* Room for a payload that does not fit the receive buffer. NULL: none. */
+/* Returns room for a payload that does not fit the receive buffer, or NULL if there is no memory. */
 static unsigned char *payload_room(struct onion_nbd_connection *connection, uint32_t length) {
     if (connection->payload_capacity < length) {
         free(connection->payload);
@@ -243,7 +246,7 @@ static int write_slowly(struct onion_nbd_connection *connection, const struct on
                    : onion_nbd_reply_status(connection, request->cookie, ONION_NBD_ENOMEM);
 }
 
-/* Takes the next request off the buffer, if it is a write that can be run together with those before. */
+/* Takes the next request out of the buffer if it is a write that can be run together with those before it. */
 static int take_fellow(struct onion_nbd_connection *connection, struct onion_nbd_request *request, size_t room) {
     struct onion_nbd_limits limits;
     size_t held = connection->in_to - connection->in_from;
@@ -259,7 +262,8 @@ static int take_fellow(struct onion_nbd_connection *connection, struct onion_nbd
     return 1;
 }
 
-/* All writes in the buffer from this one on, which is in flight, checked, and has its payload there. */
+/* Runs a write together with the writes that follow it in the buffer. The first is in flight and checked, and its
+ * payload is in the buffer. */
 static int write_together(struct onion_nbd_connection *connection, const struct onion_nbd_request *first) {
     struct onion_nbd_request requests[ONION_NBD_BATCH_MAX] = {*first};
     uint32_t errors[ONION_NBD_BATCH_MAX] = {0}, taken = 1, done = 0;
@@ -283,7 +287,7 @@ static int write_together(struct onion_nbd_connection *connection, const struct 
     return status;
 }
 
-/* The request's header was taken off; the payload is not. */
+/* Runs a write whose header was taken out of the buffer, but not its payload. */
 static enum verdict run_write(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     size_t held = connection->in_to - connection->in_from;
     uint32_t error = check(connection, request);
@@ -313,7 +317,7 @@ static enum verdict next_request(struct onion_nbd_connection *connection) {
         onion_nbd_event(connection->server, "%s: closed: bad magic in a request", connection->peer);
         return ENDED;
     }
-    /* A payload that fits the buffer is waited for there; then it is written from where it lies. */
+    /* If the payload fits the buffer, wait until it is complete there. It is then written straight from the buffer. */
     if (request.type == ONION_NBD_CMD_WRITE && request.length <= ONION_NBD_IN_BYTES - ONION_NBD_REQUEST_BYTES &&
         held < ONION_NBD_REQUEST_BYTES + request.length)
         return NEEDS_MORE;

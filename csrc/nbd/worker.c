@@ -1,8 +1,8 @@
-/* worker.c: the verbs that take time, on a second thread of the connection, so that reads and writes behind them
- * do not wait. The thread is started by the first of them.
+/* worker.c: the helper, a second thread of a connection that runs slow requests, so that later reads and writes do not
+ * wait for them. The first slow request starts the thread.
  *
- * All jobs that wait are taken together: first their changes are made, then one flush covers those that want to be
- * durable (FLUSH itself, and FUA), then all are answered at once. */
+ * The helper takes all waiting jobs together. First it makes their changes. Then one flush covers the jobs that must be
+ * durable (FLUSH itself, and FUA). Then it answers all of them at once. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
@@ -18,7 +18,7 @@ static unsigned char zeros[ZEROS_BYTES]; /* never written */
 
 /* ---- the verbs ---- */
 
-/* Zeros that the client wants to be allocated are written as data. */
+/* Writes zeros as data, for a client that wants them to be allocated. */
 static int write_zeros(struct onion_volume *volume, uint64_t offset, uint64_t length) {
     int status = 0;
     while (length && status == 0) {
@@ -35,7 +35,7 @@ uint32_t onion_nbd_run_zero(struct onion_volume *volume, const struct onion_nbd_
                                    : onion_volume_zero(volume, request->offset, request->length));
 }
 
-/* Asks the system to read what a range's mappings are made of. What it refuses is no error: it is a hint. */
+/* Asks the system to read the pages of a range into memory. This is a hint, so a refusal is no error. */
 static int cache(struct onion_volume *volume, uint64_t offset, uint64_t length) {
     struct onion_piece pieces[64];
     while (length) {
@@ -101,7 +101,8 @@ static void run_jobs(struct onion_nbd_connection *connection, struct onion_nbd_j
         onion_nbd_event(connection->server, "%s: flush failed with error %u", connection->peer, flushed);
 }
 
-/* Plain replies go out together; those that are longer by themselves. A failed send is seen by the other thread. */
+/* Sends replies that have only a status together, and each longer reply by itself. The connection's other thread
+ * notices a failed send. */
 static void answer_jobs(struct onion_nbd_connection *connection, struct onion_nbd_job *jobs, uint32_t count) {
     unsigned char bytes[ONION_NBD_QUEUE_MAX * 32];
     size_t used = 0;
@@ -122,7 +123,7 @@ static void answer_jobs(struct onion_nbd_connection *connection, struct onion_nb
                               (uint64_t)(now_ns - jobs[i].received_ns));
 }
 
-/* All jobs that wait. 0: there will be none. */
+/* Waits for jobs and takes all that are queued. 0: there will be no more. */
 static uint32_t take_jobs(struct onion_nbd_helper *helper, struct onion_nbd_job *jobs) {
     pthread_mutex_lock(&helper->lock);
     while (!helper->count && !helper->ending)
@@ -170,7 +171,8 @@ static int is_full(const struct onion_nbd_connection *connection, uint64_t more)
            (helper->bytes && helper->bytes + more > connection->server->options.bytes_in_flight_max);
 }
 
-/* Signals stay with the threads of the caller; this thread inherits its mask from the connection's. */
+/* Starts the helper's thread if it is not running. It inherits the signal mask of the connection's thread, so signals
+ * go to the threads of the caller. */
 static int start(struct onion_nbd_connection *connection) {
     struct onion_nbd_helper *helper = &connection->helper;
     int status = helper->started ? 0 : -pthread_create(&helper->thread, NULL, run_helper, connection);
@@ -182,7 +184,7 @@ int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_
                     unsigned char *payload) {
     struct onion_nbd_helper *helper = &connection->helper;
     uint64_t more = payload ? request->length : 0;
-    connection->waiting[request->type]--; /* its latency is counted here */
+    connection->waiting[request->type]--; /* the helper counts its latency */
     int status = start(connection);
     pthread_mutex_lock(&helper->lock);
     if (status == 0 && is_full(connection, more)) {

@@ -1,16 +1,16 @@
 /* write_batch.c: writes that arrived together share system calls.
  *
- * Their payloads lie behind each other in one buffer, in the order of the requests. Requests that continue each other
- * are one write; single blocks at scattered places are one onion_volume_write_blocks, which gives the new ones
- * consecutive slots and so one pwrite. Of a place written twice the later request wins, as if they had come one by one.
- * Where a shared write fails, each of its requests is tried by itself, so that only those get an error which have
- * one. */
+ * Their payloads are consecutive in one buffer, in the order of the requests. Requests that continue each other become
+ * one write. Single blocks at scattered offsets become one onion_volume_write_blocks, which gives new blocks
+ * consecutive slots and so needs one pwrite for them. If two requests write the same range, the later one wins, as if
+ * they had come one by one. If a shared write fails, each of its requests is tried by itself, so that only the requests
+ * that fail get an error. */
 #include "nbd/internal.h"
 
 struct batch {
     struct onion_volume *volume;
     const struct onion_nbd_request *requests;
-    uint32_t *errors; /* zero, until a request fails */
+    uint32_t *errors; /* zero for each request that has not failed */
 };
 
 static void write_each(const struct batch *batch, uint32_t first, uint32_t end, const unsigned char *payload) {
@@ -32,7 +32,7 @@ static int continues(const struct batch *batch, uint32_t i) {
     return before->offset + before->length == batch->requests[i].offset;
 }
 
-/* Requests from `first` on that are one range. Returns where they end. */
+/* Writes the requests from `first` on that make up one range. Returns the request after them. */
 static uint32_t write_range(const struct batch *batch, uint32_t first, uint32_t count, const unsigned char *payload) {
     uint64_t length = batch->requests[first].length;
     uint32_t end = first + 1;
@@ -43,7 +43,7 @@ static uint32_t write_range(const struct batch *batch, uint32_t first, uint32_t 
     return end;
 }
 
-/* Single blocks from `first` on, none of which continues the one before. Returns where they end. */
+/* Writes the single blocks from `first` on, none of which continues the one before. Returns the request after them. */
 static uint32_t write_scattered(const struct batch *batch, uint32_t first, uint32_t count,
                                 const unsigned char *payload) {
     uint64_t block_indices[ONION_NBD_BATCH_MAX];

@@ -1,4 +1,4 @@
-/* base_image.c: the raw image that a volume stands on, mapped. */
+/* base_image.c: maps the raw image that a volume stands on. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -10,7 +10,8 @@
 
 #include "volume/internal.h"
 
-/* A descriptor of our own, with a file position and locks of its own. Where /proc is missing it shares them. */
+/* Opens the file again, for a descriptor with its own file position and locks. Without /proc, it shares them with
+ * `fd`. */
 static int open_again(int fd) {
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
@@ -30,7 +31,7 @@ static int size_of_base(int fd, uint64_t *size_bytes) {
 }
 
 static int map_base(struct onion_mapping *mapping, uint64_t size_bytes, int allow_short) {
-    uint64_t present = 0; /* for compilers that do not see that it is set */
+    uint64_t present = 0; /* set for compilers that do not see that size_of_base sets it */
     int status = size_of_base(mapping->fd, &present);
     if (status == 0 && present < size_bytes && !allow_short)
         status = ONION_E_FORMAT;

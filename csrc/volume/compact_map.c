@@ -1,5 +1,5 @@
-/* compact_map.c: writing a head's map anew, as what it comes to, and telling when that is worth it. See volume.h for
- * what must hold. */
+/* compact_map.c: writes a head's map anew as a compact log, and decides when this is worthwhile. See volume.h for what
+ * must hold. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -13,7 +13,7 @@
 #include "volume/internal.h"
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
-#define COMPACT_MAP_BYTES_MIN (512u << 10) /* of a log that is not worth to be written anew */
+#define COMPACT_MAP_BYTES_MIN (512u << 10) /* a log shorter than this is not written anew */
 
 static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
     struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
@@ -64,7 +64,7 @@ static int fold_layers(struct onion_layer *lower, const struct onion_layer *uppe
     return status;
 }
 
-/* The head's map over `lower`, as it is durable now, in *layer. */
+/* Loads into *layer the head's durable map, folded over `lower`. */
 static int load_folded_map(struct onion_volume *volume, const struct onion_layer_source *lower,
                            struct onion_layer *layer) {
     struct onion_layer head = {0};
@@ -109,7 +109,7 @@ static int write_compact_map(struct onion_volume *volume, const struct onion_lay
     return status;
 }
 
-/* Removes a map that nobody will name; with policy `zero` nothing of it stays on the medium either. */
+/* Removes a map that will not be used. With policy `zero`, its bytes are wiped first. */
 static void drop_staged_map(struct onion_volume *volume, struct onion_head_log *log) {
     struct onion_byte_range all = {0};
     struct onion_wipe_result result;
@@ -117,7 +117,7 @@ static void drop_staged_map(struct onion_volume *volume, struct onion_head_log *
     if (log->fd < 0)
         return;
     all.length = fstat(log->fd, &info) ? 0 : (uint64_t)info.st_size;
-    if (volume->wipe_zero && all.length) /* a sync that fails here was of nothing that anybody was promised */
+    if (volume->wipe_zero && all.length) /* a failed sync is ignored here, because nothing in this file was promised */
         (void)onion_wipe(log->fd, &all, 1, ONION_WIPE_ZERO, 1, &result, NULL, NULL);
     unlink(log->path);
 }
@@ -184,7 +184,7 @@ int onion_volume_rewrite_commit(struct onion_volume *volume) {
             struct onion_segment *segment = volume->segments[i];
             segment->log_number = volume->next_numbers[i];
             if (segment->log_number)
-                segment->generation = volume->generation; /* inherited, unless it was ours already */
+                segment->generation = volume->generation; /* it is inherited now, unless the head had it already */
         }
         if (volume->rewriting == 2)
             volume->nothing_below = 1;
@@ -209,7 +209,7 @@ int onion_volume_rewrite_abort(struct onion_volume *volume) {
 }
 
 int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uint64_t *needed) {
-    int status = onion_volume_close_flush_gate(volume); /* which keeps the log and the head what they are */
+    int status = onion_volume_close_flush_gate(volume); /* so that the log and the head do not change */
     if (status < 0)
         return status;
     *records = (volume->log.cursor.offset - ONION_HEADER_BYTES) / ONION_RECORD_BYTES;
@@ -228,7 +228,7 @@ int onion_volume_log_records(struct onion_volume *volume, uint64_t *records, uin
 }
 
 int onion_volume_log_state(struct onion_volume *volume, struct onion_sealed *state) {
-    int status = onion_volume_close_flush_gate(volume); /* which keeps the log what it is */
+    int status = onion_volume_close_flush_gate(volume); /* so that the log does not change */
     if (status < 0)
         return status;
     *state = (struct onion_sealed){volume->log.cursor.sequence ? volume->log.cursor.offset : 0,
@@ -252,7 +252,7 @@ int onion_volume_wants_compact_map(struct onion_volume *volume) {
     uint64_t bytes = records * ONION_RECORD_BYTES, most = 2 * needed * ONION_RECORD_BYTES + COMPACT_MAP_BYTES_MIN;
     if (bytes > most)
         return 1;
-    /* Asked again when a part of it has been added: what is needed may have become less meanwhile. */
+    /* Count again when the log has grown by an eighth, because fewer records may be needed by then. */
     uint64_t next = bytes + (bytes / 8 > COMPACT_MAP_BYTES_MIN / 2 ? bytes / 8 : COMPACT_MAP_BYTES_MIN / 2);
     __atomic_store_n(&volume->compact_map_at, next < most ? next : most, __ATOMIC_RELAXED);
     return 0;

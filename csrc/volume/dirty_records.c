@@ -1,15 +1,15 @@
-/* dirty_records.c: the list of changes that no frame holds yet: a record is added to it, and the last one taken back.
- * See volume.h for what must hold, journal.h for where the list lies. */
+/* dirty_records.c: the list of changes that no frame holds yet: it adds a record, and takes the last one back. See
+ * volume.h for what must hold, and journal.h for where the list lies. */
 #include "base/sigbus.h"
 #include "volume/internal.h"
 
 int onion_dirty_records_note_fault(struct onion_volume *volume, int status) {
     const char *path = volume->journal.path;
-    /* A full half is overcome by a flush, and an error in the heap is one of no file. */
+    /* A full half is no fault of the file, because a flush makes room. An error in the heap concerns no file. */
     return path && status != ONION_E_JOURNAL_FULL ? onion_site_set(status, path, 0) : status;
 }
 
-/* Joins the record to the last one where it continues it, which is what sequential writes do. */
+/* Joins the record to the last one if it continues it, as sequential writes do. Returns whether it did. */
 static int joined(struct onion_dirty_records *dirty, const struct onion_record *record) {
     if (dirty->record_count == dirty->join_from)
         return 0;
@@ -65,7 +65,7 @@ struct onion_dirty_records_mark onion_dirty_records_mark(const struct onion_dirt
     return (struct onion_dirty_records_mark){count, count ? dirty->records[count - 1].block_count : 0, dirty->declared};
 }
 
-/* Takes the last record back, which the index could not take. */
+/* Takes the last record back, because the index could not be changed. */
 void onion_dirty_records_take_back(struct onion_dirty_records *dirty, const struct onion_dirty_records_mark *mark) {
     dirty->record_count = mark->record_count;
     dirty->declared = mark->declared;

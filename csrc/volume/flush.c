@@ -1,4 +1,4 @@
-/* flush.c: what makes changes durable. See volume.h for what must hold.
+/* flush.c: makes changes durable. See volume.h for what must hold.
  *
  * A flush, step by step, and what a crash between two steps leaves:
  *   1. take the dirty records and the dirty flags     nothing happened
@@ -8,8 +8,8 @@
  *   5. append one frame to the map log                  a torn frame, which the next open cuts off
  *   6. sync the map log                                 the flush is done
  *   7. wipe and punch the slots that the frame freed    done again at the next open, or by the next reclaim
- * The flush gate lets one flush run at a time, so at most one frame is unsynced; a flush never rides on another's
- * sync, it waits and then makes its own. */
+ * The flush gate lets one flush run at a time, so at most one frame is unsynced. A flush never relies on the sync of
+ * another: it waits and then makes its own. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -18,12 +18,12 @@
 
 #include "volume/internal.h"
 
-#define NET_RECORDS_MIN 1024u /* of a batch that is written as what it comes to */
+#define NET_RECORDS_MIN 1024u /* a batch with so many records is reduced to its net changes before it is written */
 
 /* ---- segments ---- */
 
-/* Syncs the segments of the head, or of the one that a seal has just ended: what its successor has written since is not
- * in the batch. */
+/* Syncs the dirty segments of the head. With of_sealed, it syncs only those of the head that was just sealed, because
+ * the batch holds no changes of the next head. */
 static int sync_segments(struct onion_volume *volume, int of_sealed) {
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     int directory_dirty = 0;
@@ -43,9 +43,9 @@ static int sync_segments(struct onion_volume *volume, int of_sealed) {
 
 /* ---- the frame ---- */
 
-/* Gives numbers of this log to the segments that it has not named yet, and turns the records' index numbers into
- * them. out has room for one SEGMENT record a record more. Where the frame is not written the
- * caller takes the numbers back. */
+/* Replaces the index numbers of segments in the records by the numbers of this log. A segment that the log has not
+ * named yet gets a number, and a SEGMENT record is put before the record. `out` has room for the records and one
+ * SEGMENT record for each own segment. If the frame is not written, the caller takes the new numbers back. */
 static uint32_t number_records(struct onion_volume *volume, const struct onion_head_log *log,
                                const struct onion_record *records, size_t count, struct onion_record *out,
                                uint32_t *new_segments, uint32_t *new_count) {
@@ -53,7 +53,7 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
     *new_count = 0;
     for (size_t i = 0; i < count; i++) {
         struct onion_record record = records[i];
-        if (record.kind == ONION_RECORD_SEGMENT) /* with the number of the index */
+        if (record.kind == ONION_RECORD_SEGMENT) /* it has the number of the index, and is for the journal only */
             continue;
         if (record.kind == ONION_RECORD_DATA) {
             struct onion_segment *segment = volume->segments[record.segment];
@@ -69,8 +69,8 @@ static uint32_t number_records(struct onion_volume *volume, const struct onion_h
     return used;
 }
 
-/* Copies the records of a batch out of the half of the journal that they lie in. Only dirty_lock keeps that half from
- * being moved. */
+/* Copies the records of a batch out of the journal's half in which they lie. The half could be moved without
+ * dirty_lock. */
 static int copy_batch(struct onion_volume *volume, const struct onion_dirty_records *batch, struct onion_record *out) {
     pthread_mutex_lock(&volume->dirty_lock);
     const struct onion_journal *journal = &volume->journal;
@@ -82,9 +82,9 @@ static int copy_batch(struct onion_volume *volume, const struct onion_dirty_reco
     return status;
 }
 
-/* Replaces many records by what they come to, so that a frame is not longer than the index is fragmented, however often
- * blocks were written and trimmed. Returns how many there are then: as many as before if that is no gain, or if
- * memory is missing. */
+/* Reduces many records to their net changes. So the length of a frame depends on how fragmented the changes are, and
+ * not on how often blocks were written and trimmed. Returns the number of records, which stays the same if nothing is
+ * gained or memory is missing. */
 static size_t net_records(struct onion_volume *volume, struct onion_record *records, size_t count) {
     struct onion_map net = {0};
     uint64_t end = 1, at = 0;
@@ -144,7 +144,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log,
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
                 volume->segments[new_segments[i]]->log_number = 0;
-            /* What a short write left must not stand in front of the next frame. */
+            /* Cut off what a short write left, because it must not stand before the next frame. */
             log->room_end = before;
             if (ftruncate(log->fd, (off_t)before))
                 onion_volume_mark_poisoned(volume);
@@ -232,7 +232,7 @@ void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_recor
     if (status == 0)
         status = put_back_freed(volume, batch);
     if (status < 0)
-        onion_volume_mark_poisoned(volume); /* the order of changes is lost */
+        onion_volume_mark_poisoned(volume); /* the order of the changes is lost */
     pthread_mutex_unlock(&volume->dirty_lock);
     onion_volume_release_batch(batch);
 }
@@ -250,12 +250,12 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
         onion_volume_put_back(volume, batch);
         return status;
     }
-    /* Before a slot that the frame freed is used again: a record of it must not be found any more. */
+    /* This comes before a slot that the frame freed is used again, so that no record that is found later names it. */
     struct onion_journal_owner now = onion_head_log_owner(log);
     pthread_mutex_lock(&volume->dirty_lock);
     onion_journal_drop_taken(volume, &now);
     pthread_mutex_unlock(&volume->dirty_lock);
-    /* The frame is durable: that its slots could not be wiped yet is a fault to report, but the flush has happened. */
+    /* The frame is durable, so the flush has happened. A failure to wipe its slots is reported all the same. */
     status = onion_volume_reclaim_freed(volume, batch);
     onion_volume_release_batch(batch);
     return status;
@@ -283,7 +283,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     pthread_mutex_lock(&volume->flush_lock);
     int is_busy = volume->flush_busy;
     pthread_mutex_unlock(&volume->flush_lock);
-    if (is_busy && !must) /* by a flush, which makes room too, or by a seal that may take longer */
+    if (is_busy && !must) /* a flush is under way, which makes room too, or a seal, which may take longer */
         return 0;
     int status = onion_volume_flush(volume);
     if (!onion_has_no_room(status))
@@ -293,7 +293,7 @@ int onion_volume_relieve(struct onion_volume *volume) {
     dirty->flush_at_slots = dirty->freed_slots;
     __atomic_store_n(&volume->flush_wanted, 0, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&volume->dirty_lock);
-    onion_site_clear(); /* nobody is told of this error */
+    onion_site_clear(); /* this error is not reported */
     return 0;
 }
 

@@ -1,5 +1,5 @@
-/* free_slots.c: which slots of a segment anything needs, and giving back the others when a head is opened. See volume.h
- * for what must hold. */
+/* free_slots.c: finds the slots of a segment that are still needed, and gives the others back when a head is opened.
+ * See volume.h for what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 
@@ -10,7 +10,8 @@ static void mark_slots(unsigned char *bitmap, uint64_t bits, uint64_t slot, uint
         bitmap[i >> 3] |= (unsigned char)(1u << (i & 7));
 }
 
-/* Bits of all slots of `segment` that the index or a dirty record needs. Writers must be kept out. */
+/* Makes a bitmap of the slots of `segment` that the index, or a change that is not durable yet, needs. The caller keeps
+ * writers out. */
 static unsigned char *live_bitmap(struct onion_volume *volume, const struct onion_segment *segment, uint64_t *bits) {
     *bits = segment->next_slot;
     unsigned char *bitmap = calloc(*bits / 8 + 1, 1);
@@ -31,12 +32,12 @@ static unsigned char *live_bitmap(struct onion_volume *volume, const struct onio
     return bitmap;
 }
 
-/* The index of a head that was sealed meanwhile is not the right one to ask: the index of the next head forgets the
- * blocks that it writes over, and the sealed layer still has them. So the segment is looked up only behind the flush,
- * which waits for a seal to end.
+/* After a seal, the index is the next head's. It forgets blocks that the next head overwrites, although the sealed
+ * layer still has them. So the segment is looked up only after the flush, which waits for a seal to end.
  *
- * Flushes first. A change made while a seal or a rewrite waited for its outcome did not count the slot that it freed
- * among the head's, so neither the index nor a dirty record may know that the durable map still needs it. */
+ * The flush comes first for another reason too. A change that was made while a seal or a rewrite waited for its outcome
+ * did not note the slot that it freed. So neither the index nor the dirty records may show that the durable map still
+ * needs this slot. */
 int onion_volume_live_slots(struct onion_volume *volume, const unsigned char *uuid, unsigned char **bitmap,
                             uint64_t *bits) {
     int status = onion_volume_close_flush_gate(volume);
@@ -80,7 +81,7 @@ static int give_back_unset(struct onion_volume *volume, struct onion_segment *se
     return status;
 }
 
-/* Makes the dirty records durable that a process that died left; where the disk is full they stay dirty. */
+/* Flushes the dirty records that a process left when it died. If the disk is full, they stay dirty. */
 static int flush_found(struct onion_volume *volume) {
     return volume->dirty_records.record_count ? onion_volume_flush(volume) : 0;
 }
@@ -88,13 +89,13 @@ static int flush_found(struct onion_volume *volume) {
 int onion_volume_free_own_slots(struct onion_volume *volume) {
     int status = flush_found(volume);
     if (onion_has_no_room(status)) {
-        /* Free slots are looked for at an opening that has room. The volume can be used, and space be freed. */
-        onion_site_clear(); /* nobody is told of this error */
+        /* A later opening that has room looks for free slots. The volume can be used, so that space can be freed. */
+        onion_site_clear(); /* this error is not reported */
         return 0;
     }
     for (uint32_t i = 1; i <= volume->segment_count && status == 0; i++) {
         struct onion_segment *segment = volume->segments[i];
-        if (!segment->own || !segment->created || !segment->next_slot) /* without slots there is nothing to look for */
+        if (!segment->own || !segment->created || !segment->next_slot) /* it has no slots */
             continue;
         unsigned char *bitmap;
         uint64_t bits;

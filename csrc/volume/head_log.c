@@ -1,5 +1,5 @@
-/* head_log.c: the map log of a head: how its file is made, and a frame added to it. See volume.h for what must hold,
- * flush.c for when. */
+/* head_log.c: makes the file of a head's map log, and adds frames to it. See volume.h for what must hold, and flush.c
+ * for the order of the steps. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -10,9 +10,9 @@
 #include "base/store_file.h"
 #include "volume/internal.h"
 
-#define LOG_STEP_BYTES 16384u /* a map log's file grows in these */
+#define LOG_STEP_BYTES 16384u /* a map log's file grows in steps of this size */
 
-/* ---- its file ---- */
+/* ---- the file ---- */
 
 int onion_head_log_describe(struct onion_head_log *log, const char *map_path, const unsigned char *map_id) {
     *log = (struct onion_head_log){.fd = -1, .cursor = {.offset = ONION_HEADER_BYTES}};
@@ -55,7 +55,8 @@ int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log
     return 0;
 }
 
-/* The header is durable before the first frame: so a bad header in front of frames is damage, never a crash. */
+/* The header is made durable before the first frame. So a bad header in front of frames is damage, not the trace of a
+ * crash. */
 int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log) {
     const char *path = log->path;
     int status = onion_sync_file(log->fd); /* BARRIER: map header */
@@ -72,7 +73,7 @@ int onion_head_log_draw_salt(struct onion_head_log *log) {
     if (log->cursor.salt)
         return 0;
     while (log->cursor.salt == 0)
-        /* glibc wraps it from 2.25 on, and a wheel may meet 2.17. */
+        /* A system call, because glibc has getrandom only from 2.25 on, and a wheel may run with 2.17. */
         if (syscall(SYS_getrandom, &log->cursor.salt, sizeof log->cursor.salt, 0) != sizeof log->cursor.salt &&
             errno != EINTR)
             return -errno;
@@ -86,12 +87,12 @@ void onion_head_log_close(struct onion_head_log *log) {
     *log = (struct onion_head_log){.fd = -1};
 }
 
-/* ---- its frames ---- */
+/* ---- the frames ---- */
 
-/* Writes a frame at the end of the log. Where it passes what the file has, zeros for the next ones go behind it: frames
- * that overwrite them leave the file's size alone, and their sync needs no commit of the file system's journal. Zeros
- * are no frame, so a reader of the log sees its end there. A disk without room for the zeros may have room for the
- * frame. */
+/* Writes a frame at the end of the log. If it passes the end of the file, zeros for the next frames are written after
+ * it. Frames that overwrite these zeros do not change the file's size, so their sync needs no commit of the file
+ * system's journal. Zeros are no frame, so a reader of the log finds its end there. If the disk has no room for the
+ * zeros, it may still have room for the frame. */
 static int write_frame(struct onion_head_log *log, const unsigned char *bytes, size_t length, size_t with_room) {
     uint64_t end = log->cursor.offset + length;
     if (end <= log->room_end)
@@ -129,7 +130,7 @@ void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion
     __atomic_store_n(&volume->log_bytes, log->cursor.offset, __ATOMIC_RELAXED);
 }
 
-/* ---- what dirty records go on from ---- */
+/* ---- the state that dirty records go on from ---- */
 
 struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log) {
     struct onion_journal_owner owner = {.frames = log->cursor.sequence, .crc = log->cursor.crc};

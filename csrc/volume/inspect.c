@@ -1,5 +1,5 @@
-/* inspect.c: what is in a volume: runs of its index, its segments, and those that are to be looked at. See volume.h for
- * what must hold. */
+/* inspect.c: lists the contents of a volume: runs of its index, its segments, and the segments to reclaim. See volume.h
+ * for what must hold. */
 #include <string.h>
 
 #include "volume/internal.h"

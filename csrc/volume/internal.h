@@ -1,7 +1,7 @@
-/* internal.h: what the files of the volume share. Private to them.
+/* internal.h: the types and functions that the files of the volume share. They are private to these files.
  *
- * What one of them declares for others stands below by file, those first that call none of those behind them:
- * tools/check_layers.py finds two that call each other. */
+ * The functions are listed by file, from the bottom up: a file calls only files that are listed before it.
+ * tools/check_layers.py finds files that call each other. */
 #ifndef ONIONSKIN_VOLUME_INTERNAL_H
 #define ONIONSKIN_VOLUME_INTERNAL_H
 
@@ -31,25 +31,26 @@ struct onion_freed {
 struct onion_dirty_records {
     struct onion_record *records; /* in a half of the journal, or in the heap */
     size_t record_count, record_capacity;
-    uint64_t *published; /* the half's count: what is counted there survives the process. NULL: in the heap */
-    size_t join_from;    /* records before this one are not to be changed any more */
-    int is_held;         /* nothing more is published: part of a change that is whole or did not happen */
+    uint64_t *published; /* the half's count: records that it counts survive the process. NULL: they are in the heap */
+    size_t join_from;    /* records before this one must not be changed any more */
+    int is_held;         /* new records are not published, because they belong to a change that is all or nothing */
     uint32_t declared;   /* the segment of the last SEGMENT record */
     struct onion_freed *freed;
     size_t freed_count, freed_capacity;
-    uint64_t freed_slots; /* in all of them */
-    /* Where the volume flushes by itself; later after an attempt that found the disk full. */
+    uint64_t freed_slots; /* the number of slots in all of `freed` */
+    /* The volume flushes by itself when this much more waits. They are raised when such a flush finds the disk full. */
     size_t flush_at_records;
     uint64_t flush_at_slots;
 };
 
-/* How much may wait for a flush that nobody asks for: records, which take memory and make a frame long, and freed
- * bytes, which a guest could otherwise write and trim without end. Above the second bound, writers wait. */
+/* The limits of what may wait until the volume flushes by itself. Records take memory and make a frame long. Freed
+ * slots take space, which a guest could otherwise fill by writing and trimming without end. Above the hard limit,
+ * writers wait. */
 #define ONION_WAITING_RECORDS_MAX (1u << 18)
 #define ONION_WAITING_BYTES_MAX (16ull << 20)
 #define ONION_WAITING_BYTES_HARD (32ull << 20)
 
-/* The head's map log: where the next frame goes. */
+/* The head's map log, and the point at which the next frame goes. */
 struct onion_head_log {
     char *path;
     unsigned char map_id[ONION_UUID_BYTES];
@@ -57,8 +58,8 @@ struct onion_head_log {
     struct onion_log_cursor cursor;
     uint32_t numbers_given;
     uint64_t record_count;
-    uint64_t room_end; /* up to here the file has been written: frames, then zeros */
-    int is_new;        /* header and name are not synced yet */
+    uint64_t room_end; /* the file is written up to this offset: frames, then zeros */
+    int is_new;        /* its header and its name are not synced yet */
 };
 
 /* How far a seal is: see seal.c. */
@@ -80,31 +81,31 @@ struct onion_seal {
 
 struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
-    uint64_t size_bytes; /* atomic: readers check against it */
+    uint64_t size_bytes; /* atomic: readers check their ranges against it */
     int wipe_zero, writable;
     uint64_t bytes_unwipeable;    /* atomic; see onion_volume_take_unwipeable */
     int poisoned, closed, forked; /* atomic */
-    int reclaim_wanted;           /* atomic: some segment's is set, or was */
+    int reclaim_wanted;           /* atomic: reclaim_wanted of some segment is set, or was set */
     int flush_wanted;             /* atomic: more waits for a flush than should */
     uint64_t log_bytes,
-        compact_map_at; /* atomic: of the head's log; above the second it may be worth to be written anew */
+        compact_map_at; /* atomic: the log's length, and the length above which a rewrite may be worthwhile */
     char *segments_directory, *layers_directory;
 
     struct onion_map index;
-    struct onion_build build; /* what was replayed, until the index is made of it */
+    struct onion_build build; /* the changes that were replayed, until the index is made from them */
     struct onion_epoch epoch;
     struct onion_segment **segments; /* by number; ONION_SEGMENT_LAST + 1 entries */
     uint32_t segment_count;          /* numbers 1 to segment_count are in use, or vacant */
-    struct onion_segment *vacant;    /* stands at the numbers that were given back: it has no id, no head and no file */
+    struct onion_segment *vacant;    /* the entry of each number that was given back: no id, no head, no file */
     uint32_t vacant_count;
-    uint64_t mappings;         /* set aside: see base/mappings.h */
-    uint64_t births;           /* segments ever added */
-    uint64_t below_birth;      /* of the youngest segment that is now part of what HOLE reads */
+    uint64_t mappings;         /* the number of mappings set aside: see base/mappings.h */
+    uint64_t births;           /* the number of segments ever added */
+    uint64_t below_birth;      /* the birth of the youngest segment that is now part of what HOLE reads */
     struct onion_below *below; /* a replacement that is prepared; guarded by the flush gate */
 
-    struct onion_mapping *base; /* NULL: none */
+    struct onion_mapping *base; /* NULL: there is none */
     uint64_t base_bytes;
-    int nothing_below; /* the head is the only thing there is: HOLE and ZERO read the same */
+    int nothing_below; /* there is no layer and no base below the head, so HOLE and ZERO read the same */
 
     pthread_rwlock_t gate;
     pthread_mutex_t stripes[ONION_STRIPES];
@@ -117,36 +118,36 @@ struct onion_volume {
     pthread_cond_t flush_free;
     int flush_busy;
 
-    uint64_t generation;              /* of the head; a segment is the head's if it carries the same */
+    uint64_t generation;              /* the head's; a segment belongs to the head if it has the same generation */
     uint32_t own;                     /* number of the segment that new blocks go to */
-    uint32_t spare;                   /* number of the next head's; 0: none */
-    struct onion_segment *next_spare; /* memory for the one after it, while a seal waits for its outcome */
+    uint32_t spare;                   /* number of the next head's segment; 0: there is none */
+    struct onion_segment *next_spare; /* memory for the spare after it, while a seal waits for its outcome */
     struct onion_head_log log;
     struct onion_head_log next_log;     /* while a seal or a rewrite waits for its outcome */
-    pthread_mutex_t prepare_lock;       /* guards the next, and who makes the spare's file */
-    struct onion_head_log prepared_log; /* of the next head, where its files were made beforehand */
+    pthread_mutex_t prepare_lock;       /* guards prepared_log and the making of the spare's file */
+    struct onion_head_log prepared_log; /* the next head's log, if its files were made beforehand */
     uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
     struct onion_seal seal;
     int sealing, rewriting;
     int frozen; /* the gate is held until the volume is closed or thawed */
 };
 
-/* ---- where bytes of a volume come from ---- */
+/* ---- the sources of a volume's bytes ---- */
 
 enum onion_source_kind { ONION_SOURCE_ZERO, ONION_SOURCE_DATA, ONION_SOURCE_BASE };
 
-/* One run of a range: the first bytes of it that all have one source. */
+/* One run of a range: its first bytes, which all have one source. */
 struct onion_source {
     enum onion_source_kind kind;
-    uint64_t length;                  /* bytes of the range */
+    uint64_t length;                  /* bytes of the range in this run */
     uint64_t offset;                  /* BASE: in its file. DATA: from the start of the slot */
     const struct onion_mapping *base; /* BASE */
-    struct onion_segment *segment;    /* DATA, and the next two: blocks side by side */
+    struct onion_segment *segment;    /* DATA: block_count blocks in consecutive slots from `slot` on */
     uint32_t slot;
     uint64_t block_count;
 };
 
-/* Finds the first run of a range. Reading, the read plan and the mapping of a view all ask here. The caller has a
+/* Finds the first run of a range. Reading, the read plan and the mapping of a view all use it. The caller has a
  * reader's ticket, or holds the stripe. */
 static inline void onion_volume_next_run(const struct onion_volume *volume, uint64_t offset, uint64_t length,
                                          struct onion_source *source) {
@@ -165,7 +166,7 @@ static inline void onion_volume_next_run(const struct onion_volume *volume, uint
         source->block_count = run.block_count;
     } else if (run.location == ONION_LOCATION_HOLE) {
         const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
-        if (base && offset < base->length) { /* zeros past its end are another run */
+        if (base && offset < base->length) { /* zeros past the end of the base are another run */
             source->kind = ONION_SOURCE_BASE;
             source->offset = offset;
             source->base = base;
@@ -175,7 +176,7 @@ static inline void onion_volume_next_run(const struct onion_volume *volume, uint
     }
 }
 
-/* Says where the bytes lie in memory; NULL: they are zero. A segment is mapped now if need be. */
+/* Finds the address of the bytes in memory; NULL: they are zero. The segment is mapped now if it is not yet. */
 static inline int onion_source_address(const struct onion_source *source, struct onion_epoch *epoch,
                                        const char **address) {
     *address = source->kind == ONION_SOURCE_BASE ? source->base->address + source->offset : NULL;
@@ -187,9 +188,9 @@ static inline int onion_source_address(const struct onion_source *source, struct
     return status;
 }
 
-/* ---- questions of a moment, and marks ---- */
+/* ---- checks and marks ---- */
 
-/* 0, or why no verb may run now. */
+/* Returns 0, or the code that says why no verb may run now. */
 static inline int onion_volume_usable(const struct onion_volume *volume) {
     if (__atomic_load_n(&volume->forked, __ATOMIC_RELAXED))
         return ONION_E_FORKED;
@@ -215,7 +216,7 @@ static inline int onion_volume_has_blocks(const struct onion_volume *volume, con
     return 1;
 }
 
-/* Whether a file may be shorter where it cannot be longer: a full disk, a quota, a limit on the size of files. */
+/* Returns whether a write failed for lack of room: a full disk, a quota, or a limit on the size of files. */
 static inline int onion_has_no_room(int status) { return status == -ENOSPC || status == -EDQUOT || status == -EFBIG; }
 
 static inline int onion_segment_is_head(const struct onion_volume *volume, const struct onion_segment *segment) {
@@ -236,8 +237,8 @@ static inline void onion_volume_want_reclaim(struct onion_volume *volume, struct
     __atomic_store_n(&volume->reclaim_wanted, 1, __ATOMIC_SEQ_CST);
 }
 
-/* For a caller that has the flush gate closed, or opens it soon. onion_volume_poison also wakes the threads that wait
- * there. */
+/* For a caller that holds the flush gate closed and opens it soon. onion_volume_poison also wakes the threads that wait
+ * at the gate. */
 static inline void onion_volume_mark_poisoned(struct onion_volume *volume) {
     __atomic_store_n(&volume->poisoned, 1, __ATOMIC_SEQ_CST);
 }
@@ -251,64 +252,67 @@ void onion_base_release(void *context, void *mapping);
 /* ---- segment_table.c ---- */
 
 int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *uuid, uint32_t *number);
-/* The same for a description that was made before: cannot fail while onion_volume_numbers_left says that one is. */
+/* Does the same with a description that was made before. It cannot fail if onion_volume_numbers_left is not 0. */
 uint32_t onion_volume_number_segment(struct onion_volume *volume, struct onion_segment *segment);
 uint32_t onion_volume_numbers_left(const struct onion_volume *volume);
-/* Sets mappings aside, for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
+/* Sets mappings aside for as long as the volume is open. 0 or ONION_E_MAPPINGS. */
 int onion_volume_take_mappings(struct onion_volume *volume, uint64_t count);
-/* Gives a number back, and returns what had it, to be freed. No entry of the index names it, and no reader has found
- * one that did. The gate is held alone. */
+/* Gives a number back, and returns its segment, which the caller frees. No entry of the index names the number, and no
+ * reader that found such an entry is still inside. The caller holds the gate alone. */
 struct onion_segment *onion_volume_vacate(struct onion_volume *volume, uint32_t number);
 uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsigned char *uuid);
-/* Segments that a record may name: those made here, by this head or by the one that is being sealed. */
+/* Returns the number of segments that a record may name: those that this head made, or the head that is being
+ * sealed. */
 uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
 
 /* ---- dirty_records.c ---- */
 
-/* Notes that an error is one of the journal's file, for the message. Returns `status`. The caller holds dirty_lock. */
+/* Notes the journal's file as the place of an error, for the message. Returns `status`. The caller holds dirty_lock. */
 int onion_dirty_records_note_fault(struct onion_volume *volume, int status);
 
-/* Appends a record, for which make_room was called: to the last one, where it continues that. -EIO: the mapping failed,
- * and nothing changed. The caller holds dirty_lock. */
+/* Appends a record, for which make_room was called. If it continues the last record, it is joined to it. -EIO: the
+ * mapping failed, and nothing changed. The caller holds dirty_lock. */
 int onion_dirty_records_put(struct onion_volume *volume, const struct onion_record *record);
-/* What a record that was put changed of the list. */
+/* The part of the list's state that putting a record changes. */
 struct onion_dirty_records_mark {
     size_t record_count;
     uint32_t last_blocks, declared;
 };
 struct onion_dirty_records_mark onion_dirty_records_mark(const struct onion_dirty_records *dirty);
-/* Takes the last record back, which the index could not take. */
+/* Takes the last record back, because the index could not be changed. */
 void onion_dirty_records_take_back(struct onion_dirty_records *dirty, const struct onion_dirty_records_mark *mark);
 
 /* ---- state.c ---- */
 
-/* Waits at the flush gate and closes it, or says why there can be no flush. */
+/* Waits at the flush gate and closes it. Returns 0, or the code that says why there can be no flush. */
 int onion_volume_close_flush_gate(struct onion_volume *volume);
-/* It stays closed until the outcome is known, of what *sealing_or_rewriting then says; close need not wait for that. */
+/* Keeps the gate closed until the outcome of a seal or a rewrite is known, and sets *sealing_or_rewriting to `kind`.
+ * onion_volume_close need not wait for the outcome. */
 void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind);
 void onion_volume_open_flush_gate(struct onion_volume *volume);
-/* Poisons the volume where status is an error: of a sync, or of what cannot be taken back. Returns it. */
+/* Poisons the volume if `status` is an error. Called after a sync, or after a step that cannot be undone. Returns
+ * `status`. */
 int onion_volume_poison_on(struct onion_volume *volume, int status);
 int onion_volume_sync_segment_names(struct onion_volume *volume);
 
 /* ---- head_log.c ---- */
 
-/* A log that has no file yet. */
+/* Describes a log that has no file yet. */
 int onion_head_log_describe(struct onion_head_log *log, const char *map_path, const unsigned char *map_id);
-/* Makes its file: the header, and zeros for the first frames where there is room for them. */
+/* Makes the log's file: the header, and zeros for the first frames if there is room for them. */
 int onion_head_log_create(struct onion_volume *volume, struct onion_head_log *log);
-/* The same, and starts to write it out: so the commit of the file system's journal that the sync of the segments waits
- * for holds this file too, and its own sync need not wait for another. */
+/* Makes the file, and starts to write it out. The sync of the segments waits for a commit of the file system's journal.
+ * That commit then holds this file too, so the file's own sync need not wait for another commit. */
 int onion_head_log_begin(struct onion_volume *volume, struct onion_head_log *log);
 int onion_head_log_sync_new(struct onion_volume *volume, struct onion_head_log *log);
 int onion_head_log_draw_salt(struct onion_head_log *log);
 int onion_head_log_append(struct onion_head_log *log, const struct onion_record *records, uint32_t count);
 void onion_head_log_close(struct onion_head_log *log);
-/* For onion_volume_may_want_compact_map. */
+/* Notes the log's length for onion_volume_may_want_compact_map. */
 void onion_volume_note_log_bytes(struct onion_volume *volume, const struct onion_head_log *log);
-/* What the journal's records go on from: a log as it is. */
+/* Returns the present state of a log, which the journal's records go on from. */
 struct onion_journal_owner onion_head_log_owner(const struct onion_head_log *log);
-/* The dirty records go on from the head's log, whatever else was possible. */
+/* Makes the dirty records go on from the head's log, and no longer from an alternative. */
 void onion_volume_resolve_owner(struct onion_volume *volume);
 
 /* ---- reclaim.c ---- */
@@ -322,22 +326,22 @@ int onion_volume_reclaim_freed(struct onion_volume *volume, struct onion_dirty_r
 
 /* ---- read.c ---- */
 
-/* As onion_volume_read, but up to the end of the last block: what lies past the volume's end is what the block
- * holds. */
+/* Reads like onion_volume_read, but also past the volume's end, up to the end of the last block, as the block holds
+ * it. */
 int onion_volume_read_unbounded(struct onion_volume *volume, uint64_t offset, uint64_t length, void *out);
 
 /* ---- flush.c ---- */
 
-/* Flushes by itself where too much waits for it. A full disk is no error here. */
+/* Flushes because too much waits for a flush. A full disk is no error here. */
 int onion_volume_relieve(struct onion_volume *volume);
-/* Takes the dirty records away, to be made durable or put back. next: the log of the head that a seal begins, or
- * NULL. */
+/* Takes the dirty records away. The caller makes them durable or puts them back. next: the log of the head that a seal
+ * begins, or NULL. */
 struct onion_dirty_records onion_volume_take_dirty_records(struct onion_volume *volume,
                                                            const struct onion_head_log *next);
-/* Makes a batch durable in `log`. On failure it is back in the list of dirty records. */
+/* Makes a batch durable in `log`. After a failure the batch is back in the list of dirty records. */
 int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log *log,
                               struct onion_dirty_records *batch, int of_sealed);
-/* A flush that changed nothing gives its batch back, before what came since. */
+/* Puts a batch back before the newer records, because the flush changed nothing. */
 void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
 /* Frees what a batch holds of the heap. */
 void onion_volume_release_batch(struct onion_dirty_records *batch);
@@ -349,20 +353,21 @@ void onion_below_free(struct onion_below *below);
 
 /* ---- write.c ---- */
 
-/* Maps blocks to a location, appends the record and frees what the head held there; all or nothing. The caller holds
- * the stripe. */
+/* Maps blocks to a location, appends the record, and frees the slots that the head held for these blocks. It does all
+ * of this or nothing. The caller holds the stripe. */
 int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint64_t block_count,
                         onion_location location);
-/* Writes bytes of one block, which stays where it is only if it is the head's own and !fresh. Holds the stripe. */
+/* Writes bytes of one block: in its slot if the head holds the block and !fresh, otherwise in a new slot. The caller
+ * holds the stripe. */
 int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length,
                             const void *bytes, int fresh);
-/* Room for one more record, and one that names its segment. ONION_E_JOURNAL_FULL: a flush makes some. The caller holds
- * dirty_lock. */
+/* Makes room for one more record, and for one that names its segment. ONION_E_JOURNAL_FULL: a flush makes room. The
+ * caller holds dirty_lock. */
 int onion_dirty_records_make_room(struct onion_volume *volume);
 
 /* ---- lifecycle.c ---- */
 
-/* Makes room in the index for a volume of this size. Nobody writes meanwhile. */
+/* Makes room in the index for a volume of this size. No thread writes meanwhile. */
 int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes);
 void onion_volume_retire_leaf(void *context, void *leaf);
 

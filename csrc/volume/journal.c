@@ -1,4 +1,4 @@
-/* journal.c: see journal.h. */
+/* journal.c: implements journal.h. */
 #define _GNU_SOURCE
 #include "volume/journal.h"
 
@@ -21,7 +21,7 @@
 #include "base/store_file.h"
 #include "volume/internal.h"
 
-#define FIRST_BYTES 16384u /* of a half; then it doubles */
+#define FIRST_BYTES 16384u /* the first size of a half, which then doubles */
 #define HALF_BYTES_MAX (ONION_JOURNAL_RECORDS_MAX * sizeof(struct onion_record))
 
 _Static_assert(sizeof(struct onion_record) == 24, "records lie in the file as they are");
@@ -35,7 +35,7 @@ static off_t half_offset(int half) { return (off_t)(ONION_JOURNAL_HEADER_BYTES +
 enum filesystem_kind {
     FILESYSTEM_UNIQUE_MOUNT = 1,
     FILESYSTEM_MOUNT = 2,
-    FILESYSTEM_SYSFS = 3, /* inode of the file system's directory in sysfs: there from mount to unmount, never twice */
+    FILESYSTEM_SYSFS = 3, /* inode of the file system's directory in sysfs: each mounting has a number of its own */
     FILESYSTEM_MEMORY = 4,
 };
 
@@ -57,9 +57,9 @@ static int read_boot_id(unsigned char *out) {
     return digits == 32 ? 0 : -ENOSYS;
 }
 
-/* A service that is started again may see its disk through another mount of the same file system (systemd gives each
- * start a tree of mounts of its own). So where the file system itself can be told from a later mounting of it, that is
- * asked. */
+/* A service that is restarted may see its disk through another mount of the same file system, because systemd gives
+ * each start its own tree of mounts. So the number that is used, if there is one, belongs to the mounted file system
+ * and not to the mount: the inode of its directory in sysfs. Returns 0 if there is none. */
 static uint64_t sysfs_inode(dev_t device, const char *type) {
     char link[64], target[4096], node[4200];
     struct stat info;
@@ -74,7 +74,7 @@ static uint64_t sysfs_inode(dev_t device, const char *type) {
 }
 
 static uint64_t mount_id(int fd, uint32_t *kind) {
-    unsigned char answer[256] = {0}; /* struct statx, which not every C library has */
+    unsigned char answer[256] = {0}; /* a struct statx, which not every C library declares */
     uint32_t mask;
     uint64_t id;
     if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x5000u /* MNT_ID, MNT_ID_UNIQUE */, answer))
@@ -85,7 +85,7 @@ static uint64_t mount_id(int fd, uint32_t *kind) {
     return mask & 0x5000 ? id : 0;
 }
 
-/* Fills in what tells this boot and this mount from others. */
+/* Fills in the fields of a header that identify this boot and this mount. */
 static int describe_here(int fd, struct onion_journal_header *header) {
     struct stat info;
     struct statfs fs;
@@ -148,7 +148,8 @@ int onion_journal_copy(struct onion_record *to, const struct onion_record *from,
     return onion_fault_run(copy_from, &copy);
 }
 
-/* In the order that they are written in: a process that dies in between leaves what is stored before. */
+/* Stores bytes in the mapped file. Stores stay in the order of the calls, so a process that dies in between has made
+ * the earlier ones. */
 static int store_bytes(void *to, const void *from, size_t length) {
     struct copy copy = {to, from, length};
     int status = onion_fault_run(copy_to, &copy);
@@ -175,7 +176,7 @@ int onion_journal_set_path(struct onion_volume *volume, const char *path) {
     return 0;
 }
 
-/* Gives a range of the file blocks; where the file system cannot, zeros do. */
+/* Allocates blocks for a range of the file. If the file system cannot, zeros are written instead. */
 static int allocate(int fd, off_t offset, size_t length) {
     while (fallocate(fd, 0, offset, (off_t)length))
         if (errno != EINTR) {
@@ -195,11 +196,11 @@ static int map_shared(int fd, off_t offset, size_t length, void **out) {
         *out = NULL;
         return -errno;
     }
-    madvise(*out, length, MADV_DONTFORK); /* a child must not write here, whatever it does */
+    madvise(*out, length, MADV_DONTFORK); /* a child process must never write here */
     return 0;
 }
 
-/* Makes a half twice as large. Nobody holds on to its address but under dirty_lock. */
+/* Makes a half twice as large. Its address may change, because it is only used under dirty_lock. */
 static int grow_half(struct onion_journal *journal, int half) {
     size_t before = journal->capacity[half] * sizeof(struct onion_record), after = before ? 2 * before : FIRST_BYTES;
     after = after > HALF_BYTES_MAX ? HALF_BYTES_MAX : after;
@@ -243,7 +244,8 @@ static void close_found(struct onion_journal *journal) {
     journal->found_fd = -1;
 }
 
-/* Writers go on up to here. A half that a flush has taken must have room for what comes meanwhile. */
+/* Sets the number of records up to which writers go on. A half that a flush has taken must have room for all records
+ * that are added meanwhile. */
 static void set_limit(struct onion_volume *volume) {
     const struct onion_journal *journal = &volume->journal;
     size_t limit = journal->capacity[journal->current];
@@ -261,8 +263,8 @@ static void use_half(struct onion_volume *volume, int half) {
     volume->dirty_records.published = &journal->header->halves[half].record_count;
 }
 
-/* Whether the file at the path is of a path of the same volume that was opened later than this one: so this one is
- * about to be closed, and what is written to it is dropped. */
+/* Returns whether a later opening of the same volume made the file at the path. If so, this data path is about to be
+ * closed, and records in it are dropped. */
 static int is_replaced(const struct onion_journal *journal, const struct onion_journal_header *here) {
     struct onion_journal_header found;
     int fd = open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
@@ -274,18 +276,18 @@ static int is_replaced(const struct onion_journal *journal, const struct onion_j
     return replaced;
 }
 
-/* On btrfs a write to a mapped page needs a new place on the disk, and raises SIGBUS where a full disk has none; a file
- * that is overwritten in place has its blocks. The flag has to be set before the file has blocks. */
+/* On btrfs a write to a mapped page needs a new block, and raises SIGBUS if the disk is full. A file with this flag is
+ * overwritten in place and keeps its blocks. The flag has to be set before the file has blocks. */
 static void overwrite_in_place(int fd) {
     int flags = 0;
     if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
         flags |= FS_NOCOW_FL;
-        (void)ioctl(fd, FS_IOC_SETFLAGS, &flags); /* other file systems know nothing of it, and need not */
+        (void)ioctl(fd, FS_IOC_SETFLAGS, &flags); /* other file systems do not know the flag, and do not need it */
     }
 }
 
-/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another path of the volume has the
- * name; what a process left that was killed here is removed by the next one that opens the volume for writing. */
+/* Makes the file under another name, and gives it blocks and mappings. -EEXIST: another data path of the volume has the
+ * name. If the process is killed here, the next process that opens the volume for writing removes the file. */
 static int make_file(struct onion_volume *volume, const char *staged) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header header = {.magic = ONION_JOURNAL_MAGIC,
@@ -313,7 +315,7 @@ static int make_file(struct onion_volume *volume, const char *staged) {
     return status < 0 ? status : store_bytes(journal->header, &header, sizeof header);
 }
 
-/* Moves the dirty records that are in the heap: a process that died left them, and they are not durable yet. */
+/* Moves the dirty records from the heap to the file. A process that died left them, and they are not durable yet. */
 static int move_dirty_records(struct onion_volume *volume) {
     struct onion_dirty_records *dirty = &volume->dirty_records;
     struct onion_record *records = dirty->records;
@@ -354,7 +356,7 @@ static int begin(struct onion_volume *volume) {
             return -ENOMEM;
         status = make_file(volume, staged);
     }
-    if (status == -EEXIST) { /* the paths of one volume are fewer: then the records stay in the heap */
+    if (status == -EEXIST) { /* a volume never has so many data paths; the records stay in the heap */
         free(staged);
         return -ENOSYS;
     }
@@ -362,7 +364,7 @@ static int begin(struct onion_volume *volume) {
         status = move_dirty_records(volume);
     if (status == 0 && rename(staged, journal->path)) {
         status = -errno;
-        onion_volume_mark_poisoned(volume); /* never seen; the dirty records are in a file without a name */
+        onion_volume_mark_poisoned(volume); /* the dirty records are in a file that gets no name; this was never seen */
     }
     if (status < 0) {
         unlink(staged);
@@ -375,8 +377,8 @@ static int begin(struct onion_volume *volume) {
     return status;
 }
 
-/* A file system without such mappings: the records stay in the heap, and death of the process loses what was not
- * flushed. */
+/* Returns whether the file system cannot have such a file. Then the records stay in the heap, and if the process dies,
+ * changes that were not flushed are lost. */
 static int is_impossible(int status) {
     return status == -ENODEV || status == -EOPNOTSUPP || status == -ENOSYS || status == -EINVAL;
 }
@@ -410,7 +412,7 @@ int onion_journal_make_room(struct onion_volume *volume) {
 static void store_owners(struct onion_volume *volume, int half) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_half *stored = &journal->header->halves[half];
-    /* One after the other: while one of them is half stored, the other one holds. */
+    /* They are stored one after the other: while one of them is half stored, the other one is valid. */
     if (store_bytes(&stored->owner, &journal->owner, sizeof stored->owner) < 0 ||
         store_bytes(&stored->alternative, &journal->alternative, sizeof stored->alternative) < 0)
         onion_volume_mark_poisoned(volume);
@@ -436,7 +438,7 @@ void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records 
     struct onion_journal *journal = &volume->journal;
     journal->owner = *owner;
     journal->alternative = alternative ? *alternative : none;
-    if (!batch->record_count) { /* what comes goes where it would have gone */
+    if (!batch->record_count) { /* nothing was taken, so the present half goes on */
         batch->records = NULL;
         batch->published = NULL;
         if (journal->header)
@@ -449,8 +451,8 @@ void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records 
     }
 }
 
-/* Lets records go on from a later frame of the same map. No frames are any: whenever the process dies, one of the
- * states that are stored here is right. */
+/* Changes the state that records go on from to a later frame of the same map. frames == 0 means any frame, so the
+ * stored state is right whenever the process dies. */
 static int advance(struct onion_journal_owner *owner, const struct onion_journal_owner *now) {
     static const uint64_t any;
     int status = store_bytes(&owner->frames, &any, sizeof any);
@@ -476,7 +478,7 @@ static void advance_owners(struct onion_volume *volume, const struct onion_journ
 void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_journal_owner *now) {
     struct onion_journal *journal = &volume->journal;
     advance_owners(volume, now);
-    if (journal->found_fd >= 0) { /* what it held is in the frame now */
+    if (journal->found_fd >= 0) { /* its records are in the frame now */
         (void)!ftruncate(journal->found_fd, 0);
         close_found(journal);
     }
@@ -484,7 +486,7 @@ void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_jo
     if (!journal->header)
         return;
     if (store_count(journal, !journal->current, 0) < 0)
-        onion_volume_mark_poisoned(volume); /* or its records would go over those of slots that are used again */
+        onion_volume_mark_poisoned(volume); /* the records that are left may name slots that will be used again */
     journal->taken_count = 0;
     set_limit(volume);
 }
@@ -500,7 +502,8 @@ int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_recor
             store_bytes(journal->records[older] + batch->record_count, copied, later->record_count * sizeof *copied);
     free(copied);
     uint64_t count = batch->record_count + later->record_count;
-    /* First all of it in the older half, and twice what is in the newer one, which changes nothing. */
+    /* First the older half gets all records. Those of the newer half are in the file twice then, which changes
+     * nothing. */
     if (status == 0 && !batch->is_held)
         status = store_count(journal, older, count);
     if (status == 0)
@@ -515,7 +518,7 @@ int onion_journal_put_back(struct onion_volume *volume, struct onion_dirty_recor
     return status;
 }
 
-/* ---- whose the records are ---- */
+/* ---- the state that records go on from ---- */
 
 void onion_journal_begin_at(struct onion_volume *volume, const struct onion_journal_owner *owner) {
     volume->journal.owner = *owner;
@@ -563,14 +566,15 @@ void onion_journal_clear_poisoned(struct onion_volume *volume) {
     }
 }
 
-/* ---- what a process that died left behind ---- */
+/* ---- records that a process left when it died ---- */
 
 struct found {
     struct onion_journal_header header;
     struct onion_record *records[2];
 };
 
-/* The file at the path: 1 where it is of this boot and mount, and its counts fit its length. */
+/* Reads the header of the file at the path. Returns 1 if it is of this boot and mount, and its counts fit its
+ * length. */
 static int read_found(struct onion_volume *volume, struct found *found) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header here = {0};
@@ -600,7 +604,7 @@ static int is_owner(const struct onion_volume *volume, const struct onion_journa
            (owner->frames == 0 || (log && onion_log_passes(log, length, owner->frames, owner->crc)));
 }
 
-/* Slots that the file of a segment holds in full. */
+/* Returns the number of slots that the file of a segment holds in full. */
 static uint64_t slots_of(const struct onion_segment *segment) {
     struct stat info;
     if (lstat(segment->path, &info) || !S_ISREG(info.st_mode) || (uint64_t)info.st_size < ONION_HEADER_BYTES)
@@ -608,7 +612,7 @@ static uint64_t slots_of(const struct onion_segment *segment) {
     return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
 }
 
-/* Where records name segments by the numbers of the opening that wrote them. */
+/* Records name segments by the numbers of the opening that wrote them. This table gives the numbers of this opening. */
 struct translation {
     struct onion_volume *volume;
     uint32_t segment_first;
@@ -627,7 +631,7 @@ static int name_segment(struct translation *translation, const struct onion_reco
     return 0;
 }
 
-/* Takes over one record of those found, which is checked as one of a log is. */
+/* Takes over one of the records that were found, after the same checks as for a record of a log. */
 static int take_record(struct translation *translation, const struct onion_record *raw) {
     struct onion_volume *volume = translation->volume;
     struct onion_dirty_records *dirty = &volume->dirty_records;
@@ -644,7 +648,7 @@ static int take_record(struct translation *translation, const struct onion_recor
         record.segment = translation->number_of[record.segment];
         break;
     case ONION_RECORD_HOLE:
-    case ONION_RECORD_ZERO: /* both meant that zeros are read; which of them says so now depends on what is below now */
+    case ONION_RECORD_ZERO: /* both mean that the block reads zero; the right kind depends on what is below now */
         record.kind = volume->nothing_below ? ONION_RECORD_HOLE : ONION_RECORD_ZERO;
         break;
     default:
@@ -672,7 +676,8 @@ static int take_half(struct onion_volume *volume, const struct found *found, int
     return status;
 }
 
-/* 0 also where nothing applies; -ENOMEM, -EIO, or ONION_E_FORMAT where something should and is not sound. */
+/* Takes over the records of the halves that go on from the log. Returns 0 also if no half does; -ENOMEM, -EIO, or
+ * ONION_E_FORMAT if a half does and is not sound. */
 static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log,
                        uint64_t length, uint32_t segment_first) {
     const struct onion_journal_half *halves = found->header.halves;
@@ -709,7 +714,7 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
         if (!journal->found_poisoned)
             close_found(journal);
     }
-    dirty->record_capacity = dirty->record_count; /* so the first change goes on in a file of this opening */
+    dirty->record_capacity = dirty->record_count; /* it is full, so the first change makes the file of this opening */
     return status == -ENOMEM || status == -EIO ? status : 0;
 }
 
@@ -726,7 +731,7 @@ void onion_journal_close(struct onion_volume *volume) {
     if (journal->header && !volume->dirty_records.record_count && !journal->taken_count &&
         !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
         (void)!ftruncate(journal->fd, 0);
-    if (journal->header) { /* else the records are the heap's */
+    if (journal->header) { /* otherwise the records are in the heap */
         volume->dirty_records.records = NULL;
         volume->dirty_records.published = NULL;
         volume->dirty_records.record_count = volume->dirty_records.record_capacity = 0;

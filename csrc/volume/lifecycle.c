@@ -1,5 +1,5 @@
-/* lifecycle.c: an empty volume, closing it, and the memory of its index. See volume.h for what must hold, recovery.c
- * for how files are opened. */
+/* lifecycle.c: makes an empty volume, closes a volume, and manages the memory of its index. See volume.h for what must
+ * hold, and recovery.c for how files are opened. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -22,7 +22,7 @@ static void init_locks(struct onion_volume *volume) {
     pthread_rwlockattr_t attributes;
     pthread_rwlockattr_init(&attributes);
 #ifdef __GLIBC__
-    /* Else a stream of writers would keep a snapshot waiting for ever. */
+    /* Otherwise a stream of writers would keep a snapshot waiting for ever. */
     pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
 #endif
     pthread_rwlock_init(&volume->gate, &attributes);
@@ -67,7 +67,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->segments = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->segments);
     static const unsigned char no_id[ONION_UUID_BYTES];
     (void)onion_segment_new("", no_id, 0, shift, &volume->vacant); /* NULL: no memory */
-    /* Whole ranges; it grows with the volume. */
+    /* The index covers whole ranges, and grows with the volume. */
     uint64_t ranges = (size_bytes + (1ull << ONION_RANGE_BYTES_SHIFT) - 1) >> ONION_RANGE_BYTES_SHIFT;
     status = onion_map_init(&volume->index, (ranges ? ranges : 1) << (ONION_RANGE_BYTES_SHIFT - shift), shift);
     if (status == 0)
@@ -100,7 +100,7 @@ int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes) {
 void onion_volume_close(struct onion_volume *volume) {
     if (__atomic_exchange_n(&volume->closed, 1, __ATOMIC_SEQ_CST) || volume->forked)
         return;
-    /* A flush under way goes first; one that waits for its outcome (seal, rewrite) finds the volume closed. */
+    /* Wait for a flush under way. A seal or rewrite that waits for its outcome will find the volume closed. */
     pthread_mutex_lock(&volume->flush_lock);
     while (volume->flush_busy && !volume->sealing && !volume->rewriting && !volume->frozen)
         pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
@@ -108,7 +108,7 @@ void onion_volume_close(struct onion_volume *volume) {
     volume->flush_busy = 1;
     pthread_mutex_unlock(&volume->flush_lock);
     pthread_mutex_lock(&volume->prepare_lock);
-    if (!volume->frozen) /* else this thread has it */
+    if (!volume->frozen) /* if it is frozen, this thread holds the gate */
         pthread_rwlock_wrlock(&volume->gate);
     onion_epoch_wait(&volume->epoch);
     onion_below_free(volume->below);
@@ -145,7 +145,7 @@ void onion_volume_close(struct onion_volume *volume) {
 }
 
 void onion_volume_free(struct onion_volume *volume) {
-    if (!volume || volume->forked) /* a child of fork() may have copied locks in any state: leave all to exit */
+    if (!volume || volume->forked) /* in a child of fork() the locks may be in any state: leave the memory to exit */
         return;
     onion_volume_close(volume);
     onion_epoch_destroy(&volume->epoch);

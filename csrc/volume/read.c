@@ -1,4 +1,4 @@
-/* read.c: reading a volume, and mapping a view. See volume.h for what must hold. */
+/* read.c: reads a volume, and maps a view. See volume.h for what must hold. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -28,7 +28,7 @@ static void guarded_copy(void *out, const void *from, size_t length) {
     onion_fault_unwatch();
 }
 
-/* Bytes of the base at a disk offset; zeros past its end. */
+/* Copies bytes of the base from a disk offset on, and zeros past the base's end. */
 static void read_base(const struct onion_volume *volume, uint64_t offset, uint64_t length, char *out) {
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     uint64_t size = base ? base->length : 0;
@@ -68,9 +68,9 @@ static __attribute__((noinline, cold)) int note_base_fault(int status, const str
     return onion_site_set(status, path, offset);
 }
 
-/* Notes which file a load from a mapping failed in. The reader's ticket keeps the mappings. */
+/* Notes the file whose mapping a load failed in. The reader's ticket keeps the mappings. */
 static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume *volume) {
-    const char *address = onion_fault_address(); /* NULL: it was another error */
+    const char *address = onion_fault_address(); /* NULL: no load failed, it was another error */
     const struct onion_mapping *base = __atomic_load_n(&volume->base, __ATOMIC_ACQUIRE);
     uint32_t count = __atomic_load_n(&volume->segment_count, __ATOMIC_ACQUIRE);
     for (uint32_t i = 1; i <= count; i++) {
@@ -83,7 +83,8 @@ static __attribute__((noinline, cold)) void note_failed_load(struct onion_volume
         note_base_fault(-EIO, base, (uint64_t)(address - base->address));
 }
 
-/* Runs `work` as a reader. Closed is looked at after entering: close waits for those who are inside. */
+/* Runs `work` as a reader. It checks after entering whether the volume is closed, because a close waits for the readers
+ * that have entered. */
 static int as_reader(struct onion_volume *volume, int (*work)(void *), void *context) {
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
     int status = onion_volume_usable(volume);
@@ -182,7 +183,7 @@ static int map_data(struct onion_volume *volume, const struct onion_source *sour
     return onion_site_set(status, path, file_offset);
 }
 
-/* The base is mapped by moving a second mapping of its pages: mremap with an old size of 0 copies a shared mapping. */
+/* Maps a part of the base at `at`. mremap with an old size of 0 makes a second mapping of the same pages. */
 static int map_base(const struct onion_source *source, char *at) {
     uint64_t pages = (source->length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     void *got = mremap(source->base->address + source->offset, 0, pages, MREMAP_MAYMOVE | MREMAP_FIXED, at);
@@ -195,7 +196,7 @@ static int map_pieces(struct onion_volume *volume, uint64_t offset, uint64_t len
     while (length && status == 0) {
         struct onion_source source;
         onion_volume_next_run(volume, offset, length, &source);
-        /* Zeros behind the base that begin inside a page are on the base's last one. */
+        /* Zeros after the base that begin inside a page lie in the base's last page, so they need no mapping. */
         if (offset % PAGE_BYTES == 0) {
             if (*pieces == run_max || onion_mappings_take(1) < 0)
                 return -E2BIG;
@@ -205,7 +206,7 @@ static int map_pieces(struct onion_volume *volume, uint64_t offset, uint64_t len
             status = map_data(volume, &source, at);
         else if (source.kind == ONION_SOURCE_BASE)
             status = map_base(&source, at);
-        /* else the anonymous pages that are there read zero */
+        /* otherwise the anonymous pages that are there read zero */
         offset += source.length, at += source.length, length -= source.length;
     }
     return status;

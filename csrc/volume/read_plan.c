@@ -1,5 +1,5 @@
-/* read_plan.c: what a server asks of a volume beside reading and writing: where the bytes of a range lie in memory, and
- * what holds them: a scatter list for who sends without copying. See volume.h for what must hold. */
+/* read_plan.c: tells a server where the bytes of a range lie in memory, so that it can send them without copying, and
+ * which extents a range has. See volume.h for what must hold. */
 #define _GNU_SOURCE
 #include "base/linux_io.h"
 #include "base/sigbus.h"
@@ -7,7 +7,7 @@
 
 int onion_volume_plan_begin(struct onion_volume *volume, struct onion_ticket *ticket) {
     *ticket = onion_epoch_enter(&volume->epoch);
-    /* After entering: close waits for those who are inside. */
+    /* It is checked after entering, because a close waits for the readers that have entered. */
     int status = onion_volume_usable(volume);
     if (status < 0)
         onion_epoch_leave(&volume->epoch, *ticket);
@@ -18,14 +18,14 @@ void onion_volume_plan_end(struct onion_volume *volume, struct onion_ticket tick
     onion_epoch_leave(&volume->epoch, ticket);
 }
 
-/* ---- where bytes lie ---- */
+/* ---- addresses of bytes ---- */
 
 struct plan {
     struct onion_piece *pieces;
     uint32_t count, capacity;
 };
 
-/* 0 where there was no room. */
+/* Adds a piece, joined to the last one if possible. Returns 0 if there is no room. */
 static int add_piece(struct plan *plan, const char *address, uint64_t length) {
     if (plan->count) {
         struct onion_piece *last = &plan->pieces[plan->count - 1];
@@ -86,10 +86,11 @@ int onion_pieces_touch(const struct onion_piece *pieces, uint64_t count) {
     return onion_fault_run(touch_pages, &request);
 }
 
-/* ---- what holds them ---- */
+/* ---- extents ---- */
 
-/* The base from offset on: cut where its file changes between data and hole. One that was cut short has no holes: what
- * is missing must be asked for, and fail, and not be skipped as zeros. */
+/* Finds the extent of the base from `offset` on, which ends where its file changes between data and hole. If the file
+ * was cut short, nothing in it counts as a hole: a client must ask for the missing part and get an error, and not skip
+ * it as zeros. */
 static struct onion_extent base_extent(const struct onion_volume *volume, uint64_t offset, uint64_t length) {
     struct onion_extent extent = {.offset = offset,
                                   .length = length,
@@ -103,7 +104,7 @@ static struct onion_extent base_extent(const struct onion_volume *volume, uint64
     struct onion_data_span span;
     int found = onion_seek_data(base->fd, offset, offset + length, &span);
     if (found < 0 || ((!found || span.offset > offset) && onion_was_cut(base->fd, base->length))) {
-        /* not known: then it counts as data */
+        /* it is not known, so it counts as data */
         extent.kind = ONION_EXTENT_BASE;
     } else if (found && span.offset <= offset) {
         extent.kind = ONION_EXTENT_BASE;
@@ -118,7 +119,7 @@ static struct onion_extent extent_at(const struct onion_volume *volume, uint64_t
     uint64_t block = offset >> volume->block_shift, start = offset & (volume->block_size - 1);
     uint64_t end = (offset + length + volume->block_size - 1) >> volume->block_shift;
     struct onion_run run;
-    /* One look at the index shows 2 MiB; the next run that is not HOLE shows how far a hole goes. */
+    /* onion_map_run_at shows at most 2 MiB. The next run that is not HOLE shows how far a hole goes. */
     if (!onion_map_next(&volume->index, block, end, &run))
         return base_extent(volume, offset, length);
     if (run.block_index > block) {

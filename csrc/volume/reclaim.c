@@ -1,5 +1,5 @@
-/* reclaim.c: giving slots back that nothing needs any more: wiped (policy `zero`), punched, and then used again. See
- * segment.h for what must hold. */
+/* reclaim.c: gives slots back that are not needed any more: it wipes them (policy `zero`), punches them, and lets them
+ * be used again. See segment.h for what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 
@@ -42,7 +42,7 @@ int onion_volume_reclaim(struct onion_volume *volume, struct onion_segment *segm
     free(ranges);
     if (status == 0 && volume->wipe_zero)
         __atomic_add_fetch(&volume->bytes_unwipeable, result.bytes_unwipeable, __ATOMIC_RELAXED);
-    if (result.sync_failed) /* it may have lost what a writer has put into this segment, and told nobody else */
+    if (result.sync_failed) /* it may have lost data of writers in this segment, and no other sync reports that */
         onion_volume_poison_on(volume, status);
     if (status < 0) {
         onion_volume_want_reclaim(volume, segment);

@@ -1,9 +1,9 @@
-/* recovery.c: the files of a volume, and the index that is made of them. See volume.h for what must hold.
+/* recovery.c: opens the files of a volume, and makes the index from them. See volume.h for what must hold.
  *
- * The logs of all layers are replayed, lowest first, into one list of changes, which becomes the index at once
- * (index/bulk_build.h). HOLE in a log means "look below": where something lies below, the layer's own map is made first
- * and laid over what is there. The one case in which logs hold such records is a volume over nothing, whose lowest
- * layer they are in. */
+ * The logs of all layers are replayed, lowest first, into one list of changes, from which the index is made in one step
+ * (index/bulk_build.h). HOLE in a log means "look below". So a log with HOLE records that stands over something is
+ * first made into a map of its own, and the runs of this map are put into the list. onionskin writes such records only
+ * into the lowest layer of a volume without a base. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -15,17 +15,17 @@
 #include "layer/layer_map.h"
 #include "volume/internal.h"
 
-#define MAPPINGS_BESIDE 6      /* the spare, the base, the index, and what is being replaced */
-#define NUMBERS_LEFT_MIN 256   /* that a head's log must have for segments to come */
-#define AGAIN_BYTES (1u << 20) /* read and written again at a time */
+#define MAPPINGS_BESIDE 6      /* for the spare, the base, the index, and mappings that are being replaced */
+#define NUMBERS_LEFT_MIN 256   /* a head's log must have so many numbers left for later segments */
+#define AGAIN_BYTES (1u << 20) /* the largest part that is read and written again at a time */
 
 /* ---- replaying a log ---- */
 
-/* A log while it is replayed. */
+/* The state of a log that is being replayed. */
 struct replay {
     struct onion_volume *volume;
-    uint32_t segment_first; /* the layer's segments in the index: this number and those above it */
-    uint16_t *number_of;    /* by number in the log: number in the index, 0 none yet */
+    uint32_t segment_first; /* the layer's segments have this number in the index, or a higher one */
+    uint16_t *number_of;    /* by number in the log: the number in the index, or 0 if there is none yet */
     uint32_t numbers_given;
     int has_size;
     uint64_t size_bytes;
@@ -37,13 +37,13 @@ static int replay_segment(struct replay *replay, const struct onion_record *reco
     onion_record_uuid(record, uuid);
     uint32_t number = onion_volume_find_segment(volume, uuid);
     uint16_t *known = &replay->number_of[record->segment];
-    /* What the map names must be among what the catalog lists, and a number never means two segments. */
+    /* A segment that the map names must be in the catalog's list, and a number never means two segments. */
     if (number < replay->segment_first || (*known && *known != number))
         return ONION_E_FORMAT;
     if (*known)
         return 0;
     *known = (uint16_t)number;
-    if (volume->segments[number]->log_number) /* nor has a segment two numbers */
+    if (volume->segments[number]->log_number) /* a segment never has two numbers */
         return ONION_E_FORMAT;
     volume->segments[number]->log_number = record->segment;
     if (record->segment > replay->numbers_given)
@@ -71,7 +71,8 @@ static int replay_record(struct replay *replay, const struct onion_record *recor
     return onion_build_put(&replay->volume->build, record->block_index, record->block_count, location);
 }
 
-/* Puts all whole frames into the build. As onion_layer_load: 0 at a clean end, or ONION_E_TORN, or what is wrong. */
+/* Puts all whole frames into the build. Returns like onion_layer_load: 0 at a clean end, ONION_E_TORN, or another
+ * error. */
 static int replay_log(struct replay *replay, const unsigned char *bytes, uint64_t length,
                       struct onion_log_cursor *cursor, uint64_t *fault_offset) {
     uint64_t block_limit = ONION_VOLUME_BYTES_MAX >> replay->volume->block_shift;
@@ -92,7 +93,7 @@ static int replay_log(struct replay *replay, const unsigned char *bytes, uint64_
     return status;
 }
 
-/* The SEGMENT records between two offsets, all of frames that are sound. */
+/* Replays only the SEGMENT records between two offsets, whose frames are known to be sound. */
 static int replay_segments(struct replay *replay, const unsigned char *bytes, uint64_t offset, uint64_t end) {
     struct onion_log_cursor cursor = {.offset = offset};
     const unsigned char *records;
@@ -128,7 +129,7 @@ static int replay_runs(struct replay *replay, const struct onion_layer *layer) {
     return status;
 }
 
-/* The same for a log with HOLE records that stands over something. */
+/* Does the same as replay_log for a log with HOLE records that stands over something. */
 static int replay_layer(struct replay *replay, const unsigned char *bytes, uint64_t length,
                         struct onion_log_cursor *cursor, uint64_t *fault_offset) {
     struct onion_volume *volume = replay->volume;
@@ -137,7 +138,7 @@ static int replay_layer(struct replay *replay, const unsigned char *bytes, uint6
     int status = onion_layer_init(&layer, onion_log_blocks(bytes, length, volume->block_shift), volume->block_shift);
     int end = status == 0 ? onion_layer_load(&layer, bytes, length, cursor, fault_offset) : status;
     status = end == ONION_E_TORN ? 0 : end;
-    if (status == 0) /* by the log's own numbers, which a head goes on with */
+    if (status == 0) /* a head goes on with the log's own numbers of segments, so they are replayed too */
         status = replay_segments(replay, bytes, first, cursor->offset);
     if (status == 0)
         status = replay_runs(replay, &layer);
@@ -163,8 +164,8 @@ static int replay_bytes(struct replay *replay, const unsigned char *bytes, uint6
 
 /* ---- map files ---- */
 
-/* Whether a crash left this file before its header was synced: the header is a part of what it should be, and only the
- * zeros that were written with it stand behind. */
+/* Returns whether a crash left this file before its header was synced. Then the header is a part of the expected one,
+ * and only the zeros that were written with it follow. */
 static int is_unborn(const struct onion_volume *volume, const unsigned char *map_id, const unsigned char *bytes,
                      uint64_t length) {
     struct onion_header expected = {.version = ONION_FORMAT_VERSION, .block_size = volume->block_size};
@@ -217,14 +218,14 @@ int onion_volume_add_layer(struct onion_volume *volume, const struct onion_layer
     }
     int status = source->map_length ? replay_sealed_map(&replay, source) : 0;
     for (uint32_t i = replay.segment_first; i <= volume->segment_count; i++)
-        volume->segments[i]->log_number = 0; /* these count for the head's log only */
+        volume->segments[i]->log_number = 0; /* it is used for the head's log only */
     volume->nothing_below = 0;
     return status;
 }
 
 /* ---- the head ---- */
 
-/* Checks that a log, which was replayed as far as it is whole, passes through the point that the catalog knows. */
+/* Checks that a log, which was replayed up to its last whole frame, passes through the point that the catalog knows. */
 static int check_known(const struct onion_head_source *source, const struct onion_map_bytes *map,
                        const struct onion_log_cursor *end, uint64_t *fault) {
     uint32_t crc = 0;
@@ -238,7 +239,7 @@ static int check_known(const struct onion_head_source *source, const struct onio
     return source->known_frames && (offset != source->known_length || crc != source->known_crc) ? ONION_E_CHECKSUM : 0;
 }
 
-/* Checks and replays the bytes of a head's log. *torn: a crash left a part of a frame, or of the header, at the
+/* Checks and replays the bytes of a head's log. Sets *torn if a crash left a part of a frame, or of the header, at the
  * cursor. */
 static int replay_head(struct replay *replay, const struct onion_head_source *source, const struct onion_map_bytes *map,
                        int *torn, uint64_t *fault) {
@@ -253,7 +254,7 @@ static int replay_head(struct replay *replay, const struct onion_head_source *so
         *torn = 1;
         return 0;
     }
-    if (status == 0) /* what lies beyond its size no disk shows, and a disk that grows over it again hides */
+    if (status == 0) /* blocks past the log's size are never shown: a disk that grows over them hides them first */
         status = onion_volume_grow_index(volume, onion_log_size_bytes(map->bytes, map->length));
     if (status == 0)
         status = replay_bytes(replay, map->bytes, map->length, cursor, fault);
@@ -262,12 +263,12 @@ static int replay_head(struct replay *replay, const struct onion_head_source *so
         status = 0;
     }
     if (status == 0 && replay->numbers_given > ONION_SEGMENT_LAST - NUMBERS_LEFT_MIN)
-        status = ONION_E_FORMAT; /* no log of ours: it would have no numbers for the segments to come */
+        status = ONION_E_FORMAT; /* onionskin wrote no such log: it leaves numbers for later segments */
     return status == 0 ? check_known(source, map, cursor, fault) : status;
 }
 
-/* Makes what was read durable, without a torn frame. A file of which not even the header is whole is made again, by
- * name, at the first flush. */
+/* Makes the log durable as it was read, without a torn frame. If not even the header is whole, the file is removed, and
+ * the first flush makes it again. */
 static int make_log_durable(struct onion_head_log *log, int fd, int torn) {
     if (torn && log->cursor.offset == 0) {
         int status = unlink(log->path) ? -errno : 0;
@@ -285,9 +286,9 @@ static int make_log_durable(struct onion_head_log *log, int fd, int torn) {
     return status;
 }
 
-/* Writes a part of a file again, so that its pages are dirty: where a sync failed, the kernel may have marked them
- * clean although they never reached the disk, and the syncs of an opening would prove nothing. What cannot be read is
- * left to the next read of it. */
+/* Writes a part of a file again, so that its pages are dirty. After a failed sync, the kernel may have marked pages
+ * clean although they never reached the disk, and then the syncs of an opening would prove nothing. A part that cannot
+ * be read is skipped, and a later read of it fails. */
 static int write_again(int fd, uint64_t offset, uint64_t length) {
     char *bytes = malloc(AGAIN_BYTES);
     int status = bytes ? 0 : -ENOMEM;
@@ -301,7 +302,7 @@ static int write_again(int fd, uint64_t offset, uint64_t length) {
     return status;
 }
 
-/* An overwrite in place leaves no record, so it is all that the segment holds. */
+/* Writes everything that a segment holds again, because an overwrite in place leaves no record. */
 static int write_segment_again(struct onion_volume *volume, const struct onion_segment *segment) {
     int status = write_again(segment->fd, 0, ONION_HEADER_BYTES);
     uint64_t at = 0;
@@ -315,7 +316,7 @@ static int write_segment_again(struct onion_volume *volume, const struct onion_s
     return status;
 }
 
-/* Lays the dirty records that a process that died left over what its log says. bytes NULL: there is no log. */
+/* Replays the dirty records that a process left when it died, after its log. bytes NULL: there is no log. */
 static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     struct onion_volume *volume = replay->volume;
     const struct onion_head_log *log = &volume->log;
@@ -333,7 +334,7 @@ static int replay_journal(struct replay *replay, const unsigned char *bytes) {
     return status;
 }
 
-/* Opens the head's log and replays it. A missing file is an empty log, where nothing is known of it. */
+/* Opens the head's log and replays it. A missing file is an empty log, unless the catalog knows a frame of it. */
 static int open_log(struct replay *replay, const struct onion_head_source *source, int to_read) {
     struct onion_head_log *log = &replay->volume->log;
     struct onion_map_bytes map = {0};
@@ -365,12 +366,13 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     if (status < 0)
         return onion_site_set(status, source->map_path, fault);
     replay->volume->log_bytes = log->cursor.offset;
-    log->cursor.salt = 0; /* drawn anew before the first frame of this opening */
+    log->cursor.salt = 0; /* a new one is drawn before the first frame of this opening */
     log->numbers_given = replay->numbers_given;
     return 0;
 }
 
-/* Gives the head's segments their numbers; their files are opened when it is known what the log names in them. */
+/* Gives the head's segments their numbers. Their files are opened after the log was replayed, because it tells which
+ * slots it names. */
 static int add_head_segments(struct onion_volume *volume, const struct onion_head_source *source) {
     for (uint32_t i = 0; i < source->inherited_count + source->own_count; i++) {
         int own = i >= source->inherited_count;
@@ -402,8 +404,8 @@ static int open_head_segments(struct onion_volume *volume, const struct onion_he
     return 0;
 }
 
-/* The segments that the head made become as those of a sealed layer: so they need no descriptor, and are mapped as far
- * as they reach now. */
+/* Treats the segments that the head made like those of a sealed layer. So they need no descriptor, and are mapped up to
+ * their present end. */
 static int check_head_segments(struct onion_volume *volume, const struct onion_head_source *source, uint32_t first) {
     int status = 0;
     for (uint32_t i = 0; i < source->inherited_count + source->own_count && status == 0; i++) {
@@ -416,7 +418,7 @@ static int check_head_segments(struct onion_volume *volume, const struct onion_h
     return status;
 }
 
-/* Gives the head's segments their numbers, and replays its log into an index that has room for it. */
+/* Gives the head's segments their numbers, and replays the head's log into the index. */
 static int replay_all(struct replay *replay, const struct onion_head_source *source, int to_read) {
     struct onion_volume *volume = replay->volume;
     int status = add_head_segments(volume, source);
@@ -470,7 +472,7 @@ int onion_volume_open_head_to_read(struct onion_volume *volume, const struct oni
 
 /* ---- the index ---- */
 
-/* No slot that the index names may lie behind the end of its file. */
+/* Checks that no slot that the index names lies behind the end of its file. */
 static int check_slots(const struct onion_volume *volume) {
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
         const struct onion_segment *segment = volume->segments[i];
@@ -485,10 +487,10 @@ int onion_volume_fold_layers(struct onion_volume *volume) {
     int status = onion_build_apply(&volume->build);
     if (status == 0)
         status = check_slots(volume);
-    if (status == 0) /* one for each file that may be read, or is the spare; what is replaced stays for a while */
+    if (status == 0) /* one for each file that may be read, and more: a mapping that is replaced stays for a while */
         status = onion_volume_take_mappings(volume, volume->segment_count + MAPPINGS_BESIDE);
     onion_build_destroy(&volume->build);
-    /* From here on others read while we write. */
+    /* From here on, other threads may read while one writes. */
     volume->index.retire_context = volume;
     volume->index.retire = onion_volume_retire_leaf;
     return status;

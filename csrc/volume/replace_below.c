@@ -1,16 +1,18 @@
-/* replace_below.c: replacing what lies lowest under an open volume: its base, its lowest layers, segments that hold
- * nothing any more. See volume.h for what is promised.
+/* replace_below.c: replaces the lowest parts of an open volume: its base, its lowest layers, and segments in which no
+ * block is left. volume.h says what it promises.
  *
- * Reads and writes go on. What makes each step right beside them:
- *   1. Each block that the new layer has gets its location there, where it was in a dropped segment or nowhere. Both
- *      read the same. Writers to a range are kept out by its stripe, flushes, resizes and seals by the flush gate.
- *   2. Wait until all reads have ended that found a block nowhere before step 1: they go on to load the base.
- *   3. The new base takes the old one's place. A block that is nowhere reads the same from both, or has been given a
- *      location.
- *   4. What is left in dropped segments becomes HOLE: from here on the base, or zeros, answer for it.
+ * Reads and writes go on meanwhile. The steps, and why each is right while they go on:
+ *   1. Each block that the new layer has, and that was in a dropped segment or nowhere, gets its location in the new
+ layer.
+ *      Both read the same. The stripe of a range keeps its writers out, and the flush gate keeps flushes, resizes and
+ seals
+ *      out.
+ *   2. Wait until all reads have ended that found a block nowhere before step 1, because they go on to load the base.
+ *   3. The new base takes the old one's place. A block that is nowhere reads the same from both, or has got a location.
+ *   4. Blocks that are still in dropped segments become HOLE. From here on they read from the base, or zero.
  *   5. Wait until all reads have ended that found a location in a dropped segment, or loaded the old base.
- *   6. The dropped segments go, and their numbers are free for others.
- * Only 1 and 4 need memory. Where it is missing all reads as it did, and the steps may be taken again. */
+ *   6. The dropped segments are removed, and their numbers may be used again.
+ * Only steps 1 and 4 need memory. If it is missing, everything reads as before, and the steps may be taken again. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -29,11 +31,11 @@ struct onion_below {
     int base_is_swapped;
     int is_begun; /* blocks may have their new locations */
     int has_layer;
-    struct onion_layer source;    /* the new lowest layer, by its own numbers */
-    struct onion_map layer;       /* the same by the volume's */
-    struct onion_segment **added; /* its segments; numbered in `layer` order of the source */
+    struct onion_layer source;    /* the new lowest layer, with its own segment numbers */
+    struct onion_map layer;       /* its map, with the volume's segment numbers */
+    struct onion_segment **added; /* its segments that the volume does not have yet; they get numbers in this order */
     uint32_t added_count, numbered_count;
-    unsigned char *gone; /* by number: it is dropped */
+    unsigned char *gone; /* by number: 1 if the segment is dropped */
     uint32_t *dropped;
     uint32_t dropped_count;
 };
@@ -44,7 +46,8 @@ static int needs_memory(const void *memory) { return memory ? 0 : -ENOMEM; }
 
 static int by_uuid(const void *a, const void *b) { return memcmp(a, b, ONION_UUID_BYTES); }
 
-/* No block of the layer lies behind the end of its segment, nor in one that the catalog does not list. */
+/* Checks that no block of the layer lies behind the end of its segment, or in a segment that the catalog does not
+ * list. */
 static int check_locations(const struct onion_below *below, const char *map_path) {
     const struct onion_layer *layer = &below->source;
     uint64_t *slots = calloc(layer->segment_count + 1, sizeof *slots);
@@ -106,8 +109,8 @@ static int load_layer(struct onion_volume *volume, struct onion_below *below, co
     return status < 0 ? status : check_locations(below, source->map_path);
 }
 
-/* A segment of the layer that the volume has open already keeps its number there, unless it is one that is dropped.
- * Behind the gate. */
+/* If the volume has a segment of the layer open already, the segment keeps its number. -EINVAL: such a segment is to be
+ * dropped. The caller holds the gate. */
 static int use_open_segments(struct onion_volume *volume, struct onion_below *below, uint16_t *number_of) {
     uint32_t left = 0;
     int status = 0;
@@ -129,7 +132,8 @@ static int use_open_segments(struct onion_volume *volume, struct onion_below *be
     return status;
 }
 
-/* Gives the layer's segments their numbers, and makes its map by them. Behind the flush gate. */
+/* Gives the layer's segments their numbers, and makes the layer's map with them. The caller has closed the flush
+ * gate. */
 static int number_layer(struct onion_volume *volume, struct onion_below *below) {
     uint16_t *number_of = calloc(below->source.segment_count + 1, sizeof *number_of);
     int status = number_of ? onion_map_init(&below->layer, volume->index.block_count, volume->block_shift) : -ENOMEM;
@@ -155,9 +159,9 @@ static int number_layer(struct onion_volume *volume, struct onion_below *below) 
     return status;
 }
 
-/* ---- what is dropped ---- */
+/* ---- dropped segments ---- */
 
-/* By number, in one pass over the segments, however many are dropped. */
+/* Finds the numbers of the dropped segments, in one pass over all segments, however many are dropped. */
 static int find_dropped(struct onion_volume *volume, struct onion_below *below,
                         const struct onion_below_source *source) {
     size_t count = source->dropped_count;
@@ -182,7 +186,7 @@ static int find_dropped(struct onion_volume *volume, struct onion_below *below,
     return status == 0 && below->dropped_count < count ? -ENOENT : status;
 }
 
-/* By number: a block, or a change that is not durable, needs it. Writers are kept out. */
+/* Marks, by number, the segments that a block, or a change that is not durable, needs. The caller keeps writers out. */
 static void mark_used(struct onion_volume *volume, unsigned char *used) {
     struct onion_run run = {0, 0, 0};
     while (onion_map_next(&volume->index, run.block_index + run.block_count, volume->index.block_count, &run))
@@ -196,7 +200,8 @@ static void mark_used(struct onion_volume *volume, unsigned char *used) {
     pthread_mutex_unlock(&volume->dirty_lock);
 }
 
-/* What the head wrote or inherited goes only when nothing needs it: unlike what lies below, it is in the head's log. */
+/* Checks that no dropped segment of the head is needed. Unlike the segments below, those that the head wrote or
+ * inherited may be named in its log. */
 static int check_unused(struct onion_volume *volume, const struct onion_below *below) {
     int of_head = 0, status = 0;
     for (uint32_t i = 0; i < below->dropped_count; i++) {
@@ -245,7 +250,7 @@ int64_t onion_volume_unused_segments(struct onion_volume *volume, unsigned char 
 
 /* ---- prepare and abort ---- */
 
-/* Frees what is prepared and is not in the volume. */
+/* Frees the parts of a preparation that are not in the volume. */
 void onion_below_free(struct onion_below *below) {
     if (!below)
         return;
@@ -263,7 +268,7 @@ void onion_below_free(struct onion_below *below) {
     free(below);
 }
 
-/* Takes the segments of a layer out again that no block was given a location in. */
+/* Takes the segments of a layer out of the volume again. No block has a location in them yet. */
 static void forget_layer(struct onion_volume *volume, struct onion_below *below) {
     pthread_rwlock_wrlock(&volume->gate);
     while (below->numbered_count) {
@@ -277,7 +282,7 @@ static int prepare_behind_gate(struct onion_volume *volume, struct onion_below *
                                const struct onion_below_source *source) {
     if (volume->below)
         return -EBUSY;
-    /* What the head trimmed is HOLE where nothing lies below it, and would show what is put there. */
+    /* Over nothing, the head's trimmed blocks are HOLE, so they would show whatever is put below. */
     if (volume->nothing_below && (source->layer || (!source->keep_base && source->base_fd >= 0)))
         return -EINVAL;
     pthread_rwlock_wrlock(&volume->gate);
@@ -316,7 +321,7 @@ int onion_volume_prepare_below(struct onion_volume *volume, const struct onion_b
 
 void onion_volume_abort_below(struct onion_volume *volume) {
     if (onion_volume_close_flush_gate(volume) < 0)
-        return; /* it goes with the volume */
+        return; /* it is freed with the volume */
     struct onion_below *below = volume->below;
     if (below && !below->is_begun) {
         forget_layer(volume, below);
@@ -341,12 +346,13 @@ static int put_ranges(struct onion_volume *volume, const struct onion_map *of, c
     return status;
 }
 
-/* The youngest thing that the new layer, or HOLE, stands for from now on: block status goes by it. Where the base
- * stays, the layer has all that was in what is dropped, and HOLE stands for what it did. */
+/* Sets the births that block status uses. From now on the new layer, or HOLE, stands for the dropped segments, so it
+ * gets the birth of the youngest of them. If the base stays, the layer has all blocks of the dropped segments, and the
+ * birth of HOLE does not change. */
 static void inherit_birth(struct onion_volume *volume, const struct onion_below *below) {
     uint64_t birth = below->keep_base ? 0 : volume->below_birth;
     if (below->keep_base && !below->has_layer)
-        return; /* nothing was left in what is dropped */
+        return; /* no block was left in the dropped segments */
     for (uint32_t i = 0; i < below->dropped_count; i++) {
         const struct onion_segment *segment = volume->segments[below->dropped[i]];
         birth = segment->birth > birth ? segment->birth : birth;
@@ -367,7 +373,7 @@ static void swap_base(struct onion_volume *volume, struct onion_below *below) {
     below->base_is_swapped = 1;
 }
 
-/* Slots of dropped segments are nobody's to give back, least of all those of the segments that get their numbers. */
+/* Forgets the freed slots of dropped segments. They need not be given back, and other segments may get the numbers. */
 static void forget_freed(struct onion_volume *volume, const unsigned char *gone) {
     struct onion_dirty_records *dirty = &volume->dirty_records;
     size_t kept = 0;
@@ -388,7 +394,7 @@ static void drop_segments(struct onion_volume *volume, struct onion_below *below
         pthread_rwlock_unlock(&volume->gate);
         onion_segment_free(segment);
     }
-    below->numbered_count = below->added_count; /* the volume's own now */
+    below->numbered_count = below->added_count; /* they belong to the volume now */
 }
 
 int onion_volume_commit_below(struct onion_volume *volume) {

@@ -1,11 +1,11 @@
-/* resize.c: another size of a volume. See volume.h for what must hold. */
+/* resize.c: changes the size of a volume. See volume.h for what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 
 #include "volume/internal.h"
 
-/* Zeroes what lies past a size in its last block, in a new slot: the old slot stays as it is until the new size is
- * durable. Writers are kept out. */
+/* Zeroes the part past `size_bytes` of the block in which that size ends. It does this in a new slot, because the old
+ * slot must stay as it is until the new size is durable. The caller keeps writers out. */
 static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
     uint32_t tail = (uint32_t)(size_bytes & (volume->block_size - 1));
     if (!tail)
@@ -22,7 +22,7 @@ static int zero_tail(struct onion_volume *volume, uint64_t size_bytes) {
     return status;
 }
 
-/* Blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
+/* Makes blocks in [first, end) read zero when the volume grows over them again, whatever lies below. */
 static int hide_blocks(struct onion_volume *volume, uint64_t first, uint64_t end) {
     onion_location location = volume->nothing_below ? ONION_LOCATION_HOLE : ONION_LOCATION_ZERO;
     int status = 0;
@@ -56,8 +56,8 @@ static int apply_resize(struct onion_volume *volume, uint64_t size_bytes) {
     return status;
 }
 
-/* A resize is whole or did not happen, also for an opening that finds the journal: its records are not published, and
- * are gone if their frame was not written. */
+/* Keeps the records of a resize from being published. A resize happens as a whole or not at all, even for an opening
+ * that finds the journal: if the frame was not written, its records are gone. */
 static int hold_records(struct onion_volume *volume) {
     struct onion_dirty_records *dirty = &volume->dirty_records;
     pthread_mutex_lock(&volume->dirty_lock);
@@ -84,13 +84,15 @@ int onion_volume_resize(struct onion_volume *volume, uint64_t size_bytes) {
             return status;
         }
         status = apply_resize(volume, size_bytes);
-        /* One frame holds the size and what it hides; nobody may add to it in between, or see it undone. */
+        /* One frame holds the size and the hidden blocks. The gate is held, so no writer adds to it or sees it
+         * undone. */
         struct onion_dirty_records batch = onion_volume_take_dirty_records(volume, NULL);
         if (status == 0)
             status = onion_volume_commit_batch(volume, &volume->log, &batch, 0);
         else
             onion_volume_put_back(volume, &batch);
-        /* Half a resize in memory cannot be taken back: nothing of it is durable, so opening again is right. */
+        /* A resize that is half done in memory cannot be undone. Nothing of it is durable, so the volume is poisoned,
+         * and opening it again shows the old size. */
         if (status < 0)
             onion_volume_mark_poisoned(volume);
         pthread_rwlock_unlock(&volume->gate);

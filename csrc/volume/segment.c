@@ -1,4 +1,4 @@
-/* segment.c: see segment.h. */
+/* segment.c: implements segment.h. */
 #define _GNU_SOURCE
 #include "volume/segment.h"
 
@@ -15,7 +15,8 @@
 #include "base/site.h"
 #include "base/store_file.h"
 
-/* A growing segment is mapped ahead of its end, in doublings, so that it is mapped a few times and not once a write. */
+/* A growing segment is mapped beyond its end, and each time twice as far, so that not every write needs a new
+ * mapping. */
 #define MAP_AHEAD_BYTES (1ull << 20)
 
 int onion_pwrite_all(int fd, const void *bytes, uint64_t length, uint64_t offset) {
@@ -139,7 +140,7 @@ int onion_segment_check_own(struct onion_segment *segment, uint64_t slots_named)
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
     close(fd);
     if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && slots_named == 0)
-        return 0; /* made, and not flushed before a crash: nothing in it was ever promised */
+        return 0; /* it was made and not flushed before a crash, so nothing in it was ever promised */
     if (status == 0 && (uint64_t)info.st_size < onion_slot_offset(segment->block_shift, slots_named))
         return onion_site_note(ONION_E_FORMAT, segment->path, (uint64_t)info.st_size);
     if (status < 0)
@@ -159,7 +160,7 @@ static int write_header(struct onion_segment *segment, int fd) {
     return onion_pwrite_all(fd, bytes, sizeof bytes, 0);
 }
 
-/* The descriptor before the flags: a flush that runs beside it syncs what is dirty by its descriptor. */
+/* Sets the descriptor before the flags, because a flush in another thread syncs a dirty segment by its descriptor. */
 static void note_made(struct onion_segment *segment, int fd) {
     segment->fd = fd;
     __atomic_store_n(&segment->directory_dirty, 1, __ATOMIC_SEQ_CST);
@@ -175,7 +176,7 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
     int status = fstat(fd, &info) ? -errno : check_header(segment, fd);
     int torn = status == ONION_E_FORMAT || status == ONION_E_CHECKSUM;
     if (torn && slots_named == 0) {
-        /* A crash came before the first flush: nothing in this file was ever promised. Its bytes stay to be wiped. */
+        /* A crash came before the first flush, so nothing in this file was ever promised. Its bytes are wiped later. */
         status = write_header(segment, fd);
         if (info.st_size < ONION_HEADER_BYTES)
             info.st_size = ONION_HEADER_BYTES;
@@ -186,7 +187,7 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
     if (status == 0) {
         uint64_t data = (uint64_t)info.st_size - ONION_HEADER_BYTES;
         slots = (data + (1ull << segment->block_shift) - 1) >> segment->block_shift;
-        /* A named slot that the file does not hold in full was lost. */
+        /* If the file does not hold a named slot in full, data was lost. */
         if (data >> segment->block_shift < slots_named || slots > ONION_SLOT_LAST) {
             status = ONION_E_FORMAT;
             fault = (uint64_t)info.st_size;
@@ -236,7 +237,7 @@ static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, u
     }
     if (length < end)
         return onion_site_set(-EIO, segment->path, length);
-    (void)onion_fault_install(); /* is it still ours? Without it a failing load ends the process, as of any file */
+    (void)onion_fault_install(); /* another library may have replaced it; without it, a failing load ends the process */
     struct onion_mapping *mapping = malloc(sizeof *mapping);
     if (!mapping)
         return -ENOMEM;

@@ -1,5 +1,5 @@
-/* segment_table.c: the segments of an open volume, by their numbers in its index, and the mappings that are set aside
- * for them. */
+/* segment_table.c: the table of an open volume's segments, by their numbers in the index, and the mappings that are set
+ * aside for them. */
 #include <string.h>
 
 #include "volume/internal.h"
@@ -15,7 +15,8 @@ uint32_t onion_volume_numbers_left(const struct onion_volume *volume) {
     return ONION_SEGMENT_LAST - volume->segment_count + volume->vacant_count;
 }
 
-/* A vacant number where there is one: while a volume is opened there is none, and numbers grow. */
+/* Takes a vacant number if there is one, otherwise a new one. While a volume is opened there is none, so numbers
+ * grow. */
 static uint32_t take_number(struct onion_volume *volume) {
     uint32_t number = 1;
     if (!volume->vacant_count)

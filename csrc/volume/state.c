@@ -1,12 +1,13 @@
-/* state.c: whether a volume may be used, and who may flush it or hold its writers. See volume.h for what must hold.
+/* state.c: the state of a volume (poisoned, closed, forked), the flush gate, and the freezing of writers. See volume.h
+ * for what must hold.
  *
- * Under all others that open, read, write and flush: it calls none of them but the journal, which is told of a failed
- * sync. */
+ * The files that open, read, write and flush all use it. It calls none of them but the journal, in which it records a
+ * failed sync. */
 #include <errno.h>
 
 #include "volume/internal.h"
 
-/* ---- what it is ---- */
+/* ---- state ---- */
 
 uint64_t onion_volume_size(const struct onion_volume *volume) {
     return __atomic_load_n(&volume->size_bytes, __ATOMIC_ACQUIRE);
@@ -35,11 +36,12 @@ void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&vo
 
 /* ---- the flush gate ---- */
 
-/* Closes the gate, or says why not. Where the outcome of a commit is unknown, the thread that keeps the gate closed may
- * never come back to open it. So no thread waits on a volume that can no longer be used. */
+/* Closes the gate, or returns the code that says why it cannot. If the outcome of a commit is unknown, the thread that
+ * keeps the gate closed may never come back to open it. So no thread waits at the gate of a volume that can no longer
+ * be used. */
 static int flush_gate_close(struct onion_volume *volume) {
     int status = onion_volume_usable(volume);
-    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+    if (status < 0) /* in the child of a fork the lock may be held for ever */
         return status;
     pthread_mutex_lock(&volume->flush_lock);
     while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
@@ -50,7 +52,7 @@ static int flush_gate_close(struct onion_volume *volume) {
     return status;
 }
 
-/* The gate stays closed until the outcome is known, and onion_volume_close need not wait for that. */
+/* Keeps the gate closed until the outcome is known. onion_volume_close need not wait for that. */
 void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind) {
     pthread_mutex_lock(&volume->flush_lock);
     *sealing_or_rewriting = kind;
@@ -68,7 +70,7 @@ void onion_volume_open_flush_gate(struct onion_volume *volume) {
 
 int onion_volume_close_flush_gate(struct onion_volume *volume) {
     int status = flush_gate_close(volume);
-    if (status == 0 && !volume->own) { /* a view, or its head was not opened */
+    if (status == 0 && !volume->own) { /* the volume is a view, or its head was not opened */
         onion_volume_open_flush_gate(volume);
         status = ONION_E_READ_ONLY;
     }
@@ -79,8 +81,8 @@ int onion_volume_close_flush_gate(struct onion_volume *volume) {
 
 int onion_volume_poison_on(struct onion_volume *volume, int status) {
     /* After a failed sync the kernel may have dropped the pages and forgotten the error (Rebello et al., "Can
-     * applications recover from fsync failures?", USENIX ATC 2020): a second sync that succeeds proves nothing. The
-     * next opening has to know of it too, before anybody is told. */
+     * applications recover from fsync failures?", USENIX ATC 2020). So a second sync that succeeds proves nothing. The
+     * journal records the failure for the next opening, before anybody is told. */
     if (status < 0) {
         onion_volume_mark_poisoned(volume);
         onion_journal_mark_poisoned(volume);
@@ -96,7 +98,7 @@ int onion_volume_sync_segment_names(struct onion_volume *volume) {
 /* ---- holding writers ---- */
 
 int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
-    int status = onion_volume_close_flush_gate(volume); /* so that no flush is inside that waits for the gate below */
+    int status = onion_volume_close_flush_gate(volume); /* so that no flush under way waits for the gate below */
     if (status < 0)
         return status;
     pthread_rwlock_wrlock(&volume->gate);

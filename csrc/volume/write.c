@@ -1,13 +1,13 @@
-/* write.c: writing, zeroing and trimming a volume: bytes go to slots first, then the map changes. See volume.h for what
- * must hold. */
+/* write.c: writes, zeroes and trims a volume. Bytes are written to slots first, then the map changes. See volume.h for
+ * what must hold. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "volume/internal.h"
 
-#define WRITE_BATCH 256  /* blocks of write_blocks that share one pwrite */
-#define ROOM_ATTEMPTS 64 /* flushes for the room of one change, which other writers may take */
+#define WRITE_BATCH 256  /* the most blocks of write_blocks that share one pwrite */
+#define ROOM_ATTEMPTS 64 /* flushes to make room for one change; other writers may take the room each time */
 
 /* ---- changing the map ---- */
 
@@ -41,7 +41,7 @@ static int reserve_freed(struct onion_dirty_records *dirty, size_t more) {
     return 0;
 }
 
-/* Notes the slots that the head holds for these blocks; they are counted only once the index no longer has them. */
+/* Notes the slots that the head holds for these blocks. They are counted as freed only when the index has changed. */
 static int64_t note_freed(struct onion_volume *volume, uint64_t block_index, uint64_t block_count) {
     size_t noted = 0;
     uint64_t at = block_index, end = block_index + block_count;
@@ -90,7 +90,7 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
     if (noted == 0)
         noted = note_freed(volume, block_index, block_count);
     struct onion_dirty_records_mark mark = onion_dirty_records_mark(dirty);
-    /* The record first: its page may fail, and then nothing has changed. */
+    /* The record comes first: if its page fails, nothing has changed. */
     int status = noted < 0 ? (int)noted : onion_dirty_records_put(volume, &record);
     if (status == 0) {
         status = onion_map_set(&volume->index, block_index, block_count, location);
@@ -105,7 +105,7 @@ int onion_volume_change(struct onion_volume *volume, uint64_t block_index, uint6
 
 /* ---- writing ---- */
 
-/* Called after a write has given up its locks. */
+/* Flushes if too much waits for a flush. Called after a write has released its locks. */
 static int after_write(struct onion_volume *volume, int status) {
     if (__builtin_expect(__atomic_load_n(&volume->flush_wanted, __ATOMIC_RELAXED), 0) && status == 0)
         return onion_volume_relieve(volume);
@@ -114,11 +114,11 @@ static int after_write(struct onion_volume *volume, int status) {
 
 static int begin_write(struct onion_volume *volume, uint64_t offset, uint64_t length) {
     int status = onion_volume_usable(volume);
-    if (status < 0) /* in the child of a fork the gate may be held by nobody, for ever */
+    if (status < 0) /* in the child of a fork the gate may be held for ever */
         return status;
     pthread_rwlock_rdlock(&volume->gate);
     status = onion_volume_usable(volume);
-    if (status == 0 && !volume->own) /* a view, or its head was not opened */
+    if (status == 0 && !volume->own) /* the volume is a view, or its head was not opened */
         status = ONION_E_READ_ONLY;
     if (status == 0 && !onion_volume_in_bounds(volume, offset, length))
         status = ONION_E_BOUNDS;
@@ -134,8 +134,8 @@ static int no_room_in_journal(struct onion_volume *volume) {
     return status;
 }
 
-/* Makes room by a flush for a change that found none for its record. The gate is given up meanwhile, and is not taken
- * again on an error. */
+/* Flushes to make room for the record of a change. The gate is released meanwhile, and is not taken again after an
+ * error. */
 static int flush_for_room(struct onion_volume *volume, uint64_t offset, uint64_t length, uint32_t *attempts) {
     pthread_rwlock_unlock(&volume->gate);
     int status = (*attempts)++ < ROOM_ATTEMPTS ? onion_volume_flush(volume) : no_room_in_journal(volume);
@@ -146,7 +146,7 @@ static pthread_mutex_t *stripe_of(struct onion_volume *volume, uint64_t block_in
     return &volume->stripes[onion_map_range_of(&volume->index, block_index) % ONION_STRIPES];
 }
 
-/* Slots for new blocks in the head's segment, which is made now if this is the first. */
+/* Takes slots for new blocks in the head's segment, whose file is made now if these are its first blocks. */
 static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uint64_t count, uint32_t *slot,
                           struct onion_segment **out) {
     pthread_mutex_lock(&volume->slots_lock);
@@ -158,8 +158,8 @@ static int64_t take_slots(struct onion_volume *volume, uint64_t block_index, uin
     return taken == ONION_E_FULL_SEGMENT ? onion_site_set(ONION_E_FULL_SEGMENT, segment->path, 0) : taken;
 }
 
-/* Slots of a write that failed. They may hold some of its bytes, which only the next open wipes, or, if the segment
- * is sealed before that, a reclaim. */
+/* Returns the slots of a write that failed. They may hold some of its bytes. The next opening wipes them, or a reclaim
+ * does if the segment is sealed before that. */
 static void return_slots(struct onion_volume *volume, struct onion_segment *segment, uint32_t slot, uint32_t count) {
     onion_volume_want_reclaim(volume, segment);
     pthread_mutex_lock(&volume->slots_lock);
@@ -201,7 +201,7 @@ static int write_fresh(struct onion_volume *volume, uint64_t block_index, uint64
     return 0;
 }
 
-/* Whole blocks of one 2 MiB range: in place where the head holds them, else in new slots. */
+/* Writes whole blocks of one 2 MiB range: in place if the head holds them, otherwise in new slots. */
 static int write_whole(struct onion_volume *volume, uint64_t block_index, uint64_t count, const char *bytes) {
     while (count) {
         struct onion_run run;
@@ -211,7 +211,7 @@ static int write_whole(struct onion_volume *volume, uint64_t block_index, uint64
             status = write_slots(volume->segments[onion_location_segment(run.location)],
                                  onion_location_slot(run.location), 0, run.block_count << volume->block_shift, bytes);
         } else {
-            /* Neighbours that need new slots too share one write. */
+            /* The next blocks that need new slots too share one write with it. */
             struct onion_run next;
             while (run.block_count < count) {
                 onion_map_run_at(&volume->index, block_index + run.block_count, count - run.block_count, &next);
@@ -249,7 +249,7 @@ int onion_volume_write_part(struct onion_volume *volume, uint64_t block_index, u
     return status;
 }
 
-/* A write inside one 2 MiB range, its stripe held. */
+/* Writes inside one 2 MiB range, whose stripe the caller holds. */
 static int write_in_range(struct onion_volume *volume, uint64_t offset, uint64_t length, const char *bytes) {
     uint32_t shift = volume->block_shift, mask = volume->block_size - 1;
     int status = 0;
@@ -299,10 +299,10 @@ int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t le
 
 /* ---- zero and trim ---- */
 
-/* Never written; not const, so that it costs no room in the file. */
+/* It is never written, and not const so that it takes no room in the library's file. */
 static char zeros[1 << ONION_BLOCK_SHIFT_MAX];
 
-/* Part of a block becomes zero; nothing to do where all of it reads zero. */
+/* Makes a part of a block zero. It does nothing if the whole block reads zero. */
 static int zero_part(struct onion_volume *volume, uint64_t block_index, uint32_t start, uint32_t length) {
     onion_location location = onion_map_lookup(&volume->index, block_index);
     int reads_zero = location == ONION_LOCATION_ZERO || (location == ONION_LOCATION_HOLE && !volume->base);
@@ -332,7 +332,7 @@ static int zero_in_range(struct onion_volume *volume, uint64_t offset, uint64_t 
         status = zero_part(volume, offset >> shift, start, part);
         offset += part, length -= part;
     }
-    /* The last block of the volume counts as whole when the range goes to its end. */
+    /* If the range goes to the volume's end, the last block counts as whole. */
     uint64_t whole = to_the_end ? (length + mask) >> shift : length >> shift;
     if (status == 0 && whole)
         status = zero_whole(volume, offset >> shift, whole);
@@ -366,7 +366,7 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
 
 /* ---- many blocks at once ---- */
 
-/* One block of a batch that may already be the head's: in place then. */
+/* Writes one block of a batch: in place if the head holds it. */
 static int write_listed(struct onion_volume *volume, uint64_t block_index, const char *bytes, uint64_t length) {
     pthread_mutex_t *stripe = stripe_of(volume, block_index);
     pthread_mutex_lock(stripe);
@@ -377,8 +377,8 @@ static int write_listed(struct onion_volume *volume, uint64_t block_index, const
     return status;
 }
 
-/* Blocks that need new slots get consecutive ones, wherever they are on the disk, and share one write. The slots
- * are ours alone until they are mapped, so the write needs no stripe. */
+/* Writes blocks that need new slots. They get consecutive slots, wherever they are on the disk, and share one write. No
+ * other thread uses these slots until they are mapped, so the write needs no stripe. */
 static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                               const char *bytes) {
     while (count) {
@@ -408,8 +408,8 @@ static int write_listed_fresh(struct onion_volume *volume, const uint64_t *block
     return 0;
 }
 
-/* How many of the next blocks are whole and not the head's yet. A guess: other writers are at work, and so may replace
- * the leaf that is looked at, which only a reader's ticket keeps. */
+/* Returns how many of the next blocks are whole and not held by the head yet. This is only a guess, because other
+ * writers are at work. They may also replace the leaf that is read here, so it takes a reader's ticket. */
 static uint64_t count_fresh(struct onion_volume *volume, const uint64_t *block_indices, uint64_t count,
                             uint64_t whole_blocks) {
     uint64_t fresh = 0;
@@ -440,7 +440,7 @@ int onion_volume_write_blocks(struct onion_volume *volume, const uint64_t *block
             uint64_t length = size - start < volume->block_size ? size - start : volume->block_size;
             status = write_listed(volume, block_indices[i], from + (i << volume->block_shift), length);
         }
-        if (status == ONION_E_JOURNAL_FULL) { /* what is written is the head's own now, and is written again in place */
+        if (status == ONION_E_JOURNAL_FULL) { /* blocks written so far are the head's, and are written again in place */
             status = flush_for_room(volume, 0, 0, &attempts);
             if (status < 0)
                 return status;

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import ChainMember, Layering
     from onionskin.operations.lineage import Ancestor
+    from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.usage import Problem, Usage
-    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.store import Store
     from onionskin.volume import Volume
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
@@ -41,13 +42,14 @@ _HOME = {
     ),
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
     **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
-    **dict.fromkeys(("Store", "TreeNode", "VolumeInfo"), "onionskin.store"),
+    **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainMember", "Layering"), "onionskin.operations.layering"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Ancestor": "onionskin.operations.lineage",
     "Hold": "onionskin.operations.holds",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
+    "Store": "onionskin.store",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 

@@ -1,14 +1,15 @@
-"""Stores and volumes for programs that use asyncio: what can take longer than a millisecond is awaited.
+"""Stores and volumes for programs that use asyncio: a call that can take longer than a millisecond is awaited.
 
-Each method is a thin twin of one of `onionskin.Store` or `onionskin.Volume`, which runs in a thread of a bounded pool. What
-must hold:
+Each method calls the method of the same name of `onionskin.Store` or `onionskin.Volume`, in a thread of a bounded pool.
+What must hold:
 
-- An await ends when its call has ended, also where the task was cancelled: whatever CancelledError is raised, the operation
-  has happened or has not, nothing of it is under way, and no thread still reads or writes a buffer of the caller's.
-- A cancelled call that had not begun does not begin. One that reports progress is told to stop by that way.
-- What a cancelled call opened is closed again.
+- An await ends when its call has ended, even if the task was cancelled. When CancelledError is raised, the operation
+has
+  happened or has not, no part of it is under way, and no thread still reads or writes a buffer of the caller.
+- A cancelled call that had not begun does not begin. A call that reports progress is told to stop when it reports next.
+- A volume or store that a cancelled call opened is closed again.
 - `close` waits for the calls that are under way, and no cancellation cuts it short.
-- Reading and writing have threads of their own, so that they do not wait behind merges.
+- Reads and writes have threads of their own, so that they do not wait behind merges.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _twin_of(twin: object) -> Callable[[Method], Method]:
-    """Put the documentation of what a method awaits behind the line that it has itself."""
+    """Append the documentation of the awaited method to the one line that a method has itself."""
 
     def document(method: Method) -> Method:
         method.__doc__ = f"{inspect.getdoc(method) or ''}\n\n{inspect.getdoc(twin) or ''}"
@@ -66,7 +67,7 @@ class Store:
     path, create, trust, group
         As for `onionskin.Store`.
     threads : int
-        So many calls run at a time that read and write, and as many others; more of them wait.
+        The number of reads and writes that run at a time, and also of other calls. Further calls wait.
 
     Attributes
     ----------
@@ -75,15 +76,15 @@ class Store:
 
     Notes
     -----
-    An await ends when its call has ended. So a task that is cancelled goes on for as long as the call takes, and a timeout
-    may come late; a call with `progress` stops soon, and one that had not begun does not begin. When CancelledError is
-    raised, the operation has happened or has not, as after a kill; nothing of it is under way, and the store and its
-    volumes can be used. What was being opened is closed again.
+    An await ends when its call has ended. So a cancelled task goes on for as long as the call takes, and a timeout may
+    come late. A call with `progress` stops soon, and a call that had not begun does not begin. When CancelledError is
+    raised, the operation has happened or has not, as after a kill. No part of it is under way, and the store and its
+    volumes can be used. A volume that was being opened is closed again.
 
-    A `progress` is called in the event loop, with the latest figures. What it raises ends the operation, as in the other
-    API, and is raised by the await.
+    A `progress` is called in the event loop, with the latest figures. An exception that it raises ends the operation,
+    as in the other API, and the await raises it.
 
-    Any event loop may use it, several too.
+    Any event loop may use a store, and several may use it at once.
     """
 
     def __init__(
@@ -132,14 +133,15 @@ class Store:
         await self.close()
 
     async def run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-        """Run any function in a thread of the store, as its own methods are: `onionskin.delta.delta`, for example.
+        """Run any function in a thread of the store, like the store's own methods: `onionskin.delta.delta`, for
+        example.
 
         Parameters
         ----------
         function : callable
-            Is given the rest. It may use `sync` of this store and of its volumes.
+            The function. It may use `sync` of this store and of its volumes.
         *args, **kwargs
-            What it is called with.
+            The arguments that it is called with.
 
         Returns
         -------
@@ -377,13 +379,13 @@ class Store:
 
     @_twin_of(onionskin.store.Store.close)
     async def close(self) -> None:
-        """Await `onionskin.Store.close`, behind all calls that are under way in the store and its volumes."""
+        """Await `onionskin.Store.close`, after all calls that are under way in the store and its volumes."""
         await self._calls.end(lambda: None if self._sync is None else self._sync.close())
         self._calls.threads.end()
 
 
 class Opening:
-    """A volume that is being opened or made: to be awaited, or used with ``async with``, once. Begins only then."""
+    """A volume that is to be opened or created. Await it, or use it with ``async with``, once: the call begins then."""
 
     def __init__(self, open: "Callable[[], Coroutine[Any, Any, Volume]]") -> None:
         self._open = open
@@ -402,10 +404,10 @@ class Opening:
 
 
 class Volume:
-    """One open volume. Made by `Store.create` and `Store.open`; ``async with`` flushes and closes it.
+    """One open volume. `Store.create` and `Store.open` return it, and ``async with`` flushes and closes it.
 
-    What it is (`name`, `size_bytes`, `block_size`, `wipe`, `writable`, `closed`) can be asked without an await. `Store` says
-    what holds when an await is cancelled.
+    Its properties (`name`, `size_bytes`, `block_size`, `wipe`, `writable`, `closed`) need no await. The documentation
+    of `Store` says what holds when an await is cancelled.
     """
 
     def __init__(self, store: Store, sync: "onionskin.volume.Volume") -> None:
@@ -415,7 +417,7 @@ class Volume:
 
     @property
     def store(self) -> Store:
-        """The store that it was opened in."""
+        """The store in which the volume was opened."""
         return self._store
 
     @property
@@ -425,7 +427,7 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """The volume's name, as it is now where somebody renamed it meanwhile."""
+        """The volume's present name, also after it was renamed."""
         return self._sync.name
 
     @property
@@ -450,7 +452,7 @@ class Volume:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the volume was closed."""
         return self._sync.closed
 
     def __repr__(self) -> str:
@@ -507,7 +509,7 @@ class Volume:
 
     @_twin_of(onionskin.volume.Volume.view)
     async def view(self, offset: int, length: int) -> "Bytes":
-        """Await `onionskin.Volume.view`. To look into the array may wait for the disk, and the event loop with it."""
+        """Await `onionskin.Volume.view`. Reading the array may wait for the disk and block the event loop."""
         return await self._bytes(self._sync.view, offset, length)
 
     @_twin_of(onionskin.volume.Volume.flush)
@@ -602,19 +604,19 @@ class Volume:
 
     @_twin_of(onionskin.volume.Volume.close)
     async def close(self) -> None:
-        """Await `onionskin.Volume.close`, behind all calls that are under way."""
+        """Await `onionskin.Volume.close`, after all calls that are under way."""
         await self._calls.end(self._sync.close)
 
 
 class _Threads:
-    """The threads of a store, of two kinds; they are started when they are needed."""
+    """The two pools of threads of a store: one for reads and writes, one for other calls. They start when needed."""
 
     def __init__(self, count: int) -> None:
         self.of_bytes: Executor = ThreadPoolExecutor(count, thread_name_prefix="onionskin bytes")
         self.others: Executor = ThreadPoolExecutor(count, thread_name_prefix="onionskin aio")
 
     def end(self) -> None:
-        """Join the threads, which have nothing to do any more. Idempotent."""
+        """Join the threads. No call is under way. Idempotent."""
         self.of_bytes.shutdown()
         self.others.shutdown()
 
@@ -625,10 +627,10 @@ class _Calls:
     Parameters
     ----------
     what : str
-        Whose they are, for errors.
+        The store or volume, for errors.
     threads : _Threads
     within : _Calls, optional
-        Those of the store, for a volume: they are among them.
+        For a volume: the calls of its store, which include the calls of the volume.
     """
 
     def __init__(self, what: str, threads: _Threads, *, within: "_Calls | None" = None) -> None:
@@ -648,8 +650,8 @@ class _Calls:
     ) -> Result:
         """Run a call in a thread and wait for its end.
 
-        Where the task is cancelled meanwhile, a call that has begun is asked to `stop`, and what it did is undone. What it
-        raised is the cause of the CancelledError then.
+        If the task is cancelled meanwhile and the call has begun, `stop` is called; when the call has returned, `undo`
+        is called with its result. An exception of the call becomes the cause of the CancelledError.
         """
         if self._is_closing or (self._within is not None and self._within._is_closing):
             raise StateError(f"{self._what} is closed, or is being closed; open it again")
@@ -670,15 +672,15 @@ class _Calls:
         raise interrupted from failure
 
     async def run_with_progress(self, progress: Progress | None, call: Callable[[Progress], Result]) -> Result:
-        """Run a call that reports its progress, and stop it where the task is cancelled."""
+        """Run a call that reports its progress, and stop it if the task is cancelled."""
         report = _Report(progress)
         result = await self.run(lambda: call(report), stop=report.stop)
-        if report.error is not None:  # it was raised too late to end the call
+        if report.error is not None:  # `progress` raised it too late to end the call
             raise report.error
         return result
 
     async def end(self, close: Callable[[], None]) -> None:
-        """Begin no more calls, wait for those under way, and close. Where that fails, calls can be made as before."""
+        """Begin no more calls, wait for those under way, and close. If closing fails, calls can be made as before."""
         self._is_closing = True
         interrupted: asyncio.CancelledError | None = None
         while under_way := tuple(self._under_way):
@@ -694,7 +696,7 @@ class _Calls:
             raise interrupted
 
     def _is_over(self) -> bool:
-        """Whether it was closed: with it, all that is in a store, and there is no thread any more."""
+        """Return whether the store or volume was closed. With a store, its volumes are closed too."""
         return self._is_closed or (self._within is not None and self._within._is_closed)
 
     def _submit(self, call: Callable[[], Result], pool: Executor) -> "Future[Result]":
@@ -708,15 +710,15 @@ class _Calls:
 
 
 async def _end_of(future: "Future[Any]", cancel: Callable[[], object] = lambda: None) -> asyncio.CancelledError | None:
-    """Wait until a call has ended, whatever happens to the task: where that is cancelled, `cancel` is called.
+    """Wait until a call has ended, even if the task is cancelled. For each cancellation, call `cancel`.
 
-    The cancellation is returned, for the caller to raise.
+    Return the last cancellation, which the caller raises.
     """
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     interrupted: asyncio.CancelledError | None = None
 
     def tell(_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
             loop.call_soon_threadsafe(ended.set)
 
     future.add_done_callback(tell)
@@ -730,17 +732,17 @@ async def _end_of(future: "Future[Any]", cancel: Callable[[], object] = lambda: 
 
 
 class _Report:
-    """Progress on its way from a thread to the event loop, and the wish to stop on its way back."""
+    """Passes progress from a thread to the event loop, and a request to stop from the event loop to the thread."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._loop = asyncio.get_running_loop()
         self._progress = progress
         self._guard = threading.Lock()
-        self._latest: tuple[int, int] | None = None  # what was not told yet
-        self.error: BaseException | None = None  # what ends the operation
+        self._latest: tuple[int, int] | None = None  # figures that `progress` was not called with yet
+        self.error: BaseException | None = None  # if set, it ends the operation
 
     def __call__(self, done: int, total: int) -> None:
-        """Take figures from the thread; raise there what ends the operation."""
+        """Take figures, in the thread of the operation; raise `error` there if it is set."""
         if self.error is not None:
             raise self.error
         if self._progress is None:
@@ -761,7 +763,7 @@ class _Report:
             self.error = error
 
     def stop(self) -> None:
-        """End the operation when it reports next."""
+        """Make the operation end when it reports next."""
         if self.error is None:
             self.error = StateError("the task that waited for it was cancelled")
 

@@ -1,4 +1,4 @@
-"""What changed between two snapshots, as a stream, and how another store's volume follows it.
+"""Delta streams: one is written from two snapshots and holds what changed, and a volume of another store applies it.
 
     header                  magic "ONIONDLT", version, sizes, GUIDs of a and b, name and note of b, CRC-32
     record, record, ...     DATA (bytes) or ZERO (a length), in rising order of offset, each with a CRC-32
@@ -8,16 +8,18 @@ The byte tables are in docs/format.md ("Delta stream"). What must hold:
 
 - The stream is written and read front to back, so that it goes through a pipe.
 - Header, data, size and GUIDs come from one pinned state of both snapshots.
-- It names its starting point by GUID. A volume that is not exactly there (its head stands on another
-  snapshot, or was written to) is refused before a byte of it changes.
-- Nothing in it is believed: each size is checked against a limit before memory or disk is used for it, and
-  records can only lie inside the size that the header names, each behind the last, so that it has an end.
-- What arrives goes into a staged volume, which becomes the snapshot b and the head, in one transaction, only when the
-  SHA-256 at the end agrees. Whatever goes wrong before that, a kill included, the volume has seen none of it.
-- What a stream costs is bound by how long it is, not by the sizes that it names.
+- The stream names its starting point by GUID. A volume that is not exactly there (its head stands on another snapshot, or
+  was written to) is refused before a byte of it changes.
+- The reader trusts nothing in a stream. It checks each size against a limit before it uses memory or disk for it. Each
+  record must lie inside the size that the header names, and after the record before it, so every stream ends.
+- The data that arrives goes into a staged volume. Only if the SHA-256 at the end agrees does the staged volume become
+  the snapshot b and the head, in one transaction. After a failure or a kill before that, the volume is as it was.
+- The cost of applying a stream is bounded by the stream's length, not by the sizes that it names.
 """
 
+import errno
 import hashlib
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -73,7 +75,7 @@ Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
 
 class Writable(Protocol):
-    """Where a stream goes: a pipe, a file, a socket's file. ``write`` takes all that it is given."""
+    """The target of a stream: a pipe, a file, the file of a socket. ``write`` takes all, or returns how much it took."""
 
     def write(self, data: bytes, /) -> object:
         """Take bytes.
@@ -81,46 +83,47 @@ class Writable(Protocol):
         Parameters
         ----------
         data : bytes
-            All of them are taken.
+            All of them are taken; or some, and their number is returned.
         """
 
 
 class Readable(Protocol):
-    """Where a stream comes from; ``read`` may return less than was asked for, and b"" at the end."""
+    """The source of a stream. ``read`` may return less than was asked for, and returns b"" at the end."""
 
     def read(self, length: int, /) -> bytes:
-        """Give the next bytes.
+        """Return the next bytes.
 
         Parameters
         ----------
         length : int
-            The most that is wanted.
+            The largest number of bytes to return.
 
         Returns
         -------
         bytes
-            At least one of them, or none at the end.
+            At least one byte, or none at the end.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a stream says of itself, and what it holds.
+    """The header of a stream, and how much data the stream holds.
 
     Attributes
     ----------
     full : bool
-        It holds all of the snapshot, and wants an empty volume.
+        Whether the stream holds all of snapshot b. It can then be applied only to an empty volume.
     name, note : str
-        Of the snapshot that it leads to.
+        The name and the note of snapshot b.
     guid_a, guid_b : bytes
-        Where it starts (16 zero bytes for a full stream) and where it ends.
+        The GUIDs of the snapshots a and b. `guid_a` is 16 zero bytes in a full stream.
     size_a, size_b : int
-        Sizes of the disk, in bytes, there.
+        The sizes of the disk at a and at b, in bytes.
     block_size : int
-        Of the volume that it came from; for information, any volume can follow.
+        The block size of the volume that the stream came from. It is information only: a volume with another block size
+        can apply the stream too.
     data_bytes, zero_bytes : int
-        How much of the disk its records cover.
+        The number of bytes of the disk that the DATA and the ZERO records cover.
     """
 
     full: bool
@@ -140,28 +143,30 @@ def delta(
 ) -> Delta:
     """Write what changed from snapshot `a` to snapshot `b` as a stream, also across clones and volumes of a store.
 
-    Two that share a layer or a base are compared by their maps. Of others, as before and behind a flatten, both disks are
-    read, and what is the same in both is not in the stream.
+    Two snapshots that share a layer or a base are compared by their maps. Otherwise (for example after a flatten) both
+    disks are read, and data that is the same in both is not in the stream.
 
     Parameters
     ----------
     store : Store
     volume : str or None
-        The volume of the snapshots that are named without one; it may be in use, snapshots do not change. None where both
-        are named with theirs.
+        The volume of a snapshot that is named without one. It may be in use, because snapshots do not change. None if
+        both names contain their volume.
     a : str or None
-        Where the receiver is: a snapshot, or ``"golden@clean"`` of any volume. None writes all of `b`, for an empty volume.
+        The snapshot that the receiver has: a name, or ``"golden@clean"`` for one of any volume. None writes all of `b`,
+        for an empty volume.
     b : str
-        Where the receiver shall be: a snapshot, or ``"test-1@done"`` of any volume. A head has to get a name first.
+        The snapshot that the receiver will have: a name, or ``"test-1@done"`` for one of any volume. To send a head,
+        take a snapshot of it first.
     out : file
-        Written front to back, never asked to seek; not flushed, not closed.
+        It is written front to back. The call does not seek in it, flush it or close it.
     progress : callable, optional
         Called with the bytes looked at so far and in all.
 
     Returns
     -------
     Delta
-        What the stream says of itself.
+        The header of the stream, with the counts.
 
     Raises
     ------
@@ -170,7 +175,7 @@ def delta(
     ChainError
         A base is not the file that it was.
     ValueError
-        `a` or `b` is no name of a snapshot.
+        `a` or `b` cannot be the name of a snapshot.
     OSError
         Reading or writing failed.
     """
@@ -201,18 +206,18 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     Parameters
     ----------
     stream : file
-        Read front to back to its end.
+        It is read front to back, to its end.
     volume : Volume
-        Open for writing, its head unchanged since the snapshot that has the GUID of a. That may be another volume's, where
-        this one is a clone that has no snapshot of its own. For a full stream: without a base, without snapshots and
-        without data, of any size.
+        It is open for writing, and its head is unchanged since the snapshot that has the GUID of a. That snapshot may
+        belong to another volume if this one is a clone without snapshots of its own. For a full stream, the volume has
+        no base, no snapshots and no data; its size does not matter.
     progress : callable, optional
         Called with the offset on the disk reached so far and its size.
 
     Returns
     -------
     Snapshot
-        The new snapshot, with the name, note and GUID that it has where it comes from. It is durable.
+        The new snapshot. It has the same name, note and GUID as in the store that it comes from. It is durable.
 
     Raises
     ------
@@ -223,7 +228,7 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
     SnapshotExistsError
         The volume has a snapshot of that name; nothing was changed.
     FormatError
-        The stream is damaged, cut short, or no delta stream; the volume is as it was.
+        The stream is damaged, cut short, or not a delta stream; the volume is as it was.
     """
     reader = _Reader(stream)
     header = reader.header()
@@ -246,10 +251,10 @@ def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None)
 
 @contextmanager
 def _staged_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Iterator[StagedVolume]":
-    """Give a staged volume of the size of b that reads as a: what arrives goes there, so that the volume has none of it
-    before all.
+    """Yield a staged volume that has the size of b and reads as a. The data that arrives is written there.
 
-    That a disk grows is free, since nothing is behind its end. Only one that shrinks has something to forget.
+    So the volume itself changes only when everything has arrived. A disk that grows needs no resize here, because the
+    staged volume is made with the larger size. A disk that shrinks is resized, which drops the data past the new end.
     """
     size_bytes = max(header.size_a, header.size_b)
     layer = start.layer if start else None
@@ -262,13 +267,16 @@ def _staged_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Ite
 
 
 def _base_bytes(head: OpenHead) -> int:
-    """Return up to where the base below a staged volume may show through."""
+    """Return the size of the base below a staged volume, in bytes, or 0 if there is none."""
     base = read_chain(head.store.catalog, head.head).base
     return base.size_bytes if base else 0
 
 
 def _zero(disk: Volume, offset: int, length: int, base_bytes: int) -> None:
-    """Zero what is not zero already: so a record, which is 24 bytes, costs what is there, and not what it says."""
+    """Zero a range, but only where it may hold data, so that the cost depends on the data and not on the length.
+
+    A record of 24 bytes may name any length.
+    """
     end = offset + length
     if offset < base_bytes:
         disk.zero(offset, min(end, base_bytes) - offset)
@@ -282,17 +290,17 @@ def _zero(disk: Volume, offset: int, length: int, base_bytes: int) -> None:
 
 
 def read_header(stream: Readable) -> Delta:
-    """Read what a stream says of itself; the stream stands at its first record after it.
+    """Read the header of a stream. The stream then stands at its first record.
 
     Parameters
     ----------
     stream : Readable
-        Standing at its first byte.
+        It stands at its first byte.
 
     Returns
     -------
     Delta
-        What the header says; sizes in bytes.
+        The contents of the header; sizes are in bytes.
 
     Raises
     ------
@@ -304,9 +312,9 @@ def read_header(stream: Readable) -> Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """The two snapshots of a stream, and their layers, whose files stay as they are: no name is looked up again.
+    """The two snapshots of a stream, and their layers, whose files are pinned. No name is looked up again.
 
-    `view_a` and `opened_a` are there only where the bytes of both have to be compared.
+    `view_a` and `opened_a` are set only if the bytes of both have to be compared.
     """
 
     a: SnapshotRow | None
@@ -320,14 +328,17 @@ class _Ends:
 
 @contextmanager
 def _ends(store: Store, volume: str | None, a: str | None, b: str) -> Iterator[_Ends]:
-    """Find both snapshots in one state of the catalog and pin what they read; again where a name meant another since."""
+    """Find both snapshots in one state of the catalog and pin what they read.
+
+    If a name means another snapshot by then, this begins again.
+    """
     names = None if a is None else snapshot_of(volume, a), snapshot_of(volume, b)
     while True:
         rows = _rows(store, *names)
         with ExitStack() as stack:
             try:
                 ends = _pin(store, names, rows, stack)
-            except StateError:  # a layer is gone, maybe
+            except StateError:  # perhaps a layer was removed meanwhile: begin again if the rows changed
                 if rows == _rows(store, *names):
                     raise
                 continue
@@ -337,7 +348,7 @@ def _ends(store: Store, volume: str | None, a: str | None, b: str) -> Iterator[_
 
 
 def _pin(store: Store, names: "tuple[State | None, State]", rows: "_Rows", stack: ExitStack) -> _Ends | None:
-    """Pin what two snapshots read until the stack is unwound; None where a name means another than it did."""
+    """Pin what two snapshots read until the stack is unwound; return None if a name means another snapshot by now."""
     row_a, row_b = rows
     found = _open_pinned(store, names[1], row_b, stack)
     if found is None:
@@ -373,14 +384,17 @@ def _rows(store: Store, a: State | None, b: State) -> _Rows:
 
 
 def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
-    """List what may differ. A layer that is in both chains reads the same in both, also where one was read earlier."""
+    """Return the extents that may differ.
+
+    The two chains may be read at different times, because a layer that is in both reads the same at both times.
+    """
     found = diff_of_chains(store._opened, chain_a, ends.opened.chain)
-    compared = ends.view_a is not None  # then what the maps say of zeros is not needed
+    compared = ends.view_a is not None  # the bytes are compared, so the zeros that the maps name are not used
     return [(int(offset), int(length), int(state) == states.ZERO and not compared) for offset, length, state in found]
 
 
 def _full_extents(ends: _Ends) -> Extents:
-    """List what can hold anything but zeros: the data of the layers, and what their own base holds between."""
+    """Return the extents that may hold something other than zeros: data of the layers, and data of the base between."""
     covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != states.HOLE]
     extents = [(offset, length, False) for offset, length, state in covered if state == states.DATA]
     base, lock = ends.opened.chain.base, ends.opened.base_lock
@@ -391,7 +405,7 @@ def _full_extents(ends: _Ends) -> Extents:
 
 
 def _minus(ranges: list[tuple[int, int]], covered: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Cut sorted extents out of sorted ranges, in one walk over both."""
+    """Yield the parts of sorted ranges that no sorted extent covers, in one walk over both."""
     which = 0
     for first, stop in ranges:
         start = first
@@ -408,7 +422,7 @@ def _minus(ranges: list[tuple[int, int]], covered: list[tuple[int, int, int]]) -
 
 
 def _clipped(extents: Extents, size_bytes: int) -> Extents:
-    """Drop what lies behind the end: an extent is of whole blocks, and the disk may have shrunk."""
+    """Cut the extents off at the end of the disk: they are of whole blocks, and the disk may have shrunk."""
     return [
         (offset, min(length, size_bytes - offset), is_zero)
         for offset, length, is_zero in extents
@@ -439,13 +453,13 @@ def _write_records(writer: "_Writer", ends: _Ends, extents: Extents, progress: P
 def _differing(
     ends: _Ends, at: int, piece: "npt.NDArray[np.uint8]", buffer: "npt.NDArray[np.uint8]"
 ) -> Iterator[tuple[int, int]]:
-    """Give the runs of blocks of a piece that read otherwise at a. Behind the end of a all of it is read as zero."""
+    """Yield the runs of blocks of a piece that differ from a. Past the end of a, a counts as zero."""
     assert ends.view_a is not None
     old, block_size = buffer[: len(piece)], ends.view.block_size
     inside = min(max(ends.view_a.size_bytes - at, 0), len(piece))
     if inside:
         ends.view_a.readinto(at, old[:inside])
-    old[inside:] = 0  # as `apply` makes it
+    old[inside:] = 0  # because `apply` zeroes what is past the end of a
     same = ~np.logical_or.reduceat(piece != old, np.arange(0, len(piece), block_size))
     borders = np.flatnonzero(np.diff(same, prepend=True, append=True))
     for first, behind in borders.reshape(-1, 2).tolist():
@@ -461,7 +475,10 @@ def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]",
 
 
 def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
-    """Refuse a volume that is not where the stream starts; give the snapshot, of whatever volume, that its head stands on."""
+    """Refuse a volume that is not where the stream starts. Return the snapshot that its head stands on, of any volume.
+
+    Return None for a full stream.
+    """
     opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
         names = {row.name for row in catalog.snapshots_of(opened.row.id)}
@@ -505,14 +522,15 @@ def _holds_data(volume: Volume) -> bool:
 class _Writer:
     """Writes a stream front to back, and counts and hashes what it writes.
 
-    Zero runs that touch are written as one; in a full stream, which goes to an empty volume, not at all.
+    Adjacent runs of zeros are written as one record. A full stream is applied to an empty volume, so no zeros are
+    written in it.
     """
 
     def __init__(self, out: Writable, header: Delta) -> None:
         self._out = out
         self._header = header
         self._digest = hashlib.sha256()
-        self._pending = (0, 0)  # a run of zeros, start and stop, not written yet
+        self._pending = (0, 0)  # start and stop of a run of zeros that is not written yet
         self._records = self._data_bytes = self._zero_bytes = 0
         name, note = header.name.encode(), header.note.encode()
         fixed = HEADER.pack(
@@ -549,7 +567,7 @@ class _Writer:
         length = COUNTS.size + self._digest.digest_size
         crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, self._header.size_b, length)))
         self._put(RECORD.pack(END, crc, self._header.size_b, length) + counts)
-        self._out.write(self._digest.digest())
+        self._write(self._digest.digest())
         return replace(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
 
     def _write_pending(self) -> None:
@@ -567,11 +585,23 @@ class _Writer:
 
     def _put(self, data: bytes) -> None:
         self._digest.update(data)
-        self._out.write(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        """Write all: a file without a buffer says how much it took, which is less where a signal or a full disk came."""
+        while data:
+            taken = self._out.write(data)
+            if taken is None and not isinstance(self._out, io.RawIOBase):  # of another kind: it took all
+                return
+            if not taken:
+                raise BlockingIOError(
+                    errno.EAGAIN, "the stream goes to a file that takes nothing now; make it blocking"
+                )
+            data = data[taken:] if isinstance(taken, int) else b""
 
 
 class _Reader:
-    """Reads a stream front to back and checks all of it, each size before it is used."""
+    """Reads a stream front to back and checks all of it. Each size is checked before it is used."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
@@ -611,7 +641,7 @@ class _Reader:
         return Delta(full, name, note, guid_a, guid_b, size_a, size_b, block_size)
 
     def records(self, header: Delta) -> Iterator[tuple[int, int, bytes | None]]:
-        """Give (offset, length, bytes or None for zeros) of each record; ends when all is verified."""
+        """Yield (offset, length, bytes or None for zeros) of each record; return when the END record is verified."""
         reached = records = data_bytes = zero_bytes = 0
         while True:
             kind, crc, offset, length = RECORD.unpack(self._take(RECORD.size))

@@ -1,21 +1,25 @@
-"""Disk images: raw in and out by onionskin itself; qcow2, vmdk, vhd, vhdx and vdi through qemu-img.
+"""Import and export of disk images: raw by onionskin itself; qcow2, vmdk, vhd, vhdx and vdi through qemu-img.
 
 What must hold:
 
-- The format of an image is never guessed by qemu-img: a guest can write a qcow2 header into its raw disk that
-  names any file of the host as its backing file. Here the format comes from the magic bytes, or from the
-  caller; an image that names other files is refused unless the caller named its format and so vouches for it.
-- Holes stay holes: of a raw file only what SEEK_DATA finds is read, and blocks of zeros are not stored.
-- A conversion makes no copy: qemu-img reads, or writes, the disk itself, which this process serves to it alone.
-- An import is staged until all of it is durable: one that fails, or is killed, leaves no volume, and one that is under
-  way deletes nothing by a name. An export that fails leaves no file.
-- An image that ends early, or becomes shorter while it is read, is an error: what is missing is not zeros. Of a pipe nobody
-  can tell; a program that unpacks can, and is believed.
+- qemu-img never guesses the format of an image, because a guest can write a qcow2 header into its raw disk that names
+any
+  file of the host as its backing file. The format comes from the magic bytes, which are read here, or from the caller.
+  An image that names other files is refused unless the caller named its format and so vouches for it.
+- Holes stay holes: only the data that SEEK_DATA finds in a raw file is read, and blocks of zeros are not stored.
+- A conversion makes no copy: qemu-img reads or writes the disk itself, which this process serves to it alone.
+- An import is staged until all of it is durable. An import that fails or is killed leaves no volume, and an import that
+is
+  under way deletes nothing by name. An export that fails leaves no file.
+- An image that ends early, or becomes shorter while it is read, is an error, because the missing part is not zeros. A
+pipe
+  does not show whether it ended early. A program that unpacks knows, and its exit status is relied on.
 """
 
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
@@ -39,6 +43,7 @@ from onionskin.exchange.image_formats import (
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
 if TYPE_CHECKING:
+    from onionskin.kernels._volume import DataPath
     from onionskin.operations.staged_volumes import StagedVolume
     from onionskin.store import Store
     from onionskin.volume import Volume
@@ -47,11 +52,11 @@ AnyPath = str | os.PathLike[str]
 FORMATS = READ
 _CHUNK_BYTES = 4 << 20
 ZERO_UNIT_BYTES = 4096  # a multiple of the sectors of all devices
-_FIRST_SIZE_BYTES = 1 << 30  # of the disk that a stream is written to, whose size is known at its end
+_FIRST_SIZE_BYTES = 1 << 30  # the first size of a disk that is written from a stream of unknown length
 
 
 def detect_format(path: AnyPath) -> str:
-    """Tell the format of an image by its magic bytes, ``raw`` where none are known.
+    """Return the format of an image by its magic bytes, or ``raw`` if they are not known.
 
     Parameters
     ----------
@@ -61,8 +66,8 @@ def detect_format(path: AnyPath) -> str:
     Returns
     -------
     str
-        One of `FORMATS`, as `import_image` takes it; or the name of another format that is known, such as ``qed``, ``luks``
-        or ``gzip``.
+        One of `FORMATS`, as `import_image` takes it, or the name of another known format, such as ``qed``, ``luks`` or
+        ``gzip``.
 
     Raises
     ------
@@ -93,23 +98,22 @@ def import_image(
     Parameters
     ----------
     store : Store
-        Where the volume is made.
+        The store in which the volume is made.
     path : path-like or file
-        A file or a block device, by its path; or, in its place, an open binary file that has a descriptor, which is read
-        from its position on: it may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked
-        by the system's program.
-        It is not written to.
+        The path of a file or a block device, or an open binary file that has a descriptor. An open file is read from
+        its position on, and it may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked
+        by the system's program. The image is not written to.
     name : str
-        Of the new volume.
+        The name of the new volume.
     format : str, optional
-        One of `FORMATS`; None tells it by the magic bytes. Naming it vouches for the image. ``raw`` takes the bytes as they
-        are, also those of a compressed file.
+        One of `FORMATS`; with None, the magic bytes tell the format. A caller that names the format vouches for the
+        image. ``raw`` takes the bytes as they are, even those of a compressed file.
     block_size, wipe
-        Of the new volume.
+        Block size and wipe policy of the new volume.
     progress : callable, optional
-        Called with the bytes copied so far and in all; in all 0 where nobody knows.
+        Called with the bytes copied so far and in all; the total is 0 if it is not known.
     note : callable, optional
-        Called with a few words on what was done besides, as ``unpacked with zstd``.
+        Called with a few words about an additional step, such as ``unpacked with zstd``.
 
     Returns
     -------
@@ -119,13 +123,13 @@ def import_image(
     Raises
     ------
     FormatError
-        The image is damaged, or of a format that is known and not read here, or names other files and `format` is None.
+        The image is damaged, or has a known format that cannot be imported, or names other files and `format` is None.
     OnionskinError
-        A program is wanted that is not installed.
+        A program that is needed is not installed.
     VolumeExistsError
         The store has a volume of that name.
     """
-    from onionskin.operations.volumes import refuse_taken  # here, as the command line comes to this module for FORMATS
+    from onionskin.operations.volumes import refuse_taken  # imported late: the command line imports this for FORMATS
 
     check_name("volume", name)
     refuse_taken(store._opened, name)
@@ -151,7 +155,7 @@ def import_image(
 
 @contextlib.contextmanager
 def _opened(image: AnyPath | IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Give the descriptor of an image, and what messages call it."""
+    """Yield the descriptor of an image, and the name that messages give it."""
     if isinstance(image, str | os.PathLike):
         with open(image, "rb", buffering=0) as file:
             yield file.fileno(), os.fspath(image)
@@ -161,8 +165,10 @@ def _opened(image: AnyPath | IO[bytes]) -> Iterator[tuple[int, str]]:
 
 
 class _Import:
-    """One import: a staged volume is made and filled from whatever the image is. What it needs is closed with the
-    stack."""
+    """One import: it makes a staged volume and fills it from an image of any kind.
+
+    The resources that it opens are closed with the stack.
+    """
 
     def __init__(
         self,
@@ -181,12 +187,12 @@ class _Import:
         self._made: StagedVolume | None = None
 
     def publish(self) -> None:
-        """Make the disk that was filled a volume of the name that was asked for."""
+        """Give the filled disk its name, which makes it a volume."""
         assert self._made is not None
         self._made.publish()
 
     def kind_of(self, found: ImageFormat | None) -> str:
-        """Tell what is to be done with an image by its magic and by what the caller said: a format, or one to unpack."""
+        """Return the format or the compression of an image, by its magic bytes and by what the caller said."""
         if self._format == "raw":
             return "raw"
         if found and found.name in COMPRESSED:
@@ -221,10 +227,12 @@ class _Import:
             )
 
     def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Volume":
-        """Take an image that can be read from any place. Without a path it goes by its descriptor."""
+        """Import an image that can be read at any offset. Without a path, it is read through its descriptor."""
         if kind == "raw":
+            before = os.fstat(descriptor)
             disk = self._stage(os.lseek(descriptor, 0, os.SEEK_END))
             copy_into(disk, descriptor, path=self._called, progress=self._progress)
+            refuse_changed(descriptor, before, self._called)
             return disk
         from onionskin.exchange import qemu_img
         from onionskin.nbd.for_program import served_to_program
@@ -239,7 +247,7 @@ class _Import:
         return disk
 
     def from_compressed(self, source: Source, kind: str, note: Callable[[str], object] | None) -> "Volume":
-        """Take what the system's program makes of a compressed image: nothing, unless it was whole."""
+        """Import what the system's program makes of a compressed image; if the image is not whole, import nothing."""
         report = self._report(_position_of(source.descriptor))
         disk: Volume | None = None
         with unpacked(source, kind) as inner:
@@ -251,26 +259,26 @@ class _Import:
             is_stored = within == "raw" and inner.peek(1) != b""
             if is_stored:
                 disk = self._from_raw_stream(inner, report)
-            else:  # what cannot be told from its beginning is looked at when it is known to be whole
+            else:  # it has to be read at any offset, so it is kept in a file and read after the program has ended well
                 file = self._spool(inner, report)
         if note:
             note(f"unpacked with {kind}")
         return disk or self.from_file(file.fileno(), within)
 
     def from_stream(self, source: Source, kind: str) -> "Volume":
-        """Take an image that can be read once."""
+        """Import an image that can be read only once."""
         report = self._report(lambda done: (done, 0))
         if kind == "raw" and source.peek(1):
             return self._from_raw_stream(source, report)
         return self.from_file(self._spool(source, report).fileno(), kind)
 
     def _report(self, measure: Callable[[int], tuple[int, int]]) -> Callable[[int], object]:
-        """Make a function that takes the bytes that were read; `measure` makes of them what `progress` is told."""
+        """Return a function that takes the number of bytes read and reports what `measure` makes of it."""
         progress = self._progress
         return (lambda done: progress(*measure(done))) if progress else (lambda done: None)
 
     def _spool(self, source: Source, report: Callable[[int], object]) -> IO[bytes]:
-        """Keep a stream in a file without a name: the tables of an image may be anywhere in it."""
+        """Copy a stream to a file without a name, because the tables of an image may be anywhere in it."""
         from onionskin.operations.export import passing_file
 
         file = self._stack.enter_context(passing_file(self._store._opened, self._store.path, [self._wipe]))
@@ -284,14 +292,14 @@ class _Import:
         return file
 
     def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Volume":
-        """Write bytes to a disk that grows with them."""
+        """Write a stream to a disk, which grows as data arrives."""
         import numpy as np
 
         from onionskin.base.zero_runs import split_zeros
 
         disk = self._stage(_FIRST_SIZE_BYTES)
         buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
-        end = b""  # where the footer of a fixed VHD would be
+        end = b""  # the last bytes so far, where a fixed VHD has its footer
         done = 0
         while length := source.readinto(buffer.data):
             self._refuse_larger(done + length)
@@ -313,14 +321,17 @@ class _Import:
 
 
 def _percents(progress: Progress | None, size_bytes: int) -> Callable[[float], object] | None:
-    """Pass percents of a disk on as bytes."""
+    """Return a function that takes percents of a disk and reports them as bytes."""
     if progress is None:
         return None
     return lambda percent: progress(int(size_bytes * percent / 100), size_bytes)
 
 
 def _position_of(descriptor: int) -> Callable[[int], tuple[int, int]]:
-    """Measure by how much of a compressed file was read: whoever reads it moves the position of the descriptor."""
+    """Return a function that measures progress by the descriptor's position, which the unpacking program moves.
+
+    For a pipe, the function returns the bytes unpacked so far, and 0 as the total.
+    """
     if not is_seekable(descriptor):
         return lambda done: (done, 0)
     total = os.lseek(descriptor, 0, os.SEEK_END)
@@ -328,15 +339,22 @@ def _position_of(descriptor: int) -> Callable[[int], tuple[int, int]]:
     return lambda _: (os.lseek(descriptor, 0, os.SEEK_CUR), total)
 
 
+def refuse_changed(descriptor: int, before: os.stat_result, called: str) -> None:
+    """Raise FormatError where a file was written to while it was read: what was read is no disk that there was then."""
+    after = os.fstat(descriptor)
+    if stat.S_ISREG(after.st_mode) and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise FormatError(f"{called}: the image changed while it was read (size or time differ); read it again")
+
+
 def copy_into(
     volume: "Volume", descriptor: int, *, path: AnyPath | None = None, progress: Progress | None = None
 ) -> None:
-    """Write the data of a raw image into a volume that reads zero, but not its zeros. No flush.
+    """Write the data of a raw image, without its zeros, into a volume that reads zero. The volume is not flushed.
 
     Raises
     ------
     OSError
-        EIO: the image was cut short meanwhile; `path` is its name in the message.
+        EIO: the image was cut short meanwhile. `path` is its name in the message.
     """
     import numpy as np
 
@@ -350,7 +368,7 @@ def copy_into(
     for start, stop in ranges:
         at = start
         while at < stop:
-            # The first piece of a range ends on a boundary, so that the others are whole blocks.
+            # The first piece of a range ends on a multiple of the chunk, so that the other pieces are whole blocks.
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
             length = os.preadv(descriptor, [buffer[:wanted].data], at)
             if length == 0:
@@ -363,7 +381,7 @@ def copy_into(
             done += length
             if progress is not None:
                 progress(done, total)
-    refuse_shorter(descriptor, size_bytes, path)  # what was cut may have begun in a hole
+    refuse_shorter(descriptor, size_bytes, path)  # a part that was cut off now looks like a hole
 
 
 def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
@@ -372,20 +390,21 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     Parameters
     ----------
     volume : Volume
-        Open; for a head, what was written before the call is in the image.
+        It is open. If it is a head, the image holds all that was written before the call.
     path : path
-        Must not exist.
+        It must not exist.
     format : str
         One of `FORMATS`.
     progress : callable, optional
-        Called with the bytes copied so far and in all; of a conversion those of the disk, also where it has holes.
+        Called with the bytes copied so far and in all. For a conversion, these are bytes of the disk, and holes count
+        too.
 
     Raises
     ------
     FileExistsError
         There is a file at `path`.
     OnionskinError
-        qemu-img is wanted and is not installed.
+        qemu-img is needed and is not installed.
     """
     from onionskin.exchange import qemu_img
     from onionskin.nbd.for_program import served_to_program
@@ -413,46 +432,76 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
 def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progress | None = None) -> None:
     """Write what a volume, or a view of a snapshot, reads over the beginning of a block device; durable on return.
 
-    What the device holds behind the size of the disk stays. Where this fails, a part of the device was written.
+    The device keeps what it holds past the size of the disk. If this fails, a part of the device was overwritten.
 
     Parameters
     ----------
     volume : Volume
-        Open, and not written to meanwhile.
+        It is open. What was written to a head before the call is on the device.
     device : BlockDevice
-        Open.
+        It is open.
     progress : callable, optional
         Called with the bytes written so far and in all.
 
     Raises
     ------
     StateError
-        The device stands on a file that is a base, of a volume of this store or of one that is open.
+        The device is a loop device over a file that is a base, of a volume of this store or of an open volume.
     OSError
-        ENOSPC: it is smaller than the disk; nothing was written then. Or an error of the device.
+        ENOSPC: the device is smaller than the disk, and nothing was written. Or an error of the device.
+    ChainError
+        The base changed meanwhile.
     """
     import numpy as np
 
     from onionskin.base.zero_runs import split_zeros
 
     refuse_device(volume, device)
-    size_bytes = volume.size_bytes
     buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
-    for at in range(0, size_bytes, _CHUNK_BYTES):
-        piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
-        volume.readinto(at, piece)
-        for first, last, is_zero in split_zeros(piece, ZERO_UNIT_BYTES):
-            if is_zero:
-                device.zero(at + first, last - first)
-            else:
-                device.write(at + first, piece[first:last].data)
-        if progress is not None:
-            progress(at + len(piece), size_bytes)
-    device.sync()
+    with reading(volume) as disk:
+        size_bytes = int(disk.size_bytes)
+        for at in range(0, size_bytes, _CHUNK_BYTES):
+            piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
+            disk.readinto(at, piece)
+            for first, last, is_zero in split_zeros(piece, ZERO_UNIT_BYTES):
+                if is_zero:
+                    device.zero(at + first, last - first)
+                else:
+                    device.write(at + first, piece[first:last].data)
+            if progress is not None:
+                progress(at + len(piece), size_bytes)
+        device.sync()
+
+
+@contextlib.contextmanager
+def reading(volume: "Volume") -> "Iterator[DataPath]":
+    """Give a whole disk to read, as it is at one instant; an image that goes away as it is read has no other guard.
+
+    Parameters
+    ----------
+    volume : Volume
+        Open; for a head, what was written before the call is read.
+
+    Yields
+    ------
+    DataPath
+        What to read from.
+
+    Raises
+    ------
+    ChainError
+        The base was written to meanwhile: at the end, so before the end of the block nothing that was read is good.
+    """
+    from onionskin.operations.pinned import pinned
+    from onionskin.storage.shared_paths import refuse_changed_base
+
+    with pinned(volume._opened) as opened:
+        yield opened.path
+        refuse_changed_base(opened)
 
 
 def refuse_device(volume: "Volume", device: BlockDevice) -> None:
-    """Raise where a disk cannot be written to a block device, before anything is. `export_to_device` says what is raised."""
+    """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
     from onionskin.operations.export import refuse_file_below
 
     for file in device.files_below():

@@ -1,10 +1,12 @@
-"""A store: the directory that holds volumes. Opening, making, cloning and removing them.
+"""A store, the directory that holds volumes: this module opens, makes, clones and removes them.
 
 What must hold: a writer of a volume holds its lock; a handle holds shared locks on all files that it can read before
-it trusts the catalog; what is freed goes through `reclaim`. Nothing here touches block data.
+it trusts the catalog; everything that is freed goes through `reclaim`. Nothing here touches block data.
+
+Each method imports the modules that only it needs, because each verb of the command line opens a store, and few verbs
+need more than one of these modules.
 """
 
-import logging
 import operator
 import os
 import threading
@@ -15,6 +17,7 @@ from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name
 from onionskin.base.sizes import parse_size
@@ -35,24 +38,6 @@ from onionskin.errors import (
     StateError,
     VerifyError,
 )
-from onionskin.operations import (
-    compact_segments,
-    expiry,
-    forks,
-    group_snapshot,
-    holds,
-    prune,
-    reclaim,
-    snapshot_names,
-    staged_volumes,
-    volumes,
-)
-from onionskin.operations import lineage as lineages
-from onionskin.operations import usage as usages
-from onionskin.operations.flush import finish
-from onionskin.operations.fold import fold_unnamed_below
-from onionskin.operations.listing import TreeNode, VolumeInfo, list_volumes, read_tree, volume_info
-from onionskin.operations.prune import Retention, Rules, retained
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -70,17 +55,28 @@ from onionskin.storage.locks import (
 )
 from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
-from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.operations import forks, holds
+    from onionskin.operations import lineage as lineages
+    from onionskin.operations import usage as usages
     from onionskin.operations.layering import Layering
+    from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.prune import Retention, Rules
+    from onionskin.volume import Volume
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _CUT_WAIT_SECONDS = 1.0
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
+
+
+def _work_in_background(store: OpenStore) -> None:
+    from onionskin.operations import reclaim
+
+    reclaim.work_in_background(store)
 
 
 class Store:
@@ -89,14 +85,16 @@ class Store:
     Parameters
     ----------
     path : path-like
+        The directory.
     create : bool
-        Whether to make a store where there is none. False: VolumeNotFoundError is raised.
+        Whether to make a store if there is none. If this is false, VolumeNotFoundError is raised instead.
     trust : bool
-        Whether to open a store that another user owns: its rows name files that are read and written with this user's rights.
+        Whether to open a store that another user owns. The rows of such a store name files that are read and written
+        with the rights of the user of this process.
     group : str or int, optional
-        A group whose members may use the store that is made: its directories get mode 2770, and its files 0660, whatever
-        the umask. None: nobody but the owner may, with 0700 and 0600. Members other than the owner open it with `trust`.
-        Of a store that is there it must be the group.
+        A group whose members may use the store that is made: its directories get mode 2770, and its files 0660,
+        whatever the umask. With None, only the owner may use it, and the modes are 0700 and 0600. Members other than
+        the owner open the store with `trust`. If the store exists already, it must belong to this group.
 
     Attributes
     ----------
@@ -105,16 +103,16 @@ class Store:
 
     Notes
     -----
-    A context manager. Any thread may call it; another process may have the same store open. After a fork the child
-    has to open the store again.
+    A store is a context manager. Any thread may call it, and other processes may have the same store open.
+    After a fork, the child has to open the store again.
 
-    It is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. It is true
-    as long as it is open, also where it holds no volume. There is no ``store["web"]``: opening a volume takes a lock that
-    somebody has to give back, and an expression that does so behind the reader's back would keep it until the garbage
-    collector comes by. `open` says what it does, and belongs into a with statement.
+    A store is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. Its
+    truth value is true as long as it is open, even if it holds no volume. There is no ``store["web"]``: opening a
+    volume takes a lock that has to be given back, and such an expression would keep the lock until the garbage
+    collector runs. Use `open` in a with statement instead.
 
-    It pickles as its path, also when it is closed: what is unpickled, in a child process too, is a store that was opened
-    anew, and that is to be closed there. A `Volume` cannot be pickled.
+    A store is pickled as its path, even when it is closed. Unpickling it, for example in a child process, opens the
+    store anew, and the new object has to be closed there. A `Volume` cannot be pickled.
     """
 
     def __init__(
@@ -126,26 +124,25 @@ class Store:
         group: str | int | None = None,
     ) -> None:
         self._trust = trust
-        self._opened: OpenStore = OpenStore(
-            path, create=create, trust=trust, group=group, work=reclaim.work_in_background
-        )
+        self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
         self.path: Path = self._opened.path
         self._cutting = threading.Lock()
 
     @property
     def read_only(self) -> bool:
-        """Whether the store can only be read. Each change of it raises OSError then.
+        """Whether the store can only be read. In that case every change of it raises OSError.
 
-        Its file system is mounted so or full to the last block, or its owner lets this user do no more.
+        A store can only be read if its file system is mounted read-only or is full to the last block, or if this user
+        has no right to write to it.
         """
         return self._opened.read_only
 
     @property
     def unreachable_bytes(self) -> int:
-        """Bytes that were overwritten through this handle with policy `zero`, and may still be on the medium.
+        """The number of bytes that policy `zero` overwrote through this handle, but that may still be on the medium.
 
-        The old contents are where the file system is a copy-on-write one, or where other files share the blocks. The first
-        time it is logged too.
+        The old contents stay on the medium if the file system does copy-on-write, or if other files share the blocks.
+        The first time that this happens, it is logged too.
         """
         return self._opened.unwipeable_bytes
 
@@ -188,43 +185,46 @@ class Store:
         wipe: "WipePolicy" = "release",
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
-    ) -> Volume:
+    ) -> "Volume":
         """Make a volume and open it for writing.
 
-        The volume, and the store's directories where it is the first, are durable on return. Any thread may call it.
+        The volume is durable on return. So are the store's directories, if this is its first volume. Any thread may
+        call it.
 
         Parameters
         ----------
         name : str
             At most 255 bytes, without '/', '@' and control characters.
         base : path-like, optional
-            A raw image file to stand on. It is never written, except by `merge_into_base`, and must not change.
+            A raw image file that the volume stands on. It is never written, except by `merge_into_base`, and must not
+            change.
         size : int or str, optional
-            Bytes, or such as "20G". Needed without a base; with one it may be larger or smaller than the base.
+            The size, as a number of bytes or as a string such as "20G". It is needed if there is no base. If there is
+            one, the size may be larger or smaller than the base.
         block_size : int
             The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152.
         wipe : {"release", "zero"}
             Whether freed space is overwritten with zeros before it can be used again.
         digest : bool
-            Take a SHA-256 of the base, which `open(verify=True)` compares.
+            Whether to take a SHA-256 of the base, which `open(verify=True)` compares.
         base_format : {"raw"}, optional
-            Say that the bytes of the base are the disk, also where they look like an image of another format.
+            Declare that the bytes of the base are the disk, even if they look like an image of another format.
 
         Returns
         -------
         Volume
-            Open for writing; its head is empty, so that it reads as the base, or zero.
+            The volume, open for writing. Its head is empty, so the volume reads as the base, or as zeros.
 
         Raises
         ------
         VolumeExistsError
             The name is taken.
         ValueError
-            The name, the size or the block size is none that a volume can have.
+            A volume cannot have this name, size or block size.
         FormatError
-            The base is an image of another format than raw, and `base_format` does not say otherwise.
+            The base looks like an image of another format than raw, and `base_format` is not given.
         OSError
-            The base could not be read, or ENOSPC. There is no volume then.
+            The base could not be read, or there is no space (ENOSPC). Then no volume was made.
         """
         if base_format not in (None, "raw"):
             raise ValueError(f"{base_format!r} is no format of a base: it is raw; import an image of another format")
@@ -241,7 +241,7 @@ class Store:
         digest: bool,
         *,
         vouched: bool,
-    ) -> Volume:
+    ) -> "Volume":
         block_size, wipe = _check_geometry(block_size, wipe)
         size_bytes = None if size is None else _check_size(parse_size(size))
         if base is None:
@@ -255,7 +255,7 @@ class Store:
 
     @contextmanager
     def _base(self, path: Path, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
-        """Describe a base, which must be an image of its own, and keep it from being merged into."""
+        """Describe a base, and keep merges out of it. The base must not be a file of the store."""
         if self._opened.layout.holds(path):
             raise ChainError(
                 f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
@@ -271,8 +271,10 @@ class Store:
         block_size: int,
         wipe: str,
         size_bytes: int,
-    ) -> Volume:
-        """Make a volume and open it; the lock is held before anybody can see it, and a failure leaves none."""
+    ) -> "Volume":
+        """Make a volume and open it. Its lock is held before anybody can see the volume. A failure leaves no volume."""
+        from onionskin.operations import volumes
+
         self._opened.catalog.refuse_read_only()
         id = new_id()
         self._opened.reserve.make()
@@ -291,8 +293,10 @@ class Store:
             raise
         return self._open_new(id, lock)
 
-    def _open_new(self, id: bytes, lock: VolumeLock) -> Volume:
-        """Open a volume that was just made; one that cannot be opened was not made."""
+    def _open_new(self, id: bytes, lock: VolumeLock) -> "Volume":
+        """Open a volume that was just made. If it cannot be opened, it is removed again."""
+        from onionskin.operations import volumes
+
         try:
             row = self._opened.catalog.volume_with_id(id)
             assert row is not None
@@ -305,35 +309,36 @@ class Store:
             lock.close()
             raise
 
-    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> Volume:
+    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
 
-        Any thread may call it. What a process that died left unflushed is read by every opening of the head, and made
-        durable by the first flush of one for writing.
+        Any thread may call it. A process that died may have left data that was not flushed. Every opening of the head
+        reads this data. If the head is opened for writing, its first flush makes the data durable.
 
         Parameters
         ----------
         name : str
             The volume.
         snapshot : str, optional
-            Open a view of this snapshot; any number of handles may.
+            Open a view of this snapshot. A snapshot may have any number of views.
         verify : bool
             Compare the SHA-256 of the base with the one that `create(digest=True)` took.
         mode : {"w", "r"}
-            "r" opens a head that nobody writes, read-only: nothing is written, made or freed by it, and nobody can open it
-            for writing meanwhile; others may read it too. With `snapshot` it makes no difference.
+            "r" opens a head read-only, which nobody may have open for writing. It writes, makes and frees nothing.
+            Others may read the head too, but nobody can open it for writing meanwhile. With `snapshot`, the mode makes
+            no difference.
 
         Returns
         -------
         Volume
-            To be closed by the caller, or by the store's `close`.
+            The open volume. The caller closes it, or the store's `close` does.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         StateError
-            The volume is held by another handle; its process id is named.
+            Another handle holds the volume. The message names its process id.
         ChainError
             The base is not the file that it was.
         VerifyError
@@ -354,8 +359,12 @@ class Store:
             lock.close()
             raise
 
-    def _open_to_read(self, name: str, verify: bool) -> Volume:
-        """Open a head that nobody writes. Nothing is written for it, in no file."""
+    def _open_to_read(self, name: str, verify: bool) -> "Volume":
+        """Open a head to read it, while nobody has it open for writing. This writes to no file."""
+
+        from onionskin.operations import reclaim
+        from onionskin.volume import Volume
+
         row, lock = self._lock_volume(name, ReadersLock)
         try:
             dirty = self._opened.layout.dirty_file(row.id)
@@ -368,9 +377,10 @@ class Store:
         return Volume(view, self)
 
     def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
-        """Take a lock of the volume that has a name, and return it as it is under the lock.
+        """Look a volume up by its name, lock it, and return the lock and the volume's row as it is under the lock.
 
-        What a name means may change until the lock is held: somebody renames the volume, or deletes it and makes another.
+        Until the lock is held, the name may come to mean another volume: somebody may rename the volume, or delete it
+        and make another one.
         """
         row = self._opened.catalog.volume(name)
         if kind is VolumeLock:
@@ -383,7 +393,7 @@ class Store:
                 if row.id == id:
                     if isinstance(lock, VolumeLock):
                         if not self._opened.layout.volume_lock(id).exists():
-                            self._opened.catalog.sync_found()  # no file whose row a crash of the machine would undo
+                            self._opened.catalog.sync_found()  # a crash must not undo the row and leave the file
                         self._opened.reserve.retry(lock.make_file)
                     return row, lock
             except BaseException:
@@ -391,11 +401,15 @@ class Store:
                 raise
             lock.close()
 
-    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, found: bool = True) -> Volume:
-        """Open the volume that is locked. On an error the lock stays the caller's.
+    def _open_locked(self, row: VolumeRow, lock: VolumeLock, *, verify: bool, found: bool = True) -> "Volume":
+        """Open the volume that is locked. After an error, the caller still has to close the lock.
 
-        Not `found` is one that this handle has just made: its commit synced the log, and with it all that was read of it.
+        `found` is false for a volume that this handle has just made. The commit that made it has synced the catalog's
+        log already, and with it all that was read from the log.
         """
+
+        from onionskin.volume import Volume
+
         if found:
             self._opened.catalog.sync_found()
         head = self._open_head(row, lock, verify)
@@ -408,6 +422,9 @@ class Store:
         return Volume(head, self)
 
     def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
+        from onionskin.operations import compact_segments
+        from onionskin.operations.flush import finish
+
         if unfinished_base_merges(self._opened.catalog, row.head):
             _log.warning(
                 "%s: a merge of %r into its base was begun and has not ended; the volume works, and its base does not by "
@@ -426,11 +443,15 @@ class Store:
         return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
 
     def _look_at_spare(self, head: bytes) -> None:
-        """Tidy what stands for the next head.
+        """Tidy the files that were made for the next head.
 
-        A snapshot that failed at its commit left the head with two segments: the spare has blocks then, and is in the map.
-        Else its files were at most made beforehand, are empty, and are made again when they are needed.
+        If a snapshot failed at its commit, the head has two segments: the spare segment has blocks then, and the head's
+        map names it. Otherwise the files were at most made beforehand. They are empty then, and are made again when
+        they are needed.
         """
+
+        from onionskin.operations import reclaim
+
         spare = self._opened.catalog.spare_of(head)
         path = self._opened.layout.segment_file(spare.id)
         if path.exists() and path.stat().st_size > HEADER_BYTES:
@@ -442,11 +463,15 @@ class Store:
                 os.close(descriptor)
                 made.unlink()
 
-    def _open_view(self, name: str, snapshot: str, verify: bool) -> Volume:
-        """Open a snapshot, or share what is open of it already: then only its base is looked at again.
+    def _open_view(self, name: str, snapshot: str, verify: bool) -> "Volume":
+        """Open a view of a snapshot. If one is open already, share its data path, and only check the base again.
 
-        What the name means is asked again when the files are locked: it may have gone to another snapshot meanwhile.
+        The name is looked up again once the files are locked, because it may mean another snapshot by then.
         """
+
+        from onionskin.operations import reclaim
+        from onionskin.volume import Volume
+
         store = self._opened
         while True:
             row, layer = self._find_layer(name, snapshot)
@@ -475,10 +500,14 @@ class Store:
             return row, find_snapshot(self._opened.catalog, row, snapshot).layer
 
     def _after_open(self, head: OpenHead) -> None:
-        """Do what was left: by a crash, by a reader that was in the way, by a layer that lost its name.
+        """Do work that was left over: by a crash, because a reader was in the way, or for a layer that lost its name.
 
-        What fails stays for the next time, and is no reason to refuse the volume.
+        Work that fails is left for the next time. It is no reason to refuse the volume.
         """
+
+        from onionskin.operations import reclaim, staged_volumes
+        from onionskin.operations.fold import fold_unnamed_below
+
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
@@ -523,32 +552,37 @@ class Store:
         --------
         >>> store.snapshot_group({"web": "before", "db": "before"})  # doctest: +SKIP
         """
+        from onionskin.operations import group_snapshot
+
         return group_snapshot.take(self._opened, names, note, lambda name: self.open(name)._opened.to_write())
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
 
-        Nothing is copied. Durable on return. The origin may be open, here or elsewhere. Any thread may call it.
-        ``clone("web@clean", "new")`` is ``clone("web", "clean", "new")``.
+        Nothing is copied. The clone is durable on return. The origin may be open, here or elsewhere. Any thread may
+        call it. ``clone("web@clean", "new")`` is ``clone("web", "clean", "new")``.
 
         Parameters
         ----------
         name : str
-            The volume whose snapshot it is; or both, as ``"volume@snapshot"``.
+            The volume that has the snapshot; or both, as ``"volume@snapshot"``.
         snapshot : str
-            What the clone reads at first. Left out where the first argument names it.
+            The snapshot that the clone reads as at first. Left out if the first argument names it.
         new_name : str
             The clone's name: at most 255 bytes, without '/', '@' and control characters.
         wipe : {"release", "zero"}, optional
-            The clone's policy; by default that of the origin. What it shares with an origin of policy `zero` stays `zero`.
+            The clone's policy. By default it is that of the origin. Data that the clone shares with an origin of policy
+            `zero` keeps policy `zero`.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         VolumeExistsError
             The new name is taken.
         """
+        from onionskin.operations import forks
+
         if new_name is None:
             name, at, behind = str(name).partition("@")
             if not at:
@@ -615,6 +649,8 @@ class Store:
         ValueError
             The arguments do not say which forks to make.
         """
+        from onionskin.operations import forks
+
         wanted = forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
         if wanted.snapshot is not None:
             return forks.fork_snapshot(self._opened, wanted)
@@ -622,8 +658,10 @@ class Store:
         made = forks.made_before(self._opened, wanted)
         return self._fork_head(wanted) if made is None else made
 
-    def _fork_head(self, wanted: forks.Wanted) -> list[str]:
+    def _fork_head(self, wanted: "forks.Wanted") -> list[str]:
         """Fork a disk as it is now, in the handle that it has here, or in one that is opened for it."""
+        from onionskin.operations import forks
+
         while True:
             handle = self._open_here(wanted.volume)
             if handle is None:
@@ -645,8 +683,10 @@ class Store:
                 return handle
         return None
 
-    def _fork_closed(self, wanted: forks.Wanted) -> list[str]:
+    def _fork_closed(self, wanted: "forks.Wanted") -> list[str]:
         """Fork the disk of a volume that is not open here. One that was not written to since its last cut is not opened."""
+        from onionskin.operations import forks
+
         row, lock = self._lock_to_cut(wanted.volume)
         try:
             names = forks.fork_unwritten(self._opened, row, wanted)
@@ -757,6 +797,8 @@ class Store:
             One is open, it has snapshots and `recursive` is not given, clones that stay stand on them, or somebody holds
             one (some are listed).
         """
+        from onionskin.operations import forks, reclaim, volumes
+
         if not names:
             raise TypeError("delete needs the name of a volume")
         freed, stood_on = volumes.delete(self._opened, names, recursive=recursive)
@@ -776,13 +818,15 @@ class Store:
         list of str
             The names of those that were dropped, sorted. Where many go, each transaction takes some of them.
         """
+        from onionskin.operations import expiry, forks, reclaim
+
         names, stood_on = expiry.expire(self._opened)
         if names:
             reclaim.work_soon(self._opened)
             forks.fold_what_stays(self._opened, stood_on)
         return names
 
-    def lineage(self, name: str) -> list[lineages.Ancestor]:
+    def lineage(self, name: str) -> "list[lineages.Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
 
         Parameters
@@ -800,6 +844,8 @@ class Store:
         VolumeNotFoundError
             There is none of that name.
         """
+        from onionskin.operations import lineage as lineages
+
         return lineages.lineage(self._opened, name)
 
     def forks_of(self, source: str, snapshot: str | None = None) -> list[str]:
@@ -822,12 +868,15 @@ class Store:
         VolumeNotFoundError, SnapshotNotFoundError
             There is none of that name.
         """
+        from onionskin.operations import forks
+        from onionskin.operations import lineage as lineages
+
         return lineages.forks_of(self._opened, *forks.split_source(source, snapshot))
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a volume another name. Handles that are open keep working.
 
-        Durable on return. Any thread may call it.
+        The new name is durable on return. Any thread may call it.
 
         Parameters
         ----------
@@ -839,132 +888,155 @@ class Store:
         Raises
         ------
         VolumeNotFoundError
-            There is none of that name.
+            There is no volume of that name.
         VolumeExistsError
             The new name is taken.
         """
+
+        from onionskin.operations import volumes
+
         volumes.rename(self._opened, name, new_name)
 
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
-        """Give a snapshot another name. Views of it that are open, clones and holds go on.
+        """Give a snapshot another name. Open views, clones and holds of the snapshot stay as they are.
 
-        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+        The new name is durable on return. Any thread may call it. The volume may be open, here or elsewhere.
 
         Parameters
         ----------
         volume : str
-            Whose snapshot it is.
+            The volume that has the snapshot.
         old : str
-            What it is called.
+            The current name of the snapshot.
         new : str
-            What it shall be called: at most 255 bytes, without '/', '@' and control characters.
+            The new name: at most 255 bytes, without '/', '@' and control characters.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         SnapshotExistsError
             The new name is taken.
         """
+
+        from onionskin.operations import snapshot_names
+
         snapshot_names.rename(self._opened, volume, old, new)
 
     def set_note(self, volume: str, snapshot: str, note: str) -> None:
-        """Put another note in the place of a snapshot's.
+        """Replace the note of a snapshot.
 
-        Durable on return. Any thread may call it; the volume may be open, here or elsewhere.
+        The new note is durable on return. Any thread may call it. The volume may be open, here or elsewhere.
 
         Parameters
         ----------
         volume, snapshot : str
-            The snapshot.
+            The volume, and the snapshot whose note changes.
         note : str
-            At most 64 KiB; "" takes the note away.
+            The new note, of at most 64 KiB. An empty string takes the note away.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         """
+
+        from onionskin.operations import snapshot_names
+
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
     def hold(self, volume: str, snapshot: str, holder: str) -> None:
-        """Keep a snapshot: it is not discarded, merged or deleted before all who hold it let it go, and nor is its volume.
+        """Hold a snapshot, so that neither it nor its volume can be removed.
 
-        Durable on return. Any thread may call it; the volume may be open, here or elsewhere. A name, a note and what was
-        written after it may change all the same.
+        The snapshot cannot be discarded, merged or deleted before every holder has let it go. The name, the note and
+        the data that was written after the snapshot may still change. The hold is durable on return. Any thread may
+        call it. The volume may be open, here or elsewhere.
 
         Parameters
         ----------
         volume, snapshot : str
-            The snapshot.
+            The volume, and the snapshot to hold.
         holder : str
-            Who needs it, as whoever is refused reads it: at most 255 bytes, without '/', '@' and control characters.
+            A name for the user of the snapshot, which the error of a refused operation shows. It has at most 255 bytes,
+            without '/', '@' and control characters.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         StateError
-            This holder holds it already.
+            This holder holds the snapshot already.
         """
+
+        from onionskin.operations import holds
+
         holds.hold(self._opened, volume, snapshot, holder)
 
     def unhold(self, volume: str, snapshot: str, holder: str) -> None:
-        """Let a snapshot go that `hold` keeps. Durable on return. Any thread may call it.
+        """End a hold on a snapshot that `hold` began. This is durable on return. Any thread may call it.
 
         Parameters
         ----------
         volume, snapshot : str
-            The snapshot.
+            The volume, and the snapshot that is held.
         holder : str
-            Who held it.
+            The name that was given to `hold`.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         StateError
-            This holder does not hold it; those who do are named.
+            This holder does not hold the snapshot. The message names the holders.
         """
+
+        from onionskin.operations import holds
+
         holds.unhold(self._opened, volume, snapshot, holder)
 
-    def holds(self, volume: str, snapshot: str | None = None) -> list[holds.Hold]:
-        """Return who holds a snapshot, or any snapshot of a volume.
+    def holds(self, volume: str, snapshot: str | None = None) -> "list[holds.Hold]":
+        """Return the holds on a snapshot, or on all snapshots of a volume.
 
         Parameters
         ----------
         volume : str
+            The volume.
         snapshot : str, optional
-            None: all of them.
+            One of its snapshots. With None, the holds on all of them are returned.
 
         Returns
         -------
         list of Hold
-            In the order in which the snapshots were taken, and each was held.
+            The holds, in the order in which the snapshots were taken; those of one snapshot are in the order in which
+            they began.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         """
+
+        from onionskin.operations import holds
+
         return holds.holds(self._opened, volume, snapshot)
 
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
-        """Say where the base of a volume is now.
+        """Record the path at which the base of a volume is now.
 
-        Without `trust` and `verify` the file must have the size and modification time that the base had. All volumes on the
-        same base move with it. Durable on return. Volumes that are open go on with the file that they have open.
+        Without `trust` and `verify`, the file must have the size and modification time that the base had. The change
+        applies to all volumes on the same base, and is durable on return. Volumes that are open keep using the file
+        that they have open.
 
         Parameters
         ----------
         name : str
             A volume that stands on the base.
         base : path-like
-            The file that is the base now, outside of the store.
+            The file that is the base now. It must lie outside the store.
         trust : bool
-            Take the caller's word that it is the same image; its size is compared all the same.
+            Trust the caller that it is the same image. The size is compared all the same.
         verify : bool
-            Compare its SHA-256 with the one that `create(digest=True)` took.
+            Compare the file's SHA-256 with the one that `create(digest=True)` took.
 
         Raises
         ------
@@ -973,7 +1045,7 @@ class Store:
         VerifyError
             The file has another SHA-256.
         StateError
-            A merge writes the base just now.
+            A merge is writing the base.
         """
         with described_base(Path(base), digest=verify) as new:
             if self._opened.layout.holds(Path(new.path)):
@@ -1005,7 +1077,7 @@ class Store:
         for other in catalog.bases_at(old.path):
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
-            catalog.update(WorkRow, work.id, done_bytes=0)  # who knows what was merged into that file
+            catalog.update(WorkRow, work.id, done_bytes=0)  # nothing says what was merged into the file at the new path
 
     def prune(
         self,
@@ -1020,43 +1092,48 @@ class Store:
         keep_within: timedelta | None = None,
         zone: tzinfo = UTC,
         dry_run: bool = False,
-    ) -> list[Retention]:
-        """Drop the names of a volume's snapshots that no rule keeps. The rules are restic's; one that keeps is enough.
+    ) -> "list[Retention]":
+        """Drop the names of a volume's snapshots that no rule keeps. The rules are those of restic.
 
-        A name is dropped by `Volume.merge`: the head, clones and the snapshots that are kept read as before, and only data
-        that none of them needs goes. Each is durable before the next begins: after an error those before it are dropped.
+        A snapshot is kept if at least one rule keeps it, or if it is held. `Volume.merge` drops each of the other
+        names: the head, the clones and the snapshots that are kept read as before, and only data that none of them
+        needs is freed. Each name is durably dropped before the next one is. So after an error, the names before it are
+        dropped.
 
         Parameters
         ----------
         volume : str
-            The volume. It may be open in this store, and is opened for the time where it is not.
+            The volume. It may be open in this store. If it is not, it is opened for the time of the call.
         keep_last : int
-            Keep so many of the newest. Here and below -1 is all, and 0 is no rule.
+            Keep this many of the newest snapshots. For this and the following rules, -1 means all, and 0 means no rule.
         keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly : int
-            Of the last so many hours (days, weeks of ISO 8601, ...) that have snapshots, keep the newest of each; while there
-            are fewer of them, the oldest snapshot too.
+            Of the last hours (days, weeks of ISO 8601, ...) that have snapshots, take this many, and keep the newest
+            snapshot of each. If there are fewer of them, keep the oldest snapshot too.
         keep_within : datetime.timedelta, optional
-            Keep all that are at most so much older than the newest.
+            Keep all snapshots that are older than the newest one by at most this time.
         zone : datetime.tzinfo
-            The time zone whose clock says where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
+            The time zone that defines where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
         dry_run : bool
-            Drop nothing, and only say what would be.
+            Drop nothing, and only return what would be dropped.
 
         Returns
         -------
         list of Retention
-            One for each snapshot, in the order of taking; those that nothing kept are dropped. What somebody holds
-            is kept.
+            One for each snapshot, in the order in which they were taken. Those that nothing keeps are dropped.
 
         Raises
         ------
         VolumeNotFoundError
-            There is none of that name.
+            There is no volume of that name.
         ValueError
-            No rule is given, or one that cannot be.
+            No rule is given, or a rule is not valid.
         StateError
-            The volume is held by another process, or somebody took hold of a snapshot meanwhile.
+            Another process holds the volume, or a snapshot was renamed meanwhile.
         """
+
+        from onionskin.operations import prune
+        from onionskin.operations.prune import Rules
+
         rules = Rules(
             last=keep_last,
             hourly=keep_hourly,
@@ -1068,18 +1145,24 @@ class Store:
             zone=zone,
         )
         rules.check()
-        held = {hold.snapshot for hold in self.holds(volume)}
-        if dry_run:
-            return retained(self.snapshots(volume), rules, held=held)
+        found = [one for _, one in prune.planned(self._opened, volume, rules)]
+        if dry_run or all(one.kept_by for one in found):
+            return found
         handle = self._open_here(volume)
         if handle is not None:
-            return prune.prune(handle, rules, held)
+            return self._prune(handle, rules)
         with self.open(volume) as opened:
-            return prune.prune(opened._opened.to_write(), rules, held)
+            return self._prune(opened._opened.to_write(), rules)
+
+    def _prune(self, head: OpenHead, rules: "Rules") -> "list[Retention]":
+        from onionskin.operations import prune
+        from onionskin.operations.snapshots import merge
+
+        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, one.name, guid=one.guid))
 
     # ---- looking ----
 
-    def volumes(self, *, labels: "Mapping[str, str] | None" = None) -> list[VolumeInfo]:
+    def volumes(self, *, labels: "Mapping[str, str] | None" = None) -> "list[VolumeInfo]":
         """Return all volumes, or those that have some labels.
 
         Parameters
@@ -1090,12 +1173,15 @@ class Store:
         Returns
         -------
         list of VolumeInfo
-            By name, from one state of the store. Nothing is locked or opened.
+            The volumes, sorted by name, from one state of the store. Nothing is locked or opened.
         """
+
+        from onionskin.operations.listing import list_volumes
+
         return list_volumes(self._opened, labels or {})
 
-    def info(self, name: str) -> VolumeInfo:
-        """Return what one volume is, without opening it.
+    def info(self, name: str) -> "VolumeInfo":
+        """Return information about one volume, without opening it.
 
         Parameters
         ----------
@@ -1105,13 +1191,17 @@ class Store:
         Returns
         -------
         VolumeInfo
-            With the process that has it open for writing, if one has.
+            The description of the volume. It includes the process that has the volume open for writing, if there is
+            one.
 
         Raises
         ------
         VolumeNotFoundError
-            There is none of that name.
+            There is no volume of that name.
         """
+
+        from onionskin.operations.listing import volume_info
+
         return volume_info(self._opened, name)
 
     def snapshots(self, name: str) -> list[Snapshot]:
@@ -1125,102 +1215,115 @@ class Store:
         Returns
         -------
         list of Snapshot
-            In the order in which they were taken, whatever the clock did.
+            The snapshots in the order in which they were taken, even if the clock was set back.
 
         Raises
         ------
         VolumeNotFoundError
-            There is none of that name.
+            There is no volume of that name.
         """
         return list_snapshots(self._opened.catalog, self._opened.catalog.volume(name))
 
-    def tree(self) -> list[TreeNode]:
-        """Return what stands on what.
+    def tree(self) -> "list[TreeNode]":
+        """Return the tree of all bases and layers.
 
         Returns
         -------
         list of TreeNode
-            The bases, and the layers that stand on nothing, each with what stands on it as `children`.
+            The bases, and the layers that stand on nothing. The `children` of a node are the layers that stand on it.
         """
+
+        from onionskin.operations.listing import read_tree
+
         return read_tree(self._opened)
 
-    def usage(self, name: str) -> list[usages.Usage]:
+    def usage(self, name: str) -> "list[usages.Usage]":
         """Return what each snapshot of a volume holds.
 
         Parameters
         ----------
         name : str
-            The volume. It may be open: its head counts as far as it is durable.
+            The volume. It may be open; only the durable part of its head counts.
 
         Returns
         -------
         list of Usage
-            One of each snapshot, in bytes, oldest first; the last one, with snapshot None, is the head's.
+            One entry for each snapshot, in bytes, oldest first. The last entry, whose snapshot is None, is the head's.
 
         Raises
         ------
         VolumeNotFoundError
-            There is none of that name.
+            There is no volume of that name.
         FormatError
             A block map is damaged or missing.
         """
+
+        from onionskin.operations import usage as usages
+
         return usages.usage(self._opened, name)
 
     def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
-        """Return where two states of disks may differ: snapshots or a head, of one volume or across clones.
+        """Return where two states of disks may differ. A state is a snapshot or a head, and they may be of two volumes.
 
-        ``diff("web", "a", "b")`` compares two snapshots of a volume, ``diff("web", "a")`` one with the head, and
-        ``diff("golden@clean", "test-1@done")``, ``diff("golden@clean", "test-1")``, ``diff("golden@clean")`` name both.
+        ``diff("web", "a", "b")`` compares two snapshots of a volume, and ``diff("web", "a")`` compares a snapshot with
+        the head. ``diff("golden@clean", "test-1@done")`` compares snapshots of two volumes, ``diff("golden@clean",
+        "test-1")`` compares a snapshot with the head of another volume, and ``diff("golden@clean")`` compares it with
+        the head of its own volume.
 
         Parameters
         ----------
         name : str
-            The volume; or the first state, as ``"volume@snapshot"``.
+            The volume, or the first state as ``"volume@snapshot"``.
         a, b : str, optional
-            Snapshots, in any order, of that volume, or of any as ``"volume@snapshot"``; `b` None means the head as far as
-            it is durable. Behind a first state there is only `a`: the second one; None means the head of the first's volume.
+            If `name` is a volume, these are the two snapshots, in any order. Each is the name of a snapshot of that
+            volume, or any snapshot as ``"volume@snapshot"``. If `b` is None, the second state is the durable head.
+            If `name` is the first state, `a` is the second state and `b` is not given. If `a` is None, the second
+            state is the head of the volume of the first state.
 
         Returns
         -------
         array
-            Extents (offset, length, state) in bytes, sorted, apart from each other; `state` is what the second has
-            there: 0 HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different. Of two
-            that share neither a layer nor a base, as behind a flatten, that is all that either holds or its base may
-            hold: only maps are read. A second disk that is longer differs behind the end of the first
-            where something was written there.
+            Extents (offset, length, state) in bytes, sorted and separate. The `state` says what the second disk has
+            there: 0 HOLE, 1 DATA, 2 ZERO. Data that was written again with the same contents counts as different,
+            because only maps are read. Two states may share neither a layer nor a base, for example after a flatten.
+            They then differ wherever either of them or its base may hold data. If the second disk is longer than the
+            first, it differs behind the end of the first wherever something was written.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         FormatError
             A block map is damaged or missing.
         ValueError
             The arguments do not name two states.
         """
+
+        from onionskin.operations import usage as usages
+
         return usages.diff(self._opened, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
-        """Return which layer each part of a snapshot, or of the head as it is durable, comes from.
+        """Return which layer each part of a snapshot, or of the durable part of the head, comes from.
 
-        `Volume.layering` says what it holds. A volume that is open, here or elsewhere, is not disturbed.
+        `Volume.layering` describes the result. A volume that is open, here or elsewhere, is not disturbed.
 
         Parameters
         ----------
         name : str
             The volume.
         snapshot : str, optional
-            One of its snapshots; None: the head.
+            One of its snapshots. With None, the layering is that of the head.
 
         Returns
         -------
         Layering
-            Extents with depths, and the chain that the depths count in.
+            The extents with their depths, and the chain that the depths refer to.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
-            There is none of that name.
+            There is no volume or snapshot of that name.
         FormatError
             A block map is damaged or missing.
         """
@@ -1228,21 +1331,25 @@ class Store:
 
         return layering_of(self._opened, name, snapshot)
 
-    def check(self, *, repair: bool = False) -> list[usages.Problem]:
-        """Look for damage, in the catalog and in all files that it names; data blocks are not read.
+    def check(self, *, repair: bool = False) -> "list[usages.Problem]":
+        """Look for damage in the catalog and in all files that it names. Data blocks are not read.
 
         Parameters
         ----------
         repair : bool
-            Remove files that nothing names, and do the work that is pending, first; data is never mended.
+            First remove the files that nothing names, and do the pending work. Damaged data is never repaired.
 
         Returns
         -------
         list of Problem
-            What was found; each has a severity, "error" where data is at risk and "notice" where work is left. Empty where
-            all is well.
+            The problems that were found. Each has a severity: "error" if data is at risk, and "notice" if work is left.
+            The list is empty if all is well.
         """
-        self._opened.finish_work()  # what is under way here is no problem
+
+        from onionskin.operations import reclaim, staged_volumes
+        from onionskin.operations import usage as usages
+
+        self._opened.finish_work()  # work that is under way in this process is no problem
         if repair:
             self._opened.catalog.refuse_read_only()
             staged_volumes.drop_dead(self._opened)
@@ -1251,12 +1358,12 @@ class Store:
         return usages.check(self._opened)
 
     def close(self) -> None:
-        """Close the store, and the volumes that are still open in it. Idempotent."""
+        """Close the store, and the volumes that are still open in it. Further calls do nothing."""
         self._opened.close()
 
 
 def _open_again(path: str, trust: bool) -> Store:
-    """Open the store that was pickled; it must be there still."""
+    """Open the store that was pickled. It must still exist."""
     return Store(path, create=False, trust=trust)
 
 
@@ -1280,4 +1387,4 @@ def _check_size(size_bytes: int) -> int:
     return size_bytes
 
 
-__all__ = ["Store", "TreeNode", "VolumeInfo"]
+__all__ = ["Store"]

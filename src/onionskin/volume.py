@@ -1,8 +1,8 @@
 """A volume that is open for writing, or a read-only view of a snapshot or of a head.
 
-What must hold: reading and writing go straight to the data path, and to the new one once a revert has put that in the place
-of the old one. Here are only what a volume can do, and what it is asked with: storage/open_head.py has what is open, and
-operations/ has a module for each thing that is done to it.
+What must hold: reading and writing go straight to the data path. After a revert, they go to the data path that replaced
+the old one. This module only defines the interface of a volume: storage/open_head.py keeps what is open, and
+operations/ has a module for each thing that is done to a volume.
 """
 
 import io
@@ -16,7 +16,7 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, merge_into_base, snapshots
+from onionskin.operations import copy, export, losses, merge_into_base, snapshots
 from onionskin.operations import usage as usages
 from onionskin.operations.flatten import flatten
 from onionskin.operations.flush import flush
@@ -40,11 +40,13 @@ Result = TypeVar("Result")
 
 
 class Volume:
-    """One open volume. Made by `Store.create` and `Store.open`; a context manager that flushes and closes.
+    """One open volume.
 
-    Offsets and lengths are bytes; block indices count blocks of `block_size`. Reading and writing may be done from any
-    number of threads; operations on snapshots are one after the other. Nothing written is durable before `flush`,
-    `snapshot`, `resize` or `close`.
+    `Store.create` and `Store.open` make it. It is a context manager, which flushes and closes the volume at the end.
+
+    Offsets and lengths are bytes; block indices count blocks of `block_size`. Any number of threads may read and write.
+    Operations on snapshots run one after the other. What was written is durable only after `flush`, `snapshot`,
+    `resize` or `close`.
 
     Attributes
     ----------
@@ -59,7 +61,7 @@ class Volume:
         self._store = store
         self.block_size: int = opened.block_size
         self.wipe: str = opened.wipe
-        # Not found by way of `_opened` at each read or write: that would cost them some of their time.
+        # Each read and write uses this attribute, because a look-up by way of `_opened` would slow them down.
         opened.follow(self._follow)
         self._path: DataPath = opened.path
 
@@ -70,12 +72,12 @@ class Volume:
 
     @property
     def store(self) -> "onionskin.Store":
-        """The store that it was opened in."""
+        """The store in which the volume was opened."""
         return cast("onionskin.Store", self._store)
 
     @property
     def name(self) -> str:
-        """The volume's name, as it is now where somebody renamed it meanwhile."""
+        """The current name of the volume, also if the volume was renamed after it was opened."""
         return self._opened.name
 
     @property
@@ -85,7 +87,7 @@ class Volume:
 
     @property
     def writable(self) -> bool:
-        """Whether this is the head, and not a view of a snapshot."""
+        """Whether the volume is open for writing, rather than as a read-only view."""
         return self._opened.writable
 
     @property
@@ -102,10 +104,11 @@ class Volume:
         )
 
     def __getitem__(self, index: slice) -> bytes:
-        """Return the bytes of a slice, which is cut at the end of the disk as Python does; its step is 1.
+        """Return the bytes of a slice, whose step must be 1.
 
-        A number is refused: for a disk it could mean a byte as well as a block, and Python would read a disk byte by
-        byte where somebody loops over it by mistake.
+        A slice is cut at the end of the disk, as Python cuts slices elsewhere. An index that is a number is refused,
+        for two reasons: it could mean a byte as well as a block, and a loop over the volume by mistake would make
+        Python read the disk byte by byte.
         """
         if not isinstance(index, slice):
             raise TypeError("a disk is read by slices, such as volume[512:1024]; volume.read_blocks takes blocks")
@@ -123,9 +126,10 @@ class Volume:
     # ---- bytes ----
 
     def _again(self, failed: "DataPath", call: "Callable[[DataPath], Result]") -> Result:
-        """While a call's StateError is handled: run it on the data path that a revert put in place, or raise on.
+        """Repeat a call that raised StateError, on the data path that a revert put in place of the one that failed.
 
-        `read`, `readinto` and `write` come here only then: a closure for each call costs them a quarter of their time.
+        If there is no new data path, the error that is being handled is raised again. `read`, `readinto` and `write`
+        use this method only after an error, because a closure for each call would cost a quarter of the call's time.
         """
         if failed is self._path:
             raise
@@ -134,7 +138,7 @@ class Volume:
     def read(self, offset: int, length: int) -> bytes:
         """Return a range as bytes.
 
-        Any thread may call it, beside writers too.
+        Any thread may call it, also while others write.
 
         Parameters
         ----------
@@ -144,14 +148,14 @@ class Volume:
         Returns
         -------
         bytes
-            Exactly `length` of them.
+            Exactly `length` bytes.
 
         Raises
         ------
         ValueError
             The range passes the end of the volume.
         OSError
-            EIO where a file under the volume fails or was truncated.
+            EIO if a file of the volume cannot be read or was truncated.
         """
         path = self._path
         try:
@@ -160,28 +164,28 @@ class Volume:
             return self._again(path, lambda new: new.read(offset, length))
 
     def readinto(self, offset: int, buffer: "WritableBuffer") -> int:
-        """Fill a writable buffer with what the disk reads. Threads, alignment and errors are as for `read`.
+        """Fill a writable buffer with the bytes of a range. Threads, alignment and errors are as for `read`.
 
         Parameters
         ----------
         offset : int
-            Of the first byte.
+            Offset of the first byte.
         buffer : buffer
-            Writable and contiguous; all of it is filled.
+            A writable and contiguous buffer; all of it is filled.
 
         Returns
         -------
         int
-            The bytes that were read: the length of the buffer.
+            The number of bytes that were read, which is the length of the buffer.
 
         Raises
         ------
         ValueError
             The range passes the end of the volume.
         TypeError, BufferError
-            It is no buffer, it cannot be written to, or it is not contiguous.
+            The argument is no buffer, cannot be written to, or is not contiguous.
         OSError
-            EIO where a file under the volume fails or was truncated.
+            EIO if a file of the volume cannot be read or was truncated.
         """
         path = self._path
         try:
@@ -190,30 +194,31 @@ class Volume:
             return self._again(path, lambda new: new.readinto(offset, buffer))
 
     def write(self, offset: int, data: "ReadableBuffer") -> int:
-        """Write a buffer. It is durable after the next `flush`; the death of the process alone loses none of it.
+        """Write a buffer.
 
-        Any number of threads may write.
+        The data is durable after the next `flush`. If only the process dies before that, nothing is lost. Any number of
+        threads may write.
 
         Parameters
         ----------
         offset : int
-            Of the first byte; no alignment is needed, but a write of whole blocks reads nothing.
+            Offset of the first byte. No alignment is needed, but a write of whole blocks reads nothing.
         data : buffer
-            Contiguous. It must not change before the call returns.
+            A contiguous buffer. It must not change before the call returns.
 
         Returns
         -------
         int
-            The bytes that were written: the length of the buffer.
+            The number of bytes that were written, which is the length of the buffer.
 
         Raises
         ------
         ValueError
             The range passes the end of the volume.
         OSError
-            ENOSPC where the disk is full: the bytes before the failed block may be written, nothing else changed.
+            ENOSPC if the disk is full. The bytes before the block that failed may be written; nothing else changed.
         StateError
-            A view, closed, or poisoned by a failed sync.
+            The volume is a view, is closed, or was poisoned by a failed sync.
         """
         path = self._path
         try:
@@ -227,22 +232,22 @@ class Volume:
         Parameters
         ----------
         block_indices : sequence of int, or array of int
-            n indices in any order; one may come more than once.
+            n indices in any order. An index may occur more than once.
         out : array of uint8, optional
-            What to fill, of shape (n, block_size); contiguous. By default a new one.
+            The array to fill. It is contiguous and has the shape (n, block_size). By default a new array is made.
 
         Returns
         -------
         array of uint8
-            Of shape (n, block_size): the blocks in the order of the indices; `out` where that was given. A last block
-            that the disk cuts ends in zeros.
+            The blocks in the order of the indices, as an array of shape (n, block_size). It is `out` if that was given.
+            If the disk ends within its last block, the rest of that block is zero.
 
         Raises
         ------
         ValueError
             An index is not a block of the volume, or `out` has another shape.
         OSError
-            EIO where a file under the volume fails or was truncated.
+            EIO if a file of the volume cannot be read or was truncated.
         """
         return self._opened.on_path(lambda path: path.read_blocks(block_indices, out))
 
@@ -252,9 +257,9 @@ class Volume:
         Parameters
         ----------
         block_indices : sequence of int, or array of int
-            n indices in any order. Of one that is given twice the last one counts.
+            n indices in any order. If an index occurs twice, the last block given for it counts.
         data : buffer
-            n * block_size bytes, contiguous.
+            A contiguous buffer of n * block_size bytes.
 
         Raises
         ------
@@ -266,9 +271,9 @@ class Volume:
         self._opened.on_path(lambda path: path.write_blocks(block_indices, data))
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read zero, without writing zeros where whole blocks can be forgotten.
+        """Make a range read zero. Whole blocks are forgotten rather than overwritten with zeros.
 
-        Durable after the next `flush`. Any thread may call it.
+        The change is durable after the next `flush`. Any thread may call it.
 
         Parameters
         ----------
@@ -285,9 +290,10 @@ class Volume:
         self._opened.store.reserve.retry(lambda: self._opened.on_path(lambda path: path.zero(offset, length)))
 
     def trim(self, offset: int, length: int) -> None:
-        """Say that a range is not needed: it reads zero from now on, and its slots are freed at the next flush.
+        """Declare that a range is no longer needed: it reads zero from now on, and the next flush frees its slots.
 
-        Durable after that flush; with policy `zero` what was freed is overwritten by it. Any thread may call it.
+        The change is durable after that flush. With policy `zero`, the flush also overwrites the slots that it frees.
+        Any thread may call it.
 
         Parameters
         ----------
@@ -306,9 +312,9 @@ class Volume:
     def view(self, offset: int, length: int) -> "Bytes":
         """Return a range of a snapshot as a read-only array of uint8 over the segments' own pages.
 
-        The array keeps its files pinned, also past `close`: a head that it shows cannot be opened for writing before it is
-        gone. An access to it is outside the SIGBUS guard: a file that somebody
-        cuts short under it, or a medium that fails, ends the process.
+        The array keeps its files pinned, even after `close`. So if it shows a head, the head cannot be opened for
+        writing until the array is gone. The SIGBUS guard does not cover an access to the array: if one of its files is
+        cut short, or the medium fails, the access ends the process.
 
         Parameters
         ----------
@@ -318,7 +324,7 @@ class Volume:
         Returns
         -------
         array of uint8
-            `length` bytes, read-only. Nothing is copied, but where the range lies in more than 4,096 pieces.
+            A read-only array of `length` bytes. Nothing is copied, unless the range lies in more than 4,096 pieces.
 
         Raises
         ------
@@ -335,52 +341,56 @@ class Volume:
         Raises
         ------
         OSError
-            ENOSPC: nothing changed, it can be tried again. Any other failure of a sync poisons the volume.
+            With ENOSPC, nothing changed and the flush can be tried again. Any other failure of a sync poisons the
+            volume.
         """
         flush(self._opened)
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:
-        """Grow or, with `force`, shrink the disk. Durable on return; what is new reads zero.
+        """Grow or, with `force`, shrink the disk.
 
-        Other threads may read and write meanwhile.
+        The change is durable on return, and the new part of the disk reads zero. Other threads may read and write
+        meanwhile.
 
         Parameters
         ----------
         size : int or str
-            Bytes, or such as "20G": 1 byte to 64 TiB.
+            The new size, as a number of bytes or as a string such as "20G". It is from 1 byte to 64 TiB.
         force : bool
-            Shrink, and drop what is behind the new end. Snapshots keep it.
+            Allow the disk to shrink. What lies behind the new end is dropped from the disk, but snapshots keep it.
 
         Raises
         ------
         StateError
-            It would shrink and `force` is not given; or a view, or closed.
+            The disk would shrink and `force` is not given, or the volume is a view or is closed.
         ValueError
-            It is no size that a volume can have.
+            A volume cannot have this size.
         OSError
-            ENOSPC: the size is as it was.
+            With ENOSPC, the size is as it was.
         """
         resize(self._opened.to_write(), parse_size(size), force=force)
 
     def open_file(self) -> io.RawIOBase:
-        """Return the disk as a raw, unbuffered, seekable binary file, whose `flush` and `close` make durable.
+        """Return the disk as a raw, unbuffered, seekable binary file.
 
-        `io.BufferedRandom` over it makes small reads and writes cheap. It has no descriptor, and never changes the size.
+        Its `flush` and `close` make durable what was written. `io.BufferedRandom` over the file makes small reads and
+        writes cheap. The file has no descriptor, and never changes the size.
 
         Returns
         -------
         io.RawIOBase
-            Writable where the volume is. It works as long as the volume is open, and its `close` leaves that open.
+            A file that is writable if the volume is. It works as long as the volume is open, and closing the file does
+            not close the volume.
         """
         return DiskFile(self)
 
     def extents(self) -> "Extents":
-        """Return what is not the base's (or a hole). Any thread may call it.
+        """Return the parts of the disk that come from layers, and not from the base or a hole. Any thread may call it.
 
         Returns
         -------
         array
-            Extents (offset, length, state) in bytes, sorted, apart from each other; state 1 DATA, 2 ZERO.
+            Extents (offset, length, state) in bytes, sorted and separate. The state is 1 for DATA and 2 for ZERO.
         """
         return copy.extents(self._opened)
 
@@ -388,12 +398,15 @@ class Volume:
 
     @property
     def parent(self) -> Snapshot | None:
-        """The snapshot of this volume that the disk stands on, the last one on its branch or the one reverted to."""
+        """The snapshot of this volume that the disk stands on.
+
+        It is the last snapshot on the branch of the head, or the one that the volume was reverted to.
+        """
         return snapshots.parent_of(self._opened)
 
     @property
     def head_changed(self) -> bool:
-        """Whether anything was written, trimmed or resized since `parent`. Flushes, to know."""
+        """Whether anything was written, trimmed or resized since `parent`. Reading this flushes the volume first."""
         return snapshots.is_changed(self._opened)
 
     @property
@@ -402,32 +415,33 @@ class Volume:
         return list_snapshots(self._opened.store.catalog, self._opened.row)
 
     def snapshot(self, name: str | None = None, note: str = "", *, guid: str | None = None) -> Snapshot:
-        """Name the disk as it is now. Everything written before the call is in it, and durable on return.
+        """Give a name to the disk as it is now.
 
-        Other threads may read and write meanwhile; what they write while it runs may be in it or not.
+        The snapshot has everything that was written before the call, and is durable on return. Other threads may read
+        and write meanwhile. What they write during the call may or may not be in the snapshot.
 
         Parameters
         ----------
         name : str, optional
-            At most 255 bytes, without '/', '@' and control characters. By default the time in UTC, as
-            ``20261126T071101.123Z``: such names sort as they were taken, and of several in one millisecond each later one
-            has the next that is free.
+            At most 255 bytes, without '/', '@' and control characters. By default it is the time in UTC, such as
+            ``20261126T071101.123Z``. Such names sort in the order in which the snapshots were taken: if the name of a
+            millisecond is taken already, the next free one is used.
         note : str
-            Kept with it; at most 64 KiB.
+            A text that is kept with the snapshot; at most 64 KiB.
         guid : str, optional
-            32 hex digits; drawn where not given. `apply` keeps the one of the other store.
+            32 hex digits. By default the GUID is random. `apply` keeps the GUID of the other store.
 
         Returns
         -------
         Snapshot
-            What was taken.
+            The snapshot that was taken.
 
         Raises
         ------
         SnapshotExistsError
             The name is taken.
         OSError
-            ENOSPC: no snapshot was taken, the volume goes on.
+            With ENOSPC, no snapshot was taken, and the volume can be used as before.
         """
         name = None if name is None else check_name("snapshot", name)
         note = check_note(note)
@@ -437,42 +451,44 @@ class Volume:
     def revert(self, name: str) -> None:
         """Make the disk read as a snapshot again. What was written since the last snapshot is dropped.
 
-        The snapshot stays, and so do newer ones. Durable on return. Other threads' calls go on, on the old disk or on
-        the new one.
+        The snapshot stays, and so do newer ones. The change is durable on return. Calls of other threads go on, on the
+        old disk or on the new one.
 
         Parameters
         ----------
         name : str
-            A snapshot of this volume, on whatever branch.
+            A snapshot of this volume, on any branch.
 
         Raises
         ------
         SnapshotNotFoundError
-            There is none of that name.
+            There is no snapshot of that name.
         OSError
-            ENOSPC: the disk reads as before.
+            With ENOSPC, the disk reads as before.
         """
         snapshots.revert(self._opened.to_write(), name)
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
 
-        If the head descends from it, the disk reads as when the snapshot was taken. Durable on return. This is not TRIM, and
-        not what others call deleting a snapshot: that is `merge`.
+        If the head descends from the snapshot, the disk reads as it did when the snapshot was taken. The change is
+        durable on return. This is not TRIM. It is also not what other products call deleting a snapshot: that is
+        `merge`.
 
         Parameters
         ----------
         name : str
             A snapshot of this volume.
         recursive : bool
-            Drop the snapshots that were taken after it too.
+            Also drop the snapshots that were taken after it.
 
         Raises
         ------
         SnapshotNotFoundError
-            There is none of that name.
+            There is no snapshot of that name.
         StateError
-            A descendant has a name and `recursive` is not given, a clone needs one, or somebody holds one; some are listed.
+            Snapshots were taken after it and `recursive` is not given, or one of the snapshots to drop is held or is
+            needed by a clone. The message lists some of them.
         """
         snapshots.discard(self._opened.to_write(), name, recursive=recursive)
 
@@ -480,8 +496,8 @@ class Volume:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
-        children stays, without a name, until one is left. Durable on return. VMware, libvirt, ZFS and RBD call this
-        deleting a snapshot.
+        children stays, without a name, until only one child is left. The change is durable on return. VMware, libvirt,
+        ZFS and RBD call this deleting a snapshot.
 
         Parameters
         ----------
@@ -491,7 +507,7 @@ class Volume:
         Raises
         ------
         SnapshotNotFoundError
-            There is none of that name.
+            There is no snapshot of that name.
         """
         snapshots.merge(self._opened.to_write(), name)
 
@@ -510,22 +526,24 @@ class Volume:
         Parameters
         ----------
         upto : str, optional
-            A snapshot that the disk descends from. None: all that was written before the call.
+            A snapshot that the disk descends from. None means all that was written before the call.
         progress : callable, optional
-            Called with the bytes copied so far and in all, five times a second. What it raises cancels the merge: the
-            base holds a part of the data then, hidden by the layers. The volume works as before; the base by itself is
-            of no use until the merge is run again, which goes on where it was.
+            It is called five times a second, with the number of bytes copied so far and in all. An exception from it
+            cancels the merge. The base holds a part of the data then, which the layers hide, so the volume works as
+            before. The base by itself is of no use until the merge is run again. That merge goes on where this one
+            ended.
         threads : int
-            That copy; 0 chooses.
+            The number of threads that copy. With 0, the number is chosen.
         bytes_per_second : int
-            At most so many are written; 0 is no bound.
+            An upper bound for the rate of writing. With 0, there is none.
 
         Raises
         ------
         StateError
-            An older snapshot, another branch, a clone or another volume needs the base as it is (listed).
+            An older snapshot, another branch, a clone or another volume needs the base as it is. The message lists
+            them.
         OSError
-            ENOSPC: there is no room, checked before anything is written.
+            With ENOSPC, there is not enough room. This is checked before anything is written.
         """
         merge_into_base.merge_into_base(
             self._opened.to_write(), upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second
@@ -534,43 +552,46 @@ class Volume:
     def flatten(self, *, progress: Progress | None = None) -> None:
         """Copy all that the disk reads into the volume's own files, so that it needs no base and no other volume.
 
-        Durable on return. Other threads read and write meanwhile. Snapshots keep what they stand on.
+        The change is durable on return. Other threads read and write meanwhile. Snapshots keep what they stand on.
 
         Parameters
         ----------
         progress : callable, optional
-            Called with the bytes done and those in all, from time to time. What it raises ends the copy, and leaves the
-            volume as it was.
+            It is called from time to time, with the number of bytes done and in all. An exception from it ends the
+            copy, and leaves the volume as it was.
 
         Raises
         ------
         OSError
-            A file below could not be read to its end; or ENOSPC. The volume is as it was.
+            A file below the volume could not be read to its end, or there is no space (ENOSPC). The volume is as it
+            was.
         """
         flatten(self._opened.to_write(), progress=progress)
 
     def export(self, path: "AnyPath", *, progress: Progress | None = None) -> None:
-        """Write the disk as a raw image file, holes kept. Durable on return; a regular file that is there is replaced.
+        """Write the disk as a raw image file, which keeps the holes.
 
-        Other threads read, write and change the tree meanwhile: what was written before the call is in the image, and
-        nothing that was written after the disk was sealed for it.
+        The image is durable on return. A regular file at the path is replaced. Other threads read, write and change the
+        tree meanwhile. The image has what was written before the call, and nothing that was written after the disk was
+        sealed for the export.
 
         Parameters
         ----------
         path : path-like
-            Where to write it.
+            The path of the image.
         progress : callable, optional
-            Called with the bytes done and those in all, from time to time. What it raises ends the export, and no image
-            is left.
+            It is called from time to time, with the number of bytes done and in all. An exception from it ends the
+            export, and no image is left.
 
         Raises
         ------
         StateError
-            The path is a base, of whatever name; or a merge into the base is under way.
+            The path leads to a base, by any name, or a merge into the base is under way.
         ValueError
-            It leads into the store.
+            The path leads into the store.
         OSError
-            A file could not be read to its end; or ENOSPC. There is no image then, and what was there is unchanged.
+            A file could not be read to its end, or there is no space (ENOSPC). Then there is no image, and a file that
+            was at the path is unchanged.
         """
         export.export(self._opened, Path(path), replace=True, progress=progress)
 
@@ -580,7 +601,8 @@ class Volume:
         Parameters
         ----------
         a, b : str
-            Snapshots, in any order; `b` None means the head, which is flushed first.
+            Snapshots, in any order. If `b` is None, the second state is the head, which is flushed first if it is open for
+            writing.
 
         Returns
         -------
@@ -590,14 +612,18 @@ class Volume:
         Raises
         ------
         SnapshotNotFoundError
-            There is none of that name.
+            There is no snapshot of that name.
+        StateError
+            The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
         if b is None and self.writable:
             self.flush()
+        elif b is None and self._opened.snapshot_name is None:
+            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return usages.diff(self._opened.store, self._name_now(), a, b)
 
     def usage(self) -> "list[Usage]":
-        """Return what each snapshot holds and what discard or merge of it would free. A head is flushed first.
+        """Return what each snapshot holds, and what a discard or merge of it would free. A head is flushed first.
 
         Returns
         -------
@@ -611,18 +637,18 @@ class Volume:
     def layering(self) -> "Layering":
         """Return which layer each part of the disk comes from: (chain, extents).
 
-        A writable volume is flushed first, to know. Any thread may call it; what is written meanwhile may be in it.
+        A writable volume is flushed first. Any thread may call it. The result may include what is written meanwhile.
 
         Returns
         -------
         Layering
             `chain`, a tuple that describes the layers and the base by depth, and `extents`, a structured array of
-            (offset, length, state, depth) in order, without gaps; offsets and lengths are bytes.
+            (offset, length, state, depth) in order, without gaps. Offsets and lengths are bytes.
 
         Raises
         ------
         StateError
-            Closed, or poisoned.
+            The volume is closed or poisoned.
         ChainError
             The base is not the file that it was.
         """
@@ -636,14 +662,14 @@ class Volume:
         return read_layering(opened.store, lambda: opened.head)
 
     def _name_now(self) -> str:
-        """Look the name up: another process may have renamed the volume since it was opened."""
+        """Look the current name up, because another process may have renamed the volume since it was opened."""
         row = self._opened.store.catalog.volume_with_id(self._opened.row.id)
         return row.name if row else self.name
 
     # ---- the end ----
 
     def close(self) -> None:
-        """Flush, and give the volume up. Idempotent. Arrays made by `view` stay valid."""
+        """Flush and close the volume. Further calls do nothing. Arrays that `view` made stay valid."""
         self._opened.close()
 
 

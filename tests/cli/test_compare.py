@@ -1,12 +1,16 @@
 """Two disks are the same or not, whatever they are kept in; an error is never taken for a difference."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
+
+from onionskin.cli import compare
 
 Run = Callable[..., Result]
 
@@ -93,3 +97,28 @@ def test_an_image_that_reads_other_files_is_not_compared(run: Run, vms: Path, ra
     refused = run("compare", overlay, f"{vms}/web")
     assert refused.exit_code == 6
     assert "reads from another file" in refused.stderr
+
+
+@pytest.mark.parametrize("what", ["base", "image"])
+def test_what_changed_while_it_was_compared_is_neither_the_same_nor_different(
+    run: Run, vms: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert run("create", f"{vms}/over", "--base", raw).exit_code == 0
+    real = compare.first_difference
+
+    def write_first(*arguments: Any) -> int | None:
+        found = real(*arguments)
+        raw.write_bytes(b"later" + raw.read_bytes()[5:])
+        os.utime(raw, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(compare, "first_difference", write_first)
+    failed = run("compare", f"{vms}/over" if what == "base" else raw, f"{vms}/web")
+    assert (failed.exit_code, failed.stdout) == (6, "")
+    assert "changed" in failed.stderr
+
+
+def test_a_path_that_cannot_be_looked_at_is_no_difference(run: Run, vms: Path) -> None:
+    failed = run("compare", "a" * 300, f"{vms}/web")
+    assert failed.exit_code == 2
+    assert "File name too long" in failed.stderr

@@ -6,9 +6,15 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
+
+import onionskin
+from onionskin.cli.output import StandardStream
+from onionskin.exchange.block_devices import BlockDevice
+from onionskin.images import export_to_device
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -79,6 +85,77 @@ def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) ->
     assert "only a raw image can be written to a pipe" in refused.stderr
 
 
+def overwrite(base: Path) -> None:
+    with open(base, "r+b") as file:
+        file.write(b"later")
+    os.utime(base, ns=(1, 1))
+
+
+def test_an_image_to_stdout_is_not_whole_where_the_base_changed_meanwhile(
+    run: Run, spawn: Spawn, vms: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(os.urandom(4 << 20))
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    process = spawn("export", f"{vms}/over", "-", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # it has begun, and waits
+    overwrite(base)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert b"has changed" in said
+
+
+# ---- standard streams that do not wait, or have no buffer ----
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("verb", [["export", "-"], ["read", "0", "2M"], ["delta"]])
+def test_all_goes_through_a_stdout_that_takes_a_part_at_a_time(
+    run: Run, spawn: Spawn, vms: Path, verb: list[str], unbuffered: str
+) -> None:
+    data = os.urandom(2 << 20)
+    assert run("create", f"{vms}/full", "--size", "2M").exit_code == 0
+    assert run("write", f"{vms}/full", 0, input=data).exit_code == 0
+    assert run("snapshot", f"{vms}/full@a").exit_code == 0
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = spawn(verb[0], f"{vms}/full@a", *verb[1:], stdout=writer, env={"PYTHONUNBUFFERED": unbuffered})
+    os.close(writer)
+    with open(reader, "rb") as file:
+        got = file.read()
+    assert process.wait(60) == 0
+    if verb[0] == "delta":
+        assert run("create", f"{vms}/copy", "--size", "1M").exit_code == 0
+        assert run("apply", f"{vms}/copy", input=got).exit_code == 0
+        got = run("read", f"{vms}/copy", 0, "2M").stdout_bytes
+    assert got == data
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+def test_a_stdin_that_has_nothing_yet_has_not_ended(monkeypatch: pytest.MonkeyPatch, *, is_buffered: bool) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    late = [lambda: os.write(writer, b"late"), lambda: os.close(writer)]
+    wait = StandardStream._wait
+
+    def write_and_wait(stream: StandardStream) -> None:
+        late.pop(0)()
+        wait(stream)
+
+    monkeypatch.setattr(StandardStream, "_wait", write_and_wait)
+    with open(reader, "rb", -1 if is_buffered else 0) as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        stream = StandardStream("stdin")
+        assert [stream.read(4), stream.read(4)] == [b"late", b""]
+
+
+def test_a_full_disk_is_noticed_where_stdout_has_no_buffer(vms: Path, tmp_path: Path) -> None:
+    line = "ulimit -f 100; trap '' XFSZ; PYTHONUNBUFFERED=1 os export {vms}/web - > {out}"
+    done = shell(line, vms=vms, out=tmp_path / "out")
+    assert (done.returncode, done.stderr[:32]) == (1, b"onionskin: stdout: File too larg")
+
+
 # ---- block devices ----
 
 
@@ -108,6 +185,31 @@ def test_a_block_device_is_written_and_keeps_what_is_behind_the_disk(
     assert target.read_bytes() == b"clean" + bytes((1 << 20) - 5) + b"\1" * 4096
     assert run("import", target, f"{vms}/back").exit_code == 0
     assert run("read", f"{vms}/back", 0, 5).stdout == "clean"
+
+
+def test_a_block_device_has_no_whole_disk_where_the_base_changed_meanwhile(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(b"b" * (1 << 20))
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    with (
+        onionskin.Store(vms) as store,
+        store.open("over", mode="r") as over,
+        BlockDevice(device(1 << 20)) as target,
+        pytest.raises(onionskin.ChainError, match="has changed"),
+    ):
+        export_to_device(over, target, progress=lambda done, total: overwrite(base))
+
+
+def test_a_head_that_is_written_to_is_on_a_block_device_as_it_was(
+    run: Run, vms: Path, device: Callable[..., Path]
+) -> None:
+    with onionskin.Store(vms) as store, store.open("web") as web, BlockDevice(device(8 << 20)) as target:
+        web.resize("8M")
+        web.write(6 << 20, b"as it was")
+        export_to_device(web, target, progress=lambda done, total: web.write(6 << 20, b"later    "))
+    assert target.path.read_bytes()[6 << 20 : (6 << 20) + 9] == b"as it was"
 
 
 def test_a_block_device_is_not_written_without_a_yes(run: Run, vms: Path, device: Callable[..., Path]) -> None:

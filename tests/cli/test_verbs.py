@@ -279,3 +279,17 @@ def test_a_demo_whose_revert_did_nothing_fails(run: Run, monkeypatch: pytest.Mon
 def test_without_mkfs_the_demo_says_so_and_proves_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onionskin.measure.demo._program", lambda name: None)
     assert "mkfs.ext4 is not installed" in ok(run("demo", "--size", "16M"))
+
+
+def test_a_diff_is_json_lines_for_programs_that_read_lines(tmp_path: Path, run: Run) -> None:
+    vms = tmp_path / "vms"
+    with onionskin.Store(vms) as store, store.create("web", size="1M") as volume:
+        volume.snapshot("a")
+        volume.write(4096, b"x" * 8192)
+        volume.write(65536, b"y")
+        volume.snapshot("b")
+    lines = ok(run("diff", f"{vms}/web@a", f"{vms}/web@b", "--json-lines")).splitlines()
+    extents = as_json(run("diff", f"{vms}/web@a", f"{vms}/web@b", "--json"))["extents"]
+    assert [json.loads(line) for line in lines] == extents and len(lines) == 2
+    assert ok(run("diff", f"{vms}/web@a", f"{vms}/web@a", "--json-lines")) == ""
+    assert run("diff", f"{vms}/web@a", f"{vms}/web@b", "--json-lines", "--json").exit_code == 2

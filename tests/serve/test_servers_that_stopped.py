@@ -34,14 +34,22 @@ def stopped(server: Serve) -> Iterator[int]:
     "words", [["snapshot", "{}@a"], ["trim", "{}", "0", "4096"], ["stats", "{}"], ["read", "{}", "0", "1"]]
 )
 def test_a_verb_on_a_server_that_was_stopped_ends_and_says_which_process_it_is(
-    vms: Path, serve: Callable[..., Serve], monkeypatch: pytest.MonkeyPatch, words: list[str]
+    vms: Path,
+    serve: Callable[..., Serve],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    words: list[str],
 ) -> None:
     server = serve(f"{vms}/web")
     monkeypatch.setattr(frames, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(frames, "WORD_SECONDS", 0.05)
     with stopped(server) as pid:
         ended = onionskin(*(word.format(f"{vms}/web") for word in words), status=5)
         assert f"process {pid}, which serves volume 'web', has not answered" in ended.stderr
         assert ended.stderr.count("\n") == 1
+        assert [record.message for record in caplog.records] == [
+            f"waiting for process {pid}, which serves volume 'web': it is stopped; kill -CONT lets it go on (at most 0 s)"
+        ]
     monkeypatch.undo()
     onionskin("snapshot", f"{vms}/web@b")
 

@@ -1,10 +1,14 @@
-"""NumPy, which is imported with the first array and not with the package: the import takes longer than most verbs.
+"""Modules that are imported when they are first used: NumPy with the first array, logging with the first message.
 
-Modules write ``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as usual.
+A verb of the command line is a process, and would else spend most of its time on imports. Modules write
+``from onionskin.base.lazy import numpy`` (and tell type checkers ``import numpy``), and use it as usual.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import logging
 
 
 class Later:
@@ -17,6 +21,19 @@ class Later:
         value = getattr(importlib.import_module(self._module), name)
         setattr(self, name, value)  # from now on it is found without coming here
         return value
+
+
+class _LaterLogger:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module("logging").getLogger(self._name), attribute)
+
+
+def logger(name: str) -> "logging.Logger":
+    """Return the logger of a module; the module logging is imported with the first message."""
+    return cast("logging.Logger", _LaterLogger(name))
 
 
 numpy = Later("numpy")

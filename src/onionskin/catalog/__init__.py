@@ -1,7 +1,7 @@
-"""The catalog: the one truth for names and for the owner of each file.
+"""The catalog, which is the only source for names and for the owner of each file.
 
-`connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments` and `work` have a query for each question that
-other rooms ask; none of them writes SQL itself.
+The module `connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments` and `work` have a query for
+each question that other packages ask. No other package writes SQL itself.
 """
 
 from onionskin.catalog.queries import Catalog

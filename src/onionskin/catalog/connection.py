@@ -1,7 +1,7 @@
 """One connection to a store's catalog: its version, its transactions, and rows of any table.
 
-What is asked of a table is in the module of its subject: `volumes`, `snapshots`, `layers`, `segments`, `work`. Only the
-modules of this package use what takes an SQL condition here; all others use the queries that have names.
+The queries of a table are in the module of its subject: `volumes`, `snapshots`, `layers`, `segments`, `work`. Only the
+modules of this package use the methods that take an SQL condition; all others use the queries that have names.
 
 What must hold: every change of more than one row is one transaction. No row names a file before the transaction that
 connects row and file. An id or a lock byte is never used twice. A question about the tree is asked inside the
@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onionskin.base import forking
 from onionskin.base.modes import make_file
@@ -44,12 +43,15 @@ from onionskin.catalog.schema import (
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
 from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
+
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 
 
 class Connection:
-    """One connection to a store's catalog. All methods may be called by any thread."""
+    """One connection to a store's catalog. Any thread may call the methods."""
 
     def __init__(self, path: Path, *, create: bool, read_only: bool = False) -> None:
         self.path = path
@@ -58,7 +60,7 @@ class Connection:
         self._guard = threading.RLock()
         self._forked = False
         self._changing = False
-        self._is_unknown = False  # how a commit ended, as long as none was written over it
+        self._is_unknown = False  # whether a commit has an unknown outcome, and no later commit overwrote it yet
         self._lock_byte_taken = 0
         if not path.exists():
             if not create:
@@ -89,9 +91,9 @@ class Connection:
             )
 
     def _upgrade(self) -> None:
-        """Bring an older catalog up to this version, or find that another process just did.
+        """Bring an older catalog up to this version, unless another process has just done so.
 
-        Of one that may only be read, a private copy.
+        If the catalog may only be read, a private copy of it is upgraded.
         """
         if self.read_only and self._copy is None:
             self._connection.close()
@@ -124,7 +126,7 @@ class Connection:
         return found
 
     def sync_found(self) -> None:
-        """Make the visible commits durable: after a crash one may be visible that the next power loss would undo.
+        """Make the visible commits durable. After a crash, a visible commit may be one that a power loss would undo.
 
         A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that
         moved it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
@@ -138,10 +140,10 @@ class Connection:
                 return
             if time.monotonic() > deadline:
                 raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
-            time.sleep(0.001)  # by another process, and nothing tells us when that is done
+            time.sleep(0.001)  # another process does the checkpoint, and no event tells us when it is done
 
     def _checkpoint(self) -> bool:
-        """Sync the log, and move all that can be moved from it; True if another process is doing this now."""
+        """Sync the log, and move all that can be moved from it. Returns True if another process is doing this now."""
         with self._guard, self._errors():
             busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return bool(busy)
@@ -155,21 +157,21 @@ class Connection:
         Raises
         ------
         OSError
-            ENOSPC if the disk is full: nothing happened.
+            ENOSPC if the disk is full. The transaction did not happen.
         CommitUnknownError
-            It is not known whether it happened.
+            It is not known whether the transaction happened.
 
         Notes
         -----
-        An interrupt that comes while COMMIT runs is raised after it, and the transaction did happen then. So code that
-        undoes the work around a transaction first asks the catalog how the transaction ended.
+        An interrupt that arrives while COMMIT runs is raised after it, so the transaction has happened by then. Code
+        that undoes the work around a transaction therefore asks the catalog first how the transaction ended.
         """
         self.refuse_read_only()
         with self._transaction():
             yield
 
     def refuse_read_only(self) -> None:
-        """Raise OSError where the store may only be read."""
+        """Raise OSError if the store may only be read."""
         if self.read_only:
             number, why = why_not_written(self.path)
             raise OSError(number, f"the store is read-only: {why}", str(self.path.parent))
@@ -177,10 +179,10 @@ class Connection:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._guard, self._errors():
-            if self._changing:  # it would be rolled back, with all its changes so far
+            if self._changing:  # the outer transaction would be rolled back, with all its changes so far
                 raise AssertionError("a transaction was begun inside another one")
             stamp = os.urandom(16)
-            self._roll_back()  # a second interrupt left it open
+            self._roll_back()  # a second interrupt may have left a transaction open
             self._changing = True
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -202,10 +204,10 @@ class Connection:
             self._is_unknown = False
 
     def bury_unknown(self) -> None:
-        """Write over a commit of unknown outcome, if there was one: until then a crash may bring it back.
+        """Overwrite a commit of unknown outcome, if there was one. Until then, a crash may bring it back.
 
-        This must happen before the commit could do harm: before a head is opened for writing, and before a file is
-        freed that the commit names and no reader sees.
+        This must be done before the commit could do harm: before a head is opened for writing, and before a file is
+        freed that this commit may name, although no reader sees the commit.
         """
         if self._is_unknown and not self.read_only:
             with self._transaction():
@@ -216,7 +218,7 @@ class Connection:
             self._connection.execute("ROLLBACK")
 
     def _committed(self, stamp: bytes) -> bool:
-        """Whether a transaction whose COMMIT failed took effect after all: asked on a fresh connection."""
+        """Whether a transaction whose COMMIT failed took effect after all. A new connection is used to find out."""
         try:
             fresh = _connect(self.path)
             try:
@@ -231,12 +233,14 @@ class Connection:
             ) from error
 
     def _bury(self, error: sqlite3.Error) -> bool:
-        """Make sure that a transaction whose COMMIT failed does not come back after a crash; returns whether one could have.
+        """Make sure that a transaction whose COMMIT failed does not come back after a crash.
 
-        If all of it was written and only the sync failed, no reader sees it, since the log's index was not updated. But
-        a process that makes the index anew after a crash finds it whole in the log, under all later changes. The next
-        commit is written over it, so one is made at once. A write that failed, on a full disk too, left a part of a
-        transaction, which SQLite never takes for a whole one.
+        If the whole transaction was written and only the sync failed, no reader sees it, because the log's index was
+        not updated. But a process that makes the index anew after a crash would find the whole transaction in the log,
+        below all later changes. The next commit overwrites it, so one is made at once. If a write failed, on a full
+        disk for example, the log has only a part of the transaction, which SQLite never takes for a whole one.
+
+        Returns whether the transaction could have come back.
         """
         if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
             return False
@@ -286,14 +290,14 @@ class Connection:
             return of_others, self._connection.total_changes
 
     def close(self) -> None:
-        """Close the connection. Idempotent."""
+        """Close the connection. Further calls do nothing."""
         if not self._forked:
             self._connection.close()
             if self._copy:
                 self._copy.cleanup()
 
     def after_fork(self) -> None:
-        """In the child: leave the connection alone, and the lock that another thread of the parent may have held."""
+        """Mark the connection as unusable in a forked child, and replace the lock, which a parent's thread may hold."""
         self._forked = True
         if self._copy:
             self._copy._finalizer.detach()  # type: ignore[attr-defined]  # the parent removes it
@@ -307,7 +311,7 @@ class Connection:
         Raises
         ------
         FormatError
-            One of them breaks a condition.
+            One of the rows breaks a condition.
         """
         found = self._select(kind, condition, values)
         for *row, sound in found:
@@ -319,7 +323,7 @@ class Connection:
         return damaged(self.path, f"the row {_shown(id)} of {TABLES[kind]} has a value that none can have")
 
     def sound_rows(self, kind: type[Row], condition: str = "1", *values: Any) -> list[Row]:
-        """Return the sound rows: one bad row does not hide the others. `unsound_rows` returns the bad ones."""
+        """Return the sound rows, so that one bad row does not hide the others. `unsound_rows` returns the bad rows."""
         return [kind(*row) for *row, sound in self._select(kind, condition, values) if sound]
 
     def _select(self, kind: type[Row], condition: str, values: Iterable[Any]) -> list[Any]:
@@ -347,7 +351,7 @@ class Connection:
         return found[0] if found else None
 
     def values(self, kind: type, columns: str, condition: str = "1", *values: Any) -> list[tuple[Any, ...]]:
-        """Return columns of the sound rows, or SQL expressions of them: for a little of each of many rows."""
+        """Return some columns of the sound rows, or SQL expressions over them. This is cheaper than whole rows."""
         text = f"SELECT {columns} FROM {TABLES[kind]} WHERE coalesce({SOUND_ROW[kind]}, 0) AND {condition}"
         with self._guard, self._errors():
             return list(self._connection.execute(text, values))
@@ -393,7 +397,7 @@ class Connection:
     # ---- rows of any table ----
 
     def all_sound(self, kind: type[Row]) -> list[Row]:
-        """Return all sound rows of a table, in no order: one bad row does not hide the others."""
+        """Return all sound rows of a table, in no order. One bad row does not hide the others."""
         return self.sound_rows(kind)
 
     def insert(self, row: Row) -> None:
@@ -427,7 +431,10 @@ class Connection:
         return self.take_lock_bytes(1)[0]
 
     def take_lock_bytes(self, count: int) -> range:
-        """Hand out so many of them, none of them twice, even if the transaction fails: the caller may hold one."""
+        """Hand out `count` bytes of the lock file that were never used. Inside a transaction.
+
+        A byte is not handed out again even if the transaction fails, because the caller may hold its lock already.
+        """
         self._execute("UPDATE store SET next_lock_byte = max(next_lock_byte, ?) + ?", self._lock_byte_taken, count)
         with self._errors():
             (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
@@ -478,13 +485,13 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _make(path: Path) -> None:
-    """Make the catalog under another name and move it in place: a crash leaves a store or none.
+    """Make the catalog under another name and then move it to its place, so that a crash leaves a whole store or none.
 
-    The name is durable once the catalog is opened, together with the store's directories, which are older: to change
-    the journal mode SQLite makes a journal, and syncs the directory for it.
+    The name is durable once the catalog is opened, and so are the store's directories, which are older: to change the
+    journal mode, SQLite makes a journal and syncs the directory for it.
     """
     staged = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
-    # SQLite would let every user read it; it gives its log and its index the mode of this file.
+    # SQLite would make a file that every user can read. It gives its log and its index the mode of this file.
     os.close(make_file(staged))
     connection = sqlite3.connect(staged, isolation_level=None)
     try:

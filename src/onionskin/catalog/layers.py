@@ -1,4 +1,4 @@
-"""The queries about layers, about what they stand on, and about the bases under them.
+"""The queries about layers, about the layers below and above them, and about bases.
 
 What must hold: a condition on the ids of layers names each layer once, so that it is linear in its result.
 """
@@ -36,31 +36,31 @@ _SOUND_LAYER += " AND (layers.parent IS NULL OR layers.base IS NULL)"
 
 
 class Layers(Connection):
-    """The queries about layers and bases. Each raises FormatError where a row that it returns breaks a condition."""
+    """The queries about layers and bases. Each raises FormatError if a row that it returns breaks a condition."""
 
     # ---- layers by their ids ----
 
     def layer(self, id: bytes) -> LayerRow:
-        """Return a layer by id. A sound catalog has each layer that something names."""
+        """Return a layer by its id, which a row names. A sound catalog has every layer that a row names."""
         found = self.row(LayerRow, "id = ?", id)
         if found is None:
             raise FormatError(f"{self.path}: layer {id.hex()} is named but missing; restore the catalog from a copy")
         return found
 
     def layer_with_id(self, id: bytes | None) -> LayerRow | None:
-        """Return a layer by id, or None if it is gone, or if None was given."""
+        """Return a layer by its id, or None if the layer is gone or the id is None."""
         return self.row(LayerRow, "id = ?", id)
 
     def has_layer(self, id: bytes) -> bool:
-        """Whether there is a layer with this id; its row may be unsound."""
+        """Whether there is a layer with this id. Its row may be unsound."""
         return self.has(LayerRow, "id = ?", id)
 
     def layers_with_ids(self, ids: Iterable[bytes]) -> list[LayerRow]:
-        """Return those of these layers that exist, in no order."""
+        """Return the layers that have one of these ids, in no order."""
         return self.rows_in(LayerRow, "id", ids)
 
     def has_map(self, map_id: bytes) -> bool:
-        """Whether a layer has this map; the layer's row may be unsound."""
+        """Whether a layer has this map. The row of the layer may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
     def remove_layers(self, ids: Iterable[bytes]) -> None:
@@ -68,13 +68,13 @@ class Layers(Connection):
         self.delete_all(LayerRow, "id", ids)
 
     def remove_layer(self, id: bytes) -> None:
-        """Remove the row of a layer, which has no segment any more. Inside a transaction."""
+        """Remove the row of a layer that has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)
 
-    # ---- what stands on a layer ----
+    # ---- the layers above a layer ----
 
     def children_of(self, layer: bytes, *, at_most: int | None = None) -> list[LayerRow]:
-        """Return the layers that stand directly on a layer, in no order; no more than `at_most` of them."""
+        """Return the layers that stand directly on a layer, in no order, and no more than `at_most` of them."""
         if at_most is None:
             return self.rows(LayerRow, "parent = ?", layer)
         return self.rows(LayerRow, "parent = ? LIMIT ?", layer, at_most)
@@ -89,7 +89,7 @@ class Layers(Connection):
         return children[0] if len(children) == 1 else None
 
     def child_count(self, layer: bytes) -> int:
-        """Return how many layers stand directly on a layer, those with unsound rows included."""
+        """Return how many layers stand directly on a layer, including those with unsound rows."""
         return self.count(LayerRow, "parent = ?", layer)
 
     def has_unwritten_head_on(self, layer: bytes, map_bytes: int, *, besides: bytes) -> bool:
@@ -99,11 +99,11 @@ class Layers(Connection):
         )
 
     def layers_above(self, layer: bytes) -> list[LayerRow]:
-        """Return all layers that stand on this one, at any height, in no order; not the layer itself."""
+        """Return all layers that stand on this one, at any height, in no order. The layer itself is not among them."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_ABOVE})", layer)
 
     def parents(self) -> dict[bytes, tuple[bytes | None, bytes | None]]:
-        """Return (parent, base) of each layer that another one stands on, by its id; unsound rows are left out."""
+        """Return (parent, base) of each layer that has a child, by the layer's id. Unsound rows are left out."""
         found = self.values(LayerRow, "id, parent, base", "id IN (SELECT parent FROM layers WHERE parent IS NOT NULL)")
         return {id: (parent, base) for id, parent, base in found}
 
@@ -116,10 +116,10 @@ class Layers(Connection):
             | self.values_found(VolumeRow, "head", asked)
         )
 
-    # ---- what a layer stands on ----
+    # ---- the layers below a layer ----
 
     def chain(self, layer_id: bytes) -> list[LayerRow]:
-        """Return a layer and all below it, bottom first; an empty list if it is gone."""
+        """Return a layer and all layers below it, bottom first. The list is empty if the layer is gone."""
         columns = ", ".join(f"layers.{column}" for column in COLUMNS[LayerRow])
         text = f"{_CHAIN_IDS} SELECT {columns}, coalesce({_SOUND_LAYER}, 0) FROM up JOIN layers ON layers.id = up.id"
         with self._guard, self._errors():
@@ -148,7 +148,7 @@ class Layers(Connection):
         return layers[::-1]
 
     def crowded_in_chain(self, layer_id: bytes, segments: int) -> list[bytes]:
-        """Return the layers with more than `segments` sealed segments, of this layer and all below it."""
+        """Return the layers that have more than `segments` sealed segments, among this layer and all below it."""
         text = (
             f"{_CHAIN_IDS} SELECT up.id FROM up JOIN segments ON segments.layer = up.id WHERE segments.role = 'sealed' "
             "GROUP BY up.id HAVING count(*) > ?"
@@ -157,15 +157,15 @@ class Layers(Connection):
             return [id for (id,) in self._connection.execute(text, (layer_id, segments)).fetchall()]
 
     def unnamed_in_chain(self, layer: bytes) -> list[LayerRow]:
-        """Return those layers without a name that are this layer or below it, in no order. The chain must have an end."""
+        """Return the layers without a name among this one and all below it, in no order. The chain must have an end."""
         return self.rows(LayerRow, f"id IN ({LAYERS_BELOW}) AND {_UNNAMED}", layer)
 
     def layers_of_volume(self, volume: bytes) -> list[LayerRow]:
-        """Return a volume's head, its snapshots' layers and all that these stand on, in no order."""
+        """Return a volume's head, the layers of its snapshots, and all layers below these, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME})", volume, volume)
 
     def unnamed_of_volume(self, volume: bytes) -> list[LayerRow]:
-        """Return the sealed layers without a name that a volume's head or a snapshot of it stands on, in no order."""
+        """Return the sealed layers without a name among the `layers_of_volume`, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME}) AND sealed = 1 AND {_UNNAMED}", volume, volume)
 
     def only_children_over_volume(self, volume: bytes) -> list[LayerRow]:
@@ -185,7 +185,7 @@ class Layers(Connection):
         return found
 
     def base_with_id(self, id: bytes) -> BaseRow | None:
-        """Return a base by id, or None if it is gone."""
+        """Return a base by its id, or None if it is gone."""
         return self.row(BaseRow, "id = ?", id)
 
     def bases(self) -> list[BaseRow]:
@@ -197,11 +197,11 @@ class Layers(Connection):
         return self.rows(BaseRow, "path = ?", path)
 
     def bases_by_path(self) -> list[BaseRow]:
-        """Return all bases, in the order of their paths; unsound rows are left out."""
+        """Return all bases, in the order of their paths. Unsound rows are left out."""
         return self.sound_rows(BaseRow, "1 ORDER BY path")
 
     def base_paths(self) -> dict[bytes, str]:
-        """Return the path of each base, by its id; unsound rows are left out."""
+        """Return the path of each base, by its id. Unsound rows are left out."""
         return dict(self.values(BaseRow, "id, path"))
 
     def layers_standing_on(self, bases: Iterable[bytes]) -> list[LayerRow]:
@@ -209,7 +209,7 @@ class Layers(Connection):
         return self.rows_in(LayerRow, "base", bases)
 
     def is_base_needed(self, base: bytes) -> bool:
-        """Whether a layer stands directly on a base; the layer's row may be unsound."""
+        """Whether a layer stands directly on a base. The row of the layer may be unsound."""
         return self.has(LayerRow, "base = ?", base)
 
     def remove_base(self, id: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The catalog as all other rooms see it: one connection, and all that is asked by name."""
+"""The catalog as all other packages see it: one connection, and all queries that have names."""
 
 from onionskin.catalog.layers import Layers
 from onionskin.catalog.lineage import Lineage
@@ -9,4 +9,4 @@ from onionskin.catalog.work import Work
 
 
 class Catalog(Volumes, Snapshots, Layers, Segments, Lineage, Work):
-    """One connection to a store's catalog, with the queries of each subject. All methods may be called by any thread."""
+    """One connection to a store's catalog, with the queries of each subject. Any thread may call the methods."""

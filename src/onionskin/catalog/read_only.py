@@ -4,18 +4,20 @@ What must hold: nothing is made or written beside the catalog. Data that a crash
 the log has to be applied, or the schema upgraded, this is done to the copy.
 """
 
-import logging
 import os
-import shutil
 import sqlite3
-import tempfile
 from errno import EACCES, ENOSPC, EROFS
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from onionskin.base.lazy import logger
 from onionskin.catalog.sqlite_errors import translated
 from onionskin.errors import StateError
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import tempfile
+
+_log = logger(__name__)
 
 _TRIES = 5
 
@@ -55,6 +57,9 @@ def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.Temporary
 
 def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str]]":
     """Connect to a private copy of a catalog and its log, as they are now."""
+    import shutil
+    import tempfile
+
     directory = tempfile.TemporaryDirectory(prefix="onionskin-")
     try:
         copy = Path(directory.name) / path.name
@@ -69,8 +74,8 @@ def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory
         else:
             raise StateError(f"{path} was changed by another process each time that it was copied; try again")
         held = _log_of(copy).stat().st_size if _log_of(copy).exists() else 0
-        _log.log(
-            logging.WARNING if held else logging.INFO,
+        say = _log.warning if held else _log.info
+        say(
             "%s can only be read, so a private copy of it and of the %s bytes of its log is shown, as they are now",
             path,
             held,

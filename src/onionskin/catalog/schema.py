@@ -7,7 +7,7 @@ damaged page or a hostile file may hold anything.)
 
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.catalog.rows import (
@@ -150,8 +150,7 @@ UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """The condition of a value: in SQL, where {0} stands for the column, and as a Python predicate."""
 
     sql: str

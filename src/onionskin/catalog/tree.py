@@ -21,15 +21,17 @@ class Snapshot:
     Attributes
     ----------
     name : str
+        Its name.
     guid : str
-        32 hex digits that a delta stream keeps: the same snapshot in two stores.
+        32 hex digits. A delta stream keeps them, so the same snapshot has the same GUID in two stores.
     created : datetime.datetime
-        In UTC.
+        The time at which it was taken, in UTC.
     parent : str or None
-        The snapshot that it was taken after.
+        The name of the snapshot after which it was taken.
     note : str
+        Its note; an empty string if it has none.
     size_bytes : int
-        Size of the disk then.
+        The size of the disk at that time, in bytes.
     """
 
     name: str
@@ -116,7 +118,7 @@ def nearest_name(
 
 
 def descendants(catalog: Catalog, layer: bytes) -> set[bytes]:
-    """Return all layers that stand on this one, at any height; not the layer itself."""
+    """Return all layers that stand on this one, at any height. The layer itself is not among them."""
     return {row.id for row in catalog.layers_above(layer)}
 
 
@@ -132,7 +134,7 @@ def unnamed_of(catalog: Catalog, volume: bytes) -> list[bytes]:
 
 
 def unnamed_around(catalog: Catalog, layer: bytes | None) -> list[bytes]:
-    """Return a layer, and those without a name that it stands on or that it may be folded into."""
+    """Return a layer, and the layers without a name that it stands on or that it may be folded into."""
     around: list[bytes] = []
     below = layer
     while below is not None and (row := _unnamed(catalog, below, besides=layer)):
@@ -153,7 +155,7 @@ def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) ->
 
 
 def users_of(catalog: Catalog, layers: set[bytes], *, besides: Collection[bytes]) -> list[str]:
-    """Return the heads (`web-2`) and names (`web-2@clean`) on these layers of volumes that are not among `besides`."""
+    """Return the heads (`web-2`) and names (`web-2@clean`) that volumes not among `besides` have on these layers."""
     with catalog.reading():
         users = [row.name for row in catalog.volumes_with_heads(layers) if row.id not in besides]
         named = [row for row in catalog.snapshots_of_layers(layers) if row.volume not in besides]

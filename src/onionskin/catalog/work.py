@@ -1,7 +1,7 @@
-"""What is asked of the catalog about pending work: the merges into a base, and what is to be reclaimed.
+"""The queries about pending work: the merges into a base, and the files and slots that are to be reclaimed.
 
-All work but a merge into a base is to be reclaimed: files are to be freed, or slots of them. `rows.WorkRow` says what
-each kind is.
+All pending work other than a merge into a base frees something, either a file or slots of a file. `rows.WorkRow`
+describes each kind.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from onionskin.catalog.rows import WorkRow
 
 
 class Work(Connection):
-    """The queries about pending work. Each raises FormatError where a row that it returns breaks a condition."""
+    """The queries about pending work. Each raises FormatError if a row that it returns breaks a condition."""
 
     # ---- work of any kind ----
 
@@ -34,15 +34,15 @@ class Work(Connection):
         self._connection.executemany(f"INSERT INTO pending ({', '.join(columns)}) VALUES (?, ?, ?, ?)", noted)
 
     def work_with_id(self, id: int) -> WorkRow | None:
-        """Return work by id, or None if it was done, or is not to be done any more."""
+        """Return pending work by its id, or None if it was done or need not be done any more."""
         return self.row(WorkRow, "id = ?", id)
 
     def work_with_ids(self, ids: Iterable[int]) -> list[WorkRow]:
-        """Return what of this work is still to be done, in no order."""
+        """Return the part of this work that still has to be done, in no order."""
         return self.rows_in(WorkRow, "id", ids)
 
     def remove_work(self, id: int) -> None:
-        """Forget work that was done, or that is not to be done any more. Inside a transaction."""
+        """Forget work that was done or need not be done any more. Inside a transaction."""
         self.delete(WorkRow, "id = ?", id)
 
     def last_work(self) -> int:
@@ -58,9 +58,9 @@ class Work(Connection):
     # ---- merges into a base ----
 
     def base_merges(self) -> list[WorkRow]:
-        """Return the merges into a base that were begun and not ended, in no order; unsound rows are left out.
+        """Return the merges into a base that were begun and not ended, in no order. There seldom are any.
 
-        There seldom are any.
+        Unsound rows are left out.
         """
         return self.sound_rows(WorkRow, "kind = 'base-merge'")
 
@@ -74,10 +74,10 @@ class Work(Connection):
             for layer in layers:
                 self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
-    # ---- what is to be reclaimed ----
+    # ---- work that reclaims files and slots ----
 
     def reclaims(self, wipe: str | None = None) -> list[WorkRow]:
-        """Return what is to be reclaimed, of one wipe policy or of all, in the order in which it was noted.
+        """Return the work that reclaims something, of one wipe policy or of all, in the order in which it was noted.
 
         Unsound rows are left out.
         """
@@ -86,11 +86,11 @@ class Work(Connection):
         return self.sound_rows(WorkRow, "kind != 'base-merge' AND wipe = ? ORDER BY id", wipe)
 
     def has_reclaims(self, wipe: str | None = None) -> bool:
-        """Whether anything is to be reclaimed, of one wipe policy or of all; its row may be unsound."""
+        """Whether anything is to be reclaimed, with one wipe policy or with any. The row of the work may be unsound."""
         if wipe is None:
             return self.has(WorkRow, "kind != 'base-merge'")
         return self.has(WorkRow, "kind != 'base-merge' AND wipe = ?", wipe)
 
     def slot_work_of(self, segments: Iterable[bytes]) -> list[WorkRow]:
-        """Return the work on slots that is noted of these segments, in no order."""
+        """Return the pending work on slots of these segments, in no order."""
         return self.rows_in(WorkRow, "target", segments, "kind = 'scrub'")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
 from onionskin.base.sizes import parse_size
 from onionskin.errors import OnionskinError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from onionskin.control.client import LiveVolume
     from onionskin.store import Store
     from onionskin.volume import Volume
@@ -162,8 +163,10 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} names a snapshot where a volume is wanted", param, ctx)
         return name
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Offer directories until a store is reached, then the names in it."""
+        from click.shell_completion import CompletionItem
+
         directory, slash, last = incomplete.rpartition("/")
         store = Path(directory or "/")
         if not slash or not is_store(store):
@@ -185,8 +188,10 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]
         """Make a path of it."""
         return Path(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Let the shell offer directories."""
+        from click.shell_completion import CompletionItem
+
         return [CompletionItem(incomplete, type="dir")]
 
 

@@ -1,6 +1,7 @@
 """The verb compare: where two disks first differ, each a volume, a snapshot or an image file."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from onionskin.cli.output import json_option
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.comparison import RawFile, first_difference
 from onionskin.exchange.image_formats import READ, format_of
+from onionskin.images import reading, refuse_changed
 
 if TYPE_CHECKING:
     from onionskin.exchange.qemu_img import Image
@@ -33,8 +35,11 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, Name | Path):
             return value
         path = Path(value)
-        if path.is_file() or path.is_block_device():
-            return path
+        try:
+            if path.is_file() or path.is_block_device():
+                return path
+        except OSError as error:  # its status would be that of a difference
+            self.fail(f"{value}: {error.strerror}; check the path", param, ctx)
         if "/" not in value:
             self.fail(f"{value} does not exist as a file, and a volume is named STORE/VOLUME", param, ctx)
         return VOLUME_OR_SNAPSHOT.convert(value, param, ctx)
@@ -78,24 +83,30 @@ def compare(a: Name | Path, b: Name | Path, image_format: str | None, strict: bo
     A and B are volumes, snapshots or image files. Exit status 0 means that they read the same, and 1 that they differ;
     an error has status 2 or more. If the sizes differ, the shorter disk counts as zero behind its end.
     """
-    with _errors_are_no_difference(), ExitStack() as stack:
-        sides = [stack.enter_context(_opened(side, image_format)) for side in (a, b)]
-        sizes = [side.size_bytes for side in sides]
-        if strict and sizes[0] != sizes[1]:
-            at: int | None = min(sizes)
-        else:
-            with output.progress(f"compare {a} with {b}", as_json) as progress:
-                one, other = sides
-                if isinstance(one, RawFile | OpenVolume) and isinstance(other, RawFile | OpenVolume):
-                    at = first_difference(one, other, progress)
-                else:
-                    at = _by_qemu_img(sides, progress)
+    with _errors_are_no_difference():
+        at, sizes = _compared([a, b], image_format, strict=strict, as_json=as_json)
         value = {"same": at is None, "first_difference": at, "size_bytes": sizes}
         note = "" if sizes[0] == sizes[1] else f"; {a} has {sizes[0]} bytes, and {b} {sizes[1]}"
         said = "the same" if at is None else f"different from byte {at} on"
         output.show(as_json, value, lambda: f"{said}{note}")
     if at is not None:
         raise click.exceptions.Exit(DIFFERENT)
+
+
+def _compared(
+    disks: list[Name | Path], image_format: str | None, *, strict: bool, as_json: bool
+) -> tuple[int | None, list[int]]:
+    """Return where two disks first differ, or None, and their sizes; once it is known that neither changed meanwhile."""
+    with ExitStack() as stack:
+        sides = [stack.enter_context(_opened(disk, image_format)) for disk in disks]
+        sizes = [side.size_bytes for side in sides]
+        if strict and sizes[0] != sizes[1]:
+            return min(sizes), sizes
+        with output.progress(f"compare {disks[0]} with {disks[1]}", as_json) as progress:
+            one, other = sides
+            if isinstance(one, RawFile | OpenVolume) and isinstance(other, RawFile | OpenVolume):
+                return first_difference(one, other, progress), sizes
+            return _by_qemu_img(sides, progress), sizes
 
 
 @contextlib.contextmanager
@@ -112,7 +123,7 @@ def _errors_are_no_difference() -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(side: Name | Path, image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
     if isinstance(side, Name):
-        with side.open_store() as store, open_to_read(store, side) as volume:
+        with side.open_store() as store, open_to_read(store, side) as volume, reading(volume):
             yield OpenVolume(volume)
         return
     with open(side, "rb", buffering=0) as file:
@@ -123,7 +134,9 @@ def _opened(side: Name | Path, image_format: str | None) -> "Iterator[RawFile | 
             )
         kind = image_format or (found.name if found else "raw")
         if kind == "raw":
+            before = os.fstat(file.fileno())
             yield RawFile(file.fileno())
+            refuse_changed(file.fileno(), before, str(side))
             return
     from onionskin.exchange.qemu_img import Image
 

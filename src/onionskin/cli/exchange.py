@@ -28,7 +28,7 @@ from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_store, snapshot_value
 from onionskin.cli.volumes import volume_value
 from onionskin.exchange.image_formats import KNOWN, SUFFIXES
-from onionskin.images import FORMATS, export_image, export_to_device, import_image, refuse_device
+from onionskin.images import FORMATS, export_image, export_to_device, import_image, reading, refuse_device
 
 if TYPE_CHECKING:
     from onionskin.delta import Readable
@@ -165,9 +165,9 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
         output.StandardStream("stdout").refuse_closed()
     with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
-        with _stream_to(image) as out, output.progress(f"export {name}", as_json) as progress:
+        with _stream_to(image) as out, reading(volume) as disk, output.progress(f"export {name}", as_json) as progress:
             for at in range(0, size_bytes, _CHUNK_BYTES):
-                piece = volume.read(at, min(_CHUNK_BYTES, size_bytes - at))
+                piece = disk.read(at, min(_CHUNK_BYTES, size_bytes - at))
                 out.write(piece)
                 if progress is not None:
                     progress(at + len(piece), size_bytes)

@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -23,7 +22,6 @@ from typing import Any, TextIO
 
 import click
 from click.exceptions import Abort, Exit
-from click.shell_completion import shell_complete
 
 from onionskin.cli import output, verbs
 from onionskin.errors import (
@@ -233,6 +231,10 @@ class Verbs(click.Group):
         """Run one command line and exit; never returns."""
         instruction = os.environ.get("_ONIONSKIN_COMPLETE")
         if instruction:
+            from click.shell_completion import shell_complete
+
+            from onionskin.cli import completion  # noqa: F401  it tells click of its bash
+
             sys.exit(shell_complete(self, {}, "onionskin", "_ONIONSKIN_COMPLETE", instruction))
         for of_click in ("standalone_mode", "complete_var", "windows_expand_args"):
             extra.pop(of_click, None)
@@ -265,6 +267,8 @@ class Verbs(click.Group):
             return status_of(ended)
         except (OnionskinError, OSError, ValueError, MemoryError) as error:
             if os.environ.get("ONIONSKIN_TRACEBACK"):
+                import traceback
+
                 traceback.print_exc()
             say(line_of(error))
             return status_of(error)

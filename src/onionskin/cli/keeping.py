@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from onionskin.cli import output
-from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, snapshot_value
 
@@ -121,17 +122,15 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
     The rules are restic's, and one that keeps is enough. What is held is kept. A name is dropped as by merge: the disk,
     clones and the snapshots that stay read as before.
     """
-    from onionskin.operations.prune import retained
+    from onionskin.operations import prune as of_store
 
     rules = _rules(keep, time_zone)
-    with name.open_store() as store:
-        held = {one.snapshot for one in store.holds(name.volume)}
-        found = retained(store.snapshots(name.volume), rules, held=held)
-    if not dry_run and any(not one.kept_by for one in found):
-        with name.open_volume() as (_, volume):
-            for one in found:
-                if not one.kept_by:
-                    volume.merge(one.snapshot)
+    with name.open_store() as store, live(store, name.volume) or nullcontext() as served:
+        if served is None or dry_run:
+            found = store.prune(name.volume, **keep, zone=rules.zone, dry_run=dry_run)
+        else:
+            merge = served.merge
+            found = of_store.prune(store._opened, name.volume, rules, lambda one: merge(one.name, guid=one.guid))
     value = [
         {"snapshot": one.snapshot, "created": output.timestamp(one.created), "kept_by": list(one.kept_by)}
         for one in found

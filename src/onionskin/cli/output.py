@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -72,19 +73,42 @@ class StandardStream:
         self._file = (sys.stdin if name == "stdin" else sys.stdout).buffer
 
     def read(self, size: int = -1) -> bytes:
-        """Read as a file does."""
+        """Read as a file does; b"" is the end, and never that there is nothing yet."""
         with naming(self.name):
-            return self._file.read(size)
+            while (data := self._file.read(size)) is None:
+                self._wait()
+            return data
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> int:
-        """Write as a file does."""
+        """Write all of it. The file underneath may take less, where it has no buffer (PYTHONUNBUFFERED) or does not wait."""
+        rest = memoryview(data).cast("B")
         with naming(self.name):
-            return self._file.write(data)
+            while rest:
+                try:
+                    taken = self._file.write(rest)
+                except BlockingIOError as full:
+                    taken = full.characters_written
+                rest = rest[taken or 0 :]
+                if not taken:
+                    self._wait()
+        return len(data)
 
     def flush(self) -> None:
         """Pass on all written bytes."""
         with naming(self.name):
-            self._file.flush()
+            while True:
+                try:
+                    self._file.flush()
+                except BlockingIOError:
+                    self._wait()
+                else:
+                    return
+
+    def _wait(self) -> None:
+        """Wait until it is ready: who started us, or shares a terminal or a pipe with us, may have made it non-blocking."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN if self.name == "stdin" else select.POLLOUT)
+        poll.poll()
 
     def refuse_closed(self) -> None:
         """Raise EBADF where it is closed, or not open this way: before anything is made for it."""

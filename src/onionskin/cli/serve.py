@@ -83,6 +83,11 @@ class Log:
     help="'any' lets other machines in without --tls-ca.",
 )
 @click.option("--allow-revert", is_flag=True, help="Let revert change the disk under connected clients.")
+@click.option(
+    "--dirty-bitmap",
+    metavar="SNAPSHOT",
+    help="List the qemu:dirty-bitmap context of that snapshot alone, for backup clients that want one.",
+)
 @click.option("--connections", type=click.IntRange(1, 4096), default=64, show_default=True, help="Clients at a time.")
 @click.option("--in-flight", type=SIZE, default="64M", show_default=True, help="Bytes under way for one client.")
 @click.option(
@@ -102,6 +107,7 @@ def serve(
     tls_psk: Path | None,
     tls_clients: str,
     allow_revert: bool,
+    dirty_bitmap: str | None,
     connections: int,
     in_flight: int,
     idle: int,
@@ -123,7 +129,7 @@ def serve(
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
-    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted())
+    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted(), listed_bitmap=dirty_bitmap)
     try:
         # Sockets first: their errors show before a volume is opened, which may have work left to do.
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)

@@ -238,17 +238,24 @@ def merge(name: Name, into_base: bool, threads: int, rate: int | None, as_json: 
 @click.command()
 @click.argument("a", type=SNAPSHOT, metavar="STORE/VOLUME@A")
 @click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
+@click.option("--json-lines", "as_lines", is_flag=True, help="Print each extent as JSON on a line of its own.")
 @trust_option
 @json_option
-def diff(a: Name, b: Name, as_json: bool) -> None:
+def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
     """Show what changed between two snapshots, or up to a head.
 
     Both may be of different volumes of a store, such as a snapshot and a clone of it. Only what the volumes hold is
     looked at: what was written again with the same contents counts as changed.
     """
+    if as_lines and as_json:
+        raise click.UsageError("--json and --json-lines do not go together")
     same_store(a, b)
     with a.open_store() as store:
         extents = _diff(store, a, b)
+    if as_lines:
+        for offset, length, state in extents:
+            output.echo(output.as_json_line({"offset": offset, "length": length, "state": output.STATES[state]}))
+        return
     changed = sum(length for _, length, _ in extents)
     value = {
         "from": a.snapshot,
@@ -272,6 +279,8 @@ def diff(a: Name, b: Name, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
+    from onionskin.operations.losses import has_unflushed
+
     start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
         found = store.diff(start, f"{b.volume}@{b.snapshot}")
@@ -279,6 +288,8 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
         find_snapshot(store.snapshots(a.volume), a)
         # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
         served = live(store, b.volume)
+        if served is None and has_unflushed(store._opened, store._opened.catalog.volume(b.volume).id):
+            store.open(b.volume).close()  # what a writer that died left becomes durable, and is in the map
         with served or open_to_read(store, b) as volume:
             if a.volume == b.volume:
                 found = volume.diff(a.required_snapshot, None)

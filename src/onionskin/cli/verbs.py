@@ -1,6 +1,5 @@
 """What the verbs are for, which one is meant by a word that is none, and the verb help."""
 
-import difflib
 from collections.abc import Iterable
 
 import click
@@ -42,6 +41,8 @@ def suggestion(word: str, verbs: Iterable[str]) -> str:
     called = _CALLED.get(word.lower())
     if called is not None:
         return f": here that is onionskin {called}"
+    import difflib
+
     near = difflib.get_close_matches(word.lower(), list(verbs), n=1, cutoff=0.7)
     return f": did you mean {near[0]}?" if near else ""
 

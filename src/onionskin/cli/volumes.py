@@ -32,8 +32,9 @@ from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.control.client import LiveVolume
+    from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
-    from onionskin.store import Store, TreeNode, VolumeInfo
+    from onionskin.store import Store
     from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)

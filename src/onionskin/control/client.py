@@ -3,19 +3,22 @@
 `LiveVolume` has the methods of `onionskin.Volume` that work on a served volume, and they raise the same errors. It has
 no methods for operations that it cannot do (write, flatten, apply).
 
-A server reports every few seconds that an operation goes on. If a server says nothing for SILENCE_SECONDS, it was
-stopped or hangs, and the caller gets a StateError that names its process.
+A server reports every few seconds that an operation goes on. If a server says nothing for WORD_SECONDS, a warning says
+which process is waited for. If it says nothing for SILENCE_SECONDS, it was stopped or hangs, and the caller gets a StateError
+that names its process.
 """
 
 import base64
+import select
 import socket
 import threading
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.lazy import dtypes
+from onionskin.base.lazy import dtypes, logger
 from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_unix, credentials_of
 from onionskin.catalog.tree import Snapshot
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 else:
     from onionskin.base.lazy import numpy
+
+
+_log = logger(__name__)
 
 
 def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
@@ -66,7 +72,7 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
 
 
 def find(store: Store, name: str) -> "LiveVolume | None":
-    """Connect to the server of a volume, or return None where no server holds it."""
+    """Connect to the server of a volume, or return None if no server holds it."""
     row = store._opened.catalog.volume(name)
     holder = volume_holder(store._opened.layout.volume_lock(row.id))
     if holder is None:
@@ -85,6 +91,15 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         return live
     live.close()
     return find(store, name)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (SIGSTOP, SIGTSTP) or a debugger; false where /proc does not say."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"T", b"t")
 
 
 def _silent(name: str, pid: int) -> str:
@@ -160,7 +175,7 @@ class LiveVolume:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
     def _cancel(self) -> None:
-        """Ask for an end and wait for it, so that the next call finds the volume free. The connection is spent."""
+        """Cancel the operation, wait until it has ended, and close the connection, so that the volume is free."""
         with suppress(OSError, FormatError, StateError, KeyboardInterrupt):
             frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
             while not self._receive().keys() & {"result", "error"}:
@@ -168,6 +183,7 @@ class LiveVolume:
         self._connection.close()
 
     def _receive(self) -> dict[str, Any]:
+        self._say_whom_it_waits_for()
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
         except TimeoutError:
@@ -175,6 +191,19 @@ class LiveVolume:
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply
+
+    def _say_whom_it_waits_for(self) -> None:
+        """Wait for the first byte of a reply, and log a warning if it takes long."""
+        arrives = select.poll()
+        arrives.register(self._connection, select.POLLIN)
+        if self._connection.gettimeout() is not None and not arrives.poll(frames.WORD_SECONDS * 1000):
+            _log.warning(
+                "waiting for process %s, which serves volume %r: it is %s (at most %.0f s)",
+                self._pid,
+                self.name,
+                "stopped; kill -CONT lets it go on" if is_stopped(self._pid) else "silent, and may hang on its disk",
+                frames.SILENCE_SECONDS,
+            )
 
     # ---- looking ----
 
@@ -372,7 +401,9 @@ class LiveVolume:
         self._call("revert", name=name)
 
     def discard(self, name: str, *, recursive: bool = False) -> None:
-        """Drop a snapshot and all that was written after it; if the disk stands on it, as `revert`. Durable on return.
+        """Drop a snapshot and all that was written after it. Durable on return.
+
+        If the disk stands on the snapshot, it changes as with `revert`.
 
         Parameters
         ----------
@@ -390,20 +421,22 @@ class LiveVolume:
         """
         self._call("discard", name=name, recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: str, *, guid: str | None = None) -> None:
         """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
 
         Parameters
         ----------
         name : str
             A snapshot of this volume.
+        guid : str, optional
+            Only where the name is still that of the snapshot with this GUID; else StateError is raised.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
         """
-        self._call("merge", name=name)
+        self._call("merge", name=name, guid=guid)
 
     def rename(self, new_name: str) -> None:
         """Give the volume another name: connected clients go on, later clients ask for the new name.
@@ -442,7 +475,7 @@ class LiveVolume:
         threads : int
             The number of threads that copy; 0 lets the server choose.
         bytes_per_second : int
-            The bound of the bytes written in a second; 0: no bound.
+            The largest number of bytes to write in a second; 0: no limit.
 
         Raises
         ------

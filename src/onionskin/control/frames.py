@@ -23,6 +23,7 @@ VERSION = 1
 # While an operation runs, the server reports regularly that it is alive; a caller that hears nothing for much longer
 # gives up.
 ALIVE_SECONDS = 2.0
+WORD_SECONDS = 3 * ALIVE_SECONDS / 2  # of silence, after which a caller is told that it waits, and for whom
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 18
@@ -37,7 +38,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,)},
     "discard": {"name": (str,), "recursive": (bool,)},
-    "merge": {"name": (str,)},
+    "merge": {"name": (str,), "guid": (str, NoneType)},
     "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},
@@ -67,7 +68,7 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) -> None:
-    """Send one frame; ValueError if it would be longer than the other end takes."""
+    """Send one frame. Raise ValueError if it would be longer than the other end accepts."""
     text = json.dumps(value, separators=(",", ":")).encode()
     if len(text) > bytes_max:
         raise ValueError(f"a message of {len(text)} bytes is longer than the {bytes_max} that the control socket takes")
@@ -75,12 +76,12 @@ def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) ->
 
 
 def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
-    """Receive one frame; None if the other end has gone.
+    """Receive one frame. Return None if the other end has disconnected.
 
     Raises
     ------
     FormatError
-        It is no frame, or too long.
+        The bytes are not a frame, or the frame is too long.
     """
     head = _exactly(connection, _LENGTH.size)
     if head is None:
@@ -105,7 +106,7 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
     while length:
         try:
             part = connection.recv(min(length, 1 << 16))
-        except ConnectionResetError:  # it closed with something unread
+        except ConnectionResetError:  # the other end closed with something unread
             return None
         if not part:
             return None
@@ -118,7 +119,7 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
 
 
 def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Make a request of the arguments of a method; refuse those that JSON, or the server, would not take.
+    """Make a request from the arguments of a method. Refuse arguments that JSON or the server does not accept.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the verb and the arguments of a request that is well formed; else raise."""
+    """Return the verb and the arguments of a request. Raise an error if it is not well formed."""
     if request.get("version") != VERSION:
         raise StateError(
             f"this server speaks version {VERSION} of the control protocol, not {request.get('version')!r}; use "
@@ -175,7 +176,7 @@ def _fault_of(value: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """Write a value for a message, not more than a line of it."""
+    """Write a value for a message, cut off after 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -195,7 +196,7 @@ def pack_error(error: BaseException) -> dict[str, Any]:
 
 
 def unpack_error(value: Any) -> BaseException:
-    """Make the error that the other end described."""
+    """Make the error that `pack_error` described at the other end."""
     if not isinstance(value, dict):
         return FormatError("the server answered with an error that cannot be read; are both of one version?")
     kind, message = value.get("class"), str(value.get("message"))
@@ -209,10 +210,10 @@ def unpack_error(value: Any) -> BaseException:
 
 
 def pack_snapshot(snapshot: Snapshot | None) -> dict[str, Any] | None:
-    """Describe a snapshot."""
+    """Describe a snapshot in a form that JSON can hold."""
     return None if snapshot is None else asdict(snapshot) | {"created": snapshot.created.isoformat()}
 
 
 def unpack_snapshot(value: Any) -> Snapshot:
-    """Make the snapshot that was described."""
+    """Make the snapshot that `pack_snapshot` described."""
     return Snapshot(**(value | {"created": datetime.fromisoformat(value["created"])}))

@@ -25,6 +25,7 @@ from onionskin.base.modes import file_mode
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
+from onionskin.operations import snapshots
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
@@ -47,27 +48,27 @@ class Served(Protocol):
         """Whether the disk may change under its clients."""
 
     def info(self) -> dict[str, Any]:
-        """Describe it, and where it is served."""
+        """Describe the volume, and say where it is served."""
 
     def stats(self) -> dict[str, Any]:
         """Return counters and connections."""
 
     def rename(self, new_name: str) -> None:
-        """Give it another name, to clients as well."""
+        """Give the volume another name, in the catalog and for clients."""
 
     def without_views(self, names: set[str] | None) -> AbstractContextManager[None]:
-        """Close the views of these snapshots (None: of all) for the time of an operation: a context manager."""
+        """Keep views of these snapshots (None: of all) closed while the context is active."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Hold all requests of clients back for the time of an operation."""
+        """Hold all requests of clients back while the context is active."""
 
 
 class Cancelled(KeyboardInterrupt):
-    """The caller went away, or asked for an end."""
+    """The caller disconnected, or cancelled the operation."""
 
 
 def may_connect(uid: int, owner: int) -> bool:
-    """Whether a process of user `uid` may use the control socket of a server that user `owner` runs."""
+    """Return whether a process of user `uid` may use the control socket of a server that user `owner` runs."""
     return uid in (owner, 0)
 
 
@@ -99,7 +100,7 @@ class ControlSocket:
                 connection.shutdown(socket.SHUT_RD)
 
     def join(self, seconds: float) -> None:
-        """Wait for the replies of operations that ran when it was closed."""
+        """Wait until the operations that ran when it was closed have sent their replies."""
         with self._guard:
             threads = list(self._sessions)
         for thread in threads:
@@ -112,7 +113,7 @@ class ControlSocket:
             except OSError as error:
                 if self._closing.is_set():
                     return
-                # No descriptors are left, or no memory: that passes, and must not spin.
+                # No descriptors or no memory is left. Wait a little, so that this loop does not spin.
                 self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
                 self._closing.wait(ACCEPT_AGAIN_SECONDS)
                 continue
@@ -129,7 +130,7 @@ class ControlSocket:
     def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
         try:
             thread.start()
-        except RuntimeError:  # no thread may be started, or no memory is left: the next one may have more luck
+        except RuntimeError:  # the process may start no more threads, or has no memory: a later connection may succeed
             with self._guard:
                 del self._sessions[thread]
             self._refuse(connection, "the server could start no thread for it; try again later")
@@ -150,14 +151,14 @@ class ControlSocket:
             with connection:
                 _Session(connection, self._served, self._log, f"process {pid} of user {uid}").run()
         except OSError:
-            pass  # the other end went away; its operation was cancelled
+            pass  # the other end disconnected, and its operation was cancelled
         finally:
             with self._guard:
                 del self._sessions[threading.current_thread()]
 
 
 class _Session:
-    """One connection. Each public method is a verb, and returns what JSON can hold."""
+    """One connection. Each public method is a verb, and returns a value that JSON can hold."""
 
     def __init__(self, connection: socket.socket, served: Served, log: Callable[[str], None], peer: str) -> None:
         self._connection = connection
@@ -165,7 +166,7 @@ class _Session:
         self._log = log
         self._peer = peer
         self._sending = threading.Lock()
-        self._is_busy = False  # with an operation: then the caller hears that the server is alive
+        self._is_busy = False  # while an operation runs, the caller is told regularly that the server is alive
         self._ended = threading.Event()
 
     @property
@@ -184,9 +185,9 @@ class _Session:
             living.join()
 
     def _say_that_we_live(self) -> None:
-        """Tell the caller that its operation goes on. Never waits for a caller that takes nothing."""
+        """Tell the caller regularly that its operation goes on. Never wait for a caller that does not read."""
         while not self._ended.wait(frames.ALIVE_SECONDS):
-            with self._sending, suppress(OSError, ValueError):  # it is gone: the code that answers it will notice
+            with self._sending, suppress(OSError, ValueError):  # if the caller has gone, _answer_all notices it
                 if self._is_busy and select.select([], [self._connection], [], 0)[1]:
                     frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
 
@@ -194,20 +195,20 @@ class _Session:
         while True:
             try:
                 request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
-            except OnionskinError as error:  # the border between frames is not known any more
+            except OnionskinError as error:  # it is not known where the next frame begins
                 self._log(f"control: {self._peer}: {error}")
                 self._send({"error": frames.pack_error(error)})
                 return
             if request is None:
                 return
-            if "cancel" in request:  # it came too late: the operation has ended
+            if "cancel" in request:  # it came too late, because the operation has ended
                 continue
             self._is_busy = True
             reply = self._answer(request)
             self._is_busy = False
             try:
                 self._send(reply)
-            except ValueError as error:  # longer than a frame
+            except ValueError as error:  # the reply is longer than a frame may be
                 self._send({"error": frames.pack_error(error)})
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -227,13 +228,13 @@ class _Session:
             frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
 
     def _report(self, done: int, total: int) -> None:
-        """Tell the caller the progress, and check whether it wants an end."""
+        """Tell the caller the progress, and check whether it cancelled the operation."""
         readable, writable, _ = select.select([self._connection], [self._connection], [], 0)
         if readable:
             request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
             if request is None or "cancel" in request:
                 raise Cancelled
-        if writable:  # a caller that does not read shall not hold the operation up
+        if writable:  # otherwise a caller that does not read would hold the operation up
             self._send({"progress": [done, total]})
 
     # ---- looking ----
@@ -304,7 +305,7 @@ class _Session:
             self._volume.revert(name)
 
     def discard(self, name: str, recursive: bool) -> None:
-        with self._volume._opened.guard:  # the findings about the tree hold until it is done
+        with self._volume._opened.guard:  # so that the tree does not change between these look-ups and the discard
             going = self._descendants(name) if recursive else {name}
             at = self._volume.parent
             reverts = at is not None and at.name in self._descendants(name)
@@ -313,9 +314,9 @@ class _Session:
             with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
                 self._volume.discard(name, recursive=recursive)
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: str, guid: str | None) -> None:
         with self._served.without_views({name}):
-            self._volume.merge(name)
+            snapshots.merge(self._volume._opened.to_write(), name, guid=guid)
 
     def rename(self, new_name: str) -> None:
         self._served.rename(new_name)
@@ -334,7 +335,7 @@ class _Session:
             )
 
     def _descendants(self, name: str) -> set[str]:
-        """Name a snapshot and those that were taken after it on its branch."""
+        """Return the names of a snapshot and of those that were taken after it on its branch."""
         parents = {snapshot.name: snapshot.parent for snapshot in self._volume.snapshots}
         found = {name}
         for one in parents:

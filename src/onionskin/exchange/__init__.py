@@ -1,1 +1,1 @@
-"""Formats of images and streams that others write and read. No stores here."""
+"""Image files, streams and devices that other programs write and read. No module here knows a store."""

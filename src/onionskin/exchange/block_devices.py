@@ -1,7 +1,7 @@
-"""Block devices that an image is written to.
+"""Block devices to which an image is written.
 
-What must hold: a device that something else has in use (a file system that is mounted, swap, a device over it) is not
-opened: the kernel says so. What is written is durable when `sync` has returned.
+What must hold: a device that is in use (as a mounted file system, as swap, or below another device) is not opened; the
+kernel refuses it. Data that was written is durable when `sync` has returned.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _BLKZEROOUT: Final = 0x127F
 
 
 class BlockDevice:
-    """A block device that is open for writing, and for nobody else who asks as this does.
+    """A block device that is open for writing. Nothing else can claim the device (O_EXCL) meanwhile.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class BlockDevice:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Without O_CREAT, O_EXCL claims a block device: open(2).
+            # O_EXCL without O_CREAT claims a block device: see open(2).
             self._descriptor = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.EBUSY:
@@ -61,7 +61,7 @@ class BlockDevice:
         self.close()
 
     def close(self) -> None:
-        """Give it up."""
+        """Close the device."""
         os.close(self._descriptor)
 
     def write(self, offset: int, data: "memoryview[int]") -> None:
@@ -72,7 +72,7 @@ class BlockDevice:
                 offset, data = offset + written, data[written:]
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read zero, by the device's own means where it has some."""
+        """Make a range read zero. The device itself does it if it can."""
         if (offset | length) % self._sector_bytes == 0:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(self._descriptor, _BLKZEROOUT, struct.pack("QQ", offset, length))
@@ -92,7 +92,7 @@ class BlockDevice:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def files_below(self) -> list[Path]:
-        """List the files that it, or a device below it, is a loop device over."""
+        """Return the backing files of all loop devices among this device and the devices below it."""
         found = []
         pending = [Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}").resolve()]
         while pending:

@@ -1,7 +1,8 @@
-"""Where two disks first differ. A disk here is whatever has a size, can be read, and knows where it holds data.
+"""Finds the first difference of two disks. A disk here is anything that has a size, can be read, and knows its data
+ranges.
 
-What must hold: bytes that a disk says nothing about read zero, so only what one of the two says that it holds is compared;
-and of disks of different sizes the shorter one reads zero behind its end.
+What must hold: bytes outside a disk's data ranges read zero, so only the ranges of the two disks are compared. If the
+sizes differ, the shorter disk reads zero past its end.
 """
 
 import os
@@ -22,28 +23,28 @@ _CHUNK_BYTES = 4 << 20
 
 
 class Disk(Protocol):
-    """What can be compared."""
+    """A disk that can be compared."""
 
     @property
     def size_bytes(self) -> int:
-        """Its size."""
+        """The size of the disk."""
 
     def readinto(self, offset: int, buffer: Any) -> int:
-        """Fill a buffer from `offset` on, all of which lies in the disk."""
+        """Fill a buffer from `offset` on. The whole range lies in the disk."""
 
     def ranges(self) -> Iterable[tuple[int, int]]:
-        """Give [first, last) of what may be other than zero, in order."""
+        """Return the ranges [first, last) that may be other than zero, in order."""
 
 
 class RawFile:
-    """A raw image file, or a block device, that is open."""
+    """An open raw image file or block device."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
 
     def readinto(self, offset: int, buffer: Any) -> int:
-        """Fill a buffer; an error where the file became shorter."""
+        """Fill a buffer. OSError is raised if the file became shorter."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view):
@@ -55,24 +56,24 @@ class RawFile:
         return done
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Give what is no hole."""
+        """Return the ranges that are not holes."""
         return data_ranges(self.descriptor, 0, self.size_bytes)
 
 
 def first_difference(a: Disk, b: Disk, progress: Progress | None = None) -> int | None:
-    """Return the offset of the first byte that differs; None where all are the same.
+    """Return the offset of the first byte that differs, or None if all bytes are the same.
 
     Parameters
     ----------
     a, b : Disk
-        Neither is written to meanwhile.
+        Nobody writes to them meanwhile.
     progress : callable, optional
         Called with the offset so far and the size.
 
     Raises
     ------
     OSError
-        One of them cannot be read.
+        One of the disks cannot be read.
     """
     total = max(a.size_bytes, b.size_bytes)
     buffers = np.empty((2, _CHUNK_BYTES), dtype=np.uint8)
@@ -96,7 +97,7 @@ def _fill(disk: Disk, at: int, row: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.
 
 
 def _union(*lists: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Give the ranges that are in one of the lists at least, in order and without overlap."""
+    """Yield the union of the ranges of all lists, in order and without overlap."""
     ranges = sorted(one for listed in lists for one in listed)
     if not ranges:
         return

@@ -1,8 +1,8 @@
-"""Which format an image file has, told by its magic bytes.
+"""Recognizes the format of an image file by its magic bytes.
 
-What must hold: a file of a known format is never taken for the bytes of a raw disk without a word. A disk may well begin
-with such bytes (a guest can write what it likes, and may encrypt all of its disk with LUKS), so the caller who knows better
-can say that a file is raw.
+What must hold: a file of a known format is never silently taken for a raw disk. A raw disk may begin with the same
+bytes (a guest can write anything, and may encrypt all of its disk with LUKS), so a caller that knows it can say that a
+file is raw.
 """
 
 import os
@@ -19,7 +19,7 @@ VHD_COOKIE: Final = b"conectix"
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
-    """A format by its name here and in prose, and how such a file is made a raw one."""
+    """A format: its name in the interface, its name in messages, and the advice how to make such a file raw."""
 
     name: str
     title: str
@@ -40,15 +40,15 @@ VHD = _converted("vhd", "a VHD image", "vpc")
 VHDX = _converted("vhdx", "a VHDX image")
 VDI = _converted("vdi", "a VDI image")
 
-# Offset, magic bytes, format. The sources are the formats' specifications, and those of the compressed ones RFC 1952 (gzip),
-# RFC 8878 (zstd), the .xz file format 1.2.1, the LZ4 frame format 1.6.1, and bzip2's own documentation.
+# Offset, magic bytes, format. They come from the formats' specifications. Those of the compressed formats are RFC 1952
+# (gzip), RFC 8878 (zstd), the .xz file format 1.2.1, the LZ4 frame format 1.6.1, and bzip2's own documentation.
 _MAGICS: Final = (
     (0, b"QFI\xfb", QCOW2),
     (0, b"KDMV", VMDK),
     (0, b"COWD", VMDK),
     (0, b"# Disk DescriptorFile", VMDK),
     (0, b"vhdxfile", VHDX),
-    (0, VHD_COOKIE, VHD),  # of a dynamic one; a fixed one has it at its end
+    (0, VHD_COOKIE, VHD),  # a dynamic VHD begins with it; a fixed VHD has it only near its end
     (64, struct.pack("<I", 0xBEDA107F), VDI),
     (0, b"QED\0", _converted("qed", "a QED image")),
     (0, b"WithoutFreeSpace", _converted("parallels", "a Parallels image")),
@@ -60,19 +60,19 @@ _MAGICS: Final = (
     (0, b"BZh", _unpacked("bzip2", "bzip2", "bzip2")),
     (0, b"\x04\x22\x4d\x18", _unpacked("lz4", "lz4", "lz4")),
 )
-# What the suffix of a file's name promises where it is not the name of a format.
+# The formats that suffixes of file names mean, where the suffix is not itself the name of a format.
 SUFFIXES: Final = {"vpc": "vhd", "gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz4": "lz4", "img": "raw", "bin": "raw"}
 KNOWN: Final = frozenset(format.name for _, _, format in _MAGICS)
-READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # and written: by way of qemu-img
+READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # read and written; all but raw by qemu-img
 
 
 def format_of(descriptor: int) -> ImageFormat | None:
-    """Return the format of an open image file; None where its bytes are those of no format that is known.
+    """Return the format of an open image file, or None if it has the magic bytes of no known format.
 
     Raises
     ------
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     found = format_of_start(os.pread(descriptor, START_BYTES, 0))
     if found:
@@ -86,7 +86,7 @@ def format_of(descriptor: int) -> ImageFormat | None:
 
 
 def format_of_start(start: bytes) -> ImageFormat | None:
-    """Return the format that the first `START_BYTES` of an image tell; a fixed VHD is told by its end alone."""
+    """Return the format by the first `START_BYTES` of an image. A fixed VHD is not found: only its end tells."""
     for offset, magic, format in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return format
@@ -94,7 +94,7 @@ def format_of_start(start: bytes) -> ImageFormat | None:
 
 
 def refuse_as_raw(descriptor: int, path: str | os.PathLike[str]) -> None:
-    """Raise FormatError where a file whose bytes are to be a disk is an image of another format."""
+    """Raise FormatError if a file that is to be used as a raw disk is an image of another format."""
     found = format_of(descriptor)
     if found:
         advice = "import it with 'onionskin import'" if found.name in READ else found.advice

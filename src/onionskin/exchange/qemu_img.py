@@ -1,8 +1,8 @@
-"""qemu-img, which knows the formats of images that other programs write.
+"""Runs qemu-img, which knows the formats of images that other programs write.
 
-What must hold: qemu-img never guesses a format: each of its files is named with one. An image that names other files is
-told. A file's name is never taken for a protocol, an option or a json: description. The disk of ours that it reads or writes
-it finds behind a descriptor, the program's end of a socket over which this process serves the disk (NBD).
+What must hold: qemu-img never guesses a format, because each file is passed to it with its format. An image that names
+other files is recognized. A file's name is never taken for a protocol, an option or a json: description. qemu-img
+reaches a disk of this process over NBD, through a socket whose descriptor it inherits.
 """
 
 import errno
@@ -23,11 +23,11 @@ from onionskin.exchange.image_formats import VHD_COOKIE, VHD_FOOTER_BYTES
 AnyPath = str | os.PathLike[str]
 Percent = Callable[[float], object]
 
-EXPORT: Final = "disk"  # the name of the disk that is served to it
-_DRIVERS: Final = {"vhd": "vpc"}  # where qemu-img has another name for it
-# Exit statuses of qemu-img check: space that nothing uses, and a format that it cannot check.
+EXPORT: Final = "disk"  # the name of the export that is served to qemu-img
+_DRIVERS: Final = {"vhd": "vpc"}  # formats that have another name in qemu-img
+# Exit statuses of qemu-img check: the image has space that nothing uses, and the format cannot be checked.
 _ONLY_LEAKS, _NO_CHECK = 3, 63
-_DIFFERENT = 1  # of qemu-img compare
+_DIFFERENT = 1  # an exit status of qemu-img compare
 _VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
 _VDI_HEADER_BYTES = 512
 _SAID_BYTES_MAX = 1 << 16
@@ -35,7 +35,7 @@ _PERCENT = re.compile(rb"\(([\d.]+)/100%\)")
 
 
 def program() -> str:
-    """Find qemu-img; OnionskinError where it is not installed."""
+    """Return the path of qemu-img; raise OnionskinError if it is not installed."""
     found = shutil.which("qemu-img")
     if found is None:
         raise OnionskinError(
@@ -55,9 +55,9 @@ class Image:
     kind : str
         Its format, by the name that it has here.
     name : str
-        What messages call it.
+        Its name in messages.
     keep : int, optional
-        A descriptor that `path` goes by (/proc/self/fd/N).
+        The descriptor that `path` names (/proc/self/fd/N); qemu-img inherits it.
     """
 
     def __init__(self, path: AnyPath, kind: str, name: str, *, keep: int | None = None) -> None:
@@ -70,11 +70,11 @@ class Image:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the disk in it."""
+        """The size of the disk in the image."""
         return int(self._facts["virtual-size"])
 
     def refuse_other_files(self) -> None:
-        """Raise FormatError where it reads from files that it names itself."""
+        """Raise FormatError if the image names other files that it reads from."""
         specific = self._facts.get("format-specific", {}).get("data", {})
         others = [self._facts.get("full-backing-filename"), self._facts.get("backing-filename")]
         others += [specific.get("data-file"), *(extent.get("filename") for extent in specific.get("extents", []))]
@@ -86,7 +86,7 @@ class Image:
             )
 
     def refuse_cut_short(self) -> None:
-        """Raise FormatError where its end is missing: tables and blocks behind it would read zero without a word."""
+        """Raise FormatError if the end of the image is missing: tables and blocks there would silently read zero."""
         checked = self._run("check", "--output=json", "-f", self._driver, self._path, fine=(_ONLY_LEAKS, _NO_CHECK))
         size_bytes = Path(self._path).stat().st_size
         missing = False
@@ -94,7 +94,7 @@ class Image:
             missing = json.loads(checked).get("image-end-offset", 0) - size_bytes >= self._facts.get(
                 "cluster-size", 1 << 16
             )
-        if self.kind == "vdi":  # qemu-img check does not look
+        if self.kind == "vdi":  # qemu-img check does not notice it
             with open(self._path, "rb") as file:
                 header = file.read(_VDI_HEADER_BYTES)
             (first_block,) = struct.unpack_from("<I", header, 0x158)
@@ -106,9 +106,11 @@ class Image:
             raise FormatError(f"{self.name}: this {self.kind} image was cut short: its end is missing; fetch it again")
 
     def _is_vhd_cut_short(self) -> bool:
-        """Whether the end is missing, where the footer is. A differencing disk is refused: its parent is another file.
+        """Return whether the footer at the end is missing. Refuse a differencing disk, because its parent is another
+        file.
 
-        Microsoft, Virtual Hard Disk Image Format Specification, 1.0: qemu-img takes such a disk for a dynamic one.
+        qemu-img takes a differencing disk for a dynamic one. The source for the footer is Microsoft, Virtual Hard Disk
+        Image Format Specification, 1.0.
         """
         with open(self._path, "rb") as file:
             file.seek(-VHD_FOOTER_BYTES, os.SEEK_END)
@@ -125,12 +127,12 @@ class Image:
 
     @property
     def description(self) -> str:
-        """Describe it for `first_difference`."""
+        """The image's description for `first_difference`."""
         return file_of(self._driver, self._path)
 
     def copy_to(self, disk: int, percent: Percent | None) -> None:
-        """Write what it reads to the disk that is served behind a descriptor, which reads zero everywhere."""
-        # -n: the target is there already.
+        """Write the image's contents to the disk that is served through a descriptor, which reads zero everywhere."""
+        # -n means that the target exists already.
         options = ("convert", "-n", "--target-is-zero", "-f", self._driver, "--target-image-opts")
         self._run(*options, self._path, served_disk(disk), keep=(disk,), percent=percent)
         self._refuse_changed()
@@ -149,12 +151,12 @@ class Image:
 
 
 def served_disk(descriptor: int) -> str:
-    """Describe the disk that is served behind a descriptor."""
+    """Return qemu-img's description of the disk that is served through a descriptor."""
     return f"driver=raw,file.driver=nbd,file.server.type=fd,file.server.str={descriptor},file.export={EXPORT}"
 
 
 def file_of(driver: str, path: str) -> str:
-    """Describe a file."""
+    """Return qemu-img's description of a file."""
     return f"driver={driver},file.driver=file,file.filename={path.replace(',', ',,')}"
 
 
@@ -164,11 +166,11 @@ def first_difference(a: str, b: str, *, keep: Sequence[int], percent: Percent | 
     Parameters
     ----------
     a, b : str
-        As `served_disk` and `file_of` describe them.
+        The descriptions of the disks, made by `served_disk` or `file_of`.
     keep : sequence of int
-        The descriptors in these.
+        The descriptors that the descriptions contain.
     percent : callable, optional
-        Called with what was done of 100.
+        Called with the part that is done, in percent.
     """
     said = run("compare", "--image-opts", a, b, about="compare", keep=keep, fine=(_DIFFERENT,), percent=percent)
     found = re.search(r"mismatch at offset (\d+)", said)
@@ -178,20 +180,20 @@ def first_difference(a: str, b: str, *, keep: Sequence[int], percent: Percent | 
 
 
 def write_image(disk: int, target: int, kind: str, *, about: AnyPath, percent: Percent | None) -> None:
-    """Write the disk that is served behind a descriptor as an image to an empty file.
+    """Write the disk that is served through a descriptor as an image to an empty file.
 
     Parameters
     ----------
     disk, target : int
-        Descriptors: of the socket, and of the file.
+        The descriptors of the socket and of the file.
     kind : str
         The image's format, by the name that it has here.
     about : path
-        What messages call the file.
+        The file's name in messages.
     percent : callable, optional
-        Called with what was done of 100.
+        Called with the part that is done, in percent.
     """
-    # Without force_size the size of a VHD is one that has cylinders and heads.
+    # Without force_size, qemu-img rounds the size of a VHD to cylinders and heads.
     options = ("-o", "force_size=on") if kind == "vhd" else ()
     driver = _DRIVERS.get(kind, kind)
     arguments = ("convert", "--image-opts", served_disk(disk), "-O", driver, *options, f"/proc/self/fd/{target}")
@@ -205,26 +207,26 @@ def run(
     fine: Sequence[int] = (),
     percent: Percent | None = None,
 ) -> str:
-    """Run qemu-img and return what it printed. It is in our process group, so that Ctrl-C stops it too.
+    """Run qemu-img and return what it printed. It is in this process group, so that Ctrl-C stops it too.
 
     Parameters
     ----------
     *arguments : str
     about : path
-        What messages are about.
+        The file that messages name.
     keep : sequence of int
-        Descriptors that it gets.
+        The descriptors that qemu-img inherits.
     fine : sequence of int
         Exit statuses besides 0 that are no error.
     percent : callable, optional
-        Called with what it says that is done, of 100; for ``convert``.
+        Called with the part that qemu-img reports as done, in percent.
 
     Raises
     ------
     OSError
-        ENOSPC.
+        ENOSPC: the disk is full.
     FormatError
-        It failed; the message is its own.
+        qemu-img failed; the message contains its own.
     """
     verb, *rest = arguments
     command = [program(), verb, *(["-p"] if percent else []), *rest]
@@ -257,7 +259,7 @@ def run(
 
 
 def _printed_by(process: "subprocess.Popen[bytes]", percent: Percent | None) -> str:
-    """Read what it prints to the end; its percents are passed on as they come."""
+    """Return all that qemu-img prints; pass the percents on as they come."""
     assert process.stdout is not None
     pieces = []
     while piece := os.read(process.stdout.fileno(), _SAID_BYTES_MAX):

@@ -1,7 +1,8 @@
-"""Images that come as a stream of bytes: from a pipe, from stdin, out of a program that unpacks.
+"""Images that come as a stream of bytes: from a pipe, from stdin, or from a program that unpacks.
 
-What must hold: what was looked at beforehand is read again, so nothing is lost; a program that unpacks has ended with status
-0 before its output counts as whole; when a block ends, by whatever error, no program and no thread of it is left.
+What must hold: bytes that were looked at beforehand are read again, so nothing is lost. The output of a program that
+unpacks counts as whole only after the program has ended with status 0. When the `with` block ends, even by an error,
+its program and its thread have ended.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from onionskin.errors import FormatError, OnionskinError
 
-# Each reads stdin and writes stdout; each is known to end with another status than 0 where its input ends early.
+# Each of them reads stdin and writes stdout, and is known to end with a status other than 0 if its input ends early.
 _PROGRAMS: Final = {
     "gzip": ("gzip", "-dc"),
     "xz": ("xz", "-dc"),
@@ -25,19 +26,21 @@ _PROGRAMS: Final = {
     "bzip2": ("bzip2", "-dc"),
     "lz4": ("lz4", "-dcq"),
 }
+# Of several streams in a row bzip2 leaves out all behind one whose first bytes are damaged or missing, and ends with 0.
+_LEFT_OUT: Final = "trailing garbage"
 COMPRESSED: Final = frozenset(_PROGRAMS)
 _CHUNK_BYTES: Final = 1 << 20
 
 
 class Source:
-    """Bytes that are read in order from a descriptor. The first of them can be looked at before.
+    """Bytes that are read in order from a descriptor. The first bytes can be looked at before they are read.
 
     Parameters
     ----------
     descriptor : int
-        Stays the caller's.
+        The caller closes it.
     name : str
-        What messages call it.
+        Its name in messages.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -46,23 +49,23 @@ class Source:
         self._ahead = b""
 
     def peek(self, length: int) -> bytes:
-        """Return the next bytes and leave them; fewer only at the end."""
+        """Return the next bytes without consuming them. They are fewer than `length` only at the end."""
         while len(self._ahead) < length:
             with self._naming():
-                more = os.read(self.descriptor, length - len(self._ahead))
+                more = _read(self.descriptor, length - len(self._ahead))
             if not more:
                 break
             self._ahead += more
         return self._ahead
 
     def readinto(self, buffer: "memoryview[int]") -> int:
-        """Fill a buffer; fewer bytes only at the end."""
+        """Fill a buffer and return the number of bytes, which is smaller than the buffer only at the end."""
         done = min(len(self._ahead), len(buffer))
         buffer[:done] = self._ahead[:done]
         self._ahead = self._ahead[done:]
         while done < len(buffer):
             with self._naming():
-                read = os.readv(self.descriptor, [buffer[done:]])
+                read = _readinto(self.descriptor, buffer[done:])
             if read == 0:
                 break
             done += read
@@ -76,25 +79,43 @@ class Source:
             raise OSError(error.errno, error.strerror, self.name) from None
 
     def take_ahead(self) -> bytes:
-        """Return what was looked at, which whoever reads the descriptor from now on does not find there."""
+        """Consume and return the bytes that were looked at. A later reader of the descriptor does not get them."""
         ahead, self._ahead = self._ahead, b""
         return ahead
 
 
+def _read(descriptor: int, length: int) -> bytes:
+    """Read as `os.read`, and wait where the descriptor does not: b"" is the end, and nothing else."""
+    buffer = bytearray(length)
+    return bytes(buffer[: _readinto(descriptor, memoryview(buffer))])
+
+
+def _readinto(descriptor: int, buffer: "memoryview[int]") -> int:
+    while True:
+        try:
+            return os.readv(descriptor, [buffer])
+        except BlockingIOError:  # whoever made a pipe may have made it non-blocking
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+
+
 def is_seekable(descriptor: int) -> bool:
-    """Whether all of it can be read from any place: it is a file, or a block device, at its beginning."""
+    """Return whether an image can be read at any offset: it is a file or a block device, at its beginning."""
     mode = os.fstat(descriptor).st_mode
     return (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and os.lseek(descriptor, 0, os.SEEK_CUR) == 0
 
 
 @contextlib.contextmanager
 def unpacked(source: Source, kind: str) -> Iterator[Source]:
-    """Give what the system's program makes of a compressed stream. At the end of the block all of it was read, and was whole.
+    """Yield the unpacked bytes of a compressed stream, which the system's program unpacks.
+
+    The caller reads all of them within the block. If the block ends without an error, the stream was whole.
 
     Parameters
     ----------
     source : Source
-        At the beginning of the compressed bytes.
+        It stands at the beginning of the compressed bytes.
     kind : str
         One of `COMPRESSED`.
 
@@ -116,7 +137,7 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(tempfile.TemporaryFile())
         feeder = None
-        if is_rewindable(source.descriptor):  # its program reads it by itself
+        if is_rewindable(source.descriptor):  # the program reads the file by itself
             os.lseek(source.descriptor, -len(ahead), os.SEEK_CUR)
         else:
             feeder = stack.enter_context(_Feeder(ahead, source.descriptor))
@@ -141,27 +162,28 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             process.stdout.close()
         if feeder:
             feeder.finish()
-        if status:
-            said.seek(0)
-            lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()[-1:] or [f"status {status}"]
+        said.seek(0)
+        text = said.read(1 << 16).decode(errors="replace").strip()
+        if status or _LEFT_OUT in text:
+            lines = text.splitlines()[-1:] or [f"status {status}"]
             raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; fetch it again")
 
 
 def is_rewindable(descriptor: int) -> bool:
-    """Whether what was read from it can be read again: a file or a block device, at any place."""
+    """Return whether bytes that were read can be read again: it is a file or a block device, at any position."""
     mode = os.fstat(descriptor).st_mode
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def _refuse_rest(process: "subprocess.Popen[bytes]", name: str) -> None:
-    """Whoever took the bytes took all of them: else a program that waits for a reader would never end."""
+    """Raise if the unpacked bytes were not read to the end: the program would wait for a reader forever."""
     assert process.stdout is not None
     if os.read(process.stdout.fileno(), 1):
         raise AssertionError(f"{name} was not read to its end")
 
 
 class _Feeder:
-    """A thread that passes a pipe on to a program, behind bytes that were taken from the pipe before."""
+    """A thread that passes a pipe on to a program, after the bytes that were read from the pipe already."""
 
     def __init__(self, ahead: bytes, descriptor: int) -> None:
         self._ahead, self._descriptor = ahead, descriptor
@@ -175,13 +197,13 @@ class _Feeder:
         return self
 
     def start(self) -> None:
-        """Begin. The program has its end of the pipe."""
+        """Start the thread. The program has inherited its end of the pipe by now."""
         os.close(self.output)
         self._thread.start()
         self._is_started = True
 
     def finish(self) -> None:
-        """Raise what kept the source from being read."""
+        """Wait for the thread, and raise the error that kept it from reading the source, if there was one."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -189,7 +211,7 @@ class _Feeder:
     def __exit__(self, *_: Any) -> None:
         os.write(self._stop, b"x")
         if self._is_started:
-            self._thread.join()  # its program is gone by now, or was never there
+            self._thread.join()  # it ends, because the program has ended and the thread was told to stop
         else:
             os.close(self.output)
             os.close(self._input)
@@ -200,7 +222,7 @@ class _Feeder:
         try:
             self._pass_on()
         except BrokenPipeError:
-            pass  # the program has ended, and says why
+            pass  # the program has ended, and its own message says why
         except OSError as failure:
             self._failure = failure
         finally:
@@ -217,6 +239,6 @@ class _Feeder:
                 at += os.write(self._input, data[at:])
             if any(descriptor == self._stopped for descriptor, _ in poll.poll()):
                 return
-            data = os.read(self._descriptor, _CHUNK_BYTES)
+            data = _read(self._descriptor, _CHUNK_BYTES)
             if not data:
                 return

@@ -1,4 +1,4 @@
-"""The block map kernel (csrc/index/blockmap.h) as a Python class: what tests and tools see of it."""
+"""The block map kernel (csrc/index/blockmap.h) as a Python class, for tests and tools."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
@@ -57,20 +57,20 @@ cdef int check(int status) except -1:
 cdef class BlockMap:
     """The index of one volume or layer: block -> location.
 
-    A location is an int: ``HOLE``, ``ZERO``, or ``segment << 32 | slot`` with segment 1 to 0xFFFE. Not for several
-    threads at once: leaves are changed in place.
+    A location is an int: ``HOLE``, ``ZERO``, or ``segment << 32 | slot`` with segment 1 to 0xFFFE. Only one thread at a
+    time may use a map, because leaves are changed in place.
 
     Parameters
     ----------
     block_count : int
-        Blocks of the disk.
+        The number of blocks of the disk.
     block_shift : int
-        log2 of the block size in bytes, 12 to 21.
+        The binary logarithm of the block size in bytes, 12 to 21.
 
     Raises
     ------
     OSError
-        EINVAL where the disk would pass 2**63 bytes or the block size is not possible, ENOMEM.
+        EINVAL if the disk would pass 2**63 bytes or the block size is not possible, or ENOMEM.
     """
 
     cdef onion_map map
@@ -98,7 +98,7 @@ cdef class BlockMap:
         return 0
 
     def close(self):
-        """Free the map; a second call does nothing."""
+        """Free the map. Further calls do nothing."""
         self.is_open = False
         onion_map_destroy(&self.map)
 
@@ -155,7 +155,7 @@ cdef class BlockMap:
         return locations
 
     def set(self, uint64_t block_index, uint64_t block_count, uint64_t location):
-        """Map blocks to `location` and, for DATA, the slots that follow; HOLE unmaps."""
+        """Map blocks to `location` or, for DATA, to this slot and the slots that follow it. HOLE unmaps the blocks."""
         cdef int status
         self.check_range(block_index, block_count)
         if onion_location_is_data(location):
@@ -168,17 +168,17 @@ cdef class BlockMap:
         check(status)
 
     def set_many(self, changes):
-        """Make many changes at once, as opening a volume does, and return what slots are named by the map then.
+        """Make many changes at once, as the opening of a volume does.
 
         Parameters
         ----------
         changes : sequence of (block_index, block_count, location)
-            Later ones go over earlier ones; blocks past the end of the map are left out.
+            Later changes replace earlier ones. Blocks past the end of the map are left out.
 
         Returns
         -------
         dict of int to int
-            For each segment that a changed range names: the end of its highest slot.
+            For each segment that a changed range names, one more than the highest slot that is named.
         """
         cdef onion_build build
         cdef int status
@@ -200,7 +200,7 @@ cdef class BlockMap:
         Parameters
         ----------
         upper : BlockMap
-            What is not HOLE in it replaces what is here; blocks past the end of this map are left out.
+            Its blocks that are not HOLE replace those of this map. Blocks past the end of this map are left out.
         renumber : array_like of uint16, shape (65536,), optional
             The new number of each segment of `upper`.
         """
@@ -228,7 +228,7 @@ cdef class BlockMap:
         return shadowed
 
     def resize(self, uint64_t block_count):
-        """Change the number of blocks; those past the new end must be HOLE."""
+        """Change the number of blocks. Blocks past the new end must be HOLE."""
         cdef onion_run run
         self.check_open()
         if onion_map_next(&self.map, block_count, self.map.block_count, &run):
@@ -237,6 +237,6 @@ cdef class BlockMap:
 
     @property
     def memory_bytes(self):
-        """Bytes of memory that the map holds."""
+        """The number of bytes of memory that the map takes."""
         self.check_open()
         return onion_map_memory(&self.map)

@@ -1,7 +1,7 @@
-"""Copies extents between open files with the C kernel (csrc/bulk/copy.h), without the GIL.
+"""This module copies extents between open files with the C kernel (csrc/bulk/copy.h), without the GIL.
 
-What must hold: the extents and the progress live as long as the job; a job runs once; the counters may be read, and
-the job cancelled, from any thread while it runs.
+What must hold: the extents and the progress live as long as the job. A job runs once. While it runs, any thread may
+read the counters and cancel the job.
 """
 
 from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
@@ -47,22 +47,22 @@ cdef extern from *:
     void onion_store(uint64_t *pointer, uint64_t value) nogil
     void onion_store_int "onion_store"(int *pointer, int value) nogil
 
-# Measured with one and two threads on two cores (figures in csrc/bulk/copy.c): two took 20 to 30 % less. More were not
-# measured.
+# One and two threads were measured on two cores (csrc/bulk/copy.c has the figures): two threads took 20 to 30 % less
+# time. More threads were not measured.
 DEFAULT_THREADS = 2
 
-# A table of extents as a structured array: the fields of onion_copy_extent.
+# The fields of a structured array that is a table of extents. They are those of onion_copy_extent.
 EXTENT_FIELDS = [
     ("source", "<i4"), ("destination", "<i4"), ("source_offset", "<u8"), ("destination_offset", "<u8"), ("length", "<u8")
 ]
 
 
 class CopyCancelled(Exception):
-    """The copy was cancelled; what was copied so far stays as it is."""
+    """The copy was cancelled. The data that was copied so far stays as it is."""
 
 
 class CopyResult(NamedTuple):
-    """How many bytes were copied, and by which way."""
+    """How many bytes were copied, and how many of them in each way."""
 
     bytes_done: int
     bytes_reflinked: int
@@ -72,24 +72,25 @@ class CopyResult(NamedTuple):
 
 
 cdef class CopyJob:
-    """One copy of many extents, watchable and cancellable from other threads.
+    """One copy of many extents. Other threads may watch and cancel it.
 
     Parameters
     ----------
     extents : sequence or structured ndarray
         Tuples ``(source, destination, source_offset, destination_offset, length)``, or an array with the fields
-        `EXTENT_FIELDS`: two descriptors, and bytes; a ``source`` of -1 makes zeros. They must not overlap on the destination side. The descriptors must stay open until
-        ``run`` returns.
+        `EXTENT_FIELDS`. The first two are descriptors, and the others are numbers of bytes. A ``source`` of -1 makes
+        zeros. The extents must not overlap on the destination side. The descriptors must stay open until ``run``
+        returns.
     threads : int, optional
-        1 to 64; 0, the default, takes the number that was measured to be best.
+        The number of threads, 1 to 64. With 0, the default, it is the number that was measured to be best.
     reflink : bool, optional
-        Whether blocks may be shared. Never to be given under policy ``zero``.
+        Whether the files may share blocks. It must be false under policy ``zero``.
     zero_holes : bool, optional
         Whether holes of the source (and extents of zeros) may become holes in the destination.
     solid : bool, optional
-        Whether sources are not searched for holes: they have none, or their holes may be copied as zeros.
+        Whether the sources are not searched for holes, because they have none or their holes may be copied as zeros.
     bytes_per_second : int, optional
-        An upper bound; 0 is none.
+        An upper bound for the rate of the copy. With 0, there is none.
     """
 
     cdef onion_copy_extent *_extents
@@ -118,7 +119,7 @@ cdef class CopyJob:
             self._take_rows(extents)
 
     cdef int _take_table(self, extents) except -1:
-        """A structured array is the C table already, if it has the same fields."""
+        """Copy a structured array. If it has the same fields as the C table, its bytes are those of the table."""
         cdef Py_buffer view
         if [(name, extents.dtype[name].str) for name in extents.dtype.names or ()] != EXTENT_FIELDS:
             raise ValueError(f"extents have the fields {extents.dtype}: they must have {EXTENT_FIELDS}")
@@ -150,12 +151,12 @@ cdef class CopyJob:
 
     @property
     def bytes_done(self):
-        """Bytes copied so far."""
+        """The number of bytes copied so far."""
         return onion_load(&self._progress.bytes_done)
 
     @property
     def bytes_per_second(self):
-        """The upper bound, 0 for none; may be set while the copy runs."""
+        """The upper bound for the rate, or 0 for none. It may be set while the copy runs."""
         return onion_load(&self._progress.bytes_per_second)
 
     @bytes_per_second.setter
@@ -163,25 +164,26 @@ cdef class CopyJob:
         onion_store(&self._progress.bytes_per_second, value)
 
     def cancel(self):
-        """Makes ``run`` stop soon and raise ``CopyCancelled``; before ``run``, too. Any thread may call it."""
+        """Make ``run`` stop soon and raise ``CopyCancelled``, even if it has not begun yet. Any thread may call it."""
         onion_store_int(&self._progress.cancel, 1)
 
     def run(self):
-        """Copies all extents; once only. Nothing is durable on return.
+        """Copy all extents. This can be called once. Nothing is durable on return.
 
         Returns
         -------
         CopyResult
+            The numbers of bytes that were copied.
 
         Raises
         ------
         CopyCancelled
-            After ``cancel``.
+            ``cancel`` was called.
         OSError
-            EIO for a source that ends early, ENOSPC for a full destination, or what else the system says. What was
-            copied stays as it is; copying again is always right.
+            EIO if a source ends early, ENOSPC if the destination is full, or another error of the system. The data that
+            was copied stays as it is, and it is always safe to copy again.
         RuntimeError
-            If the job was run before.
+            The job was run before.
         """
         cdef int status
         if self._started:
@@ -193,7 +195,7 @@ cdef class CopyJob:
             raise CopyCancelled(f"the copy was cancelled after {self.bytes_done} of {self.bytes_total} bytes")
         if status < 0:
             raise OSError(-status, os.strerror(-status))
-        if self._progress.bytes_done != self.bytes_total:  # whoever lets the source go next has only this to rely on
+        if self._progress.bytes_done != self.bytes_total:  # a caller that frees the source next relies on this check
             raise OSError(_EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes")
         return CopyResult(self._progress.bytes_done, self._progress.bytes_reflinked, self._progress.bytes_ranged,
                           self._progress.bytes_copied, self._progress.bytes_zeroed)

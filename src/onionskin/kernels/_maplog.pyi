@@ -1,4 +1,4 @@
-"""The block map of one layer, whose block each is, and the bytes of headers and map logs: the types of _maplog.pyx."""
+"""The types of _maplog.pyx: block maps of layers, the layer that each block comes from, and headers and map logs."""
 
 import os
 from typing import NamedTuple, Self, TypeAlias
@@ -17,7 +17,7 @@ STATE_DATA: int
 STATE_ZERO: int
 
 class Header(NamedTuple):
-    """What the header of a file of the store says."""
+    """The fields of the header of a file of the store."""
 
     version: int
     block_size: int
@@ -35,7 +35,7 @@ class Frame(NamedTuple):
     records: npt.NDArray[np.void]
 
 def crc32c(data: _Buffer, crc: int = 0, *, reference: bool = False) -> int:
-    """CRC-32C of bytes."""
+    """Return the CRC-32C of bytes."""
 
 def encode_header(magic: bytes, *, block_size: int, uuid: bytes, wipe_zero: bool = False) -> bytes:
     """Return the header of a file."""
@@ -66,23 +66,23 @@ class LayerMap:
 
     @property
     def block_size(self) -> int:
-        """In bytes."""
+        """The block size in bytes."""
 
     @property
     def map_length(self) -> int:
-        """Bytes of the file it came from that are sound."""
+        """The length of the sound part of the file that the map was loaded from, in bytes."""
 
     @property
     def map_frames(self) -> int:
-        """Frames in them."""
+        """The number of frames in this part."""
 
     @property
     def map_crc(self) -> int:
-        """CRC of the last frame: it chains all of them."""
+        """The CRC of the last frame, which depends on all frames before it."""
 
     @property
     def torn(self) -> bool:
-        """A torn frame follows them."""
+        """Whether a torn frame follows this part."""
 
     @property
     def segments(self) -> list[bytes]:
@@ -94,10 +94,10 @@ class LayerMap:
 
     @property
     def block_count(self) -> int:
-        """Blocks that the map has room for."""
+        """The number of blocks that the map has room for."""
 
     def memory_bytes(self) -> int:
-        """Return the bytes of memory that the index holds."""
+        """Return the number of bytes of memory that the index takes."""
 
     def lookup(self, block_index: int) -> int:
         """Return the location of a block."""
@@ -109,13 +109,13 @@ class LayerMap:
         """Return (DATA blocks, ZERO blocks)."""
 
     def segment_use(self) -> dict[bytes, tuple[int, int]]:
-        """Return the blocks in each segment, and one more than the highest slot of them."""
+        """Return for each segment the number of its blocks, and one more than their highest slot."""
 
     def count_shadowed(self, upper: LayerMap) -> int:
-        """Return how many blocks a merge of the two frees."""
+        """Return how many blocks a merge of the two maps frees."""
 
     def touched(self, other: LayerMap) -> npt.NDArray[np.void]:
-        """Return the blocks that are not HOLE in one of the two."""
+        """Return the blocks that are not HOLE in at least one of the two maps."""
 
     def live_slots(self, segment: bytes) -> npt.NDArray[np.void]:
         """Return the slots of a segment that the map names."""
@@ -133,30 +133,30 @@ class LayerMap:
         """Turn ZERO into HOLE."""
 
     def replace(self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike) -> int:
-        """Point blocks of one segment to their copies in another."""
+        """Map blocks of one segment to their copies in another segment."""
 
     def write(
         self, path: str | os.PathLike[str], *, map_id: bytes, wipe_zero: bool, size_bytes: int | None
     ) -> tuple[int, int, int]:
-        """Write a compact log to a new file: (length, frames, crc)."""
+        """Write a compact log to a new file, and return (length, frames, crc)."""
 
     def close(self) -> None:
         """Free the memory."""
 
 class ProvenanceMap:
-    """Which layer each block comes from."""
+    """A map of which layer each block comes from."""
 
     def __new__(cls, *, block_size: int, block_count: int) -> Self: ...
     @property
     def block_size(self) -> int:
-        """In bytes."""
+        """The block size in bytes."""
 
     @property
     def laid(self) -> int:
-        """How many layers were laid."""
+        """The number of layers that were laid."""
 
     def lay(self, upper: LayerMap) -> None:
-        """Lay a layer over those before it."""
+        """Lay a layer over the layers before it."""
 
     def lay_file(
         self,
@@ -167,7 +167,7 @@ class ProvenanceMap:
         frames: int | None = None,
         crc: int | None = None,
     ) -> int | None:
-        """Lay the layer of a map file: the size that it gives the layer."""
+        """Lay the layer of a map file, and return the size that the file gives the layer."""
 
     def runs(self) -> npt.NDArray[np.void]:
         """Return the blocks that some layer has."""

@@ -1,8 +1,8 @@
-"""The block map of one layer, whose block each is, and the bytes of headers and map logs.
+"""The block map of one layer, the map of which layer each block comes from, and the bytes of headers and map logs.
 
-Thin over csrc/layer/layer_map.h, csrc/layer/provenance.h and csrc/layer/map_log.h.
+The module is a thin wrapper of csrc/layer/layer_map.h, csrc/layer/provenance.h and csrc/layer/map_log.h.
 
-A LayerMap may be used by one thread at a time: its longer methods release the GIL and lock nothing.
+Only one thread at a time may use a LayerMap, because its longer methods release the GIL and lock nothing.
 """
 
 import contextlib
@@ -160,9 +160,9 @@ LOCATION_HOLE = ONION_LOCATION_HOLE
 LOCATION_ZERO = ONION_LOCATION_ZERO
 STATE_DATA = 1
 STATE_ZERO = 2
-# A map of this many bytes has 2.8 thousand million records: beyond any that is compacted when it should be.
+# A map of this size has 2.8 thousand million records. No map that is compacted in time has as many.
 _MAP_BYTES_MAX = 64 << 30
-# Records in one frame of a compact log: bounds the memory that writing one takes.
+# The most records in one frame of a compact log. It bounds the memory that writing a frame takes.
 _FRAME_RECORDS = 65536
 _ADVICE = (
     "Restore the file from a copy of the store, or discard what needs it; `onionskin check` lists what does."
@@ -170,7 +170,7 @@ _ADVICE = (
 
 
 class Header(NamedTuple):
-    """What the header of a file of the store says."""
+    """The fields of the header of a file of the store."""
 
     version: int
     block_size: int
@@ -194,7 +194,7 @@ cdef object _array_data(object array):
 
 
 def crc32c(data, crc=0, *, reference=False):
-    """CRC-32C of bytes; ``crc`` is the result for what came before."""
+    """Return the CRC-32C of bytes. ``crc`` is the result for the bytes before them."""
     cdef const unsigned char[::1] view = memoryview(data).cast("B")
     cdef const unsigned char *start = &view[0] if view.shape[0] else NULL
     cdef size_t length = view.shape[0]
@@ -245,7 +245,8 @@ def encode_header(magic, *, block_size, uuid, wipe_zero=False):
 def decode_header(data, magic, *, path="header"):
     """Check and read the header at the beginning of ``data``.
 
-    Raises FormatError, which names ``path``, where it is damaged or of a version or feature that is not known.
+    If the header is damaged, or has a version or feature that is not known, FormatError is raised, which names
+    ``path``.
     """
     cdef const unsigned char[::1] view = memoryview(data).cast("B")
     cdef onion_header header
@@ -282,16 +283,16 @@ def decode_log(data, *, path="map log"):
     Returns
     -------
     frames : list of Frame
-        Their records are read-only arrays over ``data``, not yet checked one by one.
+        The whole frames. Their records are read-only arrays over ``data``, which are not yet checked one by one.
     length : int
-        Where the last whole frame ends.
+        The offset at which the last whole frame ends.
     torn : bool
-        A torn frame, as a crash leaves it, stands behind that.
+        Whether a torn frame, as a crash leaves it, follows the last whole frame.
 
     Raises
     ------
     FormatError
-        For a bad header, and for a bad frame that is not the last one.
+        The header is bad, or a frame that is not the last one is bad.
     """
     cdef const unsigned char[::1] view = memoryview(data).cast("B")
     cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
@@ -325,7 +326,7 @@ def _log_fault(path, offset, status):
 
 
 def _read_map_file(path, length):
-    """Read a map file up to its last data, or its first ``length`` bytes, into a bytearray: as much as is allocated."""
+    """Read a map file into a bytearray: its first ``length`` bytes, or the allocated part if ``length`` is None."""
     cdef onion_map_bytes read
     cdef uint64_t fault = 0, sealed_length = 0 if length is None else length
     cdef int fd, status, is_sealed = length is not None
@@ -365,7 +366,7 @@ def _read_map_file(path, length):
 
 
 cdef bint _header_is_torn(bytearray data, map_id, block_size) except -1:
-    """Whether a crash left this file before its header was synced."""
+    """Whether a crash left this file in a state in which its header was never synced."""
     cdef onion_header expected
     cdef onion_log_cursor cursor = onion_log_cursor(ONION_HEADER_BYTES, 0, 0, 0)
     cdef const unsigned char *start = <const unsigned char *>PyByteArray_AS_STRING(data)
@@ -381,8 +382,10 @@ cdef bint _header_is_torn(bytearray data, map_id, block_size) except -1:
 
 
 def _read_sound_map(path, map_id, block_size, length):
-    """Read a map file and check its header. ``length``: of a sealed layer; None for a head, of which None is returned
-    where its header was never synced."""
+    """Read a map file and check its header. ``length`` is that of a sealed layer, or None for a head.
+
+    If the header of a head's map was never synced, None is returned.
+    """
     data = _read_map_file(path, length)
     if length is None and _header_is_torn(data, map_id, block_size):
         return None
@@ -396,7 +399,7 @@ def _read_sound_map(path, map_id, block_size, length):
 
 
 def _check_sealed(path, wanted, found):
-    """Compare (length, frames, crc) that the catalog has, None for what it does not know, with those of the file."""
+    """Compare (length, frames, crc) of the catalog with those of the file. A value that is None is not compared."""
     length, frames, crc = found
     _, wanted_frames, wanted_crc = wanted
     if wanted_frames not in (None, frames) or wanted_crc not in (None, crc):
@@ -416,16 +419,16 @@ def _write_all(descriptor, data):
 cdef class LayerMap:
     """The block map of one layer, loaded from a map file, changed in memory, and written to a new one.
 
-    Blocks are HOLE at first. Segment numbers (in ``set``, ``lookup`` and ``runs``) count from 1: number n is
-    ``segments[n - 1]``. Use by one thread at a time. After a MemoryError from a method that changes the map the
-    map is half changed: close it.
+    All blocks are HOLE at first. Segment numbers (in ``set``, ``lookup`` and ``runs``) count from 1: number n stands
+    for ``segments[n - 1]``. Only one thread at a time may use a map. If a method that changes the map raises
+    MemoryError, the map is half changed and has to be closed.
 
     Parameters
     ----------
     block_size : int
-        In bytes.
+        The block size in bytes.
     block_count : int
-        Blocks of the layer. The map grows by itself with ``fold`` and with the sizes that a log names.
+        The number of blocks of the layer. The map grows by itself with ``fold`` and with the sizes that a log names.
     """
 
     cdef onion_layer _layer
@@ -458,7 +461,7 @@ cdef class LayerMap:
         onion_layer_destroy(&self._layer)
 
     def close(self):
-        """Free the memory; every later call raises StateError. May be called again."""
+        """Free the memory. Every later call other than this one raises StateError."""
         self._open = False
         onion_layer_destroy(&self._layer)
 
@@ -476,21 +479,22 @@ cdef class LayerMap:
         Parameters
         ----------
         path : str
+            The path of the file.
         map_id : bytes
             The id that its header must have.
         block_size, block_count : int
-            Of the volume. A log of a volume that was grown makes the map larger.
+            Those of the volume. If the volume has grown, its log makes the map larger.
         length, frames, crc : int, optional
-            Of a sealed layer, from the catalog: the first ``length`` bytes must be exactly that many frames with that
-            chained CRC. What follows them is ignored. Without these (a head) a torn last frame is ignored,
-            and so is a header that was never synced; ``map_length`` then says how much is sound.
+            For a sealed layer, the values of the catalog: the first ``length`` bytes must be exactly that many frames
+            with that chained CRC. Bytes after them are ignored. For a head, the values are None. Then a torn last frame
+            is ignored, and so is a header that was never synced. ``map_length`` says how much of the file is sound.
 
         Raises
         ------
         FormatError
-            The file is damaged, or another one, or cut short: the message says where and what to do.
+            The file is damaged, is another one, or was cut short. The message says where, and what to do.
         OSError
-            The file cannot be read; FileNotFoundError if there is none.
+            The file cannot be read. If there is no file, the error is FileNotFoundError.
         """
         path = os.fspath(path)
         cdef LayerMap self = cls(block_size=block_size, block_count=block_count)
@@ -528,20 +532,20 @@ cdef class LayerMap:
     def write(self, path, *, map_id, wipe_zero, size_bytes):
         """Write a compact log to a new file and sync the file (not its directory).
 
-        Only segments that are still used are named. The log begins with a SIZE record unless ``size_bytes`` is
-        None. Where this fails the file is removed again, and overwritten before that under ``wipe_zero``.
+        The log names only segments that are still used. It begins with a SIZE record, unless ``size_bytes`` is None. If
+        this fails, the file is removed again. With ``wipe_zero``, it is overwritten before that.
 
         Returns
         -------
         length, frames, crc : int
-            What the catalog has to say of the file.
+            The values that describe the file in the catalog.
 
         Raises
         ------
         FileExistsError
             There is a file of that name.
         OSError
-            It could not be written: no room, for one.
+            The file could not be written, for example because there is no room.
         """
         self._check_open()
         if size_bytes is not None and not 0 <= size_bytes <= ONION_VOLUME_BYTES_MAX:
@@ -566,8 +570,8 @@ cdef class LayerMap:
 
     def _write_frames(self, descriptor, size_bytes):
         cdef onion_layer_writer *writer = <onion_layer_writer *>calloc(1, sizeof(onion_layer_writer))
-        # A SIZE record, and for each run a DATA record with a SEGMENT record before it; a run of more blocks than a record
-        # can have is several. Two is the least that onion_layer_records takes.
+        # There may be a SIZE record, and for each run a DATA record with a SEGMENT record before it. A run of more
+        # blocks than a record can have takes several records. onion_layer_records needs room for two records at least.
         cdef uint32_t capacity = min(_FRAME_RECORDS, 4 + 2 * onion_layer_runs(&self._layer, NULL))
         cdef onion_record *records = <onion_record *>calloc(capacity, sizeof(onion_record))
         cdef uint32_t used = 0
@@ -600,27 +604,27 @@ cdef class LayerMap:
             free(writer)
             free(records)
 
-    # ---- what is in it ----
+    # ---- its contents ----
 
     @property
     def segments(self):
-        """The ids of its segments: that of number n at index n - 1."""
+        """The ids of its segments. The id of number n is at index n - 1."""
         return list(self._segments)
 
     @property
     def size_bytes(self):
-        """The size in bytes that the last SIZE record gave the layer; None where there is none."""
+        """The size in bytes that the last SIZE record gave the layer, or None if there is no such record."""
         self._check_open()
         return self._layer.size_bytes if self._layer.has_size else None
 
     @property
     def block_count(self):
-        """Blocks that the map has room for."""
+        """The number of blocks that the map has room for."""
         self._check_open()
         return self._layer.map.block_count
 
     def memory_bytes(self):
-        """Return the bytes of memory that the index holds."""
+        """Return the number of bytes of memory that the index takes."""
         self._check_open()
         return onion_map_memory(&self._layer.map)
 
@@ -655,7 +659,7 @@ cdef class LayerMap:
         return data, zero
 
     def segment_use(self):
-        """Return {id: (blocks, end)} of the segments that have blocks; ``end`` is one more than their highest slot."""
+        """Return {id: (blocks, end)} of the segments that have blocks. ``end`` is one more than the highest slot."""
         cdef uint64_t *blocks
         cdef uint64_t *ends
         self._check_open()
@@ -672,7 +676,7 @@ cdef class LayerMap:
         }
 
     def count_shadowed(self, LayerMap upper not None):
-        """Return how many blocks are DATA here and not HOLE in ``upper``: slots that a merge of the two frees."""
+        """Return how many blocks are DATA here and not HOLE in ``upper``. A merge of the two frees their slots."""
         cdef uint64_t count
         self._check_open()
         upper._check_open()
@@ -681,7 +685,10 @@ cdef class LayerMap:
         return count
 
     def touched(self, LayerMap other not None):
-        """Return the blocks that are not HOLE here or in ``other``: sorted, joined, as an array of dtypes.STRETCH."""
+        """Return the blocks that are not HOLE here or not HOLE in ``other``, as a sorted and joined array.
+
+        It is an array of dtypes.STRETCH.
+        """
         cdef uint64_t count
         cdef onion_stretch *out
         self._check_open()
@@ -696,9 +703,9 @@ cdef class LayerMap:
         return array
 
     def live_slots(self, segment):
-        """Return the slots of a segment that the map names: sorted, joined, as an array of dtypes.SLOTS.
+        """Return the slots of a segment that the map names, as a sorted and joined array of dtypes.SLOTS.
 
-        Empty for a segment that the map does not know.
+        The array is empty if the map does not know the segment.
         """
         cdef uint64_t count
         cdef onion_stretch *out
@@ -716,10 +723,10 @@ cdef class LayerMap:
                 count = onion_stretches_join(out, count)
         return array[:count]
 
-    # ---- changing it ----
+    # ---- changes ----
 
     def add_segment(self, segment):
-        """Return the number of a segment; it gets the next one if the map does not know it yet."""
+        """Return the number of a segment. If the map does not know it yet, it gets the next number."""
         self._check_open()
         known = self._numbers.get(segment)
         if known is not None:
@@ -754,7 +761,10 @@ cdef class LayerMap:
             raise MemoryError("no memory for the index")
 
     def fold(self, LayerMap upper not None):
-        """Lay ``upper`` over this map: what is not HOLE there replaces what is here. Its segments join ``segments``."""
+        """Lay ``upper`` over this map: its blocks that are not HOLE replace those of this map.
+
+        The segments of ``upper`` are added to ``segments``.
+        """
         cdef uint16_t *renumber
         cdef int status
         self._check_open()
@@ -782,7 +792,7 @@ cdef class LayerMap:
             self._layer.size_bytes = upper._layer.size_bytes
 
     def drop_zero(self):
-        """Turn ZERO into HOLE: for a layer that nothing lies below any more."""
+        """Turn ZERO into HOLE. This is right for a layer that has neither a layer nor a base below it any more."""
         cdef int status
         self._check_open()
         with nogil:
@@ -791,19 +801,19 @@ cdef class LayerMap:
             raise MemoryError("no memory for the index")
 
     def replace(self, segment, slots, new_segment, new_slots):
-        """Point blocks of one segment to their copies in another.
+        """Map blocks of one segment to their copies in another segment.
 
-        A block in slot ``slots["slot"][i] + k`` of ``segment``, k below ``slots["count"][i]``, moves to slot
+        A block in slot ``slots["slot"][i] + k`` of ``segment``, with k below ``slots["count"][i]``, moves to slot
         ``new_slots[i] + k`` of ``new_segment``. Blocks in other slots stay.
 
         Parameters
         ----------
         segment, new_segment : bytes
-            Ids. The map must know the first; the second joins ``segments``.
+            The ids of the segments. The map must know the first. The second is added to ``segments``.
         slots : array of dtypes.SLOTS
-            As ``live_slots`` returns it: sorted, without overlaps.
+            The slots to move, sorted and without overlaps, as ``live_slots`` returns them.
         new_slots : array of uint64
-            For each entry of ``slots`` its first slot in ``new_segment``.
+            For each entry of ``slots``, its first slot in ``new_segment``.
 
         Returns
         -------
@@ -835,17 +845,17 @@ cdef class LayerMap:
 
 
 cdef class ProvenanceMap:
-    """Which layer each block comes from: layers are laid over each other, from the bottom up.
+    """A map of which layer each block comes from. Layers are laid over each other, from the bottom up.
 
-    Layers get numbers in the order in which they are laid, 1 for the first. Use by one thread at a time. After an error
-    of a method that changes it, it is half changed: close it.
+    Layers get numbers in the order in which they are laid, 1 for the first. Only one thread at a time may use the map.
+    If a method that changes it raises an error, the map is half changed and has to be closed.
 
     Parameters
     ----------
     block_size : int
-        In bytes.
+        The block size in bytes.
     block_count : int
-        Blocks that it has room for, which no layer may exceed.
+        The number of blocks that the map has room for, which no layer may exceed.
     """
 
     cdef onion_provenance _provenance
@@ -869,12 +879,12 @@ cdef class ProvenanceMap:
         onion_provenance_destroy(&self._provenance)
 
     def lay(self, LayerMap upper not None):
-        """Lay a layer over those before it.
+        """Lay a layer over the layers before it.
 
         Raises
         ------
         StateError
-            There are as many layers as there are numbers.
+            No number is left for one more layer.
         """
         cdef uint32_t layer = self._next()
         cdef int status
@@ -888,7 +898,7 @@ cdef class ProvenanceMap:
         self.laid = layer
 
     def lay_file(self, path, *, map_id, length=None, frames=None, crc=None):
-        """Lay the layer of a map file over those before it; parameters and errors are those of `LayerMap.load`.
+        """Lay the layer of a map file over the layers before it. Parameters and errors are those of `LayerMap.load`.
 
         Returns
         -------
@@ -922,7 +932,7 @@ cdef class ProvenanceMap:
         return None if size_bytes == <uint64_t>-1 else size_bytes
 
     def _lay_map(self, path, map_id, length, frames, crc):
-        """Lay a layer whose log says of blocks that it has them no more: what lies below shows through there."""
+        """Lay a layer whose log has HOLE records. Such a record makes the blocks below it visible again."""
         layer = LayerMap.load(
             path, map_id=map_id, block_size=self.block_size, block_count=self._provenance.map.block_count,
             length=length, frames=frames, crc=crc,
@@ -934,8 +944,10 @@ cdef class ProvenanceMap:
             layer.close()
 
     def runs(self):
-        """Return the blocks that some layer has, in order, as an array of dtypes.PROVENANCE_RUN; state 1 DATA, 2
-        ZERO."""
+        """Return the blocks that some layer has, in order, as an array of dtypes.PROVENANCE_RUN.
+
+        The state is 1 for DATA and 2 for ZERO.
+        """
         cdef uint64_t count
         cdef onion_provenance_run *out
         cdef int status
@@ -953,7 +965,7 @@ cdef class ProvenanceMap:
         return array
 
     def close(self):
-        """Free the memory; every later call raises StateError. May be called again."""
+        """Free the memory. Every later call other than this one raises StateError."""
         self._open = False
         onion_provenance_destroy(&self._provenance)
 
@@ -981,7 +993,10 @@ def _check_slots(slots, new_slots):
 
 
 def _overwrite(descriptor):
-    """Zero what a failed write left, as well as the file system lets us: the error that led here is the one to tell."""
+    """Overwrite a file that could not be written with zeros, as far as possible. Errors are ignored.
+
+    The caller raises the error of the write instead.
+    """
     with contextlib.suppress(OSError):
         size = os.fstat(descriptor).st_size
         for offset in range(0, size, 1 << 20):

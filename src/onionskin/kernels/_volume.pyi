@@ -1,4 +1,4 @@
-"""The data path: types of _volume.pyx, which says more."""
+"""The types of _volume.pyx, the data path. That file has the documentation."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy.typing as npt
 
-# Whatever has the buffer protocol; a name for it came with Python 3.12.
+# Any object that has the buffer protocol. A name for this type came with Python 3.12.
 _Buffer: TypeAlias = Any
 
 _Path: TypeAlias = str | os.PathLike[str]

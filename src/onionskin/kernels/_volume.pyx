@@ -1,7 +1,7 @@
-"""The data path: one open volume or view, as a thin class over csrc/volume/volume.h.
+"""The data path of one open volume or view, as a thin class over csrc/volume/volume.h.
 
-What must hold: memory and descriptors belong to the C object, which lives as long as this one; every call that can
-block runs without the GIL; every negative code becomes an exception here and nowhere else.
+What must hold: memory and descriptors belong to the C object, which lives as long as the Python object. Every call that
+can block runs without the GIL. Every negative code becomes an exception here and nowhere else.
 """
 
 from cpython.buffer cimport (
@@ -24,7 +24,7 @@ cdef extern from "Python.h":
     ctypedef struct PyObject
     bint PyLong_CheckExact(object)
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
-    # Declared without an exception value: its errors are told anew.
+    # This is declared without an exception value, because its errors are replaced by others.
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
 
@@ -169,16 +169,16 @@ cdef extern from "base/status.h" nogil:
         ONION_E_MAPPINGS
 
 cdef enum:
-    # More pieces than this in one view are copied instead: each piece costs a mapping, of which a process has 65,530.
+    # A view of more pieces than this is copied instead, because each piece needs a mapping and a process has 65,530.
     VIEW_PIECES_MAX = 4096
     RUNS_AT_ONCE = 65536
     SEGMENTS_AT_ONCE = 256
-    # Of a log with fewer records, the share that is dead does not matter.
+    # In a log with no more records than this, the share of dead records does not matter.
     RECORDS_OF_A_SMALL_LOG = 64
     INDEX_BYTES = sizeof(uint64_t)
     STATE_DATA = 1  # of dtypes.RUN
     STATE_ZERO = 2
-    SLOT_BITS = 32  # of a location; the segment's number stands over them
+    SLOT_BITS = 32  # the low bits of a location are the slot, and the bits above them are the segment's number
 _ROLES = ("sealed", "inherited", "own")
 
 
@@ -207,7 +207,7 @@ cdef object _damage(int status, object path, object offset):
 
 
 cdef object _refusal(int status, object what):
-    """The exception of a code that is about the volume, and no file; None for others."""
+    """Return the exception for a code that is about the volume and not about a file, or None for other codes."""
     if status == ONION_E_POISONED:
         return StateError(
             f"{what}: an earlier sync failed, so what is durable is not known; close the volume and open it again"
@@ -232,10 +232,10 @@ cdef object _refusal(int status, object what):
 
 
 cdef int _raise(int status, object what, object path=None) except -1:
-    """Turns a negative code into its exception.
+    """Raise the exception of a negative code.
 
-    The error names the file and the byte that the code was noted for (base/site.h), else `path`. An error that is about no
-    file, as one of missing memory, names what was asked for.
+    The error names the file and the byte that were noted for the code (base/site.h), and otherwise `path`. An error
+    that is about no file, such as one of missing memory, names the operation.
     """
     cdef const onion_site *site = onion_site_of(status)
     offset = 0
@@ -262,7 +262,7 @@ cdef int _raise(int status, object what, object path=None) except -1:
 
 
 cdef int _raise_range(int status, object what, object offset, object length, uint64_t size_bytes, object path=None) except -1:
-    """As `_raise`, for a verb that was given a range of the disk."""
+    """Raise the exception of a negative code, as `_raise` does, for an operation on a range of the disk."""
     if status == ONION_E_BOUNDS:
         raise ValueError(
             f"{what}: {length} bytes at offset {offset} pass the end of the volume, which has {size_bytes} bytes"
@@ -271,8 +271,10 @@ cdef int _raise_range(int status, object what, object offset, object length, uin
 
 
 cdef uint64_t _whole(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
-    """A number of bytes that a caller gave: a whole number, of Python or of NumPy. One that no volume can have becomes the
-    largest, which is outside of all of them."""
+    """Return a number of bytes that a caller gave, which is a whole number of Python or NumPy.
+
+    A number that is too large for any volume becomes the largest number, which is outside every volume.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
             raise TypeError(f"{what} is a whole number, not {value!r}")
@@ -283,7 +285,7 @@ cdef uint64_t _whole(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
 
 
 cdef inline uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFFFFFF:
-    """An offset or a length."""
+    """Return an offset or a length that a caller gave."""
     cdef long long small
     cdef int overflow = 0
     if PyLong_CheckExact(value):
@@ -294,7 +296,7 @@ cdef inline uint64_t _bytes_at(object value, object what) except? 0xFFFFFFFFFFFF
 
 
 cdef int _refuse_buffer(object buffer, int flags) except -1:
-    """Says why a buffer cannot be had: one exception for each cause, whoever's object it is."""
+    """Raise the exception that says why an object gives no buffer. Each cause has one exception."""
     try:
         memory = memoryview(buffer)
     except TypeError:
@@ -307,8 +309,11 @@ cdef int _refuse_buffer(object buffer, int flags) except -1:
 
 
 cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
-    """Gets the bytes of a buffer: BufferError where they are not contiguous or, to be read into, read-only; TypeError where
-    there are none, or they are Python objects."""
+    """Get the bytes of a buffer.
+
+    BufferError is raised if they are not contiguous, or are read-only and have to be written. TypeError is raised if
+    there is no buffer, or if it has Python objects.
+    """
     cdef const char *format
     if GetBuffer(<PyObject *>buffer, view, flags) < 0:
         PyErr_Clear()
@@ -334,7 +339,7 @@ cdef list _ids(const unsigned char *ids, int64_t count):
 
 
 cdef object _indices(object block_indices):
-    """A copy, as uint64: the caller's own array might change under the call, after the bounds were checked."""
+    """Return a copy of block indices as uint64. The caller's array might change after the bounds were checked."""
     indices = numpy.asarray(block_indices)
     if indices.size and indices.dtype.kind not in "iu":
         raise TypeError(f"block indices are whole numbers, not {indices.dtype}")
@@ -366,7 +371,7 @@ cdef onion_segment_ref *_segment_refs(object segments) except? NULL:
 
 
 cdef class _LayerSource:
-    """Owns the memory behind an onion_layer_source."""
+    """An object that owns the memory of an onion_layer_source."""
     cdef onion_layer_source source
     cdef onion_segment_ref *refs
     cdef bytes path
@@ -388,7 +393,7 @@ cdef class _LayerSource:
 
 
 cdef class Sealed:
-    """What a seal or a rewrite made durable: goes into the catalog as it is."""
+    """A description of what a seal or a rewrite made durable. Its values go into the catalog as they are."""
     cdef readonly object map_length
     cdef readonly object map_frames
     cdef readonly object map_crc
@@ -410,7 +415,7 @@ cdef Sealed _sealed(onion_sealed *raw, list segments):
 
 
 cdef class _MappedRange:
-    """Read-only memory made of the segments' pages; unmapped when the last array over it is gone."""
+    """Read-only memory made of the segments' pages. It is unmapped when the last array over it is gone."""
     cdef void *address
     cdef uint64_t mapped_length
     cdef uint64_t pieces
@@ -441,18 +446,18 @@ cdef class _MappedRange:
 
 
 cdef class DataPath:
-    """One open volume (writable) or view of a snapshot (not writable).
+    """One open volume (writable), or a view of a snapshot or a head (not writable).
 
-    Offsets and lengths are bytes, block indices count blocks. All methods may be called from any thread.
+    Offsets and lengths are bytes; block indices count blocks. Any thread may call the methods.
 
     Parameters
     ----------
     block_size : int
         A power of two from 4096 to 2097152.
     size_bytes : int
-        Size of the volume, at most 64 TiB; the head's log may override it.
+        The size of the volume, at most 64 TiB. The head's log may override it.
     segments_directory, layers_directory : str
-        Where segment files lie, named by their id; where map files lie.
+        The directories of the segment files and of the map files. Each file is named by its id.
     wipe_zero : bool
         Whether freed slots are overwritten with zeros before they are used again.
     writable : bool
@@ -461,11 +466,11 @@ cdef class DataPath:
     Raises
     ------
     OSError
-        What the system refused, with the path of the file.
+        An error of the system. It has the path of the file.
     FormatError
-        A file that is damaged or is not what the catalog says.
+        A file is damaged, or is not what the catalog says.
     StateError
-        Closed, poisoned, not writable, or used in the child of a fork.
+        The data path is closed, poisoned, not writable, or used in the child of a fork.
     """
     cdef onion_volume *_volume
     cdef readonly object block_size
@@ -493,19 +498,20 @@ cdef class DataPath:
     # ---- opening ----
 
     def set_base(self, int fd, size_bytes, *, allow_short=False):
-        """Map the raw image that `fd` is open on below everything; the caller may close it.
+        """Map a raw image below all layers. The caller may close the descriptor afterwards.
 
         Parameters
         ----------
         fd : int
-            A descriptor of a regular file or a block device. No path is looked at.
+            A descriptor of a regular file or a block device. No path is used.
         size_bytes : int
-            What is mapped. The file must hold it, unless `allow_short`: what it does not hold reads zero then.
+            The number of bytes to map. The file must have as many, unless `allow_short` is true. Then the part that it
+            does not have reads zero.
 
         Raises
         ------
         FormatError
-            The file is shorter, or no file.
+            The file is shorter, or is neither a regular file nor a block device.
         """
         cdef uint64_t size = _whole(size_bytes, "a size")
         cdef int status, c_allow = bool(allow_short)
@@ -518,7 +524,7 @@ cdef class DataPath:
             _raise(status, "open", _path_of(fd))
 
     def add_layer(self, *, map_path, map_id, length, frames, crc, segments):
-        """Add a sealed layer over those added before; `segments` are (id, slots)."""
+        """Add a sealed layer over the layers that were added before. `segments` is a list of (id, slots)."""
         cdef _LayerSource source = _LayerSource(map_path, map_id, length, frames, crc, segments)
         cdef int status
         with nogil:
@@ -527,7 +533,7 @@ cdef class DataPath:
             _raise(status, "open", map_path)
 
     def fold_layers(self):
-        """Make the index of the layers that were added: before the first read of a view. `open_head` does it too."""
+        """Make the index of the layers that were added. This comes before the first read. `open_head` does it too."""
         cdef int status
         with nogil:
             status = onion_volume_fold_layers(self._volume)
@@ -535,24 +541,26 @@ cdef class DataPath:
             _raise(status, "open")
 
     def open_head(self, *, map_path, map_id, inherited, own, spare, more_own=(), known=(0, 0, 0), dirty_path=None):
-        """Add the head, last, ready for writing. Returns the size in bytes of the volume.
+        """Add the head, after all layers, and make it ready for writing. Returns the size of the volume in bytes.
 
         Parameters
         ----------
         known : tuple of int
-            (length, frames, crc): the head's log passes through exactly this point, or it is damaged. (0, 0, 0): nothing
-            is known, so a missing log is an empty one, and a bad last frame is one that a crash tore.
+            The (length, frames, crc) of a point that the head's log passes through. If the log does not, it is damaged.
+            With (0, 0, 0), nothing is known. Then a missing log counts as empty, and a bad last frame as torn by a
+            crash.
         dirty_path : path, optional
-            What is written and not flushed survives the process there; what is found there is taken up.
+            The file in which the records of unflushed writes survive the process. Records that are found there are
+            taken over.
         """
         return self._open_head(map_path, map_id, inherited, (own, *more_own), spare, known, False, dirty_path)
 
     def open_head_to_read(self, *, map_path, map_id, inherited, own, more_own=(), known=(0, 0, 0), dirty_path=None):
-        """Add the head, last, to a path that is not writable. Returns the size in bytes of the volume.
+        """Add the head, after all layers, to a path that is not writable. Returns the size of the volume in bytes.
 
-        What is durable of the head is read, and over it what a process that died had written and not flushed, where
-        `dirty_path` has it; a torn frame is left as it is. Nothing is written, made, freed or synced, so a
-        file system that is mounted read-only will do. The caller holds off writers of the head.
+        The durable part of the head is read. If a process died and left unflushed writes in `dirty_path`, these are
+        read over it. A torn frame is left as it is. Nothing is written, made, freed or synced, so this works on a file
+        system that is mounted read-only. The caller keeps writers from the head.
         """
         no_spare = bytes(ONION_UUID_BYTES)
         return self._open_head(map_path, map_id, inherited, (own, *more_own), no_spare, known, True, dirty_path)
@@ -588,7 +596,7 @@ cdef class DataPath:
         return onion_volume_size(self._volume)
 
     def free_own_slots(self):
-        """Find the free slots of the head's segments; with policy `zero` wipe those that still hold bytes."""
+        """Find the free slots of the head's segments. With policy `zero`, wipe those that still hold bytes."""
         cdef int status
         with nogil:
             status = onion_volume_free_own_slots(self._volume)
@@ -599,17 +607,17 @@ cdef class DataPath:
 
     @property
     def size_bytes(self):
-        """Size of the volume in bytes."""
+        """The size of the volume in bytes."""
         return onion_volume_size(self._volume)
 
     @property
     def memory_bytes(self):
-        """Memory that the index takes, in bytes."""
+        """The memory that the index takes, in bytes."""
         return onion_volume_memory(self._volume)
 
     @property
     def poisoned(self):
-        """Whether a sync failed, so that only closing is left."""
+        """Whether a sync failed, so that the volume can only be closed."""
         return bool(onion_volume_poisoned(self._volume))
 
     @property
@@ -624,7 +632,7 @@ cdef class DataPath:
 
     @property
     def has_spare(self):
-        """Whether the next seal has a segment to begin its head with."""
+        """Whether there is a spare segment for the head that the next seal begins."""
         return bool(onion_volume_has_spare(self._volume))
 
     def read(self, object offset, object length):
@@ -643,14 +651,14 @@ cdef class DataPath:
         return out
 
     def readinto(self, object offset, buffer):
-        """Fill `buffer` from `offset` on; returns its length in bytes.
+        """Fill `buffer` with the bytes from `offset` on. Returns its length in bytes.
 
         Raises
         ------
         BufferError
             The buffer is read-only, or not contiguous.
         TypeError
-            It is no buffer, or one of Python objects; or `offset` is no whole number.
+            The object is no buffer or a buffer of Python objects, or `offset` is no whole number.
         """
         cdef uint64_t at = _bytes_at(offset, "an offset")
         cdef Py_buffer view
@@ -666,14 +674,14 @@ cdef class DataPath:
             PyBuffer_Release(&view)
 
     def write(self, object offset, data):
-        """Write `data` at `offset`; returns its length in bytes. Not durable before flush.
+        """Write `data` at `offset`. Returns its length in bytes. The data is not durable before `flush`.
 
         Raises
         ------
         BufferError
             The data is not contiguous.
         TypeError
-            It is no buffer, or one of Python objects; or `offset` is no whole number.
+            The object is no buffer or a buffer of Python objects, or `offset` is no whole number.
         """
         cdef uint64_t at = _bytes_at(offset, "an offset")
         cdef Py_buffer view
@@ -689,7 +697,7 @@ cdef class DataPath:
             PyBuffer_Release(&view)
 
     def zero(self, object offset, object length):
-        """Make a range read zero; the whole blocks in it are freed."""
+        """Make a range read zero. The whole blocks in it are freed."""
         cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
         cdef int status
         with nogil:
@@ -706,7 +714,10 @@ cdef class DataPath:
         return _raise(status, what)
 
     def read_blocks(self, block_indices, out=None):
-        """Return blocks by index, as an (n, block_size) array of uint8; into `out` where given. As `readinto`, else."""
+        """Return blocks by index, as an (n, block_size) array of uint8. If `out` is given, it is filled and returned.
+
+        Errors are as for `readinto`.
+        """
         cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, out_view
         cdef int status
@@ -730,7 +741,7 @@ cdef class DataPath:
         return out
 
     def write_blocks(self, block_indices, data):
-        """Write whole blocks: `data` holds len(block_indices) * block_size bytes. As `write`, else."""
+        """Write whole blocks. `data` has len(block_indices) * block_size bytes. Otherwise this is like `write`."""
         cdef object indices = _indices(block_indices)
         cdef Py_buffer index_view, data_view
         cdef int status
@@ -759,7 +770,7 @@ cdef class DataPath:
             _raise(status, "flush")
 
     def resize(self, size_bytes):
-        """Change the size; durable on return. What is new reads zero."""
+        """Change the size. The change is durable on return, and the new part reads zero."""
         cdef uint64_t size = _whole(size_bytes, "a size")
         cdef int status
         with nogil:
@@ -770,7 +781,7 @@ cdef class DataPath:
     # ---- the index ----
 
     def runs(self, offset=0, length=None):
-        """Return the runs that are not HOLE as a structured array (dtypes.RUN), clipped to whole blocks."""
+        """Return the runs that are not HOLE as a structured array (dtypes.RUN), cut at the blocks of the range."""
         cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
         cdef uint64_t start = offset // block_size
         cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
@@ -807,7 +818,7 @@ cdef class DataPath:
         return out
 
     def segments(self):
-        """Return (number, id, role, slots) of every segment; slots is 0 where no file was made."""
+        """Return (number, id, role, slots) of every segment. `slots` is 0 if its file was not made yet."""
         cdef uint32_t count, found
         with nogil:
             count = onion_volume_segments(self._volume, NULL, 0)
@@ -823,7 +834,7 @@ cdef class DataPath:
             free(infos)
 
     cdef list _just_sealed(self):
-        """(id, slots) of the segments that a seal under way has sealed: one, and one more for each aborted seal."""
+        """Return (id, slots) of the segments that the current seal has sealed: one, and one for each aborted seal."""
         cdef uint32_t count = onion_volume_just_sealed(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
@@ -837,7 +848,8 @@ cdef class DataPath:
     def live_slots(self, segment):
         """Return the sorted runs of slots of a segment that the index still needs (dtypes.SLOTS). Waits for writers.
 
-        It is the index of the head as it is then: the caller looks behind the answer whether that is the one it means.
+        The answer comes from the index of the head at that moment. The caller checks afterwards that this is the head
+        that it means.
         """
         cdef unsigned char id[ONION_UUID_BYTES]
         cdef unsigned char *bitmap = NULL
@@ -855,7 +867,7 @@ cdef class DataPath:
         return _runs_of_bits(numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")[:bits])
 
     def wait_for_readers(self):
-        """Return when every read that began before has ended: before slots that they may see are freed."""
+        """Wait until every read that began before has ended. Such a read may still use slots that are to be freed."""
         cdef int status
         with nogil:
             status = onion_volume_wait_for_readers(self._volume)
@@ -865,7 +877,8 @@ cdef class DataPath:
     def reclaim_wanted(self):
         """Return the ids of inherited segments in which slots became free since the last call.
 
-        What is returned is forgotten here: whoever cannot write it down puts it back with `want_reclaim`.
+        The data path forgets the ids that it returns. A caller that cannot record them puts them back with
+        `want_reclaim`.
         """
         cdef unsigned char ids[SEGMENTS_AT_ONCE * ONION_UUID_BYTES]
         cdef int count
@@ -874,7 +887,7 @@ cdef class DataPath:
         return _ids(ids, count)
 
     def want_reclaim(self, ids):
-        """Put back what `reclaim_wanted` returned. Ids of segments that are gone are left out."""
+        """Put ids back that `reclaim_wanted` returned. Ids of segments that are gone are left out."""
         joined = b"".join(ids)
         cdef const void *raw = <const void *>PyBytes_AS_STRING(joined)
         cdef uint32_t count = len(joined) // ONION_UUID_BYTES
@@ -882,9 +895,9 @@ cdef class DataPath:
             onion_volume_reclaim_again(self._volume, raw, count)
 
     def unused_segments(self):
-        """Return the ids of segments that no block and no record of the head's log needs. Flushes.
+        """Return the ids of segments that no block and no record of the head's log needs. This flushes first.
 
-        Those of them that the catalog gives to the head may be dropped from it, with `prepare_below` before the commit and
+        Those that belong to the head in the catalog may be dropped, with `prepare_below` before the commit and
         `commit_below` after it.
         """
         cdef unsigned char *ids
@@ -903,7 +916,7 @@ cdef class DataPath:
             free(ids)
 
     def take_unwipeable(self):
-        """Return how many bytes were wiped since the last call whose old contents overwriting cannot have reached."""
+        """Return how many bytes were wiped since the last call whose old contents may still be on the medium."""
         return onion_volume_take_unwipeable(self._volume)
 
     def map_dead_ratio(self):
@@ -917,7 +930,7 @@ cdef class DataPath:
         return max(0.0, 1.0 - needed / records) if records > RECORDS_OF_A_SMALL_LOG else 0.0
 
     def log_state(self):
-        """Return (length, frames, crc) of what the head's log durably holds; zeros where it has no frame."""
+        """Return (length, frames, crc) of the durable part of the head's log. They are zeros if it has no frame."""
         cdef onion_sealed raw
         cdef int status
         with nogil:
@@ -927,7 +940,7 @@ cdef class DataPath:
         return raw.map_length, raw.map_frames, raw.map_crc
 
     def wants_compaction(self):
-        """Whether a rewrite of the head's log would save more than half of it, and it is not small. Cheap."""
+        """Whether the head's log is not small and a rewrite would save more than half of it. This call is cheap."""
         cdef int status
         with nogil:
             status = onion_volume_wants_compact_map(self._volume)
@@ -936,12 +949,12 @@ cdef class DataPath:
         return status == 1
 
     def freeze(self, frames):
-        """Hold writers off until `thaw` or `close`, which the same thread calls. Nothing may be flushed meanwhile.
+        """Stop writers until `thaw` or `close`, which the same thread has to call. Nothing may be flushed meanwhile.
 
         Returns
         -------
         bool
-            False: something was written since the head's log had `frames` frames; nobody is held off.
+            False if something was written since the head's log had `frames` frames. Then no writer is stopped.
         """
         cdef uint64_t c_frames = frames
         cdef int status
@@ -952,18 +965,18 @@ cdef class DataPath:
         return status == 0
 
     def thaw(self):
-        """Let writers go on. Nothing, where they are not held off."""
+        """Let writers go on. If they are not stopped, this does nothing."""
         onion_volume_thaw(self._volume)
 
     # ---- seal and rewrite ----
 
     def start_writing(self):
-        """Begin to write out what a flush would, and do not wait: a hint."""
+        """Begin to write out the data that a flush would, without waiting. This is only a hint."""
         with nogil:
             onion_volume_start_writing(self._volume)
 
     def seal(self, *, map_path, map_id):
-        """Make the head a durable sealed layer and begin a new head. Flushes wait for seal_commit or seal_abort."""
+        """Make the head a durable sealed layer and begin a new head. Flushes wait for `seal_commit` or `seal_abort`."""
         cdef unsigned char id[ONION_UUID_BYTES]
         cdef onion_sealed raw
         cdef int status
@@ -1003,7 +1016,7 @@ cdef class DataPath:
         return _sealed(&raw, self._just_sealed())
 
     def seal_commit(self, next_spare):
-        """The catalog names the new head: go on with it."""
+        """Go on with the new head, because the catalog names it."""
         cdef unsigned char id[ONION_UUID_BYTES]
         _copy_id(id, next_spare)
         cdef int status
@@ -1013,7 +1026,10 @@ cdef class DataPath:
             _raise(status, "snapshot")
 
     def seal_abort(self):
-        """The catalog still names the old head: it goes on, and owns what was written since. At any stage of a seal."""
+        """Go on with the old head, because the catalog still names it. It owns what was written since the seal.
+
+        This is allowed at any stage of a seal.
+        """
         cdef int status
         with nogil:
             status = onion_volume_seal_abort(self._volume)
@@ -1021,7 +1037,7 @@ cdef class DataPath:
             _raise(status, "snapshot")
 
     def prepare(self, *, map_path, map_id):
-        """Make the files of the next head, durable, before a seal whose map they are asks for them."""
+        """Make the files of the next head durably, before the seal that needs them. The map gets the id `map_id`."""
         cdef unsigned char id[ONION_UUID_BYTES]
         cdef int status
         path = os.fsencode(map_path)
@@ -1043,9 +1059,10 @@ cdef class DataPath:
             _raise(status, "snapshot")
 
     def rewrite_map(self, *, new_path, new_id, lower=None, drop_zero=False):
-        """Write the head's map, folded over `lower`, to a new durable file. Flushes wait for commit or abort.
+        """Write the head's map, folded over `lower`, to a new durable file.
 
-        `lower` is (map_path, map_id, length, frames, crc, segments) of the parent layer.
+        Flushes wait for `rewrite_commit` or `rewrite_abort`. `lower` is (map_path, map_id, length, frames, crc,
+        segments) of the parent layer.
         """
         cdef unsigned char id[ONION_UUID_BYTES]
         cdef onion_sealed raw
@@ -1065,7 +1082,7 @@ cdef class DataPath:
         return _sealed(&raw, [])
 
     def rewrite_commit(self):
-        """The catalog names the new map file: append to it from now on."""
+        """Append to the new map file from now on, because the catalog names it."""
         cdef int status
         with nogil:
             status = onion_volume_rewrite_commit(self._volume)
@@ -1073,41 +1090,43 @@ cdef class DataPath:
             _raise(status, "merge")
 
     def rewrite_abort(self):
-        """The catalog still names the old map file: drop the new one."""
+        """Drop the new map file, because the catalog still names the old one."""
         cdef int status
         with nogil:
             status = onion_volume_rewrite_abort(self._volume)
         if status < 0:
             _raise(status, "merge")
 
-    # ---- what lies below ----
+    # ---- the lowest files ----
 
     def prepare_below(self, base_fd=None, base_bytes=0, layer=None, dropped=(), *, keep_base=False):
-        """Prepare that other files answer for what lies lowest, while reads and writes go on. Before a commit.
+        """Prepare the replacement of the lowest files, while reads and writes go on. This is called before a commit.
 
-        After `commit_below` each block that was in a dropped segment, and each that nothing in the volume held, reads from
-        `layer` if that has it, and else from the base. The caller answers for it that both are what it read before. ZERO
-        stays ZERO, and what other segments hold stays.
+        After `commit_below`, some blocks read from `layer` if it has them, and otherwise from the base. These are the
+        blocks that were in a dropped segment, and those that nothing in the volume held. The caller guarantees that
+        they read the same as before. ZERO stays ZERO, and the blocks in other segments stay.
 
         Parameters
         ----------
         base_fd : int, optional
-            A descriptor of the new base, which the caller may close. None: there is no base any more.
+            A descriptor of the new base, which the caller may close. With None, there is no base any more.
         base_bytes : int
-            What is mapped of it; the file must hold as much.
+            The number of bytes of the base to map. The file must have as many.
         layer : tuple, optional
-            The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest one, or, with
-            `keep_base`, one that has all that is in the dropped segments. Segments that are open here stay what they are.
+            The new layer, as (map_path, map_id, length, frames, crc, [(segment id, slots)]). It is the lowest layer.
+            With `keep_base`, it is a layer that has everything that is in the dropped segments. Segments that are open
+            already stay as they are.
         dropped : sequence of bytes
-            Ids of segments that are read no more. Of those that the head wrote or inherited, only such that
-            `unused_segments` returned.
+            The ids of the segments that are not read any more. A segment that the head wrote or inherited may only be
+            dropped if `unused_segments` returned it.
         keep_base : bool
-            The base stays what it is.
+            Whether the base stays as it is.
 
         Raises
         ------
         StateError
-            Another replacement is prepared; the head still needs one of the segments; or one is not the volume's.
+            Another replacement is prepared, the head still needs one of the segments, or one does not belong to the
+            volume.
         FormatError, OSError
             A file is not what it should be, or could not be opened. Nothing has changed.
         """
@@ -1134,14 +1153,14 @@ cdef class DataPath:
             _raise(status, "merge", layer[0] if layer is not None else None if base_fd is None else _path_of(base_fd))
 
     def commit_below(self):
-        """Make what was prepared so. After the commit.
+        """Put the prepared replacement into effect. This is called after the commit.
 
         Returns
         -------
         bool
-            True: no read needs the dropped segments or the old base any more, and they are unmapped. False: memory is
-            missing, or the volume is closed or poisoned; all reads as before, from old files and new ones, so their locks are
-            kept. May be called again.
+            True if no read needs the dropped segments or the old base any more; they are unmapped then. False if memory
+            is missing, or the volume is closed or poisoned. All reads then give the same as before, from old and new
+            files, so the caller keeps the locks of both. The method may be called again.
         """
         cdef int status
         with nogil:
@@ -1152,15 +1171,15 @@ cdef class DataPath:
         return status == 0
 
     def abort_below(self):
-        """Forget what was prepared. Nothing, where nothing is, or its commit has begun."""
+        """Forget the prepared replacement. If there is none, or its commit has begun, this does nothing."""
         with nogil:
             onion_volume_abort_below(self._volume)
 
     def view(self, object offset, object length, keep=None):
         """Return a range of a snapshot as a read-only array of uint8.
 
-        The array's memory is the segments' own pages, and stays valid after close; `keep` lives as long as it does.
-        A range in more than 4,096 pieces is copied instead.
+        The array's memory consists of the segments' own pages, and stays valid after `close`. `keep` is referenced as
+        long as the array exists. A range in more than 4,096 pieces is copied instead.
         """
         cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
         cdef _MappedRange mapped = _MappedRange()
@@ -1183,7 +1202,7 @@ cdef class DataPath:
 
     @property
     def capsule(self):
-        """The C object, for other extension modules: lives as long as this one."""
+        """The C object, for other extension modules. It lives as long as this object."""
         return PyCapsule_New(self._volume, "onion_volume", NULL)
 
     # ---- the end ----
@@ -1194,11 +1213,11 @@ cdef class DataPath:
             onion_volume_poison(self._volume)
 
     def after_fork(self):
-        """In the child of a fork: every later call raises, and nothing is released."""
+        """Mark the data path as unusable in a forked child. Every later call raises, and nothing is released."""
         onion_volume_after_fork(self._volume)
 
     def close(self):
-        """Wait for calls under way, then unmap and close. Does not flush. Idempotent."""
+        """Wait for calls that are under way, then unmap and close. This does not flush. Further calls do nothing."""
         with nogil:
             onion_volume_close(self._volume)
 

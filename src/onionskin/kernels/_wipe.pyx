@@ -1,6 +1,6 @@
-"""Overwrites ranges of an open file with zeros, and only then gives them back (csrc/bulk/wipe.h), without the GIL.
+"""This module overwrites ranges of an open file with zeros and then frees them (csrc/bulk/wipe.h), without the GIL.
 
-What must hold: the ranges live as long as the job; a job runs once; it may be watched and cancelled from any thread.
+What must hold: the ranges live as long as the job. A job runs once. Any thread may watch and cancel it.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -42,17 +42,18 @@ cdef extern from *:
     uint64_t onion_load(uint64_t *pointer) nogil
     void onion_store(int *pointer, int value) nogil
 
-# Measured on ext4 (Linux 6.18, 2 cores), 1 GiB with its fdatasync: 0.31 to 0.32 s with one thread, 0.31 to 0.38 s with
-# two, 0.31 to 0.47 s for dd conv=fdatasync. The disk is the limit, so a second thread would only take a core.
+# These times were measured on ext4 (Linux 6.18, 2 cores), for 1 GiB with its fdatasync: 0.31 to 0.32 s with one thread,
+# 0.31 to 0.38 s with two, and 0.31 to 0.47 s for dd conv=fdatasync. The disk is the limit, so a second thread would
+# only take a core.
 DEFAULT_THREADS = 1
 
 
 class WipeCancelled(Exception):
-    """The wipe was cancelled; nothing was punched that was not made durable as zeros before."""
+    """The wipe was cancelled. Nothing was punched that was not made durable as zeros before."""
 
 
 class WipeResult(NamedTuple):
-    """What a wipe did, in bytes, and on which file system; the fields of ``onion_wipe_result`` in csrc/bulk/wipe.h."""
+    """The result of a wipe, in bytes, and its file system: the fields of ``onion_wipe_result`` in csrc/bulk/wipe.h."""
 
     bytes_wiped: int
     bytes_skipped: int
@@ -64,7 +65,7 @@ class WipeResult(NamedTuple):
 
 
 cdef class WipeJob:
-    """One wipe, watchable and cancellable from other threads; the parameters are those of ``wipe``."""
+    """One wipe, which other threads may watch and cancel. The parameters are those of ``wipe``."""
 
     cdef onion_byte_range *_ranges
     cdef size_t _range_count
@@ -103,15 +104,18 @@ cdef class WipeJob:
 
     @property
     def bytes_done(self):
-        """Bytes gone through so far, in the first phase that was asked for."""
+        """The number of bytes that the first phase of the wipe has processed so far."""
         return onion_load(&self._bytes_done)
 
     def cancel(self):
-        """Makes ``run`` stop soon and raise ``WipeCancelled``. Any thread may call it."""
+        """Make ``run`` stop soon and raise ``WipeCancelled``. Any thread may call it."""
         onion_store(&self._cancel, 1)
 
     def run(self):
-        """Does the wipe; once only. Returns and raises what ``wipe`` does, and ``WipeCancelled`` after ``cancel``."""
+        """Do the wipe. This can be called once.
+
+        It returns and raises the same as ``wipe``. After ``cancel``, it raises ``WipeCancelled``.
+        """
         cdef onion_wipe_result result
         cdef int status
         if self._started:
@@ -132,7 +136,7 @@ cdef class WipeJob:
 
 
 def _path_of(fd):
-    """Return the path that a descriptor was opened by, for a message; None where the system does not say."""
+    """Return the path that a descriptor was opened by, for a message, or None if the system does not tell it."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
@@ -140,22 +144,22 @@ def _path_of(fd):
 
 
 def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int threads=0):
-    """Overwrites ranges with zeros, makes them durable, and only then gives the space back.
+    """Overwrite ranges with zeros, make the zeros durable, and only then free the space.
 
     Parameters
     ----------
     fd : int
-        A regular file, open for writing.
+        A descriptor of a regular file that is open for writing.
     ranges : sequence or ndarray
-        Pairs ``(offset, length)`` in bytes, sorted, not overlapping; what lies behind the end of the file is ignored.
+        Pairs ``(offset, length)`` in bytes, sorted and not overlapping. Parts behind the end of the file are ignored.
     zero : bool
-        Overwrite what is allocated and sync it, once.
+        Overwrite the allocated parts once, and sync them.
     punch : bool
-        Make the ranges holes at the end. A file system that cannot is no error.
+        Make the ranges holes at the end. It is no error if the file system cannot do this.
     verify : bool, optional
-        Read back from the medium before punching.
+        Read the zeros back from the medium before punching.
     threads : int, optional
-        1 to 64; 0, the default, takes the number that was measured to be best.
+        The number of threads, 1 to 64. With 0, the default, it is the number that was measured to be best.
 
     Returns
     -------
@@ -165,8 +169,9 @@ def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int thread
     Raises
     ------
     OSError
-        What the system refused; nothing that is not durable as zeros was punched. EINVAL if it is no regular file.
+        An error of the system, or EINVAL if the file is no regular file. Nothing was punched that is not durable as
+        zeros.
     VerifyError
-        If a byte read back is not zero.
+        A byte that was read back is not zero.
     """
     return WipeJob(fd, ranges, zero=zero, punch=punch, verify=verify, threads=threads).run()

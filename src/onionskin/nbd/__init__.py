@@ -1,8 +1,9 @@
-"""Volumes that machines use while everything else goes on: serving them over NBD.
+"""The NBD server: it serves volumes and snapshots to other machines and programs.
 
-`server` listens, hands each client to the C server (`onionskin.nbd._nbd`), which speaks the protocol, and ends all in order.
-`exports` is what is served: it owns the volumes and opens snapshots when clients ask for them. Under it are `export_table`,
-which exports there are by which labels, `changed_blocks`, the metadata contexts, and `exported`, what an export stands for.
-`listener`, `systemd`, `tls` and `tls_carrier` are how clients get in, `prometheus` writes what is counted, and `fuse_mount`
-shows a snapshot as a file. Other processes work on a served volume through `onionskin.control`.
+`server` listens, hands each client to the C server (`onionskin.nbd._nbd`), and ends everything in order. The C server
+speaks the protocol. `exports` owns the served volumes and opens snapshots when clients ask for them. It uses
+`export_table` (the exports by their labels), `changed_blocks` (the metadata contexts) and `exported` (the volume or
+view behind an export). `listener`, `systemd`, `tls` and `tls_carrier` let clients in. `prometheus` writes the counters,
+and `fuse_mount` shows a snapshot as a file. `for_program` serves a disk to one program that this process starts. Other
+processes work on a served volume through `onionskin.control`.
 """

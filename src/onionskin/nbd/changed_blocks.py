@@ -1,9 +1,11 @@
-"""What changed since a snapshot, which clients ask for as a metadata context of an export.
+"""Metadata contexts that tell an NBD client which blocks changed since a snapshot.
 
-Each has two names with one meaning: ours, and that of a dirty bitmap of QEMU's, for clients that know QEMU only.
+Each context has two names with one meaning: the project's own, and the name of a QEMU dirty bitmap for clients that
+know only QEMU.
 
-What must hold: a context is offered for what the names mean now and for the disk as it is, else it is worked out again; it
-is computed without a lock, and looked at again before it is offered; since a snapshot whose name went all counts as
+What must hold: a context is offered only if the names still mean what they meant when it was computed and the disk is
+still the one that was compared; otherwise it is computed again. It is computed without a lock, and the names and the
+disk are checked again before it is offered. If the name of its snapshot is gone, the context says that everything
 changed.
 """
 
@@ -15,7 +17,8 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import Exported, ServedVolume, View, snapshot_names_behind
 
-PREFIXES = ("onionskin:changed-since:", "qemu:dirty-bitmap:")  # in the order in which contexts are listed
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+PREFIXES = ("onionskin:changed-since:", DIRTY_BITMAP)  # in the order in which contexts are listed
 
 
 class ChangedBlocks:
@@ -25,20 +28,26 @@ class ChangedBlocks:
     ----------
     table : ExportTable
     nbd : NbdServer
-        Asks for them, and is given them.
+        The server that asks for the contexts and receives them.
     log : callable
         Takes a line.
+    listed_bitmap : str, optional
+        The one snapshot whose dirty bitmap is listed. Some clients of QEMU's take the bitmap that is there, and none if
+        there are several. Any snapshot can be asked for by its name all the same.
     """
 
-    def __init__(self, table: ExportTable, nbd: NbdServer, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, table: ExportTable, nbd: NbdServer, log: Callable[[str], None], *, listed_bitmap: str | None = None
+    ) -> None:
+        self._listed_bitmap = listed_bitmap
         self._table = table
         self._nbd = nbd
         self._log = log
 
     def is_still(self, export: str, context: str) -> bool:
-        """Whether a context was computed since the snapshot that its name means now, and on the disk as it is.
+        """Return whether a context still holds: its name means the same snapshot, and the disk was not replaced.
 
-        So is one whose snapshot is gone: it says that everything changed.
+        A context whose snapshot is gone is made to say that everything changed, and then holds.
         """
         since = _snapshot_of(context)
         try:
@@ -56,10 +65,10 @@ class ChangedBlocks:
             return False
 
     def find(self, export: str, context: str) -> bool:
-        """Work out what changed since a snapshot, for the metadata context of that name.
+        """Compute the metadata context of that name and offer it; return whether the server has it now.
 
-        Without a lock while it is computed. Before it is offered it is looked at again whether the names still mean what
-        they meant, and whether the disk is still the one that was compared.
+        No lock is held during the computation. Before the context is offered, the names and the disk are checked again:
+        the names must mean what they meant, and the disk must be the one that was compared.
         """
         since = _snapshot_of(context)
         try:
@@ -69,7 +78,7 @@ class ChangedBlocks:
             key = exported.context_key(since)
             if key is None:
                 raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
-            # What is written from here on counts as changed.
+            # The server counts everything that is written after this mark as changed.
             mark = self._nbd.change_mark(exported.name) if isinstance(exported, ServedVolume) else None
             runs = _joined(exported.diff(since))
             with self._table.operation(exported), exported.contexts_guard:
@@ -83,7 +92,7 @@ class ChangedBlocks:
             return False
 
     def names_behind(self, export: str, after: str) -> Iterator[str]:
-        """Name the contexts that a client can ask for of an export, in order, behind one of them; "" is before all."""
+        """Yield, in order, the names of an export's contexts that come after `after`; "" comes before all of them."""
         exported = self._table.exported(export)
         if exported is None:
             return
@@ -92,12 +101,12 @@ class ChangedBlocks:
         last = _snapshot_of(after) if after else ""
         for prefix in PREFIXES[behind:]:
             for name in snapshot_names_behind(exported.volume.store, exported.opened.row.id, last):
-                if name != itself:
+                if name != itself and (prefix != DIRTY_BITMAP or self._listed_bitmap in (None, name)):
                     yield prefix + name
             last = ""
 
     def forget(self, served: ServedVolume, names: set[str]) -> None:
-        """A snapshot's name went, and may come back for another disk: all counts as changed since it, till then."""
+        """Make the contexts of these snapshots say that everything changed, because the names may be used again."""
         with self._table.guard:
             exported = [served, *(view for view in self._table.views.values() if view.is_of(served))]
         for one in exported:
@@ -112,12 +121,12 @@ class ChangedBlocks:
 
 
 def _snapshot_of(context: str) -> str:
-    """Give the name of the snapshot in the name of a context."""
+    """Return the name of the snapshot that the name of a context contains."""
     return next(context.removeprefix(prefix) for prefix in PREFIXES if context.startswith(prefix))
 
 
 def _joined(extents: Any) -> list[tuple[int, int]]:
-    """Make (offset, length) of extents, those that touch joined."""
+    """Return the extents as (offset, length), with adjacent ones joined."""
     found: list[tuple[int, int]] = []
     for offset, length, _ in extents.tolist():
         if found and sum(found[-1]) == offset:

@@ -1,8 +1,8 @@
-"""Which exports there are, each by the label that clients ask for.
+"""The table of exports: each export under the label that clients ask for.
 
-What must hold: the table and the C server have the same exports, by the same labels; a label follows its volume, whoever
-renamed it, but not while an operation goes by it; the guard is held for the table alone, and never while something is
-opened, closed, read from a catalog or computed, because handshakes of clients wait for it.
+What must hold: the table and the C server have the same exports under the same labels. When a volume is renamed by any
+process, its label follows, but not while an operation uses the label. The guard protects the table alone. It is never
+held while something is opened, closed, read from a catalog or computed, because handshakes of clients wait for it.
 """
 
 import threading
@@ -19,7 +19,7 @@ class ExportTable:
     Parameters
     ----------
     nbd : NbdServer
-        Has the same exports.
+        The C server, which has the same exports.
     log : callable
         Takes a line.
     """
@@ -29,15 +29,16 @@ class ExportTable:
         self._log = log
         self.served: dict[str, ServedVolume] = {}
         self.views: dict[str, View] = {}
-        self._opening: set[str] = set()  # labels that a thread is making an export for
-        # For the three above, and what ServedVolume says of it. Never held while something is opened, closed, read from a
-        # catalog or computed: handshakes of clients wait for it.
+        self._opening: set[str] = set()  # labels for which a thread is making an export
+        # It protects the three above, and the fields of Exported and ServedVolume whose comments name it. It is never
+        # held while something is opened, closed, read from a catalog or computed, because handshakes of clients wait
+        # for it.
         self.guard = threading.RLock()
-        self.changed = threading.Condition(self.guard)  # what is being opened or closed has been
+        self.changed = threading.Condition(self.guard)  # notified when an opening or a closing has ended
 
     @contextmanager
     def being_made(self, export: str) -> Iterator[None]:
-        """Be the only thread that makes an export of that label. Others wait for it, without the guard."""
+        """Make this thread the only one that makes an export of that label. Other threads wait, without the guard."""
         with self.changed:
             self.changed.wait_for(lambda: export not in self._opening)
             self._opening.add(export)
@@ -49,10 +50,10 @@ class ExportTable:
                 self.changed.notify_all()
 
     def follow_names(self) -> None:
-        """Give exports the names that their volumes have now, whoever renamed them; and take stale ones out of the way.
+        """Give exports the labels that the catalogs say now, and take stale labels out of the way.
 
-        The catalogs are read without the guard. An export whose volume is just being worked on keeps its label until that
-        has ended, since the operation goes by it; `Exports` sees to it that nobody gets it by a wrong name.
+        The catalogs are read without the guard. While an operation uses an export, the export keeps its label.
+        `Exports` makes sure that no client gets it by a wrong name meanwhile.
         """
         with self.guard:
             served, views = list(self.served.values()), list(self.views.values())
@@ -66,17 +67,21 @@ class ExportTable:
                 label = labels.get(view)
                 if label is None or view.operations:
                     continue
-                # A snapshot whose name went, and may have come back for another: its clients keep it, others do not find it.
+                # If the snapshot's name is gone or means another snapshot, the view gets a label that no client asks
+                # for. Its present clients keep it.
                 new = meant or f"{label.partition('@@')[0]}@@{view.row.guid.hex()[:8]}"
                 if new not in self.views:
                     self._nbd.rename_export(label, new, description=f"snapshot {view.row.name}")
                     self.views[new] = self.views.pop(label)
 
     def _relabel(self, wanted: dict[str, str]) -> None:
-        """Give served volumes new labels; two that changed theirs for each other's go by way of a third. With the guard."""
+        """Give served volumes new labels. The caller holds the guard.
+
+        Each volume passes through a temporary label, so that volumes can exchange theirs.
+        """
         moves: dict[str, str] = {}
         left = {old: new for old, new in wanted.items() if old != new}
-        while left != moves:  # one that cannot move keeps others from its place
+        while left != moves:  # a volume that cannot move keeps its label, so another cannot move there
             moves, left = left, {}
             for old, new in moves.items():
                 if new not in self.served.keys() - moves.keys() and new not in left.values():
@@ -93,7 +98,7 @@ class ExportTable:
         self.served[new].name = new
 
     def only(self) -> str | None:
-        """Give the export that clients get who name none, where there is just one to choose."""
+        """Return the label of the only export, or None if there is none or a choice. Clients that name none get it."""
         with self.guard:
             if len(self.served) == 1:
                 return next(iter(self.served))
@@ -101,7 +106,7 @@ class ExportTable:
             return kept[0] if len(kept) == 1 and not self.served else None
 
     def add_view(self, export: str, view: View) -> None:
-        """Export a view. With the guard."""
+        """Export a view. The caller holds the guard."""
         volume_name, _, snapshot = export.partition("@")
         self._nbd.add_export(
             export, view.volume._path, read_only=True, description=f"snapshot {snapshot} of {volume_name}"
@@ -109,26 +114,26 @@ class ExportTable:
         self.views[export] = view
 
     def views_changed(self, served: ServedVolume) -> None:
-        """A view of a volume that was being opened or closed has been."""
+        """Note that the opening or the closing of a view of this volume has ended."""
         with self.changed:
             served.views_changing -= 1
             self.changed.notify_all()
 
     def exported(self, export: str) -> View | ServedVolume | None:
-        """Give what an export stands for; that without a name is the only one."""
+        """Return the volume or view behind an export; an empty name means the only export."""
         with self.guard:
             name = export or self.only() or ""
             return self.views.get(name) or self.served.get(name)
 
     def label_of(self, exported: Exported) -> str:
-        """Give the label of an export; empty where it is none any more."""
+        """Return the label of an export, or "" if it is no longer in the table."""
         with self.guard:
             labels = [*self.served.items(), *self.views.items()]
         return next((label for label, one in labels if one is exported), "")
 
     @contextmanager
     def operation(self, exported: Exported) -> Iterator[None]:
-        """Hold off what would change the label of an export, by which an operation goes."""
+        """Keep the label of an export from changing while an operation uses it."""
         with self.guard:
             exported.operations += 1
         try:
@@ -138,7 +143,10 @@ class ExportTable:
                 exported.operations -= 1
 
     def take_views(self, served: ServedVolume, names: set[str] | None) -> tuple[list[View], list[str]]:
-        """Take the views of a volume away that no client has, and name those among `names` that one has. With the guard."""
+        """Take away the views of a volume that no client uses. The caller holds the guard.
+
+        Returns those views, and the labels of the views among `names` (None: all) that a client uses.
+        """
         taken, busy = [], []
         for label, view in list(self.views.items()):
             if not view.is_of(served):
@@ -151,7 +159,10 @@ class ExportTable:
         return taken, busy
 
     def take_view(self, label: str) -> bool:
-        """Take a view away, if no client has it or is coming to it; `views_changed` has to follow. With the guard."""
+        """Take a view away unless a client uses it or is about to. The caller holds the guard.
+
+        If it returns true, the caller calls `views_changed` once the view is closed.
+        """
         view = self.views[label]
         if view.operations or not self._nbd.remove_export(label, if_unused=True):
             return False
@@ -161,6 +172,6 @@ class ExportTable:
         return True
 
     def all_served(self) -> list[ServedVolume]:
-        """List the volumes that are served."""
+        """Return the volumes that are served."""
         with self.guard:
             return list(self.served.values())

@@ -1,8 +1,8 @@
-"""What exports stand for: a volume that is held and served, or a view of one of its snapshots.
+"""The object behind an export: a volume that is held and served, or a view of a snapshot.
 
-What must hold: what an export stands for is a volume's id, or one snapshot's row, and never a name; a view says by which
-name clients ask for it now, and none where its own is gone or has come back for another snapshot; a snapshot that is being
-merged or discarded is barred, and nobody opens a view of it.
+What must hold: an export stands for a volume's id or for one snapshot's row, never for a name. A view tells by which
+name clients ask for it now; it has no name if its own is gone or means another snapshot now. While a snapshot is merged
+or discarded it is barred: no view of it is opened.
 """
 
 import os
@@ -31,14 +31,14 @@ LIST_PAGE = 256  # snapshots that are read from the catalog together
 
 
 class Exported:
-    """What an export stands for: an open volume or view, and the changed-since contexts that were computed for it."""
+    """The open volume or view behind an export, and the changed-since contexts that were computed for it."""
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
-        self.opened = volume._opened  # for what no program needs to know of a volume
-        self.operations = 0  # that go by its label; with the table's guard
-        self.contexts: dict[str, tuple[object, ...]] = {}  # by their names
-        self.contexts_guard = threading.Lock()  # held while one is offered, forgotten, or the disk replaced
+        self.opened = volume._opened  # the parts of a volume that are not in its public interface
+        self.operations = 0  # the number of operations that use its label; under the table's guard
+        self.contexts: dict[str, tuple[object, ...]] = {}  # the key of each context, by the context's name
+        self.contexts_guard = threading.Lock()  # held while a context is offered or forgotten, or the disk is replaced
         self._switches = 0
 
     def snapshot_row(self, name: str) -> SnapshotRow | None:
@@ -46,33 +46,36 @@ class Exported:
         return self.opened.store.catalog.snapshot_named(self.opened.row.id, name)
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
-        """Say what a context since that snapshot depends on: it holds while this stays the same. None: no such snapshot."""
+        """Return what a context since that snapshot depends on, or None if there is no such snapshot.
+
+        The context holds while this value stays the same.
+        """
         row = self.snapshot_row(since)
         return None if row is None else (row.guid, row.created_ns, self.volume.name, self._switches)
 
 
 class View(Exported):
-    """A snapshot that is exported, and which one it was when it was opened."""
+    """An exported snapshot, with the row that it had when it was opened."""
 
     def __init__(self, volume: Volume, row: SnapshotRow, served: "ServedVolume | None") -> None:
         super().__init__(volume)
         self.row = row
         self.served = served
-        self.is_kept = served is None  # it was asked for when the server started
+        self.is_kept = served is None  # the server was started with it
         self.last_used = time.monotonic()
 
     def is_of(self, served: "ServedVolume") -> bool:
-        """Whether it is a view of a snapshot of that volume."""
+        """Return whether it is a view of a snapshot of that volume."""
         return self.volume.store is served.volume.store and self.opened.row.id == served.opened.row.id
 
     def meaning(self) -> str | None:
-        """Say by which name clients ask for it now; None where its own is gone, or another snapshot's."""
+        """Return the name by which clients ask for it now, or None if its name is gone or means another snapshot."""
         volume = self.opened.store.catalog.volume_with_id(self.opened.row.id)
         row = self.snapshot_row(self.row.name)
         return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
-        """As for a volume; a view whose own name is gone has none."""
+        """Return the same as for a volume, but None if the view's own name is gone."""
         return super().context_key(since) if self.meaning() else None
 
     def diff(self, since: str) -> Any:
@@ -81,7 +84,7 @@ class View(Exported):
 
 
 class Serving(Protocol):
-    """What a served volume is given by who serves it: its control socket's requests that are about more than itself."""
+    """The requests of a control socket that concern more than the volume itself. `Exports` implements them."""
 
     @property
     def allow_revert(self) -> bool:
@@ -89,7 +92,7 @@ class Serving(Protocol):
 
     @property
     def started(self) -> float:
-        """Since when it is served, by `time.monotonic`."""
+        """The start of the service, by `time.monotonic`."""
 
     @property
     def uris(self) -> list[str]:
@@ -99,13 +102,13 @@ class Serving(Protocol):
         """Give a volume another name, in the catalog and to clients."""
 
     def counters_of(self, served: "ServedVolume") -> list[dict[str, Any]]:
-        """Count what was asked of a volume and of its snapshots."""
+        """Return the counters of a volume's export and of the exports of its snapshots."""
 
     def paused(self, served: "ServedVolume") -> AbstractContextManager[None]:
-        """Hold all requests for a volume back meanwhile."""
+        """Hold all requests for a volume back while the context is active."""
 
     def without_views(self, served: "ServedVolume", names: set[str] | None) -> AbstractContextManager[None]:
-        """Have no view of these snapshots of a volume (None: of any) open meanwhile."""
+        """Keep views of these snapshots (None: of all) closed while the context is active."""
 
 
 class ServedVolume(Exported):
@@ -115,13 +118,13 @@ class ServedVolume(Exported):
     ----------
     serving : Serving
     nbd : NbdServer
-        Gets an export for it.
+        The server that gets an export for the volume.
     volume : Volume
-        Is given up at the end, and where this fails.
+        The volume. It is closed at the end, and also if this call fails.
     name : str
         The label that clients ask for.
     guard : context manager
-        That of the table of exports.
+        The guard of the table of exports.
     log : callable
         Takes a line.
     """
@@ -141,15 +144,15 @@ class ServedVolume(Exported):
         self._nbd = nbd
         self._guard = guard
         self._log = log
-        self.name = name  # with the table's guard
-        self.views_changing = 0  # views of it that are being opened or closed; with the table's guard
-        self._bars: Counter[str | None] = Counter()  # snapshots that may not be opened; None: all
+        self.name = name  # under the table's guard
+        self.views_changing = 0  # the number of its views that are being opened or closed; under the table's guard
+        self._bars: Counter[str | None] = Counter()  # snapshots of which no view may be opened; None: all
         try:
             nbd.add_export(name, volume._path, read_only=False, description=f"volume {name}")
             self.opened.follow(self._switch)
             path = self.opened.store.layout.volume_control(self.opened.row.id)
             with suppress(FileNotFoundError):
-                path.unlink()  # we hold the volume: whoever made it is gone
+                path.unlink()  # this process holds the volume, so the process that made the socket is gone
             self.control = ControlSocket(path, self, log)
         except BaseException:
             with suppress(KeyError, StateError):
@@ -158,14 +161,14 @@ class ServedVolume(Exported):
             raise
 
     def close(self) -> None:
-        """Take it away from clients, and give it up."""
+        """Take the volume away from clients, and close it."""
         self.control.close()
         with suppress(KeyError, StateError):
             self._nbd.remove_export(self.name)
         self.end()
 
     def end(self) -> None:
-        """Give the volume up, and let those have their replies whose operations that cut off."""
+        """Close the volume, then wait for the control socket to send the replies of operations that this cut off."""
         call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close])
 
     def diff(self, since: str) -> Any:
@@ -174,7 +177,7 @@ class ServedVolume(Exported):
 
     @contextmanager
     def barred(self, names: set[str] | None) -> Iterator[None]:
-        """Have no view of these snapshots (None: of any) opened meanwhile."""
+        """Let no view of these snapshots (None: of any) be opened while the context is active."""
         barred: set[str | None] = {None} if names is None else {*names}
         with self._guard:
             self._bars.update(barred)
@@ -185,7 +188,7 @@ class ServedVolume(Exported):
                 self._bars.subtract(barred)
 
     def refuse_barred(self, snapshot: str) -> None:
-        """Refuse to have a view of a snapshot opened that an operation is about. With the table's guard."""
+        """Raise StateError if an operation bars views of this snapshot. The caller holds the table's guard."""
         if self._bars[snapshot] or self._bars[None]:
             raise StateError("the snapshot is being merged or discarded")
 
@@ -195,20 +198,20 @@ class ServedVolume(Exported):
         return self._serving.allow_revert
 
     def paused(self) -> Any:
-        """Hold all requests of clients back meanwhile."""
+        """Hold all requests of clients back while the context is active."""
         return self._serving.paused(self)
 
     def _switch(self, path: "DataPath") -> None:
-        """After a revert: requests that come from now on go to the new data path; those under way have ended."""
+        """Send later requests to the new data path, after a revert. No request is under way in the old one."""
         try:
             with self.contexts_guard:
                 self._switches += 1
                 self._nbd.replace_path(self.name, path)
-        except (StateError, KeyError):  # the server is stopped, and uses no path any more
+        except (StateError, KeyError):  # the server was stopped and uses no data path any more
             self._log(f"{self.name}: changed its disk while the server was ending")
 
     def info(self) -> dict[str, Any]:
-        """Say what it is and where it is served."""
+        """Describe the volume, and say where it is served."""
         return {
             "name": self.name,
             "size_bytes": self.volume.size_bytes,
@@ -219,7 +222,7 @@ class ServedVolume(Exported):
         }
 
     def stats(self) -> dict[str, Any]:
-        """Give counters and connections."""
+        """Return counters and connections."""
         return {
             "volume": self.name,
             "uptime_seconds": round(time.monotonic() - self._serving.started, 3),
@@ -231,19 +234,19 @@ class ServedVolume(Exported):
         }
 
     def without_views(self, names: set[str] | None) -> Any:
-        """Have no view of these snapshots (None: of any) open meanwhile."""
+        """Keep views of these snapshots (None: of all) closed while the context is active."""
         return self._serving.without_views(self, names)
 
     def rename(self, new_name: str) -> None:
-        """Give it another name."""
+        """Give the volume another name."""
         self._serving.rename(self, new_name)
 
 
 def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume, SnapshotRow]:
-    """Open a snapshot of the volume with this id, and say which one it is.
+    """Open a snapshot of the volume with this id, and return it with its row.
 
-    A store opens by names, and somebody else may give them to others meanwhile: what was opened is what is wanted if the
-    name meant the same before and after.
+    A store opens by name, and another process may give the names to other volumes and snapshots meanwhile. The right
+    snapshot was opened if the names meant the same before and after.
     """
     for _ in range(OPEN_TRIES):
         volume = store._opened.catalog.volume_with_id(volume_id)
@@ -263,12 +266,15 @@ def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume
 
 
 def is_same(one: SnapshotRow, other: SnapshotRow) -> bool:
-    """Whether two rows, read at different times, are of one snapshot. Its layer's id may change, and a name comes back."""
+    """Return whether two rows, read at different times, describe the same snapshot.
+
+    The layer's id is not compared because it may change. The name alone proves nothing because it may be used again.
+    """
     return (one.volume, one.name, one.guid, one.created_ns) == (other.volume, other.name, other.guid, other.created_ns)
 
 
 def snapshot_names_behind(store: Store, volume_id: bytes, last: str) -> Iterator[str]:
-    """Name a volume's snapshots, in order, behind the last one."""
+    """Yield the names of a volume's snapshots, in order, that come after `last`."""
     while True:
         rows = store._opened.catalog.snapshots_named_after(volume_id, last, at_most=LIST_PAGE)
         for row in rows:

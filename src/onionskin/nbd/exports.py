@@ -1,9 +1,9 @@
-"""What is served: volumes that are held, and snapshots that are opened when a client asks for them.
+"""The served volumes, and the snapshots that the server opens when a client asks for them.
 
-What must hold: a volume is held for as long as it is served, and flushed before it is given up; a view of a snapshot
-is open only while somebody may be reading it, because it keeps files from being freed and a base from being merged
-into; whoever changes the tree does so with no view open that the change would pull away. Names are looked up again
-whenever a client asks for one, and a label follows its volume.
+What must hold: a volume is held for as long as it is served, and it is flushed before it is given up. A view of a
+snapshot is open only while a client may be reading it, because an open view keeps files from being freed and a base
+from being merged into. An operation that changes the tree runs only while no view is open that the change would
+invalidate. A name is looked up again whenever a client asks for it, and a label follows its volume.
 """
 
 import threading
@@ -35,7 +35,7 @@ class Exports:
     Parameters
     ----------
     nbd : NbdServer
-        Asks for exports by name, and is given them.
+        The server that asks for exports by name and receives them.
     allow_revert : bool
         Whether `revert` works while clients are connected: they agreed that the disk may change under them.
     trust : bool
@@ -43,16 +43,16 @@ class Exports:
     log : callable
         Takes a line.
     uris : callable
-        Says where clients connect.
+        Returns the addresses that clients connect to.
     stopping : threading.Event
         Nothing is opened any more once it is set.
     want_tidying : callable
-        Is called when there is something for `tidy` to do.
+        It is called when there is something for `tidy` to do.
 
     Attributes
     ----------
     table : ExportTable
-        What there is now.
+        The present exports.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Exports:
         uris: Callable[[], list[str]],
         stopping: threading.Event,
         want_tidying: Callable[[], None],
+        listed_bitmap: str | None = None,
     ) -> None:
         self.allow_revert = allow_revert
         self.started = time.monotonic()
@@ -78,7 +79,7 @@ class Exports:
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
         self.table = ExportTable(nbd, log)
-        self._changed_blocks = ChangedBlocks(self.table, nbd, log)
+        self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
         nbd.on_known_export = self._is_still_export
         nbd.on_known_context = self._changed_blocks.is_still
         nbd.on_unknown_export = self._find_export
@@ -88,16 +89,16 @@ class Exports:
 
     @property
     def uris(self) -> list[str]:
-        """Where clients connect."""
+        """The addresses that clients connect to."""
         return self._uris()
 
     # ---- what is served ----
 
     def add_store(self, path: Path) -> None:
-        """Serve all volumes of a store, also those that are made later.
+        """Serve all volumes of a store, including those that are created later.
 
-        One that cannot be opened does not keep the others from being served: the log says why, and a client that asks for
-        it makes the server try again.
+        A volume that cannot be opened does not keep the others from being served. The log says why it cannot be opened,
+        and the server tries again when a client asks for it.
         """
         store = self._store(path)
         failures: list[Exception] = []
@@ -107,7 +108,7 @@ class Exports:
                 self._serve(store, row.name, is_new=True)
                 served += 1
             except VolumeNotFoundError:
-                continue  # deleted or renamed since the list was read: whoever asks for it finds it
+                continue  # it was deleted or renamed since the list was read; a client finds it by its new name
             except (OnionskinError, OSError) as error:
                 failures.append(error)
                 self._log(f"volume {row.name!r} is not served: {error}")
@@ -120,7 +121,7 @@ class Exports:
         self._serve(self._store(path), name, is_new=True)
 
     def add_snapshot(self, path: Path, name: str, snapshot: str) -> None:
-        """Serve one snapshot; the volume is not held."""
+        """Serve one snapshot, without holding its volume."""
         store = self._store(path)
         view, row = open_snapshot(store, store._opened.catalog.volume(name).id, snapshot)
         export = f"{name}@{snapshot}"
@@ -141,7 +142,7 @@ class Exports:
         return self._stores[key]
 
     def _serve(self, store: Store, name: str, *, is_new: bool = False) -> ServedVolume:
-        """Open a volume and export it, or give the one that another thread has exported meanwhile (not if `is_new`)."""
+        """Open a volume and export it. If another thread exported it meanwhile, return that one (not if `is_new`)."""
         with self.table.being_made(name):
             with self.table.guard:
                 there = self.table.served.get(name)
@@ -158,7 +159,7 @@ class Exports:
             raise StateError("the server is stopping")
 
     def names(self) -> list[str]:
-        """Name all that clients can ask for."""
+        """Return the names of all exports that clients can ask for."""
         with self.table.guard:
             names = [name for name, view in self.table.views.items() if view.is_kept]
             served = list(self.table.served.items())
@@ -167,7 +168,7 @@ class Exports:
         return sorted(set(names))
 
     def set_default(self) -> None:
-        """Have clients who name no export get the only one, where there is just one to choose."""
+        """If there is only one export, give it to clients that name none."""
         if (only := self.table.only()) is not None:
             self._nbd.set_default(only)
 
@@ -177,7 +178,7 @@ class Exports:
         Raises
         ------
         StateError
-            The name is another export's, or an operation on the volume is under way.
+            Another export has the name, or an operation on the volume is under way.
         """
         with self.table.guard:
             if served.operations:
@@ -193,9 +194,9 @@ class Exports:
         self.table.follow_names()
 
     def names_behind(self, after: str) -> Iterator[tuple[str, str]]:
-        """Name all that clients can ask for behind an export, by volume and then by snapshot, with a description.
+        """Yield the exports that come after `after`, by volume and then by snapshot, each with a description.
 
-        A page of a volume's snapshots at a time: their names alone are read, and nothing is opened.
+        Only the names of the snapshots are read, a page at a time, and nothing is opened.
         """
         volume_name, _, snapshot = after.partition("@")
         self.table.follow_names()
@@ -218,13 +219,13 @@ class Exports:
                 yield f"{name}@{one}", f"snapshot {one} of {name}"
 
     def contexts_behind(self, export: str, after: str) -> Iterator[str]:
-        """Name all metadata contexts of an export that clients can ask for, but those that need no snapshot."""
+        """Yield the names of an export's metadata contexts after `after`, without those that need no snapshot."""
         return self._changed_blocks.names_behind(export, after)
 
-    # ---- what the C server asks, from its threads ----
+    # ---- callbacks of the C server, in its threads ----
 
     def _is_still_export(self, name: str) -> bool:
-        """Whether an export is what its label means now. The one that is given where none is named is what it is."""
+        """Return whether an export is what its label means now. This always holds for the default export (no name)."""
         if not name:
             return True
         with self.table.guard:
@@ -240,7 +241,7 @@ class Exports:
             return False
 
     def _find_export(self, name: str) -> bool:
-        """Open what a client asks for, if there is such a thing; True if the C server has it now."""
+        """Open the export that a client asks for, if it exists; return whether the C server has it now."""
         try:
             return not self._stopping.is_set() and self._open_export(name)
         except (OnionskinError, OSError, ValueError) as error:
@@ -253,7 +254,7 @@ class Exports:
         with self.table.guard:
             view = self.table.views.get(name)
             served = self.table.served.get(volume_name)
-        if view:  # followed its volume's name just now
+        if view:  # follow_names has just updated its label
             return self._is_still_export(name)
         if served and served.volume.name != volume_name:
             raise StateError(
@@ -270,7 +271,7 @@ class Exports:
         return True
 
     def _open_view(self, served: ServedVolume, snapshot: str) -> None:
-        """Open a snapshot of a served volume and export it, without the guard."""
+        """Open a snapshot of a served volume and export it. The caller does not hold the guard."""
         self._close_idle_views(keep=IDLE_VIEWS_MAX - 1)
         with self.table.being_made(f"{served.name}@{snapshot}"):
             with self.table.guard:
@@ -283,11 +284,11 @@ class Exports:
                 volume, row = open_snapshot(served.volume.store, served.opened.row.id, snapshot)
                 view = View(volume, row, served)
                 with self.table.guard:
-                    served.refuse_barred(snapshot)  # an operation that came meanwhile waits for us
+                    served.refuse_barred(snapshot)  # an operation that began meanwhile waits for this thread
                     if self._stopping.is_set():
                         raise StateError("the server is stopping")
                     self.table.add_view(f"{served.name}@{snapshot}", view)
-            except FileExistsError:  # the volume was renamed meanwhile, and asked for by its new name
+            except FileExistsError:  # the volume was renamed meanwhile, and a client asked for it by its new name
                 if view:
                     view.volume.close()
             except BaseException:
@@ -300,11 +301,11 @@ class Exports:
     # ---- views ----
 
     def clients_of(self, export: str) -> int:
-        """Count the clients that have an export open."""
+        """Return the number of clients that have an export open."""
         return sum(connection.get("export") == export for connection in self._nbd.connections())
 
     def counters_of(self, served: ServedVolume) -> list[dict[str, Any]]:
-        """Count what was asked of a volume, and of each of its snapshots that is open."""
+        """Return the counters of a volume's export, and of the export of each of its open snapshots."""
         with self.table.guard:
             views = sorted(label for label, view in self.table.views.items() if view.is_of(served))
             return [
@@ -314,12 +315,12 @@ class Exports:
 
     @contextmanager
     def without_views(self, served: ServedVolume, names: set[str] | None) -> Iterator[None]:
-        """Have no view of these snapshots of a volume (None: of any) open meanwhile.
+        """Keep views of these snapshots of a volume (None: of all) closed while the context is active.
 
         Raises
         ------
         StateError
-            A client is reading one.
+            A client is reading such a view.
         """
         with self.table.operation(served), served.barred(names):
             with self.table.changed:
@@ -335,7 +336,10 @@ class Exports:
                 self._changed_blocks.forget(served, names or set())
 
     def _end_view(self, view: View) -> None:
-        """Close a view that was taken away; what waited for its end is done by `tidy`. Without the guard."""
+        """Close a view that was taken away. The caller does not hold the guard.
+
+        `tidy` does the pending work that waited for the view to be closed.
+        """
         try:
             view.volume.close()
         finally:
@@ -345,7 +349,7 @@ class Exports:
 
     @contextmanager
     def paused(self, served: ServedVolume) -> Iterator[None]:
-        """Hold all requests for a volume back meanwhile: clients wait, and see no error."""
+        """Hold all requests for a volume back while the context is active. Clients wait, and see no error."""
         with self.table.operation(served):
             self._nbd.pause(served.name)
             try:
@@ -354,7 +358,7 @@ class Exports:
                 self._nbd.resume(served.name)
 
     def _close_idle_views(self, *, keep: int) -> None:
-        """Close views that nobody reads any more; the one that was used last goes last."""
+        """Close views that no client reads any more, except the `keep` that were used last and not long ago."""
         now = time.monotonic()
         in_use = {connection["export"] for connection in self._nbd.connections()}
         with self.table.guard:
@@ -370,10 +374,10 @@ class Exports:
         for view in taken:
             self._end_view(view)
 
-    # ---- room, and what is tidied up ----
+    # ---- room on the disk, and tidying ----
 
     def _make_room(self, name: str) -> bool:
-        """Flush for a client whose own flush found the disk full, with the store's reserve given up for it meanwhile."""
+        """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve."""
         served = self.table.served.get(name)
         if served is None:
             return False
@@ -385,9 +389,9 @@ class Exports:
         return True
 
     def tidy(self) -> None:
-        """Close idle views, free what clients' flushes freed, and set aside again what a full disk took.
+        """Close idle views, reclaim the slots that clients' flushes freed, and set a used reserve aside again.
 
-        Whatever fails is said, and tried again later: neither the other volumes nor the server end for it.
+        A step that fails is logged and tried again later. It ends neither the server nor the service of other volumes.
         """
         with self.table.guard:
             served = list(self.table.served.values())
@@ -408,27 +412,27 @@ class Exports:
                 self._say_once(f"{what}: {error}")
 
     def _say_once(self, line: str) -> None:
-        """Log a failure that would come again every few seconds."""
+        """Log a failure once, because the same failure may happen every few seconds."""
         if line not in self._said:
             self._said.add(line)
             self._log(line)
 
-    # ---- the end: nothing is opened any more, and each of these looks at what there is when the server has stopped ----
+    # ---- the end: nothing is opened any more when these are called ----
 
     def close_controls(self) -> None:
-        """Take no more requests of the control sockets. Operations that run go on."""
+        """Take no more requests on the control sockets. Running operations go on."""
         call_all([served.control.close for served in self.table.all_served()])
 
     def end_volumes(self) -> None:
-        """Flush all volumes and give them up."""
+        """Flush all volumes and close them."""
         call_all([served.end for served in self.table.served.values()])
 
     def close_views(self) -> None:
-        """Close all snapshots that are open."""
+        """Close all open snapshots."""
         call_all([view.volume.close for view in self.table.views.values()])
 
     def close_stores(self) -> None:
-        """Close the stores; what waited for a view that is closed now is freed, and wiped, before that."""
+        """Close the stores. Before that, do the pending work that waited for a view to be closed."""
         while self._stores:
             _, store = self._stores.popitem()
             call_all([store.close, store._opened.finish_work, partial(reclaim.work_soon, store._opened)])

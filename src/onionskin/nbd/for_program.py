@@ -1,7 +1,7 @@
-"""A disk for one program that this process starts: qemu-img reads or writes it over NBD, without a name or an address.
+"""Serves a disk to one program that this process starts: qemu-img reads or writes it over NBD, without an address.
 
-What must hold: nobody else can connect, since the socket is a pair and the program inherits its end; when the block ends the
-program's requests are done or cut off, and none of them comes later.
+What must hold: no other process can connect, because the sockets are a pair and the program inherits its end. When the
+`with` block ends, the program's requests are done or cut off, and no request comes later.
 """
 
 import socket
@@ -14,19 +14,19 @@ from onionskin.nbd._nbd import NbdServer
 if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
 
-_GRACE_SECONDS = 10.0  # for requests that are under way; the program has ended by then, or is not waited for
+_GRACE_SECONDS = 10.0  # for requests under way; normally the program has ended before
 
 
 @contextmanager
 def served_to_program(path: "DataPath", name: str, *, writable: bool) -> Iterator[int]:
-    """Serve a disk, and give the descriptor that the program is to inherit.
+    """Serve a disk, and yield the descriptor that the program has to inherit.
 
     Parameters
     ----------
     path : DataPath
-        The disk. It stays the caller's.
+        The disk. The caller closes it.
     name : str
-        Of the export.
+        The name of the export.
     writable : bool
     """
     server = NbdServer(connections_max=1)

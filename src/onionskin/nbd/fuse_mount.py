@@ -1,6 +1,6 @@
-"""A snapshot as a raw file: `nbdfuse` in front of a server for that one snapshot, which ends with it.
+"""Shows a snapshot as a raw file: `nbdfuse` runs a server for this one snapshot, and both end with the mount.
 
-What must hold: when `mount` returns the file can be read; when it raises nothing is mounted and nothing runs.
+What must hold: when `mount` returns, the file can be read. When it raises, nothing is mounted and nothing runs.
 """
 
 import os
@@ -34,7 +34,7 @@ def mount(name: str, directory: Path, file_name: str, *, trust: bool = False) ->
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,
-            start_new_session=True,  # it outlives this command, and Ctrl-C in its terminal
+            start_new_session=True,  # so that it outlives this command, and Ctrl-C in its terminal
         )
         try:
             _wait(process, file)
@@ -46,12 +46,12 @@ def mount(name: str, directory: Path, file_name: str, *, trust: bool = False) ->
             if isinstance(error, StateError) and lines:
                 raise StateError(f"{error}: {lines[0].removeprefix('onionskin: ')}") from None
             raise
-    process.returncode = 0  # it is left to itself, and ends with the mount: nobody here waits for it
+    process.returncode = 0  # it runs on and ends with the mount, so Popen must not warn that nobody waited for it
     return file
 
 
 def _wait(process: "subprocess.Popen[bytes]", file: Path) -> None:
-    """Return when the file is there. Nothing tells us but the mount itself."""
+    """Wait until the file is there. Nothing announces it, so this looks for the mount again and again."""
     deadline = time.monotonic() + READY_SECONDS
     while not (os.path.ismount(file.parent) and file.exists()):
         if process.poll() is not None:
@@ -62,7 +62,7 @@ def _wait(process: "subprocess.Popen[bytes]", file: Path) -> None:
 
 
 def unmount(directory: Path) -> None:
-    """Undo `mount`; its server ends by itself."""
+    """Undo `mount`. The server of the mount ends by itself."""
     if not os.path.ismount(directory):
         directory.stat()
         raise StateError(f"nothing is mounted on {directory}; 'mount' lists what is")
@@ -75,7 +75,7 @@ def unmount(directory: Path) -> None:
 
 
 def mounted(table: Path = Path("/proc/self/mountinfo")) -> list[Path]:
-    """List the directories on which nbdfuse shows something: proc(5), mountinfo."""
+    """Return the directories on which nbdfuse is mounted. proc(5) describes the table, mountinfo."""
     found = []
     for line in table.read_bytes().splitlines():
         before, _, behind = line.partition(b" - ")

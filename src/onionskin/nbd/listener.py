@@ -1,7 +1,7 @@
-"""Sockets to listen on: made here, or passed by systemd; and who may reach them.
+"""The sockets to listen on, which are made here or passed by systemd, and the rule for sockets that others can reach.
 
-What must hold: TCP that other machines reach wants TLS and clients that show who they are, unless it was said that all
-may come in; where one of several sockets cannot be had, those that were made are closed.
+What must hold: a TCP socket that other machines can reach needs TLS and clients that prove who they are, unless the
+user said that anybody may connect. If one of several sockets cannot be made, those that were made are closed.
 """
 
 import socket
@@ -16,7 +16,7 @@ from onionskin.nbd.tls import Terms
 
 @dataclass(slots=True)
 class Listener:
-    """A listening socket; path is that of a Unix socket that we made."""
+    """A listening socket. `path` is the path of a Unix socket that was made here."""
 
     socket: socket.socket
     path: Path | None = None
@@ -25,11 +25,13 @@ class Listener:
 
     @property
     def uri(self) -> str:
-        """Where clients connect."""
+        """The address that clients connect to."""
         return uri_of(self.socket, self.path, tls=self.tls is not None)
 
     def refuse_unsafe(self, *, anybody: bool) -> None:
-        """Refuse what others than this machine reach without TLS; without knowing clients as well, unless `anybody` may come.
+        """Raise StateError if other machines can reach this socket without TLS, or without proving who they are.
+
+        With `anybody`, TLS alone is enough.
 
         Raises
         ------
@@ -56,13 +58,13 @@ def open_listeners(
     Parameters
     ----------
     given : iterable of sockets
-        That listen already, as systemd passes them.
+        Sockets that listen already, as systemd passes them.
     path : Path, optional
-        Of a Unix socket to make, with this `mode`.
+        The path of a Unix socket to make, with this `mode`.
     addresses : iterable of (host, port)
-        Of TCP.
+        The TCP addresses to listen on.
     terms : Terms, optional
-        On what terms clients come in over TCP.
+        The terms of TLS for clients that come over TCP.
     """
     found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
     try:

@@ -1,4 +1,4 @@
-"""A server's counters in the text form of Prometheus."""
+"""Writes a server's counters in the text format of Prometheus."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ _Sample = tuple[str, dict[str, str], Any]  # metric, labels, value
 
 
 def prometheus(stats: dict[str, Any]) -> str:
-    """Write what `stats` gives as metrics, one line each, labelled with the volume and, where it is one's own, the export."""
+    """Write the result of `stats` as metrics, one a line, labelled with the volume and, if it has one, the export."""
     lines = []
     by_metric: dict[str, list[tuple[dict[str, str], Any]]] = {}
     for metric, labels, value in _samples(stats):

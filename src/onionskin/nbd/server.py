@@ -1,11 +1,11 @@
-"""The server: it listens, hands each client to the C server, tidies up, and ends all in order.
+"""The server: it listens, hands each client to the C server, tidies up, and ends everything in order.
 
-What must hold: whoever asks is answered or refused, and nothing that goes wrong with one client, volume or store ends the
-server or another; at the end clients have their replies before volumes are flushed and given up, and volumes are given up
-before their stores.
+What must hold: every client is served or refused. A failure of one client, volume or store ends neither the server nor
+another client, volume or store. At the end, clients get their replies before volumes are flushed and closed, and
+volumes are closed before their stores.
 
-Threads: the C server has its own; here are one that accepts, one for each client with TLS, those of the control
-sockets, and the main thread, which tidies up every few seconds and waits for the end.
+Threads: the C server has its own. In Python there are one thread that accepts, one for each client with TLS, those of
+the control sockets, and the main thread, which tidies up every few seconds and waits for the end.
 """
 
 import os
@@ -30,7 +30,7 @@ TIDY_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What clients may take: connections in all, bytes of one client that are under way, seconds without a request."""
+    """Limits on clients: connections in all, bytes under way for one client, idle seconds, bytes of one request."""
 
     connections_max: int = 64
     bytes_in_flight_max: int = 64 << 20
@@ -50,14 +50,24 @@ class Server:
         Takes a line.
     trust : bool
         Whether to open stores that another user owns.
+    listed_bitmap : str, optional
+        The one snapshot whose ``qemu:dirty-bitmap`` context is listed; all, where it is not given.
 
     Attributes
     ----------
     exports : Exports
-        What is served.
+        The exports that are served.
     """
 
-    def __init__(self, *, limits: Limits, allow_revert: bool, log: Callable[[str], None], trust: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        allow_revert: bool,
+        log: Callable[[str], None],
+        trust: bool = False,
+        listed_bitmap: str | None = None,
+    ) -> None:
         self._limits = limits
         self._log = log
         self._listeners: list[Listener] = []
@@ -80,6 +90,7 @@ class Server:
             uris=lambda: self.uris,
             stopping=self._stopping,
             want_tidying=self._tidying.set,
+            listed_bitmap=listed_bitmap,
         )
         self._tls_carrier = TlsCarrier(
             limits.connections_max,
@@ -89,21 +100,22 @@ class Server:
 
     @property
     def uris(self) -> list[str]:
-        """Where clients connect, without the name of an export."""
+        """The addresses that clients connect to, without the name of an export."""
         return [listener.uri for listener in self._listeners]
 
     def listen(self, listeners: list[Listener], *, anybody: bool = False) -> None:
-        """Take sockets to listen on; TCP that others than this machine reach wants TLS, and clients that show who they are.
+        """Take sockets to listen on.
 
-        Unless `anybody` says that all may come in who speak TLS.
+        A TCP socket that other machines can reach needs TLS and clients that prove who they are. With `anybody`, TLS
+        alone is enough.
         """
-        self._listeners += listeners  # and with them what is refused: `close` closes them all
+        self._listeners += listeners  # before any of them is refused, because `close` closes them all
         for listener in listeners:
             listener.refuse_unsafe(anybody=anybody)
             listener.socket.setblocking(False)
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Serve until `stop` is called; `ready` is called when clients can connect. Flushes all volumes at the end."""
+        """Serve until `stop` is called, then flush all volumes. `ready` is called when clients can connect."""
         accepting = threading.Thread(target=self._accept, name="onionskin accept", daemon=True)
         try:
             accepting.start()
@@ -124,9 +136,9 @@ class Server:
         self._tidying.set()
 
     def close(self) -> None:
-        """Let clients finish what they are at, then flush and give all volumes up. Idempotent."""
+        """Let clients finish their requests, then flush and close all volumes. Idempotent."""
         self._stopping.set()
-        with ExitStack() as stack:  # from the last to the first; all of it is done, whatever fails
+        with ExitStack() as stack:  # the last call is made first; if some fail, the rest are made too
             stack.callback(self.exports.close_stores)
             stack.callback(self.exports.close_views)
             stack.callback(self.exports.end_volumes)
@@ -160,7 +172,7 @@ class Server:
             connection, _ = listener.socket.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # no descriptors are left, or no memory: that passes, and must not spin
+        except OSError as error:  # no descriptors or no memory: wait a little, because poll returns at once meanwhile
             self._log(f"a client could not be accepted: {os.strerror(error.errno or 0)}")
             self._stopping.wait(0.2)
             return
@@ -170,7 +182,7 @@ class Server:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             peer = peer_of(connection)
-        except OSError:  # it went away again
+        except OSError:  # the client has disconnected already
             connection.close()
             return
         try:
@@ -185,7 +197,7 @@ class Server:
     def serve(self, connection: socket.socket, peer: str, *, is_tls: bool = False) -> None:
         """Hand a connected stream socket to the C server."""
         try:
-            self._nbd.serve(connection.detach(), peer, tls=is_tls)  # which closes it, also where it fails
+            self._nbd.serve(connection.detach(), peer, tls=is_tls)  # it closes the socket, also if it fails
         except OSError as error:
             if error.errno == EMFILE:
                 full = f"{self._limits.connections_max} clients are connected; raise --connections to let more in"
@@ -193,7 +205,7 @@ class Server:
             raise
 
     def serve_one(self, connection: socket.socket) -> None:
-        """Serve one client, and return when it has gone, or `stop` was called. The caller closes the server."""
+        """Serve one client, and return when it has disconnected or `stop` was called. The caller closes the server."""
         watched = connection.dup()
         self.serve(connection, "stdin")
         poll = select.poll()

@@ -1,4 +1,4 @@
-"""Being started by systemd: sockets that are open already (LISTEN_FDS), and telling it that we are ready."""
+"""The protocol with systemd: it passes open sockets to the server (LISTEN_FDS), and the server reports its state."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ _COUNT_MAX = 64
 
 
 def inherited_listeners() -> list[socket.socket]:
-    """Take over the listening sockets that systemd passed to this process, or return none.
+    """Take over the listening sockets that systemd passed to this process, if there are any.
 
     Raises
     ------
@@ -21,7 +21,7 @@ def inherited_listeners() -> list[socket.socket]:
     count_text = os.environ.get("LISTEN_FDS", "")
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)  # not for our children
+        os.environ.pop(name, None)  # so that child processes do not see them
     if not is_ours or not count_text.isdigit():
         return []
     count = int(count_text)
@@ -47,7 +47,7 @@ def _take(descriptor: int) -> socket.socket:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, where there is one; a manager that does not listen is no error."""
+    """Tell the service manager a state, if there is a manager. It is no error if the manager does not listen."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return

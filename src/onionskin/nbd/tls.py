@@ -1,12 +1,13 @@
 """TLS for NBD clients on TCP: the option haggling up to STARTTLS, the handshake, and a pump behind it.
 
-The C server speaks no TLS. A client that comes over TCP talks to a thread here first: it is asked for STARTTLS and
-answered with an error to anything else, so that nothing but the greeting ever goes over in the clear. Behind the
-handshake the C server gets one end of a pair of local sockets, and the thread carries bytes between the two.
+The C server speaks no TLS. A client that comes over TCP talks to a thread here first. The thread answers every option
+but STARTTLS with an error, so the server sends nothing unencrypted but the greeting and these answers. After the
+handshake, the C server gets one end of a pair of local sockets, and the thread carries bytes between the client and the
+other end.
 
-What must hold: nothing from a client is believed or kept beyond a small bound before its handshake is done, and a
-handshake that takes too long is ended. Clients show who they are by a certificate or by a pre-shared key; the latter needs
-Python 3.13 (docs/serving.md).
+What must hold: before the handshake is done, nothing from a client is trusted, and no more than a small bound of it is
+kept. A handshake that takes too long is ended. Clients prove who they are by a certificate or by a pre-shared key; the
+latter needs Python 3.13 (docs/serving.md).
 """
 
 import platform
@@ -44,22 +45,22 @@ _ERR_TLS_REQUIRED = 1 << 31 | 5
 
 
 class Refused(Exception):
-    """The client is sent away; the message is for the log."""
+    """The client is refused. The message is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On what terms clients come in: `knows_clients` says that each has to show who it is."""
+    """The terms on which clients may connect. `knows_clients` says that each client has to prove who it is."""
 
     context: ssl.SSLContext
     knows_clients: bool
 
 
-_shaking = threading.local()  # key_name: whose pre-shared key the handshake in this thread asked for
+_shaking = threading.local()  # key_name: the owner of the pre-shared key that the handshake in this thread asked for
 
 
 def terms_by_key(keys: Path) -> Terms:
-    """Make what handshakes with pre-shared keys need.
+    """Make the terms for handshakes with pre-shared keys.
 
     Parameters
     ----------
@@ -69,9 +70,9 @@ def terms_by_key(keys: Path) -> Terms:
     Raises
     ------
     StateError
-        This Python cannot do that, or others can read the file.
+        This Python has no pre-shared keys, or every user of this machine can read the file.
     ValueError
-        The file holds something else.
+        The file is not of that form.
     """
     if not getattr(ssl, "HAS_PSK", False):
         raise StateError(
@@ -81,7 +82,7 @@ def terms_by_key(keys: Path) -> Terms:
     known = read_keys(keys)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("kECDHEPSK:kDHEPSK")  # of TLS 1.2: a key that leaks later opens nothing that was recorded
+    context.set_ciphers("kECDHEPSK:kDHEPSK")  # for TLS 1.2: a key that leaks later decrypts no recorded session
 
     def find(name: str | None) -> bytes:
         _shaking.key_name = name
@@ -93,7 +94,7 @@ def terms_by_key(keys: Path) -> Terms:
 
 
 def read_keys(path: Path) -> dict[str, bytes]:
-    """Read the pre-shared keys by the names of their owners; see `terms_by_key`."""
+    """Read the pre-shared keys and return them by the names of their owners; see `terms_by_key`."""
     if stat.S_IMODE(path.stat().st_mode) & 0o007:
         raise StateError(f"{path} can be read by every user of this machine: chmod 600 it, and make new keys")
     found: dict[str, bytes] = {}
@@ -117,11 +118,11 @@ def read_keys(path: Path) -> dict[str, bytes]:
 
 
 def terms_by_certificate(certificate: Path, key: Path, authority: Path | None) -> Terms:
-    """Make what handshakes with certificates need. With an authority, clients must show one that it signed."""
+    """Make the terms for handshakes with certificates. With an authority, clients must show one that it signed."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for path in filter(None, (certificate, key, authority)):
-        with open(path, "rb"):  # the error of ssl does not name the file
+        with open(path, "rb"):  # this error names the file; the error of ssl does not
             pass
     try:
         context.load_cert_chain(certificate, key)
@@ -137,12 +138,12 @@ def terms_by_certificate(certificate: Path, key: Path, authority: Path | None) -
 
 
 def accept(connection: socket.socket, terms: Terms) -> ssl.SSLSocket:
-    """Bring a client to TLS. Blocks; the connection is closed if that fails.
+    """Do the TLS handshake with a client. The call blocks. If it fails, the connection is closed.
 
     Raises
     ------
     Refused
-        The client wanted something else, took too long, or has no certificate that counts.
+        The client did not ask for TLS, took too long, or has no valid certificate or key.
     """
     deadline = time.monotonic() + HANDSHAKE_SECONDS
     try:
@@ -162,7 +163,7 @@ def accept(connection: socket.socket, terms: Terms) -> ssl.SSLSocket:
 
 
 def owner(outer: ssl.SSLSocket) -> str | None:
-    """Say who a client showed itself to be: of the certificate, or of the key in the handshake that this thread did last."""
+    """Return the name that a client proved: of its certificate, or else of the key in this thread's last handshake."""
     certificate: Any = outer.getpeercert()
     names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
     found: str | None = names[0] if names else _shaking.key_name
@@ -170,7 +171,7 @@ def owner(outer: ssl.SSLSocket) -> str | None:
 
 
 def _haggle(connection: socket.socket, deadline: float) -> None:
-    """Answer options until STARTTLS is one."""
+    """Answer options until the client sends STARTTLS."""
     _send(connection, _GREETING, deadline)
     (flags,) = struct.unpack(">I", _take(connection, 4, deadline))
     if flags & ~0b11 or not flags & 1:
@@ -183,7 +184,7 @@ def _haggle(connection: socket.socket, deadline: float) -> None:
         if option == _STARTTLS and length == 0:
             _send(connection, _REPLY.pack(_REPLY_MAGIC, option, _ACK, 0), deadline)
             return
-        if option == _EXPORT_NAME:  # has no form of an error
+        if option == _EXPORT_NAME:  # the protocol has no error reply to this option
             raise Refused("it did not ask for TLS")
         if option == _ABORT:
             _send(connection, _REPLY.pack(_REPLY_MAGIC, option, _ACK, 0), deadline)
@@ -213,23 +214,23 @@ def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
 
 
 def pump(outer: ssl.SSLSocket, inner: socket.socket) -> None:
-    """Carry bytes between a client and the C server until one of them ends; closes both."""
+    """Carry bytes between a client and the C server until one of them disconnects, then close both."""
     outer.setblocking(False)
     inner.setblocking(False)
     try:
         _skip_greeting(inner)
         _Pump(outer, inner).run()
     except OSError:
-        pass  # one of the two went away, which ends the other
+        pass  # one of the two disconnected, so the other is closed too
     finally:
         inner.close()
         with suppress(OSError, ValueError):
-            outer.unwrap()  # says goodbye; the answer is not waited for
+            outer.unwrap()  # it sends the end of TLS, and does not wait for the client's answer
         outer.close()
 
 
 def _skip_greeting(inner: socket.socket) -> None:
-    """The client has had a greeting, and sent its flags: take the C server's, and send them again."""
+    """Read the greeting of the C server, and send it the client's flags: the client has had a greeting already."""
     inner.settimeout(HANDSHAKE_SECONDS)
     greeting = b""
     while len(greeting) < len(_GREETING):
@@ -242,7 +243,10 @@ def _skip_greeting(inner: socket.socket) -> None:
 
 
 class _Pump:
-    """Two directions, a bounded buffer each, one thread: an SSL object is not for two."""
+    """Carries bytes in both directions, with a bounded buffer for each.
+
+    One thread does both, because two threads may not use one SSL object at once.
+    """
 
     def __init__(self, outer: ssl.SSLSocket, inner: socket.socket) -> None:
         self._outer, self._inner = outer, inner
@@ -320,11 +324,11 @@ class _Pump:
             events = (select.POLLIN if one in readable else 0) | (select.POLLOUT if one in writable else 0)
             poll.register(one, events)
         poll.poll()
-        # Data that TLS holds already shows on no descriptor; `run` asks it before every wait.
+        # Poll does not see data that the SSL object has buffered, so `run` tries to receive before every wait.
 
 
 def _try(call: Callable[[Any], Result], argument: Any) -> Result | None:
-    """Make a call that must not block; None where it would."""
+    """Make a call on a non-blocking socket; return None if it would block."""
     try:
         return call(argument)
     except BlockingIOError:

@@ -1,7 +1,8 @@
-"""Clients with TLS: a thread for each, which brings it to TLS and carries its bytes to the C server.
+"""Clients with TLS: a thread for each does the handshake and carries its bytes to the C server.
 
-What must hold: so many are carried as may be connected, those included that are still in their handshake, of which the
-oldest gives way to who comes; what goes wrong with one is said in the log, and is no other client's.
+What must hold: at most as many clients are carried as may be connected, and clients in their handshake count too. If
+all places are taken, the oldest client that is still in its handshake is cut off for a new one. A failure of one client
+is logged and does not affect other clients.
 """
 
 import socket
@@ -25,8 +26,8 @@ class TlsCarrier:
     ----------
     connections_max : int
     hand_over : callable
-        Takes a connected socket that speaks plain NBD, and who is at its other end, over to the C server; it closes the
-        socket where it fails.
+        Hands a connected socket that speaks plain NBD to the C server, with the name of the peer. It closes the socket
+        if it fails.
     log : callable
         Takes a line.
     """
@@ -42,12 +43,12 @@ class TlsCarrier:
         self._hand_over = hand_over
         self._log = log
         self._places = threading.BoundedSemaphore(connections_max)
-        self._guard = threading.Lock()  # of the two below
+        self._guard = threading.Lock()  # for the two below
         self._carriers: set[threading.Thread] = set()
-        self._handshakes: dict[threading.Thread, socket.socket] = {}  # that are not done, oldest first
+        self._handshakes: dict[threading.Thread, socket.socket] = {}  # handshakes that are not done, oldest first
 
     def serve(self, connection: socket.socket, peer: str, terms: Terms) -> None:
-        """Carry a client in a thread of its own; its socket is closed in the end."""
+        """Carry a client in a thread of its own, which closes the socket at the end."""
         if not self._take_place():
             self._log(f"{peer}: refused: {self._connections_max} clients are connected")
             connection.close()
@@ -68,10 +69,10 @@ class TlsCarrier:
         carrier = threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
         with self._guard:
             self._carriers.add(carrier)
-            self._handshakes[carrier] = connection.dup()  # `accept` takes the other one over
+            self._handshakes[carrier] = connection.dup()  # `tls.accept` takes `connection` over
         try:
             carrier.start()
-        except RuntimeError:  # no thread may be started, or no memory is left: that passes, and ends no server
+        except RuntimeError:  # the process may start no more threads, or has no memory: only this client is refused
             self._log(f"{peer}: refused: no thread could be started for it")
             with self._guard:
                 self._carriers.discard(carrier)
@@ -80,7 +81,7 @@ class TlsCarrier:
             connection.close()
 
     def _take_place(self) -> bool:
-        """Take a place for a client with TLS; the oldest that is still in its handshake gives way."""
+        """Take a place for a client. If there is none, cut off the oldest client that is still in its handshake."""
         if self._places.acquire(blocking=False):
             return True
         with self._guard:
@@ -108,7 +109,7 @@ class TlsCarrier:
         tls.pump(outer, inner)
 
     def join(self) -> None:
-        """Let the last replies of the C server out to clients with TLS; who is still in a handshake gets none."""
+        """Wait a short time until the last replies of the C server have gone out to clients with TLS."""
         deadline = time.monotonic() + CARRY_SECONDS
         with self._guard:
             carriers = list(self._carriers)

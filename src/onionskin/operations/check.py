@@ -1,8 +1,8 @@
-"""Whether a store is sound: everything that its catalog names, and what lies in its directories beside that.
+"""This module checks a store: everything that its catalog names, and whatever else lies in its directories.
 
-What must hold: nothing is written, freed or made, so that it can be asked of a damaged store and of a file system that is
-read-only. Each layer's map is read once and compared with the segments that the layer owns and with the layer below it;
-a chain of layers that are sound in this way opens.
+What must hold: a check writes, frees and makes nothing, so that it can be run on a damaged store and on a read-only
+file system. It reads each layer's map once, and compares it with the segments that the layer owns. It also compares the
+layer with the layer below. If all layers of a chain pass these checks, the chain can be opened.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from errno import ENXIO
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
-SEGMENTS_MAX = 0xFFFE  # that a chain can have: an index tells them apart by 16 bits
+SEGMENTS_MAX = 0xFFFE  # the segments that a chain can have, because an index has 16 bits for their numbers
 RESTORE = "restore the file from a copy of the store"
 _OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")
 
@@ -35,7 +35,7 @@ _STAGED_DIRTY_FILES = [f"dirty.{number}" for number in range(4)]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that `check` found. severity is `error` (data is at risk) or `notice` (work that is left)."""
+    """Something that `check` found. `severity` is `error` (data is at risk) or `notice` (work is left)."""
 
     severity: str
     what: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(slots=True)
 class _Rows:
-    """The rows of a store in one state of it."""
+    """All rows of a store, as they were at one time."""
 
     layers: list[LayerRow]
     segments: list[SegmentRow]
@@ -61,8 +61,9 @@ class _Rows:
 
 
 def check(store: OpenStore) -> list[Problem]:
-    """Look at everything that the catalog names. Reads headers and maps, and no block data."""
-    listed = list(_list_files(store))  # before the catalog: whoever makes or frees a file has a row for it meanwhile
+    """Check everything that the catalog names. This reads headers and maps, and no block data."""
+    # The directories are listed before the catalog is read: a file that is made or freed meanwhile has a row then.
+    listed = list(_list_files(store))
     with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
         problems = [*_unsound_rows(store), *_check_layers(store, rows), *_check_chains(store, rows)]
         problems += _check_bases(store, rows)
@@ -114,12 +115,12 @@ def _check_layers(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
 def _slots_named(store: OpenStore, layer: LayerRow) -> dict[bytes, int]:
     """Return one more than the highest slot that a layer's map names in each segment.
 
-    A head's map must hold what the catalog says that it durably had.
+    The map of a head must hold at least what the catalog says is durable in it.
     """
     if not layer.map_length and (layer.sealed or not os.path.lexists(store.layout.map_file(layer.map_id))):
         return {}
     if layer.map_length and not layer.sealed:
-        load_map(store, replace(layer, sealed=1)).close()
+        load_map(store, layer._replace(sealed=1)).close()
     with closing(open_map(store, layer)) as layer_map:
         return {id: end for id, (_, end) in layer_map.segment_use().items()}
 
@@ -127,7 +128,7 @@ def _slots_named(store: OpenStore, layer: LayerRow) -> dict[bytes, int]:
 def _check_segments(
     store: OpenStore, layer: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
-    """Compare what a map names with the files of the segments that its layer owns."""
+    """Compare the slots that a map names with the segments that the map's layer owns, and with their files."""
     owned = {row.id for row in segments}
     for id in ends:
         if id not in owned:
@@ -138,10 +139,10 @@ def _check_segments(
         if row.role == "sealed":
             end = max(end, row.slots)
         elif not end:
-            continue  # made when it is first needed
+            continue  # the file is made when it is first needed
         path = store.layout.segment_file(row.id)
         fault = _segment_fault(path, row.id, layer.block_size, end)
-        # One that was freed meanwhile may be overwritten or gone; its row went before.
+        # A segment that was freed meanwhile may be overwritten or gone. Its row was removed before that.
         if fault and store.catalog.has_segment(row.id):
             yield Problem("error", fault, str(path), RESTORE)
 
@@ -168,7 +169,7 @@ def _segment_fault(path: Path, id: bytes, block_size: int, slots: int) -> str | 
 def _data_without_map(
     store: OpenStore, volume: VolumeRow, head: LayerRow, ends: dict[bytes, int], segments: list[SegmentRow]
 ) -> Iterator[Problem]:
-    """Report blocks in a head's own segments behind the last that its map names: nobody writes the volume just now."""
+    """Report data in a head's own segments behind the last block that its map names, unless the volume has a writer."""
     found = []
     for path, id in ((store.layout.segment_file(row.id), row.id) for row in segments if row.role == "own"):
         offset = _data_from(path, HEADER_BYTES + ends.get(id, 0) * head.block_size)
@@ -186,7 +187,7 @@ def _data_without_map(
 
 
 def _data_from(path: Path, offset: int) -> int | None:
-    """Return where data lies at or behind an offset of a file; None where there is none, or no file."""
+    """Return where the first data at or behind an offset of a file lies, or None if there is no data or no file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -203,7 +204,10 @@ def _data_from(path: Path, offset: int) -> int | None:
 
 
 def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
-    """Look at how layers stand on each other: what each names is there, and no chain has more than an index can tell."""
+    """Check how layers stand on each other.
+
+    Each layer or base that is named must exist, and no chain may have more segments than an index can number.
+    """
     layers, bases = {layer.id: layer for layer in rows.layers}, {base.id for base in rows.bases}
     counts = _segments_in_chains(rows, layers)
     for name, id in _tops(rows):
@@ -222,7 +226,7 @@ def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
 
 
 def _tops(rows: _Rows) -> Iterator[tuple[str, bytes]]:
-    """Give what can be opened: a name to tell people, and the layer."""
+    """Yield everything that can be opened, as a name for messages and the id of the top layer."""
     names = {volume.id: volume.name for volume in rows.volumes}
     for volume in rows.volumes:
         yield f"volume {volume.name}", volume.head
@@ -231,7 +235,7 @@ def _tops(rows: _Rows) -> Iterator[tuple[str, bytes]]:
 
 
 def _segments_in_chains(rows: _Rows, layers: dict[bytes, LayerRow]) -> dict[bytes, int]:
-    """Count the segments from each layer down; a layer above a circle, or above one that is missing, has no count."""
+    """Count the segments in the chain of each layer. A layer above a circle or above a missing layer has no count."""
     children: dict[bytes | None, list[bytes]] = {}
     for layer in rows.layers:
         children.setdefault(layer.parent, []).append(layer.id)
@@ -272,9 +276,10 @@ def _check_bases(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
 
 
 def _other_row(catalog: Catalog, base: BaseRow) -> BaseRow | None:
-    """Return the row of a base that is not as its row says: another one if a merge into it ended meanwhile.
+    """Read the row of a base again, because its file is not as the row says. A merge into it may have ended meanwhile.
 
-    None where it is gone, or one is merged into it: a row of pending work says so.
+    Returns None if the row is gone. Returns None too if a merge into the base is unfinished, which its row of pending
+    work shows.
     """
     with catalog.reading():
         merged = {layer.base for work in catalog.base_merges() for layer in catalog.chain(work.target)}
@@ -298,7 +303,7 @@ def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) 
         try:
             found = path.lstat()
         except FileNotFoundError:
-            continue  # it went meanwhile
+            continue  # the file was removed meanwhile
         what = _foreign(found, ours)
         if what:
             yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
@@ -307,7 +312,7 @@ def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) 
 
 
 def _check_modes(store: OpenStore) -> Iterator[Problem]:
-    """Report what users other than the owner may do: who may read the locks can keep the owner out, for one."""
+    """Report modes that give rights to other users. A user who may read the lock files can keep the owner out."""
     layout = store.layout
     shared = is_shared(layout.root)
     for path in (layout.root, layout.layers, layout.segments, layout.volumes, *layout.files):
@@ -325,7 +330,7 @@ def _check_modes(store: OpenStore) -> Iterator[Problem]:
 
 def _named_files(rows: _Rows) -> set[str]:
     named = {f"{row.map_id.hex()}.map" for row in rows.layers} | {f"{row.id.hex()}.seg" for row in rows.segments}
-    # A spare's id is that of the next head's map too.
+    # The id of a spare segment is also the id of the next head's map.
     named |= {f"{row.id.hex()}.map" for row in rows.segments if row.role == "spare"}
     for row in rows.work:
         named |= {f"{row.target.hex()}.map", f"{row.target.hex()}.seg"}
@@ -336,7 +341,7 @@ def _named_files(rows: _Rows) -> set[str]:
 
 
 def _foreign(found: os.stat_result, ours: bool) -> str | None:
-    """Say what makes a thing in a store's directories none of the store's files."""
+    """Return why an entry of a store's directories is not a file of the store, or None if it is one."""
     if stat.S_ISLNK(found.st_mode):
         return "a symbolic link, which no file of a store is"
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:

@@ -1,19 +1,19 @@
-"""Compaction of segments: a layer that merges have left with many small segments gets one instead of them.
+"""Compaction of segments: if merges have left a layer with many small segments, one segment replaces them.
 
-What must hold: the new segment and the new map are durable before the one transaction that switches to them; blocks
-keep their contents; the old files become pending work, which waits for whoever still reads them. Bounded: at most
-`COMPACT_BYTES_MAX` are copied for a layer each time that a volume is opened for writing, and `OPEN_BYTES_MAX` each time
-that it folds the layer, or folds others into it, while it is open: a disk whose snapshots come and go for months in one
-opening would else have a file for each of them.
+What must hold: the new segment and the new map are durable before the one transaction that switches to them. Blocks
+keep their contents. The old files become pending work, which waits until nobody reads them any more. The work is
+bounded. Each time that a volume is opened for writing, at most `COMPACT_BYTES_MAX` are copied for a layer. While the
+volume is open, at most `OPEN_BYTES_MAX` are copied each time that the layer is folded or others are folded into it.
+Without the latter, a disk whose snapshots come and go for months in one opening would have a file for each of them.
 """
 
-import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 SEGMENTS_MAX = 64
 SEGMENTS_KEPT = 16
 COMPACT_BYTES_MAX = 256 << 20
-OPEN_BYTES_MAX = 64 << 20  # while the volume is open: a snapshot that is asked for meanwhile waits for the copy
+OPEN_BYTES_MAX = 64 << 20  # the bound while the volume is open, because a snapshot waits for the copy to end
 
 
 def compact_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = False) -> None:
-    """Compact segments in each layer of a chain that has too many segments. The volume's lock is held, its path not yet
-    open.
+    """Compact segments in each layer of a chain that has too many segments.
 
-    A layer that cannot be compacted now is left as it is: it reads the same.
+    The caller holds the volume's lock, and has not opened the data path yet. If a layer cannot be compacted now, it is
+    left as it is, which does no harm: it reads the same.
     """
     catalog = store.catalog
     if unfinished_base_merges(catalog, head):
-        return  # a merge into the base has to find its layers as they were
+        return  # an unfinished merge into the base needs its layers as they are
     for layer, segments in _crowded(catalog, head):
         if not layer.sealed and may_hold_unflushed:
-            continue  # what a process that died left unflushed goes over the map that it had
+            continue  # a process that died left unflushed records, which apply to the map that it had
         try:
             put_off(partial(_compact, store, layer, segments))
         except (OSError, OnionskinError) as error:
@@ -64,7 +64,7 @@ def compact_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = F
 
 
 def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
-    """Return the layers of a chain that have too many segments, with those that are sealed."""
+    """Return the layers of a chain that have too many segments, each with its sealed segments."""
     with catalog.reading():
         layers = [catalog.layer(id) for id in catalog.crowded_in_chain(head, SEGMENTS_MAX)]
         segments = catalog.segments_of(layers)
@@ -72,9 +72,10 @@ def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[Segment
 
 
 def compact_below(volume: OpenHead, layer_id: bytes) -> None:
-    """Compact segments in a sealed layer of a volume that is open for writing, where the layer has too many segments.
+    """Compact segments in a sealed layer if it has too many. The volume is open for writing.
 
-    Reads and writes go on. A layer that cannot be compacted now is left as it is, and what the caller does goes on.
+    Reads and writes go on meanwhile. If the layer cannot be compacted now, it is left as it is, and the caller's
+    operation goes on.
     """
     catalog = volume.store.catalog
     with catalog.reading():
@@ -97,25 +98,29 @@ def compact_below(volume: OpenHead, layer_id: bytes) -> None:
 
 
 def _is_open(volume: OpenHead, segments: list[SegmentRow]) -> bool:
-    """Whether a volume reads its layer from these segments.
+    """Whether the data path of a volume has all of these segments open.
 
-    Whoever opened a clone meanwhile may have compacted some of them. Then the volume still finds these blocks in the
-    files of before, which it keeps. It must not open the new file for the sake of the others: nothing that it finds is
-    in that, so a reclaim that asks it for the live slots would be told that there are none, and would free them all.
+    If it has not, another process opened a clone meanwhile and compacted some of the layer's segments. The volume then
+    still reads these blocks from the old files, which it keeps. It must not open the new segment in order to compact
+    the others: its index would name no slot of the new segment, so a reclaim that asks the volume for the live slots
+    would find none, and would free them all.
     """
     return {row.id for row in segments} <= {id for _, id, _, _ in volume.path.segments()}
 
 
 def _compact(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader: OpenHead | None = None) -> None:
-    """Compact the smallest of a layer's sealed segments. `reader`: the volume that has it open below its head."""
+    """Compact the smallest of a layer's sealed segments.
+
+    `reader` is the volume that has the layer open below its head, if there is one.
+    """
     locks = ByteLocks(store.layout.lock)
     try:
         wanted = {layer.map_lock_byte, *(row.lock_byte for row in sealed)}
-        # What the reader holds nobody frees as a whole; and work on slots, which borrows its lock, frees no slot that
-        # is copied.
+        # Nobody frees the files that the reader has locked. Work on slots borrows the reader's lock, but it frees no
+        # slot that is copied here.
         if not locks.take_shared(wanted - reader.locks.shared if reader else wanted):
-            return  # somebody frees or wipes one of them just now: the next time will do
-        _refuse_changed(store, layer)  # somebody else may have compacted the same layer, and freed its files
+            return  # another process frees or wipes one of the files just now, so the next time will do
+        _refuse_changed(store, layer)  # another process may have compacted the same layer, and freed its files
         with load_layer(store, layer) as layer_map:
             small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else COMPACT_BYTES_MAX)
             if len(small) < 2:
@@ -175,8 +180,8 @@ def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
 
 
 def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
-    """Return the segments to compact: the smallest by what is live in them, as many as the bound allows."""
-    use = layer_map.segment_use()  # in one pass over the map, however many segments there are
+    """Return the segments to compact: those with the fewest live bytes, and as many as the bound allows."""
+    use = layer_map.segment_use()  # one pass over the map gives the use of all segments
     live = {row.id: use.get(row.id, (0, 0))[0] * block_size for row in sealed}
     chosen: list[SegmentRow] = []
     total = 0
@@ -189,9 +194,12 @@ def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, by
 
 
 def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
-    """Copy the live slots of segments behind each other into a new one, and point the map there. Returns the slots."""
+    """Copy the live slots of segments into a new segment, one after the other, and make the map name them there.
+
+    Returns the number of slots of the new segment.
+    """
     block_size, next_slot = layer.block_size, 0
-    # As objects, which close a descriptor also where an interrupt comes before anybody has it.
+    # A file object closes its descriptor even if an interrupt arrives before the descriptor is stored anywhere.
     with open(store.layout.segment_file(segment), "r+b", buffering=0, opener=_make) as file:
         target = file.fileno()
         wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
@@ -210,7 +218,7 @@ def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: l
 
 
 def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
-    """Whether a segment came from a volume whose freed space is wiped: so must be what it is copied to."""
+    """Whether a segment came from a volume whose freed space is wiped, so that the space of its copy must be, too."""
     return segment_wants_zeros(store.layout.segment_file(row.id))
 
 
@@ -230,7 +238,7 @@ def _make(path: str, flags: int) -> int:
 
 
 def _open_to_copy(path: str, flags: int) -> int:
-    """Open a file for `open`. A pipe in its place is not waited for: it has nothing at an offset, so the copy fails."""
+    """Open a file, as the opener of `open`. If a pipe is in its place, this does not wait, and the copy fails later."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
@@ -243,7 +251,7 @@ def _switch(
     written: tuple[int, int, int],
     reader: OpenHead | None = None,
 ) -> None:
-    """Switch to the new files, which `reader` locks. Inside a transaction."""
+    """Switch to the new files, and let `reader` lock them. Inside a transaction."""
     catalog = store.catalog
     _refuse_changed(store, layer)
     segment_file, map_file = files.rows
@@ -252,8 +260,8 @@ def _switch(
         catalog.remove_segment(row.id)
     files.keep(reader.locks if reader else None)
     if reader:
-        # By its id too: as soon as it is named somebody else may compact it, and the reader has to know what it holds
-        # then.
+        # The reader records the segment's id with its lock byte: once the catalog names the segment, another process
+        # may compact it, and the reader has to know then which segment it has locked.
         reader.share({segment_file.lock_byte: segment_file.target}, map_file.lock_byte)
     catalog.insert(SegmentRow(segment_file.target, layer.id, "sealed", slots, segment_file.lock_byte))
     catalog.add_work("map", layer.map_id, layer.map_lock_byte, layer.wipe)

@@ -1,7 +1,7 @@
-"""Moving the bytes of whole disks: the copying half of an export, of a merge into the base, and of flatten.
+"""Copies of whole disks: the part of an export, of a merge into the base and of a flatten that moves bytes.
 
-What must hold: a destination is written under the exclusive use of whoever calls; what it names as done is durable.
-The loops run in C: here are only tables of extents.
+What must hold: only the caller uses the destination while it is written. A caller makes the copied data durable before
+it records the data as done. The loops over blocks run in C; this module only makes tables of extents.
 """
 
 import fcntl
@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
 from pathlib import Path
@@ -41,12 +40,12 @@ else:
 _FICLONERANGE = 0x4020940D
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
-BASE = 0xFFFF  # stands for the base among the numbers of segments, which end before it
+BASE = 0xFFFF  # stands for the base where the number of a segment is expected; no segment has this number
 _PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
 
 
 def extents(volume: OpenDisk) -> "Array":
-    """Return (offset, length, state) of what is DATA (1) or ZERO (2) in the layers, clipped to the size."""
+    """Return (offset, length, state) of the DATA (1) and ZERO (2) extents of the layers, cut at the end of the disk."""
     runs = volume.path.runs()
     out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
     for name in ("offset", "length", "state"):
@@ -58,7 +57,7 @@ def extents(volume: OpenDisk) -> "Array":
 
 @contextmanager
 def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = None) -> "Iterator[DataPath]":
-    """Open a sealed chain for the time of a copy; its files must be locked by the caller."""
+    """Open a sealed chain for the time of a copy. The caller has locked its files."""
     path = open_chain(store.layout, chain, writable=False, base_lock=base_lock)
     try:
         yield path
@@ -82,7 +81,7 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
     thread = threading.Thread(target=work, name="onionskin copy")
     thread.start()
     try:
-        while True:  # once at least, however short the copy is
+        while True:  # progress is reported at least once, however short the copy is
             thread.join(PROGRESS_SECONDS)
             if progress:
                 progress(done_before + job.bytes_done, total)
@@ -98,7 +97,7 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
 
 
 class StretchCopy:
-    """Copies what the layers of a data path hold to the same offsets of a file: DATA as bytes, ZERO as zeros."""
+    """A copy of all that the layers of a data path hold to the same offsets of a file. ZERO is copied as zeros."""
 
     def __init__(
         self,
@@ -140,9 +139,9 @@ class StretchCopy:
         self._before = numpy.concatenate(([0], numpy.cumsum(lengths)))  # bytes to copy before each row, and of all
 
     def run(self, start: int, length: int) -> int:
-        """Copy about `length` bytes of what lies from an offset on; returns the offset where it ended, or the disk's size.
+        """Copy about `length` bytes that lie at or behind an offset, and return the offset where the copy ended.
 
-        Offsets within the disk are multiples of the block size. Nothing is durable on return.
+        Both offsets are multiples of the block size, or the size of the disk. Nothing is durable on return.
         """
         done, total = self._bytes_before(start), int(self._before[-1])
         end = self._size_bytes if done + length >= total else self._offset_after(done + length)
@@ -161,13 +160,16 @@ class StretchCopy:
         return end
 
     def _bytes_before(self, offset: int) -> int:
-        """Return how many bytes there are to copy below an offset."""
+        """Return how many of the bytes to copy lie below an offset."""
         row = int(numpy.searchsorted(self._ends, offset, "right"))
         inside = max(0, offset - int(self._starts[row])) if row < len(self._starts) else 0
         return int(self._before[row]) + inside
 
     def _offset_after(self, copied: int) -> int:
-        """Return the offset of a block below which at least so many bytes, and not all, are to be copied."""
+        """Return the first offset of a block below which at least `copied` of the bytes to copy lie.
+
+        `copied` is less than the number of all bytes to copy.
+        """
         row = int(numpy.searchsorted(self._before, copied, "left")) - 1
         offset = int(self._starts[row]) + copied - int(self._before[row])
         return min(-(-offset // self._block_size) * self._block_size, self._size_bytes)
@@ -183,7 +185,7 @@ def copy_runs(
     punch: bool,
     progress: "Progress | None" = None,
 ) -> None:
-    """Copy what the layers of a data path hold to the same offsets of a file, from the beginning to the end."""
+    """Copy everything that the layers of a data path hold to the same offsets of a file."""
     copy = StretchCopy(store, path, destination, size_bytes, reflink=reflink, punch=punch, progress=progress)
     copy.run(0, size_bytes)
 
@@ -202,7 +204,7 @@ def copy_table(
     threads: int = 0,
     bytes_per_second: int = 0,
 ) -> None:
-    """Run a table of extents; progress counts on from `done`, and to `total` where it is part of a larger whole."""
+    """Copy the extents of a table. If the table is a part of a larger copy, progress counts from `done` to `total`."""
     total = int(table["length"].sum()) if total is None else total
     for extents, descriptors in _by_segments(table, segment, sources):
         try:
@@ -224,7 +226,10 @@ def copy_table(
 def _by_segments(
     table: "Array", segment: "Array", sources: Mapping[int, Path | int]
 ) -> "Iterator[tuple[Array, list[int]]]":
-    """Cut a table into parts that need few descriptors each; open those that are paths, and fill in the sources."""
+    """Cut a table into parts that need few descriptors each, open the sources that are paths, and fill them in.
+
+    Yields each part with the descriptors that the caller has to close.
+    """
     numbers = numpy.unique(segment)
     for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
         group = numbers[first : first + OPEN_SEGMENTS_MAX]
@@ -248,7 +253,7 @@ def _by_segments(
 
 
 def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: Path) -> None:
-    """Refuse a copy of all that a disk reads for which the file system has no room; what it reflinks needs none."""
+    """Refuse a copy of a whole disk if the file system has no room for it. Parts that are reflinked need no room."""
     pieces = pieces_of(opened)
     lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
     system = os.statvfs(directory)
@@ -269,7 +274,7 @@ def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: Path) ->
 
 
 def may_reflink(chain: Chain) -> bool:
-    """Whether a copy may share blocks with the store: not what has to be wiped one day, in any layer."""
+    """Whether a copy may share blocks with the store. It may not if any layer has data that has to be wiped one day."""
     return all(layer.wipe == "release" for layer in chain.layers)
 
 
@@ -279,7 +284,7 @@ def _segment_can_reflink(segment: Path, directory: Path) -> bool:
 
 
 def _can_reflink(source: int, directory: Path) -> bool:
-    """Whether a file in a directory can share blocks with another: by trying it with one."""
+    """Try whether a file in a directory can share blocks with an open file."""
     with tempfile.TemporaryFile(dir=directory) as probe:
         try:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", source, 0, HEADER_BYTES, 0))
@@ -289,9 +294,9 @@ def _can_reflink(source: int, directory: Path) -> bool:
 
 
 def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
-    """Refuse a merge into the base for which its file system has no room."""
+    """Refuse a merge into the base if the base's file system has no room for it."""
     assert folded.base is not None
-    with chain_path(store, replace(folded, base=None)) as path:
+    with chain_path(store, folded._replace(base=None)) as path:
         runs = path.runs()
         needed = int(runs["length"][runs["state"] == 1].sum())
     found = os.fstat(base_lock.descriptor)
@@ -305,7 +310,7 @@ def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
 
 
 def _base_extents(base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
-    """Return the copy of what the base shows through: all of it that no run hides."""
+    """Return a table that copies the visible part of the base, which is everything that no run hides."""
     starts = numpy.concatenate(([0], runs["offset"] + runs["length"])).astype(numpy.uint64)
     ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
     starts, ends = numpy.minimum(starts, base_bytes), numpy.minimum(ends, base_bytes)
@@ -318,7 +323,7 @@ def _base_extents(base_bytes: int, destination: int, source: int, runs: "Array")
 
 
 def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: bool) -> None:
-    """Copy the part of the base that shows through, holes kept, to a new file: from the descriptor that is locked."""
+    """Copy the visible part of the base to a new file, and keep the holes. The locked descriptor is read."""
     if opened.chain.base is None:
         return
     assert opened.base_lock is not None
@@ -329,14 +334,14 @@ def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: 
 
 
 def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
-    """Write all that a sealed chain reads to an empty file, holes kept. Nothing is durable on return.
+    """Write the whole disk of a sealed chain to an empty file, and keep the holes. Nothing is durable on return.
 
     Raises
     ------
     ChainError
-        The base is not, or at the end is no longer, as it was.
+        The base is not as the catalog describes it, at the beginning or at the end of the copy.
     OSError
-        A file could not be read, or ended early; or the file system is full.
+        A file could not be read, a file ended early, or the file system is full.
     """
     refuse_changed_base(opened)
     size_bytes, reflink = opened.path.size_bytes, may_reflink(opened.chain)
@@ -347,7 +352,10 @@ def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress
 
 
 def pieces_of(opened: OpenChain) -> "Array":
-    """Return stretches of blocks [first, end) that may not read zero, each from one place: a segment, or the base."""
+    """Return the stretches of blocks [first, end) that may have other data than zeros.
+
+    The data of each stretch lies in one segment, or in the base.
+    """
     path, block_size, runs = opened.path, opened.path.block_size, opened.path.runs()
     run_first = (runs["offset"] // block_size).astype(numpy.int64)
     run_end = run_first + (runs["length"] // block_size).astype(numpy.int64)
@@ -374,7 +382,7 @@ def pieces_of(opened: OpenChain) -> "Array":
 
 
 def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
-    """Return for each point which of the sorted intervals it lies in, or -1."""
+    """Return for each point the index of the sorted interval that it lies in, or -1."""
     if not len(starts):
         return numpy.full(len(points), -1)
     at = numpy.searchsorted(starts, points, side="right") - 1

@@ -1,13 +1,13 @@
-"""What two states of disks differ in: snapshots or heads, of one volume or of several, read from their maps.
+"""The differences between two states of disks, found from their maps. A state is a snapshot or a head of any volume.
 
-What must hold: what is not said to differ reads the same in both. A layer that stands under both says nothing, whatever
-volumes they are of, and neither does a base that both stand on. Where they share neither, all that either holds
-may differ. No block data is read, and the maps are locked while they are (operations/locked_maps.py).
+What must hold: everything outside the reported extents reads the same in both states. A layer or a base that both
+states stand on makes no difference. If they share neither, everything that either of them holds may differ. No block
+data is read. The maps are locked while they are read (operations/locked_maps.py).
 """
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import dtypes
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-Ranges = tuple["Array", "Array"]  # first bytes, and the bytes behind the last ones
+Ranges = tuple["Array", "Array"]  # the offsets of the first bytes, and those behind the last bytes
 
 
-# ---- which two ----
+# ---- the two states ----
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A snapshot of a volume, or its head where `snapshot` is None."""
+    """A snapshot of a volume, or the head of the volume if `snapshot` is None."""
 
     volume: str
     snapshot: str | None = None
 
     def __str__(self) -> str:
-        """Write it as it is named."""
+        """Return the text that `named` reads."""
         return self.volume if self.snapshot is None else f"{self.volume}@{self.snapshot}"
 
     @classmethod
     def named(cls, text: str) -> "State":
-        """Read `volume@snapshot`, or the name of a volume, which is its head."""
+        """Parse `volume@snapshot`, or the name of a volume, which stands for its head."""
         if not isinstance(text, str):
             raise TypeError(f"a state of a disk is named by a string, such as 'web@clean', not by {text!r}")
         volume, at, snapshot = text.partition("@")
@@ -56,7 +56,7 @@ class State:
         return cls(volume, snapshot or None)
 
     def layer(self, catalog: Catalog) -> tuple[VolumeRow, SnapshotRow | None, bytes]:
-        """Look it up: its volume, its row where it is a snapshot, and its layer. Inside `reading`."""
+        """Look up the volume, the row of the snapshot (None for a head), and the id of the layer. Inside `reading`."""
         volume = catalog.volume(self.volume)
         if self.snapshot is None:
             return volume, None, volume.head
@@ -65,7 +65,7 @@ class State:
 
 
 def snapshot_of(volume: str | None, text: str) -> State:
-    """Return the snapshot that a text names: one of a volume, or `volume@snapshot` of any."""
+    """Return the snapshot that a text names: a snapshot of `volume`, or `volume@snapshot` of any volume."""
     if isinstance(text, str) and "@" in text:
         return State.named(text)
     if volume is None:
@@ -79,8 +79,9 @@ def snapshot_of(volume: str | None, text: str) -> State:
 def ends_of(name: str, a: str | None, b: str | None) -> tuple[State, State]:
     """Return the two states that a call compares.
 
-    They are (volume, snapshot, snapshot or None for the head), where a snapshot may be one of another volume, or
-    (volume@snapshot, volume[@snapshot] or None for the head of the same one).
+    The arguments have one of two forms. In (volume, snapshot, snapshot), a snapshot may also be `volume@snapshot` of
+    another volume, and None as the last one stands for the head. In (volume@snapshot, volume[@snapshot]), None as the
+    second one stands for the head of the first volume.
     """
     if isinstance(name, str) and "@" in name:
         if b is not None:
@@ -92,11 +93,11 @@ def ends_of(name: str, a: str | None, b: str | None) -> tuple[State, State]:
     return snapshot_of(name, a), State(name) if b is None else snapshot_of(name, b)
 
 
-# ---- what they differ in ----
+# ---- their differences ----
 
 
 def diff(store: OpenStore, name: str, a: str | None = None, b: str | None = None) -> "Array":
-    """Return the extents that may differ between two states, as `ends_of` reads them; a head is as it is durable."""
+    """Return the extents that may differ between two states, which `ends_of` parses. A head counts as it is durable."""
     start, end = ends_of(name, a, b)
 
     def find() -> tuple[Chain, Chain]:
@@ -108,7 +109,10 @@ def diff(store: OpenStore, name: str, a: str | None = None, b: str | None = None
 
 
 def are_related(chain_a: Chain, chain_b: Chain) -> bool:
-    """Whether what neither chain's own layers say reads the same in both: a layer is in both, or the base, or nothing."""
+    """Whether blocks that are not in the chains' own layers read the same in both chains.
+
+    They do if the chains share a layer, stand on the same base, or both have no base.
+    """
     return bool(_shared(chain_a, chain_b)) or _same_base(chain_a.base, chain_b.base)
 
 
@@ -117,10 +121,10 @@ def _shared(chain_a: Chain, chain_b: Chain) -> set[bytes]:
 
 
 def _same_base(one: BaseRow | None, other: BaseRow | None) -> bool:
-    """Whether two volumes stand on one file, as it was when they were made. Each has a row of its own for it."""
+    """Whether two rows describe one base file in the same state. Each volume has a row of its own for its base."""
     if one is None or other is None:
         return one is other
-    return replace(one, id=b"", digest=None) == replace(other, id=b"", digest=None)
+    return one._replace(id=b"", digest=None) == other._replace(id=b"", digest=None)
 
 
 def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":
@@ -136,13 +140,13 @@ def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":
         closing(_laid(store, [layer for layer in chain_b.layers if layer.id not in shared], block_b)) as own_b,
     ):
         if not chain_b.top.sealed and own_b.size_bytes is not None:
-            size_b = int(own_b.size_bytes)  # what a resize left that is not in the catalog yet
+            size_b = int(own_b.size_bytes)  # a resize may have changed the size, and is not in the catalog yet
         if not chain_a.top.sealed and own_a.size_bytes is not None:
             size_a = int(own_a.size_bytes)
         runs = own_b.runs()
         touched = [_touched(own_a, own_b)]
         if own_a.count() != (0, 0) and common:
-            # What only a's layers have reads at b as the layers below both say.
+            # Where only a's own layers have a block, b reads as the layers that both share.
             with closing(_laid(store, common, block_b)) as whole_b:
                 whole_b.fold(own_b)
                 runs = whole_b.runs()
@@ -152,8 +156,8 @@ def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":
 
 
 def _unshared(chain_a: Chain, chain_b: Chain, size_a: int, size_b: int) -> Iterable[tuple[int, int]]:
-    """Yield what may differ though no map says so, of two chains without a layer in common."""
-    if size_a < size_b:  # the base may show through there
+    """Yield the ranges that may differ though no map names them. The two chains have no layer in common."""
+    if size_a < size_b:  # behind the end of a, the base may be visible in b
         yield size_a, size_b
     if not _same_base(chain_a.base, chain_b.base):
         yield 0, max(base.size_bytes for base in (chain_a.base, chain_b.base) if base)
@@ -177,7 +181,7 @@ def _laid(store: OpenStore, layers: Sequence[LayerRow], block_size: int) -> Laye
 
 
 def _touched(one: LayerMap, other: LayerMap) -> Ranges:
-    """Return what one of two maps says anything of. Two volumes over one base may have blocks of two sizes."""
+    """Return the ranges that at least one of two maps names. The block sizes may differ if a base is all they share."""
     if one.block_size != other.block_size:
         return _union([_bytes_of(each.runs(), each.block_size) for each in (one, other)])
     stretches = one.touched(other)
@@ -193,7 +197,7 @@ def _bytes_of(runs: "Array", block_size: int) -> Ranges:
 
 
 def _union(parts: Sequence[Ranges]) -> Ranges:
-    """Join ranges, in whatever order, to those that are apart from each other."""
+    """Join ranges, which may be in any order, into sorted and separate ranges."""
     starts, ends = (numpy.concatenate(ones) for ones in zip(*parts, strict=True))
     order = numpy.argsort(starts, kind="stable")
     starts, ends = starts[order], numpy.maximum.accumulate(ends[order]) if len(ends) else ends
@@ -218,7 +222,7 @@ def _split(within: Ranges, runs: "Array", block_size: int) -> "Array":
 
 
 def _joined(left: "Array", right: "Array", states: "Array") -> "Array":
-    """Make extents of pieces in order; neighbours of the same state are one."""
+    """Make extents of sorted pieces. Neighbours with the same state become one extent."""
     begins = numpy.ones(len(left), bool)
     begins[1:] = (left[1:] != right[:-1]) | (states[1:] != states[:-1])
     out = numpy.empty(int(begins.sum()), dtype=dtypes.EXTENT)

@@ -1,8 +1,9 @@
-"""Writes a disk to a raw image file.
+"""This module writes a disk to a raw image file.
 
 What must hold: the image is the disk at one instant (`pinned`). Its name appears when all of it is durable. Just before
 that, the file that had the name is checked by its inode, not by its path: no base and no file of the store is replaced,
-and nothing at all unless the caller said so. If the export fails, a disk of policy `zero` leaves none of its data.
+and nothing at all is replaced unless the caller allows it. If the export fails, a disk of policy `zero` leaves none of
+its data.
 """
 
 import errno
@@ -31,20 +32,20 @@ if TYPE_CHECKING:
 
 
 def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
-    """Write what a volume or a view reads to a raw image file, holes kept. Durable on return.
+    """Write the disk of a volume or a view to a raw image file, and keep the holes. The image is durable on return.
 
     Parameters
     ----------
     volume : OpenDisk
-        The image holds what was written to it before the call.
+        The disk. The image has what was written to it before the call.
     target : Path
-        A regular file there is replaced if `replace` is true.
+        The path of the image. A regular file there is replaced if `replace` is true.
     replace : bool
         If false, a file at `target` is kept and FileExistsError is raised, even if the file appears meanwhile.
     progress : callable, optional
-        Called with the bytes copied so far and in all.
+        It is called with the number of bytes copied so far and in all.
     """
-    refuse_target(volume.store, target, replace=replace)  # before the disk is sealed for it
+    refuse_target(volume.store, target, replace=replace)  # this is checked before the disk is sealed for the export
     with pinned(volume) as opened, new_image(volume.store, target, opened, replace=replace) as descriptor:
         copy.check_room_for_copy(volume.store, opened, target.absolute().parent)
         copy.copy_disk(volume.store, opened, descriptor, progress=progress)
@@ -52,9 +53,9 @@ def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress
 
 @contextmanager
 def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
-    """Give a new file to write the image to, and give that file its name when the block has ended without an error.
+    """Yield a new file for an image, and give the file its name when the with block ends without an error.
 
-    The block writes the file. Here it is made durable and named, or wiped and removed.
+    The block writes the file. At its end, the file is made durable and named. After an error, it is wiped and removed.
     """
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -87,7 +88,7 @@ def _give_name(directory: int, staged: str, target: Path, *, replace: bool) -> N
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
-            _take_name(directory, target)  # a file system without hard links
+            _take_name(directory, target)  # the file system has no hard links
         else:
             os.unlink(staged, dir_fd=directory)
             return
@@ -95,7 +96,7 @@ def _give_name(directory: int, staged: str, target: Path, *, replace: bool) -> N
 
 
 def _take_name(directory: int, target: Path) -> None:
-    """Make an empty file of that name. It is our own, so it may be replaced."""
+    """Make an empty file of that name. It belongs to this export, which may therefore replace it."""
     try:
         os.close(os.open(target.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
     except FileExistsError:
@@ -107,7 +108,7 @@ def _exists(target: Path) -> FileExistsError:
 
 
 def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int, opened: "OpenChain") -> None:
-    """Remove an unfinished file, unless it has its name already: an interrupt may come just after the renaming."""
+    """Remove an unfinished file, unless it has got its name just before an interrupt."""
     with suppress(OSError):
         if not os.path.samestat(os.fstat(descriptor), os.stat(staged, dir_fd=directory, follow_symlinks=False)):
             return
@@ -119,9 +120,9 @@ def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int,
 
 @contextmanager
 def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
-    """Give a file without a name for a temporary copy of a disk. Its contents are wiped at the end.
+    """Yield a file without a name for a temporary copy of a disk. Its contents are wiped at the end.
 
-    It vanishes with the process, however that ends. A process that is killed wipes nothing.
+    The file vanishes with the process, however the process ends. But a process that is killed wipes nothing.
     """
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
@@ -142,7 +143,7 @@ def policies_of(opened: "OpenChain") -> set[str]:
     return {layer.wipe for layer in opened.chain.layers}
 
 
-# ---- what is not replaced ----
+# ---- files that must not be replaced ----
 
 
 def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
@@ -169,7 +170,7 @@ def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
                 raise ValueError(f"{target} is in the store itself; choose a path outside of it")
             try:
                 above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
-            except PermissionError:  # we may not see the directory above, so it is not our store
+            except PermissionError:  # this user may not open the directory above, so the store is not there
                 return
             os.close(at)
             at = above
@@ -203,7 +204,7 @@ def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
     """Refuse to write to a block device that stands on a file that is needed."""
     try:
         found = file.stat()
-    except FileNotFoundError:  # it was unlinked: no base
+    except FileNotFoundError:  # the file was unlinked, so it is no base
         return
     if _is_own_file(store, found):
         raise ValueError(f"{device} stands on {file}, a file of the store itself; choose another device")
@@ -215,7 +216,7 @@ def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
 
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:
     for lock in [volume.base_lock for volume in store.open_handles()]:
-        with suppress(OSError):  # closed meanwhile
+        with suppress(OSError):  # the handle may have been closed meanwhile
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True
     for base in store.catalog.bases():

@@ -1,11 +1,10 @@
-"""Makes a disk independent of everything below it: what it reads is copied into one layer of its own.
+"""This module makes a disk independent of everything below it, by copying all that it reads into one layer of its own.
 
 What must hold: the copy is durable before the transaction that puts the head on it. The head that takes the writes
 meanwhile stays, with everything that was written to it. Snapshots keep the layers that they stand on.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +38,10 @@ else:
 
 
 def flatten(volume: OpenHead, *, progress: "Progress | None") -> None:
-    """Put all that the disk reads into one new layer without a parent, and the head on it.
+    """Copy all that the disk reads into one new layer without a parent, and put the head on that layer.
 
-    The head is sealed first, so that what is copied does not change. A new head takes the writes meanwhile. It stays, with
-    everything that was written to it, and only stands on another layer afterwards.
+    The head is sealed first, so that what is copied does not change. A new head takes the writes meanwhile. It stays,
+    with everything that was written to it, and only stands on another layer afterwards.
     """
     with volume.operation():
         _flatten(volume, progress)
@@ -60,8 +59,7 @@ def _flatten(volume: OpenHead, progress: "Progress | None") -> None:
     with staged_files(store, ["segment", "map"], wipe) as files:
         segment_file, map_file = files.rows
         slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
-        flat = replace(
-            old,
+        flat = old._replace(
             id=new_id(),
             parent=None,
             base=None,
@@ -77,7 +75,7 @@ def _flatten(volume: OpenHead, progress: "Progress | None") -> None:
 
 
 def _stand_on(volume: OpenHead, old: LayerRow, flat: LayerRow, segments: list[SegmentRow], files: StagedFiles) -> None:
-    """Put the head on the flat layer instead of the one that it was copied from, in the catalog and in the data path."""
+    """Put the head on the flat layer instead of the layer that was copied, in the catalog and in the data path."""
     store, catalog = volume.store, volume.store.catalog
 
     def switch() -> None:
@@ -112,7 +110,7 @@ def _stands_alone(catalog: Catalog, head: bytes) -> bool:
 def _write_flat(
     volume: OpenHead, chain: Chain, segment: bytes, map_id: bytes, wipe_zero: bool, progress: "Progress | None"
 ) -> tuple[int, tuple[int, int, int]]:
-    """Write a segment with the blocks in the order of the disk, and its map; both are durable on return.
+    """Write a segment with the blocks in the order of the disk, and its map. Both are durable on return.
 
     Returns the number of slots, and the map file's length, frames and crc.
     """
@@ -159,7 +157,7 @@ def _write_flat_segment(
     try:
         write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
         _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
-        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end inside a block
+        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end within a block
         sync_file(descriptor)  # BARRIER: flat segment
     finally:
         os.close(descriptor)

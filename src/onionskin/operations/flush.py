@@ -5,16 +5,16 @@ inherited segments are noted, so that they are freed on the medium. A map log th
 flush while no operation is under way, and when the volume is closed.
 """
 
-import logging
 from contextlib import suppress
 
+from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError
 from onionskin.operations import reclaim
 from onionskin.operations.new_map import compact_map
 from onionskin.storage.open_head import OpenDisk, OpenHead
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 DEAD_RATIO_AT_CLOSE = 0.5
 

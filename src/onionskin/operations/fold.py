@@ -1,15 +1,15 @@
-"""Folding: layers without a name become one with the layer over them.
+"""Folding: layers without a name become one with the layer above them.
 
-What must hold: reads do not change, and a fold is durable before anything of what it replaces is freed (new_map.py). It is
-looked at again, inside the transaction, whether the layers are as they were: nobody else's name, branch or merge into a
-base may stand on one of them. What the caller was asked for is done already, so a fold that fails is left to the next
-opening. fold_policy.py says which layers are folded now.
+What must hold: reads do not change, and a fold is durable before anything that it replaces is freed (new_map.py). The
+transaction checks again that the layers are as they were: no name, branch or merge into a base that somebody else began
+may stand on one of them. The operation that the caller was asked for is already done, so a fold that fails is left to
+the next opening. fold_policy.py decides which layers are folded now.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 
+from onionskin.base.lazy import logger
 from onionskin.catalog import CommitUnknownError, LayerRow
 from onionskin.catalog.tree import unnamed_below, unnamed_of
 from onionskin.errors import OnionskinError
@@ -29,15 +29,16 @@ from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
-SEGMENTS_OPEN = 64  # of an open volume: with more, those without a block are looked for after a fold
+SEGMENTS_OPEN = 64  # if an open volume has more segments than this, a fold drops those that have no block left
 
 
 def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None:
-    """Fold each of these layers into its child, where it has no name and only one, and that one is in reach.
+    """Fold each of these layers into its child, if it has no name and only one child, and this child is in reach.
 
-    What the caller was asked for is done already: a fold that fails is left to the next opening, and logged.
+    The head of another volume is not in reach. The operation that the caller was asked for is already done. So a fold
+    that fails is logged and left to the next opening.
     """
     for id in layers:
         if id is None:
@@ -53,7 +54,10 @@ def fold_where_unnamed(volume: OpenHead, layers: Iterable[bytes | None]) -> None
 
 
 def fold(volume: OpenHead, layer_id: bytes) -> bool:
-    """Fold what is worth it of the layers without a name around one (fold_policy.py); returns whether any was."""
+    """Fold those layers without a name around a layer that are worth it now (fold_policy.py).
+
+    Returns whether any layer was folded.
+    """
     store = volume.store
     run = fold_policy.run_around(store.catalog, volume.head, layer_id)
     if is_in_base_merge(store.catalog, run):
@@ -71,12 +75,13 @@ def fold(volume: OpenHead, layer_id: bytes) -> bool:
 
 
 def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
-    """Fold layers into the last of them, if that can be done now."""
+    """Fold layers into the last of them, if that can be done now. Returns whether it was done."""
     *lowers, upper = group
     if not upper.sealed:
         if len(lowers) > 1 and not _fold_group(volume, lowers):
             return False
-        # Below the head, where nobody changes it: what a head has inherited is in its log, and no longer ours to move.
+        # The layer is compacted while it is below the head. Once a head has inherited the segments, its log names them,
+        # and they can no longer be replaced.
         compact_segments.compact_below(volume, lowers[-1].id)
         lowers = [volume.store.catalog.layer(lowers[-1].id)]
 
@@ -87,7 +92,7 @@ def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
             else:
                 _fold_into_head(volume, lowers[0], upper)
         except FileNotFoundError:
-            _check_unchanged(volume.store, lowers, upper)  # a map that another process folded meanwhile is no damage
+            _check_unchanged(volume.store, lowers, upper)  # another process may have folded the map away: no damage
             raise
 
     folded = put_off(change)
@@ -97,7 +102,7 @@ def _fold_group(volume: OpenHead, group: fold_policy.Group) -> bool:
 
 
 def _check_run_is_gone(store: OpenStore, run: Sequence[LayerRow]) -> None:
-    """While a FileNotFoundError is handled: raise it on, unless another process folded the layers meanwhile."""
+    """Raise the FileNotFoundError that is being handled again, unless another process folded the layers meanwhile."""
     try:
         _check_unchanged(store, run[:-1], run[-1])
     except TreeChangedError:
@@ -110,7 +115,7 @@ def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) 
     locks = ByteLocks(store.layout.lock)
     wipe = stricter(upper, *lowers)
     try:
-        # They need not be in the volume's own chain.
+        # The layers need not be in the volume's own chain, so the volume's locks may not cover them.
         locks.must_share({layer.map_lock_byte for layer in (*lowers, upper)})
         _check_unchanged(store, lowers, upper)
         with staged_files(store, ["map"], wipe) as files, closing(fold_policy.lay(store, [*lowers, upper])) as laid:
@@ -146,9 +151,9 @@ def _fold_into_head(volume: OpenHead, lower: LayerRow, upper: LayerRow) -> None:
 
 
 def _drop_unused(volume: OpenHead) -> None:
-    """Give back the segments of the head that no block is in any more, with their numbers and their mappings.
+    """Drop the segments of the head that hold no block any more, together with their numbers and their mappings.
 
-    A disk whose snapshots come and go while it is open would else collect them, until it has no number left.
+    Otherwise a disk whose snapshots come and go while it is open would collect them, until it has no number left.
     """
     store, catalog = volume.store, volume.store.catalog
     owned = {row.id for row in catalog.sealed_segments_of(volume.head)}
@@ -168,7 +173,10 @@ def _drop_unused(volume: OpenHead) -> None:
 
 
 def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerRow) -> None:
-    """Another process may have folded the same layers, or cloned or named one of them, since they were read."""
+    """Raise TreeChangedError if the layers have changed since they were read.
+
+    Another process may have folded the same layers, or cloned or named one of them.
+    """
     catalog = store.catalog
     above = [*lowers[1:], upper]
     unchanged = all(catalog.layer_with_id(layer.id) == layer for layer in (*lowers, upper)) and all(
@@ -184,7 +192,7 @@ def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerR
 
 
 def fold_unnamed_below(volume: OpenHead) -> None:
-    """Fold what has no name in the volume's own chain: work that an earlier operation left. At open."""
+    """Fold the layers without a name in the volume's own chain, which earlier operations left. An opening does this."""
     catalog = volume.store.catalog
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)

@@ -1,12 +1,15 @@
-"""Which layers without a name are folded now: so that many merges together cost little more than one that does it all.
+"""This module decides which layers without a name are folded now.
 
-What must hold: a run (layers without a name that stand on each other, each the only child of the one below, and the layer
-over them) is folded as a whole where that frees enough, or where secrets have to go. Else only those parts of it are
-that have grown. Then each record of a map is written a logarithmic number of times, in whatever order snapshots are
-merged, and what is left is a few layers that hide little.
+It is made so that many merges together cost little more than one merge that does everything. Folding a large map with a
+small one costs as much as the large map alone. So N merges into the same layer would take quadratic time if each of
+them was done at once.
 
-Folding a large map with a small one costs what the large one does. So N merges into the same layer would be quadratic if
-each was done at once.
+A run consists of layers without a name that stand on each other, and of the layer above them. Each is the only child of
+the one below.
+
+What must hold: a run is folded as a whole if that frees enough, or if data has to be wiped (policy `zero`). Otherwise
+only those parts of the run are folded that have grown. So each record of a map is written a logarithmic number of
+times, in whatever order snapshots are merged. The layers that are left are few, and they hide little.
 """
 
 from collections.abc import Sequence
@@ -18,18 +21,19 @@ from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
 
-# Maps that have no more than this together are folded whenever they can be: it takes about a millisecond.
+# Maps that together have no more bytes than this are folded whenever they can be. That takes about a millisecond.
 SMALL_BYTES = 32 << 10
-# A run is folded as a whole if it frees at least so many bytes of data for each byte of map that is written.
+# A run is folded as a whole if it frees at least this many bytes of data for each byte of map that is written.
 FREED_BYTES_MIN = 8
 
 Group = Sequence[LayerRow]
 
 
 def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]:
-    """Return the run that a layer is in, bottom first, its last layer the one over those without a name; or nothing.
+    """Return the run that a layer is in, bottom first, or an empty list if there is none.
 
-    `head` is the one whose volume the caller holds.
+    The last layer of the run is the one above the layers without a name. `head` is the head of the volume that the
+    caller holds.
     """
     with catalog.reading():
         layer = catalog.layer_with_id(layer_id)
@@ -42,12 +46,15 @@ def run_around(catalog: Catalog, head: bytes, layer_id: bytes) -> list[LayerRow]
         while over:
             run.append(over)
             over = _only_child(catalog, over)
-    # The head of another volume is left to whoever opens that one.
+    # The head of another volume is left to the next opening of that volume.
     return run if run[-1].sealed or run[-1].id == head else run[:-1]
 
 
 def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
-    """Return the child that a layer can be folded into: it has one, and no name, and nobody else needs it."""
+    """Return the only child of a layer if the layer can be folded into it, or None.
+
+    It cannot if the layer is a head, has a name, or is the target of a merge into the base.
+    """
     if not layer.sealed:
         return None
     child = catalog.only_child_of(layer.id)
@@ -56,7 +63,7 @@ def _only_child(catalog: Catalog, layer: LayerRow) -> LayerRow | None:
 
 
 def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
-    """Return the parts of a run that are folded now, each into its last layer: all, some parts, or nothing."""
+    """Return the parts of a run that are folded now, each into its last layer: the whole run, some parts, or none."""
     if len(run) < 2:
         return []
     weights = [_weight(store, layer) for layer in run]
@@ -67,7 +74,7 @@ def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:
 
 
 def _weight(store: OpenStore, layer: LayerRow) -> int:
-    """Return the bytes that a layer's map has, without its header."""
+    """Return the size of a layer's map in bytes, without its header."""
     if layer.sealed:
         return max(layer.map_length - HEADER_BYTES, 0)
     try:
@@ -77,11 +84,13 @@ def _weight(store: OpenStore, layer: LayerRow) -> int:
 
 
 def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the stretches (first, last) that are worth folding: small, or half as heavy again as their heaviest.
+    """Return the stretches (first, last) of layers that are worth folding.
 
-    What is folded is then in a map that is by half larger than the one that it was in, which happens to it a
-    logarithmic number of times. Where a stretch is not, none of its parts that have its heaviest in them can have grown:
-    so that one is left out, and the two sides of it are looked at. Such a part may be small, though: those are added.
+    A stretch is worth folding if it is small, or if all of it has at least 1.5 times the weight of its heaviest layer.
+    In the second case, a record moves to a map that is at least 1.5 times as large as the one that it was in, which
+    happens to a record a logarithmic number of times. If neither is true, no part of the stretch that contains the
+    heaviest layer can have grown enough. So that layer is left out, and the layers on its two sides are looked at. A
+    part that contains the heaviest layer may still be small, though. `_small_parts` adds such parts.
     """
     found: list[tuple[int, int]] = []
     todo = [(0, len(weights) - 1)]
@@ -100,7 +109,7 @@ def grown_parts(weights: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _small_parts(weights: Sequence[int], found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the stretches between those found that are small: the heaviest layer of a heavier stretch may be in one."""
+    """Return the small stretches between those found. They may contain layers that `grown_parts` left out."""
     taken = {at for first, last in found for at in range(first, last + 1)}
     small: list[tuple[int, int]] = []
     first, total = 0, 0
@@ -115,10 +124,10 @@ def _small_parts(weights: Sequence[int], found: Sequence[tuple[int, int]]) -> li
 
 
 def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> bool:
-    """Whether folding all of a run frees enough for what it costs; with policy `zero`, anything at all."""
+    """Whether folding a whole run frees enough for its cost. With policy `zero`, anything at all is enough."""
     zero = any(layer.wipe == "zero" for layer in run)
     if zero and not run[-1].sealed:
-        return True  # what was written and not yet flushed may hide something too
+        return True  # writes that are not flushed yet may hide something too
     with closing(lay(store, run)) as laid:
         freed = sum(laid.freed.values()) * run[-1].block_size
     return freed > 0 if zero else freed >= FREED_BYTES_MIN * weight
@@ -126,7 +135,7 @@ def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> boo
 
 @dataclass(slots=True)
 class Laid:
-    """Layers laid over each other: their map, and by segment the blocks that it no longer names."""
+    """The result of laying layers over each other: one map, and how many blocks of each segment it no longer names."""
 
     map: LayerMap
     freed: dict[bytes, int]
@@ -137,7 +146,7 @@ class Laid:
 
 
 def lay(store: OpenStore, layers: Sequence[LayerRow]) -> Laid:
-    """Load layers, bottom first, and lay them over each other. The caller closes what is returned."""
+    """Load layers, bottom first, and lay them over each other. The caller closes the result."""
     union = open_map(store, layers[0])
     try:
         use = union.segment_use()

@@ -14,7 +14,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
@@ -397,7 +397,7 @@ def _insert(
         size_bytes=layer.size_bytes,
     )
     heads = [
-        NewHead(replace(first.layer, id=new_id(), map_id=new_id(), created_ns=now_ns), new_id(), new_id())
+        NewHead(first.layer._replace(id=new_id(), map_id=new_id(), created_ns=now_ns), new_id(), new_id())
         for _ in names
     ]
     insert_heads(catalog, heads)

@@ -1,22 +1,25 @@
-"""Blocks of a layer without a name that nobody reads, since all that stands on it hides them: with policy `zero` they go.
+"""This module frees blocks of a layer without a name that nobody reads, because all layers above hide them.
 
-A fold frees what a layer's only child hides. Where several stand on a layer, as clones do, or where its child hides
-nothing and what stands on that does, there is nothing to fold.
+It does so only with policy `zero`.
 
-What must hold: no block is given up that a name or a head reads, or a layer that is being sealed for somebody to read;
-what hides it is durable. A fork of a disk with an empty head comes to stand on a layer without a name (forks.py), and hides
-nothing. So what stands on the layer is read again inside the transaction that gives blocks up, which puts it off where
-somebody has come; and the fork compares, inside its own transaction, what its disk stood on when its head was found empty.
-Whichever commits first, the other one sees it. Nothing comes between two layers: what a layer hides of those below stays so.
+A fold frees the blocks that the only child of a layer hides. But nothing can be folded if several layers stand on a
+layer, as clones do. A fold also frees nothing if the child hides nothing and the layers above the child do.
+
+What must hold: no block is freed that is read by a name, by a head, or by a layer that is being sealed to be read. The
+layers that hide a block are durable. A fork of a disk whose head is empty may be put on a layer without a name
+(forks.py), and it hides nothing. So the layers above are read again inside the transaction that frees blocks, and the
+work is put off if somebody has come. The fork compares, inside its own transaction, the layers that its disk stood on when
+its head was found empty. Whichever commits first, the other one sees it. No layer comes between two others, so the blocks
+that a layer hides of those below it stay hidden.
 """
 
-import logging
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base.lazy import logger
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, STATE_DATA, LayerMap
@@ -36,29 +39,33 @@ if TYPE_CHECKING:
 
     from onionskin.kernels._volume import DataPath
 
-    Ranges = numpy.typing.NDArray[Any]  # (first, last) of blocks, sorted, apart from each other; last is not among them
+    Ranges = numpy.typing.NDArray[Any]  # (first, end) of blocks, sorted and separate; the block `end` is not included
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
-# What stands on a layer, as far up as the names. More are not looked through: an opening is not to wait for that.
+# The bound for the layers above a layer, counted up to the named ones. More are not examined, because openings would
+# wait.
 LAYERS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Above:
-    """A layer without a name, and what stands on it as far up as what is read."""
+    """A layer without a name, and the layers above it, up to the ones that have a name or are heads."""
 
     layer: LayerRow
-    children: dict[bytes, tuple[LayerRow, ...]]  # of the layer, and of each without a name that stands on it
+    children: dict[bytes, tuple[LayerRow, ...]]  # the children of the layer, and of each layer without a name above it
 
     def layers(self) -> list[LayerRow]:
-        """Return all of them."""
+        """Return the layer and all layers above it that were read."""
         return [self.layer, *(child for children in self.children.values() for child in children)]
 
     def is_as(self, other: "Above | None") -> bool:
-        """Whether the other one hides the same and more: a head may have grown, or have its map written anew."""
+        """Whether the layers of `other` are the same, and so hide at least as much.
+
+        A head may have grown, or its map may have been written anew.
+        """
         return other is not None and self._shape() == other._shape()
 
     def _shape(self) -> dict[bytes, object]:
@@ -70,15 +77,17 @@ class Above:
 
 
 def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | None:
-    """Read what stands on a layer; None where it is read itself, or is gone, or where something on it hides nothing.
+    """Read the layers above a layer.
 
-    `own_head` is the one whose volume the caller holds. Of what another head hides over a layer that nothing else stands
-    on, nothing is known: that layer may be about to be opened, or named.
+    Returns None if the layer is gone, if it is a head or has a name, if there are too many layers above it, or if a
+    layer above it is known to hide nothing. `own_head` is the head of the volume that the caller holds. If only the
+    head of another volume stands on a layer, that head does not count, because the layer may be about to be opened or
+    named.
     """
     layer = catalog.layer_with_id(layer_id)
     if layer is None or not layer.sealed or catalog.is_named(layer_id):
         return None
-    if catalog.has_unwritten_head_on(layer_id, HEADER_BYTES, besides=own_head):  # as a clone is: it hides nothing
+    if catalog.has_unwritten_head_on(layer_id, HEADER_BYTES, besides=own_head):  # a new clone, which hides nothing
         return None
     children: dict[bytes, tuple[LayerRow, ...]] = {}
     todo, count = [layer], 0
@@ -96,11 +105,11 @@ def read_above(catalog: Catalog, layer_id: bytes, own_head: bytes) -> Above | No
 
 
 def wants_wiping(store: OpenStore, above: Above) -> bool:
-    """Whether what is hidden has to go: the policy of a layer says so, or a segment that came from another volume."""
+    """Whether hidden blocks have to be wiped, because of the policy of a layer or of a segment from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
     for segment in store.catalog.segments_of_layer(above.layer.id):
-        with suppress(FileNotFoundError):  # nothing was written to it, or it was freed meanwhile
+        with suppress(FileNotFoundError):  # nothing was written to the segment, or it was freed meanwhile
             if segment_wants_zeros(store.layout.segment_file(segment.id)):
                 return True
     return False
@@ -109,9 +118,9 @@ def wants_wiping(store: OpenStore, above: Above) -> bool:
 def without_hidden(
     store: OpenStore, path: "DataPath", head: bytes, above: Above, layer_map: LayerMap
 ) -> dict[bytes, int]:
-    """Take out of a layer's map what all that stands on it hides; returns the blocks by segment. Its maps are locked.
+    """Remove the blocks from a layer's map that all layers above hide. Returns the number of blocks by segment.
 
-    `path` is that of `head`, whose volume the caller holds.
+    The maps are locked. `path` is the data path of `head`, whose volume the caller holds.
     """
     hidden = _Hidden(store, path, head, above)
     runs = layer_map.runs()
@@ -128,7 +137,7 @@ def without_hidden(
 
 @dataclass(frozen=True, slots=True)
 class _Hidden:
-    """What layers hide. `path` is that of `head`, whose volume the caller holds."""
+    """The blocks that layers hide. `path` is the data path of `head`, whose volume the caller holds."""
 
     store: OpenStore
     path: "DataPath"
@@ -136,7 +145,7 @@ class _Hidden:
     above: Above
 
     def by_all(self, lower: LayerRow) -> "Ranges":
-        """Return what each child of a layer hides."""
+        """Return the blocks that every child of a layer hides."""
         found: Ranges | None = None
         for child in self.above.children[lower.id]:
             hidden = self.by(child)
@@ -147,7 +156,7 @@ class _Hidden:
         return found
 
     def by(self, layer: LayerRow) -> "Ranges":
-        """Return what a layer hides from all who read it or what stands on it."""
+        """Return the blocks that a layer hides from every reader of the layer or of a layer above it."""
         state = self.path.log_state() if layer.id == self.head else None
         with ExitStack() as stack:
             if layer.sealed:
@@ -165,7 +174,7 @@ def _ranges(runs: "numpy.typing.NDArray[Any]") -> "Ranges":
 
 
 def union(parts: "list[Ranges]") -> "Ranges":
-    """Lay ranges together: those that overlap or touch become one."""
+    """Return the union of ranges. Ranges that overlap or touch become one."""
     ranges = reduce(lambda a, b: numpy.concatenate((a, b)), parts)
     if not len(ranges):
         return ranges
@@ -177,7 +186,7 @@ def union(parts: "list[Ranges]") -> "Ranges":
 
 
 def common(a: "Ranges", b: "Ranges") -> "Ranges":
-    """Return what is in both."""
+    """Return the intersection of two sets of ranges."""
     low = numpy.searchsorted(b[:, 1], a[:, 0], side="right")
     count = numpy.maximum(numpy.searchsorted(b[:, 0], a[:, 1], side="left") - low, 0)
     of_a = numpy.repeat(numpy.arange(len(a)), count)
@@ -187,7 +196,7 @@ def common(a: "Ranges", b: "Ranges") -> "Ranges":
 
 
 def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
-    """Give what stands on a layer, its maps locked (`locked_maps`); None as for `read_above`."""
+    """Return the context of `locked_maps` for what `read_above` returns: the maps are locked in the with block."""
     return locked_maps(
         store,
         lambda: read_above(store.catalog, layer_id, own_head),
@@ -196,9 +205,10 @@ def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:
 
 
 def free_hidden(volume: OpenHead, layers: Iterable[bytes]) -> None:
-    """Free what nobody reads any more of these layers, where they have no name, and with policy `zero` alone.
+    """Free the blocks of these layers that nobody reads any more, if the layers have no name and policy `zero` applies.
 
-    What the caller was asked for is done already: what fails is left to the next opening, and logged.
+    The operation that the caller was asked for is already done. So a failure is logged, and the work is left to the
+    next opening.
     """
     for id in layers:
         try:
@@ -218,7 +228,7 @@ def _free_hidden(volume: OpenHead, layer_id: bytes) -> None:
     if not seen or not wants_wiping(store, seen):
         return
     if any(row.id == volume.head for row in seen.layers()):
-        volume.path.flush()  # what is not durable hides nothing
+        volume.path.flush()  # a write that is not durable hides nothing
     with locked_above(store, layer_id, volume.head) as above:
         if not above:
             return

@@ -1,8 +1,9 @@
-"""Which layer each part of a disk comes from: read from the block maps of its chain, and no block data.
+"""The layering of a disk: which layer each part of it comes from. It is read from the block maps alone.
 
-What must hold: the chain and the names on it are read in one state of the catalog, and its map files are locked while they
-are read; the base that is looked at is one open file. Nothing is opened for writing, made or changed, so that it can be asked
-beside whoever holds the volume. The loops over runs are in C (csrc/layer/provenance.h); here are only tables.
+What must hold: the chain and the names on it are read in one state of the catalog. The map files of the chain are
+locked while they are read, and the base is one open file. Nothing is opened for writing, made or changed, so that the
+layering can be read while another handle holds the volume. The loops over runs are in C (csrc/layer/provenance.h); this
+module only works on tables.
 """
 
 import os
@@ -42,11 +43,11 @@ class ChainMember:
     Attributes
     ----------
     kind : str
-        `head`, `snapshot`, `layer` (without a name) or `base`.
+        One of `head`, `snapshot`, `layer` (without a name) and `base`.
     name : str
-        As in `Store.tree`: `web` for a head, `web@clean` for a snapshot, the path of a base.
+        The name as in `Store.tree`: `web` for a head, `web@clean` for a snapshot, and the path of a base.
     created : datetime.datetime or None
-        In UTC: when the snapshot was taken, or the layer made. None for a base.
+        The time at which the snapshot was taken or the layer was made, in UTC. It is None for a base.
     """
 
     kind: str
@@ -60,12 +61,13 @@ class Layering(NamedTuple):
     Attributes
     ----------
     chain : tuple of ChainMember
-        By depth: at 0 the head, or the layer of the snapshot that was asked for; the oldest layer; and the base at
-        last, where there is one.
+        The layers by depth. Depth 0 is the head, or the layer of the snapshot that was asked for. The oldest layer
+        comes last, and after it the base, if there is one.
     extents : numpy.ndarray
-        One-dimensional and structured: offset, length (bytes), state (0 HOLE, 1 DATA, 2 ZERO) and depth. In order, they
-        cover the disk without gap or overlap, and no two that touch are alike. What no layer has is at the depth of the
-        base, whether there is one or not: DATA where the base file has data, else HOLE.
+        A one-dimensional structured array with offset, length (bytes), state (0 HOLE, 1 DATA, 2 ZERO) and depth. The
+        extents are in order and cover the disk without gap or overlap. Neighbours differ in state or depth. Blocks that
+        no layer has are at the depth of the base, even if there is no base: DATA where the base file has data, and
+        otherwise HOLE.
     """
 
     chain: tuple[ChainMember, ...]
@@ -73,7 +75,7 @@ class Layering(NamedTuple):
 
 
 def layering_of(store: OpenStore, name: str, snapshot: str | None) -> Layering:
-    """Return the layering of a snapshot, or of a volume's head as it is durable."""
+    """Return the layering of a snapshot, or of the durable part of a volume's head."""
 
     def find() -> bytes:
         volume = store.catalog.volume(name)
@@ -83,7 +85,10 @@ def layering_of(store: OpenStore, name: str, snapshot: str | None) -> Layering:
 
 
 def read_layering(store: OpenStore, find: Callable[[], bytes]) -> Layering:
-    """Return the layering of the disk whose top layer `find` names; it is asked again where that went meanwhile."""
+    """Return the layering of the disk whose top layer `find` names.
+
+    If the tree or the base changes meanwhile, `find` is called again.
+    """
     while True:
         with locked_maps(store, lambda: _find(store, find), lambda found: found.chain.layers) as found:
             try:
@@ -95,7 +100,7 @@ def read_layering(store: OpenStore, find: Callable[[], bytes]) -> Layering:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A chain, described top first, and whether a merge into its base was under way: all in one state of the catalog."""
+    """A chain, its members from the top, and whether a merge into its base is unfinished: one state of the catalog."""
 
     chain: Chain
     members: tuple[ChainMember, ...]
@@ -103,7 +108,7 @@ class _Found:
 
 
 def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
-    """Inside `reading`."""
+    """Read the chain that `find` names. Inside `reading`."""
     top = find()
     chain = read_layers(store.catalog, top)
     return _Found(chain, _members(store.catalog, chain), bool(unfinished_base_merges(store.catalog, top)))
@@ -117,7 +122,7 @@ def _read(store: OpenStore, found: _Found) -> Layering:
 
 
 def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
-    """Whether a merge into the base began or ended since a chain was read: then its file differs from what that says."""
+    """Whether a merge into the base began or ended since a chain was read, so that the base differs from its row."""
     catalog = store.catalog
     with catalog.reading():
         base = catalog.base_with_id(chain.base.id) if chain.base else None
@@ -136,7 +141,7 @@ def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
     def describe(layer: LayerRow) -> ChainMember:
         if layer.id in named:
             row = named[layer.id]
-            name = volumes.get(row.volume, row.volume.hex())  # it has no row in a damaged catalog
+            name = volumes.get(row.volume, row.volume.hex())  # in a damaged catalog, the volume may have no row
             return ChainMember("snapshot", f"{name}@{row.name}", when(row.created_ns))
         if head and head.head == layer.id:
             return ChainMember("head", head.name, when(layer.created_ns))
@@ -147,7 +152,7 @@ def _members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:
 
 
 def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
-    """Return what the layers have, as extents by depth, and the size of the disk."""
+    """Return the extents of the layers, with their depths, and the size of the disk."""
     top, block_size = chain.top, chain.top.block_size
     size_bytes = top.size_bytes
     provenance = ProvenanceMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
@@ -159,7 +164,7 @@ def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
             head_bytes = lay_map(store, layer, provenance)
             depth_of.append(depth)
             if head_bytes is not None:
-                size_bytes = head_bytes  # what a resize left that is not in the catalog yet
+                size_bytes = head_bytes  # a resize may have changed the size, and is not in the catalog yet
         runs = provenance.runs()
     finally:
         provenance.close()
@@ -172,14 +177,14 @@ def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
 
 
 def _clipped(extents: "Array", size_bytes: int) -> "Array":
-    """Cut off what lies behind the end: a run is of whole blocks, and a layer below may have been longer."""
+    """Cut extents at the end of the disk. Runs have whole blocks, and a layer below may be longer than the disk."""
     extents = extents[extents["offset"] < size_bytes]
     extents["length"] = numpy.minimum(extents["length"], size_bytes - extents["offset"])
     return extents
 
 
 def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Array":
-    """Return where the base file has data below the disk: an (n, 2) array of first and last offsets, the last exclusive."""
+    """Return the ranges of the base that have data and lie within the disk, as an (n, 2) array of starts and ends."""
     if base is None:
         return numpy.empty((0, 2), numpy.int64)
     try:
@@ -188,8 +193,8 @@ def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Ar
         raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
     try:
         found = os.fstat(descriptor)
-        # While a merge into the base runs, its file differs from what the catalog knows, and that is no fault: all that it
-        # writes is hidden by the layers.
+        # While a merge into the base runs, the file differs from its row in the catalog. That is no fault, because the
+        # layers hide everything that the merge writes.
         looks = (found.st_ino, found.st_size, found.st_mtime_ns)
         if not is_merging and looks != (base.inode, base.size_bytes, base.mtime_ns):
             raise ChainError(
@@ -203,14 +208,14 @@ def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Ar
 
 
 def _extents(runs: "Array", base: "Array", size_bytes: int, base_depth: int) -> "Array":
-    """Cover the disk: the runs of the layers, and between them the base's data and holes."""
+    """Return extents that cover the disk: the runs of the layers, and between them the data and holes of the base."""
     starts = runs["offset"].astype(numpy.int64)
     ends = starts + runs["length"].astype(numpy.int64)
     edges = numpy.concatenate((starts, ends, base[:, 0], base[:, 1], [0, size_bytes]))
-    edges.sort(kind="stable")  # made of sorted parts, which it merges
+    edges.sort(kind="stable")  # a stable sort merges the parts, each of which is sorted already
     left = edges[:-1][edges[1:] > edges[:-1]]
     if not len(runs):
-        runs = numpy.zeros(1, LAYER_EXTENT_DTYPE)  # for take: no index refers to it
+        runs = numpy.zeros(1, LAYER_EXTENT_DTYPE)  # indexing needs an element, though none of the results is used
     run = covered(left, starts, ends)
     of_base = covered(left, base[:, 0], base[:, 1]) >= 0
     state = numpy.where(run >= 0, runs["state"][run], numpy.where(of_base, DATA, HOLE))

@@ -1,7 +1,7 @@
-"""What there is in a store: its volumes and its tree, each read in one pass over the rows of one state of the catalog.
+"""Lists of what a store has: its volumes and its tree. Each is made in one pass over the rows of one catalog state.
 
-What must hold: nothing is asked once for each volume, layer or segment, of the catalog or of a file that need not be there:
-a store may have a hundred thousand of them.
+What must hold: there is no query of the catalog for each volume, layer or segment, and no look-up of a file that need
+not exist, because a store may have a hundred thousand of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,9 +20,10 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class VolumeInfo:
-    """What a volume is. base is None for a volume over nothing; holder is the process that has it open for writing.
+    """The description of a volume.
 
-    From `expires` on `Store.expire` may drop it; None: never.
+    `base` is the path of the base, or None. `holder` is the id of the process that has the volume open for writing.
+    From `expires` on `Store.expire` may drop the volume; None: never.
     """
 
     name: str
@@ -39,7 +40,7 @@ class VolumeInfo:
 
 @dataclass(slots=True)
 class TreeNode:
-    """A node of the tree of a store: kind is `base`, `snapshot`, `layer` (without a name) or `head`."""
+    """A node of the tree of a store. Its `kind` is `base`, `snapshot`, `layer` (without a name) or `head`."""
 
     kind: str
     name: str
@@ -55,7 +56,7 @@ def list_volumes(store: OpenStore, wanted: Mapping[str, str]) -> list[VolumeInfo
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
-        # Only what something stands on is asked for its parent: of a hundred thousand clones, that is a few layers.
+        # Only the layers that have children are read for their parents: under a hundred thousand clones, these are few.
         below, paths, counts = catalog.parents(), catalog.base_paths(), catalog.snapshot_counts()
         bases: dict[bytes, bytes | None] = {}
         labels = catalog.labels()
@@ -118,7 +119,7 @@ def _holder(store: OpenStore, volume: bytes) -> int | None:
 
 
 def _lock_files_in_use(store: OpenStore) -> set[str]:
-    """Return the names of the lock files that say who holds them: who gives a volume up leaves its file empty."""
+    """Return the names of the lock files that are not empty. The file of a volume that nobody holds is empty."""
     names = set()
     with listed(store.layout.volumes) as entries:
         for entry in entries:
@@ -131,7 +132,10 @@ def _lock_files_in_use(store: OpenStore) -> set[str]:
 def _base_of(
     below: dict[bytes, tuple[bytes | None, bytes | None]], top: bytes, known: dict[bytes, bytes | None]
 ) -> bytes | None:
-    """Return the base under a layer, given (parent, base) of each; `known` has it for those that were on the way before."""
+    """Return the base under a layer. `below` has (parent, base) of each layer that has children.
+
+    `known` keeps the result for each layer on the way.
+    """
     layer: bytes | None = top
     way: list[bytes] = []
     base: bytes | None = None
@@ -144,7 +148,7 @@ def _base_of(
 
 
 def read_tree(store: OpenStore) -> list[TreeNode]:
-    """Return the bases and the roots that stand on nothing, each with what stands on it."""
+    """Return the bases, and the layers that stand on nothing. Each node has the layers that stand on it."""
     catalog = store.catalog
     with catalog.reading():
         layers = catalog.all_sound(LayerRow)
@@ -152,7 +156,8 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
         names = {row.layer: row for row in catalog.all_sound(SnapshotRow) if row.volume in volumes}
         bases = catalog.bases_by_path()
         segments = catalog.all_sound(SegmentRow)
-    # Both kinds of numbers come from one counter; the clock may have gone back.
+    # The layers are sorted by number, because the clock may have gone back. Both kinds of numbers come from one
+    # counter.
     layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)
     heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(STAGED_PREFIX)}
@@ -166,7 +171,7 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
 
 
 def _bytes_of_layers(store: OpenStore, layers: Iterable[LayerRow], segments: Iterable[SegmentRow]) -> dict[bytes, int]:
-    """Return what the segments of each layer take on the disk."""
+    """Return the bytes that the segments of each layer take on the disk."""
     owners = {f"{segment.id.hex()}.seg": segment.layer for segment in segments}
     held = {layer.id: 0 for layer in layers}
     with listed(store.layout.segments) as entries:

@@ -1,7 +1,8 @@
-"""What a change would drop, found before it is made: names, and data that nothing else holds.
+"""Losses: the names and the data that a change would drop, found before the change is made.
 
-What must hold: nothing is changed, and no block data is read. Whatever the change would be refused for, this is refused for
-too, in the same words. What is found is a state that was: the change itself asks again, inside its transaction.
+What must hold: nothing is changed, and no block data is read. If the change itself would be refused, the question is
+refused too, with the same message. The answer describes one past state of the store. So the change itself checks again,
+inside its transaction.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from onionskin.base import states
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.catalog.tree import descendants, find_snapshot
-from onionskin.errors import FormatError
+from onionskin.errors import FormatError, StateError
 from onionskin.operations import holds
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import refuse_discard
@@ -24,17 +25,18 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What would go.
+    """The names and the data that a change would drop.
 
     Attributes
     ----------
     volumes : tuple of str
+        The names of the volumes.
     snapshots : tuple of str
-        As ``volume@snapshot``, in the order of taking.
+        The snapshots as ``volume@snapshot``, in the order in which they were taken.
     bytes_freed : int or None
-        Data that comes back. None: a block map is damaged, so nobody knows.
+        The number of bytes of data that would be freed. It is None if a block map is damaged, so that nobody knows.
     is_lost : bool
-        Whether anything that was written, trimmed or resized goes with it.
+        Whether anything that was written, trimmed or resized would be lost.
     """
 
     volumes: tuple[str, ...]
@@ -45,7 +47,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class _Going:
-    """The same, with the layers that hold the data."""
+    """The names that a change would drop, and the layers that hold the data."""
 
     volumes: list[VolumeRow]
     snapshots: list[str]
@@ -53,11 +55,11 @@ class _Going:
     is_resized: bool
 
 
-# ---- by what is done ----
+# ---- the losses of each change ----
 
 
 def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Loss:
-    """Say what goes with volumes. A volume that is open, here or elsewhere, is refused."""
+    """Return what a deletion of volumes would drop. A volume that is open, here or elsewhere, is refused."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -75,7 +77,7 @@ def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Los
 
 
 def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
-    """Say what goes of a volume's head."""
+    """Return what a revert would drop of a volume's head."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -87,7 +89,7 @@ def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
 
 
 def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
-    """Say what goes with snapshots of a volume, and with all that was written after them."""
+    """Return what a discard of snapshots would drop, with everything that was written after them."""
 
     def find() -> _Going:
         catalog = store.catalog
@@ -100,7 +102,7 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
         dropped = all_above | layers.keys()
         holds.refuse_held(catalog, dropped)
         named = [one for one in catalog.snapshots_of(row.id) if one.layer in dropped]
-        # A head on the branch is put on the lowest of them, which stays for it.
+        # A head that is above one of the snapshots is put on the lowest of them, whose layer therefore stays.
         kept = layers.keys() - all_above if row.head in all_above else set()
         return _going(catalog, [], [f"{name}@{one.name}" for one in named], dropped, kept=kept)
 
@@ -108,7 +110,7 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
 
 
 def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
-    """Say what of a volume lies behind a new end, and in no snapshot. 0 bytes come back where it only grows."""
+    """Return what a resize would drop: the data behind the new end that no snapshot has, if the volume shrinks."""
 
     def find() -> list[LayerRow]:
         catalog = store.catalog
@@ -129,18 +131,27 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
             runs, ends = runs[ends > first], ends[ends > first]
             data = runs["state"] == states.DATA
             behind += int((ends - runs["block_index"].clip(first))[data].sum()) * layer.block_size
-    return Loss((), (), behind, is_lost=behind > 0)  # zeros read as zeros again where it grows again
+    return Loss((), (), behind, is_lost=behind > 0)  # zeros are no loss: they read as zeros if the volume grows again
 
 
-# ---- what refuses it ----
+# ---- reasons to refuse a change ----
 
 
 def refuse_open(store: OpenStore, name: str) -> None:
-    """Raise StateError where somebody has the volume open, as whoever opens it for writing is refused."""
+    """Raise the StateError that an opening for writing would raise, if somebody has the volume open."""
     VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
 
 
-# ---- the layers that go ----
+def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
+    """Raise StateError if a process that died left unflushed writes, which are not in the head's map yet."""
+    if has_unflushed(store, volume):
+        raise StateError(
+            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
+            "it for writing and close it, which makes them durable"
+        )
+
+
+# ---- the layers that are dropped ----
 
 
 def _going(
@@ -151,7 +162,7 @@ def _going(
     *,
     kept: Collection[bytes] = (),
 ) -> _Going:
-    """Find what `remove_unreachable_layers` would remove once these heads and names are gone. Inside `reading`."""
+    """Find the layers that `remove_unreachable_layers` would remove without these heads and names. Inside `reading`."""
     roots, gone = set(dropped), dict[bytes, LayerRow]()
     resized = False
     for root in roots:
@@ -167,14 +178,14 @@ def _going(
 
 
 def _is_needed(catalog: Catalog, layer: bytes, dropped: Collection[bytes], gone: Collection[bytes]) -> bool:
-    children = catalog.children_of(layer, at_most=len(gone) + 1)  # there may be a hundred thousand clones
+    children = catalog.children_of(layer, at_most=len(gone) + 1)  # a layer may have a hundred thousand clones
     if any(child.id not in gone for child in children):
         return True
     return layer not in dropped and (catalog.is_named(layer) or catalog.volume_with_head(layer) is not None)
 
 
 def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str | None = None) -> Loss:
-    """Count what the layers hold, from their maps, which are locked meanwhile."""
+    """Count the data of the layers from their maps, which are locked meanwhile."""
     with locked_maps(store, find, lambda going: going.layers) as going:
         freed: int | None = 0
         is_lost = going.is_resized
@@ -182,7 +193,7 @@ def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str
             try:
                 with closing(open_map(store, layer)) as layer_map:
                     data, zeros = (int(count) for count in layer_map.count())
-            except (FormatError, OSError):  # it is damaged, and can be dropped all the same
+            except (FormatError, OSError):  # the map is damaged, but the layer can be dropped all the same
                 freed, is_lost = None, True
                 continue
             is_lost = is_lost or bool(data or zeros)
@@ -190,14 +201,14 @@ def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str
         ids = {row.id for row in going.volumes}
         if unflushed_of is not None:
             ids.add(store.catalog.volume(unflushed_of).id)
-        is_lost = is_lost or any(_has_unflushed(store, id) for id in ids)
+        is_lost = is_lost or any(has_unflushed(store, id) for id in ids)
         return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
 
 
-def _has_unflushed(store: OpenStore, volume: bytes) -> bool:
-    """Whether a process that died left something of the volume that is not in its map yet."""
+def has_unflushed(store: OpenStore, volume: bytes) -> bool:
+    """Whether a process that died left data of the volume that is not in the head's map yet."""
     if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
-        return False  # it is flushed by whoever asks
+        return False  # the volume is open here, and the caller flushes it
     try:
         return store.layout.dirty_file(volume).stat().st_size > 0
     except FileNotFoundError:

@@ -1,13 +1,12 @@
-"""Merging into the base: what layers hold is copied into the base file itself, which the disk stands on afterwards.
+"""Merging into the base: the data of layers is copied into the base file itself, and the layers are dropped.
 
-What must hold: what is written into a base is hidden by the layers that it comes from until the transaction that drops
-them; what is noted as copied into a base is durable in it; the file that is written is the base, at its path, from the
-beginning to that transaction. Reads do not change, whatever step a crash comes after.
+What must hold: the layers that data comes from hide it in the base until the transaction that drops these layers. Data
+that the catalog notes as copied is durable in the base. From the beginning to that transaction, the file that is
+written is the base, and its path leads to it. Reads do not change, whatever step a crash comes after.
 """
 
 import os
 import time
-from dataclasses import replace
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from onionskin.storage.open_store import OpenStore
 if TYPE_CHECKING:
     from onionskin.base.progress import Progress
 
-# What is copied between two notes of how far it is.
+# The bounds of a stretch, which is the part that is copied before the catalog notes the progress again.
 STRETCH_SECONDS = 5
 FIRST_STRETCH_BYTES = 64 << 20
 STRETCH_BYTES_MIN = 1 << 20
@@ -40,9 +39,9 @@ def merge_into_base(
 ) -> None:
     """Fold the layers up to a snapshot (or all) into the base. See `Volume.merge_into_base`.
 
-    What is written is hidden by the layers that it comes from, until the transaction at the end. So reads, writes and
-    snapshots, which only add layers on top, go on during the copy; all else on the tree has to wait. A merge that was
-    interrupted before is ended first.
+    Until the transaction at the end, the layers hide everything that is written to the base. So reads and writes go on
+    during the copy, and so do snapshots, which only add layers on top. All other operations on the tree are refused. If
+    an earlier merge was interrupted, it is finished first.
     """
     resumes = True
     while resumes:
@@ -57,7 +56,7 @@ def merge_into_base(
 
 
 def _target_of(volume: OpenHead, upto: str | None) -> bytes:
-    """Return the uppermost layer to fold: that of a snapshot, or what is sealed now."""
+    """Return the uppermost layer to fold: the layer of a snapshot, or the head, which is sealed for it."""
     store, catalog = volume.store, volume.store.catalog
     chain = read_chain(catalog, volume.head)
     if chain.base is None:
@@ -73,7 +72,10 @@ def _target_of(volume: OpenHead, upto: str | None) -> bytes:
 
 
 def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain:
-    """Check that there is room, take the base alone, and write down what is begun. Returns what is folded."""
+    """Check that there is room, lock the base exclusively, and note in the catalog that the merge has begun.
+
+    Returns the chain of the layers to fold.
+    """
     store, catalog = volume.store, volume.store.catalog
     folded = read_chain(catalog, target)
     assert folded.base is not None and volume.base_lock is not None
@@ -83,7 +85,8 @@ def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain
         check_is_base(folded.base, volume.base_lock, half_merged=not is_new)
 
         def begin() -> None:
-            # Asked again where nobody can change the answer: somebody may have made a clone since.
+            # This is checked again inside the transaction, because somebody may have made a clone since the first
+            # check.
             refuse_older(store, volume, read_chain(catalog, volume.head), target)
             if not catalog.base_merge_of(target):
                 catalog.add_work("base-merge", target, 0, volume.wipe)
@@ -96,12 +99,12 @@ def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain
 
 
 def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
-    """Refuse to write a file that is not the base: not the one that was opened, or not at the base's path any more.
+    """Refuse to write to a file that is not the base, or to which the path of the base does not lead any more.
 
     Raises
     ------
     ChainError
-        Nothing is dropped: the layers have all data.
+        The file is another one, or has changed. Nothing is dropped: the layers still have all data.
     """
     found = os.fstat(lock.descriptor)
     same = found.st_ino == base.inode
@@ -140,9 +143,9 @@ def _run_base_merge(
 
 
 def _switch_to_base(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
-    """Let the catalog and the open volume read from the base what they read from segments that are dropped.
+    """Make the catalog and the open volume use the base in place of the segments that are dropped.
 
-    All that can fail is done before the commit.
+    Everything that can fail is done before the commit.
     """
     catalog = volume.store.catalog
     dropped = [segment.id for rows in folded.segments.values() for segment in rows]
@@ -154,7 +157,7 @@ def _switch_to_base(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
 
 
 def _stoppable(volume: OpenHead, progress: "Progress | None") -> "Progress":
-    """Pass progress on, and end the copy when the volume is being closed."""
+    """Return a progress function that ends the copy when the volume is being closed, and else calls `progress`."""
 
     def report(done: int, total: int) -> None:
         if volume.merge_stop:
@@ -168,7 +171,7 @@ def _stoppable(volume: OpenHead, progress: "Progress | None") -> "Progress":
 
 
 def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes | None) -> None:
-    """Raise where somebody needs the base, or a layer below the target, as it is now."""
+    """Raise StateError if anything else needs the base, or a layer below the target, as it is now."""
     catalog = store.catalog
     ids = [layer.id for layer in chain.layers]
     folded = ids[: ids.index(target) + 1] if target in ids else ids
@@ -214,11 +217,11 @@ def _copy_into_base(
     threads: int,
     bytes_per_second: int = 0,
 ) -> None:
-    """Write what the layers hold into the base, and make it durable. May be done again, and goes on where it was.
+    """Copy the data of the layers into the base, and make it durable. After an interruption, it goes on where it was.
 
-    It is copied in stretches of the disk. The end of one goes to the catalog once its bytes are durable in the base, so a
-    crash costs seconds of copying, and a slow merge, cancelled each night, ends one day. The file is only made shorter at
-    the end: until then others map all of it.
+    The disk is copied in stretches. When the bytes of a stretch are durable in the base, the catalog notes its end. So
+    a crash costs only seconds of copying, and a slow merge that is cancelled each night still ends one day. If the file
+    has to become shorter, it does so only at the end, because others map all of it until then.
     """
     assert folded.base is not None
     size_bytes, descriptor = folded.top.size_bytes, lock.descriptor
@@ -226,8 +229,8 @@ def _copy_into_base(
     if os.fstat(descriptor).st_size < size_bytes:
         os.ftruncate(descriptor, size_bytes)
     reflink = all(layer.wipe == "release" for layer in folded.layers)
-    # Without the base: nothing is read from it, and it may be shorter now than it was.
-    with copy.chain_path(store, replace(folded, base=None)) as path:
+    # The chain is opened without the base: nothing is read from it, and it may be shorter than its row says.
+    with copy.chain_path(store, folded._replace(base=None)) as path:
         copying = copy.StretchCopy(
             store,
             path,
@@ -254,20 +257,20 @@ def _copy_into_base(
 
 
 def first_stretch_bytes(bytes_per_second: int) -> int:
-    """Return how much is copied before progress is noted for the first time: nobody knows yet how long that takes."""
+    """Return the length of the first stretch, which is copied before the pace is known."""
     if not bytes_per_second:
         return FIRST_STRETCH_BYTES
     return min(FIRST_STRETCH_BYTES, max(STRETCH_BYTES_MIN, bytes_per_second * STRETCH_SECONDS))
 
 
 def _next_stretch_bytes(stretch_bytes: int, seconds: float) -> int:
-    """Return what takes STRETCH_SECONDS at the pace of the last stretch; never much more than that had."""
+    """Return the length that takes STRETCH_SECONDS at the last stretch's pace, but at most eight times that stretch."""
     paced = int(stretch_bytes * STRETCH_SECONDS / max(seconds, 1e-6))
     return max(STRETCH_BYTES_MIN, min(paced, 8 * stretch_bytes))
 
 
 def _done_before(store: OpenStore, folded: Chain, descriptor: int) -> int:
-    """Return up to where the base holds the data already: 0 where it is not the file that it was when that was noted."""
+    """Return the offset up to which the base has the data already, or 0 if the file changed since that was noted."""
     work = store.catalog.base_merge_of(folded.top.id)
     if not work or not work.done_bytes:
         return 0
@@ -278,7 +281,7 @@ def _done_before(store: OpenStore, folded: Chain, descriptor: int) -> int:
 
 
 def _looks(descriptor: int) -> dict[str, int]:
-    """Return how a base looks now, as its row has it. A sync of our own came just before."""
+    """Return the values that the row of a base has for its file as it is now. The caller has just synced the file."""
     found = os.fstat(descriptor)
     return {"inode": found.st_ino, "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
@@ -292,7 +295,7 @@ def _same_row(store: OpenStore, folded: Chain) -> BaseRow:
 
 
 def _note_done(store: OpenStore, folded: Chain, descriptor: int, done_bytes: int) -> None:
-    """Write down how far a merge is; a disk that has no room even for that does not end it."""
+    """Note in the catalog how far a merge is. If the disk has no room for the note, the merge goes on without it."""
     catalog = store.catalog
     try:
         with catalog.transaction():
@@ -306,7 +309,7 @@ def _note_done(store: OpenStore, folded: Chain, descriptor: int, done_bytes: int
 
 
 def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
-    """Let what stood on the folded layers stand on the base."""
+    """Put the layers above the folded ones on the base, in one transaction."""
     store, catalog, top = volume.store, volume.store.catalog, folded.top
 
     def switch() -> None:

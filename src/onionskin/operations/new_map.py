@@ -1,4 +1,4 @@
-"""Gives a layer a new block map: one into which other layers were folded, or one without dead records.
+"""This module gives a layer a new block map, into which other layers were folded or which has no dead records.
 
 What must hold: a new map file is durable before the one transaction that switches to it. That transaction also moves
 the segments and notes what has to be freed. Reads do not change, at whatever step a crash comes.
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from onionskin.kernels._volume import LowerLayer
 
 
-# ---- of a sealed layer ----
+# ---- the map of a sealed layer ----
 
 
 def write_map(
     store: OpenStore, file: WorkRow, layer_map: "LayerMap", wipe: str, size_bytes: int
 ) -> tuple[int, int, int]:
-    """Write the new map of a sealed layer to a file that is named in the catalog: (length, frames, crc), durable."""
+    """Write the new map of a sealed layer to a file that the catalog names, and return (length, frames, crc).
+
+    The file is durable on return.
+    """
     written = layer_map.write(
         str(store.layout.map_file(file.target)), map_id=file.target, wipe_zero=wipe == "zero", size_bytes=size_bytes
     )
@@ -34,7 +37,7 @@ def write_map(
 
 
 def give_up_maps(volume: OpenHead, folded: Sequence[LayerRow]) -> None:
-    """Unlock the maps that were replaced. An open data path has read them, and does not need them any more.
+    """Unlock the maps that were replaced. The data path has read them already, and does not need them any more.
 
     The segments need no change of locks: they belong to other layers now, but keep their lock bytes.
     """
@@ -50,9 +53,9 @@ def switch_map(
     *,
     to_reclaim: Sequence[bytes] | None = None,
 ) -> None:
-    """Give `upper` its new map, and all segments of `lowers`, bottom first. Inside a transaction.
+    """Give `upper` its new map and all segments of `lowers`, which are sorted bottom first. Inside a transaction.
 
-    `to_reclaim`: the segments with slots that the new map no longer names, or None if they were not counted.
+    `to_reclaim` are the segments with slots that the new map no longer names, or None if they were not counted.
     """
     store, catalog = volume.store, volume.store.catalog
     (map_file,) = files.rows
@@ -81,7 +84,7 @@ def switch_map(
 
 
 def stricter(*layers: LayerRow) -> str:
-    """Return the wipe policy of a layer that is made from these layers."""
+    """Return the wipe policy of a layer that is made from these layers: `zero` if one of them has it."""
     return "zero" if any(layer.wipe == "zero" for layer in layers) else "release"
 
 
@@ -90,7 +93,7 @@ def stands_on_nothing(layer: LayerRow) -> bool:
     return layer.parent is None and layer.base is None
 
 
-# ---- of the head ----
+# ---- the map of the head ----
 
 
 def rewrite(
@@ -100,9 +103,9 @@ def rewrite(
     source: "LowerLayer | None" = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the head's map anew. If `lower`, the layer below it, is given as `source` too, fold it into the head.
+    """Write the head's map anew. If `lower`, the layer below the head, is given, fold it into the head.
 
-    `check` is called inside the transaction.
+    `source` describes the files of `lower`. `check` is called inside the transaction.
     """
     store = volume.store
     with staged_files(store, ["map"], stricter(head, *([lower] if lower else []))) as files:
@@ -124,7 +127,10 @@ def rewrite(
 
 
 def _resolve_rewrite(volume: OpenHead, folded: Sequence[LayerRow], map_id: bytes) -> None:
-    """Append to the new map file if the catalog names it. If that is not known, both files stay and nothing is written."""
+    """Go on with the new map file if the catalog names it, and otherwise with the old one.
+
+    If the outcome is not known, both files stay, and nothing more is written.
+    """
     if not volume.path.poisoned and volume.store.catalog.layer(folded[-1].id).map_id != map_id:
         if_begun(volume.path.rewrite_abort)
         return

@@ -1,26 +1,28 @@
 """Keeps one state of a disk for as long as an export, a stream or a comparison reads it.
 
 What must hold: what is read is the disk at one instant, whoever writes, reverts, merges or discards meanwhile. A view is
-such a state already. The head of a volume that is open here is sealed into a layer without a name, which is read under
-locks of its own while writers go on in the new head. It is folded back afterwards, however the reading ended. So
-everything that is pinned is sealed: its files do not change, and nobody frees them while their bytes are locked.
+such a state already, and so is a head that nobody writes: what a writer that died left unflushed belongs to it. The head of a
+volume that is open here is sealed into a layer without a name, which is read under locks of its own while writers go on in
+the new head. It is folded back afterwards, however the reading ended. So the files of what is pinned do not change, and
+nobody frees them while their bytes are locked.
 """
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from onionskin.base import forking
+from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
 from onionskin.operations.fold import fold
 from onionskin.operations.seal import seal
+from onionskin.storage.locks import ReadersLock
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @contextmanager
@@ -36,18 +38,38 @@ def pinned(volume: OpenDisk) -> Iterator[OpenChain]:
     ChainError
         The base is not the file that it was.
     """
-    keep = _sealed_head(volume) if isinstance(volume, OpenHead) else _shared_view(volume)
+    if isinstance(volume, OpenHead):
+        keep = _sealed_head(volume)
+    else:
+        _refuse_ended(volume)
+        keep = _head_that_is_read(volume) if volume.snapshot_name is None else _shared_view(volume)
     with keep as opened:
         refuse_changed_base(opened)
         yield opened
 
 
-@contextmanager
-def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
+def _refuse_ended(volume: OpenDisk) -> None:
     if volume.closed:
         raise StateError(f"volume {volume.row.name!r} is closed; open it again")
     if volume.forked:
         raise forking.forked_error(f"volume {volume.row.name!r}")
+
+
+@contextmanager
+def _head_that_is_read(volume: OpenDisk) -> Iterator[OpenChain]:
+    """Open the head once more, with what a writer that died left unflushed, and keep writers away also when it is closed."""
+    store = volume.store
+    with closing(ReadersLock(store.layout, volume.row.id, volume.row.name)):
+        _refuse_ended(volume)  # it was open all the time, so this is its head still
+        opened = store.open_layer(volume.head, dirty=store.layout.dirty_file(volume.row.id))
+        try:
+            yield opened
+        finally:
+            _close(opened)
+
+
+@contextmanager
+def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
     store, layer = volume.store, volume.head
     opened = store.views.take(layer, lambda: store.open_layer(layer))
     try:

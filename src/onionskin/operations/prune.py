@@ -1,35 +1,38 @@
-"""Retention: which snapshots of a volume are kept, by rules as restic has them, and what becomes of the others.
+"""Retention: this module decides which snapshots of a volume are kept, by the rules of restic, and drops the others.
 
-What must hold: what is decided depends on the snapshots and the rules alone, and not on when it is asked. Without a rule
-nothing is decided, as it would drop all. What is not kept loses its name by a merge, so no data goes that a state which
-is left needs, and what is held is kept.
+What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. The snapshot
+that was taken last counts as the newest, even if the clock was set back. A call without any rule is refused, because it
+would drop all snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining
+states need. A snapshot that is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from onionskin.catalog.tree import Snapshot, list_snapshots
-from onionskin.operations import snapshots as of_volume
-from onionskin.storage.open_head import OpenHead
+from onionskin.errors import StateError
+from onionskin.operations.holds import holds
+from onionskin.storage.open_store import OpenStore
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What to keep: of the last so many hours, days, ... that have a snapshot, the newest one each; -1 is all of them.
+    """The rules that say which snapshots to keep. In each number, -1 means all, and 0 means that there is no such rule.
 
     Attributes
     ----------
     last : int
-        So many of the newest.
+        This many of the newest snapshots are kept.
     hourly, daily, weekly, monthly, yearly : int
-        Weeks are those of ISO 8601. While there are fewer than so many, the oldest snapshot is kept too, so that a
-        long rule can grow.
+        Of this many of the last hours, days, ... that have a snapshot, the newest snapshot of each is kept. Weeks are
+        those of ISO 8601. If there are fewer periods than that, the oldest snapshot is kept too, so that a long rule
+        can grow.
     within : datetime.timedelta or None
-        All that are at most so much older than the newest snapshot.
+        All snapshots are kept that are older than the newest one by at most this time.
     zone : datetime.tzinfo
-        Whose clock says where an hour or a day ends.
+        The time zone that defines where an hour or a day ends.
     """
 
     last: int = 0
@@ -42,7 +45,7 @@ class Rules:
     zone: tzinfo = UTC
 
     def check(self) -> None:
-        """Raise ValueError where they keep nothing, or are none."""
+        """Raise ValueError or TypeError if a rule is not valid, or if there is no rule that keeps anything."""
         for name in ("last", *_PERIODS):
             count = getattr(self, name)
             if type(count) is not int:
@@ -57,16 +60,17 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What the rules say of one snapshot.
+    """The result of the rules for one snapshot.
 
     Attributes
     ----------
     snapshot : str
-        Its name.
+        The name of the snapshot.
     created : datetime.datetime
-        In UTC.
+        The time at which it was taken, in UTC.
     kept_by : tuple of str
-        The rules that keep it, such as "daily"; "held" where somebody holds it. Empty: its name is dropped.
+        The rules that keep it, such as "daily", and "held" if somebody holds it. If the tuple is empty, the name is
+        dropped.
     """
 
     snapshot: str
@@ -84,17 +88,19 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 
 
 def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
-    """Say of each snapshot which rules keep it, in the order given. Of two of one time the later in it is the newer."""
+    """Return for each snapshot which rules keep it. The snapshots are in the order in which they were taken.
+
+    The last one counts as the newest. The times say to which hour or day a snapshot belongs and how old it is, but not
+    which of two snapshots is newer. The clock may be set back, and a caller of prune relies on the snapshot that was
+    taken last.
+    """
     rules.check()
-    if not snapshots:
-        return []
-    newest_first = sorted(range(len(snapshots)), key=lambda place: (snapshots[place].created, place), reverse=True)
     kept: list[list[str]] = [["held"] if snapshot.name in held else [] for snapshot in snapshots]
-    latest = snapshots[newest_first[0]].created
+    newest_first = range(len(snapshots) - 1, -1, -1)
     for nth, place in enumerate(newest_first):
         if nth < rules.last or rules.last == -1:
             kept[place].append("last")
-        if rules.within is not None and latest - snapshots[place].created <= rules.within:
+        if rules.within is not None and snapshots[-1].created - snapshots[place].created <= rules.within:
             kept[place].append("within")
     times = [snapshots[place].created.astimezone(rules.zone) for place in newest_first]
     for name, period in _PERIODS.items():
@@ -104,21 +110,46 @@ def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[st
 
 
 def _newest_of_each(periods: list[Any], count: int) -> list[int]:
-    """Return the places of the first of each period, for so many periods; and the last place where they are fewer."""
+    """Return the index of the first snapshot of each period, for the first `count` periods.
+
+    If there are fewer periods, the last index is returned too. A `count` of -1 means all periods.
+    """
     found: list[int] = []
+    seen = set()
     for place, period in enumerate(periods):
         if len(found) == count:
             return found
-        if place == 0 or period != periods[place - 1] or place == len(periods) - 1:
+        if period not in seen or place == len(periods) - 1:
             found.append(place)
+        seen.add(period)
     return found
 
 
-def prune(volume: OpenHead, rules: Rules, held: Collection[str]) -> list[Retention]:
-    """Drop the names of the snapshots of an open volume that no rule keeps, oldest first."""
-    taken = list_snapshots(volume.store.catalog, volume.row)
-    found = retained(taken, rules, held=held)
-    for snapshot, one in zip(taken, found, strict=True):
-        if not one.kept_by:  # by its GUID too: anybody may rename snapshots meanwhile
-            of_volume.merge(volume, one.snapshot, guid=snapshot.guid)
-    return found
+def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot], object]) -> list[Retention]:
+    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and return what became of each.
+
+    `merge` drops the name of a snapshot. It refuses to do so if the name means another snapshot by then, because
+    somebody may rename snapshots meanwhile. A snapshot that somebody holds meanwhile is kept.
+    """
+    done = []
+    for snapshot, one in planned(store, volume, rules):
+        what = one
+        if not one.kept_by:
+            try:
+                merge(snapshot)
+            except StateError:
+                if snapshot.name not in _held(store, volume):
+                    raise
+                what = replace(one, kept_by=("held",))
+        done.append(what)
+    return done
+
+
+def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
+    """Return what a prune would do with each snapshot of a volume."""
+    taken = list_snapshots(store.catalog, store.catalog.volume(volume))
+    return list(zip(taken, retained(taken, rules, held=_held(store, volume)), strict=True))
+
+
+def _held(store: OpenStore, volume: str) -> set[str]:
+    return {hold.snapshot for hold in holds(store, volume, None)}

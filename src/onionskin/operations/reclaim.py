@@ -1,11 +1,10 @@
-"""Pending work: freeing files and slots, now or after a crash.
+"""Pending work: this module frees files and slots, now or after a crash.
 
-What must hold: nothing is freed but under the exclusive lock of its byte, and where another handle has the byte the
-work stays pending. With policy `zero` a file is overwritten before it is unlinked and slots before they are punched.
-All of it may be done twice.
+What must hold: a file or slot is freed only under the exclusive lock of the file's byte. If another handle has the
+byte, the work stays pending. With policy `zero`, a file is overwritten before it is unlinked, and slots are overwritten
+before they are punched. Any work may be done twice without harm.
 """
 
-import logging
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
+from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 else:
     from onionskin.base.lazy import numpy
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _WIPE_ZERO = 1  # the feature bit of a header
-_ROWS_AT_ONCE = 64  # that one transaction forgets
+_ROWS_AT_ONCE = 64  # the number of rows that one transaction removes
 _ID_NAME = re.compile("[0-9a-f]{32}")
 _FILE_KINDS = ("map", "segment")
 
@@ -52,7 +52,8 @@ def add_slot_work(store: OpenStore, segments: Iterable[bytes], wipe: str) -> Non
     catalog = store.catalog
     rows = catalog.segments_with_ids(set(segments))
     noted = catalog.slot_work_of([row.id for row in rows])
-    # One that is noted already may be done by now, for the map of before, and only not be forgotten yet.
+    # Work that is noted already may be done by now, with the old map, and its row only not be removed yet. So new rows
+    # replace the old ones.
     for work in noted:
         catalog.remove_work(work.id)
     zero = {work.target for work in noted if work.wipe == "zero"}
@@ -70,21 +71,21 @@ def work_soon(store: OpenStore) -> None:
 
 
 def work_in_background(store: OpenStore) -> None:
-    """Do what waits for nobody. What fails stays in the catalog for the next open."""
+    """Do all pending work that can be done, and prepare the next heads. Work that fails stays for the next opening."""
     with suppress(OSError, OnionskinError):
         if store.catalog.has_reclaims("zero"):
             do_work(store, policy="zero")
         do_work(store, policy="release")
-    store.reserve.make()  # where it was given up, and what was freed makes room for it
+    store.reserve.make()  # the reserve may have been given up, and there may be room for it again
     for handle in store.open_handles():
-        with suppress(OSError, OnionskinError):  # the next head makes its files itself then
+        with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
             handle.prepare_if_wanted()
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
-    """Do what can be done of the pending work, of one wipe policy or of all; returns how much is left.
+    """Do the pending work of one wipe policy or of all, as far as possible. Returns how many rows are left.
 
-    What fails stays pending and is logged: the damage of one volume is no concern of the others.
+    Work that fails is logged and stays pending, so that damage of one volume does not affect the others.
     """
     store.catalog.bury_unknown()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
@@ -108,9 +109,9 @@ def do_work(store: OpenStore, *, policy: str | None = None) -> int:
 
 
 def _forget(store: OpenStore, done: list[WorkRow], *, unlinked: bool) -> None:
-    """Forget what is done. A file that was only wiped is as one of policy `release` from now on: it can go any time.
+    """Remove the rows of work that is done. A file that was wiped and not unlinked gets policy `release` instead.
 
-    A crash before that only has it done once more; so do two who do it at the same time.
+    Work may be done twice, after a crash before this or by two processes at the same time. That does no harm.
     """
     if not done:
         return
@@ -128,7 +129,7 @@ def _forget(store: OpenStore, done: list[WorkRow], *, unlinked: bool) -> None:
 
 
 def _sync_directories(store: OpenStore, kinds: set[str]) -> None:
-    """Make durable that files are gone, before their rows are: a crash would bring back files that no row names."""
+    """Make the removal of files durable before their rows are removed, so that a crash leaves no file without a row."""
     if "map" in kinds:
         sync_directory(store.layout.layers)  # BARRIER: freed map name
     if "segment" in kinds:
@@ -138,19 +139,19 @@ def _sync_directories(store: OpenStore, kinds: set[str]) -> None:
 
 
 def _report(store: OpenStore, row: WorkRow, error: Exception) -> None:
-    """Say once for each piece of work that it failed."""
+    """Log once for each piece of work that it failed."""
     if row.id not in store.reported_work:
         store.reported_work.add(row.id)
         _log.warning("%s: pending work on %s %s failed: %s", store.path, row.kind, row.target.hex(), error)
 
 
 def _do_alone(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
-    """Do one piece of work under the lock of its file; False where somebody else has that, or it has to wait."""
+    """Do one piece of work under the lock of its file. Returns False if the lock is taken or the work has to wait."""
     with _alone(store, row) as alone:
         if not alone:
             return False
         now = store.catalog.work_with_id(row.id)
-        if now != row:  # kept or done since it was read; or done in part, and the rest is left to who reads it anew
+        if now != row:  # it was done or dropped since it was read, or it was done in part and is left for later
             return now is None
         return _do(store, row, slots, unlink=unlink)
 
@@ -159,9 +160,10 @@ def _do_alone(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: b
 def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
     """Hold the byte of a file exclusively, through the store's own locks.
 
-    Work on slots may borrow the lock of the one volume that has the file open for writing here: that never reads a slot
-    which the owner's map does not name. A view does, where the layers were folded after it was opened; and whoever has
-    a lock on a file that goes as a whole still reads it.
+    Work on slots may borrow the lock of the one volume that has the file open for writing in this store. This is safe
+    because such a volume never reads a slot that the owner's map does not name. A view may read such a slot, if layers
+    were folded after the view was opened. If a whole file is to be freed, no lock is borrowed, because the holder of a
+    lock still reads the file.
     """
     locks = store.locks
     if row.kind == "scrub":
@@ -173,7 +175,7 @@ def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
 
 
 def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
-    """Do one piece of work; False where it has to wait for its volume to be open here."""
+    """Do one piece of work. Returns False if it can only be done once its volume is open in this store."""
     if row.kind == "volume":
         unlink_files_of(store, [row.target])
         return True
@@ -185,15 +187,15 @@ def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -
 
 
 def add_files_of(catalog: Catalog, volumes: Collection[bytes]) -> None:
-    """Note that the files of volumes go, whose rows do. Inside that transaction."""
+    """Note that the files of volumes have to be removed. Inside the transaction that removes the rows of the volumes."""
     bytes_taken = catalog.take_lock_bytes(len(volumes))
     catalog.add_all_work(("volume", id, byte, "release") for id, byte in zip(volumes, bytes_taken, strict=True))
 
 
 def unlink_files_of(store: OpenStore, volumes: Collection[bytes]) -> None:
-    """Remove the locks of volumes that have no row any more, and what they had not flushed. May be done again.
+    """Remove the lock files and the unflushed records of volumes that have no row any more. This may be done again.
 
-    What cannot be unlinked keeps none of the others; it is raised at the end.
+    If one cannot be unlinked, the others are unlinked all the same, and the error is raised at the end.
     """
     for volume in store.catalog.which_are_volumes(volumes):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
@@ -210,7 +212,7 @@ def unlink_files_of(store: OpenStore, volumes: Collection[bytes]) -> None:
 
 
 def _refuse_named(store: OpenStore, row: WorkRow) -> None:
-    """Free no file that a layer has: no operation notes that, but a damaged or hostile catalog can say it."""
+    """Refuse to free a file of a layer. No operation notes such work, but a damaged or hostile catalog may have it."""
     catalog = store.catalog
     is_named = catalog.has_map if row.kind == "map" else catalog.has_segment
     if is_named(row.target):
@@ -218,12 +220,12 @@ def _refuse_named(store: OpenStore, row: WorkRow) -> None:
 
 
 def open_to_free(path: Path) -> int | None:
-    """Open a file of the store that is about to be overwritten or unlinked; None where it is gone.
+    """Open a file of the store that is about to be overwritten or unlinked. Returns None if it is gone.
 
     Raises
     ------
     StateError
-        It is no regular file, or has another name too: then it may be one of somebody else.
+        The file is no regular file, or has another name too, so it may be somebody else's.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -242,7 +244,10 @@ def open_to_free(path: Path) -> int | None:
 
 
 def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
-    """Wipe a file (policy `zero`) and unlink it: freeing its pages and blocks takes as long as writing the zeros did."""
+    """Wipe a file if it has policy `zero`, and unlink it if `unlink` is true.
+
+    Unlinking is separate because freeing the pages and blocks takes as long as writing the zeros.
+    """
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
     descriptor = open_to_free(path)
     if descriptor is None:
@@ -258,15 +263,16 @@ def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
 
 
 def wants_zeros(descriptor: int) -> bool:
-    """Whether the header of a segment or a map says that it has to be wiped, whatever volume it belongs to by now."""
+    """Whether the header of a segment or map says that the file has to be wiped, whatever volume it belongs to now."""
     header = os.pread(descriptor, HEADER_BYTES, 0)
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
 def segment_wants_zeros(path: Path) -> bool:
-    """Whether a segment has to be wiped, by its header. FileNotFoundError where there is none yet, or no more.
+    """Whether the header of a segment says that it has to be wiped. Raises FileNotFoundError if there is no such file.
 
-    It is looked at before a data path has opened it: what somebody put there in its place is not followed or waited for.
+    No data path may have opened the file yet, so a link or a pipe may be in its place. A link is not followed, and a
+    pipe is not waited for.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -276,17 +282,20 @@ def segment_wants_zeros(path: Path) -> bool:
 
 
 def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool:
-    """Free what the owner's map does not name. The owner may change meanwhile; what is live never grows."""
+    """Free the slots of a segment that its owner's map does not name.
+
+    The owner may change meanwhile, but the set of live slots never grows.
+    """
     with store.catalog.reading():
         segment = store.catalog.segment_with_id(row.target)
         owner = store.catalog.layer_with_id(segment.layer) if segment else None
-    if segment is None or owner is None:  # freed as a whole meanwhile
+    if segment is None or owner is None:  # the whole segment was freed meanwhile
         return True
     live = _live_slots(store, segment, owner, slots)
     if live is None:
         return False
     for volume in store.open_handles():
-        volume.wait_for_readers()  # one may still be copying from a slot that it found before it was freed
+        volume.wait_for_readers()  # a read may still copy from a slot that it looked up before the slot was freed
     descriptor = open_to_free(store.layout.segment_file(segment.id))
     if descriptor is None:
         return True
@@ -303,11 +312,12 @@ def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool
 def _live_slots(
     store: OpenStore, segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
 ) -> "numpy.typing.NDArray[numpy.void] | None":
-    """Return the slots that are needed, or None where only the volume that has the owner as its head knows.
+    """Return the live slots of a segment. If its owner is the head of a volume that is not open here, return None.
 
-    The head may be sealed, and the next one written, before the path is asked: then its answer is of the next head, which
-    no longer has what was written again. So whose head that is is looked at behind the answer: a volume has its new head
-    before the data path goes on with it, and while a seal is under way the path gives no answer.
+    The data path of an open head knows the live slots. But the head may be sealed before the path is asked. The answer
+    then applies to the next head, which no longer has the blocks that were written again. So after the answer, it is
+    checked that the volume still has the same head. This is enough: a volume gets its new head before the data path
+    goes on with it, and the path gives no answer during a seal.
     """
     if not owner.sealed:
         path = store.path_of_head(owner.id)
@@ -319,7 +329,7 @@ def _live_slots(
 def _gaps(
     live: "numpy.typing.NDArray[numpy.void]", block_size: int, file_bytes: int
 ) -> "numpy.typing.NDArray[numpy.uint64]":
-    """Return (offset, length) of what lies between the live slots, to the end of the file."""
+    """Return (offset, length) of each gap between the live slots, up to the end of the file."""
     names = live.dtype.names
     assert names is not None
     first, count = (live[name].astype(numpy.int64) for name in names[:2])
@@ -330,9 +340,10 @@ def _gaps(
 
 
 def remove_orphans(store: OpenStore) -> list[str]:
-    """Wipe and remove files that no row names, for who asks for a repair: none that onionskin made is left by a crash.
+    """Wipe and remove files that no row names. `check --repair` calls this. Returns the paths of the removed files.
 
-    Older versions could leave some. Nobody can name a file while this looks, and nobody else may have the store open.
+    A crash leaves no such files, but older versions of onionskin could leave some. No transaction can name a file
+    meanwhile, and nothing is done if another handle has the store open.
     """
     removed = []
     with store.locks.exclusive(STORE_BYTE) as held:
@@ -340,7 +351,7 @@ def remove_orphans(store: OpenStore) -> list[str]:
             return []
         with store.catalog.transaction():
             for path in orphans(store):
-                with suppress(StateError):  # not a file that a store makes: `check` names it
+                with suppress(StateError):  # a store makes no such file, and `check` reports it
                     descriptor = open_to_free(path)
                     if descriptor is None:
                         continue
@@ -354,13 +365,13 @@ def remove_orphans(store: OpenStore) -> list[str]:
 
 
 def orphans(store: OpenStore) -> list[Path]:
-    """Return what has the name of a map or a segment, and no row in the one state of the catalog that is read."""
+    """Return the files that have the name of a map or a segment, but no row in the catalog."""
     catalog, layout = store.catalog, store.layout
     with catalog.reading():
         work = catalog.all_sound(WorkRow)
         segments = catalog.all_sound(SegmentRow)
         maps = {row.map_id for row in catalog.all_sound(LayerRow)} | {row.target for row in work}
-        maps |= {row.id for row in segments if row.role == "spare"}  # the next head's map, if it was made beforehand
+        maps |= {row.id for row in segments if row.role == "spare"}  # the map of a next head may be made beforehand
         files = {row.id for row in segments} | {row.target for row in work}
         return sorted(
             path

@@ -3,13 +3,12 @@
 What must hold: the size that counts is the one in the head's map, which is durable on return; the catalog only shows it.
 """
 
-import logging
-
+from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import StateError
 from onionskin.storage.open_head import OpenHead
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:

@@ -1,18 +1,19 @@
-"""Sealing a head: what was written until then is a layer that never changes again, and writers go on in a new head.
+"""Sealing a head: the head becomes a layer that never changes again, and writers go on in a new head.
 
-What must hold: what is sealed is durable before the transaction that makes it a layer and the new head the volume's; the
-data path goes on with the head that the catalog has, whatever was raised between; writers go on during all but the swap
-of the heads. No data is synced inside the transaction: a slow disk under one volume holds no other one up.
+What must hold: the sealed data is durable before the transaction that makes it a sealed layer and gives the volume its
+new head. Whatever error is raised, the data path goes on with the head that the catalog has. Writers go on all the
+time, except while the heads are swapped. No data is synced inside the transaction, so a slow disk under one volume does
+not delay others.
 
-A seal has two parts, so that several heads can be sealed in one transaction: `begin_seals`, in whose block the rows are
-written, and `Sealing.finish` behind it. Heads that are sealed together are cut at one instant: all are begun, then the
-writers of all are held while all are swapped, in one call of the data path. Nobody waits for the disk meanwhile.
+A seal has two parts, so that several heads can be sealed in one transaction. The rows are written in the with block of
+`begin_seals`, and `Sealing.finish` is called after the block. Heads that are sealed together are cut at one instant: all
+seals are begun, then the writers of all are held while all heads are swapped, in one call of the data path. Nobody waits
+for the disk meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import LayerRow, SegmentRow, VolumeRow, new_id
@@ -34,7 +35,7 @@ _THREADS_MAX = 16  # that wait for disks at the same time
 
 @dataclass(frozen=True, slots=True)
 class NextHead:
-    """What is new after a seal: the head, its spare, and the lock bytes of the head's map and of the spare."""
+    """The ids of the new head and its spare segment after a seal, and the lock bytes of its map and of the spare."""
 
     head: bytes
     spare: bytes
@@ -43,15 +44,15 @@ class NextHead:
 
 
 class Sealing:
-    """A seal under way: the data path has its new head, and waits to be told whether that is the volume's.
+    """A seal that was begun. The data path has its new head, and waits to be told whether the volume has it too.
 
-    Made by `begin_seals`.
+    `begin_seals` makes it.
     """
 
     def __init__(self, volume: OpenHead) -> None:
         _need_spare(volume)
         self.volume = volume
-        # What the next head begins with; its id is the id of that head's map too.
+        # The first segment of the next head; its id is also the id of that head's map.
         self._spare: SegmentRow = volume.store.catalog.spare_of(volume.head)
         self._sealed: Sealed | None = None
         self.to_reclaim: list[bytes] = []
@@ -66,20 +67,22 @@ class Sealing:
     def sync(self) -> None:
         """Make durable what was written between that and the cut."""
         self._sealed = self.volume.path.seal_sync()
-        # Slots that the last flush of this head freed in segments it had inherited: the new head never asks.
+        # The last flush of this head may have freed slots in inherited segments. The new head does not know of them.
         self.to_reclaim = self.volume.path.reclaim_wanted()
 
     def write_rows(self, also: Also) -> LayerRow:
-        """Write the sealed layer and the new head, and return the sealed layer. Inside a transaction, which may run twice.
+        """Write the rows of the sealed layer and the new head, and return the sealed layer.
 
-        `also` is called with the rows of the sealed layer and of the new head.
+        This is called inside a transaction, which may run twice. `also` is called with the rows of the sealed layer and
+        of the new head.
         """
         self.next_head, self._unused = None, set()
         volume, catalog = self.volume, self.volume.store.catalog
         assert self._sealed is not None
-        # The size as the map has it: a crash behind a resize may have left the row with the old one.
-        old = replace(catalog.layer(volume.head), size_bytes=self._sealed.size_bytes)
-        # Its id is the spare's: so the catalog names the file before there is such a layer, if it is made beforehand.
+        # The size comes from the map, because a crash after a resize may have left the old size in the row.
+        old = catalog.layer(volume.head)._replace(size_bytes=self._sealed.size_bytes)
+        # The map has the id of the spare. So if the map is made beforehand, the catalog names it before the head
+        # exists.
         head = NewHead.on(
             old,
             base=None,
@@ -89,7 +92,7 @@ class Sealing:
             map_id=self._spare.id,
         )
         self.next_head = new = NextHead(head.layer.id, new_id(), *catalog.take_lock_bytes(2))
-        layer = replace(head.layer, map_lock_byte=new.map_byte)
+        layer = head.layer._replace(map_lock_byte=new.map_byte)
         self._write_next_head(layer, new)
         reclaim.add_slot_work(volume.store, self.to_reclaim, volume.wipe)
         row = self._write_sealed(old)
@@ -98,7 +101,7 @@ class Sealing:
         return row
 
     def _write_next_head(self, layer: LayerRow, new: NextHead) -> None:
-        """Write the new head, which begins with the old one's spare, and make it the volume's."""
+        """Write the row of the new head, make the old head's spare its segment, and give it to the volume."""
         catalog = self.volume.store.catalog
         catalog.insert(layer)
         catalog.update(SegmentRow, self._spare.id, role="own", layer=layer.id)
@@ -106,7 +109,10 @@ class Sealing:
         catalog.update(VolumeRow, self.volume.row.id, head=layer.id)
 
     def _write_sealed(self, old: LayerRow) -> LayerRow:
-        """Write how the files of the old head are now, note the lock bytes of those made for nothing, and return its row."""
+        """Write the rows of the layer that was sealed and of its segments, and return the row of the layer.
+
+        Segments without slots are dropped.
+        """
         catalog, sealed = self.volume.store.catalog, self._sealed
         assert sealed is not None
         what: dict[str, Any] = {
@@ -122,10 +128,10 @@ class Sealing:
                 catalog.update(SegmentRow, id, role="sealed", slots=slots)
             else:
                 self._drop_empty_segment(id, old.wipe)
-        return replace(old, **what)
+        return old._replace(**what)
 
     def _drop_empty_segment(self, id: bytes, wipe: str) -> None:
-        """Remove the row of a segment without slots. If it has a file, that becomes pending work."""
+        """Remove the row of a segment without slots. If it has a file, the file becomes pending work."""
         store = self.volume.store
         row = store.catalog.segment_with_id(id)
         if row is None:
@@ -136,7 +142,7 @@ class Sealing:
         store.catalog.remove_segment(id)
 
     def go_on(self) -> None:
-        """Tell the data path that the new head is the volume's."""
+        """Tell the data path that the volume goes on with the new head."""
         assert self.next_head is not None
         self.volume.head = self.next_head.head
         spare = self.next_head.spare
@@ -156,7 +162,7 @@ class Sealing:
             self.volume.path.want_reclaim(self.to_reclaim)
 
     def finish(self) -> None:
-        """Give up files that were made for nothing, and free what is to be freed. Once the data path was told."""
+        """Give up files that were made for nothing, and start freeing slots. The data path knows its head by then."""
         self.volume.locks.drop_shared(self._unused)
         if self.to_reclaim or self._unused:
             reclaim.work_soon(self.volume.store)
@@ -192,6 +198,8 @@ def _side_by_side(sealings: list[Sealing]) -> Iterator[Callable[[Callable[[Seali
     if len(sealings) == 1:
         yield lambda step: step(sealings[0])
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(min(len(sealings), _THREADS_MAX), "onionskin seal") as threads:
 
         def run(step: Callable[[Sealing], None]) -> None:
@@ -243,16 +251,16 @@ def seal_together(parts: Sequence[tuple[OpenHead, Check, Also]]) -> list[LayerRo
 
 
 def seal(volume: OpenHead, *, check: Check = lambda: None, also: Also = lambda sealed, head: None) -> LayerRow:
-    """Seal the head and go on in a new one. Returns the sealed layer. In an operation of the volume.
+    """Seal the head and go on in a new one. Returns the sealed layer. The caller is in an operation of the volume.
 
-    `also` runs in the same transaction, with the rows of the sealed layer and of the new head.
-    `check` is asked before anything happens, and again inside the transaction.
+    `check` is called before anything happens, and again inside the transaction. `also` is called in the same
+    transaction, with the rows of the sealed layer and of the new head.
     """
     return seal_together([(volume, check, also)])[0]
 
 
 def _need_spare(volume: OpenHead) -> None:
-    """Register a spare segment where an aborted snapshot used it up."""
+    """Give the head a new spare segment if an aborted snapshot used its spare."""
     if volume.path.has_spare:
         return
     catalog = volume.store.catalog

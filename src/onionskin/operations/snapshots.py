@@ -1,7 +1,8 @@
-"""The snapshots of a volume that is open: taking one, reverting to one, dropping one's name.
+"""The operations on snapshots of an open volume: taking one, reverting to one, discarding and merging one.
 
-What must hold: a change is one transaction, and whether it is allowed is asked inside it: another process may name or
-clone a layer at any time. What is left to do behind it (folding, freeing) may fail, and the next opening does it.
+What must hold: each change is one transaction. Whether it is allowed is checked inside the transaction, because another
+process may name or clone a layer at any time. The work after it (folding and freeing) may fail, and then the next
+opening does it.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 
 
 def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
-    """Name the disk as it is now. See `Volume.snapshot`."""
+    """Take a snapshot of the disk as it is now. See `Volume.snapshot`."""
     return take_together([(volume, name, guid)], note)[0]
 
 
@@ -87,7 +88,7 @@ def parent_of(volume: OpenDisk) -> Snapshot | None:
 
 
 def is_changed(volume: OpenDisk) -> bool:
-    """Whether anything was written, trimmed or resized since `parent_of`. Flushes, to know."""
+    """Whether anything was written, trimmed or resized since `parent_of`. This flushes first."""
     flush(volume)
     catalog = volume.store.catalog
     named = {row.layer for row in catalog.snapshots_of(volume.row.id)}
@@ -118,7 +119,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
         around = unnamed_around(catalog, layer)
 
         def drop() -> None:
-            # Asked where nobody can change the answer: others may clone a snapshot at any time.
+            # This is checked inside the transaction, because others may clone a snapshot at any time.
             _refuse_renamed(volume, name, layer)
             above = descendants(catalog, layer)
             refuse_discard(catalog, volume.row, name, above, recursive)
@@ -140,7 +141,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
 
 
 def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
-    """Raise StateError where something that stands on a snapshot keeps it; `above` are the layers that stand on it."""
+    """Raise StateError if something above a snapshot needs it. `above` are the layers that stand on the snapshot."""
     users = users_of(catalog, above, besides=[volume.id])
     if users:
         raise StateError(
@@ -156,7 +157,10 @@ def refuse_discard(catalog: Catalog, volume: VolumeRow, name: str, above: set[by
 
 
 def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
-    """Raise where a name does not mean the layer any more: anybody may rename snapshots. Inside the transaction that acts."""
+    """Raise StateError if a name does not mean this layer any more, because somebody renamed snapshots.
+
+    This is called inside the transaction that makes the change.
+    """
     if find_snapshot(volume.store.catalog, volume.row, name).layer != layer:
         raise StateError(
             f"snapshots of volume {volume.name!r} were renamed meanwhile, and {name!r} is another one now; nothing was "
@@ -165,7 +169,10 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
 
 
 def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
-    """Drop a snapshot's name and keep all data. See `Volume.merge`. `guid`: only where the name is that snapshot's."""
+    """Drop a snapshot's name and keep all data. See `Volume.merge`.
+
+    If `guid` is given, the snapshot with this name must have it.
+    """
     with volume.operation():
         catalog = volume.store.catalog
         row = find_snapshot(catalog, volume.row, name)

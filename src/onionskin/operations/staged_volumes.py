@@ -1,10 +1,10 @@
-"""A disk that is being made: an import, a stream that is applied. It has no name until all of it is durable.
+"""Staged volumes: disks that an import or an applied stream makes. They have no name until all their data is durable.
 
-What must hold: a staged volume is listed nowhere, and its one end is a transaction that gives it a name, or makes it a
-snapshot. A process that dies before that leaves a staged volume whose lock nobody holds: the next one to make a staged
-volume, or to open a volume for writing, drops it, by its id.
+What must hold: a staged volume appears in no list. It ends with one transaction, which gives it a name or makes it a
+snapshot. A process that dies before that leaves a staged volume whose lock nobody holds. The next process that makes a
+staged volume, or opens a volume for writing, drops it by its id.
 
-The row of a staged volume is a volume's, under a name that no volume can have.
+The row of a staged volume is that of a volume, with a name that no volume can have.
 """
 
 from collections.abc import Iterator
@@ -32,20 +32,20 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class StagedVolume:
-    """A disk without a name. Made by `stage`.
+    """A disk without a name. `stage` makes it.
 
     Attributes
     ----------
     head : OpenHead
-        What is written to.
+        The open head that the data is written to.
     """
 
     head: OpenHead
     public_name: str | None
-    stands_on: bytes | None  # the layer that it was cloned from
+    stands_on: bytes | None  # the layer that the staged volume was cloned from
 
     def publish(self) -> None:
-        """Make what was written durable, and this a volume of the name that the staged volume was made for.
+        """Make the data durable, and give the volume the name that `stage` was called with.
 
         Raises
         ------
@@ -58,15 +58,15 @@ class StagedVolume:
             volumes.rename_volume(self.head.store, self.head.row.id, self.public_name)
 
     def become_snapshot_of(self, volume: OpenHead, *, name: str, note: str, guid: bytes) -> Snapshot:
-        """Make the staged volume the newest snapshot of a volume whose head is unchanged since the staged volume was
-        cloned from it.
+        """Make the staged volume the newest snapshot of a volume, in one transaction.
 
-        The volume's disk reads as the staged volume then. All of it is one transaction.
+        The disk of the volume then reads as the staged volume. The head of the volume must be unchanged since the
+        staged volume was cloned from it.
 
         Raises
         ------
         StateError, ChainError
-            The volume's head was changed, or stands on something else by now.
+            The volume's head was changed, or stands on another snapshot by now.
         SnapshotExistsError
             The volume has a snapshot of that name.
         """
@@ -92,9 +92,9 @@ class StagedVolume:
 
 @contextmanager
 def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
-    """Hold the writers of a disk that is about to be replaced, once it is known that nothing of theirs would be lost.
+    """Stop the writers of a disk that is about to be replaced, after checking that none of their data would be lost.
 
-    They go on with the new disk, or with this one where it was not replaced.
+    At the end, they go on with the new disk, or with this one if it was not replaced.
     """
     flush(volume)
     path = volume.path
@@ -118,7 +118,10 @@ def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
 
 
 def snapshot_below(catalog: Catalog, volume: VolumeRow, head: bytes) -> SnapshotRow | None:
-    """Return the snapshot that a head stands on: the volume's own, or, of a clone without any, the nearest of any volume."""
+    """Return the nearest snapshot of the volume that a head stands on.
+
+    If the volume is a clone and has no such snapshot, return the nearest snapshot of any volume.
+    """
     below = catalog.layer(head).parent
     own = nearest_snapshot(catalog, volume, below)
     if own or below is None:
@@ -128,7 +131,7 @@ def snapshot_below(catalog: Catalog, volume: VolumeRow, head: bytes) -> Snapshot
 
 
 def is_changed_since(volume: OpenDisk, below: SnapshotRow) -> bool:
-    """Whether anything was written, trimmed or resized since a snapshot that the disk stands on. Flushes, to know."""
+    """Whether anything was written, trimmed or resized since a snapshot that the disk stands on. This flushes first."""
     flush(volume)
     layers = read_chain(volume.store.catalog, volume.head).layers
     at = next(at for at, layer in enumerate(layers) if layer.id == below.layer)
@@ -147,17 +150,18 @@ def stage(
     wipe: str = "release",
     clone_of: bytes | None = None,
 ) -> Iterator[StagedVolume]:
-    """Make a disk that is no volume yet, in a with block: what is not published by its end is dropped.
+    """Make a staged volume for the time of a with block. If it was not published by the end, it is dropped.
 
     Parameters
     ----------
     store : OpenStore
+        The store to make it in.
     name : str, optional
-        What `publish` calls it; VolumeExistsError where it is taken already.
+        The name that `publish` gives the volume. If it is taken already, VolumeExistsError is raised.
     size, block_size, wipe
-        As for `Store.create`; of a clone the size may differ from its layer's, and the block size is the layer's.
+        These are as for `Store.create`. A clone may have another size than its layer, but has the layer's block size.
     clone_of : bytes, optional
-        The id of the sealed layer that it begins as.
+        The id of the sealed layer that the disk is a clone of.
     """
     store.catalog.refuse_read_only()
     if name is not None:
@@ -176,7 +180,7 @@ def _make(
 ) -> StagedVolume:
     catalog, id = store.catalog, new_id()
     store.reserve.make()
-    lock = VolumeLock(store.layout, id, name or "a staged volume")  # before there is a row that seems to be dead
+    lock = VolumeLock(store.layout, id, name or "a staged volume")  # a row without this lock would seem to be dead
 
     def insert() -> tuple[VolumeRow, bytes]:
         below = catalog.layer_with_id(clone_of)
@@ -216,7 +220,7 @@ def _end(head: OpenHead) -> None:
 
 
 def _drop(store: OpenStore, id: bytes) -> None:
-    """Remove a staged volume, by its id. It is not open here."""
+    """Remove a staged volume by its id. It is not open in this store."""
     catalog = store.catalog
 
     def remove() -> None:
@@ -227,7 +231,7 @@ def _drop(store: OpenStore, id: bytes) -> None:
             remove_unreachable_layers(catalog, [row.head])
 
     store.change(remove)
-    with suppress(OSError):  # it is dropped, and what cannot be unlinked now stays pending
+    with suppress(OSError):  # the volume is dropped, and files that cannot be unlinked now stay pending
         unlink_files_of(store, [id])
     reclaim.work_soon(store)
 
@@ -235,7 +239,7 @@ def _drop(store: OpenStore, id: bytes) -> None:
 def drop_dead(store: OpenStore) -> None:
     """Drop the staged volumes of processes that died."""
     for row in store.catalog.staged_volumes():
-        with suppress(StateError):  # it is being written
+        with suppress(StateError):  # a living process is writing it
             lock = VolumeLock(store.layout, row.id, row.name)
             try:
                 _drop(store, row.id)

@@ -1,7 +1,7 @@
-"""What snapshots hold: all read from the maps, and no block data.
+"""The usage of snapshots: how much data each of them holds. It is read from the maps alone.
 
-What must hold: a question is answered from one state of the catalog, whose map files are locked while they are read. Each
-of them is loaded once, and no more than two are in memory at a time.
+What must hold: the answer comes from one state of the catalog, whose map files are locked while they are read. Each map
+is loaded once, and no more than two are in memory at a time.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from onionskin.storage.open_store import OpenStore
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one snapshot costs.
+    """The space that one snapshot takes.
 
     Attributes
     ----------
     snapshot : str or None
-        Its name; None stands for the head.
+        The name of the snapshot. None stands for the head.
     bytes_held : int
-        Data written between the snapshot before it and this one.
+        The data that was written between the previous snapshot and this one.
     bytes_freed_by_discard : int
-        Data that goes when it is discarded with all that descends from it.
+        The data that a discard of the snapshot and of everything that descends from it would free.
     bytes_freed_by_merge : int
-        Data that goes when it is merged: blocks that were written again after it.
+        The data that a merge of the snapshot would free: blocks that were written again after it.
     """
 
     snapshot: str | None
@@ -40,12 +40,12 @@ class Usage:
     bytes_freed_by_merge: int
 
 
-# ---- what each snapshot holds ----
+# ---- the data of each snapshot ----
 
 
 @dataclass(frozen=True, slots=True)
 class _VolumeTree:
-    """What a volume's snapshots and its head stand on: `layers` with parents first."""
+    """The layers that a volume's snapshots and its head stand on. In `layers`, parents come first."""
 
     volume: VolumeRow
     snapshots: list[SnapshotRow]
@@ -54,7 +54,7 @@ class _VolumeTree:
 
 
 def usage(store: OpenStore, name: str) -> list[Usage]:
-    """Return what each snapshot of a volume, and its head (last), hold."""
+    """Return the usage of each snapshot of a volume, and of its head, which comes last."""
     with locked_maps(store, lambda: _read_tree(store, name), lambda tree: tree.layers) as tree:
         held, shadowed = _measure(store, tree)
     names = {row.layer for row in tree.snapshots}
@@ -89,7 +89,7 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
 
 
 def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
-    """Sort layers so that each stands behind its parent, and an only child directly behind it."""
+    """Sort layers so that each comes after its parent, and an only child comes directly after it."""
     children: dict[bytes | None, list[LayerRow]] = {}
     for layer in layers:
         children.setdefault(layer.parent, []).append(layer)
@@ -102,10 +102,10 @@ def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
 
 
 def _measure(store: OpenStore, tree: _VolumeTree) -> tuple[dict[bytes, int], dict[bytes, int]]:
-    """Return the bytes that each layer holds, and those of it that its only child has anew."""
+    """Return the bytes that each layer holds, and how many of them its only child has written again."""
     held: dict[bytes, int] = {}
     shadowed: dict[bytes, int] = {}
-    loaded: list[tuple[bytes, LayerMap]] = []  # this layer's, and the one's before it
+    loaded: list[tuple[bytes, LayerMap]] = []  # the map of the previous layer, and then that of this layer
     try:
         for layer in tree.layers:
             layer_map = open_map(store, layer)

@@ -1,7 +1,7 @@
-"""Loads the block maps of layers from their files, as the catalog describes them.
+"""This module loads the block maps of layers from their files, as the catalog describes them.
 
-What must hold: a sealed layer's map is checked against the length, frame count and CRC that the catalog has; a head's
-is read as far as it is durable. A caller that reads several maps locks them first (operations/locked_maps.py).
+What must hold: the map of a sealed layer is checked against the length, frame count and CRC in the catalog. The map of
+a head is read as far as it is durable. A caller that reads several maps locks them first (operations/locked_maps.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def read_layers(catalog: Catalog, layer_id: bytes) -> Chain:
 
 
 def empty_map(block_size: int) -> LayerMap:
-    """Return a map that holds no block and has room for all."""
+    """Return a map that holds no block, and is large enough for any volume."""
     return LayerMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
 
 
@@ -68,11 +68,10 @@ def load_map(store: OpenStore, layer: LayerRow) -> LayerMap:
 
 
 def load_durable(store: OpenStore, layer: LayerRow, state: tuple[int, int, int] | None = None) -> LayerMap:
-    """Load the part of a head's map that is known to be durable.
+    """Load the part of a head's map that is known to be durable. The caller closes the map.
 
-    Its row says how much that is, or `state` does (length, frames, crc).
-
-    `open_map` may see frames that a crash of the machine would still undo. The caller closes it.
+    The head's row says how long this part is, unless `state` does (length, frames, crc). In contrast, `open_map` may
+    see frames that a crash of the machine would still undo.
     """
     length, frames, crc = state or (layer.map_length, layer.map_frames, layer.map_crc)
     if not frames:
@@ -99,14 +98,14 @@ def _read_until_sound(layer: LayerRow, read: Callable[[], Found]) -> Found:
 
 
 def _sealed(layer: LayerRow) -> dict[str, int]:
-    """Return what the catalog says about a sealed layer's map file; nothing for a head."""
+    """Return what the catalog says about the map file of a sealed layer. For a head, return an empty dictionary."""
     return {"length": layer.map_length, "frames": layer.map_frames, "crc": layer.map_crc} if layer.sealed else {}
 
 
 def lay_map(store: OpenStore, layer: LayerRow, provenance: ProvenanceMap) -> int | None:
-    """Lay a layer over those below it, and return the size that a head's map gives the disk.
+    """Lay a layer over those below it. For a head, return the size of the disk that its map gives.
 
-    The map is found as by `open_map`.
+    The map is read in the same way as by `open_map`.
     """
     try:
         size_bytes = _read_until_sound(
@@ -124,7 +123,7 @@ def lay_map(store: OpenStore, layer: LayerRow, provenance: ProvenanceMap) -> int
 
 
 class SlotsOfLayers:
-    """The slots that sealed layers name, by segment. A layer's map is loaded once for all segments that are asked for.
+    """The slots that sealed layers name, by segment. Consecutive calls about one layer load its map once.
 
     The answers may be out of date, which does no harm: the set of live slots of a sealed layer only ever shrinks.
     """
@@ -166,6 +165,6 @@ def load_layer(store: OpenStore, layer: LayerRow) -> Iterator[LayerMap]:
 
 
 def map_is_used(store: OpenStore, layer: LayerRow) -> bool:
-    """Whether a layer changes anything over what is below it."""
+    """Whether a layer holds any block, and so changes the disk below it."""
     with load_layer(store, layer) as layer_map:
         return layer_map.count() != (0, 0)

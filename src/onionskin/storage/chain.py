@@ -1,21 +1,19 @@
-"""A chain of layers, from the bottom to a head or a sealed layer: locking its files and opening its data path.
+"""A chain of layers, from the bottom to a head or a sealed layer: this module locks its files and opens its data path.
 
-What must hold: the shared locks are taken before the catalog is read for the second time, and what was locked is what
-it then still names; so no file that an open data path reads is freed by anybody.
+What must hold: the shared locks are taken before the catalog is read for the second time, and the catalog must then
+still name the files that were locked. So nobody frees a file that an open data path reads.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.exchange.image_formats import refuse_as_raw
 from onionskin.kernels._volume import DataPath
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks
@@ -23,8 +21,7 @@ from onionskin.storage.locks import BaseLock, ByteLocks
 LOCK_WAIT_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """Layers, bottom first, with their segments, and the base below them."""
 
     layers: tuple[LayerRow, ...]
@@ -33,7 +30,7 @@ class Chain:
 
     @property
     def top(self) -> LayerRow:
-        """The layer that everything else lies under."""
+        """The layer at the top of the chain."""
         return self.layers[-1]
 
     @property
@@ -63,7 +60,8 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
     Raises
     ------
     StateError
-        The layer is gone, or somebody frees slots in one of the files all the time.
+        The layer is gone, or another process kept one of the files locked, to free slots in it, for
+        `LOCK_WAIT_SECONDS`.
     """
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     held_before = locks.shared
@@ -77,14 +75,14 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
         elif time.monotonic() > deadline:
             raise StateError("files of the volume are being wiped by another process; try again when it is done")
         else:
-            time.sleep(0.01)  # somebody frees slots in one of the files; nothing tells us when it is done
+            time.sleep(0.01)  # another process frees slots in one of the files; no event tells us when it is done
 
 
 def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLock | None:
-    """Open and lock the base of a chain, and refuse one that is not the file that it was.
+    """Open and lock the base of a chain. Refuse a base that is not the file that the catalog describes.
 
-    Looked at is the file that is locked. A merge into the base that began and did not end has changed its size and time;
-    it is read all the same by a chain that has the layers which hide what was written, and by no other.
+    The checks look at the file that is locked. If a merge into the base began and did not end, the base has another
+    size and time. Only a chain that has the layers which hide what the merge wrote may read the base then.
     """
     base = chain.base
     if base is None:
@@ -108,7 +106,10 @@ _BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocat
 
 
 def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
-    """Refuse a base that is not the file that it was, without locking it; one that a merge changed is as it should be."""
+    """Refuse a base that is not the file that the catalog describes, without locking it.
+
+    The size and time of a base may differ if a merge into it began and did not end.
+    """
     half_merged = bool(_merges_into(catalog, Path(base.path)))
     try:
         descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,22 +140,23 @@ def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bo
 
 
 def unfinished_base_merges(catalog: Catalog, head: bytes) -> list[bytes]:
-    """Return the layers below a head up to which a merge into the base was begun and not ended. There seldom are any."""
+    """Return the targets of unfinished merges into the base that are in the chain of a head. Few heads have any."""
     begun = catalog.base_merges()
     ids = {layer.id for layer in catalog.chain(head)} if begun else set()
     return [work.target for work in begun if work.target in ids]
 
 
 def is_in_base_merge(catalog: Catalog, layers: Iterable[LayerRow]) -> bool:
-    """Whether a merge into the base that began and did not end reads a layer: it has to find it as it was."""
+    """Whether a merge into the base that has not ended reads one of these layers, which must therefore not change."""
     ids = {layer.id for layer in layers}
     return any(below.id in ids for work in catalog.base_merges() for below in catalog.chain(work.target))
 
 
 def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = None) -> bool:
-    """Raise while a merge into a base is not ended: what the base holds is no disk by itself.
+    """Raise StateError if a merge into a base has not ended, because the base by itself is no disk then.
 
-    Not for a chain that has the layers up to which it goes, which hide what was written. Returns whether there is one.
+    The chain `above` may use the base if it has the layers up to which the merge goes: they hide what the merge wrote.
+    Returns whether there is such a merge.
     """
     own = {layer.id for layer in above.layers} if above else set()
     begun = _merges_into(catalog, path)
@@ -167,7 +169,7 @@ def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = No
 
 
 def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
-    """Return the layers up to which merges go that were begun into the file at a path, by whatever name."""
+    """Return the targets of unfinished merges into the file at a path, even if their base has another path."""
     begun = []
     for work in catalog.base_merges():
         layers = catalog.chain(work.target)
@@ -178,7 +180,10 @@ def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
 
 
 def is_same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file, through hard links, symlinks or mounts. What is gone is known by its path."""
+    """Whether two paths lead to one file, through hard links, symlinks or mounts.
+
+    If one of the files is gone, the paths themselves are compared.
+    """
     try:
         return a.samefile(b)
     except OSError:
@@ -187,15 +192,17 @@ def is_same_file(a: Path, b: Path) -> bool:
 
 def digest_of(descriptor: int) -> bytes:
     """Return the SHA-256 of an open file."""
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # with an offset of its own
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # opened anew, so it has an offset of its own
+        import hashlib  # this module loads OpenSSL, which only verifying needs
+
         return hashlib.file_digest(file, "sha256").digest()
 
 
 @contextmanager
 def described_base(path: Path, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
-    """Describe a raw image as it is now, and keep it from being merged into for the time of a with block.
+    """Describe a raw image as it is now, and keep merges out of it during the with block.
 
-    One that nobody `vouched` for is refused where it has the magic bytes of another format.
+    Unless the caller has `vouched` that the image is raw, it is refused if it has the magic bytes of another format.
     """
     path = path.resolve(strict=True)
     if not path.is_file():
@@ -203,6 +210,8 @@ def described_base(path: Path, *, digest: bool = False, vouched: bool = True) ->
     lock = BaseLock(path)
     try:
         if not vouched:
+            from onionskin.exchange.image_formats import refuse_as_raw
+
             refuse_as_raw(lock.descriptor, path)
         found = os.fstat(lock.descriptor)
         taken = digest_of(lock.descriptor) if digest else None
@@ -216,8 +225,8 @@ def open_chain(
 ) -> DataPath:
     """Open the data path of a chain over the base that is locked.
 
-    If `writable`, its top is a head, which keeps in `dirty` what is not flushed; else all of it is only read, with what a
-    process that died left in `dirty`.
+    If `writable` is true, the top of the chain is a head, which keeps in `dirty` what is not flushed. Otherwise the
+    chain is only read, including what a process that died left in `dirty`.
     """
     top = chain.top
     path = DataPath(
@@ -232,7 +241,7 @@ def open_chain(
         if chain.base:
             assert base_lock is not None
             _set_base(path, chain.base, base_lock)
-        maps = str(layout.layers)  # as a Path for each it would take half of the time that an opening may
+        maps = str(layout.layers)  # making a Path for each layer would take half of the time allowed for an opening
         for layer in chain.layers if top.sealed else chain.layers[:-1]:
             _add_layer(maps, path, layer, chain.segments[layer.id])
         if writable:
@@ -249,7 +258,7 @@ def open_chain(
 
 
 def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
-    """Map a base; one that a merge has made shorter already hides behind the merge's layers what it no longer has."""
+    """Map a base. A merge may have made it shorter already; the layers of the merge hide the part that is missing."""
     path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
 
 
@@ -265,7 +274,7 @@ def _add_layer(maps: str, path: DataPath, layer: LayerRow, segments: list[Segmen
 
 
 def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: str) -> list[bytes]:
-    """Return a head's segments of a kind of which there is always one."""
+    """Return the ids of a head's segments with a role that at least one segment must have."""
     found = [segment.id for segment in segments if segment.role == role]
     if not found:
         raise damaged(layout.catalog, f"the head {head.id.hex()} has no {role} segment")
@@ -302,18 +311,17 @@ def _open_head_to_read(
 
 
 def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:
-    """Make a head's spare segment one of its own, and register another. Inside a transaction."""
+    """Make a head's spare segment one of its own, and add the row of a new spare. Inside a transaction."""
     row = catalog.spare_of(head)
     catalog.update(SegmentRow, row.id, role="own")
-    catalog.add_work("map", row.id, row.lock_byte, "release")  # made beforehand perhaps, and empty
+    catalog.add_work("map", row.id, row.lock_byte, "release")  # this map may have been made beforehand, and is empty
     spare = SegmentRow(new_id(), head, "spare", 0, catalog.take_lock_byte())
     catalog.insert(spare)
     return spare
 
 
-@dataclass(frozen=True, slots=True)
-class NewHead:
-    """The rows of a head that is about to be made. Lock bytes are filled in by `insert`."""
+class NewHead(NamedTuple):
+    """The rows of a head that is about to be made. `insert` fills in the lock bytes."""
 
     layer: LayerRow
     own: bytes
@@ -349,13 +357,13 @@ class NewHead:
         return cls(layer, new_id(), new_id())
 
     def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
-        """Write the rows. Inside a transaction. Returns the lock byte of the map, and those of the segments with ids."""
+        """Write the rows, inside a transaction. Returns the map's lock byte, and the segments' ids by lock byte."""
         map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
         insert_heads(catalog, [self], [map_byte, own_byte, spare_byte])
         return map_byte, {own_byte: self.own, spare_byte: self.spare}
 
     def chain(self, below: Chain) -> Chain:
-        """Return the chain that ends in this head, before it is in the catalog."""
+        """Return the chain that ends in this head, before the head is in the catalog."""
         segments = dict(below.segments)
         segments[self.layer.id] = [
             SegmentRow(self.own, self.layer.id, "own", 0, 0),
@@ -369,7 +377,7 @@ def insert_heads(catalog: Catalog, heads: Sequence[NewHead], lock_bytes: Sequenc
     free = iter(lock_bytes or catalog.take_lock_bytes(3 * len(heads)))
     layers, segments = [], []
     for head in heads:
-        layers.append(replace(head.layer, map_lock_byte=next(free)))
+        layers.append(head.layer._replace(map_lock_byte=next(free)))
         segments.append(SegmentRow(head.own, head.layer.id, "own", 0, next(free)))
         segments.append(SegmentRow(head.spare, head.layer.id, "spare", 0, next(free)))
     catalog.insert_all(layers)

@@ -1,18 +1,18 @@
-"""Who may free, and who may write: OFD locks on bytes of files that have no other use.
+"""Locks that decide who may free a file and who may write a volume. They are OFD locks on bytes of files.
 
-`ByteLocks` is one descriptor of the store's `lock` file. Each open volume or view has its own, so that two handles in
-one process exclude each other as two processes do. A handle holds its bytes shared; whoever frees a file takes its
-byte exclusively, without waiting. Within one handle the lock of a byte may be raised from shared to exclusive and
-back: other handles see the change, the handle's own threads are kept apart by `_exclusive`.
+`ByteLocks` is one descriptor of the store's `lock` file. Each open volume or view has its own, so two handles in one
+process exclude each other as two processes do. A handle holds the bytes of its files shared. An operation that frees a
+file takes the file's byte exclusively, without waiting. A handle may raise its lock of a byte from shared to exclusive
+and back. Other handles see this change; `_exclusive` keeps the handle's own threads apart.
 
-`ReadersLock` is held by those who read a head that nobody writes. `VolumeLock` is held by the one writer of a volume.
-Its file says who that is; what it says counts only while the lock is held. The file is looked at again once it is locked,
-since it may have been removed or replaced meanwhile; and since a file that somebody removes later locks nobody out, the
-writer also holds a byte of the store's `lock` file, far behind those that stand for files, whose number comes from the
-volume's id.
+A handle that reads a head which nobody writes holds a `ReadersLock`. The one writer of a volume holds its `VolumeLock`.
+The file of this lock names the writer, but this counts only while the lock is held. The file may be removed or replaced
+before it is locked, so the writer looks at it again once it is locked. A file that is removed later keeps nobody out.
+Therefore the writer also holds a byte of the store's `lock` file. The number of this byte comes from the volume's id,
+and it lies far behind the bytes that stand for files.
 
-Locks belong to the open file description, which a forked child shares: closing gives them up explicitly in the
-process that took them, and a child only closes its descriptor.
+Locks belong to the open file description, which a forked child shares. So the process that took the locks gives them up
+explicitly when it closes the descriptor, and a child only closes its descriptor.
 """
 
 import fcntl
@@ -22,10 +22,9 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from onionskin.base import forking
 from onionskin.base.modes import share_file
@@ -33,13 +32,13 @@ from onionskin.errors import FormatError, StateError
 from onionskin.storage.layout import Layout
 
 STORE_BYTE = 0
-_WRITER_BYTES = 1 << 62  # the first of those that stand for the writers of volumes
+_WRITER_BYTES = 1 << 62  # the first byte that may stand for the writer of a volume
 _FLOCK = struct.Struct("hhqqi4x")
 
 
 @contextmanager
 def _named(descriptor: int) -> Iterator[None]:
-    """Give an error of a call on a descriptor the name of the file, which the call does not know."""
+    """Add the name of the file to an error of a call on a descriptor. The call itself does not know the name."""
     try:
         yield
     except OSError as error:
@@ -54,12 +53,12 @@ def _name(error: OSError, descriptor: int) -> None:
 
 
 def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
-    """Set or change a lock without waiting; False if somebody else's is in the way."""
+    """Set or change a lock without waiting. Returns False if the lock of another descriptor is in the way."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
     except BlockingIOError:
         return False
-    except PermissionError:  # POSIX lets a system answer EACCES for the same thing
+    except PermissionError:  # POSIX allows a system to report the same case as EACCES
         return False
     except OSError as error:
         _name(error, descriptor)
@@ -73,7 +72,7 @@ def is_locked(descriptor: int, start: int, count: int) -> bool:
 
 
 def _kind_in_the_way(descriptor: int, kind: int, start: int, count: int) -> int:
-    """Return the kind of a lock that somebody else has and that one of `kind` would meet; F_UNLCK: there is none."""
+    """Return the kind of the lock that keeps this descriptor from a lock of `kind`, or F_UNLCK if there is none."""
     with _named(descriptor):
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
     found: int = _FLOCK.unpack(answer)[0]
@@ -81,7 +80,7 @@ def _kind_in_the_way(descriptor: int, kind: int, start: int, count: int) -> int:
 
 
 def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Sort numbers and join neighbours: (first, count) of each stretch, so that a deep chain costs few calls."""
+    """Return the stretches of consecutive numbers as (first, count), sorted, so that a deep chain costs few calls."""
     stretches: list[tuple[int, int]] = []
     for number in sorted(set(numbers)):
         if stretches and stretches[-1][0] + stretches[-1][1] == number:
@@ -92,7 +91,7 @@ def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 class ByteLocks:
-    """One handle's locks on bytes of a lock file. All methods may be called by any thread."""
+    """One handle's locks on bytes of a lock file. Any thread may call the methods."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +102,7 @@ class ByteLocks:
         forking.register(self)
 
     def take_shared(self, numbers: Iterable[int]) -> bool:
-        """Lock all bytes for reading, or none of them; False if one is being freed by somebody else."""
+        """Lock all bytes for reading. If another handle holds one of them alone, lock none of them and return False."""
         wanted = set(numbers)
         with self._guard:
             wanted -= self._shared
@@ -123,20 +122,20 @@ class ByteLocks:
         Raises
         ------
         StateError
-            One is being freed by somebody else.
+            Another handle holds one of the bytes alone, to free or wipe the file.
         """
         if not self.take_shared(numbers):
             raise StateError(f"files of {self.path.parent} are being freed or wiped just now; try again")
 
     def wait_shared(self, number: int) -> None:
-        """Lock one byte for reading, and wait for whoever holds it alone. Nobody else may use this handle yet."""
+        """Lock one byte for reading, and wait until nobody holds it alone. No other thread may use this handle yet."""
         descriptor = self._open_descriptor()
         with _named(descriptor):
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
         self._shared.add(number)
 
     def drop_shared(self, numbers: Iterable[int]) -> None:
-        """Give bytes up; those that are not held are passed over."""
+        """Give up the shared locks on these bytes. Bytes that are not held are ignored."""
         with self._guard:
             unwanted = set(numbers) & self._shared
             self._shared -= unwanted
@@ -144,17 +143,17 @@ class ByteLocks:
                 _set_lock(self._open_descriptor(), fcntl.F_UNLCK, start, count)
 
     def keep_shared(self, numbers: Iterable[int]) -> None:
-        """Give up all bytes but these."""
+        """Give up all shared locks except those on these bytes."""
         self.drop_shared(self.shared - set(numbers))
 
     @property
     def shared(self) -> frozenset[int]:
-        """The bytes held for reading."""
+        """The bytes that are locked for reading."""
         with self._guard:
             return frozenset(self._shared)
 
     def share_exclusive(self, number: int) -> None:
-        """Let others read a byte that is held alone. Nobody can take it alone before it is given up."""
+        """Let others lock a byte for reading that is held alone. Nobody can take it alone before it is given up."""
         with self._guard:
             if number in self._exclusive:
                 _set_lock(self._open_descriptor(), fcntl.F_RDLCK, number, 1)
@@ -170,9 +169,10 @@ class ByteLocks:
 
     @contextmanager
     def exclusive(self, number: int) -> Iterator[bool]:
-        """Hold a byte alone: yields whether that could be had without waiting. A shared lock comes back after it.
+        """Hold a byte alone during the with block, if that is possible without waiting. Yields whether it is held.
 
-        Locks that were closed meanwhile by another thread hold nothing.
+        At the end, a shared lock that the handle had before is restored. If another thread has closed the locks
+        meanwhile, nothing is held.
         """
         held = False
         try:
@@ -191,9 +191,10 @@ class ByteLocks:
                         _set_lock(self._descriptor, kind, number, 1)
 
     def close(self) -> None:
-        """Give everything up. Idempotent."""
+        """Give all locks up. Further calls do nothing."""
         with self._guard:
-            # Forgotten first: where an interrupt comes between, a second call must not close what has that number by then.
+            # The number is forgotten before the descriptor is closed: after an interrupt between the two, a second call
+            # must not close another file that has got the same number.
             descriptor, self._descriptor = self._descriptor, -1
             if descriptor >= 0:
                 self._shared.clear()
@@ -201,8 +202,8 @@ class ByteLocks:
                 os.close(descriptor)
 
     def after_fork(self) -> None:
-        """In the child: close, but unlock nothing, for the locks are the parent's."""
-        self._guard = threading.Lock()  # another thread of the parent may have held it
+        """Close the descriptor in a forked child, but unlock nothing, because the locks are the parent's."""
+        self._guard = threading.Lock()  # another thread of the parent may have held the old one
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -219,10 +220,11 @@ class ByteLocks:
 
 @contextmanager
 def locked_directory(path: Path, *, alone: bool) -> Iterator[bool]:
-    """Lock a directory: with others, which is waited for, or alone, without waiting; yields whether that could be had.
+    """Lock a directory during the with block, and yield whether it is locked.
 
-    It needs no block on a full disk. Each caller has a descriptor of its own, so threads exclude each other too. Where there
-    is no directory, or its file system locks none, it counts as locked.
+    A shared lock is waited for. A lock `alone` is taken only if that is possible without waiting. The lock needs no
+    block on a full disk. Each caller has a descriptor of its own, so threads exclude each other too. If there is no
+    directory, or its file system cannot lock directories, it counts as locked.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -232,7 +234,7 @@ def locked_directory(path: Path, *, alone: bool) -> Iterator[bool]:
     try:
         yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
     finally:
-        _flock(descriptor, fcntl.LOCK_UN)  # also from a child that was forked meanwhile, and has the descriptor
+        _flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too, and so the lock
         os.close(descriptor)
 
 
@@ -246,8 +248,7 @@ def _flock(descriptor: int, operation: int) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that holds a volume."""
 
     pid: int
@@ -258,10 +259,10 @@ class Holder:
 
 
 class VolumeLock:
-    """The lock of the one writer of a volume: a byte of the store's lock file, and a file of the volume's own.
+    """The lock of the one writer of a volume. It is a byte of the store's lock file, and a file of the volume's own.
 
-    Whoever gets the byte is the writer. Only he makes the file, and only while the volume has a row (`make_file`): so a
-    crash leaves none that no row names.
+    The handle that gets the byte is the writer. Only the writer makes the file, and only while the volume has a row
+    (`make_file`). So a crash leaves no such file without a row.
 
     Raises
     ------
@@ -282,15 +283,15 @@ class VolumeLock:
         forking.register(self)
 
     def make_file(self) -> None:
-        """Lock the volume's own file too, and write into it who holds the volume. The volume has a row."""
-        if self._descriptor < 0:  # else it is locked already, and writing into it failed: the disk was full
+        """Lock the volume's own file too, and write into it which process holds the volume. The volume has a row."""
+        if self._descriptor < 0:  # otherwise an earlier call has locked the file, but could not write to a full disk
             self._descriptor = _lock_at_its_path(self._path)
         if self._descriptor < 0:
             _refuse_held(self._path, self._volume_name)
         _write_holder(self._descriptor)
 
     def close(self) -> None:
-        """Give the volume up. Idempotent."""
+        """Give the volume up. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
         try:
@@ -304,7 +305,7 @@ class VolumeLock:
                     os.close(one)
 
     def after_fork(self) -> None:
-        """In the child: close, but unlock nothing."""
+        """Close the descriptors in a forked child, but unlock nothing."""
         for descriptor in (self._descriptor, self._byte_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -316,7 +317,9 @@ class VolumeLock:
 
 
 class ReadersLock:
-    """What keeps writers from a volume whose head is read. Any number of handles may have it; it leaves no trace in a file.
+    """The lock of a handle that reads a head, which keeps writers from the volume.
+
+    Any number of handles may have it. It writes nothing to a file.
 
     Raises
     ------
@@ -331,7 +334,7 @@ class ReadersLock:
             _refuse_held(layout.volume_lock(volume_id), volume_name)
 
     def close(self) -> None:
-        """Give the volume up. Idempotent."""
+        """Give the volume up. Further calls do nothing."""
         self._bytes.close()
 
 
@@ -373,17 +376,20 @@ def _refuse_taken(descriptor: int, path: Path, volume_id: bytes, volume_name: st
 
 
 def _writer_byte(volume_id: bytes) -> int:
-    """Return the byte of the store's lock file that stands for the writer of a volume: none that stands for a file."""
+    """Return the byte of the store's lock file that stands for the writer of a volume. It never stands for a file."""
     return _WRITER_BYTES + int.from_bytes(volume_id[:7], "big")
 
 
 def _is_only_read(descriptor: int, volume_id: bytes) -> bool:
-    """Whether a volume could be locked for reading: those who have it locked do no more."""
+    """Whether a volume that is locked could also be locked for reading, so that its holders only read it."""
     return _kind_in_the_way(descriptor, fcntl.F_RDLCK, _writer_byte(volume_id), 1) == fcntl.F_UNLCK
 
 
 def _lock_at_its_path(path: Path) -> int:
-    """Open and lock the file at a path, and return its descriptor once it is known to be that file still; -1: it is held."""
+    """Open and lock the file at a path, and return its descriptor, or -1 if somebody else has it locked.
+
+    The path leads to the file that is locked when this function returns.
+    """
     while True:
         descriptor = open_lock_file(path)
         try:
@@ -395,7 +401,7 @@ def _lock_at_its_path(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # it was removed, or replaced, before it was locked
+        os.close(descriptor)  # the file was removed or replaced before it was locked
 
 
 def _refuse_held(path: Path, volume_name: str) -> NoReturn:
@@ -409,7 +415,7 @@ def _refuse_held(path: Path, volume_name: str) -> NoReturn:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Say who holds a volume; a disk that is full keeps nobody from it."""
+    """Write into a lock file which process holds the volume. If the disk is full, the file stays empty."""
     with _named(descriptor):
         os.ftruncate(descriptor, 0)
     try:
@@ -421,14 +427,18 @@ def _write_holder(descriptor: int) -> None:
 
 
 def open_lock_file(path: Path) -> int:
-    """Open a file to lock its bytes, made where it is not there: a regular one, reached by no link at its end."""
+    """Open a file to lock its bytes, and make it if it is not there.
+
+    Anything but a regular file is refused, and so is a path that ends in a symbolic link.
+    """
     return _checked_lock_file(path, os.O_RDWR | os.O_CREAT)
 
 
 def _open_to_share(path: Path) -> int:
-    """Open a lock file; where it may only be read, to lock it for reading alone.
+    """Open a lock file. If it may only be read, open it for shared locks alone.
 
-    Where there is none, and none can be made, nobody can have made a file that somebody has to keep from being freed.
+    If there is no lock file and none can be made, a file in memory takes its place. Nobody has changed such a store
+    yet, so it has no file that must be kept from being freed.
     """
     try:
         return open_lock_file(path)
@@ -458,12 +468,12 @@ def _checked_lock_file(path: Path, flags: int) -> int:
             f"{path} {what}, and a lock of a store is a file of its own; remove it"
         )
     if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
-        share_file(descriptor, path)  # it may be that it was made just now
+        share_file(descriptor, path)  # the file may have been made just now
     return descriptor
 
 
 def is_file_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that a path leads to now."""
+    """Whether a path leads to this open file now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -471,7 +481,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 
 def volume_holder(path: Path) -> Holder | None:
-    """Who holds a volume for writing, without touching its lock."""
+    """Return the process that holds a volume for writing, or None. The lock itself is not touched."""
     try:
         descriptor = _checked_lock_file(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -483,7 +493,7 @@ def volume_holder(path: Path) -> Holder | None:
 
 
 def _read_holder(descriptor: int) -> Holder:
-    """What the file says; a process that is just taking or giving up the lock has pid 0."""
+    """Return the process that a lock file names. While a process takes or gives up the lock, the pid is 0."""
     with _named(descriptor):
         fields = os.pread(descriptor, 100, 0).split()
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
@@ -492,7 +502,10 @@ def _read_holder(descriptor: int) -> Holder:
 
 
 def start_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since the machine did: tells it from a later one with the same id."""
+    """Return the start of a process, in clock ticks since the machine started, or 0 if there is no such process.
+
+    The start tells the process from a later one with the same id.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -504,11 +517,11 @@ _READERS_BYTE, _MERGER_BYTE = 0, 1
 
 
 class BaseLock:
-    """The lock of a base file: shared while something reads it, exclusive while a merge writes it.
+    """The lock of a base file. It is shared while something reads the base, and exclusive while a merge writes it.
 
-    Whoever reads or writes the base does it through `descriptor`, the file that is locked: what its path leads to may be
-    another file at any time. Who wants to write first locks a byte that only mergers want, so that nobody else can come
-    between giving up the shared lock and having the exclusive one.
+    All reads and writes of the base use `descriptor`, the file that is locked, because the path may lead to another
+    file at any time. A merge first locks a second byte, which only merges use. So no other merge can come in between
+    when it gives up its shared lock and takes the exclusive one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -520,12 +533,12 @@ class BaseLock:
         forking.register(self)
 
     def write_alone(self) -> None:
-        """Hold the base alone, to write it; on an error it is held as before.
+        """Take the exclusive lock of the base, to write it. After an error, the base is locked as before.
 
         Raises
         ------
         StateError
-            Others have it open.
+            Another handle has the base open, or another merge writes it.
         """
         writer = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         if not _set_lock(writer, fcntl.F_WRLCK, _MERGER_BYTE, 1):
@@ -542,7 +555,7 @@ class BaseLock:
         self.descriptor = writer
 
     def share(self) -> None:
-        """Let others read the base again that was held alone."""
+        """Let others read the base again after `write_alone`."""
         if self.descriptor >= 0:
             _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1)
             _set_lock(self.descriptor, fcntl.F_UNLCK, _MERGER_BYTE, 1)
@@ -553,14 +566,14 @@ class BaseLock:
         return is_file_at(self.descriptor, self.path)
 
     def close(self) -> None:
-        """Give the base up. Idempotent."""
+        """Give the base up. Further calls do nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
             os.close(descriptor)
 
     def after_fork(self) -> None:
-        """In the child: close, but unlock nothing."""
+        """Close the descriptor in a forked child, but unlock nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -571,7 +584,7 @@ class BaseLock:
 
 
 def is_being_merged_into(path: Path) -> bool:
-    """Whether a merge writes the base at a path now, in any process."""
+    """Whether a merge in any process writes the base at a path now."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

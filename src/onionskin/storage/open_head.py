@@ -8,7 +8,6 @@ data path directly is told of a new one before the old one is closed.
 Nothing here decides what is done to a disk. What has to happen at its end (a flush, freeing) is passed in.
 """
 
-import logging
 import threading
 import warnings
 import weakref
@@ -19,6 +18,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
+from onionskin.base.lazy import logger
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import CommitUnknownError, VolumeRow
 from onionskin.errors import OnionskinError, StateError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Result = TypeVar("Result")
 

@@ -1,11 +1,11 @@
-"""A store that is open: what all that is done in it needs, and nothing of what is done.
+"""One opening of a store, with everything that its handles share.
 
-What must hold: here is what is shared by the handles of one opening: the directory, the catalog, the locks, the reserve, the
-list of what is open, and the thread for what nobody waits for. What that thread does is handed in. A handle holds
-shared locks on all files that it can read before it trusts the catalog.
+The handles share the directory, the catalog, the locks, the reserve, the list of open handles, and the thread that
+works in the background. The work of that thread is handed in; the operations themselves are elsewhere.
+
+What must hold: a handle holds shared locks on all files that it can read before it trusts the catalog.
 """
 
-import logging
 import os
 import stat
 import threading
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from onionskin.base import forking
 from onionskin.base.background import Background
 from onionskin.base.fsync import sync_directory
+from onionskin.base.lazy import logger
 from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_group
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
@@ -35,42 +36,42 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath
     from onionskin.kernels._volume import DataPath
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Result = TypeVar("Result")
 
 
 class Handle(Protocol):
-    """What is open in a store: a volume for writing, or a head or a snapshot to be read."""
+    """One open disk of a store: a volume that is open for writing, or a head or a snapshot that is open for reading."""
 
     @property
     def writable(self) -> bool:
-        """Whether it is a head that is open for writing."""
+        """Whether this is a head that is open for writing."""
 
     @property
     def head(self) -> bytes:
-        """The top layer of what it reads."""
+        """The id of the top layer that the handle reads."""
 
     @property
     def path(self) -> "DataPath":
-        """What it reads through."""
+        """The data path that the handle reads through."""
 
     @property
     def locks(self) -> ByteLocks:
-        """The locks on the files that it can read."""
+        """The locks on the files that the handle can read."""
 
     @property
     def base_lock(self) -> BaseLock | None:
-        """The lock on its base, where it has one."""
+        """The lock on the base, if there is a base."""
 
     def wait_for_readers(self) -> None:
-        """Return when every read that began before has ended."""
+        """Wait until every read that began before the call has ended."""
 
     def prepare_if_wanted(self) -> None:
-        """Make the files of the next head, so that a snapshot need not."""
+        """Make the files of the next head, so that a snapshot need not make them."""
 
     def close(self) -> None:
-        """Make durable what was written, and give it up."""
+        """Make durable what was written, and close the handle."""
 
 
 class OpenStore:
@@ -79,16 +80,16 @@ class OpenStore:
     Parameters
     ----------
     path, create, trust, group
-        As for `Store`.
+        These are as for `Store`.
     work : callable
-        What the background does when it is woken; called with this. It should raise nothing.
+        The function that the background thread calls with this object when it is woken. It should raise nothing.
 
     Attributes
     ----------
     views : SealedViews
-        The sealed layers that are open here.
+        The sealed layers that are open in this store.
     reported_work : set of int
-        Ids of the pending work whose failure was logged.
+        The ids of the pending work whose failure was logged already.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class OpenStore:
         self.path: Path = Path(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
-        # Wiped through this handle with policy `zero`, and not reached by it: see `note_unwipeable`.
+        # The bytes that this handle wiped with policy `zero`, but that may still be on the medium: see
+        # `note_unwipeable`.
         self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
         self._counting = threading.Lock()
@@ -121,8 +123,8 @@ class OpenStore:
         self.read_only: bool = self.layout.catalog.exists() and not can_be_written(self.layout.catalog)
         self.reserve: Reserve = Reserve(self.layout, read_only=self.read_only)
         self.catalog: Catalog = self._open_catalog(create)
-        if not self.read_only:  # and it is a store: nothing is made in a directory that is none
-            with suppress(OSError):  # what needs it says so
+        if not self.read_only:  # the catalog is open, so this is a store: no directory is made anywhere else
+            with suppress(OSError):  # an operation that needs one of the directories raises the error
                 self._make_parts()
         try:
             self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
@@ -134,11 +136,11 @@ class OpenStore:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called, or this is what a fork left in the child."""
+        """Whether `close` was called, or this object is the copy that a forked child inherited."""
         return self._closed
 
     def _open_catalog(self, create: bool) -> Catalog:
-        """Open the catalog; on a disk that is full to the last block, with no reserve left, to read it alone."""
+        """Open the catalog. If the disk is full to the last block and no reserve is left, open it read-only."""
         try:
             with self.reserve.is_kept():
                 if not self.read_only:
@@ -155,37 +157,42 @@ class OpenStore:
         group = None if group is None else group_id(group)
         way = [self.layout.root, *self.layout.root.parents]
         found = next(index for index, directory in enumerate(way) if directory.exists())
-        # From what is there already: one that crashed may have made it, and its name need not be durable.
+        # The loop begins with the directory that exists already: a process that crashed may have made it, and then its
+        # name need not be durable yet.
         for directory in reversed(way[: found + 1]):
             is_root, was_there = directory == self.layout.root, directory.exists()
             directory.mkdir(exist_ok=True, mode=0o700 if is_root else 0o777)
             if group is not None and is_root:
-                # One that was there is somebody's, with what is in it: its mode and its group are not changed in passing.
+                # A directory that existed before belongs to somebody, and so do its contents. Its mode and its group
+                # are therefore not changed.
                 (refuse_other_group if was_there else make_shared)(directory, group)
-            with suppress(PermissionError):  # somebody else's directory, so not one that we made
+            with suppress(PermissionError):  # this is somebody else's directory, so this store did not make it
                 sync_directory(directory.parent)  # BARRIER: store name
         self._make_parts()
 
     def _make_parts(self) -> None:
-        """Make the directories that a store consists of, where they are not there: copies of it may leave out empty ones."""
+        """Make the directories of a store that are missing. A copy of a store may lack those that were empty."""
         for name in DIRECTORIES:
             with suppress(FileExistsError):
                 (self.layout.root / name).mkdir(mode=0o700)
                 found = self.layout.root.stat()
-                if os.geteuid() == 0:  # in a store that belongs to somebody else, the owner goes on with it
+                if os.geteuid() == 0:  # the store may belong to another user, who must be able to use the directory
                     os.chown(self.layout.root / name, found.st_uid, found.st_gid)
                 if is_shared(self.layout.root):
                     make_shared(self.layout.root / name, found.st_gid)
 
     def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
-        """Open a head for the holder of its volume's lock."""
+        """Open a head for writing. The caller holds the lock of its volume."""
         self.catalog.sync_found()
         return self.open_layer(layer, writable=True, dirty=self.layout.dirty_file(volume_id))
 
     def open_layer(
         self, layer: bytes, *, writable: bool = False, verify: bool = False, dirty: Path | None = None
     ) -> OpenChain:
-        """Lock the files of a head or of a sealed layer, and open its data path; the caller closes all three."""
+        """Lock the files and the base of a head or a sealed layer, and open its data path.
+
+        The caller closes the data path and both locks.
+        """
         locks = ByteLocks(self.layout.lock)
         base_lock = None
         try:
@@ -199,7 +206,7 @@ class OpenStore:
         return OpenChain(chain, path, locks, base_lock)
 
     def _lock_layer(self, layer: bytes, locks: ByteLocks, verify: bool) -> tuple[Chain, BaseLock | None]:
-        """Lock a chain and its base; again where a merge into the base ended between the two."""
+        """Lock a chain and its base. If a merge into the base ended between the two steps, begin anew."""
         while True:
             chain = lock_chain(self.catalog, layer, locks)
             try:
@@ -209,19 +216,19 @@ class OpenStore:
                     raise
 
     def register(self, handle: Handle) -> None:
-        """Put a handle on the list of those that are open here."""
+        """Add a handle to the list of open handles."""
         with self._open_guard:
             self._open.add(handle)
 
     def open_handles(self) -> list[Handle]:
-        """Return the volumes and views that are open here."""
+        """Return the volumes and views that are open in this store."""
         with self._open_guard:
             return list(self._open)
 
     def change(self, change: "Callable[[], Result]") -> "Result":
-        """Run a change as one transaction, again with the reserve given up where the disk is full.
+        """Run a change as one transaction. If the disk is full, give the reserve up and run the change again.
 
-        So a change may be run twice; of the first time nothing is in the catalog.
+        So a change may run twice. The first run leaves nothing in the catalog then.
         """
 
         def once() -> "Result":
@@ -231,7 +238,7 @@ class OpenStore:
         return self.reserve.retry(once)
 
     def path_of_head(self, layer: bytes) -> "DataPath | None":
-        """Return the data path of the volume that is open here with this head."""
+        """Return the data path of the volume that is open for writing in this store with this head, if there is one."""
         for handle in self.open_handles():
             if handle.writable and handle.head == layer:
                 return handle.path
@@ -242,11 +249,11 @@ class OpenStore:
         self._background.wake()
 
     def finish_work(self) -> None:
-        """Wait for the background to be done."""
+        """Wait until the background has done its work."""
         self._background.finish()
 
     def note_unwipeable(self, count: int) -> None:
-        """Count bytes that a wipe overwrote and did not reach, and say so in the log, the first time."""
+        """Count bytes that a wipe overwrote but that may still be on the medium, and log a warning the first time."""
         with self._counting:
             first = count and not self.unwipeable_bytes
             self.unwipeable_bytes += count
@@ -259,16 +266,16 @@ class OpenStore:
             )
 
     def forget(self, handle: Handle) -> None:
-        """Take a handle that closes off the list."""
+        """Remove a handle that closes from the list of open handles."""
         with self._open_guard:
             self._open.discard(handle)
 
     def close(self) -> None:
-        """Close the store, and the handles that are still open in it. Idempotent."""
+        """Close the store, and the handles that are still open in it. Further calls do nothing."""
         if self._closed:
             return
         self._closed = True
-        with ExitStack() as stack:  # one volume whose flush fails does not keep the others open
+        with ExitStack() as stack:  # if the flush of one volume fails, the others are closed all the same
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)
             stack.callback(self._background.end)
@@ -276,12 +283,12 @@ class OpenStore:
                 stack.callback(handle.close)
 
     def after_fork(self) -> None:
-        """In the child: nothing is done here again."""
+        """Mark this object as closed. A forked child calls this, and then does nothing with the store."""
         self._closed = True
 
 
 def refuse_foreign(layout: Layout) -> None:
-    """Refuse the store of another user: its rows name files that would be read and written with this user's rights."""
+    """Refuse the store of another user. Its rows name files that would be used with the rights of this user."""
     try:
         owner = layout.root.stat().st_uid
     except FileNotFoundError:
@@ -294,7 +301,10 @@ def refuse_foreign(layout: Layout) -> None:
 
 
 def refuse_links(layout: Layout) -> None:
-    """Refuse a store one of whose own files or directories is something else: a link leads out of the store."""
+    """Refuse a store in which a link, or something else of the wrong kind, stands for one of its files or directories.
+
+    A link would lead out of the store.
+    """
     for path in (*(layout.root / name for name in DIRECTORIES), *layout.files):
         try:
             mode = path.lstat().st_mode

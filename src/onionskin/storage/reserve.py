@@ -1,7 +1,7 @@
-"""The reserve of a store: room on the disk that is given up where something must be freed and nothing else is left.
+"""The reserve of a store: room on the disk that is given up if something must be freed and the disk is full.
 
-What must hold: what is given up is kept for who gave it up, until that is done: nobody, in any process, sets it aside again
-meanwhile. A disk that has none left goes without a reserve.
+What must hold: the room that an operation gives up stays free for that operation until it ends. No thread and no
+process sets it aside again meanwhile. If the disk has no room for a reserve, the store goes without one.
 """
 
 import os
@@ -18,16 +18,16 @@ Result = TypeVar("Result")
 
 RESERVE_BYTES = 8 << 20
 CATALOG_ROOM_BYTES = 256 << 10
-CATALOG_INDEX_BYTES = 48 << 10  # 32 KiB, and what the log and the names of both take
+CATALOG_INDEX_BYTES = 48 << 10  # 32 KiB, and the room for the log and for the names of both files
 
 
 class Reserve:
-    """What a store has set aside. Any thread may call it.
+    """The room that a store has set aside. Any thread may call it.
 
     Attributes
     ----------
     read_only : bool
-        Whether the store can only be read: then nothing is set aside.
+        Whether the store can only be read. In that case nothing is set aside.
     """
 
     def __init__(self, layout: Layout, *, read_only: bool) -> None:
@@ -35,9 +35,9 @@ class Reserve:
         self.read_only = read_only
 
     def retry(self, change: "Callable[[], Result]") -> "Result":
-        """Run what frees space, or frees it later; where the disk is too full for it, give the reserve up and try again.
+        """Run a change that frees space, at once or later. If the disk is full, give the reserve up and run it again.
 
-        Also where there is no reserve: somebody else may just have given it up.
+        The change is run again even if there is no reserve, because another operation may just have given it up.
         """
         try:
             return change()
@@ -52,21 +52,21 @@ class Reserve:
             self.make()
 
     def is_kept(self) -> "AbstractContextManager[bool]":
-        """Keep everybody, in any process, from setting aside again what is given up for this one."""
+        """Keep every thread and process from setting the room aside again that this operation gives up."""
         return locked_directory(self._layout.root, alone=False)
 
     def make_room_for_catalog(self) -> None:
-        """Give the reserve up before SQLite makes its index on a disk that is all but full. While it is kept.
+        """Give the reserve up before SQLite makes the index of its log on a disk that is nearly full.
 
-        SQLite writes one byte of each page of the index and maps it. Where a block of the file system is smaller than a page
-        the others have no block then, and with none left the first access to one of them is SIGBUS: no error could tell.
-        It is tried whether there is room then, since a reserve may have had no blocks: where there is none the store is not
-        opened.
+        The caller has entered `is_kept`. SQLite writes one byte of each page of the index and maps the page. If the
+        blocks of the file system are smaller than a page, the rest of the page has no block yet. If the disk has no
+        block left then, the first access to the rest is SIGBUS, and no error could report it. The reserve may have had
+        no blocks, so this method tries afterwards whether there is room. If there is none, the store is not opened.
 
         Raises
         ------
         OSError
-            ENOSPC.
+            There is no room for the index (ENOSPC or EDQUOT).
         """
         with suppress(FileNotFoundError, PermissionError):
             found = os.statvfs(self._layout.root)
@@ -87,11 +87,11 @@ class Reserve:
                 raise OSError(error.errno, os.strerror(error.errno), str(self._layout.catalog)) from None
 
     def _give_up(self) -> None:
-        """Free what is set aside for a full disk, if anything is. While the room is kept."""
+        """Free the room that is set aside, if there is any. The caller has locked the directory."""
         self._layout.reserve.unlink(missing_ok=True)
 
     def _is_made(self) -> bool:
-        """Whether room is set aside: a copy of a store that keeps holes, or a kill, leaves a file without blocks."""
+        """Whether room is set aside. After a kill, or in a copy that keeps holes, the file may have no blocks."""
         try:
             found = self._layout.reserve.lstat()
         except FileNotFoundError:
@@ -99,9 +99,9 @@ class Reserve:
         return found.st_size >= RESERVE_BYTES and found.st_blocks > 0
 
     def make(self) -> None:
-        """Set space aside; a disk that has none left goes without, and so does one where somebody uses what was given up.
+        """Set room aside, unless the disk has none left or another operation uses the room that was given up.
 
-        Who does sets it aside again when he has done.
+        That operation sets the room aside again when it has ended.
         """
         if self.read_only or self._is_made():
             return

@@ -1,8 +1,8 @@
 """Sealed layers that are open in this process: views of the same layer share one data path.
 
-What must hold: what a sealed layer reads never changes, so one folded index serves all its views, and the second open
-costs a look into a table. The shared locks are held until the last view of the layer is closed and the last array over
-it is gone; the data path is closed with the last view.
+What must hold: the contents of a sealed layer never change, so one folded index serves all its views, and a second
+opening costs only a look-up in a table. The shared locks are held until the last view of the layer is closed and the
+last array over it is gone. The data path is closed with the last view.
 """
 
 import os
@@ -28,9 +28,10 @@ class OpenChain:
 
 
 def refuse_changed_base(opened: OpenChain) -> None:
-    """Raise ChainError where the base, by its locked descriptor, is not the file, or not as it was, that the chain says.
+    """Raise ChainError if the file that is locked as the base has another inode, size or time than the chain says.
 
-    Whoever copied from it asks again at the end: what was read before a change and after it is no disk.
+    An operation that copies from the base calls this again at the end. If the base changed meanwhile, parts of the copy
+    are from before the change and parts from after it, so the copy is not the disk of any time.
     """
     base = opened.chain.base
     if base is None:
@@ -45,16 +46,16 @@ def refuse_changed_base(opened: OpenChain) -> None:
 
 
 class SealedViews:
-    """The sealed layers that a store has open. Any thread may call it."""
+    """The sealed layers that a store has open. Any thread may call the methods."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._open: dict[bytes, OpenChain] = {}
 
     def take(self, layer: bytes, make: Callable[[], OpenChain]) -> OpenChain:
-        """Return the view of a layer, made if it is not open. Each take needs one `give_back`.
+        """Return the view of a layer, and make it if it is not open. Each `take` needs one `give_back`.
 
-        Opening is done without a lock: of two threads that come at once one has made its view for nothing.
+        The view is made without a lock. If two threads make it at once, one of the two views is closed again.
         """
         with self._guard:
             if layer in self._open:
@@ -75,7 +76,7 @@ class SealedViews:
         return view
 
     def give_back(self, layer: bytes) -> None:
-        """Close the data path of a layer with its last user. Waits for reads that are under way then."""
+        """End one use of a layer. The last one closes the data path, and waits for reads that are under way."""
         with self._guard:
             view = self._open[layer]
             view.users -= 1
@@ -86,7 +87,7 @@ class SealedViews:
 
 
 def closed_path(path: DataPath) -> DataPath:
-    """Return a data path of the same size that is closed: what a view has when others go on with its own."""
+    """Return a closed data path of the same size. A view that closes gets it if others still use its real one."""
     closed = DataPath(
         block_size=path.block_size,
         size_bytes=path.size_bytes,

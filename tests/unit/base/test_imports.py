@@ -36,6 +36,25 @@ def test_a_command_line_that_opens_nothing_imports_no_numpy(arguments: list[str]
     )
 
 
+UNNEEDED = {
+    *("logging", "hashlib", "tempfile", "shutil", "traceback", "difflib", "click.shell_completion"),
+    *("onionskin.cli.serve", "onionskin.cli.exchange", "onionskin.cli.byte_ranges", "onionskin.volume"),
+    *("onionskin.operations.prune", "onionskin.operations.reclaim", "onionskin.operations.usage"),
+}
+
+
+@pytest.mark.parametrize("verb", ["snapshots", "holds"])
+def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, verb: str) -> None:
+    with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
+        volume.snapshot("clean")
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin([{verb!r}, {str(tmp_path / 'vms/web')!r}])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"assert not {UNNEEDED} & sys.modules.keys(), {UNNEEDED} & sys.modules.keys()\n"
+    )
+
+
 CALLS = """
 import os, sys, onionskin
 with onionskin.Store(sys.argv[1]) as store:

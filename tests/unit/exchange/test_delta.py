@@ -658,3 +658,26 @@ def test_a_clone_whose_origin_lost_the_name_below_is_refused(clones: tuple[Store
         golden.merge("clean")
     with pytest.raises(ChainError, match="stands on no snapshot"):
         apply(there, stream, "test-1")
+
+
+def test_a_stream_goes_whole_to_a_file_that_takes_a_part_at_a_time(pair: tuple[Store, Store]) -> None:
+    class Part(io.RawIOBase):
+        def __init__(self) -> None:
+            self.taken = b""
+
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            self.taken += data[:100]
+            return len(data[:100])
+
+    here, _ = pair
+    out = Part()
+    delta.delta(here, "web", "a", "b", out)
+    assert out.taken == stream_of(here, "a", "b")
+
+
+def test_a_file_that_takes_nothing_is_no_place_for_a_stream(pair: tuple[Store, Store]) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(writer, "wb", buffering=0) as out, open(reader, "rb"), pytest.raises(BlockingIOError, match="blocking"):
+        for _ in range(100):
+            delta.delta(pair[0], "web", None, "a", out)

@@ -224,6 +224,17 @@ def test_an_import_that_fails_leaves_a_volume_that_took_its_name(store: Store, r
     assert contents(store, "web")[:8] == b"precious"
 
 
+def test_a_raw_image_that_is_written_to_while_it_is_imported_is_no_disk(store: Store, raw: Path) -> None:
+    def write_to_it(done: int, total: int) -> None:
+        with open(raw, "r+b") as file:
+            file.write(b"later")
+        os.utime(raw, ns=(1, 1))
+
+    with pytest.raises(FormatError, match="changed while it was read"):
+        import_image(store, raw, "web", progress=write_to_it)
+    assert store.volumes() == []
+
+
 @pytest.mark.parametrize("cut_at", [4 * BLOCK, 10 << 20], ids=["in data", "in a hole"])
 def test_an_image_that_is_cut_short_while_it_is_imported_is_an_error(store: Store, raw: Path, cut_at: int) -> None:
     with pytest.raises(OSError, match="cut to") as failure:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -115,6 +116,21 @@ def test_a_compressed_image_that_was_cut_short_leaves_nothing(
                 import_image(store, pipe, "web")
     assert store.volumes() == []
     assert store.check() == []
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_several_compressed_streams_in_a_row_are_one_disk_and_one_that_is_damaged_is_none(
+    store: Store, kind: str
+) -> None:
+    """Parallel programs make such: bzip2 says nothing worse of a damaged one than that there is trailing garbage."""
+    first, second = PACK[kind](DISK[:50_000]), PACK[kind](DISK[50_000:])
+    with pipe_of(first + second) as pipe:
+        import_image(store, pipe, "whole")
+    assert contents(store, "whole") == DISK
+    for behind in (b"?" + second[1:], second[:3], b"?"):
+        with pytest.raises(FormatError, match="could not unpack it"), pipe_of(first + behind) as pipe:
+            import_image(store, pipe, "web")
+    assert list(store) == ["whole"]
 
 
 def test_an_image_of_another_format_may_be_compressed_or_come_through_a_pipe(store: Store, tmp_path: Path) -> None:
@@ -246,3 +262,26 @@ def test_a_source_that_cannot_be_read_is_named() -> None:
             Source(descriptor, "the disk").peek(1)
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["raw", "gzip"])
+def test_a_pipe_that_has_nothing_yet_has_not_ended(store: Store, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    disk = os.urandom(40960)
+    data = gzip.compress(disk) if kind == "gzip" else disk
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    late = [data[:20], data[20:30], data[30:]]
+
+    def poll() -> Any:
+        if late:
+            os.write(writer, late.pop(0))
+            if not late:
+                os.close(writer)
+        return made()
+
+    made = select.poll
+    monkeypatch.setattr("onionskin.exchange.streams.select.poll", poll)
+    with open(reader, "rb", buffering=0) as pipe:
+        assert import_image(store, pipe, "new") == len(disk)
+    with store.open("new", mode="r") as volume:
+        assert volume.read(0, len(disk)) == disk

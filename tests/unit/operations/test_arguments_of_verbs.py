@@ -2,7 +2,6 @@
 
 import fractions
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_a_name_that_utf_8_cannot_hold_is_said_to_be_that(tmp_path: Path) -> Non
 def test_a_row_that_would_not_be_believed_is_not_written(tmp_path: Path, note: Any) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("v", size="1M") as volume:
         volume.snapshot("s")
-        row = replace(store._opened.catalog.rows(SnapshotRow)[0], name="t", note=note)
+        row = store._opened.catalog.rows(SnapshotRow)[0]._replace(name="t", note=note)
         with pytest.raises(ValueError, match="nothing was changed"), store._opened.catalog.transaction():
             store._opened.catalog.insert(row)
         assert [snapshot.name for snapshot in volume.snapshots] == ["s"]

@@ -78,6 +78,21 @@ def test_within_counts_from_the_newest_snapshot_and_not_from_now() -> None:
     assert kept(found, Rules(within=timedelta(days=1))) == ["s1", "s2"]
 
 
+@pytest.mark.parametrize("wrong", ["1970-01-01", "2036-01-01"])
+@pytest.mark.parametrize(
+    "rules", [Rules(last=2), Rules(hourly=2), Rules(daily=2), Rules(yearly=2), Rules(within=timedelta(days=3))]
+)
+def test_what_was_taken_last_is_kept_whatever_the_clock_said(rules: Rules, wrong: str) -> None:
+    right = [at("2025-03-01"), at("2026-03-02")]
+    assert "s2" in kept(taken(*right, at(wrong)), rules)
+    assert "s3" in kept(taken(right[0], at(wrong), at(wrong), right[1]), rules)
+
+
+def test_a_day_that_comes_again_as_the_clock_was_set_back_is_one_day() -> None:
+    found = taken(at("2026-03-01"), at("2026-03-02"), at("2026-03-03"), at("2026-03-02 12:00"), at("2026-03-03 12:00"))
+    assert kept(found, Rules(daily=2)) == ["s3", "s4"]
+
+
 def test_what_is_held_is_kept() -> None:
     found = taken(at("2026-01-01"), at("2026-01-02"), at("2026-01-03"))
     assert retained(found, Rules(last=1), held=["s0"])[0].kept_by == ("held",)
@@ -107,7 +122,7 @@ def test_the_rules_keep_what_a_plain_reading_of_them_keeps(
     if not (last or any(counts.values())):
         return
     found = taken(*times)
-    newest = sorted(found, key=lambda one: (one.created, int(one.name[1:])), reverse=True)
+    newest = found[::-1]
     wanted = {one.name for one in (newest if last == -1 else newest[:last])}
     for name, count in counts.items():
         groups: dict[str, str] = {}

@@ -1,12 +1,17 @@
 """A snapshot that another process renames while a verb acts on the name: the verb drops nothing that it was not asked for."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import onionskin
 from onionskin import StateError
+from onionskin.cli.app import onionskin as command_line
+from onionskin.nbd.server import Limits, Server
 from onionskin.operations import prune, snapshots
 
 VERBS: dict[str, Callable[[onionskin.Volume], object]] = {
@@ -40,19 +45,65 @@ def test_a_name_that_goes_to_another_snapshot_meanwhile_drops_neither(
         assert web.read(0, 4) == b"head"
 
 
-def test_pruning_drops_no_snapshot_that_took_a_name_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with onionskin.Store(tmp_path) as store, onionskin.Store(tmp_path) as other, store.create("web", size="1M") as web:
-        for name in ("a", "b"):
-            web.snapshot(name)
+Pruner = Callable[[onionskin.Store], object]
+
+
+def by_the_command_line(store: onionskin.Store) -> None:
+    done = CliRunner().invoke(command_line, ["prune", f"{store.path}/web", "--keep-last", "1"])
+    raise StateError(done.stderr)
+
+
+def through_a_server(store: onionskin.Store) -> None:
+    server = Server(limits=Limits(), allow_revert=True, log=lambda line: None)
+    try:
+        server.exports.add_volume(store.path, "web")
+        by_the_command_line(store)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "pruner", [lambda store: store.prune("web", keep_last=1), by_the_command_line, through_a_server]
+)
+def test_pruning_drops_no_snapshot_that_took_a_name_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruner: Pruner
+) -> None:
+    with onionskin.Store(tmp_path) as store, onionskin.Store(tmp_path) as other:
+        with store.create("web", size="1M") as web:
+            for name in ("a", "b"):
+                web.snapshot(name)
+        guids = {one.guid for one in store.snapshots("web")}
         found = prune.retained
+        free = iter("cdef")
 
         def rename_between(*given: object, **named: object) -> object:
             kept = found(*given, **named)  # type: ignore[arg-type]
-            other.rename_snapshot("web", "a", "c")
-            other.rename_snapshot("web", "b", "a")
+            first, second = (one.name for one in other.snapshots("web"))
+            other.rename_snapshot("web", first, next(free))
+            other.rename_snapshot("web", second, first)
             return kept
 
         monkeypatch.setattr(prune, "retained", rename_between)
         with pytest.raises(StateError, match="another snapshot"):
-            prune.prune(web._opened.to_write(), prune.Rules(last=1), held=())
-        assert [one.name for one in web.snapshots] == ["c", "a"]
+            pruner(store)
+        assert {one.guid for one in store.snapshots("web")} == guids
+
+
+def test_what_somebody_took_hold_of_meanwhile_is_kept_and_the_others_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path) as store, store.create("web", size="1M") as web:
+        for name in ("a", "b", "c", "d"):
+            web.snapshot(name)
+        found = prune.planned
+
+        def hold_between(*given: Any) -> object:
+            plan = found(*given)
+            with suppress(StateError):
+                store.hold("web", "b", "backup")
+            return plan
+
+        monkeypatch.setattr(prune, "planned", hold_between)
+        said = {one.snapshot: one.kept_by for one in store.prune("web", keep_last=1)}
+        assert said == {"a": (), "b": ("held",), "c": (), "d": ("last",)}
+        assert [one.name for one in web.snapshots] == ["b", "d"]

@@ -14,13 +14,13 @@ from support.examples import examples
 
 from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.operations.layering import LAYER_EXTENT_DTYPE, ChainMember, Layering
+from onionskin.operations.listing import TreeNode
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import BANDS_MAX, legend_of
 from onionskin.pictures.cells import Cells, cut
 from onionskin.pictures.maps import describe, map_png, map_svg
 from onionskin.pictures.terminal import in_letters
 from onionskin.pictures.trees import lay_out, tree_svg
-from onionskin.store import TreeNode
 
 SVG = "{http://www.w3.org/2000/svg}"
 MIB = 1 << 20

@@ -1,15 +1,21 @@
 """A process that is killed loses nothing that was acknowledged, flushed or not, whatever it was at."""
 
+import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from click.testing import CliRunner
 
 import onionskin
+from onionskin.base.states import DATA
+from onionskin.cli.app import onionskin as command_line
+from onionskin.images import export_image, import_image
 from onionskin.storage.layout import Layout
 
 BLOCK = 4096
@@ -121,6 +127,58 @@ def test_an_opening_that_only_reads_shows_it_too_and_leaves_it_for_the_next_writ
     assert dirty_file(root).read_bytes() == left
     with onionskin.Store(root) as store, store.open("web") as web:
         assert web.read(0, web.size_bytes) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_an_export_of_a_head_that_is_only_read_has_it_too(
+    root: Path, tmp_path: Path, kind: Literal["raw", "qcow2"]
+) -> None:
+    write_and_die(root)
+    with onionskin.Store(root) as store, store.open("web", mode="r") as web:
+        export_image(web, tmp_path / "out", format=kind)
+        import_image(store, tmp_path / "out", "back")
+        with store.open("back") as back:
+            assert back.read(0, back.size_bytes) == EXPECTED
+
+
+def test_an_export_keeps_writers_from_a_head_that_is_only_read(root: Path, tmp_path: Path) -> None:
+    with onionskin.Store(root) as store, store.open("web", mode="r") as web:
+
+        def close_it(done: int, total: int) -> None:
+            web.close()
+            with pytest.raises(onionskin.StateError, match="open for reading"):
+                store.open("web")
+            progress.append(done)
+
+        progress: list[int] = []
+        web.export(tmp_path / "out", progress=close_it)
+        assert progress
+        with pytest.raises(onionskin.StateError, match="closed"):
+            web.export(tmp_path / "out")
+        store.open("web").close()
+
+
+def test_what_changed_is_not_told_before_what_was_left_is_in_the_map(root: Path) -> None:
+    write_and_die(root)
+    with onionskin.Store(root) as store:
+        with store.open("web", mode="r") as web, pytest.raises(onionskin.StateError, match="unflushed"):
+            web.diff("one")
+        with store.open("web", mode="r") as web:
+            assert web.diff("one", "one").tolist() == []
+        store.open("web").close()
+        with store.open("web", mode="r") as web:
+            assert (20 * BLOCK, BLOCK, DATA) in web.diff("one").tolist()
+
+
+@pytest.mark.parametrize("of", ["web", "clone"])
+def test_diff_of_the_command_line_tells_what_was_left_unflushed(root: Path, of: str) -> None:
+    with onionskin.Store(root) as store:
+        store.clone("web", "one", "clone")
+        with store.open("clone") as clone:
+            clone.snapshot("one")
+    write_and_die(root)
+    told = CliRunner().invoke(command_line, ["diff", f"{root}/{of}@one", f"{root}/web", "--json"])
+    assert {"offset": 20 * BLOCK, "length": BLOCK, "state": "data"} in json.loads(told.stdout)["extents"]
 
 
 def test_a_head_of_which_nothing_was_flushed_is_read_after_a_kill(tmp_path: Path) -> None:
