@@ -723,7 +723,7 @@ class Store:
         name: str | None = None,
         lifetime: "str | float | timedelta | None" = None,
         wipe: "WipePolicy | None" = None,
-    ) -> Iterator[Volume]:
+    ) -> "Iterator[Volume]":
         """Fork a snapshot, or a disk as it is now, for a with block: the fork is open in it, and dropped behind it.
 
         What was written to it goes, with the snapshots that were taken of it. Where it was deleted in the block, it is

@@ -245,8 +245,9 @@ def seal_together(parts: Sequence[tuple[OpenHead, Check, Also]]) -> list[LayerRo
 
     with begin_seals([volume for volume, _, _ in parts]) as sealings:
         rows = parts[0][0].store.change(write_rows)
-    for sealing in sealings:
-        sealing.finish()
+    with ExitStack() as finishing:  # an error of one keeps the others from nothing
+        for sealing in sealings:
+            finishing.callback(sealing.finish)
     return rows
 
 
