@@ -208,6 +208,39 @@ def test_all_volumes_go_on_where_a_step_fails_for_one(
 
 
 @pytest.mark.parametrize("step", ["begin", "sync"])
+def test_of_a_group_only_the_volume_whose_sync_failed_takes_no_more_writes(
+    store: onionskin.Store, make: Make, step: str
+) -> None:
+    """As after a failed sync: what is durable of that one is not known before it is opened again."""
+    volumes = {volume.name: volume for volume in make("web", "db", "log")}
+    real: Callable[[Sealing], None] = getattr(Sealing, step)
+
+    def poison(sealing: Sealing) -> None:
+        if sealing.volume.row.name == "db":
+            sealing.volume.path.poison()
+        real(sealing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sealing, step, poison)
+        with pytest.raises(onionskin.StateError, match=r"volume 'db'.*open it again"):
+            store.snapshot_group(dict.fromkeys(volumes, "s"))
+    for name in ("web", "log"):
+        volumes[name].write(BLOCK, b"after")
+        volumes[name].flush()
+        assert volumes[name].snapshots == []
+    with pytest.raises(onionskin.StateError, match="open it again"):
+        volumes["db"].write(BLOCK, b"after")
+    with pytest.raises(onionskin.StateError, match="open it again"):
+        store.snapshot_group(dict.fromkeys(volumes, "s"))
+    volumes["db"].close()
+    with store.open("db") as db:
+        assert db[:2] == b"db" and db.snapshots == []
+        store.snapshot_group(dict.fromkeys(volumes, "s"))
+    assert [len(store.snapshots(name)) for name in volumes] == [1, 1, 1]
+    assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("step", ["begin", "sync"])
 def test_an_error_of_one_of_several_says_whose_it_is(store: onionskin.Store, make: Make, step: str) -> None:
     make("web", "db")
     with pytest.MonkeyPatch.context() as patch:
