@@ -59,9 +59,9 @@ from onionskin.storage.open_store import OpenStore
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks, holds
-    from onionskin.operations import lineage as lineages
     from onionskin.operations import usage as usages
     from onionskin.operations.layering import Layering
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.volume import Volume
@@ -826,7 +826,7 @@ class Store:
             forks.fold_what_stays(self._opened, stood_on)
         return names
 
-    def lineage(self, name: str) -> "list[lineages.Ancestor]":
+    def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
 
         Parameters
