@@ -59,9 +59,12 @@ nitpick_ignore = [
             "WipePolicy",
             "WritableBuffer",
         ),  # onionskin.base.annotations
-        *("array", "buffer", "sequence", "uint8"),
+        *("array", "buffer", "mapping", "sequence", "uint8"),
+        *("TypeAliasForwardRef", "timedelta"),  # what Sphinx makes of an alias and of a name in a quoted annotation
         "callable",
         "collections.abc.Callable",
+        "collections.abc.Iterator",
+        "collections.abc.Mapping",
         "collections.abc.Sequence",
         "datetime.datetime",
         "datetime.timedelta",

@@ -220,7 +220,7 @@ static int put_back_freed(struct onion_volume *volume, struct onion_dirty_record
     return 0;
 }
 
-static void release_batch(struct onion_dirty_records *batch) {
+void onion_volume_release_batch(struct onion_dirty_records *batch) {
     if (!batch->published)
         free(batch->records);
     free(batch->freed);
@@ -234,7 +234,7 @@ void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_recor
     if (status < 0)
         onion_volume_mark_poisoned(volume); /* the order of the changes is lost */
     pthread_mutex_unlock(&volume->dirty_lock);
-    release_batch(batch);
+    onion_volume_release_batch(batch);
 }
 
 /* ---- flush ---- */
@@ -257,7 +257,7 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
     pthread_mutex_unlock(&volume->dirty_lock);
     /* The frame is durable, so the flush has happened. A failure to wipe its slots is reported all the same. */
     status = onion_volume_reclaim_freed(volume, batch);
-    release_batch(batch);
+    onion_volume_release_batch(batch);
     return status;
 }
 

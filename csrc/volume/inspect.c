@@ -94,7 +94,7 @@ uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segm
     if (onion_volume_usable(volume) == ONION_E_FORKED)
         return 0;
     pthread_rwlock_rdlock(&volume->gate);
-    uint32_t found = 0, count = volume->closed || !volume->sealing ? 0 : volume->segment_count;
+    uint32_t found = 0, count = volume->closed || volume->seal.stage != ONION_SEAL_SYNCED ? 0 : volume->segment_count;
     for (uint32_t i = 1; i <= count; i++) {
         const struct onion_segment *segment = volume->segments[i];
         if (!segment->own || onion_segment_is_head(volume, segment))

@@ -63,6 +63,23 @@ struct onion_head_log {
     int is_new;        /* its header and its name are not synced yet */
 };
 
+/* How far a seal is: see seal.c. */
+enum onion_seal_stage {
+    ONION_SEAL_NONE,
+    ONION_SEAL_BEGUN,
+    ONION_SEAL_HELD,
+    ONION_SEAL_CUT,
+    ONION_SEAL_RELEASED,
+    ONION_SEAL_SYNCED,
+};
+
+struct onion_seal {
+    enum onion_seal_stage stage;
+    int spare_taken;                  /* guarded by prepare_lock: nobody makes files of the spare any more */
+    struct onion_dirty_records batch; /* CUT, RELEASED: what was cut off and is not durable yet */
+    uint64_t size_bytes;              /* at the cut */
+};
+
 struct onion_volume {
     uint32_t block_size, block_shift, blocks_per_range;
     uint64_t size_bytes; /* atomic: readers check their ranges against it */
@@ -111,6 +128,7 @@ struct onion_volume {
     pthread_mutex_t prepare_lock;       /* guards prepared_log and the making of the spare's file */
     struct onion_head_log prepared_log; /* the next head's log, if its files were made beforehand */
     uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
+    struct onion_seal seal;
     int sealing, rewriting;
     int frozen; /* the gate is held until the volume is closed or thawed */
 };
@@ -345,6 +363,8 @@ int onion_volume_commit_batch(struct onion_volume *volume, struct onion_head_log
                               struct onion_dirty_records *batch, int of_sealed);
 /* Puts a batch back before the newer records, because the flush changed nothing. */
 void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_records *batch);
+/* Frees what a batch holds of the heap. */
+void onion_volume_release_batch(struct onion_dirty_records *batch);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 
 /* ---- replace_below.c ---- */

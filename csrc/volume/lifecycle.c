@@ -126,6 +126,8 @@ void onion_volume_close(struct onion_volume *volume) {
     if (volume->base)
         onion_base_release(NULL, volume->base);
     volume->base = NULL;
+    onion_volume_release_batch(&volume->seal.batch); /* its records are in the journal, where that has a file */
+    volume->seal.batch = (struct onion_dirty_records){0};
     onion_head_log_close(&volume->log);
     onion_head_log_close(&volume->next_log);
     onion_head_log_close(&volume->prepared_log);

@@ -1,5 +1,13 @@
 /* seal.c: a snapshot: the head becomes a sealed layer, and the next one begins, whose files may be made beforehand. See
- * volume.h for what must hold. */
+ * volume.h for what must hold.
+ *
+ * A seal has stages, so that several volumes can be cut at one instant; each can be the last, and is then undone:
+ *   BEGUN     the flush gate is closed, the next log and spare are set aside, most of the head is durable
+ *   HELD      writers wait at the gate
+ *   CUT       the dirty records are taken and the heads are swapped; writers still wait
+ *   RELEASED  writers go on in the new head
+ *   SYNCED    the old head is durable, and waits for its outcome
+ * Between two calls `sealing` says that nobody is inside, so that a close need not wait for the outcome. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -52,7 +60,7 @@ static int prepare_locked(struct onion_volume *volume, const char *map_path, con
     pthread_rwlock_rdlock(&volume->gate);
     int status = onion_volume_usable(volume);
     struct onion_segment *spare = status == 0 && volume->spare ? volume->segments[volume->spare] : NULL;
-    if (spare && memcmp(spare->uuid, map_id, ONION_UUID_BYTES))
+    if (spare && (volume->seal.spare_taken || memcmp(spare->uuid, map_id, ONION_UUID_BYTES)))
         spare = NULL;
     pthread_rwlock_unlock(&volume->gate);
     if (!spare)
@@ -99,28 +107,6 @@ static void give_next_log_back(struct onion_volume *volume) {
     volume->next_log = (struct onion_head_log){.fd = -1};
 }
 
-static int seal_locked(struct onion_volume *volume, struct onion_sealed *sealed) {
-    /* First with writers at work, so that what is left behind the barrier is small. */
-    int status = onion_volume_flush_behind_gate(volume);
-    if (status < 0)
-        return status;
-    pthread_rwlock_wrlock(&volume->gate);
-    struct onion_dirty_records batch = onion_volume_take_dirty_records(volume, &volume->next_log);
-    sealed->size_bytes = volume->size_bytes;
-    swap_heads(volume);
-    pthread_rwlock_unlock(&volume->gate);
-    status = onion_volume_commit_batch(volume, &volume->log, &batch, 1);
-    if (status < 0) {
-        unswap_heads(volume);
-        onion_volume_resolve_owner(volume);
-        return status;
-    }
-    sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
-    sealed->map_frames = volume->log.cursor.sequence;
-    sealed->map_crc = volume->log.cursor.crc;
-    return 0;
-}
-
 /* Sets aside what the commit of a seal needs and might not get: a number in the index, one in the log that is sealed,
  * and memory. Where a seal is refused, there are numbers left for opening the volume again, and for a head that goes on
  * with the spare after an aborted seal. */
@@ -137,27 +123,183 @@ static int make_room_for_spare(struct onion_volume *volume) {
     return onion_segment_new(volume->segments_directory, no_id, 0, volume->block_shift, &volume->next_spare);
 }
 
+/* ---- the stages ---- */
+
+static int set_aside(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    pthread_mutex_lock(&volume->prepare_lock); /* a preparation under way ends first, and none begins */
+    int status = volume->spare ? make_room_for_spare(volume) : -EBUSY;
+    if (status == 0)
+        status = take_next_log(volume, map_path, map_id);
+    volume->seal.spare_taken = status == 0;
+    pthread_mutex_unlock(&volume->prepare_lock);
+    return status;
+}
+
+static void give_back_what_was_set_aside(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->prepare_lock);
+    give_next_log_back(volume);
+    volume->seal.spare_taken = 0;
+    pthread_mutex_unlock(&volume->prepare_lock);
+}
+
+static int begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    (void)onion_fault_install(); /* see base/sigbus.h */
+    int status = set_aside(volume, map_path, map_id);
+    if (status < 0)
+        return status;
+    /* With writers at work, so that what is left behind the barrier is small. */
+    status = onion_volume_flush_behind_gate(volume);
+    if (status < 0)
+        give_back_what_was_set_aside(volume);
+    return status;
+}
+
+/* Writers wait meanwhile. */
+static void cut(struct onion_volume *volume) {
+    volume->seal.batch = onion_volume_take_dirty_records(volume, &volume->next_log);
+    volume->seal.size_bytes = volume->size_bytes;
+    swap_heads(volume);
+}
+
+static void undo_cut(struct onion_volume *volume) {
+    unswap_heads(volume);
+    onion_volume_resolve_owner(volume);
+    give_back_what_was_set_aside(volume);
+}
+
+/* Makes what was cut off durable. On failure the old head goes on. */
+static int sync_cut(struct onion_volume *volume, struct onion_sealed *sealed) {
+    int status = onion_volume_commit_batch(volume, &volume->log, &volume->seal.batch, 1);
+    volume->seal.batch = (struct onion_dirty_records){0};
+    if (status < 0) {
+        undo_cut(volume);
+        return status;
+    }
+    sealed->size_bytes = volume->seal.size_bytes;
+    sealed->map_length = volume->log.cursor.sequence ? volume->log.cursor.offset : 0;
+    sealed->map_frames = volume->log.cursor.sequence;
+    sealed->map_crc = volume->log.cursor.crc;
+    return 0;
+}
+
+/* Goes on with a seal that is in this stage; a close waits from here until `leave`. */
+static int enter(struct onion_volume *volume, enum onion_seal_stage stage) {
+    int status = onion_volume_usable(volume);
+    if (status < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return status;
+    pthread_mutex_lock(&volume->flush_lock);
+    status = onion_volume_usable(volume);
+    if (status == 0 && (!volume->sealing || volume->seal.stage != stage))
+        status = -EINVAL;
+    if (status == 0)
+        volume->sealing = 0;
+    pthread_mutex_unlock(&volume->flush_lock);
+    return status;
+}
+
+/* The same for the outcome, which a poisoned volume has too. -EINVAL: there is none to be told. */
+static int enter_last(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) == ONION_E_FORKED)
+        return ONION_E_FORKED;
+    pthread_mutex_lock(&volume->flush_lock);
+    int status = volume->sealing ? onion_volume_usable(volume) : -EINVAL;
+    if (status == 0 || status == ONION_E_POISONED)
+        volume->sealing = 0;
+    pthread_mutex_unlock(&volume->flush_lock);
+    return status;
+}
+
+static void leave(struct onion_volume *volume, enum onion_seal_stage stage) {
+    volume->seal.stage = stage;
+    onion_volume_keep_flush_gate(volume, &volume->sealing, 1);
+}
+
+static void end(struct onion_volume *volume) {
+    volume->seal.stage = ONION_SEAL_NONE;
+    onion_volume_open_flush_gate(volume);
+}
+
+int onion_volume_seal_begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
+    int status = onion_volume_close_flush_gate(volume);
+    if (status < 0)
+        return status;
+    status = begin(volume, map_path, map_id);
+    if (status < 0)
+        end(volume);
+    else
+        leave(volume, ONION_SEAL_BEGUN);
+    return status;
+}
+
+int onion_volume_seal_hold(struct onion_volume *volume) {
+    int status = enter(volume, ONION_SEAL_BEGUN);
+    if (status < 0)
+        return status;
+    pthread_rwlock_wrlock(&volume->gate);
+    leave(volume, ONION_SEAL_HELD);
+    return 0;
+}
+
+int onion_volume_seal_cut(struct onion_volume *volume) {
+    int status = enter(volume, ONION_SEAL_HELD);
+    if (status < 0)
+        return status;
+    cut(volume);
+    leave(volume, ONION_SEAL_CUT);
+    return 0;
+}
+
+void onion_volume_seal_release(struct onion_volume *volume) {
+    enum onion_seal_stage stage = volume->seal.stage;
+    if (onion_volume_usable(volume) == ONION_E_FORKED || (stage != ONION_SEAL_HELD && stage != ONION_SEAL_CUT))
+        return;
+    volume->seal.stage = stage == ONION_SEAL_CUT ? ONION_SEAL_RELEASED : ONION_SEAL_BEGUN;
+    pthread_rwlock_unlock(&volume->gate);
+}
+
+int onion_volume_seal_sync(struct onion_volume *volume, struct onion_sealed *sealed) {
+    int status = enter(volume, ONION_SEAL_RELEASED);
+    if (status < 0)
+        return status;
+    status = sync_cut(volume, sealed);
+    if (status < 0)
+        end(volume);
+    else
+        leave(volume, ONION_SEAL_SYNCED);
+    return status;
+}
+
 int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
                       struct onion_sealed *sealed) {
     int status = onion_volume_close_flush_gate(volume);
     if (status < 0)
         return status;
-    (void)onion_fault_install();               /* see base/sigbus.h */
-    pthread_mutex_lock(&volume->prepare_lock); /* until the spare is taken */
-    status = volume->spare ? make_room_for_spare(volume) : -EBUSY;
-    if (status == 0)
-        status = take_next_log(volume, map_path, map_id);
-    if (status == 0)
-        status = seal_locked(volume, sealed);
-    if (status < 0)
-        give_next_log_back(volume);
-    pthread_mutex_unlock(&volume->prepare_lock);
-    if (status < 0) {
-        onion_volume_open_flush_gate(volume);
-        return status;
+    status = begin(volume, map_path, map_id);
+    if (status == 0) {
+        pthread_rwlock_wrlock(&volume->gate);
+        cut(volume);
+        pthread_rwlock_unlock(&volume->gate);
+        status = sync_cut(volume, sealed);
     }
-    onion_volume_keep_flush_gate(volume, &volume->sealing, 1);
-    return 0;
+    if (status < 0)
+        end(volume);
+    else
+        leave(volume, ONION_SEAL_SYNCED);
+    return status;
+}
+
+int onion_volumes_cut(struct onion_volume *const *volumes, uint32_t count, uint32_t *failed) {
+    uint32_t held = 0;
+    int status = 0;
+    while (held < count && (status = onion_volume_seal_hold(volumes[held])) == 0)
+        held++;
+    *failed = held;
+    for (uint32_t i = 0; i < held && status == 0; i++)
+        if ((status = onion_volume_seal_cut(volumes[i])) < 0)
+            *failed = i;
+    for (uint32_t i = 0; i < held; i++)
+        onion_volume_seal_release(volumes[i]);
+    return status;
 }
 
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
@@ -204,11 +346,18 @@ static void close_sealed_segments(struct onion_volume *volume) {
     pthread_rwlock_unlock(&volume->gate);
 }
 
+/* ---- its outcome ---- */
+
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare) {
-    if (!volume->sealing)
+    if (volume->seal.stage != ONION_SEAL_SYNCED)
         return -EINVAL;
-    int status = onion_volume_usable(volume);
-    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
+    int status = enter_last(volume);
+    if (status == -EINVAL || status == ONION_E_FORKED)
+        return status;
+    if (status != ONION_E_CLOSED) {
+        pthread_mutex_lock(&volume->prepare_lock);
+        volume->seal.spare_taken = 0;
+        pthread_mutex_unlock(&volume->prepare_lock);
         onion_head_log_close(&volume->log);
         volume->log = volume->next_log;
         volume->next_log = (struct onion_head_log){.fd = -1};
@@ -217,20 +366,26 @@ int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *n
         close_sealed_segments(volume);
         status = onion_volume_set_spare(volume, next_spare);
     }
-    onion_volume_open_flush_gate(volume);
+    end(volume);
     return status;
 }
 
 int onion_volume_seal_abort(struct onion_volume *volume) {
-    if (!volume->sealing)
-        return -EINVAL;
-    int status = onion_volume_usable(volume);
-    if (status != ONION_E_CLOSED && status != ONION_E_FORKED) {
-        unswap_heads(volume);
-        onion_volume_resolve_owner(volume);
-        onion_head_log_close(&volume->next_log);
+    int status = enter_last(volume);
+    if (status == -EINVAL || status == ONION_E_FORKED)
+        return status;
+    onion_volume_seal_release(volume);
+    if (status != ONION_E_CLOSED) {
+        if (volume->seal.stage == ONION_SEAL_RELEASED) {
+            onion_volume_put_back(volume, &volume->seal.batch);
+            volume->seal.batch = (struct onion_dirty_records){0};
+        }
+        if (volume->seal.stage == ONION_SEAL_BEGUN)
+            give_back_what_was_set_aside(volume);
+        else
+            undo_cut(volume);
         status = 0;
     }
-    onion_volume_open_flush_gate(volume);
+    end(volume);
     return status;
 }

@@ -194,10 +194,29 @@ uint32_t onion_volume_just_sealed(struct onion_volume *volume, struct onion_segm
 int onion_volume_seal(struct onion_volume *volume, const char *map_path, const unsigned char *map_id,
                       struct onion_sealed *sealed);
 int onion_volume_seal_commit(struct onion_volume *volume, const unsigned char *next_spare);
+/* The old head goes on, whatever stage the seal was in (see below), and owns what was written since. */
 int onion_volume_seal_abort(struct onion_volume *volume);
+
+/* The same in stages, so that several volumes are cut at one instant: begin, hold, cut, release and sync come to
+ * onion_volume_seal. From a begin on, the flush gate stays closed until seal_commit, seal_abort, or an error of the
+ * sync: after that the old head goes on already. -EINVAL: the seal is not in the stage before.
+ *   begin    may take long, with writers at work; on an error nothing has changed
+ *   hold     waits for the writers inside, and keeps others waiting
+ *   cut      takes what is written, and swaps the heads; no I/O
+ *   release  lets writers go on; without a cut, as after the begin. By the thread that held, as is an abort before it
+ *   sync     makes the sealed head durable; by any thread */
+int onion_volume_seal_begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id);
+int onion_volume_seal_hold(struct onion_volume *volume);
+int onion_volume_seal_cut(struct onion_volume *volume);
+void onion_volume_seal_release(struct onion_volume *volume);
+int onion_volume_seal_sync(struct onion_volume *volume, struct onion_sealed *sealed);
+/* Holds all volumes, each of which is there once, cuts all, and releases all: every write that was acknowledged by
+ * any of them before one that the cut leaves out began is in the cut. On an error *failed is the index of the volume
+ * that it is of; no writer waits, and each volume that was begun is to be aborted. */
+int onion_volumes_cut(struct onion_volume *const *volumes, uint32_t count, uint32_t *failed);
 /* Makes the files of the next head beforehand, durable: the spare segment, whose id is map_id too, and the map
  * `map_path`, both empty. A seal with this map_id begins with them, so the first flush after it has three syncs less.
- * -EBUSY: another segment is the spare, or none. Where it fails with -ENOSPC nothing is lost: the next head makes its
+ * -EBUSY: another segment is the spare, or none, or a seal has taken it. Where it fails with -ENOSPC nothing is lost: the next head makes its
  * files when it needs them. A seal that comes meanwhile waits. */
 int onion_volume_prepare(struct onion_volume *volume, const char *map_path, const unsigned char *map_id);
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare);

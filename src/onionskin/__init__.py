@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
@@ -46,6 +47,7 @@ _HOME = {
     **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    "Ancestor": "onionskin.operations.lineage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
@@ -56,6 +58,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
+    "Ancestor",
     "ChainError",
     "ChainLayer",
     "ChainMember",

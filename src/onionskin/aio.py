@@ -15,9 +15,9 @@ has
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
 from onionskin.operations.holds import Hold
+from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
 from onionskin.operations.prune import Retention
 from onionskin.operations.usage import Problem, Usage
@@ -194,14 +195,85 @@ class Store:
         return self._opening(partial(self.sync.open, name, snapshot=snapshot, verify=verify, mode=mode))
 
     @_twin_of(onionskin.store.Store.clone)
-    async def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
+    async def clone(
+        self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None
+    ) -> None:
         """Await `onionskin.Store.clone`."""
         await self.run(self.sync.clone, name, snapshot, new_name, wipe=wipe)
 
     @_twin_of(onionskin.store.Store.delete)
-    async def delete(self, name: str, *, recursive: bool = False) -> None:
+    async def delete(self, *names: str, recursive: bool = False) -> int:
         """Await `onionskin.Store.delete`."""
-        await self.run(self.sync.delete, name, recursive=recursive)
+        return await self.run(self.sync.delete, *names, recursive=recursive)
+
+    @_twin_of(onionskin.store.Store.snapshot_group)
+    async def snapshot_group(self, names: "Mapping[str, str | None]", note: str = "") -> "dict[str, Snapshot]":
+        """Await `onionskin.Store.snapshot_group`."""
+        return await self.run(self.sync.snapshot_group, names, note)
+
+    @_twin_of(onionskin.store.Store.fork)
+    async def fork(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        names: "Sequence[str] | None" = None,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> list[str]:
+        """Await `onionskin.Store.fork`."""
+        return await self.run(
+            self.sync.fork,
+            source,
+            snapshot,
+            names=names,
+            count=count,
+            pattern=pattern,
+            idempotency_key=idempotency_key,
+            lifetime=lifetime,
+            labels=labels,
+            wipe=wipe,
+        )
+
+    @_twin_of(onionskin.store.Store.forks_of)
+    async def forks_of(self, source: str, snapshot: str | None = None) -> list[str]:
+        """Await `onionskin.Store.forks_of`."""
+        return await self.run(self.sync.forks_of, source, snapshot)
+
+    @_twin_of(onionskin.store.Store.lineage)
+    async def lineage(self, name: str) -> list[Ancestor]:
+        """Await `onionskin.Store.lineage`."""
+        return await self.run(self.sync.lineage, name)
+
+    @_twin_of(onionskin.store.Store.expire)
+    async def expire(self) -> list[str]:
+        """Await `onionskin.Store.expire`."""
+        return await self.run(self.sync.expire)
+
+    @_twin_of(onionskin.store.Store.temporary)
+    @asynccontextmanager
+    async def temporary(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        name: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> "AsyncIterator[Volume]":
+        """Use `onionskin.Store.temporary` with ``async with``."""
+        block = self.sync.temporary(source, snapshot, name=name, lifetime=lifetime, wipe=wipe)
+        opened = await self._calls.run(block.__enter__, undo=lambda _: block.__exit__(None, None, None))
+        volume = Volume(self, opened)
+        try:
+            yield volume
+        finally:
+            await volume.close()
+            await self.run(block.__exit__, None, None, None)
 
     @_twin_of(onionskin.store.Store.rename)
     async def rename(self, name: str, new_name: str) -> None:
@@ -276,9 +348,9 @@ class Store:
     # ---- looking ----
 
     @_twin_of(onionskin.store.Store.volumes)
-    async def volumes(self, *, space: bool = True) -> list[VolumeInfo]:
+    async def volumes(self, *, labels: "Mapping[str, str] | None" = None, space: bool = True) -> list[VolumeInfo]:
         """Await `onionskin.Store.volumes`."""
-        return await self.run(self.sync.volumes, space=space)
+        return await self.run(self.sync.volumes, labels=labels, space=space)
 
     @_twin_of(onionskin.store.Store.info)
     async def info(self, name: str) -> VolumeInfo:

@@ -9,7 +9,9 @@ need more than one of these modules.
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
@@ -29,7 +31,6 @@ from onionskin.catalog.tree import (
     Snapshot,
     find_snapshot,
     list_snapshots,
-    remove_unreachable_layers,
 )
 from onionskin.errors import (
     ChainError,
@@ -57,9 +58,11 @@ from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.store_info import StoreInfo
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 _log = logger(__name__)
+
+_CUT_WAIT_SECONDS = 1.0
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
 
@@ -124,6 +129,7 @@ class Store:
         self._trust = trust
         self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
         self.path: Path = self._opened.path
+        self._cutting = threading.Lock()
 
     @property
     def read_only(self) -> bool:
@@ -244,11 +250,11 @@ class Store:
         if base is None:
             if size_bytes is None:
                 raise ValueError("a volume without a base needs a size, such as '20G'")
-            return self._make_volume(name, None, None, block_size, wipe, size_bytes)
+            return self._make_volume(name, None, block_size, wipe, size_bytes)
         with self._base(Path(base), digest=digest, vouched=vouched) as below:
             if size_bytes is None and not below.size_bytes:
                 raise ValueError(f"a volume has at least one byte: the base {base} is empty; give a size")
-            return self._make_volume(name, None, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
+            return self._make_volume(name, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
 
     @contextmanager
     def _base(self, path: Path, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
@@ -264,13 +270,14 @@ class Store:
     def _make_volume(
         self,
         name: str,
-        source: "tuple[str, str] | None",
         base: BaseRow | None,
         block_size: int,
         wipe: str,
         size_bytes: int,
     ) -> "Volume":
         """Make a volume and open it. Its lock is held before anybody can see the volume. A failure leaves no volume."""
+        from onionskin.operations import volumes
+
         self._opened.catalog.refuse_read_only()
         id = new_id()
         self._opened.reserve.make()
@@ -281,7 +288,7 @@ class Store:
             def insert() -> None:
                 if base:
                     self._opened.catalog.insert(base)
-                self._insert_volume(id, name, head)
+                volumes.insert(self._opened, id, name, head)
 
             self._opened.change(insert)
         except BaseException:
@@ -291,6 +298,8 @@ class Store:
 
     def _open_new(self, id: bytes, lock: VolumeLock) -> "Volume":
         """Open a volume that was just made. If it cannot be opened, it is removed again."""
+        from onionskin.operations import volumes
+
         try:
             row = self._opened.catalog.volume_with_id(id)
             assert row is not None
@@ -298,16 +307,10 @@ class Store:
             return self._open_locked(row, lock, verify=False, found=False)
         except BaseException:
             with suppress(OSError, OnionskinError):
-                self._drop_volume(id, recursive=True)
+                self._opened.change(lambda: volumes.remove_volumes(self._opened, [id], recursive=True))
+                volumes.unlink_files(self._opened, [id])
             lock.close()
             raise
-
-    def _insert_volume(self, id: bytes, name: str, head: NewHead) -> None:
-        from onionskin.operations import volumes
-
-        volumes.refuse_taken(self._opened, name)
-        head.insert(self._opened.catalog)
-        self._opened.catalog.insert(VolumeRow(id, name, head.layer.id, head.layer.created_ns))
 
     def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
@@ -518,18 +521,56 @@ class Store:
                 reclaim.reclaim_slots(self._opened, segments, head.wipe)
             reclaim.work_soon(self._opened)
 
-    def clone(self, name: str, snapshot: str, new_name: str, *, wipe: "WipePolicy | None" = None) -> None:
-        """Make a volume whose head is an empty child of a snapshot. It has no snapshots of its own yet.
+    def snapshot_group(self, names: "Mapping[str, str | None]", note: str = "") -> dict[str, Snapshot]:
+        """Take snapshots of several volumes at one instant: all or none. Durable on return.
+
+        Of writes that follow each other, each begun after the one before was answered, no snapshot has a later one where
+        another lacks an earlier one, whichever volumes they went to. Other threads may read and write meanwhile.
+
+        Parameters
+        ----------
+        names : mapping of str to str or None
+            What the snapshot of each volume is called; None: by the time, as `Volume.snapshot` does. A volume that is open
+            in this store is cut as it is there; one that nobody holds is opened for this, and closed again.
+        note : str
+            Kept with each; at most 64 KiB.
+
+        Returns
+        -------
+        dict of str to Snapshot
+            What was taken, by volume.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is no volume of one of the names.
+        SnapshotExistsError
+            One of the snapshots' names is taken.
+        StateError
+            Another process, or another handle of this one, holds one of the volumes: the error names it.
+        OSError
+            ENOSPC: no snapshot was taken, all volumes go on.
+
+        Examples
+        --------
+        >>> store.snapshot_group({"web": "before", "db": "before"})  # doctest: +SKIP
+        """
+        from onionskin.operations import group_snapshot
+
+        return group_snapshot.take(self._opened, names, note, lambda name: self.open(name)._opened.to_write())
+
+    def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
+        """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
 
         Nothing is copied. The clone is durable on return. The origin may be open, here or elsewhere. Any thread may
-        call it.
+        call it. ``clone("web@clean", "new")`` is ``clone("web", "clean", "new")``.
 
         Parameters
         ----------
         name : str
-            The volume that has the snapshot.
+            The volume that has the snapshot; or both, as ``"volume@snapshot"``.
         snapshot : str
-            The snapshot that the clone reads as at first.
+            The snapshot that the clone reads as at first. Left out if the first argument names it.
         new_name : str
             The clone's name: at most 255 bytes, without '/', '@' and control characters.
         wipe : {"release", "zero"}, optional
@@ -543,79 +584,297 @@ class Store:
         VolumeExistsError
             The new name is taken.
         """
-        new_name = check_name("volume", new_name)
-        self._opened.change(lambda: self._insert_clone(new_id(), name, snapshot, new_name, wipe))
+        from onionskin.operations import forks
 
-    def _insert_clone(self, id: bytes, name: str, snapshot: str, new_name: str, wipe: str | None) -> None:
-        source = self._opened.catalog.volume(name)
-        layer = self._opened.catalog.layer(find_snapshot(self._opened.catalog, source, snapshot).layer)
-        block_size, policy = _check_geometry(layer.block_size, wipe or layer.wipe)
-        head = NewHead.on(layer, base=None, block_size=block_size, wipe=policy, size_bytes=layer.size_bytes)
-        self._insert_volume(id, new_name, head)
+        if new_name is None:
+            name, at, behind = str(name).partition("@")
+            if not at:
+                raise TypeError("a clone needs a snapshot and a new name: clone('web@clean', 'new')")
+            snapshot, new_name = behind, snapshot
+        forks.fork_snapshot(
+            self._opened, forks.check_wanted(name, snapshot, [new_name], None, None, None, None, None, wipe)
+        )
 
-    def delete(self, name: str, *, recursive: bool = False) -> None:
-        """Remove a volume and its snapshots.
+    def fork(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        names: "Sequence[str] | None" = None,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> list[str]:
+        """Make volumes that begin as a snapshot, or as a disk is now. All of them are there on return, durably, or none is.
 
-        On return, the name is durably gone. With policy `zero`, the data that only this volume used is overwritten.
-        Files that another handle still reads are freed when that handle closes. Any thread may call it.
+        Nothing is copied, and no file is made for a fork before it is opened. The source may be open. A disk as it is now has
+        all that was written before the call; it is cut without a name, and what only the cut keeps goes with the last
+        fork. Any thread may call it.
+
+        Parameters
+        ----------
+        source : str
+            ``"web@clean"``: a snapshot. ``"web"``: the disk as it is now. It may be open in this store, or nowhere.
+        snapshot : str, optional
+            The snapshot, where `source` is only the volume.
+        names : sequence of str, optional
+            What the forks are called.
+        count : int, optional
+            How many are made, with names by `pattern`; by default 1. At most 10,000.
+        pattern : str, optional
+            What their names look like, by default ``"{source}-{n}"``: ``{n}``, or ``{n:03}``, stands for numbers that go on
+            from the greatest that any volume's name of that look has, from 1; ``{source}`` for the volume's name.
+        idempotency_key : str, optional
+            The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
+        lifetime : str, int, float or datetime.timedelta, optional
+            After this time `expire` may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``, ``"2w"``, or seconds.
+        labels : mapping of str to str, optional
+            Labels of each fork, by which `volumes` finds them.
+        wipe : {"release", "zero"}, optional
+            The policy of the forks; by default that of the source.
+
+        Returns
+        -------
+        list of str
+            The names, in the order of `names` or of the numbers.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        VolumeExistsError
+            A name is taken.
+        StateError
+            The disk as it is now was asked for, and another handle holds the volume; or the key was used for another call.
+        ValueError
+            The arguments do not say which forks to make.
+        """
+        from onionskin.operations import forks
+
+        wanted = forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
+        if wanted.snapshot is not None:
+            return forks.fork_snapshot(self._opened, wanted)
+        self._opened.catalog.refuse_read_only()
+        made = forks.made_before(self._opened, wanted)
+        return self._fork_head(wanted) if made is None else made
+
+    def _fork_head(self, wanted: "forks.Wanted") -> list[str]:
+        """Fork a disk as it is now, in the handle that it has here, or in one that is opened for it."""
+        from onionskin.operations import forks
+
+        while True:
+            handle = self._open_here(wanted.volume)
+            if handle is None:
+                with self._cutting:  # so that threads do not find the volume held by each other
+                    handle = self._open_here(wanted.volume)
+                    if handle is None:
+                        return self._fork_closed(wanted)
+            try:
+                return forks.fork_head(handle, wanted)
+            except StateError:
+                if not handle.closed:
+                    raise
+
+    def _open_here(self, name: str) -> OpenHead | None:
+        """Return the handle by which a volume is open for writing in this store."""
+        id = self._opened.catalog.volume(name).id
+        for handle in self._opened.open_handles():
+            if isinstance(handle, OpenHead) and handle.row.id == id and not handle.closed:
+                return handle
+        return None
+
+    def _fork_closed(self, wanted: "forks.Wanted") -> list[str]:
+        """Fork the disk of a volume that is not open here. One that was not written to since its last cut is not opened."""
+        from onionskin.operations import forks
+
+        row, lock = self._lock_to_cut(wanted.volume)
+        try:
+            names = forks.fork_unwritten(self._opened, row, wanted)
+            if names is None:
+                with self._open_locked(row, lock, verify=False) as volume:
+                    names = forks.fork_head(volume._opened.to_write(), wanted)
+            return names
+        finally:
+            lock.close()
+
+    def _lock_to_cut(self, name: str) -> tuple[VolumeRow, VolumeLock]:
+        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again.
+
+        A volume that a server holds is to be cut by way of its control socket: this is where that belongs.
+        """
+        deadline = time.monotonic() + _CUT_WAIT_SECONDS
+        while True:
+            try:
+                return self._lock_volume(name, VolumeLock)
+            except StateError as error:
+                if time.monotonic() > deadline:
+                    raise StateError(
+                        f"{error}; what is held is forked as it is now by its holder alone: fork it there, or fork one of "
+                        f"its snapshots, as {name}@SNAPSHOT"
+                    ) from None
+            time.sleep(0.01)
+
+    @contextmanager
+    def temporary(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        name: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> "Iterator[Volume]":
+        """Fork a snapshot, or a disk as it is now, for a with block: the fork is open in it, and dropped behind it.
+
+        What was written to it goes, with the snapshots that were taken of it. Where it was deleted in the block, it is
+        gone; where it was renamed, it is dropped all the same. Any thread may call it.
+
+        Parameters
+        ----------
+        source, snapshot
+            As for `fork`.
+        name : str, optional
+            What the fork is called; by default ``"{source}-tmp-{n}"``.
+        lifetime : str, int, float or datetime.timedelta, optional
+            After this time `expire` may drop it where a crash kept it from being dropped.
+        wipe : {"release", "zero"}, optional
+            As for `fork`.
+
+        Yields
+        ------
+        Volume
+            Open for writing.
+
+        Raises
+        ------
+        StateError
+            At the end: a clone stands on a snapshot of it, or somebody holds one.
+        """
+        (made,) = self.fork(
+            source,
+            snapshot,
+            names=None if name is None else [name],
+            pattern="{source}-tmp-{n}" if name is None else None,
+            lifetime=lifetime,
+            wipe=wipe,
+        )
+        id = self._opened.catalog.volume(made).id
+        try:
+            with self.open(made) as volume:
+                try:
+                    yield volume
+                finally:
+                    with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
+                        volume.close()
+        finally:
+            row = self._opened.catalog.volume_with_id(id)
+            if row:
+                self.delete(row.name, recursive=True)
+
+    def delete(self, *names: str, recursive: bool = False) -> int:
+        """Remove volumes and their snapshots: all of those that are named, in one transaction, or none.
+
+        The names are gone on return, durably, and with policy `zero` what only they used is overwritten. Files that
+        another handle still reads are freed when that closes. Any thread may call it.
+
+        Parameters
+        ----------
+        *names : str
+            The volumes.
+        recursive : bool
+            Remove their snapshots too, where they have any.
+
+        Returns
+        -------
+        int
+            The bytes on the disk of the data that goes. With policy `release` some of it may still be going.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of a name.
+        StateError
+            One is open, it has snapshots and `recursive` is not given, clones that stay stand on them, or somebody holds
+            one (some are listed).
+        """
+        from onionskin.operations import forks, reclaim, volumes
+
+        if not names:
+            raise TypeError("delete needs the name of a volume")
+        freed, stood_on = volumes.delete(self._opened, names, recursive=recursive)
+        reclaim.work_soon(self._opened)
+        forks.fold_what_stays(self._opened, stood_on)
+        return freed
+
+    def expire(self) -> list[str]:
+        """Drop the volumes whose lifetime is over, as `fork` gave it.
+
+        One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
+        with a later call. Nothing else drops a volume: no opening does. The clock is the one that tells the date. Any
+        thread may call it.
+
+        Returns
+        -------
+        list of str
+            The names of those that were dropped, sorted. Where many go, each transaction takes some of them.
+        """
+        from onionskin.operations import expiry, forks, reclaim
+
+        names, stood_on = expiry.expire(self._opened)
+        if names:
+            reclaim.work_soon(self._opened)
+            forks.fold_what_stays(self._opened, stood_on)
+        return names
+
+    def lineage(self, name: str) -> "list[Ancestor]":
+        """Return what a volume was cloned or forked from, and what that was, up to the first.
 
         Parameters
         ----------
         name : str
             The volume.
-        recursive : bool
-            Also remove its snapshots, if it has any.
+
+        Returns
+        -------
+        list of Ancestor
+            The nearest first; empty for a volume that was made or imported. One that was dropped is in it.
 
         Raises
         ------
         VolumeNotFoundError
-            There is no volume of that name.
-        StateError
-            The volume is open, it has snapshots and `recursive` is not given, clones stand on its snapshots, or a
-            snapshot is held. The message lists some of the snapshots.
+            There is none of that name.
         """
+        from onionskin.operations import lineage as lineages
 
-        from onionskin.operations import reclaim
+        return lineages.lineage(self._opened, name)
 
-        dropped = False
-        while not dropped:
-            row, lock = self._lock_volume(name, VolumeLock)
-            try:
-                dropped = self._drop_volume(row.id, recursive=recursive, name=name)
-            finally:
-                lock.close()
-        reclaim.work_soon(self._opened)
+    def forks_of(self, source: str, snapshot: str | None = None) -> list[str]:
+        """Return the names of the volumes that were cloned or forked from a snapshot, or from any state of a volume.
 
-    def _drop_volume(self, id: bytes, *, recursive: bool, name: str | None = None) -> bool:
-        """Remove the volume with this id, whose lock is held. If a name is given, remove it only if it has that name.
+        Parameters
+        ----------
+        source : str
+            ``"web@clean"``, or ``"web"``: from any of its snapshots, or from its disk.
+        snapshot : str, optional
+            The snapshot, where `source` is only the volume.
 
-        The lock keeps nobody from renaming the volume, so the transaction that removes the volume also looks the name
-        up. Returns False if the name means another volume by now.
+        Returns
+        -------
+        list of str
+            The names as they are now, sorted. Those that are gone are left out, and so are forks of forks.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
         """
+        from onionskin.operations import forks
+        from onionskin.operations import lineage as lineages
 
-        from onionskin.operations import holds, losses, reclaim
-
-        def remove() -> bool:
-            if name is not None and self._opened.catalog.volume(name).id != id:
-                return False
-            row = self._opened.catalog.volume_with_id(id)
-            if row is None:
-                return True
-            named = self._opened.catalog.snapshots_of(id)
-            losses.refuse_delete(self._opened.catalog, [row], recursive)
-            holds.refuse_held(self._opened.catalog, [snapshot.layer for snapshot in named])
-            self._opened.catalog.remove_snapshots_of(id)
-            self._opened.catalog.remove_volume(id)
-            reclaim.add_files_of(self._opened.catalog, id)
-            for layer in (row.head, *(snapshot.layer for snapshot in named)):
-                remove_unreachable_layers(self._opened.catalog, layer)
-            return True
-
-        removed = self._opened.change(remove)
-        if removed:
-            with suppress(OSError):  # the volume is removed, and files that cannot be unlinked now stay pending
-                reclaim.unlink_files_of(self._opened, id)
-        return removed
+        return lineages.forks_of(self._opened, *forks.split_source(source, snapshot))
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a volume another name. Handles that are open keep working.
@@ -933,10 +1192,9 @@ class Store:
         found = [one for _, one in prune.planned(self._opened, volume, rules)]
         if dry_run or all(one.kept_by for one in found):
             return found
-        id = self._opened.catalog.volume(volume).id
-        for handle in self._opened.open_handles():
-            if isinstance(handle, OpenHead) and handle.writable and handle.row.id == id:
-                return self._prune(handle, rules)
+        handle = self._open_here(volume)
+        if handle is not None:
+            return self._prune(handle, rules)
         with self.open(volume) as opened:
             return self._prune(opened._opened.to_write(), rules)
 
@@ -948,11 +1206,13 @@ class Store:
 
     # ---- looking ----
 
-    def volumes(self, *, space: bool = True) -> "list[VolumeInfo]":
-        """Return all volumes.
+    def volumes(self, *, labels: "Mapping[str, str] | None" = None, space: bool = True) -> "list[VolumeInfo]":
+        """Return all volumes, or those that have some labels.
 
         Parameters
         ----------
+        labels : mapping of str to str, optional
+            Only volumes that have all of these labels, with these values.
         space : bool
             Find out what each takes on the disk. That looks at the files of the store, and takes two seconds where a
             hundred thousand volumes have some; without it `used_bytes` and `written_bytes` are None.
@@ -965,7 +1225,7 @@ class Store:
 
         from onionskin.operations.listing import list_volumes
 
-        return list_volumes(self._opened, space=space)
+        return list_volumes(self._opened, labels or {}, space=space)
 
     def info(self, name: str) -> "VolumeInfo":
         """Return information about one volume, without opening it.

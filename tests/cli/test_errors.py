@@ -72,6 +72,7 @@ READERS = [
     ["compare", "{s}/v", "{s}/w"],
     *(["hold", "{s}/v@a", "me"], ["unhold", "{s}/v@a", "me"], ["holds", "{s}/v"], ["note", "{s}/v@a", "text"]),
     *(["prune", "{s}/v", "--keep-last", "1"], ["set", "{s}/v", "wipe=zero"], ["get", "{s}/v"]),
+    *(["fork", "{s}/v@a"], ["forks", "{s}/v"], ["lineage", "{s}/v"], ["expire", "{s}"]),
 ]
 
 

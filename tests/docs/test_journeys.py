@@ -21,4 +21,4 @@ def test_a_step_of_a_journey_is_there(path: str, function: str) -> None:
 
 def test_the_two_journeys_are_listed_from_python_to_the_system() -> None:
     listed = {function for _, function in STEPS}
-    assert {"Volume.readinto", "read_range", "Volume.snapshot", "onion_volume_seal", "onion_head_log_append"} <= listed
+    assert {"Volume.readinto", "read_range", "Volume.snapshot", "onion_volumes_cut", "onion_head_log_append"} <= listed

@@ -261,6 +261,32 @@ static void seal(int commits, unsigned char with) {
     step();
 }
 
+/* A seal of which a group comes to nothing before it is durable: after the cut the old head goes on with both segments. */
+static void seal_undone(int is_cut, unsigned char with) {
+    unsigned char id[ONION_UUID_BYTES];
+    id_of(catalog->spare, id);
+    beside = 1;
+    CHECK(onion_volume_seal_begin(volume, path_of(layers_directory, catalog->spare, ".map", 0), id) == 0);
+    beside = 0;
+    write_filled(5, 2, with);
+    CHECK(onion_volume_seal_hold(volume) == 0);
+    if (is_cut)
+        CHECK(onion_volume_seal_cut(volume) == 0);
+    onion_volume_seal_release(volume);
+    write_filled(6, 2, with + 1);
+    zero(0, 1);
+    CHECK(onion_volume_seal_abort(volume) == 0);
+    write_filled(8, 2, with + 2);
+    if (is_cut) {
+        int spare = catalog->next_id++;
+        memmove(catalog->own + 1, catalog->own, sizeof catalog->own - sizeof *catalog->own);
+        catalog->own[0] = catalog->spare, catalog->own_count++, catalog->spare = spare;
+        id_of(spare, id);
+        CHECK(onion_volume_set_spare(volume, id) == 0);
+    }
+    step();
+}
+
 /* Folds the lower layer, if there is one, into the head; else it is compacted. */
 static void rewrite(int commits, unsigned char with) {
     struct onion_sealed written;
@@ -315,6 +341,8 @@ static void history(void) {
     some_changes(51);
     seal(1, 61);
     some_changes(71);
+    seal_undone(0, 75);
+    seal_undone(1, 78);
     rewrite(0, 81);
     write_filled(0, 4, 85);
     rewrite(1, 91);

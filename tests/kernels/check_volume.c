@@ -166,20 +166,54 @@ static void *flush(void *argument) {
 
 /* ---- seal and merge ---- */
 
+/* What was the spare is the old head's, which gets another, unless the heads were never swapped. */
+static void abort_seal(int was_cut) {
+    if (was_cut) {
+        memcpy(own[own_count++], spare, sizeof(id));
+        new_spare();
+        CHECK(own_count < OWN_MAX);
+    }
+    if (done(onion_volume_seal_abort(volume)) && was_cut)
+        done(onion_volume_set_spare(volume, spare));
+}
+
+/* A seal in stages. 1: it is synced; 0: it was aborted after one of them, or refused. */
+static int seal_in_stages(const struct layer *next, struct onion_sealed *sealed, unsigned *seed) {
+    uint32_t last = draw(seed, 8); /* the stage that is the last, or else all are run */
+    if (!done(onion_volume_seal_begin(volume, next->path, next->source.map_id)))
+        return 0;
+    CHECK(onion_volume_seal_cut(volume) < 0);
+    usleep(draw(seed, 1000));
+    int status = last == 0 ? 1 : onion_volume_seal_hold(volume);
+    int was_cut = status == 0 && last != 1 && done(status = onion_volume_seal_cut(volume));
+    if (status == 0 && last != 2)
+        onion_volume_seal_release(volume);
+    if (status == 0 && last > 3) {
+        usleep(draw(seed, 1000));
+        if (done(onion_volume_seal_sync(volume, sealed)))
+            return 1;
+    }
+    done(status);
+    if (onion_volume_closed(volume)) {
+        onion_volume_seal_release(volume);
+        return 0;
+    }
+    abort_seal(was_cut);
+    return 0;
+}
+
 static void seal(unsigned *seed) {
     static struct onion_segment_info infos[ONION_SEGMENT_LAST];
     struct layer next = {.path = ""};
     struct onion_sealed sealed;
     name_map(&next, spare);
-    if (!done(onion_volume_seal(volume, next.path, next.source.map_id, &sealed)))
+    int is_sealed = draw(seed, 2) ? seal_in_stages(&next, &sealed, seed)
+                                  : done(onion_volume_seal(volume, next.path, next.source.map_id, &sealed));
+    if (!is_sealed)
         return;
     usleep(draw(seed, 2000));
-    if (draw(seed, 4) == 0 || own_count == OWN_MAX) { /* the head goes on with what was its spare, and gets another */
-        memcpy(own[own_count++], spare, sizeof(id));
-        new_spare();
-        CHECK(own_count < OWN_MAX);
-        if (done(onion_volume_seal_abort(volume)))
-            done(onion_volume_set_spare(volume, spare));
+    if (draw(seed, 4) == 0 || own_count == OWN_MAX) {
+        abort_seal(1);
         return;
     }
     uint32_t count = onion_volume_segments(volume, infos, ONION_SEGMENT_LAST);

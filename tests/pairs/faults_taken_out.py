@@ -113,26 +113,25 @@ FAULTS = [
         "A4: delete removes the head that was read before the lock was held",
         (
             Edit(
-                "src/onionskin/store.py",
-                "dropped = self._drop_volume(row.id, recursive=recursive, name=name)",
-                "dropped = self._drop_volume(row.id, recursive=recursive, row=row)",
+                "src/onionskin/operations/volumes.py",
+                "            ids = {name: catalog.volume(name).id for name in wanted}\n",
+                "            early = [catalog.volume(name) for name in wanted]\n"
+                "            ids = {row.name: row.id for row in early}\n",
             ),
             Edit(
-                "src/onionskin/store.py",
-                "            row, lock = self._lock_volume(name, VolumeLock)\n            try:\n                dropped",
-                "            row = self._opened.catalog.volume(name)\n            _, lock = self._lock_volume(name, VolumeLock)\n"
-                "            try:\n                dropped",
+                "src/onionskin/operations/volumes.py",
+                "        return remove_volumes(store, list(ids.values()), recursive=recursive)\n",
+                "        return remove_volumes(store, list(ids.values()), recursive=recursive, early=early)\n",
             ),
             Edit(
-                "src/onionskin/store.py",
-                "    def _drop_volume(self, id: bytes, *, recursive: bool, name: str | None = None) -> bool:",
-                "    def _drop_volume(self, id: bytes, *, recursive: bool, name=None, row=None) -> bool:",
+                "src/onionskin/operations/volumes.py",
+                "def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool)",
+                "def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool, early=None)",
             ),
             Edit(
-                "src/onionskin/store.py",
-                "            row = self._opened.catalog.volume_with_id(id)\n            if row is None:",
-                "            nonlocal row\n            row = row or self._opened.catalog.volume_with_id(id)\n"
-                "            if row is None:",
+                "src/onionskin/operations/volumes.py",
+                "    rows = [row for id in ids if (row := catalog.volume_with_id(id))]\n",
+                "    rows = early or [row for id in ids if (row := catalog.volume_with_id(id))]\n",
             ),
         ),
         _pairs("delete", "revert", "same", "processes", "release"),
@@ -141,9 +140,9 @@ FAULTS = [
         "A4: delete removes a volume that lost its name once it was locked",
         (
             Edit(
-                "src/onionskin/store.py",
-                "            if name is not None and self._opened.catalog.volume(name).id != id:\n",
-                "            if False:\n",
+                "src/onionskin/operations/volumes.py",
+                "        if {name: catalog.volume(name).id for name in wanted} != ids:\n",
+                "        if False:\n",
             ),
         ),
         _pairs("swap", "delete", "other", "stores", "zero"),

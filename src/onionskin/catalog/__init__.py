@@ -7,8 +7,11 @@ each question that other packages ask. No other package writes SQL itself.
 from onionskin.catalog.queries import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
+    ForkCallRow,
     HoldRow,
+    LabelRow,
     LayerRow,
+    LineageRow,
     Row,
     SegmentRow,
     SnapshotRow,
@@ -24,8 +27,11 @@ __all__ = [
     "BaseRow",
     "Catalog",
     "CommitUnknownError",
+    "ForkCallRow",
     "HoldRow",
+    "LabelRow",
     "LayerRow",
+    "LineageRow",
     "Row",
     "SegmentRow",
     "SnapshotRow",

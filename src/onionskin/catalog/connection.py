@@ -24,14 +24,10 @@ from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
+    KEYS,
     TABLES,
-    BaseRow,
-    HoldRow,
-    LayerRow,
     Row,
-    SegmentRow,
-    SnapshotRow,
-    VolumeRow,
+    WorkRow,
     new_id,
 )
 from onionskin.catalog.schema import (
@@ -113,7 +109,7 @@ class Connection:
         found: list[tuple[str, str, str]] = []
         with self.reading():
             for kind, sound in SOUND_ROW.items():
-                key = "layer" if kind in (SnapshotRow, HoldRow) else "id"
+                key = KEYS.get(kind, "id")
                 for (id,) in self._connection.execute(
                     f"SELECT {key} FROM {TABLES[kind]} WHERE NOT coalesce({sound}, 0)"
                 ):
@@ -383,6 +379,25 @@ class Connection:
             ).fetchone()
         return int(count)
 
+    def values_found(self, kind: type, column: str, wanted: Iterable[bytes]) -> set[bytes]:
+        """Return which of these values a column has, in whatever rows; the rows may be unsound. There is an index on it."""
+        of = list(wanted)
+        found: set[bytes] = set()
+        for first in range(0, len(of), _VALUES_MAX):
+            part = of[first : first + _VALUES_MAX]
+            # One step in the index for each value: a layer may have a hundred thousand children.
+            text = (
+                f"WITH wanted(value) AS (VALUES {', '.join(['(?)'] * len(part))}) "
+                f"SELECT value FROM wanted WHERE EXISTS (SELECT 1 FROM {TABLES[kind]} WHERE {column} = value)"
+            )
+            with self._guard, self._errors():
+                found.update(value for (value,) in self._connection.execute(text, part))
+        return found
+
+    def delete_all(self, kind: type, column: str, wanted: Iterable[bytes]) -> None:
+        """Remove the rows whose column has one of these values. Inside a transaction."""
+        self._connection.executemany(f"DELETE FROM {TABLES[kind]} WHERE {column} = ?", [(value,) for value in wanted])
+
     def delete(self, kind: type, condition: str, *values: Any) -> None:
         """Remove rows. Inside a transaction."""
         self._execute(f"DELETE FROM {TABLES[kind]} WHERE {condition}", *values)
@@ -393,21 +408,31 @@ class Connection:
         """Return all sound rows of a table, in no order. One bad row does not hide the others."""
         return self.sound_rows(kind)
 
-    def insert(self, row: BaseRow | LayerRow | SegmentRow | VolumeRow | SnapshotRow | HoldRow) -> None:
+    def insert(self, row: Row) -> None:
         """Add a row. Inside a transaction."""
-        kind = type(row)
-        columns = COLUMNS[kind]
-        values = [getattr(row, column) for column in columns]
-        check_values(kind, zip(columns, values, strict=True))
-        marks = ", ".join("?" * len(columns))
-        self._execute(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", *values)
+        self.insert_all([row])
 
-    def update(self, kind: type, id: bytes | int, **values: Any) -> None:
-        """Change columns of the row with this id, or of the snapshot of this layer. Inside a transaction."""
+    def insert_all(self, rows: Iterable[Row]) -> None:
+        """Add rows of one table. Inside a transaction."""
+        kind: type | None = None
+        found = []
+        for row in rows:
+            kind = type(row)
+            values = [getattr(row, column) for column in COLUMNS[kind]]
+            check_values(kind, zip(COLUMNS[kind], values, strict=True))
+            found.append(values)
+        if kind is None:
+            return
+        assert kind is not WorkRow  # `add_work` numbers those
+        columns = COLUMNS[kind]
+        marks = ", ".join("?" * len(columns))
+        self._connection.executemany(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", found)
+
+    def update(self, kind: type, id: bytes | int | str, **values: Any) -> None:
+        """Change columns of the row whose key (`rows.KEYS`) this is. Inside a transaction."""
         check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
-        key = "layer" if kind is SnapshotRow else "id"
-        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {key} = ?", *values.values(), id)
+        self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?", *values.values(), id)
 
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""

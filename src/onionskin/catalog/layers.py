@@ -67,6 +67,10 @@ class Layers(Connection):
         """Return those of these maps that a layer has, in no order; unsound rows are left out."""
         return [id for (id,) in self.values_in(LayerRow, "map_id", "map_id", map_ids)]
 
+    def remove_layers(self, ids: Iterable[bytes]) -> None:
+        """Remove the rows of layers, which have no segment any more, and on which none stands. Inside a transaction."""
+        self.delete_all(LayerRow, "id", ids)
+
     def remove_layer(self, id: bytes) -> None:
         """Remove the row of a layer that has no segment any more. Inside a transaction."""
         self.delete(LayerRow, "id = ?", id)
@@ -111,12 +115,13 @@ class Layers(Connection):
         """Return those of these layers that another one stands on, in no order."""
         return [parent for (parent,) in self.values_in(LayerRow, "DISTINCT parent", "parent", layers)]
 
-    def is_needed(self, layer: bytes) -> bool:
-        """Whether a layer has a name, is a head, or has a child."""
+    def needed_layers(self, layers: Iterable[bytes]) -> set[bytes]:
+        """Return those of these layers that have a name, are a head, or have a child; the rows may be unsound."""
+        asked = list(layers)
         return (
-            self.has(LayerRow, "parent = ?", layer)
-            or self.has(SnapshotRow, "layer = ?", layer)
-            or self.has(VolumeRow, "head = ?", layer)
+            self.values_found(LayerRow, "parent", asked)
+            | self.values_found(SnapshotRow, "layer", asked)
+            | self.values_found(VolumeRow, "head", asked)
         )
 
     # ---- the layers below a layer ----

@@ -49,12 +49,16 @@ class SegmentRow(NamedTuple):
 
 
 class VolumeRow(NamedTuple):
-    """One volume. A name that begins with '@' belongs to a staged volume, which no list shows and no user can name."""
+    """One volume. A name that begins with '@' belongs to a staged volume, which no list shows and no user can name.
+
+    From `expires_ns` on, by the clock that tells the date, it may be dropped; None: never.
+    """
 
     id: bytes
     name: str
     head: bytes
     created_ns: int
+    expires_ns: int | None = None
 
 
 class SnapshotRow(NamedTuple):
@@ -77,6 +81,39 @@ class HoldRow(NamedTuple):
     created_ns: int
 
 
+class LabelRow(NamedTuple):
+    """A label of a volume."""
+
+    volume: bytes
+    key: str
+    value: str
+
+
+class LineageRow(NamedTuple):
+    """Where a volume comes from: `parent` is the volume that it was cloned or forked from, or None.
+
+    `snapshot` and `guid` are those of the snapshot that it began as, which had that name then; None: it began as the head
+    of its parent. The row outlives the volume, from `dropped_ns` on, as long as another row has it for its parent.
+    """
+
+    volume: bytes
+    parent: bytes | None
+    name: str
+    snapshot: str | None
+    guid: bytes | None
+    created_ns: int
+    dropped_ns: int | None = None
+
+
+class ForkCallRow(NamedTuple):
+    """A fork that was asked for under a key, and the names that it made, as JSON. `digest` is that of its arguments."""
+
+    key: str
+    digest: bytes
+    names: str
+    created_ns: int
+
+
 class WorkRow(NamedTuple):
     """Work that has to be done before it is forgotten.
 
@@ -94,7 +131,19 @@ class WorkRow(NamedTuple):
     done_bytes: int = 0
 
 
-Row = TypeVar("Row", BaseRow, LayerRow, SegmentRow, VolumeRow, SnapshotRow, HoldRow, WorkRow)
+Row = TypeVar(
+    "Row",
+    BaseRow,
+    LayerRow,
+    SegmentRow,
+    VolumeRow,
+    SnapshotRow,
+    HoldRow,
+    LabelRow,
+    LineageRow,
+    ForkCallRow,
+    WorkRow,
+)
 TABLES: dict[type, str] = {
     BaseRow: "bases",
     LayerRow: "layers",
@@ -102,7 +151,18 @@ TABLES: dict[type, str] = {
     VolumeRow: "volumes",
     SnapshotRow: "snapshots",
     HoldRow: "holds",
+    LabelRow: "labels",
+    LineageRow: "lineage",
+    ForkCallRow: "fork_calls",
     WorkRow: "pending",
+}
+# The column that says which row is meant, where it is not `id`.
+KEYS: dict[type, str] = {
+    SnapshotRow: "layer",
+    HoldRow: "layer",
+    LabelRow: "volume",
+    LineageRow: "volume",
+    ForkCallRow: "key",
 }
 COLUMNS: dict[type, tuple[str, ...]] = {kind: tuple(kind.__annotations__) for kind in TABLES}
 STAGED_PREFIX = "@"

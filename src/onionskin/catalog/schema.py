@@ -10,10 +10,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.catalog.rows import BaseRow, HoldRow, LayerRow, SegmentRow, SnapshotRow, VolumeRow, WorkRow
+from onionskin.catalog.rows import (
+    STAGED_PREFIX,
+    BaseRow,
+    ForkCallRow,
+    HoldRow,
+    LabelRow,
+    LayerRow,
+    LineageRow,
+    SegmentRow,
+    SnapshotRow,
+    VolumeRow,
+    WorkRow,
+)
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _NUMBER_MAX = (1 << 62) - 1
 
 # By layer, as a snapshot's name may change. The reference keeps a name that is held also from code that does not ask.
@@ -21,6 +33,24 @@ _HOLDS = """CREATE TABLE holds (
     layer BLOB NOT NULL REFERENCES snapshots (layer), holder TEXT NOT NULL, created_ns INTEGER NOT NULL,
     PRIMARY KEY (layer, holder)) WITHOUT ROWID"""
 
+# A label goes with its volume. A row of `lineage` may outlive its volume, so it refers to none.
+_FORKS = (
+    """CREATE TABLE labels (
+    volume BLOB NOT NULL REFERENCES volumes ON DELETE CASCADE, key TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (volume, key)) WITHOUT ROWID""",
+    "CREATE INDEX labels_value ON labels (key, value)",
+    """CREATE TABLE lineage (
+    volume BLOB PRIMARY KEY, parent BLOB, name TEXT NOT NULL, snapshot TEXT, guid BLOB, created_ns INTEGER NOT NULL,
+    dropped_ns INTEGER) WITHOUT ROWID""",
+    "CREATE INDEX lineage_parent ON lineage (parent) WHERE parent IS NOT NULL",
+    """CREATE TABLE fork_calls (
+    key TEXT PRIMARY KEY, digest BLOB NOT NULL, names TEXT NOT NULL, created_ns INTEGER NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX volumes_expires ON volumes (expires_ns) WHERE expires_ns IS NOT NULL",
+    # By length first: of the names that differ in a number alone, the last one of a length has the greatest number.
+    "CREATE INDEX volumes_numbers ON volumes (length(name), name)",
+)
+
+_FORKS_SCRIPT = ";\n".join(_FORKS)
 SCHEMA = f"""
 CREATE TABLE store (uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL);
 CREATE TABLE bases (
@@ -38,7 +68,7 @@ CREATE TABLE segments (
 CREATE INDEX segments_layer ON segments (layer);
 CREATE TABLE volumes (
     id BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, head BLOB NOT NULL UNIQUE REFERENCES layers,
-    created_ns INTEGER NOT NULL) WITHOUT ROWID;
+    created_ns INTEGER NOT NULL, expires_ns INTEGER) WITHOUT ROWID;
 CREATE TABLE snapshots (
     volume BLOB NOT NULL REFERENCES volumes, name TEXT NOT NULL, layer BLOB NOT NULL UNIQUE REFERENCES layers,
     guid BLOB NOT NULL, created_ns INTEGER NOT NULL, note TEXT NOT NULL, number INTEGER NOT NULL DEFAULT 0,
@@ -49,7 +79,8 @@ CREATE TABLE pending (
     wipe TEXT NOT NULL, done_bytes INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX layers_base ON layers (base) WHERE base IS NOT NULL;
 CREATE INDEX pending_target ON pending (target);
-CREATE INDEX pending_kind ON pending (kind)
+CREATE INDEX pending_kind ON pending (kind);
+{_FORKS_SCRIPT}
 """
 
 
@@ -73,11 +104,49 @@ def _add_holds(connection: sqlite3.Connection) -> None:
     connection.execute(_HOLDS)
 
 
+def _add_forks(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE volumes ADD COLUMN expires_ns INTEGER")
+    for statement in _FORKS:
+        connection.execute(statement)
+    _find_lineage(connection)
+
+
+def _find_lineage(connection: sqlite3.Connection) -> None:
+    """Give each volume its lineage: it comes from whose snapshot is the nearest below its head, of another volume.
+
+    Nobody wrote it down: of a clone whose snapshot has no name any more nothing is found. Nothing is believed here but
+    that ids are equal: damaged rows end no upgrade.
+    """
+    below = dict(connection.execute("SELECT id, parent FROM layers"))
+    names = {
+        layer: (volume, name, guid)
+        for layer, volume, name, guid in connection.execute("SELECT layer, volume, name, guid FROM snapshots")
+    }
+    found = []
+    for id, name, head, created_ns in connection.execute("SELECT id, name, head, created_ns FROM volumes"):
+        if str(name).startswith(STAGED_PREFIX):
+            continue
+        layer = below.get(head)
+        seen: set[bytes] = set()
+        while layer is not None and layer not in seen and names.get(layer, (id,))[0] == id:
+            seen.add(layer)
+            layer = below.get(layer)
+        found.append((id, *_origin(names.get(layer), id), name, created_ns))
+    connection.executemany(
+        "INSERT INTO lineage (volume, parent, snapshot, guid, name, created_ns) VALUES (?, ?, ?, ?, ?, ?)", found
+    )
+
+
+def _origin(named: tuple[bytes, str, bytes] | None, volume: bytes) -> tuple[bytes | None, str | None, bytes | None]:
+    return named if named and named[0] != volume else (None, None, None)
+
+
 # The steps that bring a catalog of each older version to the next one.
 UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _add_done_bytes,
     2: _number_snapshots,
     3: _add_holds,
+    4: _add_forks,
 }
 
 
@@ -142,12 +211,20 @@ VALUES: dict[type, dict[str, Value]] = {
         "id": _ID, "layer": _ID, "role": _one_of("own", "spare", "sealed"), "slots": _number(0, 1 << 32),
         "lock_byte": _number(1),
     },
-    VolumeRow: {"id": _ID, "name": _text(1), "head": _ID, "created_ns": _INTEGER},
+    VolumeRow: {
+        "id": _ID, "name": _text(1), "head": _ID, "created_ns": _INTEGER, "expires_ns": _or_null(_INTEGER),
+    },
     SnapshotRow: {
         "volume": _ID, "name": _text(1), "layer": _ID, "guid": _ID, "created_ns": _INTEGER, "note": _text(),
         "number": _number(0),
     },
     HoldRow: {"layer": _ID, "holder": _text(1), "created_ns": _INTEGER},
+    LabelRow: {"volume": _ID, "key": _text(1), "value": _text()},
+    LineageRow: {
+        "volume": _ID, "parent": _or_null(_ID), "name": _text(1), "snapshot": _or_null(_text(1)),
+        "guid": _or_null(_ID), "created_ns": _INTEGER, "dropped_ns": _or_null(_INTEGER),
+    },
+    ForkCallRow: {"key": _text(1), "digest": _BLOB, "names": _text(2), "created_ns": _INTEGER},
     WorkRow: {
         "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
         "lock_byte": _number(0), "wipe": _one_of(*WIPE_POLICIES), "done_bytes": _number(0),

@@ -64,6 +64,6 @@ class Segments(Connection):
         """Remove the row of a segment. Inside a transaction."""
         self.delete(SegmentRow, "id = ?", id)
 
-    def remove_segments_of(self, layer: bytes) -> None:
-        """Remove the rows of all segments of a layer. Inside a transaction."""
-        self.delete(SegmentRow, "layer = ?", layer)
+    def remove_segments_of(self, *layers: bytes) -> None:
+        """Remove the rows of all segments of layers. Inside a transaction."""
+        self.delete_all(SegmentRow, "layer", layers)

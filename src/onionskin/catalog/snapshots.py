@@ -30,6 +30,13 @@ class Snapshots(Connection):
         """Return a volume's snapshots in the order of taking."""
         return self.rows(SnapshotRow, "volume = ? ORDER BY number, name", volume)
 
+    def snapshots_of_volumes(self, volumes: Iterable[bytes]) -> dict[bytes, list[SnapshotRow]]:
+        """Return the snapshots of each volume that has any, in the order of taking."""
+        found: dict[bytes, list[SnapshotRow]] = {}
+        for row in sorted(self.rows_in(SnapshotRow, "volume", volumes), key=lambda row: (row.number, row.name)):
+            found.setdefault(row.volume, []).append(row)
+        return found
+
     def snapshots_named_after(self, volume: bytes, name: str, at_most: int) -> list[SnapshotRow]:
         """Return a volume's snapshots whose names sort after this one, in the order of their names."""
         return self.rows(SnapshotRow, "volume = ? AND name > ? ORDER BY name LIMIT ?", volume, name, at_most)
@@ -81,9 +88,9 @@ class Snapshots(Connection):
         """Remove the name of a layer, if it has one; the layer stays. Inside a transaction."""
         self.delete(SnapshotRow, "layer = ?", layer)
 
-    def remove_snapshots_of(self, volume: bytes) -> None:
-        """Remove all snapshots of a volume; their layers stay. Inside a transaction."""
-        self.delete(SnapshotRow, "volume = ?", volume)
+    def remove_snapshots_of(self, volumes: Iterable[bytes]) -> None:
+        """Remove all snapshots of volumes; their layers stay. Inside a transaction."""
+        self.delete_all(SnapshotRow, "volume", volumes)
 
     def update_snapshot(self, layer: bytes, **values: Any) -> None:
         """Change columns of the snapshot of this layer. Inside a transaction."""

@@ -4,11 +4,12 @@ What must hold: a layer is needed if it is a head, has a name, or has a needed c
 removes layers, and it only ever removes leaves that are not needed.
 """
 
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
+from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import SnapshotNotFoundError
 
@@ -153,11 +154,11 @@ def _unnamed(catalog: Catalog, layer: bytes, *, besides: bytes | None = None) ->
     return found if found and found.sealed else None
 
 
-def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[str]:
-    """Return the heads (`web-2`) and names (`web-2@clean`) that volumes other than `besides` have on these layers."""
+def users_of(catalog: Catalog, layers: set[bytes], *, besides: Collection[bytes]) -> list[str]:
+    """Return the heads (`web-2`) and names (`web-2@clean`) that volumes not among `besides` have on these layers."""
     with catalog.reading():
-        users = [row.name for row in catalog.volumes_with_heads(layers, besides=besides)]
-        named = catalog.snapshots_of_layers(layers, besides=besides)
+        users = [row.name for row in catalog.volumes_with_heads(layers) if row.id not in besides]
+        named = [row for row in catalog.snapshots_of_layers(layers) if row.volume not in besides]
         of = {volume: catalog.volume_with_id(volume) for volume in {row.volume for row in named}}
     for row in named:
         volume = of[row.volume]  # None in a damaged catalog
@@ -165,33 +166,47 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: bytes) -> list[st
     return sorted(users)
 
 
-def remove_unreachable_layers(catalog: Catalog, layer_id: bytes | None) -> bytes | None:
-    """Remove a layer and the layers below it, down to the first that is needed. Inside a transaction.
+def remove_unreachable_layers(catalog: Catalog, layers: Iterable[bytes | None]) -> list[bytes]:
+    """Remove layers and those below them, each down to the first that is needed. Inside a transaction.
 
-    The files of the removed layers become pending work. Returns the needed layer at which the removal stopped, or None.
-    If the layer is already gone, nothing is done.
+    Their files become pending work. Returns the needed layers at which it stopped. A layer that is already gone is passed
+    over. How many statements this takes goes by the depth, and not by how many layers are given.
     """
-    while layer_id is not None:
-        layer = catalog.layer_with_id(layer_id)
-        if layer is None:
-            break
-        if catalog.is_needed(layer_id):
-            return layer_id
-        drop_layer(catalog, layer)
-        layer_id = layer.parent
-        if layer.base and not catalog.is_base_needed(layer.base):
-            catalog.remove_base(layer.base)
-    return None
+    stopped: dict[bytes, None] = {}
+    asked = dict.fromkeys(layers)
+    while asked:
+        found = {row.id: row for row in catalog.layers_with_ids(id for id in asked if id is not None)}
+        needed = catalog.needed_layers(found)
+        stopped |= {id: None for id in asked if id in needed}
+        going = [found[id] for id in asked if id in found and id not in needed]
+        _drop_layers(catalog, going)
+        for row in going:
+            stopped.pop(row.id, None)  # it was needed by one that is gone now
+        asked = dict.fromkeys(row.parent for row in going)
+    return list(stopped)
 
 
-def drop_layer(catalog: Catalog, layer: LayerRow) -> None:
-    """Remove one layer's rows; its files become pending work. Inside a transaction."""
-    for segment in catalog.segments_of_layer(layer.id):
-        catalog.add_work("segment", segment.id, segment.lock_byte, layer.wipe)
-        if segment.role == "spare":  # the map of the next head, which this segment was for, has the same id
-            catalog.add_work("map", segment.id, segment.lock_byte, layer.wipe)
-    catalog.add_work("map", layer.map_id, layer.map_lock_byte, layer.wipe)
-    catalog.remove_segments_of(layer.id)
-    catalog.remove_layer(layer.id)
-    # A merge into the base up to this layer may have been cancelled. No layer is left that needs this merge to end.
-    catalog.remove_base_merge_of(layer.id)
+def _drop_layers(catalog: Catalog, layers: Sequence[LayerRow]) -> None:
+    """Remove the rows of layers on which none stands, and of bases that nothing stands on then.
+
+    Their files become pending work. Inside a transaction.
+    """
+    ids = [layer.id for layer in layers]
+    segments = catalog.segments_of(list(layers))
+    catalog.add_all_work(work for layer in layers for work in _work_on(layer, segments[layer.id]))
+    catalog.remove_segments_of(*ids)
+    catalog.remove_layers(ids)
+    # A merge of one into the base that was cancelled: no layer is left that needs it finished.
+    catalog.remove_base_merge_of(*ids)
+    for base in {layer.base for layer in layers if layer.base}:
+        if not catalog.is_base_needed(base):
+            catalog.remove_base(base)
+
+
+def _work_on(layer: LayerRow, segments: Iterable[SegmentRow]) -> Iterator[tuple[str, bytes, int, str]]:
+    """Yield the work that frees the files of a layer."""
+    for segment in segments:
+        yield "segment", segment.id, segment.lock_byte, layer.wipe
+        if segment.role == "spare":  # the map of the head that it was for
+            yield "map", segment.id, segment.lock_byte, layer.wipe
+    yield "map", layer.map_id, layer.map_lock_byte, layer.wipe

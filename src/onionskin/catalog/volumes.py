@@ -9,11 +9,12 @@ from typing import Any
 
 from onionskin.base.naming import is_text
 from onionskin.catalog.connection import Connection
-from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LayerRow, VolumeRow
+from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
 from onionskin.errors import VolumeNotFoundError
 
 _NOT_STAGED = "substr(name, 1, 1) != ?"
+_DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
 
 
 class Volumes(Connection):
@@ -39,10 +40,6 @@ class Volumes(Connection):
     def volume_with_id(self, id: bytes) -> VolumeRow | None:
         """Return a volume by id, or None if it is gone."""
         return self.row(VolumeRow, "id = ?", id)
-
-    def has_volume_with_id(self, id: bytes) -> bool:
-        """Whether there is a volume with this id; its row may be unsound."""
-        return self.has(VolumeRow, "id = ?", id)
 
     def volumes(self) -> list[VolumeRow]:
         """Return all volumes, in no order: of many, that takes half the time of `volumes_by_name`."""
@@ -70,8 +67,8 @@ class Volumes(Connection):
         return self.sound_rows(VolumeRow, "name >= ? AND name < ?", STAGED_PREFIX, chr(ord(STAGED_PREFIX) + 1))
 
     def listed_heads(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (id, name, created_ns, head) of each volume that is not staged, then (parent, base, size_bytes, block_size,
-        wipe) of its head, by name.
+        """Yield (id, name, created_ns, expires_ns, head) of each volume that is not staged, then (parent, base, size_bytes,
+        block_size, wipe) of its head, by name.
 
         A volume is left out if its head is gone or its row is not sound. No row is kept after it was yielded: a hundred
         thousand rows that live at once cost Python's garbage collector as much as reading them.
@@ -81,7 +78,8 @@ class Volumes(Connection):
         )
         with self._guard, self._errors():
             yield from self._connection.execute(
-                "SELECT v.id, v.name, v.created_ns, v.head, l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
+                "SELECT v.id, v.name, v.created_ns, v.expires_ns, v.head,"
+                " l.parent, l.base, l.size_bytes, l.block_size, l.wipe"
                 f" FROM {volumes} AS v JOIN {layers} AS l ON l.id = v.head"
                 " WHERE substr(v.name, 1, 1) != ? ORDER BY v.name",
                 (STAGED_PREFIX,),
@@ -94,6 +92,45 @@ class Volumes(Connection):
                 f"SELECT l.parent, min(v.id), max(v.id) FROM {TABLES[VolumeRow]} AS v JOIN {TABLES[LayerRow]} AS l"
                 " ON l.id = v.head WHERE l.parent IS NOT NULL GROUP BY l.parent"
             ).fetchall()
+
+    def volumes_named(self, names: Iterable[str]) -> list[VolumeRow]:
+        """Return the volumes that have one of these names, in no order."""
+        return self.rows_in(VolumeRow, "name", names)
+
+    def greatest_number(self, prefix: str, suffix: str) -> int:
+        """Return the greatest number that stands between the two in the name of a volume, in decimal digits; 0: none does.
+
+        Names of one length with the number in one place sort as their numbers do: so one step in the index finds the
+        greatest of each length, however many there are.
+        """
+        greatest = 0
+        with self.reading():
+            for digits in range(1, _DIGITS_MAX + 1):
+                low, high = (f"{prefix}{digit * digits}{suffix}" for digit in "09")
+                condition = "length(name) = ? AND name BETWEEN ? AND ? AND name GLOB ? ORDER BY name DESC LIMIT 1"
+                shape = f"{_as_glob(prefix)}{'[0-9]' * digits}{_as_glob(suffix)}"
+                for (name,) in self.values(VolumeRow, "name", condition, len(low), low, high, shape):
+                    greatest = max(greatest, int(name[len(prefix) : len(prefix) + digits]))
+        return greatest
+
+    def expired(self, now_ns: int) -> list[VolumeRow]:
+        """Return the volumes that may be dropped from a time before this one on, the earliest first."""
+        return self.rows(VolumeRow, "expires_ns <= ? ORDER BY expires_ns", now_ns)
+
+    def labels_of(self, volume: bytes) -> dict[str, str]:
+        """Return the labels of a volume; unsound rows are left out."""
+        return dict(self.values(LabelRow, "key, value", "volume = ? ORDER BY key", volume))
+
+    def labels(self) -> dict[bytes, dict[str, str]]:
+        """Return the labels of each volume that has any; unsound rows are left out."""
+        found: dict[bytes, dict[str, str]] = {}
+        for volume, key, value in self.values(LabelRow, "volume, key, value", "1 ORDER BY volume, key"):
+            found.setdefault(volume, {})[key] = value
+        return found
+
+    def remove_labels(self, volume: bytes) -> None:
+        """Take its labels from a volume. Inside a transaction."""
+        self.delete(LabelRow, "volume = ?", volume)
 
     def head_of(self, volume: VolumeRow) -> bytes | None:
         """Return the layer that is a volume's head now, or None if the volume is gone."""
@@ -110,6 +147,19 @@ class Volumes(Connection):
             return self.rows_in(VolumeRow, "head", layers)
         return self.rows_in(VolumeRow, "head", layers, "id != ?", besides)
 
-    def remove_volume(self, id: bytes) -> None:
-        """Remove the row of a volume, whose snapshots have none any more. Inside a transaction."""
-        self.delete(VolumeRow, "id = ?", id)
+    def which_are_volumes(self, ids: Iterable[bytes]) -> set[bytes]:
+        """Return those of these ids that a volume has; its row may be unsound."""
+        return self.values_found(VolumeRow, "id", ids)
+
+    def volumes_with_ids(self, ids: Iterable[bytes]) -> list[VolumeRow]:
+        """Return those of these volumes that exist, in no order."""
+        return self.rows_in(VolumeRow, "id", ids)
+
+    def remove_volumes(self, ids: Iterable[bytes]) -> None:
+        """Remove the rows of volumes, whose snapshots have none any more. Inside a transaction."""
+        self.delete_all(VolumeRow, "id", ids)
+
+
+def _as_glob(text: str) -> str:
+    """Write a text so that GLOB takes each of its characters for itself."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in text)

@@ -25,6 +25,14 @@ class Work(Connection):
         assert cursor.lastrowid is not None
         return WorkRow(cursor.lastrowid, kind, target, lock_byte, wipe)
 
+    def add_all_work(self, rows: Iterable[tuple[str, bytes, int, str]]) -> None:
+        """Note work: (kind, target, lock byte, wipe) of each. Inside a transaction."""
+        columns = ("kind", "target", "lock_byte", "wipe")
+        noted = list(rows)
+        for row in noted:
+            check_values(WorkRow, zip(columns, row, strict=True))
+        self._connection.executemany(f"INSERT INTO pending ({', '.join(columns)}) VALUES (?, ?, ?, ?)", noted)
+
     def work_with_id(self, id: int) -> WorkRow | None:
         """Return pending work by its id, or None if it was done or need not be done any more."""
         return self.row(WorkRow, "id = ?", id)
@@ -36,6 +44,16 @@ class Work(Connection):
     def remove_work(self, id: int) -> None:
         """Forget work that was done or need not be done any more. Inside a transaction."""
         self.delete(WorkRow, "id = ?", id)
+
+    def last_work(self) -> int:
+        """Return the greatest id that work has; what is noted in this transaction from now on has a greater one."""
+        with self._guard, self._errors():
+            (last,) = self._connection.execute("SELECT max(id) FROM pending").fetchone()
+        return last if type(last) is int else 0
+
+    def segments_freed_since(self, work: int) -> list[bytes]:
+        """Return the segments of which it was noted, behind this work, that they go as a whole."""
+        return [id for (id,) in self.values(WorkRow, "target", "id > ? AND kind = 'segment'", work)]
 
     # ---- merges into a base ----
 
@@ -50,9 +68,11 @@ class Work(Connection):
         """Return the merge into the base up to this layer that was begun and not ended, or None."""
         return self.row(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
-    def remove_base_merge_of(self, layer: bytes) -> None:
-        """Forget the merge into the base up to this layer, if one was begun. Inside a transaction."""
-        self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
+    def remove_base_merge_of(self, *layers: bytes) -> None:
+        """Forget the merges into the base up to these layers, where one was begun. Inside a transaction."""
+        if self.has(WorkRow, "kind = 'base-merge'"):  # there seldom is one
+            for layer in layers:
+                self.delete(WorkRow, "kind = 'base-merge' AND target = ?", layer)
 
     # ---- work that reclaims files and slots ----
 

@@ -27,6 +27,12 @@ _SECTIONS = {
         "set": "properties.set_",
         "get": "properties.get",
     },
+    "Many copies": {
+        "fork": "forking.fork",
+        "forks": "forking.forks",
+        "lineage": "forking.lineage",
+        "expire": "forking.expire",
+    },
     "Snapshots": {
         "snapshot": "snapshots.snapshot",
         "snapshots": "snapshots.snapshots",

@@ -131,6 +131,9 @@ def parse_name(text: str) -> Name:
     return Name(Path(directory or "/"), volume, snapshot or None)
 
 
+WIPE = click.Choice(["release", "zero"])
+
+
 class NameType(click.ParamType):  # type: ignore[type-arg]
     """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
 

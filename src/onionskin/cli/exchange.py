@@ -19,6 +19,7 @@ from onionskin.cli.arguments import (
     SNAPSHOT,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
+    WIPE,
     Name,
     open_store,
     open_to_read,
@@ -26,7 +27,7 @@ from onionskin.cli.arguments import (
 )
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_store, snapshot_value
-from onionskin.cli.volumes import WIPE, volume_value
+from onionskin.cli.volumes import volume_value
 from onionskin.exchange.image_formats import KNOWN, SUFFIXES
 from onionskin.images import FORMATS, export_image, export_to_device, import_image, reading, refuse_device
 

@@ -17,7 +17,7 @@ _CALLED = {
     **dict.fromkeys(("destroy", "rm", "remove", "del", "undefine"), "delete"),
     **dict.fromkeys(("snap", "checkpoint", "save"), "snapshot"),
     **dict.fromkeys(("history", "log"), "snapshots"),
-    **dict.fromkeys(("fork", "branch", "cp", "copy"), "clone"),
+    **dict.fromkeys(("branch", "cp", "copy"), "clone"),
     **dict.fromkeys(("new", "init", "mk", "make"), "create"),
     **dict.fromkeys(("ls", "volumes"), "list"),
     **dict.fromkeys(("show", "describe", "status"), "info"),

@@ -17,6 +17,7 @@ from onionskin.cli.arguments import (
     VOLUME,
     VOLUME_OR_SNAPSHOT,
     VOLUME_SNAPSHOT_OR_STORE,
+    WIPE,
     Name,
     live,
     note_trust,
@@ -24,6 +25,7 @@ from onionskin.cli.arguments import (
     trust_option,
 )
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
+from onionskin.cli.forking import label_option
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)
-WIPE = click.Choice(["release", "zero"])
 
 
 def volume_value(info: "VolumeInfo") -> dict[str, Any]:
@@ -222,10 +223,11 @@ _SHOWN = ("name", "size", "used", "written", "snapshots", "wipe", "base", "holde
 
 @click.command(name="list")
 @click.argument("store", type=STORE)
+@label_option("List those alone that have this label.")
 @column_options(_COLUMNS)
 @trust_option
 @json_option
-def list_volumes(store: Path, asked: Asked, as_json: bool) -> None:
+def list_volumes(store: Path, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
     """List the volumes of a store.
 
     USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of
@@ -235,7 +237,7 @@ def list_volumes(store: Path, asked: Asked, as_json: bool) -> None:
         space = is_asked(asked, _COLUMNS)
         if space is None:
             space = as_json or is_quick(opened)
-        volumes = in_order(asked, _COLUMNS, opened.volumes(space=space))
+        volumes = in_order(asked, _COLUMNS, opened.volumes(labels=dict(labels), space=space))
     value = [volume_value(about) for about in volumes] if as_json else None
     output.show(as_json, value, lambda: draw(asked, _COLUMNS, volumes, _SHOWN))
 
@@ -515,7 +517,7 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     """Delete volumes, with --recursive their snapshots too.
 
     The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
-    looked at before the first is deleted; then they are deleted one after the other.
+    deleted together, or none of them.
     """
     from onionskin.operations import losses as of_store
 
@@ -528,7 +530,6 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
             losses.tell_dry_run(as_json, "delete", [loss])
             return
         losses.agree("delete", [loss], yes=yes)
-        for one in of_store.clones_first(store._opened, called):
-            store.delete(one, recursive=recursive)
+        store.delete(*called, recursive=recursive)
     gone = sorted(called)
     output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -111,6 +111,9 @@ cdef extern from "volume/volume.h" nogil:
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
+    int onion_volume_seal_begin(onion_volume *, const char *, const unsigned char *)
+    int onion_volume_seal_sync(onion_volume *, onion_sealed *)
+    int onion_volumes_cut(onion_volume *const *, uint32_t, uint32_t *)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
     int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
@@ -988,6 +991,30 @@ cdef class DataPath:
             _raise(status, "snapshot")
         return _sealed(&raw, self._just_sealed())
 
+    def seal_begin(self, *, map_path, map_id):
+        """Begin a seal in stages: make most of the head durable. `cut_heads` and `seal_sync` do the rest of `seal`."""
+        cdef unsigned char id[ONION_UUID_BYTES]
+        cdef int status
+        path = os.fsencode(map_path)
+        cdef const char *c_path = path
+        _copy_id(id, map_id)
+        with nogil:
+            status = onion_volume_seal_begin(self._volume, c_path, id)
+        if status < 0:
+            if status == -EBUSY:
+                raise StateError("snapshot: no spare segment is registered")
+            _raise(status, "snapshot")
+
+    def seal_sync(self):
+        """Make durable what `cut_heads` cut off; as after `seal`, flushes wait for seal_commit or seal_abort."""
+        cdef onion_sealed raw
+        cdef int status
+        with nogil:
+            status = onion_volume_seal_sync(self._volume, &raw)
+        if status < 0:
+            _raise(status, "snapshot")
+        return _sealed(&raw, self._just_sealed())
+
     def seal_commit(self, next_spare):
         """Go on with the new head, because the catalog names it."""
         cdef unsigned char id[ONION_UUID_BYTES]
@@ -999,7 +1026,10 @@ cdef class DataPath:
             _raise(status, "snapshot")
 
     def seal_abort(self):
-        """Go on with the old head, because the catalog still names it. It owns what was written since the seal."""
+        """Go on with the old head, because the catalog still names it. It owns what was written since the seal.
+
+        This is allowed at any stage of a seal.
+        """
         cdef int status
         with nogil:
             status = onion_volume_seal_abort(self._volume)
@@ -1190,6 +1220,31 @@ cdef class DataPath:
         """Wait for calls that are under way, then unmap and close. This does not flush. Further calls do nothing."""
         with nogil:
             onion_volume_close(self._volume)
+
+
+def cut_heads(paths, names):
+    """Cut the heads of volumes whose seals were begun, at one instant; writers wait meanwhile, and the GIL is not held.
+
+    Each write that was answered before one that the cut leaves out began is in the cut, whichever volumes they went to.
+    `names` are what errors call the volumes. On an error each seal that was begun is to be aborted.
+    """
+    cdef uint32_t count = len(paths), failed = 0
+    cdef int status
+    cdef DataPath path
+    if len(set(paths)) != len(paths):
+        raise ValueError("snapshot: a volume is named twice")
+    cdef onion_volume **volumes = <onion_volume **>malloc((count + 1) * sizeof(onion_volume *))
+    if volumes == NULL:
+        raise MemoryError
+    try:
+        for at, path in enumerate(paths):
+            volumes[<uint32_t>at] = path._volume
+        with nogil:
+            status = onion_volumes_cut(volumes, count, &failed)
+    finally:
+        free(volumes)
+    if status < 0:
+        _raise(status, f"snapshot of {names[failed]!r}")
 
 
 def _path_of(fd):

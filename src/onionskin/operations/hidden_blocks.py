@@ -6,9 +6,11 @@ A fold frees the blocks that the only child of a layer hides. But nothing can be
 layer, as clones do. A fold also frees nothing if the child hides nothing and the layers above the child do.
 
 What must hold: no block is freed that is read by a name, by a head, or by a layer that is being sealed to be read. The
-layers that hide a block are durable. No new layer can be put on a layer without a name, so a hidden block stays hidden.
-But the layers above may change between a reading of the tree and the commit. So they are looked at again inside the
-transaction.
+layers that hide a block are durable. A fork of a disk whose head is empty may be put on a layer without a name
+(forks.py), and it hides nothing. So the layers above are read again inside the transaction that frees blocks, and the
+work is put off if somebody has come. The fork compares, inside its own transaction, the layers that its disk stood on when
+its head was found empty. Whichever commits first, the other one sees it. No layer comes between two others, so the blocks
+that a layer hides of those below it stay hidden.
 """
 
 from collections.abc import Iterable

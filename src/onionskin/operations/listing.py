@@ -4,7 +4,7 @@ What must hold: there is no query of the catalog for each volume, layer or segme
 not exist, because a store may have a hundred thousand of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,6 +27,7 @@ class VolumeInfo:
     `used_bytes` is what the volume and its snapshots hold on the disk, without what it shares with the snapshot that it
     was cloned from. `written_bytes` is the part of it that was written since the last snapshot. Both are None if nobody
     asked for them, or if a row of the catalog is damaged.
+    From `expires` on `Store.expire` may drop the volume; None: never.
     """
 
     name: str
@@ -39,6 +40,8 @@ class VolumeInfo:
     holder: int | None
     used_bytes: int | None
     written_bytes: int | None
+    expires: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(slots=True)
@@ -54,8 +57,8 @@ class TreeNode:
     children: list["TreeNode"] = field(default_factory=list)
 
 
-def list_volumes(store: OpenStore, *, space: bool = True) -> list[VolumeInfo]:
-    """Return all volumes, by name; without `space` no segment is looked at."""
+def list_volumes(store: OpenStore, wanted: Mapping[str, str], *, space: bool = True) -> list[VolumeInfo]:
+    """Return the volumes that have all these labels, by name; without `space` no segment is looked at."""
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
@@ -63,15 +66,40 @@ def list_volumes(store: OpenStore, *, space: bool = True) -> list[VolumeInfo]:
         below, paths, counts = catalog.parents(), catalog.base_paths(), catalog.snapshot_counts()
         bases: dict[bytes, bytes | None] = {}
         taken = SpaceOfAll(store, {layer: parent for layer, (parent, _) in below.items()}) if space else None
+        labels = catalog.labels()
         infos = []
-        for id, name, created_ns, head, parent, base, size_bytes, block_size, wipe in catalog.listed_heads():
+        for (
+            id,
+            name,
+            created_ns,
+            expires_ns,
+            head,
+            parent,
+            base,
+            size_bytes,
+            block_size,
+            wipe,
+        ) in catalog.listed_heads():
+            if wanted and not wanted.items() <= labels.get(id, {}).items():
+                continue
             under = base if parent is None else _base_of(below, parent, bases)
             path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
             used, written = taken.of(id, head, parent) if taken else (None, None)
             infos.append(
                 VolumeInfo(
-                    name, size_bytes, block_size, wipe, path, when(created_ns), counts.get(id, 0), holder, used, written
+                    name,
+                    size_bytes,
+                    block_size,
+                    wipe,
+                    path,
+                    when(created_ns),
+                    counts.get(id, 0),
+                    holder,
+                    used,
+                    written,
+                    _expires(expires_ns),
+                    labels.get(id, {}),
                 )
             )
     return infos
@@ -88,6 +116,7 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         base = catalog.base_of(chain[0])
         snapshots = catalog.snapshot_count(row.id)
         used, written = _space_of(store, row)
+        labels = catalog.labels_of(row.id)
     return VolumeInfo(
         row.name,
         chain[-1].size_bytes,
@@ -99,6 +128,8 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         holder=_holder(store, row.id),
         used_bytes=used,
         written_bytes=written,
+        expires=_expires(row.expires_ns),
+        labels=labels,
     )
 
 
@@ -107,6 +138,10 @@ def _space_of(store: OpenStore, row: VolumeRow) -> tuple[int | None, int | None]
         return space_of(store, row)
     except FormatError:  # of a row that is asked for nothing else: the volume is there all the same
         return None, None
+
+
+def _expires(expires_ns: int | None) -> datetime | None:
+    return None if expires_ns is None else when(expires_ns)
 
 
 def _holder(store: OpenStore, volume: bytes) -> int | None:

@@ -8,16 +8,15 @@ inside its transaction.
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from graphlib import TopologicalSorter
 
 from onionskin.base import states
-from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
-from onionskin.catalog.tree import descendants, find_snapshot, users_of
+from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import FormatError, StateError
 from onionskin.operations import fold_policy, holds
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.operations.volumes import refuse_delete
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.locks import VolumeLock
 from onionskin.storage.open_head import OpenHead
@@ -193,42 +192,6 @@ def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
             f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
             "it for writing and close it, which makes them durable"
         )
-
-
-def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
-    """Raise StateError if volumes that are deleted together have snapshots that other volumes need.
-
-    Unless `recursive` is true, StateError is also raised if the volumes have any snapshots.
-    """
-    together = {row.name for row in rows}
-    for row in rows:
-        named = catalog.snapshots_of(row.id)
-        above: set[bytes] = set()
-        for snapshot in named:  # the oldest comes first, and the layers above it include those of later snapshots
-            if snapshot.layer not in above:
-                above |= {snapshot.layer, *descendants(catalog, snapshot.layer)}
-        users = [one for one in users_of(catalog, above, besides=row.id) if one.partition("@")[0] not in together]
-        if users:
-            raise StateError(
-                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
-            )
-        if named and not recursive:
-            names = some_of(sorted(snapshot.name for snapshot in named))
-            raise StateError(
-                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
-            )
-
-
-def clones_first(store: OpenStore, names: Sequence[str]) -> list[str]:
-    """Sort volumes that are deleted together, so that each comes after the volumes that stand on its snapshots."""
-    catalog = store.catalog
-    with catalog.reading():
-        rows = [catalog.volume(name) for name in names]
-        named = {row.name: {one.layer for one in catalog.snapshots_of(row.id)} for row in rows}
-        below = {row.name: {layer.id for layer in catalog.layers_of_volume(row.id)} for row in rows}
-    stand_on = {a: {b for b in named if b != a and below[a] & named[b]} for a in named}
-    order = TopologicalSorter(stand_on).static_order()
-    return list(reversed(list(order)))
 
 
 # ---- the layers that are dropped ----

@@ -8,7 +8,7 @@ before they are punched. Any work may be done twice without harm.
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import ELOOP
 from pathlib import Path
@@ -177,7 +177,7 @@ def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
 def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
     """Do one piece of work. Returns False if it can only be done once its volume is open in this store."""
     if row.kind == "volume":
-        unlink_files_of(store, row.target)
+        unlink_files_of(store, [row.target])
         return True
     if row.kind in _FILE_KINDS:
         _refuse_named(store, row)
@@ -186,18 +186,29 @@ def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -
     return _reclaim_slots(store, row, slots)
 
 
-def add_files_of(catalog: Catalog, volume: bytes) -> None:
-    """Note that the files of a volume have to be removed. Inside the transaction that removes the volume's row."""
-    catalog.add_work("volume", volume, catalog.take_lock_byte(), "release")
+def add_files_of(catalog: Catalog, volumes: Collection[bytes]) -> None:
+    """Note that the files of volumes have to be removed. Inside the transaction that removes the rows of the volumes."""
+    bytes_taken = catalog.take_lock_bytes(len(volumes))
+    catalog.add_all_work(("volume", id, byte, "release") for id, byte in zip(volumes, bytes_taken, strict=True))
 
 
-def unlink_files_of(store: OpenStore, volume: bytes) -> None:
-    """Remove the lock file and the unflushed records of a volume that has no row any more. This may be done again."""
-    if store.catalog.has_volume_with_id(volume):
+def unlink_files_of(store: OpenStore, volumes: Collection[bytes]) -> None:
+    """Remove the lock files and the unflushed records of volumes that have no row any more. This may be done again.
+
+    If one cannot be unlinked, the others are unlinked all the same, and the error is raised at the end.
+    """
+    for volume in store.catalog.which_are_volumes(volumes):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
-    layout = store.layout
-    for path in (*layout.staged_dirty_files(volume), layout.dirty_file(volume), layout.volume_lock(volume)):
-        path.unlink(missing_ok=True)
+    failed: OSError | None = None
+    for path in (path for volume in volumes for path in store.layout.files_of_volume(volume)):
+        try:
+            os.unlink(path)  # noqa: PTH108 - a Path of each of a thousand takes longer than unlinking it
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            failed = error
+    if failed:
+        raise failed
 
 
 def _refuse_named(store: OpenStore, row: WorkRow) -> None:

@@ -6,21 +6,31 @@ time, except while the heads are swapped. No data is synced inside the transacti
 not delay others.
 
 A seal has two parts, so that several heads can be sealed in one transaction. The rows are written in the with block of
-`begin_seal`, and `Sealing.finish` is called after the block.
+`begin_seals`, and `Sealing.finish` is called after the block. Heads that are sealed together are cut at one instant: all
+seals are begun, then the writers of all are held while all heads are swapped, in one call of the data path. Nobody waits
+for the disk meanwhile.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onionskin.catalog import LayerRow, SegmentRow, VolumeRow, new_id
+from onionskin.errors import StateError
+from onionskin.kernels._volume import cut_heads
 from onionskin.operations import reclaim
 from onionskin.storage.chain import NewHead, replace_spare
 from onionskin.storage.open_head import OpenHead, if_begun
 
 if TYPE_CHECKING:
     from onionskin.kernels._volume import Sealed
+
+
+Check = Callable[[], None]
+Also = Callable[[LayerRow, LayerRow], None]
+
+_THREADS_MAX = 16  # that wait for disks at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +46,39 @@ class NextHead:
 class Sealing:
     """A seal that was begun. The data path has its new head, and waits to be told whether the volume has it too.
 
-    `begin_seal` makes it.
+    `begin_seals` makes it.
     """
 
-    def __init__(self, volume: OpenHead, spare: SegmentRow, sealed: "Sealed") -> None:
-        self._volume = volume
-        self._spare = spare  # the first segment of the next head; its id is also the id of that head's map
-        self._sealed = sealed
-        # The last flush of this head may have freed slots in inherited segments. The new head does not know of them.
-        self.to_reclaim: list[bytes] = volume.path.reclaim_wanted()
+    def __init__(self, volume: OpenHead) -> None:
+        _need_spare(volume)
+        self.volume = volume
+        # The first segment of the next head; its id is also the id of that head's map.
+        self._spare: SegmentRow = volume.store.catalog.spare_of(volume.head)
+        self._sealed: Sealed | None = None
+        self.to_reclaim: list[bytes] = []
         self.next_head: NextHead | None = None
         self._unused: set[int] = set()
 
-    def write_rows(self, also: Callable[[LayerRow, LayerRow], None]) -> LayerRow:
+    def begin(self) -> None:
+        """Make durable most of what was written, with writers at work."""
+        spare = self._spare.id
+        self.volume.path.seal_begin(map_path=str(self.volume.store.layout.map_file(spare)), map_id=spare)
+
+    def sync(self) -> None:
+        """Make durable what was written between that and the cut."""
+        self._sealed = self.volume.path.seal_sync()
+        # The last flush of this head may have freed slots in inherited segments. The new head does not know of them.
+        self.to_reclaim = self.volume.path.reclaim_wanted()
+
+    def write_rows(self, also: Also) -> LayerRow:
         """Write the rows of the sealed layer and the new head, and return the sealed layer.
 
         This is called inside a transaction, which may run twice. `also` is called with the rows of the sealed layer and
         of the new head.
         """
         self.next_head, self._unused = None, set()
-        volume, catalog = self._volume, self._volume.store.catalog
+        volume, catalog = self.volume, self.volume.store.catalog
+        assert self._sealed is not None
         # The size comes from the map, because a crash after a resize may have left the old size in the row.
         old = catalog.layer(volume.head)._replace(size_bytes=self._sealed.size_bytes)
         # The map has the id of the spare. So if the map is made beforehand, the catalog names it before the head
@@ -79,18 +102,19 @@ class Sealing:
 
     def _write_next_head(self, layer: LayerRow, new: NextHead) -> None:
         """Write the row of the new head, make the old head's spare its segment, and give it to the volume."""
-        catalog = self._volume.store.catalog
+        catalog = self.volume.store.catalog
         catalog.insert(layer)
         catalog.update(SegmentRow, self._spare.id, role="own", layer=layer.id)
         catalog.insert(SegmentRow(new.spare, layer.id, "spare", 0, new.spare_byte))
-        catalog.update(VolumeRow, self._volume.row.id, head=layer.id)
+        catalog.update(VolumeRow, self.volume.row.id, head=layer.id)
 
     def _write_sealed(self, old: LayerRow) -> LayerRow:
         """Write the rows of the layer that was sealed and of its segments, and return the row of the layer.
 
         Segments without slots are dropped.
         """
-        catalog, sealed = self._volume.store.catalog, self._sealed
+        catalog, sealed = self.volume.store.catalog, self._sealed
+        assert sealed is not None
         what: dict[str, Any] = {
             "sealed": 1,
             "size_bytes": sealed.size_bytes,
@@ -108,7 +132,7 @@ class Sealing:
 
     def _drop_empty_segment(self, id: bytes, wipe: str) -> None:
         """Remove the row of a segment without slots. If it has a file, the file becomes pending work."""
-        store = self._volume.store
+        store = self.volume.store
         row = store.catalog.segment_with_id(id)
         if row is None:
             return
@@ -120,69 +144,120 @@ class Sealing:
     def go_on(self) -> None:
         """Tell the data path that the volume goes on with the new head."""
         assert self.next_head is not None
-        self._volume.head = self.next_head.head
+        self.volume.head = self.next_head.head
         spare = self.next_head.spare
-        if_begun(lambda: self._volume.path.seal_commit(spare))
+        if_begun(lambda: self.volume.path.seal_commit(spare))
+
+    def resolve(self) -> None:
+        """Go on with the new head if the catalog has it, with the old one if not."""
+        volume, new = self.volume, self.next_head
+        if new is None or volume.path.poisoned or volume.store.catalog.head_of(volume.row) != new.head:
+            if_begun(volume.path.seal_abort)
+        else:
+            self.go_on()
+
+    def give_back_reclaims(self) -> None:
+        """Have the data path wish again what no row was written for."""
+        if self.to_reclaim and not self.volume.path.closed:
+            self.volume.path.want_reclaim(self.to_reclaim)
 
     def finish(self) -> None:
         """Give up files that were made for nothing, and start freeing slots. The data path knows its head by then."""
-        self._volume.locks.drop_shared(self._unused)
+        self.volume.locks.drop_shared(self._unused)
         if self.to_reclaim or self._unused:
-            reclaim.work_soon(self._volume.store)
-        self._volume.note_seal()
+            reclaim.work_soon(self.volume.store)
+        self.volume.note_seal()
+
+
+@contextmanager
+def begin_seals(volumes: Sequence[OpenHead]) -> Iterator[list[Sealing]]:
+    """Cut heads at one instant, and make durable what was written; in the block one transaction calls each `write_rows`.
+
+    At the end of the block each data path is told which head goes on: the new one, or, where the catalog does not have
+    that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
+    """
+    sealings = [Sealing(volume) for volume in volumes]
+    try:
+        with ExitStack() as stack:
+            for sealing in sealings:
+                stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
+            with _side_by_side(sealings) as run:
+                run(Sealing.begin)
+                cut_heads([volume.path for volume in volumes], [volume.row.name for volume in volumes])
+                run(Sealing.sync)
+            yield sealings
+    except BaseException:
+        for sealing in sealings:
+            sealing.give_back_reclaims()
+        raise
+
+
+@contextmanager
+def _side_by_side(sealings: list[Sealing]) -> Iterator[Callable[[Callable[[Sealing], None]], None]]:
+    """Give what runs a step of each seal, at the same time: each waits for the disk. It raises when all have ended."""
+    if len(sealings) == 1:
+        yield lambda step: step(sealings[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(len(sealings), _THREADS_MAX), "onionskin seal") as threads:
+
+        def run(step: Callable[[Sealing], None]) -> None:
+            begun = [threads.submit(_run_named, sealing, step) for sealing in sealings]
+            failed = [error for future in begun if (error := future.exception())]
+            if failed:
+                raise failed[0]
+
+        yield run
+
+
+def _run_named(sealing: Sealing, step: Callable[[Sealing], None]) -> None:
+    """Run a step of one of several seals; its error says of which volume it is."""
+    name = sealing.volume.row.name
+    try:
+        step(sealing)
+    except StateError as error:
+        raise StateError(f"volume {name!r}: {error}") from error
+    except OSError as error:
+        error.strerror = f"volume {name!r}: {error.strerror}"
+        raise
 
 
 @contextmanager
 def begin_seal(volume: OpenHead) -> Iterator[Sealing]:
-    """Make durable what was written, and swap the heads. In the with block, one transaction calls `Sealing.write_rows`.
+    """Seal one head: see `begin_seals`."""
+    with begin_seals([volume]) as sealings:
+        yield sealings[0]
 
-    At the end of the block, the data path is told which head goes on. This is the new one if the catalog has it, and
-    otherwise the old one. The caller is in an operation of the volume, and calls `Sealing.finish` after the block.
+
+def seal_together(parts: Sequence[tuple[OpenHead, Check, Also]]) -> list[LayerRow]:
+    """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
+
+    In an operation of each volume. Each volume comes with its `check` and `also`, as for `seal`.
     """
-    _need_spare(volume)
-    spare = volume.store.catalog.spare_of(volume.head)
-    begun: list[Sealing] = []
-    try:
-        with volume.resolving(lambda: _resolve(volume, begun), lambda: begun[0].go_on()):
-            map_path = str(volume.store.layout.map_file(spare.id))
-            begun.append(Sealing(volume, spare, volume.path.seal(map_path=map_path, map_id=spare.id)))
-            yield begun[0]
-    except BaseException:
-        if begun and begun[0].to_reclaim and not volume.path.closed:
-            volume.path.want_reclaim(begun[0].to_reclaim)
-        raise
+    for _, check, _ in parts:
+        check()
+
+    def write_rows() -> list[LayerRow]:
+        for _, check, _ in parts:
+            check()
+        return [sealing.write_rows(also) for sealing, (_, _, also) in zip(sealings, parts, strict=True)]
+
+    with begin_seals([volume for volume, _, _ in parts]) as sealings:
+        rows = parts[0][0].store.change(write_rows)
+    with ExitStack() as finishing:  # an error of one keeps the others from nothing
+        for sealing in sealings:
+            finishing.callback(sealing.finish)
+    return rows
 
 
-def _resolve(volume: OpenHead, begun: list[Sealing]) -> None:
-    """Go on with the new head if the catalog has it, and otherwise with the old one."""
-    new = begun[0].next_head if begun else None
-    if new is None or volume.path.poisoned or volume.store.catalog.head_of(volume.row) != new.head:
-        if_begun(volume.path.seal_abort)
-    else:
-        begun[0].go_on()
-
-
-def seal(
-    volume: OpenHead,
-    *,
-    check: Callable[[], None] = lambda: None,
-    also: Callable[[LayerRow, LayerRow], None] = lambda sealed, head: None,
-) -> LayerRow:
+def seal(volume: OpenHead, *, check: Check = lambda: None, also: Also = lambda sealed, head: None) -> LayerRow:
     """Seal the head and go on in a new one. Returns the sealed layer. The caller is in an operation of the volume.
 
     `check` is called before anything happens, and again inside the transaction. `also` is called in the same
     transaction, with the rows of the sealed layer and of the new head.
     """
-    check()
-
-    def write_rows() -> LayerRow:
-        check()
-        return sealing.write_rows(also)
-
-    with begin_seal(volume) as sealing:
-        row = volume.store.change(write_rows)
-    sealing.finish()
-    return row
+    return seal_together([(volume, check, also)])[0]
 
 
 def _need_spare(volume: OpenHead) -> None:

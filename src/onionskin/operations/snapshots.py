@@ -6,6 +6,7 @@ opening does it.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 
 from onionskin.base.naming import some_of
@@ -26,7 +27,7 @@ from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.restart import restart_on
-from onionskin.operations.seal import seal
+from onionskin.operations.seal import seal_together
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
@@ -34,27 +35,48 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 
 def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
     """Take a snapshot of the disk as it is now. See `Volume.snapshot`."""
-    with volume.operation(during_merge=True):
-        catalog = volume.store.catalog
-        taken: list[Snapshot] = []
+    return take_together([(volume, name, guid)], note)[0]
 
-        def check_free() -> None:
-            volume.refuse_half_merged()
-            if name is not None:
-                snapshot_names.refuse_taken(catalog, volume.row.id, volume.name, name)
 
-        def name_it(sealed: LayerRow, head: LayerRow) -> None:
-            # The head's lock byte is a number that no snapshot has yet, so the snapshot needs no number of its own.
-            # Such a number would lie between the lock bytes of the chain and cut them into more stretches. Each stretch
-            # is a lock, and a lock costs the kernel more time the more locks there are.
-            number = head.map_lock_byte
-            called = name or snapshot_names.name_of_time(catalog, volume.row.id, head.created_ns)
-            row = SnapshotRow(volume.row.id, called, sealed.id, guid, head.created_ns, note, number)
-            taken.append(describe_snapshot(catalog, volume.row, row, sealed))
-            catalog.insert(row)
+def take_together(disks: Sequence[tuple[OpenHead, str | None, bytes]], note: str) -> list[Snapshot]:
+    """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none."""
+    with ExitStack() as stack:
+        # By their ids: whoever else holds several takes them in this order, so no two wait for each other.
+        for volume in sorted((volume for volume, _, _ in disks), key=lambda volume: volume.row.id):
+            stack.enter_context(volume.operation(during_merge=True))
+        namings = [_Naming(volume, name, note, guid) for volume, name, guid in disks]
+        seal_together([(naming.volume, naming.check, naming.write) for naming in namings])
+    return [naming.taken for naming in namings]
 
-        seal(volume, check=check_free, also=name_it)
-        return taken[0]
+
+class _Naming:
+    """The name that a snapshot gives: whether it is free, and its row."""
+
+    taken: Snapshot
+
+    def __init__(self, volume: OpenHead, name: str | None, note: str, guid: bytes) -> None:
+        self.volume = volume
+        self._name = name
+        self._note = note
+        self._guid = guid
+
+    def check(self) -> None:
+        """Raise where the name is taken, or the volume can have no snapshot now."""
+        volume = self.volume
+        volume.refuse_half_merged()
+        if self._name is not None:
+            snapshot_names.refuse_taken(volume.store.catalog, volume.row.id, volume.name, self._name)
+
+    def write(self, sealed: LayerRow, head: LayerRow) -> None:
+        """Write the row. Inside the transaction, which may run twice."""
+        row, catalog = self.volume.row, self.volume.store.catalog
+        # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
+        # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
+        number = head.map_lock_byte
+        called = self._name or snapshot_names.name_of_time(catalog, row.id, head.created_ns)
+        snapshot = SnapshotRow(row.id, called, sealed.id, self._guid, head.created_ns, self._note, number)
+        self.taken = describe_snapshot(catalog, row, snapshot, sealed)
+        catalog.insert(snapshot)
 
 
 def parent_of(volume: OpenDisk) -> Snapshot | None:
@@ -104,8 +126,7 @@ def discard(volume: OpenHead, names: Sequence[str], *, recursive: bool) -> None:
             holds.refuse_held(catalog, going)
             for id in going:
                 catalog.remove_snapshot_of_layer(id)
-            for id in going:
-                remove_unreachable_layers(catalog, id)
+            remove_unreachable_layers(catalog, going)
 
         branches = refuse_discard(catalog, volume.row, rows, recursive)
         under_head = [root for root, above in branches.items() if volume.head in above]
@@ -149,7 +170,7 @@ def refuse_discard(
 
 def _refuse_needed(catalog: Catalog, volume: VolumeRow, name: str, above: set[bytes], recursive: bool) -> None:
     """Raise StateError if something above a snapshot needs it. `above` are the layers that stand on the snapshot."""
-    users = users_of(catalog, above, besides=volume.id)
+    users = users_of(catalog, above, besides=[volume.id])
     if users:
         raise StateError(
             f"snapshot {name!r} is needed by {some_of(users)}; delete or flatten those volumes first, or merge the "
@@ -194,8 +215,7 @@ def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) ->
             for row in rows:
                 _refuse_renamed(volume, row.name, row.layer)
                 catalog.remove_snapshot(volume.row.id, row.name)
-            for row in rows:
-                remove_unreachable_layers(catalog, row.layer)
+            remove_unreachable_layers(catalog, [row.layer for row in rows])
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)

@@ -226,13 +226,13 @@ def _drop(store: OpenStore, id: bytes) -> None:
     def remove() -> None:
         row = catalog.volume_with_id(id)
         if row and row.name.startswith(STAGED_PREFIX):
-            catalog.remove_volume(id)
-            add_files_of(catalog, id)
-            remove_unreachable_layers(catalog, row.head)
+            catalog.remove_volumes([id])
+            add_files_of(catalog, [id])
+            remove_unreachable_layers(catalog, [row.head])
 
     store.change(remove)
     with suppress(OSError):  # the volume is dropped, and files that cannot be unlinked now stay pending
-        unlink_files_of(store, id)
+        unlink_files_of(store, [id])
     reclaim.work_soon(store)
 
 

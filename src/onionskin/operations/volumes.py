@@ -1,40 +1,153 @@
-"""What is done to a volume by its name or its id, whether it is open or not.
+"""What is done to volumes by their names or their ids, whether they are open or not: a new one, a new name, the end.
 
-What must hold: what a name means is asked inside the transaction that changes it.
+What must hold: what a name means is asked inside the transaction that changes it. Several volumes are removed in one
+transaction, all or none; whoever removes one holds the byte of its writer.
 """
 
-from onionskin.base.naming import check_name
-from onionskin.catalog import VolumeRow
-from onionskin.errors import VolumeExistsError, VolumeNotFoundError
+import os
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+
+from onionskin.base.naming import check_name, some_of
+from onionskin.catalog import Catalog, VolumeRow
+from onionskin.catalog.rows import STAGED_PREFIX
+from onionskin.catalog.tree import descendants, remove_unreachable_layers, users_of
+from onionskin.errors import StateError, VolumeExistsError, VolumeNotFoundError
+from onionskin.operations import holds, lineage, reclaim
+from onionskin.storage.chain import NewHead
+from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
+
+
+def insert(store: OpenStore, id: bytes, name: str, head: NewHead) -> None:
+    """Write the rows of a volume that comes from no other one. Inside a transaction."""
+    refuse_taken(store, name)
+    head.insert(store.catalog)
+    row = VolumeRow(id, name, head.layer.id, head.layer.created_ns)
+    store.catalog.insert(row)
+    lineage.begin(store.catalog, [row])
 
 
 def rename(store: OpenStore, name: str, new_name: str) -> None:
     """Give the volume that has a name now another one."""
     new_name = check_name("volume", new_name)
-
-    def change() -> None:
-        row = store.catalog.volume(name)
-        refuse_taken(store, new_name)
-        store.catalog.update(VolumeRow, row.id, name=new_name)
-
-    store.change(change)
+    store.change(lambda: _rename(store, store.catalog.volume(name), new_name))
 
 
 def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
-    """Give the volume with this id another name, whatever it is called now."""
+    """Give the volume with this id another name, whatever it is called now. A staged volume becomes a volume by it."""
     new_name = check_name("volume", new_name)
 
     def change() -> None:
-        if store.catalog.volume_with_id(id) is None:
+        row = store.catalog.volume_with_id(id)
+        if row is None:
             raise VolumeNotFoundError(f"the volume {id.hex()} of {store.path} is gone")
-        refuse_taken(store, new_name)
-        store.catalog.update(VolumeRow, id, name=new_name)
+        _rename(store, row, new_name)
 
     store.change(change)
+
+
+def _rename(store: OpenStore, row: VolumeRow, new_name: str) -> None:
+    refuse_taken(store, new_name)
+    store.catalog.update(VolumeRow, row.id, name=new_name)
+    if row.name.startswith(STAGED_PREFIX):
+        lineage.begin(store.catalog, [VolumeRow(row.id, new_name, row.head, row.created_ns)])
+    else:
+        lineage.rename(store.catalog, row.id, new_name)
 
 
 def refuse_taken(store: OpenStore, name: str) -> None:
     """Raise VolumeExistsError where there is a volume of that name."""
     if store.catalog.has_volume_named(name):
         raise VolumeExistsError(f"the store {store.path} already has a volume {name!r}; choose another name")
+
+
+# ---- removing ----
+
+
+def delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> tuple[int, list[bytes]]:
+    """Remove the volumes of these names, all or none. See `Store.delete`.
+
+    Returns the bytes on the disk of the data that goes, and the layers without a name that may have only one child now.
+    """
+    catalog = store.catalog
+    catalog.refuse_read_only()
+    wanted = list(dict.fromkeys(names))
+
+    def remove() -> tuple[int, list[bytes]] | None:
+        if _ids_of(catalog, wanted) != ids:
+            return None  # somebody renamed one since it was locked
+        return remove_volumes(store, list(ids.values()), recursive=recursive)
+
+    while True:
+        ids = _ids_of(catalog, wanted)
+        with locked_to_remove(store.layout, {id: name for name, id in ids.items()}):
+            removed = store.change(remove)
+            if removed is not None:
+                unlink_files(store, ids.values())
+                return removed
+
+
+def _ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
+    """Return the ids of the volumes of these names, in their order; raise VolumeNotFoundError where there is none."""
+    with catalog.reading():
+        found = {row.name: row.id for row in catalog.volumes_named(map(str, names)) if row.name[0] != STAGED_PREFIX}
+        return {name: found.get(str(name)) or catalog.volume(name).id for name in names}
+
+
+def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool) -> tuple[int, list[bytes]]:
+    """Remove volumes, with their snapshots if `recursive`. Inside a transaction; the byte of each one's writer is held."""
+    catalog = store.catalog
+    rows = catalog.volumes_with_ids(ids)
+    refuse_delete(catalog, rows, recursive)
+    gone = [row.id for row in rows]
+    named = catalog.snapshots_of_volumes(gone)
+    layers = [snapshot.layer for snapshots in named.values() for snapshot in snapshots]
+    holds.refuse_held(catalog, layers)
+    catalog.remove_snapshots_of(named)
+    catalog.remove_volumes(gone)
+    catalog.end_lineage(gone, time.time_ns())
+    reclaim.add_files_of(catalog, gone)
+    before = catalog.last_work()
+    stood_on = remove_unreachable_layers(catalog, [*(row.head for row in rows), *layers])
+    return _bytes_of(store, catalog.segments_freed_since(before)), stood_on
+
+
+def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) -> None:
+    """Raise StateError where volumes that are deleted together have snapshots that others need, or have any at all."""
+    together = {row.id for row in rows}
+    snapshots = catalog.snapshots_of_volumes(together)
+    for row in rows:
+        named = snapshots.get(row.id)
+        if not named:
+            continue
+        above: set[bytes] = set()
+        for snapshot in named:  # in the order of taking: what stands on an earlier one is found with that
+            if snapshot.layer not in above:
+                above |= {snapshot.layer, *descendants(catalog, snapshot.layer)}
+        users = users_of(catalog, above, besides=together)
+        if users:
+            raise StateError(
+                f"volume {row.name!r} has snapshots that {some_of(users)} need; delete or flatten those first"
+            )
+        if not recursive:
+            names = some_of(sorted(snapshot.name for snapshot in named))
+            raise StateError(
+                f"volume {row.name!r} has snapshots: {names}; ask for a recursive removal to remove them too"
+            )
+
+
+def _bytes_of(store: OpenStore, segments: Sequence[bytes]) -> int:
+    """Return what these segments take on the disk. One that nothing was written to has no file."""
+    total, directory = 0, str(store.layout.segments)
+    for id in segments:  # of a thousand at once, so no Path of each
+        with suppress(FileNotFoundError):
+            total += os.stat(f"{directory}/{store.layout.segment_name(id)}").st_blocks * 512  # noqa: PTH116
+    return total
+
+
+def unlink_files(store: OpenStore, ids: Collection[bytes]) -> None:
+    """Unlink the own files of volumes that were removed, whose writers' bytes are held."""
+    with suppress(OSError):  # they are removed, and what cannot be unlinked now stays pending
+        reclaim.unlink_files_of(store, ids)

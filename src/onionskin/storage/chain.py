@@ -6,7 +6,7 @@ still name the files that were locked. So nobody frees a file that an open data 
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -359,9 +359,7 @@ class NewHead(NamedTuple):
     def insert(self, catalog: Catalog) -> tuple[int, dict[int, bytes]]:
         """Write the rows, inside a transaction. Returns the map's lock byte, and the segments' ids by lock byte."""
         map_byte, own_byte, spare_byte = catalog.take_lock_bytes(3)
-        catalog.insert(self.layer._replace(map_lock_byte=map_byte))
-        catalog.insert(SegmentRow(self.own, self.layer.id, "own", 0, own_byte))
-        catalog.insert(SegmentRow(self.spare, self.layer.id, "spare", 0, spare_byte))
+        insert_heads(catalog, [self], [map_byte, own_byte, spare_byte])
         return map_byte, {own_byte: self.own, spare_byte: self.spare}
 
     def chain(self, below: Chain) -> Chain:
@@ -372,3 +370,15 @@ class NewHead(NamedTuple):
             SegmentRow(self.spare, self.layer.id, "spare", 0, 0),
         ]
         return Chain((*below.layers, self.layer), segments, below.base)
+
+
+def insert_heads(catalog: Catalog, heads: Sequence[NewHead], lock_bytes: Sequence[int] = ()) -> None:
+    """Write the rows of heads, for which three lock bytes each may have been taken. Inside a transaction."""
+    free = iter(lock_bytes or catalog.take_lock_bytes(3 * len(heads)))
+    layers, segments = [], []
+    for head in heads:
+        layers.append(head.layer._replace(map_lock_byte=next(free)))
+        segments.append(SegmentRow(head.own, head.layer.id, "own", 0, next(free)))
+        segments.append(SegmentRow(head.spare, head.layer.id, "spare", 0, next(free)))
+    catalog.insert_all(layers)
+    catalog.insert_all(segments)

@@ -58,7 +58,12 @@ class Layout(NamedTuple):
 
     def segment_file(self, segment_id: bytes) -> Path:
         """The segment with this id."""
-        return self.segments / f"{segment_id.hex()}.seg"
+        return self.segments / self.segment_name(segment_id)
+
+    @staticmethod
+    def segment_name(segment_id: bytes) -> str:
+        """The name of that file in its directory."""
+        return f"{segment_id.hex()}.seg"
 
     def volume_lock(self, uuid: bytes) -> Path:
         """The lock of the one writer of a volume."""
@@ -72,6 +77,11 @@ class Layout(NamedTuple):
         """The names under which such a file is made. One that exists while nobody writes the volume was left by a kill."""
         path = self.dirty_file(uuid)
         return [path.with_name(f"{path.name}.{number}") for number in range(4)]
+
+    def files_of_volume(self, uuid: bytes) -> list[str]:
+        """The files of a volume that go with its row: texts, as they may be asked for of a thousand volumes at once."""
+        stem = f"{self.volumes}/{uuid.hex()}"
+        return [*(f"{stem}.dirty.{number}" for number in range(4)), f"{stem}.dirty", f"{stem}.lock"]
 
     def holds(self, path: Path) -> bool:
         """Whether a path leads into the store, by whatever links."""

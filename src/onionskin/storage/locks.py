@@ -20,7 +20,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from pathlib import Path
@@ -158,6 +158,15 @@ class ByteLocks:
             if number in self._exclusive:
                 _set_lock(self._open_descriptor(), fcntl.F_RDLCK, number, 1)
 
+    def take_exclusive(self, numbers: Iterable[int]) -> int | None:
+        """Hold bytes alone until `close`, without waiting; returns the first of them that somebody else has, or None."""
+        with self._guard:
+            for number in sorted(set(numbers)):
+                if not _set_lock(self._open_descriptor(), fcntl.F_WRLCK, number, 1):
+                    return number
+                self._exclusive.add(number)
+        return None
+
     @contextmanager
     def exclusive(self, number: int) -> Iterator[bool]:
         """Hold a byte alone during the with block, if that is possible without waiting. Yields whether it is held.
@@ -267,12 +276,7 @@ class VolumeLock:
         try:
             self._byte_descriptor = open_lock_file(layout.lock)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
-                if _is_only_read(self._byte_descriptor, volume_id):
-                    raise StateError(
-                        f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its "
-                        "snapshots instead"
-                    )
-                _refuse_held(self._path, volume_name)
+                _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
             self.after_fork()
             raise
@@ -332,6 +336,43 @@ class ReadersLock:
     def close(self) -> None:
         """Give the volume up. Further calls do nothing."""
         self._bytes.close()
+
+
+@contextmanager
+def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[None]:
+    """Hold volumes, by their ids with their names, as their writers do, without a file for any of them.
+
+    One descriptor holds the bytes of all. A file that is there is only looked at: one who knows no bytes may hold that.
+
+    Raises
+    ------
+    StateError
+        Another handle, of this process or of another one, holds one of them.
+    """
+    locks = ByteLocks(layout.lock)
+    try:
+        of = {_writer_byte(id): id for id in volumes}
+        taken = locks.take_exclusive(of)
+        if taken is not None:
+            id = of[taken]
+            _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
+        for id, name in volumes.items():
+            path = layout.volume_lock(id)
+            if volume_holder(path):
+                _refuse_held(path, name)
+        yield
+    finally:
+        locks.close()
+
+
+def _refuse_taken(descriptor: int, path: Path, volume_id: bytes, volume_name: str) -> NoReturn:
+    """Say who has the byte of a volume's writer: its writer, or readers of its head."""
+    if _is_only_read(descriptor, volume_id):
+        raise StateError(
+            f"volume {volume_name!r} is open for reading in another handle; close that, or open one of its snapshots "
+            "instead"
+        )
+    _refuse_held(path, volume_name)
 
 
 def _writer_byte(volume_id: bytes) -> int:

@@ -314,6 +314,40 @@ class Planner:
         made = VolumeModel(Disk(self.main.snapshots[name].content))
         self.step("clone", (name,), store.with_volume(MAIN_CLONE, made))
 
+    def fork(self, snapshot: str | None, *names: str) -> None:
+        """All begin as a snapshot, or as the disk is: what was written until then is flushed by that."""
+        main = self.main if snapshot else replace(self.main, head=self.main.head.flushed())
+        content = main.snapshots[snapshot].content if snapshot else main.head.content
+        made = {name: VolumeModel(Disk(content)) for name in names}
+        # What a cut holds and all that stands on it hides goes when it is looked for, not at once.
+        after = replace(self.store, cloned=snapshot, hides=self.store.hides or snapshot is None)
+        source = f"{MAIN}@{snapshot}" if snapshot else MAIN
+        self.step("fork", (source, names), replace(after, volumes={**after.volumes, MAIN: main, **made}))
+
+    def delete_several(self, *names: str) -> None:
+        left = {name: volume for name, volume in self.store.volumes.items() if name not in names}
+        self.step("delete_several", names, replace(self.store, volumes=left))
+
+    def snapshot_group(self, name: str) -> None:
+        """The disk and its clone, both open and written to, get a snapshot of one name."""
+        clone = self.store.volumes[MAIN_CLONE]
+        offset, length = 3 * BLOCK_BYTES, 2 * BLOCK_BYTES
+        data = self.pattern(length)
+        self.step(
+            "open_clone",
+            (offset, data),
+            self.store.with_volume(MAIN_CLONE, replace(clone, head=clone.head.changed(offset, data))),
+        )
+        self.write_at(offset, length)
+        taken = {volume: self._with_snapshot(volume, name) for volume in (MAIN, MAIN_CLONE)}
+        self.step("snapshot_group", (name,), replace(self.store, volumes={**self.store.volumes, **taken}))
+        self.step("close_clone", (), self.store)
+
+    def _with_snapshot(self, volume: str, name: str) -> VolumeModel:
+        found = self.store.volumes[volume]
+        taken = {**found.snapshots, name: Taken(found.head.content, found.parent)}
+        return VolumeModel(found.head.flushed(), taken, name)
+
     def write_clone(self) -> None:
         """Opens the clone and writes; then closes it, which flushes."""
         if MAIN_CLONE not in self.store.volumes:

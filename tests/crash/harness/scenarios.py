@@ -196,6 +196,39 @@ def check_delta(directory: Path, markers: Sequence[str]) -> list[str]:
     return [] if [f"done {digest}"] == markers else ["the delta is not what was written"]
 
 
+FORKS = ["main-1", "main-2", "main-3"]
+
+
+def fork_under_key(root: Path) -> None:
+    """Forks a disk that is open, as it is."""
+    store, volume = make_volume(root)
+    volume.write(0, CONTENT[::-1])
+    mark(root, "made")
+    store.fork("main", count=len(FORKS), idempotency_key="once", labels={"task": "42"}, lifetime="1d")
+    mark(root, "forked")
+    store.close()
+
+
+def check_asked_again(directory: Path, markers: Sequence[str]) -> list[str]:
+    """The same call again makes nothing where the forks are there, and else all of them."""
+    import onionskin
+
+    if not markers:
+        return []
+    with onionskin.Store(directory / "store", create=False) as store:
+        before = [info.name for info in store.volumes(labels={"task": "42"})]
+        wanted = [FORKS] if markers[-1] == "forked" else [FORKS, []]
+        problems = [] if before in wanted else [f"the forks {before}"]
+        if store.fork("main", count=len(FORKS), idempotency_key="once", labels={"task": "42"}, lifetime="1d") != FORKS:
+            problems.append("the same call made others")
+        for name in FORKS if before == FORKS else ():
+            with store.open(name) as fork:
+                problems += [] if fork[:] == CONTENT[::-1] else [f"{name} is not what the disk was"]
+        if store.forks_of("main") != FORKS or any(store.info(name).expires is None for name in FORKS):
+            problems.append("nobody knows where they come from, or until when they live")
+        return problems
+
+
 def fail_to_write_map(root: Path) -> None:
     """Writes a block map for which there is no room: what was written of it is wiped."""
     from onionskin.storage import block_maps
@@ -238,6 +271,12 @@ SCENARIOS = (
     ),
     scripted("flatten", "flat segment", "flat segment name", "flat map name"),
     scripted("delete", "freed map name", "freed segment name", "freed lock name"),
+    scripted("fork", "segment data", "map frame", "catalog commits"),
+    scripted("fork", first_states=1, recover_in=("fork",), resumed_states=40),
+    scripted("snapshot group", "segment data", "map frame", "catalog commits"),
+    scripted("snapshot group", first_states=1, recover_in=("snapshot_group",), resumed_states=40),
+    scripted("delete several", "freed map name", "freed segment name", "freed lock name", "catalog commits"),
+    scripted("delete several", first_states=1, recover_in=("delete_several",), resumed_states=40),
     scripted("export", "exported image", "exported image name"),
     scripted("merge into base", "merged base"),
     scripted("merge into base", "merged base", first_states=1, recover_in=("merge_into_base",)),
@@ -248,6 +287,7 @@ SCENARIOS = (
     program_scenario(
         "an image is converted", convert_image, check_converted, "exported image", "exported image name"
     ),
+    program_scenario("a fork is asked for again", fork_under_key, check_asked_again, "catalog commits"),
     program_scenario("a delta is written", write_delta, check_delta, "written delta name"),
     program_scenario("a delta goes to stdout", stream_delta, check_delta, "streamed file"),
     program_scenario(

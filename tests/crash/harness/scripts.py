@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crash.harness.model import BASE_BYTES, BLOCK_BYTES, Planner
+from crash.harness.model import BASE_BYTES, BLOCK_BYTES, MAIN_CLONE, Planner
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,35 @@ def delete(planner: Planner) -> None:
     planner.reopen()
 
 
+def fork(planner: Planner) -> None:
+    """Forks of a disk as it is, written to and then not, and of a snapshot."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.fork(None, "a", "b")
+    planner.fork(None, "c")
+    planner.write_at(BLOCK_BYTES, 2 * BLOCK_BYTES)
+    planner.snapshot()
+    planner.fork("s1", "d", "e")
+
+
+def snapshot_group(planner: Planner) -> None:
+    """A disk and its clone are cut together, twice: at the second time the files of both next heads are there."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.fork(None, MAIN_CLONE)
+    planner.snapshot_group("g1")
+    planner.snapshot_group("g2")
+
+
+def delete_several(planner: Planner) -> None:
+    """Forks go together, one that was written to and has a snapshot, and one that nobody opened; their files go too."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.fork(None, MAIN_CLONE, "a", "b")
+    planner.snapshot_group("g1")
+    planner.delete_several("a", MAIN_CLONE)
+    planner.write_at(4 * BLOCK_BYTES, BLOCK_BYTES)
+    planner.flush()
+    planner.reopen()
+
+
 SCRIPTS = {
     "make": Script(make),
     "write again": Script(write_again),
@@ -108,6 +137,9 @@ SCRIPTS = {
     "export": Script(export, has_base=True),
     "free": Script(free),
     "delete": Script(delete),
+    "fork": Script(fork),
+    "snapshot group": Script(snapshot_group),
+    "delete several": Script(delete_several),
     "merge into base": Script(merge_into_base, has_base=True),
     "merge into longer base": Script(merge_into_longer_base, has_base=True),
 }

@@ -105,6 +105,15 @@ class Workload:
     def delete_clone(self) -> None:
         self.store.delete(MAIN_CLONE, recursive=True)
 
+    def fork(self, source: str, names: tuple[str, ...]) -> None:
+        self.store.fork(source, names=names, labels={"of": "a crash"}, idempotency_key=names[0])
+
+    def delete_several(self, *names: str) -> None:
+        self.store.delete(*names, recursive=True)
+
+    def snapshot_group(self, name: str) -> None:
+        self.store.snapshot_group({MAIN: name, MAIN_CLONE: name})
+
     def reopen(self) -> None:
         import onionskin
 

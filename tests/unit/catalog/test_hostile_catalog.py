@@ -12,6 +12,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import SegmentRow
+from onionskin.catalog.rows import KEYS, TABLES
 from onionskin.catalog.schema import SCHEMA
 
 VALUES = [
@@ -41,6 +42,9 @@ COLUMNS = [
 ]
 
 
+KEY_COLUMNS = {"store": "uuid"} | {TABLES[kind]: key for kind, key in KEYS.items()}
+
+
 @pytest.fixture(scope="module")
 def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with every kind of row, without the constraints that would keep values out."""
@@ -54,7 +58,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             web.snapshot("b")
             web.trim(0, 4096)
         store.create("db", size="8M", wipe="zero").close()
-        store.clone("web", "a", "copy")
+        store.fork("web@a", names=["copy"], labels={"task": "42"}, lifetime="1h", idempotency_key="k")
         store.hold("web", "a", "backup")
         with store._opened.catalog.transaction():
             row = store._opened.catalog.rows(SegmentRow)[0]
@@ -84,6 +88,13 @@ def use(path: Path) -> None:
         lambda store: store.rename("copy", "other"),
         lambda store: store.holds("web"),
         lambda store: store.unhold("web", "a", "backup"),
+        lambda store: store.lineage("copy"),
+        lambda store: store.forks_of("web@a"),
+        lambda store: store.volumes(labels={"task": "42"}),
+        lambda store: store.fork("web@a", names=["copy"], labels={"task": "42"}, lifetime="1h", idempotency_key="k"),
+        lambda store: store.fork("web"),
+        lambda store: store.expire(),
+        lambda store: store.delete("copy", "db"),
         lambda store: store.delete("web", recursive=True),
         lambda store: store.check(repair=True),
     ]
@@ -110,7 +121,7 @@ def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: P
         path = tmp_path / f"{row}-{VALUES.index(value)}"
         shutil.copytree(store_path, path)
         with suppress(sqlite3.IntegrityError), closing(sqlite3.connect(path / "catalog.db")) as catalog:
-            key = {"store": "uuid", "snapshots": "layer", "holds": "layer"}.get(table, "id")
+            key = KEY_COLUMNS.get(table, "id")
             (found,) = catalog.execute(f"SELECT {key} FROM {table} LIMIT 1 OFFSET {row}").fetchone()
             catalog.execute(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (value, found))
             catalog.commit()

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import pytest
+from support.older_stores import make_older
 
 import onionskin
 from onionskin.kernels._copy import CopyJob
@@ -166,14 +166,7 @@ def test_a_store_that_knows_no_progress_is_opened_and_learns_to(web: onionskin.V
     with cancelled_after(3):
         web.merge_into_base()
     web.store.close()
-    with sqlite3.connect(web.store.path / "catalog.db") as catalog:
-        catalog.execute("ALTER TABLE pending DROP COLUMN done_bytes")
-        catalog.execute("ALTER TABLE snapshots DROP COLUMN number")
-        catalog.execute("DROP TABLE holds")
-        for index in ("layers_base", "pending_target", "pending_kind"):
-            catalog.execute(f"DROP INDEX {index}")
-        catalog.execute("PRAGMA user_version = 1")
-    catalog.close()
+    make_older(web.store.path, 1)
     copied.clear()
     with onionskin.Store(web.store.path, create=False) as store:
         with store.open("web") as again:

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.older_stores import make_older
 
 import onionskin
 from onionskin.catalog import SCHEMA_VERSION, SnapshotRow
@@ -143,10 +144,7 @@ def test_a_holder_has_a_name_that_prints_on_a_line(store: onionskin.Store) -> No
 
 def test_a_store_of_the_version_before_holds_learns_to(store: onionskin.Store) -> None:
     store.close()
-    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
-        catalog.execute("DROP TABLE holds")
-        catalog.execute("PRAGMA user_version = 3")
-        catalog.commit()
+    make_older(store.path, 3)
     with onionskin.Store(store.path) as again:
         again.hold("web", "a", "backup")
         assert len(again.holds("web")) == 1 and again.check() == []

@@ -94,6 +94,80 @@ def test_a_volume_goes_on_and_loses_nothing_after_an_interrupted(tmp_path: Path,
         assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
+def test_a_group_goes_on_and_is_taken_as_a_whole_or_not_after_an_interrupted(tmp_path: Path, interrupt) -> None:
+    names = ("web", "db", "log")
+    with onionskin.Store(tmp_path / "store") as store:
+        volumes = [store.create(name, size=64 * BLOCK) for name in names]
+        for volume in volumes:
+            volume.write(0, volume.name.encode())
+        interrupt()
+        with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
+            store.snapshot_group(dict.fromkeys(names, "s"))
+        assert len({volume._path.poisoned for volume in volumes}) == 1
+        for volume in volumes:
+            if not volume._path.poisoned:
+                assert volume[: len(volume.name)] == volume.name.encode()
+                volume.write(BLOCK, b"w")
+                ends(volume.flush)
+                assert volume[BLOCK : BLOCK + 1] == b"w"
+            ends(volume.close)
+        taken = {len(store.snapshots(name)) for name in names}
+        assert taken in ({0}, {1})
+        for name in names:
+            if taken == {1}:
+                with store.open(name, snapshot="s") as view:
+                    assert view[: len(name)] == name.encode() and view[BLOCK : BLOCK + 1] == b"\0"
+            with store.open(name) as volume:
+                assert volume[: len(name)] == name.encode()
+        store.snapshot_group(dict.fromkeys(names, "later"))
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_forks_of_a_disk_are_all_there_or_none_after_an_interrupted(
+    tmp_path: Path, interrupt, is_written: bool
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        web = store.create("web", size=64 * BLOCK)
+        web.write(0, b"o")
+        if not is_written:
+            web.snapshot("old")
+        interrupt()
+        with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
+            store.fork("web", count=3, idempotency_key="k")
+        if not web._path.poisoned:
+            assert web[:1] == b"o"
+            web.write(0, b"w")
+            ends(web.flush)
+        ends(web.close)
+        made = [name for name in store if name != "web"]
+        assert made in ([], ["web-1", "web-2", "web-3"])
+        assert store.fork("web", count=3, idempotency_key="k") == ["web-1", "web-2", "web-3"]
+        for name in made:
+            with store.open(name) as fork:
+                assert fork[:1] == b"o"
+        assert store.forks_of("web") == ["web-1", "web-2", "web-3"]
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+def test_of_several_all_go_or_none_after_an_interrupted(tmp_path: Path, interrupt) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=64 * BLOCK) as web:
+            web.write(0, b"o")
+            names = store.fork("web", count=3)
+        interrupt()
+        with pytest.raises((KeyboardInterrupt, CommitUnknownError)):
+            store.delete(*names)
+        left = [name for name in store if name != "web"]
+        assert left in ([], names)
+        if left:
+            store.delete(*left)
+        assert list(store) == ["web"]
+        store._opened.finish_work()
+        store.open("web").close()
+        assert store.check() == []
+
+
 def test_a_fold_of_sealed_layers_that_is_interrupted_behind_its_commit_keeps_its_map(tmp_path: Path, interrupt) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=64 * BLOCK) as web:
         for name in "abc":

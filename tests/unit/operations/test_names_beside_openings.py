@@ -1,6 +1,7 @@
 """A name is only what a volume is called now: whoever finds a volume by it looks again once the volume is locked."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 import onionskin
 import onionskin.store as store_module
+from onionskin.operations import volumes
 from onionskin.storage.locks import VolumeLock
 
 SIZE = 1 << 20
@@ -28,16 +30,26 @@ def before_the_lock(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> 
     """Has another process' work done between the look-up of a name and the lock of the volume, once."""
 
     def arrange(work: Callable[[onionskin.Store], None]) -> None:
-        waiting = [work]
+        waiting, locked_to_remove = [work], volumes.locked_to_remove
+
+        def work_first() -> None:
+            while waiting:
+                with onionskin.Store(store.path) as other:
+                    waiting.pop()(other)
 
         class LockAfterWork(VolumeLock):
             def __init__(self, *arguments: Any) -> None:
-                while waiting:
-                    with onionskin.Store(store.path) as other:
-                        waiting.pop()(other)
+                work_first()
                 super().__init__(*arguments)
 
+        @contextmanager
+        def locked_after_work(*arguments: Any) -> Iterator[None]:
+            work_first()
+            with locked_to_remove(*arguments):
+                yield
+
         monkeypatch.setattr(store_module, "VolumeLock", LockAfterWork)
+        monkeypatch.setattr(volumes, "locked_to_remove", locked_after_work)
 
     return arrange
 
@@ -98,18 +110,20 @@ def test_a_volume_is_deleted_with_its_own_files_whatever_had_the_name_before(
 
 @pytest.fixture
 def behind_the_lock(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has another process' work done once the volume is locked and its name was looked up again."""
+    """Has another process' work done once the volume is locked to be removed."""
 
     def arrange(work: Callable[[onionskin.Store], None]) -> None:
-        waiting, make_file = [work], VolumeLock.make_file
+        waiting, locked_to_remove = [work], volumes.locked_to_remove
 
-        def make_then_work(lock: VolumeLock) -> None:
-            make_file(lock)
-            while waiting:
-                with onionskin.Store(store.path) as other:
-                    waiting.pop()(other)
+        @contextmanager
+        def locked_then_work(*arguments: Any) -> Iterator[None]:
+            with locked_to_remove(*arguments):
+                while waiting:
+                    with onionskin.Store(store.path) as other:
+                        waiting.pop()(other)
+                yield
 
-        monkeypatch.setattr(VolumeLock, "make_file", make_then_work)
+        monkeypatch.setattr(volumes, "locked_to_remove", locked_then_work)
 
     return arrange
 

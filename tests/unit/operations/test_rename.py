@@ -1,5 +1,6 @@
 """A handle follows its volume, and not its name."""
 
+import os
 from errno import EIO
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_a_volume_that_is_removed_is_reported_so_where_its_lock_cannot_be_unlink
         (lock,) = store._opened.layout.volumes.glob("*.lock")
         with monkeypatch.context() as patch:
             patch.setattr(reclaim, "work_soon", lambda store: None)
-            patch.setattr(Path, "unlink", refuse)
+            patch.setattr(os, "unlink", refuse)
             store.delete("web")
         assert store.volumes() == [] and lock.exists()
         reclaim.work_soon(store._opened)
@@ -47,5 +48,5 @@ def test_a_volume_that_is_removed_is_reported_so_where_its_lock_cannot_be_unlink
         assert not lock.exists()
 
 
-def refuse(path: Path, **_: bool) -> None:
+def refuse(path: Path | str, **_: bool) -> None:
     raise OSError(EIO, "input/output error", str(path))

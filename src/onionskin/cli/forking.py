@@ -1,0 +1,126 @@
+"""The verbs for many copies: fork, forks, lineage, expire."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from onionskin.cli import output
+from onionskin.cli.arguments import STORE, VOLUME, VOLUME_OR_SNAPSHOT, WIPE, Name, open_store, trust_option
+from onionskin.cli.output import json_option
+
+
+class LabelType(click.ParamType):  # type: ignore[type-arg]
+    """A label, as KEY=VALUE."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Take the two apart at the first =, or fail as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is no label; write KEY=VALUE", param, ctx)
+        return key, text
+
+
+LABEL = LabelType()
+
+
+def label_option(about: str) -> "Callable[[Any], Any]":
+    """Make the option --label, which may come several times."""
+    return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.option("-n", "--count", type=click.IntRange(min=1), help="How many; by default one.")
+@click.option("--pattern", help="What they are called, such as 'job-{n}' or 'job-{n:03}'; by default '{source}-{n}'.")
+@click.option("--name", "names", multiple=True, metavar="NEW", help="What one is called; for several, give it again.")
+@click.option("--lifetime", metavar="TIME", help="From then on 'onionskin expire' drops them: 90s, 15m, 2h, 7d, 2w.")
+@label_option("Mark them, as task=42; for several labels, give it again.")
+@click.option(
+    "--key", help="The same call again under this key, within a day, makes nothing, and prints the same names."
+)
+@click.option("--wipe", type=WIPE, help="What happens to freed blocks; by default as where they come from.")
+@trust_option
+@json_option
+def fork(
+    name: Name,
+    count: int | None,
+    pattern: str | None,
+    names: tuple[str, ...],
+    lifetime: str | None,
+    labels: tuple[tuple[str, str], ...],
+    key: str | None,
+    wipe: Literal["release", "zero"] | None,
+    as_json: bool,
+) -> None:
+    """Make volumes that begin as a snapshot, or as a disk is now: all of them, or none.
+
+    Nothing is copied. Numbers go on from the highest that there is.
+    """
+    with name.open_store() as store:
+        made = store.fork(
+            name.volume,
+            name.snapshot,
+            names=names or None,
+            count=count,
+            pattern=pattern,
+            idempotency_key=key,
+            lifetime=lifetime,
+            labels=dict(labels) or None,
+            wipe=wipe,
+        )
+    output.show(as_json, {"source": str(name), "forks": made}, lambda: "\n".join(f"{name.store}/{one}" for one in made))
+
+
+@click.command()
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@trust_option
+@json_option
+def forks(name: Name, as_json: bool) -> None:
+    """List the volumes that were forked or cloned from a snapshot, or from a volume."""
+    with name.open_store() as store:
+        found = store.forks_of(name.volume, name.snapshot)
+    output.show(as_json, found, lambda: "\n".join(found) or "none")
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@trust_option
+@json_option
+def lineage(name: Name, as_json: bool) -> None:
+    """Show what a volume was forked or cloned from, and what that was, up to the first."""
+    with name.open_store() as store:
+        found = store.lineage(name.volume)
+    value = [
+        {
+            "volume": one.name,
+            "snapshot": one.snapshot,
+            "created": output.timestamp(one.created),
+            "dropped": one.dropped and output.timestamp(one.dropped),
+        }
+        for one in found
+    ]
+    rows = [
+        (one.name, one.snapshot or "-", output.when(one.created), output.when(one.dropped) if one.dropped else "-")
+        for one in found
+    ]
+    output.show(as_json, value, lambda: output.table(("VOLUME", "SNAPSHOT", "MADE", "DROPPED"), rows))
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@trust_option
+@json_option
+def expire(store: Path, as_json: bool) -> None:
+    """Delete the volumes whose lifetime is over.
+
+    One stays that is open, that has snapshots, or from which others were forked; it goes with a later call.
+    """
+    with open_store(store) as opened:
+        gone = opened.expire()
+    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}" if gone else "nothing has expired")

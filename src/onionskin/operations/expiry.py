@@ -1,0 +1,62 @@
+"""Dropping volumes whose lifetime is over.
+
+What must hold: only whoever asks for it drops them, never an opening; none goes that is open, that has a snapshot, or that a
+clone or a fork was made of which is there still, and that is asked inside the transaction that drops it.
+
+The clock is the one that tells the date (CLOCK_REALTIME), since a lifetime goes on while a machine is off. Where that clock
+is set forward, volumes go early; where it is set back, late.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+from onionskin.catalog import VolumeRow
+from onionskin.errors import StateError
+from onionskin.operations.volumes import remove_volumes, unlink_files
+from onionskin.storage.locks import locked_to_remove
+from onionskin.storage.open_store import OpenStore
+
+_AT_ONCE = 64  # that are locked together, and dropped in one transaction
+
+
+def expire(store: OpenStore) -> tuple[list[str], list[bytes]]:
+    """Drop what may be dropped now. Returns the names, and the layers without a name that may have one child now."""
+    store.catalog.refuse_read_only()
+    names: list[str] = []
+    stood_on: list[bytes] = []
+    rows = [row for row in store.catalog.expired(time.time_ns()) if _may_go(store, row)]
+    for first in range(0, len(rows), _AT_ONCE):
+        dropped, under = _drop(store, rows[first : first + _AT_ONCE])
+        names += dropped
+        stood_on += under
+    return sorted(names), stood_on
+
+
+def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[bytes]]:
+    catalog = store.catalog
+    with ExitStack() as stack:
+        locked = []
+        for row in rows:
+            with suppress(StateError):  # it is open
+                stack.enter_context(locked_to_remove(store.layout, {row.id: row.name}))
+                locked.append(row.id)
+
+        def change() -> tuple[list[VolumeRow], list[bytes]]:
+            now_ns = time.time_ns()
+            found = [row for id in locked if (row := catalog.volume_with_id(id))]
+            going = [
+                row for row in found if row.expires_ns is not None and row.expires_ns <= now_ns and _may_go(store, row)
+            ]
+            return going, remove_volumes(store, [row.id for row in going], recursive=False)[1]
+
+        if not locked:
+            return [], []
+        gone, stood_on = store.change(change)
+        unlink_files(store, [row.id for row in gone])
+    return [row.name for row in gone], stood_on
+
+
+def _may_go(store: OpenStore, row: VolumeRow) -> bool:
+    """Whether nothing stands on a volume but its own head. What is held is a snapshot."""
+    return not (store.catalog.snapshot_count(row.id) or store.catalog.has_forks(row.id))

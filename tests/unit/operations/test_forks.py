@@ -1,0 +1,628 @@
+"""Forks: many volumes from one state, made in one transaction, and dropped again."""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.older_stores import make_older
+
+import onionskin
+from onionskin import images
+from onionskin.catalog import LayerRow
+from onionskin.catalog.tree import unnamed_of
+from onionskin.operations import forks, hidden_blocks, volumes
+from onionskin.operations.fold import SEGMENTS_OPEN
+from onionskin.operations.hidden_blocks import free_hidden
+from onionskin.operations.new_map import compact_map
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=64 * BLOCK) as web:
+            web.write(0, b"a" * BLOCK)
+            web.snapshot("clean")
+        yield store
+
+
+def rows(store: onionskin.Store) -> dict[str, int]:
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        return {
+            table: catalog.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("layers", "segments", "volumes", "snapshots", "lineage", "labels")
+        }
+
+
+def files(store: onionskin.Store) -> int:
+    store._opened.finish_work()
+    return sum(1 for directory in ("layers", "segments", "volumes") for _ in (store.path / directory).iterdir())
+
+
+def first_byte(store: onionskin.Store, name: str) -> bytes:
+    with store.open(name, mode="r") as volume:
+        return volume[:1]
+
+
+def expire_now(store: onionskin.Store, *names: str) -> None:
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        for name in names:
+            catalog.execute("UPDATE volumes SET expires_ns = 1 WHERE name = ?", (name,))
+        catalog.commit()
+
+
+# ---- of a snapshot ----
+
+
+def test_forks_read_as_the_snapshot_and_write_apart(store: onionskin.Store) -> None:
+    assert store.fork("web@clean", names=["b", "a"]) == ["b", "a"]
+    with store.open("a") as a:
+        a.write(0, b"x")
+    assert [first_byte(store, name) for name in ("a", "b", "web")] == [b"x", b"a", b"a"]
+    assert store.check() == []
+
+
+def test_numbers_go_on_from_the_greatest(store: onionskin.Store) -> None:
+    store.fork("web@clean", names=["job-9", "job-10", "job-x", "job-2b", "jobs-99"])
+    assert store.fork("web@clean", count=2, pattern="job-{n}") == ["job-11", "job-12"]
+    assert store.fork("web", "clean", pattern="job-{n:04}") == ["job-0013"]
+    assert store.fork("web@clean", count=2) == ["web-1", "web-2"]
+    assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[1]?"]
+    assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[2]?"]
+
+
+def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> None:
+    before = rows(store)
+    with pytest.raises(onionskin.VolumeExistsError, match="'web'"):
+        store.fork("web@clean", names=["a", "web", "b"])
+    assert rows(store) == before
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "job",
+        "{n}{n}",
+        "{n.__class__}",
+        "{0}",
+        "{}",
+        "{n!r}",
+        "{n:>3}",
+        "{n:099}",
+        "{n:{n}}",
+        "{source.x}-{n}",
+        "{n",
+        "a/{n}",
+    ],
+)
+def test_a_pattern_is_no_format_string(store: onionskin.Store, pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"pattern|name"):
+        store.fork("web@clean", pattern=pattern)
+
+
+def test_braces_stand_for_themselves_where_they_are_doubled(store: onionskin.Store) -> None:
+    assert store.fork("web@clean", pattern="{{{source}}}-{n}") == ["{web}-1"]
+
+
+def test_what_does_not_say_which_forks_is_refused(store: onionskin.Store) -> None:
+    for wrong in ({"count": 0}, {"names": []}, {"names": ["a", "a"]}, {"names": ["a"], "count": 2}, {"lifetime": "1y"}):
+        with pytest.raises(ValueError):
+            store.fork("web@clean", **wrong)
+    for wrong in ({"names": "ab"}, {"count": True}, {"lifetime": b"2h"}, {"labels": {"a": 1}}):
+        with pytest.raises(TypeError):
+            store.fork("web@clean", **wrong)
+    with pytest.raises(onionskin.SnapshotNotFoundError):
+        store.fork("web@gone")
+    with pytest.raises(ValueError, match="VOLUME@SNAPSHOT"):
+        store.fork("web@clean", "clean")
+
+
+def test_a_clone_is_the_fork_of_one_by_either_way_of_naming(store: onionskin.Store) -> None:
+    store.clone("web@clean", "a")
+    store.clone("web", "clean", "b", wipe="zero")
+    assert store.forks_of("web@clean") == ["a", "b"] and store.info("b").wipe == "zero"
+    with pytest.raises(TypeError, match="new name"):
+        store.clone("web", "clean")
+
+
+def test_dropping_the_name_under_a_hundred_forks_copies_nothing(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", count=100)
+    before = files(store)
+    with store.open("web") as web:
+        web.merge("clean")
+        assert files(store) <= before + 2  # the lock of web, and what it has not flushed
+    assert first_byte(store, names[7]) == b"a" and store.check() == []
+
+
+# ---- keys ----
+
+
+def test_a_call_under_a_key_is_done_once(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", count=2, idempotency_key="run 7")
+    assert store.fork("web@clean", count=2, idempotency_key="run 7") == names
+    with onionskin.Store(store.path) as again:
+        assert again.fork("web@clean", count=2, idempotency_key="run 7") == names
+    with pytest.raises(onionskin.StateError, match="another fork"):
+        store.fork("web@clean", count=3, idempotency_key="run 7")
+    assert len(store) == 3
+
+
+def test_a_key_is_free_again_behind_a_day(store: onionskin.Store) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        catalog.execute("UPDATE fork_calls SET created_ns = ?", (time.time_ns() - forks.KEY_NANOSECONDS - 1,))
+        catalog.commit()
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+
+
+def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None:
+    store.fork("web@clean", idempotency_key="https://ci/run/7@2 again")
+    for wrong in ("", "two\nlines", "x" * 300, "\ud800"):
+        with pytest.raises(ValueError, match="key"):
+            store.fork("web@clean", idempotency_key=wrong)
+    with pytest.raises(TypeError, match="key"):
+        store.fork("web@clean", idempotency_key=7)
+
+
+@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}"])
+def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, names: str) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        catalog.execute("UPDATE fork_calls SET names = ?", (names,))
+        catalog.commit()
+    with pytest.raises(onionskin.FormatError, match="key 'k'"):
+        store.fork("web@clean", idempotency_key="k")
+
+
+def test_a_cut_under_a_key_is_done_once(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b")
+        names = store.fork("web", idempotency_key="k")
+        web.write(0, b"c")
+        assert store.fork("web", idempotency_key="k") == names
+    assert first_byte(store, names[0]) == b"b"
+
+
+def test_a_key_that_was_used_while_the_head_was_sealed_leaves_the_head(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b")
+        names = store.fork("web", idempotency_key="k")
+        web.write(0, b"c")
+        before = rows(store)
+        real, asked = forks.made_before, []
+
+        def late(*arguments: object) -> list[str] | None:
+            asked.append(1)
+            return None if len(asked) == 1 else real(*arguments)
+
+        monkeypatch.setattr(forks, "made_before", late)
+        assert store.fork("web", idempotency_key="k") == names
+        assert rows(store) == before
+        web.write(BLOCK, b"d")
+        web.flush()
+        assert web[:1] == b"c"
+    assert store.check() == []
+
+
+# ---- of a disk as it is now ----
+
+
+def test_a_fork_of_an_open_disk_has_what_was_written_before(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b" * BLOCK)
+        names = store.fork("web", count=2)
+        web.write(0, b"c" * BLOCK)
+        assert web[:1] == b"c"
+    assert [first_byte(store, name) for name in names] == [b"b", b"b"]
+    assert [row.name for row in store.snapshots("web")] == ["clean"] and store.check() == []
+
+
+def test_a_fork_of_a_closed_disk_has_what_was_written_last(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b" * BLOCK)
+    (name,) = store.fork("web")
+    assert first_byte(store, name) == b"b" and store.info("web").holder is None and store.check() == []
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_head_that_nothing_was_written_to_is_not_sealed_again(store: onionskin.Store, is_open: bool) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b")
+        store.fork("web")
+        if not is_open:
+            web.close()
+        before = rows(store)["layers"]
+        names = store.fork("web", count=3)
+        assert rows(store)["layers"] == before + 3
+    assert first_byte(store, names[2]) == b"b" and store.check() == []
+
+
+def test_a_resized_head_is_cut_with_its_size(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.resize(128 * BLOCK)
+        (name,) = store.fork("web")
+    assert store.info(name).size_bytes == 128 * BLOCK
+
+
+def test_a_fork_of_what_nobody_wrote_stands_on_its_base_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"z" * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", base=tmp_path / "base.raw").close()
+        (name,) = store.fork("web")
+        assert first_byte(store, name) == b"z" and store.info(name).base and store.check() == []
+
+
+def test_a_disk_that_another_handle_holds_is_not_cut(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onionskin.store._CUT_WAIT_SECONDS", 0)
+    with onionskin.Store(store.path) as other, other.open("web"):
+        with pytest.raises(onionskin.StateError, match="web@SNAPSHOT"):
+            store.fork("web")
+        assert store.fork("web@clean") == ["web-1"]
+
+
+def test_what_hides_a_block_between_the_look_and_the_fork_is_noticed(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what the empty head stood on may have lost the block, since all that stood on it hid it."""
+    with store.open("web") as web:
+        web.write(0, b"b")
+        store.fork("web")
+        real, seen = forks._below, []
+
+        def changed(*arguments: object) -> list[object]:
+            seen.append(1)
+            return real(*arguments) if len(seen) == 1 else []
+
+        monkeypatch.setattr(forks, "_below", changed)
+        before = rows(store)["layers"]
+        (name,) = store.fork("web")
+        assert rows(store)["layers"] >= before + 2 and len(seen) == 2
+    assert first_byte(store, name) == b"b" and store.check() == []
+
+
+@pytest.fixture
+def wiped(tmp_path: Path) -> Iterator[tuple[onionskin.Store, onionskin.Volume, onionskin.Volume]]:
+    """A disk of policy `zero` with an empty head, and its fork, which hides the block that the layer under both has."""
+    with onionskin.Store(tmp_path / "wiped") as store, store.create("web", size=64 * BLOCK, wipe="zero") as web:
+        web.write(0, b"b" * BLOCK)
+        (name,) = store.fork("web", names=["over"])
+        with store.open(name) as over:
+            over.write(0, b"o" * BLOCK)
+            over.flush()
+            yield store, web, over
+
+
+def free_below(over: onionskin.Volume) -> None:
+    """Give up what all that stands on the layer below a fork hides of it."""
+    head = over._opened.to_write()
+    free_hidden(head, unnamed_of(head.store.catalog, over._opened.row.id))
+
+
+def write_durably(web: onionskin.Volume) -> None:
+    """Write a block, and have it in the row of the head that there is something, without which it counts for empty."""
+    web.write(0, b"c" * BLOCK)
+    compact_map(web._opened.to_write())
+
+
+def when_found_empty(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
+    """Have something happen just after the head that is forked was found empty."""
+    real, seen = forks._below, []
+
+    def found(*arguments: Any) -> list[LayerRow]:
+        layers = real(*arguments)
+        seen.append(1)
+        if len(seen) == 1:
+            then()
+        return layers
+
+    monkeypatch.setattr(forks, "_below", found)
+
+
+def test_a_block_that_was_given_up_since_the_head_was_found_empty_is_not_missing_in_the_fork(
+    wiped: tuple[onionskin.Store, onionskin.Volume, onionskin.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, web, over = wiped
+
+    def hide() -> None:
+        write_durably(web)
+        free_below(over)
+
+    when_found_empty(monkeypatch, hide)
+    assert [first_byte(store, name) for name in store.fork("web")] == [b"c"]
+    assert (web[:1], over[:1]) == (b"c", b"o") and not [one for one in store.check() if one.severity == "error"]
+
+
+def test_a_block_that_a_fork_has_come_to_read_is_not_given_up(
+    wiped: tuple[onionskin.Store, onionskin.Volume, onionskin.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was hidden by all when the maps were read, and the fork committed before what was found was."""
+    store, web, over = wiped
+    found, forked = threading.Event(), threading.Event()
+    write_map = hidden_blocks.write_map
+
+    def wait(*arguments: Any) -> tuple[int, int, int]:
+        found.set()
+        assert forked.wait(60)
+        return write_map(*arguments)
+
+    monkeypatch.setattr(hidden_blocks, "write_map", wait)
+    giving_up = threading.Thread(target=free_below, args=(over,))
+
+    def hide() -> None:
+        write_durably(web)
+        giving_up.start()
+        assert found.wait(60)
+
+    when_found_empty(monkeypatch, hide)
+    names = store.fork("web")
+    forked.set()
+    giving_up.join()
+    assert [first_byte(store, name) for name in names] == [b"b"]
+    assert (web[:1], over[:1]) == (b"c", b"o") and not [one for one in store.check() if one.severity == "error"]
+
+
+def rounds(store: onionskin.Store, count: int, *, write: bool) -> None:
+    with store.open("web") as web:
+        web.write(BLOCK, b"x" * BLOCK)
+        web.flush()
+        (name,) = store.fork("web")
+        store.delete(name)
+        before, count_before = rows(store), files(store)
+        for number in range(count):
+            if write:
+                web.write(number % 64 * BLOCK, number.to_bytes(8, "little"))
+            (name,) = store.fork("web")
+            store.delete(name)
+        after = rows(store)
+        # The head inherits what it is folded with: segments without a block go together, once so many are open.
+        assert after | {"segments": 0} == before | {"segments": 0} and after["segments"] <= SEGMENTS_OPEN + 8
+        assert files(store) <= count_before + SEGMENTS_OPEN + 8
+    assert store.check() == []
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_rounds_of_fork_and_delete_leave_the_chain_as_long_as_it_was(store: onionskin.Store, write: bool) -> None:
+    rounds(store, 100, write=write)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_rounds_of_fork_and_delete_leave_the_chain_as_long_as_it_was(store: onionskin.Store) -> None:
+    rounds(store, 10_000, write=True)
+
+
+def test_rounds_with_a_closed_disk_leave_the_chain_as_long_as_it_was(store: onionskin.Store) -> None:
+    before = rows(store)
+    for _ in range(20):
+        store.delete(*store.fork("web", count=2))
+    store.open("web").close()
+    assert rows(store) == before and store.check() == []
+
+
+# ---- deleting ----
+
+
+def test_several_volumes_go_in_one_transaction_or_none(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", count=3)
+    with store.open(names[2]), pytest.raises(onionskin.StateError, match="web-3"):
+        store.delete(*names)
+    with pytest.raises(onionskin.VolumeNotFoundError):
+        store.delete(*names, "gone")
+    assert list(store) == ["web", *names]
+    store.delete(*names, names[0])
+    assert list(store) == ["web"] and store.check() == []
+
+
+def test_a_volume_goes_together_with_those_that_stand_on_it(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", count=2)
+    with pytest.raises(onionskin.StateError, match="web-2"):
+        store.delete("web", names[0], recursive=True)
+    assert store.delete("web", *names, recursive=True) >= BLOCK
+    assert list(store) == [] and rows(store) == dict.fromkeys(rows(store), 0) and files(store) == 0
+
+
+def test_a_hold_keeps_all_that_was_to_be_deleted(store: onionskin.Store) -> None:
+    (name,) = store.fork("web@clean")
+    store.hold("web", "clean", "backup")
+    with pytest.raises(onionskin.StateError, match="backup"):
+        store.delete(name, "web", recursive=True)
+    assert len(store) == 2
+
+
+def test_deleting_says_how_much_goes(store: onionskin.Store) -> None:
+    (name,) = store.fork("web@clean")
+    assert store.delete(name) == 0
+    (name,) = store.fork("web@clean")
+    with store.open(name) as fork:
+        fork.write(0, b"x" * 16 * BLOCK)
+    assert store.delete(name) >= 16 * BLOCK
+    with pytest.raises(TypeError):
+        store.delete()
+
+
+def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted:
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("execute", "executemany"):
+                calls.append(name)
+            return getattr(self._connection, name)
+
+    calls: list[str] = []
+    few, many = store.fork("web@clean", count=2), store.fork("web@clean", count=200, labels={"a": "b"})
+    files(store)
+    catalog, counts = store._opened.catalog, []
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_connection", Counted(catalog._connection))
+        for names in (few, many):
+            calls.clear()
+            volumes.delete(store._opened, names, recursive=False)
+            counts.append(len(calls))
+    assert counts[0] == counts[1]
+    store._opened.wake()
+    assert list(store) == ["web"] and files(store) and store.check() == []
+
+
+def test_what_stands_on_each_other_goes_together_and_what_it_stood_on_is_said(store: onionskin.Store) -> None:
+    (low,) = store.fork("web@clean", names=["low"])
+    with store.open(low) as disk:
+        disk.write(0, b"l")
+        store.fork("low", names=["mid"])
+    with store.open("mid") as disk:
+        disk.write(0, b"m")
+        store.fork("mid", names=["top", "other"])
+    before = rows(store)["layers"]
+    (clean,) = store._opened.catalog.snapshots()
+    assert volumes.delete(store._opened, ["low", "other", "mid", "top"], recursive=True)[1] == [clean.layer]
+    store._opened.wake()
+    assert rows(store)["layers"] == before - 6 and files(store) and store.check() == []
+
+
+def test_with_policy_zero_what_only_the_cut_kept_is_wiped_with_its_last_fork(tmp_path: Path) -> None:
+    secret = b"SECRET-OF-MINE--" * 256
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="1M", wipe="zero") as web:
+        web.write(0, secret)
+        names = store.fork("web", count=2)
+        web.write(0, bytes(BLOCK))
+        web.flush()
+        store.delete(*names)
+        store._opened.finish_work()
+        assert not any(secret[:16] in path.read_bytes() for path in (tmp_path / "store" / "segments").iterdir())
+
+
+# ---- lineage ----
+
+
+def test_lineage_goes_up_to_the_first(store: onionskin.Store) -> None:
+    store.fork("web@clean", names=["job"])
+    store.fork("job", names=["sub"])
+    store.rename("web", "golden")
+    found = store.lineage("sub")
+    assert [(one.name, one.snapshot) for one in found] == [("job", None), ("golden", "clean")]
+    assert all(one.dropped is None for one in found) and found[0].created >= found[1].created
+    assert store.lineage("golden") == [] and store.forks_of("golden") == ["job"] and store.forks_of("job") == ["sub"]
+
+
+def test_a_dropped_ancestor_stays_as_long_as_something_descends_from_it(store: onionskin.Store) -> None:
+    store.fork("web", names=["job"])
+    store.fork("job", names=["sub"])
+    store.delete("job")
+    found = store.lineage("sub")
+    assert [one.name for one in found] == ["job", "web"] and found[0].dropped is not None
+    assert store.forks_of("web") == [] and rows(store)["lineage"] == 3
+    store.delete("sub")
+    assert rows(store)["lineage"] == 1
+
+
+def test_a_snapshot_that_was_renamed_knows_its_forks(store: onionskin.Store) -> None:
+    store.clone("web", "clean", "a")
+    store.rename_snapshot("web", "clean", "installed")
+    assert store.forks_of("web@installed") == ["a"]
+
+
+def test_the_empty_fork_of_a_snapshot_is_the_parent_of_its_own_forks(store: onionskin.Store) -> None:
+    store.clone("web", "clean", "a")
+    store.fork("a", names=["b"])
+    assert [(one.name, one.snapshot) for one in store.lineage("b")] == [("a", None), ("web", "clean")]
+
+
+def test_what_is_imported_comes_from_nothing(store: onionskin.Store, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"x" * BLOCK)
+    images.import_image(store, tmp_path / "disk.raw", "imported")
+    assert store.lineage("imported") == [] and rows(store)["lineage"] == 2
+    store.fork("imported", names=["f"])
+    assert [one.name for one in store.lineage("f")] == ["imported"]
+
+
+def test_an_older_store_learns_where_its_clones_come_from(store: onionskin.Store) -> None:
+    store.clone("web", "clean", "a")
+    with store.open("a") as a:
+        a.snapshot("done")
+    store.close()
+    make_older(store.path, 3)
+    with onionskin.Store(store.path) as again:
+        assert [(one.name, one.snapshot) for one in again.lineage("a")] == [("web", "clean")]
+        assert again.forks_of("web@clean") == ["a"] and again.info("a").expires is None and again.check() == []
+
+
+# ---- lifetime and labels ----
+
+
+@pytest.mark.parametrize("lifetime", ["2h", 7200, 7200.0, timedelta(hours=2)])
+def test_a_fork_says_until_when_it_lives(store: onionskin.Store, lifetime: str | float | timedelta) -> None:
+    store.fork("web@clean", names=["a"], lifetime=lifetime)
+    (info,) = [info for info in store.volumes() if info.name == "a"]
+    assert info == store.info("a") and info.expires is not None
+    assert timedelta(minutes=119) < info.expires - datetime.now(UTC) <= timedelta(hours=2)
+    assert store.info("web").expires is None and store.expire() == [] and "a" in store
+
+
+def test_only_asking_for_it_drops_what_is_over(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", count=3, lifetime="1s")
+    expire_now(store, *names[:2])
+    store.open("web").close()
+    assert len(store) == 4
+    assert store.expire() == names[:2] and store.expire() == []
+    assert list(store) == ["web", "web-3"] and store.check() == []
+
+
+def test_what_is_open_or_has_snapshots_or_forks_stays_beyond_its_lifetime(store: onionskin.Store) -> None:
+    names = store.fork("web@clean", names=["open", "kept", "parent", "plain"], lifetime="1s")
+    with store.open("kept") as kept:
+        kept.snapshot("failed")
+    store.fork("parent", names=["child"])
+    expire_now(store, *names)
+    with store.open("open"):
+        assert store.expire() == ["plain"]
+    assert store.expire() == ["open"]
+    store.delete("child")
+    assert store.expire() == ["parent"] and list(store) == ["kept", "web"]
+
+
+def test_labels_find_volumes(store: onionskin.Store) -> None:
+    store.fork("web@clean", names=["a", "b"], labels={"task": "42", "who": "me"})
+    store.fork("web@clean", names=["c"], labels={"task": "43"})
+    assert [info.name for info in store.volumes(labels={"task": "42"})] == ["a", "b"]
+    assert store.volumes(labels={"task": "42", "who": "you"}) == []
+    assert store.info("c").labels == {"task": "43"} and store.info("web").labels == {}
+    store.delete("a", "b", "c")
+    assert rows(store)["labels"] == 0
+    for wrong in ({"": "1"}, {"a=b": "1"}, {"a": "two\nlines"}):
+        with pytest.raises(ValueError):
+            store.fork("web@clean", labels=wrong)
+
+
+# ---- for a while ----
+
+
+def test_a_temporary_fork_is_open_and_goes(store: onionskin.Store) -> None:
+    with store.temporary("web@clean") as disk:
+        disk.write(0, b"x")
+        disk.snapshot("s")
+        name = disk.name
+        assert name in store
+    assert list(store) == ["web"] and store.check() == []
+
+
+def test_a_temporary_fork_goes_whatever_happens_in_the_block(store: onionskin.Store) -> None:
+    with pytest.raises(KeyError), store.temporary("web@clean", name="t") as disk:
+        store.rename("t", "u")
+        disk.close()
+        raise KeyError
+    with store.temporary("web") as disk:
+        disk.close()
+        store.delete(disk.name)
+    assert list(store) == ["web"]
