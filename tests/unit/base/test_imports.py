@@ -45,7 +45,7 @@ UNNEEDED = {
 }
 
 
-@pytest.mark.parametrize("words", [["snapshots", "-o", "name,size"], ["holds"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [["snapshots", "--columns", "name,size"], ["holds"]], ids=lambda words: words[0])
 def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, words: list[str]) -> None:
     with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
         volume.snapshot("clean")
