@@ -93,7 +93,7 @@ def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
     """Give a verb the options; it takes them as `asked`."""
     names = [column.name for column in columns]
     options = (
-        click.option("-o", "columns", type=_ColumnsType(names), help=f"Show these columns: {', '.join(names)}."),
+        click.option("-o", "--columns", type=_ColumnsType(names), help=f"Show these columns: {', '.join(names)}."),
         click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns."),
         click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970."),
         click.option("--sort", "-s", type=click.Choice(names), metavar="COLUMN", help="Sort by this column."),

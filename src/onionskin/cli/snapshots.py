@@ -169,9 +169,11 @@ def snapshots(name: Name, asked: Asked, as_json: bool) -> None:
 
 def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, SnapshotSpace]":
     """Find out what each snapshot takes; nothing of those of which it is not wanted, or not asked for and not quick."""
+    if wanted is False:
+        return {}
     from onionskin.operations import usage
 
-    if wanted is False or (wanted is None and not usage.is_quick(store._opened, volume)):
+    if wanted is None and not usage.is_quick(store._opened, volume):
         return {}
     try:
         return {one.snapshot: one for one in usage.snapshot_space(store._opened, volume)}

@@ -45,13 +45,13 @@ UNNEEDED = {
 }
 
 
-@pytest.mark.parametrize("verb", ["snapshots", "holds"])
-def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("words", [["snapshots", "--columns", "name,size"], ["holds"]], ids=lambda words: words[0])
+def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, words: list[str]) -> None:
     with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
         volume.snapshot("clean")
     run(
         "import sys; from onionskin.cli.app import onionskin\n"
-        f"try: onionskin([{verb!r}, {str(tmp_path / 'vms/web')!r}])\n"
+        f"try: onionskin({[*words, str(tmp_path / 'vms/web')]!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         f"assert not {UNNEEDED} & sys.modules.keys(), {UNNEEDED} & sys.modules.keys()\n"
     )
