@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/linux_io.h"
+#include "base/whole_io.h"
 
 /* Holes in a log are what a crash leaves in its last frame, whose pages were not all written. Up to this length nothing
  * is asked; a longer file that has more holes than data was made by no flush. */
@@ -59,21 +60,6 @@ int onion_make_file(const char *path) {
     return status;
 }
 
-static int read_span(int fd, const struct onion_data_span *span, unsigned char *bytes) {
-    uint64_t done = 0;
-    while (done < span->length) {
-        uint64_t left = span->length - done;
-        ssize_t n =
-            pread(fd, bytes + span->offset + done, left > (1u << 30) ? 1u << 30 : left, (off_t)(span->offset + done));
-        if (n < 0 && errno != EINTR)
-            return -errno;
-        if (n == 0)
-            return ONION_E_FORMAT; /* it was cut meanwhile */
-        done += n > 0 ? (uint64_t)n : 0;
-    }
-    return 0;
-}
-
 static int allocate(struct onion_map_bytes *out, uint64_t length) {
     *out = (struct onion_map_bytes){NULL, 0};
     void *bytes = mmap(NULL, length + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -101,7 +87,7 @@ static int read_data(int fd, struct onion_map_bytes *out, uint64_t *fault) {
     int status;
     while ((status = onion_seek_data(fd, at, out->length, &span)) == 1) {
         *fault = span.offset;
-        status = read_span(fd, &span, out->bytes);
+        status = onion_pread_all(fd, out->bytes + span.offset, span.length, span.offset);
         if (status < 0)
             break;
         at = span.offset + span.length;

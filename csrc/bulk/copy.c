@@ -32,6 +32,7 @@
 #include <unistd.h>
 
 #include "base/linux_io.h"
+#include "base/whole_io.h"
 #include "base/workers.h"
 
 enum {
@@ -147,21 +148,6 @@ static void advance(struct copy_piece *piece, uint64_t bytes) {
     piece->length -= bytes;
 }
 
-static int pwrite_all(int fd, const unsigned char *bytes, uint64_t length, uint64_t offset) {
-    while (length > 0) {
-        ssize_t written = pwrite(fd, bytes, length, (off_t)offset);
-
-        if (written < 0 && errno == EINTR)
-            continue;
-        if (written <= 0)
-            return written < 0 ? -errno : -EIO;
-        bytes += written;
-        offset += (uint64_t)written;
-        length -= (uint64_t)written;
-    }
-    return 0;
-}
-
 static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
     while (piece->length > 0) {
         int64_t turn = wait_for_turn(job, piece->length);
@@ -176,7 +162,7 @@ static int copy_through_buffer(struct copy_job *job, unsigned char *buffer, stru
         if (got == 0)
             return -EIO; /* the source ends before the extent does */
         begin_writing(job);
-        status = pwrite_all(piece->pair->destination, buffer, (uint64_t)got, piece->destination_offset);
+        status = onion_pwrite_all(piece->pair->destination, buffer, (uint64_t)got, piece->destination_offset);
         end_writing(job);
         if (status < 0)
             return status;
@@ -260,7 +246,7 @@ static int write_zeros(struct copy_job *job, struct copy_piece *piece) {
 
         if (turn < 0)
             return (int)turn;
-        status = pwrite_all(piece->pair->destination, job->zeros, (uint64_t)turn, piece->destination_offset);
+        status = onion_pwrite_all(piece->pair->destination, job->zeros, (uint64_t)turn, piece->destination_offset);
         if (status < 0)
             return status;
         advance(piece, (uint64_t)turn);

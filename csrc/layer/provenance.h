@@ -1,6 +1,6 @@
 /* provenance.h: says which layer each block of a disk comes from.
  *
- * An layer is a number that stands for a layer. The layers of a chain are laid over each other from the bottom up.
+ * A layer is a number here, which stands for a layer. The layers of a chain are laid over each other from the bottom up.
  * For each block, only its layer is kept, and whether it is DATA or ZERO. So the runs of one layer that touch are
  * one run, wherever their slots are. Like an opening (index/bulk_build.h), it takes the records of all logs first
  * and makes the index at once, because a map for each layer costs a page for nearly every block that lies alone on

@@ -202,7 +202,8 @@ static void hold(struct onion_nbd_export *export) {
 }
 
 static void release(struct onion_nbd_export *export) {
-    export->holds--;
+    if (export->holds) /* a stop sets it to 0 */
+        export->holds--;
     pthread_cond_broadcast(&export->changed);
 }
 
@@ -255,28 +256,21 @@ int onion_nbd_replace_volume(struct onion_nbd_server *server, const char *name, 
     return 0;
 }
 
-int onion_nbd_hold(struct onion_nbd_server *server, const char *name) {
+/* Calls `change` with the export of that name, under its lock. */
+static int change_named(struct onion_nbd_server *server, const char *name, void (*change)(struct onion_nbd_export *)) {
     struct onion_nbd_export *export = find_named(server, name);
     if (!export)
         return -ENOENT;
     pthread_mutex_lock(&export->lock);
-    hold(export);
+    change(export);
     pthread_mutex_unlock(&export->lock);
     onion_nbd_unref(server, export);
     return 0;
 }
 
-int onion_nbd_release(struct onion_nbd_server *server, const char *name) {
-    struct onion_nbd_export *export = find_named(server, name);
-    if (!export)
-        return -ENOENT;
-    pthread_mutex_lock(&export->lock);
-    if (export->holds)
-        release(export);
-    pthread_mutex_unlock(&export->lock);
-    onion_nbd_unref(server, export);
-    return 0;
-}
+int onion_nbd_hold(struct onion_nbd_server *server, const char *name) { return change_named(server, name, hold); }
+
+int onion_nbd_release(struct onion_nbd_server *server, const char *name) { return change_named(server, name, release); }
 
 /* ---- changed-since contexts ---- */
 

@@ -90,6 +90,15 @@ int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const ch
     return listing->full = listing->out->length >= ONION_NBD_LIST_BYTES;
 }
 
+/* Goes on after a hook has listed a part: with the next part if this one is full, otherwise the list ends. */
+static enum onion_nbd_next end_part(struct onion_nbd_session *session, uint32_t option, int status, int full,
+                                    const char *failure, struct onion_nbd_out *out) {
+    if (status >= 0 && full)
+        return ONION_NBD_MORE_REPLIES;
+    session->listed_length = 0;
+    return status < 0 ? refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, failure) : acknowledge(out, option);
+}
+
 /* Lists the exports in parts, so that thousands of names take no more memory than a few. */
 static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const struct onion_nbd_option *option,
                                         struct onion_nbd_out *out) {
@@ -101,12 +110,7 @@ static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const
         struct onion_nbd_listing listing = {session, out, 0};
         uint32_t after = session->listed_length;
         int status = hooks->list_exports(hooks->context, session->listed, after, &listing);
-        if (status >= 0 && listing.full)
-            return ONION_NBD_MORE_REPLIES;
-        session->listed_length = 0;
-        if (status < 0)
-            return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "the exports cannot be listed now");
-        return acknowledge(out, option->option);
+        return end_part(session, option->option, status, listing.full, "the exports cannot be listed now", out);
     }
     pthread_mutex_lock(&server->lock);
     for (struct onion_nbd_export *export = server->exports; export; export = export->next)
@@ -347,12 +351,7 @@ static enum onion_nbd_next list_contexts(struct onion_nbd_session *session, cons
     }
     const char *name = onion_nbd_label(export)->name;
     int status = hooks->list_contexts(hooks->context, name, session->listed, after, &listing);
-    if (status >= 0 && listing.full)
-        return ONION_NBD_MORE_REPLIES;
-    session->listed_length = 0;
-    if (status < 0)
-        return refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, "the contexts cannot be listed now");
-    return acknowledge(out, option);
+    return end_part(session, option, status, listing.full, "the contexts cannot be listed now", out);
 }
 
 static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const struct onion_nbd_option *option,
@@ -440,13 +439,18 @@ static int64_t now_ms(void) {
     return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
+/* Waits until the socket may be read or written, or the deadline has passed, which is -ETIMEDOUT. */
+static int wait_until(struct onion_nbd_connection *connection, short events, int64_t deadline_ms) {
+    struct pollfd wait = {.fd = connection->fd, .events = events};
+    int64_t left = deadline_ms - now_ms();
+    return left <= 0 || (poll(&wait, 1, (int)left) < 0 && errno != EINTR) ? -ETIMEDOUT : 0;
+}
+
 /* Receives exactly `length` bytes before the deadline, so that a slow client cannot hold a connection for ever. */
 static int receive(struct onion_nbd_connection *connection, void *out, size_t length, int64_t deadline_ms) {
     char *to = out;
     while (length) {
-        struct pollfd wait = {.fd = connection->fd, .events = POLLIN};
-        int64_t left = deadline_ms - now_ms();
-        if (left <= 0 || (poll(&wait, 1, (int)left) < 0 && errno != EINTR))
+        if (wait_until(connection, POLLIN, deadline_ms) < 0)
             return -ETIMEDOUT;
         ssize_t n = recv(connection->fd, to, length, MSG_DONTWAIT);
         if (n == 0)
@@ -464,9 +468,7 @@ static int send_in_time(struct onion_nbd_connection *connection, const void *byt
                         int64_t deadline_ms) {
     const char *from = bytes;
     while (length) {
-        struct pollfd wait = {.fd = connection->fd, .events = POLLOUT};
-        int64_t left = deadline_ms - now_ms();
-        if (left <= 0 || (poll(&wait, 1, (int)left) < 0 && errno != EINTR))
+        if (wait_until(connection, POLLOUT, deadline_ms) < 0)
             return -ETIMEDOUT;
         ssize_t n = send(connection->fd, from, length, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n < 0 && errno != EAGAIN && errno != EINTR)

@@ -1,37 +1,17 @@
 /* compact_map.c: writes a head's map anew as a compact log, and decides when this is worthwhile. See volume.h for what
  * must hold. */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/store_file.h"
 #include "bulk/wipe.h"
 #include "layer/layer_map.h"
 #include "volume/internal.h"
 
 #define REWRITE_FRAME_RECORDS (1u << 17)
 #define COMPACT_MAP_BYTES_MIN (512u << 10) /* a log shorter than this is not written anew */
-
-static int load_log_file(const char *path, uint64_t length, uint64_t frames, uint32_t crc, struct onion_layer *layer) {
-    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    struct onion_map_bytes map = {0};
-    uint64_t fault = 0;
-    int fd = onion_open_file(path, O_RDONLY);
-    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, length, &map, &fault);
-    if (fd >= 0)
-        close(fd);
-    if (status == 0)
-        status = onion_layer_grow(layer, onion_log_blocks(map.bytes, length, layer->block_shift));
-    if (status == 0)
-        status = onion_layer_load(layer, map.bytes, length, &cursor, &fault);
-    if (status == 0 && (cursor.sequence != frames || cursor.crc != crc))
-        status = ONION_E_CHECKSUM;
-    onion_map_bytes_free(&map);
-    return onion_site_set(status, path, fault);
-}
 
 static int number_of_id(struct onion_layer *layer, const unsigned char *uuid, uint16_t *number) {
     for (uint32_t k = 0; k < layer->segment_count; k++)
@@ -67,15 +47,20 @@ static int fold_layers(struct onion_layer *lower, const struct onion_layer *uppe
 /* Loads into *layer the head's durable map, folded over `lower`. */
 static int load_folded_map(struct onion_volume *volume, const struct onion_layer_source *lower,
                            struct onion_layer *layer) {
+    const struct onion_head_log *log = &volume->log;
+    struct onion_layer_source durable = {.map_path = log->path,
+                                         .map_length = log->cursor.offset,
+                                         .map_frames = log->cursor.sequence,
+                                         .map_crc = log->cursor.crc};
     struct onion_layer head = {0};
+    memcpy(durable.map_id, log->map_id, ONION_UUID_BYTES);
     int status = onion_layer_init(layer, volume->index.block_count, volume->block_shift);
     if (status == 0)
         status = onion_layer_init(&head, volume->index.block_count, volume->block_shift);
     if (status == 0 && lower && lower->map_length)
-        status = load_log_file(lower->map_path, lower->map_length, lower->map_frames, lower->map_crc, layer);
-    if (status == 0 && volume->log.fd >= 0)
-        status = load_log_file(volume->log.path, volume->log.cursor.offset, volume->log.cursor.sequence,
-                               volume->log.cursor.crc, &head);
+        status = onion_volume_load_sealed_map(volume, lower, layer);
+    if (status == 0 && log->fd >= 0)
+        status = onion_volume_load_sealed_map(volume, &durable, &head);
     if (status == 0)
         status = onion_layer_grow(layer, head.map.block_count);
     if (status == 0)

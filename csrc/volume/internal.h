@@ -12,6 +12,7 @@
 #include "base/epoch.h"
 #include "base/mappings.h"
 #include "base/site.h"
+#include "base/whole_io.h"
 #include "index/bulk_build.h"
 #include "volume/journal.h"
 #include "volume/segment.h"
@@ -264,6 +265,25 @@ uint32_t onion_volume_find_segment(const struct onion_volume *volume, const unsi
 /* Returns the number of segments that a record may name: those that this head made, or the head that is being
  * sealed. */
 uint32_t onion_volume_own_segment_count(const struct onion_volume *volume);
+
+/* ---- sealed_map.c ---- */
+
+struct onion_layer;
+struct onion_map_bytes;
+
+/* 0, or a code if the header is not that of a map with this id and the volume's block size. */
+int onion_volume_check_map_header(const struct onion_volume *volume, const unsigned char *map_id,
+                                  const struct onion_map_bytes *map);
+/* Reads the map of a sealed layer and checks its header. The caller frees *map, also after an error. */
+int onion_volume_read_sealed_map(const struct onion_volume *volume, const struct onion_layer_source *source,
+                                 struct onion_map_bytes *map, uint64_t *fault);
+/* Checks the end of a replay that returned `status`: a sealed map has no torn frame, and ends with the frame that the
+ * source names. */
+int onion_volume_check_sealed_end(const struct onion_layer_source *source, const struct onion_log_cursor *end,
+                                  int status);
+/* Loads the map of a sealed layer into an empty `layer`. */
+int onion_volume_load_sealed_map(const struct onion_volume *volume, const struct onion_layer_source *source,
+                                 struct onion_layer *layer);
 
 /* ---- dirty_records.c ---- */
 

@@ -176,32 +176,14 @@ static int is_unborn(const struct onion_volume *volume, const unsigned char *map
     return onion_header_is_torn(bytes, length, ONION_MAGIC_MAP, &expected);
 }
 
-static int check_map_header(const struct onion_volume *volume, const unsigned char *map_id,
-                            const struct onion_map_bytes *map) {
-    struct onion_header header;
-    int status = onion_header_decode(map->bytes, map->length, ONION_MAGIC_MAP, &header);
-    if (status == 0 && (header.block_size != volume->block_size || memcmp(header.uuid, map_id, ONION_UUID_BYTES)))
-        status = ONION_E_FORMAT;
-    return status;
-}
-
 static int replay_sealed_map(struct replay *replay, const struct onion_layer_source *source) {
     struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
     struct onion_map_bytes map = {0};
     uint64_t fault = 0;
-    int fd = onion_open_file(source->map_path, O_RDONLY);
-    if (fd < 0)
-        return onion_site_set(fd, source->map_path, 0);
-    int status = onion_map_bytes_read_sealed(fd, source->map_length, &map, &fault);
-    close(fd);
-    if (status == 0)
-        status = check_map_header(replay->volume, source->map_id, &map);
+    int status = onion_volume_read_sealed_map(replay->volume, source, &map, &fault);
     if (status == 0)
         status = replay_bytes(replay, map.bytes, map.length, &cursor, &fault);
-    if (status == ONION_E_TORN)
-        status = ONION_E_FORMAT;
-    if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
-        status = ONION_E_CHECKSUM;
+    status = onion_volume_check_sealed_end(source, &cursor, status);
     onion_map_bytes_free(&map);
     return onion_site_set(status, source->map_path, fault);
 }
@@ -247,7 +229,7 @@ static int replay_head(struct replay *replay, const struct onion_head_source *so
     struct onion_log_cursor *cursor = &volume->log.cursor;
     *torn = 0;
     *fault = 0;
-    int status = check_map_header(volume, source->map_id, map);
+    int status = onion_volume_check_map_header(volume, source->map_id, map);
     if ((status == ONION_E_FORMAT || status == ONION_E_CHECKSUM) && !source->known_frames &&
         is_unborn(volume, source->map_id, map->bytes, map->length)) {
         cursor->offset = 0;

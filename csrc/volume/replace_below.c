@@ -15,12 +15,9 @@
  * Only steps 1 and 4 need memory. If it is missing, everything reads as before, and the steps may be taken again. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#include "base/store_file.h"
 #include "layer/layer_map.h"
 #include "volume/internal.h"
 
@@ -67,29 +64,6 @@ static int check_locations(const struct onion_below *below, const char *map_path
     return status;
 }
 
-static int read_layer(struct onion_volume *volume, struct onion_below *below, const struct onion_layer_source *source) {
-    struct onion_log_cursor cursor = {.offset = ONION_HEADER_BYTES};
-    struct onion_map_bytes map = {0};
-    struct onion_header header;
-    uint64_t fault = 0;
-    int fd = onion_open_file(source->map_path, O_RDONLY);
-    int status = fd < 0 ? fd : onion_map_bytes_read_sealed(fd, source->map_length, &map, &fault);
-    if (fd >= 0)
-        close(fd);
-    if (status == 0)
-        status = onion_header_decode(map.bytes, map.length, ONION_MAGIC_MAP, &header);
-    if (status == 0 && (header.block_size != volume->block_size || by_uuid(header.uuid, source->map_id)))
-        status = ONION_E_FORMAT;
-    if (status == 0)
-        status = onion_layer_grow(&below->source, onion_log_blocks(map.bytes, map.length, volume->block_shift));
-    if (status == 0)
-        status = onion_layer_load(&below->source, map.bytes, map.length, &cursor, &fault);
-    if (status == 0 && (cursor.sequence != source->map_frames || cursor.crc != source->map_crc))
-        status = ONION_E_CHECKSUM;
-    onion_map_bytes_free(&map);
-    return onion_site_note(status == ONION_E_TORN ? ONION_E_FORMAT : status, source->map_path, fault);
-}
-
 static int load_layer(struct onion_volume *volume, struct onion_below *below, const struct onion_layer_source *source) {
     below->has_layer = 1;
     below->added = calloc(source->segment_count + 1, sizeof(struct onion_segment *));
@@ -105,7 +79,7 @@ static int load_layer(struct onion_volume *volume, struct onion_below *below, co
     if (status == 0)
         status = onion_layer_init(&below->source, volume->index.block_count, volume->block_shift);
     if (status == 0 && source->map_length)
-        status = read_layer(volume, below, source);
+        status = onion_volume_load_sealed_map(volume, source, &below->source);
     return status < 0 ? status : check_locations(below, source->map_path);
 }
 

@@ -14,42 +14,11 @@
 #include "base/sigbus.h"
 #include "base/site.h"
 #include "base/store_file.h"
+#include "base/whole_io.h"
 
 /* A growing segment is mapped beyond its end, and each time twice as far, so that not every write needs a new
  * mapping. */
 #define MAP_AHEAD_BYTES (1ull << 20)
-
-int onion_pwrite_all(int fd, const void *bytes, uint64_t length, uint64_t offset) {
-    const char *from = bytes;
-    while (length) {
-        ssize_t n = pwrite(fd, from, length > (1u << 30) ? 1u << 30 : length, (off_t)offset);
-        if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
-        }
-        if (n == 0)
-            return -EIO;
-        from += n, offset += (uint64_t)n, length -= (uint64_t)n;
-    }
-    return 0;
-}
-
-int onion_pread_all(int fd, void *bytes, uint64_t length, uint64_t offset) {
-    char *to = bytes;
-    while (length) {
-        ssize_t n = pread(fd, to, length > (1u << 30) ? 1u << 30 : length, (off_t)offset);
-        if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
-        }
-        if (n == 0)
-            return ONION_E_FORMAT;
-        to += n, offset += (uint64_t)n, length -= (uint64_t)n;
-    }
-    return 0;
-}
 
 void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid) {
     static const char digits[] = "0123456789abcdef";

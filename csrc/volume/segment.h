@@ -104,8 +104,4 @@ int64_t onion_segment_take(struct onion_segment *segment, uint64_t block_index, 
 /* Lets slots be handed out again. -ENOMEM: they stay unused until the volume is opened again. */
 int onion_segment_give_back(struct onion_segment *segment, uint32_t slot, uint32_t count);
 
-/* Write or read all bytes, or return an error: -ENOSPC, -EIO... Short transfers are continued. */
-int onion_pwrite_all(int fd, const void *bytes, uint64_t length, uint64_t offset);
-int onion_pread_all(int fd, void *bytes, uint64_t length, uint64_t offset); /* a short file is ONION_E_FORMAT */
-
 #endif

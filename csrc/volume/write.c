@@ -273,30 +273,6 @@ static uint64_t until_range_end(uint64_t offset, uint64_t length) {
     return left < length ? left : length;
 }
 
-int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t length, const void *bytes) {
-    int status = begin_write(volume, offset, length);
-    if (status < 0)
-        return status;
-    const char *from = bytes;
-    uint32_t attempts = 0;
-    while (length && status == 0) {
-        uint64_t part = until_range_end(offset, length);
-        pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
-        pthread_mutex_lock(stripe);
-        status = write_in_range(volume, offset, part, from);
-        pthread_mutex_unlock(stripe);
-        if (status == ONION_E_JOURNAL_FULL) {
-            status = flush_for_room(volume, offset, length, &attempts);
-            if (status < 0)
-                return status;
-            continue;
-        }
-        offset += part, from += part, length -= part, attempts = 0;
-    }
-    pthread_rwlock_unlock(&volume->gate);
-    return after_write(volume, status);
-}
-
 /* ---- zero and trim ---- */
 
 /* It is never written, and not const so that it takes no room in the library's file. */
@@ -341,7 +317,10 @@ static int zero_in_range(struct onion_volume *volume, uint64_t offset, uint64_t 
     return status;
 }
 
-int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t length) {
+/* ---- range by range ---- */
+
+/* Writes `bytes`, or zeros if it is NULL. Each 2 MiB range is changed under its stripe. */
+static int write_or_zero(struct onion_volume *volume, uint64_t offset, uint64_t length, const char *bytes) {
     int status = begin_write(volume, offset, length);
     if (status < 0)
         return status;
@@ -350,7 +329,8 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
         uint64_t part = until_range_end(offset, length);
         pthread_mutex_t *stripe = stripe_of(volume, offset >> volume->block_shift);
         pthread_mutex_lock(stripe);
-        status = zero_in_range(volume, offset, part, offset + part == onion_volume_size(volume));
+        status = bytes ? write_in_range(volume, offset, part, bytes)
+                       : zero_in_range(volume, offset, part, offset + part == onion_volume_size(volume));
         pthread_mutex_unlock(stripe);
         if (status == ONION_E_JOURNAL_FULL) {
             status = flush_for_room(volume, offset, length, &attempts);
@@ -359,9 +339,18 @@ int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t len
             continue;
         }
         offset += part, length -= part, attempts = 0;
+        bytes = bytes ? bytes + part : NULL;
     }
     pthread_rwlock_unlock(&volume->gate);
     return after_write(volume, status);
+}
+
+int onion_volume_write(struct onion_volume *volume, uint64_t offset, uint64_t length, const void *bytes) {
+    return write_or_zero(volume, offset, length, bytes);
+}
+
+int onion_volume_zero(struct onion_volume *volume, uint64_t offset, uint64_t length) {
+    return write_or_zero(volume, offset, length, NULL);
 }
 
 /* ---- many blocks at once ---- */

@@ -18,6 +18,7 @@ pipe
 
 import contextlib
 import errno
+import io
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -101,8 +102,8 @@ def import_image(
         The store in which the volume is made.
     path : path-like or file
         The path of a file or a block device, or an open binary file that has a descriptor. An open file is read from
-        its position on, and it may be a pipe. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked
-        by the system's program. The image is not written to.
+        its position on; it may be a pipe, and may have a buffer. An image that is compressed with gzip, xz, zstd, bzip2 or
+        lz4 is unpacked by the system's program. The image is not written to.
     name : str
         The name of the new volume.
     format : str, optional
@@ -137,8 +138,9 @@ def import_image(
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     with contextlib.ExitStack() as stack:
         descriptor, called = stack.enter_context(_opened(path))
+        ahead = b"" if isinstance(path, str | os.PathLike) else _read_ahead(path)
         made = _Import(stack, store, name, called, format, block_size, wipe, progress)
-        if is_seekable(descriptor):
+        if not ahead and is_seekable(descriptor):
             kind = made.kind_of(format_of(descriptor))
             if kind in COMPRESSED:
                 disk = made.from_compressed(Source(descriptor, called), kind, note)
@@ -146,7 +148,7 @@ def import_image(
                 is_named = isinstance(path, str | os.PathLike)
                 disk = made.from_file(descriptor, kind, Path(path) if is_named else None)  # type: ignore[arg-type]
         else:
-            source = Source(descriptor, called)
+            source = Source(descriptor, called, ahead)
             kind = made.kind_of(format_of_start(source.peek(START_BYTES)))
             disk = made.from_compressed(source, kind, note) if kind in COMPRESSED else made.from_stream(source, kind)
         made.publish()
@@ -162,6 +164,20 @@ def _opened(image: AnyPath | IO[bytes]) -> Iterator[tuple[int, str]]:
     else:
         called = getattr(image, "name", None)
         yield image.fileno(), called if isinstance(called, str) else "the image"
+
+
+def _read_ahead(file: IO[bytes]) -> bytes:
+    """Return what a file object has read of its descriptor and not given out. A file that can be is put at its position."""
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"an image is read from a binary file, and {file!r} is one of text")
+    if getattr(file, "raw", None) is None:  # it has no buffer
+        return b""
+    if file.writable():
+        file.flush()
+    if file.seekable():
+        os.lseek(file.fileno(), file.tell(), os.SEEK_SET)
+        return b""
+    return bytes(file.peek())  # type: ignore[attr-defined]
 
 
 class _Import:

@@ -58,12 +58,13 @@ from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
-    from onionskin.operations import forks, holds
-    from onionskin.operations import usage as usages
+    from onionskin.operations import forks
+    from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
+    from onionskin.operations.usage import Problem, Usage
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -994,7 +995,7 @@ class Store:
 
         holds.unhold(self._opened, volume, snapshot, holder)
 
-    def holds(self, volume: str, snapshot: str | None = None) -> "list[holds.Hold]":
+    def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
         """Return the holds on a snapshot, or on all snapshots of a volume.
 
         Parameters
@@ -1237,7 +1238,7 @@ class Store:
 
         return read_tree(self._opened)
 
-    def usage(self, name: str) -> "list[usages.Usage]":
+    def usage(self, name: str) -> "list[Usage]":
         """Return what each snapshot of a volume holds.
 
         Parameters
@@ -1331,7 +1332,7 @@ class Store:
 
         return layering_of(self._opened, name, snapshot)
 
-    def check(self, *, repair: bool = False) -> "list[usages.Problem]":
+    def check(self, *, repair: bool = False) -> "list[Problem]":
         """Look for damage in the catalog and in all files that it names. Data blocks are not read.
 
         Parameters

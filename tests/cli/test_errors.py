@@ -41,15 +41,21 @@ def test_a_volume_that_is_not_there(run: Run, vms: Path) -> None:
     one_line(run("info", f"{vms}/nope"), 3, "nope")
 
 
+def test_an_image_without_a_name_is_not_written(run: Run, vms: Path) -> None:
+    for path in ("", ".", "/"):
+        one_line(run("export", f"{vms}/web", path), 1, f"{path or '.'}: Is a directory")
+
+
 @pytest.mark.parametrize("verb", ["revert", "discard", "merge", "read", "export", "clone", "info", "delta"])
-def test_a_snapshot_that_is_not_there(run: Run, vms: Path, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("name", ["nope", os.fsdecode(b"nope\xff")])
+def test_a_snapshot_that_is_not_there(run: Run, vms: Path, tmp_path: Path, verb: str, name: str) -> None:
     more = {
         "read": [0, 1],
         "export": [tmp_path / "out"],
         "clone": [f"{vms}/new"],
         "delta": ["-o", tmp_path / "d"],
     }
-    one_line(run(verb, f"{vms}/web@nope", *more.get(verb, [])), 3, "nope")
+    one_line(run(verb, f"{vms}/web@{name}", *more.get(verb, [])), 3, "nope")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "d").exists()
 

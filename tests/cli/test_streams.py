@@ -106,6 +106,22 @@ def test_an_image_to_stdout_is_not_whole_where_the_base_changed_meanwhile(
     assert b"has changed" in said
 
 
+def test_a_file_that_takes_the_place_of_a_pipe_is_not_written_over(
+    run: Run, vms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_bytes(b"needed")
+    monkeypatch.setattr("onionskin.cli.exchange._goal", lambda image: "stream")
+    refused = run("export", f"{vms}/web", tmp_path / "out")
+    assert refused.exit_code == 4
+    assert (tmp_path / "out").read_bytes() == b"needed"
+
+
+def test_what_is_full_is_named(run: Run, vms: Path) -> None:
+    full = run("export", f"{vms}/web", "/dev/full")
+    assert (full.exit_code, full.stderr[:11]) == (7, "onionskin: ")
+    assert "/dev/full: No space left" in full.stderr
+
+
 # ---- standard streams that do not wait, or have no buffer ----
 
 
@@ -148,6 +164,15 @@ def test_a_stdin_that_has_nothing_yet_has_not_ended(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
         stream = StandardStream("stdin")
         assert [stream.read(4), stream.read(4)] == [b"late", b""]
+
+
+def test_a_file_that_a_stream_cannot_be_written_to_is_named_and_not_left(run: Run, vms: Path, tmp_path: Path) -> None:
+    assert run("write", f"{vms}/web", 0, input=os.urandom(1 << 20)).exit_code == 0
+    assert run("snapshot", f"{vms}/web@full").exit_code == 0
+    done = shell("ulimit -f 100; trap '' XFSZ; os delta {vms}/web@full -o {out}", vms=vms, out=tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"onionskin: {tmp_path}/out: File too large".encode())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_noticed_where_stdout_has_no_buffer(vms: Path, tmp_path: Path) -> None:

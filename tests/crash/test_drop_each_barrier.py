@@ -93,7 +93,7 @@ def judge_without(engine: Path, name: str) -> Verdict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exported image", "written delta name"])
+@pytest.mark.parametrize("name", ["exported image", "written delta name", "streamed file"])
 def test_a_barrier_taken_out_of_the_python_code_is_noticed(engine: Path, name: str) -> None:
     verdict = judge_without(engine, name)
     print(f"{name}: noticed by {verdict.trial} in {verdict.tried} states")

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -202,12 +203,67 @@ static void check_clients_side_by_side(void) {
     remove_files();
 }
 
+struct waiting_replacement {
+    struct onion_nbd_server *server;
+    struct onion_volume *volume;
+};
+
+static void *replace(void *argument) {
+    const struct waiting_replacement *waiting = argument;
+    CHECK(onion_nbd_replace_volume(waiting->server, "web", waiting->volume) == 0);
+    return NULL;
+}
+
+static void *stop(void *argument) {
+    const struct waiting_replacement *waiting = argument;
+    CHECK(onion_nbd_stop(waiting->server, 0) == 0);
+    return NULL;
+}
+
+static void wait_until(struct onion_nbd_export *export, int (*holds)(const struct onion_nbd_export *)) {
+    for (int is_so = 0; !is_so; sched_yield()) {
+        pthread_mutex_lock(&export->lock);
+        is_so = holds(export);
+        pthread_mutex_unlock(&export->lock);
+    }
+}
+
+static int is_held(const struct onion_nbd_export *export) { return export->holds == 1; }
+static int is_taken_away(const struct onion_nbd_export *export) { return !export->volume; }
+
+/* A stop ends all holds. A replacement that is waiting for a request then has no hold left to release. */
+static void check_stop_while_a_replacement_waits(void) {
+    struct onion_nbd_options options = {
+        .connections_max = 1, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    struct waiting_replacement waiting = {.volume = open_volume()};
+    pthread_t replacing, stopping;
+    uint64_t generation;
+    CHECK(onion_nbd_new(&options, &waiting.server) == 0);
+    CHECK(onion_nbd_add_export(waiting.server, "web", waiting.volume, 0, "") == 0);
+    struct onion_nbd_export *export = onion_nbd_find(waiting.server, "web", 3);
+    CHECK(export && onion_nbd_enter(export, &generation) == waiting.volume);
+    CHECK(pthread_create(&replacing, NULL, replace, &waiting) == 0);
+    wait_until(export, is_held);
+    CHECK(pthread_create(&stopping, NULL, stop, &waiting) == 0);
+    wait_until(export, is_taken_away);
+    onion_nbd_leave(export);
+    pthread_join(replacing, NULL);
+    pthread_join(stopping, NULL);
+    CHECK(export->holds == 0);
+    onion_nbd_unref(waiting.server, export);
+    onion_nbd_free(waiting.server);
+    onion_volume_close(waiting.volume);
+    onion_volume_free(waiting.volume);
+    remove_files();
+}
+
 int main(void) {
     remove_files();
     check_info_cut_anywhere();
     check_meta_cut_anywhere();
     check_requests();
     check_clients_side_by_side();
+    check_stop_while_a_replacement_waits();
     puts("nbd: all holds");
     return 0;
 }

@@ -38,6 +38,11 @@ def check_note(note: str) -> str:
     return note
 
 
+def is_text(name: object) -> bool:
+    """Whether UTF-8 can hold a name that is asked for. Of bytes in an argument that are no text it cannot."""
+    return not (isinstance(name, str) and any("\ud800" <= character <= "\udfff" for character in name))
+
+
 def some_of(names: Sequence[str]) -> str:
     """List names for a message: a few, and how many more there are. A snapshot may have 100,000 clones."""
     more = len(names) - NAMES_SHOWN

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from onionskin.base.naming import is_text
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.layers import LAYERS_BELOW
 from onionskin.catalog.rows import HoldRow, SnapshotRow
@@ -19,11 +20,11 @@ class Snapshots(Connection):
 
     def snapshot_named(self, volume: bytes, name: str) -> SnapshotRow | None:
         """Return a volume's snapshot of that name, or None."""
-        return self.row(SnapshotRow, "volume = ? AND name = ?", volume, name)
+        return self.row(SnapshotRow, "volume = ? AND name = ?", volume, name) if is_text(name) else None
 
     def has_snapshot_named(self, volume: bytes, name: str) -> bool:
         """Whether a volume has a snapshot of that name; its row may be unsound."""
-        return self.has(SnapshotRow, "volume = ? AND name = ?", volume, name)
+        return is_text(name) and self.has(SnapshotRow, "volume = ? AND name = ?", volume, name)
 
     def snapshots_of(self, volume: bytes) -> list[SnapshotRow]:
         """Return a volume's snapshots in the order of taking."""

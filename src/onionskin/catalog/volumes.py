@@ -7,6 +7,7 @@ and `staged_volumes` tell staged volumes from the others; all other queries take
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from onionskin.base.naming import is_text
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
@@ -30,11 +31,11 @@ class Volumes(Connection):
 
     def volume_named(self, name: str) -> VolumeRow | None:
         """Return the volume of that name, or None."""
-        return self.row(VolumeRow, "name = ?", name)
+        return self.row(VolumeRow, "name = ?", name) if is_text(name) else None
 
     def has_volume_named(self, name: str) -> bool:
         """Whether a volume has that name; its row may be unsound."""
-        return self.has(VolumeRow, "name = ?", name)
+        return is_text(name) and self.has(VolumeRow, "name = ?", name)
 
     def volume_with_id(self, id: bytes) -> VolumeRow | None:
         """Return a volume by id, or None if it is gone."""
@@ -59,7 +60,7 @@ class Volumes(Connection):
 
     def has_volume(self, name: str) -> bool:
         """Whether there is a volume of that name, which no staged volume is; its row may be unsound."""
-        return self.has(VolumeRow, f"name = ? AND {_NOT_STAGED}", name, STAGED_PREFIX)
+        return is_text(name) and self.has(VolumeRow, f"name = ? AND {_NOT_STAGED}", name, STAGED_PREFIX)
 
     def staged_volumes(self) -> list[VolumeRow]:
         """Return the volumes that have no name yet, in the order of their ids; unsound rows are left out."""

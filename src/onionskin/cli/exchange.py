@@ -1,6 +1,7 @@
 """The verbs that move disks between files and stores: import, export, delta, apply."""
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -10,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
-from onionskin.base.fsync import sync_directory, sync_file
+from onionskin.base.fsync import sync_directory
 from onionskin.cli import output
 from onionskin.cli.arguments import (
     NEW_VOLUME,
@@ -171,7 +172,7 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
                 out.write(piece)
                 if progress is not None:
                     progress(at + len(piece), size_bytes)
-            out.flush()
+            out.finish()
     value = {"path": str(image), "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}
     if not is_stdout:
         output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, raw")
@@ -180,12 +181,17 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 
 
 @contextlib.contextmanager
-def _stream_to(image: Path) -> "Iterator[IO[bytes] | output.StandardStream]":
+def _stream_to(image: Path) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
         yield output.StandardStream("stdout")
         return
-    with open(os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb") as file:  # of a FIFO, this waits for a reader
-        yield file
+    with open(
+        os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb", buffering=0
+    ) as file:  # of a FIFO, this waits for a reader
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):  # it took the place of a pipe
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(image))
+        yield output.StandardStream(str(image), file)
 
 
 def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:
@@ -237,7 +243,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         output.progress(f"delta {b}", as_json) as progress,
     ):
         sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
-        out.flush()
+        out.finish()
     value = {
         "from": names[0].snapshot if start else None,
         "to": b.snapshot,
@@ -255,16 +261,14 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path | None) -> "Iterator[IO[bytes] | output.StandardStream]":
+def _new_file(path: Path | None) -> Iterator[output.StandardStream]:
     """Give stdout, or a new file that is durable and whole at the end, or removed."""
     if path is None:
         yield output.StandardStream("stdout")
         return
-    with open(path, "xb") as file:
+    with output.naming(str(path)), open(path, "xb") as file:
         try:
-            yield file
-            file.flush()
-            sync_file(file.fileno())  # BARRIER: written delta
+            yield output.StandardStream(str(path), file)
             sync_directory(path.absolute().parent)  # BARRIER: written delta name
         except BaseException:
             path.unlink()

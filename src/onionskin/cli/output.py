@@ -11,14 +11,16 @@ import fcntl
 import json
 import os
 import select
+import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 import click
 
+from onionskin.base.fsync import sync_file
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA, HOLE, ZERO
@@ -66,11 +68,11 @@ def naming(name: str) -> Iterator[None]:
 
 
 class StandardStream:
-    """Bytes from stdin or to stdout; its errors say which of them."""
+    """Bytes from stdin or to stdout, or to a file that stands in for it; its errors say which of them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, file: "IO[bytes] | None" = None) -> None:
         self.name = name
-        self._file = (sys.stdin if name == "stdin" else sys.stdout).buffer
+        self._file = file or (sys.stdin if name == "stdin" else sys.stdout).buffer
 
     def read(self, size: int = -1) -> bytes:
         """Read as a file does; b"" is the end, and never that there is nothing yet."""
@@ -103,6 +105,14 @@ class StandardStream:
                     self._wait()
                 else:
                     return
+
+    def finish(self) -> None:
+        """Pass on all written bytes. Those that went to a file or a block device are durable then, as in a file of a name."""
+        self.flush()
+        mode = os.fstat(self.fileno()).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            with naming(self.name):
+                sync_file(self.fileno())  # BARRIER: streamed file
 
     def _wait(self) -> None:
         """Wait until it is ready: who started us, or shares a terminal or a pipe with us, may have made it non-blocking."""

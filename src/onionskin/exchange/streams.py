@@ -41,12 +41,14 @@ class Source:
         The caller closes it.
     name : str
         Its name in messages.
+    ahead : bytes, optional
+        Bytes that were read from the descriptor already.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, name: str, ahead: bytes = b"") -> None:
         self.descriptor = descriptor
         self.name = name
-        self._ahead = b""
+        self._ahead = ahead
 
     def peek(self, length: int) -> bytes:
         """Return the next bytes without consuming them. They are fewer than `length` only at the end."""
@@ -56,7 +58,7 @@ class Source:
             if not more:
                 break
             self._ahead += more
-        return self._ahead
+        return self._ahead[:length]
 
     def readinto(self, buffer: "memoryview[int]") -> int:
         """Fill a buffer and return the number of bytes, which is smaller than the buffer only at the end."""
@@ -149,9 +151,9 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             env=os.environ | {"LC_ALL": "C"},
         )
         assert process.stdout is not None
-        if feeder:
-            feeder.start()
         try:
+            if feeder:
+                feeder.start()
             yield Source(process.stdout.fileno(), source.name)
             _refuse_rest(process, source.name)
             status = process.wait()
@@ -198,9 +200,9 @@ class _Feeder:
 
     def start(self) -> None:
         """Start the thread. The program has inherited its end of the pipe by now."""
-        os.close(self.output)
         self._thread.start()
         self._is_started = True
+        os.close(self.output)
 
     def finish(self) -> None:
         """Wait for the thread, and raise the error that kept it from reading the source, if there was one."""

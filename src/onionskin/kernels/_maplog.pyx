@@ -224,6 +224,15 @@ def _block_shift(block_size):
     return shift
 
 
+cdef int _check_made(int status, block_count) except -1:
+    """Raise the error of a call that made an index."""
+    if status == -ENOMEM:
+        raise MemoryError(f"no memory for the index of {block_count} blocks")
+    if status < 0:
+        raise OSError(-status, os.strerror(-status))
+    return 0
+
+
 cdef const char *_magic(object magic) except NULL:
     if magic == MAGIC_MAP:
         return ONION_MAGIC_MAP
@@ -445,11 +454,7 @@ cdef class LayerMap:
         if block_count < 0:
             raise ValueError(f"block_count {block_count} is negative")
         shift = _block_shift(block_size)
-        status = onion_layer_init(&self._layer, block_count, shift)
-        if status == -ENOMEM:
-            raise MemoryError(f"no memory for the index of {block_count} blocks")
-        if status < 0:
-            raise OSError(-status, os.strerror(-status))
+        _check_made(onion_layer_init(&self._layer, block_count, shift), block_count)
         self._open = True
         self.block_size = block_size
         self.map_length = self.map_frames = self.map_crc = 0
@@ -866,11 +871,7 @@ cdef class ProvenanceMap:
     def __cinit__(self, *, block_size, block_count):
         if block_count < 0:
             raise ValueError(f"block_count {block_count} is negative")
-        status = onion_provenance_init(&self._provenance, block_count, _block_shift(block_size))
-        if status == -ENOMEM:
-            raise MemoryError(f"no memory for the index of {block_count} blocks")
-        if status < 0:
-            raise OSError(-status, os.strerror(-status))
+        _check_made(onion_provenance_init(&self._provenance, block_count, _block_shift(block_size)), block_count)
         self._open = True
         self.block_size = block_size
         self.laid = 0

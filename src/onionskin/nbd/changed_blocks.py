@@ -49,20 +49,7 @@ class ChangedBlocks:
 
         A context whose snapshot is gone is made to say that everything changed, and then holds.
         """
-        since = _snapshot_of(context)
-        try:
-            exported = self._table.exported(export)
-            if exported is None:
-                return False
-            key = exported.context_key(since)
-            if key is None:
-                self._forget(exported, {since})
-                return True
-            with exported.contexts_guard:
-                return exported.contexts.get(context) == key
-        except (OnionskinError, OSError) as error:
-            self._log(f"context {context!r} of {export!r}: {error}")
-            return False
+        return self._ask(self._is_still, export, context)
 
     def find(self, export: str, context: str) -> bool:
         """Compute the metadata context of that name and offer it; return whether the server has it now.
@@ -70,26 +57,38 @@ class ChangedBlocks:
         No lock is held during the computation. Before the context is offered, the names and the disk are checked again:
         the names must mean what they meant, and the disk must be the one that was compared.
         """
-        since = _snapshot_of(context)
+        return self._ask(self._find, export, context)
+
+    def _ask(self, answer: Callable[[View | ServedVolume, str, str], bool], export: str, context: str) -> bool:
+        """Answer for an export and the snapshot that a context names; log an error, and return False then."""
         try:
             exported = self._table.exported(export)
-            if exported is None:
-                return False
-            key = exported.context_key(since)
-            if key is None:
-                raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
-            # The server counts everything that is written after this mark as changed.
-            mark = self._nbd.change_mark(exported.name) if isinstance(exported, ServedVolume) else None
-            runs = _joined(exported.diff(since))
-            with self._table.operation(exported), exported.contexts_guard:
-                if exported.context_key(since) != key:
-                    raise StateError("the snapshots, or the disk, changed meanwhile; ask again")
-                self._nbd.set_changed_since(self._table.label_of(exported), context, runs, mark=mark)
-                exported.contexts[context] = key
-            return True
+            return exported is not None and answer(exported, context, _snapshot_of(context))
         except (OnionskinError, OSError, ValueError, KeyError) as error:
             self._log(f"context {context!r} of {export!r}: {error}")
             return False
+
+    def _is_still(self, exported: View | ServedVolume, context: str, since: str) -> bool:
+        key = exported.context_key(since)
+        if key is None:
+            self._forget(exported, {since})
+            return True
+        with exported.contexts_guard:
+            return exported.contexts.get(context) == key
+
+    def _find(self, exported: View | ServedVolume, context: str, since: str) -> bool:
+        key = exported.context_key(since)
+        if key is None:
+            raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
+        # The server counts everything that is written after this mark as changed.
+        mark = self._nbd.change_mark(exported.name) if isinstance(exported, ServedVolume) else None
+        runs = _joined(exported.diff(since))
+        with self._table.operation(exported), exported.contexts_guard:
+            if exported.context_key(since) != key:
+                raise StateError("the snapshots, or the disk, changed meanwhile; ask again")
+            self._nbd.set_changed_since(self._table.label_of(exported), context, runs, mark=mark)
+            exported.contexts[context] = key
+        return True
 
     def names_behind(self, export: str, after: str) -> Iterator[str]:
         """Yield, in order, the names of an export's contexts that come after `after`; "" comes before all of them."""

@@ -24,6 +24,7 @@ from onionskin.nbd.exported import GRACE_SECONDS
 from onionskin.nbd.exports import Exports
 from onionskin.nbd.listener import Listener
 from onionskin.nbd.tls_carrier import TlsCarrier
+from onionskin.operations import load_all
 
 TIDY_SECONDS = 5.0
 
@@ -116,6 +117,7 @@ class Server:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop` is called, then flush all volumes. `ready` is called when clients can connect."""
+        load_all()
         accepting = threading.Thread(target=self._accept, name="onionskin accept", daemon=True)
         try:
             accepting.start()

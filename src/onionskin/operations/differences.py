@@ -66,7 +66,9 @@ class State:
 
 def snapshot_of(volume: str | None, text: str) -> State:
     """Return the snapshot that a text names: a snapshot of `volume`, or `volume@snapshot` of any volume."""
-    if isinstance(text, str) and "@" in text:
+    if not isinstance(text, str):
+        raise TypeError(f"a snapshot is named by a string, not by {text!r}; take one first where a head is meant")
+    if "@" in text:
         return State.named(text)
     if volume is None:
         raise ValueError(

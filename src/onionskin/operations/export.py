@@ -181,6 +181,8 @@ def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
 
 
 def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: bool) -> None:
+    if not target.name:  # "." and "/", and what was given no name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     try:
         os.stat(target.name, dir_fd=directory, follow_symlinks=False)
         if not replace:

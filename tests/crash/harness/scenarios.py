@@ -172,6 +172,20 @@ def write_delta(root: Path) -> None:
     mark(root, f"done {hashlib.sha256((root / IMAGE).read_bytes()).hexdigest()}")
 
 
+def stream_delta(root: Path) -> None:
+    """Writes a delta to stdout, where the shell has put a file. Its name is the shell's business."""
+    from onionskin.cli.exchange import delta
+
+    make_volume(root)[0].close()
+    file = os.open(root / IMAGE, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    os.fsync(file)
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(directory)
+    os.dup2(file, 1)
+    delta.main([f"{root / 'store'}/main@s"], standalone_mode=False)
+    mark(root, f"done {hashlib.sha256((root / IMAGE).read_bytes()).hexdigest()}")
+
+
 def check_delta(directory: Path, markers: Sequence[str]) -> list[str]:
     path = directory / IMAGE
     if not markers:
@@ -274,7 +288,8 @@ SCENARIOS = (
         "an image is converted", convert_image, check_converted, "exported image", "exported image name"
     ),
     program_scenario("a fork is asked for again", fork_under_key, check_asked_again, "catalog commits"),
-    program_scenario("a delta is written", write_delta, check_delta, "written delta", "written delta name"),
+    program_scenario("a delta is written", write_delta, check_delta, "written delta name"),
+    program_scenario("a delta goes to stdout", stream_delta, check_delta, "streamed file"),
     program_scenario(
         "a block map finds no room", fail_to_write_map, check_nothing, "overwritten staged map", wipes=True
     ),

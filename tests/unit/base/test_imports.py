@@ -3,6 +3,7 @@
 Modules are counted, and not milliseconds, which a busy machine stretches.
 """
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin.nbd.server import Server
 
 HEAVY = "{'numpy', 'rich', 'sqlite3', 'asyncio'}"
 
@@ -53,6 +55,16 @@ def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Pat
         "except SystemExit as end: assert not end.code, end.code\n"
         f"assert not {UNNEEDED} & sys.modules.keys(), {UNNEEDED} & sys.modules.keys()\n"
     )
+
+
+def test_a_server_has_all_operations_before_it_serves() -> None:
+    run(
+        "import pkgutil, sys, onionskin.operations as operations\n"
+        "operations.load_all()\n"
+        "names = {f'onionskin.operations.{m.name}' for m in pkgutil.iter_modules(operations.__path__)}\n"
+        "assert len(names) > 20 and names <= sys.modules.keys(), names - sys.modules.keys()\n"
+    )
+    assert "load_all()" in inspect.getsource(Server.run)
 
 
 CALLS = """

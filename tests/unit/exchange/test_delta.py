@@ -675,6 +675,11 @@ def test_a_stream_goes_whole_to_a_file_that_takes_a_part_at_a_time(pair: tuple[S
     assert out.taken == stream_of(here, "a", "b")
 
 
+def test_a_head_has_no_stream_before_it_has_a_name(pair: tuple[Store, Store]) -> None:
+    with pytest.raises(TypeError, match="take one first"):
+        delta.delta(pair[0], "web", "a", None, io.BytesIO())  # type: ignore[arg-type]
+
+
 def test_a_file_that_takes_nothing_is_no_place_for_a_stream(pair: tuple[Store, Store]) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

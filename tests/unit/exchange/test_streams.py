@@ -285,3 +285,65 @@ def test_a_pipe_that_has_nothing_yet_has_not_ended(store: Store, monkeypatch: py
         assert import_image(store, pipe, "new") == len(disk)
     with store.open("new", mode="r") as volume:
         assert volume.read(0, len(disk)) == disk
+
+
+def look_and_go_back(file: IO[bytes]) -> None:
+    file.read(4)
+    file.seek(0)
+
+
+TOUCHED: dict[str, tuple[Callable[[Any], object], slice]] = {
+    "peeked at": (lambda file: file.peek(4), slice(0, None)),
+    "read and put back": (look_and_go_back, slice(0, None)),
+    "read a little": (lambda file: file.read(4), slice(4, None)),
+}
+
+
+@pytest.mark.parametrize("kind", ["raw", "zstd"])
+@pytest.mark.parametrize("how", TOUCHED)
+def test_what_a_file_has_in_its_buffer_is_not_left_out(store: Store, tmp_path: Path, how: str, kind: str) -> None:
+    touch, rest = TOUCHED[how]
+    (tmp_path / "image").write_bytes(DISK[: rest.start] + PACK[kind](DISK[rest]) if kind in PACK else DISK)
+    with open(tmp_path / "image", "rb") as file:
+        touch(file)
+        import_image(store, file, "web")
+    assert contents(store, "web") == DISK[rest]
+
+
+@pytest.mark.parametrize("kind", ["raw", "gzip"])
+def test_a_pipe_that_was_looked_at_is_imported_from_its_beginning(store: Store, kind: str) -> None:
+    with pipe_of(PACK[kind](DISK) if kind in PACK else DISK) as pipe, open(pipe.fileno(), "rb", closefd=False) as file:
+        assert file.peek(4)
+        import_image(store, file, "web")
+    assert contents(store, "web") == DISK
+
+
+def test_a_file_of_text_is_no_image(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(DISK)
+    with open(tmp_path / "image") as file, pytest.raises(TypeError, match="binary"):
+        import_image(store, file, "web")  # type: ignore[arg-type]
+
+
+def test_no_program_is_left_where_no_thread_can_be_started(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reader, writer = os.pipe()
+    os.write(writer, PACK["gzip"](DISK[:9999]))
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as pipe:
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr("onionskin.exchange.streams.subprocess.Popen", start)
+        monkeypatch.setattr("onionskin.exchange.streams.threading.Thread.start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            import_image(store, pipe, "web")
+        monkeypatch.undo()
+        assert [program.poll() for program in started] == [-9]
+        assert len(os.listdir("/proc/self/fd")) == before

@@ -29,6 +29,17 @@ def test_a_store_knows_the_names_of_its_volumes(store: onionskin.Store) -> None:
     assert 3 not in store and Path("web") not in store
 
 
+def test_nothing_has_a_name_that_utf_8_cannot_hold(store: onionskin.Store) -> None:
+    name = os.fsdecode(b"\xff")
+    assert name not in store
+    with pytest.raises(onionskin.VolumeNotFoundError):
+        store.open(name)
+    with store.create("web", size=BLOCK) as web:
+        for ask in (web.revert, web.merge, web.diff, lambda name: store.holds("web", name)):
+            with pytest.raises(onionskin.SnapshotNotFoundError):
+                ask(name)
+
+
 def test_a_staged_volume_is_no_name_of_a_store(store: onionskin.Store) -> None:
     with staged_volumes.stage(store._opened, size=BLOCK) as staged:
         assert staged.head.row.name not in store and list(store) == [] and len(store) == 0
