@@ -114,9 +114,9 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/volumes.py",
-                "            ids = {name: catalog.volume(name).id for name in wanted}\n",
-                "            early = [catalog.volume(name) for name in wanted]\n"
-                "            ids = {row.name: row.id for row in early}\n",
+                "        ids = _ids_of(catalog, wanted)\n",
+                "        early = [catalog.volume(name) for name in wanted]\n"
+                "        ids = {row.name: row.id for row in early}\n",
             ),
             Edit(
                 "src/onionskin/operations/volumes.py",
@@ -130,8 +130,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/operations/volumes.py",
-                "    rows = [row for id in ids if (row := catalog.volume_with_id(id))]\n",
-                "    rows = early or [row for id in ids if (row := catalog.volume_with_id(id))]\n",
+                "    rows = catalog.volumes_with_ids(ids)\n",
+                "    rows = early or catalog.volumes_with_ids(ids)\n",
             ),
         ),
         _pairs("delete", "revert", "same", "processes", "release"),
@@ -141,7 +141,7 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/volumes.py",
-                "        if {name: catalog.volume(name).id for name in wanted} != ids:\n",
+                "        if _ids_of(catalog, wanted) != ids:\n",
                 "        if False:\n",
             ),
         ),
