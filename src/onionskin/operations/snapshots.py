@@ -127,7 +127,7 @@ def discard(volume: OpenHead, name: str, *, recursive: bool) -> None:
             holds.refuse_held(catalog, named)
             for id in named:
                 catalog.remove_snapshot_of_layer(id)
-            remove_unreachable_layers(catalog, named)
+            remove_unreachable_layers(catalog, *named)
 
         above = descendants(catalog, layer)
         refuse_discard(catalog, volume.row, name, above, recursive)
@@ -186,7 +186,7 @@ def merge(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
             _refuse_renamed(volume, name, row.layer)
             holds.refuse_held(catalog, [row.layer])
             catalog.remove_snapshot(volume.row.id, name)
-            remove_unreachable_layers(catalog, [row.layer])
+            remove_unreachable_layers(catalog, row.layer)
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)
