@@ -166,7 +166,7 @@ def users_of(catalog: Catalog, layers: set[bytes], *, besides: Collection[bytes]
     return sorted(users)
 
 
-def remove_unreachable_layers(catalog: Catalog, layers: Iterable[bytes | None]) -> list[bytes]:
+def remove_unreachable_layers(catalog: Catalog, *layers: bytes | None) -> list[bytes]:
     """Remove layers and those below them, each down to the first that is needed. Inside a transaction.
 
     Their files become pending work. Returns the needed layers at which it stopped. A layer that is already gone is passed

@@ -87,7 +87,7 @@ def _stand_on(volume: OpenHead, old: LayerRow, flat: LayerRow, segments: list[Se
         for row in segments:
             catalog.insert(row)
         catalog.update(LayerRow, volume.head, parent=flat.id)
-        remove_unreachable_layers(catalog, [old.id])
+        remove_unreachable_layers(catalog, old.id)
 
     source = (
         str(store.layout.map_file(flat.map_id)), flat.map_id, flat.map_length, flat.map_frames, flat.map_crc,

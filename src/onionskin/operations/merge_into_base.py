@@ -336,7 +336,7 @@ def _finish(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:
             map_crc=0,
         )
         if top.parent:
-            remove_unreachable_layers(catalog, [top.parent])
+            remove_unreachable_layers(catalog, top.parent)
         catalog.remove_base_merge_of(top.id)
 
     store.change(switch)

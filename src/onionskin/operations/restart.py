@@ -51,7 +51,7 @@ def restart_over(volume: OpenHead, below: Chain, base_lock: "BaseLock | None", *
         volume.share(segments, map_byte)
         catalog.update(VolumeRow, volume.row.id, head=head.layer.id)
         also()
-        remove_unreachable_layers(catalog, [old_head])
+        remove_unreachable_layers(catalog, old_head)
 
     def resolve() -> None:
         if old_path.poisoned or catalog.head_of(volume.row) != head.layer.id:

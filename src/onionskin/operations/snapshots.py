@@ -126,7 +126,7 @@ def discard(volume: OpenHead, names: Sequence[str], *, recursive: bool) -> None:
             holds.refuse_held(catalog, going)
             for id in going:
                 catalog.remove_snapshot_of_layer(id)
-            remove_unreachable_layers(catalog, going)
+            remove_unreachable_layers(catalog, *going)
 
         branches = refuse_discard(catalog, volume.row, rows, recursive)
         under_head = [root for root, above in branches.items() if volume.head in above]
@@ -211,11 +211,7 @@ def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) ->
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
-            holds.refuse_held(catalog, [row.layer for row in rows])
-            for row in rows:
-                _refuse_renamed(volume, row.name, row.layer)
-                catalog.remove_snapshot(volume.row.id, row.name)
-            remove_unreachable_layers(catalog, [row.layer for row in rows])
+            remove_unreachable_layers(catalog, *(row.layer for row in rows))
 
         volume.store.change(drop)
         reclaim.work_soon(volume.store)

@@ -228,7 +228,7 @@ def _drop(store: OpenStore, id: bytes) -> None:
         if row and row.name.startswith(STAGED_PREFIX):
             catalog.remove_volumes([id])
             add_files_of(catalog, [id])
-            remove_unreachable_layers(catalog, [row.head])
+            remove_unreachable_layers(catalog, row.head)
 
     store.change(remove)
     with suppress(OSError):  # the volume is dropped, and files that cannot be unlinked now stay pending

@@ -110,7 +110,7 @@ def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool) -
     catalog.end_lineage(gone, time.time_ns())
     reclaim.add_files_of(catalog, gone)
     before = catalog.last_work()
-    stood_on = remove_unreachable_layers(catalog, [*(row.head for row in rows), *layers])
+    stood_on = remove_unreachable_layers(catalog, *(row.head for row in rows), *layers)
     return _bytes_of(store, catalog.segments_freed_since(before)), stood_on
 
 
