@@ -211,6 +211,10 @@ def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) ->
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
+            holds.refuse_held(catalog, [row.layer for row in rows])
+            for row in rows:
+                _refuse_renamed(volume, row.name, row.layer)
+                catalog.remove_snapshot(volume.row.id, row.name)
             remove_unreachable_layers(catalog, *(row.layer for row in rows))
 
         volume.store.change(drop)
