@@ -399,7 +399,9 @@ def test_a_disk_that_is_full_to_the_last_block_is_said_to_be(
     one_line(run("create", f"{store}/new", "--size", "1M"), 7, "the disk was full to the last block")
 
 
-@pytest.mark.parametrize("has_reserve", [True, False], ids=["reserve", "no reserve"])
+@pytest.mark.parametrize(
+    "has_reserve", [pytest.param(True, id="reserve", marks=pytest.mark.slow), pytest.param(False, id="no reserve")]
+)
 def test_a_disk_that_is_all_but_full_does_not_kill_who_looks_at_a_store_on_it(
     run: Run, spawn: Spawn, ext4_mount: Callable[[], Path], has_reserve: bool
 ) -> None:

@@ -172,7 +172,7 @@ def test_processes_that_fork_and_delete_and_are_killed_leave_what_the_model_says
     assert sum(worker.made for worker in workers) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_ten_thousand_forks_and_drops_of_killed_processes_leave_what_the_model_says(tmp_path: Path) -> None:
     workers = run(tmp_path / "store", kills=30, steps=90, seed=2)

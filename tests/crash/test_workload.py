@@ -14,7 +14,7 @@ SOURCE = Path(onionskin.__file__).parents[1]
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("seed", [1])
 def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -> None:
-    _, outcome = try_all([drawn_trial(seed, wipe, steps=20, states=12, recoveries=2)], SOURCE)
+    _, outcome = try_all([drawn_trial(seed, wipe, steps=10, states=12, recoveries=2)], SOURCE)
     assert outcome.violation is None
 
 

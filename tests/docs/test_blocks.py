@@ -29,7 +29,8 @@ RUN = {"python", "console", "sh"}
 PARSED = {"ini", "json", "text", "xml"}
 DIRECTIVES = {"{eval-rst}", "{include} ../README.md", "{toctree}"}
 RECORDED = ROOT / "docs" / "session.md"
-SLOW_PAGES = {"backup"}  # it moves whole images about
+# Pages of many commands, each of which is a process.
+SLOW_PAGES = {"backup", "embedding", "qemu-libvirt", "secure-deletion", "test-farm", "tutorial"}
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 # The two lines of README.md that make an environment: `.ci/run` runs the one, and a test here the program of the other.
@@ -117,7 +118,7 @@ def test_the_commands_of_the_readme_make_an_environment_and_run_in_it() -> None:
     for block in blocks_of(ROOT / "README.md"):
         if made := ENVIRONMENT.fullmatch(block.text):
             programs[made[3]] = made[2]
-    assert programs == {"onionskin demo": None, "pytest -n 2 --dist loadfile -m 'not slow and not soak'": "test"}
+    assert programs == {"onionskin demo": None, "pytest -n 4 --dist loadfile -m 'not slow and not soak'": "test"}
     assert "test" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 

@@ -131,6 +131,7 @@ def test_clones_of_a_run_that_was_killed_go_with_the_next(pytester: pytest.Pytes
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.slow
 def test_workers_of_xdist_do_not_meet(pytester: pytest.Pytester, run: Run, snapshot: str, shared: bool) -> None:
     pytester.makepyfile(
         """

@@ -105,6 +105,7 @@ def test_a_snapshot_under_load_holds_all_that_was_acknowledged_and_nothing_that_
             )
 
 
+@pytest.mark.slow
 def test_a_merge_into_the_base_keeps_to_its_rate_while_clients_write_and_snapshots_are_taken(
     vms: Path, serve: Start, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def seeker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_no_verb_takes_an_error_of_the_file_system_for_a_hole(seeker: Path, tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],

@@ -13,7 +13,10 @@ from onionskin.catalog.connection import Connection
 PACKAGE = Path(onionskin.__file__).parent
 
 # What takes an SQL condition, or a column, of a table.
-GENERIC = ("rows", "sound_rows", "rows_in", "row", "values", "values_found", "has", "count", "delete", "delete_all")
+GENERIC = (
+    *("rows", "sound_rows", "rows_in", "row", "values", "values_in", "values_found"),
+    *("has", "count", "delete", "delete_all"),
+)
 CONDITION = re.compile(
     r"(=|<|>)\s*\?|\?\s*,\s*\?|\bIN \(|\b(ORDER|GROUP) BY\b|\bIS (NOT )?NULL\b|\bNOT EXISTS\b|\bLIMIT (\?|\d)"
     r"|\b(SELECT|DELETE|UPDATE) .*\b(FROM|SET)\b|\bINSERT INTO\b|\b(kind|role|wipe|name|sealed) *!?= *['\d]"

@@ -308,6 +308,7 @@ def cycle(disk: Disk, at: int, letter: bytes) -> None:
         disk.segment_file(id).unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_numbers_descriptors_files_and_mappings_stay_few_over_many_snapshots_and_merges(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     for turn in range(300):

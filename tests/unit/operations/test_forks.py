@@ -390,11 +390,12 @@ def rounds(store: onionskin.Store, count: int, *, write: bool) -> None:
 
 
 @pytest.mark.parametrize("write", [True, False])
+@pytest.mark.slow
 def test_rounds_of_fork_and_delete_leave_the_chain_as_long_as_it_was(store: onionskin.Store, write: bool) -> None:
     rounds(store, 100, write=write)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_ten_thousand_rounds_of_fork_and_delete_leave_the_chain_as_long_as_it_was(store: onionskin.Store) -> None:
     rounds(store, 10_000, write=True)

@@ -84,10 +84,10 @@ def cut_again_and_again(store: onionskin.Store, make: Make, cuts: int) -> None:
 
 
 def test_no_volume_is_ahead_in_a_cut_of_two(store: onionskin.Store, make: Make) -> None:
-    cut_again_and_again(store, make, 50)
+    cut_again_and_again(store, make, 15)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_no_volume_is_ahead_in_a_thousand_cuts_of_two(store: onionskin.Store, make: Make) -> None:
     cut_again_and_again(store, make, 1000)
 

@@ -76,6 +76,7 @@ def run(mount, tmp_path: Path, seed: int, rounds: int, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("system", ["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_nothing_is_left_after_random_operations_and_kills(
     request: pytest.FixtureRequest, tmp_path: Path, system: str
 ) -> None:
