@@ -142,6 +142,7 @@ def on_terminal(term: str, *arguments: object, **environment: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_colours_and_one_without_them_letters(vms: Path) -> None:
     in_colour = on_terminal("xterm-256color", "map", f"{vms}/web", "--columns", 8, "--rows", 1)
     assert "\x1b[38;5;" in in_colour

@@ -169,6 +169,7 @@ def without(program: Callable[..., None], **removed: object) -> Callable[[Path],
     ("program", "checker"),
     [(journal_program, check_journal), (rename_program, check_renamed), (database_program, check_database)],
 )
+@pytest.mark.slow
 def test_correct_barriers_survive_every_crash(
     root: Path, program: Callable[..., None], checker: Callable[[Path, Sequence[str]], list[str]]
 ) -> None:

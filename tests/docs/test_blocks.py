@@ -118,10 +118,11 @@ def test_the_commands_of_the_readme_make_an_environment_and_run_in_it() -> None:
     for block in blocks_of(ROOT / "README.md"):
         if made := ENVIRONMENT.fullmatch(block.text):
             programs[made[3]] = made[2]
-    assert programs == {"onionskin demo": None, "pytest -n 4 --dist loadfile -m 'not slow and not soak'": "test"}
+    assert programs == {"onionskin demo": None, "pytest -n 3 --dist loadfile -m 'not slow and not soak'": "test"}
     assert "test" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
+@pytest.mark.slow
 def test_the_demo_of_the_readme_runs(tmp_path: Path) -> None:
     block = Block(ROOT / "README.md", 0, "sh", "onionskin demo --size 32M\n")
     (tmp_path / "demo").mkdir()

@@ -138,6 +138,7 @@ def test_crowds_of_actors_in_random_orders() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_fix_that_is_taken_out_is_found() -> None:
     """One of those that `python -m pairs.faults_taken_out` takes out; all of them are there to be taken out."""
     for fault in FAULTS:

@@ -60,6 +60,7 @@ def test_each_test_has_a_clean_clone_of_an_image_that_an_option_names(
     assert image.read_bytes()[:6] == b"golden"
 
 
+@pytest.mark.slow
 def test_an_ini_file_names_a_snapshot_beside_it(pytester: pytest.Pytester, run: Run, snapshot: str) -> None:
     pytester.makeini(f"[pytest]\nonionskin_golden = {snapshot}")
     pytester.makepyfile(TESTS)
@@ -69,6 +70,7 @@ def test_an_ini_file_names_a_snapshot_beside_it(pytester: pytest.Pytester, run: 
     assert names_in(pytester.path / "store") == ["web"]
 
 
+@pytest.mark.slow
 def test_a_project_makes_its_golden_image_itself(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makeconftest(
         """
@@ -86,6 +88,7 @@ def test_a_project_makes_its_golden_image_itself(pytester: pytest.Pytester, run:
     run().assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 def test_clones_go_behind_a_test_that_fails_or_closes_or_deletes_them(
     pytester: pytest.Pytester, run: Run, snapshot: str
 ) -> None:
@@ -114,6 +117,7 @@ def test_clones_go_behind_a_test_that_fails_or_closes_or_deletes_them(
     assert names_in(pytester.path / "store") == ["web"]
 
 
+@pytest.mark.slow
 def test_clones_of_a_run_that_was_killed_go_with_the_next(pytester: pytest.Pytester, run: Run, snapshot: str) -> None:
     pytester.makepyfile(
         test_killed="""
@@ -148,6 +152,7 @@ def test_workers_of_xdist_do_not_meet(pytester: pytest.Pytester, run: Run, snaps
     assert names_in(pytester.path / "store") == ["web"]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_golden_image_says_how_to_name_one(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(TESTS)
     result = run()

@@ -358,6 +358,7 @@ def test_a_name_that_was_changed_by_another_process_is_followed(vms: Path, serve
             assert (renamed.read(0, 1), new.read(0, 1)) == (b"a", b"\0")
 
 
+@pytest.mark.slow
 def test_a_volume_is_not_renamed_while_it_is_merged_into_its_base(vms: Path, serve: Start) -> None:
     with serve(f"{vms}/web").client() as client:
         for number in range(16):

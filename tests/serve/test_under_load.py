@@ -142,6 +142,7 @@ def test_a_merge_into_the_base_keeps_to_its_rate_while_clients_write_and_snapsho
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_a_merge_into_the_base_that_was_cancelled_goes_on_when_it_is_called_again(
     vms: Path, serve: Start, tmp_path: Path, sent: signal.Signals
 ) -> None:
@@ -189,6 +190,7 @@ def merge_when_the_old_one_has_ended(vms: Path) -> None:
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_end_during_a_merge_ends_and_the_next_one_can_finish_it(
     vms: Path, serve: Start, tmp_path: Path
 ) -> None:
@@ -210,6 +212,7 @@ def test_a_server_that_is_told_to_end_during_a_merge_ends_and_the_next_one_can_f
     assert (tmp_path / "base.raw").read_bytes()[: 32 * MIB] == b"n" * 32 * MIB
 
 
+@pytest.mark.slow
 def test_progress_of_a_merge_reaches_the_caller(vms: Path, serve: Start) -> None:
     server = serve(f"{vms}/web")
     with server.client() as client:

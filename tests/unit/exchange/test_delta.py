@@ -395,7 +395,10 @@ with Store(sys.argv[1]) as store, store.open(sys.argv[5]) as volume:
 
 
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "signal_name",
+    ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow), pytest.param("SIGHUP", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_killed_apply_leaves_the_volume_as_it_was(
     pair: tuple[Store, Store], tmp_path: Path, whole: bool, signal_name: str

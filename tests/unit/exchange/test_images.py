@@ -278,6 +278,7 @@ def test_a_conversion_makes_no_copy_of_the_disk(
 
 
 @pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhdx"])
+@pytest.mark.slow
 def test_a_disk_larger_than_any_file_here_is_exported(store: Store, tmp_path: Path, kind: str) -> None:
     with store.create("web", size="20T") as volume:
         volume.write(19 << 40, b"far")

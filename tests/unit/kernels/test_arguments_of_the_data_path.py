@@ -123,6 +123,7 @@ def test_an_error_of_a_write_names_the_segment_and_of_a_flush_the_map(ext4_mount
         assert "at byte" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_opening_is_refused_before_the_process_has_too_many_files_to_map(tmp_path: Path) -> None:
     ids = [os.urandom(16) for _ in range(2000)]
     for id in ids:
@@ -153,6 +154,7 @@ def test_an_opening_is_refused_before_the_process_has_too_many_files_to_map(tmp_
         path.close()
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_is_refused_for_want_of_mappings_is_not_taken_and_the_volume_goes_on(
     web: onionskin.Volume, tmp_path: Path
 ) -> None:

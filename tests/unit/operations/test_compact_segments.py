@@ -61,6 +61,7 @@ def test_many_segments_become_few_at_an_opening_and_read_the_same(
 
 @pytest.mark.parametrize("wipe", ["release", "zero"])
 @pytest.mark.parametrize("kept", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wipe: str, kept: int
 ) -> None:

@@ -132,6 +132,7 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
 
 def assert_nothing_is_left(store: onionskin.Store) -> None:
     """No sealed segment has data in a slot that its layer's map, or the map of a layer over it, hides."""
+    store._opened.finish_work()  # which may be under way in the background
     assert not [row for row in store._opened.catalog.rows(WorkRow) if row.wipe == "zero"]
     for layer in store._opened.catalog.rows(LayerRow, "sealed"):
         layer_map = open_map(store._opened, layer)

@@ -91,6 +91,7 @@ def test_a_store_that_is_open_goes_on(root: Path) -> None:
         assert list(store._opened.layout.segments.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_there_is_can_be_read_where_even_the_reserve_is_gone(root: Path, tmp_path: Path) -> None:
     (root / "store" / "reserve").unlink()
     fill(root)

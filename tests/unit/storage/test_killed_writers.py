@@ -325,6 +325,7 @@ def test_a_kill_in_many_gaps_of_a_verb_loses_nothing(root: Path, verb: Callable[
 
 
 @pytest.mark.parametrize("verb", [snapshot, fold])
+@pytest.mark.slow
 def test_a_kill_in_some_gaps_of_a_verb_loses_nothing(root: Path, verb: Callable[[onionskin.Volume], None]) -> None:
     _kill_in_each_gap(root, verb, 97)
 
