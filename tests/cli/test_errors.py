@@ -400,7 +400,11 @@ def test_a_disk_that_is_full_to_the_last_block_is_said_to_be(
 
 
 @pytest.mark.parametrize(
-    "has_reserve", [pytest.param(True, id="reserve", marks=pytest.mark.slow), pytest.param(False, id="no reserve")]
+    "has_reserve",
+    [
+        pytest.param(True, id="reserve", marks=pytest.mark.slow),
+        pytest.param(False, id="no reserve", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_is_all_but_full_does_not_kill_who_looks_at_a_store_on_it(
     run: Run, spawn: Spawn, ext4_mount: Callable[[], Path], has_reserve: bool

@@ -11,7 +11,7 @@ import onionskin
 SOURCE = Path(onionskin.__file__).parents[1]
 
 
-@pytest.mark.parametrize("wipe", ["release", "zero"])
+@pytest.mark.parametrize("wipe", ["release", pytest.param("zero", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [1])
 def test_a_crash_leaves_each_operation_done_or_not_begun(seed: int, wipe: str) -> None:
     _, outcome = try_all([drawn_trial(seed, wipe, steps=10, states=12, recoveries=2)], SOURCE)

@@ -30,7 +30,7 @@ PARSED = {"ini", "json", "text", "xml"}
 DIRECTIVES = {"{eval-rst}", "{include} ../README.md", "{toctree}"}
 RECORDED = ROOT / "docs" / "session.md"
 # Pages of many commands, each of which is a process.
-SLOW_PAGES = {"backup", "embedding", "qemu-libvirt", "secure-deletion", "test-farm", "tutorial"}
+SLOW_PAGES = {"backup", "embedding", "qemu-libvirt", "sandboxes", "secure-deletion", "test-farm", "tutorial"}
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 # The two lines of README.md that make an environment: `.ci/run` runs the one, and a test here the program of the other.
