@@ -41,8 +41,10 @@ class ChainLayer:
 
     Attributes
     ----------
-    kind, name, created
-        As those of `ChainMember`.
+    kind : str
+        As that of `ChainMember`, and so are the next two.
+    name : str
+    created : datetime.datetime or None
     size_bytes : int
         Size of the disk in that layer; of a base that of its file when the volume was made, or when it was last merged
         into.

@@ -26,8 +26,10 @@ class StoreInfo:
     path : str
     format_version : int
         Of its catalog.
-    volumes, snapshots : int
-        So many there are.
+    volumes : int
+        The number of volumes.
+    snapshots : int
+        The number of snapshots of all volumes.
     bytes_held : int
         What the files with the data of all volumes take on the disk; what is to be freed is among it.
     map_bytes : int
