@@ -580,14 +580,16 @@ class Volume:
         await self._run(self._sync.revert, name)
 
     @_twin_of(onionskin.volume.Volume.discard)
-    async def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
+    async def discard(
+        self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
+    ) -> None:
         """Await `onionskin.Volume.discard`."""
-        await self._run(self._sync.discard, name, recursive=recursive)
+        await self._run(self._sync.discard, name, recursive=recursive, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.merge)
-    async def merge(self, name: "str | Sequence[str]") -> None:
+    async def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
         """Await `onionskin.Volume.merge`."""
-        await self._run(self._sync.merge, name)
+        await self._run(self._sync.merge, name, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.merge_into_base)
     async def merge_into_base(

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -37,6 +38,7 @@ from onionskin.errors import (
     OnionskinError,
     StateError,
     VerifyError,
+    VolumeNotFoundError,
 )
 from onionskin.storage.chain import (
     NewHead,
@@ -654,7 +656,13 @@ class Store:
         """
         from onionskin.operations import forks
 
-        wanted = forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
+        return self._fork(
+            forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
+        )
+
+    def _fork(self, wanted: "forks.Wanted") -> list[str]:
+        from onionskin.operations import forks
+
         if wanted.snapshot is not None:
             return forks.fork_snapshot(self._opened, wanted)
         self._opened.catalog.refuse_read_only()
@@ -753,26 +761,36 @@ class Store:
         StateError
             At the end: a clone stands on a snapshot of it, or somebody holds one.
         """
-        (made,) = self.fork(
-            source,
-            snapshot,
-            names=None if name is None else [name],
-            pattern="{source}-tmp-{n}" if name is None else None,
-            lifetime=lifetime,
-            wipe=wipe,
-        )
-        id = self._opened.catalog.volume(made).id
+        from onionskin.operations import forks, reclaim, volumes
+
+        names = None if name is None else [name]
+        pattern = "{source}-tmp-{n}" if name is None else None
+        wanted = forks.check_wanted(source, snapshot, names, None, pattern, None, lifetime, None, wipe)
+        id = new_id()  # by which it is found, since others may give its name to another volume
         try:
-            with self.open(made) as volume:
+            self._fork(replace(wanted, ids=(id,)))
+            with self._open_by_id(id) as volume:
                 try:
                     yield volume
                 finally:
                     with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
                         volume.close()
         finally:
+            stood_on = volumes.delete_by_id(self._opened, id)
+            reclaim.work_soon(self._opened)
+            forks.fold_what_stays(self._opened, stood_on)
+
+    def _open_by_id(self, id: bytes) -> "Volume":
+        """Open a volume for writing, whatever it is called by then."""
+        while True:
             row = self._opened.catalog.volume_with_id(id)
-            if row:
-                self.delete(row.name, recursive=True)
+            if row is None:
+                raise VolumeNotFoundError(f"the volume {id.hex()} of {self.path} is gone")
+            with suppress(VolumeNotFoundError):  # it was renamed meanwhile
+                volume = self.open(row.name)
+                if volume._opened.row.id == id:
+                    return volume
+                volume.close()
 
     def delete(self, *names: str, recursive: bool = False) -> int:
         """Remove volumes and their snapshots: all of those that are named, in one transaction, or none.
@@ -800,11 +818,15 @@ class Store:
             One is open, it has snapshots and `recursive` is not given, clones that stay stand on them, or somebody holds
             one (some are listed).
         """
-        from onionskin.operations import forks, reclaim, volumes
-
         if not names:
             raise TypeError("delete needs the name of a volume")
-        freed, stood_on = volumes.delete(self._opened, names, recursive=recursive)
+        return self._delete(names, recursive=recursive)
+
+    def _delete(self, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None) -> int:
+        """Remove volumes; with `agreed`, only while their names mean the volumes with these ids."""
+        from onionskin.operations import forks, reclaim, volumes
+
+        freed, stood_on = volumes.delete(self._opened, names, recursive=recursive, agreed=agreed)
         reclaim.work_soon(self._opened)
         forks.fold_what_stays(self._opened, stood_on)
         return freed
@@ -903,8 +925,9 @@ class Store:
     def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
         """Change what happens to the space that a volume frees.
 
-        Durable on return. From "release" to "zero", that holds for all that the volume and its snapshots hold, and for what
-        waits to be freed; what was given back before is not overwritten any more. From "zero" to "release", it holds for
+        Durable on return. From "release" to "zero", that holds for all that the volume and its snapshots hold, and for slots
+        in their files that wait to be freed; a whole file that waits by then, and what was given back before, is not
+        overwritten any more. From "zero" to "release", it holds for
         what is freed of the disk itself; what snapshots hold by then stays "zero". Clones keep their own policies.
 
         Parameters
@@ -1202,7 +1225,7 @@ class Store:
         from onionskin.operations import prune
         from onionskin.operations.snapshots import merge
 
-        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, [one.name], guid=one.guid))
+        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, [one.name], guids=one.guid))
 
     # ---- looking ----
 

@@ -468,7 +468,9 @@ class Volume:
         """
         snapshots.revert(self._opened.to_write(), name)
 
-    def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
+    def discard(
+        self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
+    ) -> None:
         """Drop a snapshot's name and all that was written after it on its branch.
 
         If the head descends from the snapshot, the disk reads as it did when the snapshot was taken. The change is
@@ -481,20 +483,22 @@ class Volume:
             A snapshot of this volume, or several: then all are dropped in one transaction, or none is.
         recursive : bool
             Also drop the snapshots that were taken after them.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
         StateError
-            Snapshots were taken after it and `recursive` is not given, or one of the snapshots to drop is held or is
-            needed by a clone. The message lists some of them.
+            A snapshot has another GUID. Snapshots were taken after it and `recursive` is not given, or one of the snapshots
+            to drop is held or is needed by a clone. The message lists some of them.
         ValueError
             The sequence is empty.
         """
-        snapshots.discard(self._opened.to_write(), several("snapshot", name), recursive=recursive)
+        snapshots.discard(self._opened.to_write(), several("snapshot", name), recursive=recursive, guids=guid)
 
-    def merge(self, name: "str | Sequence[str]") -> None:
+    def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
         """Drop a snapshot's name and keep all data: what was written after it joins what was written before it.
 
         No block is copied: segments change their owner. Reads and other snapshots are unchanged. A layer with several
@@ -505,17 +509,19 @@ class Volume:
         ----------
         name : str or sequence of str
             A snapshot of this volume, or several: then all names are dropped in one transaction, or none is.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
         StateError
-            Somebody holds one of them.
+            Somebody holds one of them, or a snapshot has another GUID.
         ValueError
             The sequence is empty.
         """
-        snapshots.merge(self._opened.to_write(), several("snapshot", name))
+        snapshots.merge(self._opened.to_write(), several("snapshot", name), guids=guid)
 
     def merge_into_base(
         self,

@@ -118,6 +118,7 @@ _IN_WORDS_OF_THE_COMMAND_LINE = [
         (r"create volumes with a digest to verify them", "create --digest takes one"),
         (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
         (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
+        (r"; open it for writing and close it, which makes", "; take a snapshot of it, which makes"),
     )
 ]
 

@@ -71,6 +71,12 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     )
 
 
+def guids_of(snapshots: "list[Snapshot]", chosen: Sequence[str]) -> list[str]:
+    """Return the GUIDs by which chosen snapshots are dropped, since others may take their names until then."""
+    by_name = {snapshot.name: snapshot.guid for snapshot in snapshots}
+    return [by_name[name] for name in chosen]
+
+
 def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list[str]:
     """Find the snapshots of one volume that names and ranges mean, in the order of taking, each once.
 
@@ -232,7 +238,8 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
 
     name = names[0]
     with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
-        chosen = chosen_snapshots(store.snapshots(name.volume), names)
+        found = store.snapshots(name.volume)
+        chosen = chosen_snapshots(found, names)
         loss = of_store.of_discard(store._opened, name.volume, chosen, recursive=recursive)
         if served is not None:
             if not set(chosen).isdisjoint(_ancestors(served)):
@@ -243,7 +250,7 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
             return
         losses.agree("discard", [loss], yes=yes)
         before = {s.name for s in volume.snapshots}
-        volume.discard(chosen, recursive=recursive)
+        volume.discard(chosen, recursive=recursive, guid=guids_of(found, chosen))
         gone = sorted(before - {s.name for s in volume.snapshots})
     value = {"volume": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
@@ -333,8 +340,9 @@ def _merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
         losses.tell_dry_run(as_json, "merge", [loss])
         return
     with name.open_volume() as (store, volume):
-        chosen = chosen_snapshots(store.snapshots(name.volume), names)
-        volume.merge(chosen)
+        found = store.snapshots(name.volume)
+        chosen = chosen_snapshots(found, names)
+        volume.merge(chosen, guid=guids_of(found, chosen))
     value = {"volume": name.volume, "merged": sorted(chosen), "into_base": False}
     output.tell(as_json, value, lambda: f"merged {listed(names, chosen)}")
 
@@ -395,7 +403,7 @@ def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
-    from onionskin.operations.losses import has_unflushed
+    from onionskin.operations.losses import refuse_unflushed
 
     start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
@@ -404,9 +412,9 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
         find_snapshot(store.snapshots(a.volume), a)
         # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
         served = live(store, b.volume)
-        if served is None and has_unflushed(store._opened, store._opened.catalog.volume(b.volume).id):
-            store.open(b.volume).close()  # what a writer that died left becomes durable, and is in the map
         with served or open_to_read(store, b) as volume:
+            if not served:  # diff only looks, so it does not make durable what a writer that died left
+                refuse_unflushed(store._opened, store._opened.catalog.volume(b.volume).id, b.volume)
             if a.volume == b.volume:
                 found = volume.diff(a.required_snapshot, None)
             else:

@@ -520,16 +520,18 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     deleted together, or none of them.
     """
     from onionskin.operations import losses as of_store
+    from onionskin.operations import volumes as of_names
 
     for name in names[1:]:
         same_store(names[0], name)
     with names[0].open_store() as store:
         called = list(dict.fromkeys(name.volume for name in names))
+        ids = of_names.ids_of(store._opened.catalog, called)
         loss = of_store.of_delete(store._opened, called, recursive=recursive)
         if dry_run:
             losses.tell_dry_run(as_json, "delete", [loss])
             return
         losses.agree("delete", [loss], yes=yes)
-        store.delete(*called, recursive=recursive)
+        store._delete(called, recursive=recursive, agreed=ids)
     gone = sorted(called)
     output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")

@@ -402,7 +402,9 @@ class LiveVolume:
         """
         self._call("revert", name=name)
 
-    def discard(self, name: "str | Sequence[str]", *, recursive: bool = False) -> None:
+    def discard(
+        self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
+    ) -> None:
         """Drop a snapshot and all that was written after it. Durable on return.
 
         If the disk stands on the snapshot, it changes as with `revert`.
@@ -413,6 +415,8 @@ class LiveVolume:
             A snapshot of this volume, or several: then all are dropped in one transaction, or none is.
         recursive : bool
             Drop the snapshots that were taken after them too.
+        guid : str or sequence of str, optional
+            As for `Volume.discard`.
 
         Raises
         ------
@@ -421,17 +425,17 @@ class LiveVolume:
         StateError
             As for `Volume.discard`; or the disk would change under clients, and the server does not allow that.
         """
-        self._call("discard", name=_one_or_several(name), recursive=recursive)
+        self._call("discard", name=_one_or_several(name), recursive=recursive, guid=_one_or_several_guids(guid))
 
-    def merge(self, name: "str | Sequence[str]", *, guid: str | None = None) -> None:
+    def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
         """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
 
         Parameters
         ----------
         name : str or sequence of str
             A snapshot of this volume, or several: then all names are dropped in one transaction, or none is.
-        guid : str, optional
-            Only where the one name is still that of the snapshot with this GUID; else StateError is raised.
+        guid : str or sequence of str, optional
+            As for `Volume.merge`.
 
         Raises
         ------
@@ -440,7 +444,7 @@ class LiveVolume:
         StateError
             Somebody holds one of them, or a client reads one.
         """
-        self._call("merge", name=_one_or_several(name), guid=guid)
+        self._call("merge", name=_one_or_several(name), guid=_one_or_several_guids(guid))
 
     def rename(self, new_name: str) -> None:
         """Give the volume another name: connected clients go on, later clients ask for the new name.
@@ -494,6 +498,10 @@ class LiveVolume:
 
 
 __all__ = ["LiveVolume", "connect", "find"]
+
+
+def _one_or_several_guids(guid: "str | Sequence[str] | None") -> str | list[str] | None:
+    return guid if guid is None or isinstance(guid, str) else list(guid)
 
 
 def _one_or_several(name: "str | Sequence[str]") -> str | list[str]:

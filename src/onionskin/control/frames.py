@@ -29,6 +29,7 @@ TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 18
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
+LATER = {"guid"}  # arguments that clients and servers of the same version may not know
 ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "info": {},
     "stats": {},
@@ -37,8 +38,8 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,)},
-    "discard": {"name": (str, list), "recursive": (bool,)},
-    "merge": {"name": (str, list), "guid": (str, NoneType)},
+    "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},
+    "merge": {"name": (str, list), "guid": (str, list, NoneType)},
     "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},
@@ -126,7 +127,11 @@ def request(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
     TypeError, ValueError
         An argument is of another type, negative, or text that no catalog can hold.
     """
+    # None is left out, so that a server that does not know the argument yet takes the request.
+    arguments = {name: value for name, value in arguments.items() if value is not None or name not in LATER}
     for name, kinds in ARGUMENTS[verb].items():
+        if name in LATER and name not in arguments:
+            continue
         value = arguments[name]
         if bool not in kinds and int in kinds and not isinstance(value, bool):
             with suppress(TypeError):
@@ -150,6 +155,8 @@ def checked_request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     wanted = ARGUMENTS.get(verb) if isinstance(verb, str) else None
     if wanted is None or not isinstance(verb, str):
         raise ValueError(f"{_shown(verb)} is no verb of the control socket: it is one of {', '.join(ARGUMENTS)}")
+    if isinstance(arguments, dict):
+        arguments = dict.fromkeys(LATER & set(wanted)) | arguments
     if not isinstance(arguments, dict) or set(arguments) != set(wanted):
         raise ValueError(f"{verb} takes exactly these arguments: {', '.join(wanted) or 'none'}")
     for name, kinds in wanted.items():

@@ -26,7 +26,6 @@ from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
-from onionskin.operations import snapshots
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
@@ -305,7 +304,7 @@ class _Session:
         with self._served.paused():
             self._volume.revert(name)
 
-    def discard(self, name: str | list[str], recursive: bool) -> None:
+    def discard(self, name: str | list[str], recursive: bool, guid: str | list[str] | None) -> None:
         names = several("snapshot", name)
         with self._volume._opened.guard:  # so that the tree does not change between these look-ups and the discard
             descendants = self._descendants(names)
@@ -315,12 +314,12 @@ class _Session:
             if reverts:
                 self._refuse_unagreed("discard of a snapshot that the disk stands on")
             with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
-                self._volume.discard(names, recursive=recursive)
+                self._volume.discard(names, recursive=recursive, guid=guid)
 
-    def merge(self, name: str | list[str], guid: str | None) -> None:
+    def merge(self, name: str | list[str], guid: str | list[str] | None) -> None:
         names = several("snapshot", name)
         with self._served.without_views(set(names)):
-            snapshots.merge(self._volume._opened.to_write(), names, guid=guid)
+            self._volume.merge(names, guid=guid)
 
     def rename(self, new_name: str) -> None:
         self._served.rename(new_name)

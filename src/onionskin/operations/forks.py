@@ -69,6 +69,7 @@ class Wanted:
     lifetime_ns: int | None
     labels: Mapping[str, str]
     wipe: str | None
+    ids: tuple[bytes, ...] | None = None  # of the new volumes; None: they are drawn
 
     def digest(self) -> bytes:
         """Return what tells the call from another one under the same key."""
@@ -211,7 +212,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"{key!r} cannot be the name of a label: '=' stands between it and its value")
         if not isinstance(value, str):
             raise TypeError(f"the value of the label {key!r} is a text, not {value!r}")
-        if len(value.encode()) > NAME_BYTES_MAX or not (value.isprintable() or not value):
+        if len(value.encode(errors="replace")) > NAME_BYTES_MAX or not (value.isprintable() or not value):
             raise ValueError(f"the value of the label {key!r} is at most {NAME_BYTES_MAX} bytes that print on a line")
         found[key] = str(value)
     if len(found) > LABELS_MAX:
@@ -401,8 +402,9 @@ def _insert(
         for _ in names
     ]
     insert_heads(catalog, heads)
+    ids = wanted.ids or [new_id() for _ in names]
     volumes = [
-        VolumeRow(new_id(), name, head.layer.id, now_ns, expires_ns) for name, head in zip(names, heads, strict=True)
+        VolumeRow(id, name, head.layer.id, now_ns, expires_ns) for id, name, head in zip(ids, names, heads, strict=True)
     ]
     catalog.insert_all(volumes)
     lineage.begin(catalog, volumes, source.id, snapshot)

@@ -110,11 +110,13 @@ def revert(volume: OpenHead, name: str) -> None:
         free_hidden(volume, around)
 
 
-def discard(volume: OpenHead, names: Sequence[str], *, recursive: bool) -> None:
+def discard(
+    volume: OpenHead, names: Sequence[str], *, recursive: bool, guids: str | Sequence[str] | None = None
+) -> None:
     """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = [find_snapshot(catalog, volume.row, name) for name in names]
+        rows = _rows_of(volume, names, guids)
         parents = [catalog.layer(row.layer).parent for row in rows]
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
@@ -196,18 +198,28 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
         )
 
 
-def merge(volume: OpenHead, names: Sequence[str], *, guid: str | None = None) -> None:
-    """Drop snapshots' names and keep all data. See `Volume.merge`.
+def _rows_of(volume: OpenHead, names: Sequence[str], guids: str | Sequence[str] | None) -> list[SnapshotRow]:
+    """Return the snapshots with these names; raise StateError if one of them has not the GUID that was chosen by its name."""
+    rows = [find_snapshot(volume.store.catalog, volume.row, name) for name in names]
+    if guids is None:
+        return rows
+    wanted = [guids] if isinstance(guids, str) else list(guids)
+    if len(wanted) != len(rows):
+        raise ValueError(f"{len(rows)} snapshots are named, and {len(wanted)} GUIDs are given; give one for each")
+    for row, guid in zip(rows, wanted, strict=True):
+        if row.guid.hex() != guid:
+            raise StateError(
+                f"{row.name!r} is another snapshot of {volume.name!r} now; nothing was changed; look at the snapshots, and "
+                "try again"
+            )
+    return rows
 
-    If `guid` is given, the snapshot with the one name must have it.
-    """
+
+def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] | None = None) -> None:
+    """Drop snapshots' names and keep all data. See `Volume.merge`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = [find_snapshot(catalog, volume.row, name) for name in names]
-        if guid is not None and any(row.guid.hex() != guid for row in rows):
-            raise StateError(
-                f"{names[0]!r} is another snapshot of {volume.name!r} now; look at the snapshots, and try again"
-            )
+        rows = _rows_of(volume, names, guids)
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:

@@ -6,7 +6,7 @@ transaction, all or none; whoever removes one holds the byte of its writer.
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from onionskin.base.naming import check_name, some_of
@@ -66,8 +66,12 @@ def refuse_taken(store: OpenStore, name: str) -> None:
 # ---- removing ----
 
 
-def delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> tuple[int, list[bytes]]:
+def delete(
+    store: OpenStore, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None
+) -> tuple[int, list[bytes]]:
     """Remove the volumes of these names, all or none. See `Store.delete`.
+
+    If `agreed` is given, the names must still mean the volumes with these ids, about which somebody was asked.
 
     Returns the bytes on the disk of the data that goes, and the layers without a name that may have only one child now.
     """
@@ -76,12 +80,17 @@ def delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> tuple[
     wanted = list(dict.fromkeys(names))
 
     def remove() -> tuple[int, list[bytes]] | None:
-        if _ids_of(catalog, wanted) != ids:
+        if ids_of(catalog, wanted) != ids:
             return None  # somebody renamed one since it was locked
         return remove_volumes(store, list(ids.values()), recursive=recursive)
 
     while True:
-        ids = _ids_of(catalog, wanted)
+        ids = ids_of(catalog, wanted)
+        if agreed is not None and ids != agreed:
+            raise StateError(
+                f"volumes of {store.path} were renamed meanwhile, and a name means another one now; nothing was changed; "
+                "look at them, and try again"
+            )
         with locked_to_remove(store.layout, {id: name for name, id in ids.items()}):
             removed = store.change(remove)
             if removed is not None:
@@ -89,7 +98,21 @@ def delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> tuple[
                 return removed
 
 
-def _ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
+def delete_by_id(store: OpenStore, id: bytes) -> list[bytes]:
+    """Remove a volume and its snapshots, whatever it is called now; nothing is done if it is gone.
+
+    Returns the layers without a name that may have only one child now.
+    """
+    row = store.catalog.volume_with_id(id)
+    if row is None:
+        return []
+    with locked_to_remove(store.layout, {id: row.name}):
+        _, stood_on = store.change(lambda: remove_volumes(store, [id], recursive=True))
+        unlink_files(store, [id])
+    return stood_on
+
+
+def ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
     """Return the ids of the volumes of these names, in their order; raise VolumeNotFoundError where there is none."""
     with catalog.reading():
         found = {row.name: row.id for row in catalog.volumes_named(map(str, names)) if row.name[0] != STAGED_PREFIX}

@@ -3,7 +3,6 @@
 Modules are counted, and not milliseconds, which a busy machine stretches.
 """
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
-from onionskin.nbd.server import Server
+from onionskin.nbd import server as server_module
+from onionskin.nbd.server import Limits, Server
 
 HEAVY = "{'numpy', 'rich', 'sqlite3', 'asyncio'}"
 
@@ -57,14 +57,27 @@ def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Pat
     )
 
 
-def test_a_server_has_all_operations_before_it_serves() -> None:
+def test_all_operations_can_be_imported_at_once() -> None:
     run(
         "import pkgutil, sys, onionskin.operations as operations\n"
         "operations.load_all()\n"
         "names = {f'onionskin.operations.{m.name}' for m in pkgutil.iter_modules(operations.__path__)}\n"
         "assert len(names) > 20 and names <= sys.modules.keys(), names - sys.modules.keys()\n"
     )
-    assert "load_all()" in inspect.getsource(Server.run)
+
+
+def test_a_server_imports_all_operations_before_it_says_that_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(server_module, "load_all", lambda: calls.append("loaded"))
+    server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
+
+    def ready() -> None:
+        calls.append("ready")
+        server.stop()
+
+    server.run(ready)
+    server.close()
+    assert calls == ["loaded", "ready"]
 
 
 CALLS = """

@@ -627,3 +627,29 @@ def test_a_temporary_fork_goes_whatever_happens_in_the_block(store: onionskin.St
         disk.close()
         store.delete(disk.name)
     assert list(store) == ["web"]
+
+
+def test_a_temporary_fork_whose_name_went_to_another_volume_is_dropped_and_the_other_one_stays(
+    store: onionskin.Store,
+) -> None:
+    with store.temporary("web@clean", name="t"):
+        store.rename("t", "u")
+        store.create("t", size="1M").close()
+    assert sorted(store) == ["t", "web"]
+
+
+def test_a_temporary_fork_is_opened_though_its_name_went_to_another_volume_before(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = store._fork
+
+    def fork_and_rename(wanted: forks.Wanted) -> list[str]:
+        names = fork(wanted)
+        store.rename(names[0], "u")
+        store.create(names[0], size="2M").close()
+        return names
+
+    monkeypatch.setattr(store, "_fork", fork_and_rename)
+    with store.temporary("web@clean", name="t") as disk:
+        assert disk.name == "u"
+    assert sorted(store) == ["t", "web"]

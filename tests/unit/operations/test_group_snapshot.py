@@ -87,6 +87,11 @@ def test_no_volume_is_ahead_in_a_cut_of_two(store: onionskin.Store, make: Make) 
     cut_again_and_again(store, make, 15)
 
 
+@pytest.mark.slow
+def test_no_volume_is_ahead_in_many_cuts_of_two(store: onionskin.Store, make: Make) -> None:
+    cut_again_and_again(store, make, 150)
+
+
 @pytest.mark.soak
 def test_no_volume_is_ahead_in_a_thousand_cuts_of_two(store: onionskin.Store, make: Make) -> None:
     cut_again_and_again(store, make, 1000)

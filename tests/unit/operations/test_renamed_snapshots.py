@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 import onionskin
 from onionskin import StateError
+from onionskin.cli import losses
+from onionskin.cli import snapshots as of_command_line
 from onionskin.cli.app import onionskin as command_line
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import prune, snapshots
@@ -107,3 +109,54 @@ def test_what_somebody_took_hold_of_meanwhile_is_kept_and_the_others_go(
         said = {one.snapshot: one.kept_by for one in store.prune("web", keep_last=1)}
         assert said == {"a": (), "b": ("held",), "c": (), "d": ("last",)}
         assert [one.name for one in web.snapshots] == ["b", "d"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "discard"])
+@pytest.mark.parametrize("served", [False, True])
+def test_what_was_chosen_on_the_command_line_is_not_another_snapshot_that_took_the_name(
+    verb: str, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path) as store, onionskin.Store(tmp_path) as other:
+        with store.create("web", size="1M") as web:
+            for name in ("a", "b"):
+                web.write(0, name.encode())
+                web.snapshot(name)
+        guids = {one.guid for one in store.snapshots("web")}
+        found = of_command_line.guids_of
+
+        def swap_behind(*given: Any) -> list[str]:
+            chosen = found(*given)
+            for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+                other.rename_snapshot("web", old, new)
+            return chosen
+
+        monkeypatch.setattr(of_command_line, "guids_of", swap_behind)
+        server = Server(limits=Limits(), allow_revert=True, log=lambda line: None)
+        try:
+            if served:
+                server.exports.add_volume(store.path, "web")
+            options = ["--yes"] if verb == "discard" else []
+            done = CliRunner().invoke(command_line, [verb, f"{tmp_path}/web@b", *options])
+        finally:
+            server.close()
+        assert done.exit_code == 5 and "another snapshot" in done.stderr
+        assert {one.guid for one in store.snapshots("web")} == guids
+
+
+def test_what_was_agreed_to_be_deleted_is_not_another_volume_that_took_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path) as store, onionskin.Store(tmp_path) as other:
+        for name in ("empty", "full"):
+            store.create(name, size="1M").close()
+        agree = losses.agree
+
+        def rename_between(*given: Any, **named: Any) -> None:
+            agree(*given, **named)
+            other.rename("empty", "old")
+            other.rename("full", "empty")
+
+        monkeypatch.setattr(losses, "agree", rename_between)
+        done = CliRunner().invoke(command_line, ["delete", f"{tmp_path}/empty", "--yes"])
+        assert done.exit_code == 5 and "renamed meanwhile" in done.stderr
+        assert sorted(store) == ["empty", "old"]

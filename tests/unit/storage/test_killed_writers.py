@@ -170,13 +170,22 @@ def test_what_changed_is_not_told_before_what_was_left_is_in_the_map(root: Path)
             assert (20 * BLOCK, BLOCK, DATA) in web.diff("one").tolist()
 
 
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for directory in ("layers", "segments") for file in (root / directory).iterdir()}
+
+
 @pytest.mark.parametrize("of", ["web", "clone"])
-def test_diff_of_the_command_line_tells_what_was_left_unflushed(root: Path, of: str) -> None:
+def test_diff_of_the_command_line_refuses_what_was_left_unflushed_and_changes_nothing(root: Path, of: str) -> None:
     with onionskin.Store(root) as store:
         store.clone("web", "one", "clone")
         with store.open("clone") as clone:
             clone.snapshot("one")
     write_and_die(root)
+    before = files_of(root)
+    told = CliRunner().invoke(command_line, ["diff", f"{root}/{of}@one", f"{root}/web", "--json"])
+    assert (told.exit_code, told.stdout) == (5, "") and "take a snapshot of it" in told.stderr
+    assert files_of(root) == before
+    assert CliRunner().invoke(command_line, ["snapshot", f"{root}/web@now"]).exit_code == 0
     told = CliRunner().invoke(command_line, ["diff", f"{root}/{of}@one", f"{root}/web", "--json"])
     assert {"offset": 20 * BLOCK, "length": BLOCK, "state": "data"} in json.loads(told.stdout)["extents"]
 
