@@ -114,7 +114,7 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/volumes.py",
-                "        ids = _ids_of(catalog, wanted)\n",
+                "        ids = ids_of(catalog, wanted)\n",
                 "        early = [catalog.volume(name) for name in wanted]\n"
                 "        ids = {row.name: row.id for row in early}\n",
             ),
@@ -141,7 +141,7 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/volumes.py",
-                "        if _ids_of(catalog, wanted) != ids:\n",
+                "        if ids_of(catalog, wanted) != ids:\n",
                 "        if False:\n",
             ),
         ),
