@@ -27,7 +27,7 @@ SNAPSHOTS_MAX = 5
 MAIN = "main"
 MAIN_CLONE = "clone"
 FORKS_MAX = 6
-FORKING = 4  # the weight of forks in some plans
+FORKS_DRAWN = (4, 0, 1, 0)  # by seed, how often: where nothing is forked, all else can be reached
 FORK_LABELS = (("of", "a crash"),)
 Seed = int | str  # a number draws steps; a name is one of crash.harness.scripts
 
@@ -177,7 +177,7 @@ def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
         planner.create()
         SCRIPTS[seed].steps(planner)
         return Plan(seed, wipe, planner.base, planner.steps)
-    planner = Planner(source, has_base=seed % 3 != 2, forks=FORKING if seed % 4 == 0 else 1)
+    planner = Planner(source, has_base=seed % 3 != 2, forks=FORKS_DRAWN[seed % 4])
     planner.create()
     while len(planner.steps) < step_count:
         planner.add_one()
@@ -188,9 +188,9 @@ def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
 class Planner:
     """Draws operations that the store will not refuse, and keeps the model."""
 
-    def __init__(self, source: random.Random, *, has_base: bool, forks: int = 1) -> None:
+    def __init__(self, source: random.Random, *, has_base: bool, forks: int = 0) -> None:
         self.source = source
-        self.forks = forks  # how often, as weights
+        self.forks = forks  # the weight of each that is drawn
         self.flat = False  # the disk stands on nothing any more, or did once
         self.store = StoreModel()
         self.steps: list[Step] = []
