@@ -28,7 +28,7 @@ SEAL = "csrc/volume/seal.c"
 
 
 def stamps(store: Path, source: Path | None = None) -> tuple[int, int]:
-    """Return what the snapshots of the first and the third volume have of a write to the first and a later one to the third."""
+    """Return what the snapshots of the first and the third have of a write to the first and a later one to the third."""
     environment = {**os.environ, **({"PYTHONPATH": str(source)} if source else {})}
     done = subprocess.run(
         [sys.executable, PROGRAM, store], env=environment, capture_output=True, text=True, check=False, timeout=120
