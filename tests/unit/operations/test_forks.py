@@ -78,6 +78,17 @@ def test_numbers_go_on_from_the_greatest(store: onionskin.Store) -> None:
     assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[2]?"]
 
 
+def test_numbers_that_are_used_up_are_refused_and_not_said_to_be_taken(store: onionskin.Store) -> None:
+    greatest = "9" * 18
+    store.fork("web@clean", names=[f"job-{int(greatest) - 1}"])
+    with pytest.raises(onionskin.StateError, match="numbers"):
+        store.fork("web@clean", count=2, pattern="job-{n}")
+    assert store.fork("web@clean", pattern="job-{n}") == [f"job-{greatest}"]
+    for _ in range(2):
+        with pytest.raises(onionskin.StateError, match="numbers"):
+            store.fork("web@clean", pattern="job-{n}")
+
+
 def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> None:
     before = rows(store)
     with pytest.raises(onionskin.VolumeExistsError, match="'web'"):
@@ -171,7 +182,18 @@ def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None
         store.fork("web@clean", idempotency_key=7)
 
 
-@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}"])
+def test_a_key_is_free_again_behind_a_day_though_the_clock_is_set_back_meanwhile(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    now_ns = time.time_ns()
+    times = [now_ns + 2 * forks.KEY_NANOSECONDS]
+    monkeypatch.setattr(forks.time, "time_ns", lambda: times.pop() if times else now_ns)
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+
+
+@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}", pytest.param("[" * 200_000, id="deep")])
 def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, names: str) -> None:
     store.fork("web@clean", idempotency_key="k")
     with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
