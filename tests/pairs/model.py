@@ -297,21 +297,26 @@ def fork(state: State, result: Any, name: str, snap: str | None, new: tuple[str,
 
 
 def fork_numbered(state: State, result: Any, name: str, snap: str, count: int, key: Key) -> State:
-    """The numbers go on from the greatest that there is."""
+    return fork(state, result, name, snap, _next_numbers(state, name, count), key)
+
+
+def _next_numbers(state: State, name: str, count: int) -> tuple[str, ...]:
+    """They go on from the greatest that there is."""
     used = [int(there.removeprefix(f"{name}-")) for there in state.volumes if there.startswith(f"{name}-")]
-    new = tuple(f"{name}-{number}" for number in range(max(used, default=0) + 1, max(used, default=0) + count + 1))
-    return fork(state, result, name, snap, new, key)
+    first = max(used, default=0) + 1
+    return tuple(f"{name}-{number}" for number in range(first, first + count))
 
 
 def fork_with_key(
-    state: State, result: Any, name: str, snap: str | None, call: str, new: tuple[str, ...], key: Key
+    state: State, result: Any, name: str, snap: str | None, call: str, asked: int | tuple[str, ...], key: Key
 ) -> State:
-    """The same call again makes nothing; another one is refused."""
-    asked = (name, snap, new)
+    """The same call again makes nothing; another one is refused. `asked`: the names, or how many with numbers."""
     if call not in state.calls:
+        new = _next_numbers(state, name, asked) if isinstance(asked, int) else asked
         state = fork(state, result, name, snap, new, key)
-        return replace(state, calls={**state.calls, call: (asked, new)})
-    if state.calls[call][0] != asked:
+        return replace(state, calls={**state.calls, call: ((name, snap, asked), new)})
+    before, new = state.calls[call]
+    if before != (name, snap, asked):
         raise RefusedError("busy")
     return state if result is None else _same(state, result, list(new))
 

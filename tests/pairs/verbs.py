@@ -132,7 +132,7 @@ VERBS = [
     Verb("clone", lambda at: [("clone", at.volume, "s2", "n")]),
     Verb("fork", _of("fork", "s2", ("n", "n2"))),
     Verb("fork numbered", _of("fork_numbered", "s2", 2)),
-    Verb("fork with key", _of("fork_with_key", "s2", "k", ("n", "n2"))),
+    Verb("fork with key", _of("fork_with_key", "s2", "k", 2)),
     Verb("fork head", _fork_head),
     Verb("fork head with key", _of("fork_with_key", None, "k", ("n", "n2"))),
     Verb("fork expired", lambda at: [("fork", EXPIRED, None, ("n",)), ("fork", EXPIRED, None, (f"{at.actor}2",))]),

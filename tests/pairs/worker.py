@@ -321,7 +321,9 @@ DO: dict[str, Callable[..., Any]] = {
     "fork": _on_store(lambda store, name, snap, new: store.fork(name, snap, names=new)),
     "fork_numbered": _on_store(lambda store, name, snap, count: store.fork(name, snap, count=count)),
     "fork_with_key": _on_store(
-        lambda store, name, snap, key, new: store.fork(name, snap, names=new, idempotency_key=key)
+        lambda store, name, snap, key, asked: store.fork(
+            name, snap, idempotency_key=key, **({"count": asked} if isinstance(asked, int) else {"names": asked})
+        )
     ),
     "temporary": _temporary,
     "end_temporary": _end_temporary,
