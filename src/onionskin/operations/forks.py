@@ -253,6 +253,10 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
         try:
             if volume.path.log_state()[1] == 0 and fork_below(store, volume.head, volume.size_bytes, insert):
                 return names
+            with store.catalog.reading():  # before anything is sealed: a seal that is taken back leaves a segment more
+                if (made := made_before(store, wanted)) is not None:
+                    return made
+                _free_names(store, wanted)
             sealed = seal(volume, check=volume.refuse_half_merged, also=lambda sealed, head: insert(sealed))
         except DoneBeforeError as done:
             return done.names

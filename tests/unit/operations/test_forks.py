@@ -224,7 +224,7 @@ def test_a_key_that_was_used_while_the_head_was_sealed_leaves_the_head(
 
         def late(*arguments: object) -> list[str] | None:
             asked.append(1)
-            return None if len(asked) == 1 else real(*arguments)
+            return None if len(asked) <= 2 else real(*arguments)  # before the head is sealed it is asked twice
 
         monkeypatch.setattr(forks, "made_before", late)
         assert store.fork("web", idempotency_key="k") == names
@@ -246,6 +246,17 @@ def test_a_fork_of_an_open_disk_has_what_was_written_before(store: onionskin.Sto
         assert web[:1] == b"c"
     assert [first_byte(store, name) for name in names] == [b"b", b"b"]
     assert [row.name for row in store.snapshots("web")] == ["clean"] and store.check() == []
+
+
+def test_a_fork_of_an_open_disk_whose_name_is_taken_seals_nothing(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(BLOCK, b"b")
+        segments = len(store._opened.catalog.segments_of_layer(web._opened.head))
+        for _ in range(3):
+            with pytest.raises(onionskin.VolumeExistsError):
+                store.fork("web", names=["new", "web"])
+        assert web._opened.path.has_spare
+        assert len(store._opened.catalog.segments_of_layer(web._opened.head)) == segments
 
 
 def test_a_fork_of_a_closed_disk_has_what_was_written_last(store: onionskin.Store) -> None:
