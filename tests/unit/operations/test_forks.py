@@ -1,5 +1,6 @@
 """Forks: many volumes from one state, made in one transaction, and dropped again."""
 
+import os
 import sqlite3
 import threading
 import time
@@ -660,6 +661,24 @@ def test_a_temporary_fork_goes_whatever_happens_in_the_block(store: onionskin.St
         disk.close()
         store.delete(disk.name)
     assert list(store) == ["web"]
+
+
+def test_a_child_process_that_leaves_the_block_drops_no_temporary_fork_of_its_parent(store: onionskin.Store) -> None:
+    child = None
+    try:
+        with store.temporary("web@clean", name="t") as disk:
+            disk.write(0, b"b")
+            child = os.fork()
+            if child:
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                assert "t" in store and disk[:1] == b"b"
+    except BaseException:
+        if child == 0:
+            os._exit(1)
+        raise
+    if child == 0:
+        os._exit(0)
+    assert "t" not in store
 
 
 def test_a_temporary_fork_whose_name_went_to_another_volume_is_dropped_and_the_other_one_stays(
