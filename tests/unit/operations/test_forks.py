@@ -663,6 +663,7 @@ def test_a_temporary_fork_goes_whatever_happens_in_the_block(store: onionskin.St
     assert list(store) == ["web"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_child_process_that_leaves_the_block_drops_no_temporary_fork_of_its_parent(store: onionskin.Store) -> None:
     child = None
     try:
