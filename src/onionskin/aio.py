@@ -27,7 +27,7 @@ import onionskin.store
 import onionskin.volume
 from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
-from onionskin.errors import StateError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.operations.holds import Hold
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
@@ -272,8 +272,11 @@ class Store:
         try:
             yield volume
         finally:
-            await volume.close()
-            await self.run(block.__exit__, None, None, None)
+            try:
+                with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
+                    await volume.close()
+            finally:
+                await self._calls.finish(partial(block.__exit__, None, None, None))
 
     @_twin_of(onionskin.store.Store.rename)
     async def rename(self, name: str, new_name: str) -> None:
@@ -702,6 +705,18 @@ class _Calls:
             await _end_of(undone)
             failure = undone.exception()
         raise interrupted from failure
+
+    async def finish(self, call: Callable[[], object]) -> None:
+        """Run a call that ends what was begun: also where the task is cancelled before it has begun, or a close waits."""
+        if self._is_closed:
+            raise StateError(f"{self._what} is closed; open it again")
+        future = self._submit(call, self.threads.others)
+        interrupted = await _end_of(future)
+        failure = future.exception()
+        if interrupted is not None:
+            raise interrupted from failure
+        if failure is not None:
+            raise failure
 
     async def run_with_progress(self, progress: Progress | None, call: Callable[[Progress], Result]) -> Result:
         """Run a call that reports its progress, and stop it if the task is cancelled."""

@@ -767,6 +767,7 @@ class Store:
         pattern = "{source}-tmp-{n}" if name is None else None
         wanted = forks.check_wanted(source, snapshot, names, None, pattern, None, lifetime, None, wipe)
         id = new_id()  # by which it is found, since others may give its name to another volume
+        process = os.getpid()
         try:
             self._fork(replace(wanted, ids=(id,)))
             with self._open_by_id(id) as volume:
@@ -776,9 +777,10 @@ class Store:
                     with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
                         volume.close()
         finally:
-            stood_on = volumes.delete_by_id(self._opened, id)
-            reclaim.work_soon(self._opened)
-            forks.fold_what_stays(self._opened, stood_on)
+            if os.getpid() == process:  # a child of os.fork() that leaves the block drops nothing of its parent's
+                stood_on = volumes.delete_by_id(self._opened, id)
+                reclaim.work_soon(self._opened)
+                forks.fold_what_stays(self._opened, stood_on)
 
     def _open_by_id(self, id: bytes) -> "Volume":
         """Open a volume for writing, whatever it is called by then."""

@@ -45,6 +45,11 @@ class Lineage(Connection):
         """Return what was forked under a key, or None."""
         return self.row(ForkCallRow, "key = ?", key)
 
+    def remember_fork_call(self, row: ForkCallRow) -> None:
+        """Note what was forked under a key; what was forked under it before is forgotten. Inside a transaction."""
+        self.delete(ForkCallRow, "key = ?", row.key)
+        self.insert(row)
+
     def forget_fork_calls(self, before_ns: int) -> None:
         """Forget the keys of forks that were made before a time. Inside a transaction."""
         self.delete(ForkCallRow, "created_ns < ?", before_ns)

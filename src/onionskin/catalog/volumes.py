@@ -15,6 +15,7 @@ from onionskin.errors import VolumeNotFoundError
 
 _NOT_STAGED = "substr(name, 1, 1) != ?"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
+NUMBER_MAX = 10**_DIGITS_MAX - 1
 
 
 class Volumes(Connection):

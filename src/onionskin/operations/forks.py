@@ -27,6 +27,7 @@ from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
+from onionskin.catalog.volumes import NUMBER_MAX
 from onionskin.errors import OnionskinError, StateError, VolumeExistsError
 from onionskin.operations import lineage
 from onionskin.operations.flush import flush
@@ -252,6 +253,10 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
         try:
             if volume.path.log_state()[1] == 0 and fork_below(store, volume.head, volume.size_bytes, insert):
                 return names
+            with store.catalog.reading():  # before anything is sealed: a seal that is taken back leaves a segment more
+                if (made := made_before(store, wanted)) is not None:
+                    return made
+                _free_names(store, wanted)
             sealed = seal(volume, check=volume.refuse_half_merged, also=lambda sealed, head: insert(sealed))
         except DoneBeforeError as done:
             return done.names
@@ -375,7 +380,7 @@ def made_before(store: OpenStore, wanted: Wanted) -> list[str] | None:
 def _names_in(store: OpenStore, call: ForkCallRow) -> list[str]:
     try:
         names = json.loads(call.names)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged(store.catalog.path, f"what was forked under the key {call.key!r} is no list of names")
@@ -411,7 +416,7 @@ def _insert(
     catalog.insert_all(LabelRow(row.id, key, value) for row in volumes for key, value in wanted.labels.items())
     if wanted.key is not None:
         catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
-        catalog.insert(ForkCallRow(wanted.key, wanted.digest(), json.dumps(names), now_ns))
+        catalog.remember_fork_call(ForkCallRow(wanted.key, wanted.digest(), json.dumps(names), now_ns))
     return names
 
 
@@ -422,6 +427,11 @@ def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
         names = list(wanted.names)
     else:
         last = store.catalog.greatest_number(pattern.prefix, pattern.suffix)
+        if last + wanted.count > NUMBER_MAX:
+            raise StateError(
+                f"the numbers of {pattern.name(last)!r} go up to {NUMBER_MAX}, and those above {last} are not enough; "
+                "choose another pattern"
+            )
         names = [pattern.name(number) for number in range(last + 1, last + wanted.count + 1)]
     taken = sorted(row.name for row in store.catalog.volumes_named(names))
     if len(taken) == 1:

@@ -23,6 +23,8 @@ Opener = Callable[[str], OpenHead]
 
 def take(store: OpenStore, names: Mapping[str, str | None], note: str, opener: Opener) -> dict[str, Snapshot]:
     """Take the snapshots. See `Store.snapshot_group`; `opener` opens a volume for writing."""
+    if not isinstance(names, Mapping):
+        raise TypeError(f"the volumes of a group come as a mapping, such as {{'web': 'before'}}, not {names!r}")
     names = {volume: None if name is None else check_name("snapshot", name) for volume, name in names.items()}
     note = check_note(note)
     while names:
