@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from targets import merge, opening, read, revert, snapshot, wipe, write
+from targets import forks, merge, opening, read, revert, snapshot, wipe, write
 from targets.report import Figure
 from targets.workspace import workspace
 
@@ -34,6 +34,11 @@ GROUPS: dict[str, Callable[[Path], Iterator[Figure]]] = {
     "merge-xfs": merge.merge_on_xfs,
     "wipe": wipe.wipes,
     "revert": revert.reverts,
+    "fork": forks.hundred_forks,
+    "fork-many": forks.fork_among_many,
+    "fork-read": forks.first_read,
+    "fork-nbd": forks.first_read_over_nbd,
+    "fork-drop": forks.drop_of_forks,
 }
 
 
