@@ -165,10 +165,10 @@ def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) 
 
 def _bytes_of(store: OpenStore, segments: Sequence[bytes]) -> int:
     """Return what these segments take on the disk. One that nothing was written to has no file."""
-    total, directory = 0, str(store.layout.segments)
-    for id in segments:  # of a thousand at once, so no Path of each
+    total = 0
+    for id in segments:
         with suppress(FileNotFoundError):
-            total += os.stat(f"{directory}/{store.layout.segment_name(id)}").st_blocks * 512  # noqa: PTH116
+            total += os.stat(store.layout.segment_path(id)).st_blocks * 512  # noqa: PTH116 - of a thousand
     return total
 
 

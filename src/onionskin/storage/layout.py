@@ -45,25 +45,27 @@ class Layout:
 
     def map_file(self, map_id: bytes) -> Path:
         """The block map with this id."""
-        return self.layers / f"{map_id.hex()}.map"
+        return Path(self.map_path(map_id))
+
+    def map_path(self, map_id: bytes) -> str:
+        """That file as a text, for those who ask for ten thousand at once."""
+        return f"{self.layers}/{map_id.hex()}.map"
 
     def segment_file(self, segment_id: bytes) -> Path:
         """The segment with this id."""
-        return self.segments / self.segment_name(segment_id)
+        return Path(self.segment_path(segment_id))
 
-    @staticmethod
-    def segment_name(segment_id: bytes) -> str:
-        """The name of that file in its directory."""
-        return f"{segment_id.hex()}.seg"
+    def segment_path(self, segment_id: bytes) -> str:
+        """That file as a text, for those who ask for ten thousand at once."""
+        return f"{self.segments}/{segment_id.hex()}.seg"
 
     def volume_lock(self, uuid: bytes) -> Path:
         """The lock of the one writer of a volume."""
-        return self.volumes / self.volume_lock_name(uuid)
+        return Path(self.volume_lock_path(uuid))
 
-    @staticmethod
-    def volume_lock_name(uuid: bytes) -> str:
-        """The name of that file in its directory."""
-        return f"{uuid.hex()}.lock"
+    def volume_lock_path(self, uuid: bytes) -> str:
+        """That file as a text, for those who ask for a thousand at once."""
+        return f"{self.volumes}/{uuid.hex()}.lock"
 
     def dirty_file(self, uuid: bytes) -> Path:
         """The records that the writer of a volume has not flushed. If it dies, the next one in the same boot reads them."""
@@ -77,7 +79,7 @@ class Layout:
     def files_of_volume(self, uuid: bytes) -> list[str]:
         """The files of a volume that go with its row: texts, as they may be asked for of a thousand volumes at once."""
         stem = f"{self.volumes}/{uuid.hex()}"
-        return [*self.staged_dirty_files(uuid), f"{stem}.dirty", f"{stem}.lock"]
+        return [*self.staged_dirty_files(uuid), f"{stem}.dirty", self.volume_lock_path(uuid)]
 
     def holds(self, path: Path) -> bool:
         """Whether a path leads into the store, by whatever links."""

@@ -357,9 +357,8 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
         if taken is not None:
             id = of[taken]
             _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
-        directory = str(layout.volumes)
-        for id, name in volumes.items():  # there may be a thousand, so no Path of each
-            if volume_holder(f"{directory}/{layout.volume_lock_name(id)}"):
+        for id, name in volumes.items():
+            if volume_holder(layout.volume_lock_path(id)):
                 _refuse_held(layout.volume_lock(id), name)
         yield
     finally:
