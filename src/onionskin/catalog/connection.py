@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     VALUES,
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
-from onionskin.errors import FormatError, StateError, VolumeNotFoundError
+from onionskin.errors import FormatError, VolumeNotFoundError
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -154,32 +154,28 @@ class Connection:
     def sync_found(self) -> None:
         """Make the visible commits durable. After a crash, a visible commit may be one that a power loss would undo.
 
-        A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that
-        moved it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
-        before the first frame.
+        What was moved out of the log was synced first, so the log holds all that is not durable yet. Its name is durable:
+        SQLite syncs the log's header, and the directory with it, before the first frame.
 
         A commit of this connection has synced the log, with all that it saw there. So there is nothing to do where nobody
         else has committed since.
         """
         self.bury_unknown()
         seen = self._version_of_others()
-        if seen == self._synced_version:
-            return
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            busy = self._checkpoint()  # BARRIER: opened catalog
-            if not busy:
-                self._synced_version = seen
-                return
-            if time.monotonic() > deadline:
-                raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
-            time.sleep(0.001)  # another process does the checkpoint, and no event tells us when it is done
+        if seen != self._synced_version:
+            self._sync_log()
+            self._synced_version = seen
 
-    def _checkpoint(self) -> bool:
-        """Sync the log, and move all that can be moved from it. Returns True if another process is doing this now."""
-        with self._guard, self._errors():
-            busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        return bool(busy)
+    def _sync_log(self) -> None:
+        """Sync the log. SQLite takes its locks on other files, so none is lost when this one is closed."""
+        try:
+            descriptor = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return  # all of it was moved to the catalog, and synced there
+        try:
+            os.fdatasync(descriptor)  # BARRIER: opened catalog
+        finally:
+            os.close(descriptor)
 
     # ---- transactions ----
 

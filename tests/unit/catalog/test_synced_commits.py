@@ -1,5 +1,6 @@
 """Which commits an opening still has to make durable: those of others that nothing has synced since."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,16 +22,16 @@ def commit(catalog: Catalog) -> None:
         catalog.take_lock_byte()
 
 
-def checkpoints(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Have the checkpoints of a catalog noted from now on."""
-    seen: list[bool] = []
-    checkpoint = catalog._checkpoint
+def syncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have the files noted that are synced from now on, otherwise than by SQLite."""
+    seen: list[str] = []
+    sync = os.fdatasync
 
-    def noted() -> bool:
-        seen.append(checkpoint())
-        return seen[-1]
+    def noted(descriptor: int) -> None:
+        seen.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
 
-    monkeypatch.setattr(catalog, "_checkpoint", noted)
+    monkeypatch.setattr(os, "fdatasync", noted)
     return seen
 
 
@@ -38,7 +39,7 @@ def test_a_commit_of_this_connection_has_synced_all_that_it_saw(
     catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, others = catalogs
-    seen = checkpoints(mine, monkeypatch)
+    seen = syncs(monkeypatch)
     commit(others)
     commit(mine)
     mine.sync_found()
@@ -49,12 +50,12 @@ def test_a_later_commit_of_another_connection_is_synced_once(
     catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, others = catalogs
-    seen = checkpoints(mine, monkeypatch)
+    seen = syncs(monkeypatch)
     commit(mine)
     commit(others)
     mine.sync_found()
     mine.sync_found()
-    assert seen == [False]
+    assert seen == ["catalog.db-wal"]
     commit(others)
     mine.sync_found()
     assert len(seen) == 2
@@ -64,10 +65,10 @@ def test_a_transaction_that_was_given_up_has_synced_nothing(
     catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, others = catalogs
-    seen = checkpoints(mine, monkeypatch)
+    seen = syncs(monkeypatch)
     commit(others)
     with pytest.raises(ZeroDivisionError), mine.transaction():
         mine.take_lock_byte()
         raise ZeroDivisionError
     mine.sync_found()
-    assert seen == [False]
+    assert seen == ["catalog.db-wal"]
