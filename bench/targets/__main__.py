@@ -45,6 +45,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Figure]]] = {
     "revert": revert.reverts,
     "device": flushes.device_flushes,
     "fork": forks.hundred_forks,
+    "fork-elsewhere": forks.hundred_copies_elsewhere,
     "fork-many": forks.fork_among_many,
     "fork-read": forks.first_read,
     "fork-nbd": forks.first_read_over_nbd,
