@@ -3,7 +3,8 @@
     PYTHONPATH=src python bench/nbd_compare.py [--size 2G] [--seconds 3] [--rounds 5] [--only WORKLOAD ...] [--json FILE]
 
 Servers take turns within each round, so that what else the machine does falls on all of them. Reported are medians, and
-the median and the range of the ratios of each round. Client: fio with the nbd engine, and nbdcopy to null. Needs qemu-utils, nbdkit, fio, libnbd-bin.
+the median and the range of the ratios of each round. Client: fio with the nbd engine, and nbdcopy to null. Needs
+qemu-utils, nbdkit, fio, libnbd-bin.
 """
 
 import argparse
