@@ -500,11 +500,11 @@ def check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
             raise ValueError(f"{column} of {TABLES[kind]} cannot be {value!r}; nothing was changed")
 
 
-def check_rows(kind: type, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Refuse to write rows that have a value which would break its condition."""
+def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Refuse to write rows that have a value which would break its condition. Many rows are looked at by column."""
     conditions = [VALUES[kind][column].holds for column in columns]
-    for row in rows:
-        if not all(holds(value) for holds, value in zip(conditions, row, strict=True)):
+    if not all(all(map(holds, values)) for holds, values in zip(conditions, zip(*rows, strict=True), strict=False)):
+        for row in rows:
             check_values(kind, zip(columns, row, strict=True))
 
 
