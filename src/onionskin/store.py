@@ -49,7 +49,7 @@ from onionskin.storage.chain import (
     replace_spare,
     unfinished_base_merges,
 )
-from onionskin.storage.layout import Layout
+from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import (
     ReadersLock,
     VolumeLock,
@@ -440,10 +440,9 @@ class Store:
         self._look_at_spare(row.head)
         dirty = self._opened.layout.dirty_file(row.id)
         for left in self._opened.layout.staged_dirty_files(row.id):
-            left.unlink(missing_ok=True)
-        compact_segments.compact_chain(
-            self._opened, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0
-        )
+            with suppress(FileNotFoundError):
+                os.unlink(left)  # noqa: PTH108 - a Path of each takes longer than unlinking it
+        compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=bytes_in(dirty) > 0)
         opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
 
@@ -459,7 +458,7 @@ class Store:
 
         spare = self._opened.catalog.spare_of(head)
         path = self._opened.layout.segment_file(spare.id)
-        if path.exists() and path.stat().st_size > HEADER_BYTES:
+        if bytes_in(path) > HEADER_BYTES:
             self._opened.change(lambda: replace_spare(self._opened.catalog, head))
             return
         for made in (path, self._opened.layout.map_file(spare.id)):
@@ -829,8 +828,10 @@ class Store:
         from onionskin.operations import forks, reclaim, volumes
 
         freed, stood_on = volumes.delete(self._opened, names, recursive=recursive, agreed=agreed)
-        reclaim.work_soon(self._opened)
-        forks.fold_what_stays(self._opened, stood_on)
+        try:
+            forks.fold_what_stays(self._opened, stood_on)  # before the background has work, for which it would wait
+        finally:
+            reclaim.work_soon(self._opened)
         return freed
 
     def expire(self) -> list[str]:

@@ -186,10 +186,14 @@ class Layers(Connection):
         """Return the sealed layers without a name among the `layers_of_volume`, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME}) AND sealed = 1 AND {_UNNAMED}", volume, volume)
 
-    def only_children_over_volume(self, volume: bytes) -> list[LayerRow]:
-        """Return the layers of any volume that are the only child of one of `layers_of_volume`, in no order."""
+    def only_children_over_volume(self, volume: bytes) -> list[bytes]:
+        """Return the layers of any volume that are the only child of one of `layers_of_volume`, in no order.
+
+        Their rows may be unsound.
+        """
         alone = f"SELECT min(id) FROM layers WHERE parent IN ({_LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1"
-        return self.rows(LayerRow, f"id IN ({alone})", volume, volume)
+        with self._guard, self._errors():
+            return [id for (id,) in self._connection.execute(alone, (volume, volume))]
 
     # ---- bases ----
 

@@ -249,8 +249,9 @@ class Exports:
             return False
 
     def _open_export(self, name: str) -> bool:
-        self.table.follow_names()
         volume_name, at, snapshot = name.partition("@")
+        if not self._is_new(name):
+            self.table.follow_names()
         with self.table.guard:
             view = self.table.views.get(name)
             served = self.table.served.get(volume_name)
@@ -269,6 +270,19 @@ class Exports:
             return served is not None
         self._open_view(served, snapshot)
         return True
+
+    def _is_new(self, name: str) -> bool:
+        """Whether this is the name of a volume that no export stands for, under whatever label.
+
+        To follow all names takes a look into a catalog for each export. A new fork needs none of that.
+        """
+        with self.table.guard:
+            known = name in self.table.served or "@" in name
+            ids = {one.opened.row.id for one in self.table.served.values()}
+        if known:
+            return False
+        rows = [store._opened.catalog.volume_named(name) for store in list(self._stores.values())]
+        return not any(row and row.id in ids for row in rows)
 
     def _open_view(self, served: ServedVolume, snapshot: str) -> None:
         """Open a snapshot of a served volume and export it. The caller does not hold the guard."""

@@ -65,6 +65,8 @@ def compact_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = F
 
 def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
     """Return the layers of a chain that have too many segments, each with its sealed segments."""
+    if not catalog.crowded_in_chain(head, SEGMENTS_MAX):
+        return []  # as good as always, in one statement
     with catalog.reading():
         layers = [catalog.layer(id) for id in catalog.crowded_in_chain(head, SEGMENTS_MAX)]
         segments = catalog.segments_of(layers)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from string import Formatter
 
 from onionskin.base.durations import parse_duration
@@ -35,6 +34,7 @@ from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.seal import seal
 from onionskin.storage.chain import NewHead, insert_heads
+from onionskin.storage.layout import bytes_in
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -268,7 +268,7 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
     """Fork a volume that is locked and not open, if nothing is in its head; None: it has to be opened."""
     head = store.catalog.layer(volume.head)
     left = (store.layout.dirty_file(volume.id), store.layout.map_file(head.map_id))
-    if head.map_frames or any(_bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
+    if head.map_frames or any(bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
         return None
     names: list[str] = []
 
@@ -279,13 +279,6 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return names if fork_below(store, head.id, head.size_bytes, insert) else None
     except DoneBeforeError as done:
         return done.names
-
-
-def _bytes_in(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _fork_locked(store: OpenStore, volume: bytes, wanted: Wanted, layer: LayerRow) -> list[str]:

@@ -41,13 +41,14 @@ def locked_maps(
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     try:
         while True:
+            version = store.catalog.version()
             with store.catalog.reading():
                 found = find()
             layers = layers_of(found)
             wanted = {layer.map_lock_byte for layer in layers}
             # A byte between them may be held alone for hours, because its file is being made or wiped.
             is_held = locks.take_shared(in_few_stretches(wanted)) or locks.take_shared(wanted)
-            if is_held and _are_named(store.catalog, layers):
+            if is_held and (store.catalog.version() == version or _are_named(store.catalog, layers)):
                 break
             locks.keep_shared(())
             if time.monotonic() > deadline:

@@ -159,7 +159,7 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
             catalog.path,
             f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle",
         )
-    only_children = frozenset(layer.id for layer in catalog.only_children_over_volume(volume.id))
+    only_children = frozenset(catalog.only_children_over_volume(volume.id))
     return _VolumeTree(volume, snapshots, ordered, only_children)
 
 

@@ -284,7 +284,7 @@ def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: st
 def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head(
-        map_path=str(layout.map_file(head.map_id)),
+        map_path=layout.map_path(head.map_id),
         map_id=head.map_id,
         inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
@@ -300,7 +300,7 @@ def _open_head_to_read(
 ) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head_to_read(
-        map_path=str(layout.map_file(head.map_id)),
+        map_path=layout.map_path(head.map_id),
         map_id=head.map_id,
         inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
