@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onionskin.base.sizes import format_size, parse_size
+    from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume, connect
     from onionskin.errors import (
@@ -48,6 +49,7 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Ancestor": "onionskin.operations.lineage",
+    "Defaults": "onionskin.catalog.defaults",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
@@ -62,6 +64,7 @@ __all__ = [
     "ChainError",
     "ChainLayer",
     "ChainMember",
+    "Defaults",
     "FormatError",
     "Hold",
     "Layering",

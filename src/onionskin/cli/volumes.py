@@ -19,10 +19,12 @@ from onionskin.cli.arguments import (
     VOLUME_SNAPSHOT_OR_STORE,
     WIPE,
     Name,
+    block_size_option,
     live,
     note_trust,
     open_store,
     trust_option,
+    wipe_option,
 )
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.forking import label_option
@@ -72,14 +74,8 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     help="Take the base for the disk, whatever it looks like.",
 )
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
-@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
-@click.option(
-    "--wipe",
-    type=WIPE,
-    default="release",
-    show_default=True,
-    help="What happens to freed blocks: given back, or overwritten with zeros first.",
-)
+@block_size_option
+@wipe_option
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
 @click.option("--group", help="Who may use the store that is made besides its owner: the members of this group.")
 @trust_option
@@ -89,8 +85,8 @@ def create(
     base: Path | None,
     base_format: Literal["raw"] | None,
     size: int | None,
-    block_size: int,
-    wipe: Literal["release", "zero"],
+    block_size: int | None,
+    wipe: Literal["release", "zero"] | None,
     digest: bool,
     group: str | None,
     as_json: bool,
@@ -359,6 +355,7 @@ def _show_store(path: Path, as_json: bool) -> None:
         ("work", "; ".join(waits) or "none waits"),
         ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
         ("left over", by_repair if about.bytes_freed_by_repair else ""),
+        ("new volumes", f"wipe {about.default_wipe}, blocks of {size(about.default_block_size)}"),
         ("reserve", size(about.reserve_bytes)),
         ("read-only", "yes" if about.read_only else ""),
     ]
