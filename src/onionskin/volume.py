@@ -448,7 +448,7 @@ class Volume:
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         return snapshots.take(self._opened.to_write(), name, note, guid_bytes)
 
-    def revert(self, name: str) -> None:
+    def revert(self, name: str, *, guid: str | None = None) -> None:
         """Make the disk read as a snapshot again. What was written since the last snapshot is dropped.
 
         The snapshot stays, and so do newer ones. The change is durable on return. Calls of other threads go on, on the
@@ -458,15 +458,19 @@ class Volume:
         ----------
         name : str
             A snapshot of this volume, on any branch.
+        guid : str, optional
+            The GUID that the snapshot must have, so that one that took its name meanwhile is not taken for it.
 
         Raises
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
+        StateError
+            The snapshot has another GUID.
         OSError
             With ENOSPC, the disk reads as before.
         """
-        snapshots.revert(self._opened.to_write(), name)
+        snapshots.revert(self._opened.to_write(), name, guid=guid)
 
     def discard(
         self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
@@ -641,9 +645,16 @@ class Volume:
         -------
         list of Usage
             As for `Store.usage`.
+
+        Raises
+        ------
+        StateError
+            The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
         if self.writable:
             self.flush()
+        elif self._opened.snapshot_name is None:
+            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return usages.usage(self._opened.store, self._name_now())
 
     def layering(self) -> "Layering":
@@ -660,7 +671,8 @@ class Volume:
         Raises
         ------
         StateError
-            The volume is closed or poisoned.
+            The volume is closed or poisoned. The head is only read, and a writer that died left something unflushed, which
+            is in no map yet.
         ChainError
             The base is not the file that it was.
         """
@@ -671,6 +683,8 @@ class Volume:
             raise StateError(f"volume {opened.row.name!r} is closed, or was opened before a fork; open it again")
         if self.writable:
             self.flush()
+        elif opened.snapshot_name is None:
+            losses.refuse_unflushed(opened.store, opened.row.id, self._name_now())
         return read_layering(opened.store, lambda: opened.head)
 
     def _name_now(self) -> str:

@@ -88,6 +88,10 @@ def _layering(name: Name) -> "Layering":
         if name.snapshot is None and (served := live(store, name.volume)) is not None:
             with served:
                 served.flush()  # the map is read from files, which do not have the last changes yet
+        elif name.snapshot is None:
+            from onionskin.operations.losses import refuse_left_unflushed
+
+            refuse_left_unflushed(store._opened, name.volume)
         return store.layering(name.volume, name.snapshot)
 
 
