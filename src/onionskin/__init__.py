@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         VolumeNotFoundError,
     )
     from onionskin.operations.chain_members import ChainLayer, ChainMember
+    from onionskin.operations.check import Problem
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
-    from onionskin.operations.usage import Problem, Usage
+    from onionskin.operations.usage import Usage
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -44,7 +45,6 @@ _HOME = {
         "onionskin.errors",
     ),
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
-    **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
     **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
@@ -52,10 +52,12 @@ _HOME = {
     "Defaults": "onionskin.catalog.defaults",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
+    "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
     "Store": "onionskin.store",
     "StoreInfo": "onionskin.operations.store_info",
+    "Usage": "onionskin.operations.usage",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 

@@ -28,11 +28,12 @@ import onionskin.volume
 from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
+from onionskin.operations.check import Problem
 from onionskin.operations.holds import Hold
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
 from onionskin.operations.prune import Retention
-from onionskin.operations.usage import Problem, Usage
+from onionskin.operations.usage import Usage
 
 if TYPE_CHECKING:
     import numpy.typing

@@ -63,13 +63,14 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.check import Problem
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.store_info import StoreInfo
-    from onionskin.operations.usage import Problem, Usage
+    from onionskin.operations.usage import Usage
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -1503,9 +1504,9 @@ class Store:
             The arguments do not name two states.
         """
 
-        from onionskin.operations import usage as usages
+        from onionskin.operations import differences
 
-        return usages.diff(self._opened, name, a, b)
+        return differences.diff(self._opened, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
         """Return which layer each part of a snapshot, or of the durable part of the head, comes from.
@@ -1550,8 +1551,7 @@ class Store:
             The list is empty if all is well.
         """
 
-        from onionskin.operations import reclaim, staged_volumes
-        from onionskin.operations import usage as usages
+        from onionskin.operations import check, reclaim, staged_volumes
 
         self._opened.finish_work()  # work that is under way in this process is no problem
         if repair:
@@ -1559,7 +1559,7 @@ class Store:
             staged_volumes.drop_dead(self._opened)
             reclaim.remove_orphans(self._opened)
             reclaim.do_work(self._opened)
-        return usages.check(self._opened)
+        return check.check(self._opened)
 
     def close(self) -> None:
         """Close the store, and the volumes that are still open in it. Further calls do nothing."""

@@ -7,9 +7,8 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A volume of a store, or one of its snapshots."""
 
     store: Path

@@ -1,6 +1,5 @@
 """The verb map, which shows where the data of a disk is; and the output of pictures."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +99,8 @@ def _resolution(path: Path | None) -> tuple[int, int]:
         return FILE_COLUMNS, FILE_ROWS
     if not sys.stdout.isatty():
         return TEXT_COLUMNS, TEXT_ROWS
+    import shutil
+
     width = shutil.get_terminal_size().columns - OFFSET_COLUMNS
     return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
 

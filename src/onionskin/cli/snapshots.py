@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,7 +93,7 @@ def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list
             continue
         if not first and not last:
             raise click.UsageError(f"{name} names no end of the range: write @A..@C, @A.. or @..@C")
-        ends = [replace(name, snapshot=end) for end in (first, last.removeprefix("@")) if end]
+        ends = [name._replace(snapshot=end) for end in (first, last.removeprefix("@")) if end]
         for end in ends:
             find_snapshot(snapshots, end)
         start = places[first] if first else 0

@@ -33,7 +33,6 @@ from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value, space_of, space_value
 from onionskin.errors import FormatError, StateError
-from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
@@ -95,6 +94,8 @@ def create(
 
     The store is made if it is missing.
     """
+    from onionskin.exchange.image_formats import refuse_as_raw
+
     if base is None and size is None:
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:

@@ -18,7 +18,6 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
-from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.operations import reclaim
 from onionskin.operations.reclaim import segment_wants_zeros
@@ -223,7 +222,9 @@ def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
 
 
 def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
-    from onionskin.operations.copy import naming  # imported late: each opening imports this module, and few copy
+    # Imported late: each opening imports this module, and few copy.
+    from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
+    from onionskin.operations.copy import naming
 
     with open(store.layout.segment_file(row.id), "rb", buffering=0, opener=_open_to_copy) as file:
         source = file.fileno()

@@ -7,7 +7,6 @@ it records the data as done. The loops over blocks run in C; this module only ma
 import fcntl
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -301,6 +300,8 @@ def _segment_can_reflink(segment: Path, directory: Path) -> bool:
 
 def _can_reflink(source: int, directory: Path) -> bool:
     """Try whether a file in a directory can share blocks with an open file."""
+    import tempfile
+
     with tempfile.TemporaryFile(dir=directory) as probe:
         try:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", source, 0, HEADER_BYTES, 0))
