@@ -726,8 +726,8 @@ class Store:
             except StateError as error:
                 if time.monotonic() > deadline:
                     raise StateError(
-                        f"{error}; what is held is forked as it is now by its holder alone: fork it there, or fork one of "
-                        f"its snapshots, as {name}@SNAPSHOT"
+                        f"{error}; only who holds a volume can fork its disk as it is now: fork it there, or fork one of its "
+                        f"snapshots, as {name}@SNAPSHOT"
                     ) from None
             time.sleep(0.01)
 
@@ -1197,12 +1197,18 @@ class Store:
         refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
-                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
+                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "
+                "the one that was moved"
             )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
+            raise ChainError(
+                f"no digest of the base {old.path} was taken when the volume was created, so {new.path} cannot be verified; "
+                "compare it yourself, and say that you trust it if it is the same image"
+            )
         if verify and new.digest != old.digest:
-            raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
+            raise VerifyError(
+                f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
+            )
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
                 f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"

@@ -45,7 +45,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 @click.command(name="import")
 @click.argument("image", type=FILE)
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
-@click.option("--format", "image_format", type=FORMAT, help="By default told by the image's magic bytes.")
+@click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its first bytes.")
 @block_size_option
 @wipe_option
 @trust_option
@@ -103,7 +103,7 @@ def _image_to_read(image: Path) -> "Iterator[Path | IO[bytes]]":
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("image", type=FILE)
-@click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its suffix, or raw.")
 @click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
 @json_option

@@ -117,6 +117,11 @@ _IN_WORDS_OF_THE_COMMAND_LINE = [
     (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
     (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
     (r"; open it for writing and close it, which makes", "; take a snapshot of it, which makes"),
+    (r"close (it|the volume) and open it again", "run it again"),
+    (r"close the store, mend the disk, and open it again", "mend the disk, and run it again"),
+    (r"; open the volume again", "; run it again"),
+    (r"or say that it is the disk: format raw", "or give --format raw to take its bytes for the disk"),
+    (r"import its bytes as they are with format raw", "give --format raw to take its bytes for the disk"),
 ]
 
 

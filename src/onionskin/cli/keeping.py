@@ -126,7 +126,9 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
 @click.option(
     "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
 )
-@click.option("--time-zone", default="UTC", metavar="NAME", help="Whose clock says where a day ends, as Europe/Berlin.")
+@click.option(
+    "--time-zone", default="UTC", metavar="NAME", help="Time zone that says where a day ends, as Europe/Berlin."
+)
 @click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")
 @trust_option
 @json_option

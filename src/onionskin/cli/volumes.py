@@ -70,13 +70,13 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     "--format",
     "base_format",
     type=click.Choice(["raw"]),
-    help="Take the base for the disk, whatever it looks like.",
+    help="Take the bytes of the base for the disk, whatever they look like.",
 )
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
 @block_size_option
 @wipe_option
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
-@click.option("--group", help="Who may use the store that is made besides its owner: the members of this group.")
+@click.option("--group", help="Let the members of this group use the store that is made, too.")
 @trust_option
 @json_option
 def create(

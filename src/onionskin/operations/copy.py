@@ -322,7 +322,9 @@ def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
     system = os.statvfs(base_lock.descriptor)
     if needed > system.f_bavail * system.f_frsize:
         raise OSError(
-            ENOSPC, f"merging needs up to {needed} bytes that the file system does not have", folded.base.path
+            ENOSPC,
+            f"merging needs up to {needed} bytes, and the file system has fewer; free some room",
+            folded.base.path,
         )
 
 
