@@ -28,16 +28,18 @@ import onionskin.volume
 from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import OnionskinError, StateError
+from onionskin.operations.check import Problem
 from onionskin.operations.holds import Hold
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
 from onionskin.operations.prune import Retention
-from onionskin.operations.usage import Problem, Usage
+from onionskin.operations.usage import Usage
 
 if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.catalog import Defaults
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
     from onionskin.operations.store_info import StoreInfo
@@ -170,8 +172,8 @@ class Store:
         *,
         base: "AnyPath | None" = None,
         size: "int | str | None" = None,
-        block_size: int = 4096,
-        wipe: "WipePolicy" = "release",
+        block_size: int | None = None,
+        wipe: "WipePolicy | None" = None,
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
     ) -> "Opening":
@@ -288,6 +290,16 @@ class Store:
         """Await `onionskin.Store.set_wipe`."""
         await self.run(self.sync.set_wipe, name, wipe)
 
+    @_twin_of(onionskin.store.Store.defaults)
+    async def defaults(self) -> "Defaults":
+        """Await `onionskin.Store.defaults`."""
+        return await self.run(self.sync.defaults)
+
+    @_twin_of(onionskin.store.Store.set_defaults)
+    async def set_defaults(self, *, wipe: "WipePolicy | None" = None, block_size: int | None = None) -> "Defaults":
+        """Await `onionskin.Store.set_defaults`."""
+        return await self.run(self.sync.set_defaults, wipe=wipe, block_size=block_size)
+
     @_twin_of(onionskin.store.Store.rename_snapshot)
     async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Await `onionskin.Store.rename_snapshot`."""
@@ -299,14 +311,28 @@ class Store:
         await self.run(self.sync.set_note, volume, snapshot, note)
 
     @_twin_of(onionskin.store.Store.hold)
-    async def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    async def hold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Await `onionskin.Store.hold`."""
-        await self.run(self.sync.hold, volume, snapshot, holder)
+        await self.run(self.sync.hold, volume, snapshot, holder, guid=guid)
 
     @_twin_of(onionskin.store.Store.unhold)
-    async def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    async def unhold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Await `onionskin.Store.unhold`."""
-        await self.run(self.sync.unhold, volume, snapshot, holder)
+        await self.run(self.sync.unhold, volume, snapshot, holder, guid=guid)
 
     @_twin_of(onionskin.store.Store.holds)
     async def holds(self, volume: str, snapshot: str | None = None) -> list[Hold]:
@@ -583,9 +609,9 @@ class Volume:
         return await self._run(self._sync.snapshot, name, note, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.revert)
-    async def revert(self, name: str) -> None:
+    async def revert(self, name: str, *, guid: str | None = None) -> None:
         """Await `onionskin.Volume.revert`."""
-        await self._run(self._sync.revert, name)
+        await self._run(self._sync.revert, name, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.discard)
     async def discard(

@@ -24,6 +24,7 @@ from onionskin.base.naming import check_name, several
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
+    Defaults,
     VolumeRow,
     WorkRow,
     new_id,
@@ -62,13 +63,14 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.check import Problem
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.store_info import StoreInfo
-    from onionskin.operations.usage import Problem, Usage
+    from onionskin.operations.usage import Usage
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -186,8 +188,8 @@ class Store:
         *,
         base: "AnyPath | None" = None,
         size: "int | str | None" = None,
-        block_size: int = 4096,
-        wipe: "WipePolicy" = "release",
+        block_size: int | None = None,
+        wipe: "WipePolicy | None" = None,
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
     ) -> "Volume":
@@ -206,10 +208,12 @@ class Store:
         size : int or str, optional
             The size, as a number of bytes or as a string such as "20G". It is needed if there is no base. If there is
             one, the size may be larger or smaller than the base.
-        block_size : int
-            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152.
-        wipe : {"release", "zero"}
-            Whether freed space is overwritten with zeros before it can be used again.
+        block_size : int, optional
+            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152. By default that of the store, which
+            is 4096 unless `set_defaults` changed it.
+        wipe : {"release", "zero"}, optional
+            Whether freed space is overwritten with zeros before it can be used again. By default as the store says, which
+            is "release" unless `set_defaults` changed it.
         digest : bool
             Whether to take a SHA-256 of the base, which `open(verify=True)` compares.
         base_format : {"raw"}, optional
@@ -241,13 +245,15 @@ class Store:
         name: str,
         base: "AnyPath | None",
         size: "int | str | None",
-        block_size: int,
-        wipe: str,
+        block_size: int | None,
+        wipe: str | None,
         digest: bool,
         *,
         vouched: bool,
     ) -> "Volume":
-        block_size, wipe = _check_geometry(block_size, wipe)
+        from onionskin.operations import properties
+
+        block_size, wipe = _check_geometry(*properties.with_defaults(self._opened, block_size, wipe))
         size_bytes = None if size is None else _check_size(parse_size(size))
         if base is None:
             if size_bytes is None:
@@ -719,8 +725,8 @@ class Store:
             except StateError as error:
                 if time.monotonic() > deadline:
                     raise StateError(
-                        f"{error}; what is held is forked as it is now by its holder alone: fork it there, or fork one of "
-                        f"its snapshots, as {name}@SNAPSHOT"
+                        f"{error}; only who holds a volume can fork its disk as it is now: fork it there, or fork one of its "
+                        f"snapshots, as {name}@SNAPSHOT"
                     ) from None
             time.sleep(0.01)
 
@@ -959,6 +965,48 @@ class Store:
         finally:
             lock.close()
 
+    def defaults(self) -> Defaults:
+        """Return what a volume is made with for which nothing else is said.
+
+        Returns
+        -------
+        Defaults
+            Its wipe policy and its block size.
+        """
+        return self._opened.catalog.defaults()
+
+    def set_defaults(self, *, wipe: "WipePolicy | None" = None, block_size: int | None = None) -> Defaults:
+        """Change what volumes are made with from now on if nothing else is said, by `create` or by an import.
+
+        Durable on return. The volumes that exist keep what they have, and clones and forks have the policy and the block
+        size of what they come from. Any thread may call it.
+
+        Parameters
+        ----------
+        wipe : {"release", "zero"}, optional
+            Whether freed space is overwritten with zeros before it can be used again. With None, this stays as it is.
+        block_size : int, optional
+            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152. With None, this stays as it is.
+
+        Returns
+        -------
+        Defaults
+            All of them, as they are now.
+
+        Raises
+        ------
+        ValueError
+            It is no policy, or no block size.
+        """
+        from onionskin.operations import properties
+
+        checked_size, checked_wipe = _check_geometry(
+            4096 if block_size is None else block_size, "release" if wipe is None else wipe
+        )
+        return properties.set_defaults(
+            self._opened, None if wipe is None else checked_wipe, None if block_size is None else checked_size
+        )
+
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Give a snapshot another name. Open views, clones and holds of the snapshot stay as they are.
 
@@ -1007,7 +1055,14 @@ class Store:
 
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
-    def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    def hold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Hold a snapshot, so that neither it nor its volume can be removed.
 
         The snapshot cannot be discarded, merged or deleted before every holder has let it go. The name, the note and
@@ -1023,22 +1078,31 @@ class Store:
         holder : str
             A name for the user of the snapshot, which the error of a refused operation shows. It has at most 255 bytes,
             without '/', '@' and control characters.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
             There is no volume or snapshot of that name.
         StateError
-            This holder holds the snapshot already.
+            This holder holds the snapshot already. Or a snapshot has another GUID.
         ValueError
             The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.hold(self._opened, volume, several("snapshot", snapshot), holder)
+        holds.hold(self._opened, volume, several("snapshot", snapshot), holder, guid)
 
-    def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    def unhold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """End a hold on a snapshot that `hold` began. This is durable on return. Any thread may call it.
 
         Parameters
@@ -1049,20 +1113,22 @@ class Store:
             The snapshot that is held, or several of them. Then all are let go in one transaction, or none is.
         holder : str
             The name that was given to `hold`.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
             There is no volume or snapshot of that name.
         StateError
-            This holder does not hold the snapshot. The message names the holders.
+            This holder does not hold the snapshot. The message names the holders. Or a snapshot has another GUID.
         ValueError
             The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder)
+        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder, guid)
 
     def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
         """Return the holds on a snapshot, or on all snapshots of a volume.
@@ -1134,12 +1200,18 @@ class Store:
         refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
-                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
+                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "
+                "the one that was moved"
             )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
+            raise ChainError(
+                f"no digest of the base {old.path} was taken when the volume was created, so {new.path} cannot be verified; "
+                "compare it yourself, and say that you trust it if it is the same image"
+            )
         if verify and new.digest != old.digest:
-            raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
+            raise VerifyError(
+                f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
+            )
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
                 f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
@@ -1441,9 +1513,9 @@ class Store:
             The arguments do not name two states.
         """
 
-        from onionskin.operations import usage as usages
+        from onionskin.operations import differences
 
-        return usages.diff(self._opened, name, a, b)
+        return differences.diff(self._opened, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
         """Return which layer each part of a snapshot, or of the durable part of the head, comes from.
@@ -1488,8 +1560,7 @@ class Store:
             The list is empty if all is well.
         """
 
-        from onionskin.operations import reclaim, staged_volumes
-        from onionskin.operations import usage as usages
+        from onionskin.operations import check, reclaim, staged_volumes
 
         self._opened.finish_work()  # work that is under way in this process is no problem
         if repair:
@@ -1497,7 +1568,7 @@ class Store:
             staged_volumes.drop_dead(self._opened)
             reclaim.remove_orphans(self._opened)
             reclaim.do_work(self._opened)
-        return usages.check(self._opened)
+        return check.check(self._opened)
 
     def finish_work(self) -> None:
         """Wait until the work that this `Store` does in its background has been done.

@@ -552,7 +552,7 @@ def _make(path: Path) -> None:
         connection.execute("BEGIN")
         for statement in SCHEMA.split(";\n"):
             connection.execute(statement)
-        connection.execute("INSERT INTO store VALUES (?, 0, ?)", (new_id(), b""))
+        connection.execute("INSERT INTO store (uuid, next_lock_byte, stamp) VALUES (?, 0, ?)", (new_id(), b""))
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")

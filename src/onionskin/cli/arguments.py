@@ -7,9 +7,8 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A volume of a store, or one of its snapshots."""
 
     store: Path
@@ -184,7 +182,11 @@ class VolumeOrStoreType(NameType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text, or fail as a usage error. What is a store is meant as one."""
-        return Path(value) if isinstance(value, str) and is_store(Path(value)) else super().convert(value, param, ctx)
+        if isinstance(value, str) and is_store(Path(value)):
+            return Path(value)
+        if isinstance(value, str) and "/" not in value:
+            self.fail(f"{value!r} is no store; for a volume of a store that is here, write ./{value}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class StoreType(click.ParamType):  # type: ignore[type-arg]
@@ -223,8 +225,19 @@ SNAPSHOT = NameType("required")
 NEW_SNAPSHOT = NameType("required", fresh=True)
 VOLUME_OR_SNAPSHOT = NameType("optional")
 VOLUME_SNAPSHOT_OR_STORE = VolumeOrStoreType("optional")
+VOLUME_OR_STORE = VolumeOrStoreType("none")
 NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
+block_size_option = click.option(
+    "--block-size",
+    type=SIZE,
+    help="Unit of copy-on-write, as 64K; by default that of the store, which 'get STORE' shows.",
+)
+wipe_option = click.option(
+    "--wipe",
+    type=WIPE,
+    help="What happens to freed blocks: given back, or overwritten with zeros first; by default as 'get STORE' shows.",
+)
 
 
 def is_store(path: Path) -> bool:

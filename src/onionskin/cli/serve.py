@@ -69,10 +69,16 @@ class Log:
     "names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...", shell_complete=complete_served
 )
 @click.option("--socket", "socket_path", type=FILE, metavar="PATH", help="Listen on a Unix socket of mode 0600.")
-@click.option("--socket-mode", metavar="MODE", default="0600", show_default=True, help="Who may connect to that.")
+@click.option(
+    "--socket-mode",
+    metavar="MODE",
+    default="0600",
+    show_default=True,
+    help="Mode of that socket: who may connect to it.",
+)
 @click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need TLS.")
 @click.option("--tls-certificate", type=FILE, metavar="PEM", help="The server's certificate: TCP then wants TLS.")
-@click.option("--tls-key", type=FILE, metavar="PEM", help="Its key.")
+@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of that certificate.")
 @click.option("--tls-ca", type=FILE, metavar="PEM", help="Who signs the certificates that clients must show.")
 @click.option("--tls-psk", type=FILE, metavar="KEYS", help="Pre-shared keys instead of certificates (Python 3.13).")
 @click.option(
@@ -88,10 +94,22 @@ class Log:
     metavar="SNAPSHOT",
     help="List the qemu:dirty-bitmap context of that snapshot alone, for backup clients that want one.",
 )
-@click.option("--connections", type=click.IntRange(1, 4096), default=64, show_default=True, help="Clients at a time.")
-@click.option("--in-flight", type=SIZE, default="64M", show_default=True, help="Bytes under way for one client.")
 @click.option(
-    "--idle", type=click.IntRange(min=0), default=0, metavar="SECONDS", help="Drop clients that idle so long."
+    "--connections",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="At most so many clients at a time.",
+)
+@click.option(
+    "--in-flight", type=SIZE, default="64M", show_default=True, help="At most so many bytes under way for one client."
+)
+@click.option(
+    "--idle",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="SECONDS",
+    help="Drop clients that ask for nothing for so long.",
 )
 @click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
 @trust_option

@@ -19,10 +19,12 @@ from onionskin.cli.arguments import (
     VOLUME_SNAPSHOT_OR_STORE,
     WIPE,
     Name,
+    block_size_option,
     live,
     note_trust,
     open_store,
     trust_option,
+    wipe_option,
 )
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.forking import label_option
@@ -31,7 +33,6 @@ from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value, space_of, space_value
 from onionskin.errors import FormatError, StateError
-from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
@@ -69,19 +70,13 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     "--format",
     "base_format",
     type=click.Choice(["raw"]),
-    help="Take the base for the disk, whatever it looks like.",
+    help="Take the bytes of the base for the disk, whatever they look like.",
 )
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
-@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
-@click.option(
-    "--wipe",
-    type=WIPE,
-    default="release",
-    show_default=True,
-    help="What happens to freed blocks: given back, or overwritten with zeros first.",
-)
+@block_size_option
+@wipe_option
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
-@click.option("--group", help="Who may use the store that is made besides its owner: the members of this group.")
+@click.option("--group", help="Let the members of this group use the store that is made, too.")
 @trust_option
 @json_option
 def create(
@@ -89,8 +84,8 @@ def create(
     base: Path | None,
     base_format: Literal["raw"] | None,
     size: int | None,
-    block_size: int,
-    wipe: Literal["release", "zero"],
+    block_size: int | None,
+    wipe: Literal["release", "zero"] | None,
     digest: bool,
     group: str | None,
     as_json: bool,
@@ -99,6 +94,8 @@ def create(
 
     The store is made if it is missing.
     """
+    from onionskin.exchange.image_formats import refuse_as_raw
+
     if base is None and size is None:
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:
@@ -359,6 +356,7 @@ def _show_store(path: Path, as_json: bool) -> None:
         ("work", "; ".join(waits) or "none waits"),
         ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
         ("left over", by_repair if about.bytes_freed_by_repair else ""),
+        ("new volumes", f"wipe {about.default_wipe}, blocks of {size(about.default_block_size)}"),
         ("reserve", size(about.reserve_bytes)),
         ("read-only", "yes" if about.read_only else ""),
     ]

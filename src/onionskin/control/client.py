@@ -385,22 +385,24 @@ class LiveVolume:
         """
         return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
 
-    def revert(self, name: str) -> None:
+    def revert(self, name: str, *, guid: str | None = None) -> None:
         """Make the disk read as a snapshot again, if the server allows it. Durable on return.
 
         Parameters
         ----------
         name : str
             A snapshot of this volume.
+        guid : str, optional
+            As for `Volume.revert`.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            The server was not started to allow it, or clients are connected.
+            The snapshot has another GUID. The server was not started to allow it, or clients are connected.
         """
-        self._call("revert", name=name)
+        self._call("revert", name=name, guid=guid)
 
     def discard(
         self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None

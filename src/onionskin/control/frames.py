@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "parent": {},
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
-    "revert": {"name": (str,)},
+    "revert": {"name": (str,), "guid": (str, NoneType)},
     "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},
     "merge": {"name": (str, list), "guid": (str, list, NoneType)},
     "rename": {"new_name": (str,)},

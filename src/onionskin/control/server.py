@@ -299,10 +299,10 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
-    def revert(self, name: str) -> None:
+    def revert(self, name: str, guid: str | None) -> None:
         self._refuse_unagreed("revert")
         with self._served.paused():
-            self._volume.revert(name)
+            self._volume.revert(name, guid=guid)
 
     def discard(self, name: str | list[str], recursive: bool, guid: str | list[str] | None) -> None:
         names = several("snapshot", name)

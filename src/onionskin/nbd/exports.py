@@ -258,9 +258,7 @@ class Exports:
         if view:  # follow_names has just updated its label
             return self._is_still_export(name)
         if served and served.volume.name != volume_name:
-            raise StateError(
-                "the volume of that name has another one now; ask again when the operation on it has ended"
-            )
+            raise StateError(f"volume {volume_name!r} is being renamed; ask again when the operation on it has ended")
         if served is None:
             for store in self._whole_stores:
                 if store._opened.catalog.volume_named(volume_name):

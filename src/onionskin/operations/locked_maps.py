@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import StateError
-from onionskin.operations import reclaim
 from onionskin.storage.chain import LOCK_WAIT_SECONDS
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -60,6 +59,8 @@ def locked_maps(
     finally:
         locks.close()
         if any(handle.writable for handle in store.open_handles()):
+            from onionskin.operations import reclaim  # imported late: whoever only looks frees nothing
+
             reclaim.work_soon(store)  # this is the work that waited for these locks
 
 

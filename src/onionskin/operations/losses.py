@@ -18,7 +18,7 @@ from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
 from onionskin.operations.volumes import refuse_delete
 from onionskin.storage.block_maps import open_map
-from onionskin.storage.locks import VolumeLock
+from onionskin.storage.locks import VolumeLock, volume_holder
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -192,6 +192,15 @@ def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
             f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
             "it for writing and close it, which makes them durable"
         )
+
+
+def refuse_left_unflushed(store: OpenStore, name: str) -> None:
+    """As `refuse_unflushed`, unless somebody has the volume open, whose flush is only awaited."""
+    id = store.catalog.volume(name).id
+    lock = store.layout.volume_lock(id)
+    # Asked before and behind: whoever opens the volume meanwhile, and writes, did not die.
+    if volume_holder(lock) is None and has_unflushed(store, id) and volume_holder(lock) is None:
+        refuse_unflushed(store, id, name)
 
 
 # ---- the layers that are dropped ----

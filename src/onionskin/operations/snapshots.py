@@ -100,11 +100,11 @@ def is_changed(volume: OpenDisk) -> bool:
     return any(map_is_used(volume.store, layer) for layer in above)
 
 
-def revert(volume: OpenHead, name: str) -> None:
+def revert(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
     """Make the disk read as a snapshot again. See `Volume.revert`."""
     with volume.operation():
         catalog = volume.store.catalog
-        target = find_snapshot(catalog, volume.row, name).layer
+        target = snapshot_names.find_chosen(catalog, volume.row, [name], guid)[0].layer
         around = unnamed_around(catalog, catalog.layer(volume.head).parent)
         restart_on(volume, target, lambda: _refuse_renamed(volume, name, target))
         free_hidden(volume, around)
@@ -116,7 +116,7 @@ def discard(
     """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = _rows_of(volume, names, guids)
+        rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)
         parents = [catalog.layer(row.layer).parent for row in rows]
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
@@ -198,28 +198,11 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
         )
 
 
-def _rows_of(volume: OpenHead, names: Sequence[str], guids: str | Sequence[str] | None) -> list[SnapshotRow]:
-    """Return the snapshots with these names; raise StateError if one of them has not the GUID that was chosen by its name."""
-    rows = [find_snapshot(volume.store.catalog, volume.row, name) for name in names]
-    if guids is None:
-        return rows
-    wanted = [guids] if isinstance(guids, str) else list(guids)
-    if len(wanted) != len(rows):
-        raise ValueError(f"{len(rows)} snapshots are named, and {len(wanted)} GUIDs are given; give one for each")
-    for row, guid in zip(rows, wanted, strict=True):
-        if row.guid.hex() != guid:
-            raise StateError(
-                f"{row.name!r} is another snapshot of {volume.name!r} now; nothing was changed; look at the snapshots, and "
-                "try again"
-            )
-    return rows
-
-
 def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] | None = None) -> None:
     """Drop snapshots' names and keep all data. See `Volume.merge`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = _rows_of(volume, names, guids)
+        rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
