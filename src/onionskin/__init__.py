@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         VolumeNotFoundError,
     )
     from onionskin.operations.chain_members import ChainLayer, ChainMember
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
@@ -48,6 +49,7 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Ancestor": "onionskin.operations.lineage",
+    "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
     "Retention": "onionskin.operations.prune",
@@ -62,6 +64,7 @@ __all__ = [
     "ChainError",
     "ChainLayer",
     "ChainMember",
+    "ForkUsage",
     "FormatError",
     "Hold",
     "Layering",

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
@@ -1369,6 +1370,34 @@ class Store:
         from onionskin.operations import usage as usages
 
         return usages.usage(self._opened, name)
+
+    def usage_of_forks(self, source: str, snapshot: str | None = None) -> "list[ForkUsage]":
+        """Return what each fork of a snapshot, or of any state of a volume, holds alone, and what all of them hold.
+
+        Parameters
+        ----------
+        source : str
+            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. They may be open; only what is durable
+            counts.
+        snapshot : str, optional
+            The snapshot, where `source` is only the volume.
+
+        Returns
+        -------
+        list of ForkUsage
+            One entry for each name that `forks_of` returns, in that order. The last entry, whose fork is None, is for all
+            of them together. What several layers on one without a name hide of it is not counted.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
+        """
+        from onionskin.operations import fork_usage, forks
+
+        return fork_usage.usage_of_forks(self._opened, *forks.split_source(source, snapshot))
 
     def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
         """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.

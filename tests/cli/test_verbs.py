@@ -118,6 +118,16 @@ def test_the_tree_as_json_is_nested(run: Run, vms: Path) -> None:
     assert {"snapshot", "head"} <= set(kinds)
 
 
+def test_usage_of_forks_is_shown_by_fork_and_together(run: Run, vms: Path) -> None:
+    ok(run("fork", f"{vms}/web@clean", "-n", 2, "--pattern", "job-{n}"))
+    ok(run("write", f"{vms}/job-2", 0, input=b"dirty"))
+    found = as_json(run("usage", f"{vms}/web@clean", "--forks", "--json"))
+    assert [(one["fork"], one["private_bytes"]) for one in found] == [("job-1", 0), ("job-2", 4096), (None, 4096)]
+    assert {one["shared_bytes"] for one in found} == {4096}
+    assert ok(run("usage", f"{vms}/web", "--forks")).splitlines()[-1].split() == ["(together)", "4", "KiB", "4", "KiB"]
+    assert run("usage", f"{vms}/web@clean").exit_code == 2
+
+
 def test_revert_brings_the_old_bytes_back(run: Run, vms: Path) -> None:
     ok(run("write", f"{vms}/web", 0, input=b"dirty"))
     reverted = as_json(run("revert", f"{vms}/web@clean", "--yes", "--json"))
