@@ -633,7 +633,8 @@ class Store:
         idempotency_key : str, optional
             The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
         lifetime : str, int, float or datetime.timedelta, optional
-            After this time `expire` may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``, ``"2w"``, or seconds.
+            After this time `expire`, or a server of the store, may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``,
+            ``"2w"``, or seconds.
         labels : mapping of str to str, optional
             Labels of each fork, by which `volumes` finds them.
         wipe : {"release", "zero"}, optional
@@ -836,21 +837,17 @@ class Store:
         """Drop the volumes whose lifetime is over, as `fork` gave it.
 
         One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
-        with a later call. Nothing else drops a volume: no opening does. The clock is the one that tells the date. Any
-        thread may call it.
+        with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
+        drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
         -------
         list of str
             The names of those that were dropped, sorted. Where many go, each transaction takes some of them.
         """
-        from onionskin.operations import expiry, forks, reclaim
+        from onionskin.operations import expiry
 
-        names, stood_on = expiry.expire(self._opened)
-        if names:
-            reclaim.work_soon(self._opened)
-            forks.fold_what_stays(self._opened, stood_on)
-        return names
+        return expiry.expire(self._opened)
 
     def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
