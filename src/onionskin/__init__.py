@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
@@ -50,6 +51,7 @@ _HOME = {
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",
+    "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
     "Problem": "onionskin.operations.check",
@@ -67,6 +69,7 @@ __all__ = [
     "ChainLayer",
     "ChainMember",
     "Defaults",
+    "ForkUsage",
     "FormatError",
     "Hold",
     "Layering",

@@ -29,6 +29,7 @@ from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations.check import Problem
+from onionskin.operations.fork_usage import ForkUsage
 from onionskin.operations.holds import Hold
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
@@ -410,6 +411,11 @@ class Store:
     async def usage(self, name: str) -> list[Usage]:
         """Await `onionskin.Store.usage`."""
         return await self.run(self.sync.usage, name)
+
+    @_twin_of(onionskin.store.Store.usage_of_forks)
+    async def usage_of_forks(self, source: str, snapshot: str | None = None) -> list[ForkUsage]:
+        """Await `onionskin.Store.usage_of_forks`."""
+        return await self.run(self.sync.usage_of_forks, source, snapshot)
 
     @_twin_of(onionskin.store.Store.bytes_freed_by_merge)
     async def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:

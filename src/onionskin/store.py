@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.check import Problem
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
@@ -637,7 +638,8 @@ class Store:
         idempotency_key : str, optional
             The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
         lifetime : str, int, float or datetime.timedelta, optional
-            After this time `expire` may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``, ``"2w"``, or seconds.
+            After this time `expire`, or a server of the store, may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``,
+            ``"2w"``, or seconds.
         labels : mapping of str to str, optional
             Labels of each fork, by which `volumes` finds them.
         wipe : {"release", "zero"}, optional
@@ -844,21 +846,17 @@ class Store:
         """Drop the volumes whose lifetime is over, as `fork` gave it.
 
         One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
-        with a later call. Nothing else drops a volume: no opening does. The clock is the one that tells the date. Any
-        thread may call it.
+        with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
+        drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
         -------
         list of str
             The names of those that were dropped, sorted. Where many go, each transaction takes some of them.
         """
-        from onionskin.operations import expiry, forks, reclaim
+        from onionskin.operations import expiry
 
-        names, stood_on = expiry.expire(self._opened)
-        if names:
-            reclaim.work_soon(self._opened)
-            forks.fold_what_stays(self._opened, stood_on)
-        return names
+        return expiry.expire(self._opened)
 
     def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
@@ -1444,6 +1442,34 @@ class Store:
         from onionskin.operations import usage as usages
 
         return usages.usage(self._opened, name)
+
+    def usage_of_forks(self, source: str, snapshot: str | None = None) -> "list[ForkUsage]":
+        """Return what each fork of a snapshot, or of any state of a volume, holds alone, and what all of them hold.
+
+        Parameters
+        ----------
+        source : str
+            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. They may be open; only what is durable
+            counts.
+        snapshot : str, optional
+            The snapshot, where `source` is only the volume.
+
+        Returns
+        -------
+        list of ForkUsage
+            One entry for each name that `forks_of` returns, in that order. The last entry, whose fork is None, is for all
+            of them together. What several layers on one without a name hide of it is not counted.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
+        """
+        from onionskin.operations import fork_usage, forks
+
+        return fork_usage.usage_of_forks(self._opened, *forks.split_source(source, snapshot))
 
     def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
         """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.

@@ -94,6 +94,7 @@ class Log:
     metavar="SNAPSHOT",
     help="List the qemu:dirty-bitmap context of that snapshot alone, for backup clients that want one.",
 )
+@click.option("--no-expire", is_flag=True, help="Keep volumes of a whole store whose lifetime is over.")
 @click.option(
     "--connections",
     type=click.IntRange(1, 4096),
@@ -126,6 +127,7 @@ def serve(
     tls_clients: str,
     allow_revert: bool,
     dirty_bitmap: str | None,
+    no_expire: bool,
     connections: int,
     in_flight: int,
     idle: int,
@@ -137,6 +139,8 @@ def serve(
     A volume is served under its name, and each of its snapshots, read-only, as VOLUME@SNAPSHOT. While it is served,
     the other commands work on it through the server.
 
+    Volumes of a whole store whose lifetime is over are dropped, as 'onionskin expire' does, once no client has them.
+
     Once clients can connect, a line on stdout gives the addresses. Sockets can come from systemd, too (ListenStream=).
     """
     from onionskin.nbd.server import Limits, Server
@@ -147,7 +151,14 @@ def serve(
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
-    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted(), listed_bitmap=dirty_bitmap)
+    server = Server(
+        limits=limits,
+        allow_revert=allow_revert,
+        log=Log(),
+        trust=is_trusted(),
+        listed_bitmap=dirty_bitmap,
+        expire=not no_expire,
+    )
     try:
         # Sockets first: their errors show before a volume is opened, which may have work left to do.
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)

@@ -424,11 +424,22 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
 
 
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.option(
+    "--forks", is_flag=True, help="Show instead what each fork of it holds, and what all of them do together."
+)
 @trust_option
 @json_option
-def usage(name: Name, as_json: bool) -> None:
-    """Show how much snapshots hold, and how much dropping them frees."""
+def usage(name: Name, forks: bool, as_json: bool) -> None:
+    """Show how much snapshots hold, and how much dropping them frees.
+
+    With --forks, PRIVATE is what comes back if that fork alone is deleted, and SHARED what it stands on that stays then.
+    """
+    if forks:
+        _show_usage_of_forks(name, as_json=as_json)
+        return
+    if name.snapshot is not None:
+        raise click.UsageError(f"usage shows all snapshots of a volume: give {name.store}/{name.volume}, or --forks")
     from onionskin.operations.losses import refuse_left_unflushed
 
     with name.open_store() as store:
@@ -457,3 +468,11 @@ def usage(name: Name, as_json: bool) -> None:
         for row in found
     ]
     output.show(as_json, value, lambda: output.table(headings, rows, right=" ".join(headings[1:])))
+
+
+def _show_usage_of_forks(name: Name, *, as_json: bool) -> None:
+    with name.open_store() as store:
+        found = store.usage_of_forks(name.volume, name.snapshot)
+    value = [{"fork": row.fork, "private_bytes": row.private_bytes, "shared_bytes": row.shared_bytes} for row in found]
+    rows = [(row.fork or "(together)", output.size(row.private_bytes), output.size(row.shared_bytes)) for row in found]
+    output.show(as_json, value, lambda: output.table(("FORK", "PRIVATE", "SHARED"), rows, right="PRIVATE SHARED"))

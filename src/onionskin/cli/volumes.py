@@ -1,5 +1,6 @@
 """The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
     from onionskin.operations.usage import SnapshotSpace
@@ -133,7 +135,10 @@ def create(
 @trust_option
 @json_option
 def tree(store: Path, path: Path | None, as_json: bool) -> None:
-    """Draw the bases, snapshots, clones and heads of a store."""
+    """Draw the bases, snapshots, clones and heads of a store.
+
+    A fork or clone that does not stand on the snapshot that it began as says what it came from.
+    """
     if as_json and path is not None and str(path) == "-":
         raise click.UsageError("--json and --output - both want stdout: give --output a file")
     with open_store(store) as opened:
@@ -168,15 +173,27 @@ def _node_value(root: "TreeNode") -> dict[str, Any]:
             "created": output.timestamp(node.created),
             "note": node.note,
             "bytes_held": node.bytes_held,
+            "origins": [_origin_value(one) for one in node.origins],
             "children": [values[id(child)] for child in node.children],
         }
     return values[id(root)]
 
 
+def _origin_value(origin: "Ancestor") -> dict[str, Any]:
+    return {
+        "volume": origin.name,
+        "snapshot": origin.snapshot,
+        "created": output.timestamp(origin.created),
+        "dropped": output.timestamp(origin.dropped),
+    }
+
+
 _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bright_black", "head": "yellow"}
 
 
-def _node_line(node: "TreeNode") -> str:
+def _node_line(node: "TreeNode", origins: "Sequence[Ancestor]") -> str:
+    from onionskin.pictures.trees import source
+
     # A layer without a name is one that a merge left because several children need it.
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
@@ -184,22 +201,27 @@ def _node_line(node: "TreeNode") -> str:
         about.append(f"holds {output.size(node.bytes_held)}")
     if node.kind == "snapshot" and node.created is not None:
         about.append(output.when(node.created))
+    for one in origins:
+        gone = f" (dropped {output.when(one.dropped)})" if one.dropped else ""
+        about.append(f"from {output.cell(source(one))}{gone}")
     note = f"  {output.cell(node.note)}" if node.note else ""
     return f"{label}  {', '.join(about)}{note}"
 
 
 def _draw(nodes: "list[TreeNode]") -> str:
     """Draw trees; a node with one child goes straight down, so that a long chain stays on the page."""
+    from onionskin.pictures.trees import origins_to_show
+
     fancy = output.printable("├└│") == "├└│"
     branch, last, pipe = ("├── ", "└── ", "│   ") if fancy else ("|-- ", "`-- ", "|   ")
     lines = []
-    pending = [(node, "", "") for node in reversed(nodes)]
+    pending: list[tuple[TreeNode, str, str, str | None]] = [(node, "", "", None) for node in reversed(nodes)]
     while pending:
-        node, lead, below = pending.pop()
-        lines.append(lead + _node_line(node))
+        node, lead, below, beneath = pending.pop()
+        lines.append(lead + _node_line(node, origins_to_show(node, beneath)))
         for index, child in enumerate(reversed(node.children)):
             mark, under = (last, "    ") if index == 0 else (branch, pipe)
-            pending.append((child, below + mark, below + under))
+            pending.append((child, below + mark, below + under, node.name))
     return "\n".join(lines) or "no volumes"
 
 

@@ -99,6 +99,12 @@ class ControlSocket:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a program is connected."""
+        with self._guard:
+            return bool(self._sessions)
+
     def join(self, seconds: float) -> None:
         """Wait until the operations that ran when it was closed have sent their replies."""
         with self._guard:

@@ -148,7 +148,7 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
     catalog = store.catalog
     volume = catalog.volume(name)
     snapshots = catalog.snapshots_of(volume.id)
-    ordered = _parents_first(catalog.layers_of_volume(volume.id))
+    ordered = parents_first(catalog.layers_of_volume(volume.id))
     missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}
     if missing:
         raise damaged(
@@ -159,7 +159,7 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
     return _VolumeTree(volume, snapshots, ordered, only_children)
 
 
-def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
+def parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
     """Sort layers so that each comes after its parent, and an only child comes directly after it."""
     children: dict[bytes | None, list[LayerRow]] = {}
     for layer in layers:
