@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from onionskin.base.sizes import format_size, parse_size
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume, connect
+    from onionskin.control.groups import find_served_head as find_served_head
+    from onionskin.control.groups import fork_served as fork_served
     from onionskin.errors import (
         ChainError,
         FormatError,
@@ -47,6 +49,8 @@ _HOME = {
     **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    # By which a store reaches the processes that hold its volumes, whose code stands on its own.
+    **dict.fromkeys(("find_served_head", "fork_served"), "onionskin.control.groups"),
     "Ancestor": "onionskin.operations.lineage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
+    from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Problem, Usage
     from onionskin.volume import Volume
@@ -533,7 +534,8 @@ class Store:
         ----------
         names : mapping of str to str or None
             What the snapshot of each volume is called; None: by the time, as `Volume.snapshot` does. A volume that is open
-            in this store is cut as it is there; one that nobody holds is opened for this, and closed again.
+            in this store is cut as it is there, one that `onionskin serve` holds by its server, whichever servers those
+            are; one that nobody holds is opened for this, and closed again.
         note : str
             Kept with each; at most 64 KiB.
 
@@ -549,7 +551,8 @@ class Store:
         SnapshotExistsError
             One of the snapshots' names is taken.
         StateError
-            Another process, or another handle of this one, holds one of the volumes: the error names it.
+            A process that serves nothing, or another handle of this one, holds one of the volumes: the error names it. Or a
+            server does not answer in time: no snapshot was taken, all volumes go on.
         OSError
             ENOSPC: no snapshot was taken, all volumes go on.
 
@@ -559,7 +562,15 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, lambda name: self.open(name)._opened.to_write())
+        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._find_served_head)
+
+    def _open_to_cut(self, name: str) -> OpenHead:
+        return self.open(name)._opened.to_write()
+
+    def _find_served_head(self, name: str) -> "RemoteHead | None":
+        import onionskin
+
+        return onionskin.find_served_head(self, name)
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.

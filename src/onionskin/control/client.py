@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+    from onionskin.operations.forks import Wanted
+
 else:
     from onionskin.base.lazy import numpy
 
@@ -104,10 +106,10 @@ def is_stopped(pid: int) -> bool:
     return state in (b"T", b"t")
 
 
-def _silent(name: str, pid: int) -> str:
+def _silent(name: str, pid: int, seconds: float | None = None) -> str:
     who = f"process {pid}" if pid else "the process"
     return (
-        f"{who}, which serves volume {name!r}, has not answered for {frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
+        f"{who}, which serves volume {name!r}, has not answered for {seconds or frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
         "it go on: kill -CONT), or its disk hangs"
     )
 
@@ -172,7 +174,7 @@ class LiveVolume:
         try:
             frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
-            raise StateError(_silent(self.name, self._pid)) from None
+            raise StateError(_silent(self.name, self._pid, self._connection.gettimeout())) from None
         except (BrokenPipeError, ConnectionResetError):
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
@@ -189,7 +191,7 @@ class LiveVolume:
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
         except TimeoutError:
-            raise StateError(_silent(self.name, self._pid)) from None
+            raise StateError(_silent(self.name, self._pid, self._connection.gettimeout())) from None
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply
@@ -204,7 +206,7 @@ class LiveVolume:
                 self._pid,
                 self.name,
                 "stopped; kill -CONT lets it go on" if is_stopped(self._pid) else "silent, and may hang on its disk",
-                frames.SILENCE_SECONDS,
+                self._connection.gettimeout(),
             )
 
     # ---- looking ----
@@ -384,6 +386,23 @@ class LiveVolume:
             The name is taken.
         """
         return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
+
+    def _fork(self, wanted: "Wanted") -> list[str]:
+        """Fork the disk as it is now: see `Store.fork`."""
+        return list(
+            self._call(
+                "fork",
+                source=wanted.volume,
+                names=None if wanted.names is None else list(wanted.names),
+                count=wanted.count,
+                pattern=wanted.pattern.text,
+                key=wanted.key,
+                lifetime_ns=wanted.lifetime_ns,
+                labels=dict(wanted.labels),
+                wipe=wanted.wipe,
+                ids=None if wanted.ids is None else [id.hex() for id in wanted.ids],
+            )
+        )
 
     def revert(self, name: str) -> None:
         """Make the disk read as a snapshot again, if the server allows it. Durable on return.

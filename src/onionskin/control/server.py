@@ -17,15 +17,16 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
-from onionskin.control import frames
+from onionskin.control import frames, groups
 from onionskin.errors import OnionskinError, StateError
+from onionskin.operations import forks
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
@@ -223,6 +224,11 @@ class _Session:
             self._log(f"control: {self._peer}: {' '.join([verb, *map(str, arguments.values())])}")
         return {"result": result}
 
+    def _be_silent(self, silent: bool) -> None:
+        """Say no more that the server is alive, from the return on, or say it again."""
+        with self._sending:
+            self._is_busy = not silent
+
     def _send(self, value: dict[str, Any]) -> None:
         with self._sending:
             frames.send(self._connection, value, bytes_max=frames.REPLY_BYTES_MAX)
@@ -299,6 +305,19 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
+    def group(self) -> dict[str, Any]:
+        talk = groups.Talk(self._connection, self._send, self._be_silent)
+        return groups.seal_for_caller(talk, self._volume._opened.to_write())
+
+    def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
+        count = None if how["names"] else how["count"]
+        asked = forks.check_wanted(
+            source, None, how["names"], count, None if how["names"] else pattern, how["key"], None, how["labels"], how["wipe"]
+        )
+        drawn = None if ids is None else tuple(bytes.fromhex(id) for id in ids)
+        wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)
+        return forks.fork_head(self._volume._opened.to_write(), wanted)
+
     def revert(self, name: str) -> None:
         self._refuse_unagreed("revert")
         with self._served.paused():
@@ -352,4 +371,6 @@ class _Session:
         return found
 
 
-_LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename"}
+_LOGGED = {
+    *("snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename", "group", "fork"),
+}

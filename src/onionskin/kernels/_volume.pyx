@@ -9,7 +9,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport E2BIG, EBUSY, EFBIG, EINVAL, EIO, ENOENT
+from libc.errno cimport E2BIG, EBUSY, ECONNRESET, EFBIG, EINVAL, EIO, ENOENT, EPROTO, ETIME
 from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -113,7 +113,23 @@ cdef extern from "volume/volume.h" nogil:
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
     int onion_volume_seal_begin(onion_volume *, const char *, const unsigned char *)
     int onion_volume_seal_sync(onion_volume *, onion_sealed *)
-    int onion_volumes_cut(onion_volume *const *, uint32_t, uint32_t *)
+    struct onion_cut_word:
+        const void *bytes
+        uint32_t length
+    struct onion_cut_words:
+        onion_cut_word hold
+        onion_cut_word held
+        onion_cut_word cut
+        onion_cut_word done
+        int hold_ms
+    struct onion_cut:
+        onion_volume **volumes
+        const int *peers
+        uint32_t count
+        uint32_t peer_count
+        onion_cut_words words
+    int onion_volumes_cut(const onion_cut *, uint32_t *)
+    int onion_volume_cut_when_told(onion_volume *, int, const onion_cut_words *, int)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
     int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
@@ -1222,29 +1238,76 @@ cdef class DataPath:
             onion_volume_close(self._volume)
 
 
-def cut_heads(paths, names):
+cdef onion_cut_word _word(bytes text):
+    return onion_cut_word(<const char *>text, <uint32_t>len(text))
+
+
+cdef int _set_words(onion_cut_words *raw, words) except -1:
+    """Point at what is said at a cut, (hold, held, cut, done, seconds), which the caller keeps."""
+    hold, held, cut, done, seconds = words
+    raw.hold, raw.held, raw.cut, raw.done = _word(hold), _word(held), _word(cut), _word(done)
+    raw.hold_ms = int(seconds * 1000)
+    return 0
+
+
+_NO_WORDS = (b"", b"", b"", b"", 0)
+
+
+def cut_heads(paths, names, peers=(), words=_NO_WORDS):
     """Cut the heads of volumes whose seals were begun, at one instant; writers wait meanwhile, and the GIL is not held.
 
     Each write that was answered before one that the cut leaves out began is in the cut, whichever volumes they went to.
-    `names` are what errors call the volumes. On an error each seal that was begun is to be aborted.
+    `names` are what errors call the volumes. `peers` are the sockets of processes that cut more volumes of the group, with
+    `cut_when_told`, and `words` what is said: (hold, held, cut, done, seconds). On an error each seal that was begun is to
+    be aborted, and so it is where something is returned: (index of a peer that failed, its error number).
     """
-    cdef uint32_t count = len(paths), failed = 0
+    cdef uint32_t failed = 0
     cdef int status
     cdef DataPath path
+    cdef onion_cut at
     if len(set(paths)) != len(paths):
         raise ValueError("snapshot: a volume is named twice")
-    cdef onion_volume **volumes = <onion_volume **>malloc((count + 1) * sizeof(onion_volume *))
-    if volumes == NULL:
-        raise MemoryError
+    at.count, at.peer_count = len(paths), len(peers)
+    _set_words(&at.words, words)
+    cdef onion_volume **volumes = <onion_volume **>malloc((at.count + 1) * sizeof(onion_volume *))
+    cdef int *descriptors = <int *>malloc((at.peer_count + 1) * sizeof(int))
     try:
-        for at, path in enumerate(paths):
-            volumes[<uint32_t>at] = path._volume
+        if volumes == NULL or descriptors == NULL:
+            raise MemoryError
+        for index, path in enumerate(paths):
+            volumes[<uint32_t>index] = path._volume
+        for index, peer in enumerate(peers):
+            descriptors[<uint32_t>index] = peer
+        at.volumes, at.peers = volumes, descriptors
         with nogil:
-            status = onion_volumes_cut(volumes, count, &failed)
+            status = onion_volumes_cut(&at, &failed)
     finally:
         free(volumes)
+        free(descriptors)
+    if status < 0 and at.count <= failed < at.count + at.peer_count:
+        return failed - at.count, -status
     if status < 0:
-        _raise(status, f"snapshot of {names[failed]!r}")
+        _raise(status, f"snapshot of {names[failed]!r}" if failed < at.count else "snapshot")
+    return None
+
+
+def cut_when_told(DataPath path, peer, words, wait_seconds):
+    """Cut a head whose seal was begun when the process at the other end of a socket says so, at the same instant as its
+    others.
+
+    Returns 0, or the error number of the peer: ETIME, ECONNRESET, EPROTO. Then, and after an error, the seal is to be
+    aborted.
+    """
+    cdef int status, descriptor = peer, wait_ms = int(wait_seconds * 1000)
+    cdef onion_cut_words raw
+    _set_words(&raw, words)
+    with nogil:
+        status = onion_volume_cut_when_told(path._volume, descriptor, &raw, wait_ms)
+    if status in (-ETIME, -ECONNRESET, -EPROTO):
+        return -status
+    if status < 0:
+        _raise(status, "snapshot")
+    return 0
 
 
 def _path_of(fd):

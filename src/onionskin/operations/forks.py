@@ -51,6 +51,12 @@ class Pattern:
     suffix: str
     width: int
 
+    @property
+    def text(self) -> str:
+        """The pattern as `parse_pattern` reads it."""
+        prefix, suffix = (part.replace("{", "{{").replace("}", "}}") for part in (self.prefix, self.suffix))
+        return f"{prefix}{{n{f':0{self.width}' if self.width > 1 else ''}}}{suffix}"
+
     def name(self, number: int) -> str:
         """Return the name with this number."""
         return check_name("volume", f"{self.prefix}{number:0{self.width}}{self.suffix}")
