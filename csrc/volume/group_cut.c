@@ -28,11 +28,12 @@ static int tell(int peer, const struct onion_cut_word *word) {
     return (size_t)sent == word->length ? 0 : -ETIME;
 }
 
-static int tell_all(const int *peers, uint32_t count, const struct onion_cut_word *word, uint32_t *failed) {
-    for (uint32_t i = 0; i < count; i++) {
-        int status = tell(peers[i], word);
+/* On an error *failed is the peer, counted behind the volumes here. */
+static int tell_all(const struct onion_cut *at, const struct onion_cut_word *word, uint32_t *failed) {
+    for (uint32_t i = 0; i < at->peer_count; i++) {
+        int status = tell(at->peers[i], word);
         if (status < 0) {
-            *failed = i;
+            *failed = at->count + i;
             return status;
         }
     }
@@ -72,12 +73,12 @@ static int hear(int peer, const struct onion_cut_word *word, int64_t until_ms) {
     }
 }
 
-static int hear_all(const int *peers, uint32_t count, const struct onion_cut_word *word, int64_t until_ms,
-                    uint32_t *failed) {
-    for (uint32_t i = 0; i < count; i++) {
-        int status = hear(peers[i], word, until_ms);
+static int hear_all(const struct onion_cut *at, const struct onion_cut_word *word, uint32_t *failed) {
+    int64_t until_ms = now_ms() + at->words.hold_ms;
+    for (uint32_t i = 0; i < at->peer_count; i++) {
+        int status = hear(at->peers[i], word, until_ms);
         if (status < 0) {
-            *failed = i;
+            *failed = at->count + i;
             return status;
         }
     }
@@ -89,62 +90,66 @@ static int words_fit(const struct onion_cut_words *words) {
            words->cut.length <= ONION_CUT_WORD_BYTES_MAX && words->done.length <= ONION_CUT_WORD_BYTES_MAX;
 }
 
-/* Holds the peers' volumes and those here, each of which the caller releases. */
-static int hold_all(const struct onion_cut *at, uint32_t *held, uint32_t *failed) {
-    uint32_t peer = 0;
-    int status = tell_all(at->peers, at->peer_count, &at->words.hold, &peer);
-    for (; status == 0 && *held < at->count; ++*held)
-        if ((*failed = *held, status = onion_volume_seal_hold(at->volumes[*held])) < 0)
+/* Holds the volumes here, each of which the caller releases, whatever is returned. On an error *failed is one of them. */
+static int hold_here(const struct onion_cut *at, uint32_t *held, uint32_t *failed) {
+    for (; *held < at->count; ++*held) {
+        int status = onion_volume_seal_hold(at->volumes[*held]);
+        if (status < 0) {
+            *failed = *held;
             return status;
-    if (status == 0)
-        status = hear_all(at->peers, at->peer_count, &at->words.held, now_ms() + at->words.hold_ms, &peer);
-    *failed = at->count + peer;
-    return status;
+        }
+    }
+    return 0;
 }
 
-/* All are held. */
-static int cut_all(const struct onion_cut *at, uint32_t *failed) {
-    uint32_t peer = 0;
-    int status = tell_all(at->peers, at->peer_count, &at->words.cut, &peer);
-    if (status < 0)
-        *failed = at->count + peer;
-    for (uint32_t i = 0; i < at->count && status == 0; i++)
-        if ((status = onion_volume_seal_cut(at->volumes[i])) < 0)
+static int cut_here(const struct onion_cut *at, uint32_t *failed) {
+    for (uint32_t i = 0; i < at->count; i++) {
+        int status = onion_volume_seal_cut(at->volumes[i]);
+        if (status < 0) {
             *failed = i;
-    return status;
+            return status;
+        }
+    }
+    return 0;
+}
+
+static void release_here(const struct onion_cut *at, uint32_t held) {
+    for (uint32_t i = 0; i < held; i++)
+        onion_volume_seal_release(at->volumes[i]);
 }
 
 int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed) {
-    uint32_t held = 0, peer = 0;
+    uint32_t held = 0;
     *failed = UINT32_MAX;
     if (!words_fit(&at->words))
         return -EINVAL;
-    int status = hold_all(at, &held, failed);
+    int status = tell_all(at, &at->words.hold, failed);
     if (status == 0)
-        status = cut_all(at, failed);
-    for (uint32_t i = 0; i < held; i++)
-        onion_volume_seal_release(at->volumes[i]);
-    if (status == 0) {
-        status = hear_all(at->peers, at->peer_count, &at->words.done, now_ms() + at->words.hold_ms, &peer);
-        if (status < 0)
-            *failed = at->count + peer;
-    }
-    return status;
+        status = hold_here(at, &held, failed);
+    if (status == 0)
+        status = hear_all(at, &at->words.held, failed);
+    if (status == 0)
+        status = tell_all(at, &at->words.cut, failed);
+    if (status == 0)
+        status = cut_here(at, failed);
+    release_here(at, held);
+    return status < 0 ? status : hear_all(at, &at->words.done, failed);
 }
 
-int onion_volume_cut_when_told(struct onion_volume *volume, int peer, const struct onion_cut_words *words, int wait_ms) {
-    if (!words_fit(words))
+int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed) {
+    uint32_t held = 0;
+    *failed = at->count;
+    if (!words_fit(&at->words) || at->peer_count != 1)
         return -EINVAL;
-    int status = hear(peer, &words->hold, now_ms() + wait_ms);
+    int peer = at->peers[0], status = hear(peer, &at->words.hold, now_ms() + wait_ms);
     if (status == 0)
-        status = onion_volume_seal_hold(volume);
-    if (status < 0)
-        return status;
-    status = tell(peer, &words->held);
+        status = hold_here(at, &held, failed);
     if (status == 0)
-        status = hear(peer, &words->cut, now_ms() + words->hold_ms);
+        status = tell(peer, &at->words.held);
     if (status == 0)
-        status = onion_volume_seal_cut(volume);
-    onion_volume_seal_release(volume);
-    return status < 0 ? status : tell(peer, &words->done);
+        status = hear(peer, &at->words.cut, now_ms() + at->words.hold_ms);
+    if (status == 0)
+        status = cut_here(at, failed);
+    release_here(at, held);
+    return status < 0 ? status : tell(peer, &at->words.done);
 }

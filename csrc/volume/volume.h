@@ -234,9 +234,9 @@ struct onion_cut {
  * is of, or `count` and the index of the peer; no writer waits, and each volume that was begun is to be aborted. Of a peer:
  * -ETIME, -ECONNRESET, or -EPROTO where it said something else, which can be read then. */
 int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed);
-/* The other end: waits for the word to hold, for at most wait_ms, and for the word to cut. The errors of a peer are as
- * above; no writer waits, and the volume is to be aborted. */
-int onion_volume_cut_when_told(struct onion_volume *volume, int peer, const struct onion_cut_words *words, int wait_ms);
+/* The other end, whose one peer is who calls the above: waits for the word to hold, for at most wait_ms, and for the word
+ * to cut. Errors are as above. */
+int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed);
 /* Makes the files of the next head beforehand, durable: the spare segment, whose id is map_id too, and the map
  * `map_path`, both empty. A seal with this map_id begins with them, so the first flush after it has three syncs less.
  * -EBUSY: another segment is the spare, or none, or a seal has taken it. Where it fails with -ENOSPC nothing is lost: the next head makes its

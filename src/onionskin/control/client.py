@@ -108,8 +108,9 @@ def is_stopped(pid: int) -> bool:
 
 def _silent(name: str, pid: int, seconds: float | None = None) -> str:
     who = f"process {pid}" if pid else "the process"
+    waited = seconds or frames.SILENCE_SECONDS
     return (
-        f"{who}, which serves volume {name!r}, has not answered for {seconds or frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
+        f"{who}, which serves volume {name!r}, has not answered for {waited:.0f} s; it was stopped (then let "
         "it go on: kill -CONT), or its disk hangs"
     )
 

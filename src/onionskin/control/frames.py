@@ -27,7 +27,6 @@ WORD_SECONDS = 3 * ALIVE_SECONDS / 2  # of silence, after which a caller is told
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 22  # 10,000 names that a fork is to give
-STEP_BYTES_MAX = 1 << 12  # what the caller of a group says after its request
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
 LATER = {"guid"}  # arguments that clients and servers of the same version may not know
@@ -50,7 +49,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "resize": {"size_bytes": (int,)},
     "diff": {"a": (str,), "b": (str, NoneType)},
     "usage": {},
-    "group": {},
+    "group": {"group": (str,)},
     "fork": {
         "source": (str,),
         "names": (list, NoneType),
@@ -85,7 +84,9 @@ def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) ->
     """Send one frame. Raise ValueError if it would be longer than the other end accepts."""
     frame = packed(value)
     if len(frame) - _LENGTH.size > bytes_max:
-        raise ValueError(f"a message of {len(frame)} bytes is longer than the {bytes_max} that the control socket takes")
+        raise ValueError(
+            f"a message of {len(frame)} bytes is longer than the {bytes_max} that the control socket takes"
+        )
     connection.sendall(frame)
 
 

@@ -5,18 +5,24 @@ Then both ends speak in steps:
 
     server: entered   the volume is held for this operation
     caller: begin     server: begun     most of the head is durable
-    caller: hold      server: held      its writers wait
-    caller: cut       server: done      the heads are swapped, and its writers go on
+    caller: lead      server: leading   this connection cuts all volumes of the group that this server has
+    caller: hold      server: held      their writers wait
+    caller: cut       server: done      the heads are swapped, and their writers go on
     caller: sync      server: synced    the rest is durable; this describes it
     caller: end       server: result    the volume goes on with the head that the catalog has
+
+Each volume has its own connection, on which all of that is said, except that one connection of each server leads: so the
+volumes of a server are held and cut by one thread, as those of one process are.
 
 What must hold: writers wait from `hold` to `cut` only, and for HOLD_SECONDS at most; the words of both are fixed texts,
 which C sends and reads, so that no interpreter is waited for. Whatever the other end does (it says nothing, something else,
 too much, or is gone), either end is done with it in a bounded time. What the server does then is in `MemberSealing`.
 """
 
+import os
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import ETIME
 from typing import TYPE_CHECKING, Any
@@ -30,7 +36,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._volume import cut_when_told
 from onionskin.operations.forks import Wanted
 from onionskin.operations.group_member import MemberSealing
-from onionskin.operations.seal import NextHead, SealedHead
+from onionskin.operations.seal import NextHead, RemoteHead, SealedHead
 from onionskin.operations.snapshots import OPERATION_SECONDS
 from onionskin.storage.open_head import OpenHead
 
@@ -152,8 +158,8 @@ class Talk:
         """Send a step."""
         self._send({"step": step, **values})
 
-    def hear(self, step: str) -> dict[str, Any]:
-        """Wait for a step, and for no other.
+    def hear(self, *steps: str) -> dict[str, Any]:
+        """Wait for one of these steps.
 
         Raises
         ------
@@ -163,44 +169,99 @@ class Talk:
         before = self._connection.gettimeout()
         self._connection.settimeout(STEP_SECONDS)
         try:
-            found = frames.receive(self._connection, bytes_max=frames.STEP_BYTES_MAX)
+            found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
             raise StateError(f"the group's caller has said nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
         finally:
             self._connection.settimeout(before)
         if found is None or "cancel" in found:
             raise StateError("the group's caller has gone away")
-        if found.get("step") != step:
-            raise FormatError(f"the step {step!r} of a group was to come, and something else came")
+        if found.get("step") not in steps:
+            raise FormatError(f"the step {steps[0]!r} of a group was to come, and something else came")
         return found
 
-    def cut(self, volume: OpenHead) -> None:
-        """Say that the seal of a volume was begun, and cut its head when the caller says so."""
-        self._be_silent(True)  # before the caller reads a word that is no frame of its own
+    def cut(self, heads: Sequence[OpenHead]) -> None:
+        """Cut heads when the caller says so."""
+        self._be_silent(True)  # before the caller reads words that are no frames of its own
         try:
-            self.say("begun")
-            failed = cut_when_told(volume.path, self._connection.fileno(), _words(), STEP_SECONDS)
+            self.say("leading")
+            paths, names = [head.path for head in heads], [head.row.name for head in heads]
+            failed = cut_when_told(paths, names, self._connection.fileno(), _words(), STEP_SECONDS)
         finally:
             self._be_silent(False)
         if failed == ETIME:
-            raise StateError("the group was not cut in time, and the writers of this volume went on")
+            raise StateError("the group was not cut in time, and the writers of its volumes here went on")
         if failed:
             raise StateError("the group's caller has gone away, or gave it up")
 
 
-def seal_for_caller(talk: Talk, volume: OpenHead) -> dict[str, Any]:
-    """Seal a volume as one of the caller's group."""
+class _Party:
+    """The volumes of this process that are sealed for one caller. A volume leaves before its seal is ended."""
+
+    def __init__(self) -> None:
+        self.connections = 0  # under `_parties_guard`
+        self._guard = threading.Lock()  # held while one connection cuts: nobody ends a seal meanwhile
+        self._begun: dict[str, OpenHead] = {}
+
+    def join(self, head: OpenHead) -> None:
+        """Have a head, whose seal was begun, cut by whoever leads."""
+        with self._guard:
+            self._begun[head.row.id.hex()] = head
+
+    def leave(self, head: OpenHead) -> None:
+        """Have it cut no more."""
+        with self._guard:
+            self._begun.pop(head.row.id.hex(), None)
+
+    def cut(self, talk: Talk, asked: Any) -> None:
+        """Cut the heads that the caller asks for."""
+        with self._guard:
+            if not isinstance(asked, list) or not all(isinstance(id, str) and id in self._begun for id in asked):
+                raise StateError("a volume of the group is sealed no more; try again")
+            talk.cut([self._begun[id] for id in asked])
+
+
+_PROCESS = os.urandom(16).hex()  # who has the same can be led by one connection
+_parties_guard = threading.Lock()
+_parties: dict[str, _Party] = {}
+
+
+@contextmanager
+def _party_of(name: str) -> Iterator[_Party]:
+    with _parties_guard:
+        party = _parties.setdefault(name, _Party())
+        party.connections += 1
+    try:
+        yield party
+    finally:
+        with _parties_guard:
+            party.connections -= 1
+            if not party.connections:
+                del _parties[name]
+
+
+def seal_for_caller(talk: Talk, volume: OpenHead, group: str) -> dict[str, Any]:
+    """Seal a volume as one of the caller's group, which the caller gave this name."""
     is_named = True
-    with volume.operation(during_merge=True, within=OPERATION_SECONDS):
+    with _party_of(group) as party, volume.operation(during_merge=True, within=OPERATION_SECONDS):
         volume.refuse_half_merged()
-        talk.say("entered", volume=volume.row.id.hex())
+        talk.say("entered", volume=volume.row.id.hex(), process=_PROCESS)
         talk.hear("begin")
         sealing = MemberSealing(volume)
+
+        def resolve() -> None:
+            party.leave(volume)
+            sealing.resolve()
+
         try:
-            with volume.resolving(sealing.resolve):
+            with volume.resolving(resolve):
                 sealing.begin()
-                talk.cut(volume)
-                asked = talk.hear("sync")
+                party.join(volume)
+                talk.say("begun")
+                asked = talk.hear("sync", "lead")
+                if asked["step"] == "lead":
+                    party.cut(talk, asked.get("volumes"))
+                    asked = talk.hear("sync")
                 sealing.sync()
                 talk.say("synced", sealed=pack_sealed(sealing.give(*_lock_bytes(asked))))
                 is_named = talk.hear("end").get("named") is not False
@@ -225,10 +286,12 @@ def _lock_bytes(asked: dict[str, Any]) -> tuple[int, int]:
 class ServedHead:
     """A head that a server seals for this process: see `seal.RemoteHead`."""
 
-    def __init__(self, store: "OpenStore", row: VolumeRow, live: LiveVolume) -> None:
+    def __init__(self, store: "OpenStore", row: VolumeRow, live: LiveVolume, group: str) -> None:
         self.store = store
         self.row = row
         self.name = row.name
+        self.process = ""
+        self._group = group
         self._live = live
         self._sealed: SealedHead | None = None
         self._lock_bytes = (0, 0)
@@ -257,7 +320,7 @@ class ServedHead:
     def operation(self, *, during_merge: bool, within: float | None) -> Iterator[None]:
         """Have the server hold the volume for this operation."""
         self._live._connection.settimeout(SILENCE_SECONDS)
-        self._live._request(frames.request("group", {}))
+        self._live._request(frames.request("group", {"group": self._group}))
         try:
             entered = self._hear("entered")
         except ValueError:
@@ -267,6 +330,7 @@ class ServedHead:
             ) from None
         if entered.get("volume") != self.row.id.hex():
             raise StateError(f"volume {self.name!r} is another one by now; try again")
+        self.process = str(entered.get("process"))
         yield
 
     def refuse_half_merged(self) -> None:
@@ -279,6 +343,14 @@ class ServedHead:
     def begun(self) -> None:
         """Wait for that."""
         self._hear("begun")
+
+    def ask_to_lead(self, heads: Sequence[RemoteHead]) -> None:
+        """Have its connection cut all of these, which are of one process."""
+        self._say("lead", volumes=[head.row.id.hex() for head in heads])
+
+    def leads(self) -> None:
+        """Wait until it listens."""
+        self._hear("leading")
 
     def cut_failed(self, number: int) -> StateError:
         """Return the error that says why it was not cut, or raise the server's own."""
@@ -344,10 +416,10 @@ class ServedHead:
                 raise FormatError(f"the server of volume {self.name!r} said something else than {step!r}")
 
 
-def find_served_head(store: "Store", name: str) -> ServedHead | None:
-    """Find the server that holds a volume, to have it sealed by it; None if none does."""
+def find_served_head(store: "Store", name: str, group: str) -> ServedHead | None:
+    """Find the server that holds a volume, to have it sealed by it as one of a group; None if none does."""
     live = find(store, name)
-    return None if live is None else ServedHead(store._opened, store._opened.catalog.volume(name), live)
+    return None if live is None else ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:

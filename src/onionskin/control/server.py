@@ -305,14 +305,22 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
-    def group(self) -> dict[str, Any]:
+    def group(self, group: str) -> dict[str, Any]:
         talk = groups.Talk(self._connection, self._send, self._be_silent)
-        return groups.seal_for_caller(talk, self._volume._opened.to_write())
+        return groups.seal_for_caller(talk, self._volume._opened.to_write(), group)
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
         count = None if how["names"] else how["count"]
         asked = forks.check_wanted(
-            source, None, how["names"], count, None if how["names"] else pattern, how["key"], None, how["labels"], how["wipe"]
+            source,
+            None,
+            how["names"],
+            count,
+            None if how["names"] else pattern,
+            how["key"],
+            None,
+            how["labels"],
+            how["wipe"],
         )
         drawn = None if ids is None else tuple(bytes.fromhex(id) for id in ids)
         wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)

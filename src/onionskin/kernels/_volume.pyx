@@ -9,7 +9,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport E2BIG, EBUSY, ECONNRESET, EFBIG, EINVAL, EIO, ENOENT, EPROTO, ETIME
+from libc.errno cimport E2BIG, EBUSY, EFBIG, EINVAL, EIO, ENOENT
 from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -129,7 +129,7 @@ cdef extern from "volume/volume.h" nogil:
         uint32_t peer_count
         onion_cut_words words
     int onion_volumes_cut(const onion_cut *, uint32_t *)
-    int onion_volume_cut_when_told(onion_volume *, int, const onion_cut_words *, int)
+    int onion_volumes_cut_when_told(const onion_cut *, int, uint32_t *)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
     int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
@@ -1253,16 +1253,11 @@ cdef int _set_words(onion_cut_words *raw, words) except -1:
 _NO_WORDS = (b"", b"", b"", b"", 0)
 
 
-def cut_heads(paths, names, peers=(), words=_NO_WORDS):
-    """Cut the heads of volumes whose seals were begun, at one instant; writers wait meanwhile, and the GIL is not held.
-
-    Each write that was answered before one that the cut leaves out began is in the cut, whichever volumes they went to.
-    `names` are what errors call the volumes. `peers` are the sockets of processes that cut more volumes of the group, with
-    `cut_when_told`, and `words` what is said: (hold, held, cut, done, seconds). On an error each seal that was begun is to
-    be aborted, and so it is where something is returned: (index of a peer that failed, its error number).
-    """
+cdef _cut(paths, names, peers, words, wait_seconds):
+    """Cut heads, and say it to peers; or, where there is a time to wait, when the one peer says so."""
     cdef uint32_t failed = 0
-    cdef int status
+    cdef int status, wait_ms = 0 if wait_seconds is None else int(wait_seconds * 1000)
+    cdef bint is_told = wait_seconds is not None
     cdef DataPath path
     cdef onion_cut at
     if len(set(paths)) != len(paths):
@@ -1280,7 +1275,7 @@ def cut_heads(paths, names, peers=(), words=_NO_WORDS):
             descriptors[<uint32_t>index] = peer
         at.volumes, at.peers = volumes, descriptors
         with nogil:
-            status = onion_volumes_cut(&at, &failed)
+            status = onion_volumes_cut_when_told(&at, wait_ms, &failed) if is_told else onion_volumes_cut(&at, &failed)
     finally:
         free(volumes)
         free(descriptors)
@@ -1291,23 +1286,25 @@ def cut_heads(paths, names, peers=(), words=_NO_WORDS):
     return None
 
 
-def cut_when_told(DataPath path, peer, words, wait_seconds):
-    """Cut a head whose seal was begun when the process at the other end of a socket says so, at the same instant as its
-    others.
+def cut_heads(paths, names, peers=(), words=_NO_WORDS):
+    """Cut the heads of volumes whose seals were begun, at one instant; writers wait meanwhile, and the GIL is not held.
 
-    Returns 0, or the error number of the peer: ETIME, ECONNRESET, EPROTO. Then, and after an error, the seal is to be
+    Each write that was answered before one that the cut leaves out began is in the cut, whichever volumes they went to.
+    `names` are what errors call the volumes. `peers` are the sockets of processes that cut more volumes of the group, with
+    `cut_when_told`, and `words` what is said: (hold, held, cut, done, seconds). On an error each seal that was begun is to
+    be aborted, and so it is where something is returned: (index of a peer that failed, its error number).
+    """
+    return _cut(paths, names, peers, words, None)
+
+
+def cut_when_told(paths, names, peer, words, wait_seconds):
+    """Cut heads as `cut_heads` does, at the same instant as others and when the process at the other end of a socket says so.
+
+    Returns 0, or the error number of the peer: ETIME, ECONNRESET, EPROTO. Then, and after an error, the seals are to be
     aborted.
     """
-    cdef int status, descriptor = peer, wait_ms = int(wait_seconds * 1000)
-    cdef onion_cut_words raw
-    _set_words(&raw, words)
-    with nogil:
-        status = onion_volume_cut_when_told(path._volume, descriptor, &raw, wait_ms)
-    if status in (-ETIME, -ECONNRESET, -EPROTO):
-        return -status
-    if status < 0:
-        _raise(status, "snapshot")
-    return 0
+    failed = _cut(paths, names, (peer,), words, wait_seconds)
+    return failed[1] if failed else 0
 
 
 def _path_of(fd):

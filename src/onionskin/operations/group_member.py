@@ -93,5 +93,7 @@ class MemberSealing(Sealing):
             self.give_back_reclaims()
             return
         self.finish()
-        if not is_named and self._parent is not None:  # the cut before this one, where nothing else stands on it any more
+        if (
+            not is_named and self._parent is not None
+        ):  # the cut before this one, where nothing else stands on it any more
             fold_where_unnamed(self.volume, [self._parent])

@@ -263,6 +263,7 @@ class RemoteHead(Protocol):
     store: OpenStore  # here
     row: VolumeRow  # as it was when its process was found
     name: str
+    process: str  # which one it is, once the operation has begun
 
     def operation(self, *, during_merge: bool, within: float | None) -> AbstractContextManager[None]:
         """Hold the volume for one operation, as `OpenHead.operation` does."""
@@ -290,6 +291,12 @@ class RemoteHead(Protocol):
 
     def begun(self) -> None:
         """Wait for that."""
+
+    def ask_to_lead(self, heads: "Sequence[RemoteHead]") -> None:
+        """Have its connection cut all of these, which are of one process, when it is told."""
+
+    def leads(self) -> None:
+        """Wait until it listens to that."""
 
     def cut_failed(self, number: int) -> StateError:
         """Return the error that says why it was not cut; `number` is an error number."""
@@ -353,11 +360,25 @@ def _take_lock_bytes(remotes: Sequence[RemoteHead]) -> Sequence[int]:
 def _cut(sealings: Sequence[Sealing], remotes: Sequence[RemoteHead]) -> None:
     volumes = [sealing.volume for sealing in sealings]
     paths, names = [volume.path for volume in volumes], [volume.row.name for volume in volumes]
-    if not remotes:
+    leaders = _have_led(remotes)
+    if not leaders:
         cut_heads(paths, names)
-    elif failed := cut_heads(paths, names, [remote.peer for remote in remotes], remotes[0].words):
+    elif failed := cut_heads(paths, names, [leader.peer for leader in leaders], leaders[0].words):
         at, number = failed
-        raise remotes[at].cut_failed(number)
+        raise leaders[at].cut_failed(number)
+
+
+def _have_led(remotes: Sequence[RemoteHead]) -> list[RemoteHead]:
+    """Have one connection of each other process ready to cut all that the process has, and return those."""
+    of_process: dict[str, list[RemoteHead]] = {}
+    for remote in remotes:
+        of_process.setdefault(remote.process, []).append(remote)
+    leaders = [heads[0] for heads in of_process.values()]
+    for leader in leaders:
+        leader.ask_to_lead(of_process[leader.process])
+    for leader in leaders:
+        leader.leads()
+    return leaders
 
 
 @contextmanager

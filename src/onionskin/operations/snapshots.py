@@ -33,7 +33,6 @@ from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
-
 OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
 
@@ -70,9 +69,7 @@ class _Naming:
 
     taken: Snapshot
 
-    def __init__(
-        self, store: OpenStore, head: OpenHead | RemoteHead, name: str | None, note: str, guid: bytes
-    ) -> None:
+    def __init__(self, store: OpenStore, head: OpenHead | RemoteHead, name: str | None, note: str, guid: bytes) -> None:
         self.head = head
         self._store = store
         self._name = name
