@@ -149,9 +149,7 @@ def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
                 mine.snapshot_group(dict.fromkeys(names, f"{prefix}{number}"))
         ended.append(prefix)
 
-    threads = [
-        threading.Thread(target=take, args=args) for args in ((["web", "db"], "a"), (["log", "db", "web"], "b"))
-    ]
+    threads = [threading.Thread(target=take, args=args) for args in ((["web", "db"], "a"), (["log", "db", "web"], "b"))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -290,16 +288,16 @@ class Caller:
         self.head.ask_to_lead([self.head])
         self.head.leads()
 
-    def _word(self, said: int) -> None:
+    def _word(self, said: bytes, answer: bytes) -> None:
         connection = self.head._live._connection
-        connection.sendall(self.head.words[said])
-        assert connection.recv(100) == self.head.words[said + 1]
+        connection.sendall(said)
+        assert connection.recv(100) == answer
 
     def _held(self) -> None:
-        self._word(0)
+        self._word(self.head.words[0], self.head.words[1])
 
     def _done(self) -> None:
-        self._word(2)
+        self._word(self.head.words[2], self.head.words[3])
 
     def _synced(self) -> None:
         numbers = self.store._opened.change(lambda: self.store._opened.catalog.take_lock_bytes(2))

@@ -33,6 +33,7 @@ CONNECTIONS_MAX = 16
 ACCEPT_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
+ID_BYTES = 16
 EXTENTS_IN_FRAME = 20_000
 SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
 
@@ -310,19 +311,14 @@ class _Session:
         return groups.seal_for_caller(talk, self._volume._opened.to_write(), group)
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
-        count = None if how["names"] else how["count"]
+        names = how["names"]
+        count, pattern_or_none = (how["count"], pattern) if names is None else (None, None)
         asked = forks.check_wanted(
-            source,
-            None,
-            how["names"],
-            count,
-            None if how["names"] else pattern,
-            how["key"],
-            None,
-            how["labels"],
-            how["wipe"],
+            source, None, names, count, pattern_or_none, how["key"], None, how["labels"], how["wipe"]
         )
         drawn = None if ids is None else tuple(bytes.fromhex(id) for id in ids)
+        if drawn is not None and [len(id) for id in drawn] != [ID_BYTES] * asked.count:
+            raise ValueError("the ids of the forks are none")
         wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)
         return forks.fork_head(self._volume._opened.to_write(), wanted)
 
