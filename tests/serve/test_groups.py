@@ -275,7 +275,11 @@ class Caller:
     def go_to(self, last: str) -> None:
         """Go on until the server has said this."""
         for step in self.STEPS[: self.STEPS.index(last) + 1]:
-            getattr(self, f"_{step}")()
+            self.go_on(step)
+
+    def go_on(self, step: str) -> None:
+        """Do what has the server say this, and hear it."""
+        getattr(self, f"_{step}")()
 
     def _entered(self) -> None:
         self._stack.enter_context(self.head.operation(during_merge=True, within=None))
@@ -335,6 +339,21 @@ def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     goes_on(store, server, "web")
     with pytest.raises(onionskin.StateError, match="group"):
         caller.head._hear("nothing more")
+    caller.close()
+
+
+def test_a_volume_goes_on_whose_caller_takes_nothing(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("done")
+    monkeypatch.setattr(groups, "STEP_SECONDS", 0.3)
+    pack = groups.pack_sealed
+    monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
+    monkeypatch.setattr(caller.head, "synced", lambda: None)
+    caller.go_on("synced")
+    goes_on(store, server, "web")
     caller.close()
 
 

@@ -75,8 +75,8 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
     return found
 
 
-def find(store: Store, name: str) -> "LiveVolume | None":
-    """Connect to the server of a volume, or return None if no server holds it."""
+def find(store: Store, name: str, *, greet: bool = True) -> "LiveVolume | None":
+    """Connect to the server of a volume, or return None if no server holds it. `greet` is as for `LiveVolume`."""
     row = store._opened.catalog.volume(name)
     holder = volume_holder(store._opened.layout.volume_lock(row.id))
     if holder is None:
@@ -89,12 +89,12 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         if error.errno == EAGAIN:
             raise StateError(_silent(name, holder.pid)) from None
         raise
-    live = LiveVolume(connection, name)
+    live = LiveVolume(connection, name, greet=greet)
     # The path and the server belong to the volume's id; the name may mean another volume by now.
     if store._opened.catalog.volume(name).id == row.id:
         return live
     live.close()
-    return find(store, name)
+    return find(store, name, greet=greet)
 
 
 def is_stopped(pid: int) -> bool:
@@ -118,26 +118,32 @@ def _silent(name: str, pid: int, seconds: float | None = None) -> str:
 class LiveVolume:
     """A volume in another process. A context manager. Any thread may call it; calls run one after the other."""
 
-    def __init__(self, connection: socket.socket, name: str) -> None:
+    def __init__(self, connection: socket.socket, name: str, *, greet: bool = True) -> None:
+        """Take a connection; where `greet` is false, the caller waits for the greeting later, with `_greeted`."""
         self.name: str = name
         self._connection = connection
         self._guard = threading.Lock()
         self._pid = credentials_of(connection)[0]
         connection.settimeout(frames.SILENCE_SECONDS)
         try:
-            greeting = self._receive()
-            if "error" in greeting:
-                raise frames.unpack_error(greeting["error"])
-            if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
-                raise StateError(
-                    f"the server of volume {name!r} speaks another version of the control protocol; use the same "
-                    "onionskin at both ends"
-                )
-            if "alive_seconds" not in greeting:  # an older server, which is silent while it works
-                connection.settimeout(None)
+            if greet:
+                self._greeted()
         except BaseException:
             connection.close()
             raise
+
+    def _greeted(self) -> None:
+        """Wait for the greeting of the server, and refuse one that speaks another protocol."""
+        greeting = self._receive()
+        if "error" in greeting:
+            raise frames.unpack_error(greeting["error"])
+        if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
+            raise StateError(
+                f"the server of volume {self.name!r} speaks another version of the control protocol; use the same "
+                "onionskin at both ends"
+            )
+        if "alive_seconds" not in greeting:  # an older server, which is silent while it works
+            self._connection.settimeout(None)
 
     def __enter__(self) -> "LiveVolume":
         return self

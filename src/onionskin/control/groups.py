@@ -154,9 +154,22 @@ class Talk:
         self._send = send
         self._be_silent = be_silent
 
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Wait for the caller for STEP_SECONDS at most, whether it says nothing or takes nothing."""
+        before = self._connection.gettimeout()
+        self._connection.settimeout(STEP_SECONDS)
+        try:
+            yield
+        finally:
+            self._connection.settimeout(before)
+
     def say(self, step: str, **values: Any) -> None:
         """Send a step."""
-        self._send({"step": step, **values})
+        try:
+            self._send({"step": step, **values})
+        except TimeoutError:
+            raise StateError(f"the group's caller has taken nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
 
     def hear(self, *steps: str) -> dict[str, Any]:
         """Wait for one of these steps.
@@ -166,14 +179,10 @@ class Talk:
         StateError
             The caller is gone, silent for too long, or has given up.
         """
-        before = self._connection.gettimeout()
-        self._connection.settimeout(STEP_SECONDS)
         try:
             found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
             raise StateError(f"the group's caller has said nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
-        finally:
-            self._connection.settimeout(before)
         if found is None or "cancel" in found:
             raise StateError("the group's caller has gone away")
         if found.get("step") not in steps:
@@ -243,7 +252,11 @@ def _party_of(name: str) -> Iterator[_Party]:
 def seal_for_caller(talk: Talk, volume: OpenHead, group: str) -> dict[str, Any]:
     """Seal a volume as one of the caller's group, which the caller gave this name."""
     is_named = True
-    with _party_of(group) as party, volume.operation(during_merge=True, within=OPERATION_SECONDS):
+    with (
+        _party_of(group) as party,
+        volume.operation(during_merge=True, within=OPERATION_SECONDS),
+        talk.bounded(),
+    ):
         volume.refuse_half_merged()
         talk.say("entered", volume=volume.row.id.hex(), process=_PROCESS)
         talk.hear("begin")
@@ -321,6 +334,8 @@ class ServedHead:
         """Have the server hold the volume for this operation."""
         self._live._connection.settimeout(SILENCE_SECONDS)
         self._live._request(frames.request("group", {"group": self._group}))
+        self._live._greeted()
+        self._live._connection.settimeout(SILENCE_SECONDS)  # a server that is silent while it works knows no groups
         try:
             entered = self._hear("entered")
         except ValueError:
@@ -418,7 +433,7 @@ class ServedHead:
 
 def find_served_head(store: "Store", name: str, group: str) -> ServedHead | None:
     """Find the server that holds a volume, to have it sealed by it as one of a group; None if none does."""
-    live = find(store, name)
+    live = find(store, name, greet=False)  # so that all servers of a group greet at the same time
     return None if live is None else ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
 
 
