@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from support.servers import Serve
 
 import onionskin
 from onionskin.base.sockets import UnixListener
-from onionskin.catalog import new_id
+from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
 from onionskin.control.groups import ServedHead, find_served_head
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations.seal import write_sealed
+from onionskin.operations.snapshots import _Naming
+from onionskin.storage.locks import ByteLocks
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -308,10 +310,11 @@ class Caller:
         self.head.ask_to_sync(*numbers)
         self.head.synced()
 
-    def commit(self) -> None:
-        """Write the rows of what was sealed."""
+    def commit(self, name: str = "s") -> None:
+        """Write the rows of what was sealed, and name it."""
         opened = self.store._opened
-        opened.change(lambda: write_sealed(opened, self.head.sealed, lambda sealed, head: None))
+        naming = _Naming(opened, self.head, name, "", new_id())
+        opened.change(lambda: write_sealed(opened, self.head.sealed, naming.write))
 
     def close(self) -> None:
         self._stack.close()
@@ -347,8 +350,8 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
 ) -> None:
     server = here("web")
     caller = Caller(store, "web")
+    monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
     caller.go_to("done")
-    monkeypatch.setattr(groups, "STEP_SECONDS", 0.3)
     pack = groups.pack_sealed
     monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
     monkeypatch.setattr(caller.head, "synced", lambda: None)
@@ -367,6 +370,25 @@ def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     caller.head._say("nonsense", volumes=[1], map_byte=-1)
     goes_on(store, server, "web")
     caller.close()
+
+
+def test_a_write_that_begins_while_writers_wait_is_not_in_the_cut(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
+    volume = volume_of(here("web"), "web")
+    stamp(volume, 1)
+    caller = Caller(store, "web")
+    caller.go_to("held")
+    late = threading.Thread(target=stamp, args=(volume, 2))
+    late.start()
+    late.join(0.1)  # it has the time to come through, if nothing holds it
+    caller.go_on("done")
+    late.join()
+    caller.go_on("synced")
+    caller.commit()
+    caller.close()
+    assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
 def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(store: onionskin.Store, here: Here) -> None:
@@ -414,6 +436,46 @@ def test_a_caller_that_was_stopped_before_its_commit_cannot_commit_any_more(
     server.close()
     with store.open("web") as again:
         assert number_in_head(again) == 2
+
+
+def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
+    store: onionskin.Store, here: Here
+) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    new = caller.head.sealed.next
+    with closing(ByteLocks(store._opened.layout.lock)) as others:
+        for lock_byte in (new.map_byte, new.spare_byte):
+            assert others.take_exclusive([lock_byte]) == lock_byte
+    caller.close()
+    goes_on(store, server, "web")
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (7, 7), (True, 8), (-1, 8), ("7", 8), (7, 1 << 62)])
+def test_lock_bytes_that_cannot_be_are_refused(store: onionskin.Store, here: Here, numbers: tuple[Any, Any]) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("done")
+    caller.head.ask_to_sync(*numbers)
+    with pytest.raises(onionskin.FormatError, match="lock bytes"):
+        caller.head.synced()
+    caller.close()
+    goes_on(store, server, "web")
+
+
+def test_a_description_that_claims_the_segments_of_another_volume_is_refused(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    (row,) = store._opened.catalog.rows(VolumeRow, "name = 'db'")
+    stolen = [[one.id.hex(), 1] for one in store._opened.catalog.rows(SegmentRow, "layer = ?", row.head)]
+    pack = groups.pack_sealed
+    monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"segments": stolen})
+    with pytest.raises(onionskin.FormatError, match="is not what the catalog has"):
+        store.snapshot_group({"web": "s", "log": "s"})
+    monkeypatch.undo()
+    goes_on(store, server, "web")
 
 
 def test_a_volume_waits_for_a_caller_inside_its_transaction(
