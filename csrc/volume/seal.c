@@ -288,20 +288,6 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
     return status;
 }
 
-int onion_volumes_cut(struct onion_volume *const *volumes, uint32_t count, uint32_t *failed) {
-    uint32_t held = 0;
-    int status = 0;
-    while (held < count && (status = onion_volume_seal_hold(volumes[held])) == 0)
-        held++;
-    *failed = held;
-    for (uint32_t i = 0; i < held && status == 0; i++)
-        if ((status = onion_volume_seal_cut(volumes[i])) < 0)
-            *failed = i;
-    for (uint32_t i = 0; i < held; i++)
-        onion_volume_seal_release(volumes[i]);
-    return status;
-}
-
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare) {
     int status = onion_volume_usable(volume);
     if (status < 0)

@@ -242,6 +242,30 @@ class Store:
             wipe=wipe,
         )
 
+    @_twin_of(onionskin.store.Store.fork_group)
+    async def fork_group(
+        self,
+        sources: "Mapping[str, str | None]",
+        *,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> dict[str, list[str]]:
+        """Await `onionskin.Store.fork_group`."""
+        return await self.run(
+            self.sync.fork_group,
+            sources,
+            count=count,
+            pattern=pattern,
+            idempotency_key=idempotency_key,
+            lifetime=lifetime,
+            labels=labels,
+            wipe=wipe,
+        )
+
     @_twin_of(onionskin.store.Store.forks_of)
     async def forks_of(self, source: str, snapshot: str | None = None) -> list[str]:
         """Await `onionskin.Store.forks_of`."""

@@ -55,6 +55,7 @@ from onionskin.storage.locks import (
     ReadersLock,
     VolumeLock,
     is_being_merged_into,
+    volume_holder,
 )
 from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
+    from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
     from onionskin.volume import Volume
@@ -539,7 +541,8 @@ class Store:
         ----------
         names : mapping of str to str or None
             What the snapshot of each volume is called; None: by the time, as `Volume.snapshot` does. A volume that is open
-            in this store is cut as it is there; one that nobody holds is opened for this, and closed again.
+            in this store is cut as it is there, one that `onionskin serve` holds by its server, whichever servers those
+            are; one that nobody holds is opened for this, and closed again.
         note : str
             Kept with each; at most 64 KiB.
 
@@ -555,7 +558,8 @@ class Store:
         SnapshotExistsError
             One of the snapshots' names is taken.
         StateError
-            Another process, or another handle of this one, holds one of the volumes: the error names it.
+            A process that serves nothing, or another handle of this one, holds one of the volumes: the error names it. Or a
+            server does not answer in time: no snapshot was taken, all volumes go on.
         OSError
             ENOSPC: no snapshot was taken, all volumes go on.
 
@@ -565,7 +569,21 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, lambda name: self.open(name)._opened.to_write())
+        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._finder())
+
+    def _open_to_cut(self, name: str) -> OpenHead:
+        return self.open(name)._opened.to_write()
+
+    def _finder(self) -> "Callable[[str], RemoteHead | None]":
+        """Return what finds the servers that hold volumes of one group."""
+        group = new_id().hex()
+
+        def find(name: str) -> "RemoteHead | None":
+            import onionskin
+
+            return onionskin.find_served_head(self, name, group)
+
+        return find
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
@@ -625,7 +643,8 @@ class Store:
         Parameters
         ----------
         source : str
-            ``"web@clean"``: a snapshot. ``"web"``: the disk as it is now. It may be open in this store, or nowhere.
+            ``"web@clean"``: a snapshot. ``"web"``: the disk as it is now. It may be open in this store, served by
+            `onionskin serve`, or open nowhere.
         snapshot : str, optional
             The snapshot, where `source` is only the volume.
         names : sequence of str, optional
@@ -657,7 +676,8 @@ class Store:
         VolumeExistsError
             A name is taken.
         StateError
-            The disk as it is now was asked for, and another handle holds the volume; or the key was used for another call.
+            The disk as it is now was asked for, and another handle, which serves nothing, holds the volume; or the key was
+            used for another call.
         ValueError
             The arguments do not say which forks to make.
         """
@@ -666,6 +686,60 @@ class Store:
         return self._fork(
             forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
         )
+
+    def fork_group(
+        self,
+        sources: "Mapping[str, str | None]",
+        *,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> dict[str, list[str]]:
+        """Make forks of several disks, such as those of one machine, with one number for those that belong together.
+
+        All of them are there on return, durably, or none is. Disks as they are now are cut at one instant, as by
+        `snapshot_group`. Any thread may call it.
+
+        Parameters
+        ----------
+        sources : mapping of str to str or None
+            The snapshot of each volume that its forks begin as; None: the disk as it is now. It may be open in this store,
+            served by `onionskin serve`, or open nowhere. ``{"web@clean": None}`` is ``{"web": "clean"}``.
+        count : int, optional
+            How many are made of each disk; by default 1. At most 10,000 of all together.
+        pattern, idempotency_key, lifetime, labels, wipe
+            As for `fork`. The pattern needs ``{source}``, and the numbers go on from the greatest that a volume's name of
+            any of these looks has.
+
+        Returns
+        -------
+        dict of str to list of str
+            The names by the keys of `sources`, in the order of the numbers: the first of each belong together.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        VolumeExistsError
+            A name is taken.
+        StateError
+            As for `fork` and `snapshot_group`.
+        ValueError
+            The arguments do not say which forks to make.
+
+        Examples
+        --------
+        >>> store.fork_group({"web": "clean", "db": "clean"}, count=2)  # doctest: +SKIP
+        {'web': ['web-1', 'web-2'], 'db': ['db-1', 'db-2']}
+        """
+        from onionskin.operations import fork_group
+
+        wanted = fork_group.check_group(sources, count, pattern, idempotency_key, lifetime, labels, wipe)
+        self._opened.catalog.refuse_read_only()
+        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._finder())
 
     def _fork(self, wanted: "forks.Wanted") -> list[str]:
         from onionskin.operations import forks
@@ -677,11 +751,13 @@ class Store:
         return self._fork_head(wanted) if made is None else made
 
     def _fork_head(self, wanted: "forks.Wanted") -> list[str]:
-        """Fork a disk as it is now, in the handle that it has here, or in one that is opened for it."""
+        """Fork a disk as it is now: in the handle that it has here, by its server, or in a handle that is opened for it."""
         from onionskin.operations import forks
 
         while True:
             handle = self._open_here(wanted.volume)
+            if handle is None and (names := self._fork_served(wanted)) is not None:
+                return names
             if handle is None:
                 with self._cutting:  # so that threads do not find the volume held by each other
                     handle = self._open_here(wanted.volume)
@@ -692,6 +768,15 @@ class Store:
             except StateError:
                 if not handle.closed:
                     raise
+
+    def _fork_served(self, wanted: "forks.Wanted") -> list[str] | None:
+        """Have the server of a volume fork it as it is now; None if none holds it."""
+        id = self._opened.catalog.volume(wanted.volume).id
+        if volume_holder(self._opened.layout.volume_lock(id)) is None:
+            return None  # the usual case, which costs no more
+        import onionskin
+
+        return onionskin.fork_served(self, wanted)
 
     def _open_here(self, name: str) -> OpenHead | None:
         """Return the handle by which a volume is open for writing in this store."""
@@ -716,10 +801,7 @@ class Store:
             lock.close()
 
     def _lock_to_cut(self, name: str) -> tuple[VolumeRow, VolumeLock]:
-        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again.
-
-        A volume that a server holds is to be cut by way of its control socket: this is where that belongs.
-        """
+        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again."""
         deadline = time.monotonic() + _CUT_WAIT_SECONDS
         while True:
             try:
@@ -727,8 +809,8 @@ class Store:
             except StateError as error:
                 if time.monotonic() > deadline:
                     raise StateError(
-                        f"{error}; only who holds a volume can fork its disk as it is now: fork it there, or fork one of its "
-                        f"snapshots, as {name}@SNAPSHOT"
+                        f"{error}; what is held is forked as it is now by its holder alone, and this one serves nothing: "
+                        f"fork it there, or fork one of its snapshots, as {name}@SNAPSHOT"
                     ) from None
             time.sleep(0.01)
 

@@ -26,7 +26,7 @@ ALIVE_SECONDS = 2.0
 WORD_SECONDS = 3 * ALIVE_SECONDS / 2  # of silence, after which a caller is told that it waits, and for whom
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
-REQUEST_BYTES_MAX = 1 << 18
+REQUEST_BYTES_MAX = 1 << 22  # 10,000 names that a fork is to give
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
 LATER = {"guid"}  # arguments that clients and servers of the same version may not know
@@ -49,6 +49,18 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "resize": {"size_bytes": (int,)},
     "diff": {"a": (str,), "b": (str, NoneType)},
     "usage": {},
+    "group": {"group": (str,)},
+    "fork": {
+        "source": (str,),
+        "names": (list, NoneType),
+        "count": (int,),
+        "pattern": (str,),
+        "key": (str, NoneType),
+        "lifetime_ns": (int, NoneType),
+        "labels": (dict,),
+        "wipe": (str, NoneType),
+        "ids": (list, NoneType),
+    },
 }
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -70,10 +82,18 @@ _ERRORS: dict[str, type[Exception]] = {
 
 def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) -> None:
     """Send one frame. Raise ValueError if it would be longer than the other end accepts."""
+    frame = packed(value)
+    if len(frame) - _LENGTH.size > bytes_max:
+        raise ValueError(
+            f"a message of {len(frame)} bytes is longer than the {bytes_max} that the control socket takes"
+        )
+    connection.sendall(frame)
+
+
+def packed(value: dict[str, Any]) -> bytes:
+    """Return the frame of a value."""
     text = json.dumps(value, separators=(",", ":")).encode()
-    if len(text) > bytes_max:
-        raise ValueError(f"a message of {len(text)} bytes is longer than the {bytes_max} that the control socket takes")
-    connection.sendall(_LENGTH.pack(len(text)) + text)
+    return _LENGTH.pack(len(text)) + text
 
 
 def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
@@ -181,6 +201,8 @@ def _fault_of(value: Any) -> str | None:
         if not value or not all(isinstance(one, str) for one in value):
             return "it is no list of names"
         return next(filter(None, map(_fault_of, value)), None)
+    if isinstance(value, dict):
+        return next(filter(None, (_fault_of([*pair]) for pair in value.items())), None)
     if isinstance(value, int) and not 0 <= value < 1 << 63:
         return "it is negative, or larger than any disk"
     return None

@@ -52,6 +52,12 @@ class Pattern:
     suffix: str
     width: int
 
+    @property
+    def text(self) -> str:
+        """The pattern as `parse_pattern` reads it."""
+        prefix, suffix = (part.replace("{", "{{").replace("}", "}}") for part in (self.prefix, self.suffix))
+        return f"{prefix}{{n{f':0{self.width}' if self.width > 1 else ''}}}{suffix}"
+
     def name(self, number: int) -> str:
         """Return the name with this number."""
         return check_name("volume", f"{self.prefix}{number:0{self.width}}{self.suffix}")
@@ -125,7 +131,7 @@ def check_wanted(
         checked,
         _check_count(1 if count is None else count) if checked is None else len(checked),
         parse_pattern(DEFAULT_PATTERN if pattern is None else pattern, volume),
-        None if key is None else _check_key(key),
+        None if key is None else check_key(key),
         None if lifetime is None else parse_duration(lifetime),
         check_labels(labels or {}),
         wipe,
@@ -144,7 +150,7 @@ def _check_names(names: Sequence[str], count: int | None, pattern: str | None) -
     return found
 
 
-def _check_key(key: str) -> str:
+def check_key(key: str) -> str:
     """Return a key that a call may have: a text of the caller's own, such as the address of a task."""
     if not isinstance(key, str):
         raise TypeError(f"a key is a text, not {key!r}")
@@ -360,13 +366,16 @@ def made_before(store: OpenStore, wanted: Wanted) -> list[str] | None:
     StateError
         That call had other arguments.
     """
-    if wanted.key is None:
-        return None
-    found = store.catalog.fork_call(wanted.key)
+    return None if wanted.key is None else made_under(store, wanted.key, wanted.digest())
+
+
+def made_under(store: OpenStore, key: str, digest: bytes) -> list[str] | None:
+    """Return the names that a call with this key and digest made within a day: see `made_before`."""
+    found = store.catalog.fork_call(key)
     if found is None or found.created_ns < time.time_ns() - KEY_NANOSECONDS:
         return None
-    if found.digest != wanted.digest():
-        raise StateError(f"the key {wanted.key!r} was used for another fork within a day; give each fork its own key")
+    if found.digest != digest:
+        raise StateError(f"the key {key!r} was used for another fork within a day; give each fork its own key")
     return _names_in(store, found)
 
 
@@ -384,8 +393,23 @@ def _insert(
     store: OpenStore, wanted: Wanted, source: VolumeRow, snapshot: SnapshotRow | None, layer: LayerRow
 ) -> list[str]:
     """Write the rows of forks that begin as a layer. Inside a transaction."""
-    catalog = store.catalog
     names = _free_names(store, wanted)
+    insert_named(store, wanted, names, source, snapshot, layer)
+    if wanted.key is not None:
+        note_call(store, wanted.key, wanted.digest(), names)
+    return names
+
+
+def insert_named(
+    store: OpenStore,
+    wanted: Wanted,
+    names: Sequence[str],
+    source: VolumeRow,
+    snapshot: SnapshotRow | None,
+    layer: LayerRow,
+) -> None:
+    """Write the rows of forks with these names, which are free. Inside a transaction."""
+    catalog = store.catalog
     now_ns = time.time_ns()
     expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
     first = NewHead.on(
@@ -407,10 +431,13 @@ def _insert(
     catalog.insert_all(volumes)
     lineage.begin(catalog, volumes, source.id, snapshot)
     catalog.insert_all(LabelRow(row.id, key, value) for row in volumes for key, value in wanted.labels.items())
-    if wanted.key is not None:
-        catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
-        catalog.remember_fork_call(ForkCallRow(wanted.key, wanted.digest(), json.dumps(names), now_ns))
-    return names
+
+
+def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:
+    """Write down what a call under a key made, and forget the keys of another day. Inside its transaction."""
+    now_ns = time.time_ns()
+    store.catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
+    store.catalog.remember_fork_call(ForkCallRow(key, digest, json.dumps(list(names)), now_ns))
 
 
 def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
@@ -426,9 +453,14 @@ def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
                 "choose another pattern"
             )
         names = [pattern.name(number) for number in range(last + 1, last + wanted.count + 1)]
+    refuse_taken(store, names)
+    return names
+
+
+def refuse_taken(store: OpenStore, names: Sequence[str]) -> None:
+    """Raise VolumeExistsError if a volume has one of these names. Inside the transaction that gives them."""
     taken = sorted(row.name for row in store.catalog.volumes_named(names))
     if len(taken) == 1:
         raise VolumeExistsError(f"the store {store.path} already has a volume {taken[0]!r}; choose another name")
     if taken:
         raise VolumeExistsError(f"the store {store.path} already has volumes {some_of(taken)}; nothing was made")
-    return names
