@@ -79,7 +79,9 @@ def fork_group(store: OpenStore, wanted: GroupWanted, opener: Opener, finder: Fi
         if not cut:
             return store.change(lambda: _insert_all(store, wanted, {}))
         while True:
-            _refuse_done(store, wanted)
+            with store.catalog.reading():  # before anything is sealed: a seal that is taken back leaves a segment more
+                _refuse_done(store, wanted)
+                _free_names(store, wanted)
             with open_heads(store, cut, opener, finder) as found:
                 try:
                     return _cut_and_fork(store, wanted, found.heads)
