@@ -185,7 +185,9 @@ class VolumeOrStoreType(NameType):
         if isinstance(value, str) and is_store(Path(value)):
             return Path(value)
         if isinstance(value, str) and "/" not in value:
-            self.fail(f"{value!r} is no store; for a volume of a store that is here, write ./{value}", param, ctx)
+            self.fail(
+                f"{value!r} does not exist as a store; for a volume of one that is here, write ./{value}", param, ctx
+            )
         return super().convert(value, param, ctx)
 
 
