@@ -497,7 +497,7 @@ def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
             return getattr(self._connection, name)
 
     calls: list[str] = []
-    few, many = store.fork("web@clean", count=2), store.fork("web@clean", count=200, labels={"a": "b"})
+    few, many = store.fork("web@clean", count=20), store.fork("web@clean", count=200, labels={"a": "b"})
     files(store)
     catalog, counts = store._opened.catalog, []
     with monkeypatch.context() as patch:
@@ -509,6 +509,17 @@ def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
     assert counts[0] == counts[1]
     store._opened.wake()
     assert list(store) == ["web"] and files(store) and store.check() == []
+
+
+def test_the_files_of_many_that_were_deleted_go_with_the_background(store: onionskin.Store) -> None:
+    before = set(store._opened.layout.volumes.iterdir())
+    names = store.fork("web@clean", count=20)
+    for name in names:
+        store.open(name).close()
+    store.delete(*names)
+    store._opened.finish_work()
+    assert set(store._opened.layout.volumes.iterdir()) == before
+    assert store.check() == []
 
 
 def test_what_stands_on_each_other_goes_together_and_what_it_stood_on_is_said(store: onionskin.Store) -> None:
