@@ -260,8 +260,7 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
             if volume.path.log_state()[1] == 0 and fork_below(store, volume.head, volume.size_bytes, insert):
                 return names
             with store.catalog.reading():  # before anything is sealed: a seal that is taken back leaves a segment more
-                if (made := made_before(store, wanted)) is not None:
-                    return made
+                _source(store, volume.row.id, wanted)
                 _free_names(store, wanted)
             sealed = seal(volume, check=volume.refuse_half_merged, also=lambda sealed, head: insert(sealed))
         except DoneBeforeError as done:
@@ -287,15 +286,20 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return done.names
 
 
-def _fork_locked(store: OpenStore, volume: bytes, wanted: Wanted, layer: LayerRow) -> list[str]:
-    """Write the rows of forks of a volume that is held. Inside a transaction."""
-    catalog = store.catalog
+def _source(store: OpenStore, volume: bytes, wanted: Wanted) -> VolumeRow:
+    """Return the row of a volume that is held, if its name still means it, and the call was not made before."""
     if (made := made_before(store, wanted)) is not None:
         raise DoneBeforeError(made)
-    named = catalog.volume(wanted.volume)
+    named = store.catalog.volume(wanted.volume)
     if named.id != volume:
         raise StateError(f"volume {wanted.volume!r} was renamed meanwhile; try again")
-    snapshot = catalog.snapshot_of_layer(layer.id)
+    return named
+
+
+def _fork_locked(store: OpenStore, volume: bytes, wanted: Wanted, layer: LayerRow) -> list[str]:
+    """Write the rows of forks of a volume that is held. Inside a transaction."""
+    named = _source(store, volume, wanted)
+    snapshot = store.catalog.snapshot_of_layer(layer.id)
     is_own = snapshot and snapshot.volume == volume  # and not the one that it began as
     return _insert(store, wanted, named, snapshot if is_own else None, layer)
 

@@ -260,6 +260,17 @@ def test_a_fork_of_an_open_disk_whose_name_is_taken_seals_nothing(store: onionsk
         assert len(store._opened.catalog.segments_of_layer(web._opened.head)) == segments
 
 
+def test_a_volume_that_takes_the_name_of_its_fork_meanwhile_is_not_found_by_its_old_one(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.open("web") as web:
+        web.write(BLOCK, b"b")
+        flush = forks.flush
+        monkeypatch.setattr(forks, "flush", lambda volume: (flush(volume), store.rename("web", "new")))
+        with pytest.raises(onionskin.VolumeNotFoundError):
+            store.fork("web", names=["new"])
+
+
 def test_a_fork_of_a_closed_disk_has_what_was_written_last(store: onionskin.Store) -> None:
     with store.open("web") as web:
         web.write(0, b"b" * BLOCK)
