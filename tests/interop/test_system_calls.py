@@ -65,7 +65,7 @@ def test_a_snapshot_is_one_flush_and_one_commit(tmp_path: Path) -> None:
 PREPARED = """
 for name in "abc":
     disk.snapshot(name)
-    store._opened.finish_work()
+    store.finish_work()
 store._opened.wake = lambda: None  # what is made for the head after the next one is not counted
 """
 
