@@ -658,13 +658,18 @@ def test_a_description_that_cannot_be_is_refused(
     goes_on(store, server, "web")
 
 
+@pytest.mark.parametrize(
+    "call", [lambda store: store.snapshot_group({"web": "s", "db": "s"}), lambda store: store.fork("web")]
+)
 def test_a_server_of_an_older_version_is_named(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, call: Callable[[onionskin.Store], object]
 ) -> None:
     here("web")
-    verbs = dict(frames.ARGUMENTS)
-    request = frames.request("group", {"group": new_id().hex()})
-    monkeypatch.setattr(frames, "request", lambda verb, arguments: request)
-    monkeypatch.setattr(frames, "ARGUMENTS", {verb: what for verb, what in verbs.items() if verb != "group"})
+    checked = frames.checked_request
+
+    def check_as_before(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return checked(request | {"verb": f"{request['verb']} of another version"})
+
+    monkeypatch.setattr(frames, "checked_request", check_as_before)
     with pytest.raises(onionskin.StateError, match="older version"):
-        store.snapshot_group({"web": "s", "db": "s"})
+        call(store)
