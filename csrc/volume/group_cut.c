@@ -40,7 +40,7 @@ static int tell_all(const struct onion_cut *at, const struct onion_cut_word *wor
     return 0;
 }
 
-/* Takes what has come of a word. Returns how much of it there is now; -EPROTO: something else came, and is left there. */
+/* Takes what has come of a word. Returns how much of it there is now. -EPROTO: something else came, and is left. */
 static int take(int peer, const struct onion_cut_word *word, uint32_t have) {
     unsigned char got[ONION_CUT_WORD_BYTES_MAX];
     ssize_t length = recv(peer, got, word->length - have, MSG_PEEK | MSG_DONTWAIT);
@@ -90,7 +90,7 @@ static int words_fit(const struct onion_cut_words *words) {
            words->cut.length <= ONION_CUT_WORD_BYTES_MAX && words->done.length <= ONION_CUT_WORD_BYTES_MAX;
 }
 
-/* Holds the volumes here, each of which the caller releases, whatever is returned. On an error *failed is one of them. */
+/* Holds the volumes here, which the caller releases, whatever is returned. On an error *failed is one of them. */
 static int hold_here(const struct onion_cut *at, uint32_t *held, uint32_t *failed) {
     for (; *held < at->count; ++*held) {
         int status = onion_volume_seal_hold(at->volumes[*held]);

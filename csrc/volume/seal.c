@@ -7,6 +7,7 @@
  *   CUT       the dirty records are taken and the heads are swapped; writers still wait
  *   RELEASED  writers go on in the new head
  *   SYNCED    the old head is durable, and waits for its outcome
+ * group_cut.c takes several volumes from BEGUN to RELEASED.
  * Between two calls `sealing` says that nobody is inside, so that a close need not wait for the outcome. */
 #include <errno.h>
 #include <string.h>

@@ -212,8 +212,8 @@ void onion_volume_seal_release(struct onion_volume *volume);
 int onion_volume_seal_sync(struct onion_volume *volume, struct onion_sealed *sealed);
 
 /* Of a group, some volumes may be with other processes (peers), at the other ends of sockets. All words are texts that
- * both ends agree on, of at most ONION_CUT_WORD_BYTES_MAX bytes: `hold` and `cut` are said to a peer, which answers `held` and
- * `done`. */
+ * both ends agree on, of at most ONION_CUT_WORD_BYTES_MAX bytes: `hold` and `cut` are said to a peer, which answers
+ * `held` and `done`. */
 enum { ONION_CUT_WORD_BYTES_MAX = 64 };
 struct onion_cut_word {
     const void *bytes;
@@ -231,11 +231,11 @@ struct onion_cut {
 };
 /* Holds all volumes, and only then cuts all; each is released by itself: every write that was acknowledged by any of
  * them before one that the cut leaves out began is in the cut. On an error *failed is the index of the volume that it
- * is of, or `count` and the index of the peer; no writer waits, and each volume that was begun is to be aborted. Of a peer:
- * -ETIME, -ECONNRESET, or -EPROTO where it said something else, which can be read then. */
+ * is of, or `count` and the index of the peer; no writer waits, and each volume that was begun is to be aborted. Of a
+ * peer: -ETIME, -ECONNRESET, or -EPROTO where it said something else, which can be read then. */
 int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed);
-/* The other end, whose one peer is who calls the above: waits for the word to hold, for at most wait_ms, and for the word
- * to cut. Errors are as above. */
+/* The other end, whose one peer is who calls the above: waits for the word to hold, for at most wait_ms, and for the
+ * word to cut. Errors are as above. */
 int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed);
 /* Makes the files of the next head beforehand, durable: the spare segment, whose id is map_id too, and the map
  * `map_path`, both empty. A seal with this map_id begins with them, so the first flush after it has three syncs less.

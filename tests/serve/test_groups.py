@@ -267,9 +267,9 @@ class Caller:
 
     STEPS = ("entered", "begun", "leading", "held", "done", "synced")
 
-    def __init__(self, store: onionskin.Store, name: str) -> None:
+    def __init__(self, store: onionskin.Store, name: str, group: str | None = None) -> None:
         self.store = store
-        head = find_served_head(store, name, new_id().hex())
+        head = find_served_head(store, name, group or new_id().hex())
         assert head is not None
         self.head: ServedHead = head
         self._stack = ExitStack()
@@ -426,16 +426,43 @@ def test_a_caller_that_was_stopped_before_its_commit_cannot_commit_any_more(
 ) -> None:
     monkeypatch.setattr(groups, "STEP_SECONDS", 0.3)
     server = here("web")
-    stamp(volume_of(server, "web"), 1)
+    volume = volume_of(server, "web")
+    stamp(volume, 1)
     caller = Caller(store, "web")
     caller.go_to("synced")
-    goes_on(store, server, "web")
+    stamp(volume, 2)
+    volume.flush()  # it waits until the volume goes on with its old head
     with pytest.raises(onionskin.StateError, match="went on with its old head"):
         caller.commit()
     caller.close()
+    goes_on(store, server, "web")
     server.close()
     with store.open("web") as again:
-        assert number_in_head(again) == 2
+        assert number_in_head(again) == 3
+
+
+def test_a_volume_whose_connection_is_lost_is_held_on_as_long_as_another_one_cuts_it(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
+    server = here("web", "db")
+    callers = [Caller(store, "web", group="g"), Caller(store, "db", group="g")]
+    for caller in callers:
+        caller.go_to("begun")
+    leader = callers[0]
+    leader.head.ask_to_lead([caller.head for caller in callers])
+    leader.head.leads()
+    leader.go_on("held")
+    callers[1].close()
+    late = threading.Thread(target=stamp, args=(volume_of(server, "db"), 1))
+    late.start()
+    late.join(0.2)
+    assert late.is_alive()
+    leader.go_on("done")
+    late.join()
+    leader.close()
+    for name in ("web", "db"):
+        goes_on(store, server, name)
 
 
 def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
@@ -631,13 +658,18 @@ def test_a_description_that_cannot_be_is_refused(
     goes_on(store, server, "web")
 
 
+@pytest.mark.parametrize(
+    "call", [lambda store: store.snapshot_group({"web": "s", "db": "s"}), lambda store: store.fork("web")]
+)
 def test_a_server_of_an_older_version_is_named(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, call: Callable[[onionskin.Store], object]
 ) -> None:
     here("web")
-    verbs = dict(frames.ARGUMENTS)
-    request = frames.request("group", {"group": new_id().hex()})
-    monkeypatch.setattr(frames, "request", lambda verb, arguments: request)
-    monkeypatch.setattr(frames, "ARGUMENTS", {verb: what for verb, what in verbs.items() if verb != "group"})
+    checked = frames.checked_request
+
+    def check_as_before(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return checked(request | {"verb": f"{request['verb']} of another version"})
+
+    monkeypatch.setattr(frames, "checked_request", check_as_before)
     with pytest.raises(onionskin.StateError, match="older version"):
-        store.snapshot_group({"web": "s", "db": "s"})
+        call(store)

@@ -339,9 +339,8 @@ class ServedHead:
         try:
             entered = self._hear("entered")
         except ValueError:
-            raise StateError(
-                f"the server of volume {self.name!r} (process {self._live._pid}) is of an older version, which seals "
-                "nothing for others; start it again, or take the snapshots one by one"
+            raise _older(
+                self._live, "seals nothing for others; start it again, or take the snapshots one by one"
             ) from None
         if entered.get("volume") != self.row.id.hex():
             raise StateError(f"volume {self.name!r} is another one by now; try again")
@@ -443,4 +442,13 @@ def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
     if live is None:
         return None
     with live:
-        return live._fork(wanted)
+        try:
+            return live._fork(wanted)
+        except ValueError as error:
+            if "is no verb" not in str(error):
+                raise
+            raise _older(live, "forks nothing for others; start it again, or fork a snapshot") from None
+
+
+def _older(live: LiveVolume, what: str) -> StateError:
+    return StateError(f"the server of volume {live.name!r} (process {live._pid}) is of an older version, which {what}")
