@@ -5,8 +5,9 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import click
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
 from onionskin.base.sizes import parse_size
-from onionskin.errors import OnionskinError
+from onionskin.errors import OnionskinError, VolumeNotFoundError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -256,3 +257,21 @@ def _names_in(path: Path, with_snapshots: bool) -> list[str]:
             return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())
     except (OnionskinError, OSError, ValueError):
         return []
+
+
+def matching(store: "Store", names: Sequence[Name]) -> list[str]:
+    """Return the volumes that names of one store mean, each once.
+
+    A name that no volume has is a pattern, as a shell's, if it has one of its characters.
+    """
+    there = list(store)
+    called: list[str] = []
+    for name in names:
+        if name.volume in there or not any(character in name.volume for character in "*?["):
+            called.append(name.volume)
+            continue
+        found = [one for one in there if fnmatchcase(one, name.volume)]
+        if not found:
+            raise VolumeNotFoundError(f"the store {store.path} has no volume that matches {name.volume!r}")
+        called += found
+    return list(dict.fromkeys(called))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import onionskin
+from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     NEW_SNAPSHOT,
@@ -22,6 +23,7 @@ from onionskin.cli.arguments import (
     Name,
     block_size_option,
     live,
+    matching,
     note_trust,
     open_store,
     trust_option,
@@ -527,7 +529,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 
 
 @click.command()
-@click.argument("names", type=VOLUME, nargs=-1, required=True, metavar="STORE/VOLUME...")
+@click.argument("names", type=VOLUME, nargs=-1, required=True, metavar="STORE/VOLUME|'STORE/PATTERN'...")
 @click.option("--recursive", is_flag=True, help="Delete their snapshots too.")
 @yes_option
 @dry_run_option
@@ -537,7 +539,7 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     """Delete volumes, with --recursive their snapshots too.
 
     The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
-    deleted together, or none of them.
+    deleted together, or none of them. A name with *, ? or [...] that no volume has stands for all that match it.
     """
     from onionskin.operations import losses as of_store
     from onionskin.operations import volumes as of_names
@@ -545,13 +547,16 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     for name in names[1:]:
         same_store(names[0], name)
     with names[0].open_store() as store:
-        called = list(dict.fromkeys(name.volume for name in names))
+        called = matching(store, names)
         ids = of_names.ids_of(store._opened.catalog, called)
         loss = of_store.of_delete(store._opened, called, recursive=recursive)
         if dry_run:
             losses.tell_dry_run(as_json, "delete", [loss])
             return
         losses.agree("delete", [loss], yes=yes)
-        store._delete(called, recursive=recursive, agreed=ids)
-    gone = sorted(called)
-    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
+        on_disk = store._delete(called, recursive=recursive, agreed=ids)
+    gone, freed = sorted(called), losses.freed([loss])  # as --dry-run says it: without what the files need themselves
+    if freed is None:
+        freed = on_disk
+    back = f"; {format_size(freed)} come back" if freed else ""
+    output.tell(as_json, {"deleted": gone, "bytes_freed": freed}, lambda: f"deleted {', '.join(gone)}{back}")
