@@ -402,6 +402,11 @@ class Store:
         """Await `onionskin.Store.check`."""
         return await self.run(self.sync.check, repair=repair)
 
+    @_twin_of(onionskin.store.Store.finish_work)
+    async def finish_work(self) -> None:
+        """Await `onionskin.Store.finish_work`."""
+        await self.run(self.sync.finish_work)
+
     @_twin_of(onionskin.store.Store.close)
     async def close(self) -> None:
         """Await `onionskin.Store.close`, after all calls that are under way in the store and its volumes."""

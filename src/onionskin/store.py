@@ -1497,6 +1497,14 @@ class Store:
             reclaim.do_work(self._opened)
         return usages.check(self._opened)
 
+    def finish_work(self) -> None:
+        """Wait until the work that this `Store` does in its background has been done.
+
+        Dropped data is freed or wiped there after the call that dropped it returned. What cannot be freed yet, because
+        a view or another process still reads it, stays for later: `Store.check` lists it. Any thread may call this.
+        """
+        self._opened.finish_work()
+
     def close(self) -> None:
         """Close the store, and the volumes that are still open in it. Further calls do nothing."""
         self._opened.close()

@@ -71,7 +71,7 @@ def test_a_fork_and_its_opening_are_one_commit(tmp_path: Path) -> None:
 PREPARED = """
 for name in "abc":
     disk.snapshot(name)
-    store._opened.finish_work()
+    store.finish_work()
 store._opened.wake = lambda: None  # what is made for the head after the next one is not counted
 """
 

@@ -71,7 +71,7 @@ class Process:
                     if at_s2:
                         self.handles[handle].revert("s2")
             for store in self.stores.values():
-                store._opened.finish_work()
+                store.finish_work()
             control.send("ready")
             threads = [threading.Thread(target=self._act, args=(actor,)) for actor in self.actors]
             for thread in threads:
@@ -109,7 +109,7 @@ class Process:
                 steps.note(f"end {index}")
                 if outcome[0] == "raised":
                     break
-            self.stores[actor.store]._opened.finish_work()
+            self.stores[actor.store].finish_work()
 
     def _outcome(self, actor: Actor, operation: Operation) -> tuple[str, Any, str]:
         name, *arguments = operation

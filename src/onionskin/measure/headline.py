@@ -86,7 +86,7 @@ def _drop(volume: Volume) -> None:
     store, name = volume.store, volume.name
     volume.close()
     store.delete(name, recursive=True)
-    store._opened.finish_work()
+    store.finish_work()
 
 
 def _snapshot(work: Path, base: Path, rounds: int) -> Comparison:
@@ -207,7 +207,7 @@ def _revert(work: Path, base: Path, rounds: int) -> Comparison:
         disk.snapshot("clean")
 
         def change() -> None:
-            store._opened.finish_work()
+            store.finish_work()
             for offset in range(0, changed, 1 << 20):
                 disk.write(offset, b"\x5a" * (1 << 20))
             disk.flush()

@@ -449,4 +449,4 @@ class Exports:
         """Close the stores. Before that, do the pending work that waited for a view to be closed."""
         while self._stores:
             _, store = self._stores.popitem()
-            call_all([store.close, store._opened.finish_work, partial(reclaim.work_soon, store._opened)])
+            call_all([store.close, store.finish_work, partial(reclaim.work_soon, store._opened)])

@@ -69,7 +69,7 @@ def web(store: onionskin.Store) -> onionskin.Volume:
 
 @pytest.fixture
 def unsynced(store: onionskin.Store, web: onionskin.Volume) -> UnsyncedConnection:
-    store._opened.finish_work()
+    store.finish_work()
     connection = UnsyncedConnection(store._opened.catalog._connection, store._opened.catalog.path)
     store._opened.catalog._connection = connection  # type: ignore[assignment]
     return connection
@@ -150,7 +150,7 @@ def test_no_file_is_freed_that_a_change_which_may_come_back_names(
     web.snapshot("newer")
     web.write(0, b"N" * BLOCK)
     web.snapshot("newest")
-    store._opened.finish_work()
+    store.finish_work()
     write_map = fold.write_map
 
     def and_fail_to_commit(*arguments: Any) -> tuple[int, int, int]:

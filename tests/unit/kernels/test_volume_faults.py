@@ -125,7 +125,7 @@ def test_a_full_disk_fails_writes_and_flush_and_loses_nothing(ext4_mount) -> Non
         assert caught.value.errno == errno.ENOSPC
         assert web.read(0, 4) == b"kept"
         web.revert("clean")
-        store._opened.finish_work()
+        store.finish_work()
         web.write(1 << 20, b"again" * 1000)
         web.flush()
         assert web.read(1 << 20, 5) == b"again"

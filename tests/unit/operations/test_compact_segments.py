@@ -84,7 +84,7 @@ def test_a_disk_whose_snapshots_come_and_go_while_it_is_open_keeps_few_files(
             assert web.read(0, len(disk)) == disk
             # Of each layer: what makes it be compacted; and of the head its own and its spare.
             assert len(store._opened.catalog.rows(SegmentRow)) <= (len(names) + 1) * (6 + 2)
-        store._opened.finish_work()
+        store.finish_work()
         assert {path.stem for path in store._opened.layout.segments.iterdir()} <= {
             row.id.hex() for row in store._opened.catalog.rows(SegmentRow)
         }
@@ -114,7 +114,7 @@ def test_compacting_while_a_snapshot_and_a_clone_read_the_layer_leaves_them_what
             assert view.read(0, view.size_bytes) == expected
             assert twin.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
             assert web.read(0, 8 * BLOCK) == expected[: 8 * BLOCK]
-        store._opened.finish_work()
+        store.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
@@ -165,14 +165,14 @@ def test_two_who_open_clones_and_compact_one_layer_at_once_both_succeed(
         monkeypatch.setattr(compact_segments, step, work)
         with onionskin.Store(tmp_path / "store") as other, other.open("two") as two:
             opened.append(two.read(0, two.size_bytes))
-            other._opened.finish_work()
+            other.finish_work()
         return work(*arguments)
 
     monkeypatch.setattr(compact_segments, step, work_behind_another)
     with onionskin.Store(tmp_path / "store") as store, store.open("one") as one:
         assert one.read(0, one.size_bytes) == expected
         assert opened == [expected]
-        store._opened.finish_work()
+        store.finish_work()
         assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
@@ -222,7 +222,7 @@ def test_what_somebody_else_compacted_of_an_open_volume_is_not_reclaimed_when_mo
         few(1000)
         web.merge("s9")
         web.flush()
-        store._opened.finish_work()
+        store.finish_work()
         expected = read_all(web)
         assert expected[: 10 * BLOCK] == b"".join(bytes([1 + number]) * BLOCK for number in range(10))
         web.close()
@@ -258,8 +258,8 @@ def test_what_somebody_else_compacts_right_behind_the_commit_stays_as_long_as_th
         few(7)
         monkeypatch.setattr(compact_segments, "SEGMENTS_KEPT", 5)
         compact_segments.compact_below(web._opened, layer.id)
-        other._opened.finish_work()
-        store._opened.finish_work()
+        other.finish_work()
+        store.finish_work()
         open_files = {id for _, id, _, _ in web._path.segments()}
         assert open_files == {*web._opened._byte_of_segment}
         assert read_all(web) == expected
@@ -286,7 +286,7 @@ def test_an_interrupt_behind_the_switch_of_the_data_path_leaves_a_volume_that_go
             compact_segments.compact_below(web._opened, store._opened.catalog.rows(LayerRow, "sealed = 1")[0].id)
         web.snapshot("later")
         assert read_all(web) == expected
-        store._opened.finish_work()
+        store.finish_work()
         files = {path.stem for path in store._opened.layout.segments.iterdir()}
         assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
 
@@ -308,7 +308,7 @@ def test_a_catalog_that_cannot_be_read_behind_the_switch_keeps_the_old_files_and
         web.snapshot("later")
         assert read_all(web) == expected
         web.revert("later")
-        store._opened.finish_work()
+        store.finish_work()
         files = {path.stem for path in store._opened.layout.segments.iterdir()}
         assert files <= {row.id.hex() for row in store._opened.catalog.rows(SegmentRow)}
 

@@ -35,7 +35,7 @@ def test_a_volume_opens_after_a_snapshot_that_failed(
             if prepared:
                 web.snapshot("one")
                 web.snapshot("two")
-                store._opened.finish_work()
+                store.finish_work()
             web.write(0, b"a" * BLOCK)
             fail_snapshot(web, monkeypatch, meanwhile=lambda: web.write(BLOCK, b"b" * BLOCK))
             web.flush()

@@ -55,7 +55,7 @@ def test_a_disk_of_zeros_is_flattened_into_no_segment(tmp_path: Path, wipe: str)
             web.flatten()
             web.discard("a")
             assert web.read(0, web.size_bytes) == bytes(web.size_bytes)
-        store._opened.finish_work()
+        store.finish_work()
         assert store.check() == []
         rows = store._opened.catalog.rows(SegmentRow)
         assert {path.stem for path in store._opened.layout.segments.iterdir()} <= {row.id.hex() for row in rows}

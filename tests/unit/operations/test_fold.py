@@ -126,13 +126,13 @@ def test_whatever_is_merged_in_whatever_order_all_reads_the_same(
                     assert_nothing_is_left(store)
             with store.open("v") as volume:
                 assert volume.read(0, len(disk)) == disk
-            store._opened.finish_work()
+            store.finish_work()
             assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
 def assert_nothing_is_left(store: onionskin.Store) -> None:
     """No sealed segment has data in a slot that its layer's map, or the map of a layer over it, hides."""
-    store._opened.finish_work()  # which may be under way in the background
+    store.finish_work()  # which may be under way in the background
     assert not [row for row in store._opened.catalog.rows(WorkRow) if row.wipe == "zero"]
     for layer in store._opened.catalog.rows(LayerRow, "sealed"):
         layer_map = open_map(store._opened, layer)
@@ -216,7 +216,7 @@ def test_a_merge_beside_many_snapshots_asks_for_few_rows(tmp_path: Path, monkeyp
             for number in range(total):
                 volume.write(number * BLOCK, b"x" * BLOCK)
                 volume.snapshot(f"s{total}-{number}")
-            store._opened.finish_work()
+            store.finish_work()
             rows = 0
             read = type(store._opened.catalog).rows
 

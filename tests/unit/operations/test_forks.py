@@ -42,7 +42,7 @@ def rows(store: onionskin.Store) -> dict[str, int]:
 
 
 def files(store: onionskin.Store) -> int:
-    store._opened.finish_work()
+    store.finish_work()
     return sum(1 for directory in ("layers", "segments", "volumes") for _ in (store.path / directory).iterdir())
 
 
@@ -511,7 +511,7 @@ def test_with_policy_zero_what_only_the_cut_kept_is_wiped_with_its_last_fork(tmp
         web.write(0, bytes(BLOCK))
         web.flush()
         store.delete(*names)
-        store._opened.finish_work()
+        store.finish_work()
         assert not any(secret[:16] in path.read_bytes() for path in (tmp_path / "store" / "segments").iterdir())
 
 

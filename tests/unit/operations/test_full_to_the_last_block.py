@@ -86,7 +86,7 @@ def test_a_store_that_is_open_goes_on(root: Path) -> None:
     with onionskin.Store(root / "store") as store:
         assert [problem for problem in store.check() if problem.severity == "error"] == []
         store.delete("web", recursive=True)
-        store._opened.finish_work()
+        store.finish_work()
         assert store._opened.layout.reserve.exists()
         assert list(store._opened.layout.segments.iterdir()) == []
 

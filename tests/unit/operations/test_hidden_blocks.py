@@ -25,7 +25,7 @@ def secrets(first: int, count: int) -> bytes:
 
 def left(store: onionskin.Store) -> set[int]:
     """Return the blocks whose secrets are in a file of the store."""
-    store._opened.finish_work()
+    store.finish_work()
     data = b"".join(path.read_bytes() for path in store._opened.layout.segments.iterdir())
     return {block for block in range(SIZE // BLOCK) if canary(block) in data}
 

@@ -163,7 +163,7 @@ def test_of_several_all_go_or_none_after_an_interrupted(tmp_path: Path, interrup
         if left:
             store.delete(*left)
         assert list(store) == ["web"]
-        store._opened.finish_work()
+        store.finish_work()
         store.open("web").close()
         assert store.check() == []
 

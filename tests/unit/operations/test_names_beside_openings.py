@@ -104,7 +104,7 @@ def test_a_volume_is_deleted_with_its_own_files_whatever_had_the_name_before(
     assert [info.name for info in store.volumes()] == ["w"]
     with store.open("w") as left:
         assert left.read(0, 1) == (b"v" if work is swap else b"w")
-    store._opened.finish_work()
+    store.finish_work()
     assert store.check() == []
 
 
@@ -136,7 +136,7 @@ def test_a_delete_removes_what_has_the_name_when_it_is_removed(
     with store.open("w") as left:
         assert left.read(0, 1) == b"v"
     assert [info.name for info in store.volumes()] == ["w"]
-    store._opened.finish_work()
+    store.finish_work()
     assert store.check() == []
 
 

@@ -44,7 +44,7 @@ def test_a_volume_that_is_removed_is_reported_so_where_its_lock_cannot_be_unlink
             store.delete("web")
         assert store.volumes() == [] and lock.exists()
         reclaim.work_soon(store._opened)
-        store._opened.finish_work()
+        store.finish_work()
         assert not lock.exists()
 
 

@@ -35,7 +35,7 @@ def state_of(store: onionskin.Store, snapshot: str, name: str = "web") -> bytes:
 
 
 def bytes_on_disk(store: onionskin.Store) -> int:
-    store._opened.finish_work()
+    store.finish_work()
     return sum(path.stat().st_blocks * 512 for path in store._opened.layout.segments.iterdir())
 
 

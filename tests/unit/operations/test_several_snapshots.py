@@ -31,7 +31,7 @@ def web(store: onionskin.Store) -> onionskin.Volume:
 
 
 def held(store: onionskin.Store) -> int:
-    store._opened.finish_work()
+    store.finish_work()
     return store.info("web").used_bytes or 0
 
 

@@ -37,11 +37,11 @@ def test_what_a_reader_keeps_from_being_freed_is_said_to_come_back_when_the_work
         web.write(0, b"y" * 2 * BLOCK)
         with store.open("web", snapshot="a"):
             web.merge("a")
-            store._opened.finish_work()
+            store.finish_work()
             about = store.store_info()
             held = about.bytes_held
             assert about.pending_work > 0 and about.bytes_freed_by_work >= 2 * BLOCK
-        store._opened.finish_work()
+        store.finish_work()
     store.check(repair=True)
     after = store.store_info()
     assert after.pending_work == after.bytes_freed_by_work == 0
@@ -63,7 +63,7 @@ def test_a_map_that_was_made_beforehand_is_no_file_without_a_name(store: onionsk
         for name in "abc":
             web.write(0, b"x" * BLOCK)
             web.snapshot(name)
-        store._opened.finish_work()
+        store.finish_work()
         assert store.store_info().bytes_freed_by_repair == 0
 
 

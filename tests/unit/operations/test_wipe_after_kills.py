@@ -45,7 +45,7 @@ def canaries_read(store: onionskin.Store) -> set[bytes]:
                 with store.open(info.name, snapshot=snapshot.name) as view:
                     found.update(CANARY.findall(view.read(0, view.size_bytes)))
     reclaim.work_soon(store._opened)
-    store._opened.finish_work()
+    store.finish_work()
     return found
 
 

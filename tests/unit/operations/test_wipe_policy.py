@@ -97,7 +97,7 @@ def test_what_a_failed_write_left_is_wiped_when_its_segment_is_sealed(tmp_path: 
         with file_size_limit(3 << 20), pytest.raises(OSError):
             web.write(2 << 20, FILL * 6)
         web.snapshot("after")
-        store._opened.finish_work()
+        store.finish_work()
         assert not any(holds_canary(path) for path in store._opened.layout.segments.iterdir())
         assert web.read(0, 4) == b"kept"
 
@@ -132,7 +132,7 @@ def test_a_file_is_wiped_when_the_operation_returns_and_unlinked_in_the_backgrou
             web.revert("start")
             assert not holds_canary(segment), "returned before the zeros were written"
         reclaim.work_soon(store._opened)
-        store._opened.finish_work()
+        store.finish_work()
         assert not segment.exists()
 
 
@@ -176,6 +176,6 @@ def test_secrets_in_a_segment_that_another_policy_took_over_are_wiped_before_the
         (path,) = [path for path in store._opened.layout.segments.iterdir() if CANARY in path.read_bytes()]
         with path.open("rb") as segment:
             store.delete("other")
-            store._opened.finish_work()
+            store.finish_work()
             assert not path.exists()
             assert CANARY not in segment.read()

@@ -37,7 +37,7 @@ def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
             good.write(0, b"1" * BLOCK)
             good.flush()
             good.snapshot("b")
-            store._opened.finish_work()
+            store.finish_work()
         assert "pending work" in caplog.text and segment.id.hex() in caplog.text
         assert any(str(damaged) in problem.where for problem in store.check() if problem.severity == "error")
         with pytest.raises(onionskin.FormatError):
@@ -70,7 +70,7 @@ def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
                 web.flush()
         assert with_secret()
         web.flush()
-        store._opened.finish_work()
+        store.finish_work()
         assert with_secret() == []
 
 
@@ -85,7 +85,7 @@ def test_no_layer_is_named_by_work_that_is_left(tmp_path: Path) -> None:
             store._opened.catalog.add_work("map", layer.map_id, layer.map_lock_byte, "zero")
         web.close()
         reclaim.work_soon(store._opened)
-        store._opened.finish_work()
+        store.finish_work()
         assert store._opened.layout.segment_file(segment.id).read_bytes()[BLOCK:] == b"x" * BLOCK
         assert store._opened.catalog.count(LayerRow, "map_id = ?", layer.map_id) == 1
         with store.open("web", snapshot="a") as view:
@@ -101,7 +101,7 @@ def test_what_a_snapshot_holds_is_not_reclaimed_by_what_its_volume_wrote_over_it
         web.write(0, b"x" * 4 * BLOCK)
         web.snapshot("a")
         web.merge("a")  # the head inherits the segment
-        store._opened.finish_work()
+        store.finish_work()
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         with store._opened.catalog.transaction():
             store._opened.catalog.add_work("scrub", segment.id, segment.lock_byte, "release")
@@ -137,7 +137,7 @@ def test_a_check_beside_a_delete_takes_no_segment_that_is_overwritten_for_damage
             monkeypatch.setattr(check, "_segment_fault", look)
             with onionskin.Store(store.path) as other:
                 other.delete("gone", recursive=True)
-                other._opened.finish_work()
+                other.finish_work()
             return look(*arguments)
 
         monkeypatch.setattr(check, "_segment_fault", delete_and_look)
@@ -153,7 +153,7 @@ def test_what_is_to_be_wiped_behind_slot_work_that_is_not_forgotten_yet_is_wiped
         web.write(0, SECRET)
         web.snapshot("a")
         web.merge("a")  # the head inherits the segment
-        store._opened.finish_work()
+        store.finish_work()
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         store._opened.change(lambda: reclaim.add_slot_work(store._opened, [segment.id], "release"))
         forget = reclaim._forget
@@ -179,3 +179,13 @@ def test_slot_work_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -
         for wipe in ("release", "zero", "release"):
             store._opened.change(lambda: reclaim.add_slot_work(store._opened, [segment.id], wipe))  # noqa: B023
         assert [row.wipe for row in store._opened.catalog.rows(WorkRow, "kind = 'scrub'")] == ["zero"]
+
+
+def test_what_was_deleted_is_off_the_disk_when_the_background_has_ended(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store:
+        with store.create("web", size="1M", wipe="zero") as web:
+            web.write(0, b"x" * 65536)
+        store.delete("web")
+        store.finish_work()
+        layout = store._opened.layout
+        assert [*layout.segments.iterdir(), *layout.layers.iterdir()] == []

@@ -75,7 +75,7 @@ def test_a_head_whose_map_was_damaged_is_not_opened_and_loses_nothing_by_looking
         with onionskin.Store(path) as store:
             with refused:
                 look(store)
-            store._opened.finish_work()
+            store.finish_work()
         after = files_of(path)
         assert {name: after.get(name) for name in before} == before, name
     with onionskin.Store(path) as store:

@@ -116,7 +116,7 @@ def test_a_file_of_data_that_is_a_link_is_refused_and_reported(root: Path, victi
         assert any(problem.severity == "error" for problem in store.check())
         assert any("symbolic link" in problem.what for problem in store.check())
         store.delete("web", recursive=True)
-        store._opened.finish_work()
+        store.finish_work()
         assert all(path.is_symlink() for path in (root / kind).iterdir())
 
 
@@ -128,7 +128,7 @@ def test_a_file_with_two_names_is_neither_wiped_nor_removed_but_reported(root: P
     with onionskin.Store(root) as store:
         assert any("2 names" in problem.what for problem in store.check())
         store.delete("web", recursive=True)
-        store._opened.finish_work()
+        store.finish_work()
         assert {path: path.read_bytes() for path in (root / "segments").iterdir()} == held
 
 
@@ -168,7 +168,7 @@ def test_nobody_else_can_read_or_lock_anything_whatever_the_umask(tmp_path: Path
         web.merge("s1")  # writes a map anew
         web.write(0, b"y" * BLOCK)
         web.flush()
-        store._opened.finish_work()
+        store.finish_work()
         modes = {path: path.lstat().st_mode for path in [root, *root.rglob("*")]}
     for path, mode in modes.items():
         assert stat.S_IMODE(mode) == (0o700 if stat.S_ISDIR(mode) else 0o600), path

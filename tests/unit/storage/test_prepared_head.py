@@ -22,14 +22,14 @@ def prepared(store: onionskin.Store) -> onionskin.Volume:
     for name in ("one", "two"):
         web.write(0, name.encode())
         web.snapshot(name)
-    store._opened.finish_work()
+    store.finish_work()
     return web
 
 
 def test_a_first_snapshot_makes_no_file_that_it_does_not_need(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=16 * BLOCK) as web:
         web.snapshot("one")
-        store._opened.finish_work()
+        store.finish_work()
         assert files(store) == set()
 
 
@@ -37,7 +37,7 @@ def test_the_next_head_begins_with_the_files_that_were_made_for_it(tmp_path: Pat
     with onionskin.Store(tmp_path / "store") as store, prepared(store) as web:
         made = files(store)
         web.snapshot("three")
-        store._opened.finish_work()
+        store.finish_work()
         before = files(store)  # with those for the head after it
         web.write(0, b"four")
         web.flush()
@@ -50,7 +50,7 @@ def test_a_snapshot_of_a_prepared_head_in_which_nothing_was_written_leaves_no_fi
         with prepared(store) as web:
             for number in range(4):
                 web.snapshot(f"empty {number}")
-                store._opened.finish_work()
+                store.finish_work()
             assert web.read(0, 3) == b"two"
         assert store.check() == []
         with store.open("web", snapshot="empty 3") as view:
@@ -79,15 +79,15 @@ def test_files_that_were_made_beforehand_go_with_their_head(tmp_path: Path, drop
         with store.create("web", size=16 * BLOCK, wipe=wipe) as web:
             for name in ("one", "two"):
                 web.snapshot(name)
-            store._opened.finish_work()
+            store.finish_work()
             assert len(files(store)) == 2
             if drop == "revert":
                 web.revert("one")
-                store._opened.finish_work()
+                store.finish_work()
                 assert files(store) == set()
         if drop == "delete":
             store.delete("web", recursive=True)
-            store._opened.finish_work()
+            store.finish_work()
             assert files(store) == set()
 
 

@@ -26,7 +26,7 @@ def test_a_view_and_its_arrays_outlive_the_discard_of_their_snapshot(web: onions
     with web.store.open("web", snapshot="b") as view:
         array = view.view(0, BLOCK)
         web.discard("b")
-        web.store._opened.finish_work()
+        web.store.finish_work()
         assert view.read(0, 32 * BLOCK) == b"x" * 32 * BLOCK
     assert array.tobytes() == b"x" * BLOCK
 
@@ -37,7 +37,7 @@ def test_a_view_outlives_a_merge_that_frees_what_was_written_again(web: onionski
     web.write(0, b"2" * 8 * BLOCK)
     with web.store.open("web", snapshot="c") as view:
         web.merge("c")
-        web.store._opened.finish_work()
+        web.store.finish_work()
         assert view.read(0, 8 * BLOCK) == b"1" * 8 * BLOCK
     assert web.read(0, 8 * BLOCK) == b"2" * 8 * BLOCK
 
@@ -50,7 +50,7 @@ def test_what_a_closed_view_kept_from_being_freed_is_freed_at_the_next_open(web:
     web.revert("a")
     with store.open("web", snapshot="b"):
         web.discard("b")
-        store._opened.finish_work()
+        store.finish_work()
         assert len(list(store._opened.layout.segments.iterdir())) == 1
     web.close()
     store.open("web").close()
