@@ -90,7 +90,8 @@ def make_subvolumes(source: Path, paths: Sequence[Path]) -> None:
     directory = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for path in paths:
-            ioctl(directory, BTRFS_SNAPSHOT_V2, _VOLUME_ARGUMENTS.pack(opened, 0, 0, os.fsencode(path.name)))
+            arguments = bytearray(_VOLUME_ARGUMENTS.pack(opened, 0, 0, os.fsencode(path.name)))
+            ioctl(directory, BTRFS_SNAPSHOT_V2, arguments)
         os.fsync(directory)
     finally:
         os.close(opened)

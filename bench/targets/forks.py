@@ -50,7 +50,7 @@ def hundred_copies_elsewhere(directory: Path) -> Iterator[Figure]:
             yield skipped(f"{what}, against {name}", ">= 10 x", reason)
             continue
         with loop_mount(directory, kind, IMAGE_BYTES) as work, store_to_fork(work) as store:
-            samples = interleave({f"fork on {kind}": fork_hundred(store), name: make(work)}, 5)
+            samples = interleave({f"fork on {kind}": fork_hundred(store), name: make(work)}, 3, warm_up=False)
         yield versus(f"{what}, against {name}", 10, samples, name, f"fork on {kind}")
 
 
