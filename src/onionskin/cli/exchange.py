@@ -189,7 +189,7 @@ def _stream_to(store: "Store", image: Path) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
         from onionskin.operations.export import refuse_open_file
 
-        refuse_open_file(store._opened, sys.stdout.fileno(), "stdout")
+        _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
     with open(
@@ -273,7 +273,7 @@ def _new_file(store: "Store", path: Path | None) -> Iterator[output.StandardStre
     if path is None:
         from onionskin.operations.export import refuse_open_file
 
-        refuse_open_file(store._opened, sys.stdout.fileno(), "stdout")
+        _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
     from onionskin.operations.new_file import new_file
@@ -309,3 +309,12 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
         taken = stream.apply(source, volume, progress=progress)
     output.tell(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")
+
+
+def _refuse_stdout_in(store: "Store") -> None:
+    """Refuse to write to stdout if that is a file which a disk of the store reads."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # a program has put an object of its own there
+        return
+    refuse_open_file(store._opened, descriptor, "stdout")
