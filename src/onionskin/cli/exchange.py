@@ -187,8 +187,6 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 @contextlib.contextmanager
 def _stream_to(store: "Store", image: Path) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
-        from onionskin.operations.export import refuse_open_file
-
         _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
@@ -271,8 +269,6 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 def _new_file(store: "Store", path: Path | None) -> Iterator[output.StandardStream]:
     """Give stdout, or a new file, which has its name when it is durable and whole."""
     if path is None:
-        from onionskin.operations.export import refuse_open_file
-
         _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
@@ -313,6 +309,8 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
 
 def _refuse_stdout_in(store: "Store") -> None:
     """Refuse to write to stdout if that is a file which a disk of the store reads."""
+    from onionskin.operations.export import refuse_open_file
+
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # a program has put an object of its own there
