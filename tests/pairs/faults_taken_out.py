@@ -281,9 +281,9 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/snapshots.py",
-                "        seal_together([(naming.volume, naming.check, naming.write) for naming in namings])\n",
+                "        seal_together(store, [Part(naming.head, naming.check, naming.write) for naming in namings])\n",
                 "        for naming in namings:\n"
-                "            seal_together([(naming.volume, naming.check, naming.write)])\n",
+                "            seal_together(store, [Part(naming.head, naming.check, naming.write)])\n",
             ),
         ),
         _pairs("snapshot group", "tree", "related", "stores", "release"),

@@ -539,7 +539,8 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     """Delete volumes, with --recursive their snapshots too.
 
     The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
-    deleted together, or none of them. A name with *, ? or [...] that no volume has stands for all that match it.
+    deleted together, or none of them. A name with wildcards as a shell has them stands for all
+    that match it, unless a volume has that very name.
     """
     from onionskin.operations import losses as of_store
     from onionskin.operations import volumes as of_names

@@ -302,7 +302,7 @@ class ServedHead:
     def __init__(self, store: "OpenStore", row: VolumeRow, live: LiveVolume, group: str) -> None:
         self.store = store
         self.row = row
-        self.name = row.name
+        self.name: str = row.name
         self.process = ""
         self._group = group
         self._live = live
@@ -344,7 +344,7 @@ class ServedHead:
             ) from None
         if entered.get("volume") != self.row.id.hex():
             raise StateError(f"volume {self.name!r} is another one by now; try again")
-        self.process = str(entered.get("process"))
+        self.process: str = str(entered.get("process"))
         yield
 
     def refuse_half_merged(self) -> None:

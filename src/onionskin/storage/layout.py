@@ -35,7 +35,10 @@ class Layout:
         self.catalog: Path = root / CATALOG
         self.lock: Path = root / "lock"
         self.reserve: Path = root / "reserve"
-        self.layers, self.segments, self.volumes = (root / name for name in DIRECTORIES)
+        layers, segments, volumes = DIRECTORIES
+        self.layers: Path = root / layers
+        self.segments: Path = root / segments
+        self.volumes: Path = root / volumes
 
     @property
     def files(self) -> tuple[Path, ...]:
