@@ -360,6 +360,29 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     caller.close()
 
 
+def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    monkeypatch.setattr(groups, "STEP_SECONDS", 1)
+    caller.go_to("synced")
+    flushed = threading.Event()
+    flush = threading.Thread(target=lambda: (volume_of(server, "web").flush(), flushed.set()))
+    flush.start()
+    connection = caller.head._live._connection
+    connection.sendall((1 << 20).to_bytes(4, "big"))
+    for _ in range(100):  # each byte comes well within the time that the server waits for something
+        with suppress(BrokenPipeError):
+            connection.sendall(b" ")
+        if flushed.wait(0.2):
+            break
+    caller.close()
+    assert flushed.is_set()
+    flush.join()
+    goes_on(store, server, "web")
+
+
 @pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     store: onionskin.Store, here: Here, step: str

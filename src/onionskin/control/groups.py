@@ -22,6 +22,7 @@ too much, or is gone), either end is done with it in a bounded time. What the se
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import ETIME
@@ -180,7 +181,8 @@ class Talk:
             The caller is gone, silent for too long, or has given up.
         """
         try:
-            found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            deadline = time.monotonic() + STEP_SECONDS
+            found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         except TimeoutError:
             raise StateError(f"the group's caller has said nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
         if found is None or "cancel" in found:
