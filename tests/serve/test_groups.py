@@ -360,6 +360,52 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     caller.close()
 
 
+@contextmanager
+def forked_child() -> Iterator[int]:
+    """A child of this process that has all of its descriptors, and does nothing until it is killed."""
+    child = os.fork()
+    if not child:
+        while True:
+            signal.pause()
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_volume_goes_on_whose_caller_left_and_has_a_forked_child(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    flush = threading.Thread(target=volume_of(server, "web").flush, daemon=True)
+    with forked_child():
+        caller.close()
+        flush.start()
+        flush.join(groups.STEP_SECONDS / 2)
+        assert not flush.is_alive()
+    goes_on(store, server, "web")
+
+
+def test_a_forked_child_that_closes_its_copy_of_a_group_leaves_the_group_alone(
+    store: onionskin.Store, here: Here
+) -> None:
+    here("web")
+    caller = Caller(store, "web")
+    caller.go_to("done")
+    child = os.fork()
+    if not child:
+        try:
+            caller.head.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    caller.go_on("synced")
+    caller.commit()
+    caller.close()
+    assert number_in(store, "web", "s") == 0
+
+
 def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

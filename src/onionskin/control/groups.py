@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import ETIME
 from typing import TYPE_CHECKING, Any
 
@@ -310,6 +310,7 @@ class ServedHead:
         self._live = live
         self._sealed: SealedHead | None = None
         self._lock_bytes = (0, 0)
+        self._process_here = os.getpid()
 
     @property
     def peer(self) -> int:
@@ -329,7 +330,13 @@ class ServedHead:
 
     def close(self) -> None:
         """Leave the group. A server that was not told the end asks the catalog for it."""
+        if not self._is_forked():  # the child of a fork may have the connection too: the server must not wait for its end
+            with suppress(OSError):
+                self._live._connection.shutdown(socket.SHUT_RDWR)
         self._live.close()
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process_here
 
     @contextmanager
     def operation(self, *, during_merge: bool, within: float | None) -> Iterator[None]:
