@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from onionskin.control import frames, groups
 from onionskin.control.groups import ServedHead, find_served_head
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
+from onionskin.operations import group_member, seal
 from onionskin.operations.seal import write_sealed
 from onionskin.operations.snapshots import _Naming
 from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_store import OpenStore
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -413,19 +416,20 @@ def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
     caller = Caller(store, "web")
     monkeypatch.setattr(groups, "STEP_SECONDS", 1)
     caller.go_to("synced")
-    flushed = threading.Event()
-    flush = threading.Thread(target=lambda: (volume_of(server, "web").flush(), flushed.set()))
+    flush = threading.Thread(target=volume_of(server, "web").flush)
     flush.start()
     connection = caller.head._live._connection
     connection.sendall((1 << 20).to_bytes(4, "big"))
     for _ in range(100):  # each byte comes well within the time that the server waits for something
         with suppress(BrokenPipeError):
             connection.sendall(b" ")
-        if flushed.wait(0.2):
+        flush.join(0.2)
+        if not flush.is_alive():
             break
+    waits = flush.is_alive()
     caller.close()
-    assert flushed.is_set()
     flush.join()
+    assert not waits
     goes_on(store, server, "web")
 
 
@@ -508,6 +512,50 @@ def test_a_caller_that_was_stopped_before_its_commit_cannot_commit_any_more(
     server.close()
     with store.open("web") as again:
         assert number_in_head(again) == 3
+
+
+def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web", "db")
+    stamp(volume_of(server, "web"), 1)
+
+    def be_full(*_: object) -> None:
+        raise OSError(ENOSPC, "the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "write_sealed", be_full)  # the caller's transaction
+        patch.setattr(group_member, "replace_spare", be_full)  # the server's
+        with pytest.raises(OSError, match="full"):
+            store.snapshot_group({"web": "s", "db": "s", "log": "s"})
+        volume_of(server, "web").flush()  # waits until the seal has ended
+        volume_of(server, "db").flush()
+    for name in ("web", "db"):
+        goes_on(store, server, name)
+
+
+def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    change = OpenStore.change
+
+    def change_and_fail(opened: OpenStore, what: Callable[[], Any]) -> Any:
+        result = change(opened, what)
+        if opened is store._opened and store.snapshots("web"):
+            raise StopIteration("a handler of a signal raised this")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenStore, "change", change_and_fail)
+        with pytest.raises(StopIteration):
+            store.snapshot_group({"web": "s"})
+    volume = volume_of(server, "web")
+    stamp(volume, 2)
+    volume.flush()
+    assert store._opened.catalog.head_of(volume._opened.row) == volume._opened.head
+    assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
 def test_a_volume_whose_connection_is_lost_is_held_on_as_long_as_another_one_cuts_it(

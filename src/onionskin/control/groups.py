@@ -11,6 +11,8 @@ Then both ends speak in steps:
     caller: sync      server: synced    the rest is durable; this describes it
     caller: end       server: result    the volume goes on with the head that the catalog has
 
+Instead of `sync` or `end` the caller may say `give up`: then the volume goes on with its old head.
+
 Each volume has its own connection, on which all of that is said, except that one connection of each server leads: so the
 volumes of a server are held and cut by one thread, as those of one process are.
 
@@ -136,6 +138,10 @@ def _list(value: Any) -> list[Any]:
 # ---- the server's end ----
 
 
+class GivenUpError(StateError):
+    """The caller said that it changed nothing, and will change nothing by what was described to it."""
+
+
 class Talk:
     """The server's end of the conversation, on a connection whose verb `group` runs.
 
@@ -187,6 +193,8 @@ class Talk:
             raise StateError(f"the group's caller has said nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
         if found is None or "cancel" in found:
             raise StateError("the group's caller has gone away")
+        if found.get("step") == "give up":
+            raise GivenUpError("the group's caller gave it up")
         if found.get("step") not in steps:
             raise FormatError(f"the step {steps[0]!r} of a group was to come, and something else came")
         return found
@@ -279,7 +287,11 @@ def seal_for_caller(talk: Talk, volume: OpenHead, group: str) -> dict[str, Any]:
                     asked = talk.hear("sync")
                 sealing.sync()
                 talk.say("synced", sealed=pack_sealed(sealing.give(*_lock_bytes(asked))))
-                is_named = talk.hear("end").get("named") is not False
+                try:
+                    is_named = talk.hear("end").get("named") is not False
+                except GivenUpError:
+                    sealing.stay()
+                    raise
         finally:
             sealing.settle(is_named=is_named)
     return {"committed": sealing.goes_on}
@@ -330,13 +342,10 @@ class ServedHead:
 
     def close(self) -> None:
         """Leave the group. A server that was not told the end asks the catalog for it."""
-        if not self._is_forked():  # the child of a fork may have the connection too: the server must not wait for its end
+        if os.getpid() == self._process_here:  # a forked child may have the connection too, and keep it open
             with suppress(OSError):
                 self._live._connection.shutdown(socket.SHUT_RDWR)
         self._live.close()
-
-    def _is_forked(self) -> bool:
-        return os.getpid() != self._process_here
 
     @contextmanager
     def operation(self, *, during_merge: bool, within: float | None) -> Iterator[None]:
@@ -402,6 +411,15 @@ class ServedHead:
         ):
             raise FormatError(f"what the server of volume {self.name!r} sealed is not what the catalog has of it")
         self._sealed = sealed
+
+    def give_up(self) -> None:
+        """Say that the catalog has not changed, and will not be by what it described, where that is sure.
+
+        The transaction has ended. Any error may have come behind a commit, so the catalog is asked.
+        """
+        with suppress(OSError, OnionskinError, ValueError):
+            if self._sealed is None or self.store.catalog.head_of(self.row) != self._sealed.next.head:
+                self._say("give up")
 
     def ask_to_end(self, *, is_named: bool) -> None:
         """Have it go on with its new head. It does so, too, when it is not told."""
