@@ -16,7 +16,7 @@ from support.nbd_client import NbdClient
 from support.servers import Serve
 
 import onionskin
-from onionskin.base.sockets import UnixListener
+from onionskin.base.sockets import UnixListener, connect_unix
 from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
 from onionskin.control.groups import ServedHead, find_served_head
@@ -161,6 +161,30 @@ def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
         thread.join()
     assert sorted(ended) == ["a", "b"]
     assert len(store.snapshots("db")) == 10
+
+
+@pytest.mark.parametrize("renamed_at", [2, 3])
+def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, renamed_at: int
+) -> None:
+    here("web")
+    catalog, connections, asked = store._opened.catalog, [], 0
+    volume = catalog.volume
+
+    def note(*args: Any, **more: Any) -> socket.socket:
+        connections.append(connect_unix(*args, **more))
+        return connections[-1]
+
+    def rename(name: str) -> VolumeRow:
+        nonlocal asked
+        asked += 1
+        return volume(name if asked < renamed_at else "another name")
+
+    monkeypatch.setattr("onionskin.control.client.connect_unix", note)
+    monkeypatch.setattr(catalog, "volume", rename)
+    with pytest.raises(onionskin.VolumeNotFoundError):
+        find_served_head(store, "web", "g")
+    assert [one.fileno() for one in connections] == [-1]
 
 
 # ---- the cut is exact ----

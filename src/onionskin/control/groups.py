@@ -460,7 +460,13 @@ class ServedHead:
 def find_served_head(store: "Store", name: str, group: str) -> ServedHead | None:
     """Find the server that holds a volume, to have it sealed by it as one of a group; None if none does."""
     live = find(store, name, greet=False)  # so that all servers of a group greet at the same time
-    return None if live is None else ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
+    if live is None:
+        return None
+    try:
+        return ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
+    except BaseException:
+        live.close()
+        raise
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
