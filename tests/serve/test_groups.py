@@ -799,6 +799,24 @@ def test_a_description_that_cannot_be_is_refused(
     goes_on(store, server, "web")
 
 
+def test_a_description_that_has_a_segment_twice_is_refused(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    pack = groups.pack_sealed
+
+    def pack_twice(what: seal.SealedHead) -> dict[str, Any]:
+        described = pack(what)
+        return described | {"segments": described["segments"] + [[id, 0] for id, _ in described["segments"]]}
+
+    stamp(volume_of(server, "web"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "pack_sealed", pack_twice)
+        with pytest.raises(onionskin.FormatError, match="cannot be read"):
+            store.snapshot_group({"web": "s"})
+    goes_on(store, server, "web")
+
+
 @pytest.mark.parametrize(
     "call", [lambda store: store.snapshot_group({"web": "s", "db": "s"}), lambda store: store.fork("web")]
 )

@@ -107,7 +107,7 @@ def unpack_sealed(value: Any, map_byte: int, spare_byte: int) -> SealedHead:
             _number(value["map_length"]),
             _number(value["map_frames"]),
             _number(value["map_crc"], 1 << 32),
-            tuple((_id(id), _number(slots, 1 << 48)) for id, slots in _list(value["segments"])),
+            _segments(value["segments"]),
             tuple(_id(id) for id in _list(value["to_reclaim"])),
             NextHead(_id(value["next_head"]), _id(value["next_spare"]), map_byte, spare_byte),
         )
@@ -127,6 +127,13 @@ def _number(value: Any, end: int = 1 << 62) -> int:
     if type(value) is not int or not 0 <= value < end:
         raise ValueError("a number is out of its range")
     return value
+
+
+def _segments(value: Any) -> tuple[tuple[bytes, int], ...]:
+    found = tuple((_id(id), _number(slots, 1 << 48)) for id, slots in _list(value))
+    if len(dict(found)) < len(found):  # one with slots and without would be dropped with its data
+        raise ValueError("a segment is there twice")
+    return found
 
 
 def _list(value: Any) -> list[Any]:
