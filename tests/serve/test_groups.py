@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from support.nbd_client import NbdClient
 from support.servers import Serve
 
 import onionskin
-from onionskin.base.sockets import UnixListener
+from onionskin.base.sockets import UnixListener, connect_unix
 from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
 from onionskin.control.groups import ServedHead, find_served_head
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
+from onionskin.operations import group_member, seal
 from onionskin.operations.seal import write_sealed
 from onionskin.operations.snapshots import _Naming
 from onionskin.storage.locks import ByteLocks
+from onionskin.storage.open_store import OpenStore
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -158,6 +161,30 @@ def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
         thread.join()
     assert sorted(ended) == ["a", "b"]
     assert len(store.snapshots("db")) == 10
+
+
+@pytest.mark.parametrize("renamed_at", [2, 3])
+def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, renamed_at: int
+) -> None:
+    here("web")
+    catalog, connections, asked = store._opened.catalog, [], 0
+    volume = catalog.volume
+
+    def note(*args: Any, **more: Any) -> socket.socket:
+        connections.append(connect_unix(*args, **more))
+        return connections[-1]
+
+    def rename(name: str) -> VolumeRow:
+        nonlocal asked
+        asked += 1
+        return volume(name if asked < renamed_at else "another name")
+
+    monkeypatch.setattr("onionskin.control.client.connect_unix", note)
+    monkeypatch.setattr(catalog, "volume", rename)
+    with pytest.raises(onionskin.VolumeNotFoundError):
+        find_served_head(store, "web", "g")
+    assert [one.fileno() for one in connections] == [-1]
 
 
 # ---- the cut is exact ----
@@ -360,6 +387,76 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     caller.close()
 
 
+@contextmanager
+def forked_child() -> Iterator[int]:
+    """A child of this process that has all of its descriptors, and does nothing until it is killed."""
+    child = os.fork()
+    if not child:
+        while True:
+            signal.pause()
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_volume_goes_on_whose_caller_left_and_has_a_forked_child(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    flush = threading.Thread(target=volume_of(server, "web").flush, daemon=True)
+    with forked_child():
+        caller.close()
+        flush.start()
+        flush.join(groups.STEP_SECONDS / 2)
+        assert not flush.is_alive()
+    goes_on(store, server, "web")
+
+
+def test_a_forked_child_that_closes_its_copy_of_a_group_leaves_the_group_alone(
+    store: onionskin.Store, here: Here
+) -> None:
+    here("web")
+    caller = Caller(store, "web")
+    caller.go_to("done")
+    child = os.fork()
+    if not child:
+        try:
+            caller.head.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    caller.go_on("synced")
+    caller.commit()
+    caller.close()
+    assert number_in(store, "web", "s") == 0
+
+
+def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    monkeypatch.setattr(groups, "STEP_SECONDS", 1)
+    caller.go_to("synced")
+    flush = threading.Thread(target=volume_of(server, "web").flush)
+    flush.start()
+    connection = caller.head._live._connection
+    connection.sendall((1 << 20).to_bytes(4, "big"))
+    for _ in range(100):  # each byte comes well within the time that the server waits for something
+        with suppress(BrokenPipeError):
+            connection.sendall(b" ")
+        flush.join(0.2)
+        if not flush.is_alive():
+            break
+    waits = flush.is_alive()
+    caller.close()
+    flush.join()
+    assert not waits
+    goes_on(store, server, "web")
+
+
 @pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     store: onionskin.Store, here: Here, step: str
@@ -439,6 +536,50 @@ def test_a_caller_that_was_stopped_before_its_commit_cannot_commit_any_more(
     server.close()
     with store.open("web") as again:
         assert number_in_head(again) == 3
+
+
+def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web", "db")
+    stamp(volume_of(server, "web"), 1)
+
+    def be_full(*_: object) -> None:
+        raise OSError(ENOSPC, "the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "write_sealed", be_full)  # the caller's transaction
+        patch.setattr(group_member, "replace_spare", be_full)  # the server's
+        with pytest.raises(OSError, match="full"):
+            store.snapshot_group({"web": "s", "db": "s", "log": "s"})
+        volume_of(server, "web").flush()  # waits until the seal has ended
+        volume_of(server, "db").flush()
+    for name in ("web", "db"):
+        goes_on(store, server, name)
+
+
+def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    change = OpenStore.change
+
+    def change_and_fail(opened: OpenStore, what: Callable[[], Any]) -> Any:
+        result = change(opened, what)
+        if opened is store._opened and store.snapshots("web"):
+            raise StopIteration("a handler of a signal raised this")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenStore, "change", change_and_fail)
+        with pytest.raises(StopIteration):
+            store.snapshot_group({"web": "s"})
+    volume = volume_of(server, "web")
+    stamp(volume, 2)
+    volume.flush()
+    assert store._opened.catalog.head_of(volume._opened.row) == volume._opened.head
+    assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
 def test_a_volume_whose_connection_is_lost_is_held_on_as_long_as_another_one_cuts_it(
@@ -655,6 +796,24 @@ def test_a_description_that_cannot_be_is_refused(
     with pytest.raises((onionskin.OnionskinError, OSError)):
         store.snapshot_group({"web": "s", "db": "s"})
     monkeypatch.undo()
+    goes_on(store, server, "web")
+
+
+def test_a_description_that_has_a_segment_twice_is_refused(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    pack = groups.pack_sealed
+
+    def pack_twice(what: seal.SealedHead) -> dict[str, Any]:
+        described = pack(what)
+        return described | {"segments": described["segments"] + [[id, 0] for id, _ in described["segments"]]}
+
+    stamp(volume_of(server, "web"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "pack_sealed", pack_twice)
+        with pytest.raises(onionskin.FormatError, match="cannot be read"):
+            store.snapshot_group({"web": "s"})
     goes_on(store, server, "web")
 
 

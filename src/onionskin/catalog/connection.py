@@ -320,9 +320,13 @@ class Connection:
             return int(version)
 
     def close(self) -> None:
-        """Close the connection. Further calls do nothing."""
+        """Close the connection, once the transaction or query of another thread has ended. Further calls do nothing.
+
+        The module `sqlite3` frees what a statement of another thread still uses.
+        """
         if not self._forked:
-            self._connection.close()
+            with self._guard:
+                self._connection.close()
             if self._copy:
                 self._copy.cleanup()
 

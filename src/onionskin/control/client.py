@@ -90,8 +90,13 @@ def find(store: Store, name: str, *, greet: bool = True) -> "LiveVolume | None":
             raise StateError(_silent(name, holder.pid)) from None
         raise
     live = LiveVolume(connection, name, greet=greet)
-    # The path and the server belong to the volume's id; the name may mean another volume by now.
-    if store._opened.catalog.volume(name).id == row.id:
+    try:
+        # The path and the server belong to the volume's id; the name may mean another volume by now.
+        is_same = store._opened.catalog.volume(name).id == row.id
+    except BaseException:
+        live.close()
+        raise
+    if is_same:
         return live
     live.close()
     return find(store, name, greet=greet)

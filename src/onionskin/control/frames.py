@@ -6,8 +6,10 @@ Both ends check the length before they allocate memory for it. See "Live operati
 import json
 import operator
 import os
+import select
 import socket
 import struct
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -96,21 +98,26 @@ def packed(value: dict[str, Any]) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
+def receive(connection: socket.socket, *, bytes_max: int, deadline: float | None = None) -> dict[str, Any] | None:
     """Receive one frame. Return None if the other end has disconnected.
+
+    `deadline`, by the monotonic clock, is for the frame as a whole: the timeout of the connection is one for each piece, so
+    an end that sends a byte now and then is waited for as long as it likes.
 
     Raises
     ------
     FormatError
         The bytes are not a frame, or the frame is too long.
+    TimeoutError
+        It did not come in time.
     """
-    head = _exactly(connection, _LENGTH.size)
+    head = _exactly(connection, _LENGTH.size, deadline)
     if head is None:
         return None
     (length,) = _LENGTH.unpack(head)
     if length > bytes_max:
         raise FormatError(f"a message of {length} bytes came in on the control socket; at most {bytes_max} are taken")
-    text = _exactly(connection, length)
+    text = _exactly(connection, length, deadline)
     if text is None:
         return None
     try:
@@ -122,9 +129,11 @@ def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | No
     return value
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes | None:
+def _exactly(connection: socket.socket, length: int, deadline: float | None) -> bytes | None:
     parts = []
     while length:
+        if deadline is not None:
+            _wait_until(connection, deadline)
         try:
             part = connection.recv(min(length, 1 << 16))
         except ConnectionResetError:  # the other end closed with something unread
@@ -134,6 +143,14 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
         parts.append(part)
         length -= len(part)
     return b"".join(parts)
+
+
+def _wait_until(connection: socket.socket, deadline: float) -> None:
+    """Wait until something has come, or the other end is gone."""
+    arrives = select.poll()
+    arrives.register(connection, select.POLLIN)
+    if not arrives.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 # ---- the contents of frames ----

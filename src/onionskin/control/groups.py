@@ -11,6 +11,8 @@ Then both ends speak in steps:
     caller: sync      server: synced    the rest is durable; this describes it
     caller: end       server: result    the volume goes on with the head that the catalog has
 
+Instead of `sync` or `end` the caller may say `give up`: then the volume goes on with its old head.
+
 Each volume has its own connection, on which all of that is said, except that one connection of each server leads: so the
 volumes of a server are held and cut by one thread, as those of one process are.
 
@@ -22,8 +24,9 @@ too much, or is gone), either end is done with it in a bounded time. What the se
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import ETIME
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +107,7 @@ def unpack_sealed(value: Any, map_byte: int, spare_byte: int) -> SealedHead:
             _number(value["map_length"]),
             _number(value["map_frames"]),
             _number(value["map_crc"], 1 << 32),
-            tuple((_id(id), _number(slots, 1 << 48)) for id, slots in _list(value["segments"])),
+            _segments(value["segments"]),
             tuple(_id(id) for id in _list(value["to_reclaim"])),
             NextHead(_id(value["next_head"]), _id(value["next_spare"]), map_byte, spare_byte),
         )
@@ -126,6 +129,13 @@ def _number(value: Any, end: int = 1 << 62) -> int:
     return value
 
 
+def _segments(value: Any) -> tuple[tuple[bytes, int], ...]:
+    found = tuple((_id(id), _number(slots, 1 << 48)) for id, slots in _list(value))
+    if len(dict(found)) < len(found):  # one with slots and without would be dropped with its data
+        raise ValueError("a segment is there twice")
+    return found
+
+
 def _list(value: Any) -> list[Any]:
     if type(value) is not list or len(value) > SEGMENTS_MAX:
         raise ValueError("a list is too long")
@@ -133,6 +143,10 @@ def _list(value: Any) -> list[Any]:
 
 
 # ---- the server's end ----
+
+
+class GivenUpError(StateError):
+    """The caller said that it changed nothing, and will change nothing by what was described to it."""
 
 
 class Talk:
@@ -180,11 +194,14 @@ class Talk:
             The caller is gone, silent for too long, or has given up.
         """
         try:
-            found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            deadline = time.monotonic() + STEP_SECONDS
+            found = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         except TimeoutError:
             raise StateError(f"the group's caller has said nothing for {STEP_SECONDS:.0f} s; it was stopped") from None
         if found is None or "cancel" in found:
             raise StateError("the group's caller has gone away")
+        if found.get("step") == "give up":
+            raise GivenUpError("the group's caller gave it up")
         if found.get("step") not in steps:
             raise FormatError(f"the step {steps[0]!r} of a group was to come, and something else came")
         return found
@@ -277,7 +294,11 @@ def seal_for_caller(talk: Talk, volume: OpenHead, group: str) -> dict[str, Any]:
                     asked = talk.hear("sync")
                 sealing.sync()
                 talk.say("synced", sealed=pack_sealed(sealing.give(*_lock_bytes(asked))))
-                is_named = talk.hear("end").get("named") is not False
+                try:
+                    is_named = talk.hear("end").get("named") is not False
+                except GivenUpError:
+                    sealing.stay()
+                    raise
         finally:
             sealing.settle(is_named=is_named)
     return {"committed": sealing.goes_on}
@@ -308,6 +329,7 @@ class ServedHead:
         self._live = live
         self._sealed: SealedHead | None = None
         self._lock_bytes = (0, 0)
+        self._process_here = os.getpid()
 
     @property
     def peer(self) -> int:
@@ -327,6 +349,9 @@ class ServedHead:
 
     def close(self) -> None:
         """Leave the group. A server that was not told the end asks the catalog for it."""
+        if os.getpid() == self._process_here:  # a forked child may have the connection too, and keep it open
+            with suppress(OSError):
+                self._live._connection.shutdown(socket.SHUT_RDWR)
         self._live.close()
 
     @contextmanager
@@ -394,6 +419,15 @@ class ServedHead:
             raise FormatError(f"what the server of volume {self.name!r} sealed is not what the catalog has of it")
         self._sealed = sealed
 
+    def give_up(self) -> None:
+        """Say that the catalog has not changed, and will not be by what it described, where that is sure.
+
+        The transaction has ended. Any error may have come behind a commit, so the catalog is asked.
+        """
+        with suppress(OSError, OnionskinError, ValueError):
+            if self._sealed is None or self.store.catalog.head_of(self.row) != self._sealed.next.head:
+                self._say("give up")
+
     def ask_to_end(self, *, is_named: bool) -> None:
         """Have it go on with its new head. It does so, too, when it is not told."""
         try:
@@ -433,7 +467,13 @@ class ServedHead:
 def find_served_head(store: "Store", name: str, group: str) -> ServedHead | None:
     """Find the server that holds a volume, to have it sealed by it as one of a group; None if none does."""
     live = find(store, name, greet=False)  # so that all servers of a group greet at the same time
-    return None if live is None else ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
+    if live is None:
+        return None
+    try:
+        return ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
+    except BaseException:
+        live.close()
+        raise
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:

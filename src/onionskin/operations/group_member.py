@@ -4,7 +4,8 @@ What must hold: the volume goes on with its old head only when no transaction of
 more. The coordinator may be stopped before its transaction, and go on hours later. So whoever goes on with the old head
 first gives it another spare segment in a transaction of its own, a fence: the coordinator's transaction checks that head and
 spare are those that were described, and fails behind it. Where the coordinator is inside its transaction, the fence waits
-for its end, and finds out how it ended. Readers and writers go on meanwhile; flushes wait, as in every seal.
+for its end, and finds out how it ended. Only where the coordinator itself says that it gave up, none is needed. Readers and
+writers go on meanwhile; flushes wait, as in every seal.
 
 The files of the next head are locked before the description is given away, so nobody can take them for unused.
 """
@@ -46,6 +47,13 @@ class MemberSealing(Sealing):
             self.next_head = None  # nobody knows of it
             raise
         return what
+
+    def stay(self) -> None:
+        """Go on with the old head when this is resolved. The coordinator has said that it names no other one.
+
+        So no fence is needed, for which there may be no room: a full disk may be why it gave up.
+        """
+        self.next_head = None
 
     def resolve(self) -> None:
         """Go on with the new head if the catalog has it; else see to it that it never has, and go on with the old one."""

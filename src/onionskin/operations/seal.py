@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from onionskin.catalog import LayerRow, SegmentRow, VolumeRow, new_id
+from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import StateError
 from onionskin.kernels._volume import cut_heads
 from onionskin.operations import reclaim
@@ -307,6 +307,9 @@ class RemoteHead(Protocol):
     def synced(self) -> None:
         """Wait for that."""
 
+    def give_up(self) -> None:
+        """Say that the catalog has not changed, and will not be by what it described, where that is sure."""
+
     def ask_to_end(self, *, is_named: bool) -> None:
         """Have it look into the catalog for the head that it goes on with."""
 
@@ -450,8 +453,15 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
         then()
         return rows
 
-    with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
-        rows = store.change(write_rows)
+    try:
+        with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
+            rows = store.change(write_rows)
+    except CommitUnknownError:
+        raise
+    except Exception:
+        for remote in remotes:
+            remote.give_up()
+        raise
     with ExitStack() as finishing:  # an error of one keeps the others from nothing
         for remote in remotes:
             finishing.callback(remote.ended)
