@@ -324,7 +324,7 @@ class ServedHead:
         self.store = store
         self.row = row
         self.name: str = row.name
-        self.process = ""
+        self.process: str = ""
         self._group = group
         self._live = live
         self._sealed: SealedHead | None = None
@@ -369,7 +369,7 @@ class ServedHead:
             ) from None
         if entered.get("volume") != self.row.id.hex():
             raise StateError(f"volume {self.name!r} is another one by now; try again")
-        self.process: str = str(entered.get("process"))
+        self.process = str(entered.get("process"))
         yield
 
     def refuse_half_merged(self) -> None:
