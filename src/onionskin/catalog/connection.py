@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     VALUES,
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
-from onionskin.errors import FormatError, VolumeNotFoundError
+from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -88,6 +88,7 @@ class Connection:
         self._is_unknown = False  # whether a commit has an unknown outcome, and no later commit overwrote it yet
         self._lock_byte_taken = 0
         self._synced_version: int | None = None  # the commits of others up to this version are durable
+        self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
         if not path.exists():
             if not create:
                 raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
@@ -159,12 +160,35 @@ class Connection:
 
         A commit of this connection has synced the log, with all that it saw there. So there is nothing to do where nobody
         else has committed since.
+
+        Where a sync of the log fails, the kernel takes what it could not write for written, and the next sync says nothing.
+        Later commits would stand behind the gap, and go with it. So all is moved out of the log, and it is begun anew.
         """
         self.bury_unknown()
         seen = self._version_of_others()
-        if seen != self._synced_version:
-            self._sync_log()
-            self._synced_version = seen
+        if seen == self._synced_version:
+            return
+        try:
+            if not self._is_log_lost:
+                self._sync_log()
+        except OSError:
+            self._is_log_lost = True
+        if self._is_log_lost:
+            self._replace_log()
+        self._synced_version = seen
+
+    def _replace_log(self) -> None:
+        """Move all commits from the log to the catalog, and begin the log anew: nothing that is in it now counts then."""
+        with self._guard, self._errors():
+            busy, in_log, moved = self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        if busy or in_log != moved:
+            raise StateError(
+                f"the log of {self.path} could not be made durable, and other processes that read it do not let it be "
+                "replaced; close them, and try again"
+            )
+        with self._transaction():
+            pass
+        self._is_log_lost = False
 
     def _sync_log(self) -> None:
         """Sync the log. SQLite takes its locks on other files, so none is lost when this one is closed."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
 
+_NAME_BYTES_MAX = 255  # NAME_MAX of Linux
+
 
 def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
     """Write the disk of a volume or a view to a raw image file, and keep the holes. The image is durable on return.
@@ -61,7 +63,7 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
     try:
         _refuse_directory(store, directory, target)
         _refuse_file(store, directory, target, replace=replace)
-        staged = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        staged = staged_name(target)
         descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             try:
@@ -77,6 +79,12 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
             os.close(descriptor)
     finally:
         os.close(directory)
+
+
+def staged_name(target: Path) -> str:
+    """Draw the name under which a file is made. It is no longer than the file's own, where that is the longest possible."""
+    suffix = f".{os.getpid()}.{secrets.token_hex(4)}.part"
+    return os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
 
 
 def give_name(directory: int, staged: str, target: Path, *, replace: bool) -> None:

@@ -6,14 +6,13 @@ that is killed leaves it under another name, which ends in .part.
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from onionskin.base.fsync import sync_file
-from onionskin.operations.export import give_name
+from onionskin.operations.export import give_name, staged_name
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        staged = f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        staged = staged_name(path)
         descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             with open(descriptor, "wb") as file:

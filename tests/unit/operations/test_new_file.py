@@ -31,6 +31,14 @@ def test_a_writer_that_is_killed_leaves_no_file_of_that_name(tmp_path: Path) -> 
     assert [one.suffix for one in tmp_path.iterdir()] == [".part"]
 
 
+@pytest.mark.parametrize("letter", ["d", "ä"])
+def test_a_file_may_have_the_longest_name(tmp_path: Path, letter: str) -> None:
+    name = (letter * 255).encode()[:254].decode()
+    with new_file(tmp_path / name) as file:
+        file.write(b"all of it")
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "delta") as file:
         file.write(b"a part of it")
