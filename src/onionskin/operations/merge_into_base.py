@@ -21,7 +21,7 @@ from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import TreeChangedError
 from onionskin.storage.chain import Chain, is_same_file, read_chain, unfinished_base_merges
-from onionskin.storage.locks import BaseLock, is_file_at
+from onionskin.storage.locks import BaseLock, is_file_at, looks_of
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -106,10 +106,8 @@ def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
     ChainError
         The file is another one, or has changed. Nothing is dropped: the layers still have all data.
     """
-    found = os.fstat(lock.descriptor)
-    same = found.st_ino == base.inode
-    if not half_merged:
-        same = same and (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
+    looks = looks_of(lock.descriptor)
+    same = looks == (base.inode, base.size_bytes, base.mtime_ns) or (half_merged and looks[0] == base.inode)
     if not (same and is_file_at(lock.descriptor, Path(base.path))):
         raise ChainError(
             f"the base {base.path} is not the file that the volume stands on any more: it was exchanged or changed. Put "
@@ -275,15 +273,13 @@ def _done_before(store: OpenStore, folded: Chain, descriptor: int) -> int:
     if not work or not work.done_bytes:
         return 0
     base = store.catalog.base_of(folded.layers[0])
-    found = os.fstat(descriptor)
-    is_same = base and (found.st_ino, found.st_size, found.st_mtime_ns) == (base.inode, base.size_bytes, base.mtime_ns)
+    is_same = base and looks_of(descriptor) == (base.inode, base.size_bytes, base.mtime_ns)
     return work.done_bytes if is_same else 0
 
 
 def _looks(descriptor: int) -> dict[str, int]:
     """Return the values that the row of a base has for its file as it is now. The caller has just synced the file."""
-    found = os.fstat(descriptor)
-    return {"inode": found.st_ino, "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    return dict(zip(("inode", "size_bytes", "mtime_ns"), looks_of(descriptor), strict=True))
 
 
 def _same_row(store: OpenStore, folded: Chain) -> BaseRow:

@@ -15,7 +15,7 @@ from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
 from onionskin.storage.layout import Layout
-from onionskin.storage.locks import BaseLock, ByteLocks
+from onionskin.storage.locks import BaseLock, ByteLocks, looks_of
 
 if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
@@ -98,6 +98,7 @@ def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLo
         _check_base(base, lock.descriptor, half_merged=half_merged, verify=verify)
         if not lock.is_at_its_path:
             raise ChainError(f"the base {base.path} was exchanged while it was opened: {_BASE_ADVICE}")
+        lock.half_merged = looks_of(lock.descriptor) if half_merged else None
     except BaseException:
         lock.close()
         raise
@@ -124,10 +125,8 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
 
 
 def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bool) -> None:
-    found = os.fstat(descriptor)
-    same = found.st_ino == base.inode
-    if not half_merged:
-        same = same and (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
+    looks = looks_of(descriptor)
+    same = looks == (base.inode, base.size_bytes, base.mtime_ns) or (half_merged and looks[0] == base.inode)
     if not same:
         raise ChainError(
             f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
@@ -135,6 +134,11 @@ def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bo
         )
     if not verify:
         return
+    if half_merged:
+        raise StateError(
+            f"the base {base.path} cannot be verified before the merge into it has ended: end it with "
+            "'onionskin merge --into-base'"
+        )
     if base.digest is None:
         raise ChainError(f"no digest of the base {base.path} was taken: create volumes with a digest to verify them")
     if digest_of(descriptor) != base.digest:

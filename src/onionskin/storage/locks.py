@@ -480,6 +480,15 @@ def is_file_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+BaseLooks = tuple[int, int, int]
+
+
+def looks_of(descriptor: int) -> BaseLooks:
+    """Return the inode, the size in bytes and the time in nanoseconds by which the file of a base is known."""
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def volume_holder(path: Path | str) -> Holder | None:
     """Return the process that holds a volume for writing, or None. The lock itself is not touched."""
     try:
@@ -528,10 +537,13 @@ class BaseLock:
     All reads and writes of the base use `descriptor`, the file that is locked, because the path may lead to another
     file at any time. A merge first locks a second byte, which only merges use. So no other merge can come in between
     when it gives up its shared lock and takes the exclusive one.
+
+    `half_merged` is what the file looked like under the lock, if a merge into it had begun and not ended then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.half_merged: BaseLooks | None = None
         self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1):
             self.after_fork()

@@ -203,7 +203,7 @@ class OpenStore:
             if base_lock:
                 base_lock.close()
             raise
-        return OpenChain(chain, path, locks, base_lock)
+        return OpenChain(chain, path, locks, base_lock, base_lock.half_merged if base_lock else None)
 
     def _lock_layer(self, layer: bytes, locks: ByteLocks, verify: bool) -> tuple[Chain, BaseLock | None]:
         """Lock a chain and its base. If a merge into the base ended between the two steps, begin anew."""

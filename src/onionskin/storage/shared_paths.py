@@ -5,7 +5,6 @@ opening costs only a look-up in a table. The shared locks are held until the las
 last array over it is gone. The data path is closed with the last view.
 """
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from onionskin.errors import ChainError
 from onionskin.storage.chain import Chain
-from onionskin.storage.locks import BaseLock, ByteLocks
+from onionskin.storage.locks import BaseLock, BaseLooks, ByteLocks, looks_of
 
 if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
@@ -21,17 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class OpenChain:
-    """The open data path of a chain, with the locks that keep its files."""
+    """The open data path of a chain, with the locks that keep its files.
+
+    `base_looks` is given where a merge into the base has begun and not ended, so that the row of the base does not say
+    what the file looks like: it is what the file looked like when it was locked.
+    """
 
     chain: Chain
     path: "DataPath"
     locks: ByteLocks
     base_lock: BaseLock | None
+    base_looks: BaseLooks | None = None
     users: int = 0
 
 
 def refuse_changed_base(opened: OpenChain) -> None:
-    """Raise ChainError if the file that is locked as the base has another inode, size or time than the chain says.
+    """Raise ChainError if the file that is locked as the base has another inode, size or time than it should.
+
+    It should look as the chain says, or, where a merge into it has not ended, as it did when it was locked.
 
     An operation that copies from the base calls this again at the end. If the base changed meanwhile, parts of the copy
     are from before the change and parts from after it, so the copy is not the disk of any time.
@@ -40,8 +46,8 @@ def refuse_changed_base(opened: OpenChain) -> None:
     if base is None:
         return
     assert opened.base_lock is not None
-    found = os.fstat(opened.base_lock.descriptor)
-    if (found.st_ino, found.st_size, found.st_mtime_ns) != (base.inode, base.size_bytes, base.mtime_ns):
+    expected = opened.base_looks or (base.inode, base.size_bytes, base.mtime_ns)
+    if looks_of(opened.base_lock.descriptor) != expected:
         raise ChainError(
             f"the base {base.path} has changed since the volume was opened (inode, size or time differ), so what was "
             "read is no disk that there was: put the file back, or name the right one with 'onionskin relocate'"

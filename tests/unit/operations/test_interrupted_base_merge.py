@@ -1,13 +1,15 @@
 """A merge into the base that was interrupted is ended before anything else happens to the volume or the base."""
 
+import io
 import os
 from pathlib import Path
 
 import pytest
 
 import onionskin
+from onionskin import delta, images
 from onionskin.catalog import WorkRow
-from onionskin.operations import merge_into_base
+from onionskin.operations import copy, merge_into_base
 
 BLOCK = 4096
 
@@ -20,14 +22,19 @@ def web(tmp_path: Path):
         web.write(0, b"1" * 8 * BLOCK)
         web.snapshot("a")
         web.write(BLOCK, b"2" * 4 * BLOCK)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merge_into_base, "sync_file", _interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                web.merge_into_base("a")
+        interrupt_merge(web, "a")
         os.utime(base)
         os.link(base, tmp_path / "hard link")
         (tmp_path / "symlink").symlink_to(base)
         yield web
+
+
+def interrupt_merge(web: onionskin.Volume, upto: str | None) -> None:
+    """End a merge where it has written to the base and noted nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_into_base, "sync_file", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            web.merge_into_base(upto)
 
 
 def _interrupt(*_: object) -> None:
@@ -74,3 +81,57 @@ def test_opening_the_volume_leaves_the_base_alone_and_says_so(
     with web.store.open("web", snapshot="a") as view:
         assert view.read(0, BLOCK) == b"1" * BLOCK
     assert (tmp_path / "base.raw").stat().st_mtime_ns == base.st_mtime_ns
+
+
+def test_the_disk_can_be_copied_out_meanwhile(web: onionskin.Volume, tmp_path: Path) -> None:
+    before = web.read(0, web.size_bytes)
+    web.export(tmp_path / "while it is open.raw")
+    images.export_image(web, tmp_path / "while it is open.qcow2", format="qcow2")
+    web.close()
+    with web.store.open("web") as again:
+        again.export(tmp_path / "opened again.raw")
+    with web.store.open("web", mode="r") as read_only:
+        read_only.export(tmp_path / "only read.raw")
+    for name in ("while it is open", "opened again", "only read"):
+        assert (tmp_path / f"{name}.raw").read_bytes() == before
+    images.import_image(web.store, tmp_path / "while it is open.qcow2", "back")
+    with web.store.open("back") as back:
+        assert back.read(0, len(before)) == before
+
+
+def test_a_snapshot_that_hides_what_was_merged_can_be_copied_out_meanwhile(
+    web: onionskin.Volume, tmp_path: Path
+) -> None:
+    with web.store.open("web", snapshot="a") as view:
+        before = view.read(0, view.size_bytes)
+        view.export(tmp_path / "a.raw")
+    assert (tmp_path / "a.raw").read_bytes() == before
+    stream = io.BytesIO()
+    delta.delta(web.store, "web", None, "a", stream)
+    assert stream.tell() > 64 * BLOCK
+
+
+def test_a_copy_is_refused_if_somebody_else_writes_to_the_base_meanwhile(
+    web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_runs = copy.copy_runs
+
+    def written_to(*arguments: object, **options: object) -> None:
+        copy_runs(*arguments, **options)
+        os.utime(tmp_path / "base.raw", (1, 1))
+
+    monkeypatch.setattr(copy, "copy_runs", written_to)
+    with pytest.raises(onionskin.ChainError, match="has changed"):
+        web.export(tmp_path / "web.raw")
+    assert not (tmp_path / "web.raw").exists()
+
+
+def test_a_half_merged_base_is_not_called_damaged_when_it_is_verified(tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * 4 * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=base, digest=True) as web:
+            web.write(0, b"1" * BLOCK)
+            interrupt_merge(web, None)
+        with pytest.raises(onionskin.StateError, match="before the merge into it has ended"):
+            store.open("web", verify=True)
