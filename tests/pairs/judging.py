@@ -54,6 +54,8 @@ def find(root: Path, asked: Question) -> Findings:
     with onionskin.Store(root / "store") as store:
         names = [info.name for info in store.volumes()]
         if asked.half_merged:
+            for name in names:
+                _attempt(found, f"a copy of {name}", lambda name=name: _copy_out(store, name, root / "copied out", found))
             end_merges(store, names)
         for name in names:
             if asked.only is None or name not in ("v", "c", "w", "x") or name in asked.only:
@@ -69,6 +71,17 @@ def find(root: Path, asked: Question) -> Findings:
             found.wrong.append(f"{path.name.split('.')[0]} left a part behind")
     found.wrong += structure(root / "store", ended=not asked.half_merged and asked.only is None)
     return found
+
+
+def _copy_out(store: Any, name: str, target: Path, found: Findings) -> None:
+    """Export a volume that stands on a half-merged base, unless it may not be opened: others need what it was."""
+    import onionskin
+
+    with suppress(onionskin.StateError), store.open(name) as volume:
+        target.unlink(missing_ok=True)
+        volume.export(target)
+        if numbers_of(target.read_bytes()) != numbers_of(volume.read(0, volume.size_bytes)):
+            found.wrong.append(f"a copy of {name} is not the disk")
 
 
 def end_merges(store: Any, names: list[str]) -> None:
