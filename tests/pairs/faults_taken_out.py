@@ -196,6 +196,17 @@ FAULTS = [
         _pairs("merge into base", "relocate", "same", "threads", "release"),
     ),
     Fault(
+        "A6: a copy out of a disk whose base is half merged asks the row of the base",
+        (
+            Edit(
+                "src/onionskin/storage/shared_paths.py",
+                "    expected = opened.base_looks or (base",
+                "    expected = (base",
+            ),
+        ),
+        _pairs("merge into base", "store", "same", "processes", "release", "kill first"),
+    ),
+    Fault(
         "A7: an export reads a head that others write",
         (
             Edit(
