@@ -57,7 +57,7 @@ from onionskin.storage.locks import (
     is_being_merged_into,
     volume_holder,
 )
-from onionskin.storage.open_head import OpenHead, OpenView
+from onionskin.storage.open_head import OpenHead, OpenView, Unwritten
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
+    from onionskin.storage.shared_paths import OpenChain
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -81,6 +82,12 @@ _log = logger(__name__)
 _CUT_WAIT_SECONDS = 1.0
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
+
+
+def _finish(head: OpenHead) -> None:
+    from onionskin.operations.flush import finish  # imported late, with what it stands on
+
+    finish(head)
 
 
 def _work_in_background(store: OpenStore) -> None:
@@ -426,7 +433,11 @@ class Store:
 
         if found:
             self._opened.catalog.sync_found()
-        head = self._open_head(row, lock, verify)
+        unwritten = None if verify else self._open_unwritten(row, lock)
+        if unwritten:
+            self._opened.register(unwritten)
+            return Volume(unwritten, self)
+        head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
         self._opened.register(head)
         try:
             self._after_open(head)
@@ -435,9 +446,55 @@ class Store:
             raise
         return Volume(head, self)
 
-    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
+    def _open_unwritten(self, row: VolumeRow, lock: VolumeLock) -> OpenHead | None:
+        """Open a fork that nothing was written to: it is read through the view of what it stands on, which is shared.
+
+        Its own data path is opened when something is written (`OpenHead.begin_writing`). None: it is opened at once, as is
+        a volume that stands on a snapshot of its own: no other head is read through that view.
+        """
+        from onionskin.operations.forks import is_unwritten
+
+        store = self._opened
+        version = store.catalog.version()
+        head = store.catalog.layer(row.head)
+        below = head.parent
+        if below is None or not is_unwritten(store, row.id, head):
+            return None
+        snapshot = store.catalog.snapshot_of_layer(below)
+        if snapshot and snapshot.volume == row.id:
+            return None
+        try:
+            opened = store.views.take(below, lambda: store.open_layer(below))
+        except (OSError, OnionskinError):
+            return None  # whatever it is, the opening of the head meets it again, or it has gone
+        try:
+            # The view's files are locked now. What the rows said has to hold as of then.
+            as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
+            top = opened.chain.top
+            if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
+                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write)
+                return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+        except BaseException:
+            store.views.give_back(below)
+            raise
+        store.views.give_back(below)
+        return None
+
+    def _open_for_first_write(self, head: OpenHead) -> "OpenChain":
+        self._opened.catalog.sync_found()
+        row = self._opened.catalog.volume_with_id(head.row.id)
+        if row is None or row.head != head.head:  # its lock kept all others from it
+            raise StateError(f"the head of {head.row.name!r} was replaced under its lock; close it, and open it again")
+        return self._open_head(row, verify=False)
+
+    def _after_first_write(self, head: OpenHead) -> None:
+        try:
+            self._after_open(head)
+        except (OSError, OnionskinError) as error:
+            _log.warning("%r: work that was left over failed, and is left for the next opening: %s", head, error)
+
+    def _open_head(self, row: VolumeRow, verify: bool) -> "OpenChain":
         from onionskin.operations import compact_segments
-        from onionskin.operations.flush import finish
 
         if unfinished_base_merges(self._opened.catalog, row.head):
             _log.warning(
@@ -452,8 +509,7 @@ class Store:
             with suppress(FileNotFoundError):
                 os.unlink(left)  # noqa: PTH108 - a Path of each takes longer than unlinking it
         compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=bytes_in(dirty) > 0)
-        opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
-        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
+        return self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
 
     def _look_at_spare(self, head: bytes) -> None:
         """Tidy the files that were made for the next head.

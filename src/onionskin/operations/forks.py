@@ -272,8 +272,7 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
 def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[str] | None:
     """Fork a volume that is locked and not open, if nothing is in its head; None: it has to be opened."""
     head = store.catalog.layer(volume.head)
-    left = (store.layout.dirty_file(volume.id), store.layout.map_file(head.map_id))
-    if head.map_frames or any(bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
+    if not is_unwritten(store, volume.id, head):
         return None
     names: list[str] = []
 
@@ -284,6 +283,14 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return names if fork_below(store, head.id, head.size_bytes, insert) else None
     except DoneBeforeError as done:
         return done.names
+
+
+def is_unwritten(store: OpenStore, volume: bytes, head: LayerRow) -> bool:
+    """Whether a volume that is locked and not open has nothing in its head, flushed or left by a process that died."""
+    layout = store.layout
+    return not (
+        head.map_frames or bytes_in(layout.dirty_path(volume)) or bytes_in(layout.map_path(head.map_id)) > HEADER_BYTES
+    )
 
 
 def _source(store: OpenStore, volume: bytes, wanted: Wanted) -> VolumeRow:
