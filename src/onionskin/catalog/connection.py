@@ -506,6 +506,12 @@ class Connection:
         self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
 
+    def last_lock_byte(self) -> int:
+        """Return the last byte of the lock file that was handed out by a transaction that ended."""
+        with self._guard, self._errors():
+            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        return int(last)
+
     def _execute(self, text: str, *values: Any) -> None:
         """Run a statement of a transaction, which holds the guard and translates errors."""
         self._connection.execute(text, values)
