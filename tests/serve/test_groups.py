@@ -23,7 +23,7 @@ from onionskin.control.groups import ServedHead, find_served_heads
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import group_member, seal
-from onionskin.operations.seal import write_described, write_sealed
+from onionskin.operations.seal import refuse_untrue, write_sealed
 from onionskin.operations.snapshots import _Naming
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -350,8 +350,9 @@ class Caller:
         opened = self.store._opened
 
         def change() -> None:
-            for head in self.heads:
-                write_described(opened, head, _Naming(opened, head, name, "", new_id()).write)
+            refuse_untrue(opened, self.heads)
+            for head, rows in zip(self.heads, write_sealed(opened, [head.sealed for head in self.heads]), strict=True):
+                _Naming(opened, head, name, "", new_id()).write(*rows)
 
         opened.change(change)
 
@@ -647,7 +648,7 @@ def test_a_volume_waits_for_a_caller_inside_its_transaction(
     flushed = threading.Thread(target=volume.flush)
     opened = store._opened
     with opened.catalog.transaction():
-        write_sealed(opened, caller.head.sealed, lambda sealed, head: None)
+        write_sealed(opened, [caller.head.sealed])
         flushed.start()
         stamp(volume, 3)  # writers do not wait
         time.sleep(0.6)  # the server's patience is over, and it waits for this transaction

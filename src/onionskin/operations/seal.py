@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
@@ -129,18 +129,6 @@ class Sealing:
             self.next_head,
         )
 
-    def write_rows(self, also: Also) -> LayerRow:
-        """Write the rows of the sealed layer and the new head, and return the sealed layer.
-
-        This is called inside a transaction, which may run twice. `also` is called with the rows of the sealed layer and
-        of the new head.
-        """
-        self.next_head = None
-        what = self.describe(*self.volume.store.catalog.take_lock_bytes(2))
-        row = write_sealed(self.volume.store, what, also)
-        self.share_next()
-        return row
-
     def share_next(self) -> None:
         """Lock the files of the next head, before the commit that names them."""
         new = self.next_head
@@ -178,54 +166,67 @@ class Sealing:
         self.volume.note_seal()
 
 
-def write_sealed(store: OpenStore, what: SealedHead, also: Also) -> LayerRow:
-    """Write the rows of a layer that was sealed and of the head over it, and return the sealed layer. In a transaction.
+def describe_all(store: OpenStore, sealings: Sequence[Sealing]) -> list[SealedHead]:
+    """Describe what was sealed here, with lock bytes that are drawn now. In the transaction, which may run twice."""
+    lock_bytes = iter(store.catalog.take_lock_bytes(2 * len(sealings)) if sealings else ())
+    for sealing in sealings:
+        sealing.next_head = None  # what an earlier run described is not in the catalog
+    return [sealing.describe(next(lock_bytes), next(lock_bytes)) for sealing in sealings]
+
+
+def write_sealed(store: OpenStore, heads: Sequence[SealedHead]) -> list[tuple[LayerRow, LayerRow]]:
+    """Write the rows of layers that were sealed and of the heads over them, and return both. In a transaction.
 
     Raises
     ------
     StateError
-        The volume does not stand any more as it is described: whoever holds it has gone on with its old head.
+        A volume does not stand any more as it is described: whoever holds it has gone on with its old head.
     """
     catalog = store.catalog
-    _refuse_changed(store, what)
+    _refuse_changed(store, heads)
+    before = {row.id: row for row in catalog.layers_with_ids([what.head for what in heads])}
     # The size comes from the map, because a crash after a resize may have left the old size in the row.
-    old = catalog.layer(what.head)._replace(size_bytes=what.size_bytes)
+    old = [before[what.head]._replace(size_bytes=what.size_bytes) for what in heads]
+    new = [_next_layer(row, what) for row, what in zip(old, heads, strict=True)]
+    _write_next_heads(store, new, heads)
+    for what in heads:
+        if what.to_reclaim:
+            reclaim.add_slot_work(store, what.to_reclaim, what.wipe)
+    return list(zip(_write_layers(store, old, heads), new, strict=True))
+
+
+def _next_layer(old: LayerRow, what: SealedHead) -> LayerRow:
     # The map has the id of the spare. So if the map is made beforehand, the catalog names it before the head exists.
     head = NewHead.on(
         old, base=None, block_size=what.block_size, wipe=what.wipe, size_bytes=old.size_bytes, map_id=what.spare
     )
-    layer = head.layer._replace(id=what.next.head, map_lock_byte=what.next.map_byte)
-    _write_next_head(store, layer, what)
-    reclaim.add_slot_work(store, what.to_reclaim, what.wipe)
-    row = _write_layer(store, old, what)
-    also(row, layer)
-    return row
+    return head.layer._replace(id=what.next.head, map_lock_byte=what.next.map_byte)
 
 
-def write_described(store: OpenStore, head: "RemoteHead", also: Also) -> LayerRow:
-    """Write the rows of a layer as another process described it, if that is what the catalog has of it. In a transaction.
+def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
+    """Refuse what other processes described, if it is not what the catalog has. In the transaction that writes it.
 
     Raises
     ------
     FormatError
-        It described another volume, or files that are not of the head.
+        One described another volume, or files that are not of the head.
     StateError
         As for `write_sealed`.
     """
-    what, catalog = head.sealed, store.catalog
-    _refuse_changed(store, what)
-    layer = catalog.layer(what.head)
-    rows = catalog.segments_with_ids([id for id, _ in what.segments])
-    used = {id for id, slots in what.segments if slots}
-    if (
-        what.volume != head.row.id
-        or what.block_size != layer.block_size
-        or used - {row.id for row in rows}
-        or any(row.layer != what.head or row.role != "own" for row in rows)
-        or not _are_below(store, what)
-    ):
-        raise FormatError(f"what the server of volume {head.name!r} sealed is not what the catalog has of it")
-    return write_sealed(store, what, also)
+    _refuse_changed(store, [head.sealed for head in heads])
+    layers = {row.id: row for row in store.catalog.layers_with_ids([head.sealed.head for head in heads])}
+    segments = store.catalog.segments_with_ids([id for head in heads for id, _ in head.sealed.segments])
+    own = {row.id: row.layer for row in segments if row.role == "own"}
+    there = {row.id for row in segments}
+    for head in heads:
+        what = head.sealed
+        if (
+            what.volume != head.row.id
+            or what.block_size != layers[what.head].block_size
+            or any(own.get(id) != what.head for id, slots in what.segments if slots or id in there)
+            or not _are_below(store, what)
+        ):
+            raise FormatError(f"what the server of volume {head.name!r} sealed is not what the catalog has of it")
 
 
 def _are_below(store: OpenStore, what: SealedHead) -> bool:
@@ -237,46 +238,51 @@ def _are_below(store: OpenStore, what: SealedHead) -> bool:
     return all(id not in layers or layers[id] in below for id in what.to_reclaim)  # what is gone has no slots
 
 
-def _refuse_changed(store: OpenStore, what: SealedHead) -> None:
+def _refuse_changed(store: OpenStore, heads: Sequence[SealedHead]) -> None:
     catalog = store.catalog
-    volume = catalog.volume_with_id(what.volume)
-    spares = [row.id for row in catalog.spares_of(what.head)]
-    if volume is None or volume.head != what.head or spares != [what.spare]:
-        called = repr(volume.name) if volume else what.volume.hex()
-        raise StateError(
-            f"volume {called} went on with its old head meanwhile, because its process waited too long; nothing was taken"
-        )
+    volumes = {row.id: row for row in catalog.volumes_with_ids([what.volume for what in heads])}
+    spares: dict[bytes, list[bytes]] = {}
+    for row in catalog.spares_of_all([what.head for what in heads]):
+        spares.setdefault(row.layer, []).append(row.id)
+    for what in heads:
+        volume = volumes.get(what.volume)
+        if volume is None or volume.head != what.head or spares.get(what.head) != [what.spare]:
+            called = repr(volume.name) if volume else what.volume.hex()
+            raise StateError(
+                f"volume {called} went on with its old head meanwhile, because its process waited too long; nothing was "
+                "taken"
+            )
 
 
-def _write_next_head(store: OpenStore, layer: LayerRow, what: SealedHead) -> None:
-    """Write the row of the new head, make the old head's spare its segment, and give it to the volume."""
+def _write_next_heads(store: OpenStore, new: Sequence[LayerRow], heads: Sequence[SealedHead]) -> None:
+    """Write the rows of the new heads, make the old heads' spares their segments, and give them to the volumes."""
     catalog = store.catalog
-    catalog.insert(layer)
-    catalog.update(SegmentRow, what.spare, role="own", layer=layer.id)
-    catalog.insert(SegmentRow(what.next.spare, layer.id, "spare", 0, what.next.spare_byte))
-    catalog.update(VolumeRow, what.volume, head=layer.id)
+    catalog.insert_all(new)
+    catalog.update_all(
+        SegmentRow,
+        ("role", "layer"),
+        [("own", layer.id, what.spare) for layer, what in zip(new, heads, strict=True)],
+    )
+    catalog.insert_all(SegmentRow(what.next.spare, what.next.head, "spare", 0, what.next.spare_byte) for what in heads)
+    catalog.update_all(VolumeRow, ("head",), [(what.next.head, what.volume) for what in heads])
 
 
-def _write_layer(store: OpenStore, old: LayerRow, what: SealedHead) -> LayerRow:
-    """Write the rows of the layer that was sealed and of its segments, and return the row of the layer.
+def _write_layers(store: OpenStore, old: Sequence[LayerRow], heads: Sequence[SealedHead]) -> list[LayerRow]:
+    """Write the rows of the layers that were sealed and of their segments, and return the rows of the layers.
 
     Segments without slots are dropped.
     """
     catalog = store.catalog
-    columns: dict[str, Any] = {
-        "sealed": 1,
-        "size_bytes": what.size_bytes,
-        "map_length": what.map_length,
-        "map_frames": what.map_frames,
-        "map_crc": what.map_crc,
-    }
-    catalog.update(LayerRow, old.id, **columns)
-    for id, slots in what.segments:
-        if slots:
-            catalog.update(SegmentRow, id, role="sealed", slots=slots)
-        else:
-            _drop_empty_segment(store, id, old.wipe)
-    return old._replace(**columns)
+    columns = ("sealed", "size_bytes", "map_length", "map_frames", "map_crc")
+    values = [(1, what.size_bytes, what.map_length, what.map_frames, what.map_crc) for what in heads]
+    catalog.update_all(LayerRow, columns, [(*row, what.head) for row, what in zip(values, heads, strict=True)])
+    used = [("sealed", slots, id) for what in heads for id, slots in what.segments if slots]
+    catalog.update_all(SegmentRow, ("role", "slots"), used)
+    for what, row in zip(heads, old, strict=True):
+        for id, slots in what.segments:
+            if not slots:
+                _drop_empty_segment(store, id, row.wipe)
+    return [row._replace(**dict(zip(columns, changed, strict=True))) for row, changed in zip(old, values, strict=True)]
 
 
 def _drop_empty_segment(store: OpenStore, id: bytes, wipe: str) -> None:
@@ -460,15 +466,16 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
     def write_rows() -> list[LayerRow]:
         for part in parts:
             part.check()
-        here = iter(sealings)
-        rows = [
-            next(here).write_rows(part.also)
-            if isinstance(part.head, OpenHead)
-            else write_described(store, part.head, part.also)
-            for part in parts
-        ]
+        refuse_untrue(store, remotes)
+        here = iter(describe_all(store, sealings))
+        described = [next(here) if isinstance(part.head, OpenHead) else part.head.sealed for part in parts]
+        written = write_sealed(store, described)
+        for part, (row, head) in zip(parts, written, strict=True):
+            part.also(row, head)
+        for sealing in sealings:
+            sealing.share_next()
         then()
-        return rows
+        return [row for row, _ in written]
 
     try:
         with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
