@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
@@ -625,21 +625,16 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._finder())
+        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._find_served)
 
     def _open_to_cut(self, name: str) -> OpenHead:
         return self.open(name)._opened.to_write()
 
-    def _finder(self) -> "Callable[[str], RemoteHead | None]":
-        """Return what finds the servers that hold volumes of one group."""
-        group = new_id().hex()
+    def _find_served(self, holders: Mapping[str, int], stack: ExitStack) -> "Mapping[str, RemoteHead]":
+        """Find the servers that hold volumes of a group."""
+        import onionskin
 
-        def find(name: str) -> "RemoteHead | None":
-            import onionskin
-
-            return onionskin.find_served_head(self, name, group)
-
-        return find
+        return onionskin.find_served_heads(self, holders, stack)
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
@@ -795,7 +790,7 @@ class Store:
 
         wanted = fork_group.check_group(sources, count, pattern, idempotency_key, lifetime, labels, wipe)
         self._opened.catalog.refuse_read_only()
-        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._finder())
+        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._find_served)
 
     def _fork(self, wanted: "forks.Wanted") -> list[str]:
         from onionskin.operations import forks

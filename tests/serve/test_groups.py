@@ -19,11 +19,11 @@ import onionskin
 from onionskin.base.sockets import UnixListener, connect_unix
 from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
-from onionskin.control.groups import ServedHead, find_served_head
+from onionskin.control.groups import ServedHead, find_served_heads
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import group_member, seal
-from onionskin.operations.seal import write_sealed
+from onionskin.operations.seal import refuse_untrue, write_sealed
 from onionskin.operations.snapshots import _Naming
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -163,9 +163,8 @@ def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
     assert len(store.snapshots("db")) == 10
 
 
-@pytest.mark.parametrize("renamed_at", [2, 3])
 def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, renamed_at: int
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here("web")
     catalog, connections, asked = store._opened.catalog, [], 0
@@ -178,12 +177,12 @@ def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed
     def rename(name: str) -> VolumeRow:
         nonlocal asked
         asked += 1
-        return volume(name if asked < renamed_at else "another name")
+        return volume(name if asked < 2 else "another name")
 
     monkeypatch.setattr("onionskin.control.client.connect_unix", note)
     monkeypatch.setattr(catalog, "volume", rename)
     with pytest.raises(onionskin.VolumeNotFoundError):
-        find_served_head(store, "web", "g")
+        Caller(store, "web")
     assert [one.fileno() for one in connections] == [-1]
 
 
@@ -290,16 +289,25 @@ def test_a_server_that_says_too_early_that_its_writers_wait_puts_one_volume_ahea
 
 
 class Caller:
-    """The caller of a group of one volume, which goes through the steps one by one."""
+    """The caller of a group, which goes through the steps one by one."""
 
-    STEPS = ("entered", "begun", "leading", "held", "done", "synced")
+    STEPS = ("entered", "begun", "held", "done", "synced")
 
-    def __init__(self, store: onionskin.Store, name: str, group: str | None = None) -> None:
+    def __init__(self, store: onionskin.Store, *names: str) -> None:
         self.store = store
-        head = find_served_head(store, name, group or new_id().hex())
-        assert head is not None
-        self.head: ServedHead = head
         self._stack = ExitStack()
+        found = find_served_heads(store, dict.fromkeys(names, os.getpid()), self._stack)
+        self.heads: list[ServedHead] = sorted(found.values(), key=lambda head: head.row.id)
+        (self.server,) = {head.process for head in self.heads}
+
+    @property
+    def head(self) -> ServedHead:
+        (head,) = self.heads
+        return head
+
+    @property
+    def connection(self) -> socket.socket:
+        return self.server._live._connection
 
     def go_to(self, last: str) -> None:
         """Go on until the server has said this."""
@@ -311,41 +319,45 @@ class Caller:
         getattr(self, f"_{step}")()
 
     def _entered(self) -> None:
-        self._stack.enter_context(self.head.operation(during_merge=True, within=None))
+        self.server.enter(self.heads, None)
 
     def _begun(self) -> None:
-        self.head.ask_to_begin()
-        self.head.begun()
-
-    def _leading(self) -> None:
-        self.head.ask_to_lead([self.head])
-        self.head.leads()
+        self.server.ask_to_begin()
+        self.server.begun()
 
     def _word(self, said: bytes, answer: bytes) -> None:
-        connection = self.head._live._connection
-        connection.sendall(said)
-        assert connection.recv(100) == answer
+        self.connection.sendall(said)
+        assert self.connection.recv(100) == answer
 
     def _held(self) -> None:
-        self._word(self.head.words[0], self.head.words[1])
+        self._word(self.server.words[0], self.server.words[1])
 
     def _done(self) -> None:
-        self._word(self.head.words[2], self.head.words[3])
+        self._word(self.server.words[2], self.server.words[3])
+
+    def draw(self) -> dict[bytes, tuple[int, int]]:
+        """Draw the lock bytes of the next heads."""
+        catalog = self.store._opened.catalog
+        numbers = iter(self.store._opened.change(lambda: catalog.take_lock_bytes(2 * len(self.heads))))
+        return {head.row.id: (next(numbers), next(numbers)) for head in self.heads}
 
     def _synced(self) -> None:
-        numbers = self.store._opened.change(lambda: self.store._opened.catalog.take_lock_bytes(2))
-        self.head.ask_to_sync(*numbers)
-        self.head.synced()
+        self.server.ask_to_sync(self.draw())
+        self.server.synced()
 
     def commit(self, name: str = "s") -> None:
         """Write the rows of what was sealed, and name it."""
         opened = self.store._opened
-        naming = _Naming(opened, self.head, name, "", new_id())
-        opened.change(lambda: write_sealed(opened, self.head.sealed, naming.write))
+
+        def change() -> None:
+            refuse_untrue(opened, self.heads)
+            for head, rows in zip(self.heads, write_sealed(opened, [head.sealed for head in self.heads]), strict=True):
+                _Naming(opened, head, name, "", new_id()).write(*rows)
+
+        opened.change(change)
 
     def close(self) -> None:
         self._stack.close()
-        self.head.close()
 
 
 @pytest.mark.parametrize("step", Caller.STEPS)
@@ -368,7 +380,7 @@ def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     caller.go_to(step)
     goes_on(store, server, "web")
     with pytest.raises(onionskin.StateError, match="group"):
-        caller.head._hear("nothing more")
+        caller.server._hear("nothing more")
     caller.close()
 
 
@@ -381,7 +393,7 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     caller.go_to("done")
     pack = groups.pack_sealed
     monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
-    monkeypatch.setattr(caller.head, "synced", lambda: None)
+    monkeypatch.setattr(caller.server, "synced", lambda: None)
     caller.go_on("synced")
     goes_on(store, server, "web")
     caller.close()
@@ -423,7 +435,7 @@ def test_a_forked_child_that_closes_its_copy_of_a_group_leaves_the_group_alone(
     child = os.fork()
     if not child:
         try:
-            caller.head.close()
+            caller.server.close()
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -442,7 +454,7 @@ def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
     caller.go_to("synced")
     flush = threading.Thread(target=volume_of(server, "web").flush)
     flush.start()
-    connection = caller.head._live._connection
+    connection = caller.connection
     connection.sendall((1 << 20).to_bytes(4, "big"))
     for _ in range(100):  # each byte comes well within the time that the server waits for something
         with suppress(BrokenPipeError):
@@ -464,7 +476,7 @@ def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to(step)
-    caller.head._say("nonsense", volumes=[1], map_byte=-1)
+    caller.server._say("nonsense", volumes=[1], map_byte=-1)
     goes_on(store, server, "web")
     caller.close()
 
@@ -493,9 +505,9 @@ def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(store: onio
     caller = Caller(store, "web")
     caller.go_to("held")
     stamp(volume_of(server, "web"), 1)  # waits until the server has waited long enough
-    caller.head._live._connection.sendall(caller.head.words[2])
+    caller.connection.sendall(caller.server.words[2])
     with pytest.raises(onionskin.StateError, match="not cut in time"):
-        caller.head._hear("done")
+        caller.server._hear("done")
     caller.close()
     goes_on(store, server, "web")
 
@@ -582,30 +594,6 @@ def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
     assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
-def test_a_volume_whose_connection_is_lost_is_held_on_as_long_as_another_one_cuts_it(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
-    server = here("web", "db")
-    callers = [Caller(store, "web", group="g"), Caller(store, "db", group="g")]
-    for caller in callers:
-        caller.go_to("begun")
-    leader = callers[0]
-    leader.head.ask_to_lead([caller.head for caller in callers])
-    leader.head.leads()
-    leader.go_on("held")
-    callers[1].close()
-    late = threading.Thread(target=stamp, args=(volume_of(server, "db"), 1))
-    late.start()
-    late.join(0.2)
-    assert late.is_alive()
-    leader.go_on("done")
-    late.join()
-    leader.close()
-    for name in ("web", "db"):
-        goes_on(store, server, name)
-
-
 def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
     store: onionskin.Store, here: Here
 ) -> None:
@@ -620,14 +608,17 @@ def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
     goes_on(store, server, "web")
 
 
-@pytest.mark.parametrize("numbers", [(0, 1), (7, 7), (True, 8), (-1, 8), ("7", 8), (7, 1 << 62)])
-def test_lock_bytes_that_cannot_be_are_refused(store: onionskin.Store, here: Here, numbers: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    "numbers", [(0, 1), (1, 1), (True, 2), (-1, 2), ("1", 2), (1, 1 << 62), (1, 1000), (1,), (1, 2, 3), None]
+)
+def test_lock_bytes_that_cannot_be_are_refused(store: onionskin.Store, here: Here, numbers: Any) -> None:
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to("done")
-    caller.head.ask_to_sync(*numbers)
+    caller.draw()
+    caller.server.ask_to_sync({caller.head.row.id: numbers})
     with pytest.raises(onionskin.FormatError, match="lock bytes"):
-        caller.head.synced()
+        caller.server.synced()
     caller.close()
     goes_on(store, server, "web")
 
@@ -657,7 +648,7 @@ def test_a_volume_waits_for_a_caller_inside_its_transaction(
     flushed = threading.Thread(target=volume.flush)
     opened = store._opened
     with opened.catalog.transaction():
-        write_sealed(opened, caller.head.sealed, lambda sealed, head: None)
+        write_sealed(opened, [caller.head.sealed])
         flushed.start()
         stamp(volume, 3)  # writers do not wait
         time.sleep(0.6)  # the server's patience is over, and it waits for this transaction
@@ -735,12 +726,12 @@ class Phony:
         with connection, suppress(OSError):
             greeting = {"onionskin": "control", "version": frames.VERSION, "volume": "db", "alive_seconds": 2}
             frames.send(connection, greeting, bytes_max=1 << 20)
-            for step in ("entered", "begun", "leading", "held", "done", "synced"):
+            for step in ("here", "entered", "begun", "held", "done", "synced"):
                 if step == self._last:
                     break
                 if frames.receive(connection, bytes_max=1 << 20) is None:
                     return
-                reply = {"step": step, "volume": self._id.hex(), "process": "phony"}
+                reply = {"step": step, "volumes": [self._id.hex()]}
                 if step in ("held", "done"):
                     reply = {"step": step}
                 frames.send(connection, reply, bytes_max=1 << 20)
@@ -749,7 +740,7 @@ class Phony:
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
-@pytest.mark.parametrize("step", Caller.STEPS)
+@pytest.mark.parametrize("step", ["here", *Caller.STEPS])
 def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
     at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, is_gone: bool
 ) -> None:

@@ -489,6 +489,13 @@ class Connection:
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?", *values.values(), id)
 
+    def update_all(self, kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Change the same columns of many rows. Each of `rows` has their values, and then the row's key. In a transaction."""
+        check_rows(kind, columns, [row[:-1] for row in rows])
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        text = f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?"
+        self._connection.executemany(text, rows)
+
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""
         return self.take_lock_bytes(1)[0]
@@ -505,6 +512,12 @@ class Connection:
             raise damaged(self.path, f"the next lock byte cannot be {last!r}")
         self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
+
+    def last_lock_byte(self) -> int:
+        """Return the last byte of the lock file that was handed out by a transaction that ended."""
+        with self._guard, self._errors():
+            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        return int(last)
 
     def _execute(self, text: str, *values: Any) -> None:
         """Run a statement of a transaction, which holds the guard and translates errors."""

@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import forks
+from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
@@ -65,6 +66,10 @@ class Served(Protocol):
         """Hold all requests of clients back while the context is active."""
 
 
+_served_guard = threading.Lock()
+_served: dict[Path, Served] = {}  # by the path of the control socket: a caller of a group talks with one for all
+
+
 class Cancelled(KeyboardInterrupt):
     """The caller disconnected, or cancelled the operation."""
 
@@ -87,12 +92,17 @@ class ControlSocket:
         self._closing = threading.Event()
         self._talking: set[_Session] = set()  # under the guard
         self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
+        with _served_guard:
+            _served[self._listener.path] = served
         self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
         self._accepting.start()
 
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
         self._closing.set()
+        with _served_guard:
+            if _served.get(self._listener.path) is self._served:
+                del _served[self._listener.path]
         with suppress(OSError):
             self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._accepting.join()
@@ -339,9 +349,19 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
-    def group(self, group: str) -> dict[str, Any]:
+    def group(self, volumes: list[str]) -> dict[str, Any]:
         talk = groups.Talk(self._connection, self._send, self._be_silent)
-        return groups.seal_for_caller(talk, self._volume._opened.to_write(), group)
+        with closing(groups.Caller(self._connection)) as caller:
+            return groups.seal_for_caller(talk, caller, volumes, self._head_with_id)
+
+    def _head_with_id(self, id: str) -> OpenHead | None:
+        """Return the head of a volume of this store that this process serves, if it serves it."""
+        layout = self._volume._opened.store.layout
+        if len(id) != 2 * ID_BYTES or id.strip("0123456789abcdef"):
+            return None
+        with _served_guard:
+            served = _served.get(layout.volume_control(bytes.fromhex(id)).absolute())
+        return None if served is None else served.volume._opened.to_write()
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
         names = how["names"]
