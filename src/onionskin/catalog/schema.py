@@ -191,6 +191,8 @@ def _text(least: int = 0) -> Value:
 
 
 def _is_unicode(value: str) -> bool:
+    if value.isascii():  # nearly all are
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:

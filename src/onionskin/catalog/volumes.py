@@ -16,6 +16,11 @@ from onionskin.errors import VolumeNotFoundError
 _NOT_STAGED = "substr(name, 1, 1) != ?"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
 NUMBER_MAX = 10**_DIGITS_MAX - 1
+_GREATEST_OF_LENGTH = (
+    f"SELECT name FROM {TABLES[VolumeRow]} WHERE coalesce({SOUND_ROW[VolumeRow]}, 0) AND length(name) = ?"
+    " AND name BETWEEN ? AND ? AND name GLOB ? ORDER BY name DESC LIMIT 1"
+)
+_GREATEST_NUMBER = " UNION ALL ".join([f"SELECT name FROM ({_GREATEST_OF_LENGTH})"] * _DIGITS_MAX)
 
 
 class Volumes(Connection):
@@ -104,15 +109,13 @@ class Volumes(Connection):
         Names of one length with the number in one place sort as their numbers do: so one step in the index finds the
         greatest of each length, however many there are.
         """
-        greatest = 0
-        with self.reading():
-            for digits in range(1, _DIGITS_MAX + 1):
-                low, high = (f"{prefix}{digit * digits}{suffix}" for digit in "09")
-                condition = "length(name) = ? AND name BETWEEN ? AND ? AND name GLOB ? ORDER BY name DESC LIMIT 1"
-                shape = f"{_as_glob(prefix)}{'[0-9]' * digits}{_as_glob(suffix)}"
-                for (name,) in self.values(VolumeRow, "name", condition, len(low), low, high, shape):
-                    greatest = max(greatest, int(name[len(prefix) : len(prefix) + digits]))
-        return greatest
+        values: list[Any] = []
+        for digits in range(1, _DIGITS_MAX + 1):
+            low, high = (f"{prefix}{digit * digits}{suffix}" for digit in "09")
+            values += (len(low), low, high, f"{_as_glob(prefix)}{'[0-9]' * digits}{_as_glob(suffix)}")
+        with self._guard, self._errors():
+            found = self._connection.execute(_GREATEST_NUMBER, values).fetchall()
+        return max((int(name[len(prefix) : len(name) - len(suffix)]) for (name,) in found), default=0)
 
     def expired(self, now_ns: int) -> list[VolumeRow]:
         """Return the volumes whose time was over before this one, and that nothing but their heads stands on; earliest first.
