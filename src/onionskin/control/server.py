@@ -24,14 +24,13 @@ from typing import Any, Protocol
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
-from onionskin.control import frames, groups
+from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import forks
 from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
-ACCEPT_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 ID_BYTES = 16
@@ -80,7 +79,7 @@ def may_connect(uid: int, owner: int) -> bool:
 
 
 class ControlSocket:
-    """Listens on the control socket of one volume, in threads of its own."""
+    """Listens on the control socket of one volume. Each connection has a thread."""
 
     def __init__(self, path: Path, served: Served, log: Callable[[str], None]) -> None:
         self._served = served
@@ -89,23 +88,22 @@ class ControlSocket:
         self._guard = threading.Lock()
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._listener = UnixListener(path, mode=file_mode(path.parent))
-        self._closing = threading.Event()
         self._talking: set[_Session] = set()  # under the guard
         self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
         with _served_guard:
             _served[self._listener.path] = served
-        self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
-        self._accepting.start()
+        try:
+            acceptor.of_process.add(self._listener.socket, self._accept)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
-        self._closing.set()
         with _served_guard:
             if _served.get(self._listener.path) is self._served:
                 del _served[self._listener.path]
-        with suppress(OSError):
-            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._accepting.join()
+        acceptor.of_process.remove(self._listener.socket)
         self._listener.close()
         with self._guard:
             connections = list(self._sessions.values())
@@ -126,26 +124,25 @@ class ControlSocket:
         for thread in threads:
             thread.join(seconds)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.socket.accept()
-            except OSError as error:
-                if self._closing.is_set():
-                    return
-                # No descriptors or no memory is left. Wait a little, so that this loop does not spin.
-                self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
-                self._closing.wait(ACCEPT_AGAIN_SECONDS)
-                continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
-            with self._guard:
-                is_full = len(self._sessions) >= CONNECTIONS_MAX
-                if not is_full:
-                    self._sessions[thread] = connection
-            if is_full:
-                self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
-            else:
-                self._start(thread, connection)
+    def _accept(self) -> bool:
+        """Take a connection that waits. False: none could be taken for now."""
+        try:
+            connection, _ = self._listener.socket.accept()
+        except BlockingIOError:
+            return True  # whoever connected has gone
+        except OSError as error:
+            self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
+            return False
+        thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+        with self._guard:
+            is_full = len(self._sessions) >= CONNECTIONS_MAX
+            if not is_full:
+                self._sessions[thread] = connection
+        if is_full:
+            self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
+        else:
+            self._start(thread, connection)
+        return True
 
     def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
         try:
