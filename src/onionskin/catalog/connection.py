@@ -28,7 +28,6 @@ from onionskin.catalog.rows import (
     KEYS,
     TABLES,
     Row,
-    VolumeRow,
     WorkRow,
     new_id,
 )
@@ -544,19 +543,11 @@ def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
     A column in which all rows have one and the same object is looked at once: forks differ in few columns.
     """
-    conditions = [VALUES[kind][column].holds for column in columns]
+    conditions = [VALUES[kind][column] for column in columns]
     by_column = (values[:1] if len(set(map(id, values))) == 1 else values for values in zip(*rows, strict=True))
-    if not all(
-        _are_ids(values) if holds is VALUES[VolumeRow]["id"].holds else all(map(holds, values))
-        for holds, values in zip(conditions, by_column, strict=False)
-    ):
+    if not all(condition.all_hold(values) for condition, values in zip(conditions, by_column, strict=False)):
         for row in rows:
             check_values(kind, zip(columns, row, strict=True))
-
-
-def _are_ids(values: Sequence[Any]) -> bool:
-    """Whether all values hold the condition of an id; this is asked of thousands at once."""
-    return set(map(type, values)) == {bytes} and set(map(len, values)) == {16}
 
 
 def _shown(id: object) -> str:
