@@ -3,7 +3,6 @@
 import os
 from typing import NamedTuple, TypeVar
 
-
 _COUNTED_BYTES, _RANDOM_BYTES = 7, 9  # of the ids that are drawn together
 _COUNTED_MAX = (1 << 8 * _COUNTED_BYTES) - 1
 
