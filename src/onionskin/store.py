@@ -433,11 +433,9 @@ class Store:
 
         if found:
             self._opened.catalog.sync_found()
-        unwritten = None if verify else self._open_unwritten(row, lock)
-        if unwritten:
-            self._opened.register(unwritten)
-            return Volume(unwritten, self)
-        head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
+        head = None if verify else self._open_unwritten(row, lock)
+        if head is None:
+            head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
         self._opened.register(head)
         try:
             self._after_open(head)
@@ -450,7 +448,8 @@ class Store:
         """Open a fork that nothing was written to: it is read through the view of what it stands on, which is shared.
 
         Its own data path is opened when something is written (`OpenHead.begin_writing`). None: it is opened at once, as is
-        a volume that stands on a snapshot of its own: no other head is read through that view.
+        a volume that stands on a snapshot of its own, since no other head is read through that view, and one below which
+        a layer may be folded or blocks may be freed, since an opening does that.
         """
         from onionskin.operations.forks import is_unwritten
 
@@ -461,7 +460,10 @@ class Store:
         if below is None or not is_unwritten(store, row.id, head):
             return None
         snapshot = store.catalog.snapshot_of_layer(below)
-        if snapshot and snapshot.volume == row.id:
+        unnamed = store.catalog.unnamed_in_chain(below)
+        if (snapshot and snapshot.volume == row.id) or any(
+            layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
+        ):
             return None
         try:
             opened = store.views.take(below, lambda: store.open_layer(below))
@@ -580,6 +582,10 @@ class Store:
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
+        if head.is_unwritten:  # the rest is for what it has of its own, and was found not to be needed below it
+            with suppress(OSError, OnionskinError):
+                reclaim.work_soon(self._opened)
+            return
         fold_unnamed_below(head)
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
