@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from rig.group_load import Load, writing
@@ -71,10 +72,9 @@ def groups(directory: Path) -> Iterator[Figure]:
         load = stack.enter_context(writing(directory, exports))
         for number in range(ROUNDS):
             taken["idle"].take(lambda: time.sleep(0.02))
-            taken["one"].take(lambda number=number: _take_one(store, disks[0], f"one-{number}"))
-            for kind, names in (("group", disks), ("two servers", APART)):
-                wanted = dict.fromkeys(names, f"{kind}-{number}")
-                taken[kind].take(lambda wanted=wanted: store.snapshot_group(wanted))
+            taken["one"].take(partial(_take_one, store, disks[0], f"one-{number}"))
+            for kind, names in (("group", disks), ("two servers", list(APART))):
+                taken[kind].take(partial(store.snapshot_group, dict.fromkeys(names, f"{kind}-{number}")))
     samples = {kind: Samples(one.seconds) for kind, one in taken.items()}
     yield within(f"{what}, against one of them", 2, samples, "group", "one")
     for kind, most in (("idle", 3e-3), ("one", 3e-3), ("group", 3e-3), ("two servers", 4e-3)):

@@ -9,7 +9,6 @@ need more than one of these modules.
 
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, several
@@ -143,7 +143,7 @@ class Store:
         self._trust = trust
         self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
         self.path: Path = self._opened.path
-        self._cutting = threading.Lock()
+        self._cutting = KeyedLocks()
 
     @property
     def read_only(self) -> bool:
@@ -816,7 +816,8 @@ class Store:
             if handle is None and (names := self._fork_served(wanted)) is not None:
                 return names
             if handle is None:
-                with self._cutting:  # so that threads do not find the volume held by each other
+                id = self._opened.catalog.volume(wanted.volume).id
+                with self._cutting.holding(id):  # so that threads do not find the volume held by each other
                     handle = self._open_here(wanted.volume)
                     if handle is None:
                         return self._fork_closed(wanted)
@@ -1588,8 +1589,8 @@ class Store:
         Parameters
         ----------
         source : str
-            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. They may be open; only what is durable
-            counts.
+            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. Forks that are open in this store, or that
+            'onionskin serve' holds, are flushed first; of what others hold, only what is durable counts.
         snapshot : str, optional
             The snapshot, where `source` is only the volume.
 
@@ -1608,7 +1609,24 @@ class Store:
         """
         from onionskin.operations import fork_usage, forks
 
-        return fork_usage.usage_of_forks(self._opened, *forks.split_source(source, snapshot))
+        volume, snapshot = forks.split_source(source, snapshot)
+        if not self.read_only:
+            self._flush_wherever_they_are(self.forks_of(volume, snapshot))
+        return fork_usage.usage_of_forks(self._opened, volume, snapshot)
+
+    def _flush_wherever_they_are(self, names: "Sequence[str]") -> None:
+        """Make durable what was written to those volumes that are open here, or served."""
+        import onionskin
+        from onionskin.operations.flush import flush
+
+        handles = {handle.row.id: handle for handle in self._opened.open_handles() if isinstance(handle, OpenHead)}
+        for row in self._opened.catalog.volumes_named(names):
+            handle = handles.get(row.id)
+            if handle is not None and not (handle.closed or handle.path.poisoned):
+                flush(handle)
+            elif handle is None and volume_holder(self._opened.layout.volume_lock(row.id)) is not None:
+                with suppress(VolumeNotFoundError):  # it is gone meanwhile
+                    onionskin.flush_served(self, row.name)
 
     def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
         """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.

@@ -3,13 +3,16 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from support.nbd_client import NbdClient
@@ -19,12 +22,14 @@ import onionskin
 from onionskin.base.sockets import UnixListener, connect_unix
 from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
+from onionskin.control.client import reach
 from onionskin.control.groups import ServedHead, find_served_heads
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import group_member, seal
 from onionskin.operations.seal import refuse_untrue, write_sealed
 from onionskin.operations.snapshots import _Naming
+from onionskin.storage.chain import replace_spare
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
 
@@ -135,6 +140,32 @@ def test_a_name_that_is_taken_in_one_volume_is_given_to_none(store: onionskin.St
     goes_on(store, server, "web")
 
 
+def test_one_connection_seals_all_volumes_that_a_server_has(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here(*NAMES)
+    reached: list[str] = []
+
+    def note(opened: OpenStore, row: VolumeRow, name: str) -> socket.socket | None:
+        reached.append(name)
+        return reach(opened, row, name)
+
+    monkeypatch.setattr(groups, "reach", note)
+    store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert len(reached) == 1
+    for name in NAMES:
+        stamp(volume_of(server, name), 1)
+        volume_of(server, name).flush()
+
+
+def test_volumes_of_servers_of_which_the_process_is_not_known_are_cut_together(
+    store: onionskin.Store, here: Here
+) -> None:
+    here(*NAMES)
+    with ExitStack() as stack:
+        assert set(find_served_heads(store, dict.fromkeys(NAMES, 0), stack)) == set(NAMES)
+
+
 def test_a_volume_that_is_held_and_not_served_is_refused_with_its_holder(
     at: Path, store: onionskin.Store, here: Here
 ) -> None:
@@ -168,19 +199,19 @@ def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed
 ) -> None:
     here("web")
     catalog, connections, asked = store._opened.catalog, [], 0
-    volume = catalog.volume
+    volumes = catalog.volumes_called
 
     def note(*args: Any, **more: Any) -> socket.socket:
         connections.append(connect_unix(*args, **more))
         return connections[-1]
 
-    def rename(name: str) -> VolumeRow:
+    def rename(names: Any) -> dict[str, VolumeRow]:
         nonlocal asked
         asked += 1
-        return volume(name if asked < 2 else "another name")
+        return volumes(names if asked < 2 else ["another name"])
 
     monkeypatch.setattr("onionskin.control.client.connect_unix", note)
-    monkeypatch.setattr(catalog, "volume", rename)
+    monkeypatch.setattr(catalog, "volumes_called", rename)
     with pytest.raises(onionskin.VolumeNotFoundError):
         Caller(store, "web")
     assert [one.fileno() for one in connections] == [-1]
@@ -238,8 +269,6 @@ def test_no_volume_is_ahead_in_a_cut_of_two_servers(at: Path, store: onionskin.S
 def test_no_volume_is_ahead_in_many_cuts_of_two_servers_with_fio_beside(
     at: Path, store: onionskin.Store, tmp_path: Path
 ) -> None:
-    import subprocess
-
     with two_servers(at, tmp_path) as clients, stamping(clients):
         job = ["--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--offset=64k", "--size=512k", "--rate_iops=500"]
         load = [
@@ -375,8 +404,8 @@ def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     server = here("web")
-    caller = Caller(store, "web")
     monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
+    caller = Caller(store, "web")
     caller.go_to(step)
     goes_on(store, server, "web")
     with pytest.raises(onionskin.StateError, match="group"):
@@ -388,8 +417,8 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = here("web")
-    caller = Caller(store, "web")
     monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
+    caller = Caller(store, "web")
     caller.go_to("done")
     pack = groups.pack_sealed
     monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
@@ -556,9 +585,6 @@ def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
     server = here("web", "db")
     stamp(volume_of(server, "web"), 1)
 
-    def be_full(*_: object) -> None:
-        raise OSError(ENOSPC, "the disk is full")
-
     with monkeypatch.context() as patch:
         patch.setattr(seal, "write_sealed", be_full)  # the caller's transaction
         patch.setattr(group_member, "replace_spare", be_full)  # the server's
@@ -568,6 +594,63 @@ def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
         volume_of(server, "db").flush()
     for name in ("web", "db"):
         goes_on(store, server, name)
+
+
+def be_full(*_: object) -> None:
+    raise OSError(ENOSPC, "the disk is full")
+
+
+def test_a_volume_whose_caller_died_goes_on_though_the_disk_is_too_full_for_a_fence(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(group_member, "replace_spare", be_full)
+        patch.setattr(groups.Caller, "is_dead", lambda self: True)
+        caller = Caller(store, "web")
+        caller.go_to("synced")
+        caller.close()
+        volume_of(server, "web").flush()  # waits until the seal has ended
+        stamp(volume_of(server, "web"), 2)
+        volume_of(server, "web").flush()
+    goes_on(store, server, "web")
+    server.close()
+    with store.open("web") as web:
+        assert number_in_head(web) == 3
+
+
+def test_a_fence_for_which_there_is_no_room_is_tried_again(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_member, "_FENCE_AGAIN_SECONDS", 0.001)
+    server = here("web")
+    tries: list[bytes] = []
+
+    def be_full_for_a_while(catalog: Any, head: bytes) -> SegmentRow:
+        tries.append(head)
+        if len(tries) < 20:
+            be_full()
+        return replace_spare(catalog, head)
+
+    monkeypatch.setattr(group_member, "replace_spare", be_full_for_a_while)
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    caller.close()
+    goes_on(store, server, "web")
+    with pytest.raises(onionskin.StateError, match="went on with its old head"):
+        caller.commit()
+
+
+def test_a_caller_is_known_to_be_dead_once_its_process_has_ended(tmp_path: Path) -> None:
+    program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.stdin.read()"
+    with closing(UnixListener(tmp_path / "s")) as listener:
+        process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "s"], stdin=subprocess.PIPE)
+        connection, _ = listener.socket.accept()
+        with connection, closing(groups.Caller(connection)) as caller:
+            assert not caller.is_dead()
+            process.communicate()
+            assert caller.is_dead()
 
 
 def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
@@ -736,7 +819,10 @@ class Phony:
                     reply = {"step": step}
                 frames.send(connection, reply, bytes_max=1 << 20)
             if not self._is_gone:
-                self._ending.wait()
+                self._stop(connection)
+
+    def _stop(self, connection: socket.socket) -> None:
+        self._ending.wait()
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
@@ -759,6 +845,76 @@ def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
         log.flush()
         assert log.snapshots == []
         log.snapshot("t")
+    goes_on(store, server, "web")
+
+
+class Trickling(Phony):
+    """A server that gives signs of life for ever, or a frame that never ends, and never does its part."""
+
+    TRICKLE: ClassVar = {"signs": frames.packed({"alive": True}), "bytes": b"\0"}
+
+    def __init__(self, at: Path, name: str, last: str, *, what: str) -> None:
+        self._what = self.TRICKLE[what]
+        super().__init__(at, name, last, is_gone=False)
+
+    def _stop(self, connection: socket.socket) -> None:
+        if len(self._what) == 1:
+            connection.sendall((1 << 22).to_bytes(4, "big"))
+        while not self._ending.wait(0.01):
+            connection.sendall(self._what)
+
+
+@pytest.mark.parametrize("what", Trickling.TRICKLE)
+@pytest.mark.parametrize("step", ["here", "entered", "begun", "synced"])
+def test_a_server_that_trickles_fails_the_group_in_the_end(
+    at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, what: str
+) -> None:
+    monkeypatch.setattr(groups, "GROUP_SECONDS", 0.5)
+    server = here("web")
+    phony = Trickling(at, "db", step, what=what)
+    try:
+        with pytest.raises(onionskin.StateError, match="'db'"):
+            store.snapshot_group({"web": "s", "db": "s"})
+    finally:
+        phony.close()
+    goes_on(store, server, "web")
+
+
+@pytest.mark.parametrize("lie", ["volume", "head", "reclaims"])
+def test_a_server_that_answers_for_another_volume_is_refused(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    server = here("web")
+    catalog = store._opened.catalog
+    with store.open("log") as log:
+        stamp(log, 1)
+        log.snapshot("old")
+    other = catalog.volume("log")
+    spare, (own,) = catalog.spare_of(other.head), catalog.segments_of_layer(catalog.snapshots_of(other.id)[0].layer)
+    lies: dict[str, dict[str, Any]] = {
+        "volume": {"volume": other.id.hex(), "head": other.head.hex(), "spare": spare.id.hex(), "segments": []},
+        "head": {"head": other.head.hex(), "spare": spare.id.hex(), "segments": []},
+        "reclaims": {"to_reclaim": [own.id.hex()]},
+    }
+    pack = groups.pack_sealed
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "pack_sealed", lambda what: pack(what) | lies[lie])
+        with pytest.raises((onionskin.FormatError, onionskin.StateError)):
+            store.snapshot_group({"web": "s", "db": "s"})
+    assert [snapshot.name for snapshot in store.snapshots("log")] == ["old"]
+    assert catalog.volume("log").head == other.head
+    goes_on(store, server, "web")
+
+
+def test_what_a_server_described_is_checked_again_in_the_transaction(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    described = caller.head.sealed
+    caller.head.described = replace(described, block_size=2 * described.block_size)
+    with pytest.raises(onionskin.FormatError, match="is not what the catalog has"):
+        caller.commit()
+    caller.close()
     goes_on(store, server, "web")
 
 

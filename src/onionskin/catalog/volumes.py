@@ -35,6 +35,14 @@ class Volumes(Connection):
             )
         return found
 
+    def volumes_called(self, names: Iterable[str]) -> dict[str, VolumeRow]:
+        """Return volumes by their names, or raise VolumeNotFoundError for one that is not there."""
+        wanted = [str(name) for name in names]
+        with self.reading():
+            found = {row.name: row for row in self.volumes_named(filter(is_text, wanted))}
+            missing = {name for name in wanted if name not in found or name.startswith(STAGED_PREFIX)}
+            return {name: self.volume(name) if name in missing else found[name] for name in wanted}
+
     def volume_named(self, name: str) -> VolumeRow | None:
         """Return the volume of that name, or None."""
         return self.row(VolumeRow, "name = ?", name) if is_text(name) else None

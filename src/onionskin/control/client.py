@@ -113,6 +113,14 @@ def reach(store: OpenStore, row: VolumeRow, name: str) -> socket.socket | None:
         raise
 
 
+def flush_served(store: Store, name: str) -> None:
+    """Make durable what was written to a volume, if a server holds it."""
+    live = find(store, name)
+    if live is not None:
+        with live:
+            live.flush()
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal (SIGSTOP, SIGTSTP) or a debugger; false where /proc does not say."""
     try:

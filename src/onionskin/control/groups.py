@@ -40,8 +40,8 @@ from onionskin.control.client import LiveVolume, find, reach
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._volume import cut_when_told
 from onionskin.operations.forks import Wanted
-from onionskin.operations.group_member import MemberSealing
-from onionskin.operations.seal import NextHead, SealedHead, Sealing, run_each
+from onionskin.operations.group_member import MemberSealing, begin_members
+from onionskin.operations.seal import NextHead, RemoteHead, SealedHead, Sealing, run_each
 from onionskin.operations.snapshots import OPERATION_SECONDS
 from onionskin.storage.open_head import OpenHead
 
@@ -263,7 +263,7 @@ def seal_for_caller(talk: Talk, caller: Caller, asked: Sequence[str], find: Find
     with talk.bounded(), ExitStack() as held:
         talk.say("here", volumes=list(here))
         heads = _enter(talk, here, held)
-        sealings = [MemberSealing(head, caller.is_dead) for head in heads]
+        sealings = begin_members(heads, caller.is_dead)
         is_named = True
         try:
             is_named = _seal(talk, sealings)
@@ -376,7 +376,8 @@ class GroupServer:
         self._store = store
         self._live = live
         self._candidates = candidates
-        self._heads: dict[str, ServedHead] = {}
+        self._found: dict[str, ServedHead] = {}  # what it has
+        self._heads: dict[str, ServedHead] = {}  # what it holds
         self._lock_bytes: Mapping[bytes, tuple[int, int]] = {}
         self._deadline = time.monotonic() + GROUP_SECONDS
         self._process_here = os.getpid()
@@ -397,7 +398,8 @@ class GroupServer:
             raise FormatError(
                 f"the server of volume {self._live.name!r} says that it has volumes of which nobody asked"
             )
-        return {id: ServedHead(self._store, self._candidates[id], self) for id in here}
+        self._found = {id: ServedHead(self._store, self._candidates[id], self) for id in here}
+        return self._found
 
     @property
     def peer(self) -> int:
@@ -416,11 +418,12 @@ class GroupServer:
                 self._live._connection.shutdown(socket.SHUT_RDWR)
         self._live.close()
 
-    def enter(self, heads: Sequence[ServedHead], within: float | None) -> None:
+    def enter(self, heads: Sequence[RemoteHead], within: float | None) -> None:
         """Have it hold these volumes, for one operation. It knows itself for how long it waits for another one."""
-        self._say("enter", volumes=[head.row.id.hex() for head in heads])
+        ids = [head.row.id.hex() for head in heads]
+        self._say("enter", volumes=ids)
         self._hear("entered")
-        self._heads |= {head.row.id.hex(): head for head in heads}
+        self._heads |= {id: self._found[id] for id in ids}
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
@@ -531,14 +534,12 @@ def find_served_heads(store: "Store", holders: Mapping[str, int], stack: ExitSta
     """
     catalog = store._opened.catalog
     while True:
-        with catalog.reading():
-            rows = {name: catalog.volume(name) for name in holders}
+        rows = catalog.volumes_called(holders)
         with ExitStack() as connections:
             found = _ask_servers(store._opened, rows, holders, connections)
             # The servers know ids alone; the names may mean other volumes by now.
-            with catalog.reading():
-                is_same = all(catalog.volume(name).id == row.id for name, row in rows.items())
-            if is_same:
+            now = catalog.volumes_called(holders)
+            if all(now[name].id == row.id for name, row in rows.items()):
                 stack.push(connections.pop_all())
                 return found
 

@@ -21,6 +21,7 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
+from onionskin.nbd.opening import open_to_serve
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
@@ -159,7 +160,9 @@ class Exports:
                     raise ValueError(f"two volumes are named {name!r}; serve one of them from a server of its own")
                 if there is not None:
                     return there
-            served = ServedVolume(self, self._nbd, store.open(name), name, guard=self.table.guard, log=self._log)
+            served = ServedVolume(
+                self, self._nbd, open_to_serve(store, name), name, guard=self.table.guard, log=self._log
+            )
             with self.table.guard:
                 if not self._stopping.is_set():
                     self.table.served[name] = served

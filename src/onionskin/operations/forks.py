@@ -444,7 +444,9 @@ def insert_named(
     volumes = [VolumeRow(id, name, head, now_ns, expires_ns) for id, name, head in zip(ids, names, heads, strict=True)]
     catalog.insert_all(volumes)
     lineage.begin(catalog, volumes, source.id, snapshot)
-    catalog.insert_all(LabelRow(row.id, key, value) for row in volumes for key, value in wanted.labels.items())
+    # In the order of the table, which has many rows then: out of order each one reads and writes a page of its own.
+    in_order = sorted(volumes, key=lambda row: row.id)
+    catalog.insert_all(LabelRow(row.id, key, value) for row in in_order for key, value in sorted(wanted.labels.items()))
 
 
 def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:

@@ -15,13 +15,13 @@ The files of the next head are locked before the description is given away, so n
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from onionskin.base.lazy import logger
 from onionskin.catalog import CommitUnknownError, SegmentRow
 from onionskin.errors import StateError
 from onionskin.operations.fold import fold_where_unnamed
-from onionskin.operations.seal import SealedHead, Sealing
+from onionskin.operations.seal import SealedHead, Sealing, spares_for
 from onionskin.storage.chain import replace_spare
 from onionskin.storage.open_head import OpenHead, if_begun
 
@@ -38,6 +38,10 @@ class MemberSealing(Sealing):
     Parameters
     ----------
     volume : OpenHead
+    spare : SegmentRow
+        As for `Sealing`.
+    parent : bytes or None
+        What the head stands on.
     is_caller_dead : callable
         Whether the coordinator is known to be dead.
 
@@ -47,11 +51,13 @@ class MemberSealing(Sealing):
         Whether the volume goes on with the new head, once it is resolved.
     """
 
-    def __init__(self, volume: OpenHead, is_caller_dead: Callable[[], bool]) -> None:
-        super().__init__(volume)
+    def __init__(
+        self, volume: OpenHead, spare: SegmentRow, parent: bytes | None, is_caller_dead: Callable[[], bool]
+    ) -> None:
+        super().__init__(volume, spare)
         self.goes_on: bool = False
         self._is_caller_dead = is_caller_dead
-        self._parent = volume.store.catalog.layer(volume.head).parent
+        self._parent = parent
         self._fence: SegmentRow | None = None
 
     def give(self, map_byte: int, spare_byte: int) -> SealedHead:
@@ -124,3 +130,14 @@ class MemberSealing(Sealing):
             not is_named and self._parent is not None
         ):  # the cut before this one, where nothing else stands on it any more
             fold_where_unnamed(self.volume, [self._parent])
+
+
+def begin_members(volumes: Sequence[OpenHead], is_caller_dead: Callable[[], bool]) -> list[MemberSealing]:
+    """Make the seals of several members. In an operation of each volume."""
+    spares = spares_for(volumes)
+    catalog = volumes[0].store.catalog
+    parents = {row.id: row.parent for row in catalog.layers_with_ids([volume.head for volume in volumes])}
+    return [
+        MemberSealing(volume, spare, parents[volume.head], is_caller_dead)
+        for volume, spare in zip(volumes, spares, strict=True)
+    ]

@@ -52,7 +52,7 @@ def open_heads(store: OpenStore, volumes: Iterable[str], opener: Opener, finder:
     """
     with ExitStack() as stack:
         heads = Heads(store, opener, finder, stack)
-        heads.find({name: store.catalog.volume(name).id for name in volumes})
+        heads.find({name: row.id for name, row in store.catalog.volumes_called(volumes).items()})
         yield heads
 
 

@@ -87,13 +87,17 @@ class Sealing:
     """A seal that was begun. The data path has its new head, and waits to be told whether the volume has it too.
 
     `begin_seals` makes it.
+
+    Parameters
+    ----------
+    volume : OpenHead
+    spare : SegmentRow
+        What `spares_for` has for it: the first segment of the next head, whose id is also the id of that head's map.
     """
 
-    def __init__(self, volume: OpenHead) -> None:
-        _need_spare(volume)
+    def __init__(self, volume: OpenHead, spare: SegmentRow) -> None:
         self.volume = volume
-        # The first segment of the next head; its id is also the id of that head's map.
-        self._spare: SegmentRow = volume.store.catalog.spare_of(volume.head)
+        self._spare = spare
         self._sealed: Sealed | None = None
         self.to_reclaim: list[bytes] = []
         self.next_head: NextHead | None = None
@@ -273,16 +277,22 @@ def _write_layers(store: OpenStore, old: Sequence[LayerRow], heads: Sequence[Sea
     Segments without slots are dropped.
     """
     catalog = store.catalog
-    columns = ("sealed", "size_bytes", "map_length", "map_frames", "map_crc")
-    values = [(1, what.size_bytes, what.map_length, what.map_frames, what.map_crc) for what in heads]
-    catalog.update_all(LayerRow, columns, [(*row, what.head) for row, what in zip(values, heads, strict=True)])
+    sealed = [
+        row._replace(sealed=1, map_length=what.map_length, map_frames=what.map_frames, map_crc=what.map_crc)
+        for row, what in zip(old, heads, strict=True)
+    ]
+    catalog.update_all(
+        LayerRow,
+        ("sealed", "size_bytes", "map_length", "map_frames", "map_crc"),
+        [(row.sealed, row.size_bytes, row.map_length, row.map_frames, row.map_crc, row.id) for row in sealed],
+    )
     used = [("sealed", slots, id) for what in heads for id, slots in what.segments if slots]
     catalog.update_all(SegmentRow, ("role", "slots"), used)
-    for what, row in zip(heads, old, strict=True):
+    for row, what in zip(old, heads, strict=True):
         for id, slots in what.segments:
             if not slots:
                 _drop_empty_segment(store, id, row.wipe)
-    return [row._replace(**dict(zip(columns, changed, strict=True))) for row, changed in zip(old, values, strict=True)]
+    return sealed
 
 
 def _drop_empty_segment(store: OpenStore, id: bytes, wipe: str) -> None:
@@ -362,7 +372,7 @@ def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ())
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
     """
-    sealings = [Sealing(volume) for volume in volumes]
+    sealings = [Sealing(volume, spare) for volume, spare in zip(volumes, spares_for(volumes), strict=True)]
     processes = processes_of(remotes)
     try:
         with ExitStack() as stack:
@@ -503,6 +513,19 @@ def seal(volume: OpenHead, *, check: Check = lambda: None, also: Also = lambda s
     transaction, with the rows of the sealed layer and of the new head.
     """
     return seal_together(volume.store, [Part(volume, check, also)])[0]
+
+
+def spares_for(volumes: Sequence[OpenHead]) -> list[SegmentRow]:
+    """Return the spare segment of each head. One whose spare an aborted snapshot used gets a new one."""
+    for volume in volumes:
+        _need_spare(volume)
+    if not volumes:
+        return []
+    catalog = volumes[0].store.catalog
+    found = {row.layer: row for row in catalog.spares_of_all([volume.head for volume in volumes])}
+    if len(found) < len(volumes):
+        return [catalog.spare_of(volume.head) for volume in volumes]  # which says what is wrong
+    return [found[volume.head] for volume in volumes]
 
 
 def _need_spare(volume: OpenHead) -> None:
