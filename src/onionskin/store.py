@@ -451,6 +451,7 @@ class Store:
         a volume that stands on a snapshot of its own, since no other head is read through that view, and one below which
         a layer may be folded or blocks may be freed, since an opening does that.
         """
+        from onionskin.operations import reclaim
         from onionskin.operations.forks import is_unwritten
 
         store = self._opened
@@ -474,7 +475,7 @@ class Store:
             as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
             top = opened.chain.top
             if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
-                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write)
+                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
                 return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
         except BaseException:
             store.views.give_back(below)

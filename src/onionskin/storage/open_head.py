@@ -278,12 +278,15 @@ class Unwritten(NamedTuple):
         Opens the head for writing, by what the catalog says then.
     after_open : callable
         Called with the head after that, for work that was left over.
+    free_waiting : callable
+        Called with the store when a head that was never written has given the view back, as for an `OpenView`.
     """
 
     head: "LayerRow"
     below: bytes
     open_head: "Callable[[OpenHead], OpenChain]"
     after_open: "Callable[[OpenHead], None]"
+    free_waiting: "Callable[[OpenStore], None]"
 
 
 class OpenHead(OpenDisk):
@@ -612,12 +615,16 @@ class OpenHead(OpenDisk):
             if self._released:  # by another thread that waited too
                 return
             self._closed = True  # a second call goes on here if an interrupt came before the end
+            unwritten = self._unwritten
             try:
                 self._resolve()
-                if not (self._unwritten or self._path.poisoned or self._path.closed):
+                if not (unwritten or self._path.poisoned or self._path.closed):
                     self._finish(self)
             finally:
                 self._release()
+            if unwritten:
+                with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
+                    unwritten.free_waiting(self.store)
 
     def abandon(self) -> None:
         """Close the volume without a flush: what was written is not wanted."""

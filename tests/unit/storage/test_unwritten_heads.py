@@ -181,3 +181,21 @@ def test_the_background_frees_what_others_dropped_while_forks_are_unwritten(stor
         other.discard("mine")
         store.finish_work()
         assert is_unwritten(fork) and fork[:1] == b"a"
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_what_waited_for_the_files_of_the_view_is_freed_when_it_is_given_back(
+    store: onionskin.Store, is_written: bool
+) -> None:
+    catalog = store._opened.catalog
+    with store.open("job-1") as fork:
+        (layer,) = (row for row in catalog.chain(head_of(fork).head) if row.sealed)
+        (row,) = (row for row in catalog.segments_of_layer(layer.id) if row.role == "sealed")
+        store._opened.change(lambda: catalog.add_work("scrub", row.id, row.lock_byte, "release"))
+        store._opened.wake()
+        store.finish_work()
+        assert catalog.has_reclaims()
+        if is_written:
+            fork.write(0, b"b")
+    store.finish_work()
+    assert not catalog.has_reclaims()
