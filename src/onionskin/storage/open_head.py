@@ -623,7 +623,7 @@ class OpenHead(OpenDisk):
             finally:
                 self._release()
             if unwritten:
-                with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
+                with suppress(OSError, OnionskinError):  # this frees what waited for the files of the view
                     unwritten.free_waiting(self.store)
 
     def abandon(self) -> None:
