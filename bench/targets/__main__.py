@@ -23,7 +23,7 @@ from typing import Any
 from rig.file_system import describe
 from rig.mounts import loop_mount, mount_missing
 
-from targets import flushes, forks, merge, opening, read, revert, snapshot, wipe, write
+from targets import flushes, forks, groups, merge, opening, read, revert, snapshot, wipe, write
 from targets.report import Figure, summary
 from targets.workspace import workspace
 
@@ -50,6 +50,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Figure]]] = {
     "fork-read": forks.first_read,
     "fork-nbd": forks.first_read_over_nbd,
     "fork-drop": forks.drop_of_forks,
+    "group": groups.groups,
 }
 
 

@@ -79,8 +79,8 @@ void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *e
         free_export(export);
 }
 
-int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume, int read_only,
-                         const char *description) {
+int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume,
+                         enum onion_nbd_access access, const char *description) {
     if (strlen(name) > ONION_NBD_NAME_MAX || strlen(description) > ONION_NBD_NAME_MAX)
         return -EINVAL;
     struct onion_nbd_export *export = calloc(1, sizeof *export);
@@ -88,7 +88,8 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
         return -ENOMEM;
     export->references = 1;
     export->label = make_label(name, description);
-    export->read_only = read_only;
+    export->read_only = access == ONION_NBD_TO_READ;
+    export->unwritten = access == ONION_NBD_UNWRITTEN;
     export->volume = volume;
     export->generation = 1;
     export->next_context_id = ONION_NBD_ID_CHANGED;
@@ -185,7 +186,9 @@ static int flush_once(struct onion_nbd_export *export, int *wants_scrub) {
 int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *export) {
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     int wants_scrub = 0;
-    int status = export->read_only ? 0 : flush_once(export, &wants_scrub);
+    /* A write that was answered would have had the head opened. */
+    int is_durable = export->read_only || onion_nbd_is_unwritten(export);
+    int status = is_durable ? 0 : flush_once(export, &wants_scrub);
     if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room &&
         hooks->make_room(hooks->context, onion_nbd_label(export)->name))
         status = 0;
@@ -210,6 +213,7 @@ static void release(struct onion_nbd_export *export) {
 void onion_nbd_take_volume_away(struct onion_nbd_export *export) {
     pthread_mutex_lock(&export->lock);
     export->volume = NULL;
+    __atomic_store_n(&export->unwritten, 0, __ATOMIC_RELEASE); /* there is no head to open any more */
     pthread_cond_broadcast(&export->changed);
     while (export->in_flight)
         pthread_cond_wait(&export->changed, &export->lock);
@@ -247,6 +251,7 @@ int onion_nbd_replace_volume(struct onion_nbd_server *server, const char *name, 
     hold(export);
     if (export->volume)
         export->volume = volume;
+    __atomic_store_n(&export->unwritten, 0, __ATOMIC_RELEASE);
     export->generation++;
     for (struct onion_nbd_context *context = export->contexts; context; context = context->next)
         context->all_changed = 1;

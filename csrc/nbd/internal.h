@@ -52,6 +52,7 @@ struct onion_nbd_export {
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t changed;
     struct onion_volume *volume; /* NULL: removed */
+    int unwritten;               /* atomic; the volume is that of the layer below the head, until it is replaced */
     uint64_t generation;         /* counts the volumes; a reply that began with another volume is not continued */
     uint32_t in_flight;
     uint32_t holds;
@@ -176,6 +177,10 @@ struct onion_nbd_server {
 
 static inline const struct onion_nbd_label *onion_nbd_label(const struct onion_nbd_export *export) {
     return __atomic_load_n(&export->label, __ATOMIC_ACQUIRE);
+}
+
+static inline int onion_nbd_is_unwritten(const struct onion_nbd_export *export) {
+    return __atomic_load_n(&export->unwritten, __ATOMIC_ACQUIRE);
 }
 
 /* ---- events.c ---- */

@@ -54,6 +54,10 @@ struct onion_nbd_context_listing;
  *
  * freed: a flush of that export left work for onion_volume_reclaim_wanted.
  *
+ * begin_writing: a request needs the head of that export, which was added as unwritten. The function opens the head and
+ * calls onion_nbd_replace_volume; of several threads that ask at once, each waits for that. 0, or the error: then nothing
+ * was changed, and the request is answered with it. If no export has the name any more, it returns 0 and is asked again.
+ *
  * list_exports: a client wants a list of all names, not only of those that are open. The function passes the names that
  * come after `after` (length 0: all names) to onion_nbd_list, in an order of its own that is always the same. It
  * returns when there are no more names, or when onion_nbd_list returns 1; then it is called again with the last name.
@@ -68,6 +72,7 @@ struct onion_nbd_hooks {
     int (*find_context)(void *context, const char *name, uint32_t length, const char *meta, uint32_t meta_length);
     int (*make_room)(void *context, const char *name);
     void (*freed)(void *context, const char *name);
+    int (*begin_writing)(void *context, const char *name);
     int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
     int (*list_contexts)(void *context, const char *name, const char *after, uint32_t length,
                          struct onion_nbd_context_listing *listing);
@@ -109,10 +114,14 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
 /* Stops the server without grace, and frees it. */
 void onion_nbd_free(struct onion_nbd_server *server);
 
+/* UNWRITTEN: the volume is that of the layer below a head to which nothing was written, and reads as the head does. The
+ * hook begin_writing is called before the first request that needs the head itself. */
+enum onion_nbd_access { ONION_NBD_TO_WRITE, ONION_NBD_TO_READ, ONION_NBD_UNWRITTEN };
+
 /* The volume must stay allocated until the export is removed, its volume is replaced, or the server is stopped.
  * -EEXIST: the name is taken. -EINVAL: the name or the description is longer than the protocol allows. */
-int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume, int read_only,
-                         const char *description);
+int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume,
+                         enum onion_nbd_access access, const char *description);
 /* Makes the export of that name the one that clients get by the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on. Later clients ask for the new name. -ENOENT, -EEXIST, -EINVAL. */

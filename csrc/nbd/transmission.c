@@ -157,9 +157,45 @@ static void count(struct onion_nbd_connection *connection, const struct onion_nb
     connection->waiting[request->type]++;
 }
 
-/* Checks a request: 0 or the error value for the client. The connection is in flight from here on. */
+/* Whether a request needs the head itself. All others find in the layer below an unwritten one what it would say. */
+static int needs_head(const struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
+    int tells_depth_or_changes = 0;
+    for (uint32_t i = 0; i < connection->session.context_count; i++)
+        tells_depth_or_changes |= connection->session.context_ids[i] != ONION_NBD_ID_ALLOCATION;
+    switch (request->type) {
+    case ONION_NBD_CMD_WRITE:
+    case ONION_NBD_CMD_TRIM:
+    case ONION_NBD_CMD_WRITE_ZEROES:
+        return 1;
+    default:
+        return request->type == ONION_NBD_CMD_BLOCK_STATUS && tells_depth_or_changes;
+    }
+}
+
+/* Has the head of the export opened: 0 or the error value for the client. The hook replaces the volume and waits for the
+ * requests in flight on the old one, so this connection must have none. */
+static uint32_t begin_writing(struct onion_nbd_connection *connection) {
+    struct onion_nbd_server *server = connection->server;
+    struct onion_nbd_export *export = connection->session.chosen;
+    int status = onion_nbd_send_replies(connection);
+    onion_nbd_connection_leave(connection);
+    if (status == 0)
+        status = server->options.hooks.begin_writing
+                     ? server->options.hooks.begin_writing(server->options.hooks.context, onion_nbd_label(export)->name)
+                     : -EIO;
+    return onion_nbd_error(status);
+}
+
+/* Checks a request: 0 or the error value for the client. The connection is in flight from here on, unless its head could
+ * not be opened. */
 static uint32_t check(struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     struct onion_nbd_limits limits;
+    uint32_t error = 0;
+    /* The hook finds the export by its name, which may be another one by then: it is asked again. */
+    while (!error && onion_nbd_is_unwritten(connection->session.chosen) && needs_head(connection, request))
+        error = begin_writing(connection);
+    if (error)
+        return error;
     onion_nbd_connection_enter(connection);
     if (!connection->volume)
         return ONION_NBD_ESHUTDOWN;

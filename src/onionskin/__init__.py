@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume, connect
-    from onionskin.control.groups import find_served_head as find_served_head
+    from onionskin.control.client import flush_served as flush_served
+    from onionskin.control.groups import find_served_heads as find_served_heads
     from onionskin.control.groups import fork_served as fork_served
     from onionskin.errors import (
         ChainError,
@@ -52,7 +53,8 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
-    **dict.fromkeys(("find_served_head", "fork_served"), "onionskin.control.groups"),
+    "flush_served": "onionskin.control.client",
+    **dict.fromkeys(("find_served_heads", "fork_served"), "onionskin.control.groups"),
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",
     "ForkUsage": "onionskin.operations.fork_usage",

@@ -260,7 +260,7 @@ class _Import:
             image.refuse_other_files()
         image.refuse_cut_short()
         disk = self._stage(image.size_bytes)
-        with served_to_program(disk._path, qemu_img.EXPORT, writable=True) as address:
+        with served_to_program(disk._opened.path, qemu_img.EXPORT, writable=True) as address:
             image.copy_to(address, _percents(self._progress, image.size_bytes))
         return disk
 

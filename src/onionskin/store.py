@@ -9,15 +9,15 @@ need more than one of these modules.
 
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, several
@@ -57,7 +57,7 @@ from onionskin.storage.locks import (
     is_being_merged_into,
     volume_holder,
 )
-from onionskin.storage.open_head import OpenHead, OpenView
+from onionskin.storage.open_head import OpenHead, OpenView, Unwritten
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
+    from onionskin.storage.shared_paths import OpenChain
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -81,6 +82,12 @@ _log = logger(__name__)
 _CUT_WAIT_SECONDS = 1.0
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
+
+
+def _finish(head: OpenHead) -> None:
+    from onionskin.operations.flush import finish  # imported late, with what it stands on
+
+    finish(head)
 
 
 def _work_in_background(store: OpenStore) -> None:
@@ -136,7 +143,7 @@ class Store:
         self._trust = trust
         self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
         self.path: Path = self._opened.path
-        self._cutting = threading.Lock()
+        self._cutting = KeyedLocks()
 
     @property
     def read_only(self) -> bool:
@@ -426,7 +433,9 @@ class Store:
 
         if found:
             self._opened.catalog.sync_found()
-        head = self._open_head(row, lock, verify)
+        head = None if verify else self._open_unwritten(row, lock)
+        if head is None:
+            head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
         self._opened.register(head)
         try:
             self._after_open(head)
@@ -435,9 +444,60 @@ class Store:
             raise
         return Volume(head, self)
 
-    def _open_head(self, row: VolumeRow, lock: VolumeLock, verify: bool) -> OpenHead:
+    def _open_unwritten(self, row: VolumeRow, lock: VolumeLock) -> OpenHead | None:
+        """Open a fork that nothing was written to: it is read through the view of what it stands on, which is shared.
+
+        Its own data path is opened when something is written (`OpenHead.begin_writing`). None: it is opened at once, as is
+        a volume that stands on a snapshot of its own, since no other head is read through that view, and one below which
+        a layer may be folded or blocks may be freed, since an opening does that.
+        """
+        from onionskin.operations import reclaim
+        from onionskin.operations.forks import is_unwritten
+
+        store = self._opened
+        version = store.catalog.version()
+        head = store.catalog.layer(row.head)
+        below = head.parent
+        if below is None or not is_unwritten(store, row.id, head):
+            return None
+        snapshot = store.catalog.snapshot_of_layer(below)
+        unnamed = store.catalog.unnamed_in_chain(below)
+        if (snapshot and snapshot.volume == row.id) or any(
+            layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
+        ):
+            return None
+        try:
+            opened = store.views.take(below, lambda: store.open_layer(below))
+        except (OSError, OnionskinError):
+            return None  # whatever it is, the opening of the head meets it again, or it has gone
+        try:
+            # The view's files are locked now. What the rows said has to hold as of then.
+            as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
+            top = opened.chain.top
+            if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
+                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
+                return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+        except BaseException:
+            store.views.give_back(below)
+            raise
+        store.views.give_back(below)
+        return None
+
+    def _open_for_first_write(self, head: OpenHead) -> "OpenChain":
+        self._opened.catalog.sync_found()
+        row = self._opened.catalog.volume_with_id(head.row.id)
+        if row is None or row.head != head.head:  # its lock kept all others from it
+            raise StateError(f"the head of {head.row.name!r} was replaced under its lock; close it, and open it again")
+        return self._open_head(row, verify=False)
+
+    def _after_first_write(self, head: OpenHead) -> None:
+        try:
+            self._after_open(head)
+        except (OSError, OnionskinError) as error:
+            _log.warning("%r: work that was left over failed, and is left for the next opening: %s", head, error)
+
+    def _open_head(self, row: VolumeRow, verify: bool) -> "OpenChain":
         from onionskin.operations import compact_segments
-        from onionskin.operations.flush import finish
 
         if unfinished_base_merges(self._opened.catalog, row.head):
             _log.warning(
@@ -452,8 +512,7 @@ class Store:
             with suppress(FileNotFoundError):
                 os.unlink(left)  # noqa: PTH108 - a Path of each takes longer than unlinking it
         compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=bytes_in(dirty) > 0)
-        opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
-        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
+        return self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
 
     def _look_at_spare(self, head: bytes) -> None:
         """Tidy the files that were made for the next head.
@@ -524,6 +583,10 @@ class Store:
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
             staged_volumes.drop_dead(self._opened)
+        if head.is_unwritten:  # the rest is for what it has of its own, and was found not to be needed below it
+            with suppress(OSError, OnionskinError):
+                reclaim.work_soon(self._opened)
+            return
         fold_unnamed_below(head)
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
@@ -569,21 +632,16 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._finder())
+        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._find_served)
 
     def _open_to_cut(self, name: str) -> OpenHead:
         return self.open(name)._opened.to_write()
 
-    def _finder(self) -> "Callable[[str], RemoteHead | None]":
-        """Return what finds the servers that hold volumes of one group."""
-        group = new_id().hex()
+    def _find_served(self, holders: Mapping[str, int], stack: ExitStack) -> "Mapping[str, RemoteHead]":
+        """Find the servers that hold volumes of a group."""
+        import onionskin
 
-        def find(name: str) -> "RemoteHead | None":
-            import onionskin
-
-            return onionskin.find_served_head(self, name, group)
-
-        return find
+        return onionskin.find_served_heads(self, holders, stack)
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
@@ -739,7 +797,7 @@ class Store:
 
         wanted = fork_group.check_group(sources, count, pattern, idempotency_key, lifetime, labels, wipe)
         self._opened.catalog.refuse_read_only()
-        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._finder())
+        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._find_served)
 
     def _fork(self, wanted: "forks.Wanted") -> list[str]:
         from onionskin.operations import forks
@@ -759,7 +817,8 @@ class Store:
             if handle is None and (names := self._fork_served(wanted)) is not None:
                 return names
             if handle is None:
-                with self._cutting:  # so that threads do not find the volume held by each other
+                id = self._opened.catalog.volume(wanted.volume).id
+                with self._cutting.holding(id):  # so that threads do not find the volume held by each other
                     handle = self._open_here(wanted.volume)
                     if handle is None:
                         return self._fork_closed(wanted)
@@ -1531,8 +1590,8 @@ class Store:
         Parameters
         ----------
         source : str
-            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. They may be open; only what is durable
-            counts.
+            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. Forks that are open in this store, or that
+            'onionskin serve' holds, are flushed first; of what others hold, only what is durable counts.
         snapshot : str, optional
             The snapshot, where `source` is only the volume.
 
@@ -1551,7 +1610,24 @@ class Store:
         """
         from onionskin.operations import fork_usage, forks
 
-        return fork_usage.usage_of_forks(self._opened, *forks.split_source(source, snapshot))
+        volume, snapshot = forks.split_source(source, snapshot)
+        if not self.read_only:
+            self._flush_wherever_they_are(self.forks_of(volume, snapshot))
+        return fork_usage.usage_of_forks(self._opened, volume, snapshot)
+
+    def _flush_wherever_they_are(self, names: "Sequence[str]") -> None:
+        """Make durable what was written to those volumes that are open here, or served."""
+        import onionskin
+        from onionskin.operations.flush import flush
+
+        handles = {handle.row.id: handle for handle in self._opened.open_handles() if isinstance(handle, OpenHead)}
+        for row in self._opened.catalog.volumes_named(names):
+            handle = handles.get(row.id)
+            if handle is not None and not (handle.closed or handle.path.poisoned):
+                flush(handle)
+            elif handle is None and volume_holder(self._opened.layout.volume_lock(row.id)) is not None:
+                with suppress(VolumeNotFoundError):  # it is gone meanwhile
+                    onionskin.flush_served(self, row.name)
 
     def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
         """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.

@@ -61,7 +61,7 @@ class Volume:
         self.wipe: str = opened.wipe
         # Each read and write uses this attribute, because a look-up by way of `_opened` would slow them down.
         opened.follow(self._follow)
-        self._path: DataPath = opened.path
+        self._path: DataPath = opened.reading_path
 
     def _follow(self, path: "DataPath") -> None:
         self._path = path
@@ -126,10 +126,11 @@ class Volume:
     def _again(self, failed: "DataPath", call: "Callable[[DataPath], Result]") -> Result:
         """Repeat a call that raised StateError, on the data path that a revert put in place of the one that failed.
 
-        If there is no new data path, the error that is being handled is raised again. `read`, `readinto` and `write`
+        The first write to a fork fails too, and opens its head. If there is no new data path, the error that is being
+        handled is raised again. `read`, `readinto` and `write`
         use this method only after an error, because a closure for each call would cost a quarter of the call's time.
         """
-        if failed is self._path:
+        if failed is self._path and not self._opened.begin_writing():
             raise
         return self._opened.on_path(call)
 
@@ -331,6 +332,7 @@ class Volume:
         ValueError
             The range passes the end of the volume.
         """
+        self._opened.begin_writing()  # a head has no view, whether it was written to or not
         return self._opened.on_path(lambda path: path.view(offset, length, self._opened.pins))
 
     def flush(self) -> None:

@@ -1,5 +1,6 @@
 """Forks of what is served, as it is now; and of several disks together, whoever holds them."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -254,4 +255,12 @@ def test_a_server_refuses_a_fork_that_cannot_be(store: onionskin.Store, here: He
         assert "error" in reply
         live.flush()
     assert sorted(store) == ["db", "web"]
-    assert groups.find_served_head(store, "db", "group") is None
+    with ExitStack() as stack:
+        assert groups.find_served_heads(store, {"db": os.getpid()}, stack) == {}
+
+
+def test_what_was_written_to_a_fork_that_is_served_counts(store: onionskin.Store, here: Here) -> None:
+    store.fork("web@clean", names=["a"])
+    served = here("a")
+    served("a").write(0, b"x" * 12288)
+    assert store.usage_of_forks("web@clean")[0].private_bytes == 12288

@@ -3,13 +3,16 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from support.nbd_client import NbdClient
@@ -19,12 +22,14 @@ import onionskin
 from onionskin.base.sockets import UnixListener, connect_unix
 from onionskin.catalog import SegmentRow, VolumeRow, new_id
 from onionskin.control import frames, groups
-from onionskin.control.groups import ServedHead, find_served_head
+from onionskin.control.client import reach
+from onionskin.control.groups import ServedHead, find_served_heads
 from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import group_member, seal
-from onionskin.operations.seal import write_sealed
+from onionskin.operations.seal import refuse_untrue, write_sealed
 from onionskin.operations.snapshots import _Naming
+from onionskin.storage.chain import replace_spare
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
 
@@ -135,6 +140,32 @@ def test_a_name_that_is_taken_in_one_volume_is_given_to_none(store: onionskin.St
     goes_on(store, server, "web")
 
 
+def test_one_connection_seals_all_volumes_that_a_server_has(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here(*NAMES)
+    reached: list[str] = []
+
+    def note(opened: OpenStore, row: VolumeRow, name: str) -> socket.socket | None:
+        reached.append(name)
+        return reach(opened, row, name)
+
+    monkeypatch.setattr(groups, "reach", note)
+    store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert len(reached) == 1
+    for name in NAMES:
+        stamp(volume_of(server, name), 1)
+        volume_of(server, name).flush()
+
+
+def test_volumes_of_servers_of_which_the_process_is_not_known_are_cut_together(
+    store: onionskin.Store, here: Here
+) -> None:
+    here(*NAMES)
+    with ExitStack() as stack:
+        assert set(find_served_heads(store, dict.fromkeys(NAMES, 0), stack)) == set(NAMES)
+
+
 def test_a_volume_that_is_held_and_not_served_is_refused_with_its_holder(
     at: Path, store: onionskin.Store, here: Here
 ) -> None:
@@ -163,27 +194,26 @@ def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
     assert len(store.snapshots("db")) == 10
 
 
-@pytest.mark.parametrize("renamed_at", [2, 3])
 def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, renamed_at: int
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here("web")
     catalog, connections, asked = store._opened.catalog, [], 0
-    volume = catalog.volume
+    volumes = catalog.volumes_called
 
     def note(*args: Any, **more: Any) -> socket.socket:
         connections.append(connect_unix(*args, **more))
         return connections[-1]
 
-    def rename(name: str) -> VolumeRow:
+    def rename(names: Any) -> dict[str, VolumeRow]:
         nonlocal asked
         asked += 1
-        return volume(name if asked < renamed_at else "another name")
+        return volumes(names if asked < 2 else ["another name"])
 
     monkeypatch.setattr("onionskin.control.client.connect_unix", note)
-    monkeypatch.setattr(catalog, "volume", rename)
+    monkeypatch.setattr(catalog, "volumes_called", rename)
     with pytest.raises(onionskin.VolumeNotFoundError):
-        find_served_head(store, "web", "g")
+        Caller(store, "web")
     assert [one.fileno() for one in connections] == [-1]
 
 
@@ -239,8 +269,6 @@ def test_no_volume_is_ahead_in_a_cut_of_two_servers(at: Path, store: onionskin.S
 def test_no_volume_is_ahead_in_many_cuts_of_two_servers_with_fio_beside(
     at: Path, store: onionskin.Store, tmp_path: Path
 ) -> None:
-    import subprocess
-
     with two_servers(at, tmp_path) as clients, stamping(clients):
         job = ["--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--offset=64k", "--size=512k", "--rate_iops=500"]
         load = [
@@ -290,16 +318,25 @@ def test_a_server_that_says_too_early_that_its_writers_wait_puts_one_volume_ahea
 
 
 class Caller:
-    """The caller of a group of one volume, which goes through the steps one by one."""
+    """The caller of a group, which goes through the steps one by one."""
 
-    STEPS = ("entered", "begun", "leading", "held", "done", "synced")
+    STEPS = ("entered", "begun", "held", "done", "synced")
 
-    def __init__(self, store: onionskin.Store, name: str, group: str | None = None) -> None:
+    def __init__(self, store: onionskin.Store, *names: str) -> None:
         self.store = store
-        head = find_served_head(store, name, group or new_id().hex())
-        assert head is not None
-        self.head: ServedHead = head
         self._stack = ExitStack()
+        found = find_served_heads(store, dict.fromkeys(names, os.getpid()), self._stack)
+        self.heads: list[ServedHead] = sorted(found.values(), key=lambda head: head.row.id)
+        (self.server,) = {head.process for head in self.heads}
+
+    @property
+    def head(self) -> ServedHead:
+        (head,) = self.heads
+        return head
+
+    @property
+    def connection(self) -> socket.socket:
+        return self.server._live._connection
 
     def go_to(self, last: str) -> None:
         """Go on until the server has said this."""
@@ -311,41 +348,45 @@ class Caller:
         getattr(self, f"_{step}")()
 
     def _entered(self) -> None:
-        self._stack.enter_context(self.head.operation(during_merge=True, within=None))
+        self.server.enter(self.heads, None)
 
     def _begun(self) -> None:
-        self.head.ask_to_begin()
-        self.head.begun()
-
-    def _leading(self) -> None:
-        self.head.ask_to_lead([self.head])
-        self.head.leads()
+        self.server.ask_to_begin()
+        self.server.begun()
 
     def _word(self, said: bytes, answer: bytes) -> None:
-        connection = self.head._live._connection
-        connection.sendall(said)
-        assert connection.recv(100) == answer
+        self.connection.sendall(said)
+        assert self.connection.recv(100) == answer
 
     def _held(self) -> None:
-        self._word(self.head.words[0], self.head.words[1])
+        self._word(self.server.words[0], self.server.words[1])
 
     def _done(self) -> None:
-        self._word(self.head.words[2], self.head.words[3])
+        self._word(self.server.words[2], self.server.words[3])
+
+    def draw(self) -> dict[bytes, tuple[int, int]]:
+        """Draw the lock bytes of the next heads."""
+        catalog = self.store._opened.catalog
+        numbers = iter(self.store._opened.change(lambda: catalog.take_lock_bytes(2 * len(self.heads))))
+        return {head.row.id: (next(numbers), next(numbers)) for head in self.heads}
 
     def _synced(self) -> None:
-        numbers = self.store._opened.change(lambda: self.store._opened.catalog.take_lock_bytes(2))
-        self.head.ask_to_sync(*numbers)
-        self.head.synced()
+        self.server.ask_to_sync(self.draw())
+        self.server.synced()
 
     def commit(self, name: str = "s") -> None:
         """Write the rows of what was sealed, and name it."""
         opened = self.store._opened
-        naming = _Naming(opened, self.head, name, "", new_id())
-        opened.change(lambda: write_sealed(opened, self.head.sealed, naming.write))
+
+        def change() -> None:
+            refuse_untrue(opened, self.heads)
+            for head, rows in zip(self.heads, write_sealed(opened, [head.sealed for head in self.heads]), strict=True):
+                _Naming(opened, head, name, "", new_id()).write(*rows)
+
+        opened.change(change)
 
     def close(self) -> None:
         self._stack.close()
-        self.head.close()
 
 
 @pytest.mark.parametrize("step", Caller.STEPS)
@@ -363,12 +404,12 @@ def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     server = here("web")
-    caller = Caller(store, "web")
     monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
+    caller = Caller(store, "web")
     caller.go_to(step)
     goes_on(store, server, "web")
     with pytest.raises(onionskin.StateError, match="group"):
-        caller.head._hear("nothing more")
+        caller.server._hear("nothing more")
     caller.close()
 
 
@@ -376,12 +417,12 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = here("web")
-    caller = Caller(store, "web")
     monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
+    caller = Caller(store, "web")
     caller.go_to("done")
     pack = groups.pack_sealed
     monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
-    monkeypatch.setattr(caller.head, "synced", lambda: None)
+    monkeypatch.setattr(caller.server, "synced", lambda: None)
     caller.go_on("synced")
     goes_on(store, server, "web")
     caller.close()
@@ -423,7 +464,7 @@ def test_a_forked_child_that_closes_its_copy_of_a_group_leaves_the_group_alone(
     child = os.fork()
     if not child:
         try:
-            caller.head.close()
+            caller.server.close()
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -442,7 +483,7 @@ def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
     caller.go_to("synced")
     flush = threading.Thread(target=volume_of(server, "web").flush)
     flush.start()
-    connection = caller.head._live._connection
+    connection = caller.connection
     connection.sendall((1 << 20).to_bytes(4, "big"))
     for _ in range(100):  # each byte comes well within the time that the server waits for something
         with suppress(BrokenPipeError):
@@ -464,7 +505,7 @@ def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to(step)
-    caller.head._say("nonsense", volumes=[1], map_byte=-1)
+    caller.server._say("nonsense", volumes=[1], map_byte=-1)
     goes_on(store, server, "web")
     caller.close()
 
@@ -493,9 +534,9 @@ def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(store: onio
     caller = Caller(store, "web")
     caller.go_to("held")
     stamp(volume_of(server, "web"), 1)  # waits until the server has waited long enough
-    caller.head._live._connection.sendall(caller.head.words[2])
+    caller.connection.sendall(caller.server.words[2])
     with pytest.raises(onionskin.StateError, match="not cut in time"):
-        caller.head._hear("done")
+        caller.server._hear("done")
     caller.close()
     goes_on(store, server, "web")
 
@@ -544,9 +585,6 @@ def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
     server = here("web", "db")
     stamp(volume_of(server, "web"), 1)
 
-    def be_full(*_: object) -> None:
-        raise OSError(ENOSPC, "the disk is full")
-
     with monkeypatch.context() as patch:
         patch.setattr(seal, "write_sealed", be_full)  # the caller's transaction
         patch.setattr(group_member, "replace_spare", be_full)  # the server's
@@ -556,6 +594,63 @@ def test_a_full_disk_fails_the_group_and_the_volumes_go_on(
         volume_of(server, "db").flush()
     for name in ("web", "db"):
         goes_on(store, server, name)
+
+
+def be_full(*_: object) -> None:
+    raise OSError(ENOSPC, "the disk is full")
+
+
+def test_a_volume_whose_caller_died_goes_on_though_the_disk_is_too_full_for_a_fence(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(group_member, "replace_spare", be_full)
+        patch.setattr(groups.Caller, "is_dead", lambda self: True)
+        caller = Caller(store, "web")
+        caller.go_to("synced")
+        caller.close()
+        volume_of(server, "web").flush()  # waits until the seal has ended
+        stamp(volume_of(server, "web"), 2)
+        volume_of(server, "web").flush()
+    goes_on(store, server, "web")
+    server.close()
+    with store.open("web") as web:
+        assert number_in_head(web) == 3
+
+
+def test_a_fence_for_which_there_is_no_room_is_tried_again(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_member, "_FENCE_AGAIN_SECONDS", 0.001)
+    server = here("web")
+    tries: list[bytes] = []
+
+    def be_full_for_a_while(catalog: Any, head: bytes) -> SegmentRow:
+        tries.append(head)
+        if len(tries) < 20:
+            be_full()
+        return replace_spare(catalog, head)
+
+    monkeypatch.setattr(group_member, "replace_spare", be_full_for_a_while)
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    caller.close()
+    goes_on(store, server, "web")
+    with pytest.raises(onionskin.StateError, match="went on with its old head"):
+        caller.commit()
+
+
+def test_a_caller_is_known_to_be_dead_once_its_process_has_ended(tmp_path: Path) -> None:
+    program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.stdin.read()"
+    with closing(UnixListener(tmp_path / "s")) as listener:
+        process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "s"], stdin=subprocess.PIPE)
+        connection, _ = listener.socket.accept()
+        with connection, closing(groups.Caller(connection)) as caller:
+            assert not caller.is_dead()
+            process.communicate()
+            assert caller.is_dead()
 
 
 def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
@@ -582,30 +677,6 @@ def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
     assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
-def test_a_volume_whose_connection_is_lost_is_held_on_as_long_as_another_one_cuts_it(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
-    server = here("web", "db")
-    callers = [Caller(store, "web", group="g"), Caller(store, "db", group="g")]
-    for caller in callers:
-        caller.go_to("begun")
-    leader = callers[0]
-    leader.head.ask_to_lead([caller.head for caller in callers])
-    leader.head.leads()
-    leader.go_on("held")
-    callers[1].close()
-    late = threading.Thread(target=stamp, args=(volume_of(server, "db"), 1))
-    late.start()
-    late.join(0.2)
-    assert late.is_alive()
-    leader.go_on("done")
-    late.join()
-    leader.close()
-    for name in ("web", "db"):
-        goes_on(store, server, name)
-
-
 def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
     store: onionskin.Store, here: Here
 ) -> None:
@@ -620,14 +691,17 @@ def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
     goes_on(store, server, "web")
 
 
-@pytest.mark.parametrize("numbers", [(0, 1), (7, 7), (True, 8), (-1, 8), ("7", 8), (7, 1 << 62)])
-def test_lock_bytes_that_cannot_be_are_refused(store: onionskin.Store, here: Here, numbers: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    "numbers", [(0, 1), (1, 1), (True, 2), (-1, 2), ("1", 2), (1, 1 << 62), (1, 1000), (1,), (1, 2, 3), None]
+)
+def test_lock_bytes_that_cannot_be_are_refused(store: onionskin.Store, here: Here, numbers: Any) -> None:
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to("done")
-    caller.head.ask_to_sync(*numbers)
+    caller.draw()
+    caller.server.ask_to_sync({caller.head.row.id: numbers})
     with pytest.raises(onionskin.FormatError, match="lock bytes"):
-        caller.head.synced()
+        caller.server.synced()
     caller.close()
     goes_on(store, server, "web")
 
@@ -657,7 +731,7 @@ def test_a_volume_waits_for_a_caller_inside_its_transaction(
     flushed = threading.Thread(target=volume.flush)
     opened = store._opened
     with opened.catalog.transaction():
-        write_sealed(opened, caller.head.sealed, lambda sealed, head: None)
+        write_sealed(opened, [caller.head.sealed])
         flushed.start()
         stamp(volume, 3)  # writers do not wait
         time.sleep(0.6)  # the server's patience is over, and it waits for this transaction
@@ -735,21 +809,24 @@ class Phony:
         with connection, suppress(OSError):
             greeting = {"onionskin": "control", "version": frames.VERSION, "volume": "db", "alive_seconds": 2}
             frames.send(connection, greeting, bytes_max=1 << 20)
-            for step in ("entered", "begun", "leading", "held", "done", "synced"):
+            for step in ("here", "entered", "begun", "held", "done", "synced"):
                 if step == self._last:
                     break
                 if frames.receive(connection, bytes_max=1 << 20) is None:
                     return
-                reply = {"step": step, "volume": self._id.hex(), "process": "phony"}
+                reply = {"step": step, "volumes": [self._id.hex()]}
                 if step in ("held", "done"):
                     reply = {"step": step}
                 frames.send(connection, reply, bytes_max=1 << 20)
             if not self._is_gone:
-                self._ending.wait()
+                self._stop(connection)
+
+    def _stop(self, connection: socket.socket) -> None:
+        self._ending.wait()
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
-@pytest.mark.parametrize("step", Caller.STEPS)
+@pytest.mark.parametrize("step", ["here", *Caller.STEPS])
 def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
     at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, is_gone: bool
 ) -> None:
@@ -768,6 +845,76 @@ def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
         log.flush()
         assert log.snapshots == []
         log.snapshot("t")
+    goes_on(store, server, "web")
+
+
+class Trickling(Phony):
+    """A server that gives signs of life for ever, or a frame that never ends, and never does its part."""
+
+    TRICKLE: ClassVar = {"signs": frames.packed({"alive": True}), "bytes": b"\0"}
+
+    def __init__(self, at: Path, name: str, last: str, *, what: str) -> None:
+        self._what = self.TRICKLE[what]
+        super().__init__(at, name, last, is_gone=False)
+
+    def _stop(self, connection: socket.socket) -> None:
+        if len(self._what) == 1:
+            connection.sendall((1 << 22).to_bytes(4, "big"))
+        while not self._ending.wait(0.01):
+            connection.sendall(self._what)
+
+
+@pytest.mark.parametrize("what", Trickling.TRICKLE)
+@pytest.mark.parametrize("step", ["here", "entered", "begun", "synced"])
+def test_a_server_that_trickles_fails_the_group_in_the_end(
+    at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, what: str
+) -> None:
+    monkeypatch.setattr(groups, "GROUP_SECONDS", 0.5)
+    server = here("web")
+    phony = Trickling(at, "db", step, what=what)
+    try:
+        with pytest.raises(onionskin.StateError, match="'db'"):
+            store.snapshot_group({"web": "s", "db": "s"})
+    finally:
+        phony.close()
+    goes_on(store, server, "web")
+
+
+@pytest.mark.parametrize("lie", ["volume", "head", "reclaims"])
+def test_a_server_that_answers_for_another_volume_is_refused(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    server = here("web")
+    catalog = store._opened.catalog
+    with store.open("log") as log:
+        stamp(log, 1)
+        log.snapshot("old")
+    other = catalog.volume("log")
+    spare, (own,) = catalog.spare_of(other.head), catalog.segments_of_layer(catalog.snapshots_of(other.id)[0].layer)
+    lies: dict[str, dict[str, Any]] = {
+        "volume": {"volume": other.id.hex(), "head": other.head.hex(), "spare": spare.id.hex(), "segments": []},
+        "head": {"head": other.head.hex(), "spare": spare.id.hex(), "segments": []},
+        "reclaims": {"to_reclaim": [own.id.hex()]},
+    }
+    pack = groups.pack_sealed
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "pack_sealed", lambda what: pack(what) | lies[lie])
+        with pytest.raises((onionskin.FormatError, onionskin.StateError)):
+            store.snapshot_group({"web": "s", "db": "s"})
+    assert [snapshot.name for snapshot in store.snapshots("log")] == ["old"]
+    assert catalog.volume("log").head == other.head
+    goes_on(store, server, "web")
+
+
+def test_what_a_server_described_is_checked_again_in_the_transaction(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    described = caller.head.sealed
+    caller.head.described = replace(described, block_size=2 * described.block_size)
+    with pytest.raises(onionskin.FormatError, match="is not what the catalog has"):
+        caller.commit()
+    caller.close()
     goes_on(store, server, "web")
 
 

@@ -1,9 +1,13 @@
 """Forks of a store that is served: each can be had at once by its name, and has no files before it is written to."""
 
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from support.servers import Serve, onionskin, onionskin_json
+
+from onionskin import Store
 
 Start = Callable[..., Serve]
 
@@ -40,3 +44,91 @@ def test_a_fork_that_another_process_makes_is_served_at_once_and_has_no_files_be
         assert third.read(0, 1) == b"\0"
     assert server.terminate() == 0
     assert files(vms) == before | made
+
+
+def fork(vms: Path, count: int = 4) -> list[str]:
+    onionskin("snapshot", f"{vms}/web@clean")
+    return list(onionskin_json("fork", f"{vms}/web@clean", "-n", count, "--pattern", "job-{n}")["forks"])
+
+
+def test_clients_that_write_to_a_fork_first_at_once_lose_nothing(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    fork(vms)
+    clients = [server.client("job-1") for _ in range(8)]
+    ready = threading.Barrier(len(clients))
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            ready.wait()
+            clients[number].write(number * MIB, bytes([100 + number]) * 4096)
+            assert clients[number].read(number * MIB, 4096) == bytes([100 + number]) * 4096
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(len(clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    clients[0].flush()
+    for client in clients:
+        client.close()
+    assert server.terminate() == 0
+    with Store(vms) as store, store.open("job-1") as volume, store.open("job-2") as other:
+        assert [volume.read(number * MIB, 1)[0] for number in range(8)] == list(range(100, 108))
+        assert [other.read(number * MIB, 1)[0] for number in range(8)] == list(range(8))
+
+
+def test_the_first_change_may_be_a_trim_or_zeros_and_a_flush_before_it_answers(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    fork(vms)
+    with server.client("job-1") as client, server.client("job-2") as other:
+        client.flush()
+        client.trim(5 * MIB, MIB)
+        assert client.read(5 * MIB, 4096) == bytes(4096)
+        assert other.read(5 * MIB, 4096) == bytes([5]) * 4096
+        client.flush()
+    assert server.terminate() == 0
+    with Store(vms) as store, store.open("job-1") as volume:
+        assert volume.read(5 * MIB, 1) == b"\0" and volume.read(6 * MIB, 1) == b"\6"
+
+
+def test_a_served_fork_is_worked_on_before_its_first_write(vms: Path, serve: Start) -> None:
+    """Each operation opens the head, under a client that reads, and the client's first write goes to that head."""
+    server = serve(vms, "--allow-revert")
+    names = fork(vms)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.client(name)) for name in names]
+        for client in clients:
+            assert client.read(5 * MIB, 1) == bytes([5])
+        onionskin("snapshot", f"{vms}/job-1@own")
+        onionskin("resize", f"{vms}/job-2", str(65 * MIB))
+        onionskin("rename", f"{vms}/job-3", "task")
+        assert onionskin_json("fork", f"{vms}/job-4", "-n", 1)["forks"] == ["job-4-1"]
+        for number, client in enumerate(clients):
+            client.write(5 * MIB, bytes([200 + number]))
+            client.flush()
+        onionskin("revert", f"{vms}/job-1@own", "--yes")
+        assert clients[0].read(5 * MIB, 1) == bytes([5])
+        clients[0].write(5 * MIB, bytes([210]))
+        with server.client("job-4-1") as client:
+            assert client.read(5 * MIB, 1) == bytes([5])
+    assert server.terminate() == 0
+    with Store(vms) as store:
+        for name, value in {"job-1": 210, "job-2": 201, "task": 202, "job-4": 203, "job-4-1": 5}.items():
+            with store.open(name) as volume:
+                assert volume.read(5 * MIB, 1) == bytes([value]), name
+        assert store.check() == []
+
+
+def test_a_killed_server_loses_no_write_that_was_first(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    fork(vms)
+    with server.client("job-1") as client:
+        client.write(5 * MIB, b"mine")
+        server.process.kill()
+        server.process.wait()
+    with Store(vms) as store, store.open("job-1") as volume:
+        assert volume.read(5 * MIB, 5) == b"mine\5"

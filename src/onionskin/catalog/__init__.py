@@ -19,6 +19,7 @@ from onionskin.catalog.rows import (
     VolumeRow,
     WorkRow,
     new_id,
+    new_ids,
 )
 from onionskin.catalog.schema import SCHEMA_VERSION
 from onionskin.catalog.sqlite_errors import CommitUnknownError
@@ -40,4 +41,5 @@ __all__ = [
     "VolumeRow",
     "WorkRow",
     "new_id",
+    "new_ids",
 ]

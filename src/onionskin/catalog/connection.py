@@ -470,13 +470,10 @@ class Connection:
 
     def insert_all(self, rows: Iterable[Row]) -> None:
         """Add rows of one table. Inside a transaction."""
-        kind: type | None = None
-        found = []
-        for row in rows:
-            kind = type(row)
-            found.append([getattr(row, column) for column in COLUMNS[kind]])
-        if kind is None:
+        found: list[Any] = list(rows)  # each a tuple, in the order of the columns
+        if not found:
             return
+        kind = type(found[0])
         assert kind is not WorkRow  # `add_work` numbers those
         columns = COLUMNS[kind]
         check_rows(kind, columns, found)
@@ -488,6 +485,13 @@ class Connection:
         check_values(kind, values.items())
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?", *values.values(), id)
+
+    def update_all(self, kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Change the same columns of many rows. Each of `rows` has their values, and then the row's key. In a transaction."""
+        check_rows(kind, columns, [row[:-1] for row in rows])
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        text = f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?"
+        self._connection.executemany(text, rows)
 
     def take_lock_byte(self) -> int:
         """Hand out a byte of the lock file that was never used. Inside a transaction."""
@@ -505,6 +509,12 @@ class Connection:
             raise damaged(self.path, f"the next lock byte cannot be {last!r}")
         self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
+
+    def last_lock_byte(self) -> int:
+        """Return the last byte of the lock file that was handed out by a transaction that ended."""
+        with self._guard, self._errors():
+            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        return int(last)
 
     def _execute(self, text: str, *values: Any) -> None:
         """Run a statement of a transaction, which holds the guard and translates errors."""
@@ -529,9 +539,13 @@ def check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
 
 
 def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Refuse to write rows that have a value which would break its condition. Many rows are looked at by column."""
-    conditions = [VALUES[kind][column].holds for column in columns]
-    if not all(all(map(holds, values)) for holds, values in zip(conditions, zip(*rows, strict=True), strict=False)):
+    """Refuse to write rows that have a value which would break its condition. Many rows are looked at by column.
+
+    A column in which all rows have one and the same object is looked at once: forks differ in few columns.
+    """
+    conditions = [VALUES[kind][column] for column in columns]
+    by_column = (values[:1] if len(set(map(id, values))) == 1 else values for values in zip(*rows, strict=True))
+    if not all(condition.all_hold(values) for condition, values in zip(conditions, by_column, strict=False)):
         for row in rows:
             check_values(kind, zip(columns, row, strict=True))
 

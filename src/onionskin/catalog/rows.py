@@ -3,6 +3,9 @@
 import os
 from typing import NamedTuple, TypeVar
 
+_COUNTED_BYTES, _RANDOM_BYTES = 7, 9  # of the ids that are drawn together
+_COUNTED_MAX = (1 << 8 * _COUNTED_BYTES) - 1
+
 
 class BaseRow(NamedTuple):
     """A raw image file that volumes stand on, and how it looked when they were made."""
@@ -171,3 +174,17 @@ STAGED_PREFIX = "@"
 def new_id() -> bytes:
     """Draw a random 128-bit id."""
     return os.urandom(16)
+
+
+def new_ids(count: int) -> list[bytes]:
+    """Draw ids that lie side by side: their first 7 bytes count on from a random number, the other 72 bits are random.
+
+    So the rows of one call lie side by side in each tree of the catalog, and a commit writes few pages of it. They differ
+    in the first 7 bytes, since these say which byte of the lock file stands for a volume.
+    """
+    drawn = os.urandom(_COUNTED_BYTES + count * _RANDOM_BYTES)
+    first = int.from_bytes(drawn[:_COUNTED_BYTES], "big")
+    return [
+        (first + number & _COUNTED_MAX).to_bytes(_COUNTED_BYTES, "big") + drawn[at : at + _RANDOM_BYTES]
+        for number, at in enumerate(range(_COUNTED_BYTES, len(drawn), _RANDOM_BYTES))
+    ]

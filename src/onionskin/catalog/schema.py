@@ -6,8 +6,8 @@ damaged page or a hostile file may hold anything.)
 """
 
 import sqlite3
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.catalog.rows import (
@@ -161,16 +161,25 @@ UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
 
 
 class Value(NamedTuple):
-    """The condition of a value: in SQL, where {0} stands for the column, and as a Python predicate."""
+    """The condition of a value: in SQL, where {0} stands for the column, and as a Python predicate.
+
+    `hold`, if there is one, says whether the condition holds for each of many values, in few calls.
+    """
 
     sql: str
     holds: Callable[[object], bool]
+    hold: Callable[[Sequence[Any]], bool] | None = None
+
+    def all_hold(self, values: Sequence[Any]) -> bool:
+        """Whether the condition holds for each of these values."""
+        return self.hold(values) if self.hold else all(map(self.holds, values))
 
 
 def _number(least: int, most: int = _NUMBER_MAX) -> Value:
     return Value(
         f"(typeof({{0}}) = 'integer' AND {{0}} BETWEEN {least} AND {most})",
         lambda value: type(value) is int and least <= value <= most,
+        lambda values: set(map(type, values)) == {int} and least <= min(values) and max(values) <= most,
     )
 
 
@@ -187,10 +196,18 @@ def _text(least: int = 0) -> Value:
     return Value(
         f"(typeof({{0}}) = 'text' AND instr({{0}}, char(0)) = 0 AND length({{0}}) >= {least})",
         lambda value: type(value) is str and "\0" not in value and len(value) >= least and _is_unicode(value),
+        lambda values: (
+            set(map(type, values)) == {str}
+            and min(map(len, values)) >= least
+            and "\0" not in (joined := "".join(values))
+            and _is_unicode(joined)
+        ),
     )
 
 
 def _is_unicode(value: str) -> bool:
+    if value.isascii():  # nearly all are
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -202,7 +219,11 @@ def _or_null(value: Value) -> Value:
     return Value(f"({{0}} IS NULL OR {value.sql})", lambda found: found is None or value.holds(found))
 
 
-_ID = Value("(typeof({0}) = 'blob' AND length({0}) = 16)", lambda value: type(value) is bytes and len(value) == 16)
+_ID = Value(
+    "(typeof({0}) = 'blob' AND length({0}) = 16)",
+    lambda value: type(value) is bytes and len(value) == 16,
+    lambda values: set(map(type, values)) == {bytes} and set(map(len, values)) == {16},
+)
 _BLOB = Value("(typeof({0}) = 'blob')", lambda value: type(value) is bytes)
 _INTEGER = Value("(typeof({0}) = 'integer')", lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63)
 

@@ -33,6 +33,10 @@ class Segments(Connection):
         """Return the segments that are kept for the next head: one, or none if the layer is not a head."""
         return self.rows(SegmentRow, "layer = ? AND role = 'spare'", head)
 
+    def spares_of_all(self, heads: Iterable[bytes]) -> list[SegmentRow]:
+        """Return the segments that are kept for the next head of each of these layers, in no order."""
+        return self.rows_in(SegmentRow, "layer", heads, "role = 'spare'")
+
     def spare_of(self, head: bytes) -> SegmentRow:
         """Return the segment that is kept for the next head."""
         found = self.spares_of(head)

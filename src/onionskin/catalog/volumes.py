@@ -16,6 +16,11 @@ from onionskin.errors import VolumeNotFoundError
 _NOT_STAGED = "substr(name, 1, 1) != ?"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
 NUMBER_MAX = 10**_DIGITS_MAX - 1
+_GREATEST_OF_LENGTH = (
+    f"SELECT name FROM {TABLES[VolumeRow]} WHERE coalesce({SOUND_ROW[VolumeRow]}, 0) AND length(name) = ?"
+    " AND name BETWEEN ? AND ? AND name GLOB ? ORDER BY name DESC LIMIT 1"
+)
+_GREATEST_NUMBER = " UNION ALL ".join([f"SELECT name FROM ({_GREATEST_OF_LENGTH})"] * _DIGITS_MAX)
 
 
 class Volumes(Connection):
@@ -29,6 +34,14 @@ class Volumes(Connection):
                 f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
             )
         return found
+
+    def volumes_called(self, names: Iterable[str]) -> dict[str, VolumeRow]:
+        """Return volumes by their names, or raise VolumeNotFoundError for one that is not there."""
+        wanted = [str(name) for name in names]
+        with self.reading():
+            found = {row.name: row for row in self.volumes_named(filter(is_text, wanted))}
+            missing = {name for name in wanted if name not in found or name.startswith(STAGED_PREFIX)}
+            return {name: self.volume(name) if name in missing else found[name] for name in wanted}
 
     def volume_named(self, name: str) -> VolumeRow | None:
         """Return the volume of that name, or None."""
@@ -104,15 +117,13 @@ class Volumes(Connection):
         Names of one length with the number in one place sort as their numbers do: so one step in the index finds the
         greatest of each length, however many there are.
         """
-        greatest = 0
-        with self.reading():
-            for digits in range(1, _DIGITS_MAX + 1):
-                low, high = (f"{prefix}{digit * digits}{suffix}" for digit in "09")
-                condition = "length(name) = ? AND name BETWEEN ? AND ? AND name GLOB ? ORDER BY name DESC LIMIT 1"
-                shape = f"{_as_glob(prefix)}{'[0-9]' * digits}{_as_glob(suffix)}"
-                for (name,) in self.values(VolumeRow, "name", condition, len(low), low, high, shape):
-                    greatest = max(greatest, int(name[len(prefix) : len(prefix) + digits]))
-        return greatest
+        values: list[Any] = []
+        for digits in range(1, _DIGITS_MAX + 1):
+            low, high = (f"{prefix}{digit * digits}{suffix}" for digit in "09")
+            values += (len(low), low, high, f"{_as_glob(prefix)}{'[0-9]' * digits}{_as_glob(suffix)}")
+        with self._guard, self._errors():
+            found = self._connection.execute(_GREATEST_NUMBER, values).fetchall()
+        return max((int(name[len(prefix) : len(name) - len(suffix)]) for (name,) in found), default=0)
 
     def expired(self, now_ns: int) -> list[VolumeRow]:
         """Return the volumes whose time was over before this one, and that nothing but their heads stands on; earliest first.

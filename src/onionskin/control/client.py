@@ -12,6 +12,7 @@ import base64
 import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
@@ -23,11 +24,13 @@ from onionskin.base.lazy import dtypes, logger
 from onionskin.base.naming import several
 from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.catalog import VolumeRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames
 from onionskin.errors import FormatError, StateError
 from onionskin.operations.usage import Usage
 from onionskin.storage.locks import volume_holder
+from onionskin.storage.open_store import OpenStore
 from onionskin.store import Store
 
 if TYPE_CHECKING:
@@ -75,31 +78,47 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
     return found
 
 
-def find(store: Store, name: str, *, greet: bool = True) -> "LiveVolume | None":
-    """Connect to the server of a volume, or return None if no server holds it. `greet` is as for `LiveVolume`."""
-    row = store._opened.catalog.volume(name)
-    holder = volume_holder(store._opened.layout.volume_lock(row.id))
+def find(store: Store, name: str) -> "LiveVolume | None":
+    """Connect to the server of a volume, or return None if no server holds it."""
+    catalog = store._opened.catalog
+    while True:
+        row = catalog.volume(name)
+        connection = reach(store._opened, row, name)
+        if connection is None:
+            return None
+        live = LiveVolume(connection, name)
+        try:
+            # The path and the server belong to the volume's id; the name may mean another volume by now.
+            is_same = catalog.volume(name).id == row.id
+        except BaseException:
+            live.close()
+            raise
+        if is_same:
+            return live
+        live.close()
+
+
+def reach(store: OpenStore, row: VolumeRow, name: str) -> socket.socket | None:
+    """Connect to the control socket of a volume, or return None if no server listens there."""
+    holder = volume_holder(store.layout.volume_lock(row.id))
     if holder is None:
         return None
     try:
-        connection = connect_unix(store._opened.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
+        return connect_unix(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
     except OSError as error:
         if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
             return None  # held by a process that does not serve it, or left by a crash
         if error.errno == EAGAIN:
             raise StateError(_silent(name, holder.pid)) from None
         raise
-    live = LiveVolume(connection, name, greet=greet)
-    try:
-        # The path and the server belong to the volume's id; the name may mean another volume by now.
-        is_same = store._opened.catalog.volume(name).id == row.id
-    except BaseException:
-        live.close()
-        raise
-    if is_same:
-        return live
-    live.close()
-    return find(store, name, greet=greet)
+
+
+def flush_served(store: Store, name: str) -> None:
+    """Make durable what was written to a volume, if a server holds it."""
+    live = find(store, name)
+    if live is not None:
+        with live:
+            live.flush()
 
 
 def is_stopped(pid: int) -> bool:
@@ -137,9 +156,9 @@ class LiveVolume:
             connection.close()
             raise
 
-    def _greeted(self) -> None:
+    def _greeted(self, deadline: float | None = None) -> None:
         """Wait for the greeting of the server, and refuse one that speaks another protocol."""
-        greeting = self._receive()
+        greeting = self._receive(deadline)
         if "error" in greeting:
             raise frames.unpack_error(greeting["error"])
         if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
@@ -198,12 +217,15 @@ class LiveVolume:
                 pass
         self._connection.close()
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, deadline: float | None = None) -> dict[str, Any]:
+        """Wait for one frame; `deadline`, by the monotonic clock, is for all of it."""
+        began = time.monotonic()
         self._say_whom_it_waits_for()
         try:
-            reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
+            reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX, deadline=deadline)
         except TimeoutError:
-            raise StateError(_silent(self.name, self._pid, self._connection.gettimeout())) from None
+            seconds = self._connection.gettimeout() if deadline is None else deadline - began
+            raise StateError(_silent(self.name, self._pid, seconds)) from None
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply

@@ -51,7 +51,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "resize": {"size_bytes": (int,)},
     "diff": {"a": (str,), "b": (str, NoneType)},
     "usage": {},
-    "group": {"group": (str,)},
+    "group": {"volumes": (list,)},
     "fork": {
         "source": (str,),
         "names": (list, NoneType),

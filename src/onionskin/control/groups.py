@@ -1,45 +1,47 @@
-"""A volume that is sealed as one of a group by the process that serves it: both ends of that conversation.
+"""Volumes that are sealed as members of a group by the process that serves them: both ends of that conversation.
 
-On a connection of the control socket to the volume, the caller (the coordinator of the group) asks for the verb `group`.
-Then both ends speak in steps:
+On one connection for each server, to the control socket of any of its volumes, the caller (the coordinator of the group)
+asks for the verb `group` with the volumes that it looks for. Then both ends speak in steps:
 
-    server: entered   the volume is held for this operation
-    caller: begin     server: begun     most of the head is durable
-    caller: lead      server: leading   this connection cuts all volumes of the group that this server has
-    caller: hold      server: held      their writers wait
+    server: here      which of them this process serves
+    caller: enter     server: entered   these volumes are held for this operation
+    caller: begin     server: begun     most of the heads is durable
+    caller: hold      server: held      the writers of all volumes wait
     caller: cut       server: done      the heads are swapped, and their writers go on
-    caller: sync      server: synced    the rest is durable; this describes it
-    caller: end       server: result    the volume goes on with the head that the catalog has
+    caller: sync      server: synced    the rest is durable; this describes a head, once for each volume
+    caller: end       server: result    the volumes go on with the heads that the catalog has
 
-Instead of `sync` or `end` the caller may say `give up`: then the volume goes on with its old head.
-
-Each volume has its own connection, on which all of that is said, except that one connection of each server leads: so the
-volumes of a server are held and cut by one thread, as those of one process are.
+`enter` may come more than once, since volumes are held in the order of their ids, whoever has them. Instead of `sync` or
+`end` the caller may say `give up`: then the volumes go on with their old heads.
 
 What must hold: writers wait from `hold` to `cut` only, and for HOLD_SECONDS at most; the words of both are fixed texts,
 which C sends and reads, so that no interpreter is waited for. Whatever the other end does (it says nothing, something else,
-too much, or is gone), either end is done with it in a bounded time. What the server does then is in `MemberSealing`.
+too much, too slowly, or is gone), either end is done with it in a bounded time. What the server does then is in
+`MemberSealing`.
 """
 
 import os
+import select
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from errno import ETIME
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
 from onionskin.base.limits import WIPE_POLICIES
+from onionskin.base.naming import some_of
+from onionskin.base.side_by_side import side_by_side
+from onionskin.base.sockets import credentials_of
 from onionskin.catalog import VolumeRow
 from onionskin.control import frames
-from onionskin.control.client import LiveVolume, find
+from onionskin.control.client import LiveVolume, find, reach
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._volume import cut_when_told
 from onionskin.operations.forks import Wanted
-from onionskin.operations.group_member import MemberSealing
-from onionskin.operations.seal import NextHead, RemoteHead, SealedHead
+from onionskin.operations.group_member import MemberSealing, begin_members
+from onionskin.operations.seal import NextHead, RemoteHead, SealedHead, Sealing, run_each
 from onionskin.operations.snapshots import OPERATION_SECONDS
 from onionskin.storage.open_head import OpenHead
 
@@ -55,6 +57,8 @@ HOLD_SECONDS = 0.25
 STEP_SECONDS = 30.0
 # How long the caller waits for a sign of life of the server, which gives one every ALIVE_SECONDS while it works.
 SILENCE_SECONDS = 10.0
+# How long the caller has for a group, whatever signs of life come. A server that waits for slow disks needs some of it.
+GROUP_SECONDS = 120.0
 SEGMENTS_MAX = 1 << 16
 
 
@@ -207,10 +211,10 @@ class Talk:
         return found
 
     def cut(self, heads: Sequence[OpenHead]) -> None:
-        """Cut heads when the caller says so."""
+        """Say that the seals are begun, and cut the heads when the caller says so."""
         self._be_silent(True)  # before the caller reads words that are no frames of its own
         try:
-            self.say("leading")
+            self.say("begun")
             paths, names = [head.path for head in heads], [head.row.name for head in heads]
             failed = cut_when_told(paths, names, self._connection.fileno(), _words(), STEP_SECONDS)
         finally:
@@ -221,97 +225,124 @@ class Talk:
             raise StateError("the group's caller has gone away, or gave it up")
 
 
-class _Party:
-    """The volumes of this process that are sealed for one caller. A volume leaves before its seal is ended."""
+class Caller:
+    """The process at the other end of a connection: whether it lives."""
 
-    def __init__(self) -> None:
-        self.connections = 0  # under `_parties_guard`
-        self._guard = threading.Lock()  # held while one connection cuts: nobody ends a seal meanwhile
-        self._begun: dict[str, OpenHead] = {}
-
-    def join(self, head: OpenHead) -> None:
-        """Have a head, whose seal was begun, cut by whoever leads."""
-        with self._guard:
-            self._begun[head.row.id.hex()] = head
-
-    def leave(self, head: OpenHead) -> None:
-        """Have it cut no more."""
-        with self._guard:
-            self._begun.pop(head.row.id.hex(), None)
-
-    def cut(self, talk: Talk, asked: Any) -> None:
-        """Cut the heads that the caller asks for."""
-        with self._guard:
-            if not isinstance(asked, list) or not all(isinstance(id, str) and id in self._begun for id in asked):
-                raise StateError("a volume of the group is sealed no more; try again")
-            talk.cut([self._begun[id] for id in asked])
-
-
-_PROCESS = os.urandom(16).hex()  # who has the same can be led by one connection
-_parties_guard = threading.Lock()
-_parties: dict[str, _Party] = {}
-
-
-@contextmanager
-def _party_of(name: str) -> Iterator[_Party]:
-    with _parties_guard:
-        party = _parties.setdefault(name, _Party())
-        party.connections += 1
-    try:
-        yield party
-    finally:
-        with _parties_guard:
-            party.connections -= 1
-            if not party.connections:
-                del _parties[name]
-
-
-def seal_for_caller(talk: Talk, volume: OpenHead, group: str) -> dict[str, Any]:
-    """Seal a volume as one of the caller's group, which the caller gave this name."""
-    is_named = True
-    with (
-        _party_of(group) as party,
-        volume.operation(during_merge=True, within=OPERATION_SECONDS),
-        talk.bounded(),
-    ):
-        volume.refuse_half_merged()
-        talk.say("entered", volume=volume.row.id.hex(), process=_PROCESS)
-        talk.hear("begin")
-        sealing = MemberSealing(volume)
-
-        def resolve() -> None:
-            party.leave(volume)
-            sealing.resolve()
-
+    def __init__(self, connection: socket.socket) -> None:
+        self._process: int | None = None
+        self._is_gone = False
+        pid = credentials_of(connection)[0]
         try:
-            with volume.resolving(resolve):
-                sealing.begin()
-                party.join(volume)
-                talk.say("begun")
-                asked = talk.hear("sync", "lead")
-                if asked["step"] == "lead":
-                    party.cut(talk, asked.get("volumes"))
-                    asked = talk.hear("sync")
-                sealing.sync()
-                talk.say("synced", sealed=pack_sealed(sealing.give(*_lock_bytes(asked))))
-                try:
-                    is_named = talk.hear("end").get("named") is not False
-                except GivenUpError:
-                    sealing.stay()
-                    raise
+            self._process = os.pidfd_open(pid) if pid else None
+        except ProcessLookupError:
+            self._is_gone = True
+        except OSError:  # it cannot be watched; then nobody says that it is dead
+            _log.info("process %s, which takes a snapshot of a group, cannot be watched", pid)
+
+    def is_dead(self) -> bool:
+        """Whether it is known to be dead: then no transaction of it is under way, and none will come."""
+        if self._process is not None and not self._is_gone:
+            ended = select.poll()
+            ended.register(self._process, select.POLLIN)
+            self._is_gone = bool(ended.poll(0))
+        return self._is_gone
+
+    def close(self) -> None:
+        """Watch it no more."""
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
+
+
+Find = Callable[[str], "OpenHead | None"]
+
+
+def seal_for_caller(talk: Talk, caller: Caller, asked: Sequence[str], find: Find) -> dict[str, Any]:
+    """Seal those of the volumes that the caller asked for, by their ids in hexadecimal, that this process serves."""
+    here = {id: head for id in asked if (head := find(id)) is not None}
+    with talk.bounded(), ExitStack() as held:
+        talk.say("here", volumes=list(here))
+        heads = _enter(talk, here, held)
+        sealings = begin_members(heads, caller.is_dead)
+        is_named = True
+        try:
+            is_named = _seal(talk, sealings)
         finally:
-            sealing.settle(is_named=is_named)
-    return {"committed": sealing.goes_on}
+            with ExitStack() as settling:  # an error of one keeps the others from nothing
+                for sealing in sealings:
+                    settling.callback(sealing.settle, is_named=is_named)
+    return {"committed": all(sealing.goes_on for sealing in sealings)}
 
 
-def _lock_bytes(asked: dict[str, Any]) -> tuple[int, int]:
+def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[OpenHead]:
+    """Hold volumes as the caller says, until it says that their seals begin."""
+    heads: dict[str, OpenHead] = {}
+    deadline = time.monotonic() + OPERATION_SECONDS
+    while (step := talk.hear("enter", "begin"))["step"] == "enter":
+        ids = step.get("volumes")
+        if not isinstance(ids, list) or not all(isinstance(id, str) and id in here for id in ids):
+            raise FormatError("the group's caller wants to hold volumes that it was not told of")
+        if len({*ids, *heads}) < len(ids) + len(heads):
+            raise FormatError("the group's caller wants to hold a volume twice")
+        for id in ids:
+            within = max(0.0, deadline - time.monotonic())
+            held.enter_context(here[id].operation(during_merge=True, within=within))
+            here[id].refuse_half_merged()
+            heads[id] = here[id]
+        talk.say("entered")
+    if not heads:
+        raise FormatError("the group's caller wants to seal no volume")
+    return list(heads.values())
+
+
+def _seal(talk: Talk, sealings: Sequence[MemberSealing]) -> bool:
+    """Go through the steps from the first flush on. Return whether what was sealed has names."""
+    heads = [sealing.volume for sealing in sealings]
+    with ExitStack() as stack:
+        for sealing in sealings:
+            stack.enter_context(sealing.volume.resolving(sealing.resolve))
+        with side_by_side(len(sealings)) as beside:
+            run_each(beside, sealings, Sealing.begin)
+            talk.cut(heads)
+            lock_bytes = _lock_bytes(heads, talk.hear("sync"))
+            run_each(beside, sealings, Sealing.sync)
+        _give(talk, sealings, lock_bytes)
+        try:
+            return talk.hear("end").get("named") is not False
+        except GivenUpError:
+            for sealing in sealings:
+                sealing.stay()
+            raise
+
+
+def _give(talk: Talk, sealings: Sequence[MemberSealing], lock_bytes: Sequence[tuple[int, int]]) -> None:
+    """Lock the files of the next heads, and describe what was sealed. A lock that cannot be had fails all."""
     try:
-        map_byte, spare_byte = _number(asked.get("map_byte"), 1 << 61), _number(asked.get("spare_byte"), 1 << 61)
+        described = [sealing.give(*pair) for sealing, pair in zip(sealings, lock_bytes, strict=True)]
+    except BaseException:
+        for sealing in sealings:
+            sealing.stay()  # the caller knows of none
+        raise
+    for what in described:
+        talk.say("synced", sealed=pack_sealed(what))
+
+
+def _lock_bytes(heads: Sequence[OpenHead], asked: dict[str, Any]) -> list[tuple[int, int]]:
+    """Read the lock bytes that the caller drew for the next head of each volume: of its map, and of its spare."""
+    given = asked.get("lock_bytes")
+    try:
+        if not isinstance(given, dict) or set(given) != {head.row.id.hex() for head in heads}:
+            raise ValueError("other volumes")
+        pairs = [tuple(_number(byte, 1 << 61) for byte in _list(given[head.row.id.hex()])) for head in heads]
+        bytes_ = [byte for pair in pairs for byte in pair]
+        last = heads[0].store.catalog.last_lock_byte()
+        if {len(pair) for pair in pairs} != {2} or len(set(bytes_)) < len(bytes_) or not min(bytes_) > 0:
+            raise ValueError("not two for each")
+        if max(bytes_) > last:
+            raise ValueError("not drawn")
     except ValueError:
-        map_byte = spare_byte = 0
-    if not (map_byte and spare_byte) or map_byte == spare_byte:
-        raise FormatError("the lock bytes that the group's caller gave for the next head are none")
-    return map_byte, spare_byte
+        raise FormatError("the lock bytes that the group's caller gave for the next heads are none") from None
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 # ---- the caller's end ----
@@ -320,16 +351,55 @@ def _lock_bytes(asked: dict[str, Any]) -> tuple[int, int]:
 class ServedHead:
     """A head that a server seals for this process: see `seal.RemoteHead`."""
 
-    def __init__(self, store: "OpenStore", row: VolumeRow, live: LiveVolume, group: str) -> None:
+    def __init__(self, store: "OpenStore", row: VolumeRow, process: "GroupServer") -> None:
         self.store = store
         self.row = row
         self.name: str = row.name
-        self.process: str = ""
-        self._group = group
+        self.process = process
+        self.described: SealedHead | None = None
+
+    @property
+    def sealed(self) -> SealedHead:
+        """What the server described."""
+        assert self.described is not None
+        return self.described
+
+    def refuse_half_merged(self) -> None:
+        """Do nothing: the server does it."""
+
+
+class GroupServer:
+    """A server that seals heads for this process, on one connection: see `seal.RemoteProcess`."""
+
+    def __init__(self, store: "OpenStore", live: LiveVolume, candidates: Mapping[str, VolumeRow]) -> None:
+        """Take a connection to a server, and ask it which of these volumes it has, by their ids in hexadecimal."""
+        self._store = store
         self._live = live
-        self._sealed: SealedHead | None = None
-        self._lock_bytes = (0, 0)
+        self._candidates = candidates
+        self._found: dict[str, ServedHead] = {}  # what it has
+        self._heads: dict[str, ServedHead] = {}  # what it holds
+        self._lock_bytes: Mapping[bytes, tuple[int, int]] = {}
+        self._deadline = time.monotonic() + GROUP_SECONDS
         self._process_here = os.getpid()
+        self._live._connection.settimeout(SILENCE_SECONDS)
+        self._live._request(frames.request("group", {"volumes": list(candidates)}))
+
+    def heads(self) -> dict[str, ServedHead]:
+        """Wait for its answer, and return the heads that it has, by their ids."""
+        self._live._greeted(min(self._deadline, time.monotonic() + SILENCE_SECONDS))
+        self._live._connection.settimeout(SILENCE_SECONDS)  # a server that is silent while it works knows no groups
+        try:
+            here = self._hear("here").get("volumes")
+        except ValueError:
+            raise _older(
+                self._live, "seals nothing for others; start it again, or take the snapshots one by one"
+            ) from None
+        if not isinstance(here, list) or not all(isinstance(id, str) and id in self._candidates for id in here):
+            raise FormatError(
+                f"the server of volume {self._live.name!r} says that it has volumes of which nobody asked"
+            )
+        self._found = {id: ServedHead(self._store, self._candidates[id], self) for id in here}
+        return self._found
 
     @property
     def peer(self) -> int:
@@ -341,12 +411,6 @@ class ServedHead:
         """What is said at the cut."""
         return _words()
 
-    @property
-    def sealed(self) -> SealedHead:
-        """What the server described."""
-        assert self._sealed is not None
-        return self._sealed
-
     def close(self) -> None:
         """Leave the group. A server that was not told the end asks the catalog for it."""
         if os.getpid() == self._process_here:  # a forked child may have the connection too, and keep it open
@@ -354,70 +418,45 @@ class ServedHead:
                 self._live._connection.shutdown(socket.SHUT_RDWR)
         self._live.close()
 
-    @contextmanager
-    def operation(self, *, during_merge: bool, within: float | None) -> Iterator[None]:
-        """Have the server hold the volume for this operation."""
-        self._live._connection.settimeout(SILENCE_SECONDS)
-        self._live._request(frames.request("group", {"group": self._group}))
-        self._live._greeted()
-        self._live._connection.settimeout(SILENCE_SECONDS)  # a server that is silent while it works knows no groups
-        try:
-            entered = self._hear("entered")
-        except ValueError:
-            raise _older(
-                self._live, "seals nothing for others; start it again, or take the snapshots one by one"
-            ) from None
-        if entered.get("volume") != self.row.id.hex():
-            raise StateError(f"volume {self.name!r} is another one by now; try again")
-        self.process = str(entered.get("process"))
-        yield
-
-    def refuse_half_merged(self) -> None:
-        """Do nothing: the server does it."""
+    def enter(self, heads: Sequence[RemoteHead], within: float | None) -> None:
+        """Have it hold these volumes, for one operation. It knows itself for how long it waits for another one."""
+        ids = [head.row.id.hex() for head in heads]
+        self._say("enter", volumes=ids)
+        self._hear("entered")
+        self._heads |= {id: self._found[id] for id in ids}
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
         self._say("begin")
 
     def begun(self) -> None:
-        """Wait for that."""
+        """Wait for that. Then it listens to the words of the cut."""
         self._hear("begun")
 
-    def ask_to_lead(self, heads: Sequence[RemoteHead]) -> None:
-        """Have its connection cut all of these, which are of one process."""
-        self._say("lead", volumes=[head.row.id.hex() for head in heads])
-
-    def leads(self) -> None:
-        """Wait until it listens."""
-        self._hear("leading")
-
     def cut_failed(self, number: int) -> StateError:
-        """Return the error that says why it was not cut, or raise the server's own."""
+        """Return the error that says why it did not cut, or raise the server's own."""
         if number == ETIME:
             return StateError(
-                f"process {self._live._pid}, which serves volume {self.name!r}, did not cut it within "
+                f"process {self._live._pid}, which serves volume {self._live.name!r}, did not cut it within "
                 f"{HOLD_SECONDS * 1000:.0f} ms; no snapshot was taken, and all go on; try again"
             )
         self._hear("done")
-        return StateError(f"the server of volume {self.name!r} said something else than that it was cut")
+        return StateError(f"the server of volume {self._live.name!r} said something else than that it was cut")
 
-    def ask_to_sync(self, map_byte: int, spare_byte: int) -> None:
-        """Have it make the rest durable, and hold the files of its next head by these lock bytes."""
-        self._lock_bytes = (map_byte, spare_byte)
-        self._say("sync", map_byte=map_byte, spare_byte=spare_byte)
+    def ask_to_sync(self, lock_bytes: Mapping[bytes, tuple[int, int]]) -> None:
+        """Have it make the rest durable, and hold the files of the next head of each volume by these lock bytes."""
+        self._lock_bytes = lock_bytes
+        self._say("sync", lock_bytes={id: lock_bytes[head.row.id] for id, head in self._heads.items()})
 
     def synced(self) -> None:
-        """Wait for that, and check what it describes as far as that goes without a transaction."""
-        sealed = unpack_sealed(self._hear("synced").get("sealed"), *self._lock_bytes)
-        layer = self.store.catalog.layer(sealed.head)
-        segments = self.store.catalog.segments_with_ids([id for id, _ in sealed.segments])
-        if (
-            sealed.volume != self.row.id
-            or sealed.block_size != layer.block_size
-            or any(row.layer != sealed.head or row.role != "own" for row in segments)
-        ):
-            raise FormatError(f"what the server of volume {self.name!r} sealed is not what the catalog has of it")
-        self._sealed = sealed
+        """Wait for that. What it describes is checked in the transaction, by `seal.refuse_untrue`."""
+        left = dict(self._heads)
+        while left:
+            told = self._hear("synced").get("sealed")
+            head = left.pop(_volume_of(told), None)
+            if head is None:
+                raise FormatError(f"the server of volume {self._live.name!r} sealed a volume that it was not asked for")
+            head.described = unpack_sealed(told, *self._lock_bytes[head.row.id])
 
     def give_up(self) -> None:
         """Say that the catalog has not changed, and will not be by what it described, where that is sure.
@@ -425,11 +464,12 @@ class ServedHead:
         The transaction has ended. Any error may have come behind a commit, so the catalog is asked.
         """
         with suppress(OSError, OnionskinError, ValueError):
-            if self._sealed is None or self.store.catalog.head_of(self.row) != self._sealed.next.head:
+            described = [head for head in self._heads.values() if head.described is not None]
+            if all(self._store.catalog.head_of(head.row) != head.sealed.next.head for head in described):
                 self._say("give up")
 
     def ask_to_end(self, *, is_named: bool) -> None:
-        """Have it go on with its new head. It does so, too, when it is not told."""
+        """Have it go on with its new heads. It does so, too, when it is not told."""
         try:
             self._say("end", named=is_named)
         except (OSError, OnionskinError) as error:
@@ -438,42 +478,107 @@ class ServedHead:
     def ended(self) -> None:
         """Wait until it has gone on. What it does wrong now is logged: the catalog has changed."""
         try:
-            self._live._connection.settimeout(STEP_SECONDS)
-            self._hear("result")
+            self._hear("result", STEP_SECONDS)
         except (OSError, OnionskinError, ValueError) as error:
             self._note_late(error)
 
     def _note_late(self, error: Exception) -> None:
-        _log.warning("volume %r is sealed and named; what its server did behind that failed: %s", self.name, error)
+        for head in self._heads.values():
+            _log.warning("volume %r is sealed and named; what its server did behind that failed: %s", head.name, error)
 
     def _say(self, step: str, **values: Any) -> None:
         self._live._request({"step": step, **values})
 
-    def _hear(self, step: str) -> dict[str, Any]:
-        """Wait for a step of the server, and raise what it raised."""
+    def _hear(self, step: str, seconds: float | None = None) -> dict[str, Any]:
+        """Wait for a step of the server, and raise what it raised. Each sign of life comes within so many seconds."""
         while True:
-            reply = self._live._receive()
+            now = time.monotonic()
+            if now >= self._deadline:
+                raise StateError(
+                    f"process {self._live._pid}, which serves volume {self._live.name!r}, has not done its part of a group "
+                    f"within {GROUP_SECONDS:.0f} s; no snapshot was taken, and all others go on"
+                )
+            reply = self._live._receive(min(self._deadline, now + (seconds or SILENCE_SECONDS)))
             if "error" in reply:
                 error = frames.unpack_error(reply["error"])
                 if isinstance(error, StateError | FormatError):
-                    raise type(error)(f"volume {self.name!r}: {error}")
+                    raise type(error)(f"{self._names()}: {error}")
                 raise error
             if step in reply or reply.get("step") == step:
                 return reply
             if "alive" not in reply:
-                raise FormatError(f"the server of volume {self.name!r} said something else than {step!r}")
+                raise FormatError(f"the server of {self._names()} said something else than {step!r}")
+
+    def _names(self) -> str:
+        names = [head.name for head in self._heads.values()] or [self._live.name]
+        return f"volume {names[0]!r}" if len(names) == 1 else f"volumes {some_of(sorted(names))}"
 
 
-def find_served_head(store: "Store", name: str, group: str) -> ServedHead | None:
-    """Find the server that holds a volume, to have it sealed by it as one of a group; None if none does."""
-    live = find(store, name, greet=False)  # so that all servers of a group greet at the same time
-    if live is None:
-        return None
-    try:
-        return ServedHead(store._opened, store._opened.catalog.volume(name), live, group)
-    except BaseException:
-        live.close()
-        raise
+def _volume_of(told: Any) -> str:
+    volume = told.get("volume") if isinstance(told, dict) else None
+    return volume if isinstance(volume, str) else ""
+
+
+def find_served_heads(store: "Store", holders: Mapping[str, int], stack: ExitStack) -> dict[str, ServedHead]:
+    """Find the servers that hold volumes, to have them sealed as members of a group. The stack takes what leaves them alone.
+
+    Parameters
+    ----------
+    holders : mapping of str to int
+        The volumes, each with the id of the process that holds it, or 0 where that is not known.
+
+    Returns
+    -------
+    dict of str to ServedHead
+        Those that a server holds.
+    """
+    catalog = store._opened.catalog
+    while True:
+        rows = catalog.volumes_called(holders)
+        with ExitStack() as connections:
+            found = _ask_servers(store._opened, rows, holders, connections)
+            # The servers know ids alone; the names may mean other volumes by now.
+            now = catalog.volumes_called(holders)
+            if all(now[name].id == row.id for name, row in rows.items()):
+                stack.push(connections.pop_all())
+                return found
+
+
+def _ask_servers(
+    store: "OpenStore", rows: Mapping[str, VolumeRow], holders: Mapping[str, int], connections: ExitStack
+) -> dict[str, ServedHead]:
+    """Ask each holder, by the first of its volumes, for all of them; who did not name a volume is asked by that one."""
+    left = {row.id.hex(): name for name, row in rows.items()}
+    found: dict[str, ServedHead] = {}
+    while left:
+        servers: dict[str, GroupServer] = {}
+        for of_process in _by_process(left, holders):
+            first = of_process[0]
+            row = rows[left[first]]
+            connection = reach(store, row, left[first])
+            if connection is None:
+                del left[first]  # its holder serves nothing
+                continue
+            live = LiveVolume(connection, left[first], greet=False)  # so that all servers greet at the same time
+            connections.callback(live.close)
+            candidates = {id: rows[left[id]] for id in of_process}
+            servers[first] = server = GroupServer(store, live, candidates)
+            connections.callback(server.close)
+        for first, server in servers.items():
+            heads = server.heads()
+            if first not in heads:
+                raise StateError(f"volume {left[first]!r} is another one by now, or served no more; try again")
+            for id, head in heads.items():
+                found[left.pop(id)] = head
+    return found
+
+
+def _by_process(left: Mapping[str, str], holders: Mapping[str, int]) -> list[list[str]]:
+    """Put the volumes of one process together; where the process is not known, each is by itself."""
+    by_process: dict[object, list[str]] = {}
+    for id, name in left.items():
+        by_process.setdefault(holders[name] or id, []).append(id)
+    return list(by_process.values())
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:

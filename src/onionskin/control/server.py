@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,13 +24,13 @@ from typing import Any, Protocol
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
-from onionskin.control import frames, groups
+from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import forks
+from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
-ACCEPT_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 ID_BYTES = 16
@@ -65,6 +65,10 @@ class Served(Protocol):
         """Hold all requests of clients back while the context is active."""
 
 
+_served_guard = threading.Lock()
+_served: dict[Path, Served] = {}  # by the path of the control socket: a caller of a group talks with one for all
+
+
 class Cancelled(KeyboardInterrupt):
     """The caller disconnected, or cancelled the operation."""
 
@@ -75,7 +79,7 @@ def may_connect(uid: int, owner: int) -> bool:
 
 
 class ControlSocket:
-    """Listens on the control socket of one volume, in threads of its own."""
+    """Listens on the control socket of one volume. Each connection has a thread."""
 
     def __init__(self, path: Path, served: Served, log: Callable[[str], None]) -> None:
         self._served = served
@@ -84,18 +88,22 @@ class ControlSocket:
         self._guard = threading.Lock()
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._listener = UnixListener(path, mode=file_mode(path.parent))
-        self._closing = threading.Event()
         self._talking: set[_Session] = set()  # under the guard
         self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
-        self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
-        self._accepting.start()
+        with _served_guard:
+            _served[self._listener.path] = served
+        try:
+            acceptor.of_process.add(self._listener.socket, self._accept)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
-        self._closing.set()
-        with suppress(OSError):
-            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._accepting.join()
+        with _served_guard:
+            if _served.get(self._listener.path) is self._served:
+                del _served[self._listener.path]
+        acceptor.of_process.remove(self._listener.socket)
         self._listener.close()
         with self._guard:
             connections = list(self._sessions.values())
@@ -116,26 +124,25 @@ class ControlSocket:
         for thread in threads:
             thread.join(seconds)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.socket.accept()
-            except OSError as error:
-                if self._closing.is_set():
-                    return
-                # No descriptors or no memory is left. Wait a little, so that this loop does not spin.
-                self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
-                self._closing.wait(ACCEPT_AGAIN_SECONDS)
-                continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
-            with self._guard:
-                is_full = len(self._sessions) >= CONNECTIONS_MAX
-                if not is_full:
-                    self._sessions[thread] = connection
-            if is_full:
-                self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
-            else:
-                self._start(thread, connection)
+    def _accept(self) -> bool:
+        """Take a connection that waits. False: none could be taken for now."""
+        try:
+            connection, _ = self._listener.socket.accept()
+        except BlockingIOError:
+            return True  # whoever connected has gone
+        except OSError as error:
+            self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
+            return False
+        thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+        with self._guard:
+            is_full = len(self._sessions) >= CONNECTIONS_MAX
+            if not is_full:
+                self._sessions[thread] = connection
+        if is_full:
+            self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
+        else:
+            self._start(thread, connection)
+        return True
 
     def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
         try:
@@ -339,9 +346,19 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
-    def group(self, group: str) -> dict[str, Any]:
+    def group(self, volumes: list[str]) -> dict[str, Any]:
         talk = groups.Talk(self._connection, self._send, self._be_silent)
-        return groups.seal_for_caller(talk, self._volume._opened.to_write(), group)
+        with closing(groups.Caller(self._connection)) as caller:
+            return groups.seal_for_caller(talk, caller, volumes, self._head_with_id)
+
+    def _head_with_id(self, id: str) -> OpenHead | None:
+        """Return the head of a volume of this store that this process serves, if it serves it."""
+        layout = self._volume._opened.store.layout
+        if len(id) != 2 * ID_BYTES or id.strip("0123456789abcdef"):
+            return None
+        with _served_guard:
+            served = _served.get(layout.volume_control(bytes.fromhex(id)).absolute())
+        return None if served is None else served.volume._opened.to_write()
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
         names = how["names"]

@@ -5,7 +5,7 @@ it; calls that wait run without the GIL; callbacks from the server's threads tak
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.errno cimport EINVAL, ENOENT, ESHUTDOWN
+from libc.errno cimport EINVAL, EIO, ENOENT, ESHUTDOWN
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -36,6 +36,7 @@ cdef extern from "nbd/server.h" nogil:
         int (*find_context)(void *, const char *, uint32_t, const char *, uint32_t) noexcept
         int (*make_room)(void *, const char *) noexcept
         void (*freed)(void *, const char *) noexcept
+        int (*begin_writing)(void *, const char *) noexcept
         int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
         int (*list_contexts)(void *, const char *, const char *, uint32_t, onion_nbd_context_listing *) noexcept
         void *context
@@ -61,7 +62,11 @@ cdef extern from "nbd/server.h" nogil:
 
     int onion_nbd_new(const onion_nbd_options *, onion_nbd_server **)
     void onion_nbd_free(onion_nbd_server *)
-    int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, int, const char *)
+    enum onion_nbd_access:
+        ONION_NBD_TO_WRITE
+        ONION_NBD_TO_READ
+        ONION_NBD_UNWRITTEN
+    int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, onion_nbd_access, const char *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
     int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
     int onion_nbd_remove_export(onion_nbd_server *, const char *, int)
@@ -102,6 +107,7 @@ cdef class _Hooks:
     cdef object list_contexts
     cdef object make_room
     cdef object freed
+    cdef object begin_writing
 
 
 cdef object _name(const char *bytes_, uint32_t length):
@@ -175,6 +181,22 @@ cdef void _freed(void *context, const char *name) noexcept with gil:
             hooks.freed(name.decode())
     except BaseException as error:
         _report(error, hooks.freed)
+
+
+cdef int _begin_writing(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        if hooks.begin_writing is None:
+            return -EIO
+        hooks.begin_writing(name.decode())
+        return 0
+    except OSError as error:
+        return -error.errno if error.errno else -EIO
+    except StateError:
+        return -EIO
+    except BaseException as error:
+        _report(error, hooks.begin_writing)
+        return -EIO
 
 
 cdef int _list_exports(void *context, const char *after, uint32_t length, onion_nbd_listing *listing) noexcept with gil:
@@ -269,6 +291,9 @@ cdef class NbdServer:
         means. False: `on_unknown_export`, or `on_unknown_context`, is asked as if it were not there.
     on_full_disk : callable(name) -> bool, or None
         A client's flush of the export `name` found the disk full. True: this has flushed, with room that it made for it.
+    on_first_write : callable(name), or None
+        A request needs the head of the export `name`, which was added as `unwritten`: this opens the head and calls
+        `replace_path`, or raises OSError or StateError. Called like `on_full_disk`.
     on_freed : callable(name), or None
         A client's flush left segments for `DataPath.reclaim_wanted`. Like `on_full_disk` it is called from the
         connection's thread, before the client is answered, with no lock held.
@@ -299,6 +324,7 @@ cdef class NbdServer:
         options.hooks.find_context = _find_context
         options.hooks.make_room = _make_room
         options.hooks.freed = _freed
+        options.hooks.begin_writing = _begin_writing
         options.hooks.list_exports = NULL
         if list_exports is not None:
             options.hooks.list_exports = _list_exports
@@ -378,15 +404,30 @@ cdef class NbdServer:
         def __set__(self, callback):
             self._hooks.freed = callback
 
+    property on_first_write:
+        def __get__(self):
+            return self._hooks.begin_writing
+
+        def __set__(self, callback):
+            self._hooks.begin_writing = callback
+
     # ---- exports ----
 
-    def add_export(self, name, path, *, read_only, description=""):
-        """Offer a data path under a name, e.g. 'web' or 'web@clean'. FileExistsError where the name is taken."""
+    def add_export(self, name, path, *, read_only, unwritten=False, description=""):
+        """Offer a data path under a name, e.g. 'web' or 'web@clean'. FileExistsError where the name is taken.
+
+        `unwritten`: the path reads as the head of the export, and `on_first_write` puts that of the head in its place.
+        """
         cdef onion_volume *volume = _volume_of(path)
         encoded, text = _encoded(name), _encoded(description)
+        cdef onion_nbd_access access = ONION_NBD_TO_WRITE
+        if read_only:
+            access = ONION_NBD_TO_READ
+        elif unwritten:
+            access = ONION_NBD_UNWRITTEN
         cdef int status
         with self._lock:
-            status = onion_nbd_add_export(self._server, encoded, volume, bool(read_only), text)
+            status = onion_nbd_add_export(self._server, encoded, volume, access, text)
             if status == 0:
                 self._paths[name] = path
         if status < 0:

@@ -77,6 +77,7 @@ class ChangedBlocks:
             return exported.contexts.get(context) == key
 
     def _find(self, exported: View | ServedVolume, context: str, since: str) -> bool:
+        exported.opened.begin_writing()  # to open a fork's head later replaces the disk: then everything would count
         key = exported.context_key(since)
         if key is None:
             raise SnapshotNotFoundError(f"there is no snapshot {since!r}")

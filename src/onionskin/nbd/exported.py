@@ -148,8 +148,7 @@ class ServedVolume(Exported):
         self.views_changing = 0  # the number of its views that are being opened or closed; under the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots of which no view may be opened; None: all
         try:
-            nbd.add_export(name, volume._path, read_only=False, description=f"volume {name}")
-            self.opened.follow(self._switch)
+            self._export()
             path = self.opened.store.layout.volume_control(self.opened.row.id)
             with suppress(FileNotFoundError):
                 path.unlink()  # this process holds the volume, so the process that made the socket is gone
@@ -159,6 +158,26 @@ class ServedVolume(Exported):
                 nbd.remove_export(name)
             volume.close()
             raise
+
+    def _export(self) -> None:
+        """Offer the volume. One that nothing was written to is read through the view of what it stands on.
+
+        Nobody has the volume yet but this thread, so it is not opened between the two questions. The name of a client is
+        looked up once it is offered, so it is followed before.
+        """
+        self.opened.follow(self._switch)
+        unwritten = self.opened.is_unwritten
+        self._nbd.add_export(
+            self.name,
+            self.opened.reading_path,
+            read_only=False,
+            unwritten=unwritten,
+            description=f"volume {self.name}",
+        )
+
+    def begin_writing(self) -> None:
+        """Open the head, before the first request that needs it."""
+        self.opened.begin_writing()
 
     def close(self) -> None:
         """Take the volume away from clients, and close it."""

@@ -21,12 +21,14 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
+from onionskin.nbd.opening import open_to_serve
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
 
 VIEW_IDLE_SECONDS = 30.0
+NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 
 
@@ -93,6 +95,7 @@ class Exports:
         nbd.on_unknown_context = self._changed_blocks.find
         nbd.on_full_disk = self._make_room
         nbd.on_freed = lambda name: self._want_tidying()
+        nbd.on_first_write = self._begin_writing
 
     @property
     def uris(self) -> list[str]:
@@ -157,7 +160,9 @@ class Exports:
                     raise ValueError(f"two volumes are named {name!r}; serve one of them from a server of its own")
                 if there is not None:
                     return there
-            served = ServedVolume(self, self._nbd, store.open(name), name, guard=self.table.guard, log=self._log)
+            served = ServedVolume(
+                self, self._nbd, open_to_serve(store, name), name, guard=self.table.guard, log=self._log
+            )
             with self.table.guard:
                 if not self._stopping.is_set():
                     self.table.served[name] = served
@@ -394,6 +399,22 @@ class Exports:
             self._end_view(view)
 
     # ---- room on the disk, and tidying ----
+
+    def _begin_writing(self, name: str) -> None:
+        """Open the head of a fork before the first request that needs it. The request is answered with what is raised.
+
+        The C server asks again where nothing was done: the export may have got another name, or be in no table yet.
+        """
+        with self.table.changed:
+            self.table.changed.wait_for(lambda: name in self.table.served, timeout=NAME_WAIT_SECONDS)
+            served = self.table.served.get(name)
+        if served is None:
+            return
+        try:
+            served.begin_writing()
+        except (OnionskinError, OSError) as error:
+            self._log(f"{name}: could not be opened to be written: {error}")
+            raise
 
     def _make_room(self, name: str) -> bool:
         """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve."""

@@ -22,6 +22,8 @@ DEAD_RATIO_AT_CLOSE = 0.5
 def flush(volume: OpenDisk) -> None:
     """Make everything that was written before the call durable. See `Volume.flush`."""
     head = volume if isinstance(volume, OpenHead) else None
+    if head and head.is_unwritten:
+        return  # a write that was answered would have opened it
     if head:
         head.resolve_what_is_left()
     volume.store.reserve.retry(lambda: volume.on_path(lambda path: path.flush()))

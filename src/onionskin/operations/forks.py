@@ -23,7 +23,7 @@ from string import Formatter
 from onionskin.base.durations import parse_duration
 from onionskin.base.limits import HEADER_BYTES, NAME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, some_of
-from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_id
+from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
 from onionskin.catalog.volumes import NUMBER_MAX
@@ -33,7 +33,7 @@ from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.seal import seal
-from onionskin.storage.chain import NewHead, insert_heads
+from onionskin.storage.chain import NewHead, insert_copies
 from onionskin.storage.layout import bytes_in
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -61,6 +61,15 @@ class Pattern:
     def name(self, number: int) -> str:
         """Return the name with this number."""
         return check_name("volume", f"{self.prefix}{number:0{self.width}}{self.suffix}")
+
+    def names(self, numbers: range) -> list[str]:
+        """Return the names with these numbers, which go up.
+
+        Names that differ in their digits alone are all names if the first is one, and the last, which is the longest.
+        """
+        self.name(numbers[0])
+        self.name(numbers[-1])
+        return [f"{self.prefix}{number:0{self.width}}{self.suffix}" for number in numbers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +281,7 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
 def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[str] | None:
     """Fork a volume that is locked and not open, if nothing is in its head; None: it has to be opened."""
     head = store.catalog.layer(volume.head)
-    left = (store.layout.dirty_file(volume.id), store.layout.map_file(head.map_id))
-    if head.map_frames or any(bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
+    if not is_unwritten(store, volume.id, head):
         return None
     names: list[str] = []
 
@@ -284,6 +292,14 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return names if fork_below(store, head.id, head.size_bytes, insert) else None
     except DoneBeforeError as done:
         return done.names
+
+
+def is_unwritten(store: OpenStore, volume: bytes, head: LayerRow) -> bool:
+    """Whether a volume that is locked and not open has nothing in its head, flushed or left by a process that died."""
+    layout = store.layout
+    return not (
+        head.map_frames or bytes_in(layout.dirty_path(volume)) or bytes_in(layout.map_path(head.map_id)) > HEADER_BYTES
+    )
 
 
 def _source(store: OpenStore, volume: bytes, wanted: Wanted) -> VolumeRow:
@@ -423,18 +439,14 @@ def insert_named(
         wipe=wanted.wipe or layer.wipe,
         size_bytes=layer.size_bytes,
     )
-    heads = [
-        NewHead(first.layer._replace(id=new_id(), map_id=new_id(), created_ns=now_ns), new_id(), new_id())
-        for _ in names
-    ]
-    insert_heads(catalog, heads)
-    ids = wanted.ids or [new_id() for _ in names]
-    volumes = [
-        VolumeRow(id, name, head.layer.id, now_ns, expires_ns) for id, name, head in zip(ids, names, heads, strict=True)
-    ]
+    heads = insert_copies(catalog, first.layer._replace(created_ns=now_ns), len(names))
+    ids = wanted.ids or new_ids(len(names))
+    volumes = [VolumeRow(id, name, head, now_ns, expires_ns) for id, name, head in zip(ids, names, heads, strict=True)]
     catalog.insert_all(volumes)
     lineage.begin(catalog, volumes, source.id, snapshot)
-    catalog.insert_all(LabelRow(row.id, key, value) for row in volumes for key, value in wanted.labels.items())
+    # In the order of the table, which has many rows then: out of order each one reads and writes a page of its own.
+    in_order = sorted(volumes, key=lambda row: row.id)
+    catalog.insert_all(LabelRow(row.id, key, value) for row in in_order for key, value in sorted(wanted.labels.items()))
 
 
 def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:
@@ -456,7 +468,7 @@ def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
                 f"the numbers of {pattern.name(last)!r} go up to {NUMBER_MAX}, and those above {last} are not enough; "
                 "choose another pattern"
             )
-        names = [pattern.name(number) for number in range(last + 1, last + wanted.count + 1)]
+        names = pattern.names(range(last + 1, last + wanted.count + 1))
     refuse_taken(store, names)
     return names
 

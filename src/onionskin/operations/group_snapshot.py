@@ -6,7 +6,7 @@ that another process holds is cut by that process (`seal.RemoteHead`); where tha
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from onionskin.base.naming import check_name, check_note
@@ -20,7 +20,7 @@ from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 Opener = Callable[[str], OpenHead]
-Finder = Callable[[str], "RemoteHead | None"]
+Finder = Callable[[Mapping[str, int], ExitStack], Mapping[str, RemoteHead]]
 
 _OPEN_SECONDS = 1.0  # for which somebody may hold a volume that is about to be given up
 
@@ -48,12 +48,11 @@ def take(
 def open_heads(store: OpenStore, volumes: Iterable[str], opener: Opener, finder: Finder) -> Iterator["Heads"]:
     """Find or open the heads of volumes, for the time of the block.
 
-    By their ids, so that of two groups that meet one gets all.
+    Those that nobody holds by their ids, so that of two groups that meet one gets all.
     """
     with ExitStack() as stack:
         heads = Heads(store, opener, finder, stack)
-        for volume, id in sorted(((name, store.catalog.volume(name).id) for name in volumes), key=lambda at: at[1]):
-            heads.add(volume, id)
+        heads.find({name: row.id for name, row in store.catalog.volumes_called(volumes).items()})
         yield heads
 
 
@@ -66,7 +65,8 @@ class Heads:
     opener : callable
         Opens a volume for writing.
     finder : callable
-        Finds the process that holds a volume, if it can be asked to seal it.
+        Given volumes, each with the process that holds it, finds those whose process can be asked to seal them. The stack
+        takes what leaves those processes alone again.
     stack : ExitStack
         Closes what was opened.
     """
@@ -78,30 +78,43 @@ class Heads:
         self._stack = stack
         self.heads: dict[str, OpenHead | RemoteHead] = {}
 
-    def add(self, volume: str, id: bytes) -> None:
-        """Find the head of a volume, or open it."""
-        head = self._find(volume, id)
-        if head in self.heads.values():
-            raise ValueError(f"volume {volume!r} was named twice, under two names; take its snapshots one by one")
-        self.heads[volume] = head
+    def find(self, ids: Mapping[str, bytes]) -> None:
+        """Find the heads of volumes, by their names, or open them."""
+        by_id: dict[bytes, str] = {}
+        for volume, id in ids.items():
+            if by_id.setdefault(id, volume) != volume:
+                raise ValueError(f"volume {volume!r} was named twice, under two names; take its snapshots one by one")
+        found: dict[str, OpenHead | RemoteHead] = {
+            volume: head for volume, id in ids.items() if (head := self._open_here(id)) is not None
+        }
+        found |= self._served([volume for volume in ids if volume not in found], ids)
+        for id, volume in sorted(by_id.items()):
+            if volume not in found:
+                found[volume] = self._open(volume, id)
+        self.heads = {volume: found[volume] for volume in ids}
 
-    def _find(self, volume: str, id: bytes) -> OpenHead | RemoteHead:
+    def _served(self, volumes: Sequence[str], ids: Mapping[str, bytes]) -> Mapping[str, RemoteHead]:
+        """Return those that servers hold, by their names."""
+        lock_of = self._store.layout.volume_lock
+        holders = {volume: holder.pid for volume in volumes if (holder := volume_holder(lock_of(ids[volume])))}
+        return self._finder(holders, self._stack) if holders else {}
+
+    def _open(self, volume: str, id: bytes) -> OpenHead | RemoteHead:
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:
-            if (open_here := self._open_here(id)) is not None:
-                return open_here
-            if volume_holder(self._store.layout.volume_lock(id)) is not None and (remote := self._finder(volume)):
-                self._stack.callback(remote.close)
-                return remote
             try:
                 opened = self._opener(volume)
             except StateError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)  # another group may hold it for a moment
-                continue
-            self._stack.callback(opened.close)
-            return opened
+            else:
+                self._stack.callback(opened.close)
+                return opened
+            if (open_here := self._open_here(id)) is not None:
+                return open_here
+            if remote := self._served([volume], {volume: id}).get(volume):
+                return remote
 
     def _open_here(self, id: bytes) -> OpenHead | None:
         for handle in self._store.open_handles():

@@ -170,7 +170,7 @@ def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
     locks = store.locks
     if row.kind == "scrub":
         for volume in store.open_handles():
-            if volume.writable and row.lock_byte in volume.locks.shared:
+            if volume.writable and not volume.is_unwritten and row.lock_byte in volume.locks.shared:
                 locks = volume.locks
     with locks.exclusive(row.lock_byte) as held:
         yield held

@@ -15,13 +15,15 @@ which seals it by the same steps, and goes on by itself as the catalog says. The
 still holds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
-from onionskin.errors import StateError
+from onionskin.errors import FormatError, StateError
 from onionskin.kernels._volume import cut_heads
 from onionskin.operations import reclaim
 from onionskin.storage.chain import NewHead, replace_spare
@@ -32,10 +34,9 @@ if TYPE_CHECKING:
     from onionskin.kernels._volume import Sealed
 
 
+SomeSealing = TypeVar("SomeSealing", bound="Sealing")
 Check = Callable[[], None]
 Also = Callable[[LayerRow, LayerRow], None]
-
-_THREADS_MAX = 16  # that wait for disks at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,17 @@ class Sealing:
     """A seal that was begun. The data path has its new head, and waits to be told whether the volume has it too.
 
     `begin_seals` makes it.
+
+    Parameters
+    ----------
+    volume : OpenHead
+    spare : SegmentRow
+        What `spares_for` has for it: the first segment of the next head, whose id is also the id of that head's map.
     """
 
-    def __init__(self, volume: OpenHead) -> None:
-        _need_spare(volume)
+    def __init__(self, volume: OpenHead, spare: SegmentRow) -> None:
         self.volume = volume
-        # The first segment of the next head; its id is also the id of that head's map.
-        self._spare: SegmentRow = volume.store.catalog.spare_of(volume.head)
+        self._spare = spare
         self._sealed: Sealed | None = None
         self.to_reclaim: list[bytes] = []
         self.next_head: NextHead | None = None
@@ -127,18 +132,6 @@ class Sealing:
             tuple(self.to_reclaim),
             self.next_head,
         )
-
-    def write_rows(self, also: Also) -> LayerRow:
-        """Write the rows of the sealed layer and the new head, and return the sealed layer.
-
-        This is called inside a transaction, which may run twice. `also` is called with the rows of the sealed layer and
-        of the new head.
-        """
-        self.next_head = None
-        what = self.describe(*self.volume.store.catalog.take_lock_bytes(2))
-        row = write_sealed(self.volume.store, what, also)
-        self.share_next()
-        return row
 
     def share_next(self) -> None:
         """Lock the files of the next head, before the commit that names them."""
@@ -177,70 +170,129 @@ class Sealing:
         self.volume.note_seal()
 
 
-def write_sealed(store: OpenStore, what: SealedHead, also: Also) -> LayerRow:
-    """Write the rows of a layer that was sealed and of the head over it, and return the sealed layer. In a transaction.
+def describe_all(store: OpenStore, sealings: Sequence[Sealing]) -> list[SealedHead]:
+    """Describe what was sealed here, with lock bytes that are drawn now. In the transaction, which may run twice."""
+    lock_bytes = iter(store.catalog.take_lock_bytes(2 * len(sealings)) if sealings else ())
+    for sealing in sealings:
+        sealing.next_head = None  # what an earlier run described is not in the catalog
+    return [sealing.describe(next(lock_bytes), next(lock_bytes)) for sealing in sealings]
+
+
+def write_sealed(store: OpenStore, heads: Sequence[SealedHead]) -> list[tuple[LayerRow, LayerRow]]:
+    """Write the rows of layers that were sealed and of the heads over them, and return both. In a transaction.
 
     Raises
     ------
     StateError
-        The volume does not stand any more as it is described: whoever holds it has gone on with its old head.
+        A volume does not stand any more as it is described: whoever holds it has gone on with its old head.
     """
     catalog = store.catalog
-    _refuse_changed(store, what)
+    _refuse_changed(store, heads)
+    before = {row.id: row for row in catalog.layers_with_ids([what.head for what in heads])}
     # The size comes from the map, because a crash after a resize may have left the old size in the row.
-    old = catalog.layer(what.head)._replace(size_bytes=what.size_bytes)
+    old = [before[what.head]._replace(size_bytes=what.size_bytes) for what in heads]
+    new = [_next_layer(row, what) for row, what in zip(old, heads, strict=True)]
+    _write_next_heads(store, new, heads)
+    for what in heads:
+        if what.to_reclaim:
+            reclaim.add_slot_work(store, what.to_reclaim, what.wipe)
+    return list(zip(_write_layers(store, old, heads), new, strict=True))
+
+
+def _next_layer(old: LayerRow, what: SealedHead) -> LayerRow:
     # The map has the id of the spare. So if the map is made beforehand, the catalog names it before the head exists.
     head = NewHead.on(
         old, base=None, block_size=what.block_size, wipe=what.wipe, size_bytes=old.size_bytes, map_id=what.spare
     )
-    layer = head.layer._replace(id=what.next.head, map_lock_byte=what.next.map_byte)
-    _write_next_head(store, layer, what)
-    reclaim.add_slot_work(store, what.to_reclaim, what.wipe)
-    row = _write_layer(store, old, what)
-    also(row, layer)
-    return row
+    return head.layer._replace(id=what.next.head, map_lock_byte=what.next.map_byte)
 
 
-def _refuse_changed(store: OpenStore, what: SealedHead) -> None:
+def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
+    """Refuse what other processes described, if it is not what the catalog has. In the transaction that writes it.
+
+    Raises
+    ------
+    FormatError
+        One described another volume, or files that are not of the head.
+    StateError
+        As for `write_sealed`.
+    """
+    _refuse_changed(store, [head.sealed for head in heads])
+    layers = {row.id: row for row in store.catalog.layers_with_ids([head.sealed.head for head in heads])}
+    segments = store.catalog.segments_with_ids([id for head in heads for id, _ in head.sealed.segments])
+    own = {row.id: row.layer for row in segments if row.role == "own"}
+    there = {row.id for row in segments}
+    for head in heads:
+        what = head.sealed
+        if (
+            what.volume != head.row.id
+            or what.block_size != layers[what.head].block_size
+            or any(own.get(id) != what.head for id, slots in what.segments if slots or id in there)
+            or not _are_below(store, what)
+        ):
+            raise FormatError(f"what the server of volume {head.name!r} sealed is not what the catalog has of it")
+
+
+def _are_below(store: OpenStore, what: SealedHead) -> bool:
+    """Whether the segments in which slots are to be freed are of the layers below the head."""
+    if not what.to_reclaim:
+        return True
+    below = {layer.id for layer in store.catalog.chain(what.head)} - {what.head}
+    layers = dict(store.catalog.layers_of_segments(what.to_reclaim))
+    return all(id not in layers or layers[id] in below for id in what.to_reclaim)  # what is gone has no slots
+
+
+def _refuse_changed(store: OpenStore, heads: Sequence[SealedHead]) -> None:
     catalog = store.catalog
-    volume = catalog.volume_with_id(what.volume)
-    spares = [row.id for row in catalog.spares_of(what.head)]
-    if volume is None or volume.head != what.head or spares != [what.spare]:
-        called = repr(volume.name) if volume else what.volume.hex()
-        raise StateError(
-            f"volume {called} went on with its old head meanwhile, because its process waited too long; nothing was taken"
-        )
+    volumes = {row.id: row for row in catalog.volumes_with_ids([what.volume for what in heads])}
+    spares: dict[bytes, list[bytes]] = {}
+    for row in catalog.spares_of_all([what.head for what in heads]):
+        spares.setdefault(row.layer, []).append(row.id)
+    for what in heads:
+        volume = volumes.get(what.volume)
+        if volume is None or volume.head != what.head or spares.get(what.head) != [what.spare]:
+            called = repr(volume.name) if volume else what.volume.hex()
+            raise StateError(
+                f"volume {called} went on with its old head meanwhile, because its process waited too long; nothing was "
+                "taken"
+            )
 
 
-def _write_next_head(store: OpenStore, layer: LayerRow, what: SealedHead) -> None:
-    """Write the row of the new head, make the old head's spare its segment, and give it to the volume."""
+def _write_next_heads(store: OpenStore, new: Sequence[LayerRow], heads: Sequence[SealedHead]) -> None:
+    """Write the rows of the new heads, make the old heads' spares their segments, and give them to the volumes."""
     catalog = store.catalog
-    catalog.insert(layer)
-    catalog.update(SegmentRow, what.spare, role="own", layer=layer.id)
-    catalog.insert(SegmentRow(what.next.spare, layer.id, "spare", 0, what.next.spare_byte))
-    catalog.update(VolumeRow, what.volume, head=layer.id)
+    catalog.insert_all(new)
+    catalog.update_all(
+        SegmentRow,
+        ("role", "layer"),
+        [("own", layer.id, what.spare) for layer, what in zip(new, heads, strict=True)],
+    )
+    catalog.insert_all(SegmentRow(what.next.spare, what.next.head, "spare", 0, what.next.spare_byte) for what in heads)
+    catalog.update_all(VolumeRow, ("head",), [(what.next.head, what.volume) for what in heads])
 
 
-def _write_layer(store: OpenStore, old: LayerRow, what: SealedHead) -> LayerRow:
-    """Write the rows of the layer that was sealed and of its segments, and return the row of the layer.
+def _write_layers(store: OpenStore, old: Sequence[LayerRow], heads: Sequence[SealedHead]) -> list[LayerRow]:
+    """Write the rows of the layers that were sealed and of their segments, and return the rows of the layers.
 
     Segments without slots are dropped.
     """
     catalog = store.catalog
-    columns: dict[str, Any] = {
-        "sealed": 1,
-        "size_bytes": what.size_bytes,
-        "map_length": what.map_length,
-        "map_frames": what.map_frames,
-        "map_crc": what.map_crc,
-    }
-    catalog.update(LayerRow, old.id, **columns)
-    for id, slots in what.segments:
-        if slots:
-            catalog.update(SegmentRow, id, role="sealed", slots=slots)
-        else:
-            _drop_empty_segment(store, id, old.wipe)
-    return old._replace(**columns)
+    sealed = [
+        row._replace(sealed=1, map_length=what.map_length, map_frames=what.map_frames, map_crc=what.map_crc)
+        for row, what in zip(old, heads, strict=True)
+    ]
+    catalog.update_all(
+        LayerRow,
+        ("sealed", "size_bytes", "map_length", "map_frames", "map_crc"),
+        [(row.sealed, row.size_bytes, row.map_length, row.map_frames, row.map_crc, row.id) for row in sealed],
+    )
+    used = [("sealed", slots, id) for what in heads for id, slots in what.segments if slots]
+    catalog.update_all(SegmentRow, ("role", "slots"), used)
+    for row, what in zip(old, heads, strict=True):
+        for id, slots in what.segments:
+            if not slots:
+                _drop_empty_segment(store, id, row.wipe)
+    return sealed
 
 
 def _drop_empty_segment(store: OpenStore, id: bytes, wipe: str) -> None:
@@ -254,25 +306,31 @@ def _drop_empty_segment(store: OpenStore, id: bytes, wipe: str) -> None:
 
 
 class RemoteHead(Protocol):
-    """A head that another process holds and seals, by the steps of a `Sealing`. What it does not answer in time, it refuses.
-
-    From the begin of its operation to the end its process waits for the next step, for a while. Then it goes on with the
-    head that the catalog has, and sees to it that the catalog changes no more by what it described.
-    """
+    """A head that is open in another process, which seals it for this one."""
 
     store: OpenStore  # here
     row: VolumeRow  # as it was when its process was found
     name: str
-    process: str  # which one it is, once the operation has begun
 
-    def operation(self, *, during_merge: bool, within: float | None) -> AbstractContextManager[None]:
-        """Hold the volume for one operation, as `OpenHead.operation` does."""
+    @property
+    def process(self) -> "RemoteProcess":
+        """The process that has it open."""
 
     def refuse_half_merged(self) -> None:
         """Do nothing: its process does it, as `OpenHead.refuse_half_merged`."""
 
-    def close(self) -> None:
-        """Leave it alone from now on."""
+    @property
+    def sealed(self) -> SealedHead:
+        """What its process described."""
+
+
+class RemoteProcess(Protocol):
+    """A process that seals heads for this one. Whatever is raised here or there, it goes on with the heads that the catalog
+    has, and sees to it that the catalog changes no more by what it described.
+    """
+
+    def enter(self, heads: "Sequence[RemoteHead]", within: float | None) -> None:
+        """Have it hold these volumes, for one operation."""
 
     @property
     def peer(self) -> int:
@@ -282,27 +340,17 @@ class RemoteHead(Protocol):
     def words(self) -> tuple[bytes, bytes, bytes, bytes, float]:
         """What is said at the cut, as `kernels._volume.cut_heads` takes it."""
 
-    @property
-    def sealed(self) -> SealedHead:
-        """What it described."""
-
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
 
     def begun(self) -> None:
-        """Wait for that."""
-
-    def ask_to_lead(self, heads: "Sequence[RemoteHead]") -> None:
-        """Have its connection cut all of these, which are of one process, when it is told."""
-
-    def leads(self) -> None:
-        """Wait until it listens to that."""
+        """Wait for that. Then it listens to the words of the cut."""
 
     def cut_failed(self, number: int) -> StateError:
-        """Return the error that says why it was not cut; `number` is an error number."""
+        """Return the error that says why it did not cut; `number` is an error number."""
 
-    def ask_to_sync(self, map_byte: int, spare_byte: int) -> None:
-        """Have it make the rest durable, and hold the files of its next head by these lock bytes."""
+    def ask_to_sync(self, lock_bytes: Mapping[bytes, tuple[int, int]]) -> None:
+        """Have it make the rest durable, and hold the files of the next head of each volume by these lock bytes."""
 
     def synced(self) -> None:
         """Wait for that."""
@@ -311,7 +359,7 @@ class RemoteHead(Protocol):
         """Say that the catalog has not changed, and will not be by what it described, where that is sure."""
 
     def ask_to_end(self, *, is_named: bool) -> None:
-        """Have it look into the catalog for the head that it goes on with."""
+        """Have it look into the catalog for the heads that it goes on with."""
 
     def ended(self) -> None:
         """Wait for that. What it does wrong now is logged: the catalog has changed."""
@@ -324,24 +372,25 @@ def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ())
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
     """
-    sealings = [Sealing(volume) for volume in volumes]
+    sealings = [Sealing(volume, spare) for volume, spare in zip(volumes, spares_for(volumes), strict=True)]
+    processes = processes_of(remotes)
     try:
         with ExitStack() as stack:
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
-            with _side_by_side(sealings) as run:
-                for remote in remotes:
-                    remote.ask_to_begin()
-                run(Sealing.begin)
-                lock_bytes = iter(_take_lock_bytes(remotes))
-                for remote in remotes:
-                    remote.begun()
-                _cut(sealings, remotes)
-                for remote in remotes:
-                    remote.ask_to_sync(next(lock_bytes), next(lock_bytes))
-                run(Sealing.sync)
-                for remote in remotes:
-                    remote.synced()
+            with side_by_side(len(sealings)) as beside:
+                for process in processes:
+                    process.ask_to_begin()
+                run_each(beside, sealings, Sealing.begin)
+                lock_bytes = _take_lock_bytes(remotes)
+                for process in processes:
+                    process.begun()
+                _cut(sealings, processes)
+                for process in processes:
+                    process.ask_to_sync(lock_bytes)
+                run_each(beside, sealings, Sealing.sync)
+                for process in processes:
+                    process.synced()
             yield sealings
     except BaseException:
         for sealing in sealings:
@@ -349,62 +398,45 @@ def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ())
         raise
 
 
-def _take_lock_bytes(remotes: Sequence[RemoteHead]) -> Sequence[int]:
+def processes_of(remotes: Sequence[RemoteHead]) -> list[RemoteProcess]:
+    """Return the processes that have these heads open, each once."""
+    return list({id(remote.process): remote.process for remote in remotes}.values())
+
+
+def _take_lock_bytes(remotes: Sequence[RemoteHead]) -> dict[bytes, tuple[int, int]]:
     """Take the lock bytes of the next heads of others, which lock them before the transaction that names these heads.
 
     A transaction of its own: in the other one nobody could lock them before they are there, and after it too late.
     """
     if not remotes:
-        return ()
+        return {}
     store = remotes[0].store
-    return store.change(lambda: store.catalog.take_lock_bytes(2 * len(remotes)))
+    taken = store.change(lambda: store.catalog.take_lock_bytes(2 * len(remotes)))
+    return {remote.row.id: (taken[2 * at], taken[2 * at + 1]) for at, remote in enumerate(remotes)}
 
 
-def _cut(sealings: Sequence[Sealing], remotes: Sequence[RemoteHead]) -> None:
+def _cut(sealings: Sequence[Sealing], processes: Sequence[RemoteProcess]) -> None:
     volumes = [sealing.volume for sealing in sealings]
     paths, names = [volume.path for volume in volumes], [volume.row.name for volume in volumes]
-    leaders = _have_led(remotes)
-    if not leaders:
+    if not processes:
         cut_heads(paths, names)
-    elif failed := cut_heads(paths, names, [leader.peer for leader in leaders], leaders[0].words):
+    elif failed := cut_heads(paths, names, [process.peer for process in processes], processes[0].words):
         at, number = failed
-        raise leaders[at].cut_failed(number)
+        raise processes[at].cut_failed(number)
 
 
-def _have_led(remotes: Sequence[RemoteHead]) -> list[RemoteHead]:
-    """Have one connection of each other process ready to cut all that the process has, and return those."""
-    of_process: dict[str, list[RemoteHead]] = {}
-    for remote in remotes:
-        of_process.setdefault(remote.process, []).append(remote)
-    leaders = [heads[0] for heads in of_process.values()]
-    for leader in leaders:
-        leader.ask_to_lead(of_process[leader.process])
-    for leader in leaders:
-        leader.leads()
-    return leaders
+def run_each(beside: SideBySide, sealings: "Sequence[SomeSealing]", step: "Callable[[SomeSealing], None]") -> None:
+    """Run a step of each seal, at the same time: each waits for the disk. Raise an error when all have ended.
+
+    Of several seals, the error says of which volume it is.
+    """
+    if len(sealings) == 1:
+        step(sealings[0])
+    else:
+        beside.run([partial(_run_named, sealing, step) for sealing in sealings])
 
 
-@contextmanager
-def _side_by_side(sealings: list[Sealing]) -> Iterator[Callable[[Callable[[Sealing], None]], None]]:
-    """Give what runs a step of each seal, at the same time: each waits for the disk. It raises when all have ended."""
-    if len(sealings) <= 1:
-        yield lambda step: list(map(step, sealings)).clear()
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(min(len(sealings), _THREADS_MAX), "onionskin seal") as threads:
-
-        def run(step: Callable[[Sealing], None]) -> None:
-            begun = [threads.submit(_run_named, sealing, step) for sealing in sealings]
-            failed = [error for future in begun if (error := future.exception())]
-            if failed:
-                raise failed[0]
-
-        yield run
-
-
-def _run_named(sealing: Sealing, step: Callable[[Sealing], None]) -> None:
-    """Run a step of one of several seals; its error says of which volume it is."""
+def _run_named(sealing: "SomeSealing", step: "Callable[[SomeSealing], None]") -> None:
     name = sealing.volume.row.name
     try:
         step(sealing)
@@ -439,19 +471,21 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
     for part in parts:
         part.check()
     remotes = [part.head for part in parts if not isinstance(part.head, OpenHead)]
+    processes = processes_of(remotes)
 
     def write_rows() -> list[LayerRow]:
         for part in parts:
             part.check()
-        here = iter(sealings)
-        rows = [
-            next(here).write_rows(part.also)
-            if isinstance(part.head, OpenHead)
-            else write_sealed(store, part.head.sealed, part.also)
-            for part in parts
-        ]
+        refuse_untrue(store, remotes)
+        here = iter(describe_all(store, sealings))
+        described = [next(here) if isinstance(part.head, OpenHead) else part.head.sealed for part in parts]
+        written = write_sealed(store, described)
+        for part, (row, head) in zip(parts, written, strict=True):
+            part.also(row, head)
+        for sealing in sealings:
+            sealing.share_next()
         then()
-        return rows
+        return [row for row, _ in written]
 
     try:
         with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
@@ -459,17 +493,16 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
     except CommitUnknownError:
         raise
     except Exception:
-        for remote in remotes:
-            remote.give_up()
+        for process in processes:
+            process.give_up()
         raise
     with ExitStack() as finishing:  # an error of one keeps the others from nothing
-        for remote in remotes:
-            finishing.callback(remote.ended)
+        for process in processes:
+            finishing.callback(process.ended)
         for sealing in sealings:
             finishing.callback(sealing.finish)
-        for part in parts:
-            if not isinstance(part.head, OpenHead):
-                part.head.ask_to_end(is_named=part.is_named)
+        for process in processes:
+            process.ask_to_end(is_named=all(part.is_named for part in parts))
     return rows
 
 
@@ -480,6 +513,19 @@ def seal(volume: OpenHead, *, check: Check = lambda: None, also: Also = lambda s
     transaction, with the rows of the sealed layer and of the new head.
     """
     return seal_together(volume.store, [Part(volume, check, also)])[0]
+
+
+def spares_for(volumes: Sequence[OpenHead]) -> list[SegmentRow]:
+    """Return the spare segment of each head. One whose spare an aborted snapshot used gets a new one."""
+    for volume in volumes:
+        _need_spare(volume)
+    if not volumes:
+        return []
+    catalog = volumes[0].store.catalog
+    found = {row.layer: row for row in catalog.spares_of_all([volume.head for volume in volumes])}
+    if len(found) < len(volumes):
+        return [catalog.spare_of(volume.head) for volume in volumes]  # which says what is wrong
+    return [found[volume.head] for volume in volumes]
 
 
 def _need_spare(volume: OpenHead) -> None:

@@ -7,7 +7,7 @@ opening does it.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
@@ -58,10 +58,23 @@ def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
     By their ids: whoever else holds several takes them in this order, so no two wait for each other.
     """
     within = None if all(isinstance(head, OpenHead) for head in heads) else OPERATION_SECONDS
+    ordered = sorted(heads, key=lambda head: head.row.id)
     with ExitStack() as stack:
-        for head in sorted(heads, key=lambda head: head.row.id):
-            stack.enter_context(head.operation(during_merge=True, within=within))
+        for _, run in groupby(ordered, key=lambda head: id(head if isinstance(head, OpenHead) else head.process)):
+            _enter(stack, list(run), within)
         yield
+
+
+def _enter(stack: ExitStack, run: Sequence[OpenHead | RemoteHead], within: float | None) -> None:
+    """Hold one volume that is open here, or those of another process that follow each other: in one message."""
+    remotes: list[RemoteHead] = []
+    for head in run:
+        if isinstance(head, OpenHead):
+            stack.enter_context(head.operation(during_merge=True, within=within))
+        else:
+            remotes.append(head)
+    if remotes:
+        remotes[0].process.enter(remotes, within)
 
 
 class _Naming:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
+from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
 from onionskin.storage.layout import Layout
@@ -380,6 +380,25 @@ class NewHead(NamedTuple):
             SegmentRow(self.spare, self.layer.id, "spare", 0, 0),
         ]
         return Chain((*below.layers, self.layer), segments, below.base)
+
+
+def insert_copies(catalog: Catalog, head: LayerRow, count: int) -> list[bytes]:
+    """Write the rows of empty heads, all as `head` is; returns the ids of their layers. Inside a transaction."""
+    lock_bytes = catalog.take_lock_bytes(3 * count)
+    layers, maps, segments = new_ids(count), new_ids(count), new_ids(2 * count)
+    before, behind = head[1:7], head[9:]  # all but the id, the map's id and its lock byte
+    assert head._fields[7:9] == ("map_id", "map_lock_byte")
+    catalog.insert_all(
+        LayerRow(id, *before, map_id, lock_byte, *behind)
+        for id, map_id, lock_byte in zip(layers, maps, lock_bytes[:count], strict=True)
+    )
+    roles = ("own", "spare") * count
+    heads = (id for id in layers for _ in range(2))
+    catalog.insert_all(
+        SegmentRow(id, layer, role, 0, lock_byte)
+        for id, layer, role, lock_byte in zip(segments, heads, roles, lock_bytes[count:], strict=True)
+    )
+    return layers
 
 
 def insert_heads(catalog: Catalog, heads: Sequence[NewHead], lock_bytes: Sequence[int] = ()) -> None:

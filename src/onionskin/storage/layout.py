@@ -72,7 +72,11 @@ class Layout:
 
     def dirty_file(self, uuid: bytes) -> Path:
         """The records that the writer of a volume has not flushed. If it dies, the next one in the same boot reads them."""
-        return self.volumes / f"{uuid.hex()}.dirty"
+        return Path(self.dirty_path(uuid))
+
+    def dirty_path(self, uuid: bytes) -> str:
+        """That file as a text."""
+        return f"{self.volumes}/{uuid.hex()}.dirty"
 
     def staged_dirty_files(self, uuid: bytes) -> list[str]:
         """The names under which such a file is made. One that exists while nobody writes the volume was left by a kill."""
@@ -93,7 +97,7 @@ class Layout:
         return self.volumes / f"{uuid.hex()}.control"
 
 
-def bytes_in(path: Path) -> int:
+def bytes_in(path: Path | str) -> int:
     """Return the size of a file, and 0 if there is none."""
     try:
         return os.stat(path).st_size  # noqa: PTH116 - half the time of Path.stat

@@ -35,6 +35,7 @@ from onionskin.storage.layout import Layout
 STORE_BYTE = 0
 _WRITER_BYTES = 1 << 62  # the first byte that may stand for the writer of a volume
 _FLOCK = struct.Struct("hhqqi4x")
+_VOLUME_FILE_LOCK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)  # the one byte that the lock of a volume's file is
 
 
 @contextmanager
@@ -358,7 +359,7 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
             id = of[taken]
             _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
         for id, name in volumes.items():
-            if volume_holder(layout.volume_lock_path(id)):
+            if _is_file_held(layout.volume_lock_path(id)):
                 _refuse_held(layout.volume_lock(id), name)
         yield
     finally:
@@ -497,6 +498,24 @@ def volume_holder(path: Path | str) -> Holder | None:
         return None
     try:
         return _read_holder(descriptor) if is_locked(descriptor, 0, 1) else None
+    finally:
+        os.close(descriptor)
+
+
+def _is_file_held(path: str) -> bool:
+    """Whether somebody holds a lock file. It asks as `volume_holder` does, which takes three times as long for a hundred."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return volume_holder(path) is not None  # it says what is in the way
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            return volume_holder(path) is not None
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _VOLUME_FILE_LOCK)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(descriptor)
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EINVAL
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from onionskin.base import forking
 from onionskin.base.lazy import logger
@@ -27,6 +27,7 @@ from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, closed_path
 
 if TYPE_CHECKING:
+    from onionskin.catalog import LayerRow
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
 
@@ -45,7 +46,9 @@ class OpenDisk(ABC):
     row : VolumeRow
         The volume's row as it was when it was opened. The name may have changed since.
     path : DataPath
-        The data path that reads and writes go through.
+        The data path that reads and writes go through. To ask a head for it opens it, if nothing was written to it yet.
+    reading_path : DataPath
+        The data path that reads go through; it is not opened to ask for it.
     head : bytes
         The id of the top layer of the disk.
     base_lock : BaseLock or None
@@ -59,7 +62,7 @@ class OpenDisk(ABC):
     def __init__(self, store: OpenStore, row: VolumeRow, opened: OpenChain) -> None:
         self.store = store
         self.row = row
-        self.path: DataPath = opened.path
+        self._path: DataPath = opened.path
         self.head: bytes = opened.chain.top.id
         self.base_lock: BaseLock | None = opened.base_lock
         self.block_size: int = opened.chain.top.block_size
@@ -71,6 +74,25 @@ class OpenDisk(ABC):
         self._forked = False
         self._released = False
         forking.register(self)
+
+    @property
+    def path(self) -> "DataPath":
+        """The data path that reads and writes go through."""
+        return self._path
+
+    @property
+    def reading_path(self) -> "DataPath":
+        """The data path that reads go through."""
+        return self._path
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether it is a head that reads through the view of what it stands on, since nothing was written to it."""
+        return False
+
+    def begin_writing(self) -> bool:
+        """Open a head that nothing was written to, so that it can be written; return whether there is a new path now."""
+        return False
 
     @property
     def locks(self) -> "ByteLocks":
@@ -96,7 +118,7 @@ class OpenDisk(ABC):
     @property
     def size_bytes(self) -> int:
         """Size of the disk in bytes."""
-        return int(self.path.size_bytes)
+        return int(self._path.size_bytes)
 
     @property
     def writable(self) -> bool:
@@ -118,7 +140,7 @@ class OpenDisk(ABC):
         if self._closed or self._forked:
             state = "closed" if self._closed else "lost in a fork"
         else:
-            state = "poisoned" if self.path.poisoned else "open" if self.writable else "read-only"
+            state = "poisoned" if self._path.poisoned else "open" if self.writable else "read-only"
         return f"<Volume {self.store.path}/{self.name}{at} {state}>"
 
     def follow(self, told: "Callable[[DataPath], None]") -> None:
@@ -134,18 +156,21 @@ class OpenDisk(ABC):
                 told(path)
 
     def on_path(self, call: "Callable[[DataPath], Result]") -> Result:
-        """Run a call. If a revert replaced the data path meanwhile, run it again on the new one."""
+        """Run a call. If a revert replaced the data path meanwhile, run it again on the new one.
+
+        A head that nothing was written to refuses what is not a read, and is opened for it.
+        """
         while True:
-            path = self.path
+            path = self._path
             try:
                 return call(path)
             except StateError:
-                if path is self.path:
+                if path is self._path and not self.begin_writing():
                     raise
 
     def wait_for_readers(self) -> None:
         """Return when every read that began before has ended."""
-        path = self.path
+        path = self._path
         try:
             path.wait_for_readers()
         except StateError:
@@ -176,7 +201,7 @@ class OpenDisk(ABC):
         """In the child of a fork: raise from now on, release nothing."""
         self._forked = True
         self.guard = threading.RLock()  # another thread of the parent may have held it
-        self.path.after_fork()
+        self._path.after_fork()
 
 
 class OpenView(OpenDisk):
@@ -224,20 +249,44 @@ class OpenView(OpenDisk):
             self._closed = True  # a second call goes on here if an interrupt came before the end
             self.store.forget(self)
             if self.snapshot_name is None:
-                self.path.close()
+                self._path.close()
                 self._locks = self.base_lock = self._read_lock = None
                 self._released = True
             else:
                 self._give_back()
 
     def _give_back(self) -> None:
-        self.path = closed_path(self.path)  # other views of the layer may still use the open one
-        self._tell(self.path)
+        self._path = closed_path(self._path)  # other views of the layer may still use the open one
+        self._tell(self._path)
         self.store.views.give_back(self.head)
         self._locks = self.base_lock = None
         self._released = True
         with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
             self._free_waiting(self.store)
+
+
+class Unwritten(NamedTuple):
+    """A head that has nothing of its own, so that it reads as the sealed layer that it stands on.
+
+    Attributes
+    ----------
+    head : LayerRow
+        The head, as it was when the volume was locked.
+    below : bytes
+        The sealed layer, whose view the head is read through.
+    open_head : callable
+        Opens the head for writing, by what the catalog says then.
+    after_open : callable
+        Called with the head after that, for work that was left over.
+    free_waiting : callable
+        Called with the store when a head that was never written has given the view back, as for an `OpenView`.
+    """
+
+    head: "LayerRow"
+    below: bytes
+    open_head: "Callable[[OpenHead], OpenChain]"
+    after_open: "Callable[[OpenHead], None]"
+    free_waiting: "Callable[[OpenStore], None]"
 
 
 class OpenHead(OpenDisk):
@@ -247,6 +296,8 @@ class OpenHead(OpenDisk):
     ----------
     store, row, opened
         The store, the volume, and the files under their locks.
+    unwritten : Unwritten, optional
+        The head has nothing of its own, and `opened` is the store's view of the layer that it stands on.
     volume_lock : VolumeLock
         It is released at the end.
     finish : callable
@@ -271,8 +322,13 @@ class OpenHead(OpenDisk):
         *,
         volume_lock: "VolumeLock",
         finish: "Callable[[OpenHead], None]",
+        unwritten: "Unwritten | None" = None,
     ) -> None:
         super().__init__(store, row, opened)
+        self._unwritten = unwritten
+        if unwritten:
+            self.head, self.wipe = unwritten.head.id, unwritten.head.wipe
+            self._locks = self.base_lock = None  # those of the view are not this handle's to lend or to give up
         self._volume_lock = volume_lock
         self._finish = finish
         self._merge_end = threading.Condition(self.guard)
@@ -282,7 +338,52 @@ class OpenHead(OpenDisk):
         self._has_sealed = False
         self._unresolved: Callable[[], None] | None = None
         # The lock byte of each segment that the data path may read. It is kept here after the catalog has forgotten it.
-        self._byte_of_segment: dict[bytes, int] = opened.chain.byte_of_segment
+        self._byte_of_segment: dict[bytes, int] = {} if unwritten else opened.chain.byte_of_segment
+
+    # ---- a head that nothing was written to ----
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether it reads through the view of what it stands on, and has no data path and no locks of its own yet."""
+        return self._unwritten is not None
+
+    @property
+    def path(self) -> "DataPath":
+        """The data path that reads and writes go through. It is the head's own: it is opened if it is not yet."""
+        self.begin_writing()
+        return self._path
+
+    @property
+    def locks(self) -> "ByteLocks":
+        """The locks on the files that it can read. They are the head's own: it is opened if it is not yet."""
+        self.begin_writing()
+        return super().locks
+
+    def begin_writing(self) -> bool:
+        """Open a head that nothing was written to, so that it can be written. Returns whether this call did.
+
+        Until then the lock of the volume kept others from the head, and this handle made no change to it. What lies below
+        may be other layers by now, which read the same: so the head is opened as any other, by what the catalog says now.
+        A write waits here for an operation on the volume that is under way; none waits for a write that has not begun.
+        """
+        if self._unwritten is None or self._forked:  # the usual case: it is looked at again under the guard
+            return False
+        with self.guard, DeferredInterrupt():
+            unwritten = self._unwritten
+            if unwritten is None:
+                return True  # another thread was faster, and the caller goes on with the path that it opened
+            if self._closed:
+                return False
+            opened = unwritten.open_head(self)
+            self._path, self._locks, self.base_lock = opened.path, opened.locks, opened.base_lock
+            self._byte_of_segment = opened.chain.byte_of_segment
+            self._tell(self._path)
+            self._unwritten = None  # a thread that finds it so was told of the new path
+            # Later reads go to the new path, where they find what is written from now on. Those under way in the view
+            # are waited for, if nobody else reads it.
+            self.store.views.give_back(unwritten.below)
+        unwritten.after_open(self)
+        return True
 
     @property
     def writable(self) -> bool:
@@ -309,6 +410,7 @@ class OpenHead(OpenDisk):
             raise forking.forked_error(f"volume {self.name!r}")
         with self._guarded(within):
             self._refuse_ended()
+            self.begin_writing()
             self._resolve()
             if self.path.poisoned:
                 raise StateError(f"volume {self.name!r} is poisoned by a failed sync; close it and open it again")
@@ -344,11 +446,14 @@ class OpenHead(OpenDisk):
         self._merge_end.notify_all()
 
     def if_idle(self, work: Callable[[], None]) -> None:
-        """Do work unless an operation is under way or the head is being closed. A later call can do it as well."""
+        """Do work unless an operation is under way or the head is being closed. A later call can do it as well.
+
+        On a head that nothing was written to, it is done when that is opened.
+        """
         if not self.guard.acquire(blocking=False):
             return
         try:
-            if not (self._closed or self.is_merging or self._unresolved):
+            if not (self._closed or self.is_merging or self._unresolved or self._unwritten):
                 work()
         finally:
             self.guard.release()
@@ -467,8 +572,8 @@ class OpenHead(OpenDisk):
         self._byte_of_segment.update(byte_of_segment)
         self.base_lock = base_lock
         self.wants_next = False  # this was for the old head; it is set before the path, see prepare_if_wanted
-        old_path = self.path
-        self.path = new_path
+        old_path = self._path
+        self._path = new_path
         self.head = head
         if old_path is not new_path:
             self._tell(new_path)
@@ -486,7 +591,7 @@ class OpenHead(OpenDisk):
 
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that neither a snapshot nor the first flush after it has to."""
-        path, head = self.path, self.head
+        path, head = self._path, self.head
         # This is checked after the path was read: a revert meanwhile begins a head for which nothing must be made.
         if not self.wants_next or self._closed:
             return
@@ -510,12 +615,16 @@ class OpenHead(OpenDisk):
             if self._released:  # by another thread that waited too
                 return
             self._closed = True  # a second call goes on here if an interrupt came before the end
+            unwritten = self._unwritten
             try:
                 self._resolve()
-                if not (self.path.poisoned or self.path.closed):
+                if not (unwritten or self._path.poisoned or self._path.closed):
                     self._finish(self)
             finally:
                 self._release()
+            if unwritten:
+                with suppress(OSError, OnionskinError):  # this frees what waited for the files of the view
+                    unwritten.free_waiting(self.store)
 
     def abandon(self) -> None:
         """Close the volume without a flush: what was written is not wanted."""
@@ -526,16 +635,27 @@ class OpenHead(OpenDisk):
 
     def _release(self) -> None:
         self.store.forget(self)
-        self.path.close()
-        self.locks.close()
-        if self.base_lock:
-            self.base_lock.close()
+        if self._unwritten:
+            self._leave_view(self._unwritten)
+        else:
+            self._path.close()
+            if self._locks:
+                self._locks.close()
+            if self.base_lock:
+                self.base_lock.close()
         self._volume_lock.close()
         self._released = True
 
+    def _leave_view(self, unwritten: "Unwritten") -> None:
+        """Give back the view that a head which nothing was written to was read through."""
+        self._path = closed_path(self._path)  # others may read through the open one
+        self._tell(self._path)
+        self._unwritten = None
+        self.store.views.give_back(unwritten.below)
+
     def __del__(self) -> None:
         """Warn if an open volume is dropped with writes that were not flushed: those are lost."""
-        if not getattr(self, "_released", True) and not self._forked and self.path.unflushed:
+        if not getattr(self, "_released", True) and not self._forked and self._path.unflushed:
             warnings.warn(f"unclosed Volume {self.row.name!r}", ResourceWarning, source=self, stacklevel=2)
 
 

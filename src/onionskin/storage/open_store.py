@@ -54,7 +54,11 @@ class Handle(Protocol):
 
     @property
     def path(self) -> "DataPath":
-        """The data path that the handle reads through."""
+        """The data path that the handle reads and writes through."""
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether it is a head that nothing was written to, and that is not opened before: it has no locks yet."""
 
     @property
     def locks(self) -> ByteLocks:
@@ -240,7 +244,7 @@ class OpenStore:
     def path_of_head(self, layer: bytes) -> "DataPath | None":
         """Return the data path of the volume that is open for writing in this store with this head, if there is one."""
         for handle in self.open_handles():
-            if handle.writable and handle.head == layer:
+            if handle.writable and not handle.is_unwritten and handle.head == layer:
                 return handle.path
         return None
 

@@ -75,8 +75,11 @@ def test_the_control_socket_goes_on_when_there_are_descriptors_again(
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return self.real.accept()
 
-        def shutdown(self, how: int) -> None:
-            self.real.shutdown(how)
+        def fileno(self) -> int:
+            return self.real.fileno()
+
+        def setblocking(self, flag: bool) -> None:
+            self.real.setblocking(flag)
 
         def close(self) -> None:
             self.real.close()

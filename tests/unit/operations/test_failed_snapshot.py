@@ -20,7 +20,7 @@ def fail_snapshot(volume: onionskin.Volume, monkeypatch: pytest.MonkeyPatch, *, 
         raise OSError(errno.ENOSPC, "the catalog is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(seal, "_write_layer", fail)
+        patch.setattr(seal, "_write_layers", fail)
         with pytest.raises(OSError, match="the catalog is full"):
             volume.snapshot("failed")
 

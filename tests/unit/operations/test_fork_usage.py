@@ -193,3 +193,12 @@ def test_a_thousand_forks_are_each_read_once(store: onionskin.Store, monkeypatch
     assert found[names[500]] == (1, 8) and found[None] == (1, 8) and found[names[0]] == (0, 8)
     assert len(read) == len(set(read)) == 2  # a fork that nothing was written to has no file
     assert len(statements) < 100
+
+
+def test_what_was_written_to_a_fork_that_is_open_here_counts(store: onionskin.Store) -> None:
+    store.fork("web@clean", names=["a", "b"])
+    with store.open("a") as a:
+        a.write(0, b"x" * 3 * BLOCK)
+        assert in_blocks(store.usage_of_forks("web@clean"))["a"][0] == 3
+        a._path.poison()
+        store.usage_of_forks("web@clean")

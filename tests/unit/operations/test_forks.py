@@ -15,7 +15,7 @@ from support.older_stores import make_older
 
 import onionskin
 from onionskin import images
-from onionskin.catalog import LayerRow
+from onionskin.catalog import Catalog, LabelRow, LayerRow
 from onionskin.catalog.tree import unnamed_of
 from onionskin.operations import forks, hidden_blocks, volumes
 from onionskin.operations.fold import SEGMENTS_OPEN
@@ -728,3 +728,48 @@ def test_a_temporary_fork_is_opened_though_its_name_went_to_another_volume_befor
     with store.temporary("web@clean", name="t") as disk:
         assert disk.name == "u"
     assert sorted(store) == ["t", "web"]
+
+
+def test_a_fork_that_waits_for_a_held_disk_keeps_no_fork_of_another_one_waiting(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("held", "free"):
+        store.create(name, size=64 * BLOCK).close()
+    waits, goes_on = threading.Event(), threading.Event()
+    lock = onionskin.Store._lock_to_cut
+
+    def wait(self: onionskin.Store, name: str) -> Any:
+        if name == "held":
+            waits.set()
+            goes_on.wait()
+        return lock(self, name)
+
+    monkeypatch.setattr(onionskin.Store, "_lock_to_cut", wait)
+    one = threading.Thread(target=store.fork, args=("held",))
+    other = threading.Thread(target=store.fork, args=("free",))
+    one.start()
+    waits.wait()
+    other.start()
+    other.join(30)
+    is_waiting = other.is_alive()
+    goes_on.set()
+    one.join()
+    other.join()
+    assert not is_waiting
+
+
+def test_labels_of_many_forks_are_written_in_the_order_of_their_table(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[LabelRow] = []
+    insert_all = Catalog.insert_all
+
+    def note(catalog: Catalog, rows: Any) -> None:
+        kept = list(rows)
+        written.extend(row for row in kept if isinstance(row, LabelRow))
+        insert_all(catalog, kept)
+
+    monkeypatch.setattr(Catalog, "insert_all", note)
+    store.fork("web@clean", count=20, labels={"b": "1", "a": "2"})
+    assert [(row.volume, row.key) for row in written] == sorted((row.volume, row.key) for row in written)
+    assert len(written) == 40

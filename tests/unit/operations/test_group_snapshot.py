@@ -2,6 +2,8 @@
 
 import errno
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -302,3 +304,20 @@ def test_groups_read_as_a_plain_model_says(store: onionskin.Store, make: Make, s
         with store.open(name, snapshot=snapshot) as view:
             assert view.read(0, 16 * BLOCK) == expected
     assert store.check() == []
+
+
+def test_a_thread_that_outlives_the_main_one_takes_a_group(store: onionskin.Store, make: Make) -> None:
+    for volume in make("web", "db", "log"):
+        volume.close()
+    program = """
+import sys, threading, onionskin
+
+def take():
+    threading.main_thread().join()
+    with onionskin.Store(sys.argv[1]) as store:
+        store.snapshot_group(dict.fromkeys(("web", "db", "log"), "s"))
+
+threading.Thread(target=take).start()
+"""
+    subprocess.run([sys.executable, "-c", program, store.path], check=True, timeout=60)
+    assert [snapshot.name for name in ("web", "db", "log") for snapshot in store.snapshots(name)] == ["s"] * 3

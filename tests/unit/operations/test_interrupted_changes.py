@@ -195,7 +195,7 @@ def test_what_is_written_after_a_snapshot_that_could_not_be_committed_is_there_a
 
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=64 * BLOCK) as web, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(seal, "_write_layer", fail)
+            patch.setattr(seal, "_write_layers", fail)
             with pytest.raises(OSError, match="full"):
                 web.snapshot("a")
             web.write(0, b"later" * 1000)

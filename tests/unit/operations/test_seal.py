@@ -7,7 +7,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow
-from onionskin.operations.seal import Sealing, begin_seal
+from onionskin.operations.seal import Sealing, begin_seal, describe_all, write_sealed
 
 BLOCK = 4096
 
@@ -27,13 +27,21 @@ def begin(stack: ExitStack, volumes: list[onionskin.Volume]) -> list[Sealing]:
     return [stack.enter_context(begin_seal(volume._opened.to_write())) for volume in volumes]
 
 
+def write_rows(sealings: list[Sealing]) -> list[LayerRow]:
+    store = sealings[0].volume.store
+    rows = [sealed for sealed, _ in write_sealed(store, describe_all(store, sealings))]
+    for sealing in sealings:
+        sealing.share_next()
+    return rows
+
+
 def test_several_heads_are_sealed_in_one_transaction(pair: list[onionskin.Volume]) -> None:
     catalog = pair[0].store._opened.catalog
     heads = [volume._opened.head for volume in pair]
     with ExitStack() as stack:
         begun = begin(stack, pair)
         with catalog.transaction():
-            sealed: list[LayerRow] = [sealing.write_rows(lambda sealed, head: None) for sealing in begun]
+            sealed = write_rows(begun)
     for sealing in begun:
         sealing.finish()
     assert [row.id for row in sealed] == heads
@@ -55,8 +63,7 @@ def test_all_heads_go_on_as_they_were_where_their_one_transaction_fails(pair: li
     with pytest.raises(InterruptedError), ExitStack() as stack:
         begun = begin(stack, pair)
         with catalog.transaction():
-            for sealing in begun:
-                sealing.write_rows(lambda sealed, head: None)
+            write_rows(begun)
             raise InterruptedError
     assert [volume._opened.head for volume in pair] == heads
     for number, volume in enumerate(pair):

@@ -1,0 +1,82 @@
+"""One thread accepts for all control sockets: it hears each, none after its removal, and ends with the last of them."""
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from onionskin.base.sockets import UnixListener
+from onionskin.control.acceptor import Acceptor
+
+
+class Listening:
+    def __init__(self, acceptor: Acceptor, path: Path) -> None:
+        self.acceptor = acceptor
+        self.path = path
+        self.listener = UnixListener(path)
+        self.accepted = threading.Semaphore(0)
+        try:
+            acceptor.add(self.listener.socket, self._accept)
+        except BaseException:
+            self.listener.close()
+            raise
+
+    def _accept(self) -> bool:
+        connection, _ = self.listener.socket.accept()
+        connection.close()
+        self.accepted.release()
+        return True
+
+    def connect(self) -> None:
+        with socket.socket(socket.AF_UNIX) as ours:
+            ours.connect(str(self.path))
+
+    def close(self) -> None:
+        self.acceptor.remove(self.listener.socket)
+        self.listener.close()
+
+
+def test_one_thread_hears_all_sockets_and_ends_with_the_last(tmp_path: Path) -> None:
+    before = threading.active_count()
+    acceptor = Acceptor()
+    for _ in range(2):  # a thread that ended is followed by another one
+        sockets = [Listening(acceptor, tmp_path / f"{number}.control") for number in range(5)]
+        assert threading.active_count() == before + 1
+        for one in sockets:
+            one.connect()
+            assert one.accepted.acquire(timeout=30)
+        for one in sockets[:-1]:
+            one.close()
+        sockets[-1].connect()
+        assert sockets[-1].accepted.acquire(timeout=30)
+        sockets[-1].close()
+        assert threading.active_count() == before
+
+
+def test_a_removed_socket_is_not_heard(tmp_path: Path) -> None:
+    acceptor = Acceptor()
+    gone, stays = (Listening(acceptor, tmp_path / name) for name in ("gone", "stays"))
+    acceptor.remove(gone.listener.socket)
+    acceptor.remove(gone.listener.socket)
+    gone.connect()
+    stays.connect()
+    assert stays.accepted.acquire(timeout=30)
+    assert not gone.accepted.acquire(blocking=False)
+    gone.listener.close()
+    stays.close()
+
+
+def test_a_socket_is_not_taken_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    acceptor = Acceptor()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            Listening(acceptor, tmp_path / "refused")
+    one = Listening(acceptor, tmp_path / "taken")
+    one.connect()
+    assert one.accepted.acquire(timeout=30)
+    one.close()
