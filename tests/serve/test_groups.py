@@ -175,8 +175,19 @@ def test_a_volume_that_is_held_and_not_served_is_refused_with_its_holder(
     goes_on(store, server, "web")
 
 
-def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
-    here("web"), here("db"), here("log")
+@pytest.mark.parametrize("apart", [0, 1, 3])
+def test_groups_that_meet_both_end(at: Path, store: onionskin.Store, here: Here, tmp_path: Path, apart: int) -> None:
+    """By one server; by one that has the first and the last by id, so that the order goes back and forth; by one each."""
+    by_id = sorted(NAMES, key=lambda name: store._opened.catalog.volume(name).id)
+    others = by_id[1:2] if apart == 1 else by_id[:apart]
+    with ExitStack() as stack:
+        for name in others:
+            stack.enter_context(Serve(at / name, "--socket", tmp_path / f"{name}.s", log=tmp_path / "log"))
+        here(*(name for name in NAMES if name not in others))
+        groups_meet(store)
+
+
+def groups_meet(store: onionskin.Store) -> None:
     ended: list[str] = []
 
     def take(names: list[str], prefix: str) -> None:
@@ -262,6 +273,16 @@ def cut_again_and_again(store: onionskin.Store, cuts: int) -> None:
 
 def test_no_volume_is_ahead_in_a_cut_of_two_servers(at: Path, store: onionskin.Store, tmp_path: Path) -> None:
     with two_servers(at, tmp_path) as clients, stamping(clients):
+        cut_again_and_again(store, 10)
+
+
+def test_no_volume_is_ahead_in_a_cut_of_one_server(at: Path, store: onionskin.Store, tmp_path: Path) -> None:
+    with (
+        Serve(at / "web", at / "db", "--socket", tmp_path / "s", log=tmp_path / "log") as server,
+        server.client("web") as web,
+        server.client("db") as db,
+        stamping([web, db]),
+    ):
         cut_again_and_again(store, 10)
 
 
