@@ -698,6 +698,19 @@ def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
     assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
+def test_a_volume_counts_as_used_while_it_is_one_of_a_group_on_another_socket(
+    store: onionskin.Store, here: Here
+) -> None:
+    server = here("web", "db")
+    caller = Caller(store, "web", "db")
+    caller.go_to("entered")
+    table = server.exports.table
+    assert [table.take_served(table.served[name]) for name in ("web", "db")] == [False, False]
+    caller.close()
+    for name in ("web", "db"):
+        goes_on(store, server, name)
+
+
 def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(
     store: onionskin.Store, here: Here
 ) -> None:

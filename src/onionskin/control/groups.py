@@ -254,12 +254,8 @@ class Caller:
             self._process = None
 
 
-Find = Callable[[str], "OpenHead | None"]
-
-
-def seal_for_caller(talk: Talk, caller: Caller, asked: Sequence[str], find: Find) -> dict[str, Any]:
-    """Seal those of the volumes that the caller asked for, by their ids in hexadecimal, that this process serves."""
-    here = {id: head for id in asked if (head := find(id)) is not None}
+def seal_for_caller(talk: Talk, caller: Caller, here: Mapping[str, OpenHead]) -> dict[str, Any]:
+    """Seal volumes that this process serves, by their ids in hexadecimal: those of them that the caller says."""
     with talk.bounded(), side_by_side(len(here)) as beside, ExitStack() as held:
         talk.say("here", volumes=list(here))
         beside.start(len(here) - 1)  # while the caller reads that
