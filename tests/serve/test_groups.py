@@ -175,8 +175,19 @@ def test_a_volume_that_is_held_and_not_served_is_refused_with_its_holder(
     goes_on(store, server, "web")
 
 
-def test_groups_that_meet_both_end(store: onionskin.Store, here: Here) -> None:
-    here("web"), here("db"), here("log")
+@pytest.mark.parametrize("apart", [0, 1, 3])
+def test_groups_that_meet_both_end(at: Path, store: onionskin.Store, here: Here, tmp_path: Path, apart: int) -> None:
+    """By one server; by one that has the first and the last by id, so that the order goes back and forth; by one each."""
+    by_id = sorted(NAMES, key=lambda name: store._opened.catalog.volume(name).id)
+    others = by_id[1:2] if apart == 1 else by_id[:apart]
+    with ExitStack() as stack:
+        for name in others:
+            stack.enter_context(Serve(at / name, "--socket", tmp_path / f"{name}.s", log=tmp_path / "log"))
+        here(*(name for name in NAMES if name not in others))
+        groups_meet(store)
+
+
+def groups_meet(store: onionskin.Store) -> None:
     ended: list[str] = []
 
     def take(names: list[str], prefix: str) -> None:
@@ -262,6 +273,16 @@ def cut_again_and_again(store: onionskin.Store, cuts: int) -> None:
 
 def test_no_volume_is_ahead_in_a_cut_of_two_servers(at: Path, store: onionskin.Store, tmp_path: Path) -> None:
     with two_servers(at, tmp_path) as clients, stamping(clients):
+        cut_again_and_again(store, 10)
+
+
+def test_no_volume_is_ahead_in_a_cut_of_one_server(at: Path, store: onionskin.Store, tmp_path: Path) -> None:
+    with (
+        Serve(at / "web", at / "db", "--socket", tmp_path / "s", log=tmp_path / "log") as server,
+        server.client("web") as web,
+        server.client("db") as db,
+        stamping([web, db]),
+    ):
         cut_again_and_again(store, 10)
 
 
@@ -675,6 +696,19 @@ def test_a_caller_whose_error_came_behind_its_commit_does_not_give_up(
     volume.flush()
     assert store._opened.catalog.head_of(volume._opened.row) == volume._opened.head
     assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
+
+
+def test_a_volume_counts_as_used_while_it_is_one_of_a_group_on_another_socket(
+    store: onionskin.Store, here: Here
+) -> None:
+    server = here("web", "db")
+    caller = Caller(store, "web", "db")
+    caller.go_to("entered")
+    table = server.exports.table
+    assert [table.take_served(table.served[name]) for name in ("web", "db")] == [False, False]
+    caller.close()
+    for name in ("web", "db"):
+        goes_on(store, server, name)
 
 
 def test_the_files_of_the_next_head_are_locked_before_the_catalog_names_them(

@@ -33,9 +33,7 @@ class SideBySide:
         """Run calls, and return when all have ended. Raise the error of the first in order that failed."""
         for number, call in enumerate(calls):
             self._waiting.put((number, call))
-        with suppress(RuntimeError):  # no thread can be started: this one runs what is left
-            while len(self._threads) < min(self._beside, len(calls) - 1):
-                self._start()
+        self.start(len(calls) - 1)
         with suppress(Empty):
             while (taken := self._waiting.get_nowait()) is not None:
                 self._do(*taken)
@@ -44,10 +42,13 @@ class SideBySide:
             if error := errors[number]:
                 raise error
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._work, name="onionskin side by side")
-        thread.start()
-        self._threads.append(thread)
+    def start(self, count: int) -> None:
+        """Start so many threads, if they are not there yet. It may be done before there are calls."""
+        with suppress(RuntimeError):  # no thread can be started: the one that asks for the calls runs them
+            while len(self._threads) < min(self._beside, count):
+                thread = threading.Thread(target=self._work, name="onionskin side by side")
+                thread.start()
+                self._threads.append(thread)
 
     def _work(self) -> None:
         while (taken := self._waiting.get()) is not None:

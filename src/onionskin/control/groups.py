@@ -8,7 +8,7 @@ asks for the verb `group` with the volumes that it looks for. Then both ends spe
     caller: begin     server: begun     most of the heads is durable
     caller: hold      server: held      the writers of all volumes wait
     caller: cut       server: done      the heads are swapped, and their writers go on
-    caller: sync      server: synced    the rest is durable; this describes a head, once for each volume
+    caller: sync      server: synced    the rest is durable; this describes the sealed heads
     caller: end       server: result    the volumes go on with the heads that the catalog has
 
 `enter` may come more than once, since volumes are held in the order of their ids, whoever has them. Instead of `sync` or
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.lazy import logger
 from onionskin.base.limits import WIPE_POLICIES
 from onionskin.base.naming import some_of
-from onionskin.base.side_by_side import side_by_side
+from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.base.sockets import credentials_of
 from onionskin.catalog import VolumeRow
 from onionskin.control import frames
@@ -254,19 +254,16 @@ class Caller:
             self._process = None
 
 
-Find = Callable[[str], "OpenHead | None"]
-
-
-def seal_for_caller(talk: Talk, caller: Caller, asked: Sequence[str], find: Find) -> dict[str, Any]:
-    """Seal those of the volumes that the caller asked for, by their ids in hexadecimal, that this process serves."""
-    here = {id: head for id in asked if (head := find(id)) is not None}
-    with talk.bounded(), ExitStack() as held:
+def seal_for_caller(talk: Talk, caller: Caller, here: Mapping[str, OpenHead]) -> dict[str, Any]:
+    """Seal volumes that this process serves, by their ids in hexadecimal: those of them that the caller says."""
+    with talk.bounded(), side_by_side(len(here)) as beside, ExitStack() as held:
         talk.say("here", volumes=list(here))
+        beside.start(len(here) - 1)  # while the caller reads that
         heads = _enter(talk, here, held)
         sealings = begin_members(heads, caller.is_dead)
         is_named = True
         try:
-            is_named = _seal(talk, sealings)
+            is_named = _seal(talk, beside, sealings)
         finally:
             with ExitStack() as settling:  # an error of one keeps the others from nothing
                 for sealing in sealings:
@@ -295,18 +292,17 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
     return list(heads.values())
 
 
-def _seal(talk: Talk, sealings: Sequence[MemberSealing]) -> bool:
+def _seal(talk: Talk, beside: SideBySide, sealings: Sequence[MemberSealing]) -> bool:
     """Go through the steps from the first flush on. Return whether what was sealed has names."""
     heads = [sealing.volume for sealing in sealings]
     with ExitStack() as stack:
         for sealing in sealings:
             stack.enter_context(sealing.volume.resolving(sealing.resolve))
-        with side_by_side(len(sealings)) as beside:
-            run_each(beside, sealings, Sealing.begin)
-            talk.cut(heads)
-            lock_bytes = _lock_bytes(heads, talk.hear("sync"))
-            run_each(beside, sealings, Sealing.sync)
-        _give(talk, sealings, lock_bytes)
+        run_each(beside, sealings, Sealing.begin)
+        talk.cut(heads)
+        lock_bytes = _lock_bytes(heads, talk.hear("sync"))
+        for described in _described(_sync(beside, sealings, lock_bytes)):
+            talk.say("synced", sealed=described)
         try:
             return talk.hear("end").get("named") is not False
         except GivenUpError:
@@ -315,19 +311,41 @@ def _seal(talk: Talk, sealings: Sequence[MemberSealing]) -> bool:
             raise
 
 
-def _give(talk: Talk, sealings: Sequence[MemberSealing], lock_bytes: Sequence[tuple[int, int]]) -> None:
-    """Lock the files of the next heads, and describe what was sealed. A lock that cannot be had fails all."""
+def _sync(
+    beside: SideBySide, sealings: Sequence[MemberSealing], lock_bytes: Mapping[bytes, tuple[int, int]]
+) -> list[SealedHead]:
+    """Make the rest durable, lock the files of the next heads, and describe what was sealed."""
+    described: dict[bytes, SealedHead] = {}
+
+    def step(sealing: MemberSealing) -> None:
+        sealing.sync()
+        id = sealing.volume.row.id
+        described[id] = sealing.give(*lock_bytes[id])
+
     try:
-        described = [sealing.give(*pair) for sealing, pair in zip(sealings, lock_bytes, strict=True)]
+        run_each(beside, sealings, step)
     except BaseException:
         for sealing in sealings:
             sealing.stay()  # the caller knows of none
         raise
-    for what in described:
-        talk.say("synced", sealed=pack_sealed(what))
+    return [described[sealing.volume.row.id] for sealing in sealings]
 
 
-def _lock_bytes(heads: Sequence[OpenHead], asked: dict[str, Any]) -> list[tuple[int, int]]:
+def _described(heads: Sequence[SealedHead]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the descriptions in lists that a frame can hold."""
+    found: list[dict[str, Any]] = []
+    room = SEGMENTS_MAX
+    for what in heads:
+        takes = 16 + len(what.segments) + len(what.to_reclaim)
+        if found and takes > room:
+            yield found
+            found, room = [], SEGMENTS_MAX
+        found.append(pack_sealed(what))
+        room -= takes
+    yield found
+
+
+def _lock_bytes(heads: Sequence[OpenHead], asked: dict[str, Any]) -> dict[bytes, tuple[int, int]]:
     """Read the lock bytes that the caller drew for the next head of each volume: of its map, and of its spare."""
     given = asked.get("lock_bytes")
     try:
@@ -342,7 +360,7 @@ def _lock_bytes(heads: Sequence[OpenHead], asked: dict[str, Any]) -> list[tuple[
             raise ValueError("not drawn")
     except ValueError:
         raise FormatError("the lock bytes that the group's caller gave for the next heads are none") from None
-    return [(pair[0], pair[1]) for pair in pairs]
+    return {head.row.id: (pair[0], pair[1]) for head, pair in zip(heads, pairs, strict=True)}
 
 
 # ---- the caller's end ----
@@ -452,11 +470,14 @@ class GroupServer:
         """Wait for that. What it describes is checked in the transaction, by `seal.refuse_untrue`."""
         left = dict(self._heads)
         while left:
-            told = self._hear("synced").get("sealed")
-            head = left.pop(_volume_of(told), None)
-            if head is None:
-                raise FormatError(f"the server of volume {self._live.name!r} sealed a volume that it was not asked for")
-            head.described = unpack_sealed(told, *self._lock_bytes[head.row.id])
+            sealed = self._hear("synced").get("sealed")
+            if not isinstance(sealed, list) or not sealed:
+                raise FormatError(f"the server of {self._names()} sealed nothing")
+            for told in sealed:
+                head = left.pop(_volume_of(told), None)
+                if head is None:
+                    raise FormatError(f"the server of {self._names()} sealed a volume that it was not asked for")
+                head.described = unpack_sealed(told, *self._lock_bytes[head.row.id])
 
     def give_up(self) -> None:
         """Say that the catalog has not changed, and will not be by what it described, where that is sure.

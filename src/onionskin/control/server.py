@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +65,8 @@ class Served(Protocol):
         """Hold all requests of clients back while the context is active."""
 
 
-_served_guard = threading.Lock()
-_served: dict[Path, Served] = {}  # by the path of the control socket: a caller of a group talks with one for all
+_listening_guard = threading.Lock()
+_listening: "dict[Path, ControlSocket]" = {}  # by their paths: a caller of a group talks with one for all volumes
 
 
 class Cancelled(KeyboardInterrupt):
@@ -89,9 +89,10 @@ class ControlSocket:
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._listener = UnixListener(path, mode=file_mode(path.parent))
         self._talking: set[_Session] = set()  # under the guard
+        self._borrowed = 0  # under the guard: how many sessions of other sockets use the volume
         self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
-        with _served_guard:
-            _served[self._listener.path] = served
+        with _listening_guard:
+            _listening[self._listener.path] = self
         try:
             acceptor.of_process.add(self._listener.socket, self._accept)
         except BaseException:
@@ -100,9 +101,9 @@ class ControlSocket:
 
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
-        with _served_guard:
-            if _served.get(self._listener.path) is self._served:
-                del _served[self._listener.path]
+        with _listening_guard:
+            if _listening.get(self._listener.path) is self:
+                del _listening[self._listener.path]
         acceptor.of_process.remove(self._listener.socket)
         self._listener.close()
         with self._guard:
@@ -113,9 +114,20 @@ class ControlSocket:
 
     @property
     def is_connected(self) -> bool:
-        """Whether a program is connected."""
+        """Whether a program is connected, or seals the volume as one of a group through another socket."""
         with self._guard:
-            return bool(self._sessions)
+            return bool(self._sessions or self._borrowed)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[OpenHead]:
+        """Give the head of the volume, for a session of another socket."""
+        with self._guard:
+            self._borrowed += 1
+        try:
+            yield self._served.volume._opened.to_write()
+        finally:
+            with self._guard:
+                self._borrowed -= 1
 
     def join(self, seconds: float) -> None:
         """Wait until the operations that ran when it was closed have sent their replies."""
@@ -348,17 +360,17 @@ class _Session:
 
     def group(self, volumes: list[str]) -> dict[str, Any]:
         talk = groups.Talk(self._connection, self._send, self._be_silent)
-        with closing(groups.Caller(self._connection)) as caller:
-            return groups.seal_for_caller(talk, caller, volumes, self._head_with_id)
+        with closing(groups.Caller(self._connection)) as caller, ExitStack() as borrowed:
+            heads = {id: borrowed.enter_context(served.borrowed()) for id in volumes if (served := self._beside(id))}
+            return groups.seal_for_caller(talk, caller, heads)
 
-    def _head_with_id(self, id: str) -> OpenHead | None:
-        """Return the head of a volume of this store that this process serves, if it serves it."""
-        layout = self._volume._opened.store.layout
+    def _beside(self, id: str) -> ControlSocket | None:
+        """Return the control socket of a volume of this store, if this process serves that."""
         if len(id) != 2 * ID_BYTES or id.strip("0123456789abcdef"):
             return None
-        with _served_guard:
-            served = _served.get(layout.volume_control(bytes.fromhex(id)).absolute())
-        return None if served is None else served.volume._opened.to_write()
+        layout = self._volume._opened.store.layout
+        with _listening_guard:
+            return _listening.get(layout.volume_control(bytes.fromhex(id)).absolute())
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
         names = how["names"]

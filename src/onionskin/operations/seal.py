@@ -210,14 +210,13 @@ def _next_layer(old: LayerRow, what: SealedHead) -> LayerRow:
 def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
     """Refuse what other processes described, if it is not what the catalog has. In the transaction that writes it.
 
+    That each volume still has the head that was described is what `write_sealed` checks.
+
     Raises
     ------
     FormatError
         One described another volume, or files that are not of the head.
-    StateError
-        As for `write_sealed`.
     """
-    _refuse_changed(store, [head.sealed for head in heads])
     layers = {row.id: row for row in store.catalog.layers_with_ids([head.sealed.head for head in heads])}
     segments = store.catalog.segments_with_ids([id for head in heads for id, _ in head.sealed.segments])
     own = {row.id: row.layer for row in segments if row.role == "own"}
@@ -226,6 +225,7 @@ def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
         what = head.sealed
         if (
             what.volume != head.row.id
+            or what.head not in layers
             or what.block_size != layers[what.head].block_size
             or any(own.get(id) != what.head for id, slots in what.segments if slots or id in there)
             or not _are_below(store, what)
@@ -476,7 +476,8 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
     def write_rows() -> list[LayerRow]:
         for part in parts:
             part.check()
-        refuse_untrue(store, remotes)
+        if remotes:
+            refuse_untrue(store, remotes)
         here = iter(describe_all(store, sealings))
         described = [next(here) if isinstance(part.head, OpenHead) else part.head.sealed for part in parts]
         written = write_sealed(store, described)
