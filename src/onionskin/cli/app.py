@@ -5,15 +5,35 @@ a short one costs would be imports that it does not need.
 """
 
 import importlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 import click
 
+import onionskin as package
 from onionskin.cli import exit_status, verbs
 
 __all__ = ["onionskin"]
 
-_HELP = ["-h", "--help"]
+
+def _show_help(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if is_wanted and not ctx.resilient_parsing:
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if is_wanted and not ctx.resilient_parsing:
+        click.echo(f"onionskin {package.__version__}")
+        ctx.exit()
+
+
+def _eager(*names: str, act: Callable[[click.Context, click.Parameter, bool], None], about: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, is_eager=True, callback=act, help=about)
+
+
+# Not click's own, which look for translations and for the package's metadata: that takes longer than to list a store.
+_HELP = _eager("-h", "--help", act=_show_help, about="Show this message and exit.")
+_VERSION = _eager("--version", act=_show_version, about="Show the version and exit.")
 # By their sections: the verbs, and the module of onionskin.cli and the name in it of each.
 _SECTIONS = {
     "Volumes": {
@@ -35,10 +55,10 @@ _SECTIONS = {
     },
     "Snapshots": {
         "snapshot": "snapshots.snapshot",
-        "snapshots": "snapshots.snapshots",
-        "revert": "snapshots.revert",
-        "discard": "snapshots.discard",
-        "merge": "snapshots.merge",
+        "snapshots": "listing.snapshots",
+        "revert": "dropping.revert",
+        "discard": "dropping.discard",
+        "merge": "dropping.merge",
     },
     "Keep snapshots, and how long": {
         "hold": "keeping.hold",
@@ -48,11 +68,11 @@ _SECTIONS = {
         "prune": "keeping.prune",
     },
     "Look": {
-        "tree": "volumes.tree",
-        "list": "volumes.list_volumes",
-        "info": "volumes.info",
-        "usage": "snapshots.usage",
-        "diff": "snapshots.diff",
+        "tree": "describing.tree",
+        "list": "listing.list_volumes",
+        "info": "describing.info",
+        "usage": "differences.usage",
+        "diff": "differences.diff",
         "compare": "compare.compare",
         "map": "map.map_",
     },
@@ -96,8 +116,8 @@ class _Commands(MutableMapping[str, click.Command]):
         if verb not in self._loaded:
             module, attribute = _HOME[verb].split(".")
             command: click.Command = getattr(importlib.import_module(f"onionskin.cli.{module}"), attribute)
-            # Said of each, and not left to the group: click keeps the option that it made first, also without the group.
-            command.context_settings.setdefault("help_option_names", _HELP)
+            command.add_help_option = False
+            command.params.append(_HELP)
             self._loaded[verb] = command
         return self._loaded[verb]
 
@@ -122,9 +142,9 @@ class _Commands(MutableMapping[str, click.Command]):
     commands=_Commands(),
     epilog=exit_status.EPILOG,
     invoke_without_command=True,
-    context_settings={"help_option_names": _HELP},
+    params=[_VERSION, _HELP],
+    add_help_option=False,
 )
-@click.version_option(package_name="onionskin", message="onionskin %(version)s")
 @click.pass_context
 def onionskin(ctx: click.Context) -> None:
     """Copy-on-write snapshots of virtual disks: snapshot, revert, merge, discard, clone."""

@@ -5,7 +5,7 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -219,6 +219,29 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
             return parse_size(value)
         except ValueError as wrong:
             self.fail(str(wrong), param, ctx)
+
+
+class LabelType(click.ParamType):  # type: ignore[type-arg]
+    """A label, as KEY=VALUE."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Take the two apart at the first =, or fail as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is no label; write KEY=VALUE", param, ctx)
+        return key, text
+
+
+LABEL = LabelType()
+
+
+def label_option(about: str) -> "Callable[[Any], Any]":
+    """Make the option --label, which may come several times."""
+    return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
 
 
 STORE = StoreType()

@@ -17,9 +17,9 @@ still holds.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from onionskin.base.records import record
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import StateError
 from onionskin.kernels._volume import cut_heads
@@ -38,7 +38,7 @@ Also = Callable[[LayerRow, LayerRow], None]
 _THREADS_MAX = 16  # that wait for disks at the same time
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NextHead:
     """The ids of the new head and its spare segment after a seal, and the lock bytes of its map and of the spare."""
 
@@ -48,7 +48,7 @@ class NextHead:
     spare_byte: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SealedHead:
     """What is durable of a head that was cut off, and what the volume goes on with: all that the rows are written from.
 
