@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, several
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
@@ -61,6 +60,8 @@ from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
@@ -135,8 +136,14 @@ class Store:
     ) -> None:
         self._trust = trust
         self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
-        self.path: Path = self._opened.path
         self._cutting = threading.Lock()
+
+    @property
+    def path(self) -> "Path":
+        """The directory of the store, as it was given."""
+        from pathlib import Path
+
+        return Path(self._opened.path)
 
     @property
     def read_only(self) -> bool:
@@ -164,7 +171,7 @@ class Store:
 
     def __repr__(self) -> str:
         state = "closed" if self._opened.closed else "read-only" if self.read_only else "open"
-        return f"<Store {self.path} {state}>"
+        return f"<Store {self._opened.path} {state}>"
 
     def __reduce__(self) -> "tuple[Callable[[str, bool], Store], tuple[str, bool]]":
         return _open_again, (str(self._opened.layout.root), self._trust)
@@ -262,20 +269,20 @@ class Store:
             if size_bytes is None:
                 raise ValueError("a volume without a base needs a size, such as '20G'")
             return self._make_volume(name, None, block_size, wipe, size_bytes)
-        with self._base(Path(base), digest=digest, vouched=vouched) as below:
+        with self._base(FilePath(base), digest=digest, vouched=vouched) as below:
             if size_bytes is None and not below.size_bytes:
                 raise ValueError(f"a volume has at least one byte: the base {base} is empty; give a size")
             return self._make_volume(name, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
 
     @contextmanager
-    def _base(self, path: Path, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
+    def _base(self, path: FilePath, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
         """Describe a base, and keep merges out of it. The base must not be a file of the store."""
         if self._opened.layout.holds(path):
             raise ChainError(
                 f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
             )
         with described_base(path, digest=digest, vouched=vouched) as base:
-            refuse_half_merged(self._opened.catalog, Path(base.path))
+            refuse_half_merged(self._opened.catalog, FilePath(base.path))
             yield base
 
     def _make_volume(
@@ -850,6 +857,8 @@ class Store:
         StateError
             At the end: a clone stands on a snapshot of it, or somebody holds one.
         """
+        from dataclasses import replace
+
         from onionskin.operations import forks, reclaim, volumes
 
         names = None if name is None else [name]
@@ -876,7 +885,7 @@ class Store:
         while True:
             row = self._opened.catalog.volume_with_id(id)
             if row is None:
-                raise VolumeNotFoundError(f"the volume {id.hex()} of {self.path} is gone")
+                raise VolumeNotFoundError(f"the volume {id.hex()} of {self._opened.path} is gone")
             with suppress(VolumeNotFoundError):  # it was renamed meanwhile
                 volume = self.open(row.name)
                 if volume._opened.row.id == id:
@@ -1263,8 +1272,8 @@ class Store:
         StateError
             A merge is writing the base.
         """
-        with described_base(Path(base), digest=verify) as new:
-            if self._opened.layout.holds(Path(new.path)):
+        with described_base(FilePath(base), digest=verify) as new:
+            if self._opened.layout.holds(FilePath(new.path)):
                 raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
             self._opened.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
@@ -1275,9 +1284,9 @@ class Store:
         old = read_chain(catalog, row.head).base
         if old is None:
             raise ChainError(f"volume {name!r} has no base to relocate")
-        if is_being_merged_into(Path(old.path)):
+        if is_being_merged_into(FilePath(old.path)):
             raise StateError(f"a merge writes the base {old.path} just now; wait for it to end, or cancel it")
-        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
+        refuse_half_merged(catalog, FilePath(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "

@@ -7,7 +7,6 @@ operations/ has a module for each thing that is done to a volume.
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from onionskin.base.naming import check_name, check_note, several
@@ -613,6 +612,8 @@ class Volume:
             A file could not be read to its end, or there is no space (ENOSPC). Then there is no image, and a file that
             was at the path is unchanged.
         """
+        from pathlib import Path
+
         from onionskin.operations import export
 
         export.export(self._opened, Path(path), replace=True, progress=progress)

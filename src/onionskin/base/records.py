@@ -158,6 +158,7 @@ def _made(kind: Any, base: type) -> Any:
     body["__slots__"] = body["__match_args__"] = names
     body["_defaults"] = {name: value for name, value in given.items() if not isinstance(value, _Field)}
     body["_factories"] = {name: value for name, value in given.items() if isinstance(value, _Field)}
-    made: Any = type(kind.__name__, (base,), body)
+    bases = (base, *(one for one in kind.__bases__ if one is not object))
+    made: Any = type(kind.__name__, bases, body)
     made._setters = tuple([made.__dict__[name].__set__ for name in names])
     return made

@@ -1,11 +1,11 @@
 """The verbs that show one thing in full: tree, info."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
 from onionskin.cli.arguments import STORE, VOLUME_SNAPSHOT_OR_STORE, Name, open_store, trust_option
 from onionskin.cli.chosen import find_snapshot
@@ -14,6 +14,8 @@ from onionskin.cli.picture_file import PictureType, write_picture
 from onionskin.cli.values import holder, snapshot_value, space_of, space_value, volume_value
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.catalog.tree import Snapshot
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.lineage import Ancestor
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", "path", type=PictureType(".svg"), help="Write a picture as SVG; - is stdout.")
 @trust_option
 @json_option
-def tree(store: Path, path: Path | None, as_json: bool) -> None:
+def tree(store: FilePath, path: "Path | None", as_json: bool) -> None:
     """Draw the bases, snapshots, clones and heads of a store.
 
     A fork or clone that does not stand on the snapshot that it began as says what it came from.
@@ -121,12 +123,12 @@ def _draw(nodes: "list[TreeNode]") -> str:
 @click.argument("name", type=VOLUME_SNAPSHOT_OR_STORE, metavar="STORE[/VOLUME[@SNAPSHOT]]")
 @trust_option
 @json_option
-def info(name: Name | Path, as_json: bool) -> None:
+def info(name: Name | FilePath, as_json: bool) -> None:
     """Describe a store, a volume or a snapshot.
 
     Of a volume and a snapshot that includes the layers that it stands on, down to the base, and what each of them holds.
     """
-    if isinstance(name, Path):
+    if isinstance(name, FilePath):
         _show_store(name, as_json)
         return
     with name.open_store() as store:
@@ -204,7 +206,7 @@ def _draw_chain(chain: "list[ChainLayer]") -> str:
     return "\n".join(lines)
 
 
-def _show_store(path: Path, as_json: bool) -> None:
+def _show_store(path: FilePath, as_json: bool) -> None:
     with open_store(path) as store:
         about = store.store_info()
     from dataclasses import asdict  # it comes with what describes a store

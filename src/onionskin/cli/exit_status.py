@@ -16,13 +16,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 import click
 from click.exceptions import Abort, Exit
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output, verbs
 from onionskin.errors import (
     ChainError,
@@ -199,9 +199,9 @@ def _is_in_store(error: OSError) -> bool:
     """Whether an error is about a file of a store, or about one of its directories."""
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return False
-    path = Path(os.fsdecode(error.filename))
+    path = FilePath(os.fsdecode(error.filename))
     with contextlib.suppress(OSError):
-        return any(os.path.lexists(directory / "catalog.db") for directory in list(path.parents)[:2])
+        return any(os.path.lexists(directory / "catalog.db") for directory in path.parents[:2])
     return False
 
 

@@ -1,10 +1,10 @@
 """The verbs for many copies: fork, forks, lineage, expire."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
 from onionskin.cli.arguments import (
     STORE,
@@ -123,7 +123,7 @@ def lineage(name: Name, as_json: bool) -> None:
 @click.argument("store", type=STORE)
 @trust_option
 @json_option
-def expire(store: Path, as_json: bool) -> None:
+def expire(store: FilePath, as_json: bool) -> None:
     """Delete the volumes whose lifetime is over.
 
     One stays that is open, that has snapshots, or from which others were forked; it goes with a later call.

@@ -1,10 +1,10 @@
 """The verbs that list in columns: list, snapshots."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
 from onionskin.cli.arguments import STORE, VOLUME, Name, label_option, open_store, trust_option
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
@@ -52,7 +52,7 @@ _SHOWN_OF_SNAPSHOTS = ("name", "size", "used", "written", "taken", "parent", "no
 @column_options(_OF_VOLUMES)
 @trust_option
 @json_option
-def list_volumes(store: Path, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
+def list_volumes(store: FilePath, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
     """List the volumes of a store.
 
     USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of

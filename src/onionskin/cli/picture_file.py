@@ -1,11 +1,13 @@
 """Files that verbs write pictures to."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onionskin.cli import output
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class PictureType(click.ParamType):  # type: ignore[type-arg]
@@ -16,8 +18,10 @@ class PictureType(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, *suffixes: str) -> None:
         self.suffixes = suffixes
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path":
         """Make a path of it, or fail as a usage error; `-` is stdout, and gets SVG."""
+        from pathlib import Path
+
         path = Path(value)
         if str(path) != "-" and path.suffix.lower() not in self.suffixes:
             self.fail(f"{str(path)!r} is no picture: name it {' or '.join('*' + one for one in self.suffixes)}", param)
@@ -28,7 +32,7 @@ class PictureType(click.ParamType):  # type: ignore[type-arg]
         return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
 
-def write_picture(path: Path, picture: bytes) -> None:
+def write_picture(path: "Path", picture: bytes) -> None:
     """Write a picture to a file, which is replaced, or to stdout."""
     if str(path) == "-":
         out = output.StandardStream("stdout")

@@ -18,11 +18,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
+from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import frames, groups
 from onionskin.errors import OnionskinError, StateError
@@ -77,7 +77,7 @@ def may_connect(uid: int, owner: int) -> bool:
 class ControlSocket:
     """Listens on the control socket of one volume, in threads of its own."""
 
-    def __init__(self, path: Path, served: Served, log: Callable[[str], None]) -> None:
+    def __init__(self, path: FilePath, served: Served, log: Callable[[str], None]) -> None:
         self._served = served
         self._log = log
         self._owner = os.geteuid()

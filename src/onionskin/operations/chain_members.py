@@ -4,8 +4,8 @@ What must hold: all is read in one state of the catalog. No map is read, and not
 """
 
 from datetime import datetime
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.catalog.tree import find_snapshot, when
@@ -105,6 +105,6 @@ def chain_of(store: OpenStore, name: str, snapshot: str | None) -> list[ChainLay
 
 def _bytes_of_base(path: str) -> int | None:
     try:
-        return allocated_bytes(Path(path).stat())
+        return allocated_bytes(FilePath(path).stat())
     except OSError:
         return None
