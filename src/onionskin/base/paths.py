@@ -3,13 +3,15 @@
 To import `pathlib` takes 5 ms in Python 3.11, since it brings `urllib` and `ipaddress`, and a verb of the command line is a
 process. What the package hands to its users is a `pathlib.Path`.
 
-What must hold: each method does what that of `pathlib.Path` does, and raises what it raises.
+What must hold: each method does what that of `pathlib.Path` does, and raises what it raises. One that is not here is that
+of `pathlib.Path`, which is imported then; for what both have, such as `replace`, a path is a text.
 """
 
 import os
 import stat
 from collections.abc import Sequence
 from errno import EBADF, ELOOP, ENOENT, ENOTDIR
+from typing import TYPE_CHECKING, Any
 
 _NOT_THERE = (ENOENT, ENOTDIR, EBADF, ELOOP)
 
@@ -121,3 +123,10 @@ class FilePath(str):
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    if not TYPE_CHECKING:  # a checker is to see what costs an import
+
+        def __getattr__(self, name: str) -> Any:
+            from pathlib import Path
+
+            return getattr(Path(self), name)
