@@ -91,7 +91,10 @@ class Connection:
         self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
         if not path.exists():
             if not create:
-                raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
+                raise VolumeNotFoundError(
+                    f"{path.parent} is not a store; 'onionskin create {path.parent}/VOLUME --size SIZE' makes one with its "
+                    "first volume"
+                )
             _make(path)
         if self.read_only:
             self._connection, self._copy = connect_to_read(path)

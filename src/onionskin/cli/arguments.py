@@ -182,12 +182,30 @@ class VolumeOrStoreType(NameType):
     """A volume, one of its snapshots, or a store: the directory itself."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text, or fail as a usage error. What is a store is meant as one."""
-        if isinstance(value, str) and is_store(FilePath(value)):
+        """Parse the text, or fail as a usage error. What is a store is meant as one.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            Neither it nor the directory that it is in is a store.
+        """
+        if not isinstance(value, str):
+            return super().convert(value, param, ctx)
+        if is_store(FilePath(value)):
             return FilePath(value)
-        if isinstance(value, str) and "/" not in value:
+        directory, slash, last = value.rstrip("/").rpartition("/")
+        above = FilePath(directory or ("/" if slash else "."))
+        if not is_store(above) and os.access(above, os.X_OK):  # of one that cannot be searched nobody knows
+            neither = f"neither {value!r} nor {above!s} is" if slash else f"{value!r} does not exist as"
+            named = "STORE" if slash else value
+            raise VolumeNotFoundError(
+                f"{neither} a store; 'onionskin create {named}/VOLUME --size SIZE' makes one with its first volume"
+            )
+        if not slash:
             self.fail(
-                f"{value!r} does not exist as a store; for a volume of one that is here, write ./{value}", param, ctx
+                f"{value!r} does not exist as a store; for the volume of the store that is here, write ./{last}",
+                param,
+                ctx,
             )
         return super().convert(value, param, ctx)
 
