@@ -32,6 +32,7 @@ from onionskin.catalog.tree import (
     Snapshot,
     find_snapshot,
     list_snapshots,
+    unnamed_of,
 )
 from onionskin.errors import (
     ChainError,
@@ -524,14 +525,18 @@ class Store:
 
         Work that fails is left for the next time. It is no reason to refuse the volume.
         """
-
-        from onionskin.operations import reclaim, staged_volumes
-        from onionskin.operations.fold import fold_unnamed_below
+        from onionskin.operations import reclaim
 
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
-            staged_volumes.drop_dead(self._opened)
-        fold_unnamed_below(head)
+            if self._opened.catalog.staged_volumes():
+                from onionskin.operations import staged_volumes
+
+                staged_volumes.drop_dead(self._opened)
+        if unnamed_of(self._opened.catalog, head.row.id):  # those that the head stands on are among them
+            from onionskin.operations.fold import fold_unnamed_below
+
+            fold_unnamed_below(head)
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:

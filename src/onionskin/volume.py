@@ -17,8 +17,6 @@ from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.operations import snapshots
 from onionskin.operations.flush import flush
-from onionskin.operations.resize import resize
-from onionskin.storage.disk_file import DiskFile
 from onionskin.storage.open_head import OpenDisk
 
 if TYPE_CHECKING:
@@ -365,6 +363,8 @@ class Volume:
         OSError
             With ENOSPC, the size is as it was.
         """
+        from onionskin.operations.resize import resize
+
         resize(self._opened.to_write(), parse_size(size), force=force)
 
     def open_file(self) -> io.RawIOBase:
@@ -379,6 +379,8 @@ class Volume:
             A file that is writable if the volume is. It works as long as the volume is open, and closing the file does
             not close the volume.
         """
+        from onionskin.storage.disk_file import DiskFile
+
         return DiskFile(self)
 
     def extents(self) -> "Extents":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 import click
 
 import onionskin as package
-from onionskin.cli import exit_status, verbs
+from onionskin.cli import exit_status
 
 __all__ = ["onionskin"]
 
@@ -103,7 +103,7 @@ _SECTIONS = {
     },
 }
 _HOME = {verb: home for homes in _SECTIONS.values() for verb, home in homes.items()}
-verbs.SECTION_OF.update({verb: section for section, homes in _SECTIONS.items() for verb in homes})
+SECTION_OF = {verb: section for section, homes in _SECTIONS.items() for verb in homes}
 
 
 class _Commands(MutableMapping[str, click.Command]):

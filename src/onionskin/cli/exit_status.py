@@ -23,7 +23,7 @@ import click
 from click.exceptions import Abort, Exit
 
 from onionskin.base.paths import FilePath
-from onionskin.cli import output, verbs
+from onionskin.cli import output
 from onionskin.errors import (
     ChainError,
     FormatError,
@@ -220,6 +220,8 @@ class Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verbs under what they are for."""
+        from onionskin.cli import verbs
+
         verbs.format_sections(self, ctx, formatter)
 
     def resolve_command(
@@ -227,6 +229,8 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb, or say which one may be meant."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            from onionskin.cli import verbs
+
             raise click.UsageError(f"No such command {args[0]!r}{verbs.suggestion(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -8,8 +8,7 @@ import re
 
 import click
 
-from onionskin.cli.app import onionskin
-from onionskin.cli.verbs import SECTION_OF
+from onionskin.cli.app import SECTION_OF, onionskin
 
 _STATUS = re.compile(r"^  (\d+)\s+(.*)$", re.MULTILINE)
 

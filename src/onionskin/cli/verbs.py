@@ -7,8 +7,6 @@ import click
 from onionskin.cli import output
 from onionskin.cli.output import json_option
 
-SECTION_OF: dict[str, str] = {}  # by the name of a verb; `app` fills it
-
 # What other programs call it: qemu-img, zfs, rbd, git, restic, virsh.
 _CALLED = {
     **dict.fromkeys(("rollback", "restore", "reset", "undo", "snapshot-revert", "checkout"), "revert"),
@@ -49,6 +47,8 @@ def suggestion(word: str, verbs: Iterable[str]) -> str:
 
 def format_sections(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:
     """Write the verbs of a group under what they are for."""
+    from onionskin.cli.app import SECTION_OF
+
     rows: dict[str, list[tuple[str, str]]] = {}
     limit = formatter.width - 6 - max(map(len, group.commands), default=0)
     for name, command in group.commands.items():
