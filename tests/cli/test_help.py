@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from onionskin.cli.app import SECTION_OF, onionskin
+from onionskin.cli.app import onionskin
 from onionskin.cli.man_pages import pages
+from onionskin.cli.sections import SECTION_OF
 from onionskin.cli.verbs import _CALLED
 
 Run = Callable[..., Result]

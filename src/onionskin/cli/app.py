@@ -11,6 +11,7 @@ import click
 
 import onionskin as package
 from onionskin.cli import exit_status
+from onionskin.cli.sections import SECTIONS
 
 __all__ = ["onionskin"]
 
@@ -34,76 +35,7 @@ def _eager(*names: str, act: Callable[[click.Context, click.Parameter, bool], No
 # Not click's own, which look for translations and for the package's metadata: that takes longer than to list a store.
 _HELP = _eager("-h", "--help", act=_show_help, about="Show this message and exit.")
 _VERSION = _eager("--version", act=_show_version, about="Show the version and exit.")
-# By their sections: the verbs, and the module of onionskin.cli and the name in it of each.
-_SECTIONS = {
-    "Volumes": {
-        "create": "volumes.create",
-        "clone": "volumes.clone",
-        "flatten": "volumes.flatten",
-        "resize": "volumes.resize",
-        "rename": "volumes.rename",
-        "relocate": "volumes.relocate",
-        "delete": "volumes.delete",
-        "set": "properties.set_",
-        "get": "properties.get",
-    },
-    "Many copies": {
-        "fork": "forking.fork",
-        "forks": "forking.forks",
-        "lineage": "forking.lineage",
-        "expire": "forking.expire",
-    },
-    "Snapshots": {
-        "snapshot": "snapshots.snapshot",
-        "snapshots": "listing.snapshots",
-        "revert": "dropping.revert",
-        "discard": "dropping.discard",
-        "merge": "dropping.merge",
-    },
-    "Keep snapshots, and how long": {
-        "hold": "keeping.hold",
-        "unhold": "keeping.unhold",
-        "holds": "keeping.holds",
-        "note": "keeping.note",
-        "prune": "keeping.prune",
-    },
-    "Look": {
-        "tree": "describing.tree",
-        "list": "listing.list_volumes",
-        "info": "describing.info",
-        "usage": "differences.usage",
-        "diff": "differences.diff",
-        "compare": "compare.compare",
-        "map": "map.map_",
-    },
-    "Images and streams": {
-        "import": "exchange.import_",
-        "export": "exchange.export",
-        "delta": "exchange.delta",
-        "apply": "exchange.apply",
-    },
-    "Bytes of a disk": {
-        "read": "byte_ranges.read",
-        "write": "byte_ranges.write",
-        "trim": "byte_ranges.trim",
-        "zero": "byte_ranges.zero",
-    },
-    "Serve and mount": {
-        "serve": "serve.serve",
-        "stats": "serve.stats",
-        "mount": "serve.mount",
-        "umount": "serve.umount",
-    },
-    "Stores and this program": {
-        "check": "check.check",
-        "demo": "check.demo",
-        "bench": "bench.bench",
-        "completion": "check.completion",
-        "help": "verbs.help_",
-    },
-}
-_HOME = {verb: home for homes in _SECTIONS.values() for verb, home in homes.items()}
-SECTION_OF = {verb: section for section, homes in _SECTIONS.items() for verb in homes}
+_HOME = {verb: home for homes in SECTIONS.values() for verb, home in homes.items()}
 
 
 class _Commands(MutableMapping[str, click.Command]):

@@ -8,7 +8,8 @@ import re
 
 import click
 
-from onionskin.cli.app import SECTION_OF, onionskin
+from onionskin.cli.app import onionskin
+from onionskin.cli.sections import SECTION_OF
 
 _STATUS = re.compile(r"^  (\d+)\s+(.*)$", re.MULTILINE)
 

@@ -6,6 +6,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.output import json_option
+from onionskin.cli.sections import SECTION_OF
 
 # What other programs call it: qemu-img, zfs, rbd, git, restic, virsh.
 _CALLED = {
@@ -47,8 +48,6 @@ def suggestion(word: str, verbs: Iterable[str]) -> str:
 
 def format_sections(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:
     """Write the verbs of a group under what they are for."""
-    from onionskin.cli.app import SECTION_OF
-
     rows: dict[str, list[tuple[str, str]]] = {}
     limit = formatter.width - 6 - max(map(len, group.commands), default=0)
     for name, command in group.commands.items():
