@@ -108,11 +108,6 @@ class Store:
         whatever the umask. With None, only the owner may use it, and the modes are 0700 and 0600. Members other than
         the owner open the store with `trust`. If the store exists already, it must belong to this group.
 
-    Attributes
-    ----------
-    path : pathlib.Path
-        The directory, as it was given.
-
     Notes
     -----
     A store is a context manager. Any thread may call it, and other processes may have the same store open.
@@ -141,7 +136,7 @@ class Store:
 
     @property
     def path(self) -> "Path":
-        """The directory of the store, as it was given."""
+        """The directory of the store, as it was given: a `pathlib.Path`."""
         from pathlib import Path
 
         return Path(self._opened.path)
