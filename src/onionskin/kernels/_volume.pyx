@@ -323,7 +323,9 @@ cdef int _refuse_buffer(object buffer, int flags) except -1:
     try:
         memory = memoryview(buffer)
     except TypeError:
-        raise TypeError(f"a bytes-like object is wanted, such as bytes or a NumPy array, not {type(buffer).__name__}") from None
+        raise TypeError(
+            f"a bytes-like object is wanted, such as bytes or a NumPy array, not {type(buffer).__name__}"
+        ) from None
     if not memory.c_contiguous:
         raise BufferError("the buffer is not contiguous: copy it, for instance with numpy.ascontiguousarray")
     if flags & PyBUF_WRITABLE and memory.readonly:
@@ -1174,8 +1176,8 @@ cdef class DataPath:
             status = onion_volume_prepare_below(self._volume, &source)
         if status == -EBUSY or status == -ENOENT:
             raise StateError(
-                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or gone; "
-                "try again when it has ended"
+                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or "
+                "gone; try again when it has ended"
             )
         if status < 0:
             _raise(status, "merge", layer[0] if layer is not None else None if base_fd is None else _path_of(base_fd))
