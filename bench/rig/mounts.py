@@ -30,3 +30,15 @@ def loop_mount(directory: Path, kind: str, size_bytes: int) -> Iterator[Path]:
         peers.run("umount", "--lazy", point)  # what an interrupt left running may still have a file open
         image.unlink()
         point.rmdir()
+
+
+@contextmanager
+def place_for_reflinks(directory: Path, size_bytes: int) -> Iterator[Path | str]:
+    """Give the directory where its files can share extents, else an XFS of this size in it; or the reason why not."""
+    if peers.can_reflink(directory):
+        yield directory
+    elif reason := mount_missing("xfs"):
+        yield f"the file system has no reflink, and {reason}"
+    else:
+        with loop_mount(directory, "xfs", size_bytes) as mounted:
+            yield mounted

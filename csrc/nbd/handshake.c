@@ -110,7 +110,8 @@ static enum onion_nbd_next list_exports(struct onion_nbd_session *session, const
         struct onion_nbd_listing listing = {session, out, 0};
         uint32_t after = session->listed_length;
         int status = hooks->list_exports(hooks->context, session->listed, after, &listing);
-        return end_part(session, option->option, status, listing.full, "the exports cannot be listed now", out);
+        return end_part(session, option->option, status, listing.full,
+                        "the exports cannot be listed now; the log of the server says why", out);
     }
     pthread_mutex_lock(&server->lock);
     for (struct onion_nbd_export *export = server->exports; export; export = export->next)
@@ -186,7 +187,8 @@ static enum onion_nbd_next info_or_go(struct onion_nbd_session *session, const s
                                       const unsigned char *data, struct onion_nbd_out *out) {
     struct onion_nbd_info_query query;
     if (onion_nbd_info_decode(data, option->length, &query) < 0)
-        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID, "the lengths do not add up");
+        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID,
+                      "the lengths in this option do not add up, so nothing was looked up");
     struct onion_nbd_export *export = find_or_ask(session->server, &query.name);
     if (!export || put_infos(session, option->option, &query, export, out) < 0) {
         onion_nbd_unref(session->server, export);
@@ -351,7 +353,8 @@ static enum onion_nbd_next list_contexts(struct onion_nbd_session *session, cons
     }
     const char *name = onion_nbd_label(export)->name;
     int status = hooks->list_contexts(hooks->context, name, session->listed, after, &listing);
-    return end_part(session, option, status, listing.full, "the contexts cannot be listed now", out);
+    return end_part(session, option, status, listing.full,
+                    "the contexts cannot be listed now; the log of the server says why", out);
 }
 
 static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const struct onion_nbd_option *option,
@@ -362,9 +365,10 @@ static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const
     if (!listing)
         session->context_count = 0;
     if (!session->structured)
-        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID, "structured replies come first");
+        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID, "ask for structured replies before contexts");
     if (onion_nbd_meta_decode(data, option->length, &query) < 0)
-        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID, "the lengths do not add up");
+        return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID,
+                      "the lengths in this option do not add up, so nothing was looked up");
     struct onion_nbd_export *export = find_or_ask(session->server, &query.name);
     if (!export)
         return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "no such export");
@@ -399,9 +403,9 @@ enum onion_nbd_next onion_nbd_option(struct onion_nbd_session *session, const st
                                      const unsigned char *data, struct onion_nbd_out *out) {
     uint32_t number = option->option;
     if (session->require_tls && !session->tls && number != ONION_NBD_OPT_STARTTLS && number != ONION_NBD_OPT_ABORT)
-        return number == ONION_NBD_OPT_EXPORT_NAME
-                   ? ONION_NBD_CLOSE
-                   : refuse(out, number, ONION_NBD_REP_ERR_TLS_REQD, "this server speaks TLS only");
+        return number == ONION_NBD_OPT_EXPORT_NAME ? ONION_NBD_CLOSE
+                                                   : refuse(out, number, ONION_NBD_REP_ERR_TLS_REQD,
+                                                            "this server takes TLS alone; connect with nbds://");
     switch (number) {
     case ONION_NBD_OPT_EXPORT_NAME:
         return export_name(session, option, data, out);
@@ -535,7 +539,7 @@ static int take_option(struct onion_nbd_connection *connection, int64_t deadline
     if (option.length > ONION_NBD_OPTION_DATA_MAX) {
         status = skip(connection, option.length, deadline_ms);
         if (status == 0)
-            refuse(&out, option.option, ONION_NBD_REP_ERR_TOO_BIG, "more than 65536 bytes");
+            refuse(&out, option.option, ONION_NBD_REP_ERR_TOO_BIG, "this option has more than 65536 bytes; send less");
         next = ONION_NBD_MORE_OPTIONS;
     } else {
         status = receive(connection, connection->in, option.length, deadline_ms);

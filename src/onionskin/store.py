@@ -12,15 +12,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, several
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
@@ -33,6 +32,7 @@ from onionskin.catalog.tree import (
     Snapshot,
     find_snapshot,
     list_snapshots,
+    unnamed_of,
 )
 from onionskin.errors import (
     ChainError,
@@ -61,6 +61,8 @@ from onionskin.storage.open_head import OpenHead, OpenView, Unwritten
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
@@ -113,11 +115,6 @@ class Store:
         whatever the umask. With None, only the owner may use it, and the modes are 0700 and 0600. Members other than
         the owner open the store with `trust`. If the store exists already, it must belong to this group.
 
-    Attributes
-    ----------
-    path : pathlib.Path
-        The directory, as it was given.
-
     Notes
     -----
     A store is a context manager. Any thread may call it, and other processes may have the same store open.
@@ -142,8 +139,14 @@ class Store:
     ) -> None:
         self._trust = trust
         self._opened: OpenStore = OpenStore(path, create=create, trust=trust, group=group, work=_work_in_background)
-        self.path: Path = self._opened.path
         self._cutting = KeyedLocks()
+
+    @property
+    def path(self) -> "Path":
+        """The directory of the store, as it was given: a `pathlib.Path`."""
+        from pathlib import Path
+
+        return Path(self._opened.path)
 
     @property
     def read_only(self) -> bool:
@@ -171,7 +174,7 @@ class Store:
 
     def __repr__(self) -> str:
         state = "closed" if self._opened.closed else "read-only" if self.read_only else "open"
-        return f"<Store {self.path} {state}>"
+        return f"<Store {self._opened.path} {state}>"
 
     def __reduce__(self) -> "tuple[Callable[[str, bool], Store], tuple[str, bool]]":
         return _open_again, (str(self._opened.layout.root), self._trust)
@@ -269,20 +272,20 @@ class Store:
             if size_bytes is None:
                 raise ValueError("a volume without a base needs a size, such as '20G'")
             return self._make_volume(name, None, block_size, wipe, size_bytes)
-        with self._base(Path(base), digest=digest, vouched=vouched) as below:
+        with self._base(FilePath(base), digest=digest, vouched=vouched) as below:
             if size_bytes is None and not below.size_bytes:
                 raise ValueError(f"a volume has at least one byte: the base {base} is empty; give a size")
             return self._make_volume(name, below, block_size, wipe, size_bytes or _check_size(below.size_bytes))
 
     @contextmanager
-    def _base(self, path: Path, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
+    def _base(self, path: FilePath, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
         """Describe a base, and keep merges out of it. The base must not be a file of the store."""
         if self._opened.layout.holds(path):
             raise ChainError(
                 f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
             )
         with described_base(path, digest=digest, vouched=vouched) as base:
-            refuse_half_merged(self._opened.catalog, Path(base.path))
+            refuse_half_merged(self._opened.catalog, FilePath(base.path))
             yield base
 
     def _make_volume(
@@ -576,18 +579,22 @@ class Store:
 
         Work that fails is left for the next time. It is no reason to refuse the volume.
         """
-
-        from onionskin.operations import reclaim, staged_volumes
-        from onionskin.operations.fold import fold_unnamed_below
+        from onionskin.operations import reclaim
 
         self._opened.reserve.make()
         with suppress(OSError, OnionskinError):
-            staged_volumes.drop_dead(self._opened)
+            if self._opened.catalog.staged_volumes():
+                from onionskin.operations import staged_volumes
+
+                staged_volumes.drop_dead(self._opened)
         if head.is_unwritten:  # the rest is for what it has of its own, and was found not to be needed below it
             with suppress(OSError, OnionskinError):
                 reclaim.work_soon(self._opened)
             return
-        fold_unnamed_below(head)
+        if unnamed_of(self._opened.catalog, head.row.id):  # those that the head stands on are among them
+            from onionskin.operations.fold import fold_unnamed_below
+
+            fold_unnamed_below(head)
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:
@@ -909,6 +916,8 @@ class Store:
         StateError
             At the end: a clone stands on a snapshot of it, or somebody holds one.
         """
+        from dataclasses import replace
+
         from onionskin.operations import forks, reclaim, volumes
 
         names = None if name is None else [name]
@@ -935,7 +944,7 @@ class Store:
         while True:
             row = self._opened.catalog.volume_with_id(id)
             if row is None:
-                raise VolumeNotFoundError(f"the volume {id.hex()} of {self.path} is gone")
+                raise VolumeNotFoundError(f"the volume {id.hex()} of {self._opened.path} is gone")
             with suppress(VolumeNotFoundError):  # it was renamed meanwhile
                 volume = self.open(row.name)
                 if volume._opened.row.id == id:
@@ -1322,8 +1331,8 @@ class Store:
         StateError
             A merge is writing the base.
         """
-        with described_base(Path(base), digest=verify) as new:
-            if self._opened.layout.holds(Path(new.path)):
+        with described_base(FilePath(base), digest=verify) as new:
+            if self._opened.layout.holds(FilePath(new.path)):
                 raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
             self._opened.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
@@ -1334,9 +1343,9 @@ class Store:
         old = read_chain(catalog, row.head).base
         if old is None:
             raise ChainError(f"volume {name!r} has no base to relocate")
-        if is_being_merged_into(Path(old.path)):
+        if is_being_merged_into(FilePath(old.path)):
             raise StateError(f"a merge writes the base {old.path} just now; wait for it to end, or cancel it")
-        refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
+        refuse_half_merged(catalog, FilePath(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "

@@ -7,7 +7,6 @@ operations/ has a module for each thing that is done to a volume.
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from onionskin.base.naming import check_name, check_note, several
@@ -18,8 +17,6 @@ from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.operations import snapshots
 from onionskin.operations.flush import flush
-from onionskin.operations.resize import resize
-from onionskin.storage.disk_file import DiskFile
 from onionskin.storage.open_head import OpenDisk
 
 if TYPE_CHECKING:
@@ -368,6 +365,8 @@ class Volume:
         OSError
             With ENOSPC, the size is as it was.
         """
+        from onionskin.operations.resize import resize
+
         resize(self._opened.to_write(), parse_size(size), force=force)
 
     def open_file(self) -> io.RawIOBase:
@@ -382,6 +381,8 @@ class Volume:
             A file that is writable if the volume is. It works as long as the volume is open, and closing the file does
             not close the volume.
         """
+        from onionskin.storage.disk_file import DiskFile
+
         return DiskFile(self)
 
     def extents(self) -> "Extents":
@@ -615,6 +616,8 @@ class Volume:
             A file could not be read to its end, or there is no space (ENOSPC). Then there is no image, and a file that
             was at the path is unchanged.
         """
+        from pathlib import Path
+
         from onionskin.operations import export
 
         export.export(self._opened, Path(path), replace=True, progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from onionskin.cli import volumes
+from onionskin.cli import listing
 from onionskin.operations import space, usage
 from onionskin.store import Store
 
@@ -81,7 +81,7 @@ def test_the_size_of_files_is_not_asked_for_where_no_column_shows_it(
     monkeypatch.setattr(space, "_FILES_QUICK", 1)
     assert ok(run("list", two)).splitlines()[1].split()[:5] == ["db", "1", "MiB", "-", "-"]
     with Store(two, create=False) as store:
-        assert not volumes.is_quick(store)
+        assert not listing.is_quick(store)
         assert [one.used_bytes for one in store.volumes(space=False)] == [None, None]
 
 

@@ -37,6 +37,10 @@ def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_name_alone_where_no_store_is(run: Run) -> None:
+    one_line(run("info", "web"), 3, "'web' does not exist as a store", "onionskin create web/VOLUME")
+
+
 def test_a_volume_that_is_not_there(run: Run, vms: Path) -> None:
     one_line(run("info", f"{vms}/nope"), 3, "nope")
 
@@ -120,7 +124,6 @@ def test_names_that_are_taken(run: Run, vms: Path, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["nope"], "No such command 'nope'"),
-        (["info", "web"], "./web"),
         (["map", "{s}/web", "--output", "{s}.raw"], "*.svg or *.png"),
         (["map", "{s}/web", "--output", "-", "--json"], "--json"),
         (["map", "{s}/web", "--columns", "0"], "0"),

@@ -10,7 +10,8 @@ from click.testing import Result
 
 from onionskin.cli.app import onionskin
 from onionskin.cli.man_pages import pages
-from onionskin.cli.verbs import _CALLED, SECTION_OF
+from onionskin.cli.sections import SECTION_OF
+from onionskin.cli.verbs import _CALLED
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]

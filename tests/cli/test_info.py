@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from onionskin.cli import volumes
+from onionskin.cli import describing
 
 Run = Callable[..., Result]
 
@@ -35,7 +35,7 @@ def test_a_store_in_the_current_directory_needs_no_slash(run: Run, vms: Path, mo
     monkeypatch.chdir(vms.parent)
     assert "volumes      1" in ok(run("info", "vms"))
     refused = run("info", "none")
-    assert refused.exit_code == 2 and "does not exist as a store" in refused.stderr
+    assert refused.exit_code == 3 and "does not exist as a store" in refused.stderr
 
 
 def test_a_volume_shows_its_layers_down_to_the_base(run: Run, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_volume_shows_its_layers_down_to_the_base(run: Run, tmp_path: Path) ->
 def test_of_a_long_chain_the_beginning_and_the_end_are_shown(
     run: Run, vms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volumes, "_LAYERS_SHOWN", 3)
+    monkeypatch.setattr(describing, "_LAYERS_SHOWN", 3)
     for name in "abc":
         ok(run("snapshot", f"{vms}/web@{name}"))
     lines = ok(run("info", f"{vms}/web")).splitlines()[-4:]

@@ -77,3 +77,18 @@ def test_what_cannot_be_a_default_is_wrong_usage(run: Run, vms: Path, assignment
 def test_a_store_has_no_size(run: Run, vms: Path) -> None:
     refused = run("get", str(vms), "size")
     assert refused.exit_code == 2 and "a store has no size" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", [["set"], ["get"], ["info"]], ids=lambda words: words[0])
+def test_of_a_store_that_is_missing_it_is_said_how_one_is_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rest = ["wipe=zero"] if verb == ["set"] else []
+    refused = run(*verb, "vms", *rest)
+    assert refused.exit_code == 3 and list(tmp_path.iterdir()) == []
+    assert "'vms' does not exist as a store; 'onionskin create vms/VOLUME --size SIZE' makes one" in refused.stderr
+    refused = run(*verb, "./vms", *rest)
+    assert refused.exit_code == 3 and "neither './vms' nor . is a store; 'onionskin create STORE/" in refused.stderr
+    refused = run("list", "vms")
+    assert refused.exit_code == 3 and "is not a store; 'onionskin create" in refused.stderr

@@ -55,7 +55,7 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/store.py",
-                "with suppress(OSError, OnionskinError):\n            staged_volumes.drop_dead(self._opened)\n",
+                "with suppress(OSError, OnionskinError):\n            if self._opened.catalog.staged_volumes():\n                from onionskin.operations import staged_volumes\n\n                staged_volumes.drop_dead(self._opened)\n",
                 "reclaim.remove_orphans(self._opened)\n",
             ),
             Edit(
@@ -176,10 +176,10 @@ FAULTS = [
     Fault(
         "A6: a base is relocated while a merge writes it",
         (
-            Edit("src/onionskin/store.py", "        if is_being_merged_into(Path(old.path)):", "        if False:"),
+            Edit("src/onionskin/store.py", "        if is_being_merged_into(FilePath(old.path)):", "        if False:"),
             Edit(
                 "src/onionskin/store.py",
-                "refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))",
+                "refuse_half_merged(catalog, FilePath(new.path), above=read_chain(catalog, row.head))",
                 "pass",
             ),
             Edit(

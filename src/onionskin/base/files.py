@@ -7,7 +7,6 @@ copy that is made from it, and no later check can tell.
 import os
 from collections.abc import Iterator
 from errno import EINVAL, EIO, ENXIO, EOPNOTSUPP
-from pathlib import Path
 
 # The errors by which a file system refuses SEEK_DATA as such: it knows no holes.
 _UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)
@@ -62,7 +61,7 @@ def refuse_shorter(descriptor: int, size_bytes: int, path: "str | os.PathLike[st
 def name_of(descriptor: int) -> str:
     """Name an open file for a message, as the kernel does."""
     try:
-        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
     except OSError:
         return f"descriptor {descriptor}"
 

@@ -4,10 +4,11 @@ A call site names its barrier in a comment at the end of its line: `# BARRIER: n
 """
 
 import os
-from pathlib import Path
+
+from onionskin.base.paths import FilePath
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: FilePath) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

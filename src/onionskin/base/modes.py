@@ -7,19 +7,19 @@ directory whose group may write, with the set-group-ID bit, is shared with its g
 
 import os
 import stat
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
 _SHARED = stat.S_ISGID | stat.S_IRWXG
 
 
-def is_shared(directory: Path) -> bool:
+def is_shared(directory: FilePath) -> bool:
     """Whether the members of a directory's group may use what is in it."""
     return directory.stat().st_mode & _SHARED == _SHARED
 
 
-def file_mode(directory: Path) -> int:
+def file_mode(directory: FilePath) -> int:
     """Return the mode that a new file in a directory of a store has."""
     return 0o660 if is_shared(directory) else 0o600
 
@@ -34,23 +34,23 @@ def make_file(path: "str | os.PathLike[str]") -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        share_file(descriptor, Path(path))
+        share_file(descriptor, FilePath(path))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def share_file(descriptor: int, path: Path) -> None:
+def share_file(descriptor: int, path: FilePath) -> None:
     """Let the group use a file that was just made, if its directory is shared."""
     if is_shared(path.parent):
         os.fchmod(descriptor, 0o660)
 
 
-def make_shared(directory: Path, group: str | int) -> None:
+def make_shared(directory: FilePath, group: str | int) -> None:
     """Share a directory that was just made with a group."""
     os.chown(directory, -1, group_id(group))
-    directory.chmod(0o2770)
+    os.chmod(directory, 0o2770)  # noqa: PTH101
 
 
 def group_id(group: str | int) -> int:
@@ -71,7 +71,7 @@ def group_id(group: str | int) -> int:
         raise ValueError(f"there is no group {group!r} on this machine") from None
 
 
-def refuse_other_group(directory: Path, group: str | int) -> None:
+def refuse_other_group(directory: FilePath, group: str | int) -> None:
     """Refuse a store that is not shared with the named group. Only a new store can be given to a group."""
     if not is_shared(directory) or directory.stat().st_gid != group_id(group):
         raise StateError(

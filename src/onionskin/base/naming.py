@@ -3,12 +3,12 @@
 `STORE/VOLUME@SNAPSHOT` must have only one reading, and a name must print on one line.
 """
 
-import unicodedata
 from collections.abc import Sequence
 
 from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
 
 NAMES_SHOWN = 10  # in a message
+_CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))  # which end or break a line
 # These characters change the look of the text around them, so a name with one can look like another name.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -29,7 +29,7 @@ def check_note(note: str) -> str:
     if not isinstance(note, str):
         raise TypeError(f"a note is a string, not {note!r}")
     note = str(note)
-    if "\0" in note or any(unicodedata.category(character) == "Cs" for character in note):
+    if "\0" in note or _has_surrogate(note):
         raise ValueError("a note cannot have a zero byte, or text that UTF-8 cannot hold; take it out")
     if len(note.encode()) > NOTE_BYTES_MAX:
         raise ValueError(
@@ -67,12 +67,16 @@ def _fault(name: str) -> str | None:
         return "it means a directory"
     if "/" in name or "@" in name:
         return "'/' and '@' stand between the parts of STORE/VOLUME@SNAPSHOT"
-    if any(unicodedata.category(character) == "Cs" for character in name):
+    if _has_surrogate(name):
         return "it is not text that UTF-8 can hold"
-    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
+    if not _CONTROLS.isdisjoint(name):
         return "it has a control character"
     if _BIDI.intersection(name):
         return "it has a character that changes the direction of the text"
     if len(name.encode()) > NAME_BYTES_MAX:
         return f"it is longer than {NAME_BYTES_MAX} bytes"
     return None
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

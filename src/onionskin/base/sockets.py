@@ -14,8 +14,8 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
 PORT = 10809
@@ -24,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 @contextmanager
-def _short_path(path: Path) -> Iterator[str]:
+def _short_path(path: FilePath) -> Iterator[str]:
     """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
     descriptor = os.open(path.absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -38,7 +38,7 @@ class UnixListener:
 
     Parameters
     ----------
-    path : Path
+    path : str or os.PathLike
         A socket on which no process listens is replaced.
     mode : int
 
@@ -50,8 +50,8 @@ class UnixListener:
         Something other than a socket is there.
     """
 
-    def __init__(self, path: Path, *, mode: int = 0o600) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: "str | os.PathLike[str]", *, mode: int = 0o600) -> None:
+        self.path = FilePath(path).absolute()
         _refuse_taken(self.path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # It gets its name by a rename, so that no client ever finds a socket that does not listen yet.
@@ -60,14 +60,14 @@ class UnixListener:
             os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, less the umask
             with _short_path(staged) as short:
                 with suppress(FileNotFoundError):
-                    Path(short).unlink()
+                    FilePath(short).unlink()
                 self.socket.bind(short)
                 self.socket.listen(BACKLOG)
                 found = os.lstat(short)
                 if stat.S_IMODE(found.st_mode) != mode:
                     os.chmod(short, mode)  # noqa: PTH101 - only ever widens: restores bits that the umask took away
             self._identity = (found.st_dev, found.st_ino)
-            staged.rename(self.path)
+            os.rename(staged, self.path)  # noqa: PTH104
         except BaseException as error:
             self.socket.close()
             with suppress(OSError):
@@ -86,7 +86,7 @@ class UnixListener:
                 self._identity = (-1, -1)
 
 
-def _refuse_taken(path: Path) -> None:
+def _refuse_taken(path: FilePath) -> None:
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _refuse_taken(path: Path) -> None:
     raise StateError(f"another server listens on {path}; stop it, or choose another path")
 
 
-def connect_unix(path: Path, *, seconds: float = 0) -> socket.socket:
+def connect_unix(path: FilePath, *, seconds: float = 0) -> socket.socket:
     """Connect to a Unix socket.
 
     The queue may be full, as it is for a process that was stopped. Then the call waits for so many seconds (0: for
@@ -188,7 +188,7 @@ def credentials_of(connection: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def uri_of(listener: socket.socket, path: Path | None, *, tls: bool) -> str:
+def uri_of(listener: socket.socket, path: "os.PathLike[str] | str | None", *, tls: bool) -> str:
     """Return the URI that clients connect to, without the name of an export."""
     if path is not None:
         return f"nbd+unix:///?socket={_quoted(os.fsencode(path))}"

@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base import forking
 from onionskin.base.modes import make_file
+from onionskin.base.paths import FilePath
 from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
@@ -78,7 +78,7 @@ class _Errors:
 class Connection:
     """One connection to a store's catalog. Any thread may call the methods."""
 
-    def __init__(self, path: Path, *, create: bool, read_only: bool = False) -> None:
+    def __init__(self, path: FilePath, *, create: bool, read_only: bool = False) -> None:
         self.path = path
         self.read_only = read_only
         self._copy: TemporaryDirectory[str] | None = None
@@ -91,7 +91,10 @@ class Connection:
         self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
         if not path.exists():
             if not create:
-                raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
+                raise VolumeNotFoundError(
+                    f"{path.parent} is not a store; 'onionskin create {path.parent}/VOLUME --size SIZE' makes one with its "
+                    "first volume"
+                )
             _make(path)
         if self.read_only:
             self._connection, self._copy = connect_to_read(path)
@@ -554,7 +557,7 @@ def _shown(id: object) -> str:
     return id.hex() if isinstance(id, bytes) else str(id)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: FilePath) -> sqlite3.Connection:
     make_index_in_place(path)
     try:
         connection = sqlite3.connect(
@@ -579,7 +582,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _make(path: Path) -> None:
+def _make(path: FilePath) -> None:
     """Make the catalog under another name and then move it to its place, so that a crash leaves a whole store or none.
 
     The name is durable once the catalog is opened, and so are the store's directories, which are older: to change the

@@ -8,15 +8,15 @@ that is overwritten in place has its blocks already. The attribute for this has 
 import fcntl
 import os
 import stat
-import struct
 from contextlib import suppress
-from pathlib import Path
+
+from onionskin.base.paths import FilePath
 
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of <linux/fs.h>
 _NOCOW = 0x00800000
 
 
-def make_index_in_place(catalog: Path) -> None:
+def make_index_in_place(catalog: FilePath) -> None:
     """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place."""
     index = catalog.with_name(f"{catalog.name}-shm")
     with suppress(OSError):  # if this fails, SQLite makes the index
@@ -26,6 +26,8 @@ def make_index_in_place(catalog: Path) -> None:
         descriptor = os.open(
             index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(found.st_mode)
         )
+        import struct  # this is seldom
+
         try:
             if os.geteuid() == 0:  # the owner of the catalog has to be able to use it; SQLite does the same
                 os.fchown(descriptor, found.st_uid, found.st_gid)

@@ -7,10 +7,10 @@ the log has to be applied, or the schema upgraded, this is done to the copy.
 import os
 import sqlite3
 from errno import EACCES, ENOSPC, EROFS
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.lazy import logger
+from onionskin.base.paths import FilePath
 from onionskin.catalog.sqlite_errors import translated
 from onionskin.errors import StateError
 
@@ -22,12 +22,12 @@ _log = logger(__name__)
 _TRIES = 5
 
 
-def can_be_written(catalog: Path) -> bool:
+def can_be_written(catalog: FilePath) -> bool:
     """Whether this process may write a catalog, and make files beside it."""
     return all(os.access(path, os.W_OK, effective_ids=True) for path in (catalog, catalog.parent))
 
 
-def why_not_written(catalog: Path) -> tuple[int, str]:
+def why_not_written(catalog: FilePath) -> tuple[int, str]:
     """Return the reason why a catalog can only be read: an errno, and a text."""
     if _cannot_change(catalog):
         return EROFS, "its file system is mounted read-only"
@@ -36,7 +36,7 @@ def why_not_written(catalog: Path) -> tuple[int, str]:
     return EACCES, f"it belongs to user {catalog.stat().st_uid}, and user {os.geteuid()} may not write it"
 
 
-def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str] | None]":
+def connect_to_read(path: FilePath) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str] | None]":
     """Connect to a catalog that may only be read; if a copy is read, return its directory too."""
     log = _log_of(path)
     if log.exists() and (log.stat().st_size or not _cannot_change(path)):
@@ -55,14 +55,14 @@ def connect_to_read(path: Path) -> "tuple[sqlite3.Connection, tempfile.Temporary
     return copied(path)
 
 
-def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str]]":
+def copied(path: FilePath) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory[str]]":
     """Connect to a private copy of a catalog and its log, as they are now."""
     import shutil
     import tempfile
 
     directory = tempfile.TemporaryDirectory(prefix="onionskin-")
     try:
-        copy = Path(directory.name) / path.name
+        copy = FilePath(directory.name) / path.name
         for _ in range(_TRIES):
             before = _looks(path)
             for one, target in ((path, copy), (_log_of(path), _log_of(copy))):
@@ -89,9 +89,11 @@ def copied(path: Path) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirectory
         raise
 
 
-def _connect(path: Path, how: str) -> sqlite3.Connection:
+def _connect(path: FilePath, how: str) -> sqlite3.Connection:
+    from pathlib import Path  # few stores are read alone
+
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, check_same_thread=False, timeout=60
+        f"{Path(path).absolute().as_uri()}?{how}", uri=True, isolation_level=None, check_same_thread=False, timeout=60
     )
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -101,15 +103,15 @@ def _connect(path: Path, how: str) -> sqlite3.Connection:
     return connection
 
 
-def _cannot_change(path: Path) -> bool:
+def _cannot_change(path: FilePath) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _log_of(path: Path) -> Path:
+def _log_of(path: FilePath) -> FilePath:
     return path.with_name(f"{path.name}-wal")
 
 
-def _looks(path: Path) -> list[tuple[int, int, int] | None]:
+def _looks(path: FilePath) -> list[tuple[int, int, int] | None]:
     found: list[tuple[int, int, int] | None] = []
     for one in (path, _log_of(path)):
         try:

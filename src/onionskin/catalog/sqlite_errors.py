@@ -5,8 +5,8 @@ import sqlite3
 import threading
 from contextlib import suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
 
 _LOG_BYTES = 128 << 10  # less room than this is too little for SQLite's log and its index
@@ -17,12 +17,12 @@ class CommitUnknownError(StateError):
     """COMMIT failed, and it is not known whether it took effect: the catalog must be read again."""
 
 
-def damaged(path: Path, what: object) -> FormatError:
+def damaged(path: FilePath, what: object) -> FormatError:
     """Make the error of a damaged catalog."""
     return FormatError(f"{path} is damaged: {what}; {RESTORE}")
 
 
-def _refusal(path: Path, otherwise: int) -> int:
+def _refusal(path: FilePath, otherwise: int) -> int:
     """Find out why a file cannot be opened or written: SQLite does not report the errno.
 
     A disk that is full to the last block, or the last inode, has no room for SQLite's log or its index. SQLite reports
@@ -41,7 +41,7 @@ def _refusal(path: Path, otherwise: int) -> int:
     return refused if refused in (ENOSPC, EDQUOT, EFBIG, EMFILE, ENFILE) else otherwise
 
 
-def _cannot_make(path: Path, count: int) -> int:
+def _cannot_make(path: FilePath, count: int) -> int:
     """Try to make `count` files as large as SQLite's log beside the catalog. Return 0, or the errno of the first failure.
 
     The files are removed again.
@@ -71,7 +71,7 @@ def primary_code(error: sqlite3.Error) -> int | None:
     return code & 0xFF if isinstance(code, int) else None
 
 
-def translated(error: sqlite3.Error, path: Path) -> Exception:
+def translated(error: sqlite3.Error, path: FilePath) -> Exception:
     """Return the exception to raise for an error of SQLite on the catalog at `path`."""
     if isinstance(error, sqlite3.ProgrammingError):  # the call itself is right, so the connection is closed
         return StateError(f"the store {path.parent} is closed; open it again")

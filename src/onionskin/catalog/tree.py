@@ -5,16 +5,16 @@ removes layers, and it only ever removes leaves that are not needed.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import SnapshotNotFoundError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Snapshot:
     """A snapshot of a volume.
 
@@ -94,7 +94,7 @@ def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, lay
 
 
 def nearest_name(
-    catalog: Path,
+    catalog: FilePath,
     layers: dict[bytes, LayerRow],
     names: dict[bytes, str],
     layer: bytes | None,

@@ -5,85 +5,37 @@ a short one costs would be imports that it does not need.
 """
 
 import importlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 import click
 
-from onionskin.cli import exit_status, verbs
+import onionskin as package
+from onionskin.cli import exit_status
+from onionskin.cli.sections import SECTIONS
 
 __all__ = ["onionskin"]
 
-_HELP = ["-h", "--help"]
-# By their sections: the verbs, and the module of onionskin.cli and the name in it of each.
-_SECTIONS = {
-    "Volumes": {
-        "create": "volumes.create",
-        "clone": "volumes.clone",
-        "flatten": "volumes.flatten",
-        "resize": "volumes.resize",
-        "rename": "volumes.rename",
-        "relocate": "volumes.relocate",
-        "delete": "volumes.delete",
-        "set": "properties.set_",
-        "get": "properties.get",
-    },
-    "Many copies": {
-        "fork": "forking.fork",
-        "forks": "forking.forks",
-        "lineage": "forking.lineage",
-        "expire": "forking.expire",
-    },
-    "Snapshots": {
-        "snapshot": "snapshots.snapshot",
-        "snapshots": "snapshots.snapshots",
-        "revert": "snapshots.revert",
-        "discard": "snapshots.discard",
-        "merge": "snapshots.merge",
-    },
-    "Keep snapshots, and how long": {
-        "hold": "keeping.hold",
-        "unhold": "keeping.unhold",
-        "holds": "keeping.holds",
-        "note": "keeping.note",
-        "prune": "keeping.prune",
-    },
-    "Look": {
-        "tree": "volumes.tree",
-        "list": "volumes.list_volumes",
-        "info": "volumes.info",
-        "usage": "snapshots.usage",
-        "diff": "snapshots.diff",
-        "compare": "compare.compare",
-        "map": "map.map_",
-    },
-    "Images and streams": {
-        "import": "exchange.import_",
-        "export": "exchange.export",
-        "delta": "exchange.delta",
-        "apply": "exchange.apply",
-    },
-    "Bytes of a disk": {
-        "read": "byte_ranges.read",
-        "write": "byte_ranges.write",
-        "trim": "byte_ranges.trim",
-        "zero": "byte_ranges.zero",
-    },
-    "Serve and mount": {
-        "serve": "serve.serve",
-        "stats": "serve.stats",
-        "mount": "serve.mount",
-        "umount": "serve.umount",
-    },
-    "Stores and this program": {
-        "check": "check.check",
-        "demo": "check.demo",
-        "bench": "bench.bench",
-        "completion": "check.completion",
-        "help": "verbs.help_",
-    },
-}
-_HOME = {verb: home for homes in _SECTIONS.values() for verb, home in homes.items()}
-verbs.SECTION_OF.update({verb: section for section, homes in _SECTIONS.items() for verb in homes})
+
+def _show_help(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if is_wanted and not ctx.resilient_parsing:
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if is_wanted and not ctx.resilient_parsing:
+        click.echo(f"onionskin {package.__version__}")
+        ctx.exit()
+
+
+def _eager(*names: str, act: Callable[[click.Context, click.Parameter, bool], None], about: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, is_eager=True, callback=act, help=about)
+
+
+# Not click's own, which look for translations and for the package's metadata: that takes longer than to list a store.
+_HELP = _eager("-h", "--help", act=_show_help, about="Show this message and exit.")
+_VERSION = _eager("--version", act=_show_version, about="Show the version and exit.")
+_HOME = {verb: home for homes in SECTIONS.values() for verb, home in homes.items()}
 
 
 class _Commands(MutableMapping[str, click.Command]):
@@ -96,8 +48,8 @@ class _Commands(MutableMapping[str, click.Command]):
         if verb not in self._loaded:
             module, attribute = _HOME[verb].split(".")
             command: click.Command = getattr(importlib.import_module(f"onionskin.cli.{module}"), attribute)
-            # Said of each, and not left to the group: click keeps the option that it made first, also without the group.
-            command.context_settings.setdefault("help_option_names", _HELP)
+            command.add_help_option = False
+            command.params.append(_HELP)
             self._loaded[verb] = command
         return self._loaded[verb]
 
@@ -122,9 +74,9 @@ class _Commands(MutableMapping[str, click.Command]):
     commands=_Commands(),
     epilog=exit_status.EPILOG,
     invoke_without_command=True,
-    context_settings={"help_option_names": _HELP},
+    params=[_VERSION, _HELP],
+    add_help_option=False,
 )
-@click.version_option(package_name="onionskin", message="onionskin %(version)s")
 @click.pass_context
 def onionskin(ctx: click.Context) -> None:
     """Copy-on-write snapshots of virtual disks: snapshot, revert, merge, discard, clone."""

@@ -5,15 +5,15 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.errors import OnionskinError, VolumeNotFoundError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Name(NamedTuple):
     """A volume of a store, or one of its snapshots."""
 
-    store: Path
+    store: FilePath
     volume: str
     snapshot: str | None = None
 
@@ -88,7 +88,7 @@ def is_trusted() -> bool:
     return ctx is not None and bool(ctx.meta.get(_TRUST))
 
 
-def open_store(path: Path, *, create: bool = False, group: str | None = None) -> "Store":
+def open_store(path: FilePath, *, create: bool = False, group: str | None = None) -> "Store":
     """Open a store as the options of the verb say; it must exist, unless `create`."""
     return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
 
@@ -127,7 +127,7 @@ def parse_name(text: str) -> Name:
         raise ValueError(f"{text!r} names no volume: write STORE/VOLUME or STORE/VOLUME@SNAPSHOT")
     if at and not snapshot:
         raise ValueError(f"{text!r} names no snapshot behind the @")
-    return Name(Path(directory or "/"), volume, snapshot or None)
+    return Name(FilePath(directory or "/"), volume, snapshot or None)
 
 
 WIPE = click.Choice(["release", "zero"])
@@ -167,7 +167,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         from click.shell_completion import CompletionItem
 
         directory, slash, last = incomplete.rpartition("/")
-        store = Path(directory or "/")
+        store = FilePath(directory or "/")
         if not slash or not is_store(store):
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
@@ -182,12 +182,30 @@ class VolumeOrStoreType(NameType):
     """A volume, one of its snapshots, or a store: the directory itself."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text, or fail as a usage error. What is a store is meant as one."""
-        if isinstance(value, str) and is_store(Path(value)):
-            return Path(value)
-        if isinstance(value, str) and "/" not in value:
+        """Parse the text, or fail as a usage error. What is a store is meant as one.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            Neither it nor the directory that it is in is a store.
+        """
+        if not isinstance(value, str):
+            return super().convert(value, param, ctx)
+        if is_store(FilePath(value)):
+            return FilePath(value)
+        directory, slash, last = value.rstrip("/").rpartition("/")
+        above = FilePath(directory or ("/" if slash else "."))
+        if not is_store(above) and os.access(above, os.X_OK):  # of one that cannot be searched nobody knows
+            neither = f"neither {value!r} nor {above!s} is" if slash else f"{value!r} does not exist as"
+            named = "STORE" if slash else value
+            raise VolumeNotFoundError(
+                f"{neither} a store; 'onionskin create {named}/VOLUME --size SIZE' makes one with its first volume"
+            )
+        if not slash:
             self.fail(
-                f"{value!r} does not exist as a store; for a volume of one that is here, write ./{value}", param, ctx
+                f"{value!r} does not exist as a store; for the volume of the store that is here, write ./{last}",
+                param,
+                ctx,
             )
         return super().convert(value, param, ctx)
 
@@ -197,9 +215,9 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]
 
     name = "STORE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FilePath:
         """Make a path of it."""
-        return Path(value)
+        return FilePath(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Let the shell offer directories."""
@@ -219,6 +237,29 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
             return parse_size(value)
         except ValueError as wrong:
             self.fail(str(wrong), param, ctx)
+
+
+class LabelType(click.ParamType):  # type: ignore[type-arg]
+    """A label, as KEY=VALUE."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Take the two apart at the first =, or fail as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is no label; write KEY=VALUE", param, ctx)
+        return key, text
+
+
+LABEL = LabelType()
+
+
+def label_option(about: str) -> "Callable[[Any], Any]":
+    """Make the option --label, which may come several times."""
+    return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
 
 
 STORE = StoreType()
@@ -243,12 +284,12 @@ wipe_option = click.option(
 )
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: FilePath) -> bool:
     """Whether a directory is a store."""
-    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - Path.is_file raises where it cannot search
+    return os.path.isfile(path / "catalog.db")  # noqa: PTH113 - FilePath.is_file raises where it cannot search
 
 
-def _names_in(path: Path, with_snapshots: bool) -> list[str]:
+def _names_in(path: FilePath, with_snapshots: bool) -> list[str]:
     try:
         with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
             volumes = {row.id: row.name for row in store._opened.catalog.volumes_by_name()}

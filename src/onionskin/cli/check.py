@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import get_completion_class
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import completion as shells
 from onionskin.cli import exit_status, output
 from onionskin.cli.arguments import SIZE, STORE, open_store, trust_option
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--repair", is_flag=True, help="Mend what can be mended without losing data.")
 @trust_option
 @json_option
-def check(store: Path, repair: bool, as_json: bool) -> None:
+def check(store: FilePath, repair: bool, as_json: bool) -> None:
     """Look for damage in a store."""
     with open_store(store) as opened:
         problems = opened.check(repair=repair)

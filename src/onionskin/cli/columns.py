@@ -7,10 +7,11 @@ the number itself, in bytes or in seconds since 1970. A column that takes long i
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+from onionskin.base.records import record
 from onionskin.cli import output
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ Listed = TypeVar("Listed")
 Cell = str | int | datetime | None
 
 
-class Column(NamedTuple, Generic[Listed]):
+@record
+class Column(Generic[Listed]):
     """One column: what it is called behind -o and in the heading, and what it shows of a row.
 
     A number is a size in bytes if `is_size`. None stands for what is not there, or was not found out.
@@ -50,7 +52,8 @@ class Column(NamedTuple, Generic[Listed]):
         return "-" if value is None else str(value)
 
 
-class Asked(NamedTuple):
+@record
+class Asked:
     """What the options ask for."""
 
     columns: tuple[str, ...] | None

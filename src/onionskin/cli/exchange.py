@@ -24,9 +24,9 @@ from onionskin.cli.arguments import (
     trust_option,
     wipe_option,
 )
+from onionskin.cli.chosen import same_store
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import same_store, snapshot_value
-from onionskin.cli.volumes import volume_value
+from onionskin.cli.values import snapshot_value, volume_value
 from onionskin.exchange.image_formats import KNOWN, SUFFIXES
 from onionskin.images import FORMATS, export_image, export_to_device, import_image, reading, refuse_device
 

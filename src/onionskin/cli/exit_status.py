@@ -16,14 +16,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 import click
 from click.exceptions import Abort, Exit
 
-from onionskin.cli import output, verbs
+from onionskin.base.paths import FilePath
+from onionskin.cli import output
 from onionskin.errors import (
     ChainError,
     FormatError,
@@ -199,9 +199,9 @@ def _is_in_store(error: OSError) -> bool:
     """Whether an error is about a file of a store, or about one of its directories."""
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return False
-    path = Path(os.fsdecode(error.filename))
+    path = FilePath(os.fsdecode(error.filename))
     with contextlib.suppress(OSError):
-        return any(os.path.lexists(directory / "catalog.db") for directory in list(path.parents)[:2])
+        return any(os.path.lexists(directory / "catalog.db") for directory in path.parents[:2])
     return False
 
 
@@ -220,6 +220,8 @@ class Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verbs under what they are for."""
+        from onionskin.cli import verbs
+
         verbs.format_sections(self, ctx, formatter)
 
     def resolve_command(
@@ -227,6 +229,8 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb, or say which one may be meant."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            from onionskin.cli import verbs
+
             raise click.UsageError(f"No such command {args[0]!r}{verbs.suggestion(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 

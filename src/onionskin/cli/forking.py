@@ -1,38 +1,23 @@
 """The verbs for many copies: fork, forks, lineage, expire."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
-from onionskin.cli.arguments import STORE, VOLUME, VOLUME_OR_SNAPSHOT, WIPE, Name, open_store, trust_option
+from onionskin.cli.arguments import (
+    STORE,
+    VOLUME,
+    VOLUME_OR_SNAPSHOT,
+    WIPE,
+    Name,
+    label_option,
+    open_store,
+    trust_option,
+)
+from onionskin.cli.chosen import same_store
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import same_store
-
-
-class LabelType(click.ParamType):  # type: ignore[type-arg]
-    """A label, as KEY=VALUE."""
-
-    name = "KEY=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """Take the two apart at the first =, or fail as a usage error."""
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not (key and equals):
-            self.fail(f"{value!r} is no label; write KEY=VALUE", param, ctx)
-        return key, text
-
-
-LABEL = LabelType()
-
-
-def label_option(about: str) -> "Callable[[Any], Any]":
-    """Make the option --label, which may come several times."""
-    return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
 
 
 @click.command()
@@ -138,7 +123,7 @@ def lineage(name: Name, as_json: bool) -> None:
 @click.argument("store", type=STORE)
 @trust_option
 @json_option
-def expire(store: Path, as_json: bool) -> None:
+def expire(store: FilePath, as_json: bool) -> None:
     """Delete the volumes whose lifetime is over.
 
     One stays that is open, that has snapshots, or from which others were forked; it goes with a later call.

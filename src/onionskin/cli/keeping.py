@@ -10,8 +10,9 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
+from onionskin.cli.chosen import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed, snapshot_value
+from onionskin.cli.values import snapshot_value
 
 if TYPE_CHECKING:
     from onionskin.operations.prune import Retention, Rules

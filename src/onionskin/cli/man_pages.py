@@ -9,7 +9,7 @@ import re
 import click
 
 from onionskin.cli.app import onionskin
-from onionskin.cli.verbs import SECTION_OF
+from onionskin.cli.sections import SECTION_OF
 
 _STATUS = re.compile(r"^  (\d+)\s+(.*)$", re.MULTILINE)
 

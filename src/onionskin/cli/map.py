@@ -1,4 +1,4 @@
-"""The verb map, which shows where the data of a disk is; and the output of pictures."""
+"""The verb map, which shows where the data of a disk is."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from onionskin.base.states import HOLE
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
+from onionskin.cli.picture_file import PictureType, write_picture
 
 if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
@@ -21,36 +22,6 @@ FILE_COLUMNS, FILE_ROWS = 96, 24
 TEXT_COLUMNS, TEXT_ROWS = 64, 16
 TEXT_COLUMNS_MAX = 128
 OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a column that stays free
-
-
-class PictureType(click.ParamType):  # type: ignore[type-arg]
-    """A file to write: its suffix gives the format, and keeps a slip from overwriting a disk image."""
-
-    name = "FILE"
-
-    def __init__(self, *suffixes: str) -> None:
-        self.suffixes = suffixes
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Make a path of it, or fail as a usage error; `-` is stdout, and gets SVG."""
-        path = Path(value)
-        if str(path) != "-" and path.suffix.lower() not in self.suffixes:
-            self.fail(f"{str(path)!r} is no picture: name it {' or '.join('*' + one for one in self.suffixes)}", param)
-        return path
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Let the shell offer files."""
-        return [click.shell_completion.CompletionItem(incomplete, type="file")]
-
-
-def write_picture(path: Path, picture: bytes) -> None:
-    """Write a picture to a file, which is replaced, or to stdout."""
-    if str(path) == "-":
-        out = output.StandardStream("stdout")
-        out.write(picture)
-        out.flush()
-    else:
-        path.write_bytes(picture)
 
 
 @click.command(name="map")

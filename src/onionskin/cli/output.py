@@ -7,9 +7,7 @@ imported only to draw a progress bar, and what else few verbs need is imported w
 
 import contextlib
 import errno
-import fcntl
 import os
-import select
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,12 +112,16 @@ class StandardStream:
 
     def _wait(self) -> None:
         """Wait until it is ready: who started us, or shares a terminal or a pipe with us, may have made it non-blocking."""
+        import select
+
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN if self.name == "stdin" else select.POLLOUT)
         poll.poll()
 
     def refuse_closed(self) -> None:
         """Raise EBADF where it is closed, or not open this way: before anything is made for it."""
+        import fcntl
+
         wanted = os.O_RDONLY if self.name == "stdin" else os.O_WRONLY
         with naming(self.name):
             mode = fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_ACCMODE

@@ -1,10 +1,10 @@
 """The verbs for what a volume was made with, and a store makes volumes with: get and set."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_STORE, Name, open_store, trust_option
@@ -23,7 +23,7 @@ _OF_STORE = ("wipe", "block-size")
 @click.argument("assignment", metavar="PROPERTY=VALUE")
 @trust_option
 @json_option
-def set_(name: Name | Path, assignment: str, as_json: bool) -> None:
+def set_(name: Name | FilePath, assignment: str, as_json: bool) -> None:
     """Change a property of a volume, which nobody may have open, or what a store makes volumes with.
 
     Of a volume: wipe=zero overwrites from then on what is freed of the volume and its snapshots, and wipe=release gives it
@@ -33,7 +33,7 @@ def set_(name: Name | Path, assignment: str, as_json: bool) -> None:
     --block-size. Volumes that exist keep theirs, and a clone has those of its origin.
     """
     key, _, value = assignment.partition("=")
-    if isinstance(name, Path):
+    if isinstance(name, FilePath):
         _set_default(name, key, value, assignment, as_json)
         return
     if key != "wipe":
@@ -47,7 +47,7 @@ def set_(name: Name | Path, assignment: str, as_json: bool) -> None:
     output.tell(as_json, _values(about), lambda: f"{name} has {key}={value} now")
 
 
-def _set_default(path: Path, key: str, value: str, assignment: str, as_json: bool) -> None:
+def _set_default(path: FilePath, key: str, value: str, assignment: str, as_json: bool) -> None:
     if key not in _OF_STORE:
         raise click.UsageError(
             f"{assignment!r} sets no property of a store: write wipe=zero, wipe=release or block-size=SIZE"
@@ -78,13 +78,13 @@ def _policy(value: str) -> Literal["release", "zero"]:
 @click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970.")
 @trust_option
 @json_option
-def get(name: Name | Path, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
+def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
     """Show properties of a volume or a store: those that are named, or all.
 
     A volume has wipe, size, block-size, base and created. A store has wipe and block-size, which are those of the volumes
     that are made without saying them. set changes wipe, and block-size of a store.
     """
-    if isinstance(name, Path):
+    if isinstance(name, FilePath):
         for one in properties:
             if one not in _OF_STORE:
                 raise click.UsageError(f"a store has no {one}: it has {' and '.join(_OF_STORE)}")
@@ -128,7 +128,7 @@ def _values(about: "VolumeInfo") -> dict[str, Any]:
     }
 
 
-def _values_of_store(path: Path, defaults: "Defaults") -> dict[str, Any]:
+def _values_of_store(path: FilePath, defaults: "Defaults") -> dict[str, Any]:
     return {"path": str(path), "wipe": defaults.wipe, "block_size": defaults.block_size}
 
 

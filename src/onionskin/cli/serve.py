@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
 from onionskin.cli.arguments import (
     SIZE,
@@ -231,7 +232,7 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
 
 def _add(server: "Server", text: str) -> None:
     """Serve a name of the command line: a directory that is a store, or else a volume in one."""
-    if is_store(Path(text)):
+    if is_store(FilePath(text)):
         server.exports.add_store(Path(text))
         return
     name = parse_name(text)

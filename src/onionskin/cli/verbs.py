@@ -6,8 +6,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.output import json_option
-
-SECTION_OF: dict[str, str] = {}  # by the name of a verb; `app` fills it
+from onionskin.cli.sections import SECTION_OF
 
 # What other programs call it: qemu-img, zfs, rbd, git, restic, virsh.
 _CALLED = {

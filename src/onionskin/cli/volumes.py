@@ -1,9 +1,7 @@
-"""The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
+"""The verbs for whole volumes: create, clone, flatten, resize, rename, relocate, delete."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -15,10 +13,8 @@ from onionskin.cli.arguments import (
     NEW_VOLUME,
     SIZE,
     SNAPSHOT,
-    STORE,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
-    VOLUME_SNAPSHOT_OR_STORE,
     WIPE,
     Name,
     block_size_option,
@@ -29,42 +25,19 @@ from onionskin.cli.arguments import (
     trust_option,
     wipe_option,
 )
-from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
-from onionskin.cli.forking import label_option
+from onionskin.cli.chosen import find_snapshot, same_store
 from onionskin.cli.losses import dry_run_option, yes_option
-from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value, space_of, space_value
+from onionskin.cli.values import snapshot_value, volume_value
 from onionskin.errors import FormatError, StateError
 
 if TYPE_CHECKING:
-    from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
-    from onionskin.operations.chain_members import ChainLayer
-    from onionskin.operations.lineage import Ancestor
-    from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
-    from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store
     from onionskin.volume import Volume
 
 FILE = click.Path(path_type=Path, readable=False)
-
-
-def volume_value(info: "VolumeInfo") -> dict[str, Any]:
-    """Return the JSON value of a volume."""
-    return {
-        "name": info.name,
-        "size_bytes": info.size_bytes,
-        "block_size": info.block_size,
-        "wipe": info.wipe,
-        "base": None if info.base is None else str(info.base),
-        "created": output.timestamp(info.created),
-        "snapshots": info.snapshots,
-        "holder": info.holder,
-        "used_bytes": info.used_bytes,
-        "written_bytes": info.written_bytes,
-    }
 
 
 @click.command()
@@ -129,262 +102,6 @@ def create(
         about = store.info(name.volume)
     over = f" over {about.base}" if about.base else ""
     output.tell(as_json, volume_value(about), lambda: f"made {name}: {output.size(about.size_bytes)}{over}")
-
-
-@click.command()
-@click.argument("store", type=STORE)
-@click.option("--output", "-o", "path", type=PictureType(".svg"), help="Write a picture as SVG; - is stdout.")
-@trust_option
-@json_option
-def tree(store: Path, path: Path | None, as_json: bool) -> None:
-    """Draw the bases, snapshots, clones and heads of a store.
-
-    A fork or clone that does not stand on the snapshot that it began as says what it came from.
-    """
-    if as_json and path is not None and str(path) == "-":
-        raise click.UsageError("--json and --output - both want stdout: give --output a file")
-    with open_store(store) as opened:
-        nodes = opened.tree()
-    if path is not None:
-        from onionskin.pictures.trees import tree_svg
-
-        write_picture(path, tree_svg(str(store), nodes).encode())
-        if str(path) == "-":
-            return
-    output.show(
-        as_json,
-        [_node_value(node) for node in nodes] if as_json else None,
-        lambda: _draw(nodes) if path is None else f"wrote {path}",
-    )
-
-
-def _node_value(root: "TreeNode") -> dict[str, Any]:
-    """Return the JSON value of a node and all below it, without recursion, as chains can be deep."""
-    values: dict[int, dict[str, Any]] = {}
-    pending = [root]
-    order = []
-    while pending:
-        node = pending.pop()
-        order.append(node)
-        pending.extend(node.children)
-    for node in reversed(order):
-        values[id(node)] = {
-            "kind": node.kind,
-            "name": node.name,
-            "size_bytes": node.size_bytes,
-            "created": output.timestamp(node.created),
-            "note": node.note,
-            "bytes_held": node.bytes_held,
-            "origins": [_origin_value(one) for one in node.origins],
-            "children": [values[id(child)] for child in node.children],
-        }
-    return values[id(root)]
-
-
-def _origin_value(origin: "Ancestor") -> dict[str, Any]:
-    return {
-        "volume": origin.name,
-        "snapshot": origin.snapshot,
-        "created": output.timestamp(origin.created),
-        "dropped": output.timestamp(origin.dropped),
-    }
-
-
-_COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bright_black", "head": "yellow"}
-
-
-def _node_line(node: "TreeNode", origins: "Sequence[Ancestor]") -> str:
-    from onionskin.pictures.trees import source
-
-    # A layer without a name is one that a merge left because several children need it.
-    label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
-    about = [node.kind, output.size(node.size_bytes)]
-    if node.kind != "base":
-        about.append(f"holds {output.size(node.bytes_held)}")
-    if node.kind == "snapshot" and node.created is not None:
-        about.append(output.when(node.created))
-    for one in origins:
-        gone = f" (dropped {output.when(one.dropped)})" if one.dropped else ""
-        about.append(f"from {output.cell(source(one))}{gone}")
-    note = f"  {output.cell(node.note)}" if node.note else ""
-    return f"{label}  {', '.join(about)}{note}"
-
-
-def _draw(nodes: "list[TreeNode]") -> str:
-    """Draw trees; a node with one child goes straight down, so that a long chain stays on the page."""
-    from onionskin.pictures.trees import origins_to_show
-
-    fancy = output.printable("├└│") == "├└│"
-    branch, last, pipe = ("├── ", "└── ", "│   ") if fancy else ("|-- ", "`-- ", "|   ")
-    lines = []
-    pending: list[tuple[TreeNode, str, str, str | None]] = [(node, "", "", None) for node in reversed(nodes)]
-    while pending:
-        node, lead, below, beneath = pending.pop()
-        lines.append(lead + _node_line(node, origins_to_show(node, beneath)))
-        for index, child in enumerate(reversed(node.children)):
-            mark, under = (last, "    ") if index == 0 else (branch, pipe)
-            pending.append((child, below + mark, below + under, node.name))
-    return "\n".join(lines) or "no volumes"
-
-
-_COLUMNS: "tuple[Column[VolumeInfo], ...]" = (
-    Column("name", "VOLUME", lambda about: about.name),
-    Column("size", "SIZE", lambda about: about.size_bytes, is_size=True),
-    Column("used", "USED", lambda about: about.used_bytes, is_size=True, is_slow=True),
-    Column("written", "WRITTEN", lambda about: about.written_bytes, is_size=True, is_slow=True),
-    Column("snapshots", "SNAPSHOTS", lambda about: about.snapshots, is_number=True),
-    Column("wipe", "WIPE", lambda about: about.wipe),
-    Column("base", "BASE", lambda about: None if about.base is None else str(about.base)),
-    Column("holder", "HELD-BY", lambda about: _holder(about) or None),
-    Column("block-size", "BLOCK-SIZE", lambda about: about.block_size, is_size=True),
-    Column("created", "CREATED", lambda about: about.created),
-)
-_SHOWN = ("name", "size", "used", "written", "snapshots", "wipe", "base", "holder")
-
-
-@click.command(name="list")
-@click.argument("store", type=STORE)
-@label_option("List those alone that have this label.")
-@column_options(_COLUMNS)
-@trust_option
-@json_option
-def list_volumes(store: Path, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
-    """List the volumes of a store.
-
-    USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of
-    that was written since the last snapshot. In a store of more than 20,000 files they are shown only with -o.
-    """
-    with open_store(store) as opened:
-        space = is_asked(asked, _COLUMNS)
-        if space is None:
-            space = as_json or is_quick(opened)
-        volumes = in_order(asked, _COLUMNS, opened.volumes(labels=dict(labels), space=space))
-    value = [volume_value(about) for about in volumes] if as_json else None
-    output.show(as_json, value, lambda: draw(asked, _COLUMNS, volumes, _SHOWN))
-
-
-def is_quick(store: "Store") -> bool:
-    """Whether nobody minds waiting for what the volumes of a store hold."""
-    from onionskin.operations import space
-
-    return space.is_quick(store._opened)
-
-
-def _holder(about: "VolumeInfo") -> str:
-    return "" if about.holder is None else f"process {about.holder}"
-
-
-@click.command()
-@click.argument("name", type=VOLUME_SNAPSHOT_OR_STORE, metavar="STORE[/VOLUME[@SNAPSHOT]]")
-@trust_option
-@json_option
-def info(name: Name | Path, as_json: bool) -> None:
-    """Describe a store, a volume or a snapshot.
-
-    Of a volume and a snapshot that includes the layers that it stands on, down to the base, and what each of them holds.
-    """
-    if isinstance(name, Path):
-        _show_store(name, as_json)
-        return
-    with name.open_store() as store:
-        about = store.info(name.volume)
-        snapshot = find_snapshot(store.snapshots(name.volume), name) if name.snapshot else None
-        space = space_of(store, name.volume, wanted=None).get(snapshot.name) if snapshot else None
-        chain = store.chain(name.volume, name.snapshot)
-    if snapshot is None:
-        pairs, value = _volume_fields(about), volume_value(about)
-    else:
-        pairs, value = _snapshot_fields(about, snapshot, space), snapshot_value(snapshot) | space_value(space)
-    value["chain"] = [_layer_value(layer) for layer in chain]
-    output.show(as_json, value, lambda: f"{output.fields(pairs)}\n\n{_draw_chain(chain)}")
-
-
-def _volume_fields(about: "VolumeInfo") -> list[tuple[str, str]]:
-    return [
-        ("volume", about.name),
-        ("size", f"{output.size(about.size_bytes)} ({about.size_bytes} bytes)"),
-        ("block size", output.size(about.block_size)),
-        ("wipe", about.wipe),
-        ("base", str(about.base or "none")),
-        ("made", output.when(about.created)),
-        ("snapshots", str(about.snapshots)),
-        ("used", output.size(about.used_bytes)),
-        ("written", f"{output.size(about.written_bytes)} since the last snapshot"),
-        ("held by", _holder(about) or "nobody"),
-    ]
-
-
-def _snapshot_fields(about: "VolumeInfo", snapshot: "Snapshot", space: "SnapshotSpace | None") -> list[tuple[str, str]]:
-    return [
-        ("snapshot", snapshot.name),
-        ("of volume", about.name),
-        ("size", f"{output.size(snapshot.size_bytes)} ({snapshot.size_bytes} bytes)"),
-        ("used", output.size(space.used_bytes if space else None)),
-        ("written", output.size(space.written_bytes if space else None)),
-        ("taken", output.when(snapshot.created)),
-        ("parent", snapshot.parent or "none"),
-        ("note", snapshot.note),
-        ("guid", snapshot.guid),
-    ]
-
-
-def _layer_value(layer: "ChainLayer") -> dict[str, Any]:
-    return {
-        "kind": layer.kind,
-        "name": layer.name,
-        "created": output.timestamp(layer.created),
-        "size_bytes": layer.size_bytes,
-        "bytes_held": layer.bytes_held,
-        "format": layer.format,
-    }
-
-
-_LAYERS_SHOWN = 30
-
-
-def _draw_chain(chain: "list[ChainLayer]") -> str:
-    """Draw what a disk stands on, top first; of a long chain its beginning, and the base."""
-    shown = chain if len(chain) <= _LAYERS_SHOWN else [*chain[: _LAYERS_SHOWN - 2], *chain[-1:]]
-    rows = [
-        (
-            f"{layer.kind}, {layer.format}" if layer.format else layer.kind,
-            output.size(layer.size_bytes),
-            "missing" if layer.bytes_held is None else output.size(layer.bytes_held),
-            output.when(layer.created) or "-",
-            layer.name,  # last, since a path may be long
-        )
-        for layer in shown
-    ]
-    lines = output.table(("LAYER", "SIZE", "HOLDS", "MADE", "NAME"), rows, right="SIZE HOLDS").split("\n")
-    if len(shown) < len(chain):
-        lines.insert(len(lines) - 1, f"... {len(chain) - len(shown)} more, which --json lists")
-    return "\n".join(lines)
-
-
-def _show_store(path: Path, as_json: bool) -> None:
-    with open_store(path) as store:
-        about = store.store_info()
-    size = output.size
-    waits = [f"{about.pending_work} files or parts of files are to be freed"] if about.pending_work else []
-    if about.unfinished_base_merges:
-        waits.append("a merge into a base was begun and has not ended; run 'onionskin merge --into-base' again")
-    by_repair = (
-        f"{size(about.bytes_freed_by_repair)} in files that nothing names; onionskin check --repair removes them"
-    )
-    pairs = [
-        ("store", about.path),
-        ("format", f"version {about.format_version}"),
-        ("volumes", str(about.volumes)),
-        ("snapshots", str(about.snapshots)),
-        ("holds", f"{size(about.bytes_held)}, and {size(about.map_bytes)} of block maps"),
-        ("work", "; ".join(waits) or "none waits"),
-        ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
-        ("left over", by_repair if about.bytes_freed_by_repair else ""),
-        ("new volumes", f"wipe {about.default_wipe}, blocks of {size(about.default_block_size)}"),
-        ("reserve", size(about.reserve_bytes)),
-        ("read-only", "yes" if about.read_only else ""),
-    ]
-    output.show(as_json, asdict(about) if as_json else None, lambda: output.fields(pairs))
 
 
 @click.command()

@@ -18,11 +18,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
+from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
@@ -66,7 +66,7 @@ class Served(Protocol):
 
 
 _listening_guard = threading.Lock()
-_listening: "dict[Path, ControlSocket]" = {}  # by their paths: a caller of a group talks with one for all volumes
+_listening: "dict[str, ControlSocket]" = {}  # by their paths: a caller of a group talks with one for all volumes
 
 
 class Cancelled(KeyboardInterrupt):
@@ -81,7 +81,7 @@ def may_connect(uid: int, owner: int) -> bool:
 class ControlSocket:
     """Listens on the control socket of one volume. Each connection has a thread."""
 
-    def __init__(self, path: Path, served: Served, log: Callable[[str], None]) -> None:
+    def __init__(self, path: FilePath, served: Served, log: Callable[[str], None]) -> None:
         self._served = served
         self._log = log
         self._owner = os.geteuid()

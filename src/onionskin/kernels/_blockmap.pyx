@@ -50,7 +50,7 @@ SEGMENT_NUMBERS = 1 << 16
 
 cdef int check(int status) except -1:
     if status < 0:
-        raise OSError(-status, os.strerror(-status))
+        raise OSError(-status, f"the index cannot be changed: {os.strerror(-status)}")
     return status
 
 

@@ -112,7 +112,7 @@ cdef class CopyJob:
         self._extent_count = len(extents)
         self._extents = <onion_copy_extent *>calloc(self._extent_count or 1, sizeof(onion_copy_extent))
         if self._extents == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {self._extent_count} extents")
         if hasattr(extents, "dtype"):
             self._take_table(extents)
         else:
@@ -194,8 +194,8 @@ cdef class CopyJob:
         if status == ONION_E_CANCELLED:
             raise CopyCancelled(f"the copy was cancelled after {self.bytes_done} of {self.bytes_total} bytes")
         if status < 0:
-            raise OSError(-status, os.strerror(-status))
+            raise OSError(-status, f"the copy failed: {os.strerror(-status)}")
         if self._progress.bytes_done != self.bytes_total:  # a caller that frees the source next relies on this check
-            raise OSError(_EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes")
+            raise OSError(_EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes; run it again")
         return CopyResult(self._progress.bytes_done, self._progress.bytes_reflinked, self._progress.bytes_ranged,
                           self._progress.bytes_copied, self._progress.bytes_zeroed)

@@ -554,7 +554,7 @@ cdef class LayerMap:
         """
         self._check_open()
         if size_bytes is not None and not 0 <= size_bytes <= ONION_VOLUME_BYTES_MAX:
-            raise ValueError(f"{size_bytes} is no size of a volume")
+            raise ValueError(f"{size_bytes} is no size of a volume, which has 1 byte to 64 TiB")
         path = os.fspath(path)
         header = encode_header(MAGIC_MAP, block_size=self.block_size, uuid=map_id, wipe_zero=wipe_zero)
         descriptor = make_file(path)

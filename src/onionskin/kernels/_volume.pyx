@@ -247,6 +247,28 @@ cdef object _refusal(int status, object what):
     return None
 
 
+def error_of(status, what, path=None, offset=0):
+    """Return the exception of a negative code, about an operation (`what`) and the byte of a file."""
+    refusal = _refusal(status, what)
+    if refusal is not None:
+        return refusal
+    if status in (
+        ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN, ONION_E_CUT_LOG, ONION_E_NOT_A_FILE
+    ):
+        return _damage(status, path, offset)
+    if status == ONION_E_BOUNDS:
+        return ValueError(f"{what}: the range passes the end of the volume; give one that ends in it")
+    if status == ONION_E_VERIFY:
+        return OSError(EIO, f"{what}: bytes that were overwritten with zeros do not read back as zeros; the "
+                             "device may be failing, and the kernel's log may say more", path)
+    if status == ONION_E_FULL_SEGMENT:
+        return OSError(EFBIG, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
+    reason = os.strerror(-status)
+    if path is None:
+        return OSError(-status, f"{what}: {reason}")
+    return OSError(-status, f"{reason} at byte {offset}" if offset else reason, path)
+
+
 cdef int _raise(int status, object what, object path=None) except -1:
     """Raise the exception of a negative code.
 
@@ -258,30 +280,15 @@ cdef int _raise(int status, object what, object path=None) except -1:
     if site != NULL:
         path, offset = os.fsdecode(site.path), site.offset
     onion_site_clear()
-    refusal = _refusal(status, what)
-    if refusal is not None:
-        raise refusal
-    if status in (
-        ONION_E_FORMAT, ONION_E_VERSION, ONION_E_CHECKSUM, ONION_E_TORN, ONION_E_CUT_LOG, ONION_E_NOT_A_FILE
-    ):
-        raise _damage(status, path, offset)
-    if status == ONION_E_BOUNDS:
-        raise ValueError(f"{what}: the range passes the end of the volume")
-    if status == ONION_E_VERIFY:
-        raise OSError(EIO, f"{what}: bytes read back after the wipe are not zero", path)
-    if status == ONION_E_FULL_SEGMENT:
-        raise OSError(EFBIG, f"{what}: the head's segment has no slot left; take a snapshot to begin a new one", path)
-    reason = os.strerror(-status)
-    if path is None:
-        raise OSError(-status, f"{what}: {reason}")
-    raise OSError(-status, f"{reason} at byte {offset}" if offset else reason, path)
+    raise error_of(status, what, path, offset)
 
 
 cdef int _raise_range(int status, object what, object offset, object length, uint64_t size_bytes, object path=None) except -1:
     """Raise the exception of a negative code, as `_raise` does, for an operation on a range of the disk."""
     if status == ONION_E_BOUNDS:
         raise ValueError(
-            f"{what}: {length} bytes at offset {offset} pass the end of the volume, which has {size_bytes} bytes"
+            f"{what}: {length} bytes at offset {offset} pass the end of the volume, which has {size_bytes} bytes; give "
+            "a range that ends in it"
         )
     return _raise(status, what, path)
 
@@ -316,12 +323,14 @@ cdef int _refuse_buffer(object buffer, int flags) except -1:
     try:
         memory = memoryview(buffer)
     except TypeError:
-        raise TypeError(f"a bytes-like object is wanted, not {type(buffer).__name__}") from None
+        raise TypeError(
+            f"a bytes-like object is wanted, such as bytes or a NumPy array, not {type(buffer).__name__}"
+        ) from None
     if not memory.c_contiguous:
         raise BufferError("the buffer is not contiguous: copy it, for instance with numpy.ascontiguousarray")
     if flags & PyBUF_WRITABLE and memory.readonly:
-        raise BufferError("the buffer is read-only: it cannot be read into")
-    raise BufferError("the object gives no contiguous memory")
+        raise BufferError("the buffer is read-only, so nothing can be read into it: give a writable one, such as a bytearray")
+    raise BufferError("the object gives no contiguous memory: copy it into bytes")
 
 
 cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
@@ -344,7 +353,8 @@ cdef int _get_buffer(object buffer, Py_buffer *view, int flags) except -1:
     while format != NULL and format[0]:
         if format[0] == b"O":
             PyBuffer_Release(view)
-            raise TypeError("an array of Python objects has no bytes that could be kept on a disk")
+            raise TypeError("an array of Python objects has no bytes that could be kept on a disk: convert it, "
+                            "for instance with astype")
         format += 1
     return 0
 
@@ -360,7 +370,7 @@ cdef object _indices(object block_indices):
     if indices.size and indices.dtype.kind not in "iu":
         raise TypeError(f"block indices are whole numbers, not {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and indices.min() < 0:
-        raise ValueError("block indices count from 0")
+        raise ValueError(f"block indices count from 0, and one is {indices.min()}")
     return numpy.array(indices, dtype=numpy.uint64).reshape(-1)
 
 
@@ -375,7 +385,7 @@ cdef onion_segment_ref *_segment_refs(object segments) except? NULL:
     cdef Py_ssize_t i, count = len(segments)
     cdef onion_segment_ref *refs = <onion_segment_ref *>malloc((count + 1) * sizeof(onion_segment_ref))
     if refs == NULL:
-        raise MemoryError
+        raise MemoryError(f"no memory for {count} segments")
     try:
         for i in range(count):
             _copy_id(refs[i].uuid, segments[i][0])
@@ -442,7 +452,7 @@ cdef class _MappedRange:
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         if flags & PyBUF_WRITABLE:
-            raise BufferError("a view of a snapshot is read-only")
+            raise BufferError("a view of a snapshot is read-only: ask for a read-only buffer, or copy it")
         self.shape[0] = self.length
         buffer.buf = <char *>self.address + self.start
         buffer.format = NULL
@@ -726,7 +736,8 @@ cdef class DataPath:
     cdef int _raise_blocks(self, int status, object what, object indices) except -1:
         if status == ONION_E_BOUNDS:
             count = -(-self.size_bytes // self.block_size)
-            raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks")
+            raise ValueError(f"{what}: block {indices.max()} is past the end of the volume, which has {count} blocks; "
+                             "give blocks that it has")
         return _raise(status, what)
 
     def read_blocks(self, block_indices, out=None):
@@ -744,7 +755,8 @@ cdef class DataPath:
             _get_buffer(out, &out_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             try:
                 if out_view.len != index_view.len // INDEX_BYTES * self.block_size:
-                    raise ValueError(f"out has {out_view.len} bytes, needs {index_view.len // INDEX_BYTES * self.block_size}")
+                    raise ValueError(f"read_blocks: out has {out_view.len} bytes, and so many blocks have "
+                                     f"{index_view.len // INDEX_BYTES * self.block_size}; give as many")
                 with nogil:
                     status = onion_volume_read_blocks(
                         self._volume, <const uint64_t *>index_view.buf, index_view.len // INDEX_BYTES, out_view.buf)
@@ -766,7 +778,8 @@ cdef class DataPath:
             _get_buffer(data, &data_view, PyBUF_SIMPLE)
             try:
                 if data_view.len != index_view.len // INDEX_BYTES * self.block_size:
-                    raise ValueError(f"data has {data_view.len} bytes, needs {index_view.len // INDEX_BYTES * self.block_size}")
+                    raise ValueError(f"write_blocks: data has {data_view.len} bytes, and so many blocks have "
+                                     f"{index_view.len // INDEX_BYTES * self.block_size}; give as many")
                 with nogil:
                     status = onion_volume_write_blocks(
                         self._volume, <const uint64_t *>index_view.buf, index_view.len // INDEX_BYTES, data_view.buf)
@@ -805,7 +818,7 @@ cdef class DataPath:
         cdef int64_t count
         cdef onion_run *raw = <onion_run *>malloc(RUNS_AT_ONCE * sizeof(onion_run))
         if raw == NULL:
-            raise MemoryError
+            raise MemoryError("no memory for the runs of a map")
         parts = []
         try:
             while next_block < end:
@@ -840,7 +853,7 @@ cdef class DataPath:
             count = onion_volume_segments(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {count} segments")
         try:
             with nogil:
                 found = onion_volume_segments(self._volume, infos, count)
@@ -854,7 +867,7 @@ cdef class DataPath:
         cdef uint32_t count = onion_volume_just_sealed(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {count} segments")
         try:
             count = min(count, onion_volume_just_sealed(self._volume, infos, count))
             return [(id, slots) for _, id, _, slots in _segment_list(infos, count)]
@@ -921,7 +934,7 @@ cdef class DataPath:
         cdef uint32_t capacity = onion_volume_segments(self._volume, NULL, 0) + 1
         ids = <unsigned char *>malloc(capacity * ONION_UUID_BYTES)
         if ids == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {capacity} segments")
         try:
             with nogil:
                 count = onion_volume_unused_segments(self._volume, ids, capacity)
@@ -1003,7 +1016,7 @@ cdef class DataPath:
             status = onion_volume_seal(self._volume, c_path, id, &raw)
         if status < 0:
             if status == -EBUSY:
-                raise StateError("snapshot: no spare segment is registered")
+                raise StateError("snapshot: the volume has no spare segment to go on with; close the volume and open it again")
             _raise(status, "snapshot")
         return _sealed(&raw, self._just_sealed())
 
@@ -1018,7 +1031,7 @@ cdef class DataPath:
             status = onion_volume_seal_begin(self._volume, c_path, id)
         if status < 0:
             if status == -EBUSY:
-                raise StateError("snapshot: no spare segment is registered")
+                raise StateError("snapshot: the volume has no spare segment to go on with; close the volume and open it again")
             _raise(status, "snapshot")
 
     def seal_sync(self):
@@ -1163,7 +1176,8 @@ cdef class DataPath:
             status = onion_volume_prepare_below(self._volume, &source)
         if status == -EBUSY or status == -ENOENT:
             raise StateError(
-                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or gone"
+                "merge: a change of what lies below is under way, or a segment that is to be dropped is still needed, or "
+                "gone; try again when it has ended"
             )
         if status < 0:
             _raise(status, "merge", layer[0] if layer is not None else None if base_fd is None else _path_of(base_fd))
@@ -1182,7 +1196,7 @@ cdef class DataPath:
         with nogil:
             status = onion_volume_commit_below(self._volume)
         if status == -EINVAL:
-            raise StateError("merge: nothing is prepared")
+            raise StateError("merge: nothing is prepared; call prepare_below first")
         onion_site_clear()
         return status == 0
 
@@ -1261,14 +1275,14 @@ cdef _cut(paths, names, peers, words, wait_seconds):
     cdef DataPath path
     cdef onion_cut at
     if len(set(paths)) != len(paths):
-        raise ValueError("snapshot: a volume is named twice")
+        raise ValueError("snapshot: a volume is named twice; name each once")
     at.count, at.peer_count = len(paths), len(peers)
     _set_words(&at.words, words)
     cdef onion_volume **volumes = <onion_volume **>malloc((at.count + 1) * sizeof(onion_volume *))
     cdef int *descriptors = <int *>malloc((at.peer_count + 1) * sizeof(int))
     try:
         if volumes == NULL or descriptors == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory to cut {at.count} volumes")
         for index, path in enumerate(paths):
             volumes[<uint32_t>index] = path._volume
         for index, peer in enumerate(peers):

@@ -84,7 +84,7 @@ cdef class WipeJob:
         self._range_count = len(rows)
         self._ranges = <onion_byte_range *>calloc(self._range_count or 1, sizeof(onion_byte_range))
         if self._ranges == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {self._range_count} ranges")
         end = 0
         for i, (offset, length) in enumerate(rows):
             if offset < end:

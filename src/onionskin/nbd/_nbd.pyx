@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 import os
 import threading
 
-from onionskin.kernels._volume import DataPath
+from onionskin.kernels._volume import DataPath, error_of
 from onionskin.errors import StateError
 from onionskin.base.lazy import numpy
 
@@ -84,13 +84,6 @@ cdef extern from "nbd/server.h" nogil:
     int onion_nbd_event_fd(const onion_nbd_server *)
     uint32_t onion_nbd_next_event(onion_nbd_server *, char *, uint64_t *)
     int onion_nbd_stop(onion_nbd_server *, uint64_t)
-
-cdef extern from "base/status.h" nogil:
-    enum:
-        ONION_E_POISONED
-
-cdef enum:
-    ERRNO_MAX = 4095  # Linux has no greater one
 
 # Numbered as the protocol's commands; "disc" has no counter.
 _VERBS = ("read", "write", "disc", "flush", "trim", "cache", "write_zeroes", "block_status")
@@ -338,7 +331,7 @@ cdef class NbdServer:
             if status == -EINVAL:
                 raise ValueError("a server needs connections_max of at least 1, request_bytes_max from 65536 to "
                                  "33554432, and bytes_in_flight_max of at least request_bytes_max")
-            raise OSError(-status, os.strerror(-status))
+            raise OSError(-status, f"the NBD server cannot be made: {os.strerror(-status)}")
 
     def __dealloc__(self):
         # After a fork the threads are the parent's, and so are their locks.
@@ -349,18 +342,15 @@ cdef class NbdServer:
     cdef int _raise(self, int64_t status, object name) except -1:
         # A flush that failed here says in which file.
         cdef const onion_site *site = onion_site_of(<int>status)
-        where = name if site == NULL else os.fsdecode(site.path)
+        where, offset = (name, 0) if site == NULL else (os.fsdecode(site.path), site.offset)
         onion_site_clear()
         if status == -ENOENT:
             raise KeyError(name)
         if status == -ESHUTDOWN:
-            raise StateError("the NBD server is stopped")
-        if status == ONION_E_POISONED:
-            raise StateError(f"{name}: an earlier sync failed; close the volume and open it again")
+            raise StateError("the NBD server is stopped; start another one")
         if status == -EINVAL:
-            raise ValueError(f"{name}: longer than 4096 bytes, or runs that are not sorted and apart")
-        reason = os.strerror(-status) if -status <= ERRNO_MAX else f"error {status}"
-        raise OSError(-status, reason, where)
+            raise ValueError(f"{name}: the name has more than 4096 bytes, or the runs are not sorted and apart")
+        raise error_of(status, name, where, offset)
 
     property on_unknown_export:
         def __get__(self):
@@ -600,7 +590,7 @@ cdef class NbdServer:
         cdef onion_nbd_connection_info *infos = <onion_nbd_connection_info *>malloc(
             capacity * sizeof(onion_nbd_connection_info))
         if infos == NULL:
-            raise MemoryError
+            raise MemoryError(f"no memory for {capacity} connections")
         try:
             count = min(capacity, onion_nbd_connections(self._server, infos, capacity))
             return [
@@ -686,5 +676,5 @@ cdef onion_volume *_volume_of(object path) except NULL:
 cdef bytes _encoded(object text):
     encoded = text.encode()
     if b"\0" in encoded:
-        raise ValueError(f"{text!r} has a zero byte in it")
+        raise ValueError(f"{text!r} has a zero byte in it, which no name over NBD can have")
     return encoded

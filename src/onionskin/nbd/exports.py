@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onionskin.base.closing import call_all
+from onionskin.base.paths import FilePath
 from onionskin.catalog import VolumeRow
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
@@ -26,6 +26,9 @@ from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import AnyPath
 
 VIEW_IDLE_SECONDS = 30.0
 NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
@@ -84,7 +87,7 @@ class Exports:
         self._uris = uris
         self._stopping = stopping
         self._want_tidying = want_tidying
-        self._stores: dict[Path, Store] = {}
+        self._stores: dict[FilePath, Store] = {}
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
         self.table = ExportTable(nbd, log)
@@ -104,7 +107,7 @@ class Exports:
 
     # ---- what is served ----
 
-    def add_store(self, path: Path) -> None:
+    def add_store(self, path: "AnyPath") -> None:
         """Serve all volumes of a store, including those that are created later.
 
         A volume that cannot be opened does not keep the others from being served. The log says why it cannot be opened,
@@ -126,11 +129,11 @@ class Exports:
             raise failures[0]
         self._whole_stores.append(store)
 
-    def add_volume(self, path: Path, name: str) -> None:
+    def add_volume(self, path: "AnyPath", name: str) -> None:
         """Serve a volume, and its snapshots."""
         self._serve(self._store(path), name, is_new=True)
 
-    def add_snapshot(self, path: Path, name: str, snapshot: str) -> None:
+    def add_snapshot(self, path: "AnyPath", name: str, snapshot: str) -> None:
         """Serve one snapshot, without holding its volume."""
         store = self._store(path)
         view, row = open_snapshot(store, store._opened.catalog.volume(name).id, snapshot)
@@ -144,8 +147,8 @@ class Exports:
             view.close()
             raise
 
-    def _store(self, path: Path) -> Store:
-        key = path.resolve()
+    def _store(self, path: "AnyPath") -> Store:
+        key = FilePath(path).resolve()
         if key not in self._stores:
             more: dict[str, bool] = {"trust": True} if self._trust else {}
             self._stores[key] = Store(path, create=False, **more)

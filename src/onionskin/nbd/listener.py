@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, is_local, listen_tcp, uri_of
 from onionskin.errors import StateError
 from onionskin.nbd.tls import Terms
@@ -19,7 +20,7 @@ class Listener:
     """A listening socket. `path` is the path of a Unix socket that was made here."""
 
     socket: socket.socket
-    path: Path | None = None
+    path: FilePath | None = None
     tls: Terms | None = None
     close: Callable[[], None] = field(default=lambda: None)
 

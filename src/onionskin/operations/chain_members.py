@@ -3,10 +3,10 @@
 What must hold: all is read in one state of the catalog. No map is read, and nothing is opened.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.operations.space import bytes_of_layers
@@ -16,7 +16,7 @@ from onionskin.storage.layout import allocated_bytes
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ChainMember:
     """One layer of a chain, or the base below it.
 
@@ -35,7 +35,7 @@ class ChainMember:
     created: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ChainLayer:
     """One layer of a chain, or the base below it, and what it holds.
 
@@ -105,6 +105,6 @@ def chain_of(store: OpenStore, name: str, snapshot: str | None) -> list[ChainLay
 
 def _bytes_of_base(path: str) -> int | None:
     try:
-        return allocated_bytes(Path(path).stat())
+        return allocated_bytes(FilePath(path).stat())
     except OSError:
         return None

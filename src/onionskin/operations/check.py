@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from errno import ENXIO
-from pathlib import Path
 
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
+from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, SnapshotRow, VolumeRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
@@ -147,7 +147,7 @@ def _check_segments(
             yield Problem("error", fault, str(path), RESTORE)
 
 
-def _segment_fault(path: Path, id: bytes, block_size: int, slots: int) -> str | None:
+def _segment_fault(path: FilePath, id: bytes, block_size: int, slots: int) -> str | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
@@ -186,7 +186,7 @@ def _data_without_map(
             )
 
 
-def _data_from(path: Path, offset: int) -> int | None:
+def _data_from(path: FilePath, offset: int) -> int | None:
     """Return where the first data at or behind an offset of a file lies, or None if there is no data or no file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -298,7 +298,7 @@ def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
 def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
     named = _named_files(rows)
     for entry in listed:
-        path = Path(entry.path)
+        path = FilePath(entry.path)
         ours = bool(_OUR_NAME.fullmatch(entry.name))
         try:
             found = path.lstat()

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import ENOSPC
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import data_ranges, name_of
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
+from onionskin.base.paths import FilePath
 from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin.storage.chain import Chain, open_chain
 from onionskin.storage.open_head import OpenDisk
@@ -208,7 +208,7 @@ def copy_runs(
 def copy_table(
     table: "Array",
     segment: "Array",
-    sources: Mapping[int, Path | int],
+    sources: Mapping[int, FilePath | int],
     *,
     reflink: bool,
     punch: bool,
@@ -239,7 +239,7 @@ def copy_table(
 
 
 def _by_segments(
-    table: "Array", segment: "Array", sources: Mapping[int, Path | int]
+    table: "Array", segment: "Array", sources: Mapping[int, FilePath | int]
 ) -> "Iterator[tuple[Array, list[int]]]":
     """Cut a table into parts that need few descriptors each, open the sources that are paths, and fill them in.
 
@@ -256,7 +256,7 @@ def _by_segments(
                 if not number:
                     continue
                 source = sources[int(number)]
-                if isinstance(source, Path):
+                if isinstance(source, FilePath):
                     source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
                     descriptors.append(source)
                 part["source"][segment[mine] == number] = source
@@ -267,7 +267,7 @@ def _by_segments(
         yield part, descriptors
 
 
-def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: Path) -> None:
+def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | os.PathLike[str]") -> None:
     """Refuse a copy of a whole disk if the file system has no room for it. Parts that are reflinked need no room."""
     pieces = pieces_of(opened)
     lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
@@ -293,12 +293,12 @@ def may_reflink(chain: Chain) -> bool:
     return all(layer.wipe == "release" for layer in chain.layers)
 
 
-def _segment_can_reflink(segment: Path, directory: Path) -> bool:
-    with segment.open("rb") as file:
+def _segment_can_reflink(segment: FilePath, directory: "str | os.PathLike[str]") -> bool:
+    with open(segment, "rb") as file:
         return _can_reflink(file.fileno(), directory)
 
 
-def _can_reflink(source: int, directory: Path) -> bool:
+def _can_reflink(source: int, directory: "str | os.PathLike[str]") -> bool:
     """Try whether a file in a directory can share blocks with an open file."""
     import tempfile
 

@@ -5,13 +5,13 @@ meanwhile stays, with everything that was written to it. Snapshots keep the laye
 """
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
+from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import StateError
@@ -180,7 +180,7 @@ def _copy_pieces(
     table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
     table["source_offset"][from_base] = pieces["first"][from_base] * block_size
     table["length"] = (pieces["end"] - pieces["first"]) * block_size
-    sources: dict[int, Path | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    sources: dict[int, FilePath | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
     if base and opened.base_lock:
         sources[copy.BASE] = opened.base_lock.descriptor
         inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)

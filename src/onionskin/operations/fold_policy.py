@@ -14,8 +14,8 @@ times, in whatever order snapshots are merged. The layers that are left are few,
 
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.kernels._maplog import HEADER_BYTES, LayerMap
 from onionskin.storage.block_maps import open_map
@@ -143,7 +143,7 @@ def _frees_enough(store: OpenStore, run: Sequence[LayerRow], weight: int) -> boo
     return freed > 0 if zero else freed >= FREED_BYTES_MIN * weight
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class Laid:
     """The result of laying layers over each other: one map, and how many blocks of each segment it no longer names."""
 

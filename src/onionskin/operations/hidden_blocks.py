@@ -15,11 +15,11 @@ that a layer hides of those below it stay hidden.
 
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, STATE_DATA, LayerMap
@@ -50,7 +50,7 @@ _log = logger(__name__)
 LAYERS_MAX = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Above:
     """A layer without a name, and the layers above it, up to the ones that have a name or are heads."""
 
@@ -135,7 +135,7 @@ def without_hidden(
     return {id: blocks for id, blocks in freed.items() if blocks}
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Hidden:
     """The blocks that layers hide. `path` is the data path of `head`, whose volume the caller holds."""
 

@@ -6,10 +6,10 @@ comes between the question and the drop. The catalog's own reference from a hold
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from onionskin.base.naming import check_name, some_of
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, HoldRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import StateError
@@ -17,7 +17,7 @@ from onionskin.operations.snapshot_names import find_chosen
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Hold:
     """Somebody who needs a snapshot: it is not discarded, merged or deleted, and neither is its volume.
 

@@ -5,9 +5,9 @@ has now; one that is gone keeps it as long as another comes from it, and no long
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, LineageRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.storage.open_store import OpenStore
@@ -15,7 +15,7 @@ from onionskin.storage.open_store import OpenStore
 ORIGINS_MAX = 16
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ancestor:
     """A volume that another one was cloned or forked from.
 

@@ -6,9 +6,9 @@ not exist, because a store may have a hundred thousand of them.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 
+from onionskin.base.records import field, record
 from onionskin.catalog import LayerRow, LineageRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import when
@@ -21,7 +21,7 @@ from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VolumeInfo:
     """The description of a volume.
 
@@ -46,7 +46,7 @@ class VolumeInfo:
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class TreeNode:
     """A node of the tree of a store. Its `kind` is `base`, `snapshot`, `layer` (without a name) or `head`.
 

@@ -8,11 +8,11 @@ written is the base, and its path leads to it. Reads do not change, whatever ste
 import os
 import time
 from errno import EDQUOT, ENOSPC
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
 from onionskin.base.naming import some_of
+from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, WorkRow, new_id
 from onionskin.catalog.tree import descendants, find_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, StateError
@@ -108,7 +108,7 @@ def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
     """
     looks = looks_of(lock.descriptor)
     same = looks == (base.inode, base.size_bytes, base.mtime_ns) or (half_merged and looks[0] == base.inode)
-    if not (same and is_file_at(lock.descriptor, Path(base.path))):
+    if not (same and is_file_at(lock.descriptor, FilePath(base.path))):
         raise ChainError(
             f"the base {base.path} is not the file that the volume stands on any more: it was exchanged or changed. Put "
             "it back, or name the right one with 'onionskin relocate'; nothing was dropped"
@@ -183,8 +183,8 @@ def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes
         ]
         children = catalog.children_of_layers(folded[:-1] if target else folded)
         needed += [f"a branch on layer {child.id.hex()[:8]}" for child in children if child.id not in ids]
-        path = Path(chain.base.path)
-        same_file = [base.id for base in catalog.all_sound(BaseRow) if is_same_file(Path(base.path), path)]
+        path = FilePath(chain.base.path)
+        same_file = [base.id for base in catalog.all_sound(BaseRow) if is_same_file(FilePath(base.path), path)]
         for bottom in catalog.layers_standing_on(same_file):
             if bottom.id != ids[0]:
                 needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]

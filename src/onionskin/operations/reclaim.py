@@ -11,12 +11,12 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import ELOOP
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_directory
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
@@ -26,6 +26,8 @@ from onionskin.storage.locks import STORE_BYTE
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy
     import numpy.typing
 
@@ -204,7 +206,7 @@ def unlink_files_of(store: OpenStore, volumes: Collection[bytes]) -> None:
     failed: OSError | None = None
     for path in (path for volume in volumes for path in store.layout.files_of_volume(volume)):
         try:
-            os.unlink(path)  # noqa: PTH108 - a Path of each of a thousand takes longer than unlinking it
+            os.unlink(path)  # noqa: PTH108 - a FilePath of each of a thousand takes longer than unlinking it
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -221,7 +223,7 @@ def _refuse_named(store: OpenStore, row: WorkRow) -> None:
         raise FormatError(f"{catalog.path} is damaged: it frees the {row.kind} {row.target.hex()}, which a layer has")
 
 
-def open_to_free(path: Path) -> int | None:
+def open_to_free(path: "str | os.PathLike[str]") -> int | None:
     """Open a file of the store that is about to be overwritten or unlinked. Returns None if it is gone.
 
     Raises
@@ -270,7 +272,7 @@ def wants_zeros(descriptor: int) -> bool:
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
-def segment_wants_zeros(path: Path) -> bool:
+def segment_wants_zeros(path: FilePath) -> bool:
     """Whether the header of a segment says that it has to be wiped. Raises FileNotFoundError if there is no such file.
 
     No data path may have opened the file yet, so a link or a pipe may be in its place. A link is not followed, and a
@@ -367,8 +369,10 @@ def remove_orphans(store: OpenStore) -> list[str]:
     return removed
 
 
-def orphans(store: OpenStore) -> list[Path]:
+def orphans(store: OpenStore) -> "list[Path]":
     """Return the files that have the name of a map or a segment, but no row in the catalog."""
+    from pathlib import Path
+
     catalog, layout = store.catalog, store.layout
     with catalog.reading():
         work = catalog.all_sound(WorkRow)
@@ -379,6 +383,6 @@ def orphans(store: OpenStore) -> list[Path]:
         return sorted(
             path
             for directory, suffix, named in ((layout.layers, ".map", maps), (layout.segments, ".seg", files))
-            for path in directory.iterdir()
+            for path in Path(directory).iterdir()
             if path.suffix == suffix and _ID_NAME.fullmatch(path.stem) and bytes.fromhex(path.stem) not in named
         )

@@ -17,10 +17,10 @@ still holds.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from onionskin.base.records import record
 from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import FormatError, StateError
@@ -39,7 +39,7 @@ Check = Callable[[], None]
 Also = Callable[[LayerRow, LayerRow], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NextHead:
     """The ids of the new head and its spare segment after a seal, and the lock bytes of its map and of the spare."""
 
@@ -49,7 +49,7 @@ class NextHead:
     spare_byte: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SealedHead:
     """What is durable of a head that was cut off, and what the volume goes on with: all that the rows are written from.
 

@@ -24,11 +24,7 @@ from onionskin.catalog.tree import (
 from onionskin.errors import StateError
 from onionskin.operations import holds, reclaim, snapshot_names
 from onionskin.operations.flush import flush
-from onionskin.operations.fold import fold_where_unnamed
-from onionskin.operations.hidden_blocks import free_hidden
-from onionskin.operations.restart import restart_on
 from onionskin.operations.seal import Part, RemoteHead, seal_together
-from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -118,6 +114,8 @@ def parent_of(volume: OpenDisk) -> Snapshot | None:
 
 def is_changed(volume: OpenDisk) -> bool:
     """Whether anything was written, trimmed or resized since `parent_of`. This flushes first."""
+    from onionskin.storage.block_maps import map_is_used
+
     flush(volume)
     catalog = volume.store.catalog
     named = {row.layer for row in catalog.snapshots_of(volume.row.id)}
@@ -131,6 +129,9 @@ def is_changed(volume: OpenDisk) -> bool:
 
 def revert(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
     """Make the disk read as a snapshot again. See `Volume.revert`."""
+    from onionskin.operations.hidden_blocks import free_hidden
+    from onionskin.operations.restart import restart_on
+
     with volume.operation():
         catalog = volume.store.catalog
         target = snapshot_names.find_chosen(catalog, volume.row, [name], guid)[0].layer
@@ -143,6 +144,10 @@ def discard(
     volume: OpenHead, names: Sequence[str], *, recursive: bool, guids: str | Sequence[str] | None = None
 ) -> None:
     """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
+    from onionskin.operations.fold import fold_where_unnamed
+    from onionskin.operations.hidden_blocks import free_hidden
+    from onionskin.operations.restart import restart_on
+
     with volume.operation():
         catalog = volume.store.catalog
         rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)
@@ -229,6 +234,9 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
 
 def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] | None = None) -> None:
     """Drop snapshots' names and keep all data. See `Volume.merge`."""
+    from onionskin.operations.fold import fold_where_unnamed
+    from onionskin.operations.hidden_blocks import free_hidden
+
     with volume.operation():
         catalog = volume.store.catalog
         rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)

@@ -10,10 +10,10 @@ volume of what stands on it, and to none if that is more than one.
 import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.storage.layout import allocated_bytes, allocated_files, listed
 from onionskin.storage.open_store import OpenStore
@@ -106,7 +106,7 @@ def _held_by_layers(store: OpenStore) -> dict[bytes, int]:
     return held
 
 
-def _segment_files(directory: Path) -> dict[bytes, int]:
+def _segment_files(directory: FilePath) -> dict[bytes, int]:
     """Return the bytes of data that each segment takes; those without any are left out."""
     return {id: taken - HEADER_BYTES for id, taken in allocated_files(directory, ".seg") if taken > HEADER_BYTES}
 

@@ -9,9 +9,9 @@ The row of a staged volume is that of a volume, with a name that no volume can h
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from onionskin.base.naming import check_name
+from onionskin.base.records import record
 from onionskin.base.states import DATA
 from onionskin.catalog import Catalog, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import STAGED_PREFIX
@@ -29,7 +29,7 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StagedVolume:
     """A disk without a name. `stage` makes it.
 

@@ -7,9 +7,9 @@ directory which files are not needed. While a file is being made, its lock byte 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
 
+from onionskin.base.records import field, record
 from onionskin.catalog import WorkRow, new_id
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
@@ -17,7 +17,7 @@ from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StagedFiles:
     """The rows of files that are being made, in the order in which they were asked for."""
 

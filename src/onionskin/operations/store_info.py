@@ -7,8 +7,8 @@ being made has a row by then; and nothing is asked once for each file.
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from onionskin.base.paths import FilePath
 from onionskin.catalog import SCHEMA_VERSION, LayerRow, WorkRow
 from onionskin.errors import FormatError, StateError
 from onionskin.operations.locked_maps import locked_maps
@@ -106,12 +106,12 @@ def store_info(store: OpenStore) -> StoreInfo:
     )
 
 
-def _still_there(path_of: Callable[[bytes], Path], sizes: dict[bytes, int], ids: set[bytes]) -> int:
+def _still_there(path_of: Callable[[bytes], FilePath], sizes: dict[bytes, int], ids: set[bytes]) -> int:
     """Add up files that had no row: one that was freed between the two looks is gone."""
     return sum(sizes[id] for id in ids if path_of(id).exists())
 
 
-def _size(path: Path) -> int:
+def _size(path: FilePath) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -5,9 +5,9 @@ is loaded once, and no more than two are in memory at a time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from onionskin.base.records import record
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.kernels._maplog import LayerMap
@@ -16,7 +16,7 @@ from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Usage:
     """The space that one snapshot takes.
 

@@ -5,9 +5,9 @@ long chain is one lane, a thousand clones are one lane, and no tree of n nodes h
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onionskin.base.records import record
 from onionskin.base.sizes import format_size
 from onionskin.pictures import svg
 
@@ -26,7 +26,7 @@ _STYLE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Place:
     """Where a node is drawn; `parent` is the index of the place of its parent, None for a root."""
 

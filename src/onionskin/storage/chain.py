@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
@@ -89,9 +89,9 @@ def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLo
     base = chain.base
     if base is None:
         return None
-    half_merged = refuse_half_merged(catalog, Path(base.path), above=chain)
+    half_merged = refuse_half_merged(catalog, FilePath(base.path), above=chain)
     try:
-        lock = BaseLock(Path(base.path))
+        lock = BaseLock(FilePath(base.path))
     except FileNotFoundError:
         raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
     try:
@@ -113,7 +113,7 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
 
     The size and time of a base may differ if a merge into it began and did not end.
     """
-    half_merged = bool(_merges_into(catalog, Path(base.path)))
+    half_merged = bool(_merges_into(catalog, FilePath(base.path)))
     try:
         descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def is_in_base_merge(catalog: Catalog, layers: Iterable[LayerRow]) -> bool:
     return any(below.id in ids for work in catalog.base_merges() for below in catalog.chain(work.target))
 
 
-def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = None) -> bool:
+def refuse_half_merged(catalog: Catalog, path: FilePath, *, above: Chain | None = None) -> bool:
     """Raise StateError if a merge into a base has not ended, because the base by itself is no disk then.
 
     The chain `above` may use the base if it has the layers up to which the merge goes: they hide what the merge wrote.
@@ -174,24 +174,24 @@ def refuse_half_merged(catalog: Catalog, path: Path, *, above: Chain | None = No
     return bool(begun)
 
 
-def _merges_into(catalog: Catalog, path: Path) -> list[bytes]:
+def _merges_into(catalog: Catalog, path: FilePath) -> list[bytes]:
     """Return the targets of unfinished merges into the file at a path, even if their base has another path."""
     begun = []
     for work in catalog.base_merges():
         layers = catalog.chain(work.target)
         base = catalog.base_of(layers[0]) if layers else None
-        if base and is_same_file(Path(base.path), path):
+        if base and is_same_file(FilePath(base.path), path):
             begun.append(work.target)
     return begun
 
 
-def is_same_file(a: Path, b: Path) -> bool:
+def is_same_file(a: FilePath, b: FilePath) -> bool:
     """Whether two paths lead to one file, through hard links, symlinks or mounts.
 
     If one of the files is gone, the paths themselves are compared.
     """
     try:
-        return a.samefile(b)
+        return os.path.samefile(a, b)  # noqa: PTH121
     except OSError:
         return a == b
 
@@ -205,7 +205,7 @@ def digest_of(descriptor: int) -> bytes:
 
 
 @contextmanager
-def described_base(path: Path, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
+def described_base(path: FilePath, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
     """Describe a raw image as it is now, and keep merges out of it during the with block.
 
     Unless the caller has `vouched` that the image is raw, it is refused if it has the magic bytes of another format.
@@ -227,7 +227,7 @@ def described_base(path: Path, *, digest: bool = False, vouched: bool = True) ->
 
 
 def open_chain(
-    layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None, dirty: Path | None = None
+    layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None, dirty: FilePath | None = None
 ) -> "DataPath":
     """Open the data path of a chain over the base that is locked.
 
@@ -249,7 +249,7 @@ def open_chain(
         if chain.base:
             assert base_lock is not None
             _set_base(path, chain.base, base_lock)
-        maps = str(layout.layers)  # making a Path for each layer would take half of the time allowed for an opening
+        maps = str(layout.layers)  # making a FilePath for each layer would take half of the time allowed for an opening
         for layer in chain.layers if top.sealed else chain.layers[:-1]:
             _add_layer(maps, path, layer, chain.segments[layer.id])
         if writable:
@@ -290,7 +290,7 @@ def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: st
 
 
 def _open_head(
-    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: FilePath | None
 ) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head(
@@ -306,7 +306,7 @@ def _open_head(
 
 
 def _open_head_to_read(
-    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: FilePath | None
 ) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head_to_read(

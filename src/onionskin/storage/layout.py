@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+
+from onionskin.base.paths import FilePath
 
 CATALOG = "catalog.db"
 _ID_DIGITS = 32
@@ -15,64 +16,64 @@ class Layout:
 
     Attributes
     ----------
-    root : Path
+    root : FilePath
         Its directory.
-    catalog : Path
+    catalog : FilePath
         The SQLite file. The store exists if and only if this file does.
-    lock : Path
+    lock : FilePath
         The lock file: one byte for each segment and map file, and byte 0 for the store.
-    reserve : Path
+    reserve : FilePath
         The file whose room is given up when the disk is full and something must be freed.
-    layers, segments, volumes : Path
+    layers, segments, volumes : FilePath
         The directories of block maps; of segments; and of the writers' locks, their unflushed records, and the servers'
         control sockets.
     """
 
     __slots__ = ("catalog", "layers", "lock", "reserve", "root", "segments", "volumes")
 
-    def __init__(self, root: Path) -> None:
-        self.root: Path = root
-        self.catalog: Path = root / CATALOG
-        self.lock: Path = root / "lock"
-        self.reserve: Path = root / "reserve"
+    def __init__(self, root: FilePath) -> None:
+        self.root: FilePath = root
+        self.catalog: FilePath = root / CATALOG
+        self.lock: FilePath = root / "lock"
+        self.reserve: FilePath = root / "reserve"
         layers, segments, volumes = DIRECTORIES
-        self.layers: Path = root / layers
-        self.segments: Path = root / segments
-        self.volumes: Path = root / volumes
+        self.layers: FilePath = root / layers
+        self.segments: FilePath = root / segments
+        self.volumes: FilePath = root / volumes
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[FilePath, ...]:
         """The files directly in the store's directory, those that SQLite makes included."""
         beside = (self.catalog.with_name(f"{CATALOG}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
         return (self.catalog, *beside, self.lock, self.reserve)
 
-    def map_file(self, map_id: bytes) -> Path:
+    def map_file(self, map_id: bytes) -> FilePath:
         """The block map with this id."""
-        return Path(self.map_path(map_id))
+        return FilePath(self.map_path(map_id))
 
     def map_path(self, map_id: bytes) -> str:
         """That file as a text, for those who ask for ten thousand at once."""
         return f"{self.layers}/{map_id.hex()}.map"
 
-    def segment_file(self, segment_id: bytes) -> Path:
+    def segment_file(self, segment_id: bytes) -> FilePath:
         """The segment with this id."""
-        return Path(self.segment_path(segment_id))
+        return FilePath(self.segment_path(segment_id))
 
     def segment_path(self, segment_id: bytes) -> str:
         """That file as a text, for those who ask for ten thousand at once."""
         return f"{self.segments}/{segment_id.hex()}.seg"
 
-    def volume_lock(self, uuid: bytes) -> Path:
+    def volume_lock(self, uuid: bytes) -> FilePath:
         """The lock of the one writer of a volume."""
-        return Path(self.volume_lock_path(uuid))
+        return FilePath(self.volume_lock_path(uuid))
 
     def volume_lock_path(self, uuid: bytes) -> str:
         """That file as a text, for those who ask for a thousand at once."""
         return f"{self.volumes}/{uuid.hex()}.lock"
 
-    def dirty_file(self, uuid: bytes) -> Path:
+    def dirty_file(self, uuid: bytes) -> FilePath:
         """The records that the writer of a volume has not flushed. If it dies, the next one in the same boot reads them."""
-        return Path(self.dirty_path(uuid))
+        return FilePath(self.dirty_path(uuid))
 
     def dirty_path(self, uuid: bytes) -> str:
         """That file as a text."""
@@ -88,19 +89,19 @@ class Layout:
         stem = f"{self.volumes}/{uuid.hex()}"
         return [*self.staged_dirty_files(uuid), f"{stem}.dirty", self.volume_lock_path(uuid)]
 
-    def holds(self, path: Path) -> bool:
+    def holds(self, path: FilePath) -> bool:
         """Whether a path leads into the store, by whatever links."""
         return path.resolve().is_relative_to(self.root.resolve())
 
-    def volume_control(self, uuid: bytes) -> Path:
+    def volume_control(self, uuid: bytes) -> FilePath:
         """The control socket of the server of a volume."""
         return self.volumes / f"{uuid.hex()}.control"
 
 
-def bytes_in(path: Path | str) -> int:
+def bytes_in(path: FilePath | str) -> int:
     """Return the size of a file, and 0 if there is none."""
     try:
-        return os.stat(path).st_size  # noqa: PTH116 - half the time of Path.stat
+        return os.stat(path).st_size  # noqa: PTH116 - half the time of FilePath.stat
     except FileNotFoundError:
         return 0
 
@@ -110,7 +111,7 @@ def allocated_bytes(status: os.stat_result) -> int:
     return status.st_blocks * 512  # POSIX leaves the unit open, and Linux counts these
 
 
-def allocated_files(directory: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
+def allocated_files(directory: FilePath, suffix: str) -> Iterator[tuple[bytes, int]]:
     """Yield (id, bytes on the disk) of each file that has an id for its name. One that goes meanwhile may be left out."""
     with listed(directory) as entries:
         for entry in entries:
@@ -120,7 +121,7 @@ def allocated_files(directory: Path, suffix: str) -> Iterator[tuple[bytes, int]]
 
 
 @contextmanager
-def listed(directory: Path) -> "Iterator[Iterator[os.DirEntry[str]]]":
+def listed(directory: FilePath) -> "Iterator[Iterator[os.DirEntry[str]]]":
     """List a directory of a store. A missing one counts as empty: a copy of a store may leave out empty directories."""
     try:
         entries = os.scandir(directory)

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from onionskin.base import forking
 from onionskin.base.modes import share_file
+from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
 from onionskin.storage.layout import Layout
 
@@ -51,7 +51,7 @@ def _named(descriptor: int) -> Iterator[None]:
 def _name(error: OSError, descriptor: int) -> None:
     if error.filename is None:
         with suppress(OSError):
-            error.filename = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+            error.filename = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
 
 
 def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
@@ -95,7 +95,7 @@ def joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
 class ByteLocks:
     """One handle's locks on bytes of a lock file. Any thread may call the methods."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: FilePath) -> None:
         self.path = path
         self._guard = threading.Lock()
         self._shared: set[int] = set()
@@ -221,7 +221,7 @@ class ByteLocks:
 
 
 @contextmanager
-def locked_directory(path: Path, *, alone: bool) -> Iterator[bool]:
+def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
     """Lock a directory during the with block, and yield whether it is locked.
 
     A shared lock is waited for. A lock `alone` is taken only if that is possible without waiting. The lock needs no
@@ -366,7 +366,7 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
         locks.close()
 
 
-def _refuse_taken(descriptor: int, path: Path, volume_id: bytes, volume_name: str) -> NoReturn:
+def _refuse_taken(descriptor: int, path: FilePath, volume_id: bytes, volume_name: str) -> NoReturn:
     """Say who has the byte of a volume's writer: its writer, or readers of its head."""
     if _is_only_read(descriptor, volume_id):
         raise StateError(
@@ -386,7 +386,7 @@ def _is_only_read(descriptor: int, volume_id: bytes) -> bool:
     return _kind_in_the_way(descriptor, fcntl.F_RDLCK, _writer_byte(volume_id), 1) == fcntl.F_UNLCK
 
 
-def _lock_at_its_path(path: Path) -> int:
+def _lock_at_its_path(path: FilePath) -> int:
     """Open and lock the file at a path, and return its descriptor, or -1 if somebody else has it locked.
 
     The path leads to the file that is locked when this function returns.
@@ -405,7 +405,7 @@ def _lock_at_its_path(path: Path) -> int:
         os.close(descriptor)  # the file was removed or replaced before it was locked
 
 
-def _refuse_held(path: Path, volume_name: str) -> NoReturn:
+def _refuse_held(path: FilePath, volume_name: str) -> NoReturn:
     holder = volume_holder(path) or Holder(0, 0)
     served = path.with_suffix(".control").exists()
     advice = "which serves it: stop that, work through it (onionskin.connect)" if served else "close it there"
@@ -427,7 +427,7 @@ def _write_holder(descriptor: int) -> None:
             raise
 
 
-def open_lock_file(path: Path) -> int:
+def open_lock_file(path: FilePath) -> int:
     """Open a file to lock its bytes, and make it if it is not there.
 
     Anything but a regular file is refused, and so is a path that ends in a symbolic link.
@@ -435,7 +435,7 @@ def open_lock_file(path: Path) -> int:
     return _checked_lock_file(path, os.O_RDWR | os.O_CREAT)
 
 
-def _open_to_share(path: Path) -> int:
+def _open_to_share(path: FilePath) -> int:
     """Open a lock file. If it may only be read, open it for shared locks alone.
 
     If there is no lock file and none can be made, a file in memory takes its place. Nobody has changed such a store
@@ -452,7 +452,7 @@ def _open_to_share(path: Path) -> int:
         return os.memfd_create("onionskin lock")
 
 
-def _checked_lock_file(path: Path | str, flags: int) -> int:
+def _checked_lock_file(path: FilePath | str, flags: int) -> int:
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
@@ -469,11 +469,11 @@ def _checked_lock_file(path: Path | str, flags: int) -> int:
             f"{path} {what}, and a lock of a store is a file of its own; remove it"
         )
     if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
-        share_file(descriptor, Path(path))  # the file may have been made just now
+        share_file(descriptor, FilePath(path))  # the file may have been made just now
     return descriptor
 
 
-def is_file_at(descriptor: int, path: Path) -> bool:
+def is_file_at(descriptor: int, path: FilePath) -> bool:
     """Whether a path leads to this open file now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -490,7 +490,7 @@ def looks_of(descriptor: int) -> BaseLooks:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def volume_holder(path: Path | str) -> Holder | None:
+def volume_holder(path: FilePath | str) -> Holder | None:
     """Return the process that holds a volume for writing, or None. The lock itself is not touched."""
     try:
         descriptor = _checked_lock_file(path, os.O_RDONLY)
@@ -541,7 +541,8 @@ def start_ticks(pid: int) -> int:
     The start tells the process from a later one with the same id.
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        with open(f"/proc/{pid}/stat") as about:
+            text = about.read()
     except OSError:
         return 0
     return int(text.rpartition(")")[2].split()[19])
@@ -560,7 +561,7 @@ class BaseLock:
     `half_merged` is what the file looked like under the lock, if a merge into it had begun and not ended then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: FilePath) -> None:
         self.path = path
         self.half_merged: BaseLooks | None = None
         self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -620,7 +621,7 @@ class BaseLock:
             self.close()
 
 
-def is_being_merged_into(path: Path) -> bool:
+def is_being_merged_into(path: FilePath) -> bool:
     """Whether a merge in any process writes the base at a path now."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, ENOSPC
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from onionskin.base import forking
@@ -22,6 +21,7 @@ from onionskin.base.background import Background
 from onionskin.base.fsync import sync_directory
 from onionskin.base.lazy import logger
 from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_group
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
 from onionskin.catalog.read_only import can_be_written
@@ -105,7 +105,7 @@ class OpenStore:
         group: str | int | None,
         work: "Callable[[OpenStore], None]",
     ) -> None:
-        self.path: Path = Path(path)
+        self.path: FilePath = FilePath(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False
         # The bytes that this handle wiped with policy `zero`, but that may still be on the medium: see
@@ -191,7 +191,7 @@ class OpenStore:
         return self.open_layer(layer, writable=True, dirty=self.layout.dirty_file(volume_id))
 
     def open_layer(
-        self, layer: bytes, *, writable: bool = False, verify: bool = False, dirty: Path | None = None
+        self, layer: bytes, *, writable: bool = False, verify: bool = False, dirty: FilePath | None = None
     ) -> OpenChain:
         """Lock the files and the base of a head or a sealed layer, and open its data path.
 

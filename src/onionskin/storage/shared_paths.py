@@ -7,9 +7,9 @@ last array over it is gone. The data path is closed with the last view.
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onionskin.base.records import record
 from onionskin.errors import ChainError
 from onionskin.storage.chain import Chain
 from onionskin.storage.locks import BaseLock, BaseLooks, ByteLocks, looks_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class OpenChain:
     """The open data path of a chain, with the locks that keep its files.
 

@@ -43,6 +43,7 @@ UNNEEDED = {
     *("onionskin.cli.serve", "onionskin.cli.exchange", "onionskin.cli.byte_ranges", "onionskin.volume"),
     *("json", "pkgutil", "onionskin.kernels._volume", "onionskin.kernels._copy", "onionskin.kernels._wipe"),
     *("onionskin.operations.prune", "onionskin.operations.reclaim", "onionskin.operations.check"),
+    *("pathlib", "urllib", "dataclasses", "locale", "unicodedata", "select", "onionskin.cli.verbs"),
 }
 
 
@@ -61,19 +62,34 @@ def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Pat
 def test_a_snapshot_imports_nothing_of_what_reads_maps_or_copies(tmp_path: Path) -> None:
     onionskin.Store(tmp_path / "vms").create("web", size="1M").close()
     unneeded = {
-        "json",
-        "pkgutil",
-        "tempfile",
-        "shutil",
-        "numpy",
-        "onionskin.kernels._copy",
-        "onionskin.operations.usage",
+        *("json", "pkgutil", "tempfile", "shutil", "numpy", "pathlib", "dataclasses", "locale", "unicodedata"),
+        *("onionskin.kernels._copy", "onionskin.operations.usage", "onionskin.operations.fold"),
+        *("onionskin.cli.dropping", "onionskin.cli.listing", "onionskin.cli.verbs"),
     }
     run(
         "import sys; from onionskin.cli.app import onionskin\n"
         f"try: onionskin({['snapshot', str(tmp_path / 'vms/web')]!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         f"assert not {unneeded} & sys.modules.keys(), {unneeded} & sys.modules.keys()\n"
+    )
+
+
+def test_the_version_is_said_without_the_metadata_of_the_package() -> None:
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        "try: onionskin(['--version'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'importlib.metadata', 'email', 'pathlib'} & sys.modules.keys()\n"
+    )
+
+
+def test_the_command_line_starts_with_a_collector_that_waits() -> None:
+    run(
+        "import gc, sys; from onionskin.cli import main\n"
+        "sys.argv = ['onionskin', '--version']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert gc.isenabled() and gc.get_threshold()[0] > 10_000\n"
     )
 
 

@@ -13,7 +13,7 @@ import onionskin
 from onionskin.base.sizes import parse_size
 from onionskin.errors import StateError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
-from onionskin.kernels._volume import DataPath
+from onionskin.kernels._volume import DataPath, error_of
 
 BLOCK = 4096
 
@@ -119,7 +119,7 @@ def test_an_error_of_a_write_names_the_segment_and_of_a_flush_the_map(ext4_mount
             for at in range(1024):
                 web.write(at << 20, bytes([at % 255 + 1]) * (1 << 20))
         assert caught.value.errno == errno.ENOSPC
-        assert Path(caught.value.filename).parent == store._opened.layout.segments
+        assert Path(caught.value.filename).parent == Path(store._opened.layout.segments)
         assert "at byte" in str(caught.value)
 
 
@@ -190,3 +190,28 @@ def test_a_snapshot_that_is_refused_for_want_of_mappings_is_not_taken_and_the_vo
     web.close()
     with store.open(name) as again:
         assert again.read(0, 5) == b"after"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "advice"),
+    [
+        (5000, onionskin.FormatError, "restore the file from a copy"),
+        (5001, onionskin.FormatError, "use a newer one"),
+        (5002, onionskin.FormatError, "restore the file from a copy"),
+        (5004, ValueError, "give one that ends in it"),
+        (5005, StateError, "close the volume and open it again"),
+        (5006, StateError, "open it again"),
+        (5009, StateError, "open the volume again in the child"),
+        (5010, OSError, "the device may be failing"),
+        (5014, StateError, "merge or discard snapshots"),
+        (5015, StateError, "raise that limit"),
+    ],
+)
+def test_each_code_of_the_kernels_says_what_to_do(code: int, kind: type[Exception], advice: str) -> None:
+    error = error_of(-code, "flush", "/vms/layers/a.map", 4096)
+    assert isinstance(error, kind) and advice in str(error)
+
+
+def test_an_error_of_the_system_names_the_file_and_the_byte() -> None:
+    assert str(error_of(-errno.EIO, "flush", "/a", 4096)) == f"[Errno 5] {os.strerror(errno.EIO)} at byte 4096: '/a'"
+    assert str(error_of(-errno.ENOMEM, "flush")) == f"[Errno 12] flush: {os.strerror(errno.ENOMEM)}"

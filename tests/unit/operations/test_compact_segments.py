@@ -165,11 +165,13 @@ def test_two_who_open_clones_and_compact_one_layer_at_once_both_succeed(
         monkeypatch.setattr(compact_segments, step, work)
         with onionskin.Store(tmp_path / "store") as other, other.open("two") as two:
             opened.append(two.read(0, two.size_bytes))
+            two.write(0, opened[0][:BLOCK])  # a clone that nothing was written to compacts nothing
             other.finish_work()
         return work(*arguments)
 
     monkeypatch.setattr(compact_segments, step, work_behind_another)
     with onionskin.Store(tmp_path / "store") as store, store.open("one") as one:
+        one.write(0, expected[:BLOCK])
         assert one.read(0, one.size_bytes) == expected
         assert opened == [expected]
         store.finish_work()

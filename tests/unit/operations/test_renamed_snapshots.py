@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 import onionskin
 from onionskin import StateError
+from onionskin.cli import dropping as of_command_line
 from onionskin.cli import keeping, losses
-from onionskin.cli import snapshots as of_command_line
 from onionskin.cli.app import onionskin as command_line
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import prune, snapshots

@@ -1,0 +1,93 @@
+"""The verbs that list in columns: list, snapshots."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from onionskin.base.paths import FilePath
+from onionskin.cli import output
+from onionskin.cli.arguments import STORE, VOLUME, Name, label_option, open_store, trust_option
+from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
+from onionskin.cli.output import json_option
+from onionskin.cli.values import holder, snapshot_value, space_of, space_value, volume_value
+
+if TYPE_CHECKING:
+    from onionskin.catalog.tree import Snapshot
+    from onionskin.operations.listing import VolumeInfo
+    from onionskin.operations.usage import SnapshotSpace
+    from onionskin.store import Store
+
+
+_OF_VOLUMES: "tuple[Column[VolumeInfo], ...]" = (
+    Column("name", "VOLUME", lambda about: about.name),
+    Column("size", "SIZE", lambda about: about.size_bytes, is_size=True),
+    Column("used", "USED", lambda about: about.used_bytes, is_size=True, is_slow=True),
+    Column("written", "WRITTEN", lambda about: about.written_bytes, is_size=True, is_slow=True),
+    Column("snapshots", "SNAPSHOTS", lambda about: about.snapshots, is_number=True),
+    Column("wipe", "WIPE", lambda about: about.wipe),
+    Column("base", "BASE", lambda about: None if about.base is None else str(about.base)),
+    Column("holder", "HELD-BY", lambda about: holder(about) or None),
+    Column("block-size", "BLOCK-SIZE", lambda about: about.block_size, is_size=True),
+    Column("created", "CREATED", lambda about: about.created),
+)
+_SHOWN_OF_VOLUMES = ("name", "size", "used", "written", "snapshots", "wipe", "base", "holder")
+
+_Listed = tuple["Snapshot", "SnapshotSpace | None"]
+_OF_SNAPSHOTS: "tuple[Column[_Listed], ...]" = (
+    Column("name", "SNAPSHOT", lambda one: one[0].name),
+    Column("size", "SIZE", lambda one: one[0].size_bytes, is_size=True),
+    Column("used", "USED", lambda one: one[1].used_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("written", "WRITTEN", lambda one: one[1].written_bytes if one[1] else None, is_size=True, is_slow=True),
+    Column("taken", "TAKEN", lambda one: one[0].created),
+    Column("parent", "PARENT", lambda one: one[0].parent),
+    Column("note", "NOTE", lambda one: one[0].note),
+    Column("guid", "GUID", lambda one: one[0].guid),
+)
+_SHOWN_OF_SNAPSHOTS = ("name", "size", "used", "written", "taken", "parent", "note")
+
+
+@click.command(name="list")
+@click.argument("store", type=STORE)
+@label_option("List those alone that have this label.")
+@column_options(_OF_VOLUMES)
+@trust_option
+@json_option
+def list_volumes(store: FilePath, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
+    """List the volumes of a store.
+
+    USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of
+    that was written since the last snapshot. In a store of more than 20,000 files they are shown only with -o.
+    """
+    with open_store(store) as opened:
+        space = is_asked(asked, _OF_VOLUMES)
+        if space is None:
+            space = as_json or is_quick(opened)
+        volumes = in_order(asked, _OF_VOLUMES, opened.volumes(labels=dict(labels), space=space))
+    value = [volume_value(about) for about in volumes] if as_json else None
+    output.show(as_json, value, lambda: draw(asked, _OF_VOLUMES, volumes, _SHOWN_OF_VOLUMES))
+
+
+def is_quick(store: "Store") -> bool:
+    """Whether nobody minds waiting for what the volumes of a store hold."""
+    from onionskin.operations import space
+
+    return space.is_quick(store._opened)
+
+
+@click.command()
+@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@column_options(_OF_SNAPSHOTS)
+@trust_option
+@json_option
+def snapshots(name: Name, asked: Asked, as_json: bool) -> None:
+    """List the snapshots of a volume.
+
+    USED is what nothing else reads, and what comes back if that snapshot alone is dropped, as merge does. WRITTEN is what was
+    written between the snapshot before it and this one. Where much was written they are shown only with -o.
+    """
+    with name.open_store() as store:
+        found = store.snapshots(name.volume)
+        space = space_of(store, name.volume, wanted=is_asked(asked, _OF_SNAPSHOTS))
+    listed = in_order(asked, _OF_SNAPSHOTS, [(one, space.get(one.name)) for one in found])
+    value = [snapshot_value(one) | space_value(taken) for one, taken in listed]
+    output.show(as_json, value, lambda: draw(asked, _OF_SNAPSHOTS, listed, _SHOWN_OF_SNAPSHOTS))
