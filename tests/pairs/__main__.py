@@ -3,6 +3,7 @@
     python -m pairs [--seconds N] [--seed S]              every pair at a few steps, as many as there is time for
     python -m pairs --all [--first VERB] [--second VERB]  every step of every pair, in every way
     python -m pairs --random --seconds N [--seed S]       three actors and more, in a random order, with random faults
+    python -m pairs --aftermath --seconds N [--seed S]    a verb in the store that another one left, which was interrupted
     python -m pairs --one FIRST SECOND --relation same --place threads --wipe zero --step 17   one run, told in full
 
 It runs in tests/ with the Python that has onionskin installed. Each violation is printed with the line that repeats it.
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="every step of every pair")
     what.add_argument("--random", action="store_true", help="three actors and more, in a random order")
+    what.add_argument("--aftermath", action="store_true", help="a verb in the store that an interrupted one left")
     what.add_argument("--one", nargs=2, metavar=("FIRST", "SECOND"), help="one run of a pair, told in full")
     what.add_argument("--one-random", type=int, metavar="NUMBER", help="one run of --random, told in full")
     parser.add_argument("--first", action="append", help="only pairs that are begun by this verb; may be repeated")

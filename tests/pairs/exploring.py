@@ -68,6 +68,10 @@ class Explorer:
             from pairs.crowds import explore_random
 
             explore_random(self)
+        elif self.given.aftermath:
+            from pairs.aftermath import explore_aftermath
+
+            explore_aftermath(self)
         elif self.given.all:
             self._all()
         else:

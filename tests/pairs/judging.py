@@ -136,6 +136,8 @@ def structure(store: Path, *, ended: bool) -> list[str]:
     filled = {id.hex() for id, role, slots in segments if role == "sealed" and slots}
     wrong += [f"the sealed segment {id[:4]} is gone" for id in filled - data]
     wrong += [f"layer {id.hex()[:4]} is reached by nothing" for id in _unreached(layers, tops)]
+    if not ended:  # a volume that is being made has no lineage yet, and the next opening of a disk drops it
+        named = {id: name for id, name in named.items() if not name.startswith("@")}
     wrong += _wrong_lineage(lineage, named)
     if ended:
         wrong += [f"{kind} {target.hex()[:4]} is still to be done" for kind, target in pending if kind != "scrub"]

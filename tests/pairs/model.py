@@ -317,7 +317,7 @@ def fork_with_key(
         return replace(state, calls={**state.calls, call: ((name, snap, asked), new)})
     before, new = state.calls[call]
     if before != (name, snap, asked):
-        raise RefusedError("busy")
+        raise RefusedError("needed")
     return state if result is None else _same(state, result, list(new))
 
 

@@ -137,6 +137,8 @@ def plans_of(case: Case) -> list[Plan]:
 class Run:
     """The processes and threads of one run."""
 
+    in_main_thread = False  # an actor that is alone in its process
+
     def __init__(self, conductor: Conductor, world: World, plans: list[Plan]) -> None:
         self.conductor, self.world, self.plans = conductor, world, plans
         self.verdict = Verdict()
@@ -186,7 +188,7 @@ class Run:
         pid = os.fork()
         if pid == 0:
             mine.close()
-            Process(self.world.root, actors).run(its)
+            Process(self.world.root, actors, in_main_thread=self.in_main_thread).run(its)
         its.close()
         for one in theirs:
             one.close()

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,8 +48,8 @@ class Actor:
 class Process:
     """A forked process with its actors."""
 
-    def __init__(self, root: Path, actors: list[Actor]) -> None:
-        self.root, self.actors = root, actors
+    def __init__(self, root: Path, actors: list[Actor], *, in_main_thread: bool = False) -> None:
+        self.root, self.actors, self.in_main_thread = root, actors, in_main_thread
         self.stores: dict[int, Any] = {}
         self.handles: dict[str, Any] = {}
         self.temporary: dict[str, Any] = {}
@@ -74,11 +75,12 @@ class Process:
             for store in self.stores.values():
                 store.finish_work()
             control.send("ready")
-            threads = [threading.Thread(target=self._act, args=(actor,)) for actor in self.actors]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            if self.in_main_thread:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                with suppress(KeyboardInterrupt):
+                    self._act(*self.actors)
+            else:
+                self._act_side_by_side()
             asked = control.recv()
             control.send(self._close_all())
             if asked:  # this process is the one that looks
@@ -88,6 +90,13 @@ class Process:
             control.send(f"the harness failed: {type(error).__name__}: {error}")
         finally:
             os._exit(0)
+
+    def _act_side_by_side(self) -> None:
+        threads = [threading.Thread(target=self._act, args=(actor,)) for actor in self.actors]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def _close_all(self) -> list[str]:
         wrong = []
