@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--fault", action="append", help="none, 'kill first', 'kill last', EIO, ENOSPC or unsynced; may be repeated"
     )
     parser.add_argument("--step", type=int, default=-1, help="of --one: where the first one is held; -1 is its end")
+    parser.add_argument("--then", help="of --aftermath with --step: a verb that is killed too, behind the first one")
+    parser.add_argument("--then-step", type=int, default=1, help="where that one is killed")
     parser.add_argument("--seconds", type=float, help="end after so long")
     parser.add_argument("--seed", type=int, help="what the order of what is tried is drawn from")
     parser.add_argument("--part", default="0/1", help="of several that run side by side, which: 0/2 and 1/2")

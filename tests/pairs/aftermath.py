@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import re
 import signal
 import sqlite3
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pairs import judging, model
 from pairs.model import Event, Found, Operation, State
-from pairs.runs import CAN_FAIL, ERRORS, MAKES, NO_HOLDER, RUN_SECONDS, HangError, Plan, Run, Verdict
+from pairs.runs import CAN_FAIL, ERRORS, MAKES, RUN_SECONDS, HangError, Plan, Run, Verdict
 from pairs.second_verbs import SECOND_BY_NAME, SECOND_VERBS
 from pairs.steps import FREE, Conductor
 from pairs.verbs import BY_NAME, NEEDS_CLONE, VERBS, Place, Verb, program
@@ -36,13 +35,22 @@ if TYPE_CHECKING:
     from pairs.exploring import Explorer
 
 # How the first verb is interrupted. `then killed`: it may tell of the error, and its process dies before it closes anything.
-HOWS = ("kill", "EIO", "EIO, then killed", "ENOSPC", "ENOSPC, then killed", "Ctrl-C", "Ctrl-C, then killed")
+# `then live`: the second verb is used in the same process, with the same handle.
+HOWS = (
+    "kill",
+    *(f"{what}{then}" for what in ("EIO", "ENOSPC", "Ctrl-C") for then in ("", ", then killed", ", then live")),
+)
 # Why a verb may be refused though the model, which knows nothing of layers, says that it can be done.
 REASONS = {
     "a merge into the base has not ended": r"merge into .* base|merge --into-base",
-    "others need the base as it is": r"is needed as it is by (?!a branch)",
-    "its snapshots stand on each other": r"is made already|has data already",
+    "others need the base as it is": r"is needed as it is by (?!a branch on layer \w+;)",
 }
+# Why a verb may be refused by a handle that another verb failed on.
+LIVE_REASON = (
+    "is poisoned by a failed sync; close it and open it again|is open for writing in process|is in use|"
+    "is open for reading in another handle"
+)
+NO_BASE = "^ChainError: volume '.*' has no base to relocate$"
 PAGE_BYTES = 4096
 ZERO_PAGE = bytes(PAGE_BYTES)
 STATES_IN_A_TURN = 6
@@ -62,6 +70,10 @@ class Remains:
     before: State
     events: list[Event]
     told: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # of a second verb that was used in the same process
+    second: str | None = None  # that one
+    verbs: int = 1  # how many were interrupted, one after the other
+    before_step: int = 0  # where the one before was
 
     @property
     def half_merged(self) -> bool:
@@ -109,12 +121,22 @@ def _read_files(world: World) -> tuple[dict[str, bytes], dict[str, tuple[bytes, 
 
 def plan_of(verb: Verb, number: int, volume: str, *, opens: bool) -> Plan:
     """Work out what one actor does, who has the store to itself."""
-    place = Place("ABC"[number], volume, "v" if volume == "w" else "w", "ABC"[number], 100 * (number + 1))
+    place = Place("ABCD"[number], volume, "v" if volume == "w" else "w", "ABCD"[number], 100 * (number + 1))
     operations = program(verb, place, opens=opens)
     if opens and verb.handle and verb.at_s2:
         operations.insert(2, ("revert", place.own, "s2"))
     handle = (place.handle, volume, verb.at_s2) if verb.handle and not opens else None
     return Plan(number, 0, 0, verb, place, handle, operations)
+
+
+def _append(plan: Plan, second: Verb) -> None:
+    """Let a plan go on with a second verb in the same process, and with the same handle if both need one."""
+    plan.goes_on_at = len(plan.operations)
+    shares = plan.verb.handle and second.handle
+    place = replace(plan.place, actor="B", handle="A" if shares else "B", stamp=200)
+    plan.operations += [] if shares or not second.handle else [("open", place.handle, place.volume)]
+    plan.operations += [("revert", place.handle, "s2")] if second.at_s2 else []
+    plan.operations += second.program(place)
 
 
 class Interruption(Run):
@@ -123,18 +145,43 @@ class Interruption(Run):
     in_main_thread = True
     traces_hangs = False
 
-    def __init__(self, conductor: Conductor, world: World, first: str) -> None:
-        volume = "c" if first in NEEDS_CLONE else "v"
-        super().__init__(conductor, world, [plan_of(BY_NAME[first], 0, volume, opens=False)])
-        self.first = first
+    def __init__(
+        self, conductor: Conductor, world: World, first: str, second: str | None = None, start: Remains | None = None
+    ) -> None:
+        """Interrupt `first` in a new world, or in the `start` that another one left; `second` is used live behind it."""
+        volume = "c" if {first, second} & NEEDS_CLONE else "v"
+        plan = plan_of(SECOND_BY_NAME[first], start.verbs if start else 0, volume, opens=start is not None)
+        if second:
+            _append(plan, SECOND_BY_NAME[second])
+        super().__init__(conductor, world, [plan])
+        self.first, self.second, self.start, self.actor = first, second, start, plan.number
+
+    def lay_out(self) -> None:
+        """Make the store in which the verb begins."""
+        if self.start:
+            self.start.lay_out(self.world)
+            self.before = self.start.before
+        else:
+            self.world.lay_out()
 
     def remains(self, how: str, step: int, label: str) -> Remains:
         """Copy what is there now."""
         files, images = _read_files(self.world)
         self.receive_outcomes()
-        events, told = events_of(self, self.plans[0], self.outcomes[0], faulty=how != "kill", begun=self._begun())
-        events.append(Event(("gone", (self.plans[0].place.handle, self.plans[0].place.own)), "done", None, 900, 901))
-        return Remains(self.first, how, step, label, files, images, self.before, events, told)
+        plan, wrong = self.plans[0], list(self.verdict.violations)
+        faulty = FREE if how != "kill" else 0
+        if self.second:
+            faulty = plan.goes_on_at
+        outcomes = self.outcomes[self.actor]
+        events, told = events_of(self.world, plan, outcomes, faulty=faulty, begun=self._begun(), wrong=wrong)
+        at = 1000 * self.actor + 900
+        events.append(Event(("gone", (plan.place.handle, plan.place.own, "B", "B-own")), "done", None, at, at + 1))
+        now = Remains(self.first, how, step, label, files, images, self.before, events, told, wrong, self.second)
+        if self.start:
+            told[:0] = self.start.told
+            events[:0] = self.start.events
+            now.first, now.verbs, now.before_step = self.start.first, self.start.verbs + 1, self.start.step
+        return now
 
     def _begun(self) -> int:
         return sum(note.text.startswith("begin ") for note in self.conductor.notes)
@@ -145,8 +192,8 @@ class Interruption(Run):
         try:
             self.begin()
             step = 1
-            while self.to_step(0, step):
-                held = self.movable(0, "parked")[0]
+            while self.to_step(self.actor, step):
+                held = self.movable(self.actor, "parked")[0]
                 now = self.remains("kill", held.number, held.label)
                 if not found or (now.files, now.images, len(now.events)) != (
                     found[-1].files, found[-1].images, len(found[-1].events)
@@ -162,29 +209,31 @@ class Interruption(Run):
         what, _, then = how.partition(", then ")
         try:
             self.begin()
-            if not self.to_step(0, step):
+            if not self.to_step(self.actor, step):
                 return None
-            held = self.movable(0, "parked")[0]
+            held = self.movable(self.actor, "parked")[0]
+            if then == "live" and self._begun() > self.plans[0].goes_on_at:
+                return None
             if what == "Ctrl-C":
-                main = self.conductor.of(0)[0]
+                main = self.conductor.of(self.actor)[0]
                 # One that has just got a lock of Python's, and does not know yet, would leave it held for ever.
                 if main.state == "got" or held.label.startswith(("begin", "between")) or self._begun() == 0:
                     return None
                 os.kill(self.pids[0], signal.SIGINT)
-                self.faulty[0] = held.label
-                self.conductor.limit(0, FREE)
-                for thread in self.movable(0, "parked"):
+                self.faulty[self.actor] = held.label
+                self.conductor.limit(self.actor, FREE)
+                for thread in self.movable(self.actor, "parked"):
                     self.conductor.resume(thread)
             elif not held.label.startswith(CAN_FAIL[what]):
                 return None
             else:
-                self.conductor.limit(0, FREE)
+                self.conductor.limit(self.actor, FREE)
                 self.fail(held, ERRORS[what])
-                for thread in self.movable(0, "parked"):
+                for thread in self.movable(self.actor, "parked"):
                     self.conductor.resume(thread)
-            self.to_end(0, [])
+            self.to_end(self.actor, [])
             self.receive_outcomes()
-            if not then:
+            if then != "killed":
                 self.finish()
             return self.remains(how, step, held.label)
         except HangError:
@@ -196,22 +245,45 @@ class Interruption(Run):
 
 
 def events_of(
-    run: Run, plan: Plan, outcomes: list[tuple[str, Any, str]], *, faulty: bool, begun: int
+    world: World, plan: Plan, outcomes: list[tuple[str, Any, str]], *, faulty: int, begun: int, wrong: list[str]
 ) -> tuple[list[Event], list[str]]:
-    """Return what the operations of a plan did, as the model takes it, and the same in words."""
+    """Return what the operations of a plan did, as the model takes it, and the same in words.
+
+    An error met those before `faulty`. What of the others was refused without a reason is added to `wrong`.
+    """
     events, told = [], []
+    begun += sum(status == "skipped" for status, _, _ in outcomes)
     for index, operation in enumerate(plan.operations[:begun]):
         status, result, text = outcomes[index] if index < len(outcomes) else ("maybe", None, "cut off")
+        if status == "skipped":
+            continue
         told.append(f"{plan.place.actor} {operation[0]}: {text or status}")
-        if faulty and status == "raised":
+        if index < faulty and status == "raised":
             status = "maybe"
-        elif faulty and operation[0] in ("check", "repair"):
+        elif index < faulty and operation[0] in ("check", "repair"):
             result = []
-        elif faulty and (result == NO_HOLDER or operation[0] == "held"):
+        elif index < faulty and operation[0] == "held":
             result = True
         at = 1000 * plan.number + 2 * index
-        events.append(Event(modelled(run.world, plan, operation, index), status, result, at, at + 1))
+        event = Event(modelled(world, plan, operation, index), status, result, at, at + 1)
+        if status == "raised":
+            event = _judge_error(told[-1], event, text, wrong, is_live=plan.goes_on_at > 0)
+        events.append(event)
     return events, told
+
+
+def _judge_error(who: str, event: Event, text: str, wrong: list[str], *, is_live: bool) -> Event:
+    """A refusal needs a reason: one that the model sees (`needed`), or one of those that it does not."""
+    if event.result in ("not found", "exists", "bounds"):
+        return event
+    if re.search(NO_BASE, text):
+        return replace(event, result="needed")
+    if event.result != "busy" or not text.startswith("StateError"):
+        wrong.append(who)
+        return replace(event, status="maybe")
+    if any(re.search(reason, text) for reason in REASONS.values()) or (is_live and re.search(LIVE_REASON, text)):
+        return event
+    return replace(event, result="needed")
 
 
 def modelled(world: World, plan: Plan, operation: Operation, index: int) -> Operation:
@@ -239,7 +311,7 @@ class Told:
 class Aftermath:
     """Runs second verbs in copies of what was left, all in one process as long as that lives."""
 
-    def __init__(self, world: World, remains: Remains, *, number: int = 0) -> None:
+    def __init__(self, world: World, remains: Remains) -> None:
         self.world, self.remains = world, remains
 
     def plans(self, second: str, relation: str) -> list[Plan]:
@@ -248,10 +320,11 @@ class Aftermath:
         if second in NEEDS_CLONE:
             own = "c"
         again = "c" if self.remains.first in NEEDS_CLONE else "v"
-        return [
-            plan_of(SECOND_BY_NAME[second], 1, own, opens=True),
-            plan_of(BY_NAME[self.remains.first], 2, again, opens=True),
-        ]
+        last = self.remains.verbs + 1
+        once_more = plan_of(BY_NAME[self.remains.first], last, again, opens=True)
+        if self.remains.second:
+            return [once_more]
+        return [plan_of(SECOND_BY_NAME[second], last - 1, own, opens=True), once_more]
 
     def run(self, cases: list[tuple[str, str]]) -> list[tuple[tuple[str, str], Told | str]]:
         """Run cases (second, relation); a text instead of what was seen where the process died or hangs."""
@@ -329,21 +402,14 @@ class Aftermath:
         """Return what is wrong, and what was said."""
         if isinstance(told, str):
             return [told], []
-        wrong = list(told.findings.wrong)
+        wrong = [*self.remains.wrong, *told.findings.wrong]
         faulty = self.remains.how != "kill"
         events, lines = [list(self.remains.events)], list(self.remains.told)
         for plan, outcomes in zip(self.plans(second, relation), told.outcomes, strict=True):
-            run = Run.__new__(Run)
-            run.world = self.world
-            made, words = events_of(run, plan, outcomes, faulty=False, begun=len(outcomes))
-            strict = []
-            for event, (status, _, text) in zip(made, outcomes, strict=True):
-                if status == "raised":
-                    event = self._judge_error(plan, event, text, wrong)
-                strict.append(event)
-            strict.append(Event(("gone", (plan.place.handle, plan.place.own)), "done", None, plan.number * 1000 + 900,
-                                plan.number * 1000 + 901))  # fmt: skip
-            events.append(strict)
+            made, words = events_of(self.world, plan, outcomes, faulty=0, begun=len(outcomes), wrong=wrong)
+            at = 1000 * plan.number + 900
+            made.append(Event(("gone", (plan.place.handle, plan.place.own)), "done", None, at, at + 1))
+            events.append(made)
             lines += words
         findings = told.findings
         torn = {"base.img", "moved.img"} if self.remains.half_merged or told.half_merged else set()
@@ -353,19 +419,9 @@ class Aftermath:
         explanation = model.explain(self.remains.before, events, found, faulty=faulty, torn=torn)
         if not explanation.found and not explanation.unknown:
             wrong.append(explanation.nearest)
+        elif explanation.late:
+            wrong.append(explanation.late)
         return wrong, lines
-
-    def _judge_error(self, plan: Plan, event: Event, text: str, wrong: list[str]) -> Event:
-        """A refusal needs a reason: one that the model sees (`needed`), or one of those that it does not."""
-        who = f"{plan.place.actor} {event.operation[0]} raised {text}"
-        if event.result in ("not found", "exists", "bounds"):
-            return event
-        if event.result != "busy" or not text.startswith("StateError"):
-            wrong.append(who)
-            return replace(event, status="maybe")
-        if any(re.search(reason, text) for reason in REASONS.values()):
-            return event
-        return replace(event, result="needed")
 
 
 def _is_half_merged(world: World) -> bool:
@@ -394,7 +450,7 @@ class AftermathExplorer:
 
         # So that a merge into a small base is done in several stretches, each of which the catalog notes.
         merge_into_base.FIRST_STRETCH_BYTES = merge_into_base.STRETCH_BYTES_MIN = 8 * PAGE_BYTES
-        firsts = [name for name in (self.given.first or [verb.name for verb in VERBS])]
+        firsts = self.given.first or [verb.name for verb in VERBS]
         if self.given.step >= 0:
             self._repeat()
             return
@@ -422,35 +478,71 @@ class AftermathExplorer:
             if self.explorer.is_over():
                 return
             self.states.add((first, how, _kind_of(remains.label), world.wipe))
+            if remains.second:
+                self._in(world, remains, [(remains.second, "same")], first)
+                continue
             names = self.given.second or [verb.name for verb in SECOND_VERBS]
             at = f"{first} {how} {_kind_of(remains.label)} {len(remains.events)} {world.wipe}"
             order = sorted(names, key=lambda name: (self.tried[first, at, name], self.random.random()))
             cases = [(name, self.random.choice(self._relations())) for name in order[:SECONDS_IN_A_STATE]]
             self._in(world, remains, cases, at)
+            if how == "kill" and not self.given.second and not self.explorer.is_over():
+                self._try_twice(world, remains)
+
+    def _try_twice(self, world: World, remains: Remains) -> None:
+        """Kill a second verb too, at a step that is drawn; then all that was interrupted is used again."""
+        then = self.random.choice(SECOND_VERBS).name
+        try:
+            found = Interruption(self.explorer.conductor, world, then, start=remains).killed_at_each_step()
+        except HangError as hang:
+            found = []
+            self._violated(world, remains, [f"hang: {hang}"], then, "same", then)
+        for now in self.random.sample(found, min(3, len(found))):
+            others = [self.random.choice(SECOND_VERBS).name for _ in range(3)]
+            self._in(world, now, [(name, "same") for name in (then, *others)], then, then=then)
 
     def _relations(self) -> list[str]:
         return [relation for relation in (self.given.relation or ("same", "same", "related")) if relation != "other"]
 
-    def _in(self, world: World, remains: Remains, cases: list[tuple[str, str]], at: str, *, tell: bool = False) -> None:
+    def _in(
+        self,
+        world: World,
+        remains: Remains,
+        cases: list[tuple[str, str]],
+        at: str,
+        *,
+        then: str = "",
+        tell: bool = False,
+    ) -> None:
+        """Try second verbs in what was left. `then`: the verb that was killed there too, behind the first one."""
         aftermath = Aftermath(world, remains)
         for (second, relation), told in aftermath.run(cases):
             wrong, lines = aftermath.judge(second, relation, told)
             self.tried[remains.first, at, second] += 1
-            self.cases[remains.how] += 1
+            self.cases[f"{remains.how} twice" if then else remains.how] += 1
             self.seconds.add(second)
             for line in lines[len(remains.told) :]:
                 if "Error" in line:
                     self.refusals[f"{remains.first}, {second}: {line}"] += 1
-            again = (
-                f"python -m pairs --aftermath --first {remains.first!r} --fault {remains.how!r} --step {remains.step} "
-                f"--second {second!r} --relation {relation} --wipe {world.wipe}"
-            )
-            verdict = Verdict(violations=wrong, met=remains.how, at=remains.label)
-            self.explorer.tally.runs[remains.how] += 1
-            self.explorer.tally.pairs.add((remains.first, second))
-            self.explorer.add(verdict, again, f"{remains.first} ({remains.how}) / {second}")
+            self._violated(world, remains, wrong, second, relation, then)
             if tell:
                 print(*lines, *[f"violation: {what}" for what in wrong] or ["no violation"], sep="\n")
+
+    def _violated(
+        self, world: World, remains: Remains, wrong: list[str], second: str, relation: str, then: str
+    ) -> None:
+        """Count a run, and print what is wrong with it and was not seen before."""
+        before = f" --step {remains.step}"
+        if then:
+            before = f" --step {remains.before_step} --then {then!r} --then-step {remains.step}"
+        again = (
+            f"python -m pairs --aftermath --first {remains.first!r} --fault {remains.how!r}{before} "
+            f"--second {second!r} --relation {relation} --wipe {world.wipe}"
+        )
+        self.explorer.tally.runs[remains.how] += 1
+        self.explorer.tally.pairs.add((remains.first, second))
+        who = f"{remains.first} ({remains.how}) / {then + ' (kill) / ' if then else ''}{second}"
+        self.explorer.add(Verdict(violations=wrong, met=remains.how, at=remains.label), again, who)
 
     def _states(self, world: World, first: str, how: str) -> list[Remains]:
         step = 0
@@ -464,10 +556,14 @@ class AftermathExplorer:
             found = []
             for _ in range(12):
                 step = self.random.randrange(1, self.labels.get(first, 60) + 4)
-                one = Interruption(self.explorer.conductor, world, first).interrupted_at(how, step)
-                if one and (first, how, _kind_of(one.label), world.wipe) not in self.states:
+                second = None
+                if how.endswith("live"):
+                    names = self.given.second or [verb.name for verb in SECOND_VERBS]
+                    second = min(names, key=lambda name: (self.tried[first, first, name], self.random.random()))
+                one = Interruption(self.explorer.conductor, world, first, second).interrupted_at(how, step)
+                if one and (second or (first, how, _kind_of(one.label), world.wipe) not in self.states):
                     found.append(one)
-                if len(found) == 2:
+                if len(found) == (6 if second else 2):
                     break
             return found
         except HangError as hang:
@@ -480,13 +576,12 @@ class AftermathExplorer:
         (first,), (how,) = self.given.first, self.given.fault or ("kill",)
         world = self._world()
         if how == "kill":
-            found = [
-                remains
-                for remains in Interruption(self.explorer.conductor, world, first).killed_at_each_step()
-                if remains.step <= self.given.step
-            ][-1:]
+            found = self._killed_at(world, first, self.given.step)
+            if self.given.then and found:
+                found = self._killed_at(world, self.given.then, self.given.then_step, found[0])
         else:
-            interruption = Interruption(self.explorer.conductor, world, first)
+            second = self.given.second[0] if how.endswith("live") else None
+            interruption = Interruption(self.explorer.conductor, world, first, second)
             interruption.traces_hangs = True
             one = interruption.interrupted_at(how, self.given.step)
             found = [one] if one else []
@@ -494,6 +589,10 @@ class AftermathExplorer:
             print(f"{first}: {how} at {remains.step} {remains.label}")
             cases = [(name, relation) for name in self.given.second or () for relation in self._relations()[:1]]
             self._in(world, remains, cases, "", tell=True)
+
+    def _killed_at(self, world: World, verb: str, step: int, start: Remains | None = None) -> list[Remains]:
+        found = Interruption(self.explorer.conductor, world, verb, start=start).killed_at_each_step()
+        return [remains for remains in found if remains.step <= step][-1:]
 
     def tell(self) -> None:
         """Say what was tried."""

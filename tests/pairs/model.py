@@ -163,6 +163,8 @@ def snapshot(state: State, result: Any, handle: str, snap: str) -> State:
 
 def snapshot_group(state: State, result: Any, names: tuple[str, ...], snap: str) -> State:
     for name in names:
+        state.volume(name)  # all are looked up before any is cut
+    for name in names:
         state = _with_snapshot(state, name, snap)
     return state
 

@@ -5,12 +5,15 @@ A verb here may look at a whole store or change what no disk shows, so beside an
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from typing import Any
 
 from pairs import model, worker
 from pairs.model import Operation, State
+from pairs.units import numbers_of
 from pairs.verbs import VERBS, Place, Verb
+from support.nbd_client import NbdClient
 
 # ---- what they do ----
 
@@ -72,7 +75,29 @@ def _look_around(process: Any, actor: Any) -> None:
             store.rename_snapshot(name, "other", snapshot.name)
 
 
+def _serve(process: Any, actor: Any, name: str, snap: str) -> tuple[tuple[int, ...], ...]:
+    """Serve the whole store, and read a disk and a snapshot of it as a client."""
+    from onionskin.nbd.server import Limits, Server
+
+    server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
+    try:
+        server.exports.add_store(process.root / "store")
+        if name not in server.exports.table.served:
+            server.exports.add_volume(process.root / "store", name)  # it says why
+        return _read_over_nbd(server, name), _read_over_nbd(server, f"{name}@{snap}")
+    finally:
+        server.close()
+
+
+def _read_over_nbd(server: Any, export: str) -> tuple[int, ...]:
+    mine, its = socket.socketpair()
+    server.serve(its, "a client")
+    with NbdClient(mine, export) as client:
+        return numbers_of(client.read(0, client.size_bytes))
+
+
 worker.DO |= {
+    "serve": _serve,
     "open_to_read": _open_to_read,
     "export_qcow2": _export_qcow2,
     "hold": _hold,
@@ -117,7 +142,16 @@ def fork_group(state: State, result: Any, sources: tuple[tuple[str, str | None],
     return state
 
 
+def serve(state: State, result: Any, name: str, snap: str) -> State:
+    volume = state.volume(name)
+    disks = volume.disk, state.snap(volume.key, snap).disk
+    if result is not None and result != disks:
+        raise model.WrongResultError(f"over NBD {result} instead of {disks}")
+    return state.with_volume(name, volume.flushed())
+
+
 model.RULES |= {
+    "serve": serve,
     "open_to_read": open_to_read,
     "export_qcow2": model.export,
     "hold": hold,
@@ -140,6 +174,7 @@ MORE = [
     Verb("open to read", _open_to_read_verb, reads=True),
     Verb("export qcow2", lambda at: [("export_qcow2", at.handle, f"{at.actor}.img")], handle=True, reads=True),
     Verb("merge all into base", lambda at: [("merge_base", at.handle, None)], handle=True),
+    Verb("serve", lambda at: [("serve", at.volume, "s1")], alone=True),
     Verb("hold", lambda at: [("hold", at.volume, "s1"), ("hold", at.volume, "s2")]),
     Verb("prune", lambda at: [("prune", at.volume)], alone=True),
     Verb("set wipe", lambda at: [("set_wipe", at.volume)], alone=True),

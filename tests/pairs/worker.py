@@ -35,6 +35,7 @@ class Actor:
     """One actor of a process: its program, the connection that its results go to, and what it needs open before.
 
     `store` says which of the process's stores is its own. `handle` is (handle, volume, whether to revert to s2 before).
+    An operation that raises ends the program, or the part of it before `goes_on_at`.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Actor:
     store: int
     handle: tuple[str, str, bool] | None
     streams: dict[str, bytes] = field(default_factory=dict)
+    goes_on_at: int = 0
 
 
 class Process:
@@ -110,14 +112,20 @@ class Process:
     def _act(self, actor: Actor) -> None:
         with steps.as_actor(actor.number):
             steps.step("begin")
+            raised = False
             for index, operation in enumerate(actor.program):
+                raised = raised and index != actor.goes_on_at
+                if raised:
+                    actor.results.send(("skipped", None, ""))
+                    continue
                 if index:
                     steps.step(f"between {actor.program[index - 1][0]} and {operation[0]}")
                 steps.note(f"begin {index}")
                 outcome = self._outcome(actor, operation)
                 actor.results.send(outcome)
                 steps.note(f"end {index}")
-                if outcome[0] == "raised":
+                raised = outcome[0] == "raised"
+                if raised and index >= actor.goes_on_at:
                     break
             self.stores[actor.store].finish_work()
 
