@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from pairs import judging, model
 from pairs.model import Event, Found, Operation, State
 from pairs.runs import CAN_FAIL, ERRORS, MAKES, RUN_SECONDS, HangError, Plan, Run, Verdict
-from pairs.second_verbs import SECOND_BY_NAME, SECOND_VERBS
+from pairs.second_verbs import FIRST_VERBS, SECOND_BY_NAME, SECOND_VERBS
 from pairs.steps import FREE, Conductor
-from pairs.verbs import BY_NAME, NEEDS_CLONE, VERBS, Place, Verb, program
+from pairs.verbs import NEEDS_CLONE, Place, Verb, program
 from pairs.worker import Actor, Process
 from pairs.world import World, lay_image
 
@@ -321,7 +321,7 @@ class Aftermath:
             own = "c"
         again = "c" if self.remains.first in NEEDS_CLONE else "v"
         last = self.remains.verbs + 1
-        once_more = plan_of(BY_NAME[self.remains.first], last, again, opens=True)
+        once_more = plan_of(SECOND_BY_NAME[self.remains.first], last, again, opens=True)
         if self.remains.second:
             return [once_more]
         return [plan_of(SECOND_BY_NAME[second], last - 1, own, opens=True), once_more]
@@ -450,7 +450,7 @@ class AftermathExplorer:
 
         # So that a merge into a small base is done in several stretches, each of which the catalog notes.
         merge_into_base.FIRST_STRETCH_BYTES = merge_into_base.STRETCH_BYTES_MIN = 8 * PAGE_BYTES
-        firsts = self.given.first or [verb.name for verb in VERBS]
+        firsts = self.given.first or [verb.name for verb in FIRST_VERBS]
         if self.given.step >= 0:
             self._repeat()
             return
@@ -491,7 +491,7 @@ class AftermathExplorer:
 
     def _try_twice(self, world: World, remains: Remains) -> None:
         """Kill a second verb too, at a step that is drawn; then all that was interrupted is used again."""
-        then = self.random.choice(SECOND_VERBS).name
+        then = self.random.choice(FIRST_VERBS).name
         try:
             found = Interruption(self.explorer.conductor, world, then, start=remains).killed_at_each_step()
         except HangError as hang:
@@ -540,6 +540,7 @@ class AftermathExplorer:
             f"--second {second!r} --relation {relation} --wipe {world.wipe}"
         )
         self.explorer.tally.runs[remains.how] += 1
+        self.explorer.say_how_far()
         self.explorer.tally.pairs.add((remains.first, second))
         who = f"{remains.first} ({remains.how}) / {then + ' (kill) / ' if then else ''}{second}"
         self.explorer.add(Verdict(violations=wrong, met=remains.how, at=remains.label), again, who)
