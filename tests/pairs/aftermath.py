@@ -412,9 +412,9 @@ class Aftermath:
             events.append(made)
             lines += words
         findings = told.findings
-        torn = {"base.img", "moved.img"} if self.remains.half_merged or told.half_merged else set()
-        if any(event.operation[0] == "merge_base" for actor in events[1:] for event in actor):
-            torn = {"base.img", "moved.img"}
+        merges = any(event.operation[0] == "merge_base" for actor in events[1:] for event in actor)
+        bases = {name for name in findings.images if name in ("base.img", "moved.img") or name.endswith("-copy.img")}
+        torn = bases if merges or self.remains.half_merged or told.half_merged else set()
         found = Found(findings.volumes, findings.snaps, findings.images, frozenset(findings.passed))
         explanation = model.explain(self.remains.before, events, found, faulty=faulty, torn=torn)
         if not explanation.found and not explanation.unknown:

@@ -5,6 +5,7 @@ A verb here may look at a whole store or change what no disk shows, so beside an
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 from typing import Any
@@ -14,6 +15,8 @@ from pairs.model import Operation, State
 from pairs.units import numbers_of
 from pairs.verbs import VERBS, Place, Verb
 from support.nbd_client import NbdClient
+
+from onionskin.errors import StateError
 
 # ---- what they do ----
 
@@ -79,6 +82,7 @@ def _serve(process: Any, actor: Any, name: str, snap: str) -> tuple[tuple[int, .
     """Serve the whole store, and read a disk and a snapshot of it as a client."""
     from onionskin.nbd.server import Limits, Server
 
+    process.stores[actor.store].open(name, snapshot=snap).close()  # a client is not told why there is no such export
     server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
     try:
         server.exports.add_store(process.root / "store")
@@ -96,7 +100,18 @@ def _read_over_nbd(server: Any, export: str) -> tuple[int, ...]:
         return numbers_of(client.read(0, client.size_bytes))
 
 
+def _relocate_copy(process: Any, actor: Any, name: str, path: str) -> None:
+    """Move the base to another place; the old file stays, since others know it by its inode."""
+    store = process.stores[actor.store]
+    base = store.info(name).base
+    if base is None:
+        raise StateError("there is no base")
+    shutil.copy2(base, process.path(path))
+    store.relocate(name, base=process.path(path), trust=True)
+
+
 worker.DO |= {
+    "relocate_copy": _relocate_copy,
     "serve": _serve,
     "open_to_read": _open_to_read,
     "export_qcow2": _export_qcow2,
@@ -152,7 +167,15 @@ def serve(state: State, result: Any, name: str, snap: str) -> State:
     return state.with_volume(name, volume.flushed())
 
 
+def relocate_copy(state: State, result: Any, name: str, path: str) -> State:
+    base = state.volume(name).base
+    if base is None:
+        raise model.RefusedError("needed")
+    return model.relocate(state.with_image(path, state.images[base]), None, name, path)
+
+
 model.RULES |= {
+    "relocate_copy": relocate_copy,
     "serve": serve,
     "open_to_read": open_to_read,
     "export_qcow2": model.export,
@@ -184,6 +207,7 @@ MORE = [
     Verb("open to read", _open_to_read_verb, reads=True),
     Verb("export qcow2", lambda at: [("export_qcow2", at.handle, f"{at.actor}.img")], handle=True, reads=True),
     Verb("merge all into base", lambda at: [("merge_base", at.handle, None)], handle=True),
+    Verb("relocate a copy", lambda at: [("relocate_copy", at.volume, f"{at.actor}-copy.img")]),
     Verb("serve", lambda at: [("serve", at.volume, "s1")], alone=True),
     Verb("hold", lambda at: [("hold", at.volume, "s1"), ("hold", at.volume, "s2")]),
     Verb("prune", lambda at: [("prune", at.volume)], alone=True),
