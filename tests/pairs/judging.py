@@ -55,7 +55,9 @@ def find(root: Path, asked: Question) -> Findings:
         names = [info.name for info in store.volumes()]
         if asked.half_merged:
             for name in names:
-                _attempt(found, f"a copy of {name}", lambda name=name: _copy_out(store, name, root / "copied out", found))
+                _attempt(
+                    found, f"a copy of {name}", lambda name=name: _copy_out(store, name, root / "copied out", found)
+                )
             end_merges(store, names)
         for name in names:
             if asked.only is None or name not in ("v", "c", "w", "x") or name in asked.only:
