@@ -1329,7 +1329,8 @@ class Store:
         VerifyError
             The file has another SHA-256.
         StateError
-            A merge is writing the base.
+            A merge is writing the base, or one was begun and has not ended: that changes the size, the time and the
+            contents of the base, so the caller has to say `trust` that it is the file that was moved.
         """
         with described_base(FilePath(base), digest=verify) as new:
             if self._opened.layout.holds(FilePath(new.path)):
@@ -1346,7 +1347,9 @@ class Store:
         if is_being_merged_into(FilePath(old.path)):
             raise StateError(f"a merge writes the base {old.path} just now; wait for it to end, or cancel it")
         refuse_half_merged(catalog, FilePath(new.path), above=read_chain(catalog, row.head))
-        if new.size_bytes != old.size_bytes:
+        begun = unfinished_base_merges(catalog, row.head)
+        sizes = {old.size_bytes, *(catalog.layer(target).size_bytes for target in begun)}
+        if new.size_bytes not in sizes:
             raise ChainError(
                 f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "
                 "the one that was moved"
@@ -1356,14 +1359,9 @@ class Store:
                 f"no digest of the base {old.path} was taken when the volume was created, so {new.path} cannot be verified; "
                 "compare it yourself, and say that you trust it if it is the same image"
             )
-        if verify and new.digest != old.digest:
-            raise VerifyError(
-                f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
-            )
-        if not (verify or trust) and new.mtime_ns != old.mtime_ns:
-            raise ChainError(
-                f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
-            )
+        is_other = new.digest != old.digest if verify else new.mtime_ns != old.mtime_ns and not trust
+        if is_other:
+            _refuse_other_image(old, new, half_merged=bool(begun), verify=verify)
         for other in catalog.bases_at(old.path):
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
@@ -1802,3 +1800,18 @@ def _check_size(size_bytes: int) -> int:
 
 
 __all__ = ["Store"]
+
+
+def _refuse_other_image(old: BaseRow, new: BaseRow, *, half_merged: bool, verify: bool) -> None:
+    if half_merged:
+        raise StateError(
+            f"a merge into the base {old.path} was begun and has not ended, so what it was before does not tell whether "
+            f"{new.path} is the same file: say that you trust it if it is the one that was moved"
+        )
+    if verify:
+        raise VerifyError(
+            f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
+        )
+    raise ChainError(
+        f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
+    )

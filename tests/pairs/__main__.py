@@ -3,6 +3,7 @@
     python -m pairs [--seconds N] [--seed S]              every pair at a few steps, as many as there is time for
     python -m pairs --all [--first VERB] [--second VERB]  every step of every pair, in every way
     python -m pairs --random --seconds N [--seed S]       three actors and more, in a random order, with random faults
+    python -m pairs --aftermath --seconds N [--seed S]    a verb in the store that another one left, which was interrupted
     python -m pairs --one FIRST SECOND --relation same --place threads --wipe zero --step 17   one run, told in full
 
 It runs in tests/ with the Python that has onionskin installed. Each violation is printed with the line that repeats it.
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="every step of every pair")
     what.add_argument("--random", action="store_true", help="three actors and more, in a random order")
+    what.add_argument("--aftermath", action="store_true", help="a verb in the store that an interrupted one left")
     what.add_argument("--one", nargs=2, metavar=("FIRST", "SECOND"), help="one run of a pair, told in full")
     what.add_argument("--one-random", type=int, metavar="NUMBER", help="one run of --random, told in full")
     parser.add_argument("--first", action="append", help="only pairs that are begun by this verb; may be repeated")
@@ -49,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--fault", action="append", help="none, 'kill first', 'kill last', EIO, ENOSPC or unsynced; may be repeated"
     )
     parser.add_argument("--step", type=int, default=-1, help="of --one: where the first one is held; -1 is its end")
+    parser.add_argument("--then", help="of --aftermath with --step: a verb that is killed too, behind the first one")
+    parser.add_argument("--then-step", type=int, default=1, help="where that one is killed")
     parser.add_argument("--seconds", type=float, help="end after so long")
     parser.add_argument("--seed", type=int, help="what the order of what is tried is drawn from")
     parser.add_argument("--part", default="0/1", help="of several that run side by side, which: 0/2 and 1/2")

@@ -68,6 +68,10 @@ class Explorer:
             from pairs.crowds import explore_random
 
             explore_random(self)
+        elif self.given.aftermath:
+            from pairs.aftermath import explore_aftermath
+
+            explore_aftermath(self)
         elif self.given.all:
             self._all()
         else:
@@ -155,7 +159,7 @@ class Explorer:
 
     # ---- one run ----
 
-    def _say_how_far(self) -> None:
+    def say_how_far(self) -> None:
         """Say each minute how much was tried."""
         if time.monotonic() > self.said + 60:
             self.said = time.monotonic()
@@ -163,7 +167,7 @@ class Explorer:
 
     def _try(self, case: Case, *, trace: bool = False) -> Verdict:
         verdict = run_pair(self.conductor, self.world(case.wipe), case, trace=trace)
-        self._say_how_far()
+        self.say_how_far()
         self.tally.pairs.add((case.first, case.second))
         self.tally.runs[verdict.met] += 1
         self.add(verdict, f"python -m pairs --one {case}", f"{case.first} / {case.second}")

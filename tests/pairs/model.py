@@ -163,6 +163,8 @@ def snapshot(state: State, result: Any, handle: str, snap: str) -> State:
 
 def snapshot_group(state: State, result: Any, names: tuple[str, ...], snap: str) -> State:
     for name in names:
+        state.volume(name)  # all are looked up before any is cut
+    for name in names:
         state = _with_snapshot(state, name, snap)
     return state
 
@@ -317,7 +319,7 @@ def fork_with_key(
         return replace(state, calls={**state.calls, call: ((name, snap, asked), new)})
     before, new = state.calls[call]
     if before != (name, snap, asked):
-        raise RefusedError("busy")
+        raise RefusedError("needed")
     return state if result is None else _same(state, result, list(new))
 
 

@@ -93,6 +93,7 @@ class Plan:
     place: Place
     handle: tuple[str, str, bool] | None
     operations: list[Operation]
+    goes_on_at: int = 0  # where a program goes on of which an operation before it raised
 
 
 def can_be(first: Verb, second: Verb, relation: str, place: str) -> bool:
@@ -137,6 +138,8 @@ def plans_of(case: Case) -> list[Plan]:
 class Run:
     """The processes and threads of one run."""
 
+    in_main_thread = False  # an actor that is alone in its process
+
     def __init__(self, conductor: Conductor, world: World, plans: list[Plan]) -> None:
         self.conductor, self.world, self.plans = conductor, world, plans
         self.verdict = Verdict()
@@ -157,7 +160,7 @@ class Run:
 
     def begin(self) -> None:
         """Lay the world out, and hold each actor at its beginning."""
-        self.world.lay_out()
+        self.lay_out()
         self.conductor.reset(self.world.root)
         for plan in self.plans:
             if plan.handle and plan.handle[0] not in self.before.handles:
@@ -172,6 +175,10 @@ class Run:
             self._look_at_the_clock()
             self.conductor.wait_for_any(0.5)
 
+    def lay_out(self) -> None:
+        """Make the store that the run begins with."""
+        self.world.lay_out()
+
     def _fork(self, process: int) -> None:
         actors = []
         theirs = []
@@ -180,13 +187,16 @@ class Run:
                 mine, its = Pipe(duplex=False)
                 self.results[plan.number] = mine
                 theirs.append(its)
-                streams = dict.fromkeys((plan.place.handle, plan.place.own), self.world.streams[plan.place.volume][0])
-                actors.append(Actor(plan.number, plan.operations, its, plan.store, plan.handle, streams))
+                stream, _, _ = self.world.streams[plan.place.volume]
+                streams = dict.fromkeys((plan.place.handle, plan.place.own, "B"), stream)
+                actors.append(
+                    Actor(plan.number, plan.operations, its, plan.store, plan.handle, streams, plan.goes_on_at)
+                )
         mine, its = Pipe()
         pid = os.fork()
         if pid == 0:
             mine.close()
-            Process(self.world.root, actors).run(its)
+            Process(self.world.root, actors, in_main_thread=self.in_main_thread).run(its)
         its.close()
         for one in theirs:
             one.close()

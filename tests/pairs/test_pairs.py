@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from pairs import model
+from pairs.aftermath import events_of, plan_of
 from pairs.faults_taken_out import FAULTS, TREE
 from pairs.model import Event, Found, State, Volume
 from pairs.runs import Run
 from pairs.steps import Note
 from pairs.units import ALIEN, disk_bytes, numbers_of, values_of
+from pairs.verbs import BY_NAME
 
 TESTS = Path(__file__).parents[1]
 DISK = (1, 1, 2, 2)
@@ -121,6 +123,62 @@ def test_a_pair_is_held_at_the_step_that_is_asked_for() -> None:
     (held,) = [line for line in done.stdout.splitlines() if "held here" in line]
     assert held.split()[0] == "3"
     assert "B snapshot: done" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C, then live"])
+def test_a_second_verb_meets_what_an_interrupted_merge_into_the_base_left(how: str) -> None:
+    done = pairs(
+        *("--aftermath", "--first", "merge into base", "--fault", how, "--step", "25", "--wipe", "release"),
+        *("--second", "export", "--relation", "same"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "export: done" in done.stdout
+    assert "C merge_base: done" in done.stdout
+
+
+def test_a_verb_may_be_killed_in_the_store_that_another_one_left() -> None:
+    done = pairs(
+        *("--aftermath", "--first", "delete", "--step", "4", "--then", "flatten", "--then-step", "30"),
+        *("--second", "serve", "--wipe", "release"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "C serve: done" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "is_right"),
+    [
+        ("busy", "StateError: volume 'v' has gone; try again", False),
+        (
+            "busy",
+            "StateError: a merge of 'v' into its base was begun and has not ended; merge into the base again",
+            True,
+        ),
+        ("busy", "ChainError: the base base.img has changed since the volume was opened", False),
+        ("damage", "FormatError: catalog.db is damaged", False),
+        ("unexpected", "KeyError: 'v'", False),
+        ("exists", "SnapshotExistsError: volume 'v' already has a snapshot 'new'", True),
+    ],
+)
+def test_a_refusal_behind_an_interruption_needs_a_reason(kind: str, text: str, is_right: bool) -> None:
+    plan = plan_of(BY_NAME["snapshot"], 1, "v", opens=False)
+    wrong: list[str] = []
+    before = replace(
+        BEFORE, handles={"B": "v"}, snaps={("v", "new"): model.Snap(DISK, None)} if kind == "exists" else {}
+    )
+    outcomes = [("done", None, ""), ("raised", kind, text)]
+    events, _ = events_of(SimpleNamespace(), plan, outcomes, faulty=0, begun=2, wrong=wrong)
+    events[0] = replace(events[0], operation=("write", "B", 0, 7, 2))
+    snaps = {("v", "new"): DISK} if kind == "exists" else {}
+    found = model.explain(before, [events], Found({"v": (7, 7, 2, 2)}, snaps, {}), faulty=False, torn=set())
+    assert (found.found and not found.late and not wrong) is is_right
+
+
+@pytest.mark.soak
+def test_verbs_in_what_interrupted_verbs_left() -> None:
+    done = pairs("--aftermath", "--seconds", "20")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.soak

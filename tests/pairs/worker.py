@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,7 @@ class Actor:
     """One actor of a process: its program, the connection that its results go to, and what it needs open before.
 
     `store` says which of the process's stores is its own. `handle` is (handle, volume, whether to revert to s2 before).
+    An operation that raises ends the program, or the part of it before `goes_on_at`.
     """
 
     number: int
@@ -42,13 +44,14 @@ class Actor:
     store: int
     handle: tuple[str, str, bool] | None
     streams: dict[str, bytes] = field(default_factory=dict)
+    goes_on_at: int = 0
 
 
 class Process:
     """A forked process with its actors."""
 
-    def __init__(self, root: Path, actors: list[Actor]) -> None:
-        self.root, self.actors = root, actors
+    def __init__(self, root: Path, actors: list[Actor], *, in_main_thread: bool = False) -> None:
+        self.root, self.actors, self.in_main_thread = root, actors, in_main_thread
         self.stores: dict[int, Any] = {}
         self.handles: dict[str, Any] = {}
         self.temporary: dict[str, Any] = {}
@@ -74,11 +77,12 @@ class Process:
             for store in self.stores.values():
                 store.finish_work()
             control.send("ready")
-            threads = [threading.Thread(target=self._act, args=(actor,)) for actor in self.actors]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            if self.in_main_thread:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                with suppress(KeyboardInterrupt):
+                    self._act(*self.actors)
+            else:
+                self._act_side_by_side()
             asked = control.recv()
             control.send(self._close_all())
             if asked:  # this process is the one that looks
@@ -88,6 +92,13 @@ class Process:
             control.send(f"the harness failed: {type(error).__name__}: {error}")
         finally:
             os._exit(0)
+
+    def _act_side_by_side(self) -> None:
+        threads = [threading.Thread(target=self._act, args=(actor,)) for actor in self.actors]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def _close_all(self) -> list[str]:
         wrong = []
@@ -101,14 +112,20 @@ class Process:
     def _act(self, actor: Actor) -> None:
         with steps.as_actor(actor.number):
             steps.step("begin")
+            raised = False
             for index, operation in enumerate(actor.program):
+                raised = raised and index != actor.goes_on_at
+                if raised:
+                    actor.results.send(("skipped", None, ""))
+                    continue
                 if index:
                     steps.step(f"between {actor.program[index - 1][0]} and {operation[0]}")
                 steps.note(f"begin {index}")
                 outcome = self._outcome(actor, operation)
                 actor.results.send(outcome)
                 steps.note(f"end {index}")
-                if outcome[0] == "raised":
+                raised = outcome[0] == "raised"
+                if raised and index >= actor.goes_on_at:
                     break
             self.stores[actor.store].finish_work()
 

@@ -259,6 +259,9 @@ class Connection:
                     self._is_unknown = not self._bury(error) and was_unknown
                     raise
                 self._is_unknown = False
+            except BaseException:
+                self._roll_back()  # an interrupt before COMMIT began, or no memory for it: nothing may read what is not so
+                raise
             else:
                 self._is_unknown = False
                 self._synced_version = seen

@@ -67,11 +67,14 @@ def check(store: OpenStore) -> list[Problem]:
     with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
         problems = [*_unsound_rows(store), *_check_layers(store, rows), *_check_chains(store, rows)]
         problems += _check_bases(store, rows)
-    problems += [
-        Problem("notice", f"pending work: {row.kind}", row.target.hex(), "it is done when the store is next written")
-        for row in rows.work
-    ]
+    problems += [Problem("notice", f"pending work: {row.kind}", row.target.hex(), _when_done(row)) for row in rows.work]
     return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
+
+
+def _when_done(work: WorkRow) -> str:
+    if work.kind == "base-merge":
+        return "end it from its volume, with 'onionskin merge --into-base'"
+    return "it is done when the store is next written"
 
 
 def _read_rows(store: OpenStore) -> _Rows:

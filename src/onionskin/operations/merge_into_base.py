@@ -182,7 +182,9 @@ def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes
             for name in _shown_names(catalog, row)
         ]
         children = catalog.children_of_layers(folded[:-1] if target else folded)
-        needed += [f"a branch on layer {child.id.hex()[:8]}" for child in children if child.id not in ids]
+        for child in children:
+            if child.id not in ids:
+                needed += _names_above(catalog, child.id) or [f"a branch on layer {child.id.hex()[:8]}"]
         path = FilePath(chain.base.path)
         same_file = [base.id for base in catalog.all_sound(BaseRow) if is_same_file(FilePath(base.path), path)]
         for bottom in catalog.layers_standing_on(same_file):
@@ -198,6 +200,12 @@ def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes
 def _shown_names(catalog: Catalog, row: SnapshotRow) -> list[str]:
     volume = catalog.volume_with_id(row.volume)
     return [f"{volume.name}@{row.name}"] if volume else []
+
+
+def _names_above(catalog: Catalog, layer: bytes) -> list[str]:
+    """Return the names of the volumes and of the snapshots that are made of a layer and what stands on it."""
+    above = catalog.snapshots_of_layers({layer, *descendants(catalog, layer)})
+    return _volumes_above(catalog, layer) + [name for row in above for name in _shown_names(catalog, row)]
 
 
 def _volumes_above(catalog: Catalog, layer: bytes) -> list[str]:

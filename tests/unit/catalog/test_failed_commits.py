@@ -165,3 +165,27 @@ def test_no_file_is_freed_that_a_change_which_may_come_back_names(
         with left.open("web", snapshot="newest") as found:
             assert found.read(0, BLOCK) == b"N" * BLOCK
     unsynced.refused_writes = 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_raised_before_a_commit_begins_leaves_nothing_open(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Nobody sees a volume then that was not made, and nobody else waits for a lock that nobody gives back."""
+    catalog = store._opened.catalog
+    connection = catalog._connection
+
+    class Interrupted(UnsyncedConnection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement == "COMMIT":
+                raise error
+            return connection.execute(statement, *values)
+
+    store.create("web", size=BLOCK).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_connection", Interrupted(connection, catalog.path))
+        with pytest.raises(error):
+            store.fork("web", names=["job"])
+    assert [info.name for info in store.volumes()] == ["web"]
+    with onionskin.Store(store.path) as other:
+        other.fork("web", names=["job"])

@@ -135,3 +135,51 @@ def test_a_half_merged_base_is_not_called_damaged_when_it_is_verified(tmp_path: 
             interrupt_merge(web, None)
         with pytest.raises(onionskin.StateError, match="before the merge into it has ended"):
             store.open("web", verify=True)
+
+
+@pytest.mark.parametrize("size_bytes", [None, 80 * BLOCK, 48 * BLOCK])
+def test_a_half_merged_base_can_be_moved(tmp_path: Path, size_bytes: int | None) -> None:
+    """The merge may have given the base another size already. Its time is another one in any case."""
+    base, moved = tmp_path / "base.raw", tmp_path / "moved.raw"
+    base.write_bytes(b"b" * 64 * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=base) as web:
+            if size_bytes:
+                web.resize(size_bytes, force=True)
+            web.write(0, b"1" * 8 * BLOCK)
+            interrupt_merge(web, None)
+            before = web.read(0, web.size_bytes)
+        if size_bytes:
+            os.truncate(base, size_bytes)  # where a merge that makes it smaller was killed at its end
+        base.rename(moved)
+        with pytest.raises(onionskin.StateError, match="say that you trust it"):
+            store.relocate("web", base=moved)
+        store.relocate("web", base=moved, trust=True)
+        with store.open("web") as web:
+            assert web.read(0, web.size_bytes) == before
+            web.merge_into_base()
+            assert web.read(0, web.size_bytes) == before
+    assert moved.read_bytes() == before
+
+
+def test_another_image_is_no_half_merged_base(web: onionskin.Volume, tmp_path: Path) -> None:
+    (tmp_path / "other.raw").write_bytes(b"b" * 63 * BLOCK)
+    with pytest.raises(onionskin.ChainError, match="another image"):
+        web.store.relocate("web", base=tmp_path / "other.raw", trust=True)
+
+
+def test_a_half_merged_base_that_was_moved_is_not_called_another_image(tmp_path: Path) -> None:
+    base, moved = tmp_path / "base.raw", tmp_path / "moved.raw"
+    base.write_bytes(b"b" * 4 * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=base, digest=True) as web:
+            web.write(0, b"1" * BLOCK)
+            interrupt_merge(web, None)
+        base.rename(moved)
+        with pytest.raises(onionskin.StateError, match="say that you trust it"):
+            store.relocate("web", base=moved, verify=True)
+
+
+def test_check_says_how_such_a_merge_is_ended(web: onionskin.Volume) -> None:
+    (problem,) = web.store.check()
+    assert "merge --into-base" in problem.advice
