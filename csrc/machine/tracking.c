@@ -1,0 +1,106 @@
+/* tracking.c: see tracking.h. The structures are those of Documentation/admin-guide/mm/pagemap.rst of the kernel: the
+ * headers that a wheel is built with are older than they. */
+#define _GNU_SOURCE
+#include "machine/tracking.h"
+
+#include <errno.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+
+enum { RUNS_AT_ONCE = 512, VECTORS_AT_ONCE = 1024 };
+
+#define CATEGORY_WRITTEN (1ull << 1)
+#define SCAN_PROTECT (1ull << 0)    /* PM_SCAN_WP_MATCHING */
+#define SCAN_ONLY_ARMED (1ull << 1) /* PM_SCAN_CHECK_WPASYNC: fail where nothing is armed, which would count as written */
+
+struct region {
+    uint64_t start;
+    uint64_t end;
+    uint64_t categories;
+};
+
+struct scan {
+    uint64_t size;
+    uint64_t flags;
+    uint64_t start;
+    uint64_t end;
+    uint64_t walk_end;
+    uint64_t regions;
+    uint64_t region_count;
+    uint64_t pages_max;
+    uint64_t inverted;
+    uint64_t wanted;
+    uint64_t wanted_any;
+    uint64_t returned;
+};
+
+#define PAGEMAP_SCAN _IOWR('f', 16, struct scan)
+
+long onion_written_pages(int pagemap, uint64_t *start, uint64_t end, int protect, struct onion_page_run *runs, size_t max)
+{
+    struct region regions[RUNS_AT_ONCE];
+    size_t found = 0;
+    while (*start < end && found < max) {
+        size_t room = max - found < RUNS_AT_ONCE ? max - found : RUNS_AT_ONCE;
+        /* Only this category: with more of them, some kernels report zapped pages as clean and do not protect them. */
+        struct scan scan = {.size = sizeof scan,
+                            .flags = SCAN_ONLY_ARMED | (protect ? SCAN_PROTECT : 0),
+                            .start = *start,
+                            .end = end,
+                            .regions = (uint64_t)(uintptr_t)regions,
+                            .region_count = room,
+                            .wanted = CATEGORY_WRITTEN,
+                            .returned = CATEGORY_WRITTEN};
+        int count = ioctl(pagemap, PAGEMAP_SCAN, &scan);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count < 0)
+            return -errno;
+        if ((size_t)count > room || scan.walk_end < *start || scan.walk_end > end)
+            return -EPROTO;
+        for (int i = 0; i < count; i++)
+            runs[found++] = (struct onion_page_run){regions[i].start, regions[i].end};
+        *start = scan.walk_end;
+    }
+    return (long)found;
+}
+
+/* Reads [from, from + length). A call of the kernel may end short at a page that cannot be read. */
+static int read_vectors(pid_t pid, struct iovec *remote, size_t count, uint8_t *to, size_t length)
+{
+    while (length) {
+        struct iovec local = {to, length};
+        ssize_t done = process_vm_readv(pid, &local, 1, remote, count, 0);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done <= 0)
+            return done < 0 ? -errno : -EFAULT;
+        to += done;
+        length -= (size_t)done;
+        for (; count && (size_t)done >= remote->iov_len; remote++, count--)
+            done -= (ssize_t)remote->iov_len;
+        if (done) {
+            remote->iov_base = (char *)remote->iov_base + done;
+            remote->iov_len -= (size_t)done;
+        }
+    }
+    return 0;
+}
+
+int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to)
+{
+    struct iovec remote[VECTORS_AT_ONCE];
+    for (size_t first = 0; first < count;) {
+        size_t vectors = 0, length = 0;
+        for (; vectors < VECTORS_AT_ONCE && first < count && length < 1u << 30; vectors++, first++) {
+            size_t bytes = runs[first].end - runs[first].start;
+            remote[vectors] = (struct iovec){(void *)(uintptr_t)runs[first].start, bytes};
+            length += bytes;
+        }
+        int error = read_vectors(pid, remote, vectors, to, length);
+        if (error)
+            return error;
+        to += length;
+    }
+    return 0;
+}
