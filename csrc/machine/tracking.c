@@ -7,9 +7,12 @@
 #include <sys/ioctl.h>
 #include <sys/uio.h>
 
-enum { RUNS_AT_ONCE = 512, VECTORS_AT_ONCE = 1024 };
+enum { RUNS_AT_ONCE = 512, VECTORS_AT_ONCE = 1024, BYTES_AT_ONCE = 1 << 30 };
 
 #define CATEGORY_WRITTEN (1ull << 1)
+#define CATEGORY_FILE (1ull << 2)
+#define CATEGORY_PRESENT (1ull << 3)
+#define CATEGORY_SWAPPED (1ull << 4)
 #define SCAN_PROTECT (1ull << 0)    /* PM_SCAN_WP_MATCHING */
 #define SCAN_ONLY_ARMED (1ull << 1) /* PM_SCAN_CHECK_WPASYNC: fail where nothing is armed, which would count as written */
 
@@ -36,21 +39,33 @@ struct scan {
 
 #define PAGEMAP_SCAN _IOWR('f', 16, struct scan)
 
-long onion_written_pages(int pagemap, uint64_t *start, uint64_t end, int protect, struct onion_page_run *runs, size_t max)
+static struct scan scan_for(enum onion_pages_wanted wanted)
 {
+    if (wanted == ONION_PRIVATE)
+        return (struct scan){.size = sizeof(struct scan),
+                             .inverted = CATEGORY_FILE,
+                             .wanted = CATEGORY_FILE,
+                             .wanted_any = CATEGORY_PRESENT | CATEGORY_SWAPPED,
+                             .returned = CATEGORY_FILE};
+    /* Only this category: with more of them, some kernels report zapped pages as clean and do not protect them. */
+    return (struct scan){.size = sizeof(struct scan),
+                         .flags = SCAN_ONLY_ARMED | (wanted == ONION_WRITTEN_AND_PROTECT ? SCAN_PROTECT : 0),
+                         .wanted = CATEGORY_WRITTEN,
+                         .returned = CATEGORY_WRITTEN};
+}
+
+long onion_find_pages(int pagemap, uint64_t *start, uint64_t end, enum onion_pages_wanted wanted,
+                      struct onion_page_run *runs, size_t max)
+{
+    struct scan scan = scan_for(wanted);
     struct region regions[RUNS_AT_ONCE];
     size_t found = 0;
     while (*start < end && found < max) {
         size_t room = max - found < RUNS_AT_ONCE ? max - found : RUNS_AT_ONCE;
-        /* Only this category: with more of them, some kernels report zapped pages as clean and do not protect them. */
-        struct scan scan = {.size = sizeof scan,
-                            .flags = SCAN_ONLY_ARMED | (protect ? SCAN_PROTECT : 0),
-                            .start = *start,
-                            .end = end,
-                            .regions = (uint64_t)(uintptr_t)regions,
-                            .region_count = room,
-                            .wanted = CATEGORY_WRITTEN,
-                            .returned = CATEGORY_WRITTEN};
+        scan.start = *start;
+        scan.end = end;
+        scan.regions = (uint64_t)(uintptr_t)regions;
+        scan.region_count = room;
         int count = ioctl(pagemap, PAGEMAP_SCAN, &scan);
         if (count < 0 && errno == EINTR)
             continue;
@@ -65,17 +80,19 @@ long onion_written_pages(int pagemap, uint64_t *start, uint64_t end, int protect
     return (long)found;
 }
 
-/* Reads [from, from + length). A call of the kernel may end short at a page that cannot be read. */
-static int read_vectors(pid_t pid, struct iovec *remote, size_t count, uint8_t *to, size_t length)
+typedef ssize_t (*transfer)(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long, unsigned long);
+
+/* Moves `length` bytes between `here` and the vectors. A call of the kernel may end short at a page that it cannot reach. */
+static int move(transfer call, pid_t pid, struct iovec *remote, size_t count, uint8_t *here, size_t length)
 {
     while (length) {
-        struct iovec local = {to, length};
-        ssize_t done = process_vm_readv(pid, &local, 1, remote, count, 0);
+        struct iovec local = {here, length};
+        ssize_t done = call(pid, &local, 1, remote, count, 0);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
             return done < 0 ? -errno : -EFAULT;
-        to += done;
+        here += done;
         length -= (size_t)done;
         for (; count && (size_t)done >= remote->iov_len; remote++, count--)
             done -= (ssize_t)remote->iov_len;
@@ -87,20 +104,30 @@ static int read_vectors(pid_t pid, struct iovec *remote, size_t count, uint8_t *
     return 0;
 }
 
-int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to)
+static int move_all(transfer call, pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *here)
 {
     struct iovec remote[VECTORS_AT_ONCE];
     for (size_t first = 0; first < count;) {
         size_t vectors = 0, length = 0;
-        for (; vectors < VECTORS_AT_ONCE && first < count && length < 1u << 30; vectors++, first++) {
+        for (; vectors < VECTORS_AT_ONCE && first < count && length < BYTES_AT_ONCE; vectors++, first++) {
             size_t bytes = runs[first].end - runs[first].start;
             remote[vectors] = (struct iovec){(void *)(uintptr_t)runs[first].start, bytes};
             length += bytes;
         }
-        int error = read_vectors(pid, remote, vectors, to, length);
+        int error = move(call, pid, remote, vectors, here, length);
         if (error)
             return error;
-        to += length;
+        here += length;
     }
     return 0;
+}
+
+int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to)
+{
+    return move_all(process_vm_readv, pid, runs, count, to);
+}
+
+int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from)
+{
+    return move_all(process_vm_writev, pid, runs, count, (uint8_t *)from);
 }

@@ -20,16 +20,25 @@ struct onion_page_run {
     uint64_t end;   /* behind its last byte */
 };
 
-/* Finds the runs of written pages in [*start, end). `pagemap` is /proc/PID/pagemap, open for reading. With `protect`,
- * each page that is returned is protected again, atomically with the look at it.
+enum onion_pages_wanted {
+    ONION_WRITTEN = 0,             /* those that were written since they were last protected */
+    ONION_WRITTEN_AND_PROTECT = 1, /* the same, and each is protected again, atomically with the look at it */
+    ONION_PRIVATE = 2              /* those of a private mapping that do not read as its file any more */
+};
+
+/* Finds runs of pages in [*start, end). `pagemap` is /proc/PID/pagemap, open for reading.
  *
  * Returns the number of runs that were stored, or -errno. If there were more than `max`, *start is where to go on;
  * otherwise it is `end`. -ENOTTY or -EINVAL: this kernel cannot; -EPERM: nothing in the range is armed. */
-long onion_written_pages(int pagemap, uint64_t *start, uint64_t end, int protect, struct onion_page_run *runs, size_t max);
+long onion_find_pages(int pagemap, uint64_t *start, uint64_t end, enum onion_pages_wanted wanted,
+                      struct onion_page_run *runs, size_t max);
 
 /* Reads the runs of another process's memory into `to`, one behind the other.
  *
  * Returns 0, or -errno: -ESRCH if the process has ended, -EFAULT if it has nothing mapped there, -EPERM. */
 int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to);
+
+/* Writes to the runs of another process's memory what follows one behind the other at `from`. As onion_read_pages. */
+int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from);
 
 #endif

@@ -23,8 +23,16 @@ cdef extern from "machine/tracking.h" nogil:
         uint64_t start
         uint64_t end
 
-    long onion_written_pages(int pagemap, uint64_t *start, uint64_t end, int protect, onion_page_run *runs, size_t max)
+    enum onion_pages_wanted:
+        ONION_WRITTEN
+        ONION_WRITTEN_AND_PROTECT
+        ONION_PRIVATE
+
+    long onion_find_pages(
+        int pagemap, uint64_t *start, uint64_t end, onion_pages_wanted wanted, onion_page_run *runs, size_t max
+    )
     int onion_read_pages(int pid, const onion_page_run *runs, size_t count, uint8_t *to)
+    int onion_write_pages(int pid, const onion_page_run *runs, size_t count, const uint8_t *here)
 
 PAGE_BYTES = ONION_PAGE_BYTES
 SAME = ONION_PAGE_SAME
@@ -128,6 +136,24 @@ cdef class PageTracker:
         OSError
             The process has ended, nothing is armed in it, or the kernel cannot tell (Linux 6.7 can).
         """
+        return self._find(ONION_WRITTEN_AND_PROTECT if protect else ONION_WRITTEN)
+
+    def private(self):
+        """Return the pages of a private mapping that may not read as its file any more: it has its own copies of them.
+
+        Returns
+        -------
+        ndarray of RUN_DTYPE
+            As for `written`.
+
+        Raises
+        ------
+        OSError
+            The process has ended, or the kernel cannot tell.
+        """
+        return self._find(ONION_PRIVATE)
+
+    cdef _find(self, onion_pages_wanted wanted):
         cdef uint64_t at = self._start
         cdef long count
         cdef onion_page_run[::1] into
@@ -137,7 +163,7 @@ cdef class PageTracker:
             part = np.empty(RUNS_AT_ONCE, RUN_DTYPE)
             into = part
             with nogil:
-                count = onion_written_pages(self._pagemap, &at, self._end, protect, &into[0], RUNS_AT_ONCE)
+                count = onion_find_pages(self._pagemap, &at, self._end, wanted, &into[0], RUNS_AT_ONCE)
             if count < 0:
                 failed = -count
             else:
@@ -166,22 +192,49 @@ cdef class PageTracker:
         OSError
             The process has ended, or has nothing mapped there.
         """
-        runs = np.ascontiguousarray(runs, RUN_DTYPE).copy()
-        lengths = runs["end"] - runs["start"]
-        if len(runs) and (
-            (runs["end"] < runs["start"]).any() or int(runs["end"].max()) > self._end - self._start
-        ):
+        cdef onion_page_run[::1] these = self._runs(runs, to.shape[0])
+        cdef size_t count = these.shape[0]
+        cdef int error = 0
+        if count:
+            with nogil:
+                error = onion_read_pages(self._pid, &these[0], count, &to[0])
+        self._raise(error)
+
+    def write(self, runs, const uint8_t[::1] data not None):
+        """Write to runs of pages what stands in `data` one behind the other. The writes are noted as any others.
+
+        Parameters
+        ----------
+        runs : ndarray of RUN_DTYPE
+            Byte offsets in the range.
+        data : buffer
+            As long as all runs together.
+
+        Raises
+        ------
+        OSError
+            The process has ended, or has nothing mapped there.
+        """
+        cdef onion_page_run[::1] these = self._runs(runs, data.shape[0])
+        cdef size_t count = these.shape[0]
+        cdef int error = 0
+        if count:
+            with nogil:
+                error = onion_write_pages(self._pid, &these[0], count, &data[0])
+        self._raise(error)
+
+    def _runs(self, runs, size_t length):
+        """Return the runs as addresses, without empty ones, after a look at what would reach out of the range."""
+        runs = np.ascontiguousarray(runs, RUN_DTYPE)
+        runs = runs[runs["end"] != runs["start"]]
+        if len(runs) and ((runs["end"] < runs["start"]).any() or int(runs["end"].max()) > self._end - self._start):
             raise ValueError("a run ends before it begins, or behind the range")
-        if int(lengths.sum()) != to.shape[0]:
-            raise ValueError(f"the runs have {int(lengths.sum())} bytes, and the buffer has {to.shape[0]}")
-        if not to.shape[0]:
-            return
+        if int((runs["end"] - runs["start"]).sum()) != length:
+            raise ValueError(f"the runs have other than the {length} bytes of the buffer")
         for field in ("start", "end"):
             runs[field] += self._start
-        cdef onion_page_run[::1] these = runs
-        cdef int error
-        cdef size_t count = len(runs)
-        with nogil:
-            error = onion_read_pages(self._pid, &these[0], count, &to[0])
+        return runs
+
+    cdef _raise(self, int error):
         if error:
             raise OSError(-error, f"the memory of process {self._pid}: {os.strerror(-error)}")
