@@ -23,6 +23,7 @@ from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
 if TYPE_CHECKING:
     from onionskin.volume import Volume
 
+_MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
 PIECE_BYTES = 8 << 20  # that are looked at and written at a time
 
 
@@ -53,7 +54,7 @@ class GuestRam:
         self._unread = np.zeros(count, np.bool_)  # of those: what the copy does not have as it is now
         # Each page has its place in it, so the last state of a page replaces the one before. Only what is written to
         # takes memory.
-        self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+        self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self._bytes = np.frombuffer(self._copy, np.uint8)
 
     @property
