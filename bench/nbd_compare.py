@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python bench/nbd_compare.py [--size 2G] [--seconds 3] [--rounds 5] [--only WORKLOAD ...] [--json FILE]
 
-Servers take turns within each round, so that what else the machine does falls on all of them. Reported are medians and
-ratios of medians. Client: fio with the nbd engine, and nbdcopy to null. Needs qemu-utils, nbdkit, fio, libnbd-bin.
+Servers take turns within each round, so that what else the machine does falls on all of them. Reported are medians, and
+the median and the range of the ratios of each round. Client: fio with the nbd engine, and nbdcopy to null. Needs
+qemu-utils, nbdkit, fio, libnbd-bin.
 """
 
 import argparse
@@ -143,12 +144,16 @@ def measure(name: str, workload: str, base: Path, size: int, seconds: float) -> 
 def report(results: dict[tuple[str, str], list[float]]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for workload in dict.fromkeys(workload for workload, _ in results):
-        mine = statistics.median(results[workload, "onionskin"])
+        mine = results[workload, "onionskin"]
         for peer in (peer for at, peer in results if at == workload):
-            median = statistics.median(results[workload, peer])
-            goal = GOALS.get((workload, peer))
-            rows.append({"workload": workload, "server": peer, "median": median, "ratio": mine / median, "goal": goal})
-            text = "" if peer == "onionskin" else f"  x{mine / median:.2f}" + (f" (goal {goal})" if goal else "")
+            theirs = results[workload, peer]
+            median, goal = statistics.median(theirs), GOALS.get((workload, peer))
+            ratios = sorted(ours / other for ours, other in zip(mine, theirs, strict=True))
+            row = {"workload": workload, "server": peer, "median": median, "each": theirs, "goal": goal}
+            rows.append({**row, "ratio": statistics.median(ratios), "ratios": ratios})
+            text = "" if peer == "onionskin" else f"  x{statistics.median(ratios):.2f}"
+            text += f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if text else ""
+            text += f", goal {goal}" if goal else ""
             print(f"{workload:16} {peer:12} {median:12.2f}/s{text}", flush=True)
     return rows
 

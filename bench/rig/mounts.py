@@ -27,6 +27,6 @@ def loop_mount(directory: Path, kind: str, size_bytes: int) -> Iterator[Path]:
     try:
         yield point
     finally:
-        peers.run("umount", point)
+        peers.run("umount", "--lazy", point)  # what an interrupt left running may still have a file open
         image.unlink()
         point.rmdir()

@@ -5,22 +5,25 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/sparse_table.h"
+
 #define CHANGES_FIRST ((size_t)1 << 12)
 #define CHANGES_MAX ((size_t)1 << 22) /* 64 MiB, twice; so many changes are applied before more are collected */
 #define DIGIT_BITS_MAX 11
+#define SLOTS_END_BYTES ((ONION_SEGMENT_LAST + 1) * sizeof(uint64_t))
 
 int onion_build_init(struct onion_build *build, struct onion_map *map) {
     memset(build, 0, sizeof *build);
     build->map = map;
     build->is_sorted = 1;
-    build->slots_end = calloc(ONION_SEGMENT_LAST + 1, sizeof *build->slots_end);
+    build->slots_end = onion_sparse_table(SLOTS_END_BYTES);
     return build->slots_end ? 0 : -ENOMEM;
 }
 
 void onion_build_destroy(struct onion_build *build) {
     free(build->changes);
     free(build->sorted);
-    free(build->slots_end);
+    onion_sparse_table_free(build->slots_end, SLOTS_END_BYTES);
     memset(build, 0, sizeof *build);
 }
 

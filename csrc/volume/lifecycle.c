@@ -6,7 +6,10 @@
 #include <string.h>
 
 #include "base/sigbus.h"
+#include "base/sparse_table.h"
 #include "volume/internal.h"
+
+#define SEGMENTS_BYTES ((ONION_SEGMENT_LAST + 1) * sizeof(struct onion_segment *))
 
 static void release_leaf(void *context, void *leaf) {
     (void)context;
@@ -64,7 +67,7 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     onion_epoch_init(&volume->epoch);
     volume->segments_directory = strdup(segments_directory);
     volume->layers_directory = strdup(layers_directory);
-    volume->segments = calloc(ONION_SEGMENT_LAST + 1, sizeof *volume->segments);
+    volume->segments = onion_sparse_table(SEGMENTS_BYTES);
     static const unsigned char no_id[ONION_UUID_BYTES];
     (void)onion_segment_new("", no_id, 0, shift, &volume->vacant); /* NULL: no memory */
     /* The index covers whole ranges, and grows with the volume. */
@@ -153,7 +156,7 @@ void onion_volume_free(struct onion_volume *volume) {
     free(volume->dirty_records.freed);
     free(volume->next_numbers);
     onion_segment_free(volume->vacant);
-    free(volume->segments);
+    onion_sparse_table_free(volume->segments, SEGMENTS_BYTES);
     free(volume->segments_directory);
     free(volume->layers_directory);
     free(volume);

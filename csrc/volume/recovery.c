@@ -411,6 +411,14 @@ static int replay_all(struct replay *replay, const struct onion_head_source *sou
     return status < 0 ? status : onion_build_apply(&volume->build);
 }
 
+/* Whether the head has files. A process that made them may have died before their names were durable. */
+static int has_files(const struct onion_volume *volume, uint32_t first) {
+    int found = volume->log.fd >= 0;
+    for (uint32_t i = first; i <= volume->segment_count && !found; i++)
+        found = volume->segments[i]->fd >= 0;
+    return found;
+}
+
 static int sync_directories(const struct onion_volume *volume) {
     const char *path = volume->segments_directory;
     int status = onion_sync_directory(volume->segments_directory); /* BARRIER: opened segments directory */
@@ -432,7 +440,7 @@ int onion_volume_open_head(struct onion_volume *volume, const struct onion_head_
         status = onion_volume_fold_layers(volume);
     if (status == 0)
         status = onion_volume_add_segment(volume, source->spare, &volume->spare);
-    if (status == 0)
+    if (status == 0 && has_files(volume, replay.segment_first))
         status = sync_directories(volume);
     if (status == 0 && volume->journal.found_poisoned)
         onion_journal_clear_poisoned(volume);

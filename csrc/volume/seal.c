@@ -7,6 +7,7 @@
  *   CUT       the dirty records are taken and the heads are swapped; writers still wait
  *   RELEASED  writers go on in the new head
  *   SYNCED    the old head is durable, and waits for its outcome
+ * group_cut.c takes several volumes from BEGUN to RELEASED.
  * Between two calls `sealing` says that nobody is inside, so that a close need not wait for the outcome. */
 #include <errno.h>
 #include <string.h>
@@ -285,20 +286,6 @@ int onion_volume_seal(struct onion_volume *volume, const char *map_path, const u
         end(volume);
     else
         leave(volume, ONION_SEAL_SYNCED);
-    return status;
-}
-
-int onion_volumes_cut(struct onion_volume *const *volumes, uint32_t count, uint32_t *failed) {
-    uint32_t held = 0;
-    int status = 0;
-    while (held < count && (status = onion_volume_seal_hold(volumes[held])) == 0)
-        held++;
-    *failed = held;
-    for (uint32_t i = 0; i < held && status == 0; i++)
-        if ((status = onion_volume_seal_cut(volumes[i])) < 0)
-            *failed = i;
-    for (uint32_t i = 0; i < held; i++)
-        onion_volume_seal_release(volumes[i]);
     return status;
 }
 

@@ -210,10 +210,33 @@ int onion_volume_seal_hold(struct onion_volume *volume);
 int onion_volume_seal_cut(struct onion_volume *volume);
 void onion_volume_seal_release(struct onion_volume *volume);
 int onion_volume_seal_sync(struct onion_volume *volume, struct onion_sealed *sealed);
-/* Holds all volumes, each of which is there once, cuts all, and releases all: every write that was acknowledged by
- * any of them before one that the cut leaves out began is in the cut. On an error *failed is the index of the volume
- * that it is of; no writer waits, and each volume that was begun is to be aborted. */
-int onion_volumes_cut(struct onion_volume *const *volumes, uint32_t count, uint32_t *failed);
+
+/* Of a group, some volumes may be with other processes (peers), at the other ends of sockets. All words are texts that
+ * both ends agree on, of at most ONION_CUT_WORD_BYTES_MAX bytes: `hold` and `cut` are said to a peer, which answers
+ * `held` and `done`. */
+enum { ONION_CUT_WORD_BYTES_MAX = 64 };
+struct onion_cut_word {
+    const void *bytes;
+    uint32_t length;
+};
+struct onion_cut_words {
+    struct onion_cut_word hold, held, cut, done;
+    int hold_ms; /* a peer whose writers wait for longer lets them go on, and refuses the cut */
+};
+struct onion_cut {
+    struct onion_volume *const *volumes; /* each of them begun, and there once */
+    const int *peers;
+    uint32_t count, peer_count;
+    struct onion_cut_words words;
+};
+/* Holds all volumes, and only then cuts all; each is released by itself: every write that was acknowledged by any of
+ * them before one that the cut leaves out began is in the cut. On an error *failed is the index of the volume that it
+ * is of, or `count` and the index of the peer; no writer waits, and each volume that was begun is to be aborted. Of a
+ * peer: -ETIME, -ECONNRESET, or -EPROTO where it said something else, which can be read then. */
+int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed);
+/* The other end, whose one peer is who calls the above: waits for the word to hold, for at most wait_ms, and for the
+ * word to cut. Errors are as above. */
+int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed);
 /* Makes the files of the next head beforehand, durable: the spare segment, whose id is map_id too, and the map
  * `map_path`, both empty. A seal with this map_id begins with them, so the first flush after it has three syncs less.
  * -EBUSY: another segment is the spare, or none, or a seal has taken it. Where it fails with -ENOSPC nothing is lost: the next head makes its

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onionskin.base.sizes import format_size, parse_size
+    from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume, connect
+    from onionskin.control.groups import find_served_head as find_served_head
+    from onionskin.control.groups import fork_served as fork_served
     from onionskin.errors import (
         ChainError,
         FormatError,
@@ -22,13 +25,15 @@ if TYPE_CHECKING:
         VolumeNotFoundError,
     )
     from onionskin.operations.chain_members import ChainLayer, ChainMember
+    from onionskin.operations.check import Problem
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
-    from onionskin.operations.usage import Problem, Usage
+    from onionskin.operations.usage import Usage
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -43,17 +48,22 @@ _HOME = {
         "onionskin.errors",
     ),
     **dict.fromkeys(("format_size", "parse_size"), "onionskin.base.sizes"),
-    **dict.fromkeys(("Problem", "Usage"), "onionskin.operations.usage"),
     **dict.fromkeys(("TreeNode", "VolumeInfo"), "onionskin.operations.listing"),
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
+    # By which a store reaches the processes that hold its volumes, whose code stands on its own.
+    **dict.fromkeys(("find_served_head", "fork_served"), "onionskin.control.groups"),
     "Ancestor": "onionskin.operations.lineage",
+    "Defaults": "onionskin.catalog.defaults",
+    "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
+    "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
     "Store": "onionskin.store",
     "StoreInfo": "onionskin.operations.store_info",
+    "Usage": "onionskin.operations.usage",
     "Volume": "onionskin.volume",
 }  # fmt: skip
 
@@ -62,6 +72,8 @@ __all__ = [
     "ChainError",
     "ChainLayer",
     "ChainMember",
+    "Defaults",
+    "ForkUsage",
     "FormatError",
     "Hold",
     "Layering",

@@ -27,17 +27,20 @@ import onionskin.store
 import onionskin.volume
 from onionskin.base.progress import Progress
 from onionskin.catalog.tree import Snapshot
-from onionskin.errors import StateError
+from onionskin.errors import OnionskinError, StateError
+from onionskin.operations.check import Problem
+from onionskin.operations.fork_usage import ForkUsage
 from onionskin.operations.holds import Hold
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode, VolumeInfo
 from onionskin.operations.prune import Retention
-from onionskin.operations.usage import Problem, Usage
+from onionskin.operations.usage import Usage
 
 if TYPE_CHECKING:
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.catalog import Defaults
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
     from onionskin.operations.store_info import StoreInfo
@@ -170,8 +173,8 @@ class Store:
         *,
         base: "AnyPath | None" = None,
         size: "int | str | None" = None,
-        block_size: int = 4096,
-        wipe: "WipePolicy" = "release",
+        block_size: int | None = None,
+        wipe: "WipePolicy | None" = None,
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
     ) -> "Opening":
@@ -239,6 +242,30 @@ class Store:
             wipe=wipe,
         )
 
+    @_twin_of(onionskin.store.Store.fork_group)
+    async def fork_group(
+        self,
+        sources: "Mapping[str, str | None]",
+        *,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> dict[str, list[str]]:
+        """Await `onionskin.Store.fork_group`."""
+        return await self.run(
+            self.sync.fork_group,
+            sources,
+            count=count,
+            pattern=pattern,
+            idempotency_key=idempotency_key,
+            lifetime=lifetime,
+            labels=labels,
+            wipe=wipe,
+        )
+
     @_twin_of(onionskin.store.Store.forks_of)
     async def forks_of(self, source: str, snapshot: str | None = None) -> list[str]:
         """Await `onionskin.Store.forks_of`."""
@@ -272,8 +299,11 @@ class Store:
         try:
             yield volume
         finally:
-            await volume.close()
-            await self.run(block.__exit__, None, None, None)
+            try:
+                with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
+                    await volume.close()
+            finally:
+                await self._calls.finish(partial(block.__exit__, None, None, None))
 
     @_twin_of(onionskin.store.Store.rename)
     async def rename(self, name: str, new_name: str) -> None:
@@ -284,6 +314,16 @@ class Store:
     async def set_wipe(self, name: str, wipe: "WipePolicy") -> None:
         """Await `onionskin.Store.set_wipe`."""
         await self.run(self.sync.set_wipe, name, wipe)
+
+    @_twin_of(onionskin.store.Store.defaults)
+    async def defaults(self) -> "Defaults":
+        """Await `onionskin.Store.defaults`."""
+        return await self.run(self.sync.defaults)
+
+    @_twin_of(onionskin.store.Store.set_defaults)
+    async def set_defaults(self, *, wipe: "WipePolicy | None" = None, block_size: int | None = None) -> "Defaults":
+        """Await `onionskin.Store.set_defaults`."""
+        return await self.run(self.sync.set_defaults, wipe=wipe, block_size=block_size)
 
     @_twin_of(onionskin.store.Store.rename_snapshot)
     async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
@@ -296,14 +336,28 @@ class Store:
         await self.run(self.sync.set_note, volume, snapshot, note)
 
     @_twin_of(onionskin.store.Store.hold)
-    async def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    async def hold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Await `onionskin.Store.hold`."""
-        await self.run(self.sync.hold, volume, snapshot, holder)
+        await self.run(self.sync.hold, volume, snapshot, holder, guid=guid)
 
     @_twin_of(onionskin.store.Store.unhold)
-    async def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    async def unhold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Await `onionskin.Store.unhold`."""
-        await self.run(self.sync.unhold, volume, snapshot, holder)
+        await self.run(self.sync.unhold, volume, snapshot, holder, guid=guid)
 
     @_twin_of(onionskin.store.Store.holds)
     async def holds(self, volume: str, snapshot: str | None = None) -> list[Hold]:
@@ -381,6 +435,11 @@ class Store:
     async def usage(self, name: str) -> list[Usage]:
         """Await `onionskin.Store.usage`."""
         return await self.run(self.sync.usage, name)
+
+    @_twin_of(onionskin.store.Store.usage_of_forks)
+    async def usage_of_forks(self, source: str, snapshot: str | None = None) -> list[ForkUsage]:
+        """Await `onionskin.Store.usage_of_forks`."""
+        return await self.run(self.sync.usage_of_forks, source, snapshot)
 
     @_twin_of(onionskin.store.Store.bytes_freed_by_merge)
     async def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
@@ -580,9 +639,9 @@ class Volume:
         return await self._run(self._sync.snapshot, name, note, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.revert)
-    async def revert(self, name: str) -> None:
+    async def revert(self, name: str, *, guid: str | None = None) -> None:
         """Await `onionskin.Volume.revert`."""
-        await self._run(self._sync.revert, name)
+        await self._run(self._sync.revert, name, guid=guid)
 
     @_twin_of(onionskin.volume.Volume.discard)
     async def discard(
@@ -702,6 +761,18 @@ class _Calls:
             await _end_of(undone)
             failure = undone.exception()
         raise interrupted from failure
+
+    async def finish(self, call: Callable[[], object]) -> None:
+        """Run a call that ends what was begun: also where the task is cancelled before it has begun, or a close waits."""
+        if self._is_closed:
+            raise StateError(f"{self._what} is closed; open it again")
+        future = self._submit(call, self.threads.others)
+        interrupted = await _end_of(future)
+        failure = future.exception()
+        if interrupted is not None:
+            raise interrupted from failure
+        if failure is not None:
+            raise failure
 
     async def run_with_progress(self, progress: Progress | None, call: Callable[[Progress], Result]) -> Result:
         """Run a call that reports its progress, and stop it if the task is cancelled."""

@@ -89,8 +89,8 @@ def import_image(
     name: str,
     *,
     format: str | None = None,
-    block_size: int = 4096,
-    wipe: Literal["release", "zero"] = "release",
+    block_size: int | None = None,
+    wipe: Literal["release", "zero"] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], object] | None = None,
 ) -> int:
@@ -110,7 +110,7 @@ def import_image(
         One of `FORMATS`; with None, the magic bytes tell the format. A caller that names the format vouches for the
         image. ``raw`` takes the bytes as they are, even those of a compressed file.
     block_size, wipe
-        Block size and wipe policy of the new volume.
+        Block size and wipe policy of the new volume; with None, those that `Store.defaults` returns.
     progress : callable, optional
         Called with the bytes copied so far and in all; the total is 0 if it is not known.
     note : callable, optional
@@ -130,16 +130,18 @@ def import_image(
     VolumeExistsError
         The store has a volume of that name.
     """
+    from onionskin.operations.properties import with_defaults
     from onionskin.operations.volumes import refuse_taken  # imported late: the command line imports this for FORMATS
 
     check_name("volume", name)
     refuse_taken(store._opened, name)
     if format is not None and format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
+    chosen = with_defaults(store._opened, block_size, wipe)
     with contextlib.ExitStack() as stack:
         descriptor, called = stack.enter_context(_opened(path))
         ahead = b"" if isinstance(path, str | os.PathLike) else _read_ahead(path)
-        made = _Import(stack, store, name, called, format, block_size, wipe, progress)
+        made = _Import(stack, store, name, called, format, *chosen, progress)
         if not ahead and is_seekable(descriptor):
             kind = made.kind_of(format_of(descriptor))
             if kind in COMPRESSED:

@@ -5,7 +5,7 @@ in fixtures; a golden image is never changed; whatever ends a test, its clones g
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,38 +53,24 @@ def onionskin_golden(pytestconfig: pytest.Config) -> "str | Path":
 @pytest.fixture(scope="session")
 def _onionskin_source(onionskin_golden: "str | Path", request: pytest.FixtureRequest) -> "Iterator[_Golden]":
     golden = Path(onionskin_golden)
-    volume, at, snapshot = golden.name.rpartition("@")
-    if at and not golden.exists():
+    source = golden.name
+    if "@" in source and not golden.exists():
         from onionskin.store import Store
 
         with Store(golden.parent, create=False) as store:
-            yield _Golden(store, volume, snapshot)
+            yield _Golden(store, source)
         return
     store = request.getfixturevalue("onionskin_store")
     with store.create("golden", base=golden) as made:
         made.snapshot("golden")
-    yield _Golden(store, "golden", "golden")
+    yield _Golden(store, "golden@golden")
 
 
 @pytest.fixture
 def onionskin_clone(_onionskin_source: "_Golden") -> "Iterator[Callable[[], Volume]]":
     """Return a function that makes a clone of the golden image and opens it for writing; all are dropped after the test."""
-    names: list[str] = []
-    volumes: list[Volume] = []
-
-    def clone() -> "Volume":
-        names.append(_onionskin_source.next_name())
-        _onionskin_source.clone(names[-1])
-        volumes.append(_onionskin_source.store.open(names[-1]))
-        return volumes[-1]
-
-    try:
-        yield clone
-    finally:
-        for volume in volumes:
-            _onionskin_source.close(volume)
-        for name in reversed(names):
-            _onionskin_source.drop(name)
+    with ExitStack() as clones:  # what the test left of one, and in whatever state, keeps no other from being dropped
+        yield lambda: clones.enter_context(_onionskin_source.clone())
 
 
 @pytest.fixture
@@ -96,48 +82,32 @@ def onionskin_volume(onionskin_clone: "Callable[[], Volume]") -> "Volume":
 class _Golden:
     """A snapshot that clones are made of. Their names say which process they belong to."""
 
-    def __init__(self, store: "Store", volume: str, snapshot: str) -> None:
-        self.store, self.volume, self.snapshot = store, volume, snapshot
+    def __init__(self, store: "Store", source: str) -> None:
+        self._store, self._source = store, source
         self._count = 0
         self._drop_leftovers()
 
-    def next_name(self) -> str:
+    def clone(self) -> "AbstractContextManager[Volume]":
         from os import getpid
 
         from onionskin.storage.locks import start_ticks
 
         self._count += 1
-        return f"{_PREFIX}-{getpid()}-{start_ticks(getpid())}-{self._count}"
-
-    def clone(self, name: str) -> None:
-        self.store.clone(self.volume, self.snapshot, name)
-
-    @staticmethod
-    def close(volume: "Volume") -> None:
-        """Close what a test may have left poisoned, or closed itself. What it wrote goes anyway."""
-        from onionskin.errors import OnionskinError
-
-        with suppress(OSError, OnionskinError):
-            volume.close()
-
-    def drop(self, name: str) -> None:
-        from onionskin.errors import VolumeNotFoundError
-
-        with suppress(VolumeNotFoundError):  # the test deleted or renamed it
-            self.store.delete(name, recursive=True)
+        name = f"{_PREFIX}-{getpid()}-{start_ticks(getpid())}-{self._count}"
+        return self._store.temporary(self._source, name=name)
 
     def _drop_leftovers(self) -> None:
         """Drop the clones of runs that were killed; one that is open somewhere stays."""
         from onionskin.errors import OnionskinError
         from onionskin.storage.locks import start_ticks
 
-        for info in self.store.volumes():
-            fields = info.name.split("-")
+        for name in self._store:
+            fields = name.split("-")
             if len(fields) != 4 or fields[0] != _PREFIX or not all(field.isdigit() for field in fields[1:]):
                 continue
             if start_ticks(int(fields[1])) != int(fields[2]):
                 with suppress(OnionskinError):
-                    self.drop(info.name)
+                    self._store.delete(name, recursive=True)
 
 
 def pytest_report_header(config: pytest.Config) -> Any:

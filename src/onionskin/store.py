@@ -24,6 +24,7 @@ from onionskin.base.naming import check_name, several
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
+    Defaults,
     VolumeRow,
     WorkRow,
     new_id,
@@ -49,11 +50,12 @@ from onionskin.storage.chain import (
     replace_spare,
     unfinished_base_merges,
 )
-from onionskin.storage.layout import Layout
+from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import (
     ReadersLock,
     VolumeLock,
     is_being_merged_into,
+    volume_holder,
 )
 from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.storage.open_store import OpenStore
@@ -62,13 +64,16 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.check import Problem
+    from onionskin.operations.fork_usage import ForkUsage
     from onionskin.operations.holds import Hold
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.prune import Retention, Rules
+    from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
-    from onionskin.operations.usage import Problem, Usage
+    from onionskin.operations.usage import Usage
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -186,8 +191,8 @@ class Store:
         *,
         base: "AnyPath | None" = None,
         size: "int | str | None" = None,
-        block_size: int = 4096,
-        wipe: "WipePolicy" = "release",
+        block_size: int | None = None,
+        wipe: "WipePolicy | None" = None,
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
     ) -> "Volume":
@@ -206,10 +211,12 @@ class Store:
         size : int or str, optional
             The size, as a number of bytes or as a string such as "20G". It is needed if there is no base. If there is
             one, the size may be larger or smaller than the base.
-        block_size : int
-            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152.
-        wipe : {"release", "zero"}
-            Whether freed space is overwritten with zeros before it can be used again.
+        block_size : int, optional
+            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152. By default that of the store, which
+            is 4096 unless `set_defaults` changed it.
+        wipe : {"release", "zero"}, optional
+            Whether freed space is overwritten with zeros before it can be used again. By default as the store says, which
+            is "release" unless `set_defaults` changed it.
         digest : bool
             Whether to take a SHA-256 of the base, which `open(verify=True)` compares.
         base_format : {"raw"}, optional
@@ -241,13 +248,15 @@ class Store:
         name: str,
         base: "AnyPath | None",
         size: "int | str | None",
-        block_size: int,
-        wipe: str,
+        block_size: int | None,
+        wipe: str | None,
         digest: bool,
         *,
         vouched: bool,
     ) -> "Volume":
-        block_size, wipe = _check_geometry(block_size, wipe)
+        from onionskin.operations import properties
+
+        block_size, wipe = _check_geometry(*properties.with_defaults(self._opened, block_size, wipe))
         size_bytes = None if size is None else _check_size(parse_size(size))
         if base is None:
             if size_bytes is None:
@@ -440,10 +449,9 @@ class Store:
         self._look_at_spare(row.head)
         dirty = self._opened.layout.dirty_file(row.id)
         for left in self._opened.layout.staged_dirty_files(row.id):
-            left.unlink(missing_ok=True)
-        compact_segments.compact_chain(
-            self._opened, row.head, may_hold_unflushed=dirty.exists() and dirty.stat().st_size > 0
-        )
+            with suppress(FileNotFoundError):
+                os.unlink(left)  # noqa: PTH108 - a Path of each takes longer than unlinking it
+        compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=bytes_in(dirty) > 0)
         opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
         return OpenHead(self._opened, row, opened, volume_lock=lock, finish=finish)
 
@@ -459,7 +467,7 @@ class Store:
 
         spare = self._opened.catalog.spare_of(head)
         path = self._opened.layout.segment_file(spare.id)
-        if path.exists() and path.stat().st_size > HEADER_BYTES:
+        if bytes_in(path) > HEADER_BYTES:
             self._opened.change(lambda: replace_spare(self._opened.catalog, head))
             return
         for made in (path, self._opened.layout.map_file(spare.id)):
@@ -533,7 +541,8 @@ class Store:
         ----------
         names : mapping of str to str or None
             What the snapshot of each volume is called; None: by the time, as `Volume.snapshot` does. A volume that is open
-            in this store is cut as it is there; one that nobody holds is opened for this, and closed again.
+            in this store is cut as it is there, one that `onionskin serve` holds by its server, whichever servers those
+            are; one that nobody holds is opened for this, and closed again.
         note : str
             Kept with each; at most 64 KiB.
 
@@ -549,7 +558,8 @@ class Store:
         SnapshotExistsError
             One of the snapshots' names is taken.
         StateError
-            Another process, or another handle of this one, holds one of the volumes: the error names it.
+            A process that serves nothing, or another handle of this one, holds one of the volumes: the error names it. Or a
+            server does not answer in time: no snapshot was taken, all volumes go on.
         OSError
             ENOSPC: no snapshot was taken, all volumes go on.
 
@@ -559,7 +569,21 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, lambda name: self.open(name)._opened.to_write())
+        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._finder())
+
+    def _open_to_cut(self, name: str) -> OpenHead:
+        return self.open(name)._opened.to_write()
+
+    def _finder(self) -> "Callable[[str], RemoteHead | None]":
+        """Return what finds the servers that hold volumes of one group."""
+        group = new_id().hex()
+
+        def find(name: str) -> "RemoteHead | None":
+            import onionskin
+
+            return onionskin.find_served_head(self, name, group)
+
+        return find
 
     def clone(self, name: str, snapshot: str, new_name: str | None = None, *, wipe: "WipePolicy | None" = None) -> None:
         """Make a volume whose head is an empty child of a snapshot: the fork of one. It has no snapshots of its own yet.
@@ -619,7 +643,8 @@ class Store:
         Parameters
         ----------
         source : str
-            ``"web@clean"``: a snapshot. ``"web"``: the disk as it is now. It may be open in this store, or nowhere.
+            ``"web@clean"``: a snapshot. ``"web"``: the disk as it is now. It may be open in this store, served by
+            `onionskin serve`, or open nowhere.
         snapshot : str, optional
             The snapshot, where `source` is only the volume.
         names : sequence of str, optional
@@ -632,7 +657,8 @@ class Store:
         idempotency_key : str, optional
             The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
         lifetime : str, int, float or datetime.timedelta, optional
-            After this time `expire` may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``, ``"2w"``, or seconds.
+            After this time `expire`, or a server of the store, may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``,
+            ``"2w"``, or seconds.
         labels : mapping of str to str, optional
             Labels of each fork, by which `volumes` finds them.
         wipe : {"release", "zero"}, optional
@@ -650,7 +676,8 @@ class Store:
         VolumeExistsError
             A name is taken.
         StateError
-            The disk as it is now was asked for, and another handle holds the volume; or the key was used for another call.
+            The disk as it is now was asked for, and another handle, which serves nothing, holds the volume; or the key was
+            used for another call.
         ValueError
             The arguments do not say which forks to make.
         """
@@ -659,6 +686,60 @@ class Store:
         return self._fork(
             forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
         )
+
+    def fork_group(
+        self,
+        sources: "Mapping[str, str | None]",
+        *,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> dict[str, list[str]]:
+        """Make forks of several disks, such as those of one machine, with one number for those that belong together.
+
+        All of them are there on return, durably, or none is. Disks as they are now are cut at one instant, as by
+        `snapshot_group`. Any thread may call it.
+
+        Parameters
+        ----------
+        sources : mapping of str to str or None
+            The snapshot of each volume that its forks begin as; None: the disk as it is now. It may be open in this store,
+            served by `onionskin serve`, or open nowhere. ``{"web@clean": None}`` is ``{"web": "clean"}``.
+        count : int, optional
+            How many are made of each disk; by default 1. At most 10,000 of all together.
+        pattern, idempotency_key, lifetime, labels, wipe
+            As for `fork`. The pattern needs ``{source}``, and the numbers go on from the greatest that a volume's name of
+            any of these looks has.
+
+        Returns
+        -------
+        dict of str to list of str
+            The names by the keys of `sources`, in the order of the numbers: the first of each belong together.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        VolumeExistsError
+            A name is taken.
+        StateError
+            As for `fork` and `snapshot_group`.
+        ValueError
+            The arguments do not say which forks to make.
+
+        Examples
+        --------
+        >>> store.fork_group({"web": "clean", "db": "clean"}, count=2)  # doctest: +SKIP
+        {'web': ['web-1', 'web-2'], 'db': ['db-1', 'db-2']}
+        """
+        from onionskin.operations import fork_group
+
+        wanted = fork_group.check_group(sources, count, pattern, idempotency_key, lifetime, labels, wipe)
+        self._opened.catalog.refuse_read_only()
+        return fork_group.fork_group(self._opened, wanted, self._open_to_cut, self._finder())
 
     def _fork(self, wanted: "forks.Wanted") -> list[str]:
         from onionskin.operations import forks
@@ -670,11 +751,13 @@ class Store:
         return self._fork_head(wanted) if made is None else made
 
     def _fork_head(self, wanted: "forks.Wanted") -> list[str]:
-        """Fork a disk as it is now, in the handle that it has here, or in one that is opened for it."""
+        """Fork a disk as it is now: in the handle that it has here, by its server, or in a handle that is opened for it."""
         from onionskin.operations import forks
 
         while True:
             handle = self._open_here(wanted.volume)
+            if handle is None and (names := self._fork_served(wanted)) is not None:
+                return names
             if handle is None:
                 with self._cutting:  # so that threads do not find the volume held by each other
                     handle = self._open_here(wanted.volume)
@@ -685,6 +768,15 @@ class Store:
             except StateError:
                 if not handle.closed:
                     raise
+
+    def _fork_served(self, wanted: "forks.Wanted") -> list[str] | None:
+        """Have the server of a volume fork it as it is now; None if none holds it."""
+        id = self._opened.catalog.volume(wanted.volume).id
+        if volume_holder(self._opened.layout.volume_lock(id)) is None:
+            return None  # the usual case, which costs no more
+        import onionskin
+
+        return onionskin.fork_served(self, wanted)
 
     def _open_here(self, name: str) -> OpenHead | None:
         """Return the handle by which a volume is open for writing in this store."""
@@ -709,10 +801,7 @@ class Store:
             lock.close()
 
     def _lock_to_cut(self, name: str) -> tuple[VolumeRow, VolumeLock]:
-        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again.
-
-        A volume that a server holds is to be cut by way of its control socket: this is where that belongs.
-        """
+        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again."""
         deadline = time.monotonic() + _CUT_WAIT_SECONDS
         while True:
             try:
@@ -720,8 +809,8 @@ class Store:
             except StateError as error:
                 if time.monotonic() > deadline:
                     raise StateError(
-                        f"{error}; what is held is forked as it is now by its holder alone: fork it there, or fork one of "
-                        f"its snapshots, as {name}@SNAPSHOT"
+                        f"{error}; what is held is forked as it is now by its holder alone, and this one serves nothing: "
+                        f"fork it there, or fork one of its snapshots, as {name}@SNAPSHOT"
                     ) from None
             time.sleep(0.01)
 
@@ -767,6 +856,7 @@ class Store:
         pattern = "{source}-tmp-{n}" if name is None else None
         wanted = forks.check_wanted(source, snapshot, names, None, pattern, None, lifetime, None, wipe)
         id = new_id()  # by which it is found, since others may give its name to another volume
+        process = os.getpid()
         try:
             self._fork(replace(wanted, ids=(id,)))
             with self._open_by_id(id) as volume:
@@ -776,9 +866,10 @@ class Store:
                     with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
                         volume.close()
         finally:
-            stood_on = volumes.delete_by_id(self._opened, id)
-            reclaim.work_soon(self._opened)
-            forks.fold_what_stays(self._opened, stood_on)
+            if os.getpid() == process:  # a child of os.fork() that leaves the block drops nothing of its parent's
+                stood_on = volumes.delete_by_id(self._opened, id)
+                reclaim.work_soon(self._opened)
+                forks.fold_what_stays(self._opened, stood_on)
 
     def _open_by_id(self, id: bytes) -> "Volume":
         """Open a volume for writing, whatever it is called by then."""
@@ -827,29 +918,27 @@ class Store:
         from onionskin.operations import forks, reclaim, volumes
 
         freed, stood_on = volumes.delete(self._opened, names, recursive=recursive, agreed=agreed)
-        reclaim.work_soon(self._opened)
-        forks.fold_what_stays(self._opened, stood_on)
+        try:
+            forks.fold_what_stays(self._opened, stood_on)  # before the background has work, for which it would wait
+        finally:
+            reclaim.work_soon(self._opened)
         return freed
 
     def expire(self) -> list[str]:
         """Drop the volumes whose lifetime is over, as `fork` gave it.
 
         One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
-        with a later call. Nothing else drops a volume: no opening does. The clock is the one that tells the date. Any
-        thread may call it.
+        with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
+        drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
         -------
         list of str
             The names of those that were dropped, sorted. Where many go, each transaction takes some of them.
         """
-        from onionskin.operations import expiry, forks, reclaim
+        from onionskin.operations import expiry
 
-        names, stood_on = expiry.expire(self._opened)
-        if names:
-            reclaim.work_soon(self._opened)
-            forks.fold_what_stays(self._opened, stood_on)
-        return names
+        return expiry.expire(self._opened)
 
     def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
@@ -956,6 +1045,48 @@ class Store:
         finally:
             lock.close()
 
+    def defaults(self) -> Defaults:
+        """Return what a volume is made with for which nothing else is said.
+
+        Returns
+        -------
+        Defaults
+            Its wipe policy and its block size.
+        """
+        return self._opened.catalog.defaults()
+
+    def set_defaults(self, *, wipe: "WipePolicy | None" = None, block_size: int | None = None) -> Defaults:
+        """Change what volumes are made with from now on if nothing else is said, by `create` or by an import.
+
+        Durable on return. The volumes that exist keep what they have, and clones and forks have the policy and the block
+        size of what they come from. Any thread may call it.
+
+        Parameters
+        ----------
+        wipe : {"release", "zero"}, optional
+            Whether freed space is overwritten with zeros before it can be used again. With None, this stays as it is.
+        block_size : int, optional
+            The unit of copy-on-write, in bytes: a power of two from 4096 to 2097152. With None, this stays as it is.
+
+        Returns
+        -------
+        Defaults
+            All of them, as they are now.
+
+        Raises
+        ------
+        ValueError
+            It is no policy, or no block size.
+        """
+        from onionskin.operations import properties
+
+        checked_size, checked_wipe = _check_geometry(
+            4096 if block_size is None else block_size, "release" if wipe is None else wipe
+        )
+        return properties.set_defaults(
+            self._opened, None if wipe is None else checked_wipe, None if block_size is None else checked_size
+        )
+
     def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Give a snapshot another name. Open views, clones and holds of the snapshot stay as they are.
 
@@ -1004,7 +1135,14 @@ class Store:
 
         snapshot_names.set_note(self._opened, volume, snapshot, note)
 
-    def hold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    def hold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """Hold a snapshot, so that neither it nor its volume can be removed.
 
         The snapshot cannot be discarded, merged or deleted before every holder has let it go. The name, the note and
@@ -1020,22 +1158,31 @@ class Store:
         holder : str
             A name for the user of the snapshot, which the error of a refused operation shows. It has at most 255 bytes,
             without '/', '@' and control characters.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
             There is no volume or snapshot of that name.
         StateError
-            This holder holds the snapshot already.
+            This holder holds the snapshot already. Or a snapshot has another GUID.
         ValueError
             The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.hold(self._opened, volume, several("snapshot", snapshot), holder)
+        holds.hold(self._opened, volume, several("snapshot", snapshot), holder, guid)
 
-    def unhold(self, volume: str, snapshot: "str | Sequence[str]", holder: str) -> None:
+    def unhold(
+        self,
+        volume: str,
+        snapshot: "str | Sequence[str]",
+        holder: str,
+        *,
+        guid: "str | Sequence[str] | None" = None,
+    ) -> None:
         """End a hold on a snapshot that `hold` began. This is durable on return. Any thread may call it.
 
         Parameters
@@ -1046,20 +1193,22 @@ class Store:
             The snapshot that is held, or several of them. Then all are let go in one transaction, or none is.
         holder : str
             The name that was given to `hold`.
+        guid : str or sequence of str, optional
+            The GUID that each of these snapshots must have, so that one that took a name meanwhile is not taken for it.
 
         Raises
         ------
         VolumeNotFoundError, SnapshotNotFoundError
             There is no volume or snapshot of that name.
         StateError
-            This holder does not hold the snapshot. The message names the holders.
+            This holder does not hold the snapshot. The message names the holders. Or a snapshot has another GUID.
         ValueError
             The sequence is empty.
         """
 
         from onionskin.operations import holds
 
-        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder)
+        holds.unhold(self._opened, volume, several("snapshot", snapshot), holder, guid)
 
     def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
         """Return the holds on a snapshot, or on all snapshots of a volume.
@@ -1131,12 +1280,18 @@ class Store:
         refuse_half_merged(catalog, Path(new.path), above=read_chain(catalog, row.head))
         if new.size_bytes != old.size_bytes:
             raise ChainError(
-                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image"
+                f"{new.path} has {new.size_bytes} bytes and the base has {old.size_bytes}: it is another image; name "
+                "the one that was moved"
             )
         if verify and old.digest is None:
-            raise ChainError("no digest of the base was taken when the volume was created, so it cannot be verified")
+            raise ChainError(
+                f"no digest of the base {old.path} was taken when the volume was created, so {new.path} cannot be verified; "
+                "compare it yourself, and say that you trust it if it is the same image"
+            )
         if verify and new.digest != old.digest:
-            raise VerifyError(f"{new.path} does not have the SHA-256 of the base: it is another image")
+            raise VerifyError(
+                f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
+            )
         if not (verify or trust) and new.mtime_ns != old.mtime_ns:
             raise ChainError(
                 f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"
@@ -1370,6 +1525,34 @@ class Store:
 
         return usages.usage(self._opened, name)
 
+    def usage_of_forks(self, source: str, snapshot: str | None = None) -> "list[ForkUsage]":
+        """Return what each fork of a snapshot, or of any state of a volume, holds alone, and what all of them hold.
+
+        Parameters
+        ----------
+        source : str
+            ``"web@clean"``, or ``"web"``: of any of its snapshots, or of its disk. They may be open; only what is durable
+            counts.
+        snapshot : str, optional
+            The snapshot, where `source` is only the volume.
+
+        Returns
+        -------
+        list of ForkUsage
+            One entry for each name that `forks_of` returns, in that order. The last entry, whose fork is None, is for all
+            of them together. What several layers on one without a name hide of it is not counted.
+
+        Raises
+        ------
+        VolumeNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        FormatError
+            A block map is damaged or missing.
+        """
+        from onionskin.operations import fork_usage, forks
+
+        return fork_usage.usage_of_forks(self._opened, *forks.split_source(source, snapshot))
+
     def bytes_freed_by_merge(self, volume: str, snapshots: "str | Sequence[str]") -> int | None:
         """Return how much data comes back if the names of snapshots are dropped together, as `Volume.merge` does.
 
@@ -1438,9 +1621,9 @@ class Store:
             The arguments do not name two states.
         """
 
-        from onionskin.operations import usage as usages
+        from onionskin.operations import differences
 
-        return usages.diff(self._opened, name, a, b)
+        return differences.diff(self._opened, name, a, b)
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
         """Return which layer each part of a snapshot, or of the durable part of the head, comes from.
@@ -1485,8 +1668,7 @@ class Store:
             The list is empty if all is well.
         """
 
-        from onionskin.operations import reclaim, staged_volumes
-        from onionskin.operations import usage as usages
+        from onionskin.operations import check, reclaim, staged_volumes
 
         self._opened.finish_work()  # work that is under way in this process is no problem
         if repair:
@@ -1494,7 +1676,7 @@ class Store:
             staged_volumes.drop_dead(self._opened)
             reclaim.remove_orphans(self._opened)
             reclaim.do_work(self._opened)
-        return usages.check(self._opened)
+        return check.check(self._opened)
 
     def finish_work(self) -> None:
         """Wait until the work that this `Store` does in its background has been done.

@@ -16,9 +16,7 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.operations import copy, export, losses, merge_into_base, snapshots
-from onionskin.operations import usage as usages
-from onionskin.operations.flatten import flatten
+from onionskin.operations import snapshots
 from onionskin.operations.flush import flush
 from onionskin.operations.resize import resize
 from onionskin.storage.disk_file import DiskFile
@@ -392,6 +390,8 @@ class Volume:
         array
             Extents (offset, length, state) in bytes, sorted and separate. The state is 1 for DATA and 2 for ZERO.
         """
+        from onionskin.operations import copy
+
         return copy.extents(self._opened)
 
     # ---- snapshots ----
@@ -448,7 +448,7 @@ class Volume:
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
         return snapshots.take(self._opened.to_write(), name, note, guid_bytes)
 
-    def revert(self, name: str) -> None:
+    def revert(self, name: str, *, guid: str | None = None) -> None:
         """Make the disk read as a snapshot again. What was written since the last snapshot is dropped.
 
         The snapshot stays, and so do newer ones. The change is durable on return. Calls of other threads go on, on the
@@ -458,15 +458,19 @@ class Volume:
         ----------
         name : str
             A snapshot of this volume, on any branch.
+        guid : str, optional
+            The GUID that the snapshot must have, so that one that took its name meanwhile is not taken for it.
 
         Raises
         ------
         SnapshotNotFoundError
             There is no snapshot of that name.
+        StateError
+            The snapshot has another GUID.
         OSError
             With ENOSPC, the disk reads as before.
         """
-        snapshots.revert(self._opened.to_write(), name)
+        snapshots.revert(self._opened.to_write(), name, guid=guid)
 
     def discard(
         self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
@@ -557,6 +561,8 @@ class Volume:
         OSError
             With ENOSPC, there is not enough room. This is checked before anything is written.
         """
+        from onionskin.operations import merge_into_base
+
         merge_into_base.merge_into_base(
             self._opened.to_write(), upto, progress=progress, threads=threads, bytes_per_second=bytes_per_second
         )
@@ -578,6 +584,8 @@ class Volume:
             A file below the volume could not be read to its end, or there is no space (ENOSPC). The volume is as it
             was.
         """
+        from onionskin.operations.flatten import flatten
+
         flatten(self._opened.to_write(), progress=progress)
 
     def export(self, path: "AnyPath", *, progress: Progress | None = None) -> None:
@@ -605,6 +613,8 @@ class Volume:
             A file could not be read to its end, or there is no space (ENOSPC). Then there is no image, and a file that
             was at the path is unchanged.
         """
+        from onionskin.operations import export
+
         export.export(self._opened, Path(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Extents":
@@ -628,11 +638,13 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
+        from onionskin.operations import differences, losses
+
         if b is None and self.writable:
             self.flush()
         elif b is None and self._opened.snapshot_name is None:
             losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
-        return usages.diff(self._opened.store, self._name_now(), a, b)
+        return differences.diff(self._opened.store, self._name_now(), a, b)
 
     def usage(self) -> "list[Usage]":
         """Return what each snapshot holds, and what a discard or merge of it would free. A head is flushed first.
@@ -641,9 +653,19 @@ class Volume:
         -------
         list of Usage
             As for `Store.usage`.
+
+        Raises
+        ------
+        StateError
+            The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
+        from onionskin.operations import losses
+        from onionskin.operations import usage as usages
+
         if self.writable:
             self.flush()
+        elif self._opened.snapshot_name is None:
+            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return usages.usage(self._opened.store, self._name_now())
 
     def layering(self) -> "Layering":
@@ -660,10 +682,12 @@ class Volume:
         Raises
         ------
         StateError
-            The volume is closed or poisoned.
+            The volume is closed or poisoned. The head is only read, and a writer that died left something unflushed, which
+            is in no map yet.
         ChainError
             The base is not the file that it was.
         """
+        from onionskin.operations import losses
         from onionskin.operations.layering import read_layering
 
         opened = self._opened
@@ -671,6 +695,8 @@ class Volume:
             raise StateError(f"volume {opened.row.name!r} is closed, or was opened before a fork; open it again")
         if self.writable:
             self.flush()
+        elif opened.snapshot_name is None:
+            losses.refuse_unflushed(opened.store, opened.row.id, self._name_now())
         return read_layering(opened.store, lambda: opened.head)
 
     def _name_now(self) -> str:

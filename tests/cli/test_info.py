@@ -35,7 +35,7 @@ def test_a_store_in_the_current_directory_needs_no_slash(run: Run, vms: Path, mo
     monkeypatch.chdir(vms.parent)
     assert "volumes      1" in ok(run("info", "vms"))
     refused = run("info", "none")
-    assert refused.exit_code == 2 and "names no store" in refused.stderr
+    assert refused.exit_code == 2 and "does not exist as a store" in refused.stderr
 
 
 def test_a_volume_shows_its_layers_down_to_the_base(run: Run, tmp_path: Path) -> None:

@@ -100,8 +100,22 @@ def test_volumes_are_deleted_together_with_their_clones_in_any_order(run: Run, g
     names = [f"{grown}/{name}" for name in ("web", "third", "other")]
     assert run("delete", *names, "--recursive").exit_code == 5
     assert as_json(run("delete", *names, "--recursive", "--dry-run", "--json"))["bytes_freed"] == 16384
-    assert as_json(run("delete", *names, "--recursive", "--yes", "--json")) == {"deleted": ["other", "third", "web"]}
+    assert as_json(run("delete", *names, "--recursive", "--yes", "--json")) == {
+        "deleted": ["other", "third", "web"],
+        "bytes_freed": 16384,
+    }
     assert as_json(run("list", grown, "--json")) == []
+
+
+def test_a_pattern_means_the_volumes_that_match_it_unless_one_has_that_name(run: Run, grown: Path) -> None:
+    for name in ("job-1", "job-2", "Job-3", "job-*"):
+        ok(run("create", f"{grown}/{name}", "--size", "1M"))
+    assert as_json(run("delete", f"{grown}/job-*", "--json"))["deleted"] == ["job-*"]
+    assert ok(run("delete", f"{grown}/job-*", f"{grown}/job-1")) == "deleted job-1, job-2\n"
+    missing = run("delete", f"{grown}/job-*")
+    assert missing.exit_code == 3 and "no volume that matches 'job-*'" in missing.stderr
+    assert run("delete", f"{grown}/[Jw]*", "--recursive").exit_code == 5
+    assert ok(run("delete", f"{grown}/[Jw]*", "--recursive", "--yes")) == "deleted Job-3, web; 16 KiB come back\n"
 
 
 def test_nothing_is_deleted_where_one_of_several_cannot_be(run: Run, grown: Path) -> None:

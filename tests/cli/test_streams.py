@@ -1,5 +1,6 @@
 """Images that come from stdin or a FIFO and go to stdout, a FIFO or a block device."""
 
+import contextlib
 import json
 import os
 import re
@@ -290,3 +291,21 @@ def test_a_block_device_is_no_base_and_that_is_said_with_the_reason(
     assert refused.exit_code == 6
     assert "no time of change" in refused.stderr
     assert not (tmp_path / "vms").exists()
+
+
+@pytest.mark.parametrize("verb", ["export {vms}/web -", "export {vms}/web /dev/stdout", "delta {vms}/web@clean"])
+@pytest.mark.parametrize("needed", ["base", "base of an open volume of another store", "file of the store"])
+def test_nothing_is_added_to_a_file_that_is_needed(run: Run, tmp_path: Path, vms: Path, verb: str, needed: str) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(1 << 20))
+    elsewhere = vms if needed == "base" else tmp_path / "other"
+    assert run("create", f"{elsewhere}/over", "--base", base).exit_code == 0
+    target = next((vms / "segments").iterdir()) if needed == "file of the store" else base
+    before = target.read_bytes()
+    with contextlib.ExitStack() as stack:
+        if needed.startswith("base of"):
+            store = stack.enter_context(onionskin.Store(elsewhere))
+            stack.enter_context(store.open("over"))
+        refused = shell("os " + verb + " >> {target}", vms=vms, target=target)
+    assert refused.returncode in (2, 5) and b"stdout is" in refused.stderr
+    assert target.read_bytes() == before

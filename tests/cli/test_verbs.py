@@ -112,10 +112,47 @@ def test_the_tree_as_json_is_nested(run: Run, vms: Path) -> None:
     pending, kinds = list(nodes), []
     while pending:
         node = pending.pop()
-        assert set(node) == {"kind", "name", "size_bytes", "created", "note", "bytes_held", "children"}
+        assert set(node) == {"kind", "name", "size_bytes", "created", "note", "bytes_held", "origins", "children"}
         kinds.append(node["kind"])
         pending.extend(node["children"])
     assert {"snapshot", "head"} <= set(kinds)
+
+
+def test_usage_of_forks_is_shown_by_fork_and_together(run: Run, vms: Path) -> None:
+    ok(run("fork", f"{vms}/web@clean", "-n", 2, "--pattern", "job-{n}"))
+    ok(run("write", f"{vms}/job-2", 0, input=b"dirty"))
+    found = as_json(run("usage", f"{vms}/web@clean", "--forks", "--json"))
+    assert [(one["fork"], one["private_bytes"]) for one in found] == [("job-1", 0), ("job-2", 4096), (None, 4096)]
+    assert {one["shared_bytes"] for one in found} == {4096}
+    assert ok(run("usage", f"{vms}/web", "--forks")).splitlines()[-1].split() == ["(together)", "4", "KiB", "4", "KiB"]
+    assert run("usage", f"{vms}/web@clean").exit_code == 2
+
+
+def test_the_tree_says_where_forks_come_from_that_stand_elsewhere(run: Run, vms: Path) -> None:
+    ok(run("fork", f"{vms}/web@clean", "--name", "direct"))
+    ok(run("fork", f"{vms}/web@clean", "--name", "job"))
+    ok(run("write", f"{vms}/job", 0, input=b"dirty"))
+    ok(run("fork", f"{vms}/job", "--name", "first"))
+    ok(run("fork", f"{vms}/job", "--name", "second"))
+    drawn = ok(run("tree", vms))
+    assert "from job" in next(line for line in drawn.splitlines() if "first  head" in line)
+    assert "from" not in next(line for line in drawn.splitlines() if "direct  head" in line)
+    ok(run("delete", f"{vms}/job", "--yes"))
+    for line in ok(run("tree", vms)).splitlines():
+        assert ("from job (dropped " in line and line.endswith("), from web@clean")) == (
+            "first  head" in line or "second  head" in line
+        )
+    assert "from job" in ok(run("tree", vms, "-o", "-"))
+    nodes = as_json(run("tree", vms, "--json"))
+    found = {}
+    while nodes:
+        node = nodes.pop()
+        nodes += node["children"]
+        found[node["name"]] = [(one["volume"], one["snapshot"], one["dropped"] is None) for one in node["origins"]]
+    assert found["first"] == [("job", None, False), ("web", "clean", True)]
+    assert found["direct"] == [("web", "clean", True)] and found["web"] == found["web@clean"] == []
+    ok(run("delete", f"{vms}/first", f"{vms}/second", "--yes"))
+    assert "job" not in ok(run("tree", vms))
 
 
 def test_revert_brings_the_old_bytes_back(run: Run, vms: Path) -> None:
@@ -192,7 +229,8 @@ def test_relocate_finds_a_moved_base(run: Run, tmp_path: Path) -> None:
 
 def test_delete_takes_snapshots_only_where_asked(run: Run, vms: Path) -> None:
     assert run("delete", f"{vms}/web").exit_code == 5
-    assert as_json(run("delete", f"{vms}/web", "--recursive", "--yes", "--json")) == {"deleted": ["web"]}
+    gone = as_json(run("delete", f"{vms}/web", "--recursive", "--yes", "--json"))
+    assert gone["deleted"] == ["web"] and gone["bytes_freed"] > 0
     assert as_json(run("list", vms, "--json")) == []
 
 

@@ -18,10 +18,12 @@ def test_each_step_begins_where_the_one_before_ended() -> None:
 
 
 def test_the_plans_of_some_seeds_have_every_operation() -> None:
-    found = {step.operation for seed in range(12) for step in plan(seed, "release", 60).steps}
+    found = {step.operation for seed in range(16) for step in plan(seed, "release", 60).steps}
     cloning = {"clone", "open_clone", "close_clone", "delete_clone"}
+    forking = {"fork", "expire", "delete_several", "snapshot_group"}
+    forking |= {"open_temporary", "write_temporary", "close_temporary"}
     changing = {"create", "write", "zero", "trim", "flush", "resize", "reopen"}
-    assert found == cloning | changing | {
+    assert found == cloning | forking | changing | {
         "snapshot",
         "revert",
         "discard",

@@ -62,6 +62,12 @@ def test_a_snapshot_is_one_flush_and_one_commit(tmp_path: Path) -> None:
     assert syncs(found) == 3
 
 
+def test_a_fork_and_its_opening_are_one_commit(tmp_path: Path) -> None:
+    body = 'store.fork("web@a", names=["b"]); fork = store.open("b"); fork.read(0, 4096)'
+    found = calls(tmp_path, body, prepare='disk.snapshot("a"); store._opened.finish_work()')
+    assert syncs(found) == 1
+
+
 PREPARED = """
 for name in "abc":
     disk.snapshot(name)

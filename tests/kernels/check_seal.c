@@ -215,7 +215,8 @@ static void cut_both(struct disk *pair) {
     uint32_t failed;
     for (int i = 0; i < PAIR; i++)
         CHECK(begin(&pair[i]) == 0);
-    CHECK(onion_volumes_cut(volumes, PAIR, &failed) == 0);
+    struct onion_cut at = {.volumes = volumes, .count = PAIR};
+    CHECK(onion_volumes_cut(&at, &failed) == 0);
     for (int i = 0; i < PAIR; i++)
         CHECK(onion_volume_seal_sync(volumes[i], &sealed[i]) == 0);
     for (int i = 0; i < PAIR; i++) {
@@ -257,7 +258,8 @@ static void check_refused_pair(void) {
     }
     struct onion_volume *volumes[PAIR] = {pair[0].volume, pair[1].volume};
     onion_volume_poison(volumes[1]);
-    CHECK(onion_volumes_cut(volumes, PAIR, &failed) == ONION_E_POISONED && failed == 1);
+    struct onion_cut at = {.volumes = volumes, .count = PAIR};
+    CHECK(onion_volumes_cut(&at, &failed) == ONION_E_POISONED && failed == 1);
     fill(&pair[0], 0, 'b');
     for (int i = 0; i < PAIR; i++)
         CHECK(onion_volume_seal_abort(volumes[i]) == 0);

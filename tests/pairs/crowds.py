@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pairs import steps
 from pairs.runs import CAN_FAIL, ERRORS, IDLE_STEPS_MAX, HangError, Plan, Run, Verdict
-from pairs.verbs import VERBS, Place, program
+from pairs.verbs import NEEDS_CLONE, VERBS, Place, program
 from pairs.world import World
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw_plans(source: random.Random) -> list[Plan]:
     holders: dict[str, tuple[int, int]] = {}
     for number in range(source.choice((3, 3, 4))):
         verb = source.choice(VERBS)
-        volume = source.choice("vcw" if verb.name not in ("delete", "recreate") else "cw")
+        volume = source.choice("vcw" if verb.name not in NEEDS_CLONE else "cw")
         process, store = source.randrange(2), source.randrange(2)
         where = holders.get(volume)
         if verb.handle and where and source.random() < 0.7:

@@ -230,6 +230,64 @@ FAULTS = [
         ),
         _pairs("import", "tree", "other", "processes", "release", "kill last"),
     ),
+    Fault(
+        "fork: the next number is asked before the transaction",
+        (
+            Edit(
+                "src/onionskin/operations/forks.py",
+                "        return _insert(store, wanted, volume, row, catalog.layer(row.layer))\n\n",
+                "        return _insert(store, wanted, volume, row, catalog.layer(row.layer), early)\n\n"
+                "    early = _free_names(store, wanted)\n",
+            ),
+            Edit(
+                "src/onionskin/operations/forks.py",
+                "snapshot: SnapshotRow | None, layer: LayerRow\n)",
+                "snapshot: SnapshotRow | None, layer: LayerRow, early=None\n)",
+            ),
+            Edit(
+                "src/onionskin/operations/forks.py",
+                "    names = _free_names(store, wanted)\n",
+                "    names = early or _free_names(store, wanted)\n",
+            ),
+        ),
+        _pairs("fork numbered", "fork numbered", "same", "processes", "release"),
+    ),
+    Fault(
+        "fork: whether the key was used is asked before the transaction",
+        (
+            Edit(
+                "src/onionskin/operations/forks.py",
+                "    def change() -> list[str]:\n        if (made := made_before(store, wanted)) is not None:\n"
+                "            return made\n",
+                "    if (made := made_before(store, wanted)) is not None:\n        return made\n\n"
+                "    def change() -> list[str]:\n",
+            ),
+        ),
+        _pairs("fork with key", "fork with key", "same", "processes", "release"),
+    ),
+    Fault(
+        "expire: whether anything comes from a volume is asked before it is locked",
+        (
+            Edit(
+                "src/onionskin/operations/expiry.py",
+                " and row.expires_ns <= now_ns and _may_go(store, row)\n",
+                " and row.expires_ns <= now_ns\n",
+            ),
+        ),
+        _pairs("expire", "fork expired", "other", "processes", "release"),
+    ),
+    Fault(
+        "snapshot group: each volume gets its name in a transaction of its own",
+        (
+            Edit(
+                "src/onionskin/operations/snapshots.py",
+                "        seal_together(store, [Part(naming.head, naming.check, naming.write) for naming in namings])\n",
+                "        for naming in namings:\n"
+                "            seal_together(store, [Part(naming.head, naming.check, naming.write)])\n",
+            ),
+        ),
+        _pairs("snapshot group", "tree", "related", "stores", "release"),
+    ),
 ]
 
 

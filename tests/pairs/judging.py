@@ -56,7 +56,7 @@ def find(root: Path, asked: Question) -> Findings:
         if asked.half_merged:
             end_merges(store, names)
         for name in names:
-            if asked.only is None or name not in ("v", "c", "w") or name in asked.only:
+            if asked.only is None or name not in ("v", "c", "w", "x") or name in asked.only:
                 _attempt(found, f"volume {name}", lambda name=name: _read_volume(store, name, found))
             else:
                 found.passed.add(name)
@@ -111,6 +111,8 @@ def structure(store: Path, *, ended: bool) -> list[str]:
         pending = catalog.execute("SELECT kind, target FROM pending").fetchall()
         tops = {head for (head,) in catalog.execute("SELECT head FROM volumes")}
         tops |= {layer for (layer,) in catalog.execute("SELECT layer FROM snapshots")}
+        lineage = catalog.execute("SELECT volume, parent, name, dropped_ns FROM lineage").fetchall()
+        named = dict(catalog.execute("SELECT id, name FROM volumes").fetchall())
     maps, data = _files(store / "layers"), _files(store / "segments")
     waits = {target.hex() for _, target in pending}
     spares = {id.hex() for id, role, _ in segments if role == "spare"}
@@ -121,9 +123,22 @@ def structure(store: Path, *, ended: bool) -> list[str]:
     filled = {id.hex() for id, role, slots in segments if role == "sealed" and slots}
     wrong += [f"the sealed segment {id[:4]} is gone" for id in filled - data]
     wrong += [f"layer {id.hex()[:4]} is reached by nothing" for id in _unreached(layers, tops)]
+    wrong += _wrong_lineage(lineage, named)
     if ended:
         wrong += [f"{kind} {target.hex()[:4]} is still to be done" for kind, target in pending if kind != "scrub"]
     return sorted(wrong)
+
+
+def _wrong_lineage(lineage: list[tuple[Any, ...]], named: dict[bytes, str]) -> list[str]:
+    """Each volume has its row, with its name; one that is gone has a row as long as another comes from it."""
+    there = {volume: name for volume, _, name, dropped_ns in lineage if dropped_ns is None}
+    parents = {parent for _, parent, _, _ in lineage}
+    wrong = [f"volume {name} has the lineage of {there.get(id)}" for id, name in named.items() if there.get(id) != name]
+    wrong += [
+        f"volume {name} is gone, and its lineage says nothing of it" for id, name in there.items() if id not in named
+    ]
+    gone = [(volume, name) for volume, _, name, dropped_ns in lineage if dropped_ns is not None]
+    return wrong + [f"nothing comes from {name}, and its lineage is there" for id, name in gone if id not in parents]
 
 
 def _files(directory: Path) -> set[str]:

@@ -45,7 +45,10 @@ class Snap:
 
 @dataclass(frozen=True)
 class Volume:
-    """A disk. `unflushed` has what else a unit may hold where the process dies."""
+    """A disk. `unflushed` has what else a unit may hold where the process dies.
+
+    `source` is the volume that it was cloned or forked from. `expires`: its lifetime is over.
+    """
 
     key: Key
     disk: Disk
@@ -53,6 +56,8 @@ class Volume:
     base: str | None = None
     unflushed: Mapping[int, frozenset[int]] = field(default_factory=dict)
     changed: bool = False  # since `parent`
+    source: Key | None = None
+    expires: bool = False
 
     def flushed(self) -> Volume:
         return replace(self, unflushed=NOTHING)
@@ -60,12 +65,16 @@ class Volume:
 
 @dataclass(frozen=True)
 class State:
-    """A store, the images beside it, and the handles that are open: on a volume (its key), or on a snapshot's disk."""
+    """A store, the images beside it, and the handles that are open: on a volume (its key), or on a snapshot's disk.
+
+    `calls` has what was forked under a key: what was asked for, and the names.
+    """
 
     volumes: Mapping[str, Volume] = field(default_factory=dict)
     snaps: Mapping[tuple[Key, str], Snap] = field(default_factory=dict)
     images: Mapping[str, Disk] = field(default_factory=dict)
     handles: Mapping[str, Key | Disk] = field(default_factory=dict)
+    calls: Mapping[str, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
 
     # ---- finding ----
 
@@ -149,7 +158,17 @@ def resize(state: State, result: Any, handle: str, units: int) -> State:
 
 
 def snapshot(state: State, result: Any, handle: str, snap: str) -> State:
-    name, volume = state.named(handle)
+    return _with_snapshot(state, state.named(handle)[0], snap)
+
+
+def snapshot_group(state: State, result: Any, names: tuple[str, ...], snap: str) -> State:
+    for name in names:
+        state = _with_snapshot(state, name, snap)
+    return state
+
+
+def _with_snapshot(state: State, name: str, snap: str) -> State:
+    volume = state.volume(name)
     if (volume.key, snap) in state.snaps:
         raise RefusedError("exists")
     taken = {**state.snaps, (volume.key, snap): Snap(volume.disk, volume.parent)}
@@ -260,20 +279,88 @@ def clone(state: State, result: Any, name: str, snap: str, new: str, key: Key) -
     disk = state.snap(source.key, snap).disk
     if new in state.volumes:
         raise RefusedError("exists")
-    return state.with_volume(new, Volume(key, disk, (source.key, snap), source.base))
+    return state.with_volume(new, Volume(key, disk, (source.key, snap), source.base, source=source.key))
+
+
+def fork(state: State, result: Any, name: str, snap: str | None, new: tuple[str, ...], key: Key) -> State:
+    """All of them, or none. What was written to a disk that is forked as it is, is flushed."""
+    source = state.volume(name)
+    if snap is None:
+        state = state.with_volume(name, source.flushed())
+    disk = source.disk if snap is None else state.snap(source.key, snap).disk
+    parent = source.parent if snap is None else (source.key, snap)
+    if any(one in state.volumes for one in new):
+        raise RefusedError("exists")
+    for one in new:
+        state = state.with_volume(one, Volume(f"{key} {one}", disk, parent, source.base, source=source.key))
+    return state if result is None else _same(state, result, list(new))
+
+
+def fork_numbered(state: State, result: Any, name: str, snap: str, count: int, key: Key) -> State:
+    return fork(state, result, name, snap, _next_numbers(state, name, count), key)
+
+
+def _next_numbers(state: State, name: str, count: int) -> tuple[str, ...]:
+    """They go on from the greatest that there is."""
+    used = [int(there.removeprefix(f"{name}-")) for there in state.volumes if there.startswith(f"{name}-")]
+    first = max(used, default=0) + 1
+    return tuple(f"{name}-{number}" for number in range(first, first + count))
+
+
+def fork_with_key(
+    state: State, result: Any, name: str, snap: str | None, call: str, asked: int | tuple[str, ...], key: Key
+) -> State:
+    """The same call again makes nothing; another one is refused. `asked`: the names, or how many with numbers."""
+    if call not in state.calls:
+        new = _next_numbers(state, name, asked) if isinstance(asked, int) else asked
+        state = fork(state, result, name, snap, new, key)
+        return replace(state, calls={**state.calls, call: ((name, snap, asked), new)})
+    before, new = state.calls[call]
+    if before != (name, snap, asked):
+        raise RefusedError("busy")
+    return state if result is None else _same(state, result, list(new))
+
+
+def temporary(state: State, result: Any, handle: str, name: str, snap: str | None, new: str, key: Key) -> State:
+    return open_(fork(state, None, name, snap, (new,), key), None, handle, new)
+
+
+def end_temporary(state: State, result: Any, handle: str) -> State:
+    name, _ = state.named(handle)
+    return delete(close(state, None, handle), None, name)
+
+
+def expire(state: State, result: Any) -> State:
+    """None goes that is open, has snapshots, or that another one comes from; somebody may look at one just now."""
+    sources = {volume.source for volume in state.volumes.values()}
+    going = {
+        name
+        for name, volume in state.volumes.items()
+        if volume.expires
+        and not (state.of(volume.key) or volume.key in sources or volume.key in state.handles.values())
+    }
+    if result is not None:
+        if not set(result) <= going:
+            raise WrongResultError(f"{result} expired, and only {sorted(going)} may")
+        going = set(result)
+    return replace(state, volumes={name: found for name, found in state.volumes.items() if name not in going})
 
 
 def delete(state: State, result: Any, name: str) -> State:
-    volume = state.volume(name)
-    own = {(volume.key, snap) for snap in state.of(volume.key)}
+    return delete_several(state, result, (name,))
+
+
+def delete_several(state: State, result: Any, names: tuple[str, ...]) -> State:
+    going = {state.volume(name).key for name in names}
+    own = {(key, snap) for key, snap in state.snaps if key in going}
     for at in own:
-        users = {key for key, _ in state.above(at) if key != volume.key}
-        heads = [v for v in state.volumes.values() if v.key != volume.key and state.descends(v.parent, at)]
+        users = {key for key, _ in state.above(at) if key not in going}
+        heads = [v for v in state.volumes.values() if v.key not in going and state.descends(v.parent, at)]
         if users or heads:
             raise RefusedError("needed")
-    if volume.key in state.handles.values():
+    if going & {what for what in state.handles.values() if isinstance(what, str)}:
         raise RefusedError("needed")
-    left = {other: found for other, found in state.volumes.items() if other != name}
+    left = {other: found for other, found in state.volumes.items() if other not in names}
     return replace(state, volumes=left).without_snaps(own)
 
 
@@ -363,6 +450,8 @@ RULES: dict[str, Callable[..., State]] = {
     "write": write, "trim": trim, "flush": flush, "resize": resize, "snapshot": snapshot, "revert": revert,
     "discard": discard, "merge": merge, "merge_base": merge_base, "flatten": flatten, "export": export, "apply": apply,
     "close": close, "open": open_, "view": view, "create": create, "import": import_, "clone": clone, "delete": delete,
+    "delete_several": delete_several, "fork": fork, "fork_numbered": fork_numbered, "fork_with_key": fork_with_key,
+    "temporary": temporary, "end_temporary": end_temporary, "snapshot_group": snapshot_group, "expire": expire,
     "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
     "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
     "read": nothing,

@@ -36,6 +36,7 @@ CAN_FAIL = {
     "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog"),
     "unsynced": ("catalog: COMMIT",),
 }
+MAKES = ("create", "import", "clone", "fork", "fork_numbered", "fork_with_key", "temporary")
 NO_HOLDER = "the holder is None"  # what `held` says
 RUN_SECONDS = 120.0
 THOROUGH_EVERY = 4
@@ -378,7 +379,9 @@ class Run:
     def question(self) -> judging.Question:
         """Return what has to be looked at."""
         used = {
-            volume for plan in self.plans for volume in (plan.place.volume, plan.place.other)[: 1 + plan.verb.alone]
+            volume
+            for plan in self.plans
+            for volume in (plan.place.volume, plan.place.other)[: 1 + (plan.verb.alone or plan.verb.both)]
         }
         used |= {"v", "c"} if used & {"v", "c"} else set()  # one stands on the other
         only = None if self.thorough or self.dead or self.faulty else frozenset(used)
@@ -440,7 +443,7 @@ class Run:
         return "maybe" if may_fail else "raised"
 
     def _modelled(self, plan: Plan, operation: Operation, index: int) -> Operation:
-        if operation[0] in ("create", "import", "clone"):
+        if operation[0] in MAKES:
             return (*operation, f"made by {plan.number} {index}")
         if operation[0] == "apply":
             _, start, end = self.world.streams[plan.place.volume]

@@ -13,6 +13,7 @@ from pairs.model import Operation
 
 VOLUME_UNITS = 32
 SNAPSHOTS = ("s1", "s2")
+EXPIRED = "x"  # the volume whose lifetime is over when a run begins
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. `at_s2`: the head has to stand unchanged on the last snapshot."""
+    """One verb. `at_s2`: the head has to stand unchanged on the last snapshot. `both`: it uses the other volume too."""
 
     name: str
     program: Callable[[Place], list[Operation]]
     handle: bool = False
     alone: bool = False
     at_s2: bool = False
+    both: bool = False
     reads: bool = False  # changes nothing
 
 
@@ -74,6 +76,21 @@ def _export_view(at: Place) -> list[Operation]:
 def _swap(at: Place) -> list[Operation]:
     """Two volumes change their names: a name that was looked up means another volume then."""
     return [("rename", at.volume, "t"), ("rename", at.other, at.volume), ("rename", "t", at.other)]
+
+
+def _fork_head(at: Place) -> list[Operation]:
+    """Twice: the second time the head is empty, where nobody writes."""
+    return [("fork", at.volume, None, (f"{at.actor}1", "n")), ("fork", at.volume, None, (f"{at.actor}2",))]
+
+
+def _temporary(snap: str | None) -> Callable[[Place], list[Operation]]:
+    return lambda at: [
+        ("temporary", at.own, at.volume, snap, "n"), ("write", at.own, 6, at.stamp + 1, 2), ("end_temporary", at.own),
+    ]  # fmt: skip
+
+
+def _open_expired(at: Place) -> list[Operation]:
+    return [("open", at.own, EXPIRED), ("write", at.own, 2, at.stamp + 1, 2), ("flush", at.own), ("close", at.own)]
 
 
 def _on(name: str, *arguments: object) -> Callable[[Place], list[Operation]]:
@@ -113,6 +130,18 @@ VERBS = [
     Verb("delta", _of("delta", "s1", "s2"), reads=True),
     Verb("full delta", _of("delta", None, "s2"), reads=True),
     Verb("clone", lambda at: [("clone", at.volume, "s2", "n")]),
+    Verb("fork", _of("fork", "s2", ("n", "n2"))),
+    Verb("fork numbered", _of("fork_numbered", "s2", 2)),
+    Verb("fork with key", _of("fork_with_key", "s2", "k", 2)),
+    Verb("fork head", _fork_head),
+    Verb("fork head with key", _of("fork_with_key", None, "k", ("n", "n2"))),
+    Verb("fork expired", lambda at: [("fork", EXPIRED, None, ("n",)), ("fork", EXPIRED, None, (f"{at.actor}2",))]),
+    Verb("temporary", _temporary("s2")),
+    Verb("temporary head", _temporary(None)),
+    Verb("snapshot group", lambda at: [("snapshot_group", (at.volume, at.other), "new")], both=True),
+    Verb("expire", lambda at: [("expire",)]),
+    Verb("open expired", _open_expired),
+    Verb("delete several", lambda at: [("delete_several", (at.volume, at.other))], alone=True, both=True),
     Verb("delete", _of("delete"), alone=True),
     Verb("recreate", _recreate, alone=True),
     Verb("rename", _of("rename", "n"), alone=True),
@@ -129,7 +158,8 @@ VERBS = [
     Verb("store", lambda at: [("store",)]),
 ]  # fmt: skip
 BY_NAME = {verb.name: verb for verb in VERBS}
-NEEDS_CLONE = {"delete", "recreate"}  # on a volume that nobody stands on, else they are always refused
+# On a volume that nobody stands on, else they are always refused.
+NEEDS_CLONE = {"delete", "delete several", "recreate"}
 
 
 def program(verb: Verb, at: Place, *, opens: bool) -> list[Operation]:

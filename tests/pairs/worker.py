@@ -51,6 +51,7 @@ class Process:
         self.root, self.actors = root, actors
         self.stores: dict[int, Any] = {}
         self.handles: dict[str, Any] = {}
+        self.temporary: dict[str, Any] = {}
 
     def run(self, control: Connection) -> None:
         """Set up, run the programs side by side, and close what is left when told to. Never returns."""
@@ -203,6 +204,16 @@ def _held(process: Process, actor: Actor, handle: str) -> Any:
     return True if holder == os.getpid() else f"the holder is {holder}"
 
 
+def _temporary(process: Process, actor: Actor, handle: str, name: str, snap: str | None, new: str) -> None:
+    context = process.stores[actor.store].temporary(name, snap, name=new)
+    process.handles[handle] = context.__enter__()
+    process.temporary[handle] = context
+
+
+def _end_temporary(process: Process, actor: Actor, handle: str) -> None:
+    process.temporary[handle].__exit__(None, None, None)
+
+
 def _delta(process: Process, actor: Actor, name: str, a: str | None, b: str) -> tuple[str, dict[int, int]]:
     from onionskin.delta import delta
 
@@ -307,6 +318,18 @@ DO: dict[str, Callable[..., Any]] = {
     "import": _import,
     "delta": _delta,
     "clone": _on_store(lambda store, name, snap, new: store.clone(name, snap, new)),
+    "fork": _on_store(lambda store, name, snap, new: store.fork(name, snap, names=new)),
+    "fork_numbered": _on_store(lambda store, name, snap, count: store.fork(name, snap, count=count)),
+    "fork_with_key": _on_store(
+        lambda store, name, snap, key, asked: store.fork(
+            name, snap, idempotency_key=key, **({"count": asked} if isinstance(asked, int) else {"names": asked})
+        )
+    ),
+    "temporary": _temporary,
+    "end_temporary": _end_temporary,
+    "snapshot_group": _on_store(lambda store, names, snap: (store.snapshot_group(dict.fromkeys(names, snap)), None)[1]),
+    "expire": _on_store(lambda store: store.expire()),
+    "delete_several": _on_store(lambda store, names: (store.delete(*names, recursive=True), None)[1]),
     "delete": _on_store(lambda store, name: store.delete(name, recursive=True)),
     "rename": _on_store(lambda store, name, new: store.rename(name, new)),
     "relocate": lambda process, actor, name, path: process.stores[actor.store].relocate(name, base=process.path(path)),

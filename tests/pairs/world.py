@@ -1,8 +1,9 @@
-"""The world that each run begins with: a store with three volumes, and images beside it.
+"""The world that each run begins with: a store with four volumes, and images beside it.
 
     v        over base.img: snapshots s1 and s2, and a head with data
     c        a clone of v@s1, with snapshots s1 and s2 of its own
     w        over nothing, with snapshots s1 and s2
+    x        a fork of a disk that is gone, whose lifetime is over
 
 It is built once for each wipe policy and kept in memory; each run gets fresh files. The images keep their inodes, which
 the catalog knows them by. The model of it is written down beside, from the same calls.
@@ -19,7 +20,7 @@ from pathlib import Path
 from pairs import model
 from pairs.model import Disk, State
 from pairs.units import UNIT_BYTES, disk_bytes, numbers_of
-from pairs.verbs import VOLUME_UNITS
+from pairs.verbs import EXPIRED, VOLUME_UNITS
 
 BASE_UNITS = 24
 IMAGES = {"base.img": 9, "moved.img": 9, "import.img": 8}  # name -> the number that it is written with
@@ -135,6 +136,14 @@ def build(root: Path, wipe: str) -> World:
                     builder.state, None, "build", name, VOLUME_UNITS, "base.img" if base else None, name
                 )
             streams[name] = builder.fill(name, {"v": 0, "c": 2, "w": 4}[name])
+        builder.state = model.create(builder.state, None, "build", "y", 8, None, "y")
+        with store.create("y", size=8 * UNIT_BYTES, wipe=wipe) as volume:
+            builder.write(volume, 0, 4)
+            store.fork("y", names=[EXPIRED], lifetime=1e-9)
+        state = model.close(model.fork(builder.state, None, "y", None, (EXPIRED,), "x"), None, "build")
+        store.delete("y")
+        state = model.delete(state, None, "y")
+        builder.state = state.with_volume(EXPIRED, model.replace(state.volumes[EXPIRED], source=None, expires=True))
     with onionskin.Store(root / "store") as store:
         store.check(repair=True)
     (root / "store" / "reserve").write_bytes(b"")

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 import onionskin
+import onionskin.store
+from onionskin.operations import load_all
+
+# All of the engine before a test begins: pytester forgets what is imported in a test, and one half of the package that is
+# imported anew would not know the classes of the other.
+load_all()
 
 pytest_plugins = ["pytester"]
 
@@ -107,14 +113,35 @@ def test_clones_go_behind_a_test_that_fails_or_closes_or_deletes_them(
         def test_poisons(onionskin_volume):
             onionskin_volume._path.poison()
 
+        def test_renames(onionskin_volume):
+            onionskin_volume.store.rename(onionskin_volume.name, "mine")
+
         def test_makes_two(onionskin_clone):
             first, second = onionskin_clone(), onionskin_clone()
             first.write(0, b"soiled")
             assert second.read(0, 6) == b"golden"
         """
     )
-    run(f"--onionskin-golden={snapshot}").assert_outcomes(passed=4, failed=1)
+    run(f"--onionskin-golden={snapshot}").assert_outcomes(passed=5, failed=1)
     assert names_in(pytester.path / "store") == ["web"]
+
+
+@pytest.mark.slow
+def test_a_clone_that_a_test_keeps_in_use_is_an_error_behind_it_and_the_others_go(
+    pytester: pytest.Pytester, run: Run, snapshot: str
+) -> None:
+    pytester.makepyfile(
+        """
+        def test_clones(onionskin_clone):
+            first, second, third = onionskin_clone(), onionskin_clone(), onionskin_clone()
+            second.snapshot("s")
+            second.store.clone(second.name, "s", "kept")
+        """
+    )
+    result = run(f"--onionskin-golden={snapshot}")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*StateError*kept*"])
+    assert len(names_in(pytester.path / "store")) == 3  # web, the second clone, and what stands on it
 
 
 @pytest.mark.slow

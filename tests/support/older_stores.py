@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 _STEPS_BACK: dict[int, tuple[str, ...]] = {
+    5: ("ALTER TABLE store DROP COLUMN wipe", "ALTER TABLE store DROP COLUMN block_size"),
     4: (
         "DROP TABLE labels",
         "DROP TABLE lineage",

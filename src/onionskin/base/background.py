@@ -1,6 +1,7 @@
 """One thread for the background work of a store, for which no caller waits.
 
-What must hold: `finish` returns only when all work that was asked for before is done. An exception does not end the
+What must hold: `finish` returns only when all work that was asked for before is done, and does not wait for what others
+ask for meanwhile: where many threads use a store, there is always something. An exception does not end the
 waiting of any caller. A thread stays for one more second to take more work, because starting a thread costs more than
 most of this work.
 """
@@ -27,12 +28,13 @@ class Background:
         self._work, self._name = work, name
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._wanted = self._busy = self._ending = False
+        self._asked = self._begun = self._done = 0  # requests: all of them, those that work was begun for, and done for
+        self._ending = False
 
     def wake(self) -> None:
         """Ask for the work to be done soon."""
         with self._changed:
-            self._wanted = True
+            self._asked += 1
             if self._thread is None and not self._ending:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
@@ -40,11 +42,12 @@ class Background:
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """Wait until nothing is left to do."""
+        """Wait until what was asked for is done."""
         with self._changed:
             if self._thread is threading.current_thread():
                 return
-            self._changed.wait_for(lambda: self._thread is None or not (self._wanted or self._busy))
+            asked = self._asked
+            self._changed.wait_for(lambda: self._thread is None or self._done >= asked)
 
     def end(self) -> None:
         """Finish, and let the thread go. Later requests are ignored."""
@@ -56,22 +59,27 @@ class Background:
             thread.join()
 
     def _run(self) -> None:
+        begun = 0
         try:
-            while self._next():
+            while begun := self._next(begun):
                 self._work()
         finally:
             with self._changed:
                 if self._thread is threading.current_thread():
-                    self._busy, self._thread = False, None
+                    self._done, self._thread = max(self._done, begun), None
                     self._changed.notify_all()
 
-    def _next(self) -> bool:
-        """Wait for a request; False if none came for a while, or none will come."""
+    def _next(self, done: int) -> int:
+        """Wait for a request: how many there were then; 0 if none came for a while, or none will come.
+
+        The work is done for the first `done` of them.
+        """
         with self._changed:
-            self._busy = False
+            self._done = max(self._done, done)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._wanted or self._ending, LINGER_SECONDS)
-            self._busy, self._wanted = self._wanted, False
-            if not self._busy:
-                self._thread = None  # under the lock: a later request starts another thread
-            return self._busy
+            self._changed.wait_for(lambda: self._asked > self._begun or self._ending, LINGER_SECONDS)
+            if self._asked > self._begun:
+                self._begun = self._asked
+                return self._begun
+            self._thread = None  # under the lock: a later request starts another thread
+            return 0

@@ -53,13 +53,13 @@ def refuse_shorter(descriptor: int, size_bytes: int, path: "str | os.PathLike[st
     """Raise EIO if a file, or a block device, has fewer bytes than when its size was taken."""
     found = os.lseek(descriptor, 0, os.SEEK_END)
     if found < size_bytes:
-        name = os.fspath(path) if path is not None else _name_of(descriptor)
+        name = os.fspath(path) if path is not None else name_of(descriptor)
         raise OSError(
             EIO, f"the file was cut to {found} of {size_bytes} bytes while it was read; the copy is not complete", name
         )
 
 
-def _name_of(descriptor: int) -> str:
+def name_of(descriptor: int) -> str:
     """Name an open file for a message, as the kernel does."""
     try:
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())

@@ -6,7 +6,7 @@ import re
 from onionskin.base.limits import OFFSET_MAX
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGTPE]?)(?:I?B)?\s*", re.ASCII)
+_SIZE = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGTPE]?)(?:I?B)?\s*"  # compiled at its first use, as few verbs take a size
 
 
 def parse_size(text: str | int) -> int:
@@ -35,7 +35,7 @@ def parse_size(text: str | int) -> int:
             raise TypeError(f"a size is a number of bytes or a text such as 20G, not {text!r}")
         size_bytes = operator.index(text)
     else:
-        match = _SIZE.fullmatch(text.upper())
+        match = re.fullmatch(_SIZE, text.upper(), re.ASCII)
         if match is None:
             raise ValueError(f"{text!r} is not a size: write bytes, or a number with K, M, G, T or P, such as 20G")
         whole, _, fraction = match[1].partition(".")

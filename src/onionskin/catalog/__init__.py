@@ -1,9 +1,10 @@
 """The catalog, which is the only source for names and for the owner of each file.
 
-The module `connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments` and `work` have a query for
-each question that other packages ask. No other package writes SQL itself.
+The module `connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments`, `lineage`, `work` and
+`defaults` have a query for each question that other packages ask. No other package writes SQL itself.
 """
 
+from onionskin.catalog.defaults import Defaults
 from onionskin.catalog.queries import Catalog
 from onionskin.catalog.rows import (
     BaseRow,
@@ -27,6 +28,7 @@ __all__ = [
     "BaseRow",
     "Catalog",
     "CommitUnknownError",
+    "Defaults",
     "ForkCallRow",
     "HoldRow",
     "LabelRow",

@@ -13,8 +13,9 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,30 @@ _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 
 
+class _Errors:
+    """Raises what SQLite raises in its with block as the errors of this package.
+
+    Each statement runs in one, so it is no generator: that would take as long as a small statement.
+    """
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: "Connection") -> None:
+        self._of = of
+
+    def __enter__(self) -> None:
+        if self._of._forked:
+            raise forking.forked_error(f"the store {self._of.path.parent}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, sqlite3.Error):
+            raise translated(error, self._of.path) from error
+        if isinstance(error, UnicodeDecodeError):  # SQLite quotes damaged text in its messages
+            raise damaged(self._of.path, error) from error
+
+
 class Connection:
     """One connection to a store's catalog. Any thread may call the methods."""
 
@@ -62,6 +87,8 @@ class Connection:
         self._changing = False
         self._is_unknown = False  # whether a commit has an unknown outcome, and no later commit overwrote it yet
         self._lock_byte_taken = 0
+        self._synced_version: int | None = None  # the commits of others up to this version are durable
+        self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
         if not path.exists():
             if not create:
                 raise VolumeNotFoundError(f"{path.parent} is not a store; make one with 'onionskin create'")
@@ -128,25 +155,51 @@ class Connection:
     def sync_found(self) -> None:
         """Make the visible commits durable. After a crash, a visible commit may be one that a power loss would undo.
 
-        A checkpoint syncs the log before it moves anything out of it. If nothing is left to move, the checkpoint that
-        moved it has synced the log. The names are durable: SQLite syncs the log's header, and the directory with it,
-        before the first frame.
+        What was moved out of the log was synced first, so the log holds all that is not durable yet. Its name is durable:
+        SQLite syncs the log's header, and the directory with it, before the first frame.
+
+        A commit of this connection has synced the log, with all that it saw there. So there is nothing to do where nobody
+        else has committed since.
+
+        Where a sync of the log fails, the kernel takes what it could not write for written, and the next sync says nothing.
+        Later commits would stand behind the gap, and go with it. So all is moved out of the log, and it is begun anew.
         """
         self.bury_unknown()
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            busy = self._checkpoint()  # BARRIER: opened catalog
-            if not busy:
-                return
-            if time.monotonic() > deadline:
-                raise StateError(f"{self.path} is being checkpointed by another process for over a minute; try again")
-            time.sleep(0.001)  # another process does the checkpoint, and no event tells us when it is done
+        seen = self._version_of_others()
+        if seen == self._synced_version:
+            return
+        try:
+            if not self._is_log_lost:
+                self._sync_log()
+        except OSError:
+            self._is_log_lost = True
+        if self._is_log_lost:
+            self._replace_log()
+        self._synced_version = seen
 
-    def _checkpoint(self) -> bool:
-        """Sync the log, and move all that can be moved from it. Returns True if another process is doing this now."""
+    def _replace_log(self) -> None:
+        """Move all commits from the log to the catalog, and begin the log anew: nothing that is in it now counts then."""
         with self._guard, self._errors():
-            busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        return bool(busy)
+            busy, in_log, moved = self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        if busy or in_log != moved:
+            raise StateError(
+                f"the log of {self.path} could not be made durable, and other processes that read it do not let it be "
+                "replaced; close them, and try again"
+            )
+        with self._transaction():
+            pass
+        self._is_log_lost = False
+
+    def _sync_log(self) -> None:
+        """Sync the log. SQLite takes its locks on other files, so none is lost when this one is closed."""
+        try:
+            descriptor = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return  # all of it was moved to the catalog, and synced there
+        try:
+            os.fdatasync(descriptor)  # BARRIER: opened catalog
+        finally:
+            os.close(descriptor)
 
     # ---- transactions ----
 
@@ -188,6 +241,7 @@ class Connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
+                seen = self._version_of_others()  # nobody else commits before this transaction ends
             except BaseException:
                 self._changing = False
                 self._roll_back()
@@ -201,7 +255,10 @@ class Connection:
                 if not self._committed(stamp):
                     self._is_unknown = not self._bury(error) and was_unknown
                     raise
-            self._is_unknown = False
+                self._is_unknown = False
+            else:
+                self._is_unknown = False
+                self._synced_version = seen
 
     def bury_unknown(self) -> None:
         """Overwrite a commit of unknown outcome, if there was one. Until then, a crash may bring it back.
@@ -269,16 +326,8 @@ class Connection:
             finally:
                 self._roll_back()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        if self._forked:
-            raise forking.forked_error(f"the store {self.path.parent}")
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise translated(error, self.path) from error
-        except UnicodeDecodeError as error:  # SQLite quotes damaged text in its messages
-            raise damaged(self.path, error) from error
+    def _errors(self) -> "_Errors":
+        return _Errors(self)
 
     def version(self) -> tuple[int, int]:
         """Return a version that changes with every commit, of this connection or of another.
@@ -286,13 +335,22 @@ class Connection:
         See https://www.sqlite.org/pragma.html#pragma_data_version.
         """
         with self._guard, self._errors():
-            (of_others,) = self._connection.execute("PRAGMA data_version").fetchone()
-            return of_others, self._connection.total_changes
+            return self._version_of_others(), self._connection.total_changes
+
+    def _version_of_others(self) -> int:
+        """Return a version that changes with every commit of another connection."""
+        with self._guard, self._errors():
+            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+            return int(version)
 
     def close(self) -> None:
-        """Close the connection. Further calls do nothing."""
+        """Close the connection, once the transaction or query of another thread has ended. Further calls do nothing.
+
+        The module `sqlite3` frees what a statement of another thread still uses.
+        """
         if not self._forked:
-            self._connection.close()
+            with self._guard:
+                self._connection.close()
             if self._copy:
                 self._copy.cleanup()
 
@@ -314,8 +372,8 @@ class Connection:
             One of the rows breaks a condition.
         """
         found = self._select(kind, condition, values)
-        for *row, sound in found:
-            if not sound:
+        for row in found:
+            if not row[-1]:
                 raise self._unsound(kind, row[0])
         return [kind(*row[:-1]) for row in found]
 
@@ -327,9 +385,7 @@ class Connection:
         return [kind(*row) for *row, sound in self._select(kind, condition, values) if sound]
 
     def _select(self, kind: type[Row], condition: str, values: Iterable[Any]) -> list[Any]:
-        text = (
-            f"SELECT {', '.join(COLUMNS[kind])}, coalesce({SOUND_ROW[kind]}, 0) FROM {TABLES[kind]} WHERE {condition}"
-        )
+        text = _select_text(TABLES[kind], condition)
         with self._guard, self._errors():
             return self._connection.execute(text, tuple(values)).fetchall()
 
@@ -418,13 +474,12 @@ class Connection:
         found = []
         for row in rows:
             kind = type(row)
-            values = [getattr(row, column) for column in COLUMNS[kind]]
-            check_values(kind, zip(COLUMNS[kind], values, strict=True))
-            found.append(values)
+            found.append([getattr(row, column) for column in COLUMNS[kind]])
         if kind is None:
             return
         assert kind is not WorkRow  # `add_work` numbers those
         columns = COLUMNS[kind]
+        check_rows(kind, columns, found)
         marks = ", ".join("?" * len(columns))
         self._connection.executemany(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", found)
 
@@ -456,11 +511,29 @@ class Connection:
         self._connection.execute(text, values)
 
 
+_KINDS = {table: kind for kind, table in TABLES.items()}
+
+
+@lru_cache(256)
+def _select_text(table: str, condition: str) -> str:
+    """Write a query for rows. The text is long, so it is kept: SQLite's module finds the statement by its hash."""
+    kind = _KINDS[table]
+    return f"SELECT {', '.join(COLUMNS[kind])}, coalesce({SOUND_ROW[kind]}, 0) FROM {table} WHERE {condition}"
+
+
 def check_values(kind: type, values: "Iterable[tuple[str, Any]]") -> None:
     """Refuse to write a value that would break its condition."""
     for column, value in values:
         if not VALUES[kind][column].holds(value):
             raise ValueError(f"{column} of {TABLES[kind]} cannot be {value!r}; nothing was changed")
+
+
+def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Refuse to write rows that have a value which would break its condition. Many rows are looked at by column."""
+    conditions = [VALUES[kind][column].holds for column in columns]
+    if not all(all(map(holds, values)) for holds, values in zip(conditions, zip(*rows, strict=True), strict=False)):
+        for row in rows:
+            check_values(kind, zip(columns, row, strict=True))
 
 
 def _shown(id: object) -> str:
@@ -507,7 +580,7 @@ def _make(path: Path) -> None:
         connection.execute("BEGIN")
         for statement in SCHEMA.split(";\n"):
             connection.execute(statement)
-        connection.execute("INSERT INTO store VALUES (?, 0, ?)", (new_id(), b""))
+        connection.execute("INSERT INTO store (uuid, next_lock_byte, stamp) VALUES (?, 0, ?)", (new_id(), b""))
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")

@@ -21,6 +21,12 @@ _LAYERS_OF_VOLUME = (  # the layers that a volume's head and its snapshots stand
     "WHERE volume = ? UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id "
     "WHERE layers.parent IS NOT NULL) SELECT id FROM below"
 )
+_LAYERS_OF_FORKS = (  # the same of the volumes that were forked from one, or from one snapshot of it, given that twice
+    "WITH RECURSIVE forks(id) AS (SELECT volume FROM lineage WHERE parent = ? AND (? IS NULL OR guid = ?)), "
+    "below(id) AS (SELECT head FROM volumes WHERE id IN forks UNION SELECT layer FROM snapshots WHERE volume IN forks "
+    "UNION SELECT layers.parent FROM below JOIN layers ON layers.id = below.id WHERE layers.parent IS NOT NULL) "
+    "SELECT id FROM below"
+)
 _LAYERS_ABOVE = (  # the layers that stand on a layer
     "WITH RECURSIVE above(id) AS (SELECT id FROM layers WHERE parent = ? UNION ALL SELECT layers.id FROM above "
     "JOIN layers ON layers.parent = above.id) SELECT id FROM above"
@@ -172,6 +178,10 @@ class Layers(Connection):
         """Return a volume's head, the layers of its snapshots, and all layers below these, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME})", volume, volume)
 
+    def layers_of_forks(self, volume: bytes, guid: bytes | None) -> list[LayerRow]:
+        """Return the `layers_of_volume` of all volumes that were forked from one, or from its snapshot with this GUID."""
+        return self.rows(LayerRow, f"id IN ({_LAYERS_OF_FORKS})", volume, guid, guid)
+
     def forks_of_volume(self, volume: bytes) -> list[bytes]:
         """Return those of `layers_of_volume` without a name that a layer stands on which is none of them, in no order."""
         child = (
@@ -186,10 +196,14 @@ class Layers(Connection):
         """Return the sealed layers without a name among the `layers_of_volume`, in no order."""
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_VOLUME}) AND sealed = 1 AND {_UNNAMED}", volume, volume)
 
-    def only_children_over_volume(self, volume: bytes) -> list[LayerRow]:
-        """Return the layers of any volume that are the only child of one of `layers_of_volume`, in no order."""
+    def only_children_over_volume(self, volume: bytes) -> list[bytes]:
+        """Return the layers of any volume that are the only child of one of `layers_of_volume`, in no order.
+
+        Their rows may be unsound.
+        """
         alone = f"SELECT min(id) FROM layers WHERE parent IN ({_LAYERS_OF_VOLUME}) GROUP BY parent HAVING count(*) = 1"
-        return self.rows(LayerRow, f"id IN ({alone})", volume, volume)
+        with self._guard, self._errors():
+            return [id for (id,) in self._connection.execute(alone, (volume, volume))]
 
     # ---- bases ----
 

@@ -30,20 +30,27 @@ class Lineage(Connection):
 
     def end_lineage(self, volumes: Iterable[bytes], dropped_ns: int) -> None:
         """Note that volumes are gone, and forget them and all above them that nothing comes from. Inside a transaction."""
-        at = set(volumes)
+        ended = set(volumes)
+        kept = self.values_found(LineageRow, "parent", ended)
         self._connection.executemany(
-            "UPDATE lineage SET dropped_ns = ? WHERE volume = ?", [(dropped_ns, volume) for volume in at]
+            "UPDATE lineage SET dropped_ns = ? WHERE volume = ?", [(dropped_ns, volume) for volume in kept]
         )
-        while at:
-            gone = self.rows_in(LineageRow, "volume", at, "dropped_ns IS NOT NULL")
-            parents = self.values_found(LineageRow, "parent", [row.volume for row in gone])
-            gone = [row for row in gone if row.volume not in parents]
+        gone = self.rows_in(LineageRow, "volume", ended - kept)
+        while gone:
             self.delete_all(LineageRow, "volume", [row.volume for row in gone])
-            at = {row.parent for row in gone if row.parent is not None}
+            above = {row.parent for row in gone if row.parent is not None}
+            dropped = self.rows_in(LineageRow, "volume", above, "dropped_ns IS NOT NULL")
+            parents = self.values_found(LineageRow, "parent", [row.volume for row in dropped])
+            gone = [row for row in dropped if row.volume not in parents]
 
     def fork_call(self, key: str) -> ForkCallRow | None:
         """Return what was forked under a key, or None."""
         return self.row(ForkCallRow, "key = ?", key)
+
+    def remember_fork_call(self, row: ForkCallRow) -> None:
+        """Note what was forked under a key; what was forked under it before is forgotten. Inside a transaction."""
+        self.delete(ForkCallRow, "key = ?", row.key)
+        self.insert(row)
 
     def forget_fork_calls(self, before_ns: int) -> None:
         """Forget the keys of forks that were made before a time. Inside a transaction."""

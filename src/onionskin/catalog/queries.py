@@ -1,5 +1,6 @@
 """The catalog as all other packages see it: one connection, and all queries that have names."""
 
+from onionskin.catalog.defaults import StoreDefaults
 from onionskin.catalog.layers import Layers
 from onionskin.catalog.lineage import Lineage
 from onionskin.catalog.segments import Segments
@@ -8,5 +9,5 @@ from onionskin.catalog.volumes import Volumes
 from onionskin.catalog.work import Work
 
 
-class Catalog(Volumes, Snapshots, Layers, Segments, Lineage, Work):
+class Catalog(Volumes, Snapshots, Layers, Segments, Lineage, Work, StoreDefaults):
     """One connection to a store's catalog, with the queries of each subject. Any thread may call the methods."""

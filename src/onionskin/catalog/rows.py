@@ -1,6 +1,6 @@
 """The rows of the catalog's tables, as Python sees them: named tuples, which cost a start less than dataclasses."""
 
-import uuid
+import os
 from typing import NamedTuple, TypeVar
 
 
@@ -170,4 +170,4 @@ STAGED_PREFIX = "@"
 
 def new_id() -> bytes:
     """Draw a random 128-bit id."""
-    return uuid.uuid4().bytes
+    return os.urandom(16)

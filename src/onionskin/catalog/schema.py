@@ -25,7 +25,7 @@ from onionskin.catalog.rows import (
 )
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _NUMBER_MAX = (1 << 62) - 1
 
 # By layer, as a snapshot's name may change. The reference keeps a name that is held also from code that does not ask.
@@ -50,9 +50,13 @@ _FORKS = (
     "CREATE INDEX volumes_numbers ON volumes (length(name), name)",
 )
 
+# How the volumes are that are made without saying it. A store that is older than the question made them so.
+_DEFAULTS = ("wipe TEXT NOT NULL DEFAULT 'release'", "block_size INTEGER NOT NULL DEFAULT 4096")
+
 _FORKS_SCRIPT = ";\n".join(_FORKS)
 SCHEMA = f"""
-CREATE TABLE store (uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL);
+CREATE TABLE store (
+    uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL, {", ".join(_DEFAULTS)});
 CREATE TABLE bases (
     id BLOB PRIMARY KEY, path TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL, digest BLOB) WITHOUT ROWID;
@@ -141,12 +145,18 @@ def _origin(named: tuple[bytes, str, bytes] | None, volume: bytes) -> tuple[byte
     return named if named and named[0] != volume else (None, None, None)
 
 
+def _add_defaults(connection: sqlite3.Connection) -> None:
+    for column in _DEFAULTS:
+        connection.execute(f"ALTER TABLE store ADD COLUMN {column}")
+
+
 # The steps that bring a catalog of each older version to the next one.
 UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _add_done_bytes,
     2: _number_snapshots,
     3: _add_holds,
     4: _add_forks,
+    5: _add_defaults,
 }
 
 
@@ -231,8 +241,11 @@ VALUES: dict[type, dict[str, Value]] = {
     },
 }  # fmt: skip
 
-_STORE = {"uuid": _ID, "next_lock_byte": _number(0), "stamp": _BLOB}
-SOUND_STORE = " AND ".join(value.sql.format(column) for column, value in _STORE.items())
+STORE_VALUES = {
+    "uuid": _ID, "next_lock_byte": _number(0), "stamp": _BLOB, "wipe": _one_of(*WIPE_POLICIES),
+    "block_size": _one_of(*BLOCK_SIZES),
+}  # fmt: skip
+SOUND_STORE = " AND ".join(value.sql.format(column) for column, value in STORE_VALUES.items())
 SOUND_ROW = {
     kind: " AND ".join(value.sql.format(column) for column, value in values.items()) for kind, values in VALUES.items()
 }

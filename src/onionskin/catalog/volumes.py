@@ -15,6 +15,7 @@ from onionskin.errors import VolumeNotFoundError
 
 _NOT_STAGED = "substr(name, 1, 1) != ?"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
+NUMBER_MAX = 10**_DIGITS_MAX - 1
 
 
 class Volumes(Connection):
@@ -114,8 +115,15 @@ class Volumes(Connection):
         return greatest
 
     def expired(self, now_ns: int) -> list[VolumeRow]:
-        """Return the volumes that may be dropped from a time before this one on, the earliest first."""
-        return self.rows(VolumeRow, "expires_ns <= ? ORDER BY expires_ns", now_ns)
+        """Return the volumes whose time was over before this one, and that nothing but their heads stands on; earliest first.
+
+        A server asks every few seconds, so those that cannot go yet cost a step in an index each.
+        """
+        kept = (
+            "EXISTS (SELECT 1 FROM snapshots WHERE volume = volumes.id) OR EXISTS (SELECT 1 FROM lineage "
+            "JOIN volumes AS fork ON fork.id = lineage.volume WHERE lineage.parent = volumes.id)"
+        )
+        return self.rows(VolumeRow, f"expires_ns <= ? AND NOT ({kept}) ORDER BY expires_ns", now_ns)
 
     def labels_of(self, volume: bytes) -> dict[str, str]:
         """Return the labels of a volume; unsound rows are left out."""

@@ -6,7 +6,7 @@ describes each kind.
 
 from collections.abc import Iterable
 
-from onionskin.catalog.connection import Connection, check_values
+from onionskin.catalog.connection import Connection, check_rows, check_values
 from onionskin.catalog.rows import WorkRow
 
 
@@ -29,8 +29,7 @@ class Work(Connection):
         """Note work: (kind, target, lock byte, wipe) of each. Inside a transaction."""
         columns = ("kind", "target", "lock_byte", "wipe")
         noted = list(rows)
-        for row in noted:
-            check_values(WorkRow, zip(columns, row, strict=True))
+        check_rows(WorkRow, columns, noted)
         self._connection.executemany(f"INSERT INTO pending ({', '.join(columns)}) VALUES (?, ?, ?, ?)", noted)
 
     def work_with_id(self, id: int) -> WorkRow | None:

@@ -5,17 +5,17 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
 from onionskin.base.sizes import parse_size
-from onionskin.errors import OnionskinError
+from onionskin.errors import OnionskinError, VolumeNotFoundError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A volume of a store, or one of its snapshots."""
 
     store: Path
@@ -184,7 +183,13 @@ class VolumeOrStoreType(NameType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text, or fail as a usage error. What is a store is meant as one."""
-        return Path(value) if isinstance(value, str) and is_store(Path(value)) else super().convert(value, param, ctx)
+        if isinstance(value, str) and is_store(Path(value)):
+            return Path(value)
+        if isinstance(value, str) and "/" not in value:
+            self.fail(
+                f"{value!r} does not exist as a store; for a volume of one that is here, write ./{value}", param, ctx
+            )
+        return super().convert(value, param, ctx)
 
 
 class StoreType(click.ParamType):  # type: ignore[type-arg]
@@ -223,8 +228,19 @@ SNAPSHOT = NameType("required")
 NEW_SNAPSHOT = NameType("required", fresh=True)
 VOLUME_OR_SNAPSHOT = NameType("optional")
 VOLUME_SNAPSHOT_OR_STORE = VolumeOrStoreType("optional")
+VOLUME_OR_STORE = VolumeOrStoreType("none")
 NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
+block_size_option = click.option(
+    "--block-size",
+    type=SIZE,
+    help="Unit of copy-on-write, as 64K; by default that of the store, which 'get STORE' shows.",
+)
+wipe_option = click.option(
+    "--wipe",
+    type=WIPE,
+    help="What happens to freed blocks: given back, or overwritten with zeros first; by default as 'get STORE' shows.",
+)
 
 
 def is_store(path: Path) -> bool:
@@ -241,3 +257,21 @@ def _names_in(path: Path, with_snapshots: bool) -> list[str]:
             return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())
     except (OnionskinError, OSError, ValueError):
         return []
+
+
+def matching(store: "Store", names: Sequence[Name]) -> list[str]:
+    """Return the volumes that names of one store mean, each once.
+
+    A name that no volume has is a pattern, as a shell's, if it has one of its characters.
+    """
+    there = list(store)
+    called: list[str] = []
+    for name in names:
+        if name.volume in there or not any(character in name.volume for character in "*?["):
+            called.append(name.volume)
+            continue
+        found = [one for one in there if fnmatchcase(one, name.volume)]
+        if not found:
+            raise VolumeNotFoundError(f"the store {store.path} has no volume that matches {name.volume!r}")
+        called += found
+    return list(dict.fromkeys(called))

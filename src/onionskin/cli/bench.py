@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=".")
 @click.option("--size", type=SIZE, default="512M", show_default=True, help="Size of the disk that is measured.")
-@click.option("--rounds", type=click.IntRange(2, 1000), default=7, show_default=True, help="How often each is done.")
+@click.option(
+    "--rounds", type=click.IntRange(2, 1000), default=7, show_default=True, help="How often each row is measured."
+)
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page of HTML with charts.")
 @click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Write the chart alone, as SVG.")
 @click.option(

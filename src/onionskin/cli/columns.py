@@ -97,7 +97,7 @@ def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
         click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns."),
         click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970."),
         click.option("--sort", "-s", type=click.Choice(names), metavar="COLUMN", help="Sort by this column."),
-        click.option("--reverse", is_flag=True, help="Turn the order round."),
+        click.option("--reverse", is_flag=True, help="Reverse the order."),
     )
 
     def decorate(verb: Any) -> Any:

@@ -72,7 +72,10 @@ class OpenVolume:
 @click.argument("a", type=SideType(), metavar="A")
 @click.argument("b", type=SideType(), metavar="B")
 @click.option(
-    "--format", "image_format", type=click.Choice(READ), help="Of image files; by default told by their magic."
+    "--format",
+    "image_format",
+    type=click.Choice(READ),
+    help="Format of image files; by default told by their first bytes.",
 )
 @click.option("--strict", is_flag=True, help="Disks of different sizes differ, also where the rest is zero.")
 @trust_option

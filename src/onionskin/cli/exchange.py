@@ -11,19 +11,18 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
-from onionskin.base.fsync import sync_directory
 from onionskin.cli import output
 from onionskin.cli.arguments import (
     NEW_VOLUME,
-    SIZE,
     SNAPSHOT,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
-    WIPE,
     Name,
+    block_size_option,
     open_store,
     open_to_read,
     trust_option,
+    wipe_option,
 )
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import same_store, snapshot_value
@@ -33,6 +32,7 @@ from onionskin.images import FORMATS, export_image, export_to_device, import_ima
 
 if TYPE_CHECKING:
     from onionskin.delta import Readable
+    from onionskin.store import Store
 
 FILE = click.Path(path_type=Path, readable=False)
 FORMAT = click.Choice(FORMATS)
@@ -45,17 +45,17 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 @click.command(name="import")
 @click.argument("image", type=FILE)
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
-@click.option("--format", "image_format", type=FORMAT, help="By default told by the image's magic bytes.")
-@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
-@click.option("--wipe", type=WIPE, default="release", show_default=True, help="What happens to freed blocks.")
+@click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its first bytes.")
+@block_size_option
+@wipe_option
 @trust_option
 @json_option
 def import_(
     image: Path,
     name: Name,
     image_format: str | None,
-    block_size: int,
-    wipe: Literal["release", "zero"],
+    block_size: int | None,
+    wipe: Literal["release", "zero"] | None,
     as_json: bool,
 ) -> None:
     """Make a volume from a disk image.
@@ -103,7 +103,7 @@ def _image_to_read(image: Path) -> "Iterator[Path | IO[bytes]]":
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("image", type=FILE)
-@click.option("--format", "image_format", type=FORMAT, help="By default told by the suffix of IMAGE, or raw.")
+@click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its suffix, or raw.")
 @click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
 @json_option
@@ -166,7 +166,11 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
         output.StandardStream("stdout").refuse_closed()
     with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
-        with _stream_to(image) as out, reading(volume) as disk, output.progress(f"export {name}", as_json) as progress:
+        with (
+            _stream_to(store, image) as out,
+            reading(volume) as disk,
+            output.progress(f"export {name}", as_json) as progress,
+        ):
             for at in range(0, size_bytes, _CHUNK_BYTES):
                 piece = disk.read(at, min(_CHUNK_BYTES, size_bytes - at))
                 out.write(piece)
@@ -181,8 +185,9 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 
 
 @contextlib.contextmanager
-def _stream_to(image: Path) -> Iterator[output.StandardStream]:
+def _stream_to(store: "Store", image: Path) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
+        _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
     with open(
@@ -239,7 +244,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
         raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
     with (
         b.open_store() as store,
-        _new_file(path) as out,
+        _new_file(store, path) as out,
         output.progress(f"delta {b}", as_json) as progress,
     ):
         sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
@@ -261,18 +266,16 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path | None) -> Iterator[output.StandardStream]:
-    """Give stdout, or a new file that is durable and whole at the end, or removed."""
+def _new_file(store: "Store", path: Path | None) -> Iterator[output.StandardStream]:
+    """Give stdout, or a new file, which has its name when it is durable and whole."""
     if path is None:
+        _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
         return
-    with output.naming(str(path)), open(path, "xb") as file:
-        try:
-            yield output.StandardStream(str(path), file)
-            sync_directory(path.absolute().parent)  # BARRIER: written delta name
-        except BaseException:
-            path.unlink()
-            raise
+    from onionskin.operations.new_file import new_file
+
+    with output.naming(str(path)), new_file(path) as file:
+        yield output.StandardStream(str(path), file)
 
 
 @click.command()
@@ -302,3 +305,14 @@ def apply(name: Name, file: Path, as_json: bool) -> None:
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
         taken = stream.apply(source, volume, progress=progress)
     output.tell(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")
+
+
+def _refuse_stdout_in(store: "Store") -> None:
+    """Refuse to write to stdout if that is a file which a disk of the store reads."""
+    from onionskin.operations.export import refuse_open_file
+
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # a program has put an object of its own there
+        return
+    refuse_open_file(store._opened, descriptor, "stdout")

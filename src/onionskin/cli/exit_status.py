@@ -107,19 +107,21 @@ _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 _FREE_SPACE_OF_STORE = "free space there (discard or merge snapshots, delete volumes) and run it again"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
-# Messages of the library, and the words of a command for each. Tests check that none is missing or stale.
+# Messages of the library as patterns, and the words of a command for each. Tests check that none is missing or stale.
 _IN_WORDS_OF_THE_COMMAND_LINE = [
-    (re.compile(pattern), said)
-    for pattern, said in (
-        (r"pass (recursive|force|trust)\b", r"give --\1"),
-        (r"ask for a recursive removal\b", "give --recursive"),
-        (r"say that you trust it if", "give --trust if"),
-        (r" \(--trust on the command line, trust=True in Python\)", " (--trust)"),
-        (r"create volumes with a digest to verify them", "create --digest takes one"),
-        (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
-        (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
-        (r"; open it for writing and close it, which makes", "; take a snapshot of it, which makes"),
-    )
+    (r"pass (recursive|force|trust)\b", r"give --\1"),
+    (r"ask for a recursive removal\b", "give --recursive"),
+    (r"say that you trust it if", "give --trust if"),
+    (r" \(--trust on the command line, trust=True in Python\)", " (--trust)"),
+    (r"create volumes with a digest to verify them", "create --digest takes one"),
+    (r"stop that, work through it \(onionskin\.connect\)", "stop that"),
+    (r"; open it, or start 'onionskin serve'", "; start 'onionskin serve'"),
+    (r"; open it for writing and close it, which makes", "; take a snapshot of it, which makes"),
+    (r"close (it|the volume) and open it again", "run it again"),
+    (r"close the store, mend the disk, and open it again", "mend the disk, and run it again"),
+    (r"; open the volume again", "; run it again"),
+    (r"or say that it is the disk: format raw", "or give --format raw to take its bytes for the disk"),
+    (r"import its bytes as they are with format raw", "give --format raw to take its bytes for the disk"),
 ]
 
 
@@ -181,7 +183,7 @@ def line_of(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     for pattern, said in _IN_WORDS_OF_THE_COMMAND_LINE:
-        text = pattern.sub(said, text)
+        text = re.sub(pattern, said, text)
     return output.cell(" ".join(text.split()))
 
 

@@ -9,6 +9,7 @@ import click
 from onionskin.cli import output
 from onionskin.cli.arguments import STORE, VOLUME, VOLUME_OR_SNAPSHOT, WIPE, Name, open_store, trust_option
 from onionskin.cli.output import json_option
+from onionskin.cli.snapshots import same_store
 
 
 class LabelType(click.ParamType):  # type: ignore[type-arg]
@@ -35,8 +36,8 @@ def label_option(about: str) -> "Callable[[Any], Any]":
 
 
 @click.command()
-@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
-@click.option("-n", "--count", type=click.IntRange(min=1), help="How many; by default one.")
+@click.argument("sources", type=VOLUME_OR_SNAPSHOT, nargs=-1, required=True, metavar="STORE/VOLUME[@SNAPSHOT]...")
+@click.option("-n", "--count", type=click.IntRange(min=1), help="How many, of each disk; by default one.")
 @click.option("--pattern", help="What they are called, such as 'job-{n}' or 'job-{n:03}'; by default '{source}-{n}'.")
 @click.option("--name", "names", multiple=True, metavar="NEW", help="What one is called; for several, give it again.")
 @click.option("--lifetime", metavar="TIME", help="From then on 'onionskin expire' drops them: 90s, 15m, 2h, 7d, 2w.")
@@ -48,7 +49,7 @@ def label_option(about: str) -> "Callable[[Any], Any]":
 @trust_option
 @json_option
 def fork(
-    name: Name,
+    sources: tuple[Name, ...],
     count: int | None,
     pattern: str | None,
     names: tuple[str, ...],
@@ -60,21 +61,42 @@ def fork(
 ) -> None:
     """Make volumes that begin as a snapshot, or as a disk is now: all of them, or none.
 
-    Nothing is copied. Numbers go on from the highest that there is.
+    Nothing is copied. Numbers go on from the highest that there is. Several disks of one store are forked together: as
+    many of each, with the same numbers, and those without a snapshot as they are at one instant.
     """
-    with name.open_store() as store:
-        made = store.fork(
-            name.volume,
-            name.snapshot,
-            names=names or None,
-            count=count,
-            pattern=pattern,
-            idempotency_key=key,
-            lifetime=lifetime,
-            labels=dict(labels) or None,
-            wipe=wipe,
-        )
-    output.show(as_json, {"source": str(name), "forks": made}, lambda: "\n".join(f"{name.store}/{one}" for one in made))
+    how: dict[str, Any] = {
+        "count": count,
+        "pattern": pattern,
+        "idempotency_key": key,
+        "lifetime": lifetime,
+        "labels": dict(labels) or None,
+        "wipe": wipe,
+    }
+    if len(sources) > 1:
+        _fork_group(sources, names, how, as_json)
+        return
+    (source,) = sources
+    with source.open_store() as store:
+        made = store.fork(source.volume, source.snapshot, names=names or None, **how)
+    value = {"source": str(source), "forks": made}
+    output.show(as_json, value, lambda: "\n".join(f"{source.store}/{one}" for one in made))
+
+
+def _fork_group(sources: tuple[Name, ...], names: tuple[str, ...], how: dict[str, Any], as_json: bool) -> None:
+    if names:
+        raise click.UsageError("--name is for the forks of one disk; those of several have a --pattern with {source}")
+    for source in sources[1:]:
+        same_store(sources[0], source)
+    wanted = {f"{one.volume}@{one.snapshot}" if one.snapshot else one.volume: None for one in sources}
+    if len(wanted) < len(sources):
+        raise click.UsageError("a disk is named twice")
+    with sources[0].open_store() as store:
+        made = store.fork_group(wanted, **how)
+    value = [{"source": str(source), "forks": found} for source, found in zip(sources, made.values(), strict=True)]
+    together = zip(*made.values(), strict=True)
+    output.show(
+        as_json, value, lambda: "\n".join(" ".join(f"{sources[0].store}/{one}" for one in forks) for forks in together)
+    )
 
 
 @click.command()

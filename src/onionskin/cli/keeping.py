@@ -11,7 +11,7 @@ import click
 from onionskin.cli import output
 from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import SNAPSHOTS, chosen_snapshots, find_snapshot, listed, snapshot_value
+from onionskin.cli.snapshots import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed, snapshot_value
 
 if TYPE_CHECKING:
     from onionskin.operations.prune import Retention, Rules
@@ -50,8 +50,9 @@ def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     held together, or none is.
     """
     with names[0].open_store() as store:
-        chosen = chosen_snapshots(store.snapshots(names[0].volume), names)
-        store.hold(names[0].volume, chosen, holder)
+        found = store.snapshots(names[0].volume)
+        chosen = chosen_snapshots(found, names)
+        store.hold(names[0].volume, chosen, holder, guid=guids_of(found, chosen))
     is_are = "are" if len(chosen) > 1 else "is"
     output.tell(
         as_json, _hold_value(names, chosen, holder), lambda: f"{listed(names, chosen)} {is_are} held by {holder}"
@@ -69,8 +70,9 @@ def unhold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     Several snapshots of a volume, and ranges as vms/web@a..@c, are let go together, or none is.
     """
     with names[0].open_store() as store:
-        chosen = chosen_snapshots(store.snapshots(names[0].volume), names)
-        store.unhold(names[0].volume, chosen, holder)
+        found = store.snapshots(names[0].volume)
+        chosen = chosen_snapshots(found, names)
+        store.unhold(names[0].volume, chosen, holder, guid=guids_of(found, chosen))
     is_are = "are" if len(chosen) > 1 else "is"
     value = _hold_value(names, chosen, holder)
     output.tell(as_json, value, lambda: f"{listed(names, chosen)} {is_are} not held by {holder} any more")
@@ -124,7 +126,9 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
 @click.option(
     "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
 )
-@click.option("--time-zone", default="UTC", metavar="NAME", help="Whose clock says where a day ends, as Europe/Berlin.")
+@click.option(
+    "--time-zone", default="UTC", metavar="NAME", help="Time zone that says where a day ends, as Europe/Berlin."
+)
 @click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")
 @trust_option
 @json_option

@@ -1,6 +1,5 @@
 """The verb map, which shows where the data of a disk is; and the output of pictures."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +87,10 @@ def _layering(name: Name) -> "Layering":
         if name.snapshot is None and (served := live(store, name.volume)) is not None:
             with served:
                 served.flush()  # the map is read from files, which do not have the last changes yet
+        elif name.snapshot is None:
+            from onionskin.operations.losses import refuse_left_unflushed
+
+            refuse_left_unflushed(store._opened, name.volume)
         return store.layering(name.volume, name.snapshot)
 
 
@@ -96,6 +99,8 @@ def _resolution(path: Path | None) -> tuple[int, int]:
         return FILE_COLUMNS, FILE_ROWS
     if not sys.stdout.isatty():
         return TEXT_COLUMNS, TEXT_ROWS
+    import shutil
+
     width = shutil.get_terminal_size().columns - OFFSET_COLUMNS
     return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
 

@@ -2,18 +2,16 @@
 
 JSON keys are those that docs/cli.md lists. Times are ISO 8601 in UTC, and sizes are bytes. Text goes to stdout.
 Progress goes to stderr, and only if stderr is a terminal. The import of rich takes as long as all the rest, so rich is
-imported only to draw a progress bar.
+imported only to draw a progress bar, and what else few verbs need is imported where it is used.
 """
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import select
 import stat
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import IO, Any
@@ -159,11 +157,15 @@ def open_standard_streams() -> None:
 
 def as_json_text(value: Any) -> str:
     """Write a value as JSON in ASCII, so that no locale can spoil it."""
+    import json
+
     return json.dumps(value, indent=2)
 
 
 def as_json_line(value: Any) -> str:
     """Write a value as JSON on one line, for programs that read lines."""
+    import json
+
     return json.dumps(value)
 
 
@@ -198,6 +200,8 @@ def columns_of(text: str) -> int:
     """Return how many columns of a terminal a text takes: wide characters take two, those that combine none."""
     if text.isascii():
         return len(text)
+    import unicodedata
+
     return sum(
         2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1
         for c in text

@@ -1,64 +1,108 @@
-"""The verbs for what a volume was made with: get and set."""
+"""The verbs for what a volume was made with, and a store makes volumes with: get and set."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from onionskin.base.sizes import parse_size
 from onionskin.cli import output
-from onionskin.cli.arguments import VOLUME, Name, trust_option
+from onionskin.cli.arguments import VOLUME_OR_STORE, Name, open_store, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
+    from onionskin.catalog import Defaults
     from onionskin.operations.listing import VolumeInfo
 
-# What can be set, and to what.
-_SETTABLE = {"wipe": ("release", "zero")}
 _PROPERTIES = ("wipe", "size", "block-size", "base", "created")
+_OF_STORE = ("wipe", "block-size")
 
 
 @click.command(name="set")
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_STORE, metavar="STORE[/VOLUME]")
 @click.argument("assignment", metavar="PROPERTY=VALUE")
 @trust_option
 @json_option
-def set_(name: Name, assignment: str, as_json: bool) -> None:
-    """Change a property of a volume, which nobody may have open.
+def set_(name: Name | Path, assignment: str, as_json: bool) -> None:
+    """Change a property of a volume, which nobody may have open, or what a store makes volumes with.
 
-    wipe=zero overwrites from then on what is freed of the volume and its snapshots, and wipe=release gives it back as it is.
+    Of a volume: wipe=zero overwrites from then on what is freed of the volume and its snapshots, and wipe=release gives it
+    back as it is.
+
+    Of a store: wipe and block-size are those of the volumes that are made or imported from then on without --wipe and
+    --block-size. Volumes that exist keep theirs, and a clone has those of its origin.
     """
     key, _, value = assignment.partition("=")
-    if key not in _SETTABLE:
-        raise click.UsageError(f"{assignment!r} sets no property that can be set: write wipe=zero or wipe=release")
-    if value not in _SETTABLE[key]:
-        raise click.UsageError(f"{key} is {' or '.join(_SETTABLE[key])}, not {value!r}")
+    if isinstance(name, Path):
+        _set_default(name, key, value, assignment, as_json)
+        return
+    if key != "wipe":
+        raise click.UsageError(
+            f"{assignment!r} sets no property of a volume that can be set: write wipe=zero or wipe=release"
+        )
+    policy = _policy(value)
     with name.open_store() as store:
-        store.set_wipe(name.volume, "zero" if value == "zero" else "release")
+        store.set_wipe(name.volume, policy)
         about = store.info(name.volume)
     output.tell(as_json, _values(about), lambda: f"{name} has {key}={value} now")
 
 
+def _set_default(path: Path, key: str, value: str, assignment: str, as_json: bool) -> None:
+    if key not in _OF_STORE:
+        raise click.UsageError(
+            f"{assignment!r} sets no property of a store: write wipe=zero, wipe=release or block-size=SIZE"
+        )
+    policy = _policy(value) if key == "wipe" else None
+    block_size = parse_size(value) if key == "block-size" else None
+    with open_store(path) as store:
+        defaults = store.set_defaults(wipe=policy, block_size=block_size)
+    output.tell(
+        as_json,
+        _values_of_store(path, defaults),
+        lambda: f"volumes that are made in {path} get {key}={value} from now on",
+    )
+
+
+def _policy(value: str) -> Literal["release", "zero"]:
+    if value == "zero":
+        return "zero"
+    if value == "release":
+        return "release"
+    raise click.UsageError(f"wipe is release or zero, not {value!r}")
+
+
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_STORE, metavar="STORE[/VOLUME]")
 @click.argument("properties", nargs=-1, type=click.Choice(_PROPERTIES), metavar="[PROPERTY...]")
 @click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns.")
 @click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970.")
 @trust_option
 @json_option
-def get(name: Name, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
-    """Show properties of a volume: those that are named, or all.
+def get(name: Name | Path, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
+    """Show properties of a volume or a store: those that are named, or all.
 
-    They are wipe, size, block-size, base and created. set changes wipe.
+    A volume has wipe, size, block-size, base and created. A store has wipe and block-size, which are those of the volumes
+    that are made without saying them. set changes wipe, and block-size of a store.
     """
-    with name.open_store() as store:
-        about = store.info(name.volume)
-    chosen = properties or _PROPERTIES
-    shown = {
-        "wipe": about.wipe,
-        "size": str(about.size_bytes) if exact else output.size(about.size_bytes),
-        "block-size": str(about.block_size) if exact else output.size(about.block_size),
-        "base": "-" if about.base is None else str(about.base),
-        "created": str(int(about.created.timestamp())) if exact else output.when(about.created),
-    }
+    if isinstance(name, Path):
+        for one in properties:
+            if one not in _OF_STORE:
+                raise click.UsageError(f"a store has no {one}: it has {' and '.join(_OF_STORE)}")
+        with open_store(name) as store:
+            defaults = store.defaults()
+        chosen, values = properties or _OF_STORE, _values_of_store(name, defaults)
+        shown = {"wipe": defaults.wipe, "block-size": _size(defaults.block_size, exact)}
+    else:
+        with name.open_store() as store:
+            about = store.info(name.volume)
+        chosen, values = properties or _PROPERTIES, _values(about)
+        shown = {
+            "wipe": about.wipe,
+            "size": _size(about.size_bytes, exact),
+            "block-size": _size(about.block_size, exact),
+            "base": "-" if about.base is None else str(about.base),
+            "created": str(int(about.created.timestamp())) if exact else output.when(about.created),
+        }
     rows = [(key, shown[key]) for key in chosen]
 
     def draw() -> str:
@@ -66,7 +110,11 @@ def get(name: Name, properties: tuple[str, ...], without_header: bool, exact: bo
             return "\n".join(f"{key}\t{output.cell(value)}" for key, value in rows)
         return output.table(("PROPERTY", "VALUE"), rows)
 
-    output.show(as_json, {key: value for key, value in _values(about).items() if key in _keys(chosen)}, draw)
+    output.show(as_json, {key: value for key, value in values.items() if key in _keys(chosen)}, draw)
+
+
+def _size(size_bytes: int, exact: bool) -> str:
+    return str(size_bytes) if exact else output.size(size_bytes)
 
 
 def _values(about: "VolumeInfo") -> dict[str, Any]:
@@ -80,5 +128,12 @@ def _values(about: "VolumeInfo") -> dict[str, Any]:
     }
 
 
+def _values_of_store(path: Path, defaults: "Defaults") -> dict[str, Any]:
+    return {"path": str(path), "wipe": defaults.wipe, "block_size": defaults.block_size}
+
+
 def _keys(properties: tuple[str, ...]) -> set[str]:
-    return {"name", *({"size": "size_bytes", "block-size": "block_size"}.get(one, one) for one in properties)}
+    return {
+        *("name", "path"),
+        *({"size": "size_bytes", "block-size": "block_size"}.get(one, one) for one in properties),
+    }

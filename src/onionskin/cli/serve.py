@@ -69,10 +69,16 @@ class Log:
     "names", nargs=-1, required=True, metavar="STORE | STORE/VOLUME[@SNAPSHOT]...", shell_complete=complete_served
 )
 @click.option("--socket", "socket_path", type=FILE, metavar="PATH", help="Listen on a Unix socket of mode 0600.")
-@click.option("--socket-mode", metavar="MODE", default="0600", show_default=True, help="Who may connect to that.")
+@click.option(
+    "--socket-mode",
+    metavar="MODE",
+    default="0600",
+    show_default=True,
+    help="Mode of that socket: who may connect to it.",
+)
 @click.option("--tcp", multiple=True, metavar="HOST:PORT", help="Listen on TCP; other machines need TLS.")
 @click.option("--tls-certificate", type=FILE, metavar="PEM", help="The server's certificate: TCP then wants TLS.")
-@click.option("--tls-key", type=FILE, metavar="PEM", help="Its key.")
+@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of that certificate.")
 @click.option("--tls-ca", type=FILE, metavar="PEM", help="Who signs the certificates that clients must show.")
 @click.option("--tls-psk", type=FILE, metavar="KEYS", help="Pre-shared keys instead of certificates (Python 3.13).")
 @click.option(
@@ -88,10 +94,23 @@ class Log:
     metavar="SNAPSHOT",
     help="List the qemu:dirty-bitmap context of that snapshot alone, for backup clients that want one.",
 )
-@click.option("--connections", type=click.IntRange(1, 4096), default=64, show_default=True, help="Clients at a time.")
-@click.option("--in-flight", type=SIZE, default="64M", show_default=True, help="Bytes under way for one client.")
+@click.option("--no-expire", is_flag=True, help="Keep volumes of a whole store whose lifetime is over.")
 @click.option(
-    "--idle", type=click.IntRange(min=0), default=0, metavar="SECONDS", help="Drop clients that idle so long."
+    "--connections",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="At most so many clients at a time.",
+)
+@click.option(
+    "--in-flight", type=SIZE, default="64M", show_default=True, help="At most so many bytes under way for one client."
+)
+@click.option(
+    "--idle",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="SECONDS",
+    help="Drop clients that ask for nothing for so long.",
 )
 @click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
 @trust_option
@@ -108,6 +127,7 @@ def serve(
     tls_clients: str,
     allow_revert: bool,
     dirty_bitmap: str | None,
+    no_expire: bool,
     connections: int,
     in_flight: int,
     idle: int,
@@ -119,6 +139,8 @@ def serve(
     A volume is served under its name, and each of its snapshots, read-only, as VOLUME@SNAPSHOT. While it is served,
     the other commands work on it through the server.
 
+    Volumes of a whole store whose lifetime is over are dropped, as 'onionskin expire' does, once no client has them.
+
     Once clients can connect, a line on stdout gives the addresses. Sockets can come from systemd, too (ListenStream=).
     """
     from onionskin.nbd.server import Limits, Server
@@ -129,7 +151,14 @@ def serve(
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
-    server = Server(limits=limits, allow_revert=allow_revert, log=Log(), trust=is_trusted(), listed_bitmap=dirty_bitmap)
+    server = Server(
+        limits=limits,
+        allow_revert=allow_revert,
+        log=Log(),
+        trust=is_trusted(),
+        listed_bitmap=dirty_bitmap,
+        expire=not no_expire,
+    )
     try:
         # Sockets first: their errors show before a volume is opened, which may have work left to do.
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,7 +93,7 @@ def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list
             continue
         if not first and not last:
             raise click.UsageError(f"{name} names no end of the range: write @A..@C, @A.. or @..@C")
-        ends = [replace(name, snapshot=end) for end in (first, last.removeprefix("@")) if end]
+        ends = [name._replace(snapshot=end) for end in (first, last.removeprefix("@")) if end]
         for end in ends:
             find_snapshot(snapshots, end)
         start = places[first] if first else 0
@@ -208,7 +207,7 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
     from onionskin.operations import losses as of_store
 
     with _open_to_drop(name, dry_run=dry_run) as (store, volume, served):
-        find_snapshot(store.snapshots(name.volume), name)
+        guid = find_snapshot(store.snapshots(name.volume), name).guid
         if served is not None:
             losses.refuse_unagreed(served, "revert")
         loss = of_store.of_revert(store._opened, name.volume, name.required_snapshot)
@@ -216,7 +215,7 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
             losses.tell_dry_run(as_json, "revert", [loss])
             return
         losses.agree("revert", [loss], yes=yes)
-        volume.revert(name.required_snapshot)
+        volume.revert(name.required_snapshot, guid=guid)
         value = {"volume": name.volume, "snapshot": name.snapshot, "size_bytes": volume.size_bytes}
     output.tell(as_json, value, lambda: f"{name.store}/{name.volume} reads as {name.snapshot} again")
 
@@ -425,13 +424,28 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
 
 
 @click.command()
-@click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
+@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.option(
+    "--forks", is_flag=True, help="Show instead what each fork of it holds, and what all of them do together."
+)
 @trust_option
 @json_option
-def usage(name: Name, as_json: bool) -> None:
-    """Show how much snapshots hold, and how much dropping them frees."""
+def usage(name: Name, forks: bool, as_json: bool) -> None:
+    """Show how much snapshots hold, and how much dropping them frees.
+
+    With --forks, PRIVATE is what comes back if that fork alone is deleted, and SHARED what it stands on that stays then.
+    """
+    if forks:
+        _show_usage_of_forks(name, as_json=as_json)
+        return
+    if name.snapshot is not None:
+        raise click.UsageError(f"usage shows all snapshots of a volume: give {name.store}/{name.volume}, or --forks")
+    from onionskin.operations.losses import refuse_left_unflushed
+
     with name.open_store() as store:
         served = live(store, name.volume)  # its server knows the changes that are not durable yet
+        if not served:
+            refuse_left_unflushed(store._opened, name.volume)
         with served or nullcontext():
             found = served.usage() if served else store.usage(name.volume)
     value = [
@@ -454,3 +468,11 @@ def usage(name: Name, as_json: bool) -> None:
         for row in found
     ]
     output.show(as_json, value, lambda: output.table(headings, rows, right=" ".join(headings[1:])))
+
+
+def _show_usage_of_forks(name: Name, *, as_json: bool) -> None:
+    with name.open_store() as store:
+        found = store.usage_of_forks(name.volume, name.snapshot)
+    value = [{"fork": row.fork, "private_bytes": row.private_bytes, "shared_bytes": row.shared_bytes} for row in found]
+    rows = [(row.fork or "(together)", output.size(row.private_bytes), output.size(row.shared_bytes)) for row in found]
+    output.show(as_json, value, lambda: output.table(("FORK", "PRIVATE", "SHARED"), rows, right="PRIVATE SHARED"))

@@ -1,5 +1,6 @@
 """The verbs for whole volumes: create, tree, list, info, clone, flatten, resize, rename, relocate, delete."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import onionskin
+from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     NEW_SNAPSHOT,
@@ -19,10 +21,13 @@ from onionskin.cli.arguments import (
     VOLUME_SNAPSHOT_OR_STORE,
     WIPE,
     Name,
+    block_size_option,
     live,
+    matching,
     note_trust,
     open_store,
     trust_option,
+    wipe_option,
 )
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order, is_asked
 from onionskin.cli.forking import label_option
@@ -31,12 +36,12 @@ from onionskin.cli.map import PictureType, write_picture
 from onionskin.cli.output import json_option
 from onionskin.cli.snapshots import find_snapshot, same_store, snapshot_value, space_of, space_value
 from onionskin.errors import FormatError, StateError
-from onionskin.exchange.image_formats import refuse_as_raw
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume
     from onionskin.operations.chain_members import ChainLayer
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.losses import Loss
     from onionskin.operations.usage import SnapshotSpace
@@ -69,19 +74,13 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     "--format",
     "base_format",
     type=click.Choice(["raw"]),
-    help="Take the base for the disk, whatever it looks like.",
+    help="Take the bytes of the base for the disk, whatever they look like.",
 )
 @click.option("--size", type=SIZE, help="Size of the disk, as 20G; by default that of the base.")
-@click.option("--block-size", type=SIZE, default="4K", show_default=True, help="Unit of copy-on-write.")
-@click.option(
-    "--wipe",
-    type=WIPE,
-    default="release",
-    show_default=True,
-    help="What happens to freed blocks: given back, or overwritten with zeros first.",
-)
+@block_size_option
+@wipe_option
 @click.option("--digest", is_flag=True, help="Take a digest of the whole base, for relocate --verify.")
-@click.option("--group", help="Who may use the store that is made besides its owner: the members of this group.")
+@click.option("--group", help="Let the members of this group use the store that is made, too.")
 @trust_option
 @json_option
 def create(
@@ -89,8 +88,8 @@ def create(
     base: Path | None,
     base_format: Literal["raw"] | None,
     size: int | None,
-    block_size: int,
-    wipe: Literal["release", "zero"],
+    block_size: int | None,
+    wipe: Literal["release", "zero"] | None,
     digest: bool,
     group: str | None,
     as_json: bool,
@@ -99,6 +98,8 @@ def create(
 
     The store is made if it is missing.
     """
+    from onionskin.exchange.image_formats import refuse_as_raw
+
     if base is None and size is None:
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
     if digest and base is None:
@@ -136,7 +137,10 @@ def create(
 @trust_option
 @json_option
 def tree(store: Path, path: Path | None, as_json: bool) -> None:
-    """Draw the bases, snapshots, clones and heads of a store."""
+    """Draw the bases, snapshots, clones and heads of a store.
+
+    A fork or clone that does not stand on the snapshot that it began as says what it came from.
+    """
     if as_json and path is not None and str(path) == "-":
         raise click.UsageError("--json and --output - both want stdout: give --output a file")
     with open_store(store) as opened:
@@ -171,15 +175,27 @@ def _node_value(root: "TreeNode") -> dict[str, Any]:
             "created": output.timestamp(node.created),
             "note": node.note,
             "bytes_held": node.bytes_held,
+            "origins": [_origin_value(one) for one in node.origins],
             "children": [values[id(child)] for child in node.children],
         }
     return values[id(root)]
 
 
+def _origin_value(origin: "Ancestor") -> dict[str, Any]:
+    return {
+        "volume": origin.name,
+        "snapshot": origin.snapshot,
+        "created": output.timestamp(origin.created),
+        "dropped": output.timestamp(origin.dropped),
+    }
+
+
 _COLOURS = {"base": "cyan", "volume": "cyan", "snapshot": "green", "layer": "bright_black", "head": "yellow"}
 
 
-def _node_line(node: "TreeNode") -> str:
+def _node_line(node: "TreeNode", origins: "Sequence[Ancestor]") -> str:
+    from onionskin.pictures.trees import source
+
     # A layer without a name is one that a merge left because several children need it.
     label = click.style(output.cell(node.name) if node.name else "(no name)", fg=_COLOURS.get(node.kind), bold=True)
     about = [node.kind, output.size(node.size_bytes)]
@@ -187,22 +203,27 @@ def _node_line(node: "TreeNode") -> str:
         about.append(f"holds {output.size(node.bytes_held)}")
     if node.kind == "snapshot" and node.created is not None:
         about.append(output.when(node.created))
+    for one in origins:
+        gone = f" (dropped {output.when(one.dropped)})" if one.dropped else ""
+        about.append(f"from {output.cell(source(one))}{gone}")
     note = f"  {output.cell(node.note)}" if node.note else ""
     return f"{label}  {', '.join(about)}{note}"
 
 
 def _draw(nodes: "list[TreeNode]") -> str:
     """Draw trees; a node with one child goes straight down, so that a long chain stays on the page."""
+    from onionskin.pictures.trees import origins_to_show
+
     fancy = output.printable("├└│") == "├└│"
     branch, last, pipe = ("├── ", "└── ", "│   ") if fancy else ("|-- ", "`-- ", "|   ")
     lines = []
-    pending = [(node, "", "") for node in reversed(nodes)]
+    pending: list[tuple[TreeNode, str, str, str | None]] = [(node, "", "", None) for node in reversed(nodes)]
     while pending:
-        node, lead, below = pending.pop()
-        lines.append(lead + _node_line(node))
+        node, lead, below, beneath = pending.pop()
+        lines.append(lead + _node_line(node, origins_to_show(node, beneath)))
         for index, child in enumerate(reversed(node.children)):
             mark, under = (last, "    ") if index == 0 else (branch, pipe)
-            pending.append((child, below + mark, below + under))
+            pending.append((child, below + mark, below + under, node.name))
     return "\n".join(lines) or "no volumes"
 
 
@@ -359,6 +380,7 @@ def _show_store(path: Path, as_json: bool) -> None:
         ("work", "; ".join(waits) or "none waits"),
         ("to be freed", f"{size(about.bytes_freed_by_work)} when that is done" if about.pending_work else ""),
         ("left over", by_repair if about.bytes_freed_by_repair else ""),
+        ("new volumes", f"wipe {about.default_wipe}, blocks of {size(about.default_block_size)}"),
         ("reserve", size(about.reserve_bytes)),
         ("read-only", "yes" if about.read_only else ""),
     ]
@@ -507,7 +529,7 @@ def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -
 
 
 @click.command()
-@click.argument("names", type=VOLUME, nargs=-1, required=True, metavar="STORE/VOLUME...")
+@click.argument("names", type=VOLUME, nargs=-1, required=True, metavar="STORE/VOLUME|'STORE/PATTERN'...")
 @click.option("--recursive", is_flag=True, help="Delete their snapshots too.")
 @yes_option
 @dry_run_option
@@ -517,7 +539,8 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     """Delete volumes, with --recursive their snapshots too.
 
     The command refuses this while a clone needs one of them that is not deleted with it. All are of one store, and are
-    deleted together, or none of them.
+    deleted together, or none of them. A name with wildcards as a shell has them stands for all
+    that match it, unless a volume has that very name.
     """
     from onionskin.operations import losses as of_store
     from onionskin.operations import volumes as of_names
@@ -525,13 +548,16 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     for name in names[1:]:
         same_store(names[0], name)
     with names[0].open_store() as store:
-        called = list(dict.fromkeys(name.volume for name in names))
+        called = matching(store, names)
         ids = of_names.ids_of(store._opened.catalog, called)
         loss = of_store.of_delete(store._opened, called, recursive=recursive)
         if dry_run:
             losses.tell_dry_run(as_json, "delete", [loss])
             return
         losses.agree("delete", [loss], yes=yes)
-        store._delete(called, recursive=recursive, agreed=ids)
-    gone = sorted(called)
-    output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}")
+        on_disk = store._delete(called, recursive=recursive, agreed=ids)
+    gone, freed = sorted(called), losses.freed([loss])  # as --dry-run says it: without what the files need themselves
+    if freed is None:
+        freed = on_disk
+    back = f"; {format_size(freed)} come back" if freed else ""
+    output.tell(as_json, {"deleted": gone, "bytes_freed": freed}, lambda: f"deleted {', '.join(gone)}{back}")

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+    from onionskin.operations.forks import Wanted
+
 else:
     from onionskin.base.lazy import numpy
 
@@ -73,8 +75,8 @@ def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
     return found
 
 
-def find(store: Store, name: str) -> "LiveVolume | None":
-    """Connect to the server of a volume, or return None if no server holds it."""
+def find(store: Store, name: str, *, greet: bool = True) -> "LiveVolume | None":
+    """Connect to the server of a volume, or return None if no server holds it. `greet` is as for `LiveVolume`."""
     row = store._opened.catalog.volume(name)
     holder = volume_holder(store._opened.layout.volume_lock(row.id))
     if holder is None:
@@ -87,12 +89,17 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         if error.errno == EAGAIN:
             raise StateError(_silent(name, holder.pid)) from None
         raise
-    live = LiveVolume(connection, name)
-    # The path and the server belong to the volume's id; the name may mean another volume by now.
-    if store._opened.catalog.volume(name).id == row.id:
+    live = LiveVolume(connection, name, greet=greet)
+    try:
+        # The path and the server belong to the volume's id; the name may mean another volume by now.
+        is_same = store._opened.catalog.volume(name).id == row.id
+    except BaseException:
+        live.close()
+        raise
+    if is_same:
         return live
     live.close()
-    return find(store, name)
+    return find(store, name, greet=greet)
 
 
 def is_stopped(pid: int) -> bool:
@@ -104,10 +111,11 @@ def is_stopped(pid: int) -> bool:
     return state in (b"T", b"t")
 
 
-def _silent(name: str, pid: int) -> str:
+def _silent(name: str, pid: int, seconds: float | None = None) -> str:
     who = f"process {pid}" if pid else "the process"
+    waited = seconds or frames.SILENCE_SECONDS
     return (
-        f"{who}, which serves volume {name!r}, has not answered for {frames.SILENCE_SECONDS:.0f} s; it was stopped (then let "
+        f"{who}, which serves volume {name!r}, has not answered for {waited:.0f} s; it was stopped (then let "
         "it go on: kill -CONT), or its disk hangs"
     )
 
@@ -115,26 +123,32 @@ def _silent(name: str, pid: int) -> str:
 class LiveVolume:
     """A volume in another process. A context manager. Any thread may call it; calls run one after the other."""
 
-    def __init__(self, connection: socket.socket, name: str) -> None:
+    def __init__(self, connection: socket.socket, name: str, *, greet: bool = True) -> None:
+        """Take a connection; where `greet` is false, the caller waits for the greeting later, with `_greeted`."""
         self.name: str = name
         self._connection = connection
         self._guard = threading.Lock()
         self._pid = credentials_of(connection)[0]
         connection.settimeout(frames.SILENCE_SECONDS)
         try:
-            greeting = self._receive()
-            if "error" in greeting:
-                raise frames.unpack_error(greeting["error"])
-            if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
-                raise StateError(
-                    f"the server of volume {name!r} speaks another version of the control protocol; use the same "
-                    "onionskin at both ends"
-                )
-            if "alive_seconds" not in greeting:  # an older server, which is silent while it works
-                connection.settimeout(None)
+            if greet:
+                self._greeted()
         except BaseException:
             connection.close()
             raise
+
+    def _greeted(self) -> None:
+        """Wait for the greeting of the server, and refuse one that speaks another protocol."""
+        greeting = self._receive()
+        if "error" in greeting:
+            raise frames.unpack_error(greeting["error"])
+        if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:
+            raise StateError(
+                f"the server of volume {self.name!r} speaks another version of the control protocol; use the same "
+                "onionskin at both ends"
+            )
+        if "alive_seconds" not in greeting:  # an older server, which is silent while it works
+            self._connection.settimeout(None)
 
     def __enter__(self) -> "LiveVolume":
         return self
@@ -172,7 +186,7 @@ class LiveVolume:
         try:
             frames.send(self._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
-            raise StateError(_silent(self.name, self._pid)) from None
+            raise StateError(_silent(self.name, self._pid, self._connection.gettimeout())) from None
         except (BrokenPipeError, ConnectionResetError):
             raise StateError(f"the server of volume {self.name!r} went away; its log says why") from None
 
@@ -189,7 +203,7 @@ class LiveVolume:
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
         except TimeoutError:
-            raise StateError(_silent(self.name, self._pid)) from None
+            raise StateError(_silent(self.name, self._pid, self._connection.gettimeout())) from None
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply
@@ -204,7 +218,7 @@ class LiveVolume:
                 self._pid,
                 self.name,
                 "stopped; kill -CONT lets it go on" if is_stopped(self._pid) else "silent, and may hang on its disk",
-                frames.SILENCE_SECONDS,
+                self._connection.gettimeout(),
             )
 
     # ---- looking ----
@@ -385,22 +399,41 @@ class LiveVolume:
         """
         return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
 
-    def revert(self, name: str) -> None:
+    def _fork(self, wanted: "Wanted") -> list[str]:
+        """Fork the disk as it is now: see `Store.fork`."""
+        return list(
+            self._call(
+                "fork",
+                source=wanted.volume,
+                names=None if wanted.names is None else list(wanted.names),
+                count=wanted.count,
+                pattern=wanted.pattern.text,
+                key=wanted.key,
+                lifetime_ns=wanted.lifetime_ns,
+                labels=dict(wanted.labels),
+                wipe=wanted.wipe,
+                ids=None if wanted.ids is None else [id.hex() for id in wanted.ids],
+            )
+        )
+
+    def revert(self, name: str, *, guid: str | None = None) -> None:
         """Make the disk read as a snapshot again, if the server allows it. Durable on return.
 
         Parameters
         ----------
         name : str
             A snapshot of this volume.
+        guid : str, optional
+            As for `Volume.revert`.
 
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            The server was not started to allow it, or clients are connected.
+            The snapshot has another GUID. The server was not started to allow it, or clients are connected.
         """
-        self._call("revert", name=name)
+        self._call("revert", name=name, guid=guid)
 
     def discard(
         self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None

@@ -6,8 +6,10 @@ Both ends check the length before they allocate memory for it. See "Live operati
 import json
 import operator
 import os
+import select
 import socket
 import struct
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -26,7 +28,7 @@ ALIVE_SECONDS = 2.0
 WORD_SECONDS = 3 * ALIVE_SECONDS / 2  # of silence, after which a caller is told that it waits, and for whom
 SILENCE_SECONDS = 30.0
 TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
-REQUEST_BYTES_MAX = 1 << 18
+REQUEST_BYTES_MAX = 1 << 22  # 10,000 names that a fork is to give
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
 LATER = {"guid"}  # arguments that clients and servers of the same version may not know
@@ -37,7 +39,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "parent": {},
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
-    "revert": {"name": (str,)},
+    "revert": {"name": (str,), "guid": (str, NoneType)},
     "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},
     "merge": {"name": (str, list), "guid": (str, list, NoneType)},
     "rename": {"new_name": (str,)},
@@ -49,6 +51,18 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "resize": {"size_bytes": (int,)},
     "diff": {"a": (str,), "b": (str, NoneType)},
     "usage": {},
+    "group": {"group": (str,)},
+    "fork": {
+        "source": (str,),
+        "names": (list, NoneType),
+        "count": (int,),
+        "pattern": (str,),
+        "key": (str, NoneType),
+        "lifetime_ns": (int, NoneType),
+        "labels": (dict,),
+        "wipe": (str, NoneType),
+        "ids": (list, NoneType),
+    },
 }
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -70,27 +84,40 @@ _ERRORS: dict[str, type[Exception]] = {
 
 def send(connection: socket.socket, value: dict[str, Any], *, bytes_max: int) -> None:
     """Send one frame. Raise ValueError if it would be longer than the other end accepts."""
+    frame = packed(value)
+    if len(frame) - _LENGTH.size > bytes_max:
+        raise ValueError(
+            f"a message of {len(frame)} bytes is longer than the {bytes_max} that the control socket takes"
+        )
+    connection.sendall(frame)
+
+
+def packed(value: dict[str, Any]) -> bytes:
+    """Return the frame of a value."""
     text = json.dumps(value, separators=(",", ":")).encode()
-    if len(text) > bytes_max:
-        raise ValueError(f"a message of {len(text)} bytes is longer than the {bytes_max} that the control socket takes")
-    connection.sendall(_LENGTH.pack(len(text)) + text)
+    return _LENGTH.pack(len(text)) + text
 
 
-def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | None:
+def receive(connection: socket.socket, *, bytes_max: int, deadline: float | None = None) -> dict[str, Any] | None:
     """Receive one frame. Return None if the other end has disconnected.
+
+    `deadline`, by the monotonic clock, is for the frame as a whole: the timeout of the connection is one for each piece, so
+    an end that sends a byte now and then is waited for as long as it likes.
 
     Raises
     ------
     FormatError
         The bytes are not a frame, or the frame is too long.
+    TimeoutError
+        It did not come in time.
     """
-    head = _exactly(connection, _LENGTH.size)
+    head = _exactly(connection, _LENGTH.size, deadline)
     if head is None:
         return None
     (length,) = _LENGTH.unpack(head)
     if length > bytes_max:
         raise FormatError(f"a message of {length} bytes came in on the control socket; at most {bytes_max} are taken")
-    text = _exactly(connection, length)
+    text = _exactly(connection, length, deadline)
     if text is None:
         return None
     try:
@@ -102,9 +129,11 @@ def receive(connection: socket.socket, *, bytes_max: int) -> dict[str, Any] | No
     return value
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes | None:
+def _exactly(connection: socket.socket, length: int, deadline: float | None) -> bytes | None:
     parts = []
     while length:
+        if deadline is not None:
+            _wait_until(connection, deadline)
         try:
             part = connection.recv(min(length, 1 << 16))
         except ConnectionResetError:  # the other end closed with something unread
@@ -114,6 +143,14 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
         parts.append(part)
         length -= len(part)
     return b"".join(parts)
+
+
+def _wait_until(connection: socket.socket, deadline: float) -> None:
+    """Wait until something has come, or the other end is gone."""
+    arrives = select.poll()
+    arrives.register(connection, select.POLLIN)
+    if not arrives.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 # ---- the contents of frames ----
@@ -181,6 +218,8 @@ def _fault_of(value: Any) -> str | None:
         if not value or not all(isinstance(one, str) for one in value):
             return "it is no list of names"
         return next(filter(None, map(_fault_of, value)), None)
+    if isinstance(value, dict):
+        return next(filter(None, (_fault_of([*pair]) for pair in value.items())), None)
     if isinstance(value, int) and not 0 <= value < 1 << 63:
         return "it is negative, or larger than any disk"
     return None

@@ -15,23 +15,25 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.sockets import UnixListener, credentials_of
-from onionskin.control import frames
+from onionskin.control import frames, groups
 from onionskin.errors import OnionskinError, StateError
+from onionskin.operations import forks
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
 ACCEPT_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
+ID_BYTES = 16
 EXTENTS_IN_FRAME = 20_000
 SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
 
@@ -83,6 +85,8 @@ class ControlSocket:
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._listener = UnixListener(path, mode=file_mode(path.parent))
         self._closing = threading.Event()
+        self._talking: set[_Session] = set()  # under the guard
+        self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
         self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
         self._accepting.start()
 
@@ -98,6 +102,12 @@ class ControlSocket:
         for connection in connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a program is connected."""
+        with self._guard:
+            return bool(self._sessions)
 
     def join(self, seconds: float) -> None:
         """Wait until the operations that ran when it was closed have sent their replies."""
@@ -149,12 +159,40 @@ class ControlSocket:
                 return
             connection.settimeout(IDLE_SECONDS)
             with connection:
-                _Session(connection, self._served, self._log, f"process {pid} of user {uid}").run()
+                session = _Session(connection, self._served, self._log, f"process {pid} of user {uid}")
+                with self._living(session):
+                    session.run()
         except OSError:
             pass  # the other end disconnected, and its operation was cancelled
         finally:
             with self._guard:
                 del self._sessions[threading.current_thread()]
+
+    @contextmanager
+    def _living(self, session: "_Session") -> Iterator[None]:
+        """Tell the caller of a session regularly that this process lives, as long as an operation of it runs."""
+        with self._guard:
+            self._talking.add(session)
+            begins, self._is_told = not self._is_told, True
+        if begins:  # one thread for all: a caller of a group has many connections, each for a few milliseconds
+            threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._talking.discard(session)
+
+    def _say_that_we_live(self) -> None:
+        wait = threading.Event()
+        while True:
+            wait.wait(frames.ALIVE_SECONDS)
+            with self._guard:
+                talking = list(self._talking)
+                self._is_told = bool(talking)
+            if not talking:
+                return
+            for session in talking:
+                session.say_that_we_live()
 
 
 class _Session:
@@ -167,7 +205,6 @@ class _Session:
         self._peer = peer
         self._sending = threading.Lock()
         self._is_busy = False  # while an operation runs, the caller is told regularly that the server is alive
-        self._ended = threading.Event()
 
     @property
     def _volume(self) -> Volume:
@@ -176,20 +213,18 @@ class _Session:
     def run(self) -> None:
         greeting = {"onionskin": "control", "version": frames.VERSION, "volume": self._volume.name}
         self._send(greeting | {"alive_seconds": frames.ALIVE_SECONDS})
-        living = threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True)
-        living.start()
-        try:
-            self._answer_all()
-        finally:
-            self._ended.set()
-            living.join()
+        self._answer_all()
 
-    def _say_that_we_live(self) -> None:
-        """Tell the caller regularly that its operation goes on. Never wait for a caller that does not read."""
-        while not self._ended.wait(frames.ALIVE_SECONDS):
-            with self._sending, suppress(OSError, ValueError):  # if the caller has gone, _answer_all notices it
+    def say_that_we_live(self) -> None:
+        """Tell the caller that its operation goes on. Never wait for a caller that does not read."""
+        if not self._sending.acquire(blocking=False):
+            return  # it is told something else
+        try:
+            with suppress(OSError, ValueError):  # if the caller has gone, _answer_all notices it
                 if self._is_busy and select.select([], [self._connection], [], 0)[1]:
                     frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
+        finally:
+            self._sending.release()
 
     def _answer_all(self) -> None:
         while True:
@@ -222,6 +257,11 @@ class _Session:
         if verb in _LOGGED:
             self._log(f"control: {self._peer}: {' '.join([verb, *map(str, arguments.values())])}")
         return {"result": result}
+
+    def _be_silent(self, silent: bool) -> None:
+        """Say no more that the server is alive, from the return on, or say it again."""
+        with self._sending:
+            self._is_busy = not silent
 
     def _send(self, value: dict[str, Any]) -> None:
         with self._sending:
@@ -299,10 +339,26 @@ class _Session:
     def snapshot(self, name: str | None, note: str) -> Any:
         return frames.pack_snapshot(self._volume.snapshot(name, note))
 
-    def revert(self, name: str) -> None:
+    def group(self, group: str) -> dict[str, Any]:
+        talk = groups.Talk(self._connection, self._send, self._be_silent)
+        return groups.seal_for_caller(talk, self._volume._opened.to_write(), group)
+
+    def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
+        names = how["names"]
+        count, pattern_or_none = (how["count"], pattern) if names is None else (None, None)
+        asked = forks.check_wanted(
+            source, None, names, count, pattern_or_none, how["key"], None, how["labels"], how["wipe"]
+        )
+        drawn = None if ids is None else tuple(bytes.fromhex(id) for id in ids)
+        if drawn is not None and [len(id) for id in drawn] != [ID_BYTES] * asked.count:
+            raise ValueError("the ids of the forks are none")
+        wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)
+        return forks.fork_head(self._volume._opened.to_write(), wanted)
+
+    def revert(self, name: str, guid: str | None) -> None:
         self._refuse_unagreed("revert")
         with self._served.paused():
-            self._volume.revert(name)
+            self._volume.revert(name, guid=guid)
 
     def discard(self, name: str | list[str], recursive: bool, guid: str | list[str] | None) -> None:
         names = several("snapshot", name)
@@ -352,4 +408,6 @@ class _Session:
         return found
 
 
-_LOGGED = {"snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename"}
+_LOGGED = {
+    *("snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename", "group", "fork"),
+}

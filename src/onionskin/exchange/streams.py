@@ -26,6 +26,8 @@ _PROGRAMS: Final = {
     "bzip2": ("bzip2", "-dc"),
     "lz4": ("lz4", "-dcq"),
 }
+# What the programs inherit. Their own variables (XZ_OPT, GZIP, ZSTD_CLEVEL, BZIP2, ...) could give them other options.
+_ENVIRONMENT: Final = ("PATH", "LD_LIBRARY_PATH")
 # Of several streams in a row bzip2 leaves out all behind one whose first bytes are damaged or missing, and ends with 0.
 _LEFT_OUT: Final = "trailing garbage"
 COMPRESSED: Final = frozenset(_PROGRAMS)
@@ -148,7 +150,7 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             stdin=feeder.output if feeder else source.descriptor,
             stdout=subprocess.PIPE,
             stderr=said,
-            env=os.environ | {"LC_ALL": "C"},
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"},
         )
         assert process.stdout is not None
         try:

@@ -113,7 +113,23 @@ cdef extern from "volume/volume.h" nogil:
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
     int onion_volume_seal_begin(onion_volume *, const char *, const unsigned char *)
     int onion_volume_seal_sync(onion_volume *, onion_sealed *)
-    int onion_volumes_cut(onion_volume *const *, uint32_t, uint32_t *)
+    struct onion_cut_word:
+        const void *bytes
+        uint32_t length
+    struct onion_cut_words:
+        onion_cut_word hold
+        onion_cut_word held
+        onion_cut_word cut
+        onion_cut_word done
+        int hold_ms
+    struct onion_cut:
+        onion_volume **volumes
+        const int *peers
+        uint32_t count
+        uint32_t peer_count
+        onion_cut_words words
+    int onion_volumes_cut(const onion_cut *, uint32_t *)
+    int onion_volumes_cut_when_told(const onion_cut *, int, uint32_t *)
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
     int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
@@ -1222,29 +1238,73 @@ cdef class DataPath:
             onion_volume_close(self._volume)
 
 
-def cut_heads(paths, names):
+cdef onion_cut_word _word(bytes text):
+    return onion_cut_word(<const char *>text, <uint32_t>len(text))
+
+
+cdef int _set_words(onion_cut_words *raw, words) except -1:
+    """Point at what is said at a cut, (hold, held, cut, done, seconds), which the caller keeps."""
+    hold, held, cut, done, seconds = words
+    raw.hold, raw.held, raw.cut, raw.done = _word(hold), _word(held), _word(cut), _word(done)
+    raw.hold_ms = int(seconds * 1000)
+    return 0
+
+
+_NO_WORDS = (b"", b"", b"", b"", 0)
+
+
+cdef _cut(paths, names, peers, words, wait_seconds):
+    """Cut heads, and say it to peers; or, where there is a time to wait, when the one peer says so."""
+    cdef uint32_t failed = 0
+    cdef int status, wait_ms = 0 if wait_seconds is None else int(wait_seconds * 1000)
+    cdef bint is_told = wait_seconds is not None
+    cdef DataPath path
+    cdef onion_cut at
+    if len(set(paths)) != len(paths):
+        raise ValueError("snapshot: a volume is named twice")
+    at.count, at.peer_count = len(paths), len(peers)
+    _set_words(&at.words, words)
+    cdef onion_volume **volumes = <onion_volume **>malloc((at.count + 1) * sizeof(onion_volume *))
+    cdef int *descriptors = <int *>malloc((at.peer_count + 1) * sizeof(int))
+    try:
+        if volumes == NULL or descriptors == NULL:
+            raise MemoryError
+        for index, path in enumerate(paths):
+            volumes[<uint32_t>index] = path._volume
+        for index, peer in enumerate(peers):
+            descriptors[<uint32_t>index] = peer
+        at.volumes, at.peers = volumes, descriptors
+        with nogil:
+            status = onion_volumes_cut_when_told(&at, wait_ms, &failed) if is_told else onion_volumes_cut(&at, &failed)
+    finally:
+        free(volumes)
+        free(descriptors)
+    if status < 0 and at.count <= failed < at.count + at.peer_count:
+        return failed - at.count, -status
+    if status < 0:
+        _raise(status, f"snapshot of {names[failed]!r}" if failed < at.count else "snapshot")
+    return None
+
+
+def cut_heads(paths, names, peers=(), words=_NO_WORDS):
     """Cut the heads of volumes whose seals were begun, at one instant; writers wait meanwhile, and the GIL is not held.
 
     Each write that was answered before one that the cut leaves out began is in the cut, whichever volumes they went to.
-    `names` are what errors call the volumes. On an error each seal that was begun is to be aborted.
+    `names` are what errors call the volumes. `peers` are the sockets of processes that cut more volumes of the group, with
+    `cut_when_told`, and `words` what is said: (hold, held, cut, done, seconds). On an error each seal that was begun is to
+    be aborted, and so it is where something is returned: (index of a peer that failed, its error number).
     """
-    cdef uint32_t count = len(paths), failed = 0
-    cdef int status
-    cdef DataPath path
-    if len(set(paths)) != len(paths):
-        raise ValueError("snapshot: a volume is named twice")
-    cdef onion_volume **volumes = <onion_volume **>malloc((count + 1) * sizeof(onion_volume *))
-    if volumes == NULL:
-        raise MemoryError
-    try:
-        for at, path in enumerate(paths):
-            volumes[<uint32_t>at] = path._volume
-        with nogil:
-            status = onion_volumes_cut(volumes, count, &failed)
-    finally:
-        free(volumes)
-    if status < 0:
-        _raise(status, f"snapshot of {names[failed]!r}")
+    return _cut(paths, names, peers, words, None)
+
+
+def cut_when_told(paths, names, peer, words, wait_seconds):
+    """Cut heads as `cut_heads` does, at the same instant as others and when the process at the other end of a socket says so.
+
+    Returns 0, or the error number of the peer: ETIME, ECONNRESET, EPROTO. Then, and after an error, the seals are to be
+    aborted.
+    """
+    failed = _cut(paths, names, (peer,), words, wait_seconds)
+    return failed[1] if failed else 0
 
 
 def _path_of(fd):

@@ -171,6 +171,17 @@ class ExportTable:
             view.served.views_changing += 1
         return True
 
+    def take_served(self, served: ServedVolume) -> bool:
+        """Take a volume away unless a client, a program on its control socket or an operation uses it or is about to."""
+        with self.guard:
+            is_there = self.served.get(served.name) is served
+            if not is_there or served.operations or served.views_changing or served.control.is_connected:
+                return False
+            if not self._nbd.remove_export(served.name, if_unused=True):
+                return False
+            del self.served[served.name]
+            return True
+
     def all_served(self) -> list[ServedVolume]:
         """Return the volumes that are served."""
         with self.guard:

@@ -167,6 +167,11 @@ class ServedVolume(Exported):
             self._nbd.remove_export(self.name)
         self.end()
 
+    def give_up(self) -> None:
+        """Close a volume that was taken away from clients already."""
+        self.control.close()
+        self.end()
+
     def end(self) -> None:
         """Close the volume, then wait for the control socket to send the replies of operations that this cut off."""
         call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close])

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from onionskin.base.closing import call_all
+from onionskin.catalog import VolumeRow
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
-from onionskin.operations import reclaim
+from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
@@ -48,6 +49,10 @@ class Exports:
         Nothing is opened any more once it is set.
     want_tidying : callable
         It is called when there is something for `tidy` to do.
+    listed_bitmap : str, optional
+        As for `Server`.
+    expire : bool
+        Whether volumes of whole stores are dropped when their lifetime is over.
 
     Attributes
     ----------
@@ -66,8 +71,10 @@ class Exports:
         stopping: threading.Event,
         want_tidying: Callable[[], None],
         listed_bitmap: str | None = None,
+        expire: bool = True,
     ) -> None:
         self.allow_revert = allow_revert
+        self._expire = expire
         self.started = time.monotonic()
         self._nbd = nbd
         self._trust = trust
@@ -249,17 +256,16 @@ class Exports:
             return False
 
     def _open_export(self, name: str) -> bool:
-        self.table.follow_names()
         volume_name, at, snapshot = name.partition("@")
+        if not self._is_new(name):
+            self.table.follow_names()
         with self.table.guard:
             view = self.table.views.get(name)
             served = self.table.served.get(volume_name)
         if view:  # follow_names has just updated its label
             return self._is_still_export(name)
         if served and served.volume.name != volume_name:
-            raise StateError(
-                "the volume of that name has another one now; ask again when the operation on it has ended"
-            )
+            raise StateError(f"volume {volume_name!r} is being renamed; ask again when the operation on it has ended")
         if served is None:
             for store in self._whole_stores:
                 if store._opened.catalog.volume_named(volume_name):
@@ -269,6 +275,19 @@ class Exports:
             return served is not None
         self._open_view(served, snapshot)
         return True
+
+    def _is_new(self, name: str) -> bool:
+        """Whether this is the name of a volume that no export stands for, under whatever label.
+
+        To follow all names takes a look into a catalog for each export. A new fork needs none of that.
+        """
+        with self.table.guard:
+            known = name in self.table.served or "@" in name
+            ids = {one.opened.row.id for one in self.table.served.values()}
+        if known:
+            return False
+        rows = [store._opened.catalog.volume_named(name) for store in list(self._stores.values())]
+        return not any(row and row.id in ids for row in rows)
 
     def _open_view(self, served: ServedVolume, snapshot: str) -> None:
         """Open a snapshot of a served volume and export it. The caller does not hold the guard."""
@@ -391,6 +410,7 @@ class Exports:
     def tidy(self) -> None:
         """Close idle views, reclaim the slots that clients' flushes freed, and set a used reserve aside again.
 
+        Volumes whose lifetime is over go last.
         A step that fails is logged and tried again later. It ends neither the server nor the service of other volumes.
         """
         with self.table.guard:
@@ -405,11 +425,46 @@ class Exports:
         for store in list(self._stores.values()):
             opened, at = store._opened, str(store.path)
             steps += [(at, partial(reclaim.work_soon, opened)), (at, opened.reserve.make)]
+        if self._expire:
+            steps += [(str(store.path), partial(self._drop_expired, store)) for store in self._whole_stores]
         for what, step in steps:
             try:
                 step()
             except (OnionskinError, OSError) as error:
                 self._say_once(f"{what}: {error}")
+
+    def _drop_expired(self, store: Store) -> None:
+        """Drop volumes of a whole store whose lifetime is over: a transaction of them, and soon again where some went."""
+        if store.read_only:
+            return
+        for rows in expiry.due(store._opened):
+            if self._stopping.is_set():
+                return
+            served = {one.opened.row.id: one for one in self.table.all_served() if one.volume.store is store}
+            gone = expiry.drop(store._opened, [row for row in rows if row.id not in served])
+            for row in rows:
+                if row.id in served:
+                    gone += self._drop_served(served[row.id], row)
+            for name in gone:
+                self._log(f"{name}: dropped, because its lifetime is over")
+            if gone:
+                self._want_tidying()
+                return
+
+    def _drop_served(self, served: ServedVolume, row: VolumeRow) -> list[str]:
+        """Close an expired volume that no client has, and drop it.
+
+        Who asks for it meanwhile waits, and is told then that it is gone. If it may not go after all, it is opened again
+        when a client asks for it.
+        """
+        with self.table.being_made(served.name):
+            if not self.table.take_served(served):
+                return []
+            try:
+                served.give_up()
+            except (OnionskinError, OSError) as error:  # what it could not make durable goes anyway
+                self._log(f"{row.name}: {error}")
+            return expiry.drop(served.opened.store, [row])
 
     def _say_once(self, line: str) -> None:
         """Log a failure once, because the same failure may happen every few seconds."""

@@ -53,6 +53,8 @@ class Server:
         Whether to open stores that another user owns.
     listed_bitmap : str, optional
         The one snapshot whose ``qemu:dirty-bitmap`` context is listed; all, where it is not given.
+    expire : bool
+        Whether volumes of stores that are served as a whole are dropped when their lifetime is over.
 
     Attributes
     ----------
@@ -68,6 +70,7 @@ class Server:
         log: Callable[[str], None],
         trust: bool = False,
         listed_bitmap: str | None = None,
+        expire: bool = True,
     ) -> None:
         self._limits = limits
         self._log = log
@@ -92,6 +95,7 @@ class Server:
             stopping=self._stopping,
             want_tidying=self._tidying.set,
             listed_bitmap=listed_bitmap,
+            expire=expire,
         )
         self._tls_carrier = TlsCarrier(
             limits.connections_max,

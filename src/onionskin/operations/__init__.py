@@ -4,10 +4,11 @@
 """
 
 import importlib
-import pkgutil
 
 
 def load_all() -> None:
     """Import all operations now, so that an upgrade of the package under this process mixes no versions of them."""
+    import pkgutil
+
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)

@@ -18,7 +18,6 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
 from onionskin.errors import OnionskinError
-from onionskin.kernels._copy import CopyJob
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.operations import reclaim
 from onionskin.operations.reclaim import segment_wants_zeros
@@ -65,6 +64,8 @@ def compact_chain(store: OpenStore, head: bytes, *, may_hold_unflushed: bool = F
 
 def _crowded(catalog: Catalog, head: bytes) -> list[tuple[LayerRow, list[SegmentRow]]]:
     """Return the layers of a chain that have too many segments, each with its sealed segments."""
+    if not catalog.crowded_in_chain(head, SEGMENTS_MAX):
+        return []  # as good as always, in one statement
     with catalog.reading():
         layers = [catalog.layer(id) for id in catalog.crowded_in_chain(head, SEGMENTS_MAX)]
         segments = catalog.segments_of(layers)
@@ -223,14 +224,20 @@ def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
 
 
 def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
+    # Imported late: each opening imports this module, and few copy.
+    from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
+    from onionskin.operations.copy import naming
+
     with open(store.layout.segment_file(row.id), "rb", buffering=0, opener=_open_to_copy) as file:
         source = file.fileno()
-        table = [
+        rows = [
             (source, target, HEADER_BYTES + int(slot) * block_size, HEADER_BYTES + int(to) * block_size,
              int(count) * block_size)
             for (slot, count), to in zip(live.tolist(), first.tolist(), strict=True)
         ]  # fmt: skip
-        CopyJob(table).run()
+        table = numpy.array(rows, dtype=EXTENT_FIELDS)
+        with naming(table):
+            CopyJob(table).run()
 
 
 def _make(path: str, flags: int) -> int:

@@ -7,7 +7,6 @@ it records the data as done. The loops over blocks run in C; this module only ma
 import fcntl
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.files import data_ranges
+from onionskin.base.files import data_ranges, name_of
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.naming import some_of
 from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
 from onionskin.storage.chain import Chain, open_chain
 from onionskin.storage.open_head import OpenDisk
@@ -65,16 +65,18 @@ def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = No
         path.close()
 
 
-def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: int) -> None:
-    """Run a copy in a thread of its own, so that this one can report progress and be interrupted."""
+def run_job(job: CopyJob, table: "Array", progress: "Progress | None", done_before: int, total: int) -> None:
+    """Run the copy of a table in a thread of its own, so that this one can report progress and be interrupted."""
     if progress is None and threading.current_thread() is not threading.main_thread():
-        job.run()
+        with naming(table):
+            job.run()
         return
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            job.run()
+            with naming(table):
+                job.run()
         except BaseException as error:
             failure.append(error)
 
@@ -94,6 +96,19 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
         thread.join()
     if failure:
         raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
+
+
+@contextmanager
+def naming(table: "Array") -> Iterator[None]:
+    """Name the files of a copy in an error that names none: the one that is written, and some of those that are read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or not len(table):
+            raise
+        sources = [name_of(int(one)) for one in numpy.unique(table["source"]) if one >= 0]
+        what = f"{error.strerror}, in a copy from {some_of(sources, 3)}" if sources else error.strerror
+        raise OSError(error.errno, what, name_of(int(table["destination"][0]))) from None
 
 
 class StretchCopy:
@@ -216,7 +231,7 @@ def copy_table(
                 solid=solid,
                 bytes_per_second=bytes_per_second,
             )
-            run_job(job, progress, done, total)
+            run_job(job, extents, progress, done, total)
             done += job.bytes_done
         finally:
             for descriptor in descriptors:
@@ -285,6 +300,8 @@ def _segment_can_reflink(segment: Path, directory: Path) -> bool:
 
 def _can_reflink(source: int, directory: Path) -> bool:
     """Try whether a file in a directory can share blocks with an open file."""
+    import tempfile
+
     with tempfile.TemporaryFile(dir=directory) as probe:
         try:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("=qQQQ", source, 0, HEADER_BYTES, 0))
@@ -305,7 +322,9 @@ def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
     system = os.statvfs(base_lock.descriptor)
     if needed > system.f_bavail * system.f_frsize:
         raise OSError(
-            ENOSPC, f"merging needs up to {needed} bytes that the file system does not have", folded.base.path
+            ENOSPC,
+            f"merging needs up to {needed} bytes, and the file system has fewer; free some room",
+            folded.base.path,
         )
 
 
@@ -330,7 +349,7 @@ def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: 
     base_bytes = min(opened.chain.base.size_bytes, size_bytes)
     table = _base_extents(base_bytes, destination, opened.base_lock.descriptor, opened.path.runs())
     if len(table):
-        run_job(CopyJob(table, reflink=reflink, zero_holes=True), None, 0, 0)
+        run_job(CopyJob(table, reflink=reflink, zero_holes=True), table, None, 0, 0)
 
 
 def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:

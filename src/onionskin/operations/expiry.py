@@ -1,18 +1,20 @@
 """Dropping volumes whose lifetime is over.
 
-What must hold: only whoever asks for it drops them, never an opening; none goes that is open, that has a snapshot, or that a
-clone or a fork was made of which is there still, and that is asked inside the transaction that drops it.
+What must hold: only whoever asks for it, and a server of the whole store, drops them, never an opening; none goes that is
+open, that has a snapshot, or that a clone or a fork was made of which is there still, and that is asked inside the
+transaction that drops it.
 
 The clock is the one that tells the date (CLOCK_REALTIME), since a lifetime goes on while a machine is off. Where that clock
 is set forward, volumes go early; where it is set back, late.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 from onionskin.catalog import VolumeRow
 from onionskin.errors import StateError
+from onionskin.operations import forks, reclaim
 from onionskin.operations.volumes import remove_volumes, unlink_files
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
@@ -20,17 +22,26 @@ from onionskin.storage.open_store import OpenStore
 _AT_ONCE = 64  # that are locked together, and dropped in one transaction
 
 
-def expire(store: OpenStore) -> tuple[list[str], list[bytes]]:
-    """Drop what may be dropped now. Returns the names, and the layers without a name that may have one child now."""
+def expire(store: OpenStore) -> list[str]:
+    """Drop what may be dropped now. Returns the names, sorted."""
     store.catalog.refuse_read_only()
-    names: list[str] = []
-    stood_on: list[bytes] = []
-    rows = [row for row in store.catalog.expired(time.time_ns()) if _may_go(store, row)]
+    return sorted(name for rows in due(store) for name in drop(store, rows))
+
+
+def due(store: OpenStore) -> Iterator[Sequence[VolumeRow]]:
+    """Yield the volumes that may be dropped now if nobody has them open, as many at a time as `drop` takes."""
+    rows = store.catalog.expired(time.time_ns())
     for first in range(0, len(rows), _AT_ONCE):
-        dropped, under = _drop(store, rows[first : first + _AT_ONCE])
-        names += dropped
-        stood_on += under
-    return sorted(names), stood_on
+        yield rows[first : first + _AT_ONCE]
+
+
+def drop(store: OpenStore, rows: Sequence[VolumeRow]) -> list[str]:
+    """Drop volumes in one transaction, those that are open and those that may not go any more left out; returns the names."""
+    names, stood_on = _drop(store, rows)
+    if names:
+        reclaim.work_soon(store)
+        forks.fold_what_stays(store, stood_on)
+    return names
 
 
 def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[bytes]]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
 
+_NAME_BYTES_MAX = 255  # NAME_MAX of Linux
+
 
 def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
     """Write the disk of a volume or a view to a raw image file, and keep the holes. The image is durable on return.
@@ -61,14 +63,14 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
     try:
         _refuse_directory(store, directory, target)
         _refuse_file(store, directory, target, replace=replace)
-        staged = f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        staged = staged_name(target)
         descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             try:
                 yield descriptor
                 sync_file(descriptor)  # BARRIER: exported image
                 _refuse_file(store, directory, target, replace=replace)
-                _give_name(directory, staged, target, replace=replace)
+                give_name(directory, staged, target, replace=replace)
             except BaseException:
                 _drop_staged(store, directory, staged, descriptor, opened)
                 raise
@@ -79,7 +81,14 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
         os.close(directory)
 
 
-def _give_name(directory: int, staged: str, target: Path, *, replace: bool) -> None:
+def staged_name(target: Path) -> str:
+    """Draw the name under which a file is made. It is no longer than the file's own, where that is the longest possible."""
+    suffix = f".{os.getpid()}.{secrets.token_hex(4)}.part"
+    return os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
+
+
+def give_name(directory: int, staged: str, target: Path, *, replace: bool) -> None:
+    """Give a file that was made under another name its own, where no other file has it, or in the place of that."""
     if not replace:
         try:
             os.link(staged, target.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
@@ -214,6 +223,19 @@ def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
         raise StateError(f"{device} stands on {file}, a base that volumes stand on; choose another device")
     if _is_locked(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)):
         raise StateError(f"{device} stands on {file}, which some volume has open as its base; choose another device")
+
+
+def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
+    """Refuse to write to an open file, such as stdout, that is needed. What is no regular file is not looked at."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        return
+    if _is_own_file(store, found):
+        raise ValueError(f"{called} is a file of the store itself; write to another file")
+    if _is_base(store, found):
+        raise StateError(f"{called} is a base that volumes stand on; write to another file")
+    if is_locked(descriptor, 0, 1):
+        raise StateError(f"{called} is in use, as a base of a volume of some store; write to another file")
 
 
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:

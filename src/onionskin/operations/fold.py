@@ -201,6 +201,8 @@ def _check_unchanged(store: OpenStore, lowers: Sequence[LayerRow], upper: LayerR
 def fold_unnamed_below(volume: OpenHead) -> None:
     """Fold the layers without a name in the volume's own chain, which earlier operations left. An opening does this."""
     catalog = volume.store.catalog
+    if not unnamed_of(catalog, volume.row.id):  # those that the head stands on are among them
+        return
     with catalog.reading():
         unnamed = unnamed_below(catalog, volume.head)
     fold_where_unnamed(volume, unnamed)

@@ -30,13 +30,18 @@ Group = Sequence[LayerRow]
 
 
 def run_around(
-    catalog: Catalog, head: bytes, layer_id: bytes, *, dropped: Collection[bytes] = (), gone: Collection[bytes] = ()
+    catalog: Catalog,
+    head: bytes | None,
+    layer_id: bytes,
+    *,
+    dropped: Collection[bytes] = (),
+    gone: Collection[bytes] = (),
 ) -> list[LayerRow]:
     """Return the run that a layer is in, bottom first, or an empty list if there is none.
 
     The last layer of the run is the one above the layers without a name. `head` is the head of the volume that the
-    caller holds. The run is the one that would be there if the names of the layers `dropped` were dropped, and if the
-    layers `gone` were removed.
+    caller holds; None: the run is wanted with whatever head is above it. The run is the one that would be there if the
+    names of the layers `dropped` were dropped, and if the layers `gone` were removed.
     """
 
     def only_child(layer: LayerRow) -> LayerRow | None:
@@ -64,7 +69,7 @@ def run_around(
             run.append(over)
             over = only_child(over)
     # The head of another volume is left to the next opening of that volume.
-    return run if run[-1].sealed or run[-1].id == head else run[:-1]
+    return run if run[-1].sealed or head in (None, run[-1].id) else run[:-1]
 
 
 def groups_to_fold(store: OpenStore, run: Sequence[LayerRow]) -> list[Group]:

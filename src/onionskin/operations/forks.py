@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from string import Formatter
 
 from onionskin.base.durations import parse_duration
@@ -27,6 +26,7 @@ from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
+from onionskin.catalog.volumes import NUMBER_MAX
 from onionskin.errors import OnionskinError, StateError, VolumeExistsError
 from onionskin.operations import lineage
 from onionskin.operations.flush import flush
@@ -34,6 +34,7 @@ from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.seal import seal
 from onionskin.storage.chain import NewHead, insert_heads
+from onionskin.storage.layout import bytes_in
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -50,6 +51,12 @@ class Pattern:
     prefix: str
     suffix: str
     width: int
+
+    @property
+    def text(self) -> str:
+        """The pattern as `parse_pattern` reads it."""
+        prefix, suffix = (part.replace("{", "{{").replace("}", "}}") for part in (self.prefix, self.suffix))
+        return f"{prefix}{{n{f':0{self.width}' if self.width > 1 else ''}}}{suffix}"
 
     def name(self, number: int) -> str:
         """Return the name with this number."""
@@ -124,7 +131,7 @@ def check_wanted(
         checked,
         _check_count(1 if count is None else count) if checked is None else len(checked),
         parse_pattern(DEFAULT_PATTERN if pattern is None else pattern, volume),
-        None if key is None else _check_key(key),
+        None if key is None else check_key(key),
         None if lifetime is None else parse_duration(lifetime),
         check_labels(labels or {}),
         wipe,
@@ -143,7 +150,7 @@ def _check_names(names: Sequence[str], count: int | None, pattern: str | None) -
     return found
 
 
-def _check_key(key: str) -> str:
+def check_key(key: str) -> str:
     """Return a key that a call may have: a text of the caller's own, such as the address of a task."""
     if not isinstance(key, str):
         raise TypeError(f"a key is a text, not {key!r}")
@@ -252,6 +259,9 @@ def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
         try:
             if volume.path.log_state()[1] == 0 and fork_below(store, volume.head, volume.size_bytes, insert):
                 return names
+            with store.catalog.reading():  # before anything is sealed: a seal that is taken back leaves a segment more
+                _source(store, volume.row.id, wanted)
+                _free_names(store, wanted)
             sealed = seal(volume, check=volume.refuse_half_merged, also=lambda sealed, head: insert(sealed))
         except DoneBeforeError as done:
             return done.names
@@ -263,7 +273,7 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
     """Fork a volume that is locked and not open, if nothing is in its head; None: it has to be opened."""
     head = store.catalog.layer(volume.head)
     left = (store.layout.dirty_file(volume.id), store.layout.map_file(head.map_id))
-    if head.map_frames or any(_bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
+    if head.map_frames or any(bytes_in(path) > HEADER_BYTES * is_map for is_map, path in enumerate(left)):
         return None
     names: list[str] = []
 
@@ -276,22 +286,20 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return done.names
 
 
-def _bytes_in(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+def _source(store: OpenStore, volume: bytes, wanted: Wanted) -> VolumeRow:
+    """Return the row of a volume that is held, if its name still means it, and the call was not made before."""
+    if (made := made_before(store, wanted)) is not None:
+        raise DoneBeforeError(made)
+    named = store.catalog.volume(wanted.volume)
+    if named.id != volume:
+        raise StateError(f"volume {wanted.volume!r} was renamed meanwhile; try again")
+    return named
 
 
 def _fork_locked(store: OpenStore, volume: bytes, wanted: Wanted, layer: LayerRow) -> list[str]:
     """Write the rows of forks of a volume that is held. Inside a transaction."""
-    catalog = store.catalog
-    if (made := made_before(store, wanted)) is not None:
-        raise DoneBeforeError(made)
-    named = catalog.volume(wanted.volume)
-    if named.id != volume:
-        raise StateError(f"volume {wanted.volume!r} was renamed meanwhile; try again")
-    snapshot = catalog.snapshot_of_layer(layer.id)
+    named = _source(store, volume, wanted)
+    snapshot = store.catalog.snapshot_of_layer(layer.id)
     is_own = snapshot and snapshot.volume == volume  # and not the one that it began as
     return _insert(store, wanted, named, snapshot if is_own else None, layer)
 
@@ -362,20 +370,23 @@ def made_before(store: OpenStore, wanted: Wanted) -> list[str] | None:
     StateError
         That call had other arguments.
     """
-    if wanted.key is None:
-        return None
-    found = store.catalog.fork_call(wanted.key)
+    return None if wanted.key is None else made_under(store, wanted.key, wanted.digest())
+
+
+def made_under(store: OpenStore, key: str, digest: bytes) -> list[str] | None:
+    """Return the names that a call with this key and digest made within a day: see `made_before`."""
+    found = store.catalog.fork_call(key)
     if found is None or found.created_ns < time.time_ns() - KEY_NANOSECONDS:
         return None
-    if found.digest != wanted.digest():
-        raise StateError(f"the key {wanted.key!r} was used for another fork within a day; give each fork its own key")
+    if found.digest != digest:
+        raise StateError(f"the key {key!r} was used for another fork within a day; give each fork its own key")
     return _names_in(store, found)
 
 
 def _names_in(store: OpenStore, call: ForkCallRow) -> list[str]:
     try:
         names = json.loads(call.names)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged(store.catalog.path, f"what was forked under the key {call.key!r} is no list of names")
@@ -386,8 +397,23 @@ def _insert(
     store: OpenStore, wanted: Wanted, source: VolumeRow, snapshot: SnapshotRow | None, layer: LayerRow
 ) -> list[str]:
     """Write the rows of forks that begin as a layer. Inside a transaction."""
-    catalog = store.catalog
     names = _free_names(store, wanted)
+    insert_named(store, wanted, names, source, snapshot, layer)
+    if wanted.key is not None:
+        note_call(store, wanted.key, wanted.digest(), names)
+    return names
+
+
+def insert_named(
+    store: OpenStore,
+    wanted: Wanted,
+    names: Sequence[str],
+    source: VolumeRow,
+    snapshot: SnapshotRow | None,
+    layer: LayerRow,
+) -> None:
+    """Write the rows of forks with these names, which are free. Inside a transaction."""
+    catalog = store.catalog
     now_ns = time.time_ns()
     expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
     first = NewHead.on(
@@ -409,10 +435,13 @@ def _insert(
     catalog.insert_all(volumes)
     lineage.begin(catalog, volumes, source.id, snapshot)
     catalog.insert_all(LabelRow(row.id, key, value) for row in volumes for key, value in wanted.labels.items())
-    if wanted.key is not None:
-        catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
-        catalog.insert(ForkCallRow(wanted.key, wanted.digest(), json.dumps(names), now_ns))
-    return names
+
+
+def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:
+    """Write down what a call under a key made, and forget the keys of another day. Inside its transaction."""
+    now_ns = time.time_ns()
+    store.catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
+    store.catalog.remember_fork_call(ForkCallRow(key, digest, json.dumps(list(names)), now_ns))
 
 
 def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
@@ -422,10 +451,20 @@ def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
         names = list(wanted.names)
     else:
         last = store.catalog.greatest_number(pattern.prefix, pattern.suffix)
+        if last + wanted.count > NUMBER_MAX:
+            raise StateError(
+                f"the numbers of {pattern.name(last)!r} go up to {NUMBER_MAX}, and those above {last} are not enough; "
+                "choose another pattern"
+            )
         names = [pattern.name(number) for number in range(last + 1, last + wanted.count + 1)]
+    refuse_taken(store, names)
+    return names
+
+
+def refuse_taken(store: OpenStore, names: Sequence[str]) -> None:
+    """Raise VolumeExistsError if a volume has one of these names. Inside the transaction that gives them."""
     taken = sorted(row.name for row in store.catalog.volumes_named(names))
     if len(taken) == 1:
         raise VolumeExistsError(f"the store {store.path} already has a volume {taken[0]!r}; choose another name")
     if taken:
         raise VolumeExistsError(f"the store {store.path} already has volumes {some_of(taken)}; nothing was made")
-    return names

@@ -1,63 +1,107 @@
 """Snapshots of several volumes at one instant.
 
 What must hold: all are named in one transaction, or none; each write that was answered before one that the cut leaves out
-began is in the cut, whichever volumes they went to. A volume that nobody holds is opened for this, and closed again.
-
-A volume that another process holds is refused, with the name of the process. The cut of such volumes would be asked of
-their holders in the stages that `seal` goes through here; `_Held` is where they would come in.
+began is in the cut, whichever volumes they went to. A volume that nobody holds is opened for this, and closed again. One
+that another process holds is cut by that process (`seal.RemoteHead`); where that cannot be asked, it is refused.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from onionskin.base.naming import check_name, check_note
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
 from onionskin.operations import snapshots
+from onionskin.operations.seal import RemoteHead
+from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 Opener = Callable[[str], OpenHead]
+Finder = Callable[[str], "RemoteHead | None"]
+
+_OPEN_SECONDS = 1.0  # for which somebody may hold a volume that is about to be given up
 
 
-def take(store: OpenStore, names: Mapping[str, str | None], note: str, opener: Opener) -> dict[str, Snapshot]:
-    """Take the snapshots. See `Store.snapshot_group`; `opener` opens a volume for writing."""
+def take(
+    store: OpenStore, names: Mapping[str, str | None], note: str, opener: Opener, finder: Finder
+) -> dict[str, Snapshot]:
+    """Take the snapshots. See `Store.snapshot_group`; `opener` and `finder` are as for `Heads`."""
+    if not isinstance(names, Mapping):
+        raise TypeError(f"the volumes of a group come as a mapping, such as {{'web': 'before'}}, not {names!r}")
     names = {volume: None if name is None else check_name("snapshot", name) for volume, name in names.items()}
     note = check_note(note)
     while names:
-        with ExitStack() as stack:
-            held = _Held(store, opener, stack)
-            # By their ids, so that of two groups that meet one gets all.
-            for volume, id in sorted(((name, store.catalog.volume(name).id) for name in names), key=lambda at: at[1]):
-                held.add(volume, id)
-            disks = [(held.heads[volume], name, new_id()) for volume, name in names.items()]
+        with open_heads(store, names, opener, finder) as found:
+            disks = [(found.heads[volume], name, new_id()) for volume, name in names.items()]
             try:
-                return dict(zip(names, snapshots.take_together(disks, note), strict=True))
+                return dict(zip(names, snapshots.take_together(store, disks, note), strict=True))
             except StateError:
-                if not held.lost_one:
+                if not found.lost_one:
                     raise
     return {}
 
 
-class _Held:
-    """The heads of a group: those that are open in this store, and those that are opened for the time of `stack`."""
+@contextmanager
+def open_heads(store: OpenStore, volumes: Iterable[str], opener: Opener, finder: Finder) -> Iterator["Heads"]:
+    """Find or open the heads of volumes, for the time of the block.
 
-    def __init__(self, store: OpenStore, opener: Opener, stack: ExitStack) -> None:
+    By their ids, so that of two groups that meet one gets all.
+    """
+    with ExitStack() as stack:
+        heads = Heads(store, opener, finder, stack)
+        for volume, id in sorted(((name, store.catalog.volume(name).id) for name in volumes), key=lambda at: at[1]):
+            heads.add(volume, id)
+        yield heads
+
+
+class Heads:
+    """The heads of a group: those that are open in this store, that others hold, and that are opened meanwhile.
+
+    Parameters
+    ----------
+    store : OpenStore
+    opener : callable
+        Opens a volume for writing.
+    finder : callable
+        Finds the process that holds a volume, if it can be asked to seal it.
+    stack : ExitStack
+        Closes what was opened.
+    """
+
+    def __init__(self, store: OpenStore, opener: Opener, finder: Finder, stack: ExitStack) -> None:
         self._store = store
         self._opener = opener
+        self._finder = finder
         self._stack = stack
-        self.heads: dict[str, OpenHead] = {}
+        self.heads: dict[str, OpenHead | RemoteHead] = {}
 
     def add(self, volume: str, id: bytes) -> None:
         """Find the head of a volume, or open it."""
-        head = self._open_here(id)
-        if head is None:
-            head = self._opener(volume)
-            self._stack.callback(head.close)
+        head = self._find(volume, id)
         if head in self.heads.values():
             raise ValueError(f"volume {volume!r} was named twice, under two names; take its snapshots one by one")
         self.heads[volume] = head
+
+    def _find(self, volume: str, id: bytes) -> OpenHead | RemoteHead:
+        deadline = time.monotonic() + _OPEN_SECONDS
+        while True:
+            if (open_here := self._open_here(id)) is not None:
+                return open_here
+            if volume_holder(self._store.layout.volume_lock(id)) is not None and (remote := self._finder(volume)):
+                self._stack.callback(remote.close)
+                return remote
+            try:
+                opened = self._opener(volume)
+            except StateError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # another group may hold it for a moment
+                continue
+            self._stack.callback(opened.close)
+            return opened
 
     def _open_here(self, id: bytes) -> OpenHead | None:
         for handle in self._store.open_handles():
@@ -68,4 +112,4 @@ class _Held:
     @property
     def lost_one(self) -> bool:
         """Whether somebody closed one meanwhile: then it can be opened."""
-        return any(head.closed for head in self.heads.values())
+        return any(isinstance(head, OpenHead) and head.closed for head in self.heads.values())

@@ -13,6 +13,7 @@ from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import Catalog, HoldRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import StateError
+from onionskin.operations.snapshot_names import find_chosen
 from onionskin.storage.open_store import OpenStore
 
 
@@ -48,15 +49,17 @@ def refuse_held(catalog: Catalog, layers: Iterable[bytes]) -> None:
     raise StateError(f"held: {some_of(names)}; nothing was dropped; let it go with 'onionskin unhold' first")
 
 
-def hold(store: OpenStore, volume: str, snapshots: Sequence[str], holder: str) -> None:
+def hold(
+    store: OpenStore, volume: str, snapshots: Sequence[str], holder: str, guids: str | Sequence[str] | None = None
+) -> None:
     """Keep snapshots until the holder lets them go: all of them, or none."""
     holder = check_name("holder", holder)
 
     def change() -> None:
         row = store.catalog.volume(volume)
-        for snapshot in snapshots:
-            layer = find_snapshot(store.catalog, row, snapshot).layer
-            if any(found.holder == holder for found in store.catalog.holds_on([layer])):
+        for snapshot, found in zip(snapshots, find_chosen(store.catalog, row, snapshots, guids), strict=True):
+            layer = found.layer
+            if any(one.holder == holder for one in store.catalog.holds_on([layer])):
                 raise StateError(
                     f"{volume}@{snapshot} is held by {holder!r} already; choose another name for this holder"
                 )
@@ -65,14 +68,16 @@ def hold(store: OpenStore, volume: str, snapshots: Sequence[str], holder: str) -
     store.change(change)
 
 
-def unhold(store: OpenStore, volume: str, snapshots: Sequence[str], holder: str) -> None:
+def unhold(
+    store: OpenStore, volume: str, snapshots: Sequence[str], holder: str, guids: str | Sequence[str] | None = None
+) -> None:
     """Let snapshots go: all of them, or none."""
 
     def change() -> None:
         row = store.catalog.volume(volume)
-        for snapshot in snapshots:
-            layer = find_snapshot(store.catalog, row, snapshot).layer
-            holders = [found.holder for found in store.catalog.holds_on([layer])]
+        for snapshot, found in zip(snapshots, find_chosen(store.catalog, row, snapshots, guids), strict=True):
+            layer = found.layer
+            holders = [one.holder for one in store.catalog.holds_on([layer])]
             if holder not in holders:
                 by = f"held by {some_of(holders)}" if holders else "held by nobody"
                 raise StateError(f"{volume}@{snapshot} is not held by {holder!r}; it is {by}")

@@ -4,13 +4,15 @@ What must hold: a volume that has a name has its lineage from the transaction th
 has now; one that is gone keeps it as long as another comes from it, and no longer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from onionskin.catalog import Catalog, LineageRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.storage.open_store import OpenStore
+
+ORIGINS_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,20 @@ def lineage(store: OpenStore, name: str) -> list[Ancestor]:
             dropped = None if parent.dropped_ns is None else when(parent.dropped_ns)
             found.append(Ancestor(parent.name, row.snapshot, when(parent.created_ns), dropped))
             row = parent
+    return found
+
+
+def origins(rows: Mapping[bytes, LineageRow], volume: bytes) -> list[Ancestor]:
+    """Return what a volume comes from, given the rows of all volumes: its parent, and as long as one is gone that one's.
+
+    So what is gone is said with what comes from it. It ends after `ORIGINS_MAX`; `lineage` returns all.
+    """
+    found: list[Ancestor] = []
+    row = rows.get(volume)
+    while row and row.parent and (parent := rows.get(row.parent)) and len(found) < ORIGINS_MAX:
+        dropped = None if parent.dropped_ns is None else when(parent.dropped_ns)
+        found.append(Ancestor(parent.name, row.snapshot, when(parent.created_ns), dropped))
+        row = parent if dropped else None
     return found
 
 

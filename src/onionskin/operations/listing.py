@@ -4,15 +4,17 @@ What must hold: there is no query of the catalog for each volume, layer or segme
 not exist, because a store may have a hundred thousand of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from onionskin.catalog import LayerRow, SegmentRow, SnapshotRow, VolumeRow
+from onionskin.catalog import LayerRow, LineageRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import when
 from onionskin.errors import FormatError, StateError
+from onionskin.operations import lineage
+from onionskin.operations.lineage import Ancestor
 from onionskin.operations.space import SpaceOfAll, space_of
 from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
@@ -46,7 +48,11 @@ class VolumeInfo:
 
 @dataclass(slots=True)
 class TreeNode:
-    """A node of the tree of a store. Its `kind` is `base`, `snapshot`, `layer` (without a name) or `head`."""
+    """A node of the tree of a store. Its `kind` is `base`, `snapshot`, `layer` (without a name) or `head`.
+
+    `origins` of a head says what its volume was forked or cloned from. If that was dropped, what that came from follows, up
+    to one that is there.
+    """
 
     kind: str
     name: str
@@ -55,6 +61,7 @@ class TreeNode:
     note: str = ""
     bytes_held: int = 0
     children: list["TreeNode"] = field(default_factory=list)
+    origins: Sequence[Ancestor] = ()
 
 
 def list_volumes(store: OpenStore, wanted: Mapping[str, str], *, space: bool = True) -> list[VolumeInfo]:
@@ -187,12 +194,16 @@ def read_tree(store: OpenStore) -> list[TreeNode]:
         names = {row.layer: row for row in catalog.all_sound(SnapshotRow) if row.volume in volumes}
         bases = catalog.bases_by_path()
         segments = catalog.all_sound(SegmentRow)
+        lineages = {row.volume: row for row in catalog.all_sound(LineageRow)}
     # The layers are sorted by number, because the clock may have gone back. Both kinds of numbers come from one
     # counter.
     layers.sort(key=lambda layer: names[layer.id].number if layer.id in names else layer.map_lock_byte)
     held = _bytes_of_layers(store, layers, segments)
     heads = {row.head: row.name for row in volumes.values() if not row.name.startswith(STAGED_PREFIX)}
     nodes = {layer.id: _node(layer, names, heads, volumes, held[layer.id]) for layer in layers}
+    for row in volumes.values():
+        if row.head in nodes and row.id in lineages:
+            nodes[row.head].origins = lineage.origins(lineages, row.id)
     roots = [TreeNode("base", base.path, base.size_bytes, None) for base in bases]
     by_base = {base.id: root for base, root in zip(bases, roots, strict=True)}
     for layer in layers:

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import StateError
-from onionskin.operations import reclaim
 from onionskin.storage.chain import LOCK_WAIT_SECONDS
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -41,13 +40,14 @@ def locked_maps(
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     try:
         while True:
+            version = store.catalog.version()
             with store.catalog.reading():
                 found = find()
             layers = layers_of(found)
             wanted = {layer.map_lock_byte for layer in layers}
             # A byte between them may be held alone for hours, because its file is being made or wiped.
             is_held = locks.take_shared(in_few_stretches(wanted)) or locks.take_shared(wanted)
-            if is_held and _are_named(store.catalog, layers):
+            if is_held and (store.catalog.version() == version or _are_named(store.catalog, layers)):
                 break
             locks.keep_shared(())
             if time.monotonic() > deadline:
@@ -59,6 +59,8 @@ def locked_maps(
     finally:
         locks.close()
         if any(handle.writable for handle in store.open_handles()):
+            from onionskin.operations import reclaim  # imported late: whoever only looks frees nothing
+
             reclaim.work_soon(store)  # this is the work that waited for these locks
 
 

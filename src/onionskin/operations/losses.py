@@ -18,7 +18,7 @@ from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
 from onionskin.operations.volumes import refuse_delete
 from onionskin.storage.block_maps import open_map
-from onionskin.storage.locks import VolumeLock
+from onionskin.storage.locks import VolumeLock, volume_holder
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -194,6 +194,15 @@ def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
         )
 
 
+def refuse_left_unflushed(store: OpenStore, name: str) -> None:
+    """As `refuse_unflushed`, unless somebody has the volume open, whose flush is only awaited."""
+    id = store.catalog.volume(name).id
+    lock = store.layout.volume_lock(id)
+    # Asked before and behind: whoever opens the volume meanwhile, and writes, did not die.
+    if volume_holder(lock) is None and has_unflushed(store, id) and volume_holder(lock) is None:
+        refuse_unflushed(store, id, name)
+
+
 # ---- the layers that are dropped ----
 
 
@@ -207,24 +216,30 @@ def _going(
 ) -> _Going:
     """Find the layers that `remove_unreachable_layers` would remove without these heads and names. Inside `reading`."""
     roots, gone = set(dropped), dict[bytes, LayerRow]()
+    left: dict[bytes, int] = {}  # how many layers that stay stand on one; it is asked once, as ten thousand may go
     resized = False
     for root in roots:
         at: bytes | None = root
         while at is not None and at not in gone and at not in kept:
             row = catalog.layer_with_id(at)
-            if row is None or _is_needed(catalog, at, roots, gone):
+            if row is None or _children_left(catalog, at, left) or (at not in roots and _has_name(catalog, at)):
                 break
             gone[at], at = row, row.parent
+            if at is not None:
+                left[at] = _children_left(catalog, at, left) - 1
             below = catalog.layer_with_id(at)
             resized = resized or (below is not None and below.size_bytes != row.size_bytes)
     return _Going(volumes, snapshots, list(gone.values()), resized)
 
 
-def _is_needed(catalog: Catalog, layer: bytes, dropped: Collection[bytes], gone: Collection[bytes]) -> bool:
-    children = catalog.children_of(layer, at_most=len(gone) + 1)  # a layer may have a hundred thousand clones
-    if any(child.id not in gone for child in children):
-        return True
-    return layer not in dropped and (catalog.is_named(layer) or catalog.volume_with_head(layer) is not None)
+def _children_left(catalog: Catalog, layer: bytes, left: dict[bytes, int]) -> int:
+    if layer not in left:
+        left[layer] = catalog.child_count(layer)
+    return left[layer]
+
+
+def _has_name(catalog: Catalog, layer: bytes) -> bool:
+    return catalog.is_named(layer) or catalog.volume_with_head(layer) is not None
 
 
 def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str | None = None) -> Loss:

@@ -85,9 +85,11 @@ def work_in_background(store: OpenStore) -> None:
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
     """Do the pending work of one wipe policy or of all, as far as possible. Returns how many rows are left.
 
-    Work that fails is logged and stays pending, so that damage of one volume does not affect the others.
+    Work that fails is logged and stays pending, so that damage of one volume does not affect the others. The commit that
+    noted the work is durable before anything is done, also where its process died in it: what it freed is needed again if
+    the power fails and undoes it.
     """
-    store.catalog.bury_unknown()
+    store.catalog.sync_found()
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[WorkRow] = []
     try:
@@ -349,6 +351,7 @@ def remove_orphans(store: OpenStore) -> list[str]:
     with store.locks.exclusive(STORE_BYTE) as held:
         if not held:
             return []
+        store.catalog.sync_found()  # as in `do_work`
         with store.catalog.transaction():
             for path in orphans(store):
                 with suppress(StateError):  # a store makes no such file, and `check` reports it

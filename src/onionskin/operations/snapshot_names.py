@@ -4,12 +4,13 @@ What must hold: a name is looked up inside the transaction that changes it. What
 keeps its id, so it goes on. Clones, holds, and the GUID by which other stores know the snapshot stay too.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from onionskin.base.naming import check_name, check_note
-from onionskin.catalog import Catalog
+from onionskin.catalog import Catalog, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
-from onionskin.errors import SnapshotExistsError
+from onionskin.errors import SnapshotExistsError, StateError
 from onionskin.storage.open_store import OpenStore
 
 
@@ -35,6 +36,25 @@ def set_note(store: OpenStore, volume: str, name: str, note: str) -> None:
         store.catalog.update_snapshot(row.layer, note=note)
 
     store.change(change)
+
+
+def find_chosen(
+    catalog: Catalog, volume: VolumeRow, names: Sequence[str], guids: str | Sequence[str] | None
+) -> list[SnapshotRow]:
+    """Return the snapshots with these names; raise StateError if one of them has not the GUID that was chosen by its name."""
+    rows = [find_snapshot(catalog, volume, name) for name in names]
+    if guids is None:
+        return rows
+    wanted = [guids] if isinstance(guids, str) else list(guids)
+    if len(wanted) != len(rows):
+        raise ValueError(f"{len(rows)} snapshots are named, and {len(wanted)} GUIDs are given; give one for each")
+    for row, guid in zip(rows, wanted, strict=True):
+        if row.guid.hex() != guid:
+            raise StateError(
+                f"{row.name!r} is another snapshot of {volume.name!r} now; nothing was changed; look at the snapshots, and "
+                "try again"
+            )
+    return rows
 
 
 def name_of_time(catalog: Catalog, volume_id: bytes, time_ns: int) -> str:

@@ -5,8 +5,8 @@ process may name or clone a layer at any time. The work after it (folding and fr
 opening does it.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 
 from onionskin.base.naming import some_of
@@ -27,26 +27,41 @@ from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.restart import restart_on
-from onionskin.operations.seal import seal_together
+from onionskin.operations.seal import Part, RemoteHead, seal_together
 from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
+from onionskin.storage.open_store import OpenStore
+
+OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
 
 def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot:
     """Take a snapshot of the disk as it is now. See `Volume.snapshot`."""
-    return take_together([(volume, name, guid)], note)[0]
+    return take_together(volume.store, [(volume, name, guid)], note)[0]
 
 
-def take_together(disks: Sequence[tuple[OpenHead, str | None, bytes]], note: str) -> list[Snapshot]:
+def take_together(
+    store: OpenStore, disks: Sequence[tuple[OpenHead | RemoteHead, str | None, bytes]], note: str
+) -> list[Snapshot]:
     """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none."""
-    with ExitStack() as stack:
-        # By their ids: whoever else holds several takes them in this order, so no two wait for each other.
-        for volume in sorted((volume for volume, _, _ in disks), key=lambda volume: volume.row.id):
-            stack.enter_context(volume.operation(during_merge=True))
-        namings = [_Naming(volume, name, note, guid) for volume, name, guid in disks]
-        seal_together([(naming.volume, naming.check, naming.write) for naming in namings])
+    with in_operations([head for head, _, _ in disks]):
+        namings = [_Naming(store, head, name, note, guid) for head, name, guid in disks]
+        seal_together(store, [Part(naming.head, naming.check, naming.write) for naming in namings])
     return [naming.taken for naming in namings]
+
+
+@contextmanager
+def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
+    """Hold volumes for an operation on all of them.
+
+    By their ids: whoever else holds several takes them in this order, so no two wait for each other.
+    """
+    within = None if all(isinstance(head, OpenHead) for head in heads) else OPERATION_SECONDS
+    with ExitStack() as stack:
+        for head in sorted(heads, key=lambda head: head.row.id):
+            stack.enter_context(head.operation(during_merge=True, within=within))
+        yield
 
 
 class _Naming:
@@ -54,22 +69,23 @@ class _Naming:
 
     taken: Snapshot
 
-    def __init__(self, volume: OpenHead, name: str | None, note: str, guid: bytes) -> None:
-        self.volume = volume
+    def __init__(self, store: OpenStore, head: OpenHead | RemoteHead, name: str | None, note: str, guid: bytes) -> None:
+        self.head = head
+        self._store = store
         self._name = name
         self._note = note
         self._guid = guid
 
     def check(self) -> None:
         """Raise where the name is taken, or the volume can have no snapshot now."""
-        volume = self.volume
-        volume.refuse_half_merged()
+        head = self.head
+        head.refuse_half_merged()
         if self._name is not None:
-            snapshot_names.refuse_taken(volume.store.catalog, volume.row.id, volume.name, self._name)
+            snapshot_names.refuse_taken(self._store.catalog, head.row.id, head.name, self._name)
 
     def write(self, sealed: LayerRow, head: LayerRow) -> None:
         """Write the row. Inside the transaction, which may run twice."""
-        row, catalog = self.volume.row, self.volume.store.catalog
+        row, catalog = self.head.row, self._store.catalog
         # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
         # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
         number = head.map_lock_byte
@@ -100,11 +116,11 @@ def is_changed(volume: OpenDisk) -> bool:
     return any(map_is_used(volume.store, layer) for layer in above)
 
 
-def revert(volume: OpenHead, name: str) -> None:
+def revert(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
     """Make the disk read as a snapshot again. See `Volume.revert`."""
     with volume.operation():
         catalog = volume.store.catalog
-        target = find_snapshot(catalog, volume.row, name).layer
+        target = snapshot_names.find_chosen(catalog, volume.row, [name], guid)[0].layer
         around = unnamed_around(catalog, catalog.layer(volume.head).parent)
         restart_on(volume, target, lambda: _refuse_renamed(volume, name, target))
         free_hidden(volume, around)
@@ -116,7 +132,7 @@ def discard(
     """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = _rows_of(volume, names, guids)
+        rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)
         parents = [catalog.layer(row.layer).parent for row in rows]
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
@@ -198,28 +214,11 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
         )
 
 
-def _rows_of(volume: OpenHead, names: Sequence[str], guids: str | Sequence[str] | None) -> list[SnapshotRow]:
-    """Return the snapshots with these names; raise StateError if one of them has not the GUID that was chosen by its name."""
-    rows = [find_snapshot(volume.store.catalog, volume.row, name) for name in names]
-    if guids is None:
-        return rows
-    wanted = [guids] if isinstance(guids, str) else list(guids)
-    if len(wanted) != len(rows):
-        raise ValueError(f"{len(rows)} snapshots are named, and {len(wanted)} GUIDs are given; give one for each")
-    for row, guid in zip(rows, wanted, strict=True):
-        if row.guid.hex() != guid:
-            raise StateError(
-                f"{row.name!r} is another snapshot of {volume.name!r} now; nothing was changed; look at the snapshots, and "
-                "try again"
-            )
-    return rows
-
-
 def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] | None = None) -> None:
     """Drop snapshots' names and keep all data. See `Volume.merge`."""
     with volume.operation():
         catalog = volume.store.catalog
-        rows = _rows_of(volume, names, guids)
+        rows = snapshot_names.find_chosen(catalog, volume.row, names, guids)
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:

@@ -7,6 +7,7 @@ A layer with a name counts to the volume that the snapshot is of, also where clo
 volume of what stands on it, and to none if that is more than one.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -140,13 +141,13 @@ def _own_layers(catalog: Catalog, volume: VolumeRow) -> tuple[list[LayerRow], _O
 def bytes_of_layers(store: OpenStore, layers: Sequence[LayerRow]) -> dict[bytes, int]:
     """Return the bytes of data that each of some layers holds. Inside `reading`."""
     return {
-        id: sum(_bytes_of(store.layout.segment_file(row.id)) for row in rows)
+        id: sum(_bytes_of(store.layout.segment_path(row.id)) for row in rows)
         for id, rows in store.catalog.segments_of(list(layers)).items()
     }
 
 
-def _bytes_of(segment_file: Path) -> int:
+def _bytes_of(segment_path: str) -> int:
     try:
-        return max(allocated_bytes(segment_file.stat()) - HEADER_BYTES, 0)
+        return max(allocated_bytes(os.stat(segment_path)) - HEADER_BYTES, 0)  # noqa: PTH116 - of ten thousand
     except FileNotFoundError:  # nothing was written to it yet
         return 0

@@ -18,7 +18,6 @@ from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, nearest_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
 from onionskin.operations import reclaim, volumes
-from onionskin.operations.copy import extents
 from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
 from onionskin.operations.restart import restart_on
@@ -109,6 +108,9 @@ def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
 
 
 def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
+    # Imported late: each opening imports this module, to drop what is dead.
+    from onionskin.operations.copy import extents
+
     catalog = volume.store.catalog
     below = snapshot_below(catalog, volume.row, volume.head)
     if (below.layer if below else None) != stands_on:

@@ -45,6 +45,10 @@ class StoreInfo:
         open for writing.
     unfinished_base_merges : int
         Merges into a base that were begun and not ended.
+    default_wipe : str
+        The policy of volumes that are made without one: ``"release"`` or ``"zero"``.
+    default_block_size : int
+        The block size of volumes that are made without one.
     read_only : bool
         Whether this user can only read it.
     """
@@ -60,6 +64,8 @@ class StoreInfo:
     reserve_bytes: int
     pending_work: int
     unfinished_base_merges: int
+    default_wipe: str
+    default_block_size: int
     read_only: bool
 
 
@@ -70,6 +76,7 @@ def store_info(store: OpenStore) -> StoreInfo:
     maps = dict(allocated_files(layout.layers, ".map"))
     with catalog.reading():
         work = catalog.all_sound(WorkRow)
+        defaults = catalog.defaults()
         merges = len(catalog.base_merges())
         volumes, snapshots = catalog.volume_count(), sum(catalog.snapshot_counts().values())
         named = {row.target for row in work}
@@ -93,6 +100,8 @@ def store_info(store: OpenStore) -> StoreInfo:
         reserve_bytes=_size(layout.reserve),
         pending_work=len(reclaims),
         unfinished_base_merges=merges,
+        default_wipe=defaults.wipe,
+        default_block_size=defaults.block_size,
         read_only=store.read_only,
     )
 

@@ -6,13 +6,11 @@ is loaded once, and no more than two are in memory at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
-from onionskin.catalog.tree import nearest_name
 from onionskin.kernels._maplog import LayerMap
-from onionskin.operations.check import Problem, check
-from onionskin.operations.differences import diff, diff_of_chains
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
@@ -40,8 +38,7 @@ class Usage:
     bytes_freed_by_merge: int
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotSpace:
+class SnapshotSpace(NamedTuple):
     """What one snapshot takes, as `onionskin snapshots` shows it.
 
     Attributes
@@ -65,8 +62,7 @@ _MAP_BYTES_QUICK = 4 << 20
 _MAPS_QUICK = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class _VolumeTree:
+class _VolumeTree(NamedTuple):
     """The layers that a volume's snapshots and its head stand on. In `layers`, parents come first."""
 
     volume: VolumeRow
@@ -152,18 +148,18 @@ def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
     catalog = store.catalog
     volume = catalog.volume(name)
     snapshots = catalog.snapshots_of(volume.id)
-    ordered = _parents_first(catalog.layers_of_volume(volume.id))
+    ordered = parents_first(catalog.layers_of_volume(volume.id))
     missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}
     if missing:
         raise damaged(
             catalog.path,
             f"layer {min(missing).hex()} is missing, or one below it, or they stand on each other in a circle",
         )
-    only_children = frozenset(layer.id for layer in catalog.only_children_over_volume(volume.id))
+    only_children = frozenset(catalog.only_children_over_volume(volume.id))
     return _VolumeTree(volume, snapshots, ordered, only_children)
 
 
-def _parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
+def parents_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
     """Sort layers so that each comes after its parent, and an only child comes directly after it."""
     children: dict[bytes | None, list[LayerRow]] = {}
     for layer in layers:
@@ -195,17 +191,3 @@ def _measure(store: OpenStore, tree: _VolumeTree) -> tuple[dict[bytes, int], dic
         for _, layer_map in loaded:
             layer_map.close()
     return held, shadowed
-
-
-__all__ = [
-    "Problem",
-    "SnapshotSpace",
-    "Usage",
-    "check",
-    "diff",
-    "diff_of_chains",
-    "is_quick",
-    "nearest_name",
-    "snapshot_space",
-    "usage",
-]

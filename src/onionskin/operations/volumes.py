@@ -19,6 +19,8 @@ from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
 
+_UNLINKED_AT_ONCE = 16  # by the caller who waits for the removal
+
 
 def insert(store: OpenStore, id: bytes, name: str, head: NewHead) -> None:
     """Write the rows of a volume that comes from no other one. Inside a transaction."""
@@ -163,14 +165,19 @@ def refuse_delete(catalog: Catalog, rows: Sequence[VolumeRow], recursive: bool) 
 
 def _bytes_of(store: OpenStore, segments: Sequence[bytes]) -> int:
     """Return what these segments take on the disk. One that nothing was written to has no file."""
-    total, directory = 0, str(store.layout.segments)
-    for id in segments:  # of a thousand at once, so no Path of each
+    total = 0
+    for id in segments:
         with suppress(FileNotFoundError):
-            total += os.stat(f"{directory}/{store.layout.segment_name(id)}").st_blocks * 512  # noqa: PTH116
+            total += os.stat(store.layout.segment_path(id)).st_blocks * 512  # noqa: PTH116 - of a thousand
     return total
 
 
 def unlink_files(store: OpenStore, ids: Collection[bytes]) -> None:
-    """Unlink the own files of volumes that were removed, whose writers' bytes are held."""
+    """Unlink the own files of volumes that were removed. Those of many volumes are left to the background.
+
+    It is pending work, and nobody makes such a file again: its volume has no row.
+    """
+    if len(ids) > _UNLINKED_AT_ONCE:
+        return
     with suppress(OSError):  # they are removed, and what cannot be unlinked now stays pending
         reclaim.unlink_files_of(store, ids)

@@ -12,6 +12,7 @@ from onionskin.base.sizes import format_size
 from onionskin.pictures import svg
 
 if TYPE_CHECKING:
+    from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode
 
 WIDTH, TOP, ROW, LANE, RADIUS = 760, 14, 24, 18, 5
@@ -42,11 +43,27 @@ def tree_svg(name: str, roots: "Sequence[TreeNode]") -> str:
     left = 12 + lanes * LANE
     body = [_edge(places, index) for index, place in enumerate(places) if place.parent is not None]
     for row, place in enumerate(places):
-        body += [_dot(place, row), *_about(place.node, left, _y(row), most)]
+        beneath = None if place.parent is None else places[place.parent].node.name
+        body += [_dot(place, row), *_about(place.node, left, _y(row), most, origins_to_show(place.node, beneath))]
     if not places:
         body = [svg.text(12, _y(0) + 4, "no volumes", "soft")]
     height = TOP + max(len(places), 1) * ROW + 6
     return svg.document(WIDTH, height, f"Bases, snapshots and heads of {name}", _STYLE, body)
+
+
+def origins_to_show(node: "TreeNode", beneath: str | None) -> "Sequence[Ancestor]":
+    """Return what is said of where a head comes from: nothing where it stands on the snapshot that it began as.
+
+    `beneath` is the name of the node below it.
+    """
+    if len(node.origins) == 1 and not node.origins[0].dropped and source(node.origins[0]) == beneath:
+        return ()
+    return node.origins
+
+
+def source(origin: "Ancestor") -> str:
+    """Return the volume, or the snapshot, that something was forked from."""
+    return origin.name if origin.snapshot is None else f"{origin.name}@{origin.snapshot}"
 
 
 def lay_out(roots: "Sequence[TreeNode]") -> list[Place]:
@@ -104,19 +121,27 @@ def _dot(place: Place, row: int) -> str:
     return f'<circle class="{place.node.kind}" cx="{x:g}" cy="{y:g}" r="{RADIUS}"/>'
 
 
-def _about(node: "TreeNode", left: float, y: float, most: int) -> list[str]:
-    """Describe a node: its kind, its time, and the size of its data."""
+def _about(node: "TreeNode", left: float, y: float, most: int, origins: "Sequence[Ancestor]") -> list[str]:
+    """Describe a node: its kind, its time or what it comes from, and the size of its data."""
     kind = {"head": " (head)", "layer": " (no name)", "base": " (base)"}.get(node.kind, "")
     room = int((TIME_LEFT - left) / CHARACTER) - len(kind)
     name = svg.text(left, y + 4, svg.shortened(node.name, max(room, 12)) + kind, "title")
     full = f"{node.name}{kind}, {format_size(node.size_bytes)}{f': {node.note}' if node.note else ''}"
+    full += "".join(f", from {source(one)}{_dropped(one)}" for one in origins)
     parts = [f"<g><title>{svg.clean(full)}</title>{name}</g>"]
     if node.kind == "base":
         return [*parts, svg.text(WIDTH - 4, y + 4, format_size(node.size_bytes), "soft end")]
     if node.kind == "snapshot" and node.created is not None:
         parts.append(svg.text(TIME_LEFT, y + 4, node.created.strftime("%Y-%m-%d %H:%M UTC"), "soft"))
+    if origins:
+        room = int((BAR_LEFT - TIME_LEFT) / CHARACTER) - 6
+        parts.append(svg.text(TIME_LEFT, y + 4, f"from {svg.shortened(source(origins[0]), room)}", "soft"))
     bar = node.bytes_held / most * BAR if most else 0
     for style, width in (("rest", BAR), ("bar", bar)):
         if width:
             parts.append(f'<rect class="{style}" x="{BAR_LEFT}" y="{y - 4:g}" width="{max(width, 1):.1f}" height="8"/>')
     return [*parts, svg.text(WIDTH - 4, y + 4, f"holds {format_size(node.bytes_held)}", "soft end")]
+
+
+def _dropped(origin: "Ancestor") -> str:
+    return f" (dropped {origin.dropped:%Y-%m-%d %H:%M UTC})" if origin.dropped else ""

@@ -59,7 +59,7 @@ def open_map(store: OpenStore, layer: LayerRow) -> LayerMap:
 def load_map(store: OpenStore, layer: LayerRow) -> LayerMap:
     """Read the file of a layer's map, which must exist. The caller closes the map."""
     return LayerMap.load(
-        str(store.layout.map_file(layer.map_id)),
+        store.layout.map_path(layer.map_id),
         map_id=layer.map_id,
         block_size=layer.block_size,
         block_count=VOLUME_BYTES_MAX // layer.block_size,
@@ -77,7 +77,7 @@ def load_durable(store: OpenStore, layer: LayerRow, state: tuple[int, int, int] 
     if not frames:
         return empty_map(layer.block_size)
     return LayerMap.load(
-        str(store.layout.map_file(layer.map_id)),
+        store.layout.map_path(layer.map_id),
         map_id=layer.map_id,
         block_size=layer.block_size,
         block_count=VOLUME_BYTES_MAX // layer.block_size,
@@ -110,9 +110,7 @@ def lay_map(store: OpenStore, layer: LayerRow, provenance: ProvenanceMap) -> int
     try:
         size_bytes = _read_until_sound(
             layer,
-            lambda: provenance.lay_file(
-                str(store.layout.map_file(layer.map_id)), map_id=layer.map_id, **_sealed(layer)
-            ),
+            lambda: provenance.lay_file(store.layout.map_path(layer.map_id), map_id=layer.map_id, **_sealed(layer)),
         )
     except FileNotFoundError:
         if layer.sealed:

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.kernels._volume import DataPath
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks
+
+if TYPE_CHECKING:
+    from onionskin.kernels._volume import DataPath
 
 LOCK_WAIT_SECONDS = 60.0
 
@@ -222,12 +224,14 @@ def described_base(path: Path, *, digest: bool = False, vouched: bool = True) ->
 
 def open_chain(
     layout: Layout, chain: Chain, *, writable: bool, base_lock: BaseLock | None = None, dirty: Path | None = None
-) -> DataPath:
+) -> "DataPath":
     """Open the data path of a chain over the base that is locked.
 
     If `writable` is true, the top of the chain is a head, which keeps in `dirty` what is not flushed. Otherwise the
     chain is only read, including what a process that died left in `dirty`.
     """
+    from onionskin.kernels._volume import DataPath  # imported late: verbs that only look read no data
+
     top = chain.top
     path = DataPath(
         block_size=top.block_size,
@@ -257,12 +261,12 @@ def open_chain(
     return path
 
 
-def _set_base(path: DataPath, base: BaseRow, lock: BaseLock) -> None:
+def _set_base(path: "DataPath", base: BaseRow, lock: BaseLock) -> None:
     """Map a base. A merge may have made it shorter already; the layers of the merge hide the part that is missing."""
     path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
 
 
-def _add_layer(maps: str, path: DataPath, layer: LayerRow, segments: list[SegmentRow]) -> None:
+def _add_layer(maps: str, path: "DataPath", layer: LayerRow, segments: list[SegmentRow]) -> None:
     path.add_layer(
         map_path=f"{maps}/{layer.map_id.hex()}.map",
         map_id=layer.map_id,
@@ -281,10 +285,12 @@ def _ids_of(layout: Layout, head: LayerRow, segments: list[SegmentRow], role: st
     return found
 
 
-def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None) -> None:
+def _open_head(
+    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head(
-        map_path=str(layout.map_file(head.map_id)),
+        map_path=layout.map_path(head.map_id),
         map_id=head.map_id,
         inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],
@@ -296,11 +302,11 @@ def _open_head(layout: Layout, path: DataPath, head: LayerRow, segments: list[Se
 
 
 def _open_head_to_read(
-    layout: Layout, path: DataPath, head: LayerRow, segments: list[SegmentRow], dirty: Path | None
+    layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: Path | None
 ) -> None:
     own = _ids_of(layout, head, segments, "own")
     path.open_head_to_read(
-        map_path=str(layout.map_file(head.map_id)),
+        map_path=layout.map_path(head.map_id),
         map_id=head.map_id,
         inherited=[(segment.id, segment.slots) for segment in segments if segment.role == "sealed"],
         own=own[-1],

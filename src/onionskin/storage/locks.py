@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -357,9 +358,8 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
             id = of[taken]
             _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
         for id, name in volumes.items():
-            path = layout.volume_lock(id)
-            if volume_holder(path):
-                _refuse_held(path, name)
+            if volume_holder(layout.volume_lock_path(id)):
+                _refuse_held(layout.volume_lock(id), name)
         yield
     finally:
         locks.close()
@@ -420,7 +420,7 @@ def _write_holder(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
     try:
         with _named(descriptor):
-            os.pwrite(descriptor, f"{os.getpid()} {start_ticks(os.getpid())}\n".encode(), 0)
+            os.pwrite(descriptor, f"{os.getpid()} {_own_start_ticks(os.getpid())}\n".encode(), 0)
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
@@ -451,7 +451,7 @@ def _open_to_share(path: Path) -> int:
         return os.memfd_create("onionskin lock")
 
 
-def _checked_lock_file(path: Path, flags: int) -> int:
+def _checked_lock_file(path: Path | str, flags: int) -> int:
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
@@ -468,7 +468,7 @@ def _checked_lock_file(path: Path, flags: int) -> int:
             f"{path} {what}, and a lock of a store is a file of its own; remove it"
         )
     if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
-        share_file(descriptor, path)  # the file may have been made just now
+        share_file(descriptor, Path(path))  # the file may have been made just now
     return descriptor
 
 
@@ -480,7 +480,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def volume_holder(path: Path) -> Holder | None:
+def volume_holder(path: Path | str) -> Holder | None:
     """Return the process that holds a volume for writing, or None. The lock itself is not touched."""
     try:
         descriptor = _checked_lock_file(path, os.O_RDONLY)
@@ -499,6 +499,12 @@ def _read_holder(descriptor: int) -> Holder:
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
         return Holder(0, 0)
     return Holder(int(fields[0]), int(fields[1]))
+
+
+@lru_cache(1)
+def _own_start_ticks(pid: int) -> int:
+    """Return the start of this process. The child of a fork has another id."""
+    return start_ticks(pid)
 
 
 def start_ticks(pid: int) -> int:

@@ -296,15 +296,18 @@ class OpenHead(OpenDisk):
     # ---- operations ----
 
     @contextmanager
-    def operation(self, *, during_merge: bool = False, may_resume: bool = False) -> Iterator[None]:
+    def operation(
+        self, *, during_merge: bool = False, may_resume: bool = False, within: float | None = None
+    ) -> Iterator[None]:
         """Hold the volume for one operation on its tree.
 
         `during_merge`: the operation may run while a merge into the base copies, and the caller itself checks for an
-        interrupted merge. `may_resume`: the operation ends an interrupted merge.
+        interrupted merge. `may_resume`: the operation ends an interrupted merge. `within`: how many seconds another
+        operation is waited for; by default until it ends.
         """
         if self._forked:
             raise forking.forked_error(f"volume {self.name!r}")
-        with self.guard:
+        with self._guarded(within):
             self._refuse_ended()
             self._resolve()
             if self.path.poisoned:
@@ -316,6 +319,17 @@ class OpenHead(OpenDisk):
             if not (may_resume or during_merge):
                 self.refuse_half_merged()
             yield
+
+    @contextmanager
+    def _guarded(self, within: float | None) -> Iterator[None]:
+        if not self.guard.acquire(timeout=-1 if within is None else within):
+            raise StateError(
+                f"another operation on volume {self.row.name!r} has gone on for {within:.0f} s; try again when it has ended"
+            )
+        try:
+            yield
+        finally:
+            self.guard.release()
 
     def refuse_half_merged(self) -> None:
         """Raise StateError if a merge into the base was begun and has not ended, and none is under way."""

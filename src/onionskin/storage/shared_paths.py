@@ -9,11 +9,14 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from onionskin.errors import ChainError
-from onionskin.kernels._volume import DataPath
 from onionskin.storage.chain import Chain
 from onionskin.storage.locks import BaseLock, ByteLocks
+
+if TYPE_CHECKING:
+    from onionskin.kernels._volume import DataPath
 
 
 @dataclass(slots=True)
@@ -21,7 +24,7 @@ class OpenChain:
     """The open data path of a chain, with the locks that keep its files."""
 
     chain: Chain
-    path: DataPath
+    path: "DataPath"
     locks: ByteLocks
     base_lock: BaseLock | None
     users: int = 0
@@ -86,8 +89,10 @@ class SealedViews:
         view.path.close()
 
 
-def closed_path(path: DataPath) -> DataPath:
+def closed_path(path: "DataPath") -> "DataPath":
     """Return a closed data path of the same size. A view that closes gets it if others still use its real one."""
+    from onionskin.kernels._volume import DataPath
+
     closed = DataPath(
         block_size=path.block_size,
         size_bytes=path.size_bytes,

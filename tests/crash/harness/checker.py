@@ -52,10 +52,13 @@ RECOVERY_WORDS = ("read", "building", "creating", "built")
 
 @dataclass(frozen=True)
 class Found:
-    """What a volume reads: its head, and each of its snapshots."""
+    """What a volume reads: its head, and each of its snapshots; and what is said of it."""
 
     head: bytes
     snapshots: dict[str, bytes]
+    ancestors: tuple[tuple[str, str | None], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    expires: bool = False
 
 
 def workload_checker(seed: Seed, wipe: str, step_count: int) -> Callable[[Path, Sequence[str]], list[str]]:
@@ -162,7 +165,14 @@ def read_all(store: Any, volume: Any) -> Found:
     for snapshot in volume.snapshots:
         with store.open(volume.name, snapshot=snapshot.name) as view:
             snapshots[snapshot.name] = view.read(0, view.size_bytes)
-    return Found(volume.read(0, volume.size_bytes), snapshots)
+    info = store.info(volume.name)
+    return Found(
+        volume.read(0, volume.size_bytes),
+        snapshots,
+        tuple((ancestor.name, ancestor.snapshot) for ancestor in store.lineage(volume.name)),
+        tuple(sorted(info.labels.items())),
+        info.expires is not None,
+    )
 
 
 # The replay makes directories and files with modes of its own; and no opening ends a merge into the base.
@@ -199,10 +209,21 @@ def difference(model: StoreModel, found: dict[str, Found]) -> str | None:
         for snapshot, taken in volume.snapshots.items():
             if found[name].snapshots[snapshot] != taken.content:
                 return f"snapshot {snapshot} of {name} does not read as it was taken"
-        reason = volume.head.difference(found[name].head)
+        reason = volume.head.difference(found[name].head) or difference_of_what_is_said(volume, found[name])
         if reason is not None:
             return f"the head of {name} {reason}"
     return None
+
+
+def difference_of_what_is_said(volume: VolumeModel, found: Found) -> str | None:
+    """Why the lineage, the labels or the lifetime of a volume are not as the model has them."""
+    if (found.labels, found.expires) != (volume.labels, volume.expires):
+        return f"has the labels {found.labels}, and expires: {found.expires}"
+    are_right = len(found.ancestors) == len(volume.ancestors) and all(
+        name == origin.volume and snapshot in origin.snapshots
+        for (name, snapshot), origin in zip(found.ancestors, volume.ancestors, strict=True)
+    )
+    return None if are_right else f"comes from {found.ancestors} instead of {volume.ancestors}"
 
 
 def stray_canaries(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ workloads, to the first violation. A barrier that can be taken out unnoticed is 
 extensions are built, so Cython and setuptools have to be there.
 
 The convention: a barrier is one line that holds one whole call of onion_sync_file, onion_sync_directory,
-fdatasync, fsync or syncfs (C), or of sync_file, sync_directory, os.fsync or the catalog's _checkpoint (Python), and ends
+fdatasync, fsync or syncfs (C), or of sync_file, sync_directory, os.fsync or os.fdatasync (Python), and ends
 with its name:
 
     status = onion_sync_file(fd); /* BARRIER: map frame */
@@ -42,8 +42,7 @@ from pathlib import Path
 
 MARK = re.compile(r"(?:/\*|#) BARRIER: (?P<name>[^*]+?)\s*(?:\*/)?$")
 CALL = re.compile(
-    r"\b(onion_sync_file|onion_sync_directory|os\.fsync|fdatasync|fsync|syncfs|sync_file|sync_directory"
-    r"|self\._checkpoint)\("
+    r"\b(onion_sync_file|onion_sync_directory|os\.fsync|os\.fdatasync|fdatasync|fsync|syncfs|sync_file|sync_directory)\("
 )
 DURABILITY = re.compile(r"(synchronous\s*=\s*)(FULL|EXTRA)", re.IGNORECASE)
 # Where the calls themselves are defined: what they are made of is named where they are used.

@@ -13,8 +13,9 @@ from.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 SECTOR_BYTES = 512
 BLOCK_BYTES = 4096
@@ -25,6 +26,9 @@ STEPS = 40
 SNAPSHOTS_MAX = 5
 MAIN = "main"
 MAIN_CLONE = "clone"
+FORKS_MAX = 6
+FORKS_DRAWN = (4, 0, 1, 0)  # by seed, how often: where nothing is forked, all else can be reached
+FORK_LABELS = (("of", "a crash"),)
 Seed = int | str  # a number draws steps; a name is one of crash.harness.scripts
 
 
@@ -75,12 +79,28 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a volume was cloned or forked from, and as which snapshots it may say that it began."""
+
+    volume: str
+    snapshots: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
 class VolumeModel:
-    """A volume, its snapshots and the snapshot that its head is a child of."""
+    """A volume, its snapshots and the snapshot that its head is a child of.
+
+    `stands_on` is the nearest snapshot (volume, name) of another volume below all of it, and `ancestors` what it comes
+    from, the nearest first. `expires`: it was made with a lifetime, which is over at once.
+    """
 
     head: Disk
     snapshots: Mapping[str, Taken] = field(default_factory=dict)
     parent: str | None = None
+    stands_on: tuple[str, str] | None = None
+    ancestors: tuple[Origin, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    expires: bool = False
 
     def subtree(self, name: str) -> set[str]:
         found = {name}
@@ -98,17 +118,27 @@ class VolumeModel:
 class StoreModel:
     """All volumes, and the image files that were exported beside the store.
 
-    `cloned` is the snapshot of the main volume that the clone was made of. `hides` is set once a layer
-    without a name may hold blocks that nothing reads: it had several children when its name was merged away.
+    `hides` is set once a layer without a name may hold blocks that nothing reads: it had several children when its name
+    was merged away, or it never had a name.
     """
 
     volumes: Mapping[str, VolumeModel] = field(default_factory=dict)
-    cloned: str | None = None
     hides: bool = False
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def with_volume(self, name: str, volume: VolumeModel) -> StoreModel:
         return replace(self, volumes={**self.volumes, name: volume})
+
+    def without(self, names: Collection[str]) -> StoreModel:
+        return replace(self, volumes={name: volume for name, volume in self.volumes.items() if name not in names})
+
+    def standing_on(self, volume: str, snapshots: Collection[str]) -> set[str]:
+        """The other volumes that stand on some snapshots of a volume."""
+        below = {(volume, snapshot) for snapshot in snapshots}
+        return {name for name, other in self.volumes.items() if other.stands_on in below}
+
+    def has_forks(self, name: str) -> bool:
+        return any(volume.ancestors[:1] and volume.ancestors[0].volume == name for volume in self.volumes.values())
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
         planner.create()
         SCRIPTS[seed].steps(planner)
         return Plan(seed, wipe, planner.base, planner.steps)
-    planner = Planner(source, has_base=seed % 3 != 2)
+    planner = Planner(source, has_base=seed % 3 != 2, forks=FORKS_DRAWN[seed % 4])
     planner.create()
     while len(planner.steps) < step_count:
         planner.add_one()
@@ -158,8 +188,9 @@ def plan(seed: Seed, wipe: str, step_count: int = STEPS) -> Plan:
 class Planner:
     """Draws operations that the store will not refuse, and keeps the model."""
 
-    def __init__(self, source: random.Random, *, has_base: bool) -> None:
+    def __init__(self, source: random.Random, *, has_base: bool, forks: int = 0) -> None:
         self.source = source
+        self.forks = forks  # the weight of each that is drawn
         self.flat = False  # the disk stands on nothing any more, or did once
         self.store = StoreModel()
         self.steps: list[Step] = []
@@ -201,8 +232,14 @@ class Planner:
             (3, self.merge),
             (1, self.resize),
             (1, self.clone),
-            (2, self.write_clone),
-            (1, self.delete_clone),
+            (2, self.write_other),
+            (2, self.delete_clone),
+            (2 * self.forks, self.fork_some),
+            (self.forks, self.fork_again),
+            (self.forks, self.delete_some),
+            (self.forks, self.expire),
+            (self.forks, self.use_temporary),
+            (self.forks, self.snapshot_some),
             (1, self.reopen),
             (2, self.merge_upto_into_base),
             (1, self.flatten),
@@ -251,7 +288,7 @@ class Planner:
         name = f"s{self.names}"
         main = self.main
         taken = {**main.snapshots, name: Taken(main.head.content, main.parent)}
-        self.step_main("snapshot", (name,), VolumeModel(main.head.flushed(), taken, name))
+        self.step_main("snapshot", (name,), replace(main, head=main.head.flushed(), snapshots=taken, parent=name))
 
     def _some_snapshot(self) -> str | None:
         return self.source.choice(sorted(self.main.snapshots)) if self.main.snapshots else None
@@ -260,7 +297,7 @@ class Planner:
         name = self._some_snapshot()
         if name is not None:
             main = self.main
-            after = VolumeModel(Disk(main.snapshots[name].content), main.snapshots, name)
+            after = replace(main, head=Disk(main.snapshots[name].content), parent=name)
             self.step_main("revert", (name,), after)
 
     def discard(self) -> None:
@@ -269,32 +306,36 @@ class Planner:
             return
         main = self.main
         gone = main.subtree(name)
-        if self.store.cloned in gone or self.store.hides:
-            return  # refused; or the clone's origin lost its name, and where it was is not in the model
+        if self.store.standing_on(MAIN, gone):
+            return  # refused
         taken = main.snapshots[name]
         kept = {other: found for other, found in main.snapshots.items() if other not in gone}
         if main.parent in gone:
-            after = VolumeModel(Disk(taken.content), kept, taken.parent)
+            after = replace(main, head=Disk(taken.content), snapshots=kept, parent=taken.parent)
         else:
             after = replace(main, snapshots=kept)
         self.step_main("discard", (name,), after)
 
     def merge(self) -> None:
         name = self._some_snapshot()
-        if name is not None and name != self.store.cloned:
+        if name is not None:
             self.merge_named(name)
 
     def merge_named(self, name: str) -> None:
-        main = self.main
-        gone = main.snapshots[name]
+        main, below = self.main, self.main.snapshots[name].parent
         kept = {
-            other: replace(found, parent=gone.parent) if found.parent == name else found
+            other: replace(found, parent=below) if found.parent == name else found
             for other, found in main.snapshots.items()
             if other != name
         }
-        parent = gone.parent if main.parent == name else main.parent
-        store = replace(self.store, hides=self.store.hides or main.children(name) > 1)
-        self.step("merge", (name,), store.with_volume(MAIN, VolumeModel(main.head, kept, parent)))
+        others = self.store.standing_on(MAIN, [name])
+        on_it = main.children(name) + len(others)
+        after = replace(self.store, hides=self.store.hides or on_it > 1)
+        for other in others:
+            volume = after.volumes[other]
+            after = after.with_volume(other, replace(volume, stands_on=(MAIN, below) if below else None))
+        parent = below if main.parent == name else main.parent
+        self.step("merge", (name,), after.with_volume(MAIN, replace(main, snapshots=kept, parent=parent)))
 
     def resize(self) -> None:
         self.resize_to(self.source.choice((40, 56, 64, 72)) * BLOCK_BYTES + self.source.choice((0, SECTOR_BYTES)))
@@ -306,64 +347,144 @@ class Planner:
         resized = content[:size_bytes].ljust(size_bytes, b"\0")
         self.step_main("resize", (size_bytes,), replace(self.main, head=Disk(resized)))
 
+    # ---- other volumes ----
+
+    def others(self) -> list[str]:
+        return sorted(self.store.volumes.keys() - {MAIN})
+
+    def _below_head(self, name: str) -> tuple[str, str] | None:
+        """The nearest snapshot that the head of a volume stands on."""
+        volume = self.store.volumes[name]
+        return (name, volume.parent) if volume.parent else volume.stands_on
+
+    def _forked(self, source: str, snapshot: str | None, **said: Any) -> VolumeModel:
+        """A volume that begins as a snapshot of another one, or as that is now."""
+        volume = self.store.volumes[source]
+        content = volume.snapshots[snapshot].content if snapshot else volume.head.content
+        # A head that nothing was written to is forked as the snapshot that it stands on.
+        began_as = (snapshot,) if snapshot else (None, volume.parent)
+        return VolumeModel(
+            Disk(content),
+            stands_on=(source, snapshot) if snapshot else self._below_head(source),
+            ancestors=(Origin(source, began_as), *volume.ancestors),
+            **said,
+        )
+
     def clone(self) -> None:
         name = self._some_snapshot()
-        if name is None or MAIN_CLONE in self.store.volumes:
-            return
-        store = replace(self.store, cloned=name)
-        made = VolumeModel(Disk(self.main.snapshots[name].content))
-        self.step("clone", (name,), store.with_volume(MAIN_CLONE, made))
+        if name is not None and MAIN_CLONE not in self.store.volumes:
+            self.step("clone", (name,), self.store.with_volume(MAIN_CLONE, self._forked(MAIN, name)))
 
-    def fork(self, snapshot: str | None, *names: str) -> None:
+    def fork_some(self) -> None:
+        """Of the disk or of another volume, as it is or as it was; some of them expire."""
+        if len(self.store.volumes) > FORKS_MAX:
+            return
+        source = self.source.choice([MAIN, MAIN, MAIN, *self.others()])
+        snapshots = sorted(self.store.volumes[source].snapshots)
+        snapshot = self.source.choice([*snapshots, *snapshots, None])
+        names = [self._new_name("f") for _ in range(self.source.randint(1, 3))]
+        self.fork(snapshot, *names, source=source, expires=self.source.random() < 0.5)
+
+    def _new_name(self, letter: str) -> str:
+        self.names += 1
+        return f"{letter}{self.names}"
+
+    def fork(self, snapshot: str | None, *names: str, source: str = MAIN, expires: bool = False) -> None:
         """All begin as a snapshot, or as the disk is: what was written until then is flushed by that."""
-        main = self.main if snapshot else replace(self.main, head=self.main.head.flushed())
-        content = main.snapshots[snapshot].content if snapshot else main.head.content
-        made = {name: VolumeModel(Disk(content)) for name in names}
+        volume = self.store.volumes[source]
+        made = {name: self._forked(source, snapshot, labels=FORK_LABELS, expires=expires) for name in names}
+        flushed = volume if snapshot else replace(volume, head=volume.head.flushed())
         # What a cut holds and all that stands on it hides goes when it is looked for, not at once.
-        after = replace(self.store, cloned=snapshot, hides=self.store.hides or snapshot is None)
-        source = f"{MAIN}@{snapshot}" if snapshot else MAIN
-        self.step("fork", (source, names), replace(after, volumes={**after.volumes, MAIN: main, **made}))
+        after = replace(self.store, hides=self.store.hides or snapshot is None)
+        asked = f"{source}@{snapshot}" if snapshot else source
+        after = replace(after, volumes={**after.volumes, source: flushed, **made})
+        self.step("fork", (asked, names, expires), after)
+
+    def fork_again(self) -> None:
+        """A call that was made before, under its key: it makes nothing."""
+        before = [step.arguments for step in self.steps if step.operation == "fork"]
+        if before:
+            self.step("fork", self.source.choice(before), self.store)
+
+    def expire(self) -> None:
+        """Those with a lifetime go that have no snapshots, and that nothing there was forked from."""
+        gone = {
+            name
+            for name, volume in self.store.volumes.items()
+            if volume.expires and not volume.snapshots and not self.store.has_forks(name)
+        }
+        self.step("expire", tuple(sorted(gone)), self.store.without(gone))
+
+    def delete_some(self) -> None:
+        """Some go together, where none that stays stands on them."""
+        names = self.source.sample(self.others(), min(len(self.others()), self.source.randint(1, 3)))
+        kept = self.store.without(names)
+        if names and not any(kept.standing_on(name, self.store.volumes[name].snapshots) for name in names):
+            self.delete_several(*names)
 
     def delete_several(self, *names: str) -> None:
-        left = {name: volume for name, volume in self.store.volumes.items() if name not in names}
-        self.step("delete_several", names, replace(self.store, volumes=left))
+        self.step("delete_several", names, self.store.without(names))
 
-    def snapshot_group(self, name: str) -> None:
-        """The disk and its clone, both open and written to, get a snapshot of one name."""
-        clone = self.store.volumes[MAIN_CLONE]
+    def use_temporary(self) -> None:
+        """A fork for a while, of a snapshot or of the disk as it is, which is written to."""
+        snapshot = self._some_snapshot() if self.source.random() < 0.7 else None
+        name = self._new_name("t")
+        forked = self._forked(MAIN, snapshot)
+        main = self.main if snapshot else replace(self.main, head=self.main.head.flushed())
+        after = replace(self.store, hides=self.store.hides or snapshot is None).with_volume(MAIN, main)
+        self.step("open_temporary", (name, f"{MAIN}@{snapshot}" if snapshot else MAIN), after.with_volume(name, forked))
+        offset, length = self.place(SECTOR_BYTES, len(forked.head.content))
+        data = self.pattern(length)
+        written = replace(forked, head=forked.head.changed(offset, data))
+        self.step("write_temporary", (offset, data), self.store.with_volume(name, written))
+        self.step("close_temporary", (), self.store.without([name]))
+
+    def snapshot_some(self) -> None:
+        """The disk and another volume are cut together."""
+        room = len(self.main.snapshots) < SNAPSHOTS_MAX
+        if room and self.others():
+            self.snapshot_group(self._new_name("g"), self.source.choice(self.others()))
+
+    def snapshot_group(self, name: str, other: str = MAIN_CLONE) -> None:
+        """The disk and another volume, both open and written to, get a snapshot of one name."""
+        clone = self.store.volumes[other]
         offset, length = 3 * BLOCK_BYTES, 2 * BLOCK_BYTES
         data = self.pattern(length)
         self.step(
             "open_clone",
-            (offset, data),
-            self.store.with_volume(MAIN_CLONE, replace(clone, head=clone.head.changed(offset, data))),
+            (other, offset, data),
+            self.store.with_volume(other, replace(clone, head=clone.head.changed(offset, data))),
         )
         self.write_at(offset, length)
-        taken = {volume: self._with_snapshot(volume, name) for volume in (MAIN, MAIN_CLONE)}
-        self.step("snapshot_group", (name,), replace(self.store, volumes={**self.store.volumes, **taken}))
+        taken = {volume: self._with_snapshot(volume, name) for volume in (MAIN, other)}
+        self.step("snapshot_group", (name, other), replace(self.store, volumes={**self.store.volumes, **taken}))
         self.step("close_clone", (), self.store)
 
     def _with_snapshot(self, volume: str, name: str) -> VolumeModel:
         found = self.store.volumes[volume]
         taken = {**found.snapshots, name: Taken(found.head.content, found.parent)}
-        return VolumeModel(found.head.flushed(), taken, name)
+        return replace(found, head=found.head.flushed(), snapshots=taken, parent=name)
 
-    def write_clone(self) -> None:
-        """Opens the clone and writes; then closes it, which flushes."""
-        if MAIN_CLONE not in self.store.volumes:
-            return
-        clone = self.store.volumes[MAIN_CLONE]
+    def write_other(self) -> None:
+        if self.others():
+            self.write_clone(self.source.choice(self.others()))
+
+    def write_clone(self, name: str = MAIN_CLONE) -> None:
+        """Opens another volume and writes; then closes it, which flushes."""
+        clone = self.store.volumes[name]
         offset, length = self.place(SECTOR_BYTES, len(clone.head.content))
         data = self.pattern(length)
         written = replace(clone, head=clone.head.changed(offset, data))
         flushed = replace(clone, head=written.head.flushed())
-        self.step("open_clone", (offset, data), self.store.with_volume(MAIN_CLONE, written))
-        self.step("close_clone", (), self.store.with_volume(MAIN_CLONE, flushed))
+        self.step("open_clone", (name, offset, data), self.store.with_volume(name, written))
+        self.step("close_clone", (), self.store.with_volume(name, flushed))
 
     def delete_clone(self) -> None:
-        if MAIN_CLONE in self.store.volumes and not self.store.hides:
-            left = {name: volume for name, volume in self.store.volumes.items() if name != MAIN_CLONE}
-            self.step("delete_clone", (), replace(self.store, volumes=left, cloned=None))
+        if MAIN_CLONE not in self.store.volumes:
+            return
+        kept = self.store.without([MAIN_CLONE])
+        if not kept.standing_on(MAIN_CLONE, self.store.volumes[MAIN_CLONE].snapshots):
+            self.step("delete_clone", (), kept)
 
     def reopen(self) -> None:
         self.step_main("reopen", (), replace(self.main, head=self.main.head.flushed()))
@@ -390,7 +511,7 @@ class Planner:
             self.step_main("merge_into_base", (name,), main)
 
     def _may_merge_into_base(self) -> bool:
-        in_the_way = self.flat or self.store.hides or MAIN_CLONE in self.store.volumes
+        in_the_way = self.flat or self.store.hides or bool(self.others())
         return self.base is not None and not in_the_way
 
     def finish(self) -> None:

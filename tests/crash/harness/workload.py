@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crash.harness.model import BLOCK_BYTES, MAIN, MAIN_CLONE, STEPS, Plan, Seed, plan
+from crash.harness.model import BLOCK_BYTES, FORK_LABELS, MAIN, MAIN_CLONE, STEPS, Plan, Seed, plan
 from crash.harness.run import Recording, mark, run
 
 STORE = "kept/store"  # making it makes a directory on the way as well
 BASE = "base.raw"
+LIFETIME = 1e-9  # of forks that `expire` drops
 
 
 def prepare(root: Path, steps: Plan) -> None:
@@ -58,6 +59,7 @@ class Workload:
         self.store: Any = None
         self.main: Any = None
         self.cloned: Any = None
+        self.temporary: Any = None
 
     def create(self, size_bytes: int) -> None:
         import onionskin
@@ -95,8 +97,8 @@ class Workload:
     def clone(self, name: str) -> None:
         self.store.clone(MAIN, name, MAIN_CLONE)
 
-    def open_clone(self, offset: int, data: bytes) -> None:
-        self.cloned = self.store.open(MAIN_CLONE)
+    def open_clone(self, name: str, offset: int, data: bytes) -> None:
+        self.cloned = self.store.open(name)
         self.cloned.write(offset, data)
 
     def close_clone(self) -> None:
@@ -105,14 +107,30 @@ class Workload:
     def delete_clone(self) -> None:
         self.store.delete(MAIN_CLONE, recursive=True)
 
-    def fork(self, source: str, names: tuple[str, ...]) -> None:
-        self.store.fork(source, names=names, labels={"of": "a crash"}, idempotency_key=names[0])
+    def fork(self, source: str, names: tuple[str, ...], expires: bool) -> None:
+        lifetime = LIFETIME if expires else None
+        labels, key = dict(FORK_LABELS), names[0]
+        made = self.store.fork(source, names=names, labels=labels, lifetime=lifetime, idempotency_key=key)
+        assert made == list(names)
+
+    def expire(self, *gone: str) -> None:
+        assert self.store.expire() == list(gone)
+
+    def open_temporary(self, name: str, source: str) -> None:
+        self.temporary = self.store.temporary(source, name=name)
+        self.cloned = self.temporary.__enter__()
+
+    def write_temporary(self, offset: int, data: bytes) -> None:
+        self.cloned.write(offset, data)
+
+    def close_temporary(self) -> None:
+        self.temporary.__exit__(None, None, None)
 
     def delete_several(self, *names: str) -> None:
         self.store.delete(*names, recursive=True)
 
-    def snapshot_group(self, name: str) -> None:
-        self.store.snapshot_group({MAIN: name, MAIN_CLONE: name})
+    def snapshot_group(self, name: str, other: str) -> None:
+        self.store.snapshot_group({MAIN: name, other: name})
 
     def reopen(self) -> None:
         import onionskin

@@ -226,3 +226,46 @@ def test_a_loop_that_ends_waits_for_what_its_tasks_began(tmp_path: Path) -> None
     asyncio.run(main())
     with onionskin.Store(tmp_path / "vms") as store, store.open("web") as disk:
         assert [one.name for one in disk.snapshots] == ["a"]
+
+
+def test_a_temporary_fork_is_dropped_though_its_task_is_cancelled_again_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms", threads=1) as store, store.create("web", size="1M") as web:
+            await web.snapshot("clean")
+            held, inside = Held(lambda: None), asyncio.Event()
+
+            async def use() -> None:
+                async with store.temporary("web@clean") as disk:
+                    await disk.write(0, b"x")
+                    inside.set()
+                    await asyncio.Event().wait()
+
+            task = asyncio.create_task(use())
+            await inside.wait()
+            blocker = asyncio.create_task(store.run(held))  # the only thread is busy while the fork is to be dropped
+            await begun(held)
+            for _ in range(3):
+                task.cancel()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            held.go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await blocker
+            assert [info.name for info in await store.volumes()] == ["web"]
+
+    asyncio.run(main())
+
+
+def test_a_temporary_fork_that_cannot_be_flushed_is_dropped(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store, store.create("web", size="1M") as web:
+            await web.snapshot("clean")
+            async with store.temporary("web@clean") as disk:
+                await disk.write(0, b"x")
+                disk.sync._opened.path.poison()
+            assert [info.name for info in await store.volumes()] == ["web"]
+
+    asyncio.run(main())

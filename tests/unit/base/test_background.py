@@ -48,6 +48,23 @@ def test_finish_returns_only_when_what_runs_has_ended() -> None:
     background.end()
 
 
+def test_finish_does_not_wait_for_what_is_asked_for_meanwhile() -> None:
+    stop, finished = threading.Event(), threading.Event()
+
+    def work() -> None:
+        if not stop.is_set():
+            background.wake()  # there is always more
+
+    background = Background(work, "test")
+    background.wake()
+    waiter = threading.Thread(target=lambda: (background.finish(), finished.set()))
+    waiter.start()
+    assert finished.wait(60)
+    stop.set()
+    waiter.join()
+    background.end()
+
+
 def test_work_that_raises_keeps_nobody_waiting_and_the_next_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
     seen: list[threading.ExceptHookArgs] = []

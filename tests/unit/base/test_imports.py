@@ -41,11 +41,12 @@ def test_a_command_line_that_opens_nothing_imports_no_numpy(arguments: list[str]
 UNNEEDED = {
     *("logging", "hashlib", "tempfile", "shutil", "traceback", "difflib", "click.shell_completion"),
     *("onionskin.cli.serve", "onionskin.cli.exchange", "onionskin.cli.byte_ranges", "onionskin.volume"),
-    *("onionskin.operations.prune", "onionskin.operations.reclaim", "onionskin.operations.usage"),
+    *("json", "pkgutil", "onionskin.kernels._volume", "onionskin.kernels._copy", "onionskin.kernels._wipe"),
+    *("onionskin.operations.prune", "onionskin.operations.reclaim", "onionskin.operations.check"),
 }
 
 
-@pytest.mark.parametrize("words", [["snapshots", "--columns", "name,size"], ["holds"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [["snapshots"], ["holds"], ["info"]], ids=lambda words: words[0])
 def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, words: list[str]) -> None:
     with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
         volume.snapshot("clean")
@@ -54,6 +55,25 @@ def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Pat
         f"try: onionskin({[*words, str(tmp_path / 'vms/web')]!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         f"assert not {UNNEEDED} & sys.modules.keys(), {UNNEEDED} & sys.modules.keys()\n"
+    )
+
+
+def test_a_snapshot_imports_nothing_of_what_reads_maps_or_copies(tmp_path: Path) -> None:
+    onionskin.Store(tmp_path / "vms").create("web", size="1M").close()
+    unneeded = {
+        "json",
+        "pkgutil",
+        "tempfile",
+        "shutil",
+        "numpy",
+        "onionskin.kernels._copy",
+        "onionskin.operations.usage",
+    }
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({['snapshot', str(tmp_path / 'vms/web')]!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"assert not {unneeded} & sys.modules.keys(), {unneeded} & sys.modules.keys()\n"
     )
 
 

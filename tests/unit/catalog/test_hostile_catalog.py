@@ -145,6 +145,23 @@ def test_layers_in_a_circle_are_refused_and_not_followed(store_path: Path, tmp_p
         assert any("circle" in fault for _, _, fault in store._opened.catalog.unsound_rows())
 
 
+def test_lineage_in_a_circle_is_followed_once_and_keeps_nothing_from_being_dropped(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("a", size="1M").close()
+        store.fork("a", names=["b"])
+        store.fork("b", names=["c"])
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        ids = dict(catalog.execute("SELECT name, id FROM volumes"))
+        for name, parent in (("a", "c"), ("b", "b")):
+            catalog.execute("UPDATE lineage SET parent = ? WHERE name = ?", (ids[parent], name))
+        catalog.commit()
+    with onionskin.Store(tmp_path / "store") as store:
+        assert [ancestor.name for ancestor in store.lineage("c")] == ["b"]
+        assert [ancestor.name for ancestor in store.lineage("a")] == ["c", "b"]
+        store.delete("a", "b", "c")
+        assert len(store) == 0 and store.check() == []
+
+
 def test_a_bad_row_of_one_volume_keeps_nobody_from_the_others(store_path: Path, tmp_path: Path) -> None:
     shutil.copytree(store_path, tmp_path / "store")
     with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:

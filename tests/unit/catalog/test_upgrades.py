@@ -54,11 +54,27 @@ def test_forks_of_a_store_of_version_4_are_as_those_of_a_new_one(path: Path) -> 
         assert store.info("other").expires is None and store.info("other").labels == {} and store.expire() == []
 
 
-def test_an_onionskin_of_version_4_refuses_a_store_of_this_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_version_5_makes_volumes_as_it_did(path: Path) -> None:
+    """Version 5 was the last one without defaults of a store."""
+    make_older(path, 5)
+    with onionskin.Store(path) as store:
+        assert store.defaults() == ("release", BLOCK)
+        store.set_defaults(wipe="zero")
+        store.create("new", size="1M").close()
+        assert (store.info("new").wipe, store.info("web").wipe) == ("zero", "release")
+
+
+@pytest.mark.parametrize("known", [4, 5])
+def test_an_older_onionskin_refuses_a_store_of_this_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch, known: int
+) -> None:
     """It compares the version with those that it knows, as this one does with a version to come."""
-    monkeypatch.setattr(connection, "SCHEMA_VERSION", 4)
-    monkeypatch.delitem(UPGRADES, 4)
-    with pytest.raises(onionskin.FormatError, match=r"has version 5, and this onionskin knows only 4; use a newer"):
+    monkeypatch.setattr(connection, "SCHEMA_VERSION", known)
+    for later in range(known, SCHEMA_VERSION):
+        monkeypatch.delitem(UPGRADES, later)
+    with pytest.raises(
+        onionskin.FormatError, match=rf"has version 6, and this onionskin knows only {known}; use a newer"
+    ):
         onionskin.Store(path)
 
 
@@ -87,16 +103,17 @@ def upgrade_killed_at(path: Path, statement: int, monkeypatch: pytest.MonkeyPatc
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.parametrize(("version", "statements"), [(4, 13), (5, 6)])
 def test_a_kill_in_the_upgrade_leaves_the_old_version_or_the_new_one(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, version: int, statements: int
 ) -> None:
     tables = tables_of(path)
-    make_older(path, 4)
+    make_older(path, version)
     older, statement = tables_of(path), 1
     while upgrade_killed_at(path, statement, monkeypatch):
-        assert (version_of(path), tables_of(path)) == (4, older)
+        assert (version_of(path), tables_of(path)) == (version, older)
         statement += 1
-    assert statement > 10
+    assert statement > statements
     assert (version_of(path), tables_of(path)) == (SCHEMA_VERSION, tables)
     with onionskin.Store(path) as store:
         assert [one.name for one in store.lineage("copy")] == ["web"] and store.check() == []

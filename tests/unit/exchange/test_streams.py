@@ -347,3 +347,15 @@ def test_no_program_is_left_where_no_thread_can_be_started(store: Store, monkeyp
         monkeypatch.undo()
         assert [program.poll() for program in started] == [-9]
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("kind", "variable"), [("xz", "XZ_OPT"), ("xz", "XZ_DEFAULTS"), ("bzip2", "BZIP2")])
+def test_what_the_environment_says_to_the_program_does_not_matter(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, variable: str
+) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(subprocess.run([kind, "-c"], input=b"a" * BLOCK, capture_output=True, check=True).stdout)
+    monkeypatch.setenv(variable, "--no-such-option")
+    import_image(store, image, "new")
+    with store.open("new") as disk:
+        assert disk[:] == b"a" * BLOCK

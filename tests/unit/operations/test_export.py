@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow
 from onionskin.images import export_image
+from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
 from onionskin.operations import copy, export
 from onionskin.operations.pinned import pinned
 
@@ -191,13 +193,13 @@ def test_a_file_that_appears_while_an_image_is_written_is_kept(
 def test_a_file_that_appears_just_when_the_image_gets_its_name_is_kept(
     web: onionskin.Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = export._give_name
+    real = export.give_name
 
     def appear(*arguments: Any, **options: Any) -> None:
         (tmp_path / "out").write_text("mine")
         real(*arguments, **options)
 
-    monkeypatch.setattr(export, "_give_name", appear)
+    monkeypatch.setattr(export, "give_name", appear)
     with pytest.raises(FileExistsError):
         export_image(web, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
@@ -287,3 +289,14 @@ def test_an_export_of_a_closed_view_or_volume_is_refused(web: onionskin.Volume, 
     web.close()
     with pytest.raises(onionskin.StateError, match="closed"):
         web.export(tmp_path / "out")
+
+
+def test_a_copy_that_fails_names_the_files(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"a" * 8192)
+    target.write_bytes(b"")
+    with open(source, "rb") as read, open(target, "rb") as cannot_be_written:
+        rows = [(read.fileno(), cannot_be_written.fileno(), 0, 0, 8192)]
+        table = numpy.array(rows, dtype=EXTENT_FIELDS)
+        with pytest.raises(OSError, match=rf"in a copy from {source}: '{target}'"):
+            copy.run_job(CopyJob(table), table, None, 0, 0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.operations.seal import Sealing
+from onionskin.operations import seal
 
 BLOCK = 4096
 
@@ -20,7 +20,7 @@ def fail_snapshot(volume: onionskin.Volume, monkeypatch: pytest.MonkeyPatch, *, 
         raise OSError(errno.ENOSPC, "the catalog is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sealing, "_write_sealed", fail)
+        patch.setattr(seal, "_write_layer", fail)
         with pytest.raises(OSError, match="the catalog is full"):
             volume.snapshot("failed")
 

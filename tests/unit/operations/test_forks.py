@@ -1,5 +1,6 @@
 """Forks: many volumes from one state, made in one transaction, and dropped again."""
 
+import os
 import sqlite3
 import threading
 import time
@@ -76,6 +77,17 @@ def test_numbers_go_on_from_the_greatest(store: onionskin.Store) -> None:
     assert store.fork("web@clean", count=2) == ["web-1", "web-2"]
     assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[1]?"]
     assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[2]?"]
+
+
+def test_numbers_that_are_used_up_are_refused_and_not_said_to_be_taken(store: onionskin.Store) -> None:
+    greatest = "9" * 18
+    store.fork("web@clean", names=[f"job-{int(greatest) - 1}"])
+    with pytest.raises(onionskin.StateError, match="numbers"):
+        store.fork("web@clean", count=2, pattern="job-{n}")
+    assert store.fork("web@clean", pattern="job-{n}") == [f"job-{greatest}"]
+    for _ in range(2):
+        with pytest.raises(onionskin.StateError, match="numbers"):
+            store.fork("web@clean", pattern="job-{n}")
 
 
 def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> None:
@@ -171,7 +183,18 @@ def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None
         store.fork("web@clean", idempotency_key=7)
 
 
-@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}"])
+def test_a_key_is_free_again_behind_a_day_though_the_clock_is_set_back_meanwhile(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    now_ns = time.time_ns()
+    times = [now_ns + 2 * forks.KEY_NANOSECONDS]
+    monkeypatch.setattr(forks.time, "time_ns", lambda: times.pop() if times else now_ns)
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+
+
+@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}", pytest.param("[" * 200_000, id="deep")])
 def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, names: str) -> None:
     store.fork("web@clean", idempotency_key="k")
     with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
@@ -202,7 +225,7 @@ def test_a_key_that_was_used_while_the_head_was_sealed_leaves_the_head(
 
         def late(*arguments: object) -> list[str] | None:
             asked.append(1)
-            return None if len(asked) == 1 else real(*arguments)
+            return None if len(asked) <= 2 else real(*arguments)  # before the head is sealed it is asked twice
 
         monkeypatch.setattr(forks, "made_before", late)
         assert store.fork("web", idempotency_key="k") == names
@@ -224,6 +247,28 @@ def test_a_fork_of_an_open_disk_has_what_was_written_before(store: onionskin.Sto
         assert web[:1] == b"c"
     assert [first_byte(store, name) for name in names] == [b"b", b"b"]
     assert [row.name for row in store.snapshots("web")] == ["clean"] and store.check() == []
+
+
+def test_a_fork_of_an_open_disk_whose_name_is_taken_seals_nothing(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(BLOCK, b"b")
+        segments = len(store._opened.catalog.segments_of_layer(web._opened.head))
+        for _ in range(3):
+            with pytest.raises(onionskin.VolumeExistsError):
+                store.fork("web", names=["new", "web"])
+        assert web._opened.path.has_spare
+        assert len(store._opened.catalog.segments_of_layer(web._opened.head)) == segments
+
+
+def test_a_volume_that_takes_the_name_of_its_fork_meanwhile_is_not_found_by_its_old_one(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.open("web") as web:
+        web.write(BLOCK, b"b")
+        flush = forks.flush
+        monkeypatch.setattr(forks, "flush", lambda volume: (flush(volume), store.rename("web", "new")))
+        with pytest.raises(onionskin.VolumeNotFoundError):
+            store.fork("web", names=["new"])
 
 
 def test_a_fork_of_a_closed_disk_has_what_was_written_last(store: onionskin.Store) -> None:
@@ -463,7 +508,7 @@ def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
             return getattr(self._connection, name)
 
     calls: list[str] = []
-    few, many = store.fork("web@clean", count=2), store.fork("web@clean", count=200, labels={"a": "b"})
+    few, many = store.fork("web@clean", count=20), store.fork("web@clean", count=200, labels={"a": "b"})
     files(store)
     catalog, counts = store._opened.catalog, []
     with monkeypatch.context() as patch:
@@ -475,6 +520,17 @@ def test_deleting_many_takes_as_many_calls_of_sqlite_as_deleting_few(
     assert counts[0] == counts[1]
     store._opened.wake()
     assert list(store) == ["web"] and files(store) and store.check() == []
+
+
+def test_the_files_of_many_that_were_deleted_go_with_the_background(store: onionskin.Store) -> None:
+    before = set(store._opened.layout.volumes.iterdir())
+    names = store.fork("web@clean", count=20)
+    for name in names:
+        store.open(name).close()
+    store.delete(*names)
+    store._opened.finish_work()
+    assert set(store._opened.layout.volumes.iterdir()) == before
+    assert store.check() == []
 
 
 def test_what_stands_on_each_other_goes_together_and_what_it_stood_on_is_said(store: onionskin.Store) -> None:
@@ -627,6 +683,25 @@ def test_a_temporary_fork_goes_whatever_happens_in_the_block(store: onionskin.St
         disk.close()
         store.delete(disk.name)
     assert list(store) == ["web"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_process_that_leaves_the_block_drops_no_temporary_fork_of_its_parent(store: onionskin.Store) -> None:
+    child = None
+    try:
+        with store.temporary("web@clean", name="t") as disk:
+            disk.write(0, b"b")
+            child = os.fork()
+            if child:
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                assert "t" in store and disk[:1] == b"b"
+    except BaseException:
+        if child == 0:
+            os._exit(1)
+        raise
+    if child == 0:
+        os._exit(0)
+    assert "t" not in store
 
 
 def test_a_temporary_fork_whose_name_went_to_another_volume_is_dropped_and_the_other_one_stays(

@@ -39,6 +39,40 @@ def test_a_merge_on_a_full_disk_drops_the_name_and_is_finished_when_there_is_roo
             assert len(store._opened.catalog.chain(web._opened.head)) == 1
 
 
+def write_to_temporary(store: onionskin.Store) -> None:
+    with store.temporary("web@clean", name="temporary") as disk:
+        disk.write(0, b"x" * (1 << 20))
+
+
+def test_on_a_full_disk_forks_and_groups_are_made_whole_or_not_at_all(ext4_mount) -> None:
+    root = ext4_mount(24 << 20)
+    with onionskin.Store(root / "store") as store:
+        with store.create("web", size="4M") as web, store.create("db", size="4M") as db:
+            web.snapshot("clean")
+            for _ in range(2):  # the second time the reserve is gone, too
+                web.write(0, b"new" * BLOCK)
+                db.write(0, b"new" * BLOCK)
+                fill(root)
+                for call in (
+                    lambda: store.fork("web@clean", count=3000),
+                    lambda: store.fork("web", count=3000, pattern="now-{n}"),
+                    lambda: store.snapshot_group({"web": None, "db": None}),
+                    lambda: write_to_temporary(store),
+                ):
+                    before = set(store), [len(store.snapshots(name)) for name in ("web", "db")]
+                    with suppress(OSError):
+                        call()
+                        continue
+                    assert (set(store), [len(store.snapshots(name)) for name in ("web", "db")]) == before
+                assert "temporary" not in store
+                (root / "filler").unlink()
+                assert web.read(0, 3) == db.read(0, 3) == b"new"
+            store.fork("web", names=["last"])
+        with store.open("last") as last:
+            assert last.read(0, 3) == b"new"
+        assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
 def test_an_export_that_has_no_room_is_refused_before_anything_is_written(tmp_path: Path, ext4_mount) -> None:
     root = ext4_mount(16 << 20)
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size="1G") as web:

@@ -144,6 +144,12 @@ def test_a_name_that_is_taken_in_one_volume_is_given_to_none(store: onionskin.St
     assert store.snapshots("web") == []
 
 
+def test_names_that_are_no_mapping_are_refused(store: onionskin.Store, make: Make) -> None:
+    make("web")
+    with pytest.raises(TypeError, match="mapping"):
+        store.snapshot_group(["web"])  # type: ignore[arg-type]
+
+
 def test_nothing_is_done_for_no_volume(store: onionskin.Store) -> None:
     assert store.snapshot_group({}) == {}
 

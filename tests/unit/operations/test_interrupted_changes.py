@@ -10,8 +10,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import Catalog, CommitUnknownError
-from onionskin.operations import fold, new_map
-from onionskin.operations.seal import Sealing
+from onionskin.operations import fold, new_map, seal
 from onionskin.operations.staging import StagedFiles
 
 BLOCK = 4096
@@ -196,7 +195,7 @@ def test_what_is_written_after_a_snapshot_that_could_not_be_committed_is_there_a
 
     with onionskin.Store(tmp_path / "store") as store:
         with store.create("web", size=64 * BLOCK) as web, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sealing, "_write_sealed", fail)
+            patch.setattr(seal, "_write_layer", fail)
             with pytest.raises(OSError, match="full"):
                 web.snapshot("a")
             web.write(0, b"later" * 1000)

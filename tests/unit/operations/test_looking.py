@@ -316,15 +316,15 @@ def test_a_name_that_moves_while_maps_are_locked_changes_nothing(
         volume.write(0, b"x" * BLOCK)
         volume.snapshot("a")
         expected = store.usage("v")
-        named = locked_maps._are_named
+        stretches = locked_maps.in_few_stretches
         moves = iter([("v", "x"), ("w", "v")])
 
-        def move(*args: Any) -> bool:
+        def move(numbers: set[int]) -> set[int]:
             for old, new in moves:
                 store.rename(old, new)
-            return named(*args)
+            return stretches(numbers)
 
-        monkeypatch.setattr(locked_maps, "_are_named", move)
+        monkeypatch.setattr(locked_maps, "in_few_stretches", move)
         assert store.usage("v") == expected
         assert len(store.usage("v")) == 5
 

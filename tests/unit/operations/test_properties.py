@@ -1,13 +1,21 @@
-"""A wipe policy that is changed holds for what the volume has by then, in its head and in its snapshots."""
+"""A wipe policy that is changed holds for what the volume has by then, in its head and in its snapshots; the defaults of a
+store hold for the volumes that are made later.
+"""
 
+import io
 import os
+import sqlite3
+import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import image_of, unmount
 
 import onionskin
+from onionskin.delta import apply, delta
+from onionskin.images import import_image
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -121,3 +129,94 @@ def test_a_policy_is_not_changed_under_whoever_has_the_volume_open(tmp_path: Pat
         store.set_wipe("web", "zero")
     with onionskin.Store(tmp_path / "store") as store:
         assert store.info("web").wipe == "zero"
+
+
+# ---- the defaults of a store ----
+
+
+def test_a_volume_that_is_made_without_saying_how_is_as_the_store_says(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        assert store.defaults() == ("release", BLOCK)
+        store.create("before", size="1M").close()
+        assert store.set_defaults(wipe="zero", block_size=1 << 16) == ("zero", 1 << 16)
+        with onionskin.Store(tmp_path / "store") as elsewhere, elsewhere.create("web", size="1M") as web:
+            assert (web.wipe, web.block_size) == ("zero", 1 << 16)
+        with store.create("other", size="1M", wipe="release", block_size=BLOCK) as other:
+            assert (other.wipe, other.block_size) == ("release", BLOCK)
+        assert (store.info("before").wipe, store.info("before").block_size) == ("release", BLOCK)
+        about = store.store_info()
+        assert (about.default_wipe, about.default_block_size) == ("zero", 1 << 16)
+
+
+def test_an_image_is_imported_as_the_store_says_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"a" * (1 << 16))
+    with onionskin.Store(tmp_path / "store") as store:
+        store.set_defaults(wipe="zero", block_size=8192)
+        import_image(store, image, "file")
+        with subprocess.Popen(["cat", image], stdout=subprocess.PIPE) as cat:
+            assert cat.stdout is not None
+            import_image(store, cat.stdout, "pipe")
+        import_image(store, image, "said", wipe="release", block_size=BLOCK)
+        assert [(one.wipe, one.block_size) for one in store.volumes()] == [
+            ("zero", 8192),
+            ("zero", 8192),
+            ("release", BLOCK),
+        ]
+
+
+def test_clones_forks_and_what_a_delta_brings_have_the_policy_of_their_volume(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("golden", size="1M") as golden:
+            golden.write(0, FILL)
+            golden.snapshot("clean")
+        store.set_defaults(wipe="zero")
+        store.clone("golden", "clean", "clone")
+        store.fork("golden@clean", names=["fork"])
+        store.fork("golden", names=["head"])
+        with store.create("taken", size="1M", wipe="release") as taken:
+            stream = io.BytesIO()
+            delta(store, "golden", None, "clean", stream)
+            stream.seek(0)
+            apply(stream, taken)
+        assert {one.wipe for one in store.volumes()} == {"release"}
+
+
+def test_what_a_default_policy_covers_is_overwritten(ext4_mount: Callable[[], Path]) -> None:
+    root = ext4_mount()
+    with onionskin.Store(root / "store") as store:
+        store.set_defaults(wipe="zero")
+        with store.create("web", size="8M") as web:
+            web.write(0, FILL)
+            web.flush()
+            trim(web)
+    unmount(root)
+    assert CANARY not in image_of(root).read_bytes()
+
+
+def test_one_default_is_changed_and_the_other_stays(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.set_defaults(block_size=1 << 21)
+        assert store.set_defaults(wipe="zero") == store.set_defaults() == ("zero", 1 << 21)
+        for wrong in ({"wipe": "shred"}, {"block_size": 5000}, {"block_size": 1 << 22}):
+            with pytest.raises(ValueError, match=r"wipe policy|power of two"):
+                store.set_defaults(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            store.set_defaults(block_size=True)
+        assert store.defaults() == ("zero", 1 << 21)
+
+
+@pytest.mark.parametrize("wrong", ["wipe = 'shred'", "wipe = x'00'", "block_size = 5000", "block_size = x'10'"])
+def test_a_damaged_default_makes_no_volume_and_is_found(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "store"
+    with onionskin.Store(path) as store:
+        store.create("web", size="1M").close()
+    with closing(sqlite3.connect(path / "catalog.db")) as catalog:
+        catalog.execute(f"UPDATE store SET {wrong}")
+        catalog.commit()
+    with onionskin.Store(path) as store:
+        for ask in (store.defaults, store.set_defaults, lambda: store.create("new", size="1M")):
+            with pytest.raises(onionskin.FormatError, match="default"):
+                ask()
+        store.create("said", size="1M", wipe="zero", block_size=BLOCK).close()
+        assert [problem.severity for problem in store.check()] == ["error"]

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import onionskin
 from onionskin import StateError
-from onionskin.cli import losses
+from onionskin.cli import keeping, losses
 from onionskin.cli import snapshots as of_command_line
 from onionskin.cli.app import onionskin as command_line
 from onionskin.nbd.server import Limits, Server
@@ -111,7 +111,7 @@ def test_what_somebody_took_hold_of_meanwhile_is_kept_and_the_others_go(
         assert [one.name for one in web.snapshots] == ["b", "d"]
 
 
-@pytest.mark.parametrize("verb", ["merge", "discard"])
+@pytest.mark.parametrize("verb", ["merge", "discard", "revert", "hold", "unhold"])
 @pytest.mark.parametrize("served", [False, True])
 def test_what_was_chosen_on_the_command_line_is_not_another_snapshot_that_took_the_name(
     verb: str, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,25 +122,31 @@ def test_what_was_chosen_on_the_command_line_is_not_another_snapshot_that_took_t
                 web.write(0, name.encode())
                 web.snapshot(name)
         guids = {one.guid for one in store.snapshots("web")}
-        found = of_command_line.guids_of
+        if verb == "unhold":
+            store.hold("web", "b", "me")
+        home = keeping if "hold" in verb else of_command_line
+        look = "find_snapshot" if verb == "revert" else "guids_of"
+        found = getattr(home, look)
 
-        def swap_behind(*given: Any) -> list[str]:
+        def swap_behind(*given: Any) -> Any:
             chosen = found(*given)
             for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
                 other.rename_snapshot("web", old, new)
             return chosen
 
-        monkeypatch.setattr(of_command_line, "guids_of", swap_behind)
+        monkeypatch.setattr(home, look, swap_behind)
         server = Server(limits=Limits(), allow_revert=True, log=lambda line: None)
         try:
             if served:
                 server.exports.add_volume(store.path, "web")
-            options = ["--yes"] if verb == "discard" else []
+            options = {"discard": ["--yes"], "revert": ["--yes"], "hold": ["me"], "unhold": ["me"]}.get(verb, [])
             done = CliRunner().invoke(command_line, [verb, f"{tmp_path}/web@b", *options])
         finally:
             server.close()
         assert done.exit_code == 5 and "another snapshot" in done.stderr
         assert {one.guid for one in store.snapshots("web")} == guids
+        assert [one.snapshot for one in store.holds("web")] == (["a"] if verb == "unhold" else [])
+        assert store.open("web", mode="r")[:1] == b"b"
 
 
 def test_what_was_agreed_to_be_deleted_is_not_another_volume_that_took_the_name(

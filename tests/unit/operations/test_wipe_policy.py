@@ -143,6 +143,7 @@ def test_a_map_that_is_given_up_is_wiped_before_it_goes(tmp_path: Path, monkeypa
             web.snapshot(name)
         web.write(BLOCK, b"head")
         web.flush()
+        store.finish_work()  # it makes the files of the next head, which are no staged ones
         before = set(store._opened.layout.layers.iterdir())
         staged_files: list[int] = []
 

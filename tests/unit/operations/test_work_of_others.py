@@ -1,6 +1,7 @@
 """Pending work of one volume that fails is no other volume's matter, and a wish to reclaim slots is over when it is
 written down."""
 
+import os
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow, SegmentRow, WorkRow
-from onionskin.operations import check, reclaim
+from onionskin.operations import check, reclaim, volumes
 
 SIZE = 1 << 20
 BLOCK = 4096
@@ -189,3 +190,29 @@ def test_what_was_deleted_is_off_the_disk_when_the_background_has_ended(tmp_path
         store.finish_work()
         layout = store._opened.layout
         assert [*layout.segments.iterdir(), *layout.layers.iterdir()] == []
+
+
+def test_what_the_commit_of_another_process_freed_is_there_until_that_commit_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, do = os.fdatasync, reclaim._do
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def freed(store: Any, row: WorkRow, slots: Any, *, unlink: bool) -> bool:
+        done.append(row.kind)
+        return do(store, row, slots, unlink=unlink)
+
+    with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
+        with store.create("web", size=SIZE) as web:
+            web.write(0, b"x" * BLOCK)
+        store.finish_work()
+        volumes.delete(other._opened, ["web"], recursive=False)  # as of a process that dies in its commit
+        monkeypatch.setattr(os, "fdatasync", synced)
+        monkeypatch.setattr(reclaim, "_do", freed)
+        reclaim.do_work(store._opened)
+        assert done[0] == "catalog.db-wal"
+        assert "segment" in done

@@ -5,6 +5,7 @@ import re
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support.examples import examples
 
 from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.operations.layering import LAYER_EXTENT_DTYPE, ChainMember, Layering
+from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode
 from onionskin.pictures import png, svg
 from onionskin.pictures.bands import BANDS_MAX, legend_of
@@ -245,6 +247,25 @@ def test_no_tree_takes_more_lanes_than_the_logarithm_of_its_nodes(parents: list[
         nodes[parent % (len(nodes) - 1)].children.append(nodes[-1])
     lanes = {lane for _, lane in check_layout([nodes[0]])}
     assert max(lanes) + 1 <= len(nodes).bit_length()
+
+
+def head(name: str, *origins: Ancestor) -> TreeNode:
+    return TreeNode("head", name, MIB, None, origins=origins)
+
+
+def test_a_head_says_what_it_came_from_unless_it_stands_on_it() -> None:
+    taken, gone = datetime(2026, 1, 2, tzinfo=UTC), datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+    origin = Ancestor("web", "clean", taken, None)
+    assert "from" not in tree_svg("vms", [snapshot("web@clean", head("job", origin))])
+    assert ">from web@clean<" in tree_svg("vms", [snapshot("web@later", head("job", origin))])
+    drawn = tree_svg("vms", [snapshot("web@clean", head("job", Ancestor("try", None, taken, gone), origin))])
+    assert ">from try<" in drawn and "from try (dropped 2026-01-02 03:04 UTC), from web@clean" in drawn
+
+
+def test_what_a_head_came_from_is_no_markup() -> None:
+    origin = Ancestor(HOSTILE, HOSTILE, datetime(2026, 1, 2, tzinfo=UTC), None)
+    assert "<script" not in tree_svg("vms", [head("job", origin)])
+    check_layout([head("job", origin)])
 
 
 def test_an_empty_store_says_so() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,30 @@ def test_what_changed_is_not_told_before_what_was_left_is_in_the_map(root: Path)
 
 def files_of(root: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for directory in ("layers", "segments") for file in (root / directory).iterdir()}
+
+
+@pytest.mark.parametrize("verb", ["map", "usage"])
+def test_what_reads_maps_alone_refuses_what_was_left_unflushed_until_it_is_durable(root: Path, verb: str) -> None:
+    write_and_die(root)
+    before = files_of(root)
+    told = CliRunner().invoke(command_line, [verb, f"{root}/web", "--json"])
+    assert (told.exit_code, told.stdout) == (5, "") and "take a snapshot of it" in told.stderr
+    assert files_of(root) == before
+    with onionskin.Store(root) as store, store.open("web", mode="r") as web:
+        for ask in (web.usage, web.layering):
+            with pytest.raises(onionskin.StateError, match="unflushed"):
+                ask()
+    assert CliRunner().invoke(command_line, ["map", f"{root}/web@one"]).exit_code == 0
+    assert CliRunner().invoke(command_line, ["snapshot", f"{root}/web@now"]).exit_code == 0
+    assert CliRunner().invoke(command_line, [verb, f"{root}/web"]).exit_code == 0
+
+
+@pytest.mark.parametrize("verb", ["map", "usage"])
+def test_what_a_living_writer_has_not_flushed_is_no_reason_to_show_nothing(root: Path, verb: str) -> None:
+    with onionskin.Store(root) as store, store.open("web") as web:
+        web.write(20 * BLOCK, b"x" * BLOCK)
+        asked = subprocess.run([sys.executable, "-m", "onionskin", verb, f"{root}/web"], capture_output=True)
+        assert asked.returncode == 0, asked.stderr
 
 
 @pytest.mark.parametrize("of", ["web", "clone"])
