@@ -41,11 +41,11 @@ struct scan {
 
 static struct scan scan_for(enum onion_pages_wanted wanted)
 {
-    if (wanted == ONION_PRIVATE)
+    if (wanted == ONION_PRIVATE || wanted == ONION_PRIVATE_OR_SWAPPED)
         return (struct scan){.size = sizeof(struct scan),
                              .inverted = CATEGORY_FILE,
                              .wanted = CATEGORY_FILE,
-                             .wanted_any = CATEGORY_PRESENT | CATEGORY_SWAPPED,
+                             .wanted_any = CATEGORY_PRESENT | (wanted == ONION_PRIVATE ? 0 : CATEGORY_SWAPPED),
                              .returned = CATEGORY_FILE};
     /* Only this category: with more of them, some kernels report zapped pages as clean and do not protect them. */
     return (struct scan){.size = sizeof(struct scan),

@@ -27,6 +27,7 @@ cdef extern from "machine/tracking.h" nogil:
         ONION_WRITTEN
         ONION_WRITTEN_AND_PROTECT
         ONION_PRIVATE
+        ONION_PRIVATE_OR_SWAPPED
 
     long onion_find_pages(
         int pagemap, uint64_t *start, uint64_t end, onion_pages_wanted wanted, onion_page_run *runs, size_t max
@@ -138,8 +139,14 @@ cdef class PageTracker:
         """
         return self._find(ONION_WRITTEN_AND_PROTECT if protect else ONION_WRITTEN)
 
-    def private(self):
+    def private(self, *, bint swapped):
         """Return the pages of a private mapping that may not read as its file any more: it has its own copies of them.
+
+        Parameters
+        ----------
+        swapped : bool
+            Also those that are swapped out. Ask for them only while nothing is noted: there, pages that were never
+            touched look the same.
 
         Returns
         -------
@@ -151,7 +158,7 @@ cdef class PageTracker:
         OSError
             The process has ended, or the kernel cannot tell.
         """
-        return self._find(ONION_PRIVATE)
+        return self._find(ONION_PRIVATE_OR_SWAPPED if swapped else ONION_PRIVATE)
 
     cdef _find(self, onion_pages_wanted wanted):
         cdef uint64_t at = self._start

@@ -11,6 +11,7 @@ stopped. The RAM file is never written to by a machine.
 
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,26 @@ def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
     runs = np.empty(len(edges) // 2, RUN_DTYPE)
     runs["start"], runs["end"] = edges[::2] * PAGE_BYTES, edges[1::2] * PAGE_BYTES
     return runs
+
+
+def blocks_of(runs: NDArray[Any]) -> NDArray[np.uint64]:
+    """Return the numbers of all pages of runs."""
+    first, counts = runs["start"] // PAGE_BYTES, (runs["end"] - runs["start"]) // PAGE_BYTES
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum()), dtype=np.uint64) + np.repeat(first - before, counts)
+
+
+def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Give runs in pieces of about PIECE_BYTES together; a longer run is cut."""
+    cut = [(at, min(at + PIECE_BYTES, end)) for start, end in runs.tolist() for at in range(start, end, PIECE_BYTES)]
+    first, held = 0, 0
+    for number, (start, end) in enumerate(cut):
+        if held and held + end - start > PIECE_BYTES:
+            yield np.array(cut[first:number], RUN_DTYPE)
+            first, held = number, 0
+        held += end - start
+    if held:
+        yield np.array(cut[first:], RUN_DTYPE)
 
 
 class GuestRam:
@@ -62,9 +83,12 @@ class GuestRam:
         """How many pages differ from the snapshot that the machine stands on, as far as was looked."""
         return int(np.count_nonzero(self._unsaved))
 
-    def add_private(self) -> None:
-        """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted."""
-        self._mark(self._tracker.private())
+    def add_private(self, *, swapped: bool) -> None:
+        """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted.
+
+        Call it before writes are noted, with `swapped`, and again behind that, without.
+        """
+        self._mark(self._tracker.private(swapped=swapped))
 
     def collect(self) -> int:
         """Collect what was written since the last call, and return how many pages were read.
@@ -121,10 +145,10 @@ class GuestRam:
 
     def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
         """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
-        for start, end in pages.tolist():
-            for at in range(start, end, PIECE_BYTES):
-                run = np.array([(at, min(at + PIECE_BYTES, end))], RUN_DTYPE)
-                self._tracker.write(run, volume.read(at, int(run["end"][0]) - at))
+        for piece in pieces_of(pages):
+            buffer = np.empty(int((piece["end"] - piece["start"]).sum()), np.uint8)
+            volume.read_blocks(blocks_of(piece), buffer.reshape(-1, PAGE_BYTES))
+            self._tracker.write(piece, buffer)
         self._tracker.written(protect=True)
         self.forget_saved()
 
