@@ -36,11 +36,12 @@ def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
     return runs
 
 
-def blocks_of(runs: NDArray[Any]) -> NDArray[np.uint64]:
+def blocks_of(runs: NDArray[Any]) -> NDArray[np.int64]:
     """Return the numbers of all pages of runs."""
-    first, counts = runs["start"] // PAGE_BYTES, (runs["end"] - runs["start"]) // PAGE_BYTES
+    first = runs["start"].astype(np.int64) // PAGE_BYTES
+    counts = runs["end"].astype(np.int64) // PAGE_BYTES - first
     before = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.uint64) + np.repeat(first - before, counts)
+    return np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(first - before, counts)
 
 
 def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
