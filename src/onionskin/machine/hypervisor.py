@@ -89,7 +89,7 @@ class Configuration:
         FormatError
             It is something else, or has what this onionskin does not know.
         """
-        return _from_json(cls, text, "the configuration of a machine", tuples=("qemu_args",))
+        return cls(**_from_json(cls, text, "the configuration of a machine", tuples=("qemu_args",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Recorded:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote. Raise FormatError if it is something else."""
-        return _from_json(cls, text, "the record of what a machine ran on", tuples=("devices",))
+        return cls(**_from_json(cls, text, "the record of what a machine ran on", tuples=("devices",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +321,7 @@ def _to_json(value: Any) -> str:
     return json.dumps(asdict(value), separators=(",", ":"), sort_keys=True)
 
 
-def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> Any:
+def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> dict[str, Any]:
     try:
         value = json.loads(text)
         known = {one.name for one in fields(kind)}
@@ -333,7 +333,7 @@ def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> A
         made = kind(**value)
         for one in fields(kind):
             _check_type(one.name, getattr(made, one.name), one.type)
-        return made
+        return dict(value)
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{what} cannot be read: {error}") from None
 
