@@ -53,7 +53,9 @@ def library() -> Path:
     for suffix in EXTENSION_SUFFIXES:
         if (found := here / f"_preload{suffix}").exists():
             return found
-    raise StateError(f"the preload library is missing in {here}; install onionskin from a wheel, or build it with a C compiler")
+    raise StateError(
+        f"the preload library is missing in {here}; install onionskin from a wheel, or build it with a C compiler"
+    )
 
 
 class Preload:

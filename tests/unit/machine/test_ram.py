@@ -27,7 +27,12 @@ class Child:
         socket = directory / "preload"
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("machine_memory.py"), ram],
-            env={**os.environ, "LD_PRELOAD": str(library()), "ONIONSKIN_RAM": str(ram), "ONIONSKIN_PRELOAD": str(socket)},
+            env={
+                **os.environ,
+                "LD_PRELOAD": str(library()),
+                "ONIONSKIN_RAM": str(ram),
+                "ONIONSKIN_PRELOAD": str(socket),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
