@@ -7,6 +7,8 @@
  * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
  * out of the environment, so that programs which the hypervisor starts are left alone.
  *
+ * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it.
+ *
  * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
  * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
 #define _GNU_SOURCE
@@ -19,6 +21,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -54,6 +57,15 @@ static int is_ram(int fd, size_t length)
            mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino && (uint64_t)mapped.st_size == length;
 }
 
+/* Locks the RAM file as long as the process lives. The descriptor is meant to stay open. It is one of this library's own:
+ * the hypervisor may close its descriptor, and has locks of another kind. */
+static void lock_ram(void)
+{
+    int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0)
+        (void)flock(fd, LOCK_SH | LOCK_NB);
+}
+
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
     static map_function real;
@@ -64,6 +76,7 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
         flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
     void *mapped = real(address, length, protection, flags, fd, offset);
     if (found && mapped != MAP_FAILED) {
+        lock_ram();
         pthread_mutex_lock(&preload.guard);
         preload.start = mapped;
         preload.length = length;

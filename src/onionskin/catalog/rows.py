@@ -114,6 +114,65 @@ class ForkCallRow(NamedTuple):
     created_ns: int
 
 
+class MachineRow(NamedTuple):
+    """A machine: what runs from several disks, with a RAM volume of its own, which is held for as long as it runs.
+
+    `configuration` is JSON that `machine/` understands. `stands_on` is the snapshot of it that it was at last.
+    `resumes` is 1 if the next start goes on from RAM instead of booting: from the RAM of `stands_on`; where that is None,
+    from the head of the RAM volume, which a fork has from its origin, with `state_bytes` of device state. `recorded` is
+    JSON about what that was saved by; empty: nothing.
+    """
+
+    id: bytes
+    name: str
+    ram: bytes
+    configuration: str
+    created_ns: int
+    stands_on: bytes | None = None
+    resumes: int = 0
+    state_bytes: int = 0
+    recorded: str = ""
+
+
+class MachineDiskRow(NamedTuple):
+    """A disk of a machine. `name` is what it is called there. If `owned`, the volume goes with the machine."""
+
+    machine: bytes
+    position: int
+    name: str
+    volume: bytes
+    owned: int
+
+
+class MachineSnapshotRow(NamedTuple):
+    """A snapshot of a machine: `ram` is the layer of the RAM volume's snapshot, None if the machine was off.
+
+    `number` grows in the order of taking. `state_bytes` of device state lie in the RAM volume behind the RAM.
+    `configuration` and `recorded` are those of the machine then.
+    """
+
+    id: bytes
+    machine: bytes
+    name: str
+    parent: bytes | None
+    number: int
+    mode: str
+    note: str
+    ram: bytes | None
+    state_bytes: int
+    configuration: str
+    recorded: str
+    created_ns: int
+
+
+class MachineSnapshotDiskRow(NamedTuple):
+    """The snapshot of a disk, by its layer, that a snapshot of its machine binds: its name is not dropped alone."""
+
+    snapshot: bytes
+    position: int
+    layer: bytes
+
+
 class WorkRow(NamedTuple):
     """Work that has to be done before it is forgotten.
 
@@ -142,6 +201,10 @@ Row = TypeVar(
     LabelRow,
     LineageRow,
     ForkCallRow,
+    MachineRow,
+    MachineDiskRow,
+    MachineSnapshotRow,
+    MachineSnapshotDiskRow,
     WorkRow,
 )
 TABLES: dict[type, str] = {
@@ -154,6 +217,10 @@ TABLES: dict[type, str] = {
     LabelRow: "labels",
     LineageRow: "lineage",
     ForkCallRow: "fork_calls",
+    MachineRow: "machines",
+    MachineDiskRow: "machine_disks",
+    MachineSnapshotRow: "machine_snapshots",
+    MachineSnapshotDiskRow: "machine_snapshot_disks",
     WorkRow: "pending",
 }
 # The column that says which row is meant, where it is not `id`.
@@ -163,6 +230,8 @@ KEYS: dict[type, str] = {
     LabelRow: "volume",
     LineageRow: "volume",
     ForkCallRow: "key",
+    MachineDiskRow: "volume",
+    MachineSnapshotDiskRow: "layer",
 }
 COLUMNS: dict[type, tuple[str, ...]] = {kind: tuple(kind.__annotations__) for kind in TABLES}
 STAGED_PREFIX = "@"

@@ -318,8 +318,12 @@ class RemoteHead(Protocol):
 
 
 @contextmanager
-def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ()) -> Iterator[list[Sealing]]:
+def begin_seals(
+    volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = (), when_cut: Check = lambda: None
+) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
+
+    `when_cut` is called when writers go on, before anything is synced.
 
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
@@ -337,6 +341,7 @@ def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ())
                 for remote in remotes:
                     remote.begun()
                 _cut(sealings, remotes)
+                when_cut()
                 for remote in remotes:
                     remote.ask_to_sync(next(lock_bytes), next(lock_bytes))
                 run(Sealing.sync)
@@ -431,10 +436,13 @@ class Part(NamedTuple):
     is_named: bool = True  # whether the sealed layer gets a name
 
 
-def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda: None) -> list[LayerRow]:
+def seal_together(
+    store: OpenStore, parts: Sequence[Part], then: Check = lambda: None, *, when_cut: Check = lambda: None
+) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
 
-    In an operation of each volume. `then` is called in the transaction, when all rows are written.
+    In an operation of each volume. `then` is called in the transaction, when all rows are written, and `when_cut` before
+    it, when what is written from then on is in none of the sealed layers.
     """
     for part in parts:
         part.check()
@@ -443,9 +451,9 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
     def write_rows() -> list[LayerRow]:
         for part in parts:
             part.check()
-        here = iter(sealings)
+        begun = iter(sealings)
         rows = [
-            next(here).write_rows(part.also)
+            next(begun).write_rows(part.also)
             if isinstance(part.head, OpenHead)
             else write_sealed(store, part.head.sealed, part.also)
             for part in parts
@@ -454,7 +462,8 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
         return rows
 
     try:
-        with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
+        here = [part.head for part in parts if isinstance(part.head, OpenHead)]
+        with begin_seals(here, remotes, when_cut) as sealings:
             rows = store.change(write_rows)
     except CommitUnknownError:
         raise
