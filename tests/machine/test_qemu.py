@@ -227,7 +227,7 @@ def test_what_is_recorded_has_a_versioned_machine_and_all_devices(qemu: list[str
     assert found.machine_type.startswith("pc-i440fx-")
     assert [one.partition(",")[0] for one in found.devices] == [
         *("vmgenid", "virtio-serial-pci", "virtserialport", "virtio-blk-pci", "virtio-blk-pci", "virtio-rng-pci"),
-        "-nic user",
+        "-nic model=e1000",
     ]
     assert not any("52:54" in one for one in found.devices)
     compare(found, QemuHypervisor().check(configuration(qemu, qemu_args=network), 2))

@@ -45,6 +45,8 @@ class Configuration:
         The command line of that kernel.
     network : str
         "none", or "user": a network card behind the host's address (QEMU's user network).
+    is_isolated : bool
+        Whether its network, and those of `qemu_args`, reach nothing: as that of a fork.
     agent : bool
         Whether the machine has a port for the guest agent.
     qemu_args : tuple of str
@@ -65,6 +67,7 @@ class Configuration:
     initrd: str | None = None
     append: str = ""
     network: str = "none"
+    is_isolated: bool = False
     agent: bool = True
     qemu_args: tuple[str, ...] = ()
     program: str = "qemu-system-x86_64"
@@ -139,13 +142,10 @@ class Identity:
         The VM generation id, a UUID. A guest that sees another one draws new randomness.
     mac_seed : str
         From which the addresses of network cards are made. A guest that goes on keeps the address that it has.
-    is_isolated : bool
-        Whether its network reaches nothing outside of it.
     """
 
     generation: str = field(default_factory=lambda: str(uuid.uuid4()))
     mac_seed: str = ""
-    is_isolated: bool = False
 
     def mac(self, number: int) -> str:
         """Return the address of a network card, of the range that QEMU uses."""

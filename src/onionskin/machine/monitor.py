@@ -6,6 +6,7 @@ server that is gone. What timed out may still be carried out later, so a caller 
 
 import asyncio
 import itertools
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -21,6 +22,7 @@ from onionskin.errors import StateError
 SECONDS = 30.0
 CLOSE_SECONDS = 2.0
 JOB_POLL_SECONDS = 0.0005
+JOB_PREFIX = "onionskin-"
 _log = logger(__name__)
 
 
@@ -123,7 +125,7 @@ class Monitor:
 
     async def _job(self, command: str, arguments: dict[str, Any]) -> None:
         # Each has a name of its own: one that timed out may still run.
-        job = f"onionskin-{command}-{next(self._numbers)}"
+        job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
         await self._client.execute(command, {**arguments, "job-id": job})
         while True:
             jobs: Any = await self._client.execute("query-jobs")

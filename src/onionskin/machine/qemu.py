@@ -28,7 +28,7 @@ from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
-from onionskin.machine.monitor import Monitor, MonitorError, MonitorTimeout
+from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam
 from onionskin.storage.locks import start_ticks
@@ -39,6 +39,7 @@ STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 KILL_SECONDS = 10.0
 STATE_TAG = "s"
+_STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 _SHARED_MEMORY = Path("/dev/shm")
 
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -286,9 +287,8 @@ class QemuProcess:
     def prepare_state(self, path: Path) -> None:
         """Make the file for the state of the devices, and do all that can be done before the machine is stopped."""
         self.finish_state()
-        with suppress(FileNotFoundError):
-            path.unlink()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        # It may be a file without a name, by a link of /proc.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         self._prepared = (self._add_node(path, is_new=True), path)
 
     def save_state(self) -> int:
@@ -312,12 +312,26 @@ class QemuProcess:
         finally:
             self._remove_node(node)
 
+    def drop_leftovers(self) -> None:
+        """Let go of what a supervisor that is gone had under way: its jobs, and the files of its states."""
+        deadline = time.monotonic() + STATE_SECONDS
+        while jobs := [one for one in self.monitor.execute("query-jobs") if one["id"].startswith(JOB_PREFIX)]:
+            for one in jobs:
+                if one["status"] == "concluded":
+                    self.monitor.execute("job-dismiss", {"id": one["id"]})
+            if time.monotonic() > deadline:
+                raise StateError(f"QEMU of machine {self.name!r} does not end a job that a process before this one began")
+            time.sleep(0.01)
+        for one in self.monitor.execute("query-named-block-nodes"):
+            if one["node-name"].startswith(_STATE_NODE):
+                self._remove_node(one["node-name"])
+
     def _run_on_state(self, command: str, node: str) -> None:
         self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)
 
     def _add_node(self, path: Path, *, is_new: bool) -> str:
         self._nodes += 1
-        node, file = f"state-{self.pid}-{self._nodes}", f"file-{self.pid}-{self._nodes}"
+        node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
         self.monitor.execute("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())})
         try:
             if is_new:
@@ -331,7 +345,7 @@ class QemuProcess:
         return node
 
     def _remove_node(self, node: str) -> None:
-        for name in (node, node.replace("state-", "file-")):
+        for name in (node, node.replace(_STATE_NODE, _FILE_NODE)):
             with suppress(MonitorError):
                 self.monitor.execute("blockdev-del", {"node-name": name})
 
@@ -462,6 +476,7 @@ def adopt(
     """Take over a machine whose supervisor is gone. Raise StateError where it does not answer."""
     process = QemuProcess(pid, ticks, name, directory, ram_file, on_event=on_event, is_tracked=is_tracked)
     try:
+        process.drop_leftovers()
         if is_tracked:
             process.note_writes(again=True)
     except BaseException:

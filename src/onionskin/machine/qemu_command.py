@@ -35,6 +35,7 @@ _PAST_TRACKING = re.compile(r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pme
 _OF_DEVICES = ("-device", "-vga", "-nic", "-net", "-usb", "-usbdevice", "-global", "-soundhw", "-audio", "-tpmdev")
 _ALONE = {"-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"}
 # Of a device, what may be another one each time.
+_OF_CARDS = ("model=", "none", "nic")
 _MAY_DIFFER = ("drive=", "netdev=", "chardev=", "mac=", "macaddr=", "guid=", "serial=")
 
 
@@ -117,8 +118,14 @@ def devices(configuration: Configuration, disks: int) -> tuple[str, ...]:
     made = [value for option, value in _own_devices(configuration, disks, Identity()) if option == "-device"]
     for option, value in words(configuration):
         if option in _OF_DEVICES:
-            made.append(value or "" if option == "-device" else f"{option} {value or ''}".strip())
+            made.append(_as_device(option, value or ""))
     return tuple(_without_what_differs(one) for one in made)
+
+
+def _as_device(option: str, value: str) -> str:
+    if option in ("-nic", "-net"):  # what is behind the card may be another network, or none
+        value = ",".join(part for part in value.split(",") if part.startswith(_OF_CARDS))
+    return value if option == "-device" else f"{option} {value}".strip()
 
 
 def _without_what_differs(device: str) -> str:
@@ -139,7 +146,7 @@ def _own_devices(configuration: Configuration, disks: int, identity: Identity) -
         boot = f",bootindex={number}" if configuration.kernel is None else ""
         found.append(("-device", f"virtio-blk-pci,id=disk{number},drive=node{number},werror=stop,rerror=stop{boot}"))
     if configuration.network == "user":
-        restrict = ",restrict=on" if identity.is_isolated else ""
+        restrict = ",restrict=on" if configuration.is_isolated else ""
         found += [
             ("-netdev", f"user,id=net{restrict}"),
             ("-device", f"virtio-net-pci,id=nic,netdev=net,mac={identity.mac(0)}"),
@@ -182,7 +189,7 @@ def command(
         made += ["-blockdev", _node(number, uri, directory)]
     for option, value in _own_devices(configuration, len(disks), identity):
         made += [option, value]
-    for option, text in _isolated(given) if identity.is_isolated else given:
+    for option, text in _isolated(given) if configuration.is_isolated else given:
         made += [option] if text is None else [option, text]
     return made
 
