@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from onionskin.errors import (
         ChainError,
         FormatError,
+        MachineExistsError,
+        MachineNotFoundError,
         OnionskinError,
         SnapshotExistsError,
         SnapshotNotFoundError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
@@ -42,8 +45,9 @@ __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 _HOME = {
     **dict.fromkeys(
         (
-            "ChainError", "FormatError", "OnionskinError", "SnapshotExistsError", "SnapshotNotFoundError",
-            "StateError", "VerifyError", "VolumeExistsError", "VolumeNotFoundError",
+            "ChainError", "FormatError", "MachineExistsError", "MachineNotFoundError", "OnionskinError",
+            "SnapshotExistsError", "SnapshotNotFoundError", "StateError", "VerifyError", "VolumeExistsError",
+            "VolumeNotFoundError",
         ),
         "onionskin.errors",
     ),
@@ -58,6 +62,7 @@ _HOME = {
     "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
+    "MachineInfo": "onionskin.operations.machines",
     "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
@@ -78,6 +83,9 @@ __all__ = [
     "Hold",
     "Layering",
     "LiveVolume",
+    "MachineExistsError",
+    "MachineInfo",
+    "MachineNotFoundError",
     "OnionskinError",
     "Problem",
     "Retention",

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machine_snapshots import MachineCut
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
@@ -570,6 +571,12 @@ class Store:
         from onionskin.operations import group_snapshot
 
         return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._finder())
+
+    def _cut_machine(self, name: str) -> "AbstractContextManager[MachineCut]":
+        """Begin a snapshot of a machine: see `machine_snapshots.cut_machine`."""
+        from onionskin.operations import machine_snapshots
+
+        return machine_snapshots.cut_machine(self._opened, name, self._open_to_cut, self._finder())
 
     def _open_to_cut(self, name: str) -> OpenHead:
         return self.open(name)._opened.to_write()

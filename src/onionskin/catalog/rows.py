@@ -118,9 +118,9 @@ class MachineRow(NamedTuple):
     """A machine: what runs from several disks, with a RAM volume of its own, which is held for as long as it runs.
 
     `configuration` is JSON that `machine/` understands. `stands_on` is the snapshot of it that it was at last.
-    `resumes` is 1 if the next start goes on from RAM instead of booting: from the RAM of `stands_on`; where that is None,
-    from the head of the RAM volume, which a fork has from its origin, with `state_bytes` of device state. `recorded` is
-    JSON about what that was saved by; empty: nothing.
+    `resumes` 0: the next start boots from the disks as they are. 1: the disks are being put back to `stands_on`. 2: they are
+    as `stands_on` says, and the next start goes on from its RAM; where that is None, as in a fork that never ran, from the
+    head of the RAM volume, with `state_bytes` of device state behind it, which `recorded` (JSON) says more of.
     """
 
     id: bytes

@@ -275,7 +275,7 @@ VALUES: dict[type, dict[str, Value]] = {
     },
     MachineRow: {
         "id": _ID, "name": _text(1), "ram": _ID, "configuration": _text(2), "created_ns": _INTEGER,
-        "stands_on": _or_null(_ID), "resumes": _number(0, 1), "state_bytes": _number(0, STATE_BYTES_MAX),
+        "stands_on": _or_null(_ID), "resumes": _number(0, 2), "state_bytes": _number(0, STATE_BYTES_MAX),
         "recorded": _text(),
     },
     MachineDiskRow: {

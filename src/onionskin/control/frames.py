@@ -74,6 +74,8 @@ _ERRORS: dict[str, type[Exception]] = {
         errors.VolumeExistsError,
         errors.SnapshotNotFoundError,
         errors.SnapshotExistsError,
+        errors.MachineNotFoundError,
+        errors.MachineExistsError,
         errors.VerifyError,
         errors.OnionskinError,
         ValueError,

@@ -116,9 +116,7 @@ class MachineCut:
                 layer, base=None, block_size=layer.block_size, wipe=layer.wipe, size_bytes=layer.size_bytes
             )
             heads.append(head)
-            rows.append(
-                VolumeRow(disk.pin, f"{STAGED_PREFIX}{disk.pin.hex()}", head.layer.id, head.layer.created_ns)
-            )
+            rows.append(VolumeRow(disk.pin, f"{STAGED_PREFIX}{disk.pin.hex()}", head.layer.id, head.layer.created_ns))
         insert_heads(catalog, heads)
         catalog.insert_all(rows)
 
@@ -183,7 +181,18 @@ class MachineCut:
 
         def write() -> None:
             row = MachineSnapshotRow(
-                self._id, self.machine.id, name or "", None, 0, mode, note, None, state_bytes, configuration, recorded, 0
+                self._id,
+                self.machine.id,
+                name or "",
+                None,
+                0,
+                mode,
+                note,
+                None,
+                state_bytes,
+                configuration,
+                recorded,
+                0,
             )
             taken[:] = [self._write(row, name, of_ram[-1] if of_ram else None)]
 
@@ -204,6 +213,11 @@ class MachineCut:
         machine = catalog.machine_with_id(self.machine.id)
         if machine is None:
             raise StateError(f"machine {self.machine.name!r} was deleted meanwhile; nothing was taken")
+        if row.mode == "off" and machine.resumes:
+            raise StateError(
+                f"machine {machine.name!r} is about to go on from its RAM, or is being put back; nothing was taken; start it, "
+                "and take the snapshot then"
+            )
         self._refuse_changed()
         now_ns = ram[1].created_ns if ram else 0
         created_ns = min((disk.created_ns for disk in self._disks), default=now_ns)
@@ -247,9 +261,7 @@ class MachineCut:
             if catalog.volume_with_id(disk.row.volume) is None:
                 raise StateError(f"disk {disk.row.name!r} of machine {self.machine.name!r} was deleted meanwhile")
 
-    def _name(
-        self, volume: bytes, layer: LayerRow | None, number: int, name: str, note: str, created_ns: int
-    ) -> None:
+    def _name(self, volume: bytes, layer: LayerRow | None, number: int, name: str, note: str, created_ns: int) -> None:
         assert layer is not None
         self._store.catalog.insert(SnapshotRow(volume, name, layer.id, new_id(), created_ns, note, number))
 
