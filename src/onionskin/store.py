@@ -939,10 +939,10 @@ class Store:
         return freed
 
     def expire(self) -> list[str]:
-        """Drop the volumes whose lifetime is over, as `fork` gave it.
+        """Drop the volumes and the machines whose lifetime is over, as `fork` and `fork_machine` gave it.
 
-        One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
-        with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
+        One stays that is open or runs, that has a snapshot, or from which a clone or a fork was made that is there still;
+        it goes with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
         drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
@@ -952,7 +952,20 @@ class Store:
         """
         from onionskin.operations import expiry
 
-        return expiry.expire(self._opened)
+        self._opened.catalog.refuse_read_only()
+        return sorted([*self._expire_machines(), *expiry.expire(self._opened)])
+
+    def _expire_machines(self) -> list[str]:
+        if not self._opened.catalog.has_machines():  # the usual case; then that code is not even imported
+            return []
+        from onionskin.operations import forks, machine_removal, reclaim
+
+        names, stood_on, volumes = machine_removal.expire(self._opened)
+        if names:
+            forks.fold_what_stays(self._opened, stood_on)
+            self._tidy(volumes)
+            reclaim.work_soon(self._opened)
+        return names
 
     def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.

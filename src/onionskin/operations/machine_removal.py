@@ -153,8 +153,11 @@ def _remove(store: OpenStore, parts: _Parts) -> Removed:
 # ---- those whose lifetime is over ----
 
 
-def expire(store: OpenStore) -> tuple[list[str], list[Removed]]:
-    """Remove the machines whose lifetime is over: not those that run, that have snapshots, or that were forked."""
+def expire(store: OpenStore) -> tuple[list[str], list[bytes], list[str]]:
+    """Remove the machines whose lifetime is over: not those that run, that have snapshots, or that were forked.
+
+    Returns their names, and the layers and the volumes that `Removed` has.
+    """
     catalog = store.catalog
     names: list[str] = []
     removed: list[Removed] = []
@@ -162,4 +165,4 @@ def expire(store: OpenStore) -> tuple[list[str], list[Removed]]:
         with suppress(OnionskinError):
             removed.append(delete(store, [machine.name], recursive=False, agreed={machine.name: machine.id}))
             names.append(machine.name)
-    return names, removed
+    return names, [id for one in removed for id in one.stood_on], [name for one in removed for name in one.volumes]
