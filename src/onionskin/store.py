@@ -942,8 +942,8 @@ class Store:
         """Drop the volumes and the machines whose lifetime is over, as `fork` and `fork_machine` gave it.
 
         One stays that is open or runs, that has a snapshot, or from which a clone or a fork was made that is there still;
-        it goes with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
-        drops a volume. The clock is the one that tells the date. Any thread may call it.
+        it goes with a later call. A server of the whole store does the same every few seconds, and nothing else does: no
+        opening drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
         -------

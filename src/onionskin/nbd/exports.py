@@ -442,6 +442,8 @@ class Exports:
         """Drop volumes of a whole store whose lifetime is over: a transaction of them, and soon again where some went."""
         if store.read_only:
             return
+        for name in store._expire_machines():
+            self._log(f"machine {name}: dropped, because its lifetime is over")
         for rows in expiry.due(store._opened):
             if self._stopping.is_set():
                 return

@@ -86,13 +86,12 @@ def test_when_cut_is_called_before_anything_is_durable_and_writers_go_on(store: 
 
 def test_nothing_folds_what_was_cut_before_it_has_its_name(store: onionskin.Store) -> None:
     """Forks of the disk as it is now fold the cut before them, where nothing else needs it."""
-    with store.open("web") as web:
-        with store._cut_machine("lab") as cut:
-            cut.seal()
-            for count in range(3):
-                web.write(0, b"%d" % count)
-                store.delete(*store.fork("web"))
-            commit(cut, "ready")
+    with store.open("web") as web, store._cut_machine("lab") as cut:
+        cut.seal()
+        for count in range(3):
+            web.write(0, b"%d" % count)
+            store.delete(*store.fork("web"))
+        commit(cut, "ready")
     assert read_at(store, "web", "ready", 3) == b"web"
 
 
