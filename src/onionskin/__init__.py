@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from onionskin.control.client import LiveVolume, connect
     from onionskin.control.groups import find_served_head as find_served_head
     from onionskin.control.groups import fork_served as fork_served
+    from onionskin.control.groups import revert_served as revert_served
+    from onionskin.control.groups import tidy_served as tidy_served
     from onionskin.errors import (
         ChainError,
         FormatError,
@@ -56,13 +58,18 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
-    **dict.fromkeys(("find_served_head", "fork_served"), "onionskin.control.groups"),
+    **dict.fromkeys(
+        ("find_served_head", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
+    ),
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",
     "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
+    "Machine": "onionskin.machine.machine",
+    "MachineConfiguration": "onionskin.machine.hypervisor",
     "MachineInfo": "onionskin.operations.machines",
+    "MachineSnapshotInfo": "onionskin.operations.machine_tree",
     "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",

@@ -1,7 +1,7 @@
 """What is asked of the catalog about machines, their disks, and the snapshots that bind disks and RAM together."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from onionskin.base.naming import is_text
 from onionskin.catalog.connection import Connection
@@ -11,6 +11,14 @@ from onionskin.catalog.rows import (
     MachineSnapshotDiskRow,
     MachineSnapshotRow,
 )
+from onionskin.catalog.volumes import OWNED
+
+
+class Awaiting(NamedTuple):
+    """A machine that was forked and never ran: its name, and the GUID of the RAM that it begins with."""
+
+    name: str
+    guid: bytes | None
 
 
 class Machines(Connection):
@@ -77,12 +85,26 @@ class Machines(Connection):
     def owned_volumes(self) -> set[bytes]:
         """Return the volumes that go with their machines: their RAM, and the disks of forks. The rows may be unsound."""
         with self._guard, self._errors():
-            return {
-                volume
-                for (volume,) in self._connection.execute(
-                    "SELECT ram FROM machines UNION SELECT volume FROM machine_disks WHERE owned = 1"
-                )
-            }
+            return {volume for (volume,) in self._connection.execute(OWNED)}
+
+    def machines_awaiting(self, ram: bytes) -> list["Awaiting"]:
+        """Return the machines that were forked from the one with this RAM volume, and never ran, by name."""
+        with self._guard, self._errors():
+            found = self._connection.execute(
+                "SELECT machines.name, lineage.guid FROM machines JOIN lineage ON lineage.volume = ram "
+                "WHERE resumes != 0 AND stands_on IS NULL AND lineage.parent = ? ORDER BY machines.name",
+                (ram,),
+            ).fetchall()
+        return [Awaiting(str(name), guid) for name, guid in found]
+
+    def expired_machines(self, now_ns: int) -> list[MachineRow]:
+        """Return the machines whose time was over before this one, and that have no snapshot; oldest first."""
+        return self.rows(
+            MachineRow,
+            "ram IN (SELECT id FROM volumes WHERE expires_ns <= ?) "
+            "AND NOT EXISTS (SELECT 1 FROM machine_snapshots WHERE machine = machines.id) ORDER BY created_ns",
+            now_ns,
+        )
 
     def update_machine(self, id: bytes, **values: Any) -> None:
         """Change columns of a machine. Inside a transaction."""

@@ -251,10 +251,13 @@ def is_store(path: Path) -> bool:
 def _names_in(path: Path, with_snapshots: bool) -> list[str]:
     try:
         with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
-            volumes = {row.id: row.name for row in store._opened.catalog.volumes_by_name()}
+            catalog = store._opened.catalog
+            hidden = catalog.owned_volumes()
+            volumes = {row.id: row.name for row in catalog.volumes_by_name() if row.id not in hidden}
             if not with_snapshots:
                 return list(volumes.values())
-            return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())
+            named = [row for row in catalog.snapshots() if row.volume in volumes]
+            return sorted(f"{volumes[row.volume]}@{row.name}" for row in named)
     except (OnionskinError, OSError, ValueError):
         return []
 

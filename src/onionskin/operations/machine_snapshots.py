@@ -215,8 +215,8 @@ class MachineCut:
             raise StateError(f"machine {self.machine.name!r} was deleted meanwhile; nothing was taken")
         if row.mode == "off" and machine.resumes:
             raise StateError(
-                f"machine {machine.name!r} is about to go on from its RAM, or is being put back; nothing was taken; start it, "
-                "and take the snapshot then"
+                f"machine {machine.name!r} is about to go on from its RAM, or is being put back; nothing was taken; start "
+                "it, and take the snapshot then"
             )
         self._refuse_changed()
         now_ns = ram[1].created_ns if ram else 0

@@ -289,14 +289,15 @@ def kept_off(store: OpenStore, machine: MachineRow) -> Iterator[None]:
     try:
         held.__enter__()
     except StateError:
-        raise StateError(_said_to_run(store, machine)) from None
+        raise StateError(said_to_run(store, machine)) from None
     try:
         yield
     finally:
         held.__exit__(None, None, None)
 
 
-def _said_to_run(store: OpenStore, machine: MachineRow) -> str:
+def said_to_run(store: OpenStore, machine: MachineRow) -> str:
+    """Say which process runs a machine, and what to do."""
     holder = volume_holder(store.layout.volume_lock(machine.ram))
     who = f"in process {holder.pid}" if holder and holder.pid else "or is worked on by another process"
     return f"machine {machine.name!r} runs {who}; stop it first, with 'onionskin machine stop'"

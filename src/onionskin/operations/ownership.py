@@ -30,6 +30,30 @@ def refuse_owned(
     )
 
 
+def refuse_removed(catalog: Catalog, volumes: Iterable[bytes]) -> None:
+    """Raise StateError where one of these volumes belongs to a machine. Inside the transaction that would remove them."""
+    refuse_owned(catalog, volumes, "deleted", "delete the machine, with 'onionskin machine delete {machine}'")
+
+
+def refuse_put_back(catalog: Catalog, volume: bytes, for_machine: bytes | None = None) -> None:
+    """Raise StateError where a volume belongs to a machine, to which its disk must not change alone.
+
+    Inside the transaction that would change it. `for_machine`: the machine on whose behalf that happens.
+    """
+    advice = "put the machine back, with 'onionskin machine revert {machine}@SNAPSHOT'"
+    refuse_owned(catalog, [volume], "put back", advice, besides=for_machine)
+
+
+def refuse_ram(catalog: Catalog, volume: bytes) -> None:
+    """Raise StateError where a volume is the RAM of a machine, which is not opened for writing by itself."""
+    machine = catalog.machine_of_ram(volume)
+    if machine is not None:
+        raise StateError(
+            f"volume {machine.name + '.ram'!r} belongs to machine {machine.name!r}, as its RAM; start the machine, with "
+            f"'onionskin machine start {machine.name}', or open the volume to read it"
+        )
+
+
 def refuse_bound(catalog: Catalog, layers: Iterable[bytes], what: str = "dropped") -> None:
     """Raise StateError where a snapshot of a machine binds the snapshot of one of these layers."""
     bound = catalog.machine_snapshots_of_layers(layers)
@@ -43,5 +67,5 @@ def refuse_bound(catalog: Catalog, layers: Iterable[bytes], what: str = "dropped
         names.append(f"{of} to {machine.name if machine else taken.machine.hex()}@{taken.name}")
     raise StateError(
         f"snapshots belong to snapshots of machines: {some_of(sorted(names))}; nothing was {what}; "
-        "'onionskin machine discard' or 'onionskin machine merge' drops those as a whole"
+        "'onionskin machine discard' and 'onionskin machine merge' drop those as a whole"
     )

@@ -53,7 +53,7 @@ def read_at(store: onionskin.Store, volume: str, snapshot: str, length: int = 8)
 
 
 def test_disks_read_as_at_the_cut_whatever_was_written_before_the_commit(store: onionskin.Store) -> None:
-    with store.open("web") as web, store.open("data") as data, store.open("lab.ram") as ram:
+    with store.open("web") as web, store.open("data") as data, store._open_to_write("lab.ram", for_machine=True) as ram:
         web.write(0, b"before")
         with store._cut_machine("lab") as cut:
             cut.seal()
@@ -86,13 +86,12 @@ def test_when_cut_is_called_before_anything_is_durable_and_writers_go_on(store: 
 
 def test_nothing_folds_what_was_cut_before_it_has_its_name(store: onionskin.Store) -> None:
     """Forks of the disk as it is now fold the cut before them, where nothing else needs it."""
-    with store.open("web") as web:
-        with store._cut_machine("lab") as cut:
-            cut.seal()
-            for count in range(3):
-                web.write(0, b"%d" % count)
-                store.delete(*store.fork("web"))
-            commit(cut, "ready")
+    with store.open("web") as web, store._cut_machine("lab") as cut:
+        cut.seal()
+        for count in range(3):
+            web.write(0, b"%d" % count)
+            store.delete(*store.fork("web"))
+        commit(cut, "ready")
     assert read_at(store, "web", "ready", 3) == b"web"
 
 
@@ -146,7 +145,7 @@ def test_a_taken_name_is_refused_before_and_at_the_commit_and_nothing_is_named(s
     with store.open("data") as data:
         data.snapshot("ready")
     with (
-        store.open("lab.ram") as ram,
+        store._open_to_write("lab.ram", for_machine=True) as ram,
         pytest.raises(SnapshotExistsError, match="data"),
         store._cut_machine("lab") as cut,
     ):
