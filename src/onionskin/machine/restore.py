@@ -21,6 +21,7 @@ from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
 from onionskin.machine.ram_files import RamFile, RamFiles
 from onionskin.machine.running import Running, StateFile, diff_of_layers, open_layer, source_of, stopped
+from onionskin.operations import machines
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def revert(running: Running, snapshot: str, revert_disks: Callable[[], None]) ->
                 disks.result()
             running.process.load_state(state.path)
             _settle(running, view)
+            machines.note_running(running.store._opened, running.machine.id)  # before the guest may write
             running.is_broken = False
 
 
