@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.guest import QEMUS, build_tick_disk, configuration
+from support.guests import QEMUS, build_tick_disk, configuration
 from support.servers import Serve
 
 import onionskin

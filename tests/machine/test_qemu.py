@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.guest import MIB, Console, configuration
+from support.guests import MIB, Console, configuration
 
 from onionskin.errors import StateError
 from onionskin.machine.hypervisor import Configuration, Identity, compare

@@ -220,7 +220,9 @@ class RamFiles:
         """Drop the files of a layer that nobody stands on any more. Return whether none is left."""
         if not self._directory.is_dir():
             return True
-        left = [path for path in self._directory.iterdir() if path.name.startswith(layer.hex()) and not self._drop(path)]
+        left = [
+            path for path in self._directory.iterdir() if path.name.startswith(layer.hex()) and not self._drop(path)
+        ]
         return not left
 
     def _is_right(self, path: Path) -> bool:
