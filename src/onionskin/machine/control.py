@@ -141,7 +141,9 @@ class ControlServer:
 
     def _answer(self, connection: socket.socket, request: dict[str, Any]) -> dict[str, Any]:
         done = threading.Event()
-        teller = threading.Thread(target=_say_that_we_live, args=(connection, done), name="onionskin control", daemon=True)
+        teller = threading.Thread(
+            target=_say_that_we_live, args=(connection, done), name="onionskin control", daemon=True
+        )
         try:
             verb, arguments = _checked(request)
             teller.start()
@@ -184,7 +186,9 @@ def _checked(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     verb, arguments = request.get("verb"), request.get("arguments")
     wanted = ARGUMENTS.get(verb) if isinstance(verb, str) else None
     if wanted is None or not isinstance(verb, str):
-        raise ValueError(f"{str(verb)[:60]!r} is no verb of a machine's control socket: it is one of {', '.join(ARGUMENTS)}")
+        raise ValueError(
+            f"{str(verb)[:60]!r} is no verb of a machine's control socket: it is one of {', '.join(ARGUMENTS)}"
+        )
     if not isinstance(arguments, dict) or set(arguments) != set(wanted):
         raise ValueError(f"{verb} takes exactly these arguments: {', '.join(wanted) or 'none'}")
     for name, kinds in wanted.items():
@@ -244,9 +248,7 @@ class MachineControl:
     def call(self, verb: str, **arguments: Any) -> Any:
         """Ask for a verb, and return its result, or raise its error."""
         try:
-            frames.send(
-                self._connection, {"verb": verb, "arguments": arguments}, bytes_max=frames.REQUEST_BYTES_MAX
-            )
+            frames.send(self._connection, {"verb": verb, "arguments": arguments}, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
             raise self._silent() from None
         except (BrokenPipeError, ConnectionResetError):

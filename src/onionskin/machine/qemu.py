@@ -320,7 +320,9 @@ class QemuProcess:
                 if one["status"] == "concluded":
                     self.monitor.execute("job-dismiss", {"id": one["id"]})
             if time.monotonic() > deadline:
-                raise StateError(f"QEMU of machine {self.name!r} does not end a job that a process before this one began")
+                raise StateError(
+                    f"QEMU of machine {self.name!r} does not end a job that a process before this one began"
+                )
             time.sleep(0.01)
         for one in self.monitor.execute("query-named-block-nodes"):
             if one["node-name"].startswith(_STATE_NODE):

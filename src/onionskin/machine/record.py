@@ -62,7 +62,9 @@ class ProcessId:
     @property
     def is_alive(self) -> bool:
         """Whether it runs. One that has ended, and was not waited for yet, does not."""
-        return bool(self.ticks) and self.boot == boot_id() and start_ticks(self.pid) == self.ticks and not self._is_dead()
+        return (
+            bool(self.ticks) and self.boot == boot_id() and start_ticks(self.pid) == self.ticks and not self._is_dead()
+        )
 
     def _is_dead(self) -> bool:
         try:
