@@ -227,9 +227,9 @@ def revert(running: Running, snapshot: str) -> None:
             with ThreadPoolExecutor(1, "onionskin revert") as thread:
                 volumes = thread.submit(_revert_volumes, running, snapshot)
                 _put_back(running, saved, view)
+                running.process.load_state(state.path)  # this reads no disk
+                _settle(running, view)
                 volumes.result()
-            running.process.load_state(state.path)
-            _settle(running, view)
             machines.note_running(running.store._opened, running.machine.id)  # the guest may write from here on
             running.is_broken = False
 
