@@ -7,6 +7,8 @@
  * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
  * out of the environment, so that programs which the hypervisor starts are left alone.
  *
+ * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it.
+ *
  * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
  * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
 #define _GNU_SOURCE
@@ -19,6 +21,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -54,6 +57,15 @@ static int is_ram(int fd, size_t length)
            mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino && (uint64_t)mapped.st_size == length;
 }
 
+/* Locks the RAM file as long as the process lives. The descriptor is meant to stay open. It is one of this library's own:
+ * the hypervisor may close its descriptor, and has locks of another kind. */
+static void lock_ram(void)
+{
+    int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0)
+        (void)flock(fd, LOCK_SH | LOCK_NB);
+}
+
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
     static map_function real;
@@ -64,6 +76,7 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
         flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
     void *mapped = real(address, length, protection, flags, fd, offset);
     if (found && mapped != MAP_FAILED) {
+        lock_ram();
         pthread_mutex_lock(&preload.guard);
         preload.start = mapped;
         preload.length = length;
@@ -126,7 +139,8 @@ static int arm(void)
     return protect((uint64_t)(uintptr_t)preload.start, preload.length);
 }
 
-/* Drops the private pages of a run, so that it reads as the file, and notes writes to it again. */
+/* Drops the private pages of a run, so that it reads as the file. They count as written then: who asked for this protects
+ * them with the next scan, all in one call. */
 static int forget(const struct onion_preload_run *run)
 {
     if (!preload.start || !preload.is_private)
@@ -134,10 +148,7 @@ static int forget(const struct onion_preload_run *run)
     if (run->offset % 4096 || run->length % 4096 || run->offset > preload.length ||
         run->length > preload.length - run->offset)
         return -EINVAL;
-    uint8_t *start = preload.start + run->offset;
-    if (madvise(start, run->length, MADV_DONTNEED))
-        return -errno;
-    return preload.faults < 0 ? 0 : protect((uint64_t)(uintptr_t)start, run->length);
+    return madvise(preload.start + run->offset, run->length, MADV_DONTNEED) ? -errno : 0;
 }
 
 /* ---- the socket ---- */

@@ -127,6 +127,32 @@ int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count,
     return move_all(process_vm_readv, pid, runs, count, to);
 }
 
+int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size_t count, uint64_t start, uint8_t *to)
+{
+    struct iovec local[VECTORS_AT_ONCE], remote[VECTORS_AT_ONCE];
+    while (count) {
+        size_t vectors = 0;
+        ssize_t length = 0;
+        for (; vectors < VECTORS_AT_ONCE && vectors < count && length < BYTES_AT_ONCE; vectors++) {
+            size_t bytes = runs[vectors].end - runs[vectors].start;
+            remote[vectors] = (struct iovec){(void *)(uintptr_t)runs[vectors].start, bytes};
+            local[vectors] = (struct iovec){to + (runs[vectors].start - start), bytes};
+            length += (ssize_t)bytes;
+        }
+        if (process_vm_readv(pid, local, vectors, remote, vectors, 0) != length) {
+            /* It ended short, or at an interrupt: run by run, which says where it cannot go on. */
+            for (size_t i = 0; i < vectors; i++) {
+                int error = move_all(process_vm_readv, pid, &runs[i], 1, to + (runs[i].start - start));
+                if (error)
+                    return error;
+            }
+        }
+        runs += vectors;
+        count -= vectors;
+    }
+    return 0;
+}
+
 int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from)
 {
     return move_all(process_vm_writev, pid, runs, count, (uint8_t *)from);

@@ -40,6 +40,9 @@ long onion_find_pages(int pagemap, uint64_t *start, uint64_t end, enum onion_pag
  * Returns 0, or -errno: -ESRCH if the process has ended, -EFAULT if it has nothing mapped there, -EPERM. */
 int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to);
 
+/* Reads the runs, each to its place: what is at `start` + n goes to `to` + n. As onion_read_pages. */
+int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size_t count, uint64_t start, uint8_t *to);
+
 /* Writes to the runs of another process's memory what follows one behind the other at `from`. As onion_read_pages. */
 int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from);
 

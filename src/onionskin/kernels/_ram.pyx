@@ -33,6 +33,7 @@ cdef extern from "machine/tracking.h" nogil:
         int pagemap, uint64_t *start, uint64_t end, onion_pages_wanted wanted, onion_page_run *runs, size_t max
     )
     int onion_read_pages(int pid, const onion_page_run *runs, size_t count, uint8_t *to)
+    int onion_read_pages_in_place(int pid, const onion_page_run *runs, size_t count, uint64_t start, uint8_t *to)
     int onion_write_pages(int pid, const onion_page_run *runs, size_t count, const uint8_t *here)
 
 PAGE_BYTES = ONION_PAGE_BYTES
@@ -207,6 +208,31 @@ cdef class PageTracker:
                 error = onion_read_pages(self._pid, &these[0], count, &to[0])
         self._raise(error)
 
+    def read_in_place(self, runs, uint8_t[::1] to not None):
+        """Read runs of pages into `to`, each to the offset that it has in the range.
+
+        Parameters
+        ----------
+        runs : ndarray of RUN_DTYPE
+            Byte offsets in the range.
+        to : writable buffer
+            As long as the range.
+
+        Raises
+        ------
+        OSError
+            The process has ended, or has nothing mapped there.
+        """
+        if <uint64_t>to.shape[0] != self._end - self._start:
+            raise ValueError(f"a buffer of {to.shape[0]} bytes is not as long as the range")
+        cdef onion_page_run[::1] these = self._checked(runs)
+        cdef size_t count = these.shape[0]
+        cdef int error = 0
+        if count:
+            with nogil:
+                error = onion_read_pages_in_place(self._pid, &these[0], count, self._start, &to[0])
+        self._raise(error)
+
     def write(self, runs, const uint8_t[::1] data not None):
         """Write to runs of pages what stands in `data` one behind the other. The writes are noted as any others.
 
@@ -231,13 +257,18 @@ cdef class PageTracker:
         self._raise(error)
 
     def _runs(self, runs, size_t length):
+        """Return the runs as addresses, as `_checked` does, after a look at how many bytes they are."""
+        runs = self._checked(runs)
+        if int((runs["end"] - runs["start"]).sum()) != length:
+            raise ValueError(f"the runs have other than the {length} bytes of the buffer")
+        return runs
+
+    def _checked(self, runs):
         """Return the runs as addresses, without empty ones, after a look at what would reach out of the range."""
         runs = np.ascontiguousarray(runs, RUN_DTYPE)
         runs = runs[runs["end"] != runs["start"]]
         if len(runs) and ((runs["end"] < runs["start"]).any() or int(runs["end"].max()) > self._end - self._start):
             raise ValueError("a run ends before it begins, or behind the range")
-        if int((runs["end"] - runs["start"]).sum()) != length:
-            raise ValueError(f"the runs have other than the {length} bytes of the buffer")
         for field in ("start", "end"):
             runs[field] += self._start
         return runs

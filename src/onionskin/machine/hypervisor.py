@@ -45,6 +45,8 @@ class Configuration:
         The command line of that kernel.
     network : str
         "none", or "user": a network card behind the host's address (QEMU's user network).
+    is_isolated : bool
+        Whether its network, and those of `qemu_args`, reach nothing: as that of a fork.
     agent : bool
         Whether the machine has a port for the guest agent.
     qemu_args : tuple of str
@@ -65,6 +67,7 @@ class Configuration:
     initrd: str | None = None
     append: str = ""
     network: str = "none"
+    is_isolated: bool = False
     agent: bool = True
     qemu_args: tuple[str, ...] = ()
     program: str = "qemu-system-x86_64"
@@ -89,7 +92,7 @@ class Configuration:
         FormatError
             It is something else, or has what this onionskin does not know.
         """
-        return _from_json(cls, text, "the configuration of a machine", tuples=("qemu_args",))
+        return cls(**_from_json(cls, text, "the configuration of a machine", tuples=("qemu_args",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ class Recorded:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote. Raise FormatError if it is something else."""
-        return _from_json(cls, text, "the record of what a machine ran on", tuples=("devices",))
+        return cls(**_from_json(cls, text, "the record of what a machine ran on", tuples=("devices",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +142,10 @@ class Identity:
         The VM generation id, a UUID. A guest that sees another one draws new randomness.
     mac_seed : str
         From which the addresses of network cards are made. A guest that goes on keeps the address that it has.
-    is_isolated : bool
-        Whether its network reaches nothing outside of it.
     """
 
     generation: str = field(default_factory=lambda: str(uuid.uuid4()))
     mac_seed: str = ""
-    is_isolated: bool = False
 
     def mac(self, number: int) -> str:
         """Return the address of a network card, of the range that QEMU uses."""
@@ -321,7 +321,7 @@ def _to_json(value: Any) -> str:
     return json.dumps(asdict(value), separators=(",", ":"), sort_keys=True)
 
 
-def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> Any:
+def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> dict[str, Any]:
     try:
         value = json.loads(text)
         known = {one.name for one in fields(kind)}
@@ -333,7 +333,7 @@ def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> A
         made = kind(**value)
         for one in fields(kind):
             _check_type(one.name, getattr(made, one.name), one.type)
-        return made
+        return dict(value)
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{what} cannot be read: {error}") from None
 

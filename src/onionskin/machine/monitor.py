@@ -1,25 +1,37 @@
 """QEMU's monitor (QMP), over the qemu.qmp library, for callers that are no coroutines.
 
 What must hold: every command has a time limit. QEMU drains its disks before it stops, so a command can wait for a disk
-server that is gone.
+server that is gone. What timed out may still be carried out later, so a caller who must know asks again (`request`).
 """
 
 import asyncio
+import itertools
+import os
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
+from onionskin.base.lazy import logger
+from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 
 SECONDS = 30.0
+CLOSE_SECONDS = 2.0
 JOB_POLL_SECONDS = 0.0005
+JOB_PREFIX = "onionskin-"
+_log = logger(__name__)
 
 
 class MonitorError(StateError):
     """QEMU refused a command, did not answer in time, or has ended."""
+
+
+class MonitorTimeout(MonitorError):
+    """QEMU did not answer in time. It may still carry the command out."""
 
 
 class Monitor:
@@ -28,21 +40,38 @@ class Monitor:
     Parameters
     ----------
     path : Path
-        QEMU's socket.
+        QEMU's socket. It may be longer than what the name of a socket may have.
     name : str
         What the machine is called in errors.
+    seconds : float
+        For QEMU to answer at all.
+    on_event : callable, optional
+        Is given the name and the data of each event of QEMU, in a thread of its own. It must not call this object.
     """
 
-    def __init__(self, path: Path, name: str, *, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        seconds: float = SECONDS,
+        on_event: "Callable[[str, dict[str, Any]], None] | None" = None,
+    ) -> None:
         self._name = name
+        connection = connect_unix(path, seconds=seconds)
+        connection.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
         self._thread.start()
         self._client = QMPClient(name)
-        self._heard: list[tuple[EventListener, Callable[[dict[str, Any]], None]]] = []
+        self._numbers = itertools.count()
+        self._guard = threading.Lock()
         try:
-            self._await(self._client.connect(str(path)), "connect", seconds)
+            if on_event is not None:
+                self._listen(on_event)
+            self._await(self._client.connect(connection), "connect", seconds)
         except BaseException:
+            connection.close()
             self._end()
             raise
 
@@ -54,15 +83,17 @@ class Monitor:
 
     def close(self) -> None:
         """Disconnect. QEMU goes on. Further calls do nothing."""
-        if self._loop.is_closed():
-            return
-        try:
-            self._await(self._client.disconnect(), "disconnect", SECONDS)
-        except (MonitorError, QMPError, OSError, EOFError):
-            pass  # the other end is gone
-        self._end()
+        with self._guard:
+            if self._loop.is_closed():
+                return
+            with suppress(MonitorError, QMPError, OSError, EOFError):  # the other end may be gone
+                self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS)
+            self._end()
 
     def _end(self) -> None:
+        """End the loop once no task of it is left: one that is left would say so when it is collected."""
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -72,21 +103,35 @@ class Monitor:
 
         Raises
         ------
+        MonitorTimeout
+            QEMU did not answer within `seconds`. It may still carry the command out.
         MonitorError
-            QEMU refused it, or did not answer within `seconds`: then it may still be carried out.
+            QEMU refused it, or has ended.
         """
         return self._await(self._client.execute(command, arguments), command, seconds)
+
+    def request(self, command: str) -> None:
+        """Ask for a command behind all that were asked for, and wait for nothing."""
+
+        async def run() -> None:
+            with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
+                await self._client.execute(command)
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def run_job(self, command: str, arguments: dict[str, Any], *, seconds: float = SECONDS) -> None:
         """Run a command that starts a job, and wait until the job has ended well."""
         self._await(self._job(command, arguments), command, seconds)
 
     async def _job(self, command: str, arguments: dict[str, Any]) -> None:
-        job = f"onionskin-{command}"
+        # Each has a name of its own: one that timed out may still run.
+        job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
         await self._client.execute(command, {**arguments, "job-id": job})
         while True:
             jobs: Any = await self._client.execute("query-jobs")
-            (found,) = [one for one in jobs if one["id"] == job]
+            found = next((one for one in jobs if one["id"] == job), None)
+            if found is None:
+                raise MonitorError(f"QEMU of machine {self._name!r}: {command}: its job is gone")
             if found["status"] == "concluded":
                 break
             await asyncio.sleep(JOB_POLL_SECONDS)
@@ -94,18 +139,42 @@ class Monitor:
         if error := found.get("error"):
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
 
+    def _listen(self, on_event: Callable[[str, dict[str, Any]], None]) -> None:
+        events = EventListener()
+        self._client.register_listener(events)
+
+        async def tell() -> None:
+            async for event in events:
+                try:
+                    on_event(str(event["event"]), dict(event.get("data", {})))  # type: ignore[call-overload]
+                except Exception:
+                    _log.exception("an event of machine %r", self._name)
+
+        asyncio.run_coroutine_threadsafe(tell(), self._loop)
+
     def _await(self, work: Coroutine[Any, Any, Any], what: str, seconds: float) -> Any:
+        if self._loop.is_closed():
+            work.close()
+            raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: the connection was closed")
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
         try:
             return future.result()
-        except (TimeoutError, asyncio.TimeoutError):
-            raise MonitorError(
-                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its disks alive?"
+        except TimeoutError:
+            raise MonitorTimeout(
+                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its "
+                "disks alive?"
             ) from None
         except ExecuteError as error:
-            raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error.error.desc}") from None
+            raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
         except (QMPError, OSError, EOFError) as error:
             raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: {error}; has it ended?") from error
         except BaseException:
             future.cancel()
             raise
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

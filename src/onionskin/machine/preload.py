@@ -3,7 +3,6 @@
 See csrc/machine/preload.h for what is said. A `Preload` is used by one thread at a time.
 """
 
-import socket
 import struct
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -12,6 +11,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, StateError
 
 _MAGIC = 0x316D6172
@@ -62,13 +62,8 @@ class Preload:
     """The connection to the library in one process. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = connect_unix(path, seconds=SECONDS)
         self._socket.settimeout(SECONDS)
-        try:
-            self._socket.connect(str(path))
-        except BaseException:
-            self._socket.close()
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +84,9 @@ class Preload:
         return self._ask(_ARM, "cannot note what is written to its memory (Linux 6.7 and permission for userfaultfd)")
 
     def forget(self, runs: NDArray[Any]) -> None:
-        """Drop what the guest wrote to these runs: they read as the RAM file again, and writes to them are noted.
+        """Drop what the guest wrote to these runs: they read as the RAM file again.
+
+        They count as written until they are protected again (`PageTracker.written`).
 
         Parameters
         ----------
