@@ -139,7 +139,8 @@ static int arm(void)
     return protect((uint64_t)(uintptr_t)preload.start, preload.length);
 }
 
-/* Drops the private pages of a run, so that it reads as the file, and notes writes to it again. */
+/* Drops the private pages of a run, so that it reads as the file. They count as written then: who asked for this protects
+ * them with the next scan, all in one call. */
 static int forget(const struct onion_preload_run *run)
 {
     if (!preload.start || !preload.is_private)
@@ -147,10 +148,7 @@ static int forget(const struct onion_preload_run *run)
     if (run->offset % 4096 || run->length % 4096 || run->offset > preload.length ||
         run->length > preload.length - run->offset)
         return -EINVAL;
-    uint8_t *start = preload.start + run->offset;
-    if (madvise(start, run->length, MADV_DONTNEED))
-        return -errno;
-    return preload.faults < 0 ? 0 : protect((uint64_t)(uintptr_t)start, run->length);
+    return madvise(preload.start + run->offset, run->length, MADV_DONTNEED) ? -errno : 0;
 }
 
 /* ---- the socket ---- */

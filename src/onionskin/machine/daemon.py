@@ -86,13 +86,18 @@ def main(arguments: list[str]) -> int:
         os._exit(0)
     descriptor = int(writer)
     os.set_inheritable(descriptor, False)
+    return be_supervisor(store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags)
+
+
+def be_supervisor(store: str, name: str, descriptor: int, *, paused: bool, trust: bool) -> int:
+    """Supervise a machine in this process until its end, and tell who reads from a pipe when its guest runs."""
     try:
         from onionskin.machine.supervisor import supervise
         from onionskin.store import Store
 
-        opened = Store(store, create=False, trust="--trust" in flags)
+        opened = Store(store, create=False, trust=trust)
         status = supervise(
-            opened, name, paused="--paused" in flags, log=log_line, ready=lambda: _answer(descriptor, {"ready": True})
+            opened, name, paused=paused, log=log_line, ready=lambda: _answer(descriptor, {"ready": True})
         )
     except BaseException as error:
         log_line(f"{type(error).__name__}: {error}")

@@ -21,7 +21,6 @@ from onionskin.errors import StateError
 
 SECONDS = 30.0
 CLOSE_SECONDS = 2.0
-JOB_POLL_SECONDS = 0.0005
 JOB_PREFIX = "onionskin-"
 _log = logger(__name__)
 
@@ -64,6 +63,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
         self._thread.start()
         self._client = QMPClient(name)
+        self._dismissals: set[asyncio.Future[Any]] = set()
         self._numbers = itertools.count()
         self._guard = threading.Lock()
         self._is_closed = False
@@ -129,16 +129,16 @@ class Monitor:
     async def _job(self, command: str, arguments: dict[str, Any]) -> None:
         # Each has a name of its own: one that timed out may still run.
         job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
-        await self._client.execute(command, {**arguments, "job-id": job})
-        while True:
-            jobs: Any = await self._client.execute("query-jobs")
-            found = next((one for one in jobs if one["id"] == job), None)
-            if found is None:
-                raise MonitorError(f"QEMU of machine {self._name!r}: {command}: its job is gone")
-            if found["status"] == "concluded":
-                break
-            await asyncio.sleep(JOB_POLL_SECONDS)
-        await self._client.execute("job-dismiss", {"id": job})
+        # A machine may stand still meanwhile: it is not asked again and again, and the job is dismissed behind its end.
+        with self._client.listener("JOB_STATUS_CHANGE", lambda event: _has_ended(event, job)) as ended:
+            await self._client.execute(command, {**arguments, "job-id": job})
+            await ended.get()
+        jobs: Any = await self._client.execute("query-jobs")
+        found = next((one for one in jobs if one["id"] == job), None)
+        if found is None:
+            raise MonitorError(f"QEMU of machine {self._name!r}: {command}: its job is gone")
+        self._dismissals = {task for task in self._dismissals if not task.done()}
+        self._dismissals.add(asyncio.ensure_future(self._client.execute("job-dismiss", {"id": job})))
         if error := found.get("error"):
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
 
@@ -182,3 +182,7 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _has_ended(event: Any, job: str) -> bool:
+    return bool(event["data"]["id"] == job and event["data"]["status"] in ("concluded", "null"))

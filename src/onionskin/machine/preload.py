@@ -84,7 +84,9 @@ class Preload:
         return self._ask(_ARM, "cannot note what is written to its memory (Linux 6.7 and permission for userfaultfd)")
 
     def forget(self, runs: NDArray[Any]) -> None:
-        """Drop what the guest wrote to these runs: they read as the RAM file again, and writes to them are noted.
+        """Drop what the guest wrote to these runs: they read as the RAM file again.
+
+        They count as written until they are protected again (`PageTracker.written`).
 
         Parameters
         ----------

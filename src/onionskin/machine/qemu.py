@@ -40,6 +40,7 @@ STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 KILL_SECONDS = 10.0
 STATE_TAG = "s"
+STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -339,7 +340,8 @@ class QemuProcess:
         self.monitor.execute("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())})
         try:
             if is_new:
-                self.monitor.run_job("blockdev-create", {"options": {"driver": "qcow2", "file": file, "size": 1 << 20}})
+                options = {"driver": "qcow2", "file": file, "size": 1 << 20, "cluster-size": STATE_CLUSTER_BYTES}
+                self.monitor.run_job("blockdev-create", {"options": options})
             cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
             self.monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache})
         except BaseException:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 _MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
 PIECE_PAGES = 2048  # that are looked at and written at a time
 PIECE_BYTES = PIECE_PAGES * PAGE_BYTES
-_FEW_RUNS = 256  # up to so many runs are marked one by one
+_FEW_RUNS = 256  # up to so many runs are marked, or written, one by one
+_LONG_RUN_BYTES = 64 * PAGE_BYTES
 
 
 def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
@@ -142,13 +143,28 @@ class UnsavedRam(ABC):
         """
         held = np.zeros(len(self._unsaved), np.bool_)
         mark(held, runs_of_extents(volume.extents(), self.length, only_data=True))
-        unsaved = np.flatnonzero(self._unsaved)
-        written = 0
-        for at in range(0, len(unsaved), PIECE_PAGES):
-            written += self._save_piece(volume, unsaved[at : at + PIECE_PAGES], held)
+        written, left = self._save_long_runs(volume, held)
+        for at in range(0, len(left), PIECE_PAGES):
+            written += self._save_pages(volume, left[at : at + PIECE_PAGES], held)
         return written
 
-    def _save_piece(self, volume: "Volume", numbers: NDArray[np.int64], held: NDArray[np.bool_]) -> int:
+    def _save_long_runs(self, volume: "Volume", held: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
+        """Write long runs of which the volume has nothing, from where they are. Return the bytes, and the other pages."""
+        written, left = 0, self._unsaved.copy()
+        runs = runs_of(self._unsaved & ~held)
+        long = runs[runs["end"] - runs["start"] >= _LONG_RUN_BYTES]
+        for start, end in long.tolist():
+            for at in range(start, end, PIECE_BYTES):
+                until = min(at + PIECE_BYTES, end)
+                data = runs_of(_ram.classify(self._bytes[at:until]) == _ram.DATA)
+                if len(data) <= _FEW_RUNS:
+                    for a, b in data.tolist():
+                        volume.write(at + a, self._bytes[at + a : at + b])
+                    written += int((data["end"] - data["start"]).sum())
+                    left[at // PAGE_BYTES : until // PAGE_BYTES] = False
+        return written, np.flatnonzero(left)
+
+    def _save_pages(self, volume: "Volume", numbers: NDArray[np.int64], held: NDArray[np.bool_]) -> int:
         pages = page_aligned(len(numbers))
         np.take(self._pages, numbers, axis=0, out=pages)
         is_held = held[numbers]
@@ -157,7 +173,6 @@ class UnsavedRam(ABC):
         data = kinds == _ram.DATA
         if is_held.any():
             parent = page_aligned(len(numbers))
-            parent[~is_held] = 0
             data &= ~is_held | (_ram.classify(pages.reshape(-1), volume_pages(volume, numbers, parent)) != _ram.SAME)
         cleared = np.zeros(len(held), np.bool_)
         cleared[numbers[zero]] = True

@@ -10,22 +10,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
 from onionskin.machine.ram_files import RamFile, RamFiles
 from onionskin.machine.running import Running, StateFile, diff_of_layers, open_layer, source_of, stopped
-from onionskin.operations import machines
+from onionskin.operations import machine_tree, machines
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
-    from onionskin.catalog import MachineRow, VolumeRow
+    from onionskin.catalog import MachineRow, MachineSnapshotRow, VolumeRow
     from onionskin.store import Store
 
 _GENERATION_BYTES = 16
@@ -75,9 +76,7 @@ def find_saved(store: "Store", machine: "MachineRow", snapshot: str | None) -> S
     with catalog.reading():
         volume = catalog.volume_with_id(machine.ram)
         if snapshot is not None:
-            row = catalog.machine_snapshot_named(machine.id, snapshot)
-            if row is None:
-                raise SnapshotNotFoundError(f"machine {machine.name!r} has no snapshot {snapshot!r}")
+            row: MachineSnapshotRow | None = machines.find_snapshot(catalog, machine, snapshot)
         else:
             row = catalog.machine_snapshot_with_id(machine.stands_on) if machine.stands_on else None
         layer = row.ram if row else catalog.layer(volume.head).parent if volume else None
@@ -194,7 +193,7 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
     return at >= 0 and at <= differ[0] and differ[-1] < at + _GENERATION_BYTES
 
 
-def revert(running: Running, snapshot: str, revert_disks: Callable[[], None]) -> None:
+def revert(running: Running, snapshot: str, revert_volumes: Callable[[], None] | None = None) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
 
     Parameters
@@ -202,8 +201,8 @@ def revert(running: Running, snapshot: str, revert_disks: Callable[[], None]) ->
     running : Running
     snapshot : str
         The name.
-    revert_disks : callable
-        Puts the disks and the RAM volume back, all of them.
+    revert_volumes : callable, optional
+        Puts the disks and the RAM volume back; by default as the store does it.
 
     Raises
     ------
@@ -229,13 +228,19 @@ def revert(running: Running, snapshot: str, revert_disks: Callable[[], None]) ->
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
             with ThreadPoolExecutor(1, "onionskin revert") as thread:
-                disks = thread.submit(revert_disks)
+                volumes = thread.submit(revert_volumes or partial(_revert_volumes, running, snapshot))
                 _put_back(running, saved, view)
-                disks.result()
-            running.process.load_state(state.path)
-            _settle(running, view)
-            machines.note_running(running.store._opened, running.machine.id)  # before the guest may write
+                running.process.load_state(state.path)  # this reads no disk
+                _settle(running, view)
+                volumes.result()
+            machines.note_running(running.store._opened, running.machine.id)  # the guest may write from here on
             running.is_broken = False
+
+
+def _revert_volumes(running: Running, snapshot: str) -> None:
+    """Put back the disks, whoever holds them, and the RAM volume."""
+    store = running.store
+    machine_tree.revert(store._opened, running.name, snapshot, store._put_back, ram=True)
 
 
 def _changed_between(running: Running, saved: Saved) -> NDArray[np.void]:

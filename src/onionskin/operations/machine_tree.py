@@ -8,8 +8,10 @@ is off nothing reads it, so it is made anew on what stays (`reset_ram`): no RAM 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 from onionskin.base.naming import check_note, some_of
@@ -138,11 +140,23 @@ def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram
         named = {one.layer: one for one in catalog.snapshots_of_layers(layers)}
         volumes = {one.id: one.name for one in catalog.volumes_with_ids(one.volume for one in named.values())}
     machines.note_reverting(store, machine.id, row.id)
-    for layer in layers:
-        one = named[layer]
-        put_back(volumes[one.volume], one.name, one.guid.hex(), machine)
+    _at_once(
+        [partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine) for at in layers]
+    )
     machines.note_reverted(store, machine.id, row.id)
     return row
+
+
+def _at_once(calls: Sequence[Callable[[], None]]) -> None:
+    """Make calls at the same time, since each waits for its server or its disk. Raise the first failure when all have ended."""
+    if len(calls) <= 1:
+        for call in calls:
+            call()
+        return
+    with ThreadPoolExecutor(len(calls), "onionskin put back") as threads:
+        begun = [threads.submit(call) for call in calls]
+    for one in begun:
+        one.result()
 
 
 # ---- dropping ----

@@ -1,0 +1,153 @@
+"""Starts several machines at once: forks of a snapshot, each of which has a supervisor of its own and maps the one RAM file.
+
+To load Python and all that a supervisor needs takes longer than to fork a machine. So one process loads it, makes the RAM
+file if it is missing, asks the hypervisor what it is, and then forks once for each machine. What the supervisors share stays
+in memory once.
+
+What must hold: the process that forks has no other thread then, and no store open: each supervisor opens its own. The caller
+returns when the guests of all run, or raises the first of what kept one from running; the others run then.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onionskin.control import frames
+from onionskin.errors import OnionskinError, StateError
+from onionskin.machine import daemon
+from onionskin.machine.record import SUPERVISOR_LOG, make_directory
+from onionskin.operations import machines
+
+if TYPE_CHECKING:
+    from onionskin.machine.ram_files import RamFile
+    from onionskin.store import Store
+
+
+def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> None:
+    """Start machines that are off, all at once. Return when the guests of all run, or, with `paused`, are ready to.
+
+    Raises
+    ------
+    OnionskinError, OSError
+        What kept the first of those from running that do not run.
+    """
+    if not names:
+        return
+    with ExitStack() as stack:
+        readers, writers, wanted = [], [], []
+        for name in names:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
+            writers.append(writer)
+            directory = make_directory(store._opened.layout.root, machines.find(store._opened.catalog, name).id)
+            wanted.append([name, writer, str(directory / SUPERVISOR_LOG)])
+        try:
+            _start_process(store, wanted, writers, paused)
+        finally:
+            for writer in writers:
+                os.close(writer)
+        failed = [
+            error for name, reader in zip(names, readers, strict=True) if (error := _failure(name, reader.fileno()))
+        ]
+    if failed:
+        raise failed[0]
+
+
+def _start_process(store: "Store", wanted: list[list[object]], writers: list[int], paused: bool) -> None:
+    what = {"store": str(store.path.absolute()), "machines": wanted, "paused": paused, "trust": store._trust}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "onionskin.machine.fork", json.dumps(what)],
+        stdin=subprocess.DEVNULL,
+        cwd="/",
+        umask=0o077,
+        pass_fds=writers,
+        start_new_session=True,
+        # Threads of NumPy's library would be in the way of a fork, and nothing here uses them.
+        env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"} | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    child.wait()  # it ends when it has forked
+
+
+def _failure(name: str, reader: int) -> Exception | None:
+    """Wait for the answer of a supervisor. Return what kept its machine from running, if something did."""
+    answer = daemon._read_all(reader)
+    if answer is None:
+        return StateError(f"the supervisor of machine {name!r} did not answer within {daemon.START_SECONDS:.0f} s")
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return StateError(f"the supervisor of machine {name!r} died; see its {SUPERVISOR_LOG}")
+    return frames.unpack_error(value["error"]) if "error" in value else None
+
+
+def main(text: str) -> int:
+    """Be the process that forks: the argument is what `start_all` gives."""
+    what = json.loads(text)
+    wanted = what["machines"]
+    held = _prepare(what["store"], wanted[0][0], what["trust"])
+    if threading.active_count() > 1:
+        return 1  # each machine is said to have died, which is better than one that hangs
+    for name, writer, log in wanted:
+        if os.fork() == 0:
+            with suppress(OSError):
+                if held is not None:
+                    held.close()
+            os._exit(_supervise(what, name, writer, log, [other for _, other, _ in wanted if other != writer]))
+    return 0
+
+
+def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
+    """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
+    from onionskin.machine import restore, supervisor
+    from onionskin.machine.hypervisor import Configuration
+    from onionskin.machine.ram_files import RamFiles
+    from onionskin.machine.running import source_of
+    from onionskin.store import Store
+
+    try:
+        with Store(store, create=False, trust=trust) as opened:
+            row = machines.find(opened._opened.catalog, name)
+            disks = opened._opened.catalog.disks_of_machine(row.id)
+            supervisor.QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
+            if machines.beginning(opened._opened, name).ram is None:
+                return None
+            saved = restore.find_saved(opened, row, None)
+            source = source_of(opened, saved.volume, saved.layer, saved.ram_bytes)
+            return RamFiles(opened._opened).use(source)
+    except (OSError, OnionskinError):
+        return None
+
+
+def _supervise(what: dict[str, object], name: str, writer: int, log: str, others: list[int]) -> int:
+    """Be the supervisor of a machine, until its end. Return the exit status of the process."""
+    try:
+        os.setsid()
+        for other in others:
+            os.close(other)
+        os.set_inheritable(writer, False)
+        _write_to(log)
+        return daemon.be_supervisor(
+            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"])
+        )
+    except BaseException as error:
+        with suppress(BaseException):
+            daemon.log_line(f"{type(error).__name__}: {error}")
+        return 1
+
+
+def _write_to(log: str) -> None:
+    """Have what this process says added to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
