@@ -7,7 +7,6 @@ found by whatever is asked of it next, and has one again before anything else ha
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.machine import daemon, disk_server, record
+from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl
 from onionskin.machine.hypervisor import Configuration
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
-STARTS_AT_ONCE = 4
 
 
 class Machine:
@@ -295,7 +294,7 @@ class Machine:
             for fork in forks if network else ():
                 fork._configure(lambda one: replace(one, is_isolated=False))
             if start:
-                _start_all(forks)
+                fork_process.start_all(self._store, [fork._name for fork in forks])
         except BaseException:
             self._remove(forks)
             raise
@@ -382,15 +381,6 @@ class Machine:
         """End the server of the disks of a machine whose other processes were killed."""
         if found is not None and found.server is not None and found.server.is_alive:
             found.server.end(disk_server.END_SECONDS)
-
-
-def _start_all(forks: "list[Machine]") -> None:
-    """Start machines, several at once; the first error is raised when all have started or failed."""
-    with ThreadPoolExecutor(STARTS_AT_ONCE, "onionskin start") as pool:
-        started = [pool.submit(fork._start) for fork in forks]
-    errors = [error for one in started if (error := one.exception()) is not None]
-    if errors:
-        raise errors[0]
 
 
 __all__ = ["Machine", "MachineSnapshot"]

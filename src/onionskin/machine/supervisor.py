@@ -456,12 +456,9 @@ class Supervisor:
         with self.running.guard:
             self._note(replace(self.record, is_reverting=True))
             try:
-                restore.revert(self.running, name, lambda: self._revert_disks(name))
+                restore.revert(self.running, name)
             finally:
                 self._note(replace(self.record, is_reverting=self.running.is_broken))
-
-    def _revert_disks(self, snapshot: str) -> None:
-        machine_tree.revert(self._store._opened, self.running.machine.name, snapshot, self._store._put_back, ram=True)
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
