@@ -44,6 +44,10 @@ class Gone(KeyboardInterrupt):
     """The caller of a verb has gone away."""
 
 
+class WentAway(StateError):
+    """The supervisor has closed the connection."""
+
+
 # ---- the supervisor's end ----
 
 
@@ -233,7 +237,10 @@ class MachineControl:
                     f"the supervisor of machine {name!r} does not take connections; it was stopped, or hangs"
                 ) from None
             raise
-        return cls(connection, name)
+        try:
+            return cls(connection, name)
+        except WentAway:  # it was ending, or being killed, while it still listened
+            return None
 
     def __enter__(self) -> Self:
         return self
@@ -280,5 +287,5 @@ class MachineControl:
             f"{frames.SILENCE_SECONDS:.0f} s; {why}"
         )
 
-    def _gone(self) -> StateError:
-        return StateError(f"the supervisor of machine {self._name!r} went away; its log says why")
+    def _gone(self) -> WentAway:
+        return WentAway(f"the supervisor of machine {self._name!r} went away; its log says why")

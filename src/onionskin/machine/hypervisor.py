@@ -45,8 +45,8 @@ class Configuration:
         The command line of that kernel.
     network : str
         "none", or "user": a network card behind the host's address (QEMU's user network).
-    is_isolated : bool
-        Whether its network, and those of `qemu_args`, reach nothing: as that of a fork.
+    is_isolated : bool, optional
+        Whether its network, and those of `qemu_args`, reach nothing. Without it, those of forks do not reach anything.
     agent : bool
         Whether the machine has a port for the guest agent.
     qemu_args : tuple of str
@@ -67,7 +67,7 @@ class Configuration:
     initrd: str | None = None
     append: str = ""
     network: str = "none"
-    is_isolated: bool = False
+    is_isolated: bool | None = None
     agent: bool = True
     qemu_args: tuple[str, ...] = ()
     program: str = "qemu-system-x86_64"
@@ -93,6 +93,9 @@ class Configuration:
             It is something else, or has what this onionskin does not know.
         """
         return cls(**_from_json(cls, text, "the configuration of a machine", tuples=("qemu_args",)))
+
+
+MachineConfiguration = Configuration  # its name where there are other configurations: `onionskin.MachineConfiguration`
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +346,7 @@ def _check_type(name: str, value: object, wanted: object) -> None:
         int: (int,),
         str: (str,),
         bool: (bool,),
+        bool | None: (bool, type(None)),
         str | None: (str, type(None)),
         tuple[str, ...]: (tuple,),
     }

@@ -66,6 +66,7 @@ class Monitor:
         self._dismissals: set[asyncio.Future[Any]] = set()
         self._numbers = itertools.count()
         self._guard = threading.Lock()
+        self._is_closed = False
         try:
             if on_event is not None:
                 self._listen(on_event)
@@ -84,10 +85,11 @@ class Monitor:
     def close(self) -> None:
         """Disconnect. QEMU goes on. Further calls do nothing."""
         with self._guard:
-            if self._loop.is_closed():
+            if self._is_closed:
                 return
+            self._is_closed = True  # what others ask for from here on is refused, as nobody would carry it out
             with suppress(MonitorError, QMPError, OSError, EOFError):  # the other end may be gone
-                self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS)
+                self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS, at_end=True)
             self._end()
 
     def _end(self) -> None:
@@ -117,7 +119,8 @@ class Monitor:
             with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
                 await self._client.execute(command)
 
-        asyncio.run_coroutine_threadsafe(run(), self._loop)
+        with suppress(RuntimeError):  # it was closed meanwhile
+            asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def run_job(self, command: str, arguments: dict[str, Any], *, seconds: float = SECONDS) -> None:
         """Run a command that starts a job, and wait until the job has ended well."""
@@ -152,14 +155,15 @@ class Monitor:
 
         asyncio.run_coroutine_threadsafe(tell(), self._loop)
 
-    def _await(self, work: Coroutine[Any, Any, Any], what: str, seconds: float) -> Any:
-        if self._loop.is_closed():
+    def _await(self, work: Coroutine[Any, Any, Any], what: str, seconds: float, *, at_end: bool = False) -> Any:
+        if self._is_closed and not at_end:
             work.close()
             raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: the connection was closed")
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
         try:
-            return future.result()
+            return future.result(seconds + CLOSE_SECONDS)  # the loop may end before it sees this
         except TimeoutError:
+            future.cancel()
             raise MonitorTimeout(
                 f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its "
                 "disks alive?"

@@ -15,6 +15,7 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -184,6 +185,7 @@ class QemuProcess:
         self._nodes = 0
         self._prepared: tuple[str, Path] | None = None
         self._status: int | None = None
+        self._ending = threading.Lock()
         self.monitor = self._connect(on_event)
         if is_tracked:
             try:
@@ -373,13 +375,14 @@ class QemuProcess:
 
     def quit(self, seconds: float) -> None:
         """End the process, within so many seconds; killed, if it does not end by itself."""
-        if seconds > 0:
-            with suppress(MonitorError):
-                self.monitor.execute("quit", seconds=seconds)
-        if self.wait(seconds) is None:
-            self._kill()
-            self.wait(KILL_SECONDS)
-        self.close()
+        with self._ending:  # by one thread at a time
+            if seconds > 0 and self.wait(0) is None:
+                with suppress(MonitorError):
+                    self.monitor.execute("quit", seconds=seconds)
+            if self.wait(seconds) is None:
+                self._kill()
+                self.wait(KILL_SECONDS)
+            self.close()
 
     def close(self) -> None:
         """Close the connections. The process goes on, if it still runs."""

@@ -172,3 +172,11 @@ def write_json(path: Path, value: object) -> None:
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove what a machine that is gone left in its directory, as far as that can be done."""
+    with suppress(OSError):
+        for path in directory.iterdir():
+            path.unlink(missing_ok=True)
+        directory.rmdir()

@@ -7,10 +7,10 @@ starts again when that dies, runs the hypervisor, and listens on the machine's c
     run         wait for the end of one of the processes, for signals, for what the hypervisor reports
     end         the disks are flushed and given up; nothing of the machine is left but its snapshots and its log
 
-What must hold: of two starts at once, one has the machine, and the other says so. Before the guest may write, RAM that it began
-from is not loaded again. A machine that stands still does so because its user wants it, because a disk of it has an error, or
-because it is between two states; `status` says which. A supervisor that was killed is followed by another, which finds the
-processes by the record; what was under way then is given up, and the machine goes on.
+What must hold: of two starts at once, one has the machine, and the other says so. Before the guest may write, it is noted
+that RAM which it began from is not loaded again. A machine that stands still does so because its user wants it, because a
+disk of it has an error, or because it is between two states; `status` says which. A supervisor that was killed is followed
+by another, which finds the processes by the record; what was under way then is given up, and the machine goes on.
 """
 
 import os
@@ -35,9 +35,10 @@ from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
 from onionskin.machine.record import ProcessId, Record
 from onionskin.machine.running import Running
-from onionskin.operations import machines
+from onionskin.operations import machine_tree, machines
 
 if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow
     from onionskin.store import Store
     from onionskin.volume import Volume
 
@@ -101,12 +102,11 @@ class Supervisor:
 
     def _begin(self, paused: bool) -> None:
         row = machines.find(self._store._opened.catalog, self._name)
-        volume = self._hold(row.ram)
+        volume = self._store._open_ram(row)
         self._ends.callback(volume.close)
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         found = Record.read(self._directory)
-        names = {one.id: one.name for one in machines.volumes_of(self._store._opened.catalog, row)}
-        disks = [names[disk.volume] for disk in self._store._opened.catalog.disks_of_machine(row.id)]
+        disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
         is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
         if found is not None and not is_there and found.server is not None:
             found.server.end(disk_server.END_SECONDS)
@@ -120,24 +120,18 @@ class Supervisor:
         self._ends.callback(self.running.close)
         self._listen()
 
-    def _hold(self, ram: bytes) -> "Volume":
-        try:
-            return self._store._open_by_id(ram)
-        except StateError as error:
-            raise StateError(f"machine {self._name!r} runs already, or is worked on: {error}") from None
-
     def _start(self, machine: bytes, volume: "Volume", paused: bool) -> None:
         store = self._store
-        row = machines.find(store._opened.catalog, self._name)
-        configuration = Configuration.from_json(row.configuration)
-        hypervisor = QemuHypervisor(self._hear)
-        now = hypervisor.check(configuration, len(store._opened.catalog.disks_of_machine(machine)))
-        identity = Identity(mac_seed=machine.hex())
         begins = machines.beginning(store._opened, self._name)
-        if begins.is_reverting:
-            raise StateError(
-                f"a revert of machine {self._name!r} did not end, so its disks may not agree; revert it again"
-            )
+        if begins.is_reverting and begins.snapshot is not None:
+            self._log(f"machine {self._name!r} was being put back to {begins.snapshot.name!r}; that is ended first")
+            machine_tree.revert(store._opened, self._name, begins.snapshot.name, store._put_back, ram=True)
+            begins = machines.beginning(store._opened, self._name)
+        row = begins.machine
+        configuration = self._configuration(row)
+        hypervisor = QemuHypervisor(self._hear)
+        now = hypervisor.check(configuration, len(self._server.uris))
+        identity = Identity(mac_seed=machine.hex())
         with ExitStack() as stack:
             prepared = None
             if begins.ram is not None:
@@ -167,6 +161,14 @@ class Supervisor:
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if not paused:
             self._process.resume()
+
+    def _configuration(self, row: "MachineRow") -> Configuration:
+        """Return what the machine is made of. A fork has no network, unless it says that it has."""
+        configuration = Configuration.from_json(row.configuration)
+        if configuration.is_isolated is None:
+            is_fork = self._store._opened.catalog.lineage_of(row.ram) is not None
+            configuration = replace(configuration, is_isolated=is_fork)
+        return configuration
 
     def _record_of(
         self, configuration: Configuration, now: Recorded, identity: Identity, mapped: bytes | None, paused: bool
@@ -452,10 +454,9 @@ class Supervisor:
     def revert(self, has_gone: Callable[[], None], name: str) -> None:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
         with self.running.guard:
-            restore.find_saved(self._store, self.running.machine, name)  # before anything is noted
             self._note(replace(self.record, is_reverting=True))
             try:
-                revert_in_place(self.running, name)
+                restore.revert(self.running, name)
             finally:
                 self._note(replace(self.record, is_reverting=self.running.is_broken))
 
@@ -475,11 +476,6 @@ class Supervisor:
             yield
         finally:
             self._note(replace(self.record, is_frozen=False))
-
-
-def revert_in_place(running: Running, snapshot: str) -> None:
-    """Put a machine that runs back to a snapshot, disks and all."""
-    raise StateError("revert in place: not joined with the store's part yet")
 
 
 def _open_process(process: ProcessId) -> int | None:
