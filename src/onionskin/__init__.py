@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_usage import MachineUsage
     from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
@@ -69,7 +71,9 @@ _HOME = {
     "Machine": "onionskin.machine.machine",
     "MachineConfiguration": "onionskin.machine.hypervisor",
     "MachineInfo": "onionskin.operations.machines",
+    "MachineSnapshot": "onionskin.machine.capture",
     "MachineSnapshotInfo": "onionskin.operations.machine_tree",
+    "MachineUsage": "onionskin.operations.machine_usage",
     "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
@@ -93,6 +97,8 @@ __all__ = [
     "MachineExistsError",
     "MachineInfo",
     "MachineNotFoundError",
+    "MachineSnapshotInfo",
+    "MachineUsage",
     "OnionskinError",
     "Problem",
     "Retention",

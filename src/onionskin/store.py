@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.machine_snapshots import MachineCut
     from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_usage import MachineUsage
     from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.seal import RemoteHead
@@ -1551,6 +1552,52 @@ class Store:
         from onionskin.operations import machine_tree
 
         return machine_tree.list_snapshots(self._opened, name)
+
+    def machine_usage(self, name: str) -> "list[MachineUsage]":
+        """Return what each snapshot of a machine holds, of its disks and of its RAM.
+
+        Parameters
+        ----------
+        name : str
+            The machine. It may run; only what is durable counts.
+
+        Returns
+        -------
+        list of MachineUsage
+            One entry for each snapshot, oldest first. The last one, whose snapshot is None, is what came after.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import machine_usage
+
+        return machine_usage.usage(self._opened, name)
+
+    def machine_lineage(self, name: str) -> "list[Ancestor]":
+        """Return what a machine was forked from, and what that was, up to the first.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+
+        Returns
+        -------
+        list of Ancestor
+            The nearest first, by the names of the machines. One that was deleted is in it.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import lineage, machines
+
+        about = machines.machine_info(self._opened, name)
+        found = lineage.lineage(self._opened, about.ram)
+        return [replace(one, name=one.name.removesuffix(machines.RAM_SUFFIX)) for one in found]
 
     def fork_machine(
         self,

@@ -107,7 +107,7 @@ def test_of_two_starts_at_once_one_wins_and_the_other_says_so(lab: Machine) -> N
 def test_a_guest_that_does_not_shut_down_in_time_runs_on(lab: Machine) -> None:
     lab.start(paused=True)  # its firmware has not run yet, so nothing hears the power button
     lab.resume()
-    with pytest.raises(StateError, match="did not shut down within 0.01 s"):
+    with pytest.raises(StateError, match=r"did not shut down within 0\.01 s"):
         lab.stop(0.01)
 
 

@@ -68,6 +68,9 @@ _SECTIONS = {
         "trim": "byte_ranges.trim",
         "zero": "byte_ranges.zero",
     },
+    "Machines": {
+        "machine": "machine.machine",
+    },
     "Serve and mount": {
         "serve": "serve.serve",
         "stats": "serve.stats",

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.machine import daemon, disk_server, record
+from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl
-from onionskin.machine.fork import start_all
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.record import Record
 from onionskin.operations import machines
@@ -294,7 +294,7 @@ class Machine:
             for fork in forks if network else ():
                 fork._configure(lambda one: replace(one, is_isolated=False))
             if start:
-                start_all(self._store, [fork._name for fork in forks])
+                fork_process.start_all(self._store, [fork._name for fork in forks])
         except BaseException:
             self._remove(forks)
             raise

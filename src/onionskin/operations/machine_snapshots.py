@@ -31,7 +31,7 @@ from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import unnamed_around
 from onionskin.errors import OnionskinError, SnapshotExistsError, StateError
 from onionskin.operations import machines, reclaim, snapshot_names, staged_volumes
-from onionskin.operations.fold import fold_where_unnamed
+from onionskin.operations.fold import fold_unnamed_below, fold_where_unnamed
 from onionskin.operations.group_snapshot import Finder, Opener, open_heads
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.seal import Part, RemoteHead, seal_together
@@ -203,6 +203,8 @@ class MachineCut:
                 part = Part(ram, ram.refuse_half_merged, lambda sealed, head: of_ram.append((sealed, head)))
                 seal_together(self._store, [part], write)
         self._end()
+        if ram is not None:
+            _fold_unnamed(ram)
         return taken[0]
 
     def _write(
@@ -294,6 +296,15 @@ class MachineCut:
         self._is_ended = True
         for disk in self._disks:
             disk.lock.close()
+
+
+def _fold_unnamed(ram: OpenHead) -> None:
+    """Fold layers of the RAM whose names somebody dropped while the machine ran. If that fails, the next opening does."""
+    try:
+        with ram.operation(during_merge=True):
+            fold_unnamed_below(ram)
+    except (OSError, OnionskinError) as error:
+        _log.warning("%s: layers of %r could not be joined: %s", ram.store.path, ram.name, error)
 
 
 def _fold_back(head: OpenHead, layer: bytes) -> None:

@@ -148,7 +148,7 @@ def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram
 
 
 def _at_once(calls: Sequence[Callable[[], None]]) -> None:
-    """Make calls at the same time, since each waits for its server or its disk. Raise the first failure when all have ended."""
+    """Make calls at the same time, since each waits for its server or its disk. A failure is raised when all have ended."""
     if len(calls) <= 1:
         for call in calls:
             call()
