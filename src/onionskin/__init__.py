@@ -7,6 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
+    from onionskin.machine.capture import MachineSnapshot
+    from onionskin.machine.hypervisor import Configuration as MachineConfiguration
+    from onionskin.machine.machine import Machine
     from onionskin.base.sizes import format_size, parse_size
     from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
@@ -60,6 +64,7 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
+    "drop_leftovers": "onionskin.machine.leftovers",
     **dict.fromkeys(
         ("find_served_head", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
     ),
@@ -94,9 +99,12 @@ __all__ = [
     "Hold",
     "Layering",
     "LiveVolume",
+    "Machine",
+    "MachineConfiguration",
     "MachineExistsError",
     "MachineInfo",
     "MachineNotFoundError",
+    "MachineSnapshot",
     "MachineSnapshotInfo",
     "MachineUsage",
     "OnionskinError",
