@@ -7,10 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
-    from onionskin.machine.capture import MachineSnapshot
-    from onionskin.machine.hypervisor import Configuration as MachineConfiguration
-    from onionskin.machine.machine import Machine
     from onionskin.base.sizes import format_size, parse_size
     from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
@@ -32,6 +28,10 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.machine.capture import MachineSnapshot
+    from onionskin.machine.hypervisor import Configuration as MachineConfiguration
+    from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
+    from onionskin.machine.machine import Machine
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
     from onionskin.operations.fork_usage import ForkUsage

@@ -102,7 +102,8 @@ def test_every_verb_is_among_those_that_make_no_store_or_is_known_to() -> None:
 
 
 def test_every_verb_takes_json() -> None:
-    assert isinstance(machine := onionskin.commands["machine"], click.Group)
+    machine = onionskin.commands["machine"]
+    assert isinstance(machine, click.Group)
     for name, command in [*onionskin.commands.items(), *machine.commands.items()]:
         takes = [option for parameter in command.params for option in parameter.opts]
         assert "--json" in takes or command is machine, name
