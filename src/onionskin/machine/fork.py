@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.control import frames
@@ -23,6 +22,8 @@ from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.operations import machines
+
+STARTS_AT_ONCE = 16
 
 if TYPE_CHECKING:
     from onionskin.machine.ram_files import RamFile
@@ -37,8 +38,15 @@ def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> 
     OnionskinError, OSError
         What kept the first of those from running that do not run.
     """
-    if not names:
-        return
+    errors: list[Exception] = []
+    for at in range(0, len(names), STARTS_AT_ONCE):
+        errors += _start_some(store, names[at : at + STARTS_AT_ONCE], paused)
+    if errors:
+        raise errors[0]
+
+
+def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exception]:
+    """Start machines at once. Return what kept those from running that do not run."""
     with ExitStack() as stack:
         readers, writers, wanted = [], [], []
         for name in names:
@@ -52,11 +60,8 @@ def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> 
         finally:
             for writer in writers:
                 os.close(writer)
-        failed = [
-            error for name, reader in zip(names, readers, strict=True) if (error := _failure(name, reader.fileno()))
-        ]
-    if failed:
-        raise failed[0]
+        answers = [_failure(name, reader.fileno()) for name, reader in zip(names, readers, strict=True)]
+        return [error for error in answers if error is not None]
 
 
 def _start_process(store: "Store", wanted: list[list[object]], writers: list[int], paused: bool) -> None:

@@ -6,11 +6,10 @@ the machine, which copies its ROMs over RAM. A machine that is between two state
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -193,7 +192,7 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
     return at >= 0 and at <= differ[0] and differ[-1] < at + _GENERATION_BYTES
 
 
-def revert(running: Running, snapshot: str, revert_volumes: Callable[[], None] | None = None) -> None:
+def revert(running: Running, snapshot: str) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
 
     Parameters
@@ -201,8 +200,6 @@ def revert(running: Running, snapshot: str, revert_volumes: Callable[[], None] |
     running : Running
     snapshot : str
         The name.
-    revert_volumes : callable, optional
-        Puts the disks and the RAM volume back; by default as the store does it.
 
     Raises
     ------
@@ -228,7 +225,7 @@ def revert(running: Running, snapshot: str, revert_volumes: Callable[[], None] |
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
             with ThreadPoolExecutor(1, "onionskin revert") as thread:
-                volumes = thread.submit(revert_volumes or partial(_revert_volumes, running, snapshot))
+                volumes = thread.submit(_revert_volumes, running, snapshot)
                 _put_back(running, saved, view)
                 running.process.load_state(state.path)  # this reads no disk
                 _settle(running, view)
