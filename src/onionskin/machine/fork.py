@@ -88,7 +88,10 @@ def _failure(name: str, reader: int) -> Exception | None:
         value = json.loads(answer)
     except ValueError:
         return StateError(f"the supervisor of machine {name!r} died; see its {SUPERVISOR_LOG}")
-    return frames.unpack_error(value["error"]) if "error" in value else None
+    if "error" not in value:
+        return None
+    error = frames.unpack_error(value["error"])
+    return error if isinstance(error, Exception) else StateError(str(error))
 
 
 def main(text: str) -> int:
@@ -109,8 +112,9 @@ def main(text: str) -> int:
 
 def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
     """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
-    from onionskin.machine import restore, supervisor
+    from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
     from onionskin.machine.hypervisor import Configuration
+    from onionskin.machine.qemu import QemuHypervisor
     from onionskin.machine.ram_files import RamFiles
     from onionskin.machine.running import source_of
     from onionskin.store import Store
@@ -119,7 +123,7 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
         with Store(store, create=False, trust=trust) as opened:
             row = machines.find(opened._opened.catalog, name)
             disks = opened._opened.catalog.disks_of_machine(row.id)
-            supervisor.QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
+            QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
             if machines.beginning(opened._opened, name).ram is None:
                 return None
             saved = restore.find_saved(opened, row, None)

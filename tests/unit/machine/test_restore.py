@@ -38,7 +38,7 @@ def is_at(running: Running, process: StandIn, name: str, ram: bytes) -> bool:
 def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, process: StandIn) -> None:
     rams = {}
     for number, name in enumerate(("a", "b", "c")):
-        rams[name] = snapshot(running, process, name, {page: number + 1 for page in range(number, PAGES, 3 + number)})
+        rams[name] = snapshot(running, process, name, dict.fromkeys(range(number, PAGES, 3 + number), number + 1))
     for name in ("a", "c", "b", "b", "a", "c"):
         for page in range(0, PAGES, 7):
             process.write(page, 200)
@@ -54,7 +54,7 @@ def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, proce
 def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
     store: onionskin.Store, running: Running, process: StandIn, tmp_path: Path
 ) -> None:
-    ram = snapshot(running, process, "a", {page: 5 for page in range(0, PAGES, 2)})
+    ram = snapshot(running, process, "a", dict.fromkeys(range(0, PAGES, 2), 5))
     machine = running.machine
     running.close()
     running.ram_volume.close()
@@ -115,7 +115,7 @@ def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running
 
 def test_what_loading_the_devices_wrote_over_ram_is_put_right(running: Running, process: StandIn) -> None:
     """It resets the machine, which copies ROMs over RAM. The generation id is written on purpose."""
-    ram = snapshot(running, process, "a", {page: 3 for page in range(20)})
+    ram = snapshot(running, process, "a", dict.fromkeys(range(20), 3))
     load = process.load_state
 
     def load_and_reset(path: Path) -> None:
@@ -152,9 +152,7 @@ def test_the_generation_id_that_the_hypervisor_wrote_stays(
     assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES  # the page is not lost for the next one
 
 
-def test_without_tracking_what_differs_is_written_back(
-    store: onionskin.Store, empty: Path, tmp_path: Path
-) -> None:
+def test_without_tracking_what_differs_is_written_back(store: onionskin.Store, empty: Path, tmp_path: Path) -> None:
     process = StandIn(tmp_path / "run", empty, is_tracked=False)
     try:
         running = attach(store, process, tmp_path / "run")
@@ -175,4 +173,4 @@ def test_a_snapshot_without_ram_is_refused(store: onionskin.Store, running: Runn
     store._snapshot_machine_off("lab", "off")
     with pytest.raises(StateError, match="has no RAM"):
         restore.find_saved(store, running.machine, "off")
-    assert LENGTH == len(process.whole())
+    assert len(process.whole()) == LENGTH
