@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support.lab import MEMORY, LabMachine
 
 import onionskin

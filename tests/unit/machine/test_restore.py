@@ -12,6 +12,7 @@ from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine.running import Running
+from onionskin.operations.machine_snapshots import MachineCut
 
 
 def snapshot(running: Running, process: StandIn, name: str, pages: dict[int, int]) -> bytes:
@@ -174,3 +175,20 @@ def test_a_snapshot_without_ram_is_refused(store: onionskin.Store, running: Runn
     with pytest.raises(StateError, match="has no RAM"):
         restore.find_saved(store, running.machine, "off")
     assert len(process.whole()) == LENGTH
+
+
+def test_a_snapshot_that_failed_at_its_commit_hides_nothing_from_a_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+
+    def fail(*args: object, **how: object) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MachineCut, "commit", fail)
+        with pytest.raises(OSError, match="no room"):
+            capture.snapshot(running, "lost")
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)
