@@ -28,6 +28,10 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.machine.capture import MachineSnapshot
+    from onionskin.machine.hypervisor import Configuration as MachineConfiguration
+    from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
+    from onionskin.machine.machine import Machine
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
     from onionskin.operations.fork_usage import ForkUsage
@@ -60,6 +64,7 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
+    "drop_leftovers": "onionskin.machine.leftovers",
     **dict.fromkeys(
         ("find_served_head", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
     ),
@@ -94,9 +99,12 @@ __all__ = [
     "Hold",
     "Layering",
     "LiveVolume",
+    "Machine",
+    "MachineConfiguration",
     "MachineExistsError",
     "MachineInfo",
     "MachineNotFoundError",
+    "MachineSnapshot",
     "MachineSnapshotInfo",
     "MachineUsage",
     "OnionskinError",

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machine_removal import Removed
     from onionskin.operations.machine_snapshots import MachineCut
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machine_usage import MachineUsage
@@ -959,13 +960,11 @@ class Store:
     def _expire_machines(self) -> list[str]:
         if not self._opened.catalog.has_machines():  # the usual case; then that code is not even imported
             return []
-        from onionskin.operations import forks, machine_removal, reclaim
+        from onionskin.operations import machine_removal
 
-        names, stood_on, volumes = machine_removal.expire(self._opened)
-        if names:
-            forks.fold_what_stays(self._opened, stood_on)
-            self._tidy(volumes)
-            reclaim.work_soon(self._opened)
+        names, removed = machine_removal.expire(self._opened)
+        for one in removed:
+            self._clean_up_after(one)
         return names
 
     def lineage(self, name: str) -> "list[Ancestor]":
@@ -1700,15 +1699,30 @@ class Store:
     def _delete_machines(
         self, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None
     ) -> int:
-        from onionskin.operations import forks, machine_removal, reclaim
+        from onionskin.operations import machine_removal
 
         removed = machine_removal.delete(self._opened, names, recursive=recursive, agreed=agreed)
+        self._clean_up_after(removed)
+        return removed.bytes_freed
+
+    def _clean_up_after(self, removed: "Removed") -> None:
+        """Fold what machines that are gone leave in the volumes that stay, and drop what they leave beside them."""
+        from onionskin.operations import forks, reclaim
+
         try:
             forks.fold_what_stays(self._opened, removed.stood_on)
             self._tidy(removed.volumes)
+            self._drop_leftovers(removed.machines)
         finally:
             reclaim.work_soon(self._opened)
-        return removed.bytes_freed
+
+    def _drop_leftovers(self, gone: Sequence[bytes] = ()) -> None:
+        """Drop files that nobody needs without snapshots that were dropped, or without these machines."""
+        root = self._opened.layout.root
+        if (root / "ram").is_dir() or (root / "machines").is_dir():  # a store whose machines never ran has neither
+            import onionskin
+
+            onionskin.drop_leftovers(self, gone)
 
     def _snapshot_machine_off(self, name: str, snapshot: str | None, note: str = "") -> "MachineSnapshotInfo":
         """Take a snapshot of a machine that is off: of its disks and its configuration."""
@@ -1758,6 +1772,7 @@ class Store:
 
         dropped = machine_tree.merge(self._opened, name, several("snapshot", snapshots))
         self._tidy(dropped.volumes)
+        self._drop_leftovers()
         return dropped.snapshots
 
     def _discard_machine_snapshots(
@@ -1781,6 +1796,7 @@ class Store:
             with machines.kept_off(self._opened, machine):
                 dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, is_off=True)
         self._tidy(dropped.volumes)
+        self._drop_leftovers()
         return dropped.snapshots
 
     def _tidy(self, volumes: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ What must hold: these verbs only read the command line and print. What runs is a
 store alone knows of `Store`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from onionskin.operations.losses import Loss
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
-    from onionskin.store import Store
 
 FILE = click.Path(path_type=Path, readable=False)
 _LEAVE = b"\x1d"  # Ctrl-]
@@ -89,7 +88,7 @@ def machine(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-def _verb(name: str | None = None) -> Any:
+def _verb(name: str | None = None) -> "Callable[[Callable[..., Any]], click.Command]":
     return machine.command(name, context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -629,19 +628,9 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
             _tell_dry_run(as_json, "delete", called, loss)
             return
         _agree("delete", called, loss, yes=yes)
-        freed = _delete(store, called, recursive, ids)
+        freed = store._delete_machines(called, recursive=recursive, agreed=ids)
     back = f"; {format_size(freed)} come back" if freed else ""
     output.tell(as_json, {"deleted": called, "bytes_freed": freed}, lambda: f"deleted {', '.join(called)}{back}")
-
-
-def _delete(store: "Store", names: Sequence[str], recursive: bool, ids: dict[str, bytes]) -> int:
-    from onionskin.machine.record import directory_of, remove_directory
-
-    root = store._opened.layout.root
-    freed = store._delete_machines(names, recursive=recursive, agreed=ids)
-    for id in ids.values():
-        remove_directory(directory_of(root, id))
-    return freed
 
 
 def _described(machines: Sequence[str], loss: "Loss", also: str = "") -> str:

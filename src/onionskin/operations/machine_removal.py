@@ -21,11 +21,15 @@ from onionskin.storage.open_store import OpenStore
 
 
 class Removed(NamedTuple):
-    """What became of a removal: bytes on the disk that go, layers that may be alone now, volumes that are to be folded."""
+    """What became of a removal: bytes on the disk that go, layers that may be alone now, and volumes that are to be folded.
+
+    `machines` are the ids of those that are gone.
+    """
 
     bytes_freed: int
     stood_on: list[bytes]
     volumes: list[str]
+    machines: list[bytes]
 
 
 class _Parts(NamedTuple):
@@ -147,16 +151,16 @@ def _remove(store: OpenStore, parts: _Parts) -> Removed:
     for layer in parts.layers:
         catalog.remove_snapshot_of_layer(layer)
     stood_on += remove_unreachable_layers(catalog, *parts.layers)
-    return Removed(freed, stood_on, [row.name for row in parts.staying])
+    return Removed(freed, stood_on, [row.name for row in parts.staying], [machine.id for machine in parts.machines])
 
 
 # ---- those whose lifetime is over ----
 
 
-def expire(store: OpenStore) -> tuple[list[str], list[bytes], list[str]]:
+def expire(store: OpenStore) -> tuple[list[str], list[Removed]]:
     """Remove the machines whose lifetime is over: not those that run, that have snapshots, or that were forked.
 
-    Returns their names, and the layers and the volumes that `Removed` has.
+    Returns their names, and what became of each.
     """
     catalog = store.catalog
     names: list[str] = []
@@ -165,4 +169,4 @@ def expire(store: OpenStore) -> tuple[list[str], list[bytes], list[str]]:
         with suppress(OnionskinError):
             removed.append(delete(store, [machine.name], recursive=False, agreed={machine.name: machine.id}))
             names.append(machine.name)
-    return names, [id for one in removed for id in one.stood_on], [name for one in removed for name in one.volumes]
+    return names, removed
