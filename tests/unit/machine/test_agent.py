@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Agent:
                     token = request["arguments"]["id"]
                     connection.sendall(b"\xff" + json.dumps({"return": token}).encode() + b"\n")
                 elif (answer := self._answers.get(command, {"return": {}})) is not None:
-                    connection.sendall(json.dumps(answer).encode() + b"\n")
+                    with suppress(OSError):  # who asked may have gone
+                        connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,23 @@ class Qemu:
         except OSError:
             return
         self.say(GREETING)
-        with self.connection.makefile("rb") as lines:
-            for line in lines:
-                self._answer(json.loads(line))
+        text = ""
+        while part := self._received():
+            text += part
+            while text:
+                try:
+                    request, end = json.JSONDecoder().raw_decode(text)  # nothing stands between two
+                except ValueError:
+                    break
+                text = text[end:].lstrip()
+                self._answer(request)
+
+    def _received(self) -> str:
+        assert self.connection is not None
+        try:
+            return self.connection.recv(65536).decode()
+        except OSError:
+            return ""
 
     def _answer(self, request: dict[str, Any]) -> None:
         command = request["execute"]
@@ -58,11 +73,14 @@ class Qemu:
         self.connection.sendall(json.dumps(value).encode() + b"\n")
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        for one in (self._listener, self.connection):
+            if one is not None:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._listener.close()
         if self.connection is not None:
             self.connection.close()
-        self._thread.join()
 
 
 @pytest.fixture
