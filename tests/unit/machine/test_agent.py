@@ -32,7 +32,8 @@ class Agent:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        with connection, connection.makefile("rb") as lines:
+        # Who asked may be gone, with an answer unread.
+        with connection, suppress(OSError), connection.makefile("rb") as lines:
             connection.sendall(self._before)
             for line in lines:
                 request = json.loads(line.rpartition(b"\xff")[2])
@@ -42,8 +43,7 @@ class Agent:
                     token = request["arguments"]["id"]
                     connection.sendall(b"\xff" + json.dumps({"return": token}).encode() + b"\n")
                 elif (answer := self._answers.get(command, {"return": {}})) is not None:
-                    with suppress(OSError):  # who asked may have gone
-                        connection.sendall(json.dumps(answer).encode() + b"\n")
+                    connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
