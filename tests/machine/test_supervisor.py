@@ -16,6 +16,7 @@ from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 
 SECONDS_MAX = 60
+pytestmark = pytest.mark.slow  # each starts several processes
 
 
 def until(what: Callable[[], bool]) -> None:
