@@ -56,6 +56,7 @@ from onionskin.storage.locks import (
     ReadersLock,
     VolumeLock,
     is_being_merged_into,
+    locked_to_remove,
     volume_holder,
 )
 from onionskin.storage.open_head import OpenHead, OpenView
@@ -1726,10 +1727,11 @@ class Store:
 
     def _snapshot_machine_off(self, name: str, snapshot: str | None, note: str = "") -> "MachineSnapshotInfo":
         """Take a snapshot of a machine that is off: of its disks and its configuration."""
-        from onionskin.operations import machine_tree, machines
+        from onionskin.operations import machine_snapshots, machine_tree, machines
 
         machine = machines.find(self._opened.catalog, name)
         with machines.kept_off(self._opened, machine), self._cut_machine(name) as cut:
+            machine_snapshots.refuse_resuming(cut.machine)
             cut.check(snapshot)
             cut.seal()
             row = cut.commit(snapshot, note, mode="off", configuration=cut.machine.configuration)
@@ -1780,7 +1782,7 @@ class Store:
     ) -> list[str]:
         """Drop snapshots of a machine and what was written after them. Returns their names.
 
-        One that is off and stands on them is put back to the lowest of them first; one that runs on them is refused.
+        One that is off and stands on them reads as the lowest of them again; one that runs on them is refused.
         """
         from onionskin.operations import machine_tree, machines
 
@@ -1788,13 +1790,12 @@ class Store:
         catalog = self._opened.catalog
         machine = machines.find(catalog, name)
         if machines.is_running(self._opened, machine):
-            dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, is_off=False)
+            dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=None)
         else:
-            below = machine_tree.lowest_that_goes(self._opened, name, names, recursive=recursive)
-            if below is not None:
-                self._revert_machine(name, below)
-            with machines.kept_off(self._opened, machine):
-                dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, is_off=True)
+            changes = machine_tree.stands_on_any(self._opened, name, names, recursive=recursive)
+            disks = machines.disks_of(catalog, machine) if changes else {}
+            with machines.kept_off(self._opened, machine), locked_to_remove(self._opened.layout, disks):
+                dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=disks)
         self._tidy(dropped.volumes)
         self._drop_leftovers()
         return dropped.snapshots

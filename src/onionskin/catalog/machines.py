@@ -97,6 +97,16 @@ class Machines(Connection):
             ).fetchall()
         return [Awaiting(str(name), guid) for name, guid in found]
 
+    def layer_of_origin(self, volume: bytes) -> bytes | None:
+        """Return the layer of the snapshot that a fork began as, or None if that has no name any more."""
+        with self._guard, self._errors():
+            found = self._connection.execute(
+                "SELECT layer FROM lineage JOIN snapshots ON snapshots.guid = lineage.guid "
+                "AND snapshots.volume = lineage.parent WHERE lineage.volume = ?",
+                (volume,),
+            ).fetchone()
+        return found[0] if found and type(found[0]) is bytes else None
+
     def expired_machines(self, now_ns: int) -> list[MachineRow]:
         """Return the machines whose time was over before this one, and that have no snapshot; oldest first."""
         return self.rows(

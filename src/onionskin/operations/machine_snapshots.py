@@ -215,11 +215,8 @@ class MachineCut:
         machine = catalog.machine_with_id(self.machine.id)
         if machine is None:
             raise StateError(f"machine {self.machine.name!r} was deleted meanwhile; nothing was taken")
-        if row.mode == "off" and machine.resumes:
-            raise StateError(
-                f"machine {machine.name!r} is about to go on from its RAM, or is being put back; nothing was taken; start "
-                "it, and take the snapshot then"
-            )
+        if row.mode == "off":
+            refuse_resuming(machine)
         self._refuse_changed()
         now_ns = ram[1].created_ns if ram else 0
         created_ns = min((disk.created_ns for disk in self._disks), default=now_ns)
@@ -296,6 +293,15 @@ class MachineCut:
         self._is_ended = True
         for disk in self._disks:
             disk.lock.close()
+
+
+def refuse_resuming(machine: MachineRow) -> None:
+    """Raise StateError if the next start of a machine that is off goes on from RAM, which a snapshot would not have."""
+    if machine.resumes:
+        raise StateError(
+            f"machine {machine.name!r} is about to go on from its RAM, or is being put back; nothing was taken; start it, "
+            "and take the snapshot then"
+        )
 
 
 def _fold_unnamed(ram: OpenHead) -> None:

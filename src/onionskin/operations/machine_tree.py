@@ -7,7 +7,7 @@ The head of a RAM volume is what a running machine has, or what a fork that neve
 is off nothing reads it, so it is made anew on what stays (`reset_ram`): no RAM that was discarded is kept below it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from onionskin.base.naming import check_note, some_of
-from onionskin.catalog import Catalog, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
+from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import remove_unreachable_layers, when
 from onionskin.errors import StateError
 from onionskin.operations import holds, machines
@@ -181,27 +181,30 @@ def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
     return store.change(change)
 
 
-def discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool, is_off: bool) -> Dropped:
+def discard(
+    store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool, held: Collection[bytes] | None
+) -> Dropped:
     """Drop snapshots of a machine, and all that was written after them on their branches.
 
-    `is_off`: the caller keeps the machine off, and has put it back to a snapshot that stays, or to the lowest that goes.
+    `held`: the machine is off and kept off, and the caller keeps these of its disks closed; where they stand on what goes,
+    they read as the lowest that goes again. None: it runs, and what it runs on is refused.
     """
 
     def change() -> Dropped:
         catalog = store.catalog
         machine = machines.find(catalog, name)
         going = going_with(catalog, machine, snapshots, recursive=recursive)
-        refuse_awaited(catalog, machine, going, but_own=is_off)
+        refuse_awaited(catalog, machine, going, but_own=held is not None)
         stands = machine.stands_on in {row.id for row in going}
-        if stands and not is_off:
+        if stands and held is None:
             raise StateError(
                 f"machine {machine.name!r} runs on what would be discarded; stop it, or revert it to another snapshot first; "
                 "nothing was discarded"
             )
         named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
-        if is_off:
+        if held is not None:
             reset_ram(store, machine, without={row.layer for row in named})
-        layers = _layers_of_branches(catalog, named, recursive=recursive, is_off=is_off)
+        layers = _layers_of_branches(store, named, recursive=recursive, held=held or ())
         _refuse_others(catalog, layers, going)
         holds.refuse_held(catalog, layers, for_machine=True)
         _forget(catalog, going)
@@ -245,17 +248,12 @@ def going_with(
     return [row for row in taken if row.id in going]
 
 
-def lowest_that_goes(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> str | None:
-    """Return the lowest of the snapshots that a discard drops which a machine stands on, or None if it stands on none."""
+def stands_on_any(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> bool:
+    """Whether a machine stands on one of the snapshots that a discard of these drops."""
     catalog = store.catalog
     with catalog.reading():
         machine = machines.find(catalog, name)
-        going = {row.id: row for row in going_with(catalog, machine, snapshots, recursive=recursive)}
-        at = going.get(machine.stands_on or b"")
-        while at is not None and (below := going.get(at.parent or b"")) is not None:
-            at = below
-        refuse_awaited(catalog, machine, list(going.values()), but_own=True)
-    return at.name if at else None
+        return machine.stands_on in {row.id for row in going_with(catalog, machine, snapshots, recursive=recursive)}
 
 
 def refuse_awaited(
@@ -278,21 +276,29 @@ def refuse_awaited(
         )
 
 
-def _layers_of_branches(catalog: Catalog, named: Sequence[SnapshotRow], *, recursive: bool, is_off: bool) -> set[bytes]:
-    """Return the layers that go with snapshots of volumes, those of each volume on branches; the heads stay."""
+def _layers_of_branches(
+    store: OpenStore, named: Sequence[SnapshotRow], *, recursive: bool, held: Collection[bytes]
+) -> set[bytes]:
+    """Return the layers that go with snapshots of volumes, those of each volume on branches. Inside the transaction.
+
+    A head on one of the branches is put on the lowest layer of it, if its volume is held; else it is refused.
+    """
+    catalog = store.catalog
     layers: set[bytes] = set()
     of_volumes: dict[bytes, list[SnapshotRow]] = {}
     for row in named:
         of_volumes.setdefault(row.volume, []).append(row)
     for volume in catalog.volumes_with_ids(of_volumes):
         branches = refuse_discard(catalog, volume, of_volumes[volume.id], recursive)
-        for root, above in branches.items():
-            if volume.head in above and not (is_off and catalog.layer(volume.head).parent == root):
-                raise StateError(
-                    f"the disk of volume {volume.name!r} stands on what would be discarded; put the machine back to another "
-                    "snapshot first; nothing was discarded"
-                )
+        under_head = [root for root, above in branches.items() if volume.head in above]
         layers |= all_of_branches(branches) - {volume.head}
+        if under_head and volume.id not in held:
+            raise StateError(
+                f"the disk of volume {volume.name!r} stands on what would be discarded; put the machine back to another "
+                "snapshot first; nothing was discarded"
+            )
+        for root in under_head:
+            _put_head(store, volume, catalog.layer(root))
     return layers
 
 
@@ -325,19 +331,20 @@ def reset_ram(store: OpenStore, machine: MachineRow, *, without: set[bytes]) -> 
         return
     volume = catalog.volume_with_id(machine.ram)
     assert volume is not None
-    old = catalog.layer(volume.head)
     chain = catalog.chain(volume.head)[:-1]
     if not any(layer.id in without for layer in chain):
         return
     own = {row.layer for row in catalog.snapshots_of(volume.id)}
     below = next((layer for layer in reversed(chain) if layer.id in own - without), None)
-    _put_head(
-        store, volume, NewHead.on(below, base=None, block_size=old.block_size, wipe=old.wipe, size_bytes=old.size_bytes)
-    )
+    _put_head(store, volume, below)
 
 
-def _put_head(store: OpenStore, volume: VolumeRow, head: NewHead) -> None:
+def _put_head(store: OpenStore, volume: VolumeRow, below: LayerRow | None) -> None:
+    """Give a volume that nobody has open an empty head, on a layer or on nothing. What the old one had goes."""
     catalog = store.catalog
+    old = catalog.layer(volume.head)
+    size_bytes = below.size_bytes if below else old.size_bytes
+    head = NewHead.on(below, base=None, block_size=old.block_size, wipe=old.wipe, size_bytes=size_bytes)
     head.insert(catalog)
     catalog.update(VolumeRow, volume.id, head=head.layer.id)
     remove_unreachable_layers(catalog, volume.head)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from onionskin.base.limits import DISKS_MAX, HEADER_BYTES, MEMORY_BYTES_MAX, STATE_BYTES_MAX
+from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.catalog import (
     Catalog,
@@ -30,6 +30,7 @@ from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import when
 from onionskin.errors import MachineExistsError, MachineNotFoundError, SnapshotNotFoundError, StateError
 from onionskin.operations import lineage, ownership, volumes
+from onionskin.storage.block_maps import map_is_used
 from onionskin.storage.chain import NewHead
 from onionskin.storage.layout import bytes_in
 from onionskin.storage.locks import locked_to_remove, volume_holder
@@ -161,6 +162,11 @@ def volumes_of(catalog: Catalog, machine: MachineRow) -> list[VolumeRow]:
     ids = [disk.volume for disk in catalog.disks_of_machine(machine.id)] + [machine.ram]
     found = {row.id: row for row in catalog.volumes_with_ids(ids)}
     return [found[id] for id in ids]
+
+
+def disks_of(catalog: Catalog, machine: MachineRow) -> dict[bytes, str]:
+    """Return the volumes that are the disks of a machine: their names, by their ids."""
+    return {row.id: row.name for row in volumes_of(catalog, machine) if row.id != machine.ram}
 
 
 def memory_of(catalog: Catalog, machine: MachineRow) -> tuple[int, int]:
@@ -351,24 +357,25 @@ def refuse_written(store: OpenStore, machine: MachineRow) -> None:
         disks = catalog.disks_of_machine(machine.id)
         bound = {row.position: row.layer for row in catalog.disks_of_machine_snapshot(machine.stands_on or b"")}
         rows = {row.id: row for row in catalog.volumes_with_ids(disk.volume for disk in disks)}
-        heads = {disk.volume: catalog.layer(rows[disk.volume].head) for disk in disks}
+        chains = {disk.volume: catalog.chain(rows[disk.volume].head) for disk in disks}
+        if machine.stands_on is None:
+            bound = {disk.position: catalog.layer_of_origin(disk.volume) or b"" for disk in disks}
     for disk in disks:
-        head = heads[disk.volume]
-        is_there = machine.stands_on is None or head.parent == bound.get(disk.position)
-        if not is_there or is_written(store, disk.volume, head):
+        if _is_written(store, disk.volume, chains[disk.volume], bound.get(disk.position, b"")):
             raise StateError(
                 f"volume {rows[disk.volume].name!r} was written to since machine {machine.name!r} was put back, so its RAM "
                 "would not agree with its disks; revert it again, or start it afresh, from its disks as they are"
             )
 
 
-def is_written(store: OpenStore, volume: bytes, head: LayerRow) -> bool:
-    """Whether anything is in the head of a volume that nobody has open."""
-    return bool(
-        head.map_frames
-        or bytes_in(store.layout.dirty_file(volume))
-        or bytes_in(store.layout.map_file(head.map_id)) > HEADER_BYTES
-    )
+def _is_written(store: OpenStore, volume: bytes, chain: Sequence[LayerRow], below: bytes) -> bool:
+    """Whether a volume that nobody has open reads as something else than a layer of its chain."""
+    if bytes_in(store.layout.dirty_file(volume)):
+        return True
+    at = next((at for at, layer in enumerate(chain) if layer.id == below), None)
+    if at is None or chain[-1].size_bytes != chain[at].size_bytes:
+        return True
+    return any(map_is_used(store, layer) for layer in chain[at + 1 :])
 
 
 def note_reverting(store: OpenStore, machine: bytes, snapshot: bytes) -> None:

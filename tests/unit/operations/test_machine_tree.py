@@ -157,6 +157,21 @@ def test_discard_of_a_machine_that_is_off_puts_it_back_to_the_lowest(store: onio
     assert [one.name for one in store.snapshots("lab.ram")] == ["a"] and read_head(store, "lab.ram") == b"aaaa"
 
 
+def test_a_discard_that_is_refused_leaves_the_disks_as_they_are(store: onionskin.Store) -> None:
+    three(store)
+    with store.open("web") as web:
+        web.write(0, b"late")
+    store.fork_machine("lab@c")
+    with pytest.raises(StateError, match="have not run yet: lab-1"):
+        store._discard_machine_snapshots("lab", "c")
+    machines.note_running(store._opened, machines.find(store._opened.catalog, "lab-1").id)
+    with pytest.raises(StateError, match=r"is needed by lab-1\.(web|data|ram)"):
+        store._discard_machine_snapshots("lab", "c")
+    with store.open("data"), pytest.raises(StateError, match="'data' is open for writing"):
+        store._discard_machine_snapshots("lab", "b", recursive=True)
+    assert read_head(store, "web") == b"late" and names(store) == ["a", "b", "c"]
+
+
 def test_discard_on_another_branch_leaves_the_disks_alone(store: onionskin.Store) -> None:
     three(store)
     store._revert_machine("lab", "a")
