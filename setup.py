@@ -36,6 +36,7 @@ _VOLUME = [*_all_of("volume", but="read_plan"), *_BASE, "bulk/wipe", *_MAP]
 EXTENSIONS = {
     "kernels._blockmap": _INDEX,
     "kernels._copy": ["bulk/copy", "base/linux_io", "base/whole_io"],
+    "kernels._ram": ["machine/pages", "machine/tracking"],
     "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
     "nbd._nbd": [*_all_of("nbd"), "volume/read_plan", *_VOLUME],
@@ -129,6 +130,9 @@ extensions = [
     for sources in [[f"src/onionskin/{module.replace('.', '/')}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)]]
     if only is None or only in sources
 ]
+if only is None and not sanitize:
+    # No module: a library that the hypervisor loads before it starts. It links nothing of the others, and no sanitizer.
+    extensions.append(Extension("onionskin.machine._preload", sources=["csrc/machine/preload.c"], libraries=["dl"]))
 setup(
     cmdclass={"build_ext": BuildObjectsOnce, "install_data": MakeManPages},
     data_files=[("share/man/man1", [])],  # MakeManPages says which

@@ -20,6 +20,7 @@ INCLUDES = {
     "index": {"base"},
     "layer": {"base", "index"},
     "bulk": {"base"},
+    "machine": {"base"},
     "volume": {"base", "index", "layer", "bulk"},
     "nbd": {"base", "volume"},
 }

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from onionskin.control.client import flush_served as flush_served
     from onionskin.control.groups import find_served_heads as find_served_heads
     from onionskin.control.groups import fork_served as fork_served
+    from onionskin.control.groups import revert_served as revert_served
+    from onionskin.control.groups import tidy_served as tidy_served
     from onionskin.errors import (
         ChainError,
         FormatError,
+        MachineExistsError,
+        MachineNotFoundError,
         OnionskinError,
         SnapshotExistsError,
         SnapshotNotFoundError,
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
+    from onionskin.machine.capture import MachineSnapshot
+    from onionskin.machine.hypervisor import Configuration as MachineConfiguration
+    from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
+    from onionskin.machine.machine import Machine
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
     from onionskin.operations.fork_usage import ForkUsage
@@ -32,6 +40,9 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_usage import MachineUsage
+    from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
@@ -43,8 +54,9 @@ __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 _HOME = {
     **dict.fromkeys(
         (
-            "ChainError", "FormatError", "OnionskinError", "SnapshotExistsError", "SnapshotNotFoundError",
-            "StateError", "VerifyError", "VolumeExistsError", "VolumeNotFoundError",
+            "ChainError", "FormatError", "MachineExistsError", "MachineNotFoundError", "OnionskinError",
+            "SnapshotExistsError", "SnapshotNotFoundError", "StateError", "VerifyError", "VolumeExistsError",
+            "VolumeNotFoundError",
         ),
         "onionskin.errors",
     ),
@@ -53,13 +65,22 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
+    "drop_leftovers": "onionskin.machine.leftovers",
     "flush_served": "onionskin.control.client",
-    **dict.fromkeys(("find_served_heads", "fork_served"), "onionskin.control.groups"),
+    **dict.fromkeys(
+        ("find_served_heads", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
+    ),
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",
     "ForkUsage": "onionskin.operations.fork_usage",
     "Hold": "onionskin.operations.holds",
     "Layering": "onionskin.operations.layering",
+    "Machine": "onionskin.machine.machine",
+    "MachineConfiguration": "onionskin.machine.hypervisor",
+    "MachineInfo": "onionskin.operations.machines",
+    "MachineSnapshot": "onionskin.machine.capture",
+    "MachineSnapshotInfo": "onionskin.operations.machine_tree",
+    "MachineUsage": "onionskin.operations.machine_usage",
     "Problem": "onionskin.operations.check",
     "Retention": "onionskin.operations.prune",
     "Snapshot": "onionskin.catalog.tree",
@@ -80,6 +101,14 @@ __all__ = [
     "Hold",
     "Layering",
     "LiveVolume",
+    "Machine",
+    "MachineConfiguration",
+    "MachineExistsError",
+    "MachineInfo",
+    "MachineNotFoundError",
+    "MachineSnapshot",
+    "MachineSnapshotInfo",
+    "MachineUsage",
     "OnionskinError",
     "Problem",
     "Retention",

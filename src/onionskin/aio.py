@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from onionskin.catalog import Defaults
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_usage import MachineUsage
+    from onionskin.operations.machines import MachineInfo
     from onionskin.operations.store_info import StoreInfo
 
     Array = numpy.typing.NDArray[Any]
@@ -401,10 +404,93 @@ class Store:
 
     # ---- looking ----
 
+    @_twin_of(onionskin.store.Store.create_machine)
+    async def create_machine(
+        self,
+        name: str,
+        *,
+        disks: Sequence[str] = (),
+        memory: "int | str",
+        wipe: "WipePolicy | None" = None,
+        **configuration: Any,
+    ) -> "onionskin.Machine":
+        """Await `onionskin.Store.create_machine`. The calls of what it returns block: await them with `run`."""
+        return await self.run(self.sync.create_machine, name, disks=disks, memory=memory, wipe=wipe, **configuration)
+
+    @_twin_of(onionskin.store.Store.open_machine)
+    async def open_machine(self, name: str) -> "onionskin.Machine":
+        """Await `onionskin.Store.open_machine`. The calls of what it returns block: await them with `run`."""
+        return await self.run(self.sync.open_machine, name)
+
+    @_twin_of(onionskin.store.Store.machines)
+    async def machines(self, *, labels: "Mapping[str, str] | None" = None) -> "list[MachineInfo]":
+        """Await `onionskin.Store.machines`."""
+        return await self.run(self.sync.machines, labels=labels)
+
+    @_twin_of(onionskin.store.Store.machine_info)
+    async def machine_info(self, name: str) -> "MachineInfo":
+        """Await `onionskin.Store.machine_info`."""
+        return await self.run(self.sync.machine_info, name)
+
+    @_twin_of(onionskin.store.Store.machine_snapshots)
+    async def machine_snapshots(self, name: str) -> "list[MachineSnapshotInfo]":
+        """Await `onionskin.Store.machine_snapshots`."""
+        return await self.run(self.sync.machine_snapshots, name)
+
+    @_twin_of(onionskin.store.Store.machine_usage)
+    async def machine_usage(self, name: str) -> "list[MachineUsage]":
+        """Await `onionskin.Store.machine_usage`."""
+        return await self.run(self.sync.machine_usage, name)
+
+    @_twin_of(onionskin.store.Store.machine_lineage)
+    async def machine_lineage(self, name: str) -> list[Ancestor]:
+        """Await `onionskin.Store.machine_lineage`."""
+        return await self.run(self.sync.machine_lineage, name)
+
+    @_twin_of(onionskin.store.Store.fork_machine)
+    async def fork_machine(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        names: "Sequence[str] | None" = None,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> list[str]:
+        """Await `onionskin.Store.fork_machine`."""
+        return await self.run(
+            self.sync.fork_machine,
+            source,
+            snapshot,
+            names=names,
+            count=count,
+            pattern=pattern,
+            idempotency_key=idempotency_key,
+            lifetime=lifetime,
+            labels=labels,
+            wipe=wipe,
+        )
+
+    @_twin_of(onionskin.store.Store.delete_machines)
+    async def delete_machines(self, *names: str, recursive: bool = False) -> int:
+        """Await `onionskin.Store.delete_machines`."""
+        return await self.run(self.sync.delete_machines, *names, recursive=recursive)
+
+    @_twin_of(onionskin.store.Store.rename_machine)
+    async def rename_machine(self, name: str, new_name: str) -> None:
+        """Await `onionskin.Store.rename_machine`."""
+        await self.run(self.sync.rename_machine, name, new_name)
+
     @_twin_of(onionskin.store.Store.volumes)
-    async def volumes(self, *, labels: "Mapping[str, str] | None" = None, space: bool = True) -> list[VolumeInfo]:
+    async def volumes(
+        self, *, labels: "Mapping[str, str] | None" = None, space: bool = True, owned: bool = False
+    ) -> list[VolumeInfo]:
         """Await `onionskin.Store.volumes`."""
-        return await self.run(self.sync.volumes, labels=labels, space=space)
+        return await self.run(self.sync.volumes, labels=labels, space=space, owned=owned)
 
     @_twin_of(onionskin.store.Store.info)
     async def info(self, name: str) -> VolumeInfo:

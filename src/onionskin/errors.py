@@ -31,11 +31,19 @@ class VolumeExistsError(OnionskinError):
 
 
 class SnapshotNotFoundError(OnionskinError, LookupError):
-    """The volume has no snapshot of that name."""
+    """The volume, or the machine, has no snapshot of that name."""
 
 
 class SnapshotExistsError(OnionskinError):
-    """The volume already has a snapshot of that name."""
+    """The volume, or the machine, already has a snapshot of that name."""
+
+
+class MachineNotFoundError(OnionskinError, LookupError):
+    """The store has no machine of that name."""
+
+
+class MachineExistsError(OnionskinError):
+    """The store already has a machine of that name."""
 
 
 class VerifyError(OnionskinError):

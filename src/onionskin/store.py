@@ -11,9 +11,9 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
@@ -24,6 +24,7 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
     BaseRow,
     Defaults,
+    MachineRow,
     VolumeRow,
     WorkRow,
     new_id,
@@ -55,6 +56,7 @@ from onionskin.storage.locks import (
     ReadersLock,
     VolumeLock,
     is_being_merged_into,
+    locked_to_remove,
     volume_holder,
 )
 from onionskin.storage.open_head import OpenHead, OpenView, Unwritten
@@ -63,6 +65,7 @@ from onionskin.storage.open_store import OpenStore
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onionskin
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
@@ -72,6 +75,11 @@ if TYPE_CHECKING:
     from onionskin.operations.layering import Layering
     from onionskin.operations.lineage import Ancestor
     from onionskin.operations.listing import TreeNode, VolumeInfo
+    from onionskin.operations.machine_removal import Removed
+    from onionskin.operations.machine_snapshots import MachineCut
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_usage import MachineUsage
+    from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
@@ -120,10 +128,10 @@ class Store:
     A store is a context manager. Any thread may call it, and other processes may have the same store open.
     After a fork, the child has to open the store again.
 
-    A store is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. Its
-    truth value is true as long as it is open, even if it holds no volume. There is no ``store["web"]``: opening a
-    volume takes a lock that has to be given back, and such an expression would keep the lock until the garbage
-    collector runs. Use `open` in a with statement instead.
+    A store is a collection of the names of its volumes: ``"web" in store``, ``for name in store``, ``len(store)``. Those
+    that go with a machine are no part of it. Its truth value is true as long as it is open, even if it holds no volume.
+    There is no ``store["web"]``: opening a volume takes a lock that has to be given back, and such an expression would keep
+    the lock until the garbage collector runs. Use `open` in a with statement instead.
 
     A store is pickled as its path, even when it is closed. Unpickling it, for example in a child process, opens the
     store anew, and the new object has to be closed there. A `Volume` cannot be pickled.
@@ -362,7 +370,8 @@ class Store:
         VolumeNotFoundError, SnapshotNotFoundError
             There is no volume or snapshot of that name.
         StateError
-            Another handle holds the volume. The message names its process id.
+            Another handle holds the volume. The message names its process id. Or it is the RAM of a machine, which only a
+            start of the machine opens for writing.
         ChainError
             The base is not the file that it was.
         VerifyError
@@ -376,8 +385,16 @@ class Store:
             return self._open_view(name, snapshot, verify)
         if mode == "r":
             return self._open_to_read(name, verify)
+        return self._open_to_write(name, verify)
+
+    def _open_to_write(self, name: str, verify: bool = False, *, for_machine: bool = False) -> "Volume":
+        """Open a volume for writing. The RAM of a machine is opened only for that, and is the lock of the machine."""
+        from onionskin.operations import ownership
+
         row, lock = self._lock_volume(name, VolumeLock)
         try:
+            if not for_machine:
+                ownership.refuse_ram(self._opened.catalog, row.id)
             return self._open_locked(row, lock, verify=verify)
         except BaseException:
             lock.close()
@@ -993,11 +1010,11 @@ class Store:
         return freed
 
     def expire(self) -> list[str]:
-        """Drop the volumes whose lifetime is over, as `fork` gave it.
+        """Drop the volumes and the machines whose lifetime is over, as `fork` and `fork_machine` gave it.
 
-        One stays that is open, that has a snapshot, or from which a clone or a fork was made that is there still; it goes
-        with a later call. A server of the whole store does the same every few seconds, and nothing else does: no opening
-        drops a volume. The clock is the one that tells the date. Any thread may call it.
+        One stays that is open or runs, that has a snapshot, or from which a clone or a fork was made that is there still;
+        it goes with a later call. A server of the whole store does the same every few seconds, and nothing else does: no
+        opening drops a volume. The clock is the one that tells the date. Any thread may call it.
 
         Returns
         -------
@@ -1006,7 +1023,18 @@ class Store:
         """
         from onionskin.operations import expiry
 
-        return expiry.expire(self._opened)
+        self._opened.catalog.refuse_read_only()
+        return sorted([*self._expire_machines(), *expiry.expire(self._opened)])
+
+    def _expire_machines(self) -> list[str]:
+        if not self._opened.catalog.has_machines():  # the usual case; then that code is not even imported
+            return []
+        from onionskin.operations import machine_removal
+
+        names, removed = machine_removal.expire(self._opened)
+        for one in removed:
+            self._clean_up_after(one)
+        return names
 
     def lineage(self, name: str) -> "list[Ancestor]":
         """Return what a volume was cloned or forked from, and what that was, up to the first.
@@ -1448,9 +1476,425 @@ class Store:
 
         return prune.prune(self._opened, head.name, rules, lambda one: merge(head, [one.name], guids=one.guid))
 
+    # ---- machines ----
+
+    def create_machine(
+        self,
+        name: str,
+        *,
+        disks: Sequence[str] = (),
+        memory: "int | str",
+        wipe: "WipePolicy | None" = None,
+        **configuration: Any,
+    ) -> "onionskin.Machine":
+        """Make a machine of volumes. It has RAM of its own, which its snapshots keep, and is off.
+
+        The volumes stay what they are, except that the machine alone puts them back, and that they are deleted and renamed
+        only when it is gone. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            At most 251 bytes, without '/', '@' and control characters. Machines have names of their own, beside volumes.
+        disks : sequence of str
+            The volumes, in the order of the disks; at most 16. None of them is a disk of another machine.
+        memory : int or str
+            How much RAM it has, as a number of bytes or as a string such as "512M".
+        wipe : {"release", "zero"}, optional
+            The policy of its RAM. By default "zero" if a disk has it, else as the store says.
+        **configuration
+            What else it is made of: see `onionskin.MachineConfiguration`. Among them are `cpus`, `kernel`, `initrd`,
+            `append`, and `qemu_args`, a sequence of further arguments.
+
+        Returns
+        -------
+        Machine
+
+        Raises
+        ------
+        MachineExistsError
+            The name is taken.
+        VolumeNotFoundError
+            A disk is missing.
+        VolumeExistsError
+            A volume has the name that its RAM would have.
+        StateError
+            A disk belongs to another machine.
+        ValueError
+            A machine cannot be so.
+        """
+        import onionskin
+        from onionskin.operations import machines
+
+        if "qemu_args" in configuration:
+            configuration["qemu_args"] = tuple(configuration["qemu_args"])
+        for file in ("kernel", "initrd"):
+            if configuration.get(file) is not None:
+                configuration[file] = str(Path(configuration[file]).absolute())
+        wanted = onionskin.MachineConfiguration(memory_bytes=parse_size(memory), **configuration)
+        if wipe is not None:
+            _check_geometry(4096, wipe)
+        self._opened.catalog.refuse_read_only()
+        machines.create(
+            self._opened,
+            name,
+            disks,
+            configuration=wanted.to_json(),
+            memory_bytes=wanted.memory_bytes,
+            wipe=wipe,
+        )
+        return self.open_machine(name)
+
+    def open_machine(self, name: str) -> "onionskin.Machine":
+        """Return a machine, whether it runs or is off.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+
+        Returns
+        -------
+        Machine
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        import onionskin
+        from onionskin.operations import machines
+
+        machines.find(self._opened.catalog, name)
+        return onionskin.Machine(self, name)
+
+    def machines(self, *, labels: "Mapping[str, str] | None" = None) -> "list[MachineInfo]":
+        """Return all machines, or those that have some labels.
+
+        Parameters
+        ----------
+        labels : mapping of str to str, optional
+            Only machines that have all of these labels, with these values.
+
+        Returns
+        -------
+        list of MachineInfo
+            Sorted by name, from one state of the store. Nothing is locked or opened, and no machine is asked.
+        """
+        from onionskin.operations import machines
+
+        return machines.list_machines(self._opened, labels or {})
+
+    def machine_info(self, name: str) -> "MachineInfo":
+        """Return what the store knows of one machine.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import machines
+
+        return machines.machine_info(self._opened, name)
+
+    def machine_snapshots(self, name: str) -> "list[MachineSnapshotInfo]":
+        """Return the snapshots of a machine, in the order in which they were taken.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import machine_tree
+
+        return machine_tree.list_snapshots(self._opened, name)
+
+    def machine_usage(self, name: str) -> "list[MachineUsage]":
+        """Return what each snapshot of a machine holds, of its disks and of its RAM.
+
+        Parameters
+        ----------
+        name : str
+            The machine. It may run; only what is durable counts.
+
+        Returns
+        -------
+        list of MachineUsage
+            One entry for each snapshot, oldest first. The last one, whose snapshot is None, is what came after.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import machine_usage
+
+        return machine_usage.usage(self._opened, name)
+
+    def machine_lineage(self, name: str) -> "list[Ancestor]":
+        """Return what a machine was forked from, and what that was, up to the first.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+
+        Returns
+        -------
+        list of Ancestor
+            The nearest first, by the names of the machines. One that was deleted is in it.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        """
+        from onionskin.operations import lineage, machines
+
+        about = machines.machine_info(self._opened, name)
+        found = lineage.lineage(self._opened, about.ram)
+        return [replace(one, name=one.name.removesuffix(machines.RAM_SUFFIX)) for one in found]
+
+    def fork_machine(
+        self,
+        source: str,
+        snapshot: str | None = None,
+        *,
+        names: "Sequence[str] | None" = None,
+        count: int | None = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+    ) -> list[str]:
+        """Make machines that begin as a snapshot of a machine. All of them are there on return, durably, or none is.
+
+        Nothing is copied, and none is started: the first start of each goes on from the RAM of the snapshot. Their disks and
+        their RAM go with them.
+
+        Parameters
+        ----------
+        source, snapshot
+            ``"lab@ready"``, or the machine and its snapshot.
+        names, count, pattern, idempotency_key, lifetime, labels, wipe
+            As for `fork`, of machines instead of volumes. From its end of life on, `expire` drops a machine that is off.
+
+        Returns
+        -------
+        list of str
+            The names of the machines, in the order of `names` or of the numbers.
+
+        Raises
+        ------
+        MachineNotFoundError, SnapshotNotFoundError
+            There is none of that name.
+        MachineExistsError, VolumeExistsError
+            A name is taken, of a machine or of a volume that it would have.
+        StateError
+            The key was used for another call.
+        ValueError
+            The arguments do not say which machines to make.
+        """
+        from onionskin.operations import forks, machine_forks
+
+        wanted = forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
+        return machine_forks.fork_machine(self._opened, wanted)
+
+    def delete_machines(self, *names: str, recursive: bool = False) -> int:
+        """Remove machines that are off, with their RAM and the disks of those that are forks: all of them, or none.
+
+        Other disks stay as they are. Durable on return.
+
+        Parameters
+        ----------
+        *names : str
+            The machines.
+        recursive : bool
+            Remove their snapshots too, where they have any.
+
+        Returns
+        -------
+        int
+            The bytes on the disk of the data that goes.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of a name.
+        StateError
+            One runs, it has snapshots and `recursive` is not given, other machines were forked from it, or somebody holds
+            a snapshot of a disk.
+        """
+        if not names:
+            raise TypeError("delete_machines needs the name of a machine")
+        return self._delete_machines(names, recursive=recursive)
+
+    def rename_machine(self, name: str, new_name: str) -> None:
+        """Give a machine that is off another name, and the volumes that go with it too. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            The machine.
+        new_name : str
+            At most 251 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        MachineNotFoundError
+            There is none of that name.
+        MachineExistsError, VolumeExistsError
+            The new name is taken, or that of one of its volumes.
+        StateError
+            It runs.
+        """
+        from onionskin.operations import machines
+
+        machines.rename(self._opened, name, new_name)
+
+    def _delete_machines(
+        self, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None
+    ) -> int:
+        from onionskin.operations import machine_removal
+
+        removed = machine_removal.delete(self._opened, names, recursive=recursive, agreed=agreed)
+        self._clean_up_after(removed)
+        return removed.bytes_freed
+
+    def _clean_up_after(self, removed: "Removed") -> None:
+        """Fold what machines that are gone leave in the volumes that stay, and drop what they leave beside them."""
+        from onionskin.operations import forks, reclaim
+
+        try:
+            forks.fold_what_stays(self._opened, removed.stood_on)
+            self._tidy(removed.volumes)
+            self._drop_leftovers(removed.machines)
+        finally:
+            reclaim.work_soon(self._opened)
+
+    def _drop_leftovers(self, gone: Sequence[bytes] = ()) -> None:
+        """Drop files that nobody needs without snapshots that were dropped, or without these machines."""
+        root = self._opened.layout.root
+        if (root / "ram").is_dir() or (root / "machines").is_dir():  # a store whose machines never ran has neither
+            import onionskin
+
+            onionskin.drop_leftovers(self, gone)
+
+    def _snapshot_machine_off(self, name: str, snapshot: str | None, note: str = "") -> "MachineSnapshotInfo":
+        """Take a snapshot of a machine that is off: of its disks and its configuration."""
+        from onionskin.operations import machine_snapshots, machine_tree, machines
+
+        machine = machines.find(self._opened.catalog, name)
+        with machines.kept_off(self._opened, machine), self._cut_machine(name) as cut:
+            machine_snapshots.refuse_resuming(cut.machine)
+            cut.check(snapshot)
+            cut.seal()
+            row = cut.commit(snapshot, note, mode="off", configuration=cut.machine.configuration)
+        return machine_tree.snapshot_info(self._opened, name, row.name)
+
+    def _revert_machine(self, name: str, snapshot: str) -> None:
+        """Put a machine that is off back to a snapshot, from whose RAM the next start goes on, if it has any."""
+        from onionskin.operations import machine_tree, machines
+
+        machine = machines.find(self._opened.catalog, name)
+        with self._open_ram(machine):
+            machine_tree.revert(self._opened, name, snapshot, self._put_back, ram=True)
+
+    def _open_ram(self, machine: MachineRow) -> "Volume":
+        """Open the RAM volume of a machine for writing, which keeps others from starting it."""
+        from onionskin.operations import machines
+
+        ram = self._opened.catalog.volume_with_id(machine.ram)
+        if ram is None:
+            raise VolumeNotFoundError(f"machine {machine.name!r} of {self.path} was deleted meanwhile")
+        if machines.is_running(self._opened, machine):
+            raise StateError(machines.said_to_run(self._opened, machine))
+        return self._open_to_write(ram.name, for_machine=True)
+
+    def _put_back(self, volume: str, snapshot: str, guid: str, machine: MachineRow) -> None:
+        """Put a volume of a machine back to a snapshot, whoever holds it."""
+        import onionskin
+        from onionskin.operations import snapshots
+
+        handle = self._open_here(volume)
+        if handle is not None:
+            snapshots.revert(handle, snapshot, guid=guid, for_machine=machine.id)
+        elif not onionskin.revert_served(self, volume, snapshot, guid, machine.name):
+            with self._open_to_write(volume, for_machine=True) as opened:
+                snapshots.revert(opened._opened.to_write(), snapshot, guid=guid, for_machine=machine.id)
+
+    def _merge_machine_snapshots(self, name: str, snapshots: "str | Sequence[str]") -> list[str]:
+        """Drop snapshots of a machine, whether it runs or not, and keep all data. Returns their names."""
+        from onionskin.operations import machine_tree
+
+        dropped = machine_tree.merge(self._opened, name, several("snapshot", snapshots))
+        self._tidy(dropped.volumes)
+        self._drop_leftovers()
+        return dropped.snapshots
+
+    def _discard_machine_snapshots(
+        self, name: str, snapshots: "str | Sequence[str]", *, recursive: bool = False
+    ) -> list[str]:
+        """Drop snapshots of a machine and what was written after them. Returns their names.
+
+        One that is off and stands on them reads as the lowest of them again; one that runs on them is refused.
+        """
+        from onionskin.operations import machine_tree, machines
+
+        names = several("snapshot", snapshots)
+        catalog = self._opened.catalog
+        machine = machines.find(catalog, name)
+        if machines.is_running(self._opened, machine):
+            dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=None)
+        else:
+            changes = machine_tree.stands_on_any(self._opened, name, names, recursive=recursive)
+            disks = machines.disks_of(catalog, machine) if changes else {}
+            with machines.kept_off(self._opened, machine), locked_to_remove(self._opened.layout, disks):
+                dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=disks)
+        self._tidy(dropped.volumes)
+        self._drop_leftovers()
+        return dropped.snapshots
+
+    def _tidy(self, volumes: Sequence[str]) -> None:
+        """Fold layers that lost their names, in volumes whoever holds them. What fails is left to their next opening."""
+        import onionskin
+        from onionskin.operations import reclaim
+        from onionskin.operations.fold import fold_unnamed_below
+
+        for name in volumes:
+            try:
+                handle = self._open_here(name)
+                if handle is not None:
+                    with handle.operation():
+                        fold_unnamed_below(handle)
+                elif not onionskin.tidy_served(self, name):
+                    self._open_to_write(name, for_machine=True).close()
+            except (OSError, OnionskinError) as error:
+                _log.info("%s: layers of volume %r are left to its next opening: %s", self.path, name, error)
+        reclaim.work_soon(self._opened)
+
+    def _cut_machine(self, name: str) -> "AbstractContextManager[MachineCut]":
+        """Begin a snapshot of a machine: see `machine_snapshots.cut_machine`."""
+        from onionskin.operations import machine_snapshots
+
+        return machine_snapshots.cut_machine(self._opened, name, self._open_to_cut, self._finder())
+
     # ---- looking ----
 
-    def volumes(self, *, labels: "Mapping[str, str] | None" = None, space: bool = True) -> "list[VolumeInfo]":
+    def volumes(
+        self, *, labels: "Mapping[str, str] | None" = None, space: bool = True, owned: bool = False
+    ) -> "list[VolumeInfo]":
         """Return all volumes, or those that have some labels.
 
         Parameters
@@ -1460,6 +1904,8 @@ class Store:
         space : bool
             Find out what each takes on the disk. That looks at the files of the store, and takes two seconds where a
             hundred thousand volumes have some; without it `used_bytes` and `written_bytes` are None.
+        owned : bool
+            Also those that go with a machine: its RAM, and the disks of a machine that is a fork.
 
         Returns
         -------
@@ -1469,7 +1915,7 @@ class Store:
 
         from onionskin.operations.listing import list_volumes
 
-        return list_volumes(self._opened, labels or {}, space=space)
+        return list_volumes(self._opened, labels or {}, space=space, owned=owned)
 
     def info(self, name: str) -> "VolumeInfo":
         """Return information about one volume, without opening it.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 
@@ -77,6 +78,11 @@ READERS = [
     *(["hold", "{s}/v@a", "me"], ["unhold", "{s}/v@a", "me"], ["holds", "{s}/v"], ["note", "{s}/v@a", "text"]),
     *(["prune", "{s}/v", "--keep-last", "1"], ["set", "{s}/v", "wipe=zero"], ["get", "{s}/v"]),
     *(["fork", "{s}/v@a"], ["forks", "{s}/v"], ["lineage", "{s}/v"], ["expire", "{s}"]),
+    *(["machine", "list", "{s}"], ["machine", "create", "{s}/m", "--memory", "1M"], ["machine", "start", "{s}/m"]),
+    *(["machine", verb, "{s}/m"] for verb in ("stop", "pause", "resume", "status", "snapshot", "snapshots", "tree")),
+    *(["machine", verb, "{s}/m@a"] for verb in ("revert", "fork", "discard", "merge")),
+    *(["machine", verb, "{s}/m"] for verb in ("usage", "delete", "console")),
+    ["machine", "rename", "{s}/m", "n"],
 ]
 
 
@@ -100,8 +106,11 @@ def test_every_verb_is_among_those_that_make_no_store_or_is_known_to() -> None:
 
 
 def test_every_verb_takes_json() -> None:
-    for name, command in onionskin.commands.items():
-        assert "--json" in [option for parameter in command.params for option in parameter.opts], name
+    machine = onionskin.commands["machine"]
+    assert isinstance(machine, click.Group)
+    for name, command in [*onionskin.commands.items(), *machine.commands.items()]:
+        takes = [option for parameter in command.params for option in parameter.opts]
+        assert "--json" in takes or command is machine, name
 
 
 def test_an_image_or_base_that_is_not_there_makes_no_store(run: Run, tmp_path: Path) -> None:
@@ -242,7 +251,9 @@ def test_statuses_are_documented_in_the_help_and_the_manual(run: Run) -> None:
 
 def test_every_verb_is_in_the_manual() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    for name in onionskin.commands:
+    machine = onionskin.commands["machine"]
+    assert isinstance(machine, click.Group)
+    for name in [*onionskin.commands, *(f"machine {verb}" for verb in machine.commands)]:
         assert f"onionskin {name} " in manual, name
 
 

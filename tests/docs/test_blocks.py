@@ -96,8 +96,12 @@ def parse_command(line: str) -> None:
     found = re.search(r"(?:^|[/(| ])onionskin ([a-z]+ [^|>#)]*)", line)
     if found:
         verb, *words = shlex.split(found[1])
+        command = onionskin.commands[verb]
+        if isinstance(command, click.Group) and words:
+            verb, *words = words
+            command = command.commands[verb]
         try:
-            onionskin.commands[verb].make_context(verb, words)
+            command.make_context(verb, words)
         except click.BadParameter as wrong:
             if "does not exist" not in wrong.message:  # a directory of the reader's
                 raise

@@ -5,6 +5,13 @@ from contextlib import closing
 from pathlib import Path
 
 _STEPS_BACK: dict[int, tuple[str, ...]] = {
+    6: (
+        "DROP TABLE machine_snapshot_disks",
+        "UPDATE machines SET stands_on = NULL",
+        "DROP TABLE machine_snapshots",
+        "DROP TABLE machine_disks",
+        "DROP TABLE machines",
+    ),
     5: ("ALTER TABLE store DROP COLUMN wipe", "ALTER TABLE store DROP COLUMN block_size"),
     4: (
         "DROP TABLE labels",

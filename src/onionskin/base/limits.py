@@ -8,3 +8,7 @@ BLOCK_SIZE_MAX = BLOCK_SIZES[-1]
 NAME_BYTES_MAX = 255
 NOTE_BYTES_MAX = 1 << 16
 WIPE_POLICIES = ("release", "zero")
+MACHINE_MODES = ("live", "pause", "off")  # how a snapshot of a machine was taken
+DISKS_MAX = 16  # of a machine
+MEMORY_BYTES_MAX = 1 << 42  # of a machine
+STATE_BYTES_MAX = 64 << 20  # of the state of a machine's devices, which lies behind its RAM

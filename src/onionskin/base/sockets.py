@@ -24,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 @contextmanager
-def _short_path(path: FilePath) -> Iterator[str]:
+def short_path(path: FilePath) -> Iterator[str]:
     """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
     descriptor = os.open(path.absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -58,7 +58,7 @@ class UnixListener:
         staged = self.path.with_name(f".{self.path.name[:40]}.{os.getpid()}")
         try:
             os.fchmod(self.socket.fileno(), mode)  # before bind: the file is made with this mode, less the umask
-            with _short_path(staged) as short:
+            with short_path(staged) as short:
                 with suppress(FileNotFoundError):
                     FilePath(short).unlink()
                 self.socket.bind(short)
@@ -113,7 +113,7 @@ def connect_unix(path: FilePath, *, seconds: float = 0) -> socket.socket:
         # Python's own time limit would make the socket non-blocking, and such a socket does not wait for the queue.
         limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        with _short_path(path) as short:
+        with short_path(path) as short:
             connection.connect(short)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
     except BaseException:

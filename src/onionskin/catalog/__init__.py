@@ -1,7 +1,7 @@
 """The catalog, which is the only source for names and for the owner of each file.
 
-The module `connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments`, `lineage`, `work` and
-`defaults` have a query for each question that other packages ask. No other package writes SQL itself.
+The module `connection` says what must hold. `volumes`, `snapshots`, `layers`, `segments`, `lineage`, `machines`,
+`work` and `defaults` have a query for each question that other packages ask. No other package writes SQL itself.
 """
 
 from onionskin.catalog.defaults import Defaults
@@ -13,6 +13,10 @@ from onionskin.catalog.rows import (
     LabelRow,
     LayerRow,
     LineageRow,
+    MachineDiskRow,
+    MachineRow,
+    MachineSnapshotDiskRow,
+    MachineSnapshotRow,
     Row,
     SegmentRow,
     SnapshotRow,
@@ -35,6 +39,10 @@ __all__ = [
     "LabelRow",
     "LayerRow",
     "LineageRow",
+    "MachineDiskRow",
+    "MachineRow",
+    "MachineSnapshotDiskRow",
+    "MachineSnapshotRow",
     "Row",
     "SegmentRow",
     "SnapshotRow",

@@ -117,6 +117,65 @@ class ForkCallRow(NamedTuple):
     created_ns: int
 
 
+class MachineRow(NamedTuple):
+    """A machine: what runs from several disks, with a RAM volume of its own, which is held for as long as it runs.
+
+    `configuration` is JSON that `machine/` understands. `stands_on` is the snapshot of it that it was at last.
+    `resumes` 0: the next start boots from the disks as they are. 1: the disks are being put back to `stands_on`. 2: they are
+    as `stands_on` says, and the next start goes on from its RAM; where that is None, as in a fork that never ran, from the
+    head of the RAM volume, with `state_bytes` of device state behind it, which `recorded` (JSON) says more of.
+    """
+
+    id: bytes
+    name: str
+    ram: bytes
+    configuration: str
+    created_ns: int
+    stands_on: bytes | None = None
+    resumes: int = 0
+    state_bytes: int = 0
+    recorded: str = ""
+
+
+class MachineDiskRow(NamedTuple):
+    """A disk of a machine. `name` is what it is called there. If `owned`, the volume goes with the machine."""
+
+    machine: bytes
+    position: int
+    name: str
+    volume: bytes
+    owned: int
+
+
+class MachineSnapshotRow(NamedTuple):
+    """A snapshot of a machine: `ram` is the layer of the RAM volume's snapshot, None if the machine was off.
+
+    `number` grows in the order of taking. `state_bytes` of device state lie in the RAM volume behind the RAM.
+    `configuration` and `recorded` are those of the machine then.
+    """
+
+    id: bytes
+    machine: bytes
+    name: str
+    parent: bytes | None
+    number: int
+    mode: str
+    note: str
+    ram: bytes | None
+    state_bytes: int
+    configuration: str
+    recorded: str
+    created_ns: int
+
+
+class MachineSnapshotDiskRow(NamedTuple):
+    """The snapshot of a disk, by its layer, that a snapshot of its machine binds: its name is not dropped alone."""
+
+    snapshot: bytes
+    position: int
+    layer: bytes
+
+
 class WorkRow(NamedTuple):
     """Work that has to be done before it is forgotten.
 
@@ -145,6 +204,10 @@ Row = TypeVar(
     LabelRow,
     LineageRow,
     ForkCallRow,
+    MachineRow,
+    MachineDiskRow,
+    MachineSnapshotRow,
+    MachineSnapshotDiskRow,
     WorkRow,
 )
 TABLES: dict[type, str] = {
@@ -157,6 +220,10 @@ TABLES: dict[type, str] = {
     LabelRow: "labels",
     LineageRow: "lineage",
     ForkCallRow: "fork_calls",
+    MachineRow: "machines",
+    MachineDiskRow: "machine_disks",
+    MachineSnapshotRow: "machine_snapshots",
+    MachineSnapshotDiskRow: "machine_snapshot_disks",
     WorkRow: "pending",
 }
 # The column that says which row is meant, where it is not `id`.
@@ -166,6 +233,8 @@ KEYS: dict[type, str] = {
     LabelRow: "volume",
     LineageRow: "volume",
     ForkCallRow: "key",
+    MachineDiskRow: "volume",
+    MachineSnapshotDiskRow: "layer",
 }
 COLUMNS: dict[type, tuple[str, ...]] = {kind: tuple(kind.__annotations__) for kind in TABLES}
 STAGED_PREFIX = "@"

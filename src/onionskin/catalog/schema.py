@@ -9,7 +9,14 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from onionskin.base.limits import BLOCK_SIZES, VOLUME_BYTES_MAX, WIPE_POLICIES
+from onionskin.base.limits import (
+    BLOCK_SIZES,
+    DISKS_MAX,
+    MACHINE_MODES,
+    STATE_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    WIPE_POLICIES,
+)
 from onionskin.catalog.rows import (
     STAGED_PREFIX,
     BaseRow,
@@ -18,6 +25,10 @@ from onionskin.catalog.rows import (
     LabelRow,
     LayerRow,
     LineageRow,
+    MachineDiskRow,
+    MachineRow,
+    MachineSnapshotDiskRow,
+    MachineSnapshotRow,
     SegmentRow,
     SnapshotRow,
     VolumeRow,
@@ -25,7 +36,7 @@ from onionskin.catalog.rows import (
 )
 
 APPLICATION_ID = 0x4F6E696F  # "Onio"
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 _NUMBER_MAX = (1 << 62) - 1
 
 # By layer, as a snapshot's name may change. The reference keeps a name that is held also from code that does not ask.
@@ -50,10 +61,32 @@ _FORKS = (
     "CREATE INDEX volumes_numbers ON volumes (length(name), name)",
 )
 
+# The references keep what a machine needs also from code that does not ask whose a volume or a snapshot is.
+_MACHINES = (
+    """CREATE TABLE machines (
+    id BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, ram BLOB NOT NULL UNIQUE REFERENCES volumes,
+    configuration TEXT NOT NULL, created_ns INTEGER NOT NULL, stands_on BLOB REFERENCES machine_snapshots,
+    resumes INTEGER NOT NULL, state_bytes INTEGER NOT NULL, recorded TEXT NOT NULL) WITHOUT ROWID""",
+    """CREATE TABLE machine_disks (
+    machine BLOB NOT NULL REFERENCES machines, position INTEGER NOT NULL, name TEXT NOT NULL,
+    volume BLOB NOT NULL UNIQUE REFERENCES volumes, owned INTEGER NOT NULL,
+    PRIMARY KEY (machine, position)) WITHOUT ROWID""",
+    """CREATE TABLE machine_snapshots (
+    id BLOB PRIMARY KEY, machine BLOB NOT NULL REFERENCES machines, name TEXT NOT NULL,
+    parent BLOB REFERENCES machine_snapshots, number INTEGER NOT NULL, mode TEXT NOT NULL, note TEXT NOT NULL,
+    ram BLOB UNIQUE REFERENCES snapshots (layer), state_bytes INTEGER NOT NULL, configuration TEXT NOT NULL,
+    recorded TEXT NOT NULL, created_ns INTEGER NOT NULL) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX machine_snapshots_name ON machine_snapshots (machine, name)",
+    "CREATE INDEX machine_snapshots_parent ON machine_snapshots (parent) WHERE parent IS NOT NULL",
+    """CREATE TABLE machine_snapshot_disks (
+    snapshot BLOB NOT NULL REFERENCES machine_snapshots, position INTEGER NOT NULL,
+    layer BLOB NOT NULL UNIQUE REFERENCES snapshots (layer), PRIMARY KEY (snapshot, position)) WITHOUT ROWID""",
+)
+
 # How the volumes are that are made without saying it. A store that is older than the question made them so.
 _DEFAULTS = ("wipe TEXT NOT NULL DEFAULT 'release'", "block_size INTEGER NOT NULL DEFAULT 4096")
 
-_FORKS_SCRIPT = ";\n".join(_FORKS)
+_LATER_SCRIPT = ";\n".join((*_FORKS, *_MACHINES))
 SCHEMA = f"""
 CREATE TABLE store (
     uuid BLOB NOT NULL, next_lock_byte INTEGER NOT NULL, stamp BLOB NOT NULL, {", ".join(_DEFAULTS)});
@@ -84,7 +117,7 @@ CREATE TABLE pending (
 CREATE INDEX layers_base ON layers (base) WHERE base IS NOT NULL;
 CREATE INDEX pending_target ON pending (target);
 CREATE INDEX pending_kind ON pending (kind);
-{_FORKS_SCRIPT}
+{_LATER_SCRIPT}
 """
 
 
@@ -150,6 +183,11 @@ def _add_defaults(connection: sqlite3.Connection) -> None:
         connection.execute(f"ALTER TABLE store ADD COLUMN {column}")
 
 
+def _add_machines(connection: sqlite3.Connection) -> None:
+    for statement in _MACHINES:
+        connection.execute(statement)
+
+
 # The steps that bring a catalog of each older version to the next one.
 UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _add_done_bytes,
@@ -157,6 +195,7 @@ UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {
     3: _add_holds,
     4: _add_forks,
     5: _add_defaults,
+    6: _add_machines,
 }
 
 
@@ -255,6 +294,21 @@ VALUES: dict[type, dict[str, Value]] = {
         "volume": _ID, "parent": _or_null(_ID), "name": _text(1), "snapshot": _or_null(_text(1)),
         "guid": _or_null(_ID), "created_ns": _INTEGER, "dropped_ns": _or_null(_INTEGER),
     },
+    MachineRow: {
+        "id": _ID, "name": _text(1), "ram": _ID, "configuration": _text(2), "created_ns": _INTEGER,
+        "stands_on": _or_null(_ID), "resumes": _number(0, 2), "state_bytes": _number(0, STATE_BYTES_MAX),
+        "recorded": _text(),
+    },
+    MachineDiskRow: {
+        "machine": _ID, "position": _number(0, DISKS_MAX - 1), "name": _text(1), "volume": _ID, "owned": _number(0, 1),
+    },
+    MachineSnapshotRow: {
+        "id": _ID, "machine": _ID, "name": _text(1), "parent": _or_null(_ID), "number": _number(0),
+        "mode": _one_of(*MACHINE_MODES), "note": _text(), "ram": _or_null(_ID),
+        "state_bytes": _number(0, STATE_BYTES_MAX), "configuration": _text(2), "recorded": _text(),
+        "created_ns": _INTEGER,
+    },
+    MachineSnapshotDiskRow: {"snapshot": _ID, "position": _number(0, DISKS_MAX - 1), "layer": _ID},
     ForkCallRow: {"key": _text(1), "digest": _BLOB, "names": _text(2), "created_ns": _INTEGER},
     WorkRow: {
         "id": _INTEGER, "kind": _one_of("map", "segment", "scrub", "volume", "base-merge"), "target": _ID,
@@ -271,6 +325,7 @@ SOUND_ROW = {
     kind: " AND ".join(value.sql.format(column) for column, value in values.items()) for kind, values in VALUES.items()
 }
 SOUND_ROW[LayerRow] += " AND (parent IS NULL OR base IS NULL)"
+SOUND_ROW[MachineSnapshotRow] += " AND (mode = 'off') = (ram IS NULL)"
 
 # Conditions on several rows together: each query gives the ids of the rows that break one.
 UNSOUND_WHOLES = {
@@ -290,5 +345,31 @@ UNSOUND_WHOLES = {
     "layers: its blocks are of another size than what it stands on": (
         "SELECT layers.id FROM layers JOIN layers AS below ON below.id = layers.parent "
         "WHERE below.block_size != layers.block_size"
+    ),
+    "machines: it stands on a snapshot of another machine": (
+        "SELECT machines.id FROM machines JOIN machine_snapshots AS at ON at.id = stands_on "
+        "WHERE at.machine != machines.id"
+    ),
+    "machine_snapshots: it was taken after one of another machine, or in a circle": (
+        "WITH RECURSIVE up(id) AS (SELECT id FROM machine_snapshots WHERE parent IS NULL UNION ALL "
+        "SELECT above.id FROM up JOIN machine_snapshots AS below ON below.id = up.id "
+        "JOIN machine_snapshots AS above ON above.parent = below.id AND above.machine = below.machine) "
+        "SELECT id FROM machine_snapshots WHERE id NOT IN (SELECT id FROM up)"
+    ),
+    "machine_snapshots: its RAM is not a snapshot of its machine's RAM": (
+        "SELECT machine_snapshots.id FROM machine_snapshots JOIN machines ON machines.id = machine "
+        "JOIN snapshots ON snapshots.layer = machine_snapshots.ram WHERE snapshots.volume != machines.ram"
+    ),
+    "machine_snapshots: it has not one snapshot of each disk of its machine": (
+        "SELECT taken.id FROM machine_snapshots AS taken "
+        "WHERE (SELECT count(*) FROM machine_disks WHERE machine = taken.machine) != "
+        "(SELECT count(*) FROM machine_snapshot_disks WHERE snapshot = taken.id) "
+        "OR EXISTS (SELECT 1 FROM machine_disks AS disk LEFT JOIN machine_snapshot_disks AS bound "
+        "ON bound.snapshot = taken.id AND bound.position = disk.position "
+        "LEFT JOIN snapshots ON snapshots.layer = bound.layer "
+        "WHERE disk.machine = taken.machine AND snapshots.volume IS NOT disk.volume)"
+    ),
+    "machines: its RAM volume is a disk too": (
+        "SELECT machines.id FROM machines JOIN machine_disks ON machine_disks.volume = machines.ram"
     ),
 }

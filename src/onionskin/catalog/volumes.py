@@ -14,6 +14,12 @@ from onionskin.catalog.schema import SOUND_ROW
 from onionskin.errors import VolumeNotFoundError
 
 _NOT_STAGED = "substr(name, 1, 1) != ?"
+# Those that go with a machine. (A NULL, which a damaged row may have, would make the question unanswerable.)
+OWNED = (
+    "SELECT ram FROM machines WHERE ram IS NOT NULL "
+    "UNION ALL SELECT volume FROM machine_disks WHERE owned = 1 AND volume IS NOT NULL"
+)
+_LISTED = f"{_NOT_STAGED} AND id NOT IN ({OWNED})"
 _DIGITS_MAX = 18  # of the number in a name; more of them make a name like any other
 NUMBER_MAX = 10**_DIGITS_MAX - 1
 _GREATEST_OF_LENGTH = (
@@ -64,12 +70,15 @@ class Volumes(Connection):
         return self.rows(VolumeRow, "1 ORDER BY name")
 
     def volume_names(self) -> list[str]:
-        """Return the names of all volumes that are not staged, sorted; unsound rows are left out."""
-        return [name for (name,) in self.values(VolumeRow, "name", f"{_NOT_STAGED} ORDER BY name", STAGED_PREFIX)]
+        """Return the names of all volumes that are neither staged nor go with a machine, sorted.
+
+        Unsound rows are left out.
+        """
+        return [name for (name,) in self.values(VolumeRow, "name", f"{_LISTED} ORDER BY name", STAGED_PREFIX)]
 
     def volume_count(self) -> int:
-        """Return how many volumes there are that are not staged; unsound rows do not count."""
-        ((count,),) = self.values(VolumeRow, "count(*)", _NOT_STAGED, STAGED_PREFIX)
+        """Return how many volumes there are that are neither staged nor go with a machine; unsound rows do not count."""
+        ((count,),) = self.values(VolumeRow, "count(*)", _LISTED, STAGED_PREFIX)
         return int(count)
 
     def has_volume(self, name: str) -> bool:
@@ -128,11 +137,15 @@ class Volumes(Connection):
     def expired(self, now_ns: int) -> list[VolumeRow]:
         """Return the volumes whose time was over before this one, and that nothing but their heads stands on; earliest first.
 
+        Those of machines are left out: they go with their machine.
+
         A server asks every few seconds, so those that cannot go yet cost a step in an index each.
         """
         kept = (
             "EXISTS (SELECT 1 FROM snapshots WHERE volume = volumes.id) OR EXISTS (SELECT 1 FROM lineage "
-            "JOIN volumes AS fork ON fork.id = lineage.volume WHERE lineage.parent = volumes.id)"
+            "JOIN volumes AS fork ON fork.id = lineage.volume WHERE lineage.parent = volumes.id) "
+            "OR EXISTS (SELECT 1 FROM machine_disks WHERE volume = volumes.id) "
+            "OR EXISTS (SELECT 1 FROM machines WHERE ram = volumes.id)"
         )
         return self.rows(VolumeRow, f"expires_ns <= ? AND NOT ({kept}) ORDER BY expires_ns", now_ns)
 

@@ -174,8 +174,12 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
             return []
         # If a snapshot is required, whole names are offered: a shell puts a blank behind a single match.
         with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
-        names = [name for name in _names_in(store, with_snapshots) if name.startswith(last)]
+        names = [name for name in self.names_in(store, with_snapshots) if name.startswith(last)]
         return [CompletionItem(f"{directory}/{name}") for name in names]
+
+    def names_in(self, store: Path, with_snapshots: bool) -> list[str]:
+        """Return the volumes of a store, or the snapshots of all of them; nothing where it cannot be read."""
+        return _names_in(store, with_snapshots)
 
 
 class VolumeOrStoreType(NameType):
@@ -262,7 +266,38 @@ def label_option(about: str) -> "Callable[[Any], Any]":
     return click.option("--label", "labels", type=LABEL, multiple=True, help=about)
 
 
+class MachineNameType(NameType):
+    """A machine of a store, or one of its snapshots: STORE/MACHINE[@SNAPSHOT]."""
+
+    def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
+        super().__init__(snapshot, fresh=fresh)
+        self.name = self.name.replace("VOLUME", "MACHINE")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name:
+        """Parse the text, or fail as a usage error."""
+        if isinstance(value, str) and "/" not in value:
+            self.fail(
+                f"{value!r} names no store: write STORE/MACHINE, as ./{value} for a store that is here", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+    def names_in(self, store: FilePath, with_snapshots: bool) -> list[str]:
+        """Return the machines of a store, or the snapshots of all of them."""
+        try:
+            with onionskin.Store(store, create=False) as opened:
+                names = [one.name for one in opened.machines()]
+                if not with_snapshots:
+                    return names
+                return sorted(f"{name}@{one.name}" for name in names for one in opened.machine_snapshots(name))
+        except (OnionskinError, OSError, ValueError):
+            return []
+
+
 STORE = StoreType()
+MACHINE = MachineNameType("none")
+NEW_MACHINE = MachineNameType("none", fresh=True)
+MACHINE_SNAPSHOT = MachineNameType("required")
+NEW_MACHINE_SNAPSHOT_OR_NONE = MachineNameType("optional", fresh=True)
 VOLUME = NameType("none")
 NEW_VOLUME = NameType("none", fresh=True)
 SNAPSHOT = NameType("required")
@@ -292,10 +327,13 @@ def is_store(path: FilePath) -> bool:
 def _names_in(path: FilePath, with_snapshots: bool) -> list[str]:
     try:
         with onionskin.Store(path, create=False) as store, store._opened.catalog.reading():
-            volumes = {row.id: row.name for row in store._opened.catalog.volumes_by_name()}
+            catalog = store._opened.catalog
+            hidden = catalog.owned_volumes()
+            volumes = {row.id: row.name for row in catalog.volumes_by_name() if row.id not in hidden}
             if not with_snapshots:
                 return list(volumes.values())
-            return sorted(f"{volumes[row.volume]}@{row.name}" for row in store._opened.catalog.snapshots())
+            named = [row for row in catalog.snapshots() if row.volume in volumes]
+            return sorted(f"{volumes[row.volume]}@{row.name}" for row in named)
     except (OnionskinError, OSError, ValueError):
         return []
 

@@ -27,6 +27,8 @@ from onionskin.cli import output
 from onionskin.errors import (
     ChainError,
     FormatError,
+    MachineExistsError,
+    MachineNotFoundError,
     OnionskinError,
     SnapshotExistsError,
     SnapshotNotFoundError,
@@ -52,8 +54,8 @@ Exit statuses:
   0    done
   1    another error, or a question that was answered with no
   2    wrong usage: an unknown option, a malformed name, a range outside the volume
-  3    no such store, volume, snapshot or file
-  4    a volume, snapshot or file of that name exists
+  3    no such store, volume, snapshot, machine or file
+  4    a volume, snapshot, machine or file of that name exists
   5    not now: busy, held by another process, still in use, or --yes is wanted
   6    damage: a format, chain or digest that does not hold
   7    no space
@@ -67,8 +69,8 @@ A name is STORE/VOLUME or STORE/VOLUME@SNAPSHOT; a store is a directory. Every c
 
 # First match wins: the order is from the particular to the general.
 _STATUS_OF: list[tuple[tuple[type[BaseException], ...], int]] = [
-    ((VolumeNotFoundError, SnapshotNotFoundError, FileNotFoundError), NOT_FOUND),
-    ((VolumeExistsError, SnapshotExistsError, FileExistsError), EXISTS),
+    ((VolumeNotFoundError, SnapshotNotFoundError, MachineNotFoundError, FileNotFoundError), NOT_FOUND),
+    ((VolumeExistsError, SnapshotExistsError, MachineExistsError, FileExistsError), EXISTS),
     ((StateError,), STATE),
     ((FormatError, ChainError, VerifyError), DAMAGE),
     ((KeyboardInterrupt,), INTERRUPTED),

@@ -49,10 +49,15 @@ _SHOWN_OF_SNAPSHOTS = ("name", "size", "used", "written", "taken", "parent", "no
 @click.command(name="list")
 @click.argument("store", type=STORE)
 @label_option("List those alone that have this label.")
+@click.option(
+    "--all", "owned", is_flag=True, help="List those that go with a machine too: its RAM, and disks of forks."
+)
 @column_options(_OF_VOLUMES)
 @trust_option
 @json_option
-def list_volumes(store: FilePath, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
+def list_volumes(
+    store: FilePath, labels: tuple[tuple[str, str], ...], owned: bool, asked: Asked, as_json: bool
+) -> None:
     """List the volumes of a store.
 
     USED is what a volume and its snapshots hold on the disk, without what a clone shares with its origin. WRITTEN is what of
@@ -62,7 +67,7 @@ def list_volumes(store: FilePath, labels: tuple[tuple[str, str], ...], asked: As
         space = is_asked(asked, _OF_VOLUMES)
         if space is None:
             space = as_json or is_quick(opened)
-        volumes = in_order(asked, _OF_VOLUMES, opened.volumes(labels=dict(labels), space=space))
+        volumes = in_order(asked, _OF_VOLUMES, opened.volumes(labels=dict(labels), space=space, owned=owned))
     value = [volume_value(about) for about in volumes] if as_json else None
     output.show(as_json, value, lambda: draw(asked, _OF_VOLUMES, volumes, _SHOWN_OF_VOLUMES))
 

@@ -21,6 +21,10 @@ def pages(version: str) -> dict[str, str]:
     for name, command in onionskin.commands.items():
         ctx = click.Context(command, info_name=name, parent=top)
         made[f"onionskin-{name}.1"] = _page(ctx, f"onionskin-{name}", version)
+        if isinstance(command, click.Group):
+            for verb, its in command.commands.items():
+                below = click.Context(its, info_name=verb, parent=ctx)
+                made[f"onionskin-{name}-{verb}.1"] = _page(below, f"onionskin-{name}-{verb}", version)
     return made
 
 
@@ -29,6 +33,10 @@ def _page(ctx: click.Context, title: str, version: str) -> str:
     lines = [*_head(title, command.get_short_help_str(200), version), ".SH SYNOPSIS", f".B {_text(ctx.command_path)}"]
     lines.append(_text(" ".join(command.collect_usage_pieces(ctx))))
     lines += [".SH DESCRIPTION", *_paragraphs(command.help or ""), *_options(ctx)]
+    if isinstance(command, click.Group):
+        lines.append(".SH VERBS")
+        for name, its in command.commands.items():
+            lines += [".TP", f".BR {_text(title)}\\-{_text(name)} (1)", _text(its.get_short_help_str(200))]
     lines += [".SH SEE ALSO", ".BR onionskin (1)"]
     return "\n".join(lines) + "\n"
 

@@ -54,6 +54,9 @@ SECTIONS = {
         "trim": "byte_ranges.trim",
         "zero": "byte_ranges.zero",
     },
+    "Machines": {
+        "machine": "machine.machine",
+    },
     "Serve and mount": {
         "serve": "serve.serve",
         "stats": "serve.stats",

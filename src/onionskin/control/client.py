@@ -457,6 +457,14 @@ class LiveVolume:
         """
         self._call("revert", name=name, guid=guid)
 
+    def _revert_for_machine(self, name: str, guid: str, machine: str) -> None:
+        """Make the disk of a machine read as a snapshot again, as a part of putting the machine back."""
+        self._call("revert", name=name, guid=guid, machine=machine)
+
+    def _tidy(self) -> None:
+        """Fold layers that lost their names, which somebody else dropped."""
+        self._call("tidy")
+
     def discard(
         self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
     ) -> None:

@@ -31,7 +31,7 @@ TEXT_BYTES_MAX = NOTE_BYTES_MAX  # more than any name has
 REQUEST_BYTES_MAX = 1 << 22  # 10,000 names that a fork is to give
 REPLY_BYTES_MAX = 1 << 23
 _LENGTH = struct.Struct(">I")
-LATER = {"guid"}  # arguments that clients and servers of the same version may not know
+LATER = {"guid", "machine"}  # arguments that clients and servers of the same version may not know
 ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "info": {},
     "stats": {},
@@ -39,9 +39,10 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "parent": {},
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
-    "revert": {"name": (str,), "guid": (str, NoneType)},
+    "revert": {"name": (str,), "guid": (str, NoneType), "machine": (str, NoneType)},
     "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},
     "merge": {"name": (str, list), "guid": (str, list, NoneType)},
+    "tidy": {},
     "rename": {"new_name": (str,)},
     "merge_into_base": {"upto": (str, NoneType), "threads": (int,), "bytes_per_second": (int,)},
     "trim": {"offset": (int,), "length": (int,)},
@@ -74,6 +75,8 @@ _ERRORS: dict[str, type[Exception]] = {
         errors.VolumeExistsError,
         errors.SnapshotNotFoundError,
         errors.SnapshotExistsError,
+        errors.MachineNotFoundError,
+        errors.MachineExistsError,
         errors.VerifyError,
         errors.OnionskinError,
         ValueError,

@@ -616,5 +616,25 @@ def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
             raise _older(live, "forks nothing for others; start it again, or fork a snapshot") from None
 
 
+def revert_served(store: "Store", name: str, snapshot: str, guid: str, machine: str) -> bool:
+    """Have the server that holds a disk of a machine put it back; False if no server holds it."""
+    live = find(store, name)
+    if live is None:
+        return False
+    with live:
+        live._revert_for_machine(snapshot, guid, machine)
+    return True
+
+
+def tidy_served(store: "Store", name: str) -> bool:
+    """Have the server that holds a volume fold layers that lost their names; False if no server holds it."""
+    live = find(store, name)
+    if live is None:
+        return False
+    with live:
+        live._tidy()
+    return True
+
+
 def _older(live: LiveVolume, what: str) -> StateError:
     return StateError(f"the server of volume {live.name!r} (process {live._pid}) is of an older version, which {what}")

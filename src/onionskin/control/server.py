@@ -26,7 +26,8 @@ from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
-from onionskin.operations import forks
+from onionskin.operations import forks, machines, snapshots
+from onionskin.operations.fold import fold_unnamed_below
 from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
@@ -384,10 +385,17 @@ class _Session:
         wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)
         return forks.fork_head(self._volume._opened.to_write(), wanted)
 
-    def revert(self, name: str, guid: str | None) -> None:
+    def revert(self, name: str, guid: str | None, machine: str | None) -> None:
         self._refuse_unagreed("revert")
+        head = self._volume._opened.to_write()
+        for_machine = None if machine is None else machines.find(head.store.catalog, machine).id
         with self._served.paused():
-            self._volume.revert(name, guid=guid)
+            snapshots.revert(head, name, guid=guid, for_machine=for_machine)
+
+    def tidy(self) -> None:
+        head = self._volume._opened.to_write()
+        with head.operation():
+            fold_unnamed_below(head)
 
     def discard(self, name: str | list[str], recursive: bool, guid: str | list[str] | None) -> None:
         names = several("snapshot", name)
@@ -438,5 +446,18 @@ class _Session:
 
 
 _LOGGED = {
-    *("snapshot", "revert", "discard", "merge", "merge_into_base", "trim", "zero", "resize", "rename", "group", "fork"),
+    *(
+        "snapshot",
+        "revert",
+        "discard",
+        "merge",
+        "merge_into_base",
+        "trim",
+        "zero",
+        "resize",
+        "rename",
+        "group",
+        "fork",
+        "tidy",
+    ),
 }

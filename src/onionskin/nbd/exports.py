@@ -116,7 +116,10 @@ class Exports:
         store = self._store(path)
         failures: list[Exception] = []
         served = 0
+        with_machines = store._opened.catalog.owned_volumes()
         for row in store._opened.catalog.volumes_by_name():
+            if row.id in with_machines:
+                continue
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -219,7 +222,9 @@ class Exports:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
             volumes = {name: (one.volume.store, one.opened.row.id) for name, one in self.table.served.items()}
         for store in self._whole_stores:
-            volumes = {row.name: (store, row.id) for row in store._opened.catalog.volumes()} | volumes
+            hidden = store._opened.catalog.owned_volumes()
+            rows = (row for row in store._opened.catalog.volumes() if row.id not in hidden)
+            volumes = {row.name: (store, row.id) for row in rows} | volumes
         for name in sorted({*volumes, *(volume for volume, _ in kept)}):
             if name < volume_name:
                 continue
@@ -461,6 +466,8 @@ class Exports:
         """Drop volumes of a whole store whose lifetime is over: a transaction of them, and soon again where some went."""
         if store.read_only:
             return
+        for name in store._expire_machines():
+            self._log(f"machine {name}: dropped, because its lifetime is over")
         for rows in expiry.due(store._opened):
             if self._stopping.is_set():
                 return

@@ -69,5 +69,6 @@ def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[
 
 
 def _may_go(store: OpenStore, row: VolumeRow) -> bool:
-    """Whether nothing stands on a volume but its own head. What is held is a snapshot."""
-    return not (store.catalog.snapshot_count(row.id) or store.catalog.has_forks(row.id))
+    """Whether nothing stands on a volume but its own head, and no machine has it. What is held is a snapshot."""
+    catalog = store.catalog
+    return not (catalog.snapshot_count(row.id) or catalog.has_forks(row.id) or catalog.machines_of_volumes([row.id]))

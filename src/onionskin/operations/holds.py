@@ -13,6 +13,7 @@ from onionskin.base.records import record
 from onionskin.catalog import Catalog, HoldRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import StateError
+from onionskin.operations.ownership import refuse_bound
 from onionskin.operations.snapshot_names import find_chosen
 from onionskin.storage.open_store import OpenStore
 
@@ -35,9 +36,15 @@ class Hold:
     created: datetime
 
 
-def refuse_held(catalog: Catalog, layers: Iterable[bytes]) -> None:
-    """Raise StateError where a snapshot of one of these layers is held. Inside the transaction that would drop it."""
-    held = catalog.holds_on(layers)
+def refuse_held(catalog: Catalog, layers: Iterable[bytes], *, for_machine: bool = False) -> None:
+    """Raise StateError where a snapshot of one of these layers is held, or belongs to a snapshot of a machine.
+
+    Inside the transaction that would drop it. `for_machine`: it is dropped with the snapshot of the machine.
+    """
+    dropped = list(layers)
+    if not for_machine:
+        refuse_bound(catalog, dropped)
+    held = catalog.holds_on(dropped)
     if not held:
         return
     names = []

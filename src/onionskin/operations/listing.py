@@ -64,8 +64,13 @@ class TreeNode:
     origins: Sequence[Ancestor] = ()
 
 
-def list_volumes(store: OpenStore, wanted: Mapping[str, str], *, space: bool = True) -> list[VolumeInfo]:
-    """Return the volumes that have all these labels, by name; without `space` no segment is looked at."""
+def list_volumes(
+    store: OpenStore, wanted: Mapping[str, str], *, space: bool = True, owned: bool = False
+) -> list[VolumeInfo]:
+    """Return the volumes that have all these labels, by name; without `space` no segment is looked at.
+
+    Those that go with a machine are among them only if `owned`.
+    """
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
@@ -74,6 +79,7 @@ def list_volumes(store: OpenStore, wanted: Mapping[str, str], *, space: bool = T
         bases: dict[bytes, bytes | None] = {}
         taken = SpaceOfAll(store, {layer: parent for layer, (parent, _) in below.items()}) if space else None
         labels = catalog.labels()
+        hidden = set() if owned else catalog.owned_volumes()
         infos = []
         for (
             id,
@@ -87,6 +93,8 @@ def list_volumes(store: OpenStore, wanted: Mapping[str, str], *, space: bool = T
             block_size,
             wipe,
         ) in catalog.listed_heads():
+            if id in hidden:
+                continue
             if wanted and not wanted.items() <= labels.get(id, {}).items():
                 continue
             under = base if parent is None else _base_of(below, parent, bases)

@@ -13,7 +13,7 @@ from onionskin.base import states
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import FormatError, StateError
-from onionskin.operations import fold_policy, holds
+from onionskin.operations import fold_policy, holds, ownership
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
 from onionskin.operations.volumes import refuse_delete
@@ -64,6 +64,7 @@ def of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -> Los
     def find() -> _Going:
         catalog = store.catalog
         rows = list({row.id: row for row in map(catalog.volume, names)}.values())
+        ownership.refuse_removed(catalog, [row.id for row in rows])
         refuse_delete(catalog, rows, recursive)
         named = {row.id: catalog.snapshots_of(row.id) for row in rows}
         holds.refuse_held(catalog, [one.layer for row in rows for one in named[row.id]])
@@ -82,6 +83,7 @@ def of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
     def find() -> _Going:
         catalog = store.catalog
         row = catalog.volume(name)
+        ownership.refuse_put_back(catalog, row.id)
         target = find_snapshot(catalog, row, snapshot).layer
         return _going(catalog, [], [], [row.head], kept={target})
 
@@ -100,6 +102,8 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
         named = [one for one in catalog.snapshots_of(row.id) if one.layer in dropped]
         # A head that is above one of the snapshots is put on the lowest of them, whose layer therefore stays.
         kept = [root for root, above in branches.items() if row.head in above]
+        if kept:
+            ownership.refuse_put_back(catalog, row.id)
         return _going(catalog, [], [f"{name}@{one.name}" for one in named], dropped, kept=kept)
 
     return _measured(store, find, unflushed_of=name)
@@ -138,6 +142,21 @@ def of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
         folded = _freed_by_folds(store, runs)
     freed = None if loss.bytes_freed is None or folded is None else loss.bytes_freed + folded
     return replace(loss, bytes_freed=freed)
+
+
+def of_names(
+    store: OpenStore, find: Callable[[], tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]]
+) -> Loss:
+    """Return what goes with volumes and names that `find` says, in one state of the catalog, which may refuse it.
+
+    It returns the volumes, what the snapshots are called, the layers that lose their names or heads, and layers that stay.
+    """
+
+    def going() -> _Going:
+        volumes, snapshots, dropped, kept = find()
+        return _going(store.catalog, volumes, snapshots, dropped, kept=kept)
+
+    return _measured(store, going)
 
 
 def _freed_by_folds(store: OpenStore, runs: Iterable[Sequence[LayerRow]]) -> int | None:

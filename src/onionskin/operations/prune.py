@@ -152,4 +152,9 @@ def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot,
 
 
 def _held(store: OpenStore, volume: str) -> set[str]:
-    return {hold.snapshot for hold in holds(store, volume, None)}
+    """Return the snapshots of a volume that somebody holds, or that a snapshot of a machine binds."""
+    catalog = store.catalog
+    with catalog.reading():
+        names = {row.layer: row.name for row in catalog.snapshots_of(catalog.volume(volume).id)}
+        bound = catalog.machine_snapshots_of_layers(names)
+    return {hold.snapshot for hold in holds(store, volume, None)} | {names[layer] for layer in bound}

@@ -366,8 +366,12 @@ class RemoteProcess(Protocol):
 
 
 @contextmanager
-def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ()) -> Iterator[list[Sealing]]:
+def begin_seals(
+    volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = (), when_cut: Check = lambda: None
+) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
+
+    `when_cut` is called when writers go on, before anything is synced.
 
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
@@ -386,6 +390,7 @@ def begin_seals(volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = ())
                 for process in processes:
                     process.begun()
                 _cut(sealings, processes)
+                when_cut()
                 for process in processes:
                     process.ask_to_sync(lock_bytes)
                 run_each(beside, sealings, Sealing.sync)
@@ -463,10 +468,13 @@ class Part(NamedTuple):
     is_named: bool = True  # whether the sealed layer gets a name
 
 
-def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda: None) -> list[LayerRow]:
+def seal_together(
+    store: OpenStore, parts: Sequence[Part], then: Check = lambda: None, *, when_cut: Check = lambda: None
+) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
 
-    In an operation of each volume. `then` is called in the transaction, when all rows are written.
+    In an operation of each volume. `then` is called in the transaction, when all rows are written, and `when_cut` before
+    it, when what is written from then on is in none of the sealed layers.
     """
     for part in parts:
         part.check()
@@ -478,8 +486,8 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
             part.check()
         if remotes:
             refuse_untrue(store, remotes)
-        here = iter(describe_all(store, sealings))
-        described = [next(here) if isinstance(part.head, OpenHead) else part.head.sealed for part in parts]
+        ours = iter(describe_all(store, sealings))
+        described = [next(ours) if isinstance(part.head, OpenHead) else part.head.sealed for part in parts]
         written = write_sealed(store, described)
         for part, (row, head) in zip(parts, written, strict=True):
             part.also(row, head)
@@ -489,7 +497,8 @@ def seal_together(store: OpenStore, parts: Sequence[Part], then: Check = lambda:
         return [row for row, _ in written]
 
     try:
-        with begin_seals([part.head for part in parts if isinstance(part.head, OpenHead)], remotes) as sealings:
+        here = [part.head for part in parts if isinstance(part.head, OpenHead)]
+        with begin_seals(here, remotes, when_cut) as sealings:
             rows = store.change(write_rows)
     except CommitUnknownError:
         raise

@@ -11,6 +11,7 @@ from onionskin.base.naming import check_name, check_note
 from onionskin.catalog import Catalog, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import SnapshotExistsError, StateError
+from onionskin.operations.ownership import refuse_bound
 from onionskin.storage.open_store import OpenStore
 
 
@@ -22,6 +23,7 @@ def rename(store: OpenStore, volume: str, name: str, new_name: str) -> None:
         row = find_snapshot(store.catalog, store.catalog.volume(volume), name)
         if new_name != name:
             refuse_taken(store.catalog, row.volume, volume, new_name)
+            refuse_bound(store.catalog, [row.layer], "renamed")
             store.catalog.update_snapshot(row.layer, name=new_name)
 
     store.change(change)

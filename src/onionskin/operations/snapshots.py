@@ -22,7 +22,7 @@ from onionskin.catalog.tree import (
     users_of,
 )
 from onionskin.errors import StateError
-from onionskin.operations import holds, reclaim, snapshot_names
+from onionskin.operations import holds, ownership, reclaim, snapshot_names
 from onionskin.operations.flush import flush
 from onionskin.operations.seal import Part, RemoteHead, seal_together
 from onionskin.storage.chain import read_chain
@@ -127,16 +127,25 @@ def is_changed(volume: OpenDisk) -> bool:
     return any(map_is_used(volume.store, layer) for layer in above)
 
 
-def revert(volume: OpenHead, name: str, *, guid: str | None = None) -> None:
-    """Make the disk read as a snapshot again. See `Volume.revert`."""
+def revert(volume: OpenHead, name: str, *, guid: str | None = None, for_machine: bytes | None = None) -> None:
+    """Make the disk read as a snapshot again. See `Volume.revert`.
+
+    `for_machine`: the machine that is put back as a whole; the disk of another one is refused.
+    """
     from onionskin.operations.hidden_blocks import free_hidden
     from onionskin.operations.restart import restart_on
 
     with volume.operation():
         catalog = volume.store.catalog
+        ownership.refuse_put_back(catalog, volume.row.id, for_machine)
+
+        def check() -> None:
+            ownership.refuse_put_back(catalog, volume.row.id, for_machine)
+            _refuse_renamed(volume, name, target)
+
         target = snapshot_names.find_chosen(catalog, volume.row, [name], guid)[0].layer
         around = unnamed_around(catalog, catalog.layer(volume.head).parent)
-        restart_on(volume, target, lambda: _refuse_renamed(volume, name, target))
+        restart_on(volume, target, check)
         free_hidden(volume, around)
 
 
@@ -158,7 +167,10 @@ def discard(
             # This is checked inside the transaction, because others may clone a snapshot at any time.
             for row in rows:
                 _refuse_renamed(volume, row.name, row.layer)
-            going = all_of_branches(refuse_discard(catalog, volume.row, rows, recursive))
+            branches = refuse_discard(catalog, volume.row, rows, recursive)
+            if any(volume.head in above for above in branches.values()):
+                ownership.refuse_put_back(catalog, volume.row.id)
+            going = all_of_branches(branches)
             holds.refuse_held(catalog, going)
             for id in going:
                 catalog.remove_snapshot_of_layer(id)
@@ -167,6 +179,7 @@ def discard(
         branches = refuse_discard(catalog, volume.row, rows, recursive)
         under_head = [root for root, above in branches.items() if volume.head in above]
         if under_head:
+            ownership.refuse_put_back(catalog, volume.row.id)
             restart_on(volume, under_head[0], drop)
         else:
             volume.store.change(drop)

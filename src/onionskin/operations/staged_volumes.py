@@ -17,7 +17,7 @@ from onionskin.catalog import Catalog, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, nearest_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, SnapshotExistsError, StateError
-from onionskin.operations import reclaim, volumes
+from onionskin.operations import ownership, reclaim, volumes
 from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
 from onionskin.operations.restart import restart_on
@@ -75,6 +75,7 @@ class StagedVolume:
             sealed = seal(self.head)
 
         def name_it() -> None:
+            ownership.refuse_put_back(catalog, volume.row.id)
             if catalog.has_snapshot_named(volume.row.id, name):
                 raise SnapshotExistsError(
                     f"volume {volume.name!r} already has a snapshot {name!r}; merge or discard it first"

@@ -14,7 +14,7 @@ from onionskin.catalog import Catalog, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import descendants, remove_unreachable_layers, users_of
 from onionskin.errors import StateError, VolumeExistsError, VolumeNotFoundError
-from onionskin.operations import holds, lineage, reclaim
+from onionskin.operations import holds, lineage, ownership, reclaim
 from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
@@ -51,6 +51,8 @@ def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
 
 
 def _rename(store: OpenStore, row: VolumeRow, new_name: str) -> None:
+    advice = "rename the machine, with 'onionskin machine rename {machine}'"
+    ownership.refuse_owned(store.catalog, [row.id], "renamed", advice)
     refuse_taken(store, new_name)
     store.catalog.update(VolumeRow, row.id, name=new_name)
     if row.name.startswith(STAGED_PREFIX):
@@ -125,11 +127,20 @@ def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool) -
     """Remove volumes, with their snapshots if `recursive`. Inside a transaction; the byte of each one's writer is held."""
     catalog = store.catalog
     rows = catalog.volumes_with_ids(ids)
+    ownership.refuse_removed(catalog, ids)
+    return remove_rows(store, rows, recursive=recursive)
+
+
+def remove_rows(
+    store: OpenStore, rows: Sequence[VolumeRow], *, recursive: bool, for_machine: bool = False
+) -> tuple[int, list[bytes]]:
+    """Remove volumes that belong to no machine any more, as `remove_volumes` does. Inside a transaction."""
+    catalog = store.catalog
     refuse_delete(catalog, rows, recursive)
     gone = [row.id for row in rows]
     named = catalog.snapshots_of_volumes(gone)
     layers = [snapshot.layer for snapshots in named.values() for snapshot in snapshots]
-    holds.refuse_held(catalog, layers)
+    holds.refuse_held(catalog, layers, for_machine=for_machine)
     catalog.remove_snapshots_of(named)
     catalog.remove_volumes(gone)
     catalog.end_lineage(gone, time.time_ns())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crash.harness.judge import RECOVERIES_DRAWN, Outcome, Trial, drawn, try_workload, unwiped
+from crash.harness.machine_program import check_machine, snapshot_machine
 from crash.harness.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
 from crash.harness.replay import MARK, SYNC_END
 from crash.harness.run import Recording, check_states, mark, run
@@ -93,15 +94,20 @@ def program_scenario(
     check: Callable[[Path, Sequence[str]], list[str]],
     *barriers: str,
     wipes: bool = False,
+    states_max: int | None = None,
 ) -> Scenario:
-    """A program that works below a directory; with `wipes` all that it gives back must be overwritten before."""
+    """A program that works below a directory; with `wipes` all that it gives back must be overwritten before.
+
+    `states_max`: so many states are drawn, where all are too many.
+    """
 
     def trial(root: Path, source: Path, states: int | None) -> Outcome:
         root.mkdir()
-        text = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import {program.__name__} as program"
+        home = program.__module__
+        text = f"import sys; sys.path.insert(0, sys.argv[1]); from {home} import {program.__name__} as program"
         command = [sys.executable, "-c", f"{text}; from pathlib import Path; program(Path(sys.argv[2]))"]
         recording = run([*command, str(source), str(root)], root)
-        report = check_states(recording, check, limit=states, violations_max=1)
+        report = check_states(recording, check, limit=states or states_max, violations_max=1)
         print(f"{name}: {report}")
         violation = str(report.violations[0]) if report.violations else None
         return Outcome(report.tried, violation or (unwiped(recording) if wipes else None))
@@ -288,6 +294,7 @@ SCENARIOS = (
         "an image is converted", convert_image, check_converted, "exported image", "exported image name"
     ),
     program_scenario("a fork is asked for again", fork_under_key, check_asked_again, "catalog commits"),
+    program_scenario("a machine is snapshot", snapshot_machine, check_machine, states_max=1000),
     program_scenario("a delta is written", write_delta, check_delta, "written delta name"),
     program_scenario("a delta goes to stdout", stream_delta, check_delta, "streamed file"),
     program_scenario(

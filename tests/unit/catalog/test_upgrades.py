@@ -64,7 +64,7 @@ def test_a_store_of_version_5_makes_volumes_as_it_did(path: Path) -> None:
         assert (store.info("new").wipe, store.info("web").wipe) == ("zero", "release")
 
 
-@pytest.mark.parametrize("known", [4, 5])
+@pytest.mark.parametrize("known", [4, 5, 6])
 def test_an_older_onionskin_refuses_a_store_of_this_one(
     path: Path, monkeypatch: pytest.MonkeyPatch, known: int
 ) -> None:
@@ -73,7 +73,7 @@ def test_an_older_onionskin_refuses_a_store_of_this_one(
     for later in range(known, SCHEMA_VERSION):
         monkeypatch.delitem(UPGRADES, later)
     with pytest.raises(
-        onionskin.FormatError, match=rf"has version 6, and this onionskin knows only {known}; use a newer"
+        onionskin.FormatError, match=rf"has version 7, and this onionskin knows only {known}; use a newer"
     ):
         onionskin.Store(path)
 
@@ -103,7 +103,7 @@ def upgrade_killed_at(path: Path, statement: int, monkeypatch: pytest.MonkeyPatc
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("version", "statements"), [(4, 13), (5, 6)])
+@pytest.mark.parametrize(("version", "statements"), [(4, 21), (5, 14), (6, 12)])
 def test_a_kill_in_the_upgrade_leaves_the_old_version_or_the_new_one(
     path: Path, monkeypatch: pytest.MonkeyPatch, version: int, statements: int
 ) -> None:

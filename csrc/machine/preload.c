@@ -1,0 +1,266 @@
+/* preload.c: the part that must run inside the hypervisor's process. It is loaded there by LD_PRELOAD.
+ *
+ * The hypervisor maps guest RAM shared over a file; this library maps it privately instead, so the file stays what the
+ * snapshot was, forks share its page cache, and going back means to forget the private pages. Only the process itself can
+ * arm a userfaultfd over its memory and drop pages of it, so a thread waits for these two requests on a socket.
+ *
+ * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
+ * out of the environment, so that programs which the hypervisor starts are left alone.
+ *
+ * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it.
+ *
+ * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
+ * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
+#define _GNU_SOURCE
+#include "machine/preload.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define FEATURE_SHMEM (1ull << 12)       /* UFFD_FEATURE_WP_HUGETLBFS_SHMEM */
+#define FEATURE_UNPOPULATED (1ull << 13) /* UFFD_FEATURE_WP_UNPOPULATED */
+#define FEATURE_ASYNC (1ull << 15)       /* UFFD_FEATURE_WP_ASYNC, Linux 6.7 */
+
+enum { RUNS_AT_ONCE = 256 };
+
+typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
+
+static struct {
+    char ram[4096];
+    struct sockaddr_un address;
+    pthread_mutex_t guard; /* over what follows, which the thread of the socket and those that map use */
+    uint8_t *start;
+    size_t length;
+    int is_private;
+    int faults; /* the userfaultfd, -1 before it is armed */
+} preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1};
+
+/* ---- what is mapped ---- */
+
+static int is_ram(int fd, size_t length)
+{
+    struct stat mapped, wanted;
+    return preload.ram[0] && fd >= 0 && !fstat(fd, &mapped) && !stat(preload.ram, &wanted) &&
+           mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino && (uint64_t)mapped.st_size == length;
+}
+
+/* Locks the RAM file as long as the process lives. The descriptor is meant to stay open. It is one of this library's own:
+ * the hypervisor may close its descriptor, and has locks of another kind. */
+static void lock_ram(void)
+{
+    int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0)
+        (void)flock(fd, LOCK_SH | LOCK_NB);
+}
+
+static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+{
+    static map_function real;
+    if (!real)
+        real = (map_function)dlsym(RTLD_NEXT, "mmap64");
+    int found = is_ram(fd, length) && !offset && (flags & MAP_TYPE) != MAP_PRIVATE;
+    if (found)
+        flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
+    void *mapped = real(address, length, protection, flags, fd, offset);
+    if (found && mapped != MAP_FAILED) {
+        lock_ram();
+        pthread_mutex_lock(&preload.guard);
+        preload.start = mapped;
+        preload.length = length;
+        preload.is_private = 1;
+        pthread_mutex_unlock(&preload.guard);
+    }
+    return mapped;
+}
+
+__attribute__((visibility("default"))) void *mmap64(void *address, size_t length, int protection, int flags, int fd,
+                                                    off_t offset)
+{
+    return map(address, length, protection, flags, fd, offset);
+}
+
+__attribute__((visibility("default"))) void *mmap(void *address, size_t length, int protection, int flags, int fd,
+                                                  off_t offset)
+{
+    return map(address, length, protection, flags, fd, offset);
+}
+
+/* ---- what is asked for ---- */
+
+static int protect(uint64_t start, uint64_t length)
+{
+    struct uffdio_writeprotect range = {.range = {start, length}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    return ioctl(preload.faults, UFFDIO_WRITEPROTECT, &range) ? -errno : 0;
+}
+
+static int open_faults(void)
+{
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    int faults = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
+                             : (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    int error = faults < 0 ? -errno : 0;
+    if (device >= 0)
+        close(device);
+    return error ? error : faults;
+}
+
+/* Arms the userfaultfd, where that was not done yet, and protects all of RAM. */
+static int arm(void)
+{
+    if (!preload.start)
+        return -ENOENT;
+    if (preload.faults < 0) {
+        int faults = open_faults();
+        if (faults < 0)
+            return faults;
+        struct uffdio_api api = {.api = UFFD_API, .features = FEATURE_SHMEM | FEATURE_UNPOPULATED | FEATURE_ASYNC};
+        struct uffdio_register all = {.range = {(uint64_t)(uintptr_t)preload.start, preload.length},
+                                      .mode = UFFDIO_REGISTER_MODE_WP};
+        if (ioctl(faults, UFFDIO_API, &api) || ioctl(faults, UFFDIO_REGISTER, &all)) {
+            int error = -errno;
+            close(faults);
+            return error;
+        }
+        preload.faults = faults;
+    }
+    return protect((uint64_t)(uintptr_t)preload.start, preload.length);
+}
+
+/* Drops the private pages of a run, so that it reads as the file. They count as written then: who asked for this protects
+ * them with the next scan, all in one call. */
+static int forget(const struct onion_preload_run *run)
+{
+    if (!preload.start || !preload.is_private)
+        return -ENOENT;
+    if (run->offset % 4096 || run->length % 4096 || run->offset > preload.length ||
+        run->length > preload.length - run->offset)
+        return -EINVAL;
+    return madvise(preload.start + run->offset, run->length, MADV_DONTNEED) ? -errno : 0;
+}
+
+/* ---- the socket ---- */
+
+static int receive_all(int connection, void *to, size_t length)
+{
+    for (size_t done = 0; done < length;) {
+        ssize_t got = recv(connection, (char *)to + done, length - done, 0);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return 0;
+        done += (size_t)got;
+    }
+    return 1;
+}
+
+/* Takes the runs of a request to forget. Returns 0 where the connection ended. */
+static int forget_all(int connection, uint64_t count, int *status)
+{
+    struct onion_preload_run runs[RUNS_AT_ONCE];
+    while (count) {
+        size_t part = count < RUNS_AT_ONCE ? count : RUNS_AT_ONCE;
+        if (!receive_all(connection, runs, part * sizeof runs[0]))
+            return 0;
+        for (size_t i = 0; i < part && !*status; i++)
+            *status = forget(&runs[i]);
+        count -= part;
+    }
+    return 1;
+}
+
+static int answer(int connection)
+{
+    struct onion_preload_request request;
+    if (!receive_all(connection, &request, sizeof request) || request.magic != ONION_PRELOAD_MAGIC)
+        return 0;
+    int status = 0, goes_on = 1;
+    pthread_mutex_lock(&preload.guard);
+    if (request.verb == ONION_PRELOAD_ARM)
+        status = arm();
+    else if (request.verb == ONION_PRELOAD_FORGET)
+        goes_on = forget_all(connection, request.count, &status);
+    else if (request.verb != ONION_PRELOAD_WHERE)
+        status = -ENOSYS;
+    struct onion_preload_reply reply = {.magic = ONION_PRELOAD_MAGIC,
+                                        .status = status,
+                                        .start = (uint64_t)(uintptr_t)preload.start,
+                                        .length = preload.length,
+                                        .is_private = (uint32_t)preload.is_private,
+                                        .is_armed = preload.faults >= 0};
+    pthread_mutex_unlock(&preload.guard);
+    return goes_on && send(connection, &reply, sizeof reply, MSG_NOSIGNAL) == sizeof reply;
+}
+
+static int may_connect(int connection)
+{
+    struct ucred peer;
+    socklen_t length = sizeof peer;
+    return !getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &length) && (!peer.uid || peer.uid == geteuid());
+}
+
+static void *serve(void *socket_of_listener)
+{
+    int listener = (int)(intptr_t)socket_of_listener;
+    for (;;) {
+        int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (connection < 0) {
+            if (errno != EINTR && errno != ECONNABORTED)
+                usleep(100000); /* no descriptor or no memory is left */
+            continue;
+        }
+        while (may_connect(connection) && answer(connection))
+            ;
+        close(connection);
+    }
+    return NULL;
+}
+
+static int listen_at_path(void)
+{
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener < 0)
+        return -1;
+    mode_t before = umask(0177); /* nothing else of the process runs yet */
+    int failed = bind(listener, (struct sockaddr *)&preload.address, sizeof preload.address) || listen(listener, 4);
+    umask(before);
+    if (failed) {
+        close(listener);
+        return -1;
+    }
+    return listener;
+}
+
+__attribute__((constructor)) static void start(void)
+{
+    const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
+    pthread_t thread;
+    if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(path) >= sizeof preload.address.sun_path)
+        return;
+    preload.address.sun_family = AF_UNIX;
+    strcpy(preload.address.sun_path, path);
+    int listener = listen_at_path();
+    if (listener < 0)
+        return;
+    if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)listener)) {
+        close(listener);
+        return;
+    }
+    pthread_detach(thread);
+    strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so */
+    unsetenv("ONIONSKIN_RAM");
+    unsetenv("ONIONSKIN_PRELOAD");
+    unsetenv("LD_PRELOAD");
+}

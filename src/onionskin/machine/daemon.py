@@ -1,0 +1,136 @@
+"""A supervisor in a process of its own, which stays when the command that started it has ended.
+
+What must hold: the caller returns when the guest runs, or raises what kept it from running. The process that stays has no
+terminal, no working directory, and no descriptor of its caller's.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from onionskin.control import frames
+from onionskin.errors import StateError
+from onionskin.machine.record import SUPERVISOR_LOG
+from onionskin.nbd.systemd import notify
+
+START_SECONDS = 300.0  # a RAM file of many GiB may have to be made first
+
+
+def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool) -> None:
+    """Start the supervisor of a machine. Return when the guest runs, or, with `paused`, when it is ready to.
+
+    Raises
+    ------
+    OnionskinError, OSError
+        What kept it from running.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        log = os.open(directory / SUPERVISOR_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            flags = (["--paused"] if paused else []) + (["--trust"] if trust else [])
+            child = subprocess.Popen(
+                [sys.executable, "-m", "onionskin.machine", str(store.absolute()), name, str(writer), *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                umask=0o077,
+                pass_fds=[writer],
+                start_new_session=True,
+                env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
+            )
+        finally:
+            os.close(log)
+        os.close(writer)
+        writer = -1
+        child.wait()  # it forks, and this part ends at once
+        answer = _read_all(reader)
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+    if answer is None:
+        raise StateError(f"the supervisor of machine {name!r} did not answer within {START_SECONDS:.0f} s")
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        raise StateError(f"the supervisor of machine {name!r} died; see {directory / SUPERVISOR_LOG}") from None
+    if "error" in value:
+        raise frames.unpack_error(value["error"])
+
+
+def _read_all(reader: int) -> bytes | None:
+    """Return what comes until the other end is closed, or None where that takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    text = b""
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        part = os.read(reader, 65536)
+        if not part:
+            return text
+        text += part
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    """Be the supervisor: the arguments are those that `start` gives."""
+    store, name, writer, *flags = arguments
+    if os.fork():
+        os._exit(0)
+    descriptor = int(writer)
+    os.set_inheritable(descriptor, False)
+    return be_supervisor(store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags)
+
+
+def be_supervisor(store: str, name: str, descriptor: int, *, paused: bool, trust: bool) -> int:
+    """Supervise a machine in this process until its end, and tell who reads from a pipe when its guest runs."""
+    try:
+        from onionskin.machine.supervisor import supervise
+        from onionskin.store import Store
+
+        opened = Store(store, create=False, trust=trust)
+        status = supervise(
+            opened, name, paused=paused, log=log_line, ready=lambda: _answer(descriptor, {"ready": True})
+        )
+    except BaseException as error:
+        log_line(f"{type(error).__name__}: {error}")
+        _answer(descriptor, {"error": frames.pack_error(error)})
+        return 1
+    return 0 if status == 0 else 1
+
+
+def _answer(descriptor: int, value: dict[str, object]) -> None:
+    """Answer the command that started this, once."""
+    try:
+        os.write(descriptor, json.dumps(value).encode())
+        os.close(descriptor)
+    except OSError:
+        return  # it was answered before, or the caller has gone
+
+
+def log_line(line: str) -> None:
+    """Write a line with the time to stderr, which is the log."""
+    try:
+        sys.stderr.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
+
+
+def run_in_foreground(store: Path, name: str, *, paused: bool, trust: bool) -> int:
+    """Run a machine in this process, for a service manager, until it ends. Return the exit status of the hypervisor."""
+    from onionskin.machine.supervisor import supervise
+    from onionskin.store import Store
+
+    try:
+        opened = Store(store, create=False, trust=trust)
+        return supervise(opened, name, paused=paused, log=log_line, ready=lambda: notify("READY=1"))
+    finally:
+        notify("STOPPING=1")

@@ -1,0 +1,172 @@
+"""The server of a machine's disks: `onionskin serve` in a process of its own, which is started again when it dies.
+
+What must hold: a machine whose server died waits, and goes on. A server that dies again and again is given up, and that is
+said: it is started RESTARTS_MAX times within WITHIN_SECONDS. What it serves is held for as long as it runs, so its end is
+waited for before the disks are anybody else's.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from onionskin.errors import StateError
+from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
+
+READY_SECONDS = 60.0
+END_SECONDS = 60.0  # it flushes the disks
+RESTARTS_MAX, WITHIN_SECONDS = 5, 60.0
+
+
+# Starts a server from a process that has loaded it already (`fork.py`), and returns its id and its output.
+spawn: Callable[[list[str], int], tuple[int, IO[bytes]]] | None = None
+
+
+class DiskServer:
+    """Serves the disks of a machine. One thread at a time may use it.
+
+    Parameters
+    ----------
+    store : Path
+    volumes : sequence of str
+        In the order of the disks.
+    directory : Path
+        Of the machine: the socket and the log are there.
+    trust : bool
+        Whether the store may be another user's.
+    found : ProcessId, optional
+        One that serves them already.
+
+    Attributes
+    ----------
+    restarts : int
+        How often it was started again.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        volumes: Sequence[str],
+        directory: Path,
+        *,
+        trust: bool = False,
+        found: ProcessId | None = None,
+    ) -> None:
+        self._store = store.absolute()
+        self._volumes = list(volumes)
+        self._directory = directory
+        self._trust = trust
+        self._child: subprocess.Popen[bytes] | None = None
+        self._starts: deque[float] = deque(maxlen=RESTARTS_MAX)
+        self.process: ProcessId | None = found
+        self.restarts = 0
+
+    @property
+    def uris(self) -> list[str]:
+        """Where the disks are, in their order."""
+        socket = quote(str(self._directory / DISKS))
+        return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self._volumes]
+
+    def start(self) -> None:
+        """Start it, and return when it is ready.
+
+        Raises
+        ------
+        StateError
+            It did not come up; its log says why.
+        """
+        if not self._volumes:
+            return
+        trust = ["--trust"] if self._trust else []
+        names = [f"{self._store}/{volume}" for volume in self._volumes]
+        log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
+        try:
+            pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)
+        finally:
+            os.close(log)
+        self.process = ProcessId.of(pid)
+        if not self._is_ready(output):
+            self.end(seconds=0)
+            raise StateError(f"the disks of the machine cannot be served: {self._said()}")
+
+    def _start_program(self, arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "onionskin", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            umask=0o077,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
+        )
+        assert self._child.stdout is not None
+        return self._child.pid, self._child.stdout
+
+    def _is_ready(self, written: IO[bytes]) -> bool:
+        deadline = time.monotonic() + READY_SECONDS
+        line = b""
+        with written as output:
+            while not line.endswith(b"\n"):
+                poll = select.poll()
+                poll.register(output.fileno(), select.POLLIN)
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    return False
+                part = os.read(output.fileno(), 65536)
+                if not part:
+                    return False
+                line += part
+        try:
+            return json.loads(line).get("ready") is True
+        except ValueError:
+            return False
+
+    def restart(self) -> None:
+        """Start it again after its end.
+
+        Raises
+        ------
+        StateError
+            It has died too often, or did not come up.
+        """
+        now = time.monotonic()
+        if len(self._starts) == RESTARTS_MAX and now - self._starts[0] < WITHIN_SECONDS:
+            raise StateError(
+                f"the server of the machine's disks died {RESTARTS_MAX} times within {WITHIN_SECONDS:.0f} s, and is not "
+                f"started again: {self._said()}"
+            )
+        self._starts.append(now)
+        self.restarts += 1
+        self.reap()
+        self.start()
+
+    def reap(self) -> None:
+        """Take note of the end of a child."""
+        if self._child is not None:
+            self._child.poll()
+
+    def end(self, seconds: float = END_SECONDS) -> None:
+        """End it: it flushes the disks, and gives them up. Killed, if that takes too long. Further calls do nothing."""
+        if self.process is None:
+            return
+        self.process.end(seconds)
+        if self._child is not None:
+            self._child.wait()
+        self.process = self._child = None
+
+    def _said(self) -> str:
+        """Return the last line of its log."""
+        path = self._directory / SERVER_LOG
+        try:
+            lines = path.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else f"see {path}"

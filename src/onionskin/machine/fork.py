@@ -1,0 +1,231 @@
+"""Starts several machines at once: forks of a snapshot, each of which has a supervisor of its own and maps the one RAM file.
+
+To load Python and all that a supervisor and a server of disks need takes longer than to fork a machine. So one process
+loads it, makes the RAM file if it is missing, asks the hypervisor what it is, and then forks for each machine: once for its
+supervisor, which first forks what will be the server of its disks. What they share stays in memory once.
+
+What must hold: the process that forks has no other thread then, and no store open: each supervisor opens its own. The caller
+returns when the guests of all run, or raises the first of what kept one from running; the others run then.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import IO, TYPE_CHECKING
+
+from onionskin.control import frames
+from onionskin.errors import OnionskinError, StateError
+from onionskin.machine import daemon, disk_server
+from onionskin.machine.record import SUPERVISOR_LOG, make_directory
+from onionskin.operations import machines
+
+STARTS_AT_ONCE = 16
+_OF_SERVERS = (
+    "onionskin.cli.app",
+    "onionskin.cli.serve",
+    "onionskin.nbd.server",
+    "onionskin.nbd.exports",
+    "onionskin.aio",
+)
+
+if TYPE_CHECKING:
+    from onionskin.machine.ram_files import RamFile
+    from onionskin.store import Store
+
+
+def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> None:
+    """Start machines that are off, all at once. Return when the guests of all run, or, with `paused`, are ready to.
+
+    Raises
+    ------
+    OnionskinError, OSError
+        What kept the first of those from running that do not run.
+    """
+    errors: list[Exception] = []
+    for at in range(0, len(names), STARTS_AT_ONCE):
+        errors += _start_some(store, names[at : at + STARTS_AT_ONCE], paused)
+    if errors:
+        raise errors[0]
+
+
+def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exception]:
+    """Start machines at once. Return what kept those from running that do not run."""
+    with ExitStack() as stack:
+        readers, writers, wanted = [], [], []
+        for name in names:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
+            writers.append(writer)
+            directory = make_directory(store._opened.layout.root, machines.find(store._opened.catalog, name).id)
+            wanted.append([name, writer, str(directory / SUPERVISOR_LOG)])
+        try:
+            _start_process(store, wanted, writers, paused)
+        finally:
+            for writer in writers:
+                os.close(writer)
+        answers = [_failure(name, reader.fileno()) for name, reader in zip(names, readers, strict=True)]
+        return [error for error in answers if error is not None]
+
+
+def _start_process(store: "Store", wanted: list[list[object]], writers: list[int], paused: bool) -> None:
+    what = {"store": str(store.path.absolute()), "machines": wanted, "paused": paused, "trust": store._trust}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "onionskin.machine.fork", json.dumps(what)],
+        stdin=subprocess.DEVNULL,
+        cwd="/",
+        umask=0o077,
+        pass_fds=writers,
+        start_new_session=True,
+        # Threads of NumPy's library would be in the way of a fork, and nothing here uses them.
+        env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"} | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    child.wait()  # it ends when it has forked
+
+
+def _failure(name: str, reader: int) -> Exception | None:
+    """Wait for the answer of a supervisor. Return what kept its machine from running, if something did."""
+    answer = daemon._read_all(reader)
+    if answer is None:
+        return StateError(f"the supervisor of machine {name!r} did not answer within {daemon.START_SECONDS:.0f} s")
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return StateError(f"the supervisor of machine {name!r} died; see its {SUPERVISOR_LOG}")
+    if "error" not in value:
+        return None
+    error = frames.unpack_error(value["error"])
+    return error if isinstance(error, Exception) else StateError(str(error))
+
+
+def main(text: str) -> int:
+    """Be the process that forks: the argument is what `start_all` gives."""
+    what = json.loads(text)
+    wanted = what["machines"]
+    held = _prepare(what["store"], wanted[0][0], what["trust"])
+    if threading.active_count() > 1:
+        return 1  # each machine is said to have died, which is better than one that hangs
+    for name, writer, log in wanted:
+        if os.fork() == 0:
+            with suppress(OSError):
+                if held is not None:
+                    held.close()
+            os._exit(_supervise(what, name, writer, log, [other for _, other, _ in wanted if other != writer]))
+    return 0
+
+
+def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
+    """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
+    from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
+    from onionskin.machine.hypervisor import Configuration
+    from onionskin.machine.qemu import QemuHypervisor
+    from onionskin.machine.ram_files import RamFiles
+    from onionskin.machine.running import source_of
+    from onionskin.store import Store
+
+    for module in _OF_SERVERS:
+        with suppress(ImportError):
+            importlib.import_module(module)
+    try:
+        with Store(store, create=False, trust=trust) as opened:
+            row = machines.find(opened._opened.catalog, name)
+            disks = opened._opened.catalog.disks_of_machine(row.id)
+            QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
+            if machines.beginning(opened._opened, name).ram is None:
+                return None
+            saved = restore.find_saved(opened, row, None)
+            source = source_of(opened, saved.volume, saved.layer, saved.ram_bytes)
+            return RamFiles(opened._opened).use(source)
+    except (OSError, OnionskinError):
+        return None
+
+
+def _supervise(what: dict[str, object], name: str, writer: int, log: str, others: list[int]) -> int:
+    """Be the supervisor of a machine, until its end. Return the exit status of the process."""
+    try:
+        os.setsid()
+        for other in others:
+            os.close(other)
+        os.set_inheritable(writer, False)
+        _write_to(log)
+        disk_server.spawn = _spawner(writer)
+        return daemon.be_supervisor(
+            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"])
+        )
+    except BaseException as error:
+        with suppress(BaseException):
+            daemon.log_line(f"{type(error).__name__}: {error}")
+        return 1
+
+
+def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
+    """Fork a process that becomes a server of disks when it is told to, and return what tells it. It can be called once."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waiting = os.fork()
+    if waiting == 0:
+        status = 1
+        try:
+            here.close()
+            os.close(writer)  # whoever waits for its end waits for the supervisor alone
+            status = _become_server(there)
+        finally:
+            os._exit(status)
+    there.close()
+
+    def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
+        disk_server.spawn = None  # another one is a program of its own
+        output, into = os.pipe2(os.O_CLOEXEC)
+        try:
+            with here:
+                socket.send_fds(here, [json.dumps(arguments).encode()], [into, log])
+                answer = here.recv(64)
+        finally:
+            os.close(into)
+            os.waitpid(waiting, 0)
+        return int(answer), os.fdopen(output, "rb", buffering=0)
+
+    return spawn
+
+
+def _become_server(asked: socket.socket) -> int:
+    """Wait for what to serve, and serve it in a process that nobody has to wait for. Return an exit status."""
+    what, given, _, _ = socket.recv_fds(asked, 1 << 20, 2)
+    if not what:
+        return 0  # the supervisor ended without it
+    into, log = given
+    if pid := os.fork():
+        asked.send(str(pid).encode())
+        return 0
+    os.setsid()
+    for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (into, 1), (log, 2)):
+        os.dup2(descriptor, standard)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    try:
+        sys.argv = ["onionskin", *json.loads(what)]
+        runpy.run_module("onionskin", run_name="__main__")
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        daemon.log_line(f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def _write_to(log: str) -> None:
+    """Have what this process says added to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

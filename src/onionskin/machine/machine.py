@@ -1,0 +1,403 @@
+"""A machine of a store, as its user has it: whether it runs or is off.
+
+What runs is asked of its supervisor; what is off, of the store. What must hold: a machine whose supervisor was killed is
+found by whatever is asked of it next, and has one again before anything else happens to it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from socket import socket
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.sockets import connect_unix
+from onionskin.errors import StateError
+from onionskin.machine import daemon, disk_server, record
+from onionskin.machine import fork as fork_process
+from onionskin.machine.capture import MachineSnapshot
+from onionskin.machine.control import MachineControl
+from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.record import Record
+from onionskin.operations import machines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onionskin.base.annotations import WipePolicy
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machines import MachineInfo
+    from onionskin.store import Store
+
+ORPHAN_SECONDS = 10.0
+STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
+
+
+class Machine:
+    """A machine. It holds nothing, so it need not be closed. Any thread may call it.
+
+    `Store.open_machine` returns it.
+
+    Attributes
+    ----------
+    name : str
+        As it was called then.
+    """
+
+    def __init__(self, store: "Store", name: str) -> None:
+        self._store = store
+        self.name: str = name
+        self._id = machines.find(store._opened.catalog, name).id
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name!r} of {self._store.path}>"
+
+    # ---- looking ----
+
+    @property
+    def state(self) -> str:
+        """What it does: "off", "running", "paused", or "failed": `status` says why."""
+        return str(self.status()["state"])
+
+    @property
+    def configuration(self) -> Configuration:
+        """What it is made of, beside its disks."""
+        return Configuration.from_json(self._row.configuration)
+
+    @property
+    def snapshots(self) -> "list[MachineSnapshotInfo]":
+        """Its snapshots, oldest first."""
+        return self._store.machine_snapshots(self._name)
+
+    def info(self) -> "MachineInfo":
+        """Return what the store knows of it. Nobody is asked."""
+        return self._store.machine_info(self._name)
+
+    def status(self) -> dict[str, Any]:
+        """Say what it does, and why.
+
+        Returns
+        -------
+        dict
+            As `onionskin machine status --json` shows it. ``state`` and ``why`` are there in any case.
+        """
+        with self._supervisor() as control:
+            if control is not None:
+                return dict(control.call("status"))
+        ended = self._ended()
+        if ended.get("status") in (None, 0) or ended.get("is_forced"):
+            return {"name": self._name, "state": "off", "why": ""}
+        said = f": {ended['said']}" if ended.get("said") else ""
+        return {
+            "name": self._name,
+            "state": "failed",
+            "why": f"its hypervisor ended with {ended['status']}{said}; start it again",
+        }
+
+    def _ended(self) -> dict[str, Any]:
+        """Return how it ended at last."""
+        try:
+            value = json.loads((self._directory / record.ENDED).read_text())
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def console(self) -> socket:
+        """Connect to its serial console. One at a time can; the others wait.
+
+        Raises
+        ------
+        StateError
+            It is off.
+        """
+        with self._running("has no console"):
+            return connect_unix(self._directory / "console", seconds=STARTING_SECONDS)
+
+    # ---- running ----
+
+    def start(self, *, paused: bool = False) -> None:
+        """Start it. Its guest runs on return, unless it is `paused`; a process stays that supervises it.
+
+        It boots from its disks; or it goes on from RAM, if it was put back to a snapshot or is a fork that never ran.
+
+        Raises
+        ------
+        StateError
+            It runs already, or cannot run here.
+        """
+        with self._supervisor() as control:
+            if control is not None:
+                raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
+        self._start(paused=paused)
+
+    def run(self, *, paused: bool = False) -> int:
+        """Run it in this process, for a service manager, until it ends. Returns the exit status of the hypervisor."""
+        with self._supervisor() as control:
+            if control is not None:
+                raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
+        return daemon.run_in_foreground(self._store.path, self._name, paused=paused, trust=self._store._trust)
+
+    def stop(self, timeout: float | None = None, *, force: bool = False) -> None:
+        """Have it shut down, and wait until all of it has ended and its disks are flushed. One that is off stays off.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            How many seconds the guest has; by default 90. With `force`: how long the hypervisor has.
+        force : bool
+            End it without asking its guest, as if the power went.
+
+        Raises
+        ------
+        StateError
+            The guest did not shut down in time. It runs on.
+        """
+        if force and self._end_orphans():
+            return
+        with self._supervisor() as control:
+            if control is not None:
+                control.call("stop", timeout=timeout, force=force)
+
+    def pause(self) -> bool:
+        """Have it stand still until `resume`, also behind snapshots. Return whether it ran."""
+        with self._running("cannot be paused") as control:
+            return bool(control.call("pause"))
+
+    def resume(self) -> None:
+        """Let it go on."""
+        with self._running("cannot go on") as control:
+            control.call("resume")
+
+    def tell(self, hostname: str | None = None, *, clock: bool = True) -> list[str]:
+        """Tell the guest, through its agent, who and when it is now.
+
+        Returns
+        -------
+        list of str
+            What could not be done.
+        """
+        with self._running("cannot be told anything") as control:
+            return list(control.call("tell", hostname=hostname, clock=clock))
+
+    # ---- snapshots ----
+
+    def snapshot(
+        self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
+    ) -> MachineSnapshot:
+        """Take a snapshot of it: of RAM, devices, disks and configuration at one instant. It goes on if it ran.
+
+        Of a machine that is off, it has disks and configuration, and its mode is "off". Durable on return.
+
+        Parameters
+        ----------
+        name : str, optional
+            By default the time.
+        note : str
+        mode : {"live", "pause"}, optional
+            Whether RAM is collected while it runs; by default where that can be done here.
+        freeze : bool
+            Have the agent in the guest freeze its file systems meanwhile.
+
+        Returns
+        -------
+        MachineSnapshot
+
+        Raises
+        ------
+        SnapshotExistsError
+            The name is taken.
+        StateError
+            It was not taken, and nothing of it remains.
+        """
+        with self._supervisor() as control:
+            if control is not None:
+                value = control.call("snapshot", name=name, note=note, mode=mode, freeze=freeze)
+                return MachineSnapshot(**{**value, "disks": tuple(value["disks"]), "frozen": tuple(value["frozen"])})
+        if mode is not None or freeze:
+            raise StateError(
+                f"machine {self._name!r} is off, so there is nothing to collect or to freeze; leave it out"
+            )
+        taken = self._store._snapshot_machine_off(self._name, name, note)
+        return MachineSnapshot(taken.name, note, "off", disks=tuple(disk.name for disk in self.info().disks))
+
+    def revert(self, name: str) -> None:
+        """Put it back to a snapshot. One that runs goes on from there, in the same process; one that is off is started.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            The snapshot cannot run here; the difference is named, and nothing was touched.
+        """
+        with self._supervisor() as control:
+            if control is not None:
+                control.call("revert", name=name)
+                return
+        self._store._revert_machine(self._name, name)
+        self._start()
+
+    def merge(self, names: "str | Sequence[str]") -> list[str]:
+        """Drop snapshots of it, and keep all data. Return their names."""
+        with self._supervisor():
+            return self._store._merge_machine_snapshots(self._name, names)
+
+    def discard(self, names: "str | Sequence[str]", *, recursive: bool = False) -> list[str]:
+        """Drop snapshots of it, and what was written after them. Return their names."""
+        with self._supervisor():
+            return self._store._discard_machine_snapshots(self._name, names, recursive=recursive)
+
+    def delete(self, *, recursive: bool = False) -> int:
+        """Remove it, while it is off. Return the bytes on the disk of the data that goes."""
+        with self._supervisor() as control:
+            if control is not None:
+                raise StateError(f"machine {self._name!r} runs; stop it first")
+        directory = self._directory
+        freed = self._store.delete_machines(self._name, recursive=recursive)
+        record.remove_directory(directory)
+        return freed
+
+    def fork(
+        self,
+        snapshot: str,
+        *,
+        count: int | None = None,
+        names: "Sequence[str] | None" = None,
+        pattern: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+        network: bool = False,
+        start: bool = True,
+    ) -> "list[Machine]":
+        """Make machines that go on from a snapshot of it, and start them. All run on return, or none is left.
+
+        Parameters
+        ----------
+        snapshot : str
+        count, names, pattern, lifetime, labels, wipe
+            As for `Store.fork_machine`.
+        network : bool
+            Let them reach what the machine reaches. By default the network of a fork reaches nothing: it has the addresses
+            of the machine that it was made from.
+        start : bool
+            Whether they are started.
+
+        Returns
+        -------
+        list of Machine
+        """
+        made = self._store.fork_machine(
+            self._name, snapshot, count=count, names=names, pattern=pattern, lifetime=lifetime, labels=labels, wipe=wipe
+        )
+        forks = [Machine(self._store, name) for name in made]
+        try:
+            for fork in forks if network else ():
+                fork._configure(lambda one: replace(one, is_isolated=False))
+            if start:
+                fork_process.start_all(self._store, [fork._name for fork in forks])
+        except BaseException:
+            self._remove(forks)
+            raise
+        return forks
+
+    def _remove(self, forks: "list[Machine]") -> None:
+        for fork in forks:
+            fork.stop(force=True)
+        self._store.delete_machines(*(fork._name for fork in forks), recursive=True)
+        for fork in forks:
+            record.remove_directory(fork._directory)
+
+    def _configure(self, change: Callable[[Configuration], Configuration]) -> None:
+        store = self._store._opened
+
+        def write() -> None:
+            row = store.catalog.machine_with_id(self._id)
+            if row is not None:
+                changed = change(Configuration.from_json(row.configuration))
+                store.catalog.update_machine(self._id, configuration=changed.to_json())
+
+        store.change(write)
+
+    # ---- the supervisor ----
+
+    @property
+    def _row(self) -> Any:
+        row = self._store._opened.catalog.machine_with_id(self._id)
+        if row is None:
+            raise StateError(f"machine {self.name!r} of {self._store.path} was deleted")
+        return row
+
+    @property
+    def _name(self) -> str:
+        """What it is called now."""
+        return str(self._row.name)
+
+    @property
+    def _directory(self) -> "Path":
+        return record.directory_of(self._store._opened.layout.root, self._id)
+
+    def _start(self, *, paused: bool = False) -> None:
+        directory = record.make_directory(self._store._opened.layout.root, self._id)
+        daemon.start(self._store.path, self._name, directory, paused=paused, trust=self._store._trust)
+
+    @contextmanager
+    def _running(self, what: str) -> Iterator[MachineControl]:
+        with self._supervisor() as control:
+            if control is None:
+                raise StateError(f"machine {self._name!r} is off, so it {what}; start it first")
+            yield control
+
+    @contextmanager
+    def _supervisor(self) -> Iterator[MachineControl | None]:
+        """Connect to its supervisor, or yield None where it is off. One that was killed is followed by another."""
+        control = self._find()
+        if control is None:
+            yield None
+            return
+        with control:
+            yield control
+
+    def _find(self) -> MachineControl | None:
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            if (control := MachineControl.find(self._directory / record.CONTROL, self._name)) is not None:
+                return control
+            found = Record.read(self._directory)
+            if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
+                if not machines.is_running(self._store._opened, self._row):
+                    self._end_leftovers(found)
+                    return None
+            elif found.supervisor is None or not found.supervisor.is_alive:
+                self._start()  # it takes over what runs
+            # Somebody starts it or ends it just now, or did until a moment ago.
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"{machines.said_to_run(self._store._opened, self._row)}; it has answered nobody for "
+                    f"{STARTING_SECONDS:.0f} s"
+                )
+            time.sleep(0.02)
+
+    def _end_orphans(self) -> bool:
+        """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""
+        found = Record.read(self._directory)
+        if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
+            return False
+        if (found.supervisor is not None and found.supervisor.is_alive) or machines.is_running(
+            self._store._opened, self._row
+        ):
+            return False
+        found.hypervisor.end(ORPHAN_SECONDS)
+        self._end_leftovers(found)
+        (self._directory / record.RECORD).unlink(missing_ok=True)
+        return True
+
+    def _end_leftovers(self, found: Record | None) -> None:
+        """End the server of the disks of a machine whose other processes were killed."""
+        if found is not None and found.server is not None and found.server.is_alive:
+            found.server.end(disk_server.END_SECONDS)
+
+
+__all__ = ["Machine", "MachineSnapshot"]

@@ -1,0 +1,191 @@
+"""QEMU's monitor (QMP), over the qemu.qmp library, for callers that are no coroutines.
+
+What must hold: every command has a time limit. QEMU drains its disks before it stops, so a command can wait for a disk
+server that is gone. What timed out may still be carried out later, so a caller who must know asks again (`request`).
+"""
+
+import asyncio
+import itertools
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from onionskin.base.lazy import logger
+from onionskin.base.sockets import connect_unix
+from onionskin.errors import StateError
+
+SECONDS = 30.0
+CLOSE_SECONDS = 2.0
+JOB_PREFIX = "onionskin-"
+_log = logger(__name__)
+
+
+class MonitorError(StateError):
+    """QEMU refused a command, did not answer in time, or has ended."""
+
+
+class MonitorTimeout(MonitorError):
+    """QEMU did not answer in time. It may still carry the command out."""
+
+
+class Monitor:
+    """A connection to QEMU. A context manager. Any thread may call it.
+
+    Parameters
+    ----------
+    path : Path
+        QEMU's socket. It may be longer than what the name of a socket may have.
+    name : str
+        What the machine is called in errors.
+    seconds : float
+        For QEMU to answer at all.
+    on_event : callable, optional
+        Is given the name and the data of each event of QEMU, in a thread of its own. It must not call this object.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        seconds: float = SECONDS,
+        on_event: "Callable[[str, dict[str, Any]], None] | None" = None,
+    ) -> None:
+        self._name = name
+        connection = connect_unix(path, seconds=seconds)
+        connection.setblocking(False)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
+        self._thread.start()
+        self._client = QMPClient(name)
+        self._dismissals: set[asyncio.Future[Any]] = set()
+        self._numbers = itertools.count()
+        self._guard = threading.Lock()
+        self._is_closed = False
+        try:
+            if on_event is not None:
+                self._listen(on_event)
+            self._await(self._client.connect(connection), "connect", seconds)
+        except BaseException:
+            connection.close()
+            self._end()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect. QEMU goes on. Further calls do nothing."""
+        with self._guard:
+            if self._is_closed:
+                return
+            self._is_closed = True  # what others ask for from here on is refused, as nobody would carry it out
+            with suppress(MonitorError, QMPError, OSError, EOFError):  # the other end may be gone
+                self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS, at_end=True)
+            self._end()
+
+    def _end(self) -> None:
+        """End the loop once no task of it is left: one that is left would say so when it is collected."""
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = SECONDS) -> Any:
+        """Run a command, and return what it returns.
+
+        Raises
+        ------
+        MonitorTimeout
+            QEMU did not answer within `seconds`. It may still carry the command out.
+        MonitorError
+            QEMU refused it, or has ended.
+        """
+        return self._await(self._client.execute(command, arguments), command, seconds)
+
+    def request(self, command: str) -> None:
+        """Ask for a command behind all that were asked for, and wait for nothing."""
+
+        async def run() -> None:
+            with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
+                await self._client.execute(command)
+
+        work = run()
+        try:
+            asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # it was closed
+            work.close()
+
+    def run_job(self, command: str, arguments: dict[str, Any], *, seconds: float = SECONDS) -> None:
+        """Run a command that starts a job, and wait until the job has ended well."""
+        self._await(self._job(command, arguments), command, seconds)
+
+    async def _job(self, command: str, arguments: dict[str, Any]) -> None:
+        # Each has a name of its own: one that timed out may still run.
+        job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
+        # A machine may stand still meanwhile: it is not asked again and again, and the job is dismissed behind its end.
+        with self._client.listener("JOB_STATUS_CHANGE", lambda event: _has_ended(event, job)) as ended:
+            await self._client.execute(command, {**arguments, "job-id": job})
+            await ended.get()
+        jobs: Any = await self._client.execute("query-jobs")
+        found = next((one for one in jobs if one["id"] == job), None)
+        if found is None:
+            raise MonitorError(f"QEMU of machine {self._name!r}: {command}: its job is gone")
+        self._dismissals = {task for task in self._dismissals if not task.done()}
+        self._dismissals.add(asyncio.ensure_future(self._client.execute("job-dismiss", {"id": job})))
+        if error := found.get("error"):
+            raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
+
+    def _listen(self, on_event: Callable[[str, dict[str, Any]], None]) -> None:
+        events = EventListener()
+        self._client.register_listener(events)
+
+        async def tell() -> None:
+            async for event in events:
+                try:
+                    on_event(str(event["event"]), dict(event.get("data", {})))  # type: ignore[call-overload]
+                except Exception:
+                    _log.exception("an event of machine %r", self._name)
+
+        asyncio.run_coroutine_threadsafe(tell(), self._loop)
+
+    def _await(self, work: Coroutine[Any, Any, Any], what: str, seconds: float, *, at_end: bool = False) -> Any:
+        if self._is_closed and not at_end:
+            work.close()
+            raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: the connection was closed")
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
+        try:
+            return future.result(seconds + CLOSE_SECONDS)  # the loop may end before it sees this
+        except TimeoutError:
+            future.cancel()
+            raise MonitorTimeout(
+                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its "
+                "disks alive?"
+            ) from None
+        except ExecuteError as error:
+            raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: {error}; has it ended?") from error
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _has_ended(event: Any, job: str) -> bool:
+    return bool(event["data"]["id"] == job and event["data"]["status"] in ("concluded", "null"))

@@ -1,0 +1,115 @@
+"""The preload library in the hypervisor's process: where guest RAM is mapped there, and two things that only it can do.
+
+See csrc/machine/preload.h for what is said. A `Preload` is used by one thread at a time.
+"""
+
+import struct
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from onionskin.base.sockets import connect_unix
+from onionskin.errors import FormatError, StateError
+
+_MAGIC = 0x316D6172
+_WHERE, _ARM, _FORGET = 1, 2, 3
+_REQUEST = struct.Struct("=IIQ")
+_REPLY = struct.Struct("=IiQQII")
+SECONDS = 10.0  # that an answer may take; arming 512 MiB took 0.08 s
+
+
+@dataclass(frozen=True, slots=True)
+class MappedRam:
+    """Where guest RAM is in the hypervisor's process.
+
+    Attributes
+    ----------
+    start, length : int
+        Address, and length in bytes.
+    is_private : bool
+        Whether writes of the guest leave the RAM file as it is.
+    is_armed : bool
+        Whether writes are noted.
+    """
+
+    start: int
+    length: int
+    is_private: bool
+    is_armed: bool
+
+
+def library() -> Path:
+    """Return the path of the library, for LD_PRELOAD.
+
+    Raises
+    ------
+    StateError
+        It is not installed: this onionskin was built without it.
+    """
+    here = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        if (found := here / f"_preload{suffix}").exists():
+            return found
+    raise StateError(
+        f"the preload library is missing in {here}; install onionskin from a wheel, or build it with a C compiler"
+    )
+
+
+class Preload:
+    """The connection to the library in one process. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = connect_unix(path, seconds=SECONDS)
+        self._socket.settimeout(SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Further calls do nothing."""
+        self._socket.close()
+
+    def where(self) -> MappedRam:
+        """Say where RAM is mapped."""
+        return self._ask(_WHERE, "cannot say where its memory is")
+
+    def arm(self) -> MappedRam:
+        """Have all writes to RAM noted from now on, and what was noted forgotten."""
+        return self._ask(_ARM, "cannot note what is written to its memory (Linux 6.7 and permission for userfaultfd)")
+
+    def forget(self, runs: NDArray[Any]) -> None:
+        """Drop what the guest wrote to these runs: they read as the RAM file again.
+
+        They count as written until they are protected again (`PageTracker.written`).
+
+        Parameters
+        ----------
+        runs : ndarray of RUN_DTYPE
+            Byte offsets in RAM.
+        """
+        packed = runs.copy()
+        packed["end"] -= packed["start"]
+        self._ask(_FORGET, "cannot put its memory back", len(runs), packed.tobytes())
+
+    def _ask(self, verb: int, refused: str, count: int = 0, runs: bytes = b"") -> MappedRam:
+        self._socket.sendall(_REQUEST.pack(_MAGIC, verb, count) + runs)
+        reply = b""
+        while len(reply) < _REPLY.size:
+            part = self._socket.recv(_REPLY.size - len(reply))
+            if not part:
+                raise StateError("the hypervisor ended, or its preload library did not understand a request")
+            reply += part
+        magic, status, start, length, is_private, is_armed = _REPLY.unpack(reply)
+        if magic != _MAGIC:
+            raise FormatError("the preload library of the hypervisor is another version; restart the machine")
+        if status:
+            import os
+
+            raise OSError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
+        return MappedRam(start, length, bool(is_private), bool(is_armed))

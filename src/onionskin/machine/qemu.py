@@ -1,0 +1,564 @@
+"""QEMU as the hypervisor of machines.
+
+QEMU maps its RAM shared, and the preload library makes that private: so it does not save RAM with the state of the devices
+(x-ignore-shared), and the RAM file stays as it is. The state of the devices is an internal snapshot of a small qcow2 file
+that no device has.
+
+What must hold: a machine that starts is stopped before its first instruction, and what it writes to its RAM is noted from
+before that. Where that cannot be noted, its RAM is a shared file of its own. A `stop` that took too long is taken back, so
+that no machine is found stopped later. The process is known by its start too, and only that one is ever killed.
+"""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from onionskin.base.files import data_ranges
+from onionskin.errors import StateError
+from onionskin.kernels._ram import PageTracker
+from onionskin.machine import qemu_command
+from onionskin.machine.agent import GuestAgent
+from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout
+from onionskin.machine.preload import Preload, library
+from onionskin.machine.ram import GuestRam
+from onionskin.storage.locks import start_ticks
+
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+STATE_SECONDS = 60.0
+PROBE_SECONDS = 30.0
+KILL_SECONDS = 10.0
+STATE_TAG = "s"
+STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
+_STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
+_SHARED_MEMORY = Path("/dev/shm")
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+
+class QemuHypervisor:
+    """Runs machines with QEMU. Any thread may use it.
+
+    Parameters
+    ----------
+    on_event : callable, optional
+        Is given QEMU's events, as `Monitor` gives them.
+    """
+
+    def __init__(self, on_event: OnEvent | None = None) -> None:
+        self._on_event = on_event
+
+    def check(self, configuration: Configuration, disks: int) -> Recorded:
+        """Return what would run here. No process stays.
+
+        Raises
+        ------
+        StateError
+            QEMU is not installed, or cannot run this: an argument that it may not have, a type of machine that it has not.
+        """
+        program = _find(configuration.program)
+        version, types = _probe(program, os.stat(program).st_mtime_ns)  # noqa: PTH116 - a text
+        wanted = configuration.machine_type or "pc"
+        if wanted not in types:
+            raise StateError(
+                f"{program} (QEMU {version}) has no machine type {wanted!r}; see {configuration.program} -machine help"
+            )
+        for path in (configuration.kernel, configuration.initrd):
+            if path is not None and not os.access(path, os.R_OK):
+                raise StateError(f"{path} cannot be read; the machine boots from it")
+        return qemu_command.recorded(configuration, disks, version, types[wanted])
+
+    def launch(
+        self,
+        configuration: Configuration,
+        *,
+        name: str,
+        directory: Path,
+        ram_file: Path | None,
+        disks: Sequence[str],
+        state: Path | None,
+        identity: Identity,
+    ) -> "QemuProcess":
+        """Start a machine that is stopped before its first instruction. See `Hypervisor.launch`."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        machine_type = self.check(configuration, len(disks)).machine_type
+        if ram_file is None:
+            ram_file = _empty_ram(directory, configuration.memory_bytes)
+
+        def start(ram: Path, *, is_tracked: bool) -> QemuProcess:
+            command = qemu_command.command(
+                _find(configuration.program),
+                configuration,
+                name=name,
+                machine_type=machine_type,
+                directory=directory,
+                ram_file=ram,
+                disks=disks,
+                identity=identity,
+            )
+            return _start(command, name, directory, ram, self._on_event, is_tracked=is_tracked)
+
+        process = _start_tracked(start, ram_file) or start(_copy(ram_file, directory), is_tracked=False)
+        try:
+            process.monitor.execute(
+                "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+            )
+            if state is not None:
+                process.load_state(state)
+        except BaseException:
+            process.quit(0)
+            raise
+        return process
+
+
+def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "QemuProcess | None":
+    """Start a machine whose writes are noted, or return None where they cannot be."""
+    try:
+        library()
+    except StateError:
+        return None
+    process = start(ram_file, is_tracked=True)
+    try:
+        process.note_writes()
+    except (OSError, StateError):
+        process.quit(0)
+        return None
+    except BaseException:
+        process.quit(0)
+        raise
+    return process
+
+
+class QemuProcess:
+    """A machine that QEMU runs. See `Process`.
+
+    Parameters
+    ----------
+    pid, ticks : int
+        The process, and its start.
+    name : str
+        The machine, for errors.
+    directory : Path
+        Where its sockets are.
+    ram_file : Path
+        What its RAM is mapped over.
+    on_event : callable, optional
+        Is given QEMU's events.
+    child : Popen, optional
+        The process, where it is a child of this one.
+    is_tracked : bool
+        Whether the preload library is in it.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        ticks: int,
+        name: str,
+        directory: Path,
+        ram_file: Path,
+        *,
+        on_event: OnEvent | None = None,
+        child: "subprocess.Popen[bytes] | None" = None,
+        is_tracked: bool = True,
+    ) -> None:
+        self.pid = pid
+        self.ticks = ticks
+        self.name = name
+        self.directory = directory
+        self.ram_file = ram_file
+        self.guest_ram: GuestRam | None = None
+        self._child = child
+        self._preload: Preload | None = None
+        self._tracker: PageTracker | None = None
+        self._nodes = 0
+        self._prepared: tuple[str, Path] | None = None
+        self._status: int | None = None
+        self._ending = threading.Lock()
+        self.monitor = self._connect(on_event)
+        if is_tracked:
+            try:
+                self._preload = Preload(directory / qemu_command.PRELOAD)
+            except BaseException:
+                self.monitor.close()
+                raise
+
+    def _connect(self, on_event: OnEvent | None) -> Monitor:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return Monitor(self.directory / qemu_command.QMP, self.name, on_event=on_event)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if self.wait(0.002) is not None:
+                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
+                if time.monotonic() > deadline:
+                    raise StateError(
+                        f"QEMU of machine {self.name!r} did not answer within {START_SECONDS:g} s: {self._said()}"
+                    ) from None
+            except MonitorError:
+                if self.wait(0) is not None:
+                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
+                raise
+
+    def _said(self) -> str:
+        """Return the last that QEMU wrote, for an error."""
+        try:
+            text = (self.directory / qemu_command.LOG).read_text(errors="replace").strip()
+        except OSError:
+            text = ""
+        return text[-600:] or f"see {self.directory / qemu_command.LOG}"
+
+    # ---- RAM ----
+
+    def ram(self) -> Preload | None:
+        """Return the connection to the library in the process that has its RAM, or None without tracking."""
+        return self._preload
+
+    def note_writes(self, *, again: bool = False) -> None:
+        """Have writes to RAM noted from now on. What was written before counts as unsaved.
+
+        With `again`, they were noted already, for a process that is gone: all pages count that may differ from the file.
+
+        Raises
+        ------
+        OSError
+            They cannot be noted here.
+        """
+        assert self._preload is not None
+        where = self._preload.where()
+        if not where.length:
+            raise StateError(f"QEMU of machine {self.name!r} has not mapped its RAM as it was told to")
+        self._tracker = PageTracker(self.pid, where.start, where.length)
+        ram = GuestRam(self._tracker, where.length)
+        # The marks of noting look like pages that were swapped out.
+        if not again or _swapped_bytes(self.pid):
+            ram.add_private(swapped=True)
+        self._preload.arm()
+        ram.add_private(swapped=False)
+        self.guest_ram = ram
+
+    # ---- running ----
+
+    @property
+    def status(self) -> str:
+        """What QEMU says of itself: "running", "paused", "io-error", "internal-error", ..."""
+        return str(self.monitor.execute("query-status")["status"])
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it is stopped now."""
+        return self.status != "running"
+
+    def pause(self) -> bool:
+        """Stop the machine. Return whether it ran.
+
+        Raises
+        ------
+        MonitorTimeout
+            It could not be stopped in time, because it waits for a disk. It goes on.
+        """
+        if self.is_paused:
+            return False
+        try:
+            self.monitor.execute("stop", seconds=STOP_SECONDS)
+        except MonitorTimeout:
+            self.monitor.request("cont")
+            raise
+        return True
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.monitor.execute("cont")
+
+    def power_down(self) -> None:
+        """Ask the guest to shut down (ACPI)."""
+        self.monitor.execute("system_powerdown")
+
+    # ---- the state of the devices ----
+
+    def prepare_state(self, path: Path) -> None:
+        """Make the file for the state of the devices, and do all that can be done before the machine is stopped."""
+        self.finish_state()
+        # It may be a file without a name, by a link of /proc.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        self._prepared = (self._add_node(path, is_new=True), path)
+
+    def save_state(self) -> int:
+        """Write the state of the devices into the prepared file, while it is stopped. Return the bytes of the file."""
+        assert self._prepared is not None
+        node, path = self._prepared
+        self._run_on_state("snapshot-save", node)
+        return path.stat().st_size
+
+    def finish_state(self) -> None:
+        """Let go of the prepared file. Further calls do nothing."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            self._remove_node(prepared[0])
+
+    def load_state(self, path: Path) -> None:
+        """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
+        node = self._add_node(path, is_new=False)
+        try:
+            self._run_on_state("snapshot-load", node)
+        finally:
+            self._remove_node(node)
+
+    def drop_leftovers(self) -> None:
+        """Let go of what a supervisor that is gone had under way: its jobs, and the files of its states."""
+        deadline = time.monotonic() + STATE_SECONDS
+        while jobs := [one for one in self.monitor.execute("query-jobs") if one["id"].startswith(JOB_PREFIX)]:
+            for one in jobs:
+                if one["status"] == "concluded":
+                    self.monitor.execute("job-dismiss", {"id": one["id"]})
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"QEMU of machine {self.name!r} does not end a job that a process before this one began"
+                )
+            time.sleep(0.01)
+        for one in self.monitor.execute("query-named-block-nodes"):
+            if one["node-name"].startswith(_STATE_NODE):
+                self._remove_node(one["node-name"])
+
+    def _run_on_state(self, command: str, node: str) -> None:
+        self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)
+
+    def _add_node(self, path: Path, *, is_new: bool) -> str:
+        self._nodes += 1
+        node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
+        self.monitor.execute("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())})
+        try:
+            if is_new:
+                options = {"driver": "qcow2", "file": file, "size": 1 << 20, "cluster-size": STATE_CLUSTER_BYTES}
+                self.monitor.run_job("blockdev-create", {"options": options})
+            cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
+            self.monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache})
+        except BaseException:
+            with suppress(MonitorError):
+                self.monitor.execute("blockdev-del", {"node-name": file})
+            raise
+        return node
+
+    def _remove_node(self, node: str) -> None:
+        for name in (node, node.replace(_STATE_NODE, _FILE_NODE)):
+            with suppress(MonitorError):
+                self.monitor.execute("blockdev-del", {"node-name": name})
+
+    # ---- the guest agent ----
+
+    def agent(self) -> GuestAgent:
+        """Return a connection to the guest's agent. Raise `NoAgent` where none answers."""
+        return GuestAgent(self.directory / qemu_command.AGENT, self.name)
+
+    def freeze(self) -> list[str]:
+        """Have the guest's file systems frozen by its agent. Return what was frozen."""
+        with self.agent() as agent:
+            return agent.freeze()
+
+    def thaw(self) -> None:
+        """Have them thawed."""
+        with self.agent() as agent:
+            agent.thaw()
+
+    # ---- the end ----
+
+    def quit(self, seconds: float) -> None:
+        """End the process, within so many seconds; killed, if it does not end by itself."""
+        with self._ending:  # by one thread at a time
+            if seconds > 0 and self.wait(0) is None:
+                with suppress(MonitorError):
+                    self.monitor.execute("quit", seconds=seconds)
+            if self.wait(seconds) is None:
+                self._kill()
+                self.wait(KILL_SECONDS)
+            self.close()
+
+    def close(self) -> None:
+        """Close the connections. The process goes on, if it still runs."""
+        self.monitor.close()
+        if self._preload is not None:
+            self._preload.close()
+        if self._tracker is not None:
+            self._tracker.close()
+        if self.ram_file.parent == _SHARED_MEMORY and self._status is not None:
+            self.ram_file.unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        if start_ticks(self.pid) == self.ticks:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the end of the process. Return its exit status, or None where it still runs.
+
+        Of a process that this one did not start, the status is not known, and is 0.
+        """
+        if self._status is None:
+            self._status = self._wait_for_child(seconds) if self._child else self._wait_for_other(seconds)
+        return self._status
+
+    def _wait_for_child(self, seconds: float) -> int | None:
+        assert self._child is not None
+        try:
+            return self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _wait_for_other(self, seconds: float) -> int | None:
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return 0
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            if start_ticks(self.pid) != self.ticks or poll.poll(seconds * 1000):
+                return 0
+            return None
+        finally:
+            os.close(descriptor)
+
+
+# ---- starting ----
+
+
+def _start(
+    command: list[str], name: str, directory: Path, ram: Path, on_event: OnEvent | None, *, is_tracked: bool
+) -> QemuProcess:
+    for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
+        (directory / socket).unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if is_tracked:
+        # The library takes these out of the environment again, so no child of QEMU inherits them.
+        environment |= {
+            "LD_PRELOAD": str(library()),
+            "ONIONSKIN_RAM": str(ram.absolute()),
+            "ONIONSKIN_PRELOAD": qemu_command.PRELOAD,
+        }
+    log = os.open(directory / qemu_command.LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        child = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            umask=0o077,
+            start_new_session=True,  # Ctrl-C is for the command that started it, which ends it in order
+        )
+    finally:
+        os.close(log)
+    try:
+        return QemuProcess(
+            child.pid,
+            start_ticks(child.pid),
+            name,
+            directory,
+            ram,
+            on_event=on_event,
+            child=child,
+            is_tracked=is_tracked,
+        )
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+
+
+def adopt(
+    pid: int, ticks: int, name: str, directory: Path, ram_file: Path, *, is_tracked: bool, on_event: OnEvent | None
+) -> QemuProcess:
+    """Take over a machine whose supervisor is gone. Raise StateError where it does not answer."""
+    process = QemuProcess(pid, ticks, name, directory, ram_file, on_event=on_event, is_tracked=is_tracked)
+    try:
+        process.drop_leftovers()
+        if is_tracked:
+            process.note_writes(again=True)
+    except BaseException:
+        process.close()
+        raise
+    return process
+
+
+def _empty_ram(directory: Path, length: int) -> Path:
+    """Return a file of zeros for the RAM of a machine that boots."""
+    path = directory / qemu_command.EMPTY_RAM
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.ftruncate(descriptor, length)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def _copy(ram_file: Path, directory: Path) -> Path:
+    """Copy a RAM file to memory, for a machine that writes to it. Of a disk, the kernel would write it back all the time."""
+    path = _SHARED_MEMORY / f"onionskin-{directory.name}-{os.getpid()}.ram"
+    source = os.open(ram_file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            size = os.fstat(source).st_size
+            os.ftruncate(target, size)
+            for start, end in data_ranges(source, 0, size):
+                for at in range(start, end, 1 << 20):
+                    os.pwrite(target, os.pread(source, min(1 << 20, end - at), at), at)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)
+    return path
+
+
+def _swapped_bytes(pid: int) -> int:
+    """Return how much of a process is swapped out."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmSwap:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _find(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise StateError(f"{program} is not installed, or is not in PATH; on Debian: apt-get install qemu-system-x86")
+    return found
+
+
+@lru_cache(16)
+def _probe(program: str, changed_ns: int) -> tuple[str, dict[str, str]]:
+    """Return the version of a QEMU, and its types of machines: each name with the name that has a version."""
+    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
+    text = "".join(json.dumps({"execute": command}) for command in commands)
+    try:
+        ended = subprocess.run(
+            [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+        answers = [json.loads(line) for line in ended.stdout.splitlines()]
+        greeting = next(one["QMP"]["version"]["qemu"] for one in answers if "QMP" in one)
+        machines = next(one["return"] for one in answers if isinstance(one.get("return"), list))
+    except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError):
+        raise StateError(f"{program} does not answer as QEMU does; is it one, and does it start?") from None
+    version = ".".join(str(greeting[part]) for part in ("major", "minor", "micro"))
+    types = {one["name"]: one["name"] for one in machines}
+    return version, types | {one["alias"]: one["name"] for one in machines if one.get("alias")}

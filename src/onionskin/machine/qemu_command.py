@@ -1,0 +1,240 @@
+"""QEMU's command line for a machine, and what of it a snapshot must find again.
+
+What must hold: names of sockets are relative to the machine's directory, in which QEMU runs, so they fit in an address
+however deep the store is. No argument that the user gives can undo what a snapshot needs: those are refused by name. So are
+devices that write RAM past what notes writes, and variable stores of UEFI, which no snapshot would have.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from onionskin.errors import StateError
+from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+
+QMP, CONSOLE, AGENT, PRELOAD, LOG, EMPTY_RAM = "qmp", "console", "agent", "preload", "qemu.log", "ram.empty"
+SOCKET_BYTES_MAX = 107
+# The guest waits so long for a disk whose server is gone. Then the machine is stopped, and goes on when it is back.
+RECONNECT_SECONDS = 60
+AGENT_PORT = "org.qemu.guest_agent.0"
+
+# What the configuration says; further arguments cannot say it again.
+_OURS = {
+    **dict.fromkeys(("-m", "-M", "-machine", "-cpu", "-smp", "-numa"), "it is set by the configuration"),
+    **dict.fromkeys(("-kernel", "-initrd", "-append"), "give it to the configuration"),
+    **dict.fromkeys(("-S", "-daemonize", "-incoming", "-loadvm", "-pidfile", "-name"), "onionskin starts the machine"),
+    **dict.fromkeys(("-snapshot", "-replay", "-icount"), "the disks and the time of the machine are onionskin's"),
+    **dict.fromkeys(("-mem-path", "-mem-prealloc", "-chroot", "-runas"), "its RAM is onionskin's"),
+    "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
+}
+_UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
+_PAST_TRACKING = re.compile(r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend")
+# Arguments that make devices.
+_OF_DEVICES = ("-device", "-vga", "-nic", "-net", "-usb", "-usbdevice", "-global", "-soundhw", "-audio", "-tpmdev")
+_ALONE = {"-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"}
+# Of a device, what may be another one each time.
+_OF_CARDS = ("model=", "none", "nic")
+_MAY_DIFFER = ("drive=", "netdev=", "chardev=", "mac=", "macaddr=", "guid=", "serial=")
+
+
+def words(configuration: Configuration) -> list[tuple[str, str | None]]:
+    """Return the user's arguments as (option, value).
+
+    Raises
+    ------
+    StateError
+        One of them cannot be given.
+    """
+    found: list[tuple[str, str | None]] = []
+    for word in configuration.qemu_args:
+        if word.startswith("-") and not (found and found[-1][1] is None and found[-1][0] not in _ALONE):
+            found.append(("-" + word.lstrip("-"), None))
+        elif found and found[-1][1] is None:
+            found[-1] = (found[-1][0], word)
+        else:
+            raise StateError(
+                f"the argument {word!r} for QEMU belongs to no option; give options and their values in turn"
+            )
+    for option, value in found:
+        _refuse(option, value or "")
+    return found
+
+
+def _refuse(option: str, value: str) -> None:
+    if (why := _OURS.get(option)) is not None:
+        raise StateError(f"the argument {option} for QEMU cannot be given: {why}")
+    if option in ("-drive", "-bios", "-blockdev", "-global") and _UEFI.search(value):
+        raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_OURS['-pflash']}")
+    if found := _PAST_TRACKING.search(value):
+        raise StateError(
+            f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, or has some, that snapshots do "
+            "not see"
+        )
+
+
+def accelerator(configuration: Configuration) -> str:
+    """Return what runs the guest's instructions: the user's choice, or KVM where it can be used."""
+    for option, value in words(configuration):
+        if option == "-accel":
+            return (value or "").partition(",")[0]
+        if option == "-enable-kvm":
+            return "kvm"
+    return "kvm" if _has_kvm() else "tcg"
+
+
+def _has_kvm() -> bool:
+    """Whether the processor lets this host run machines. The device may be there without that, and QEMU then fails."""
+    can = re.search(r"^flags\s*:.*\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return bool(can) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def recorded(configuration: Configuration, disks: int, version: str, machine_type: str) -> Recorded:
+    """Return what a snapshot of this machine must find again."""
+    accel = accelerator(configuration)
+    return Recorded(
+        "qemu",
+        version,
+        machine_type,
+        accel,
+        _model(configuration.cpu_model, accel),
+        configuration.memory_bytes,
+        configuration.cpus,
+        devices(configuration, disks),
+    )
+
+
+def _model(model: str, accel: str) -> str:
+    """Return a CPU model; one that is the host's, with the name of the host's."""
+    if accel == "tcg" or model.partition(",")[0] not in ("host", "max"):
+        return model
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{model} ({found[1] if found else 'unknown'})"
+
+
+def devices(configuration: Configuration, disks: int) -> tuple[str, ...]:
+    """Return the devices of a machine in order, without what may differ."""
+    made = [value for option, value in _own_devices(configuration, disks, Identity()) if option == "-device"]
+    for option, value in words(configuration):
+        if option in _OF_DEVICES:
+            made.append(_as_device(option, value or ""))
+    return tuple(_without_what_differs(one) for one in made)
+
+
+def _as_device(option: str, value: str) -> str:
+    if option in ("-nic", "-net"):  # what is behind the card may be another network, or none
+        value = ",".join(part for part in value.split(",") if part.startswith(_OF_CARDS))
+    return value if option == "-device" else f"{option} {value}".strip()
+
+
+def _without_what_differs(device: str) -> str:
+    return ",".join(part for part in device.split(",") if not part.startswith(_MAY_DIFFER))
+
+
+def _own_devices(configuration: Configuration, disks: int, identity: Identity) -> list[tuple[str, str]]:
+    """Return the devices that every machine has, and what they stand on, as (option, value)."""
+    found = [("-device", f"vmgenid,id=generation,guid={identity.generation}")]
+    if configuration.agent:
+        found += [
+            ("-chardev", f"socket,id=agent,path={AGENT},server=on,wait=off"),
+            ("-device", "virtio-serial-pci,id=ports"),
+            ("-device", f"virtserialport,id=agent,chardev=agent,name={AGENT_PORT}"),
+        ]
+    for number in range(disks):
+        # An error stops the machine: it goes on when the disk is back, and its file system has seen nothing.
+        boot = f",bootindex={number}" if configuration.kernel is None else ""
+        found.append(("-device", f"virtio-blk-pci,id=disk{number},drive=node{number},werror=stop,rerror=stop{boot}"))
+    if configuration.network == "user":
+        restrict = ",restrict=on" if configuration.is_isolated else ""
+        found += [
+            ("-netdev", f"user,id=net{restrict}"),
+            ("-device", f"virtio-net-pci,id=nic,netdev=net,mac={identity.mac(0)}"),
+        ]
+    return found
+
+
+def command(
+    program: str,
+    configuration: Configuration,
+    *,
+    name: str,
+    machine_type: str,
+    directory: Path,
+    ram_file: Path,
+    disks: Sequence[str],
+    identity: Identity,
+) -> list[str]:
+    """Return the command line of a machine that is stopped before its first instruction."""
+    given = words(configuration)
+    options = dict(given)
+    accel = [] if {"-accel", "-enable-kvm"} & set(options) else ["-accel", accelerator(configuration)]
+    memory = (
+        f"memory-backend-file,id=ram,size={configuration.memory_bytes >> 20}M,mem-path={_escaped(ram_file)},share=on"
+    )
+    made = [
+        *(program, "-name", f"guest={_escaped(name)}", "-nodefaults", "-no-user-config", "-S", *accel),
+        *("-machine", f"{machine_type},memory-backend=ram,usb=off", "-cpu", configuration.cpu_model),
+        *("-smp", str(configuration.cpus), "-m", f"{configuration.memory_bytes >> 20}M", "-object", memory),
+        *("-chardev", f"socket,id=qmp,path={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,path={CONSOLE},server=on,wait=off", "-serial", "chardev:console"),
+    ]
+    if not {"-display", "-nographic", "-vnc", "-spice"} & set(options):
+        made += ["-display", "none"]
+    if configuration.kernel is not None:
+        made += ["-kernel", configuration.kernel, "-append", configuration.append]
+        if configuration.initrd is not None:
+            made += ["-initrd", configuration.initrd]
+    for number, uri in enumerate(disks):
+        made += ["-blockdev", _node(number, uri, directory)]
+    for option, value in _own_devices(configuration, len(disks), identity):
+        made += [option, value]
+    for option, text in _isolated(given) if configuration.is_isolated else given:
+        made += [option] if text is None else [option, text]
+    return made
+
+
+def _escaped(text: "str | Path") -> str:
+    return str(text).replace(",", ",,")
+
+
+def _node(number: int, uri: str, directory: Path) -> str:
+    path, export = nbd_address(uri)
+    if path.parent == directory:
+        path = Path(path.name)  # QEMU runs there
+    if len(os.fsencode(path)) > SOCKET_BYTES_MAX:
+        raise StateError(f"the socket {path} of a disk has more than {SOCKET_BYTES_MAX} bytes; use a shorter path")
+    return (
+        f"driver=nbd,node-name=node{number},server.type=unix,server.path={_escaped(path)},export={_escaped(export)},"
+        f"reconnect-delay={RECONNECT_SECONDS},discard=unmap"
+    )
+
+
+def nbd_address(uri: str) -> tuple[Path, str]:
+    """Split the URI of a disk into its socket and its export.
+
+    Raises
+    ------
+    ValueError
+        It is not of the form ``nbd+unix:///EXPORT?socket=PATH``.
+    """
+    parts = urlsplit(uri)
+    sockets = parse_qs(parts.query).get("socket", [])
+    if parts.scheme != "nbd+unix" or len(sockets) != 1:
+        raise ValueError(f"{uri!r} is no disk of a machine: write nbd+unix:///EXPORT?socket=PATH")
+    return Path(sockets[0]), unquote(parts.path.removeprefix("/"))
+
+
+def _isolated(given: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Return the user's arguments with networks that reach nothing, and with the same devices."""
+    found: list[tuple[str, str | None]] = []
+    for option, value in given:
+        if option == "-netdev":
+            id = next(part for part in (value or "").split(",") if part.startswith("id="))
+            found.append((option, f"user,{id},restrict=on"))
+        elif option in ("-nic", "-net") and value and not value.startswith(("none", "nic")):
+            kept = [part for part in value.split(",") if part.startswith(("model=", "mac=", "id=", "name="))]
+            found.append((option, ",".join(["user", "restrict=on", *kept])))
+        else:
+            found.append((option, value))
+    return found

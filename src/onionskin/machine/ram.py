@@ -1,0 +1,427 @@
+"""The RAM of a running machine, and the volume of the store that has it.
+
+The machine runs with its RAM mapped privately over a RAM file. The kernel notes what it writes. `GuestRam` collects that,
+in rounds while the machine runs and in a last one while it is stopped, and writes it to the RAM volume; a snapshot of the
+volume is then the RAM of that instant. The RAM file is a cache, which `build_file` makes from a snapshot of the volume.
+
+Where writes cannot be noted, the machine has a file of its own for its RAM, shared, and `ComparedRam` compares it with the
+RAM volume while the machine is stopped.
+
+What must hold: a page that a scan returned is in `unsaved` until somebody says that a snapshot which has it is durable
+(`forget_saved`), whatever fails in between. What is written to the volume is what the page held when the machine was
+stopped. A RAM file that machines map privately is never written to by a machine.
+"""
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onionskin.base.states import DATA as DATA_STATE
+from onionskin.kernels import _ram
+from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
+from onionskin.machine.preload import Preload
+
+if TYPE_CHECKING:
+    from onionskin.volume import Volume
+
+_MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
+PIECE_PAGES = 2048  # that are looked at and written at a time
+PIECE_BYTES = PIECE_PAGES * PAGE_BYTES
+_FEW_RUNS = 256  # up to so many runs are marked, or written, one by one
+_LONG_RUN_BYTES = 64 * PAGE_BYTES
+
+
+def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
+    """Return the runs of the pages that are set, as byte offsets."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], pages, [False])).astype(np.int8)))
+    runs = np.empty(len(edges) // 2, RUN_DTYPE)
+    runs["start"], runs["end"] = edges[::2] * PAGE_BYTES, edges[1::2] * PAGE_BYTES
+    return runs
+
+
+def blocks_of(runs: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the numbers of all pages of runs."""
+    first = runs["start"].astype(np.int64) // PAGE_BYTES
+    counts = runs["end"].astype(np.int64) // PAGE_BYTES - first
+    before = np.cumsum(counts) - counts
+    blocks: NDArray[np.int64] = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(first - before, counts)
+    return blocks
+
+
+def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Give runs in pieces of about PIECE_BYTES together; a longer run is cut."""
+    cut = [(at, min(at + PIECE_BYTES, end)) for start, end in runs.tolist() for at in range(start, end, PIECE_BYTES)]
+    first, held = 0, 0
+    for number, (start, end) in enumerate(cut):
+        if held and held + end - start > PIECE_BYTES:
+            yield np.array(cut[first:number], RUN_DTYPE)
+            first, held = number, 0
+        held += end - start
+    if held:
+        yield np.array(cut[first:], RUN_DTYPE)
+
+
+def runs_of_extents(extents: NDArray[Any], length: int, *, only_data: bool) -> NDArray[Any]:
+    """Return extents of a RAM volume as runs of whole pages of the RAM, which has `length` bytes and comes first."""
+    kept = extents[extents["offset"] < length]
+    if only_data:
+        kept = kept[kept["state"] == DATA_STATE]
+    runs = np.empty(len(kept), RUN_DTYPE)
+    starts = kept["offset"].astype(np.int64)
+    runs["start"] = starts // PAGE_BYTES * PAGE_BYTES
+    runs["end"] = np.minimum(-(-(starts + kept["length"].astype(np.int64)) // PAGE_BYTES) * PAGE_BYTES, length)
+    return runs
+
+
+def mark(pages: NDArray[np.bool_], runs: NDArray[Any]) -> None:
+    """Set the pages of runs."""
+    if len(runs) <= _FEW_RUNS:
+        for start, end in (runs.view(np.uint64).reshape(-1, 2) // PAGE_BYTES).tolist():
+            pages[start:end] = True
+    else:
+        pages[blocks_of(runs)] = True
+
+
+class UnsavedRam(ABC):
+    """What a machine wrote to its RAM since the snapshot that it stands on. For one thread at a time.
+
+    Parameters
+    ----------
+    length : int
+        Bytes of RAM.
+
+    Attributes
+    ----------
+    length : int
+        Bytes of RAM.
+    """
+
+    is_tracked: bool
+
+    def __init__(self, length: int) -> None:
+        self.length: int = length
+        count = length // PAGE_BYTES
+        self._unsaved = np.zeros(count, np.bool_)
+        # Each page has its place in it, so the last state of a page replaces the one before. Only what is written to
+        # takes memory.
+        self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._bytes = np.frombuffer(self._copy, np.uint8)
+        self._pages = self._bytes.reshape(-1, PAGE_BYTES)
+
+    @property
+    def unsaved_pages(self) -> int:
+        """How many pages differ from the snapshot that the machine stands on, as far as was looked."""
+        return int(np.count_nonzero(self._unsaved))
+
+    @property
+    def unsaved_runs(self) -> NDArray[Any]:
+        """The runs of those pages."""
+        return runs_of(self._unsaved)
+
+    @abstractmethod
+    def add_unsaved(self, runs: NDArray[Any]) -> None:
+        """Count runs as unsaved, though the machine did not write them: the volume has something else there."""
+
+    @abstractmethod
+    def collect(self) -> int:
+        """Collect what was written since the last call, and return how many pages were read.
+
+        When this is called while the machine is stopped, the copy has all that is unsaved, as it is now.
+        """
+
+    def save(self, volume: "Volume") -> int:
+        """Write what is unsaved to the RAM volume, and return how many bytes are data. Nothing is flushed.
+
+        Pages that the volume has already are not written again. Pages that hold only zeros become zeros of the volume,
+        which take no room.
+        """
+        held = np.zeros(len(self._unsaved), np.bool_)
+        mark(held, runs_of_extents(volume.extents(), self.length, only_data=True))
+        written, left = self._save_long_runs(volume, held)
+        for at in range(0, len(left), PIECE_PAGES):
+            written += self._save_pages(volume, left[at : at + PIECE_PAGES], held)
+        return written
+
+    def _save_long_runs(self, volume: "Volume", held: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
+        """Write long runs of which the volume has nothing, from where they are. Return the bytes, and the other pages."""
+        written, left = 0, self._unsaved.copy()
+        runs = runs_of(self._unsaved & ~held)
+        long = runs[runs["end"] - runs["start"] >= _LONG_RUN_BYTES]
+        for start, end in long.tolist():
+            for at in range(start, end, PIECE_BYTES):
+                until = min(at + PIECE_BYTES, end)
+                data = runs_of(_ram.classify(self._bytes[at:until]) == _ram.DATA)
+                if len(data) <= _FEW_RUNS:
+                    for a, b in data.tolist():
+                        volume.write(at + a, self._bytes[at + a : at + b])
+                    written += int((data["end"] - data["start"]).sum())
+                    left[at // PAGE_BYTES : until // PAGE_BYTES] = False
+        return written, np.flatnonzero(left)
+
+    def _save_pages(self, volume: "Volume", numbers: NDArray[np.int64], held: NDArray[np.bool_]) -> int:
+        pages = page_aligned(len(numbers))
+        np.take(self._pages, numbers, axis=0, out=pages)
+        is_held = held[numbers]
+        kinds = _ram.classify(pages.reshape(-1))
+        zero = (kinds == _ram.ZERO) & is_held
+        data = kinds == _ram.DATA
+        if is_held.any():
+            parent = page_aligned(len(numbers))
+            data &= ~is_held | (_ram.classify(pages.reshape(-1), volume_pages(volume, numbers, parent)) != _ram.SAME)
+        cleared = np.zeros(len(held), np.bool_)
+        cleared[numbers[zero]] = True
+        for start, end in runs_of(cleared).tolist():
+            volume.zero(start, end - start)
+        if data.any():
+            volume.write_blocks(numbers[data], np.ascontiguousarray(pages[data]).reshape(-1))
+        return int(np.count_nonzero(data)) * PAGE_BYTES
+
+    def forget_saved(self) -> None:
+        """The snapshot that has what was saved is durable: only what is collected from now on is unsaved."""
+        self._unsaved[:] = False
+        self._copy.madvise(mmap.MADV_DONTNEED)
+
+    @abstractmethod
+    def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
+        """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
+
+    @abstractmethod
+    def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return pages of the machine as they are now."""
+
+    def close(self) -> None:
+        """Give up the copy."""
+        self._copy.madvise(mmap.MADV_DONTNEED)
+
+
+def page_aligned(count: int) -> NDArray[np.uint8]:
+    """Return room for pages, aligned to a page."""
+    room = np.empty((count + 1) * PAGE_BYTES, np.uint8)
+    start = -room.ctypes.data % PAGE_BYTES
+    return room[start : start + count * PAGE_BYTES].reshape(count, PAGE_BYTES)
+
+
+def volume_pages(volume: "Volume", numbers: NDArray[np.int64], into: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Read pages of the RAM volume into room for them, and return it as bytes."""
+    volume.read_blocks(numbers, into)
+    return into.reshape(-1)
+
+
+class GuestRam(UnsavedRam):
+    """The RAM of a machine whose writes are noted.
+
+    Parameters
+    ----------
+    tracker : PageTracker
+        Over all of RAM, in which writes are noted.
+    length : int
+        Bytes of RAM.
+    """
+
+    is_tracked = True
+
+    def __init__(self, tracker: PageTracker, length: int) -> None:
+        super().__init__(length)
+        self._tracker = tracker
+        self._unread = np.zeros(
+            len(self._unsaved), np.bool_
+        )  # of the unsaved: what the copy does not have as it is now
+
+    def add_private(self, *, swapped: bool) -> None:
+        """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted.
+
+        Call it before writes are noted, with `swapped`, and again behind that, without.
+        """
+        self.add_unsaved(self._tracker.private(swapped=swapped))
+
+    def add_unsaved(self, runs: NDArray[Any]) -> None:
+        """Count runs as unsaved, though the machine did not write them: the volume has something else there."""
+        mark(self._unsaved, runs)
+        mark(self._unread, runs)
+
+    def collect(self) -> int:
+        """Collect what was written since the last call, and return how many pages were read.
+
+        When this is called while the machine is stopped, the copy has all that is unsaved, as it is now.
+        """
+        self.note_written()
+        runs = runs_of(self._unread)
+        self._tracker.read_in_place(runs, self._bytes)
+        count = int(np.count_nonzero(self._unread))
+        self._unread[:] = False
+        return count
+
+    def note_written(self) -> NDArray[Any]:
+        """Count as unsaved what was written since the last call, without a look at what it holds. Return its runs."""
+        try:
+            found = self._tracker.written(protect=True)
+        except OSError as error:
+            if (some := getattr(error, "written", None)) is not None:
+                self.add_unsaved(some)
+            raise
+        self.add_unsaved(found)
+        return found
+
+    def forget_saved(self) -> None:
+        """The snapshot that has what was saved is durable: only what is collected from now on is unsaved."""
+        super().forget_saved()
+        self._unread[:] = False
+
+    def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
+        """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
+        for piece in pieces_of(pages):
+            buffer = np.empty(int((piece["end"] - piece["start"]).sum()), np.uint8)
+            volume.read_blocks(blocks_of(piece), buffer.reshape(-1, PAGE_BYTES))
+            self._tracker.write(piece, buffer)
+        self._tracker.written(protect=True)
+        self.forget_saved()
+
+    def drop(self, pages: NDArray[Any], preload: Preload) -> None:
+        """Make runs of RAM read as the RAM file again, in the stopped machine, and forget that they were written."""
+        preload.forget(pages)
+        self._tracker.written(protect=True)
+        self.forget_saved()
+
+    def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return pages of the machine as they are now."""
+        chosen = np.zeros(len(self._unsaved), np.bool_)
+        chosen[numbers] = True
+        pages = page_aligned(len(numbers))
+        self._tracker.read(runs_of(chosen), pages.reshape(-1))
+        return pages
+
+    def close(self) -> None:
+        """Give up the copy and the tracker."""
+        super().close()
+        self._tracker.close()
+
+
+class ComparedRam(UnsavedRam):
+    """The RAM of a machine whose writes cannot be noted: a file of its own, which it maps shared.
+
+    Parameters
+    ----------
+    path : Path
+        That file, on tmpfs.
+    volume : Volume
+        The RAM volume, whose head is what the snapshot has that the machine stands on.
+    """
+
+    is_tracked = False
+
+    def __init__(self, path: Path, volume: "Volume") -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        super().__init__(os.fstat(self._descriptor).st_size)
+        self._volume = volume
+        self._shared = mmap.mmap(self._descriptor, self.length)
+        self._shared_pages = np.frombuffer(self._shared, np.uint8).reshape(-1, PAGE_BYTES)
+
+    def add_unsaved(self, runs: NDArray[Any]) -> None:
+        """Do nothing: each collection compares all of RAM."""
+
+    def collect(self) -> int:
+        """Compare RAM with the volume, and return how many pages differ. The machine is stopped."""
+        held = self._held()  # a look at a hole would make a page of tmpfs of it
+        stored = np.zeros(len(held), np.bool_)
+        mark(stored, runs_of_extents(self._volume.extents(), self.length, only_data=True))
+        self._unsaved[:] = False
+        wanted = np.flatnonzero(held | stored)
+        for at in range(0, len(wanted), PIECE_PAGES):
+            self._compare(wanted[at : at + PIECE_PAGES], held, stored)
+        return self.unsaved_pages
+
+    def _compare(self, numbers: NDArray[np.int64], held: NDArray[np.bool_], stored: NDArray[np.bool_]) -> None:
+        pages, parent = page_aligned(len(numbers)), page_aligned(len(numbers))
+        pages[:] = 0
+        here = held[numbers]
+        pages[here] = self._shared_pages[numbers[here]]
+        volume_pages(self._volume, numbers, parent)
+        differ = _ram.classify(pages.reshape(-1), parent.reshape(-1)) != _ram.SAME
+        self._unsaved[numbers[differ]] = True
+        self._pages[numbers[differ]] = pages[differ]
+
+    def _held(self) -> NDArray[np.bool_]:
+        held = np.zeros(len(self._unsaved), np.bool_)
+        at = 0
+        while at < self.length:
+            try:
+                start = os.lseek(self._descriptor, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing is behind it
+                break
+            at = os.lseek(self._descriptor, start, os.SEEK_HOLE)
+            held[start // PAGE_BYTES : -(-at // PAGE_BYTES)] = True
+        return held
+
+    def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
+        """Write runs of RAM as a snapshot has them to the machine, which is stopped."""
+        numbers = blocks_of(pages)
+        for at in range(0, len(numbers), PIECE_PAGES):
+            piece = numbers[at : at + PIECE_PAGES]
+            self._shared_pages[piece] = volume.read_blocks(piece)
+        self.forget_saved()
+
+    def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return pages of the machine as they are now."""
+        pages = page_aligned(len(numbers))
+        pages[:] = self._shared_pages[numbers]
+        return pages
+
+    def close(self) -> None:
+        """Give up the copy and the file."""
+        super().close()
+        os.close(self._descriptor)
+
+
+@contextmanager
+def made_whole(path: Path) -> Iterator[int]:
+    """Make a file that appears when it is whole, for its owner alone. Gives its descriptor."""
+    made = path.with_name(path.name + ".new")
+    descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+        made.rename(path)
+    except BaseException:
+        made.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def build_file(snapshot: "Volume", path: Path, length: int) -> None:
+    """Make a RAM file from a snapshot of the RAM volume: sparse, readable by its owner only. It appears when it is whole.
+
+    Parameters
+    ----------
+    snapshot : Volume
+        Open, and as the machine's RAM was.
+    path : Path
+        The file. If it exists, it is replaced.
+    length : int
+        Bytes of RAM. The volume may have more.
+    """
+    with made_whole(path) as descriptor:
+        fill_file(snapshot, descriptor, length)
+
+
+def fill_file(snapshot: "Volume", descriptor: int, length: int) -> None:
+    """Write what the RAM volume or a snapshot of it has to an empty file, which gets `length` bytes."""
+    os.ftruncate(descriptor, length)
+    room = np.empty(min(PIECE_BYTES, length), np.uint8)
+    for start, end in runs_of_extents(snapshot.extents(), length, only_data=True).tolist():
+        for at in range(start, end, PIECE_BYTES):
+            piece = room[: min(PIECE_BYTES, end - at)]
+            snapshot.readinto(at, piece)
+            _write_all(descriptor, piece.data, at)
+
+
+def _write_all(descriptor: int, left: memoryview, offset: int) -> None:
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done

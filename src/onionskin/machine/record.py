@@ -1,0 +1,182 @@
+"""What is on the disk about a machine that runs: who supervises it, which processes belong to it, how it ended.
+
+A supervisor may be killed at any instant, and its machine runs on. Whoever comes next finds the processes by what is recorded
+here, and takes them over.
+
+What must hold: a process is meant by its id, its start and the boot of this host, so no other one is taken for it. A record
+is whole, or that of before. It need not survive a crash of the host: then no process is left that it could mean.
+"""
+
+import json
+import os
+import select
+import signal
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+from onionskin.errors import FormatError
+from onionskin.storage.locks import start_ticks
+
+DIRECTORY = "machines"
+RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
+    *("running.json", "ended.json", "control", "nbd"),
+    *("supervisor.log", "server.log"),
+)
+
+
+def directory_of(root: Path, machine: bytes) -> Path:
+    """Return the directory of a machine, in the store."""
+    return root / DIRECTORY / machine.hex()
+
+
+def make_directory(root: Path, machine: bytes) -> Path:
+    """Make that directory, for its user alone."""
+    path = directory_of(root, machine)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+@cache
+def boot_id() -> str:
+    """Return the id of this boot of the host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process, which is not taken for a later one with the same number."""
+
+    pid: int
+    ticks: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """Return that of a process that runs."""
+        return cls(pid, start_ticks(pid), boot_id())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs. One that has ended, and was not waited for yet, does not."""
+        return (
+            bool(self.ticks) and self.boot == boot_id() and start_ticks(self.pid) == self.ticks and not self._is_dead()
+        )
+
+    def _is_dead(self) -> bool:
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return True
+        return text.rpartition(")")[2].split()[0] in ("Z", "X")
+
+    def end(self, seconds: float) -> None:
+        """Ask it to end, wait so long, and kill it then. Nothing happens where it has ended."""
+        for number, limit in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
+            if not self.is_alive:
+                return
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(self.pid)
+                try:
+                    if self.is_alive:  # it is this one that the descriptor means
+                        signal.pidfd_send_signal(descriptor, number)
+                        poll = select.poll()
+                        poll.register(descriptor, select.POLLIN)
+                        poll.poll(limit * 1000)
+                finally:
+                    os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A machine that runs.
+
+    Attributes
+    ----------
+    supervisor, hypervisor, server : ProcessId or None
+        Who supervises it, runs it, and serves its disks.
+    configuration, recorded : str
+        JSON of what it was started with.
+    generation, mac_seed : str
+        Of its identity.
+    ram_file : str
+        What its RAM is mapped over.
+    is_tracked : bool
+        Whether what it writes there is noted.
+    mapped : str or None
+        The layer of the RAM volume that the file was made from, in hexadecimal.
+    is_paused : bool
+        Whether its user wants it to stand still.
+    is_reverting : bool
+        Whether it is being put back in place: until that has ended, RAM and disks may not agree.
+    is_frozen : bool
+        Whether its file systems may be frozen.
+    """
+
+    supervisor: ProcessId | None
+    hypervisor: ProcessId | None
+    server: ProcessId | None
+    configuration: str
+    recorded: str
+    generation: str
+    mac_seed: str
+    ram_file: str
+    is_tracked: bool
+    mapped: str | None
+    is_paused: bool = False
+    is_reverting: bool = False
+    is_frozen: bool = False
+
+    def write(self, directory: Path) -> None:
+        """Replace the record of a machine."""
+        write_json(directory / RECORD, asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Record | None":
+        """Return the record of a machine, or None if there is none.
+
+        Raises
+        ------
+        FormatError
+            It cannot be read.
+        """
+        path = directory / RECORD
+        try:
+            value = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            value = None
+        try:
+            for name in ("supervisor", "hypervisor", "server"):
+                if value[name] is not None:
+                    value[name] = ProcessId(**value[name])
+            return cls(**{one.name: value[one.name] for one in fields(cls)})
+        except (TypeError, KeyError):
+            raise FormatError(
+                f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"
+            ) from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a small file, which its owner alone may read."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(value, file)
+        staged.rename(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove what a machine that is gone left in its directory, as far as that can be done."""
+    with suppress(OSError):
+        for path in directory.iterdir():
+            path.unlink(missing_ok=True)
+        directory.rmdir()

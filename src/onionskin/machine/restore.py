@@ -1,0 +1,283 @@
+"""A machine as a snapshot has it: what a start from one needs, and going back to one in place.
+
+What must hold: whatever decides whether the state can be loaded is compared before anything is touched. RAM is as the
+snapshot has it before the state of the devices is loaded, since both must agree, and again after that: loading it resets
+the machine, which copies its ROMs over RAM. A machine that is between two states stays stopped (`is_broken`).
+"""
+
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onionskin.errors import OnionskinError, StateError
+from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.machine.hypervisor import Configuration, Recorded, compare
+from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
+from onionskin.machine.ram_files import RamFile, RamFiles
+from onionskin.machine.running import Running, StateFile, diff_of_layers, open_layer, source_of, stopped
+from onionskin.operations import machine_tree, machines
+from onionskin.volume import Volume
+
+if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow, MachineSnapshotRow, VolumeRow
+    from onionskin.store import Store
+
+_GENERATION_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The RAM and device state of a machine that a store has.
+
+    Attributes
+    ----------
+    machine : str
+    layer : bytes
+        The layer of the RAM volume.
+    volume : VolumeRow
+        The RAM volume.
+    state_bytes : int
+        Behind the RAM.
+    configuration : Configuration
+    recorded : Recorded
+    """
+
+    machine: str
+    layer: bytes
+    volume: "VolumeRow"
+    state_bytes: int
+    configuration: Configuration
+    recorded: Recorded
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of RAM."""
+        return self.configuration.memory_bytes
+
+
+def find_saved(store: "Store", machine: "MachineRow", snapshot: str | None) -> Saved:
+    """Find a snapshot of a machine; or, with None, what its next start goes on from.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        There is no snapshot of that name.
+    StateError
+        It has no RAM.
+    """
+    catalog = store._opened.catalog
+    with catalog.reading():
+        volume = catalog.volume_with_id(machine.ram)
+        if snapshot is not None:
+            row: MachineSnapshotRow | None = machines.find_snapshot(catalog, machine, snapshot)
+        else:
+            row = catalog.machine_snapshot_with_id(machine.stands_on) if machine.stands_on else None
+        layer = row.ram if row else catalog.layer(volume.head).parent if volume else None
+    if volume is None or layer is None:
+        raise StateError(
+            f"snapshot {row.name!r} of machine {machine.name!r} has no RAM: the machine was off when it was taken; stop the "
+            "machine, revert it, and start it"
+            if row
+            else f"machine {machine.name!r} has no RAM to go on from; start it from its disks"
+        )
+    have = row or machine
+    return Saved(
+        machine.name,
+        layer,
+        volume,
+        have.state_bytes,
+        Configuration.from_json(have.configuration),
+        Recorded.from_json(have.recorded),
+    )
+
+
+class Prepared:
+    """What a machine that starts as a snapshot has it needs. A context manager, for the time of the start.
+
+    Attributes
+    ----------
+    saved : Saved
+    ram_file : RamFile
+        Its path is what the machine maps. As long as the process lives, it holds it itself.
+    state : StateFile
+        The state of the devices.
+    """
+
+    def __init__(self, store: "Store", saved: Saved, files: RamFiles) -> None:
+        self._store = store
+        self.saved: Saved = saved
+        self._ends = ExitStack()
+        try:
+            with open_layer(store, saved.volume, saved.layer) as view:
+                self.state: StateFile = self._ends.enter_context(StateFile.of(view, saved.ram_bytes, saved.state_bytes))
+            source = source_of(store, saved.volume, saved.layer, saved.ram_bytes)
+            self.ram_file: RamFile = self._ends.enter_context(files.use(source))
+        except BaseException:
+            self._ends.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give both up. Further calls do nothing."""
+        self._ends.close()
+
+
+def prepare(store: "Store", machine: "MachineRow", snapshot: str | None, now: Recorded) -> Prepared:
+    """Prepare the start of a machine as a snapshot has it; with None, as it was forked or reverted.
+
+    Parameters
+    ----------
+    store : Store
+    machine : MachineRow
+    snapshot : str or None
+    now : Recorded
+        What would run here (`Hypervisor.check`). It is compared first.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        There is no snapshot of that name.
+    StateError
+        It has no RAM, or cannot run here; the difference is named.
+    """
+    saved = find_saved(store, machine, snapshot)
+    compare(saved.recorded, now)
+    return Prepared(store, saved, RamFiles(store._opened))
+
+
+def settle(running: Running, saved: Saved) -> None:
+    """Put RAM right after the state of the devices was loaded: with it, ROMs were copied over RAM again.
+
+    The page in which the hypervisor writes the VM generation id stays as it wrote it: the guest is told by it.
+    """
+    with open_layer(running.store, saved.volume, saved.layer) as view:
+        _settle(running, view)
+
+
+def _settle(running: Running, view: Volume) -> None:
+    ram = running.guest_ram
+    if isinstance(ram, GuestRam):
+        ram.note_written()
+    else:
+        ram.collect()
+    numbers = blocks_of(ram.unsaved_runs)
+    generation = uuid.UUID(running.identity.generation).bytes_le
+    wrong = np.zeros(ram.length // PAGE_BYTES, np.bool_)
+    kept = wrong.copy()
+    for at in range(0, len(numbers), PIECE_PAGES):
+        piece = numbers[at : at + PIECE_PAGES]
+        pages, wanted = ram.read_pages(piece), view.read_blocks(piece)
+        for index in np.flatnonzero((pages != wanted).any(1)).tolist():
+            is_told = _has_generation(pages[index], wanted[index], generation)
+            (kept if is_told else wrong)[piece[index]] = True
+    ram.put_back(runs_of(wrong), view)
+    ram.add_unsaved(runs_of(kept))
+
+
+def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generation: bytes) -> bool:
+    """Whether a page differs from the snapshot's in the VM generation id alone."""
+    differ = np.flatnonzero(page != wanted)
+    at = page.tobytes().find(generation)
+    return at >= 0 and at <= differ[0] and differ[-1] < at + _GENERATION_BYTES
+
+
+def revert(running: Running, snapshot: str) -> None:
+    """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
+
+    Parameters
+    ----------
+    running : Running
+    snapshot : str
+        The name.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        There is no snapshot of that name.
+    StateError
+        It has no RAM, or cannot run here: nothing was touched. Or it failed half-way: the machine stays stopped until it is
+        reverted again, or stopped.
+    """
+    with running.guard:
+        saved = find_saved(running.store, running.machine, snapshot)
+        compare(saved.recorded, running.recorded)
+        with (
+            open_layer(running.store, saved.volume, saved.layer) as view,
+            StateFile.of(view, saved.ram_bytes, saved.state_bytes) as state,
+            _stopped_to_revert(running),
+        ):
+            elsewhere = _changed_between(running, saved)
+            if isinstance(running.guest_ram, GuestRam):
+                running.guest_ram.note_written()
+            else:
+                running.guest_ram.collect()
+            mark(running.guest_ram._unsaved, elsewhere)
+            running.is_broken = True
+            with ThreadPoolExecutor(1, "onionskin revert") as thread:
+                volumes = thread.submit(_revert_volumes, running, snapshot)
+                _put_back(running, saved, view)
+                running.process.load_state(state.path)  # this reads no disk
+                _settle(running, view)
+                volumes.result()
+            machines.note_running(running.store._opened, running.machine.id)  # the guest may write from here on
+            running.is_broken = False
+
+
+def _revert_volumes(running: Running, snapshot: str) -> None:
+    """Put back the disks, whoever holds them, and the RAM volume."""
+    store = running.store
+    machine_tree.revert(store._opened, running.name, snapshot, store._put_back, ram=True)
+
+
+def _changed_between(running: Running, saved: Saved) -> NDArray[np.void]:
+    """Return the runs of RAM that differ between what the machine stands on and a snapshot."""
+    opened = running.ram_volume._opened
+    at = opened.store.catalog.layer(opened.head).parent
+    if at == saved.layer:
+        return np.empty(0, runs_of(np.zeros(0, np.bool_)).dtype)
+    if at is None:
+        at = opened.head
+    return diff_of_layers(running.store, at, saved.layer, saved.ram_bytes)
+
+
+def _put_back(running: Running, saved: Saved, view: Volume) -> None:
+    """Make RAM as a snapshot has it."""
+    ram, preload = running.guest_ram, running.process.ram()
+    pages = ram.unsaved_runs
+    if isinstance(ram, GuestRam) and preload is not None and running.mapped == saved.layer:
+        ram.drop(pages, preload)
+    else:
+        ram.put_back(pages, view)
+
+
+@contextmanager
+def _stopped_to_revert(running: Running) -> Iterator[None]:
+    """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
+    was_broken = running.is_broken
+    with stopped(running.process) as stop:
+        running.goes_on = stop.ran or (was_broken and running.goes_on)
+        try:
+            yield
+        except BaseException as error:
+            if not running.is_broken:
+                raise
+            stop.leave()
+            if isinstance(error, OSError | OnionskinError):
+                raise StateError(
+                    f"machine {running.name!r} could not be put back, and is between two states: it stays stopped; revert "
+                    f"it again, or stop it and start it from a snapshot: {error}"
+                ) from error
+            raise
+        if was_broken and running.goes_on:
+            running.process.resume()

@@ -1,0 +1,305 @@
+"""A machine that runs: what its supervisor has in its hands, and what capture and restore work with.
+
+What must hold: whoever stops the machine for a moment lets it go on, whatever fails meanwhile, unless it was stopped
+before (`stopped`). One thing is done at a time (`guard`).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onionskin.base.lazy import logger
+from onionskin.base.states import DATA
+from onionskin.errors import FormatError, OnionskinError, StateError
+from onionskin.kernels import _ram
+from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
+from onionskin.machine.ram_files import RamFiles, Source
+from onionskin.operations import reclaim
+from onionskin.operations.differences import diff_of_chains
+from onionskin.operations.locked_maps import locked_maps
+from onionskin.storage.block_maps import read_layers
+from onionskin.storage.open_head import OpenView
+from onionskin.volume import Volume
+
+if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow, VolumeRow
+    from onionskin.machine.hypervisor import Configuration, Identity, Process, Recorded
+    from onionskin.store import Store
+
+_log = logger(__name__)
+
+STATE_ROOM_BYTES = 64 << 20  # behind the RAM in the RAM volume, for the state of the devices
+_RESUME_TRIES = 3
+
+
+@dataclass(eq=False)
+class Running:
+    """A machine that runs.
+
+    Attributes
+    ----------
+    store : Store
+    name : str
+        Of the machine.
+    process : Process
+        The hypervisor's.
+    ram_volume : Volume
+        Open for writing. It has the RAM, and the state of the devices behind it.
+    configuration, recorded
+        What the machine is made of, and what it runs on.
+    identity : Identity
+        What this process was started with.
+    directory : Path
+        For the files of this machine while it runs.
+    mapped : bytes or None
+        The layer of a RAM volume whose RAM file the process maps privately; None: an empty file, or a file of its own.
+    guest_ram : UnsavedRam
+        What it wrote to its RAM.
+    files : RamFiles
+        The RAM files of the store.
+    is_broken : bool
+        Whether going back to a snapshot failed half-way: the machine stays stopped until that is done again.
+    goes_on : bool
+        Whether it goes on when that is done, as it ran before.
+    """
+
+    store: "Store"
+    name: str
+    process: "Process"
+    ram_volume: Volume
+    configuration: "Configuration"
+    recorded: "Recorded"
+    identity: "Identity"
+    directory: Path
+    mapped: bytes | None
+    guest_ram: UnsavedRam
+    files: RamFiles
+    is_broken: bool = False
+    goes_on: bool = False
+    guard: threading.RLock = field(default_factory=threading.RLock)
+
+    @classmethod
+    def attach(
+        cls,
+        store: "Store",
+        name: str,
+        process: "Process",
+        ram_volume: Volume,
+        configuration: "Configuration",
+        recorded: "Recorded",
+        identity: "Identity",
+        directory: Path,
+        *,
+        mapped: bytes | None,
+    ) -> Self:
+        """Take a machine in hand that was started, or whose supervisor died.
+
+        All that the process has and the RAM volume has not counts as unsaved.
+        """
+        guest_ram = process.guest_ram or ComparedRam(process.ram_file, ram_volume)
+        running = cls(
+            store, name, process, ram_volume, configuration, recorded, identity, directory, mapped, guest_ram,
+            RamFiles(store._opened),
+        )  # fmt: skip
+        running.guest_ram.add_unsaved(differing_pages(running))
+        return running
+
+    @property
+    def machine(self) -> "MachineRow":
+        """The row of the machine now."""
+        row = self.store._opened.catalog.machine_of_ram(self.ram_volume._opened.row.id)
+        if row is None:
+            raise StateError(f"machine {self.name!r} was deleted")
+        return row
+
+    def close(self) -> None:
+        """Let go of what this has beside the process and the volume."""
+        self.files.finish(is_wanted=False)
+        self.guest_ram.close()
+
+
+def differing_pages(running: Running) -> NDArray[Any]:
+    """Return the runs of RAM in which the RAM volume may have something else than what the process was started over."""
+    from onionskin.machine.ram import runs_of_extents
+
+    volume, length = running.ram_volume, running.guest_ram.length
+    if running.mapped is None:
+        return runs_of_extents(volume.extents(), length, only_data=True)
+    opened = volume._opened
+    if opened.head != running.mapped:
+        volume.flush()
+    try:
+        return diff_of_layers(running.store, running.mapped, opened.head, length)
+    except FormatError:
+        raise
+    except OnionskinError:  # the layer of the file is gone: it was folded into another one
+        return np.array([(0, length)], _ram.RUN_DTYPE)
+
+
+def diff_of_layers(store: "Store", one: bytes, other: bytes, length: int) -> NDArray[Any]:
+    """Return the runs of RAM that may differ between two layers of RAM volumes."""
+    from onionskin.machine.ram import runs_of_extents
+
+    opened = store._opened
+    with locked_maps(
+        opened,
+        lambda: (read_layers(opened.catalog, one), read_layers(opened.catalog, other)),
+        lambda chains: {*chains[0].layers, *chains[1].layers},
+    ) as chains:
+        return runs_of_extents(diff_of_chains(opened, *chains), length, only_data=False)
+
+
+def open_layer(store: "Store", volume: "VolumeRow", layer: bytes) -> Volume:
+    """Open a layer of a RAM volume for reading, by its id, as a snapshot is opened by its name."""
+    opened = store._opened
+    chain = opened.views.take(layer, lambda: opened.open_layer(layer, verify=False))
+    try:
+        view = OpenView(opened, volume, chain, snapshot=layer.hex(), free_waiting=reclaim.work_soon)
+    except BaseException:
+        opened.views.give_back(layer)
+        raise
+    opened.register(view)
+    return Volume(view, store)
+
+
+def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) -> Source:
+    """Return where the RAM file of a layer is made from."""
+    policy = store._opened.catalog.layer(layer).wipe
+    return Source(layer, policy, length, lambda: open_layer(store, volume, layer))
+
+
+@contextmanager
+def stopped(process: "Process") -> Iterator["Stop"]:
+    """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so."""
+    stop = Stop(process)
+    try:
+        stop.begin()
+        yield stop
+    finally:
+        stop.end()
+
+
+class Stop:
+    """A machine that is stopped for a moment.
+
+    Attributes
+    ----------
+    seconds : float
+        For how long it was stopped; 0 if it was stopped before.
+    ran : bool
+        Whether it goes on at the end.
+    """
+
+    def __init__(self, process: "Process") -> None:
+        self._process = process
+        self._begun = 0.0
+        self.seconds: float = 0.0
+        self.ran: bool = False
+
+    def begin(self) -> None:
+        """Stop it."""
+        self.ran = not self._process.is_paused
+        self._begun = time.monotonic()
+        self._process.pause()  # if this fails, it may be stopped all the same, later: `end` lets it go on
+
+    def leave(self) -> None:
+        """Leave it stopped at the end."""
+        self.ran = False
+
+    def end(self) -> None:
+        """Let it go on, if it ran. Further calls do nothing."""
+        if not self.ran:
+            return
+        for left in reversed(range(_RESUME_TRIES)):
+            try:
+                self._process.resume()
+                break
+            except (OSError, OnionskinError):
+                if not left:
+                    raise
+        self.ran = False
+        self.seconds = time.monotonic() - self._begun
+
+
+class StateFile:
+    """A file in memory for the state of the devices, which has no name on any disk. A context manager.
+
+    Attributes
+    ----------
+    path : Path
+        By which other processes of this user open it, as long as it is open here.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("onionskin device state", os.MFD_CLOEXEC)
+        self.path: Path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Overwrite and close it. Further calls do nothing."""
+        if self._descriptor < 0:
+            return
+        with suppress(OSError):
+            os.pwrite(self._descriptor, bytes(os.fstat(self._descriptor).st_size), 0)  # others may have it open
+            os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    @classmethod
+    def of(cls, volume: Volume, ram_bytes: int, state_bytes: int) -> Self:
+        """Make one with what a RAM volume, or a snapshot of it, has behind the RAM."""
+        made = cls()
+        try:
+            if not 0 < state_bytes <= volume.size_bytes - ram_bytes:
+                raise FormatError(f"the state of the devices has {state_bytes} bytes, which are not behind the RAM")
+            left = memoryview(volume.read(ram_bytes, state_bytes))
+            while left:
+                left = left[os.write(made._descriptor, left) :]
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def save(self, volume: Volume, ram_bytes: int) -> tuple[int, int]:
+        """Write it behind the RAM of a volume. Return its length, and how many bytes were not there already."""
+        length = os.fstat(self._descriptor).st_size
+        if not length:
+            raise StateError("the hypervisor saved no state of its devices")
+        if length > volume.size_bytes - ram_bytes:
+            raise StateError(
+                f"the state of the devices has {length} bytes, and there is room for {volume.size_bytes - ram_bytes} behind "
+                "the RAM; take devices with much memory of their own (graphics) off the machine"
+            )
+        count = -(-length // PAGE_BYTES)
+        pages, before = page_aligned(count), page_aligned(count)
+        pages[:] = 0
+        flat = pages.reshape(-1)
+        os.preadv(self._descriptor, [flat[:length].data], 0)
+        numbers = np.arange(count, dtype=np.int64) + ram_bytes // PAGE_BYTES
+        volume.read_blocks(numbers, before)
+        changed = _ram.classify(flat, before.reshape(-1)) != _ram.SAME
+        if changed.any():
+            volume.write_blocks(numbers[changed], np.ascontiguousarray(pages[changed]).reshape(-1))
+        end = ram_bytes + count * PAGE_BYTES
+        extents = volume.extents()
+        behind = extents["offset"].astype(np.int64) + extents["length"].astype(np.int64) > end
+        if (behind & (extents["state"] == DATA)).any():  # a state before this one was longer
+            volume.zero(end, volume.size_bytes - end)
+        return length, int(np.count_nonzero(changed)) * PAGE_BYTES
+
+
+__all__ = ["STATE_ROOM_BYTES", "GuestRam", "Running", "StateFile", "Stop", "stopped"]

@@ -1,0 +1,545 @@
+"""The supervisor of a machine: the process that stays as long as the machine runs.
+
+It holds the machine (its RAM volume, which is open for writing in one process at most), serves its disks by a process that it
+starts again when that dies, runs the hypervisor, and listens on the machine's control socket.
+
+    begin       hold the machine; take over what runs, or start: disks, hypervisor, state
+    run         wait for the end of one of the processes, for signals, for what the hypervisor reports
+    end         the disks are flushed and given up; nothing of the machine is left but its snapshots and its log
+
+What must hold: of two starts at once, one has the machine, and the other says so. Before the guest may write, it is noted
+that RAM which it began from is not loaded again. A machine that stands still does so because its user wants it, because a
+disk of it has an error, or because it is between two states; `status` says which. A supervisor that was killed is followed
+by another, which finds the processes by the record; what was under way then is given up, and the machine goes on.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onionskin.base.lazy import logger
+from onionskin.errors import OnionskinError, StateError
+from onionskin.machine import capture, disk_server, qemu, record, restore
+from onionskin.machine.agent import tell_identity
+from onionskin.machine.control import ControlServer
+from onionskin.machine.disk_server import DiskServer
+from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+from onionskin.machine.monitor import MonitorError
+from onionskin.machine.qemu import QemuHypervisor, QemuProcess
+from onionskin.machine.record import ProcessId, Record
+from onionskin.machine.running import Running
+from onionskin.operations import machine_tree, machines
+
+if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow
+    from onionskin.store import Store
+    from onionskin.volume import Volume
+
+_log = logger(__name__)
+
+QUIT_SECONDS = 10.0
+STOP_SECONDS = 90.0  # that a guest has to shut down, where nobody says how long
+POLL_SECONDS = 5.0
+GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an error goes on by itself
+
+
+class Supervisor:
+    """A machine that runs, in this process.
+
+    Parameters
+    ----------
+    store : Store
+    name : str
+        The machine.
+    log : callable
+        Takes a line.
+    """
+
+    def __init__(self, store: "Store", name: str, log: Callable[[str], None]) -> None:
+        self._store = store
+        self._name = name
+        self._log = log
+        self._ends = ExitStack()  # the last call is made first; if some fail, the rest are made too
+        self._started = time.monotonic()
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._ends.callback(os.close, self._wake_reader)
+        self._ends.callback(os.close, self._wake_writer)
+        self._guard = threading.Lock()  # over the record, and what follows
+        self._event: dict[str, Any] | None = None  # the last error of a disk
+        self._tries: list[float] = []
+        self._is_stopped = False  # the hypervisor reported that the machine stands still
+        self._is_forced = False
+        self._fault = ""  # why its disks are not served any more
+        self._untold: list[str] = []  # what a fork does not know of itself
+        self._stopping: threading.Thread | None = None
+        self._is_recorded = True  # whether the record is this supervisor's to remove
+        self._ended = threading.Event()  # nothing of the machine is left
+        self.record: Record
+        self.running: Running
+        self._process: QemuProcess
+        self._server: DiskServer
+
+    # ---- the begin ----
+
+    def begin(self, *, paused: bool = False) -> None:
+        """Start the machine, or take it over where it runs already. Its guest runs on return, unless it is `paused`.
+
+        Raises
+        ------
+        StateError
+            Another process runs it; or it cannot be started: nothing of it is left.
+        """
+        try:
+            self._begin(paused)
+        except BaseException:
+            self.end()
+            raise
+
+    def _begin(self, paused: bool) -> None:
+        row = machines.find(self._store._opened.catalog, self._name)
+        volume = self._store._open_ram(row)
+        self._ends.callback(volume.close)
+        self._directory = record.make_directory(self._store._opened.layout.root, row.id)
+        found = Record.read(self._directory)
+        disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
+        is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
+        if found is not None and not is_there and found.server is not None:
+            found.server.end(disk_server.END_SECONDS)
+        serving = found.server if found and is_there and found.server and found.server.is_alive else None
+        self._server = DiskServer(self._store.path, disks, self._directory, trust=self._store._trust, found=serving)
+        if found is not None and is_there:
+            self._take_over(found, volume)
+        else:
+            self._ends.callback(self._server.end)
+            self._start(row.id, volume, paused)
+        self._ends.callback(self.running.close)
+        self._listen()
+
+    def _start(self, machine: bytes, volume: "Volume", paused: bool) -> None:
+        store = self._store
+        begins = machines.beginning(store._opened, self._name)
+        if begins.is_reverting and begins.snapshot is not None:
+            self._log(f"machine {self._name!r} was being put back to {begins.snapshot.name!r}; that is ended first")
+            machine_tree.revert(store._opened, self._name, begins.snapshot.name, store._put_back, ram=True)
+            begins = machines.beginning(store._opened, self._name)
+        row = begins.machine
+        configuration = self._configuration(row)
+        hypervisor = QemuHypervisor(self._hear)
+        now = hypervisor.check(configuration, len(self._server.uris))
+        identity = Identity(mac_seed=machine.hex())
+        with ExitStack() as stack:
+            prepared = None
+            if begins.ram is not None:
+                machines.refuse_written(store._opened, row)
+                prepared = stack.enter_context(restore.prepare(store, row, None, now))
+            self._server.start()
+            self._process = hypervisor.launch(
+                configuration,
+                name=self._name,
+                directory=self._directory,
+                ram_file=prepared.ram_file.path if prepared else None,
+                disks=self._server.uris,
+                state=prepared.state.path if prepared else None,
+                identity=identity,
+            )
+            self._ends.callback(self._process.quit, QUIT_SECONDS)
+            mapped = prepared.saved.layer if prepared and self._process.ram() is not None else None
+            self.running = Running.attach(
+                *(store, self._name, self._process, volume, configuration, now, identity, self._directory),
+                mapped=mapped,
+            )
+            if prepared is not None:
+                restore.settle(self.running, prepared.saved)
+            self._note(self._record_of(configuration, now, identity, mapped, paused))
+            # From here on the guest may write: RAM that it began from is older than its disks.
+            machines.note_running(store._opened, machine)
+        (self._directory / record.ENDED).unlink(missing_ok=True)
+        if not paused:
+            self._process.resume()
+            if begins.ram is not None and begins.snapshot is None:
+                self._tell_fork(configuration, identity)
+
+    def _tell_fork(self, configuration: Configuration, identity: Identity) -> None:
+        """Tell a guest that goes on as a fork for the first time who it is, in the background."""
+
+        def work() -> None:
+            try:
+                with self._process.agent() as agent:
+                    mac = identity.mac(0) if configuration.network != "none" else None
+                    self._untold = tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
+            except (OSError, OnionskinError) as error:
+                self._untold = [
+                    f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
+                ]
+            for line in self._untold:
+                self._log(f"the guest was not told: {line}")
+
+        threading.Thread(target=work, name="onionskin agent", daemon=True).start()
+
+    def _configuration(self, row: "MachineRow") -> Configuration:
+        """Return what the machine is made of. A fork has no network, unless it says that it has."""
+        configuration = Configuration.from_json(row.configuration)
+        if configuration.is_isolated is None:
+            is_fork = self._store._opened.catalog.lineage_of(row.ram) is not None
+            configuration = replace(configuration, is_isolated=is_fork)
+        return configuration
+
+    def _record_of(
+        self, configuration: Configuration, now: Recorded, identity: Identity, mapped: bytes | None, paused: bool
+    ) -> Record:
+        return Record(
+            ProcessId.of(os.getpid()),
+            ProcessId.of(self._process.pid),
+            self._server.process,
+            configuration.to_json(),
+            now.to_json(),
+            identity.generation,
+            identity.mac_seed,
+            str(self._process.ram_file),
+            self._process.ram() is not None,
+            None if mapped is None else mapped.hex(),
+            is_paused=paused,
+        )
+
+    def _take_over(self, found: Record, volume: "Volume") -> None:
+        """Go on with a machine whose supervisor was killed. Where that fails, its processes stay as they are recorded."""
+        assert found.hypervisor is not None
+        self._is_recorded = False
+        self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
+        if self._server.process is None:
+            self._server.start()  # QEMU may wait for it, and then answers nothing
+        self._process = qemu.adopt(
+            *(found.hypervisor.pid, found.hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
+            is_tracked=found.is_tracked,
+            on_event=self._hear,
+        )
+        self._ends.callback(self._process.close)
+        self.running = Running.attach(
+            *(self._store, self._name, self._process, volume),
+            *(Configuration.from_json(found.configuration), Recorded.from_json(found.recorded)),
+            *(Identity(found.generation, found.mac_seed), self._directory),
+            mapped=None if found.mapped is None else bytes.fromhex(found.mapped),
+        )
+        self._is_recorded = True
+        self._ends.callback(self._server.end)
+        self._ends.callback(self._process.quit, QUIT_SECONDS)
+        self.running.is_broken = found.is_reverting
+        self.running.goes_on = found.is_reverting and not found.is_paused
+        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process, is_frozen=False))
+        if found.is_frozen:
+            with suppress(OSError, OnionskinError):
+                self._process.thaw()
+        if self._process.is_paused and not found.is_paused and not found.is_reverting:
+            self._log("it stood still in the middle of what its supervisor did; it goes on")
+            self._process.resume()
+
+    def _note(self, what: Record) -> None:
+        with self._guard:
+            self.record = what
+            what.write(self._directory)
+
+    def _listen(self) -> None:
+        verbs: dict[str, Callable[..., Any]] = {
+            "status": self.status,
+            "stop": self.stop,
+            "pause": self.pause,
+            "resume": self.resume,
+            "snapshot": self.snapshot,
+            "revert": self.revert,
+            "tell": self.tell,
+        }
+        self._control = ControlServer(self._directory / record.CONTROL, verbs, self._log)
+        self._ends.callback(self._control.close)
+
+    # ---- while it runs ----
+
+    def run(self) -> int:
+        """Wait for the end of the machine, and tidy up. Return the exit status of the hypervisor."""
+        try:
+            while (status := self._process.wait(0)) is None:
+                self._wait_for_news()
+                if self._process.wait(0) is None:
+                    self._look_at_server()
+                    self._look_at_guest()
+            self._report(status)
+            return status
+        finally:
+            self.end()
+
+    def _wait_for_news(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake_reader, select.POLLIN)
+        with ExitStack() as stack:
+            for process in (self.record.hypervisor, self._server.process):
+                if process is not None and (descriptor := _open_process(process)) is not None:
+                    stack.callback(os.close, descriptor)
+                    poll.register(descriptor, select.POLLIN)
+            poll.poll(POLL_SECONDS * 1000)
+        with suppress(BlockingIOError):
+            os.read(self._wake_reader, 4096)
+
+    def wake(self) -> None:
+        """Have `run` look around now."""
+        with suppress(BlockingIOError, OSError):
+            os.write(self._wake_writer, b"x")
+
+    def _hear(self, event: str, data: dict[str, Any]) -> None:
+        """Hear an event of the hypervisor, in a thread of its connection, which must not be used here."""
+        if event == "BLOCK_IO_ERROR":
+            self._event = data
+        elif event in ("STOP", "RESUME"):
+            self._is_stopped = event == "STOP"
+        else:
+            return
+        self.wake()
+
+    def _look_at_server(self) -> None:
+        self._server.reap()
+        process = self._server.process
+        if process is None or process.is_alive or self._fault or self._stopping:
+            return
+        self._log(f"the server of the disks (process {process.pid}) ended; starting it again")
+        try:
+            self._server.restart()
+        except (OSError, OnionskinError) as error:
+            self._fault = str(error)
+            self._log(self._fault)
+            return
+        self._note(replace(self.record, server=self._server.process))
+
+    def _look_at_guest(self) -> None:
+        """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served."""
+        if not self._is_stopped or self._fault or not self.running.guard.acquire(blocking=False):
+            return  # it stands still for a moment, for whoever has the guard
+        try:
+            now = time.monotonic()
+            self._tries = [one for one in self._tries if now - one < GO_ON_SECONDS]
+            if self.record.is_paused or self.running.is_broken or len(self._tries) >= GO_ON_TRIES:
+                return
+            if self._process.status == "io-error" and not (self._event or {}).get("nospace"):
+                self._tries.append(now)
+                self._log("a disk had an error, and the machine was stopped; it goes on")
+                self._process.resume()
+        except MonitorError as error:
+            self._log(str(error))
+        finally:
+            self.running.guard.release()
+
+    def _report(self, status: int) -> None:
+        """Say how the hypervisor ended, to the log and to who asks later."""
+        said = "" if status == 0 or self._is_forced else self._process._said()
+        record.write_json(
+            self._directory / record.ENDED,
+            {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
+        )
+        self._log(f"machine {self._name!r} ended with {status}{': ' + said if said else ''}")
+
+    def end(self) -> None:
+        """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
+        try:
+            self._ends.close()
+            if hasattr(self, "_directory") and self._is_recorded:
+                (self._directory / record.RECORD).unlink(missing_ok=True)
+        finally:
+            self._ended.set()
+            if hasattr(self, "_control"):
+                self._control.join(QUIT_SECONDS)  # what waits for the end is answered
+            self._store.close()
+
+    # ---- verbs: each is given a function that raises once its caller has gone ----
+
+    def status(self, has_gone: Callable[[], None]) -> dict[str, Any]:
+        """Describe the machine."""
+        try:
+            said = self._process.status
+        except MonitorError as error:
+            said = f"unknown: {error}"
+        row, one = self.running.machine, self.record
+        return {
+            "name": row.name,
+            "state": self._state(said),
+            "why": self._why(said),
+            "hypervisor": said,
+            "recorded": asdict(self.running.recorded),
+            "pids": {
+                "supervisor": os.getpid(),
+                "hypervisor": self._process.pid,
+                "server": self._server.process.pid if self._server.process else None,
+            },
+            "seconds": time.monotonic() - self._started,
+            "is_paused": one.is_paused,
+            "is_tracked": self.running.guest_ram.is_tracked,
+            "generation": one.generation,
+            "directory": str(self._directory),
+            "console": str(self._directory / "console"),
+            "unsaved_pages": self.running.guest_ram.unsaved_pages,
+            "server_restarts": self._server.restarts,
+            "untold": self._untold,
+        }
+
+    def _state(self, said: str) -> str:
+        if self._fault or self.running.is_broken or said in ("internal-error", "guest-panicked", "shutdown"):
+            return "failed"
+        return "running" if said == "running" else "paused"
+
+    def _why(self, said: str) -> str:
+        """Say why it does not run, if it does not."""
+        if self._fault:
+            return self._fault
+        if self.running.is_broken:
+            return "a revert of it failed half-way: revert it again, or stop it"
+        if said == "io-error":
+            is_full = (self._event or {}).get("nospace")
+            return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
+        if said == "running":
+            return ""
+        return "its user paused it" if self.record.is_paused else f"the hypervisor says {said!r}"
+
+    def pause(self, has_gone: Callable[[], None]) -> bool:
+        """Have it stand still until it is resumed. Return whether it ran."""
+        with self.running.guard:
+            ran = self._process.pause()
+            self._note(replace(self.record, is_paused=True))
+            return ran
+
+    def resume(self, has_gone: Callable[[], None]) -> None:
+        """Let it go on."""
+        with self.running.guard:
+            if self.running.is_broken:
+                raise StateError(
+                    f"machine {self._name!r} is between two states, since a revert of it failed; revert it again, or stop it"
+                )
+            self._process.resume()
+            self._tries.clear()
+            self._note(replace(self.record, is_paused=False))
+
+    def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
+        """End the machine: its guest is asked to shut down; with `force` it is ended at once. Return what happened.
+
+        Raises
+        ------
+        StateError
+            The guest did not shut down in time. It runs on.
+        """
+        if force:
+            self._is_forced = True
+            self._process.quit(QUIT_SECONDS if timeout is None else timeout)
+        else:
+            self._ask_to_shut_down(has_gone, STOP_SECONDS if timeout is None else timeout)
+        self.wake()
+        self._ended.wait()
+        return "forced" if force else "shut down"
+
+    def _ask_to_shut_down(self, has_gone: Callable[[], None], seconds: float) -> None:
+        with self.running.guard:
+            if self.running.is_broken:
+                raise StateError(f"machine {self._name!r} is between two states; end it with --force")
+            if self._process.is_paused:  # a guest that stands still hears nothing
+                self._process.resume()
+                self._note(replace(self.record, is_paused=False))
+            self._process.power_down()
+        deadline = time.monotonic() + seconds
+        while self._process.wait(0.05) is None:
+            has_gone()
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"the guest of machine {self._name!r} did not shut down within {seconds:g} s, and runs on; shut it down "
+                    "from inside, or end it with --force"
+                )
+
+    def stop_soon(self) -> None:
+        """End the machine in the background, for a signal: its guest is asked, and it is ended when that takes too long."""
+
+        def work() -> None:
+            try:
+                self._ask_to_shut_down(lambda: None, STOP_SECONDS)
+            except (OSError, OnionskinError) as error:
+                self._log(str(error))
+                self._is_forced = True
+                self._process.quit(QUIT_SECONDS)
+            self.wake()
+
+        if self._stopping is None:
+            self._stopping = threading.Thread(target=work, name="onionskin stop", daemon=True)
+            self._stopping.start()
+
+    def snapshot(
+        self, has_gone: Callable[[], None], name: str | None, note: str, mode: str | None, freeze: bool
+    ) -> dict[str, Any]:
+        """Take a snapshot: see `capture.snapshot`."""
+        with self.running.guard, self._marked(is_frozen=freeze):
+            return asdict(capture.snapshot(self.running, name, note, mode, freeze=freeze, go_on=has_gone))
+
+    def revert(self, has_gone: Callable[[], None], name: str) -> None:
+        """Put the machine back to a snapshot, in place: see `restore.revert`."""
+        with self.running.guard:
+            self._note(replace(self.record, is_reverting=True))
+            try:
+                restore.revert(self.running, name)
+            finally:
+                self._note(replace(self.record, is_reverting=self.running.is_broken))
+
+    def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
+        """Tell the guest, through its agent, who and when it is. Return what could not be done."""
+        with self._process.agent() as agent:
+            return tell_identity(agent, hostname=hostname, mac=None, clock_ns=time.time_ns() if clock else None)
+
+    @contextmanager
+    def _marked(self, *, is_frozen: bool) -> Iterator[None]:
+        """Note for the time of the block that the guest's file systems may be frozen."""
+        if not is_frozen:
+            yield
+            return
+        self._note(replace(self.record, is_frozen=True))
+        try:
+            yield
+        finally:
+            self._note(replace(self.record, is_frozen=False))
+
+
+def _open_process(process: ProcessId) -> int | None:
+    """Open a process to wait for its end, or return None where it has ended."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    if process.is_alive:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def supervise(
+    store: "Store",
+    name: str,
+    *,
+    paused: bool = False,
+    log: Callable[[str], None],
+    ready: Callable[[], None],
+) -> int:
+    """Run a machine in this process, until it ends. `ready` is called once its guest runs. The store is closed.
+
+    SIGTERM, SIGINT and SIGHUP have the guest shut down.
+    """
+    supervisor = Supervisor(store, name, log)
+    supervisor.begin(paused=paused)
+    before = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before[number] = signal.signal(number, lambda *_: supervisor.stop_soon())
+        ready()
+    except BaseException:
+        supervisor.end()
+        raise
+    try:
+        return supervisor.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,350 @@
+"""The snapshots of a machine as a tree: what there is, and dropping some of them, disks and RAM alike.
+
+What must hold: a snapshot of a machine goes with all that it binds, in one transaction, and the question whether anything
+needs it is asked there. What is folded afterwards is left to whoever holds the volumes, and to their next opening.
+
+The head of a RAM volume is what a running machine has, or what a fork that never ran begins with. Of any other machine that
+is off nothing reads it, so it is made anew on what stays (`reset_ram`): no RAM that was discarded is kept below it.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import NamedTuple
+
+from onionskin.base.naming import check_note, some_of
+from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
+from onionskin.catalog.tree import remove_unreachable_layers, when
+from onionskin.errors import StateError
+from onionskin.operations import holds, machines
+from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.storage.chain import NewHead
+from onionskin.storage.open_store import OpenStore
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSnapshotInfo:
+    """A snapshot of a machine.
+
+    Attributes
+    ----------
+    name : str
+    created : datetime.datetime
+    parent : str or None
+        The snapshot of the machine after which it was taken.
+    mode : str
+        "live" or "pause", with its RAM, or "off": of its disks and configuration alone.
+    note : str
+    disks : mapping of str to str
+        What it has of each disk, as ``"volume@snapshot"``.
+    ram : str or None
+        The snapshot of the RAM volume, so too.
+    state_bytes : int
+        How many bytes the state of the devices has.
+    """
+
+    name: str
+    created: datetime
+    parent: str | None
+    mode: str
+    note: str
+    disks: Mapping[str, str]
+    ram: str | None
+    state_bytes: int
+
+
+class Dropped(NamedTuple):
+    """What was dropped: the names of the snapshots, in the order of taking, and the volumes that have layers to fold."""
+
+    snapshots: list[str]
+    volumes: list[str]
+
+
+# ---- looking ----
+
+
+def list_snapshots(store: OpenStore, name: str) -> list[MachineSnapshotInfo]:
+    """Return the snapshots of a machine, in the order of taking."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        taken = catalog.snapshots_of_machine(machine.id)
+        return [_described(catalog, machine, row, {one.id: one.name for one in taken}) for row in taken]
+
+
+def snapshot_info(store: OpenStore, name: str, snapshot: str) -> MachineSnapshotInfo:
+    """Return one snapshot of a machine."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        row = machines.find_snapshot(catalog, machine, snapshot)
+        above = catalog.machine_snapshot_with_id(row.parent)
+        return _described(catalog, machine, row, {above.id: above.name} if above else {})
+
+
+def _described(
+    catalog: Catalog, machine: MachineRow, row: MachineSnapshotRow, names: Mapping[bytes, str]
+) -> MachineSnapshotInfo:
+    bound = {one.position: one.layer for one in catalog.disks_of_machine_snapshot(row.id)}
+    return MachineSnapshotInfo(
+        row.name,
+        when(row.created_ns),
+        names.get(row.parent) if row.parent else None,
+        row.mode,
+        row.note,
+        {disk.name: _snapshot_name(catalog, bound.get(disk.position)) for disk in catalog.disks_of_machine(machine.id)},
+        None if row.ram is None else _snapshot_name(catalog, row.ram),
+        row.state_bytes,
+    )
+
+
+def _snapshot_name(catalog: Catalog, layer: bytes | None) -> str:
+    found = catalog.snapshot_of_layer(layer or b"")
+    volume = catalog.volume_with_id(found.volume) if found else None
+    return f"{volume.name}@{found.name}" if found and volume else "(missing)"  # in a damaged catalog
+
+
+def set_note(store: OpenStore, name: str, snapshot: str, note: str) -> None:
+    """Replace the note of a snapshot of a machine."""
+    note = check_note(note)
+    catalog = store.catalog
+
+    def change() -> None:
+        row = machines.find_snapshot(catalog, machines.find(catalog, name), snapshot)
+        catalog.update(MachineSnapshotRow, row.id, note=note)
+
+    store.change(change)
+
+
+# ---- putting back ----
+
+PutBack = Callable[[str, str, str, MachineRow], None]
+
+
+def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram: bool) -> MachineSnapshotRow:
+    """Put the disks of a machine back to one of its snapshots, so that the next start goes on from there.
+
+    The guest does not run meanwhile. `put_back` is called for each volume with its name, the name and the GUID of its
+    snapshot, and the machine; where it fails, this can be called again, and a start of the machine does so. With `ram`, the
+    RAM volume is put back too, for which nobody else may hold it.
+    """
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        row = machines.find_snapshot(catalog, machine, snapshot)
+        layers = [one.layer for one in catalog.disks_of_machine_snapshot(row.id)]
+        if ram and row.ram is not None:
+            layers.append(row.ram)
+        named = {one.layer: one for one in catalog.snapshots_of_layers(layers)}
+        volumes = {one.id: one.name for one in catalog.volumes_with_ids(one.volume for one in named.values())}
+    machines.note_reverting(store, machine.id, row.id)
+    _at_once(
+        [partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine) for at in layers]
+    )
+    machines.note_reverted(store, machine.id, row.id)
+    return row
+
+
+def _at_once(calls: Sequence[Callable[[], None]]) -> None:
+    """Make calls at the same time, since each waits for its server or its disk. A failure is raised when all have ended."""
+    if len(calls) <= 1:
+        for call in calls:
+            call()
+        return
+    with ThreadPoolExecutor(len(calls), "onionskin put back") as threads:
+        begun = [threads.submit(call) for call in calls]
+    for one in begun:
+        one.result()
+
+
+# ---- dropping ----
+
+
+def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
+    """Drop snapshots of a machine and keep all data: what was written after each joins what was written before it."""
+
+    def change() -> Dropped:
+        catalog = store.catalog
+        machine = machines.find(catalog, name)
+        going = _chosen(catalog, machine, snapshots)
+        refuse_awaited(catalog, machine, going)
+        layers = catalog.layers_of_machine_snapshots(row.id for row in going)
+        holds.refuse_held(catalog, layers, for_machine=True)
+        _forget(catalog, going)
+        for layer in layers:
+            catalog.remove_snapshot_of_layer(layer)
+        remove_unreachable_layers(catalog, *layers)
+        return _dropped(catalog, machine, going)
+
+    return store.change(change)
+
+
+def discard(
+    store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool, held: Collection[bytes] | None
+) -> Dropped:
+    """Drop snapshots of a machine, and all that was written after them on their branches.
+
+    `held`: the machine is off and kept off, and the caller keeps these of its disks closed; where they stand on what goes,
+    they read as the lowest that goes again. None: it runs, and what it runs on is refused.
+    """
+
+    def change() -> Dropped:
+        catalog = store.catalog
+        machine = machines.find(catalog, name)
+        going = going_with(catalog, machine, snapshots, recursive=recursive)
+        refuse_awaited(catalog, machine, going, but_own=held is not None)
+        stands = machine.stands_on in {row.id for row in going}
+        if stands and held is None:
+            raise StateError(
+                f"machine {machine.name!r} runs on what would be discarded; stop it, or revert it to another snapshot first; "
+                "nothing was discarded"
+            )
+        named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
+        if held is not None:
+            reset_ram(store, machine, without={row.layer for row in named})
+        layers = _layers_of_branches(store, named, recursive=recursive, held=held or ())
+        _refuse_others(catalog, layers, going)
+        holds.refuse_held(catalog, layers, for_machine=True)
+        _forget(catalog, going)
+        if stands:
+            catalog.update_machine(machine.id, resumes=machines.BOOTS, state_bytes=0, recorded="")
+        for layer in layers:
+            catalog.remove_snapshot_of_layer(layer)
+        remove_unreachable_layers(catalog, *layers)
+        return _dropped(catalog, machine, going)
+
+    return store.change(change)
+
+
+def _chosen(catalog: Catalog, machine: MachineRow, names: Sequence[str]) -> list[MachineSnapshotRow]:
+    rows = {row.id: row for row in (machines.find_snapshot(catalog, machine, name) for name in names)}
+    return sorted(rows.values(), key=lambda row: row.number)
+
+
+def going_with(
+    catalog: Catalog, machine: MachineRow, names: Sequence[str], *, recursive: bool
+) -> list[MachineSnapshotRow]:
+    """Return snapshots of a machine and those that were taken after them, in the order of taking.
+
+    Raises
+    ------
+    StateError
+        There are some after them that are not named, and `recursive` is not given.
+    """
+    chosen = {row.id for row in _chosen(catalog, machine, names)}
+    taken = catalog.snapshots_of_machine(machine.id)
+    going = set(chosen)
+    for row in taken:  # in the order of taking, so a parent is before what was taken after it
+        if row.parent in going:
+            going.add(row.id)
+    after = [row.name for row in taken if row.id in going - chosen]
+    if after and not recursive:
+        raise StateError(
+            f"snapshots of machine {machine.name!r} were taken after {some_of(sorted(names))}: {some_of(after)}; pass "
+            "recursive to discard them too, or merge instead, which keeps what was written"
+        )
+    return [row for row in taken if row.id in going]
+
+
+def stands_on_any(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> bool:
+    """Whether a machine stands on one of the snapshots that a discard of these drops."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        return machine.stands_on in {row.id for row in going_with(catalog, machine, snapshots, recursive=recursive)}
+
+
+def refuse_awaited(
+    catalog: Catalog, machine: MachineRow, going: Sequence[MachineSnapshotRow], *, but_own: bool = False
+) -> None:
+    """Raise StateError where a machine is about to go on from the RAM of one of these: itself, or a fork that never ran."""
+    ids = {row.id for row in going}
+    if machine.resumes and machine.stands_on in ids and not but_own:
+        raise StateError(
+            f"machine {machine.name!r} is about to go on from a snapshot that would go; start it first, or revert it to "
+            "another one; nothing was dropped"
+        )
+    names = {row.layer: row for row in catalog.snapshots_of_layers(row.ram for row in going if row.ram is not None)}
+    guids = {row.guid for row in names.values()}
+    forks = sorted(one.name for one in catalog.machines_awaiting(machine.ram) if one.guid in guids)
+    if forks:
+        raise StateError(
+            f"machines were forked from {machine.name!r} that have not run yet: {some_of(forks)}; start them first, or "
+            "delete them; nothing was dropped"
+        )
+
+
+def _layers_of_branches(
+    store: OpenStore, named: Sequence[SnapshotRow], *, recursive: bool, held: Collection[bytes]
+) -> set[bytes]:
+    """Return the layers that go with snapshots of volumes, those of each volume on branches. Inside the transaction.
+
+    A head on one of the branches is put on the lowest layer of it, if its volume is held; else it is refused.
+    """
+    catalog = store.catalog
+    layers: set[bytes] = set()
+    of_volumes: dict[bytes, list[SnapshotRow]] = {}
+    for row in named:
+        of_volumes.setdefault(row.volume, []).append(row)
+    for volume in catalog.volumes_with_ids(of_volumes):
+        branches = refuse_discard(catalog, volume, of_volumes[volume.id], recursive)
+        under_head = [root for root, above in branches.items() if volume.head in above]
+        layers |= all_of_branches(branches) - {volume.head}
+        if under_head and volume.id not in held:
+            raise StateError(
+                f"the disk of volume {volume.name!r} stands on what would be discarded; put the machine back to another "
+                "snapshot first; nothing was discarded"
+            )
+        for root in under_head:
+            _put_head(store, volume, catalog.layer(root))
+    return layers
+
+
+def _refuse_others(catalog: Catalog, layers: set[bytes], going: Sequence[MachineSnapshotRow]) -> None:
+    """Raise StateError if a snapshot of a machine would lose a part that is not discarded as a whole."""
+    ids = {row.id for row in going}
+    others = {row.name for row in catalog.machine_snapshots_of_layers(layers).values() if row.id not in ids}
+    if others:
+        raise StateError(f"snapshots of machines stand on these: {some_of(sorted(others))}; nothing was discarded")
+
+
+def _forget(catalog: Catalog, going: Sequence[MachineSnapshotRow]) -> None:
+    for row in going:
+        now = catalog.machine_snapshot_with_id(row.id)  # its parent may have gone a moment ago
+        if now is not None:
+            catalog.remove_machine_snapshot(now)
+
+
+def _dropped(catalog: Catalog, machine: MachineRow, going: Sequence[MachineSnapshotRow]) -> Dropped:
+    return Dropped([row.name for row in going], [row.name for row in machines.volumes_of(catalog, machine)])
+
+
+def reset_ram(store: OpenStore, machine: MachineRow, *, without: set[bytes]) -> None:
+    """Put the head of a RAM volume on the newest RAM that stays below it, or on nothing. Inside a transaction.
+
+    The machine is kept off, and `without` are layers that lose their names. The head of a fork that never ran is kept.
+    """
+    catalog = store.catalog
+    if machine.resumes and machine.stands_on is None:
+        return
+    volume = catalog.volume_with_id(machine.ram)
+    assert volume is not None
+    chain = catalog.chain(volume.head)[:-1]
+    if not any(layer.id in without for layer in chain):
+        return
+    own = {row.layer for row in catalog.snapshots_of(volume.id)}
+    below = next((layer for layer in reversed(chain) if layer.id in own - without), None)
+    _put_head(store, volume, below)
+
+
+def _put_head(store: OpenStore, volume: VolumeRow, below: LayerRow | None) -> None:
+    """Give a volume that nobody has open an empty head, on a layer or on nothing. What the old one had goes."""
+    catalog = store.catalog
+    old = catalog.layer(volume.head)
+    size_bytes = below.size_bytes if below else old.size_bytes
+    head = NewHead.on(below, base=None, block_size=old.block_size, wipe=old.wipe, size_bytes=size_bytes)
+    head.insert(catalog)
+    catalog.update(VolumeRow, volume.id, head=head.layer.id)
+    remove_unreachable_layers(catalog, volume.head)

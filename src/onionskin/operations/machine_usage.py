@@ -1,0 +1,111 @@
+"""What snapshots of a machine take, and what dropping some would lose.
+
+What must hold: nothing is changed. The sums are those of the disks and of the RAM, each found as for a volume.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from onionskin.catalog import Catalog, MachineRow, MachineSnapshotRow, VolumeRow
+from onionskin.operations import losses, machine_tree, machines
+from onionskin.operations import usage as usages
+from onionskin.operations.losses import Loss
+from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.storage.open_store import OpenStore
+
+
+@dataclass(frozen=True, slots=True)
+class MachineUsage:
+    """The space that one snapshot of a machine takes.
+
+    Attributes
+    ----------
+    snapshot : str or None
+        Its name. None stands for the disks and the RAM as they are now.
+    disk_bytes_held, ram_bytes_held : int
+        The data that was written between the previous snapshot and this one; RAM is with the state of the devices.
+    bytes_freed_by_discard, bytes_freed_by_merge : int
+        What a discard of it and of all that descends from it would free, and what a merge of it.
+    """
+
+    snapshot: str | None
+    disk_bytes_held: int
+    ram_bytes_held: int
+    bytes_freed_by_discard: int
+    bytes_freed_by_merge: int
+
+
+def usage(store: OpenStore, name: str) -> list[MachineUsage]:
+    """Return what each snapshot of a machine holds, oldest first, and at last what its disks and RAM hold now."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        taken = catalog.snapshots_of_machine(machine.id)
+        volumes = machines.volumes_of(catalog, machine)
+        named = {
+            row.id: {one.volume: one.name for one in catalog.snapshots_of_layers(_layers_of(catalog, row))}
+            for row in taken
+        }
+    of = {volume.id: {one.snapshot: one for one in usages.usage(store, volume.name)} for volume in volumes}
+    whole: list[tuple[str | None, dict[bytes, str | None]]] = [(row.name, dict(named[row.id])) for row in taken]
+    whole.append((None, {volume.id: None for volume in volumes}))
+    found = []
+    for snapshot, names in whole:
+        parts = {volume: of[volume][called] for volume, called in names.items() if called in of[volume]}
+        found.append(
+            MachineUsage(
+                snapshot,
+                sum(part.bytes_held for volume, part in parts.items() if volume != machine.ram),
+                sum(part.bytes_held for volume, part in parts.items() if volume == machine.ram),
+                sum(part.bytes_freed_by_discard for part in parts.values()),
+                sum(part.bytes_freed_by_merge for part in parts.values()),
+            )
+        )
+    return found
+
+
+def _layers_of(catalog: Catalog, row: MachineSnapshotRow) -> list[bytes]:
+    return catalog.layers_of_machine_snapshots([row.id])
+
+
+def loss_of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
+    """Return what a revert of a machine would drop of its disks. What is not flushed is not counted."""
+    catalog = store.catalog
+
+    def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
+        machine = machines.find(catalog, name)
+        row = machines.find_snapshot(catalog, machine, snapshot)
+        disks = catalog.volumes_with_ids(disk.volume for disk in catalog.disks_of_machine(machine.id))
+        return [], [], [disk.head for disk in disks], _layers_of(catalog, row)
+
+    return losses.of_names(store, find)
+
+
+def loss_of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
+    """Return what a discard of snapshots of a machine would drop, with all that was written after them."""
+    catalog = store.catalog
+
+    def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
+        machine = machines.find(catalog, name)
+        going = machine_tree.going_with(catalog, machine, snapshots, recursive=recursive)
+        machine_tree.refuse_awaited(catalog, machine, going, but_own=True)
+        dropped, kept = _branches(catalog, machine, going, recursive)
+        return [], [f"{machine.name}@{row.name}" for row in going], dropped, kept
+
+    return losses.of_names(store, find)
+
+
+def _branches(
+    catalog: Catalog, machine: MachineRow, going: Sequence[MachineSnapshotRow], recursive: bool
+) -> tuple[set[bytes], set[bytes]]:
+    """Return the layers that go with snapshots of a machine, and those that stay because a disk is put on them."""
+    named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
+    dropped: set[bytes] = set()
+    kept: set[bytes] = set()
+    for volume in machines.volumes_of(catalog, machine):
+        rows = [row for row in named if row.volume == volume.id]
+        branches = refuse_discard(catalog, volume, rows, recursive)
+        dropped |= all_of_branches(branches)
+        if volume.id != machine.ram:
+            kept |= {root for root, above in branches.items() if volume.head in above}
+    return dropped, kept

@@ -1,0 +1,240 @@
+"""Machines that QEMU runs, without a supervisor: a guest of one boot sector, over NBD."""
+
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.guests import MIB, Console, configuration
+
+from onionskin.errors import StateError
+from onionskin.machine.hypervisor import Configuration, Identity, compare
+from onionskin.machine.monitor import MonitorError
+from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
+from onionskin.storage.locks import start_ticks
+
+Launch = Callable[..., QemuProcess]
+
+
+def test_it_starts_stopped_and_runs_once_it_is_let_go(launch: Launch, directory: Path) -> None:
+    process = launch()
+    assert process.is_paused
+    with Console(directory / "console") as console:
+        process.resume()
+        assert console.wait_ticks() >= 3
+    assert not process.is_paused
+
+
+def test_its_disk_boots_and_what_it_writes_is_in_the_volume(launch: Launch, directory: Path, vms: Path) -> None:
+    process = launch()
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+        process.pause()
+        console.wait(lambda: True)
+    import onionskin
+
+    with onionskin.connect(vms, "web") as served:
+        assert int.from_bytes(served.read(512, 4), "little") >= 3
+
+
+def test_only_its_user_may_use_what_is_in_its_directory(launch: Launch, directory: Path) -> None:
+    launch()
+    for path in directory.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_its_ram_file_stays_as_it_is(launch: Launch, directory: Path, tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    ram.touch(0o600)
+    os.truncate(ram, 16 * MIB)
+    process = launch(ram_file=ram)
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+    assert process.guest_ram is not None and process.guest_ram.collect() > 0
+    assert ram.stat().st_blocks == 0
+
+
+def test_writes_are_noted_from_before_the_first_instruction(launch: Launch, directory: Path) -> None:
+    process = launch()
+    ram = process.guest_ram
+    assert ram is not None
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+        process.pause()
+    ram.collect()
+    assert ram._unsaved[9]  # the page at 0x9000, which tick.S fills
+    assert ram._unsaved[7]  # the boot sector itself
+    assert ram.unsaved_pages < 4096 // 2
+
+
+def test_a_pause_says_whether_it_ran(launch: Launch) -> None:
+    process = launch()
+    assert process.pause() is False
+    process.resume()
+    assert process.pause() is True
+    assert process.is_paused
+
+
+def test_a_press_of_its_power_button_ends_it(launch: Launch, directory: Path) -> None:
+    process = launch()
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+        process.power_down()
+        assert process.wait(30) == 0
+
+
+def test_a_quit_ends_it_and_a_second_one_does_nothing(launch: Launch) -> None:
+    process = launch()
+    process.quit(10)
+    assert process.wait(0) == 0
+    process.quit(10)
+
+
+def test_a_quit_kills_what_does_not_answer(launch: Launch) -> None:
+    process = launch()
+    os.kill(process.pid, signal.SIGSTOP)
+    process.quit(0.2)
+    assert process.wait(0) == -signal.SIGKILL
+
+
+def test_the_state_of_its_devices_is_saved_and_loaded_in_place(launch: Launch, directory: Path, tmp_path: Path) -> None:
+    process = launch()
+    state = tmp_path / "state"
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+        process.prepare_state(state)
+        process.pause()
+        size = process.save_state()
+        process.finish_state()
+        assert 0 < size < 2 * MIB
+        assert stat.S_IMODE(state.stat().st_mode) == 0o600
+        process.load_state(state)
+        process.resume()
+        console.wait_ticks()
+
+
+def test_a_state_without_a_snapshot_is_refused_and_leaves_nothing(launch: Launch, tmp_path: Path) -> None:
+    process = launch()
+    process.prepare_state(tmp_path / "state")
+    process.finish_state()
+    with pytest.raises(MonitorError, match="snapshot-load"):
+        process.load_state(tmp_path / "state")
+    assert [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")] != []
+    assert not [
+        one for one in process.monitor.execute("query-named-block-nodes") if one["node-name"].startswith("state-")
+    ]
+
+
+def test_each_machine_has_the_generation_that_it_was_given(launch: Launch) -> None:
+    identity = Identity()
+    process = launch(identity=identity)
+    assert process.monitor.execute("query-vm-generation-id")["guid"] == identity.generation
+
+
+def test_children_of_the_hypervisor_do_not_inherit_the_library(launch: Launch, tmp_path: Path) -> None:
+    process = launch()
+    process.monitor.execute("migrate", {"uri": f"exec:env > {tmp_path}/environment; cat > /dev/null"})
+    while process.monitor.execute("query-migrate")["status"] not in ("completed", "failed"):
+        pass
+    text = (tmp_path / "environment").read_text()
+    assert "PATH=" in text
+    assert "LD_PRELOAD" not in text and "ONIONSKIN_RAM" not in text and "ONIONSKIN_PRELOAD" not in text
+
+
+def test_a_machine_is_taken_over_with_all_that_it_wrote(launch: Launch, directory: Path) -> None:
+    first = launch()
+    with Console(directory / "console") as console:
+        first.resume()
+        console.wait_ticks()
+        first.close()  # as a supervisor that was killed
+        second = adopt(
+            first.pid, start_ticks(first.pid), "lab", directory, first.ram_file, is_tracked=True, on_event=None
+        )
+        assert not second.is_paused
+        assert second.guest_ram is not None and second.guest_ram._unsaved[9]
+        console.wait_ticks()
+        second.pause()
+        second.guest_ram.collect()
+        assert second.guest_ram.unsaved_pages < 4096 // 2
+        second.quit(10)
+    assert first.wait(10) == 0
+
+
+def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
+    launch: Launch, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Path:
+        raise StateError("the preload library is missing")
+
+    monkeypatch.setattr("onionskin.machine.qemu.library", missing)
+    process = launch()
+    assert process.ram() is None and process.guest_ram is None
+    assert process.ram_file.parent == Path("/dev/shm")
+    with Console(directory / "console") as console:
+        process.resume()
+        count = console.wait_ticks()
+        with process.ram_file.open("rb") as ram:
+            ram.seek(0x9000)
+            assert int.from_bytes(ram.read(4), "little") >= count
+    process.quit(10)
+    assert not process.ram_file.exists()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("-m", "64"), "-m"),
+        (("--machine", "q35"), "-machine"),
+        (("-pflash", "OVMF.fd"), "UEFI"),
+        (("-drive", "if=pflash,file=x"), "UEFI"),
+        (("-bios", "/usr/share/OVMF/OVMF_CODE.fd"), "UEFI"),
+        (("-device", "vfio-pci,host=01:00.0"), "vfio"),
+        (("-netdev", "vhost-user,id=n"), "vhost-user"),
+        (("-incoming", "defer"), "-incoming"),
+        (("alone",), "belongs to no option"),
+    ],
+)
+def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:
+    with pytest.raises(StateError, match=named):
+        QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
+
+
+def test_a_program_that_is_missing_or_no_qemu_is_refused_in_words() -> None:
+    with pytest.raises(StateError, match="not installed"):
+        QemuHypervisor().check(Configuration(16 * MIB, program="qemu-system-none"), 1)
+    with pytest.raises(StateError, match="does not answer as QEMU"):
+        QemuHypervisor().check(Configuration(16 * MIB, program="true"), 1)
+
+
+def test_a_machine_type_that_is_missing_is_refused(qemu: list[str]) -> None:
+    with pytest.raises(StateError, match="pc-i440fx-0"):
+        QemuHypervisor().check(configuration(qemu, machine_type="pc-i440fx-0.1"), 1)
+
+
+def test_what_is_recorded_has_a_versioned_machine_and_all_devices(qemu: list[str]) -> None:
+    network = ("-device", "virtio-rng-pci", "-nic", "user,model=e1000,mac=52:54:00:00:00:01")
+    found = QemuHypervisor().check(configuration(qemu, qemu_args=network), 2)
+    assert found.machine_type.startswith("pc-i440fx-")
+    assert [one.partition(",")[0] for one in found.devices] == [
+        *("vmgenid", "virtio-serial-pci", "virtserialport", "virtio-blk-pci", "virtio-blk-pci", "virtio-rng-pci"),
+        "-nic model=e1000",
+    ]
+    assert not any("52:54" in one for one in found.devices)
+    compare(found, QemuHypervisor().check(configuration(qemu, qemu_args=network), 2))
+    with pytest.raises(StateError, match="virtio-rng"):
+        compare(found, QemuHypervisor().check(configuration(qemu), 2))
+
+
+def test_a_command_line_that_qemu_refuses_is_reported_in_its_words(launch: Launch) -> None:
+    with pytest.raises(StateError, match="no-such-device"):
+        launch(given={"qemu_args": ("-device", "no-such-device")})

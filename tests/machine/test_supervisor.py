@@ -1,0 +1,341 @@
+"""Machines with their supervisors: processes that stay, are asked, and are killed."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.guests import Console, configuration
+
+import onionskin
+from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record
+
+SECONDS_MAX = 60
+pytestmark = pytest.mark.slow  # each starts several processes
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Wait until something holds that another process does."""
+    deadline = time.monotonic() + SECONDS_MAX
+    while not what():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def store(vms: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(vms) as store:
+        yield store
+
+
+@pytest.fixture
+def lab(store: onionskin.Store, qemu: list[str]) -> Iterator[Machine]:
+    """A machine of the disks web and data, which is off, and is ended with the test."""
+    one = configuration(qemu)
+    machine = store.create_machine(
+        "lab", disks=["web", "data"], memory="16M", program=one.program, qemu_args=one.qemu_args
+    )
+    yield machine
+    machine.stop(force=True)
+
+
+def console(machine: Machine) -> Console:
+    return Console(machine._directory / "console")
+
+
+def found(machine: Machine) -> Record:
+    record = Record.read(machine._directory)
+    assert record is not None
+    return record
+
+
+def pid_of(machine: Machine, what: str) -> int:
+    process = getattr(found(machine), what)
+    assert process is not None
+    return int(process.pid)
+
+
+def test_a_machine_starts_runs_and_is_stopped_by_its_power_button(lab: Machine) -> None:
+    assert lab.state == "off"
+    lab.start()
+    assert lab.state == "running"
+    with console(lab) as screen:
+        screen.wait_ticks()
+        lab.stop(30)
+        assert "off" in screen.text
+    assert lab.state == "off"
+    assert Record.read(lab._directory) is None
+
+
+def test_its_disks_are_free_when_it_has_stopped(lab: Machine, store: onionskin.Store) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        lab.stop(force=True)
+    with store.open("web") as web:
+        assert int.from_bytes(web.read(512, 4), "little") >= 3
+
+
+def test_a_machine_that_is_stopped_by_force_is_off_and_not_failed(lab: Machine) -> None:
+    lab.start()
+    lab.stop(force=True)
+    assert lab.state == "off"
+    lab.stop(force=True)  # once more does nothing
+
+
+def test_of_two_starts_at_once_one_wins_and_the_other_says_so(lab: Machine) -> None:
+    def start(_: int) -> str:
+        try:
+            lab._start()
+        except StateError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(pool.map(start, range(2)))
+    assert said[0] == ""
+    assert "machine 'lab' runs" in said[1] or "held" in said[1]
+    assert lab.state == "running"
+    with pytest.raises(StateError, match="runs already"):
+        lab.start()
+
+
+def test_a_guest_that_does_not_shut_down_in_time_runs_on(lab: Machine) -> None:
+    lab.start(paused=True)  # its firmware has not run yet, so nothing hears the power button
+    lab.resume()
+    with pytest.raises(StateError, match=r"did not shut down within 0\.01 s"):
+        lab.stop(0.01)
+
+
+def test_a_machine_that_its_user_paused_stays_paused_behind_a_snapshot(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        assert lab.pause() is True
+        assert lab.pause() is False
+        assert lab.state == "paused" and "user" in lab.status()["why"]
+        taken = lab.snapshot("still")
+        assert taken.pause_seconds == 0
+        assert lab.state == "paused"
+        lab.resume()
+        screen.wait_ticks()
+    assert lab.state == "running"
+
+
+def test_a_snapshot_is_taken_while_it_runs_and_reverting_goes_on_from_it_in_place(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        taken = lab.snapshot("ready", "a note")
+        assert (taken.name, taken.mode, taken.disks) == ("ready", "live", ("web", "data"))
+        at = screen.ticks[-1]
+        screen.wait_ticks(20)
+        before = pid_of(lab, "hypervisor")
+        lab.revert("ready")
+        length = len(screen.ticks)
+        screen.wait_ticks(3)
+        assert abs(screen.ticks[length + 1] - at) <= 4
+        assert pid_of(lab, "hypervisor") == before
+    with pytest.raises(SnapshotExistsError):
+        lab.snapshot("ready")
+    with pytest.raises(SnapshotNotFoundError):
+        lab.revert("gone")
+    assert lab.state == "running"
+
+
+def test_a_machine_that_is_off_is_started_by_a_revert_and_goes_on(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks(10)
+        lab.snapshot("ready")
+        at = screen.ticks[-1]
+        lab.stop(force=True)
+    lab.revert("ready")
+    with console(lab) as screen:
+        screen.wait_ticks()
+        assert abs(screen.ticks[0] - at) < 100
+    assert lab.state == "running"
+
+
+def test_a_fork_goes_on_beside_its_origin(lab: Machine, store: onionskin.Store) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks(10)
+        lab.snapshot("ready")
+        at = screen.ticks[-1]
+        forks = lab.fork("ready", count=2)
+        try:
+            for fork in forks:
+                with console(fork) as other:
+                    other.wait_ticks()
+                    assert at <= other.ticks[0] < at + 200
+                assert fork.status()["generation"] != lab.status()["generation"]
+            screen.wait_ticks()
+        finally:
+            for fork in forks:
+                fork.stop(force=True)
+    store.delete_machines(*(fork.name for fork in forks))
+
+
+# ---- kills ----
+
+
+def test_a_killed_server_of_the_disks_is_started_again_and_the_guest_goes_on(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        killed = pid_of(lab, "server")
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: pid_of(lab, "server") != killed)
+        screen.wait_ticks(10)
+    assert lab.state == "running"
+    assert lab.status()["server_restarts"] == 1
+
+
+def test_a_server_that_dies_again_and_again_is_given_up_and_that_is_said(lab: Machine, store: onionskin.Store) -> None:
+    lab.start()
+    for _ in range(6):
+        killed = pid_of(lab, "server")
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: pid_of(lab, "server") != killed or lab.state == "failed")
+    assert "died 5 times" in lab.status()["why"]
+    lab.stop(force=True)
+    assert lab.state == "off"
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+
+
+def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_machine_goes_on(
+    lab: Machine,
+) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        server = pid_of(lab, "server")
+        os.kill(server, signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            with pytest.raises(StateError, match="did not answer 'stop'"):
+                lab.pause()
+            assert time.monotonic() - begun < 30
+        finally:
+            os.kill(server, signal.SIGCONT)
+        screen.wait_ticks(5)
+    assert lab.state == "running"
+
+
+def test_a_machine_whose_supervisor_was_killed_is_taken_over_by_the_next_command(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        lab.snapshot("before")
+        record = found(lab)
+        assert record.supervisor is not None and record.hypervisor is not None
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        assert lab.state == "running"
+        assert pid_of(lab, "hypervisor") == record.hypervisor.pid
+        assert pid_of(lab, "server") == record.server.pid
+        screen.wait_ticks()
+        lab.snapshot("after")
+        screen.wait_ticks(10)
+        lab.revert("before")
+        screen.wait_ticks(5)
+        lab.revert("after")
+        screen.wait_ticks(5)
+    lab.stop(30)
+    assert lab.state == "off"
+
+
+def test_a_machine_that_a_killed_supervisor_left_standing_still_goes_on(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        from onionskin.machine.monitor import Monitor
+
+        with Monitor(lab._directory / "qmp", "lab") as monitor:  # as in the middle of a snapshot
+            monitor.execute("stop")
+        assert lab.state == "running"
+        screen.wait_ticks()
+
+
+def test_a_machine_that_its_user_paused_is_still_paused_when_it_is_taken_over(lab: Machine) -> None:
+    lab.start()
+    lab.pause()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive)
+    assert lab.state == "paused"
+    assert "user" in lab.status()["why"]
+
+
+def test_what_a_killed_supervisor_left_can_be_ended_by_force_also_where_it_answers_nothing(lab: Machine) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    os.kill(record.hypervisor.pid, signal.SIGSTOP)
+    until(lambda: not record.supervisor.is_alive)
+    lab.stop(force=True)
+    assert not record.hypervisor.is_alive and not record.server.is_alive
+    assert lab.state == "off"
+    lab.start()
+    assert lab.state == "running"
+
+
+def test_supervisor_and_server_killed_together_are_both_followed(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        for process in (record.supervisor, record.server):
+            os.kill(process.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive and not record.server.is_alive)
+        assert lab.state == "running"
+        screen.wait_ticks(5)
+
+
+def test_a_killed_hypervisor_is_reported_and_the_machine_starts_again(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        os.kill(pid_of(lab, "hypervisor"), signal.SIGKILL)
+        screen.wait_end()
+    until(lambda: Record.read(lab._directory) is None)
+    assert lab.state == "failed"
+    assert "ended with -9" in lab.status()["why"]
+    lab.start()
+    assert lab.state == "running"
+
+
+def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
+    lab.start()
+    lab.snapshot("ready")
+    record = found(lab)
+    for process in (record.supervisor, record.server, record.hypervisor):
+        os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not any(one.is_alive for one in (record.supervisor, record.server, record.hypervisor)))
+    assert lab.state in ("off", "failed")
+    lab.revert("ready")
+    with console(lab) as screen:
+        screen.wait_ticks()
+
+
+def test_sigterm_has_the_guest_shut_down_in_order(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        os.kill(record.supervisor.pid, signal.SIGTERM)
+        screen.wait_end()
+        assert "off" in screen.text
+    until(lambda: not record.supervisor.is_alive)
+    assert lab.state == "off"

@@ -1,0 +1,123 @@
+"""Machines whose disks are served, as they are while a guest runs: cut, put back and tidied through the control socket."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.machines import CONFIGURATION, make_machine, snapshot_live
+
+import onionskin
+from onionskin.control import groups
+from onionskin.errors import StateError
+from onionskin.nbd.server import Limits, Server
+from onionskin.operations import machines
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(tmp_path / "vms") as store:
+        for name in ("web", "data"):
+            store.create(name, size=MIB).close()
+        make_machine(store, "lab", ["web", "data"])
+        yield store
+
+
+@pytest.fixture
+def server(store: onionskin.Store) -> Iterator[Server]:
+    """A server of both disks, with a store of its own."""
+    with ExitStack() as stack:
+        server = Server(limits=Limits(), allow_revert=True, log=lambda line: None)
+        stack.callback(server.close)
+        for name in ("web", "data"):
+            server.exports.add_volume(store.path, name)
+        yield server
+
+
+def disk_of(server: Server, name: str) -> Any:
+    return server.exports.table.served[name].volume
+
+
+def snapshot(store: onionskin.Store, name: str) -> None:
+    with store._open_to_write("lab.ram", for_machine=True) as ram, store._cut_machine("lab") as cut:
+        cut.seal()
+        cut.commit(name, mode="pause", configuration=CONFIGURATION, ram=ram._opened.to_write(), state_bytes=1)
+
+
+def read_at(store: onionskin.Store, volume: str, name: str) -> bytes:
+    with store.open(volume, snapshot=name) as view:
+        return view.read(0, 4)
+
+
+def layers(store: onionskin.Store) -> int:
+    return len(store._opened.catalog.parents())
+
+
+def test_served_disks_are_cut_at_one_instant_and_named_at_the_commit(store: onionskin.Store, server: Server) -> None:
+    web, data = disk_of(server, "web"), disk_of(server, "data")
+    with store._open_to_write("lab.ram", for_machine=True) as ram, store._cut_machine("lab") as cut:
+        web.write(0, b"then")
+        cut.seal(lambda: data.write(0, b"late"))
+        for disk in (web, data):
+            disk.write(0, b"late")
+            disk.flush()
+        cut.commit("ready", mode="live", configuration=CONFIGURATION, ram=ram._opened.to_write(), state_bytes=1)
+    assert (read_at(store, "web", "ready"), read_at(store, "data", "ready")) == (b"then", bytes(4))
+    assert web.read(0, 4) == data.read(0, 4) == b"late"
+
+
+def test_what_is_abandoned_of_served_disks_goes_with_the_next_cut(store: onionskin.Store, server: Server) -> None:
+    before = layers(store)
+    for _ in range(4):
+        with store._cut_machine("lab") as cut:
+            cut.seal()
+            disk_of(server, "web").write(0, b"more")
+    assert layers(store) <= before + 2 and not store._opened.catalog.staged_volumes()
+    snapshot(store, "ready")
+    assert read_at(store, "web", "ready") == b"more"
+
+
+def test_a_machine_is_put_back_while_its_disks_are_served(store: onionskin.Store, server: Server) -> None:
+    snapshot(store, "ready")
+    disk_of(server, "web").write(0, b"late")
+    with onionskin.connect(store, "web") as live, pytest.raises(StateError, match="belongs to machine 'lab'"):
+        live.revert("ready")
+    store._revert_machine("lab", "ready")
+    assert disk_of(server, "web").read(0, 4) == bytes(4)
+    assert machines.beginning(store._opened, "lab").ram == ("lab.ram", "ready")
+
+
+def test_a_server_puts_back_a_disk_only_for_its_own_machine(store: onionskin.Store, server: Server) -> None:
+    snapshot(store, "ready")
+    make_machine(store, "second", [])
+    guid = store.snapshots("web")[0].guid
+    with pytest.raises(StateError, match="belongs to machine 'lab'"):
+        groups.revert_served(store, "web", "ready", guid, "second")
+    with pytest.raises(onionskin.MachineNotFoundError):
+        groups.revert_served(store, "web", "ready", guid, "third")
+    assert not groups.revert_served(store, "lab.ram", "ready", guid, "lab")
+
+
+def test_a_merge_folds_in_the_server(store: onionskin.Store, server: Server) -> None:
+    before = layers(store)
+    for name in "abc":
+        disk_of(server, "web").write(0, name.encode())
+        snapshot(store, name)
+    store._merge_machine_snapshots("lab", ["a", "b", "c"])
+    assert layers(store) == before and disk_of(server, "web").read(0, 1) == b"c"
+
+
+def test_a_server_of_the_whole_store_offers_no_ram_and_no_disks_of_forks(store: onionskin.Store) -> None:
+    snapshot_live(store, "lab", "ready", {})
+    store.fork_machine("lab@ready", lifetime="1s")
+    server = Server(limits=Limits(), allow_revert=True, log=lambda line: None)
+    try:
+        server.exports.add_store(store.path)
+        assert sorted(server.exports.table.served) == ["data", "web"]
+        offered = [name for name, _ in server.exports.names_behind("")]
+        assert not [name for name in offered if name.startswith("lab")]
+    finally:
+        server.close()

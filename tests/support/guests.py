@@ -1,0 +1,110 @@
+"""Machines for tests: which QEMUs there are, a guest that is one boot sector, and a reader of consoles.
+
+Debian's QEMU is one. Others are named by ONIONSKIN_QEMUS, a command line with its first arguments each, between semicolons:
+"/opt/q10/usr/bin/qemu-system-x86_64 -L /opt/q10/usr/share/qemu -L /opt/q10/usr/share/seabios".
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from onionskin.base.sockets import connect_unix
+from onionskin.machine.hypervisor import Configuration
+
+MIB = 1 << 20
+SECONDS_MAX = 60
+SOURCES = Path(__file__).parent.parent / "machine"
+QEMUS = [["qemu-system-x86_64"], *(shlex.split(one) for one in os.environ.get("ONIONSKIN_QEMUS", "").split(";") if one)]
+
+
+def configuration(qemu: list[str], memory: int = 16, **how: object) -> Configuration:
+    """A machine of `memory` MiB on one of QEMUS."""
+    given = tuple(how.pop("qemu_args", ()))  # type: ignore[call-overload]
+    return Configuration(memory * MIB, program=qemu[0], qemu_args=(*qemu[1:], *given), **how)  # type: ignore[arg-type]
+
+
+def build_tick_disk(directory: Path) -> Path:
+    """Assemble tick.S: a disk of 1 MiB that boots into it."""
+    for tool in ("as", "ld"):
+        assert shutil.which(tool), f"{tool} is missing: apt-get install binutils"
+    subprocess.run(["as", "--32", SOURCES / "tick.S", "-o", directory / "tick.o"], check=True)
+    image = directory / "tick.raw"
+    linked = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", directory / "tick.o", "-o", image]
+    subprocess.run(linked, check=True)
+    os.truncate(image, MIB)
+    return image
+
+
+class Console:
+    """Reads the console of a machine from now on, in a thread of its own."""
+
+    def __init__(self, path: Path, *, seconds: float = SECONDS_MAX) -> None:
+        self._seconds = seconds
+        self._socket = connect_unix(path, seconds=seconds)
+        self._text = ""
+        self._is_open = True
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.shutdown(2)
+        self._thread.join()
+        self._socket.close()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                part = self._socket.recv(65536)
+            except OSError:
+                part = b""
+            with self._news:
+                self._text += part.decode(errors="replace")
+                self._is_open = bool(part)
+                self._news.notify_all()
+            if not part:
+                return
+
+    @property
+    def text(self) -> str:
+        with self._news:
+            return self._text
+
+    @property
+    def ticks(self) -> list[int]:
+        """All counts so far. Of tick.S, they are hexadecimal; the last line may be one that is still written."""
+        return [
+            int(one, 16) for one in re.findall(r"^tick ([0-9a-f]{8})$", self.text.rpartition("\n")[0], re.MULTILINE)
+        ]
+
+    def wait(self, wanted: Callable[[], bool]) -> None:
+        """Return once something holds of what was read."""
+        for _ in range(int(self._seconds * 20)):
+            if wanted():
+                return
+            with self._news:
+                if not self._is_open:
+                    break
+                self._news.wait(0.05)
+        assert wanted(), f"the console: ...{self.text[-400:]!r}"
+
+    def wait_ticks(self, more: int = 3) -> int:
+        """Return the last count, once so many more have come."""
+        goal = len(self.ticks) + more
+        self.wait(lambda: len(self.ticks) >= goal)
+        assert "wrong" not in self.text and "failed" not in self.text, self.text[-400:]
+        return self.ticks[-1]
+
+    def wait_end(self) -> None:
+        """Return once the machine has ended."""
+        self._thread.join(SECONDS_MAX)
+        assert not self._thread.is_alive(), f"the console is open: ...{self.text[-400:]!r}"

@@ -1,0 +1,21 @@
+"""Stands in for a hypervisor: maps the file ONIONSKIN_RAM shared, as QEMU does, and writes what stdin says.
+
+Started with the preload library, it gets a private mapping. A line `OFFSET BYTE` fills the page at that offset, `read OFFSET`
+prints the first byte of one; each is answered by a line.
+"""
+
+import mmap
+import os
+import sys
+
+path = sys.argv[1]
+descriptor = os.open(path, os.O_RDWR)
+memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, mmap.MAP_SHARED)
+print("ready", flush=True)
+for line in sys.stdin:
+    first, second = line.split()
+    if first == "read":
+        print(memory[int(second)], flush=True)
+    else:
+        memory[int(first) : int(first) + 4096] = bytes([int(second)]) * 4096
+        print("done", flush=True)

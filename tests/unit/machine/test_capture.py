@@ -1,0 +1,282 @@
+"""Snapshots of a machine that runs, with a stand-in for the hypervisor."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.stand_in import LENGTH, PAGES, Load, StandIn, attach
+
+import onionskin
+from onionskin.errors import SnapshotExistsError, StateError
+from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.machine import capture
+from onionskin.machine.restore import find_saved
+from onionskin.machine.running import Running, StateFile, open_layer
+from onionskin.operations.machine_snapshots import MachineCut
+
+
+def ram_of(running: Running, snapshot: str) -> bytes:
+    """Return the RAM of a snapshot, as the store has it."""
+    saved = find_saved(running.store, running.machine, snapshot)
+    with open_layer(running.store, saved.volume, saved.layer) as view:
+        return view.read(0, LENGTH)
+
+
+def snapshots_of(running: Running) -> list[str]:
+    catalog = running.store._opened.catalog
+    return [row.name for row in catalog.snapshots_of_machine(running.machine.id)]
+
+
+def keep_reference(process: StandIn) -> list[bytes]:
+    """Have all of RAM kept each time that the machine stands still for a snapshot."""
+    kept: list[bytes] = []
+    process.when_stopped = lambda: kept.append(process.whole())
+    return kept
+
+
+def test_a_live_snapshot_has_every_page_as_it_was_when_the_machine_stood_still(
+    running: Running, process: StandIn
+) -> None:
+    draw = random.Random(1)
+    kept = keep_reference(process)
+    with Load(process, lambda count: process.write(draw.randrange(PAGES), count % 256)) as load:
+        for number in range(4):
+            taken = capture.snapshot(running, f"s{number}")
+            assert taken.mode == "live" and taken.pause_seconds > 0
+    assert load.count > 100
+    for number, whole in enumerate(kept):
+        assert ram_of(running, f"s{number}") == whole
+
+
+def test_the_state_of_the_devices_lies_behind_the_ram(running: Running, process: StandIn) -> None:
+    process.devices = "x" * 9000
+    capture.snapshot(running, "long")
+    process.devices = "counting"
+    capture.snapshot(running, "short")
+    saved = find_saved(running.store, running.machine, "short")
+    with (
+        open_layer(running.store, saved.volume, saved.layer) as view,
+        StateFile.of(view, LENGTH, saved.state_bytes) as state,
+    ):
+        assert state.path.read_text() == "counting"
+        assert view.read(LENGTH, 12000) == b"counting".ljust(12000, b"\0")  # nothing is left of the longer one
+
+
+def test_only_what_changed_is_stored_again(running: Running, process: StandIn) -> None:
+    for page in range(100):
+        process.write(page, 1)
+    capture.snapshot(running, "a")
+    process.write(0, 1)  # what it had already
+    process.write(1, 2)
+    process.write(2, 0)  # zeros take no room
+    assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES
+    assert ram_of(running, "b") == process.whole()
+
+
+def test_disks_and_ram_are_of_one_instant(running: Running, process: StandIn) -> None:
+    store = running.store
+    with store.open("web") as web, store.open("data") as data:
+
+        def count(number: int) -> None:
+            """Write a number everywhere, as a guest does that counts."""
+            for volume in (web, data):
+                volume.write(0, number.to_bytes(8, "little"))
+            process.write(7, number % 256)
+
+        with Load(process, count):
+            for number in range(5):
+                capture.snapshot(running, f"s{number}")
+    for number in range(5):
+        counts = []
+        for disk in ("web", "data"):
+            with store.open(disk, snapshot=f"s{number}") as view:
+                counts.append(int.from_bytes(view.read(0, 8), "little"))
+        assert counts[0] == counts[1] and counts[0] % 256 == ram_of(running, f"s{number}")[7 * PAGE_BYTES]
+
+
+def fail_in(module: type, name: str) -> Callable[[pytest.MonkeyPatch, StandIn], None]:
+    def install(monkeypatch: pytest.MonkeyPatch, process: StandIn) -> None:
+        def fail(*args: object, **how: object) -> None:
+            raise OSError(28, "no room")
+
+        monkeypatch.setattr(module, name, fail)
+
+    return install
+
+
+def fail_at(step: str) -> Callable[[pytest.MonkeyPatch, StandIn], None]:
+    return lambda monkeypatch, process: setattr(process, "fails_at", step)
+
+
+STEPS = {
+    "prepare_state": fail_at("prepare_state"),
+    "pause": fail_at("pause"),
+    "save_state": fail_at("save_state"),
+    "seal": fail_in(MachineCut, "seal"),
+    "save": fail_in(StateFile, "save"),
+    "commit": fail_in(MachineCut, "commit"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_snapshot_that_fails_leaves_nothing_and_loses_no_page(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    process.write(1, 1)
+    capture.snapshot(running, "before")
+    process.write(1, 2)
+    process.write(900, 2)
+    with monkeypatch.context() as patched:
+        STEPS[step](patched, process)
+        with pytest.raises(OSError, match="no room"):
+            capture.snapshot(running, "lost")
+    assert snapshots_of(running) == ["before"] and not process.is_paused
+    process.write(2, 3)
+    capture.snapshot(running, "lost")  # the name is free
+    assert ram_of(running, "lost") == process.whole()
+
+
+def test_a_snapshot_that_is_cancelled_between_any_two_steps_leaves_nothing_and_loses_no_page(
+    running: Running, process: StandIn
+) -> None:
+    class Gone(Exception):
+        pass
+
+    steps = 0
+    while True:
+        process.write(steps, 9)
+        left = steps
+
+        def go_on() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Gone
+
+        try:
+            capture.snapshot(running, "a", go_on=go_on)
+            break
+        except Gone:
+            assert snapshots_of(running) == [] and not process.is_paused
+        steps += 1
+    assert steps >= 3 and ram_of(running, "a") == process.whole()
+
+
+def test_a_state_that_cannot_be_given_up_does_not_spoil_the_snapshot(running: Running, process: StandIn) -> None:
+    process.fails_at = "finish_state"
+    capture.snapshot(running, "a")
+    assert snapshots_of(running) == ["a"]
+
+
+def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> None:
+    process.write(3, 3)
+    process.pause()
+    assert capture.snapshot(running, "a").pause_seconds == 0
+    assert process.is_paused and ram_of(running, "a") == process.whole()
+
+
+def test_a_taken_name_is_refused_before_the_machine_is_stopped(running: Running, process: StandIn) -> None:
+    capture.snapshot(running, "a")
+    process.fails_at = "pause"
+    with pytest.raises(SnapshotExistsError):
+        capture.snapshot(running, "a")
+    assert process.fails_at == "pause"
+
+
+def test_frozen_file_systems_are_thawed_whatever_happens(running: Running, process: StandIn) -> None:
+    assert capture.snapshot(running, "a", freeze=True).frozen == ("/",)
+    process.fails_at = "save_state"
+    with pytest.raises(OSError, match="no room"):
+        capture.snapshot(running, "b", freeze=True)
+    assert process.devices == "as it booted, thawed, thawed"
+
+
+def test_a_supervisor_that_was_killed_loses_no_page(
+    store: onionskin.Store, running: Running, process: StandIn, tmp_path: Path
+) -> None:
+    process.write(5, 1)
+    capture.snapshot(running, "a")
+    process.write(6, 2)
+    running.guest_ram.collect()  # what this scan returned is known to the one that dies alone
+    process.write(7, 3)
+    running.files.finish()
+    running.ram_volume.close()
+    process.guest_ram = process._tracked(process._preload) if process._preload else None
+    again = attach(store, process, tmp_path / "run")
+    capture.snapshot(again, "b")
+    assert ram_of(again, "b") == process.whole()
+
+
+def test_without_tracking_a_machine_is_compared_and_only_while_it_stands_still(
+    store: onionskin.Store, empty: Path, tmp_path: Path
+) -> None:
+    process = StandIn(tmp_path / "run", empty, is_tracked=False)
+    try:
+        running = attach(store, process, tmp_path / "run")
+        with pytest.raises(StateError, match="use mode 'pause'"):
+            capture.snapshot(running, "a", mode="live")
+        for page in range(50, 60):
+            process.write(page, page)
+        taken_before = empty.stat().st_blocks
+        assert capture.snapshot(running, "a").mode == "pause"
+        assert empty.stat().st_blocks == taken_before  # no hole was filled by a look at it
+        process.write(50, 0)
+        process.write(51, 99)
+        assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES
+        assert ram_of(running, "b") == process.whole() == empty.read_bytes()
+        running.close()
+    finally:
+        process.close()
+
+
+def test_a_snapshot_of_a_machine_between_two_states_is_refused(running: Running) -> None:
+    running.is_broken = True
+    with pytest.raises(StateError, match="revert it again"):
+        capture.snapshot(running, "a")
+
+
+def test_the_state_is_gone_from_memory_when_its_file_is_closed() -> None:
+    with StateFile() as state:
+        state.path.write_bytes(b"secret" * 1000)
+        with state.path.open("rb") as other:
+            state.close()
+            assert other.read() == b""
+    assert not state.path.exists()
+
+
+def test_rounds_end_where_they_get_no_shorter(running: Running, process: StandIn) -> None:
+    draw = np.random.default_rng(1)
+    before = running.guest_ram.collect
+    rounds = []
+
+    def collect() -> int:
+        for page in draw.integers(0, PAGES, 200).tolist():
+            if not process.is_paused:
+                process.write(page, 1)
+        rounds.append(before())
+        return rounds[-1]
+
+    running.guest_ram.collect = collect  # type: ignore[method-assign]
+    capture.snapshot(running, "a")
+    assert len(rounds) <= capture.ROUNDS_MAX + 1
+    assert ram_of(running, "a") == process.whole()
+
+
+def test_a_machine_that_boots_again_has_nothing_of_the_ram_before(
+    store: onionskin.Store, running: Running, process: StandIn, empty: Path, tmp_path: Path
+) -> None:
+    process.write(5, 1)
+    capture.snapshot(running, "a")
+    running.close()
+    running.ram_volume.close()
+    fresh = StandIn(tmp_path / "second", empty)
+    try:
+        booted = attach(store, fresh, tmp_path / "second")
+        fresh.write(6, 2)
+        capture.snapshot(booted, "b")
+        assert ram_of(booted, "b") == fresh.whole()
+        booted.close()
+    finally:
+        fresh.close()

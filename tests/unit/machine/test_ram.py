@@ -1,0 +1,222 @@
+"""Guest RAM without a guest: a child process maps a file, as QEMU does, and the preload library maps it privately."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onionskin
+from onionskin.kernels import _ram
+from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
+from onionskin.machine.preload import Preload, library
+from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of
+
+PAGES = 4096
+LENGTH = PAGES * PAGE_BYTES
+
+
+class Child:
+    """The process whose memory it is."""
+
+    def __init__(self, directory: Path, ram: Path) -> None:
+        self.ram = ram
+        socket = directory / "preload"
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("machine_memory.py"), ram],
+            env={
+                **os.environ,
+                "LD_PRELOAD": str(library()),
+                "ONIONSKIN_RAM": str(ram),
+                "ONIONSKIN_PRELOAD": str(socket),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._answer() == "ready"
+        self.preload = Preload(socket)
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def _say(self, line: str) -> str:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def write(self, page: int, byte: int) -> None:
+        assert self._say(f"{page * PAGE_BYTES} {byte}") == "done"
+
+    def read(self, page: int) -> int:
+        return int(self._say(f"read {page * PAGE_BYTES}"))
+
+    def close(self) -> None:
+        self.preload.close()
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Child]:
+    ram = tmp_path / "ram"
+    ram.write_bytes(b"\1" * PAGE_BYTES)
+    os.truncate(ram, LENGTH)
+    child = Child(tmp_path, ram)
+    try:
+        yield child
+    finally:
+        child.close()
+
+
+def tracked(child: Child) -> tuple[PageTracker, GuestRam]:
+    where = child.preload.where()
+    tracker = PageTracker(child.process.pid, where.start, where.length)
+    ram = GuestRam(tracker, where.length)
+    ram.add_private(swapped=True)
+    child.preload.arm()
+    ram.add_private(swapped=False)
+    return tracker, ram
+
+
+def pages_of(runs: np.ndarray) -> list[int]:
+    return blocks_of(runs).tolist()
+
+
+def test_what_is_written_stays_out_of_the_file(child: Child) -> None:
+    before = child.ram.read_bytes()
+    child.write(0, 7)
+    child.write(9, 8)
+    assert child.preload.where().is_private
+    assert child.read(0) == 7 and child.ram.read_bytes() == before
+
+
+def test_each_write_is_found_once_and_nothing_else(child: Child) -> None:
+    tracker, _ = tracked(child)
+    assert pages_of(tracker.written(protect=True)) == []
+    for page in (3, 4, 5, 4095):
+        child.write(page, 1)
+    child.read(100)
+    assert pages_of(tracker.written(protect=False)) == [3, 4, 5, 4095]
+    assert pages_of(tracker.written(protect=True)) == [3, 4, 5, 4095]
+    assert pages_of(tracker.written(protect=True)) == []
+    child.write(4, 2)
+    assert pages_of(tracker.written(protect=True)) == [4]
+
+
+def test_what_was_written_before_writes_are_noted_is_unsaved(child: Child) -> None:
+    child.write(11, 1)
+    _, ram = tracked(child)
+    assert ram.unsaved_pages == 1
+
+
+def test_a_snapshot_has_what_the_machine_had_and_a_round_that_came_to_nothing_loses_nothing(
+    child: Child, tmp_path: Path
+) -> None:
+    _, ram = tracked(child)
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in (1, 2, 2000):
+            child.write(page, 1)
+        ram.collect()
+        child.write(2, 2)
+        child.write(2000, 0)
+        ram.collect()  # the scan that came to nothing: what it found stays unsaved
+        child.write(3, 3)
+        ram.collect()
+        assert ram.unsaved_pages == 4
+        assert ram.save(volume) == 3 * PAGE_BYTES
+        volume.snapshot("a")
+        ram.forget_saved()
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (1, 2, 3, 2000)] == [1, 2, 3, 0]
+        child.write(3, 4)
+        assert ram.collect() == 1
+        assert ram.save(volume) == PAGE_BYTES
+
+
+def test_a_machine_goes_back_to_a_snapshot_and_its_writes_are_noted_again(child: Child, tmp_path: Path) -> None:
+    tracker, ram = tracked(child)
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in range(0, 3000, 3):
+            child.write(page, 1 + page % 200)
+        ram.collect()
+        ram.save(volume)
+        volume.snapshot("a")
+        ram.forget_saved()
+        for page in range(0, 3000, 5):
+            child.write(page, 250)
+        ram.collect()
+        with store.open("ram", snapshot="a") as view:
+            ram.put_back(runs_of(ram._unsaved), view)
+            whole = np.empty(LENGTH, np.uint8)
+            tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), whole)
+            assert whole[PAGE_BYTES:].tobytes() == view.read(0, LENGTH)[PAGE_BYTES:]
+        assert ram.collect() == 0
+        child.write(5, 1)
+        assert ram.collect() == 1
+
+
+def test_pages_that_are_forgotten_read_as_the_file_and_are_noted_again(child: Child) -> None:
+    tracker, _ = tracked(child)
+    child.write(0, 9)
+    child.write(1, 9)
+    child.preload.forget(np.array([(0, PAGE_BYTES)], RUN_DTYPE))
+    assert (child.read(0), child.read(1)) == (1, 9)
+    tracker.written(protect=True)
+    child.write(0, 3)
+    assert pages_of(tracker.written(protect=True)) == [0]
+
+
+@pytest.mark.parametrize("run", [(0, LENGTH + PAGE_BYTES), (PAGE_BYTES, 0), (1, PAGE_BYTES + 1)])
+def test_a_run_outside_of_the_memory_is_refused(child: Child, run: tuple[int, int]) -> None:
+    with pytest.raises(OSError, match="cannot put its memory back"):
+        child.preload.forget(np.array([run], RUN_DTYPE))
+    assert child.preload.where().length == LENGTH
+
+
+def test_a_process_that_ended_is_an_error(child: Child) -> None:
+    tracker, _ = tracked(child)
+    child.process.kill()
+    child.process.wait()
+    with pytest.raises(OSError):
+        tracker.read(np.array([(0, PAGE_BYTES)], RUN_DTYPE), np.empty(PAGE_BYTES, np.uint8))
+
+
+def test_a_file_is_built_from_a_snapshot_sparse_and_for_its_owner(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH + (1 << 20)) as volume:
+        volume.write(5 * PAGE_BYTES, b"x" * PAGE_BYTES)
+        volume.write(LENGTH, b"state")
+        volume.snapshot("a")
+        with store.open("ram", snapshot="a") as view:
+            build_file(view, tmp_path / "file", LENGTH)
+            assert (tmp_path / "file").read_bytes() == view.read(0, LENGTH)
+    found = (tmp_path / "file").stat()
+    assert found.st_mode & 0o777 == 0o600 and found.st_blocks * 512 <= 3 * PAGE_BYTES
+
+
+def test_pages_are_told_apart() -> None:
+    pages = np.zeros(6 * PAGE_BYTES + PAGE_BYTES, np.uint8)
+    start = -pages.ctypes.data % PAGE_BYTES
+    pages = pages[start : start + 6 * PAGE_BYTES]
+    parent = np.empty(7 * PAGE_BYTES, np.uint8)
+    start = -parent.ctypes.data % PAGE_BYTES
+    parent = parent[start : start + 6 * PAGE_BYTES]
+    parent[:] = pages
+    pages[PAGE_BYTES - 1] = 1  # the last byte of a page counts
+    pages[2 * PAGE_BYTES] = 2
+    parent[3 * PAGE_BYTES + 77] = 3
+    pages[4 * PAGE_BYTES :] = parent[4 * PAGE_BYTES :] = 5
+    assert _ram.classify(pages).tolist() == [_ram.DATA, _ram.ZERO, _ram.DATA, _ram.ZERO, _ram.DATA, _ram.DATA]
+    kinds = [_ram.DATA, _ram.SAME, _ram.DATA, _ram.ZERO, _ram.SAME, _ram.SAME]
+    assert _ram.classify(pages, parent).tolist() == kinds
+
+
+def test_runs_are_cut_into_pieces_that_are_all_of_them() -> None:
+    runs = np.array([(0, 4096), (8192, 8192 + (30 << 20)), (40 << 20, (40 << 20) + 4096)], RUN_DTYPE)
+    pieces = list(pieces_of(runs))
+    assert np.concatenate([blocks_of(piece) for piece in pieces]).tolist() == blocks_of(runs).tolist()
+    assert all(int((piece["end"] - piece["start"]).sum()) <= 8 << 20 for piece in pieces)

@@ -1,0 +1,194 @@
+"""Going back to a snapshot of a machine, and starting from one, with a stand-in for the hypervisor."""
+
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.stand_in import LENGTH, PAGES, RECORDED, StandIn, attach
+
+import onionskin
+from onionskin.errors import SnapshotNotFoundError, StateError
+from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.machine import capture, restore
+from onionskin.machine.running import Running
+from onionskin.operations.machine_snapshots import MachineCut
+
+
+def snapshot(running: Running, process: StandIn, name: str, pages: dict[int, int]) -> bytes:
+    """Write pages and the disks, take a snapshot, and return what RAM held."""
+    for page, byte in pages.items():
+        process.write(page, byte)
+    for disk in ("web", "data"):
+        with running.store.open(disk) as volume:
+            volume.write(0, name.encode())
+    process.devices = name
+    capture.snapshot(running, name)
+    return process.whole()
+
+
+def is_at(running: Running, process: StandIn, name: str, ram: bytes) -> bool:
+    """Whether RAM, devices and disks are those of a snapshot."""
+    disks = []
+    for disk in ("web", "data"):
+        with running.store.open(disk) as volume:
+            disks.append(volume.read(0, len(name)))
+    return process.whole() == ram and process.devices == name and disks == [name.encode()] * 2
+
+
+def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, process: StandIn) -> None:
+    rams = {}
+    for number, name in enumerate(("a", "b", "c")):
+        rams[name] = snapshot(running, process, name, dict.fromkeys(range(number, PAGES, 3 + number), number + 1))
+    for name in ("a", "c", "b", "b", "a", "c"):
+        for page in range(0, PAGES, 7):
+            process.write(page, 200)
+        restore.revert(running, name)
+        assert not process.is_paused and is_at(running, process, name, rams[name])
+    process.write(1, 77)
+    capture.snapshot(running, "d")  # what was put back is not stored again
+    restore.revert(running, "a")
+    restore.revert(running, "d")
+    assert process.read(1) == 77 and process.whole()[2 * PAGE_BYTES :] == rams["c"][2 * PAGE_BYTES :]
+
+
+def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
+    store: onionskin.Store, running: Running, process: StandIn, tmp_path: Path
+) -> None:
+    ram = snapshot(running, process, "a", dict.fromkeys(range(0, PAGES, 2), 5))
+    machine = running.machine
+    running.close()
+    running.ram_volume.close()
+    with restore.prepare(store, machine, "a", RECORDED) as prepared:
+        again = StandIn(tmp_path / "second", prepared.ram_file.path)
+        again.load_state(prepared.state.path)
+        restarted = attach(store, again, tmp_path / "second", mapped=prepared.saved.layer)
+    try:
+        file_before = again.ram_file.read_bytes()
+        assert again.whole() == ram and again.devices == "a"
+        for page in range(0, PAGES, 5):
+            again.write(page, 9)
+        restore.revert(restarted, "a")
+        assert again.whole() == ram
+        assert len(again.tracker.private(swapped=False)) == 0  # they read as the file: nothing was copied
+        again.write(0, 1)
+        assert capture.snapshot(restarted, "b").bytes_stored == PAGE_BYTES
+        assert again.ram_file.read_bytes() == file_before
+    finally:
+        restarted.close()
+        again.close()
+
+
+def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    process.pause()
+    restore.revert(running, "a")
+    assert process.is_paused and is_at(running, process, "a", ram)
+
+
+def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
+    running: Running, process: StandIn
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    running.recorded = replace(RECORDED, cpu_model="qemu64")
+    with pytest.raises(StateError, match="CPU model"):
+        restore.revert(running, "a")
+    with pytest.raises(SnapshotNotFoundError):
+        restore.revert(running, "none")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
+    with pytest.raises(StateError, match="CPU model"):
+        restore.prepare(running.store, running.machine, "a", running.recorded)
+
+
+def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running: Running, process: StandIn) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    process.fails_at = "load_state"
+    with pytest.raises(StateError, match="stays stopped"):
+        restore.revert(running, "a")
+    assert process.is_paused and running.is_broken
+    restore.revert(running, "a")
+    assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+def test_what_loading_the_devices_wrote_over_ram_is_put_right(running: Running, process: StandIn) -> None:
+    """It resets the machine, which copies ROMs over RAM. The generation id is written on purpose."""
+    ram = snapshot(running, process, "a", dict.fromkeys(range(20), 3))
+    load = process.load_state
+
+    def load_and_reset(path: Path) -> None:
+        load(path)
+        for page in (2, 3, 500):
+            process.write(page, 250)
+
+    process.load_state = load_and_reset  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    assert process.whole() == ram
+
+
+def test_the_generation_id_that_the_hypervisor_wrote_stays(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {4: 3})
+    generation = uuid.UUID(running.identity.generation).bytes_le
+    load = process.load_state
+
+    def load_and_tell(path: Path) -> None:
+        load(path)
+        data = bytearray(ram[4 * PAGE_BYTES : 5 * PAGE_BYTES])
+        data[40:56] = generation
+        import numpy as np
+
+        from onionskin.kernels._ram import RUN_DTYPE
+
+        process.tracker.write(np.array([(4 * PAGE_BYTES, 5 * PAGE_BYTES)], RUN_DTYPE), np.frombuffer(data, np.uint8))
+
+    process.load_state = load_and_tell  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    found = process.whole()
+    assert found[4 * PAGE_BYTES + 40 :][:16] == generation
+    assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES  # the page is not lost for the next one
+
+
+def test_without_tracking_what_differs_is_written_back(store: onionskin.Store, empty: Path, tmp_path: Path) -> None:
+    process = StandIn(tmp_path / "run", empty, is_tracked=False)
+    try:
+        running = attach(store, process, tmp_path / "run")
+        rams = {name: snapshot(running, process, name, {at: at for at in pages}) for name, pages in
+                {"a": range(1, 9), "b": range(5, 50)}.items()}  # fmt: skip
+        process.write(900, 1)
+        for name in ("a", "b"):
+            restore.revert(running, name)
+            assert is_at(running, process, name, rams[name])
+        running.close()
+    finally:
+        process.close()
+
+
+def test_a_snapshot_without_ram_is_refused(store: onionskin.Store, running: Running, process: StandIn) -> None:
+    running.files.finish()
+    running.ram_volume.close()
+    store._snapshot_machine_off("lab", "off")
+    with pytest.raises(StateError, match="has no RAM"):
+        restore.find_saved(store, running.machine, "off")
+    assert len(process.whole()) == LENGTH
+
+
+def test_a_snapshot_that_failed_at_its_commit_hides_nothing_from_a_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+
+    def fail(*args: object, **how: object) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MachineCut, "commit", fail)
+        with pytest.raises(OSError, match="no room"):
+            capture.snapshot(running, "lost")
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)

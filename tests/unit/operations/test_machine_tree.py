@@ -1,0 +1,303 @@
+"""Snapshots of machines: reverting to one, dropping some, forks, and what the next start begins with."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.machines import make_machine, read_head, snapshot_live
+
+import onionskin
+from onionskin.errors import MachineExistsError, SnapshotNotFoundError, StateError
+from onionskin.operations import machines
+
+SECRET = b"a token that only RAM has, and nothing else"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    """A store with machine lab, whose disks are web and data."""
+    with onionskin.Store(tmp_path / "store") as store:
+        for name in ("web", "data"):
+            store.create(name, size="1M").close()
+        make_machine(store, "lab", ["web", "data"])
+        yield store
+
+
+def names(store: onionskin.Store, machine: str = "lab") -> list[str]:
+    return [one.name for one in store.machine_snapshots(machine)]
+
+
+def begins(store: onionskin.Store, machine: str = "lab") -> machines.Beginning:
+    return machines.beginning(store._opened, machine)
+
+
+def three(store: onionskin.Store, mode: str = "live") -> None:
+    """Take snapshots a, b and c, each with its name on disk web and in RAM."""
+    for name in "abc":
+        snapshot_live(store, "lab", name, {"web": name.encode() * 4, "lab.ram": name.encode() * 4})
+
+
+# ---- off ----
+
+
+def test_a_snapshot_of_a_machine_that_is_off_has_its_disks_and_its_configuration(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"disk")
+    taken = store._snapshot_machine_off("lab", "cold", "why")
+    assert (taken.mode, taken.ram, taken.disks) == ("off", None, {"web": "web@cold", "data": "data@cold"})
+    assert (taken.note, taken.parent) == ("why", None) and store.machine_snapshots("lab") == [taken]
+    with store._open_to_write("lab.ram", for_machine=True), pytest.raises(StateError, match="runs"):
+        store._snapshot_machine_off("lab", "again")
+    assert store.machine_info("lab").stands_on == "cold" and begins(store).ram is None
+    assert store._snapshot_machine_off("lab", None).parent == "cold"
+
+
+# ---- revert ----
+
+
+def test_a_revert_puts_all_disks_back_and_the_next_start_goes_on_from_the_ram(store: onionskin.Store) -> None:
+    three(store)
+    store._revert_machine("lab", "b")
+    assert read_head(store, "web") == b"bbbb" and read_head(store, "lab.ram") == b"bbbb"
+    found = begins(store)
+    assert (found.ram, found.is_reverting, found.state_bytes) == (("lab.ram", "b"), False, 4096)
+    assert found.key == store.snapshots("lab.ram")[1].guid and found.recorded == '{"version":"7.2"}'
+    assert store.machine_info("lab").begins == "resumes" and names(store) == ["a", "b", "c"]
+    with pytest.raises(StateError, match="about to go on"):
+        store._snapshot_machine_off("lab", "cold")
+    machines.note_running(store._opened, found.machine.id)
+    assert begins(store).ram is None
+    snapshot_live(store, "lab", "d", {})
+    assert {one.name: one.parent for one in store.machine_snapshots("lab")} == {"a": None, "b": "a", "c": "b", "d": "b"}
+
+
+def test_a_revert_to_a_snapshot_without_ram_boots(store: onionskin.Store) -> None:
+    store._snapshot_machine_off("lab", "cold")
+    three(store)
+    store._revert_machine("lab", "cold")
+    assert (
+        begins(store).ram is None
+        and store.machine_info("lab").begins == "boots"
+        and read_head(store, "web") == bytes(4)
+    )
+
+
+def test_a_revert_that_fails_at_the_second_disk_is_noted_and_ended_by_another_one(store: onionskin.Store) -> None:
+    three(store)
+    with store.open("data", mode="r"), pytest.raises(StateError, match="'data' is open for reading"):
+        store._revert_machine("lab", "a")
+    assert begins(store).is_reverting and store.machine_info("lab").begins == "reverting"
+    with pytest.raises(StateError, match="put back"):
+        store._snapshot_machine_off("lab", "cold")
+    store._revert_machine("lab", "a")
+    assert not begins(store).is_reverting and read_head(store, "web") == b"aaaa"
+
+
+def test_a_disk_that_was_written_since_the_revert_keeps_the_ram_from_being_loaded(store: onionskin.Store) -> None:
+    three(store)
+    store._revert_machine("lab", "a")
+    machines.refuse_written(store._opened, begins(store).machine)
+    with store.open("data") as data:
+        data.write(0, b"x")
+    with pytest.raises(StateError, match="volume 'data' was written to since"):
+        machines.refuse_written(store._opened, begins(store).machine)
+
+
+def test_a_revert_of_a_machine_that_runs_or_to_nothing_changes_nothing(store: onionskin.Store) -> None:
+    three(store)
+    with store._open_to_write("lab.ram", for_machine=True), pytest.raises(StateError, match="runs"):
+        store._revert_machine("lab", "a")
+    with pytest.raises(SnapshotNotFoundError):
+        store._revert_machine("lab", "z")
+    assert store.machine_info("lab").begins == "boots" and read_head(store, "web") == b"cccc"
+
+
+# ---- dropping ----
+
+
+@pytest.mark.parametrize("merged", [["a"], ["b"], ["c"], ["a", "b"], ["a", "b", "c"]])
+def test_merge_drops_names_and_keeps_what_the_others_read(store: onionskin.Store, merged: list[str]) -> None:
+    three(store)
+    assert store._merge_machine_snapshots("lab", merged) == merged
+    left = [name for name in "abc" if name not in merged]
+    assert names(store) == left and [one.name for one in store.snapshots("lab.ram")] == left
+    assert [one.parent for one in store.machine_snapshots("lab")] == ([None, *left] if left else [])[: len(left)]
+    for name in left:
+        for volume in ("web", "lab.ram"):
+            with store.open(volume, snapshot=name) as view:
+                assert view.read(0, 4) == name.encode() * 4
+    assert read_head(store, "web") == b"cccc" and store.check() == []
+    assert store.machine_info("lab").stands_on == (left[-1] if left else None)
+    store.finish_work()
+    with store._opened.catalog.reading():
+        assert not store._opened.catalog.unnamed_of_volume(machines.find(store._opened.catalog, "lab").ram)
+
+
+def test_merge_while_it_runs_leaves_the_ram_of_the_run_alone(store: onionskin.Store) -> None:
+    three(store)
+    with store._open_to_write("lab.ram", for_machine=True) as ram:
+        ram.write(4096, b"runs")
+        store._merge_machine_snapshots("lab", "c")
+        assert (ram.read(0, 4), ram.read(4096, 4)) == (b"cccc", b"runs")
+
+
+def test_discard_needs_recursive_for_what_was_taken_after(store: onionskin.Store) -> None:
+    three(store)
+    with pytest.raises(StateError, match="taken after a: b, c"):
+        store._discard_machine_snapshots("lab", "a")
+    assert names(store) == ["a", "b", "c"]
+
+
+def test_discard_of_a_machine_that_is_off_puts_it_back_to_the_lowest(store: onionskin.Store) -> None:
+    three(store)
+    assert store._discard_machine_snapshots("lab", "b", recursive=True) == ["b", "c"]
+    assert names(store) == ["a"] and read_head(store, "web") == b"bbbb" and begins(store).ram is None
+    assert store.machine_info("lab").stands_on == "a" and store.check() == []
+    assert [one.name for one in store.snapshots("lab.ram")] == ["a"] and read_head(store, "lab.ram") == b"aaaa"
+
+
+def test_a_discard_that_is_refused_leaves_the_disks_as_they_are(store: onionskin.Store) -> None:
+    three(store)
+    with store.open("web") as web:
+        web.write(0, b"late")
+    store.fork_machine("lab@c")
+    with pytest.raises(StateError, match="have not run yet: lab-1"):
+        store._discard_machine_snapshots("lab", "c")
+    machines.note_running(store._opened, machines.find(store._opened.catalog, "lab-1").id)
+    with pytest.raises(StateError, match=r"is needed by lab-1\.(web|data|ram)"):
+        store._discard_machine_snapshots("lab", "c")
+    with store.open("data"), pytest.raises(StateError, match="'data' is open for writing"):
+        store._discard_machine_snapshots("lab", "b", recursive=True)
+    assert read_head(store, "web") == b"late" and names(store) == ["a", "b", "c"]
+
+
+def test_discard_on_another_branch_leaves_the_disks_alone(store: onionskin.Store) -> None:
+    three(store)
+    store._revert_machine("lab", "a")
+    with store._open_to_write("lab.ram", for_machine=True):  # it runs
+        assert store._discard_machine_snapshots("lab", "b", recursive=True) == ["b", "c"]
+        with pytest.raises(StateError, match=r"about to go on|runs on"):
+            store._discard_machine_snapshots("lab", "a")
+    assert names(store) == ["a"] and read_head(store, "web") == b"aaaa" and store.check() == []
+
+
+def test_discard_of_what_it_runs_on_is_refused(store: onionskin.Store) -> None:
+    three(store)
+    with (
+        store._open_to_write("lab.ram", for_machine=True),
+        pytest.raises(StateError, match="runs on what would be discarded"),
+    ):
+        store._discard_machine_snapshots("lab", "c")
+    assert names(store) == ["a", "b", "c"]
+
+
+def test_what_a_user_took_of_a_disk_after_a_snapshot_is_not_discarded_unasked(store: onionskin.Store) -> None:
+    three(store)
+    with store.open("web") as web:
+        web.snapshot("mine")
+    with pytest.raises(StateError, match="mine"):
+        store._discard_machine_snapshots("lab", "c")
+    assert names(store) == ["a", "b", "c"]
+    store._discard_machine_snapshots("lab", "c", recursive=True)
+    assert names(store) == ["a", "b"] and [one.name for one in store.snapshots("web")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", ["discard", "delete"])
+def test_no_byte_of_discarded_ram_stays_on_the_medium_with_policy_zero(tmp_path: Path, how: str) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        store.create("web", size="1M", wipe="zero").close()
+        make_machine(store, "lab", ["web"])
+        snapshot_live(store, "lab", "ready", {"lab.ram": SECRET})
+        snapshot_live(store, "lab", "later", {"lab.ram": SECRET[::-1]})
+        found = [path for path in store.path.rglob("*.seg") if SECRET in path.read_bytes()]
+        held = [os.open(path, os.O_RDONLY) for path in store.path.rglob("*.seg")]
+        assert found
+        if how == "discard":
+            store._discard_machine_snapshots("lab", "ready", recursive=True)
+        else:
+            store.delete_machines("lab", recursive=True)
+        store.finish_work()
+        assert store.check() == []
+    for descriptor in held:
+        data = os.pread(descriptor, 1 << 22, 0)
+        os.close(descriptor)
+        assert SECRET not in data and SECRET[::-1] not in data
+
+
+# ---- forks ----
+
+
+def test_forks_have_disks_and_ram_of_their_own_and_begin_as_the_snapshot(store: onionskin.Store) -> None:
+    three(store)
+    assert store.fork_machine("lab@b", count=2, labels={"task": "42"}, lifetime="1h") == ["lab-1", "lab-2"]
+    (one, _) = store.machines(labels={"task": "42"})
+    assert [(disk.name, disk.volume, disk.is_owned) for disk in one.disks] == [
+        ("web", "lab-1.web", True),
+        ("data", "lab-1.data", True),
+    ]
+    assert one.begins == "resumes" and one.expires and store.info("lab-1.web").expires is None
+    assert begins(store, "lab-1").ram == ("lab-1.ram", None)
+    assert begins(store, "lab-1").key == begins(store, "lab-2").key == store.snapshots("lab.ram")[1].guid
+    assert read_head(store, "lab-1.web") == read_head(store, "lab-1.ram") == b"bbbb"
+    machines.refuse_written(store._opened, begins(store, "lab-1").machine)
+    with store.open("lab-2.web") as disk:
+        disk.write(0, b"own!")
+    assert read_head(store, "web") == b"cccc" and read_head(store, "lab-1.web") == b"bbbb"
+    with pytest.raises(StateError, match="written to since"):
+        machines.refuse_written(store._opened, begins(store, "lab-2").machine)
+    assert store.fork_machine("lab@b") == ["lab-3"] and store.check() == []
+
+
+def test_a_fork_of_a_fork_is_a_machine_like_any_other(store: onionskin.Store) -> None:
+    three(store)
+    store.fork_machine("lab@a")
+    snapshot_live(store, "lab-1", "own", {"lab-1.web": b"fork", "lab-1.ram": b"fork"})
+    assert store.fork_machine("lab-1@own", names=["deep"]) == ["deep"]
+    assert read_head(store, "deep.web") == read_head(store, "deep.ram") == b"fork"
+    assert [one.name for one in store.machine_info("deep").disks] == ["web", "data"]
+    with pytest.raises(StateError, match="forked from lab-1: deep"):
+        store.delete_machines("lab-1", recursive=True)
+    store.delete_machines("deep", "lab-1", recursive=True)
+    assert names(store) == ["a", "b", "c"] and store.check() == []
+
+
+def test_a_fork_of_a_snapshot_without_ram_boots(store: onionskin.Store) -> None:
+    store._snapshot_machine_off("lab", "cold")
+    store.fork_machine("lab@cold", labels={"task": "1"}, lifetime="1h")
+    about = store.machine_info("lab-1")
+    assert (about.begins, about.labels) == ("boots", {"task": "1"}) and about.expires
+    assert [one.name for one in store.lineage("lab-1.ram")] == ["lab.ram"]
+
+
+def test_one_key_makes_forks_once(store: onionskin.Store) -> None:
+    three(store)
+    made = store.fork_machine("lab@a", count=2, idempotency_key="k")
+    assert store.fork_machine("lab@a", count=2, idempotency_key="k") == made and len(store.machines()) == 3
+    with pytest.raises(StateError, match="was used for another"):
+        store.fork_machine("lab@b", count=2, idempotency_key="k")
+    with pytest.raises(StateError, match="was used for another"):
+        store.fork("web@a", count=2, idempotency_key="k")
+
+
+def test_a_name_that_is_taken_makes_no_fork_at_all(store: onionskin.Store) -> None:
+    three(store)
+    store.create("two.data", size="1M").close()
+    with pytest.raises(onionskin.VolumeExistsError, match=r"two\.data"):
+        store.fork_machine("lab@a", names=["one", "two"])
+    with pytest.raises(MachineExistsError):
+        store.fork_machine("lab@a", names=["one", "lab"])
+    with pytest.raises(ValueError, match="one of its snapshots"):
+        store.fork_machine("lab")
+    assert [one.name for one in store.machines()] == ["lab"] and len(store.volumes(owned=True)) == 4
+
+
+def test_what_a_fork_that_never_ran_begins_with_is_not_dropped(store: onionskin.Store) -> None:
+    three(store)
+    store.fork_machine("lab@c")
+    for drop in (store._merge_machine_snapshots, store._discard_machine_snapshots):
+        with pytest.raises(StateError, match="have not run yet: lab-1"):
+            drop("lab", "c")
+    machines.note_running(store._opened, machines.find(store._opened.catalog, "lab-1").id)
+    store._merge_machine_snapshots("lab", "c")
+    assert read_head(store, "lab-1.web") == b"cccc"
