@@ -1527,6 +1527,11 @@ class Store:
         name : str
             The machine.
 
+        Returns
+        -------
+        MachineInfo
+            Nobody is asked, nothing is locked or opened.
+
         Raises
         ------
         MachineNotFoundError
@@ -1543,6 +1548,11 @@ class Store:
         ----------
         name : str
             The machine.
+
+        Returns
+        -------
+        list of MachineSnapshotInfo
+            The oldest first.
 
         Raises
         ------
