@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.guests import SOURCES
 from support.lab import MEMORY, LabMachine
 
 import onionskin
@@ -18,8 +17,6 @@ from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import open_layer
 from onionskin.operations import machines
-
-assert SOURCES
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def check_live_snapshots(lab: LabMachine, rounds: int) -> None:
     kept = keep_references(lab)
     for number in range(rounds):
         taken = capture.snapshot(lab.running, f"s{number}")
-        assert taken.mode == "live" and 0 < taken.pause_seconds
+        assert taken.mode == "live" and taken.pause_seconds > 0
         assert pages_that_differ(ram_of(lab, f"s{number}"), kept[number]) == []
         lab.console.wait_ticks(1)
 
@@ -190,14 +187,10 @@ def test_a_snapshot_of_another_cpu_is_refused_and_nothing_is_started(lab: LabMac
     lab.store._revert_machine("lab", "ready")
     row = machines.find(lab.store._opened.catalog, "lab")
     other = Configuration.from_json(row.configuration.replace('"cpu_model":"max"', '"cpu_model":"qemu64"'))
-    lab.store._opened.change(
-        lambda: lab.store._opened.catalog.update_machine(row.id, configuration=other.to_json())
-    )
+    lab.store._opened.change(lambda: lab.store._opened.catalog.update_machine(row.id, configuration=other.to_json()))
     with pytest.raises(StateError, match="CPU model"):
         lab.start()
-    lab.store._opened.change(
-        lambda: lab.store._opened.catalog.update_machine(row.id, configuration=row.configuration)
-    )
+    lab.store._opened.change(lambda: lab.store._opened.catalog.update_machine(row.id, configuration=row.configuration))
     lab.start()
 
 

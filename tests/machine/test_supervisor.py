@@ -16,6 +16,7 @@ from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 
 SECONDS_MAX = 60
+pytestmark = pytest.mark.slow  # each starts several processes
 
 
 def until(what: Callable[[], bool]) -> None:
@@ -275,6 +276,19 @@ def test_a_machine_that_its_user_paused_is_still_paused_when_it_is_taken_over(la
     until(lambda: not record.supervisor.is_alive)
     assert lab.state == "paused"
     assert "user" in lab.status()["why"]
+
+
+def test_what_a_killed_supervisor_left_can_be_ended_by_force_also_where_it_answers_nothing(lab: Machine) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    os.kill(record.hypervisor.pid, signal.SIGSTOP)
+    until(lambda: not record.supervisor.is_alive)
+    lab.stop(force=True)
+    assert not record.hypervisor.is_alive and not record.server.is_alive
+    assert lab.state == "off"
+    lab.start()
+    assert lab.state == "running"
 
 
 def test_supervisor_and_server_killed_together_are_both_followed(lab: Machine) -> None:

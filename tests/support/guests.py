@@ -44,8 +44,9 @@ def build_tick_disk(directory: Path) -> Path:
 class Console:
     """Reads the console of a machine from now on, in a thread of its own."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = connect_unix(path, seconds=SECONDS_MAX)
+    def __init__(self, path: Path, *, seconds: float = SECONDS_MAX) -> None:
+        self._seconds = seconds
+        self._socket = connect_unix(path, seconds=seconds)
         self._text = ""
         self._is_open = True
         self._news = threading.Condition()
@@ -87,7 +88,7 @@ class Console:
 
     def wait(self, wanted: Callable[[], bool]) -> None:
         """Return once something holds of what was read."""
-        for _ in range(SECONDS_MAX * 20):
+        for _ in range(int(self._seconds * 20)):
             if wanted():
                 return
             with self._news:

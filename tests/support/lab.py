@@ -40,7 +40,13 @@ class LabMachine:
 
     @classmethod
     def make(
-        cls, store: onionskin.Store, name: str, disks: list[str], directory: Path, qemu: list[str], wipe: str | None = None
+        cls,
+        store: onionskin.Store,
+        name: str,
+        disks: list[str],
+        directory: Path,
+        qemu: list[str],
+        wipe: str | None = None,
     ) -> Self:
         """Make the machine in the store."""
         made = configuration(qemu, MEMORY)

@@ -154,8 +154,13 @@ class GuestAgent:
         return NoAgent(f"the guest agent of machine {self._name!r} does not answer")
 
 
-def tell_identity(agent: GuestAgent, *, hostname: str | None, clock_ns: int | None) -> list[str]:
-    """Tell a guest who and when it is now. Return what could not be done, in words."""
+def tell_identity(
+    agent: GuestAgent, *, hostname: str | None, mac: str | None = None, clock_ns: int | None = None
+) -> list[str]:
+    """Tell a guest who and when it is now. Return what could not be done, in words.
+
+    `mac` is the address of its one network card.
+    """
     failed = []
 
     def attempt(what: str, step: Callable[[], object]) -> None:
@@ -168,4 +173,14 @@ def tell_identity(agent: GuestAgent, *, hostname: str | None, clock_ns: int | No
         attempt("its clock", lambda: agent.call("guest-set-time", time=clock_ns))
     if hostname is not None:
         attempt("its host name", lambda: agent.run("hostname", hostname))
+    if mac is not None:
+        attempt("the address of its network card", lambda: _set_mac(agent, mac))
     return failed
+
+
+def _set_mac(agent: GuestAgent, mac: str) -> None:
+    found = agent.call("guest-network-get-interfaces")
+    cards = [one["name"] for one in found if one.get("hardware-address", "00:00:00:00:00:00") != "00:00:00:00:00:00"]
+    if len(cards) != 1:
+        raise StateError(f"it has {len(cards)} network cards")
+    agent.run("ip", "link", "set", "dev", cards[0], "address", mac)

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 from onionskin.errors import StateError
@@ -22,6 +23,10 @@ from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
 READY_SECONDS = 60.0
 END_SECONDS = 60.0  # it flushes the disks
 RESTARTS_MAX, WITHIN_SECONDS = 5, 60.0
+
+
+# Starts a server from a process that has loaded it already (`fork.py`), and returns its id and its output.
+spawn: Callable[[list[str], int], tuple[int, IO[bytes]]] | None = None
 
 
 class DiskServer:
@@ -82,32 +87,34 @@ class DiskServer:
         trust = ["--trust"] if self._trust else []
         names = [f"{self._store}/{volume}" for volume in self._volumes]
         log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
         try:
-            self._child = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "onionskin", "serve", *names, "--socket", str(self._directory / DISKS)),
-                    *("--allow-revert", "--json", *trust),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd="/",
-                umask=0o077,
-                start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
-            )
+            pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)
         finally:
             os.close(log)
-        self.process = ProcessId.of(self._child.pid)
-        if not self._is_ready(self._child):
+        self.process = ProcessId.of(pid)
+        if not self._is_ready(output):
             self.end(seconds=0)
             raise StateError(f"the disks of the machine cannot be served: {self._said()}")
 
-    def _is_ready(self, child: "subprocess.Popen[bytes]") -> bool:
-        assert child.stdout is not None
+    def _start_program(self, arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "onionskin", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            umask=0o077,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
+        )
+        assert self._child.stdout is not None
+        return self._child.pid, self._child.stdout
+
+    def _is_ready(self, written: IO[bytes]) -> bool:
         deadline = time.monotonic() + READY_SECONDS
         line = b""
-        with child.stdout as output:
+        with written as output:
             while not line.endswith(b"\n"):
                 poll = select.poll()
                 poll.register(output.fileno(), select.POLLIN)

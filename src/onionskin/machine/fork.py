@@ -1,29 +1,38 @@
 """Starts several machines at once: forks of a snapshot, each of which has a supervisor of its own and maps the one RAM file.
 
-To load Python and all that a supervisor needs takes longer than to fork a machine. So one process loads it, makes the RAM
-file if it is missing, asks the hypervisor what it is, and then forks once for each machine. What the supervisors share stays
-in memory once.
+To load Python and all that a supervisor and a server of disks need takes longer than to fork a machine. So one process
+loads it, makes the RAM file if it is missing, asks the hypervisor what it is, and then forks for each machine: once for its
+supervisor, which first forks what will be the server of its disks. What they share stays in memory once.
 
 What must hold: the process that forks has no other thread then, and no store open: each supervisor opens its own. The caller
 returns when the guests of all run, or raises the first of what kept one from running; the others run then.
 """
 
+import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
-from onionskin.machine import daemon
+from onionskin.machine import daemon, disk_server
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.operations import machines
 
 STARTS_AT_ONCE = 16
+_OF_SERVERS = (
+    "onionskin.cli.app",
+    "onionskin.cli.serve",
+    "onionskin.nbd.server",
+    "onionskin.nbd.exports",
+    "onionskin.aio",
+)
 
 if TYPE_CHECKING:
     from onionskin.machine.ram_files import RamFile
@@ -88,7 +97,10 @@ def _failure(name: str, reader: int) -> Exception | None:
         value = json.loads(answer)
     except ValueError:
         return StateError(f"the supervisor of machine {name!r} died; see its {SUPERVISOR_LOG}")
-    return frames.unpack_error(value["error"]) if "error" in value else None
+    if "error" not in value:
+        return None
+    error = frames.unpack_error(value["error"])
+    return error if isinstance(error, Exception) else StateError(str(error))
 
 
 def main(text: str) -> int:
@@ -109,17 +121,21 @@ def main(text: str) -> int:
 
 def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
     """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
-    from onionskin.machine import restore, supervisor
+    from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
     from onionskin.machine.hypervisor import Configuration
+    from onionskin.machine.qemu import QemuHypervisor
     from onionskin.machine.ram_files import RamFiles
     from onionskin.machine.running import source_of
     from onionskin.store import Store
 
+    for module in _OF_SERVERS:
+        with suppress(ImportError):
+            importlib.import_module(module)
     try:
         with Store(store, create=False, trust=trust) as opened:
             row = machines.find(opened._opened.catalog, name)
             disks = opened._opened.catalog.disks_of_machine(row.id)
-            supervisor.QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
+            QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
             if machines.beginning(opened._opened, name).ram is None:
                 return None
             saved = restore.find_saved(opened, row, None)
@@ -137,6 +153,7 @@ def _supervise(what: dict[str, object], name: str, writer: int, log: str, others
             os.close(other)
         os.set_inheritable(writer, False)
         _write_to(log)
+        disk_server.spawn = _spawner(writer)
         return daemon.be_supervisor(
             str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"])
         )
@@ -144,6 +161,63 @@ def _supervise(what: dict[str, object], name: str, writer: int, log: str, others
         with suppress(BaseException):
             daemon.log_line(f"{type(error).__name__}: {error}")
         return 1
+
+
+def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
+    """Fork a process that becomes a server of disks when it is told to, and return what tells it. It can be called once."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waiting = os.fork()
+    if waiting == 0:
+        status = 1
+        try:
+            here.close()
+            os.close(writer)  # whoever waits for its end waits for the supervisor alone
+            status = _become_server(there)
+        finally:
+            os._exit(status)
+    there.close()
+
+    def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
+        disk_server.spawn = None  # another one is a program of its own
+        output, into = os.pipe2(os.O_CLOEXEC)
+        try:
+            with here:
+                socket.send_fds(here, [json.dumps(arguments).encode()], [into, log])
+                answer = here.recv(64)
+        finally:
+            os.close(into)
+            os.waitpid(waiting, 0)
+        return int(answer), os.fdopen(output, "rb", buffering=0)
+
+    return spawn
+
+
+def _become_server(asked: socket.socket) -> int:
+    """Wait for what to serve, and serve it in a process that nobody has to wait for. Return an exit status."""
+    what, given, _, _ = socket.recv_fds(asked, 1 << 20, 2)
+    if not what:
+        return 0  # the supervisor ended without it
+    into, log = given
+    if pid := os.fork():
+        asked.send(str(pid).encode())
+        return 0
+    os.setsid()
+    for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (into, 1), (log, 2)):
+        os.dup2(descriptor, standard)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    try:
+        from onionskin.cli import main as command_line
+
+        sys.argv = ["onionskin", *json.loads(what)]
+        command_line()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        daemon.log_line(f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
 
 
 def _write_to(log: str) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onionskin.operations.machines import MachineInfo
     from onionskin.store import Store
 
+ORPHAN_SECONDS = 10.0
 STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
 
 
@@ -153,6 +154,8 @@ class Machine:
         StateError
             The guest did not shut down in time. It runs on.
         """
+        if force and self._end_orphans():
+            return
         with self._supervisor() as control:
             if control is not None:
                 control.call("stop", timeout=timeout, force=force)
@@ -376,6 +379,20 @@ class Machine:
                     f"{STARTING_SECONDS:.0f} s"
                 )
             time.sleep(0.02)
+
+    def _end_orphans(self) -> bool:
+        """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""
+        found = Record.read(self._directory)
+        if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
+            return False
+        if (found.supervisor is not None and found.supervisor.is_alive) or machines.is_running(
+            self._store._opened, self._row
+        ):
+            return False
+        found.hypervisor.end(ORPHAN_SECONDS)
+        self._end_leftovers(found)
+        (self._directory / record.RECORD).unlink(missing_ok=True)
+        return True
 
     def _end_leftovers(self, found: Record | None) -> None:
         """End the server of the disks of a machine whose other processes were killed."""

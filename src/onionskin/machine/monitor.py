@@ -119,8 +119,11 @@ class Monitor:
             with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
                 await self._client.execute(command)
 
-        with suppress(RuntimeError):  # it was closed meanwhile
-            asyncio.run_coroutine_threadsafe(run(), self._loop)
+        work = run()
+        try:
+            asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # it was closed
+            work.close()
 
     def run_job(self, command: str, arguments: dict[str, Any], *, seconds: float = SECONDS) -> None:
         """Run a command that starts a job, and wait until the job has ended well."""

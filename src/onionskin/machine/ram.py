@@ -51,7 +51,8 @@ def blocks_of(runs: NDArray[Any]) -> NDArray[np.int64]:
     first = runs["start"].astype(np.int64) // PAGE_BYTES
     counts = runs["end"].astype(np.int64) // PAGE_BYTES - first
     before = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(first - before, counts)
+    blocks: NDArray[np.int64] = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(first - before, counts)
+    return blocks
 
 
 def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -417,7 +418,7 @@ def fill_file(snapshot: "Volume", descriptor: int, length: int) -> None:
         for at in range(start, end, PIECE_BYTES):
             piece = room[: min(PIECE_BYTES, end - at)]
             snapshot.readinto(at, piece)
-            _write_all(descriptor, memoryview(piece), at)
+            _write_all(descriptor, piece.data, at)
 
 
 def _write_all(descriptor: int, left: memoryview, offset: int) -> None:

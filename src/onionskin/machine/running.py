@@ -288,7 +288,7 @@ class StateFile:
         pages, before = page_aligned(count), page_aligned(count)
         pages[:] = 0
         flat = pages.reshape(-1)
-        os.preadv(self._descriptor, [memoryview(flat)[:length]], 0)
+        os.preadv(self._descriptor, [flat[:length].data], 0)
         numbers = np.arange(count, dtype=np.int64) + ram_bytes // PAGE_BYTES
         volume.read_blocks(numbers, before)
         changed = _ram.classify(flat, before.reshape(-1)) != _ram.SAME

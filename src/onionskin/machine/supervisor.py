@@ -77,7 +77,9 @@ class Supervisor:
         self._is_stopped = False  # the hypervisor reported that the machine stands still
         self._is_forced = False
         self._fault = ""  # why its disks are not served any more
+        self._untold: list[str] = []  # what a fork does not know of itself
         self._stopping: threading.Thread | None = None
+        self._is_recorded = True  # whether the record is this supervisor's to remove
         self._ended = threading.Event()  # nothing of the machine is left
         self.record: Record
         self.running: Running
@@ -112,10 +114,10 @@ class Supervisor:
             found.server.end(disk_server.END_SECONDS)
         serving = found.server if found and is_there and found.server and found.server.is_alive else None
         self._server = DiskServer(self._store.path, disks, self._directory, trust=self._store._trust, found=serving)
-        self._ends.callback(self._server.end)
         if found is not None and is_there:
             self._take_over(found, volume)
         else:
+            self._ends.callback(self._server.end)
             self._start(row.id, volume, paused)
         self._ends.callback(self.running.close)
         self._listen()
@@ -161,6 +163,25 @@ class Supervisor:
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if not paused:
             self._process.resume()
+            if begins.ram is not None and begins.snapshot is None:
+                self._tell_fork(configuration, identity)
+
+    def _tell_fork(self, configuration: Configuration, identity: Identity) -> None:
+        """Tell a guest that goes on as a fork for the first time who it is, in the background."""
+
+        def work() -> None:
+            try:
+                with self._process.agent() as agent:
+                    mac = identity.mac(0) if configuration.network != "none" else None
+                    self._untold = tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
+            except (OSError, OnionskinError) as error:
+                self._untold = [
+                    f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
+                ]
+            for line in self._untold:
+                self._log(f"the guest was not told: {line}")
+
+        threading.Thread(target=work, name="onionskin agent", daemon=True).start()
 
     def _configuration(self, row: "MachineRow") -> Configuration:
         """Return what the machine is made of. A fork has no network, unless it says that it has."""
@@ -188,8 +209,9 @@ class Supervisor:
         )
 
     def _take_over(self, found: Record, volume: "Volume") -> None:
-        """Go on with a machine whose supervisor was killed."""
+        """Go on with a machine whose supervisor was killed. Where that fails, its processes stay as they are recorded."""
         assert found.hypervisor is not None
+        self._is_recorded = False
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             self._server.start()  # QEMU may wait for it, and then answers nothing
@@ -198,13 +220,16 @@ class Supervisor:
             is_tracked=found.is_tracked,
             on_event=self._hear,
         )
-        self._ends.callback(self._process.quit, QUIT_SECONDS)
+        self._ends.callback(self._process.close)
         self.running = Running.attach(
             *(self._store, self._name, self._process, volume),
             *(Configuration.from_json(found.configuration), Recorded.from_json(found.recorded)),
             *(Identity(found.generation, found.mac_seed), self._directory),
             mapped=None if found.mapped is None else bytes.fromhex(found.mapped),
         )
+        self._is_recorded = True
+        self._ends.callback(self._server.end)
+        self._ends.callback(self._process.quit, QUIT_SECONDS)
         self.running.is_broken = found.is_reverting
         self.running.goes_on = found.is_reverting and not found.is_paused
         self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process, is_frozen=False))
@@ -320,7 +345,7 @@ class Supervisor:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
         try:
             self._ends.close()
-            if hasattr(self, "_directory"):
+            if hasattr(self, "_directory") and self._is_recorded:
                 (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
             self._ended.set()
@@ -356,6 +381,7 @@ class Supervisor:
             "console": str(self._directory / "console"),
             "unsaved_pages": self.running.guest_ram.unsaved_pages,
             "server_restarts": self._server.restarts,
+            "untold": self._untold,
         }
 
     def _state(self, said: str) -> str:
@@ -463,7 +489,7 @@ class Supervisor:
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
         with self._process.agent() as agent:
-            return tell_identity(agent, hostname=hostname, clock_ns=time.time_ns() if clock else None)
+            return tell_identity(agent, hostname=hostname, mac=None, clock_ns=time.time_ns() if clock else None)
 
     @contextmanager
     def _marked(self, *, is_frozen: bool) -> Iterator[None]:

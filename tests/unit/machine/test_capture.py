@@ -262,3 +262,21 @@ def test_rounds_end_where_they_get_no_shorter(running: Running, process: StandIn
     capture.snapshot(running, "a")
     assert len(rounds) <= capture.ROUNDS_MAX + 1
     assert ram_of(running, "a") == process.whole()
+
+
+def test_a_machine_that_boots_again_has_nothing_of_the_ram_before(
+    store: onionskin.Store, running: Running, process: StandIn, empty: Path, tmp_path: Path
+) -> None:
+    process.write(5, 1)
+    capture.snapshot(running, "a")
+    running.close()
+    running.ram_volume.close()
+    fresh = StandIn(tmp_path / "second", empty)
+    try:
+        booted = attach(store, fresh, tmp_path / "second")
+        fresh.write(6, 2)
+        capture.snapshot(booted, "b")
+        assert ram_of(booted, "b") == fresh.whole()
+        booted.close()
+    finally:
+        fresh.close()

@@ -12,6 +12,7 @@ from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine.running import Running
+from onionskin.operations.machine_snapshots import MachineCut
 
 
 def snapshot(running: Running, process: StandIn, name: str, pages: dict[int, int]) -> bytes:
@@ -38,7 +39,7 @@ def is_at(running: Running, process: StandIn, name: str, ram: bytes) -> bool:
 def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, process: StandIn) -> None:
     rams = {}
     for number, name in enumerate(("a", "b", "c")):
-        rams[name] = snapshot(running, process, name, {page: number + 1 for page in range(number, PAGES, 3 + number)})
+        rams[name] = snapshot(running, process, name, dict.fromkeys(range(number, PAGES, 3 + number), number + 1))
     for name in ("a", "c", "b", "b", "a", "c"):
         for page in range(0, PAGES, 7):
             process.write(page, 200)
@@ -54,7 +55,7 @@ def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, proce
 def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
     store: onionskin.Store, running: Running, process: StandIn, tmp_path: Path
 ) -> None:
-    ram = snapshot(running, process, "a", {page: 5 for page in range(0, PAGES, 2)})
+    ram = snapshot(running, process, "a", dict.fromkeys(range(0, PAGES, 2), 5))
     machine = running.machine
     running.close()
     running.ram_volume.close()
@@ -115,7 +116,7 @@ def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running
 
 def test_what_loading_the_devices_wrote_over_ram_is_put_right(running: Running, process: StandIn) -> None:
     """It resets the machine, which copies ROMs over RAM. The generation id is written on purpose."""
-    ram = snapshot(running, process, "a", {page: 3 for page in range(20)})
+    ram = snapshot(running, process, "a", dict.fromkeys(range(20), 3))
     load = process.load_state
 
     def load_and_reset(path: Path) -> None:
@@ -152,9 +153,7 @@ def test_the_generation_id_that_the_hypervisor_wrote_stays(
     assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES  # the page is not lost for the next one
 
 
-def test_without_tracking_what_differs_is_written_back(
-    store: onionskin.Store, empty: Path, tmp_path: Path
-) -> None:
+def test_without_tracking_what_differs_is_written_back(store: onionskin.Store, empty: Path, tmp_path: Path) -> None:
     process = StandIn(tmp_path / "run", empty, is_tracked=False)
     try:
         running = attach(store, process, tmp_path / "run")
@@ -175,4 +174,21 @@ def test_a_snapshot_without_ram_is_refused(store: onionskin.Store, running: Runn
     store._snapshot_machine_off("lab", "off")
     with pytest.raises(StateError, match="has no RAM"):
         restore.find_saved(store, running.machine, "off")
-    assert LENGTH == len(process.whole())
+    assert len(process.whole()) == LENGTH
+
+
+def test_a_snapshot_that_failed_at_its_commit_hides_nothing_from_a_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+
+    def fail(*args: object, **how: object) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MachineCut, "commit", fail)
+        with pytest.raises(OSError, match="no room"):
+            capture.snapshot(running, "lost")
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)

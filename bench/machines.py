@@ -1,0 +1,281 @@
+"""Snapshots, reverts and forks of machines beside QEMU's savevm and loadvm: the same guest, in one run, taking turns.
+
+    python bench/machines.py --kernel vmlinuz --initrd initrd --append "console=ttyS0 counter=..." [--qemu "PROGRAM ..."]
+
+The guest says "tick N ..." on its serial port, and writes to its memory and disks all the time, as tests/machine/counter.c
+does. One machine runs at a time: the other one stands still, or is off. Each row is a median, with the least and the
+greatest.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onionskin
+from onionskin.machine.monitor import Monitor
+from onionskin.machine.record import Record
+
+SECONDS_MAX = 120.0
+DISKS = {"d1": "64M", "d2": "8M"}
+TICK = re.compile(rb"tick \d+ [^\n]*\n")
+
+
+class Console:
+    """Reads what a guest says."""
+
+    def __init__(self, path: Path) -> None:
+        deadline = time.monotonic() + SECONDS_MAX
+        while True:
+            self._socket = socket.socket(socket.AF_UNIX)
+            try:
+                self._socket.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._socket.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.002)
+        self.text = b""
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while part := self._socket.recv(65536):
+            with self._news:
+                self.text += part
+                self._news.notify_all()
+
+    def wait_ticks(self, count: int = 1, *, since: int | None = None) -> None:
+        """Wait for so many whole ticks from now on, or from a place in the text on."""
+        with self._news:
+            at = len(self.text) if since is None else since
+            if not self._news.wait_for(lambda: len(TICK.findall(self.text, at)) >= count, SECONDS_MAX):
+                raise TimeoutError(f"the guest says nothing: {self.text[-200:]!r}")
+
+
+class Times:
+    """The rows of the table, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[float]] = {}
+
+    def add(self, row: str, seconds: float) -> None:
+        """Add a time."""
+        self.rows.setdefault(row, []).append(seconds * 1e3)
+
+    def take(self, row: str, call: Callable[[], Any]) -> Any:
+        """Time a call."""
+        begun = time.monotonic()
+        result = call()
+        self.add(row, time.monotonic() - begun)
+        return result
+
+    def median(self, row: str) -> float:
+        """Return the median of a row, NaN if it is empty."""
+        return statistics.median(self.rows[row]) if row in self.rows else float("nan")
+
+    def lines(self) -> list[str]:
+        """Return the table."""
+        return [
+            f"{row:34} {statistics.median(ms):8.1f} ms   [{min(ms):.1f} to {max(ms):.1f}]   n={len(ms)}"
+            for row, ms in self.rows.items()
+        ]
+
+
+class Peer:
+    """The same guest in a QEMU of its own, on qcow2 files."""
+
+    def __init__(self, root: Path, given: argparse.Namespace, *, load: str | None = None) -> None:
+        directory = Path(tempfile.mkdtemp(dir=root))
+        drives = []
+        for disk, size in DISKS.items():
+            path = root / f"{disk}.qcow2"
+            if not path.exists():
+                subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, size], check=True)
+            drives += ["-drive", f"file={path},if=virtio,format=qcow2"]
+        self._process = subprocess.Popen(
+            [
+                *shlex.split(given.qemu),
+                *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-cpu", "max", "-S"),
+                *("-machine", f"{given.machine_type},usb=off", "-m", str(given.memory), "-kernel", given.kernel),
+                *("-initrd", given.initrd, "-append", given.append, *drives),
+                *("-chardev", f"socket,id=console,path={directory}/console,server=on,wait=off"),
+                *("-serial", "chardev:console", "-qmp", f"unix:{directory}/qmp,server=on,wait=off"),
+                *(["-loadvm", load] if load else []),
+            ]
+        )
+        deadline = time.monotonic() + SECONDS_MAX
+        while True:
+            try:
+                self.monitor = Monitor(directory / "qmp", "peer")
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.002)
+        self.console = Console(directory / "console")
+
+    def say(self, command: str) -> None:
+        """Give a command of the human monitor."""
+        if said := self.monitor.execute("human-monitor-command", {"command-line": command}, seconds=SECONDS_MAX):
+            raise RuntimeError(said)
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait()
+        self.monitor.close()
+
+
+def pss_mib(pid: int) -> float:
+    """Return how much memory a process has, shared pages by halves."""
+    (found,) = re.findall(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(found) / 1024
+
+
+def pid_of(machine: "onionskin.Machine") -> int:
+    """Return QEMU's process."""
+    record = Record.read(machine._directory)
+    assert record is not None and record.hypervisor is not None
+    return record.hypervisor.pid
+
+
+def console_of(machine: "onionskin.Machine") -> Console:
+    """Connect to the console of a machine, as soon as it is there."""
+    return Console(machine._directory / "console")
+
+
+def measure_turns(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Take turns: snapshots beside savevm, reverts beside loadvm."""
+    console = console_of(lab)
+    console.wait_ticks(30)
+    found = {"booted PSS MiB": pss_mib(pid_of(lab))}
+    times.take("first snapshot, durable", lambda: lab.snapshot("first"))
+    lab.pause()
+    peer = Peer(root, given)
+    try:
+        peer.monitor.execute("cont")
+        peer.console.wait_ticks(30)
+        times.take("first savevm", lambda: peer.say("savevm first"))
+        peer.monitor.execute("stop")
+        stored = []
+        for number in range(given.rounds):
+            lab.resume()
+            time.sleep(given.seconds)
+            taken = times.take("second snapshot, durable", lambda: lab.snapshot(f"s{number}"))  # noqa: B023
+            times.add("its pause", taken.pause_seconds)
+            stored.append(taken.bytes_stored / 2**20)
+            time.sleep(given.seconds / 2)
+            begun = time.monotonic()
+            lab.revert(f"s{number}")
+            console.wait_ticks()
+            times.add("revert to first output", time.monotonic() - begun)
+            lab.pause()
+            peer.monitor.execute("cont")
+            time.sleep(given.seconds)
+            times.take("second savevm", lambda: peer.say(f"savevm s{number}"))  # noqa: B023
+            time.sleep(given.seconds / 2)
+            begun = time.monotonic()
+            peer.say(f"loadvm s{number}")
+            peer.console.wait_ticks()
+            times.add("loadvm to first output", time.monotonic() - begun)
+            peer.monitor.execute("stop")
+        found["stored MiB, median"] = statistics.median(stored)
+    finally:
+        peer.end()
+    return found
+
+
+def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Fork one machine, then several at once, beside fresh QEMUs with -loadvm."""
+    lab.stop(force=True)
+    found = {}
+    for count in (1, 1, given.forks):
+        begun = time.monotonic()
+        row = "fork to first output" if count == 1 else f"{count} forks to last first output"
+        forks = lab.fork("first", count=count)
+        consoles = [console_of(fork) for fork in forks]
+        for console in consoles:
+            console.wait_ticks(since=0)
+        times.add(row, time.monotonic() - begun)
+        if count > 1:
+            found[f"{count} forks PSS MiB"] = sum(pss_mib(pid_of(fork)) for fork in forks)
+        for fork in forks:
+            fork.stop(force=True)
+            fork.delete()
+    for _ in range(2):
+        begun = time.monotonic()
+        peer = Peer(root, given, load="first")
+        peer.monitor.execute("cont")
+        peer.console.wait_ticks(since=0)
+        times.add("fresh -loadvm to first output", time.monotonic() - begun)
+        peer.end()
+    return found
+
+
+def main() -> int:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, default in (("kernel", None), ("initrd", None), ("append", None), ("machine-type", "pc-i440fx-7.2")):
+        parser.add_argument(f"--{option}", required=default is None, default=default)
+    parser.add_argument("--qemu", default="qemu-system-x86_64")
+    parser.add_argument("--memory", type=int, default=512, help="MiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="that the guest runs before each snapshot")
+    parser.add_argument("--forks", type=int, default=8)
+    parser.add_argument("--pauses", type=int, default=50, help="further snapshots, for the pause")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    program, *arguments = shlex.split(given.qemu)
+    times, found = Times(), {}
+    with tempfile.TemporaryDirectory() as directory, onionskin.Store(Path(directory) / "vms") as store:
+        for disk, size in DISKS.items():
+            store.create(disk, size=size).close()
+        lab = store.create_machine(
+            "lab",
+            disks=list(DISKS),
+            memory=f"{given.memory}M",
+            program=program,
+            qemu_args=arguments,
+            machine_type=given.machine_type,
+            kernel=given.kernel,
+            initrd=given.initrd,
+            append=given.append,
+            agent=False,
+        )
+        try:
+            lab.start()
+            found |= measure_turns(times, lab, Path(directory), given)
+            lab.resume()
+            for _ in range(given.pauses):
+                time.sleep(0.3)
+                times.add("pause of a live snapshot", lab.snapshot().pause_seconds)
+            found |= measure_forks(times, lab, Path(directory), given)
+        finally:
+            for info in store.machines():
+                store.open_machine(info.name).stop(force=True)
+    if given.json:
+        print(json.dumps({"ms": times.rows, "other": found}))
+    else:
+        print("\n".join([*times.lines(), *(f"{what:34} {value:8.1f}" for what, value in found.items())]))
+        print(f"savevm / snapshot: {times.median('second savevm') / times.median('second snapshot, durable'):.1f}")
+        print(f"loadvm / revert: {times.median('loadvm to first output') / times.median('revert to first output'):.1f}")
+        print(
+            f"-loadvm / fork: {times.median('fresh -loadvm to first output') / times.median('fork to first output'):.1f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Forks of a machine that are started at once: each has its supervisor and its server, and they share what can be shared."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.guests import Console, configuration
+
+import onionskin
+from onionskin.errors import StateError
+from onionskin.machine.fork import start_all
+from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record
+from onionskin.operations import machines
+
+
+@pytest.fixture
+def store(vms: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(vms) as store:
+        try:
+            yield store
+        finally:
+            for info in store.machines():
+                store.open_machine(info.name).stop(force=True)
+
+
+@pytest.fixture
+def lab(store: onionskin.Store, qemu: list[str]) -> Machine:
+    """A machine that is off, and was taken as `ready` while it ran."""
+    one = configuration(qemu)
+    machine = store.create_machine(
+        "lab", disks=["web", "data"], memory="16M", program=one.program, qemu_args=one.qemu_args
+    )
+    machine.start()
+    with Console(machine._directory / "console") as console:
+        console.wait_ticks()
+    machine.snapshot("ready")
+    machine.stop(force=True)
+    return machine
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Wait until something holds that another process does."""
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
+
+
+def record_of(machine: Machine) -> Record:
+    found = Record.read(machine._directory)
+    assert found is not None and found.hypervisor and found.server and found.supervisor
+    return found
+
+
+def test_forks_map_one_file_and_share_its_pages(lab: Machine) -> None:
+    forks = lab.fork("ready", count=4)
+    for fork in forks:
+        with Console(fork._directory / "console") as console:
+            console.wait_ticks()
+    records = [record_of(fork) for fork in forks]
+    assert len({record.ram_file for record in records}) == 1
+    assert len({record.generation for record in records}) == 4
+
+
+def test_a_fork_whose_server_dies_has_another_one(lab: Machine) -> None:
+    (fork,) = lab.fork("ready", count=1)
+    before = record_of(fork).server
+    assert before is not None
+    os.kill(before.pid, signal.SIGKILL)
+    until(lambda: record_of(fork).server != before)
+    with Console(fork._directory / "console") as console:
+        console.wait_ticks()
+
+
+def test_what_keeps_one_from_starting_is_raised_and_the_others_run(lab: Machine, store: onionskin.Store) -> None:
+    names = store.fork_machine("lab", "ready", count=2)
+    row = machines.find(store._opened.catalog, names[0])
+    broken = Configuration.from_json(re.sub(r'"cpu_model":"\w+"', '"cpu_model":"qemu64"', row.configuration))
+    store._opened.change(lambda: store._opened.catalog.update_machine(row.id, configuration=broken.to_json()))
+    with pytest.raises(StateError, match="CPU model"):
+        start_all(store, names)
+    assert store.open_machine(names[0]).state != "running"
+    assert store.open_machine(names[1]).state == "running"
+
+
+def test_no_process_is_left_behind_a_fork(lab: Machine) -> None:
+    (fork,) = lab.fork("ready", count=1)
+    record = record_of(fork)
+    fork.stop(force=True)
+    until(lambda: not any(one.is_alive for one in (record.hypervisor, record.server, record.supervisor) if one))
+    assert fork.state == "off"

@@ -1,0 +1,113 @@
+"""A supervisor, a server of disks or a hypervisor that is killed at some instant of a snapshot, a revert or a fork.
+
+What must hold afterwards: the snapshot is there as a whole, or nothing of it; earlier ones can be gone back to; the machine
+runs, or is off and says so; it never stands still unnoticed; and the store has no problem.
+"""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support.guests import Console, configuration
+
+import onionskin
+from onionskin.errors import OnionskinError
+from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record
+
+ROUNDS = 6
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def lab(vms: Path) -> Iterator[Machine]:
+    """A machine that runs, with a snapshot `ready`."""
+    with onionskin.Store(vms) as store:
+        one = configuration(["qemu-system-x86_64"])
+        machine = store.create_machine("lab", disks=["web", "data"], memory="16M", program=one.program)
+        machine.start()
+        try:
+            with Console(machine._directory / "console") as screen:
+                screen.wait_ticks(5)
+            machine.snapshot("ready")
+            yield machine
+        finally:
+            machine.stop(force=True)
+
+
+def killed_in(work: Callable[[], object], machine: Machine, victim: str, seconds: float) -> bool:
+    """Kill a process of a machine so long after some work on it was begun. Return whether the work ended well."""
+    record = Record.read(machine._directory)
+    assert record is not None
+    process = getattr(record, victim)
+    done: list[object] = []
+
+    def run() -> None:
+        with suppress(OnionskinError, OSError):
+            done.append(work())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(seconds)
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    thread.join(120)
+    assert not thread.is_alive(), f"{victim}: the work did not end"
+    return bool(done)
+
+
+def delays(seed: int, most: float) -> list[float]:
+    """From at once to after the end, most of them early."""
+    draw = random.Random(seed)
+    return [draw.random() ** 2 * most for _ in range(ROUNDS)]
+
+
+def check_right(machine: Machine) -> None:
+    """The machine runs, or says why not; and can be put back to its first snapshot either way."""
+    status = machine.status()
+    assert status["state"] in ("running", "failed", "off"), status
+    if status["state"] == "failed":
+        assert status["why"], status
+    machine.revert("ready")
+    assert machine.state == "running"
+    with Console(machine._directory / "console") as screen:
+        screen.wait_ticks(3)
+    assert [problem for problem in machine._store.check() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
+def test_a_kill_in_a_snapshot_leaves_all_of_it_or_nothing(lab: Machine, victim: str) -> None:
+    for number, delay in enumerate(delays(1, 0.6)):
+        name = f"s{number}"
+        ended = killed_in(lambda name=name: lab.snapshot(name), lab, victim, delay)
+        check_right(lab)
+        there = {one.name for one in lab.snapshots}
+        assert name in there or not ended
+        if name in there:
+            lab.revert(name)
+            with Console(lab._directory / "console") as screen:
+                screen.wait_ticks(3)
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
+def test_a_kill_in_a_revert_leaves_a_machine_that_can_be_put_back_again(lab: Machine, victim: str) -> None:
+    for delay in delays(2, 0.5):
+        killed_in(lambda: lab.revert("ready"), lab, victim, delay)
+        check_right(lab)
+
+
+def test_a_kill_of_the_origin_in_a_fork_leaves_whole_forks(lab: Machine) -> None:
+    for delay in delays(3, 1.5)[:3]:
+        made: list[Machine] = []
+        killed_in(lambda made=made: made.extend(lab.fork("ready", count=2)), lab, "hypervisor", delay)
+        for fork in made:
+            with Console(fork._directory / "console") as screen:
+                screen.wait_ticks(3)
+            fork.stop(force=True)
+            fork.delete(recursive=True)
+        check_right(lab)

@@ -1,0 +1,107 @@
+"""A machine with Linux in it: its console, its agent, its shutdown, and what a fork is told.
+
+The guest boots once for all tests, and each begins with a fork of a snapshot of it.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.guests import Console, configuration
+from support.linux_guest import build_linux_guest, counts, wait_counts
+
+import onionskin
+from onionskin.errors import StateError
+from onionskin.machine.machine import Machine
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine that was booted, and is off: its snapshot `up` is of the running guest."""
+    directory = tmp_path_factory.mktemp("linux")
+    guest = build_linux_guest(directory)
+    one = configuration(["qemu-system-x86_64"], 256)
+    with onionskin.Store(directory / "vms") as store:
+        store.create("root", size="64M").close()
+        store.create("data", size="8M").close()
+        machine = store.create_machine(
+            "linux",
+            disks=["root", "data"],
+            memory="256M",
+            kernel=guest.kernel,
+            initrd=guest.initramfs,
+            append="console=ttyS0 quiet panic=-1 counter=64,2000,20",
+            program=one.program,
+        )
+        machine.start(paused=True)
+        try:
+            with Console(machine._directory / "console", seconds=240) as screen:
+                machine.resume()
+                wait_counts(screen, 20)
+                machine.snapshot("up")
+        finally:
+            machine.stop(force=True)
+        yield machine
+
+
+@pytest.fixture
+def fork(booted: Machine) -> Iterator[Machine]:
+    (made,) = booted.fork("up", count=1)
+    yield made
+    made.stop(force=True)
+    made.delete(recursive=True)
+
+
+def screen_of(machine: Machine) -> Console:
+    return Console(machine._directory / "console", seconds=120)
+
+
+def test_a_restored_guest_goes_on_at_the_next_count(booted: Machine, fork: Machine) -> None:
+    with screen_of(fork) as screen:
+        wait_counts(screen, 5)
+        assert 20 < counts(screen.text)[0] < 2000
+        assert "ready" not in screen.text  # it did not boot
+
+
+def test_the_agent_freezes_the_file_system_for_a_snapshot_and_thaws_it(fork: Machine) -> None:
+    with screen_of(fork) as screen:
+        wait_counts(screen, 3)
+        taken = fork.snapshot("frozen", freeze=True)
+        assert taken.frozen == ("/mnt",)
+        wait_counts(screen, 10)  # which writes to it
+
+
+def test_the_agent_tells_the_guest_its_name_and_the_time(fork: Machine) -> None:
+    with screen_of(fork) as screen:
+        wait_counts(screen, 3)
+        assert fork.tell("another", clock=True) == []
+        screen.wait(lambda: "host another at " in screen.text)
+        said = int(screen.text.rpartition("host another at ")[2].split()[0])
+        assert abs(said - time.time()) < 60
+
+
+def test_a_guest_shuts_down_when_it_is_asked(fork: Machine) -> None:
+    with screen_of(fork) as screen:
+        wait_counts(screen, 3)
+        fork.stop(60)
+        assert "goodbye" in screen.text
+    assert fork.state == "off"
+
+
+def test_a_guest_without_an_agent_is_not_frozen_and_that_is_said(tmp_path: Path, tick_disk: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", base=tick_disk).close()
+        machine = store.create_machine("plain", disks=["web"], memory="16M")
+        machine.start()
+        try:
+            with Console(machine._directory / "console") as screen:
+                screen.wait_ticks()
+                with pytest.raises(StateError, match="no guest agent answers"):
+                    machine.snapshot("frozen", freeze=True)
+                assert machine.snapshots == []
+                screen.wait_ticks()
+        finally:
+            machine.stop(force=True)

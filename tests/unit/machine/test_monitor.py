@@ -1,0 +1,173 @@
+"""The connection to QEMU's monitor, against a program that says what QEMU would."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onionskin.machine.monitor import Monitor, MonitorError, MonitorTimeout
+
+GREETING = {"QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}
+
+
+class Qemu:
+    """Answers on a socket. `silent` is not answered; `refused` is refused; the rest returns nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.heard: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.connection: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self.connection, _ = self._listener.accept()
+        except OSError:
+            return
+        self.say(GREETING)
+        text = ""
+        while part := self._received():
+            text += part
+            while text:
+                try:
+                    request, end = json.JSONDecoder().raw_decode(text)  # nothing stands between two
+                except ValueError:
+                    break
+                text = text[end:].lstrip()
+                self._answer(request)
+
+    def _received(self) -> str:
+        assert self.connection is not None
+        try:
+            return self.connection.recv(65536).decode()
+        except OSError:
+            return ""
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        command = request["execute"]
+        self.heard.append(command)
+        if command == "silent":
+            return
+        reply: dict[str, Any] = {"return": {}}
+        if command == "refused":
+            reply = {"error": {"class": "GenericError", "desc": "not now"}}
+        if command == "start-job":
+            self._job = request["arguments"]["job-id"]
+            status = {"id": self._job, "status": "concluded"}
+            self.say({"event": "JOB_STATUS_CHANGE", "data": status, "timestamp": {"seconds": 1, "microseconds": 1}})
+        if command == "query-jobs":
+            reply = {"return": [{"id": self._job, "status": "concluded", "type": "x", "error": "it failed"}]}
+        self.say(reply | ({"id": request["id"]} if "id" in request else {}))
+
+    def say(self, value: dict[str, Any]) -> None:
+        assert self.connection is not None
+        self.connection.sendall(json.dumps(value).encode() + b"\n")
+
+    def close(self) -> None:
+        for one in (self._listener, self.connection):
+            if one is not None:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        if self.connection is not None:
+            self.connection.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "qmp"
+
+
+@pytest.fixture
+def qemu(path: Path) -> Iterator[Qemu]:
+    made = Qemu(path)
+    yield made
+    made.close()
+
+
+def test_a_command_that_is_not_answered_ends_with_an_error_in_time(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        begun = time.monotonic()
+        with pytest.raises(MonitorTimeout, match=r"did not answer 'silent' within 0\.1 s"):
+            monitor.execute("silent", seconds=0.1)
+        assert time.monotonic() - begun < 5
+        monitor.execute("next")  # and the connection goes on
+    assert qemu.heard == ["qmp_capabilities", "silent", "next"]
+
+
+def test_a_command_that_is_refused_says_so_in_the_words_of_qemu(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor, pytest.raises(MonitorError, match="refused 'refused': not now"):
+        monitor.execute("refused")
+
+
+def test_a_job_that_failed_raises_its_error_and_is_dismissed(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        with pytest.raises(MonitorError, match="start-job: it failed"):
+            monitor.run_job("start-job", {})
+        monitor.execute("next")
+    assert "job-dismiss" in qemu.heard
+
+
+def test_events_are_given_and_an_error_of_who_hears_them_ends_nothing(qemu: Qemu, path: Path) -> None:
+    heard: list[str] = []
+    came = threading.Event()
+
+    def hear(name: str, data: dict[str, Any]) -> None:
+        heard.append(name)
+        if name == "STOP":
+            raise ValueError("a fault of the listener")
+        came.set()
+
+    with Monitor(path, "lab", on_event=hear):
+        for name in ("STOP", "RESUME"):
+            qemu.say({"event": name, "timestamp": {"seconds": 1, "microseconds": 1}})
+        assert came.wait(10)
+    assert heard == ["STOP", "RESUME"]
+
+
+def test_an_end_of_qemu_is_an_error_of_the_command_under_way(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        ended = threading.Timer(0.1, lambda: qemu.connection and qemu.connection.shutdown(socket.SHUT_RDWR))
+        ended.start()
+        with pytest.raises(MonitorError, match="has it ended"):
+            monitor.execute("silent", seconds=10)
+        ended.join()
+
+
+def test_a_closed_connection_refuses_commands_and_may_be_closed_again(qemu: Qemu, path: Path) -> None:
+    monitor = Monitor(path, "lab")
+    monitor.request("later")
+    monitor.close()
+    monitor.close()
+    monitor.request("later")
+    with pytest.raises(MonitorError, match="was closed"):
+        monitor.execute("next")
+
+
+def test_closing_while_another_thread_waits_ends_that_wait(qemu: Qemu, path: Path) -> None:
+    monitor = Monitor(path, "lab")
+    failed: list[MonitorError] = []
+
+    def wait() -> None:
+        try:
+            monitor.execute("silent", seconds=20)
+        except MonitorError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while "silent" not in qemu.heard:
+        time.sleep(0.005)
+    monitor.close()
+    thread.join(10)
+    assert not thread.is_alive() and failed
