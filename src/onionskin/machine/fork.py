@@ -11,6 +11,7 @@ returns when the guests of all run, or raises the first of what kept one from ru
 import importlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -206,10 +207,8 @@ def _become_server(asked: socket.socket) -> int:
         os.dup2(descriptor, standard)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
-        from onionskin.cli import main as command_line
-
         sys.argv = ["onionskin", *json.loads(what)]
-        command_line()
+        runpy.run_module("onionskin", run_name="__main__")
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:

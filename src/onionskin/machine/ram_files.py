@@ -12,6 +12,7 @@ layer holds does not change as long as its row is there, so a file is right if i
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 
 DIRECTORY = "ram"
+# To make a file writes as much as the RAM that is in use. So it is not done between snapshots that follow each other.
+QUIET_SECONDS = 2.0
 KEPT = 4  # files that nobody uses are kept up to this number, those that were used last
 
 
@@ -99,8 +102,9 @@ class RamFiles:
     def __init__(self, store: "OpenStore") -> None:
         self._store = store
         self._directory = store.layout.root / DIRECTORY
-        self._guard = threading.Lock()
+        self._changed = threading.Condition()
         self._wanted: Source | None = None
+        self._due = 0.0
         self._building: threading.Thread | None = None
 
     def _path(self, source: Source) -> Path:
@@ -121,30 +125,43 @@ class RamFiles:
             self._make(source, path)
 
     def make_soon(self, source: Source) -> None:
-        """Make the file for a layer in the background. If that fails, it is made when it is needed."""
+        """Make the file for a layer in the background, some seconds after the last such request: see QUIET_SECONDS.
 
-        with self._guard:
-            self._wanted = source  # only the newest is worth it
+        If that fails, it is made when it is needed. Of several requests only the last one counts.
+        """
+        with self._changed:
+            self._wanted, self._due = source, time.monotonic() + QUIET_SECONDS
             if self._building is None:
                 self._building = threading.Thread(target=self._make_wanted, name="onionskin RAM file", daemon=True)
                 self._building.start()
 
     def _make_wanted(self) -> None:
-        while True:
-            with self._guard:
-                source, self._wanted = self._wanted, None
-                if source is None:
-                    self._building = None
-                    return
+        with suppress(OSError):  # the machine goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while (source := self._next()) is not None:
             try:
                 self.use(source).close()
                 self.sweep()
             except (OSError, OnionskinError) as error:
                 _log.warning("the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), error)
 
-    def finish(self) -> None:
-        """Wait until what was asked for in the background is done."""
-        with self._guard:
+    def _next(self) -> Source | None:
+        """Wait until what is wanted is due. Return it, or None if nothing is: the thread ends then."""
+        with self._changed:
+            while self._wanted is not None and (left := self._due - time.monotonic()) > 0:
+                self._changed.wait(left)
+            source, self._wanted = self._wanted, None
+            if source is None:
+                self._building = None
+            return source
+
+    def finish(self, *, is_wanted: bool = True) -> None:
+        """Wait until what was asked for in the background is done, which begins at once; or until it is given up."""
+        with self._changed:
+            self._due = 0.0
+            if not is_wanted:
+                self._wanted = None
+            self._changed.notify_all()
             thread = self._building
         if thread:
             thread.join()

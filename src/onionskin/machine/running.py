@@ -123,7 +123,7 @@ class Running:
 
     def close(self) -> None:
         """Let go of what this has beside the process and the volume."""
-        self.files.finish()
+        self.files.finish(is_wanted=False)
         self.guest_ram.close()
 
 

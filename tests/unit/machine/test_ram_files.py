@@ -151,3 +151,14 @@ def test_a_build_that_fails_leaves_nothing(files: RamFiles, source: Source, monk
             files.use(source)
     assert list(directory(files).iterdir()) == []
     files.use(source).close()
+
+
+def test_of_snapshots_that_follow_each_other_only_the_last_one_gets_a_file(
+    store: onionskin.Store, running: Running, process: StandIn
+) -> None:
+    for number in range(3):
+        process.write(number, 1)
+        capture.snapshot(running, f"s{number}")
+    running.files.finish()
+    last = restore.find_saved(store, running.machine, "s2").layer.hex()
+    assert [path.name[:32] for path in directory(running.files).iterdir()] == [last]
