@@ -1593,6 +1593,11 @@ class Store:
         name : str
             The machine.
 
+        Returns
+        -------
+        MachineInfo
+            Nobody is asked, nothing is locked or opened.
+
         Raises
         ------
         MachineNotFoundError
@@ -1609,6 +1614,11 @@ class Store:
         ----------
         name : str
             The machine.
+
+        Returns
+        -------
+        list of MachineSnapshotInfo
+            The oldest first.
 
         Raises
         ------

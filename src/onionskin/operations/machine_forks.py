@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
-from onionskin.base.naming import check_name, some_of
+from onionskin.base.naming import some_of
 from onionskin.catalog import (
     LabelRow,
     MachineDiskRow,
@@ -88,9 +88,8 @@ def _fork_disk(
     store: OpenStore, wanted: Wanted, names: Sequence[str], disk: MachineDiskRow, taken: MachineSnapshotRow
 ) -> list[bytes]:
     """Fork a disk once for each machine. Returns the ids of the volumes."""
-    (layer,) = [
-        bound.layer for bound in store.catalog.disks_of_machine_snapshot(taken.id) if bound.position == disk.position
-    ]
+    bound = {one.position: one.layer for one in store.catalog.disks_of_machine_snapshot(taken.id)}
+    layer = bound.get(disk.position, b"")
     plain = replace(wanted, labels={}, lifetime_ns=None)
     return _fork_layer(store, plain, [machines.disk_name(name, disk.name) for name in names], layer)
 
@@ -151,8 +150,8 @@ def _free_names(store: OpenStore, wanted: Wanted, disks: Sequence[MachineDiskRow
     own += [machines.disk_name(name, disk.name) for name in names for disk in disks]
     if len(set(own)) < len(own):
         raise ValueError(f"volumes of these machines would have the same names: {some_of(sorted(own))}; choose others")
-    for name in own:
-        check_name("volume of a machine", name)
+    for name in names:
+        machines.check_owned_names(catalog, name, disks)
     forks.refuse_taken(store, own)
     return names
 

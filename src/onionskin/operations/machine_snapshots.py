@@ -340,7 +340,7 @@ def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> 
     with catalog.reading():
         machine = machines.find(catalog, name)
         disks = catalog.disks_of_machine(machine.id)
-        names = {row.id: row.name for row in catalog.volumes_with_ids(disk.volume for disk in disks)}
+        names = {row.id: row.name for row in machines.volumes_of(catalog, machine) if row.id != machine.ram}
     with open_heads(store, names.values(), opener, finder) as found:
         cut_disks: list[_CutDisk] = []
         cut = MachineCut(store, machine, cut_disks)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from onionskin.base.naming import check_note, some_of
 from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import remove_unreachable_layers, when
 from onionskin.errors import StateError
 from onionskin.operations import holds, machines
@@ -138,7 +139,9 @@ def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram
         if ram and row.ram is not None:
             layers.append(row.ram)
         named = {one.layer: one for one in catalog.snapshots_of_layers(layers)}
-        volumes = {one.id: one.name for one in catalog.volumes_with_ids(one.volume for one in named.values())}
+        volumes = {one.id: one.name for one in machines.volumes_of(catalog, machine)}
+        if len(named) < len(layers) or not {one.volume for one in named.values()} <= volumes.keys():
+            raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
     machines.note_reverting(store, machine.id, row.id)
     _at_once(
         [partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine) for at in layers]
@@ -329,8 +332,7 @@ def reset_ram(store: OpenStore, machine: MachineRow, *, without: set[bytes]) -> 
     catalog = store.catalog
     if machine.resumes and machine.stands_on is None:
         return
-    volume = catalog.volume_with_id(machine.ram)
-    assert volume is not None
+    volume = machines.volumes_of(catalog, machine)[-1]
     chain = catalog.chain(volume.head)[:-1]
     if not any(layer.id in without for layer in chain):
         return

@@ -51,7 +51,7 @@ def usage(store: OpenStore, name: str) -> list[MachineUsage]:
     whole.append((None, {volume.id: None for volume in volumes}))
     found = []
     for snapshot, names in whole:
-        parts = {volume: of[volume][called] for volume, called in names.items() if called in of[volume]}
+        parts = {volume: of[volume][called] for volume, called in names.items() if called in of.get(volume, {})}
         found.append(
             MachineUsage(
                 snapshot,

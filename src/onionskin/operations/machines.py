@@ -161,7 +161,14 @@ def volumes_of(catalog: Catalog, machine: MachineRow) -> list[VolumeRow]:
     """Return the volumes of a machine: its disks in their order, then its RAM."""
     ids = [disk.volume for disk in catalog.disks_of_machine(machine.id)] + [machine.ram]
     found = {row.id: row for row in catalog.volumes_with_ids(ids)}
-    return [found[id] for id in ids]
+    return [_there(catalog, machine, found.get(id)) for id in ids]
+
+
+def _there(catalog: Catalog, machine: MachineRow, volume: VolumeRow | None) -> VolumeRow:
+    """Return a volume of a machine. A sound catalog has it."""
+    if volume is None:
+        raise damaged(catalog.path, f"a volume of machine {machine.name!r} is missing")
+    return volume
 
 
 def disks_of(catalog: Catalog, machine: MachineRow) -> dict[bytes, str]:
@@ -241,6 +248,16 @@ def disk_name(machine: str, disk: str) -> str:
     return f"{machine}.{disk}"
 
 
+def check_owned_names(catalog: Catalog, machine: str, disks: Sequence[MachineDiskRow]) -> None:
+    """Raise an error where volumes of a machine of this name cannot be called as they would be."""
+    for disk in disks:
+        try:
+            check_name("disk", disk.name)
+        except ValueError as error:
+            raise damaged(catalog.path, error) from None
+        check_name("volume of a machine", disk_name(machine, disk.name))
+
+
 def new_ram_head(memory_bytes: int, wipe: str) -> NewHead:
     """Describe the head of a new RAM volume: the RAM, and behind it room for the state of the devices."""
     return NewHead.on(None, base=None, block_size=_RAM_BLOCK_SIZE, wipe=wipe, size_bytes=memory_bytes + STATE_BYTES_MAX)
@@ -268,8 +285,8 @@ def rename(store: OpenStore, name: str, new_name: str) -> None:
         refuse_taken(store, [new_name])
         owned = [disk for disk in catalog.disks_of_machine(row.id) if disk.owned]
         names = {row.ram: ram_name(new_name)} | {disk.volume: disk_name(new_name, disk.name) for disk in owned}
+        check_owned_names(catalog, new_name, owned)
         for volume, called in names.items():
-            check_name("volume of a machine", called)
             volumes.refuse_taken(store, called)
             catalog.update(VolumeRow, volume, name=called)
             lineage.rename(catalog, volume, called)
@@ -326,9 +343,7 @@ def beginning(store: OpenStore, name: str) -> Beginning:
         boots = Beginning(machine, taken, machine.resumes == REVERTING, None, "", 0, "")
         if machine.resumes == BOOTS or (taken and taken.ram is None):
             return boots
-        ram = catalog.volume_with_id(machine.ram)
-        if ram is None:
-            raise damaged(catalog.path, f"the RAM volume of machine {name!r} is missing")
+        ram = _there(catalog, machine, catalog.volume_with_id(machine.ram))
         if taken is None:
             origin = catalog.lineage_of(machine.ram)
             key = origin.guid.hex() if origin and origin.guid else machine.ram.hex()
@@ -356,7 +371,7 @@ def refuse_written(store: OpenStore, machine: MachineRow) -> None:
     with catalog.reading():
         disks = catalog.disks_of_machine(machine.id)
         bound = {row.position: row.layer for row in catalog.disks_of_machine_snapshot(machine.stands_on or b"")}
-        rows = {row.id: row for row in catalog.volumes_with_ids(disk.volume for disk in disks)}
+        rows = {row.id: row for row in volumes_of(catalog, machine)}
         chains = {disk.volume: catalog.chain(rows[disk.volume].head) for disk in disks}
         if machine.stands_on is None:
             bound = {disk.position: catalog.layer_of_origin(disk.volume) or b"" for disk in disks}
@@ -450,7 +465,7 @@ def _info(
     snapshots: int,
     labels: Mapping[str, str],
 ) -> MachineInfo:
-    ram = rows[machine.ram]
+    ram = _there(store.catalog, machine, rows.get(machine.ram))
     memory_bytes, cpus = memory_of(store.catalog, machine)
     holder = volume_holder(store.layout.volume_lock(machine.ram))
     at = store.catalog.machine_snapshot_with_id(machine.stands_on)
@@ -460,7 +475,10 @@ def _info(
         holder.pid if holder else None,
         memory_bytes,
         cpus,
-        tuple(MachineDisk(disk.name, rows[disk.volume].name, bool(disk.owned)) for disk in disks),
+        tuple(
+            MachineDisk(disk.name, _there(store.catalog, machine, rows.get(disk.volume)).name, bool(disk.owned))
+            for disk in disks
+        ),
         ram.name,
         snapshots,
         at.name if at else None,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from support.machines import make_machine, snapshot_live
 
 import onionskin
 from onionskin.catalog import SegmentRow
 from onionskin.catalog.rows import KEYS, TABLES
 from onionskin.catalog.schema import SCHEMA
+from onionskin.operations import machine_removal, machine_usage, machines
 
 VALUES = [
     None,
@@ -60,6 +62,11 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store.create("db", size="8M", wipe="zero").close()
         store.fork("web@a", names=["copy"], labels={"task": "42"}, lifetime="1h", idempotency_key="k")
         store.hold("web", "a", "backup")
+        store.create("disk", size="64K").close()
+        make_machine(store, "lab", ["disk"])
+        for name in ("ready", "later"):
+            snapshot_live(store, "lab", name, {"disk": b"disk", "lab.ram": b"memory"})
+        store.fork_machine("lab@ready")
         with store._opened.catalog.transaction():
             row = store._opened.catalog.rows(SegmentRow)[0]
             store._opened.catalog.add_work("scrub", row.id, row.lock_byte, "zero")
@@ -69,6 +76,33 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         catalog.commit()
     (root / "store" / "reserve").unlink()
     return root / "store"
+
+
+def use_machines(path: Path) -> None:
+    """Do with a store all that reads the rows of machines, each for itself."""
+    calls: list[Callable[[onionskin.Store], Any]] = [
+        lambda store: store.volumes(owned=True),
+        lambda store: store.machines(),
+        lambda store: store.machine_info("lab-1"),
+        lambda store: store.machine_snapshots("lab"),
+        lambda store: store.machine_usage("lab"),
+        lambda store: store.machine_lineage("lab-1"),
+        lambda store: machines.refuse_written(store._opened, machines.beginning(store._opened, "lab-1").machine),
+        lambda store: machine_usage.loss_of_discard(store._opened, "lab", ["later"], recursive=False),
+        lambda store: store._snapshot_machine_off("lab", "off"),
+        lambda store: store._revert_machine("lab", "ready"),
+        lambda store: machines.beginning(store._opened, "lab"),
+        lambda store: store.fork_machine("lab@ready", count=2),
+        lambda store: store._merge_machine_snapshots("lab", "later"),
+        lambda store: store._discard_machine_snapshots("lab", "ready", recursive=True),
+        lambda store: store.rename_machine("lab-1", "box"),
+        lambda store: machine_removal.loss_of_delete(store._opened, ["box", "lab-1"], recursive=True),
+        lambda store: store.delete_machines("box", recursive=True),
+        lambda store: store.delete_machines("lab", recursive=True),
+    ]
+    for call in calls:
+        with suppress(onionskin.OnionskinError, OSError), onionskin.Store(path, create=False) as store:
+            call(store)
 
 
 def use(path: Path) -> None:
@@ -127,7 +161,7 @@ def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: P
             catalog.commit()
         with suppress(onionskin.FormatError):
             onionskin.Store(path, create=False).close()
-            use(path)
+            (use_machines if table.startswith("machine") else use)(path)
         shutil.rmtree(path)
 
 
