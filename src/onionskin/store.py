@@ -1669,6 +1669,8 @@ class Store:
         MachineNotFoundError
             There is none of that name.
         """
+        from dataclasses import replace
+
         from onionskin.operations import lineage, machines
 
         about = machines.machine_info(self._opened, name)
@@ -1898,7 +1900,7 @@ class Store:
         """Begin a snapshot of a machine: see `machine_snapshots.cut_machine`."""
         from onionskin.operations import machine_snapshots
 
-        return machine_snapshots.cut_machine(self._opened, name, self._open_to_cut, self._finder())
+        return machine_snapshots.cut_machine(self._opened, name, self._open_to_cut, self._find_served)
 
     # ---- looking ----
 

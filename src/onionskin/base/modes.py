@@ -34,16 +34,16 @@ def make_file(path: "str | os.PathLike[str]") -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        share_file(descriptor, FilePath(path))
+        share_file(descriptor, path)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def share_file(descriptor: int, path: FilePath) -> None:
+def share_file(descriptor: int, path: "str | os.PathLike[str]") -> None:
     """Let the group use a file that was just made, if its directory is shared."""
-    if is_shared(path.parent):
+    if is_shared(FilePath(path).parent):
         os.fchmod(descriptor, 0o660)
 
 

@@ -24,11 +24,11 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 @contextmanager
-def short_path(path: FilePath) -> Iterator[str]:
+def short_path(path: "str | os.PathLike[str]") -> Iterator[str]:
     """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
-    descriptor = os.open(path.absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(FilePath(path).absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{descriptor}/{path.name}"
+        yield f"/proc/self/fd/{descriptor}/{FilePath(path).name}"
     finally:
         os.close(descriptor)
 
@@ -102,7 +102,7 @@ def _refuse_taken(path: FilePath) -> None:
     raise StateError(f"another server listens on {path}; stop it, or choose another path")
 
 
-def connect_unix(path: FilePath, *, seconds: float = 0) -> socket.socket:
+def connect_unix(path: "str | os.PathLike[str]", *, seconds: float = 0) -> socket.socket:
     """Connect to a Unix socket.
 
     The queue may be full, as it is for a process that was stopped. Then the call waits for so many seconds (0: for

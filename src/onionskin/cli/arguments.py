@@ -177,7 +177,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         names = [name for name in self.names_in(store, with_snapshots) if name.startswith(last)]
         return [CompletionItem(f"{directory}/{name}") for name in names]
 
-    def names_in(self, store: Path, with_snapshots: bool) -> list[str]:
+    def names_in(self, store: FilePath, with_snapshots: bool) -> list[str]:
         """Return the volumes of a store, or the snapshots of all of them; nothing where it cannot be read."""
         return _names_in(store, with_snapshots)
 

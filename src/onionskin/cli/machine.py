@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from onionskin.base.naming import some_of
+from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
@@ -22,15 +23,15 @@ from onionskin.cli.arguments import (
     STORE,
     WIPE,
     Name,
+    label_option,
     open_store,
     parse_name,
     trust_option,
 )
+from onionskin.cli.chosen import same_store
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order
-from onionskin.cli.forking import label_option
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
-from onionskin.cli.snapshots import same_store
 
 if TYPE_CHECKING:
     from onionskin.operations.losses import Loss
@@ -322,7 +323,7 @@ _SHOWN = ("name", "state", "memory", "cpus", "disks", "snapshots", "stands-on")
 @column_options(_COLUMNS)
 @trust_option
 @json_option
-def list_machines(store: Path, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
+def list_machines(store: FilePath, labels: tuple[tuple[str, str], ...], asked: Asked, as_json: bool) -> None:
     """List the machines of a store.
 
     One is running if a process has it, whatever its guest does; status asks that process.

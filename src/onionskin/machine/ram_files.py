@@ -101,7 +101,7 @@ class RamFiles:
 
     def __init__(self, store: "OpenStore") -> None:
         self._store = store
-        self._directory = store.layout.root / DIRECTORY
+        self._directory = Path(store.layout.root) / DIRECTORY
         self._changed = threading.Condition()
         self._wanted: Source | None = None
         self._due = 0.0

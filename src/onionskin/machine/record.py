@@ -27,12 +27,12 @@ RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
 )
 
 
-def directory_of(root: Path, machine: bytes) -> Path:
+def directory_of(root: str | Path, machine: bytes) -> Path:
     """Return the directory of a machine, in the store."""
-    return root / DIRECTORY / machine.hex()
+    return Path(root) / DIRECTORY / machine.hex()
 
 
-def make_directory(root: Path, machine: bytes) -> Path:
+def make_directory(root: str | Path, machine: bytes) -> Path:
     """Make that directory, for its user alone."""
     path = directory_of(root, machine)
     path.parent.mkdir(mode=0o700, exist_ok=True)
