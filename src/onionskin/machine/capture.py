@@ -22,7 +22,7 @@ from onionskin.base.lazy import logger
 from onionskin.catalog import CommitUnknownError
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine.running import Running, StateFile, Stop, source_of, stopped
-from onionskin.operations.machine_snapshots import MachineCut
+from onionskin.operations.machine_snapshots import MachineCut, cut_machine
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineSnapshotRow
@@ -102,7 +102,9 @@ def snapshot(
             raise StateError(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
-        with StateFile() as state, running.store._cut_machine(running.name) as cut:
+        store = running.store
+        cutting = cut_machine(store._opened, running.name, running.open_disk, store._finder())
+        with StateFile() as state, cutting as cut:
             cut.check(name)
             taken = _taken_with(running, cut, state, name, note, mode, freeze, go_on)
         _make_file_soon(running)

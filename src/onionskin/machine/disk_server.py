@@ -48,6 +48,8 @@ class DiskServer:
     ----------
     restarts : int
         How often it was started again.
+    is_given_up : bool
+        Whether it died too often, and is not started again.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class DiskServer:
         self._starts: deque[float] = deque(maxlen=RESTARTS_MAX)
         self.process: ProcessId | None = found
         self.restarts = 0
+        self.is_given_up = False
 
     @property
     def uris(self) -> list[str]:
@@ -139,6 +142,7 @@ class DiskServer:
         """
         now = time.monotonic()
         if len(self._starts) == RESTARTS_MAX and now - self._starts[0] < WITHIN_SECONDS:
+            self.is_given_up = True
             raise StateError(
                 f"the server of the machine's disks died {RESTARTS_MAX} times within {WITHIN_SECONDS:.0f} s, and is not "
                 f"started again: {self._said()}"

@@ -27,7 +27,7 @@ from onionskin.operations import reclaim
 from onionskin.operations.differences import diff_of_chains
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import read_layers
-from onionskin.storage.open_head import OpenView
+from onionskin.storage.open_head import OpenHead, OpenView
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Running:
         Whether going back to a snapshot failed half-way: the machine stays stopped until that is done again.
     goes_on : bool
         Whether it goes on when that is done, as it ran before.
+    has_server : bool
+        Whether a process serves its disks at all times, and is started again when it dies.
     """
 
     store: "Store"
@@ -85,6 +87,7 @@ class Running:
     files: RamFiles
     is_broken: bool = False
     goes_on: bool = False
+    has_server: bool = False
     guard: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
@@ -120,6 +123,12 @@ class Running:
         if row is None:
             raise StateError(f"machine {self.name!r} was deleted")
         return row
+
+    def open_disk(self, volume: str) -> "OpenHead":
+        """Open a disk that nobody serves, to cut it. One whose server is about to be back is the server's to open."""
+        if self.has_server:
+            raise StateError(f"the server of volume {volume!r} has just died, and is started again; try again")
+        return self.store._open_to_cut(volume)
 
     def close(self) -> None:
         """Let go of what this has beside the process and the volume."""

@@ -47,6 +47,7 @@ _log = logger(__name__)
 QUIT_SECONDS = 10.0
 STOP_SECONDS = 90.0  # that a guest has to shut down, where nobody says how long
 POLL_SECONDS = 5.0
+RESTART_SECONDS = 0.5
 GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an error goes on by itself
 
 
@@ -120,6 +121,7 @@ class Supervisor:
             self._ends.callback(self._server.end)
             self._start(row.id, volume, paused)
         self._ends.callback(self.running.close)
+        self.running.has_server = bool(self._server.uris)
         self._listen()
 
     def _start(self, machine: bytes, volume: "Volume", paused: bool) -> None:
@@ -303,14 +305,18 @@ class Supervisor:
     def _look_at_server(self) -> None:
         self._server.reap()
         process = self._server.process
-        if process is None or process.is_alive or self._fault or self._stopping:
+        if not self._server.uris or (process is not None and process.is_alive) or self._fault or self._stopping:
             return
-        self._log(f"the server of the disks (process {process.pid}) ended; starting it again")
+        self._log("the server of the disks ended; starting it again")
         try:
             self._server.restart()
         except (OSError, OnionskinError) as error:
-            self._fault = str(error)
-            self._log(self._fault)
+            self._log(str(error))
+            if self._server.is_given_up:
+                self._fault = str(error)
+            else:  # a revert may have a disk for a moment
+                time.sleep(RESTART_SECONDS)
+                self.wake()
             return
         self._note(replace(self.record, server=self._server.process))
 
