@@ -468,8 +468,8 @@ class Store:
         """Open a fork that nothing was written to: it is read through the view of what it stands on, which is shared.
 
         Its own data path is opened when something is written (`OpenHead.begin_writing`). None: it is opened at once, as is
-        a volume that stands on a snapshot of its own, since no other head is read through that view, and one below which
-        a layer may be folded or blocks may be freed, since an opening does that.
+        a volume that stands on a snapshot of its own, since no other head is read through that view, and one for which an
+        opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost.
         """
         from onionskin.operations import reclaim
         from onionskin.operations.forks import is_unwritten
@@ -478,8 +478,11 @@ class Store:
         version = store.catalog.version()
         head = store.catalog.layer(row.head)
         below = head.parent
-        if below is None or not is_unwritten(store, row.id, head):
+        if below is None or not is_unwritten(store, row.id, head) or store.catalog.staged_volumes():
             return None
+        files = [store.layout.segment_path(segment.id) for segment in store.catalog.segments_of_layer(head.id)]
+        if any(bytes_in(file) for file in files):
+            return None  # a machine that went down left data there that no map names
         snapshot = store.catalog.snapshot_of_layer(below)
         unnamed = store.catalog.unnamed_in_chain(below)
         if (snapshot and snapshot.volume == row.id) or any(
