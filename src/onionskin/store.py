@@ -59,7 +59,7 @@ from onionskin.storage.locks import (
     locked_to_remove,
     volume_holder,
 )
-from onionskin.storage.open_head import OpenHead, OpenView, Unwritten
+from onionskin.storage.open_head import OpenHead, OpenView, Unwritten, is_unwritten
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -472,7 +472,6 @@ class Store:
         opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost.
         """
         from onionskin.operations import reclaim
-        from onionskin.operations.forks import is_unwritten
 
         store = self._opened
         version = store.catalog.version()
@@ -1533,7 +1532,7 @@ class Store:
             configuration["qemu_args"] = tuple(configuration["qemu_args"])
         for file in ("kernel", "initrd"):
             if configuration.get(file) is not None:
-                configuration[file] = str(Path(configuration[file]).absolute())
+                configuration[file] = str(FilePath(configuration[file]).absolute())
         wanted = onionskin.MachineConfiguration(memory_bytes=parse_size(memory), **configuration)
         if wipe is not None:
             _check_geometry(4096, wipe)

@@ -23,6 +23,7 @@ from docs.blocks import PAGES, ROOT, Block, blocks_of
 from docs.session import run_session, steps_of
 
 from onionskin.cli.app import onionskin
+from onionskin.errors import VolumeNotFoundError
 
 MIB = 1 << 20
 RUN = {"python", "console", "sh"}
@@ -102,6 +103,8 @@ def parse_command(line: str) -> None:
             command = command.commands[verb]
         try:
             command.make_context(verb, words)
+        except VolumeNotFoundError:
+            pass  # a store of the reader's
         except click.BadParameter as wrong:
             if "does not exist" not in wrong.message:  # a directory of the reader's
                 raise

@@ -492,10 +492,10 @@ class Connection:
         assignments = ", ".join(f"{column} = ?" for column in values)
         self._execute(f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?", *values.values(), id)
 
-    def update_all(self, kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def update_all(self, kind: type, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Change the same columns of many rows. Each of `rows` has their values, and then the row's key. In a transaction."""
-        check_rows(kind, columns, [row[:-1] for row in rows])
-        assignments = ", ".join(f"{column} = ?" for column in columns)
+        check_rows(kind, names, [row[:-1] for row in rows])
+        assignments = ", ".join(f"{name} = ?" for name in names)
         text = f"UPDATE {TABLES[kind]} SET {assignments} WHERE {KEYS.get(kind, 'id')} = ?"
         self._connection.executemany(text, rows)
 

@@ -103,7 +103,7 @@ def snapshot(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
         store = running.store
-        cutting = cut_machine(store._opened, running.name, running.open_disk, store._finder())
+        cutting = cut_machine(store._opened, running.name, running.open_disk, store._find_served)
         with StateFile() as state, cutting as cut:
             cut.check(name)
             taken = _taken_with(running, cut, state, name, note, mode, freeze, go_on)

@@ -80,12 +80,27 @@ class Configuration:
             raise ValueError(f"a machine cannot have {fault}")
 
     def to_json(self) -> str:
-        """Return it as text, for `from_json`."""
+        """Return it as text, for `from_json`.
+
+        Returns
+        -------
+        str
+            JSON, on one line.
+        """
         return _to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
+
+        Parameters
+        ----------
+        text : str
+            What `to_json` returned.
+
+        Returns
+        -------
+        MachineConfiguration
 
         Raises
         ------

@@ -44,6 +44,11 @@ class Machine:
     ----------
     name : str
         As it was called then.
+
+    Notes
+    -----
+    Any call raises StateError if the machine was deleted. Those that ask its supervisor raise it too if that does not
+    answer, and OSError if its socket cannot be used.
     """
 
     def __init__(self, store: "Store", name: str) -> None:
@@ -72,7 +77,18 @@ class Machine:
         return self._store.machine_snapshots(self._name)
 
     def info(self) -> "MachineInfo":
-        """Return what the store knows of it. Nobody is asked."""
+        """Return what the store knows of it. Nobody is asked.
+
+        Returns
+        -------
+        MachineInfo
+            Nothing is locked or opened.
+
+        Raises
+        ------
+        StateError
+            It was deleted.
+        """
         return self._store.machine_info(self._name)
 
     def status(self) -> dict[str, Any]:
@@ -107,10 +123,17 @@ class Machine:
     def console(self) -> socket:
         """Connect to its serial console. One at a time can; the others wait.
 
+        Returns
+        -------
+        socket.socket
+            A connected Unix socket. The caller closes it.
+
         Raises
         ------
         StateError
             It is off.
+        OSError
+            There was no connection within 30 seconds.
         """
         with self._running("has no console"):
             return connect_unix(self._directory / "console", seconds=STARTING_SECONDS)
@@ -122,10 +145,17 @@ class Machine:
 
         It boots from its disks; or it goes on from RAM, if it was put back to a snapshot or is a fork that never ran.
 
+        Parameters
+        ----------
+        paused : bool
+            Have it stand still from the begin, until `resume`.
+
         Raises
         ------
         StateError
-            It runs already, or cannot run here.
+            It runs already, it cannot run here, or a disk of it is in use. Nothing of it runs then.
+        OSError
+            A file could not be read or written, or there is no space (ENOSPC). Nothing of it runs then.
         """
         with self._supervisor() as control:
             if control is not None:
@@ -133,7 +163,30 @@ class Machine:
         self._start(paused=paused)
 
     def run(self, *, paused: bool = False) -> int:
-        """Run it in this process, for a service manager, until it ends. Returns the exit status of the hypervisor."""
+        """Run it in this process, for a service manager, until it ends.
+
+        Only the main thread can call it. SIGTERM, SIGINT and SIGHUP have the guest shut down. On return, all of it has
+        ended and its disks are flushed.
+
+        Parameters
+        ----------
+        paused : bool
+            Have it stand still from the begin, until `resume`.
+
+        Returns
+        -------
+        int
+            The exit status of the hypervisor: negative if a signal ended it.
+
+        Raises
+        ------
+        StateError
+            It runs already, it cannot run here, or a disk of it is in use. Nothing of it runs then.
+        OSError
+            A file could not be read or written, or there is no space (ENOSPC). Nothing of it runs then.
+        ValueError
+            This is not the main thread. Nothing of it runs then.
+        """
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
@@ -161,22 +214,53 @@ class Machine:
                 control.call("stop", timeout=timeout, force=force)
 
     def pause(self) -> bool:
-        """Have it stand still until `resume`, also behind snapshots. Return whether it ran."""
+        """Have it stand still until `resume`, also behind snapshots, and if its supervisor is killed meanwhile.
+
+        Nothing is made durable by this.
+
+        Returns
+        -------
+        bool
+            Whether it ran until now.
+
+        Raises
+        ------
+        StateError
+            It is off; or it could not be stopped in time, because it waits for a disk, and goes on.
+        """
         with self._running("cannot be paused") as control:
             return bool(control.call("pause"))
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let it go on. Nothing happens to one that runs.
+
+        Raises
+        ------
+        StateError
+            It is off; or a revert of it failed half-way: revert it again, or stop it.
+        """
         with self._running("cannot go on") as control:
             control.call("resume")
 
     def tell(self, hostname: str | None = None, *, clock: bool = True) -> list[str]:
         """Tell the guest, through its agent, who and when it is now.
 
+        Parameters
+        ----------
+        hostname : str, optional
+            Its new host name, until its next boot. With None, it keeps the one that it has.
+        clock : bool
+            Whether to set its clock to the time of the host.
+
         Returns
         -------
         list of str
-            What could not be done.
+            What could not be done, in words. It is empty if all was done.
+
+        Raises
+        ------
+        StateError
+            It is off, or no agent answers in the guest.
         """
         with self._running("cannot be told anything") as control:
             return list(control.call("tell", hostname=hostname, clock=clock))
@@ -225,12 +309,23 @@ class Machine:
     def revert(self, name: str) -> None:
         """Put it back to a snapshot. One that runs goes on from there, in the same process; one that is off is started.
 
+        One that is paused stays so. What was written after its last snapshot is gone. Durable on return.
+
+        Parameters
+        ----------
+        name : str
+            The snapshot. One of a machine that was off has no RAM: the machine has to be off, and boots.
+
         Raises
         ------
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            The snapshot cannot run here; the difference is named, and nothing was touched.
+            The snapshot cannot run here, and the difference is named: a machine that runs was not touched, and one that
+            is off was put back, but not started. Or it failed half-way: a machine that runs stands still until it is
+            reverted again or stopped, as `status` says. Or a disk of it is in use.
+        OSError
+            A file could not be read or written. Revert it again, or stop it.
         """
         with self._supervisor() as control:
             if control is not None:
@@ -240,17 +335,84 @@ class Machine:
         self._start()
 
     def merge(self, names: "str | Sequence[str]") -> list[str]:
-        """Drop snapshots of it, and keep all data. Return their names."""
+        """Drop snapshots of it, and keep all data: what was written after each joins what was written before it.
+
+        It may run. Durable on return.
+
+        Parameters
+        ----------
+        names : str or sequence of str
+            A snapshot, or several: then all are dropped in one transaction, or none is.
+
+        Returns
+        -------
+        list of str
+            Their names, in the order in which they were taken.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of a name.
+        StateError
+            The machine, or a fork that never ran, is about to go on from one of them; or somebody holds one of them.
+        ValueError
+            The sequence is empty.
+        """
         with self._supervisor():
             return self._store._merge_machine_snapshots(self._name, names)
 
     def discard(self, names: "str | Sequence[str]", *, recursive: bool = False) -> list[str]:
-        """Drop snapshots of it, and what was written after them. Return their names."""
+        """Drop snapshots of it, and all that was written after them on their branches.
+
+        It may run, if it does not stand on one of them. One that is off and stands on one reads as that did, and boots
+        at its next start. Durable on return.
+
+        Parameters
+        ----------
+        names : str or sequence of str
+            A snapshot, or several: then all are dropped in one transaction, or none is.
+        recursive : bool
+            Also drop the snapshots that were taken after them.
+
+        Returns
+        -------
+        list of str
+            The names of all that were dropped, in the order in which they were taken.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of a name.
+        StateError
+            It runs on one of them, snapshots were taken after them and `recursive` is not given, a fork that never ran
+            is about to go on from one, or one is held or needed by another volume. Nothing was dropped.
+        ValueError
+            The sequence is empty.
+        """
         with self._supervisor():
             return self._store._discard_machine_snapshots(self._name, names, recursive=recursive)
 
     def delete(self, *, recursive: bool = False) -> int:
-        """Remove it, while it is off. Return the bytes on the disk of the data that goes."""
+        """Remove it, while it is off, with its RAM and, if it is a fork, its disks. Other disks stay as they are.
+
+        Durable on return.
+
+        Parameters
+        ----------
+        recursive : bool
+            Remove its snapshots too, if it has any.
+
+        Returns
+        -------
+        int
+            The bytes on the disk of the data that goes.
+
+        Raises
+        ------
+        StateError
+            It runs, it has snapshots and `recursive` is not given, other machines were forked from it, or somebody holds
+            a snapshot of a disk. Nothing was removed.
+        """
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first")
@@ -288,6 +450,20 @@ class Machine:
         Returns
         -------
         list of Machine
+            In the order of `names` or of the numbers.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        MachineExistsError, VolumeExistsError
+            A name is taken, of a machine or of a volume that it would have.
+        StateError
+            One of them cannot run here.
+        OSError
+            A file could not be read or written, or there is no space (ENOSPC).
+        ValueError
+            The arguments do not say which machines to make.
         """
         made = self._store.fork_machine(
             self._name, snapshot, count=count, names=names, pattern=pattern, lifetime=lifetime, labels=labels, wipe=wipe

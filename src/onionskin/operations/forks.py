@@ -21,7 +21,7 @@ from hashlib import sha256
 from string import Formatter
 
 from onionskin.base.durations import parse_duration
-from onionskin.base.limits import HEADER_BYTES, NAME_BYTES_MAX, WIPE_POLICIES
+from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_ids
 from onionskin.catalog.sqlite_errors import damaged
@@ -34,8 +34,7 @@ from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.seal import seal
 from onionskin.storage.chain import NewHead, insert_copies
-from onionskin.storage.layout import bytes_in
-from onionskin.storage.open_head import OpenHead
+from onionskin.storage.open_head import OpenHead, is_unwritten
 from onionskin.storage.open_store import OpenStore
 
 FORKS_MAX = 10_000  # of one call: nobody else can change the store meanwhile
@@ -292,14 +291,6 @@ def fork_unwritten(store: OpenStore, volume: VolumeRow, wanted: Wanted) -> list[
         return names if fork_below(store, head.id, head.size_bytes, insert) else None
     except DoneBeforeError as done:
         return done.names
-
-
-def is_unwritten(store: OpenStore, volume: bytes, head: LayerRow) -> bool:
-    """Whether a volume that is locked and not open has nothing in its head, flushed or left by a process that died."""
-    layout = store.layout
-    return not (
-        head.map_frames or bytes_in(layout.dirty_path(volume)) or bytes_in(layout.map_path(head.map_id)) > HEADER_BYTES
-    )
 
 
 def _source(store: OpenStore, volume: bytes, wanted: Wanted) -> VolumeRow:

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from onionskin.base import forking
 from onionskin.base.lazy import logger
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import CommitUnknownError, VolumeRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.storage.chain import read_chain, unfinished_base_merges
+from onionskin.storage.layout import bytes_in
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, closed_path
 
@@ -263,6 +265,14 @@ class OpenView(OpenDisk):
         self._released = True
         with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
             self._free_waiting(self.store)
+
+
+def is_unwritten(store: OpenStore, volume: bytes, head: "LayerRow") -> bool:
+    """Whether a volume that is locked and not open has nothing in its head, flushed or left by a process that died."""
+    layout = store.layout
+    return not (
+        head.map_frames or bytes_in(layout.dirty_path(volume)) or bytes_in(layout.map_path(head.map_id)) > HEADER_BYTES
+    )
 
 
 class Unwritten(NamedTuple):

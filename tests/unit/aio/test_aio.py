@@ -12,7 +12,7 @@ import pytest
 import onionskin
 from onionskin import aio
 
-QUICK = {"read_only", "unreachable_bytes", "open_file"}  # asked by way of `sync`
+QUICK = {"path", "read_only", "unreachable_bytes", "open_file"}  # asked by way of `sync`
 
 
 @pytest.mark.parametrize("kind", ["Store", "Volume"])

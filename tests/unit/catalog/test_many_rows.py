@@ -10,7 +10,7 @@ from onionskin.catalog.schema import VALUES
 
 CANDIDATES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 1 << 62, 1 << 63, 4096, 5000, 1.0, "", "web", "a\0b", "\ud800", "ä", "own", "zero"),
-    *("scrub", b"", bytes(15), bytes(16), bytes(17), bytearray(16)),
+    *("scrub", "live", b"", bytes(15), bytes(16), bytes(17), bytearray(16)),
 )
 
 

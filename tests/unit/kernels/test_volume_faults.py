@@ -185,7 +185,7 @@ def test_a_catalog_with_a_row_that_names_nothing_is_a_format_error(store: onions
         connection.commit()
         connection.close()
         with onionskin.Store(store.path) as again:
-            with pytest.raises(onionskin.FormatError, match="restore it from a copy"):
+            with pytest.raises(onionskin.FormatError, match="from a copy"):
                 again.open("web")
             assert again._opened.catalog.unsound_rows()
 

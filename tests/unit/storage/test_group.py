@@ -18,7 +18,7 @@ import os, pkgutil, sys
 import numpy
 import onionskin
 for module in pkgutil.walk_packages(onionskin.__path__, "onionskin."):
-    if not module.name.startswith(("onionskin.pytest_plugin", "onionskin.__main__")):
+    if not module.name.startswith(("onionskin.pytest_plugin", "onionskin.__main__", "onionskin.machine._preload")):
         __import__(module.name)
 os.umask(0o077)
 os.setgroups([])
