@@ -410,8 +410,8 @@ class Machine:
         Raises
         ------
         StateError
-            It runs, it has snapshots and `recursive` is not given, other machines were forked from it, or somebody holds
-            a snapshot of a disk. Nothing was removed.
+            It runs, it has snapshots and `recursive` is not given, other machines were forked from it, or somebody
+            holds a snapshot of a disk. Nothing was removed.
         """
         with self._supervisor() as control:
             if control is not None:
