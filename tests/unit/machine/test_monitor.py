@@ -70,7 +70,8 @@ class Qemu:
 
     def say(self, value: dict[str, Any]) -> None:
         assert self.connection is not None
-        self.connection.sendall(json.dumps(value).encode() + b"\n")
+        with suppress(BrokenPipeError, ConnectionResetError):  # the monitor may go at any time
+            self.connection.sendall(json.dumps(value).encode() + b"\n")
 
     def close(self) -> None:
         for one in (self._listener, self.connection):
