@@ -72,9 +72,11 @@ nitpick_ignore = [
         "io.RawIOBase",
         "numpy.dtype",
         "numpy.ndarray",
+        "onionskin.Configuration",  # the class that MachineConfiguration is there
         "onionskin.aio.Result",  # a variable of types
         "os.PathLike",
         "pathlib.Path",
+        "socket.socket",
         "typing.BinaryIO",
     )
 ]

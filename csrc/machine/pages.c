@@ -7,8 +7,7 @@ typedef uint64_t vector __attribute__((vector_size(VECTOR_BYTES)));
 
 static inline __attribute__((always_inline)) int is_nothing(vector v) { return !(v[0] | v[1] | v[2] | v[3]); }
 
-static inline __attribute__((always_inline)) int is_zero(const uint8_t *page)
-{
+static inline __attribute__((always_inline)) int is_zero(const uint8_t *page) {
     const vector *at = __builtin_assume_aligned(page, ONION_PAGE_BYTES);
     for (size_t i = 0; i < ONION_PAGE_BYTES / VECTOR_BYTES; i += STEP)
         if (!is_nothing(at[i] | at[i + 1] | at[i + 2] | at[i + 3]))
@@ -16,8 +15,7 @@ static inline __attribute__((always_inline)) int is_zero(const uint8_t *page)
     return 1;
 }
 
-static inline __attribute__((always_inline)) int is_same(const uint8_t *page, const uint8_t *other)
-{
+static inline __attribute__((always_inline)) int is_same(const uint8_t *page, const uint8_t *other) {
     const vector *a = __builtin_assume_aligned(page, ONION_PAGE_BYTES);
     const vector *b = __builtin_assume_aligned(other, ONION_PAGE_BYTES);
     for (size_t i = 0; i < ONION_PAGE_BYTES / VECTOR_BYTES; i += STEP)
@@ -27,8 +25,7 @@ static inline __attribute__((always_inline)) int is_same(const uint8_t *page, co
 }
 
 static inline __attribute__((always_inline)) size_t classify(const uint8_t *pages, const uint8_t *parent, size_t count,
-                                                             uint8_t *kinds)
-{
+                                                             uint8_t *kinds) {
     size_t found = 0;
     for (size_t i = 0; i < count; i++) {
         const uint8_t *page = pages + i * ONION_PAGE_BYTES;
@@ -43,14 +40,12 @@ static inline __attribute__((always_inline)) size_t classify(const uint8_t *page
 
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static size_t classify_avx2(const uint8_t *pages, const uint8_t *parent, size_t count,
-                                                            uint8_t *kinds)
-{
+                                                            uint8_t *kinds) {
     return classify(pages, parent, count, kinds);
 }
 #endif
 
-size_t onion_pages_classify(const uint8_t *pages, const uint8_t *parent, size_t count, uint8_t *kinds)
-{
+size_t onion_pages_classify(const uint8_t *pages, const uint8_t *parent, size_t count, uint8_t *kinds) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2"))
         return classify_avx2(pages, parent, count, kinds);

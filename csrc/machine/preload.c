@@ -50,8 +50,7 @@ static struct {
 
 /* ---- what is mapped ---- */
 
-static int is_ram(int fd, size_t length)
-{
+static int is_ram(int fd, size_t length) {
     struct stat mapped, wanted;
     return preload.ram[0] && fd >= 0 && !fstat(fd, &mapped) && !stat(preload.ram, &wanted) &&
            mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino && (uint64_t)mapped.st_size == length;
@@ -59,18 +58,17 @@ static int is_ram(int fd, size_t length)
 
 /* Locks the RAM file as long as the process lives. The descriptor is meant to stay open. It is one of this library's own:
  * the hypervisor may close its descriptor, and has locks of another kind. */
-static void lock_ram(void)
-{
+static void lock_ram(void) {
     int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
     if (fd >= 0)
         (void)flock(fd, LOCK_SH | LOCK_NB);
 }
 
-static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset)
-{
+static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
     static map_function real;
     if (!real)
-        real = (map_function)dlsym(RTLD_NEXT, "mmap64");
+        real = (map_function)dlsym(RTLD_NEXT,
+                                   "mmap"); /* its offset has 64 bits too: this is built for such machines alone */
     int found = is_ram(fd, length) && !offset && (flags & MAP_TYPE) != MAP_PRIVATE;
     if (found)
         flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
@@ -86,28 +84,26 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
     return mapped;
 }
 
+#ifdef __GLIBC__ /* programs that are built for large files call it by this name; musl has the other one alone */
 __attribute__((visibility("default"))) void *mmap64(void *address, size_t length, int protection, int flags, int fd,
-                                                    off_t offset)
-{
+                                                    off_t offset) {
     return map(address, length, protection, flags, fd, offset);
 }
+#endif
 
 __attribute__((visibility("default"))) void *mmap(void *address, size_t length, int protection, int flags, int fd,
-                                                  off_t offset)
-{
+                                                  off_t offset) {
     return map(address, length, protection, flags, fd, offset);
 }
 
 /* ---- what is asked for ---- */
 
-static int protect(uint64_t start, uint64_t length)
-{
+static int protect(uint64_t start, uint64_t length) {
     struct uffdio_writeprotect range = {.range = {start, length}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     return ioctl(preload.faults, UFFDIO_WRITEPROTECT, &range) ? -errno : 0;
 }
 
-static int open_faults(void)
-{
+static int open_faults(void) {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     int faults = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
                              : (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
@@ -118,8 +114,7 @@ static int open_faults(void)
 }
 
 /* Arms the userfaultfd, where that was not done yet, and protects all of RAM. */
-static int arm(void)
-{
+static int arm(void) {
     if (!preload.start)
         return -ENOENT;
     if (preload.faults < 0) {
@@ -141,8 +136,7 @@ static int arm(void)
 
 /* Drops the private pages of a run, so that it reads as the file. They count as written then: who asked for this protects
  * them with the next scan, all in one call. */
-static int forget(const struct onion_preload_run *run)
-{
+static int forget(const struct onion_preload_run *run) {
     if (!preload.start || !preload.is_private)
         return -ENOENT;
     if (run->offset % 4096 || run->length % 4096 || run->offset > preload.length ||
@@ -153,8 +147,7 @@ static int forget(const struct onion_preload_run *run)
 
 /* ---- the socket ---- */
 
-static int receive_all(int connection, void *to, size_t length)
-{
+static int receive_all(int connection, void *to, size_t length) {
     for (size_t done = 0; done < length;) {
         ssize_t got = recv(connection, (char *)to + done, length - done, 0);
         if (got < 0 && errno == EINTR)
@@ -167,8 +160,7 @@ static int receive_all(int connection, void *to, size_t length)
 }
 
 /* Takes the runs of a request to forget. Returns 0 where the connection ended. */
-static int forget_all(int connection, uint64_t count, int *status)
-{
+static int forget_all(int connection, uint64_t count, int *status) {
     struct onion_preload_run runs[RUNS_AT_ONCE];
     while (count) {
         size_t part = count < RUNS_AT_ONCE ? count : RUNS_AT_ONCE;
@@ -181,8 +173,7 @@ static int forget_all(int connection, uint64_t count, int *status)
     return 1;
 }
 
-static int answer(int connection)
-{
+static int answer(int connection) {
     struct onion_preload_request request;
     if (!receive_all(connection, &request, sizeof request) || request.magic != ONION_PRELOAD_MAGIC)
         return 0;
@@ -204,15 +195,13 @@ static int answer(int connection)
     return goes_on && send(connection, &reply, sizeof reply, MSG_NOSIGNAL) == sizeof reply;
 }
 
-static int may_connect(int connection)
-{
+static int may_connect(int connection) {
     struct ucred peer;
     socklen_t length = sizeof peer;
     return !getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &length) && (!peer.uid || peer.uid == geteuid());
 }
 
-static void *serve(void *socket_of_listener)
-{
+static void *serve(void *socket_of_listener) {
     int listener = (int)(intptr_t)socket_of_listener;
     for (;;) {
         int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
@@ -228,8 +217,7 @@ static void *serve(void *socket_of_listener)
     return NULL;
 }
 
-static int listen_at_path(void)
-{
+static int listen_at_path(void) {
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (listener < 0)
         return -1;
@@ -243,8 +231,7 @@ static int listen_at_path(void)
     return listener;
 }
 
-__attribute__((constructor)) static void start(void)
-{
+__attribute__((constructor)) static void start(void) {
     const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
     pthread_t thread;
     if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(path) >= sizeof preload.address.sun_path)

@@ -13,8 +13,9 @@ enum { RUNS_AT_ONCE = 512, VECTORS_AT_ONCE = 1024, BYTES_AT_ONCE = 1 << 30 };
 #define CATEGORY_FILE (1ull << 2)
 #define CATEGORY_PRESENT (1ull << 3)
 #define CATEGORY_SWAPPED (1ull << 4)
-#define SCAN_PROTECT (1ull << 0)    /* PM_SCAN_WP_MATCHING */
-#define SCAN_ONLY_ARMED (1ull << 1) /* PM_SCAN_CHECK_WPASYNC: fail where nothing is armed, which would count as written */
+#define SCAN_PROTECT (1ull << 0) /* PM_SCAN_WP_MATCHING */
+#define SCAN_ONLY_ARMED                                                                                \
+    (1ull << 1) /* PM_SCAN_CHECK_WPASYNC: fail where nothing is armed, which would count as written */
 
 struct region {
     uint64_t start;
@@ -39,8 +40,7 @@ struct scan {
 
 #define PAGEMAP_SCAN _IOWR('f', 16, struct scan)
 
-static struct scan scan_for(enum onion_pages_wanted wanted)
-{
+static struct scan scan_for(enum onion_pages_wanted wanted) {
     if (wanted == ONION_PRIVATE || wanted == ONION_PRIVATE_OR_SWAPPED)
         return (struct scan){.size = sizeof(struct scan),
                              .inverted = CATEGORY_FILE,
@@ -55,8 +55,7 @@ static struct scan scan_for(enum onion_pages_wanted wanted)
 }
 
 long onion_find_pages(int pagemap, uint64_t *start, uint64_t end, enum onion_pages_wanted wanted,
-                      struct onion_page_run *runs, size_t max)
-{
+                      struct onion_page_run *runs, size_t max) {
     struct scan scan = scan_for(wanted);
     struct region regions[RUNS_AT_ONCE];
     size_t found = 0;
@@ -80,11 +79,11 @@ long onion_find_pages(int pagemap, uint64_t *start, uint64_t end, enum onion_pag
     return (long)found;
 }
 
-typedef ssize_t (*transfer)(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long, unsigned long);
+typedef ssize_t (*transfer)(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long,
+                            unsigned long);
 
 /* Moves `length` bytes between `here` and the vectors. A call of the kernel may end short at a page that it cannot reach. */
-static int move(transfer call, pid_t pid, struct iovec *remote, size_t count, uint8_t *here, size_t length)
-{
+static int move(transfer call, pid_t pid, struct iovec *remote, size_t count, uint8_t *here, size_t length) {
     while (length) {
         struct iovec local = {here, length};
         ssize_t done = call(pid, &local, 1, remote, count, 0);
@@ -104,8 +103,7 @@ static int move(transfer call, pid_t pid, struct iovec *remote, size_t count, ui
     return 0;
 }
 
-static int move_all(transfer call, pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *here)
-{
+static int move_all(transfer call, pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *here) {
     struct iovec remote[VECTORS_AT_ONCE];
     for (size_t first = 0; first < count;) {
         size_t vectors = 0, length = 0;
@@ -122,13 +120,11 @@ static int move_all(transfer call, pid_t pid, const struct onion_page_run *runs,
     return 0;
 }
 
-int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to)
-{
+int onion_read_pages(pid_t pid, const struct onion_page_run *runs, size_t count, uint8_t *to) {
     return move_all(process_vm_readv, pid, runs, count, to);
 }
 
-int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size_t count, uint64_t start, uint8_t *to)
-{
+int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size_t count, uint64_t start, uint8_t *to) {
     struct iovec local[VECTORS_AT_ONCE], remote[VECTORS_AT_ONCE];
     while (count) {
         size_t vectors = 0;
@@ -153,7 +149,6 @@ int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size
     return 0;
 }
 
-int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from)
-{
+int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from) {
     return move_all(process_vm_writev, pid, runs, count, (uint8_t *)from);
 }

@@ -23,8 +23,9 @@ struct onion_page_run {
 enum onion_pages_wanted {
     ONION_WRITTEN = 0,             /* those that were written since they were last protected */
     ONION_WRITTEN_AND_PROTECT = 1, /* the same, and each is protected again, atomically with the look at it */
-    ONION_PRIVATE = 2,             /* those of a private mapping that do not read as its file any more, and are in memory */
-    ONION_PRIVATE_OR_SWAPPED = 3   /* those that are swapped out too; where writes are noted, a page that was never touched
+    ONION_PRIVATE = 2, /* those of a private mapping that do not read as its file any more, and are in memory */
+    ONION_PRIVATE_OR_SWAPPED =
+        3 /* those that are swapped out too; where writes are noted, a page that was never touched
                                       looks so as well */
 };
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machine_usage import MachineUsage
-    from onionskin.operations.machines import MachineInfo
+    from onionskin.operations.machines import MachineDisk, MachineInfo
     from onionskin.operations.prune import Retention
     from onionskin.operations.store_info import StoreInfo
     from onionskin.operations.usage import Usage
@@ -77,6 +77,7 @@ _HOME = {
     "Layering": "onionskin.operations.layering",
     "Machine": "onionskin.machine.machine",
     "MachineConfiguration": "onionskin.machine.hypervisor",
+    "MachineDisk": "onionskin.operations.machines",
     "MachineInfo": "onionskin.operations.machines",
     "MachineSnapshot": "onionskin.machine.capture",
     "MachineSnapshotInfo": "onionskin.operations.machine_tree",
@@ -103,6 +104,7 @@ __all__ = [
     "LiveVolume",
     "Machine",
     "MachineConfiguration",
+    "MachineDisk",
     "MachineExistsError",
     "MachineInfo",
     "MachineNotFoundError",

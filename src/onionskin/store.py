@@ -151,7 +151,7 @@ class Store:
 
     @property
     def path(self) -> "Path":
-        """The directory of the store, as it was given: a `pathlib.Path`."""
+        """The directory of the store as it was given, a `pathlib.Path`."""
         from pathlib import Path
 
         return Path(self._opened.path)

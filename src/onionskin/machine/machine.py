@@ -63,7 +63,7 @@ class Machine:
 
     @property
     def state(self) -> str:
-        """What it does: "off", "running", "paused", or "failed": `status` says why."""
+        """One of "off", "running", "paused" and "failed"; `status` says why it failed."""
         return str(self.status()["state"])
 
     @property

@@ -337,7 +337,8 @@ class OpenHead(OpenDisk):
         super().__init__(store, row, opened)
         self._unwritten = unwritten
         if unwritten:
-            self.head, self.wipe = unwritten.head.id, unwritten.head.wipe
+            self.head: bytes = unwritten.head.id
+            self.wipe: str = unwritten.head.wipe
             self._locks = self.base_lock = None  # those of the view are not this handle's to lend or to give up
         self._volume_lock = volume_lock
         self._finish = finish
