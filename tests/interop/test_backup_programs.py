@@ -10,6 +10,8 @@ import pytest
 
 import onionskin
 
+pytestmark = pytest.mark.slow  # each runs a program of others several times
+
 GUIDE = Path(__file__).parents[2] / "docs" / "howto" / "backup.md"
 
 

@@ -18,6 +18,8 @@ from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 from onionskin.operations import machines
 
+pytestmark = pytest.mark.slow  # each starts several processes
+
 
 @pytest.fixture
 def store(vms: Path) -> Iterator[onionskin.Store]:

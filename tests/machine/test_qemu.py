@@ -15,6 +15,8 @@ from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
 from onionskin.storage.locks import start_ticks
 
+pytestmark = pytest.mark.slow  # each starts QEMU
+
 Launch = Callable[..., QemuProcess]
 
 

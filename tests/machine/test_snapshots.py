@@ -18,6 +18,8 @@ from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import open_layer
 from onionskin.operations import machines
 
+pytestmark = pytest.mark.slow  # each starts QEMU
+
 
 @pytest.fixture
 def store(vms: Path) -> Iterator[onionskin.Store]:
@@ -70,7 +72,6 @@ def test_a_live_snapshot_has_every_page(lab: LabMachine) -> None:
     check_live_snapshots(lab, 3)
 
 
-@pytest.mark.slow
 def test_a_hundred_live_snapshots_have_every_page(lab: LabMachine) -> None:
     check_live_snapshots(lab, 100)
 
@@ -90,7 +91,6 @@ def test_a_revert_goes_on_at_the_next_tick(lab: LabMachine) -> None:
     check_reverts(lab, 3)
 
 
-@pytest.mark.slow
 def test_a_hundred_reverts_go_on_at_the_next_tick(lab: LabMachine) -> None:
     check_reverts(lab, 100)
 

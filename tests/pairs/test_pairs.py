@@ -136,6 +136,7 @@ def test_a_second_verb_meets_what_an_interrupted_merge_into_the_base_left(how: s
     assert "C merge_base: done" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_verb_may_be_killed_in_the_store_that_another_one_left() -> None:
     done = pairs(
         *("--aftermath", "--first", "delete", "--step", "4", "--then", "flatten", "--then-step", "30"),
