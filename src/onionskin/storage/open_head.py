@@ -167,7 +167,8 @@ class OpenDisk(ABC):
             try:
                 return call(path)
             except StateError:
-                if path is self._path and not self.begin_writing():
+                # The path is looked at again: another thread may have opened the head after the first look.
+                if path is self._path and not self.begin_writing() and path is self._path:
                     raise
 
     def wait_for_readers(self) -> None:
