@@ -410,6 +410,28 @@ class Caller:
         self._stack.close()
 
 
+def test_a_caller_that_holds_nothing_more_again_and_again_is_stopped(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("entered")
+    with pytest.raises(onionskin.FormatError, match="no volume"):
+        caller.server.enter([], None)
+    caller.close()
+    goes_on(store, server, "web")
+
+
+def test_a_caller_that_takes_too_long_to_hold_its_volumes_is_stopped(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web", "db")
+    caller = Caller(store, "web", "db")
+    monkeypatch.setattr(groups, "GROUP_SECONDS", -1.0)
+    with pytest.raises(onionskin.StateError, match="has not begun"):
+        caller.server.enter(caller.heads, None)
+    caller.close()
+    goes_on(store, server, "web")
+
+
 @pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_volume_goes_on_whose_caller_is_gone_at_a_step(store: onionskin.Store, here: Here, step: str) -> None:
     server = here("web")
