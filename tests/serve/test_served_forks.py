@@ -164,6 +164,14 @@ def client_of(server: Server, export: str) -> NbdClient:
     return NbdClient(ours, export)
 
 
+def test_a_server_that_ends_says_nothing_of_forks_that_nothing_was_written_to(at: Path) -> None:
+    said: list[str] = []
+    with closing(Server(limits=Limits(), allow_revert=False, log=said.append)) as server:
+        server.exports.add_store(at)
+        assert server.exports.table.served["job-1"].opened.is_unwritten
+    assert said == []
+
+
 def test_to_tidy_opens_no_fork_before_its_first_write(at: Path, here: Server) -> None:
     here.exports.add_store(at)
     here.exports.tidy()

@@ -239,7 +239,8 @@ class ServedVolume(Exported):
                 self._switches += 1
                 self._nbd.replace_path(self.name, path)
         except (StateError, KeyError):  # the server was stopped and uses no data path any more
-            self._log(f"{self.name}: changed its disk while the server was ending")
+            if not path.closed:  # else the volume was closed before its first write, which changes nothing
+                self._log(f"{self.name}: changed its disk while the server was ending")
         finally:
             with self._guard:
                 self.switching -= 1
