@@ -443,6 +443,22 @@ def test_a_volume_goes_on_whose_caller_is_gone_at_a_step(store: onionskin.Store,
 
 
 @pytest.mark.parametrize("step", Caller.STEPS)
+def test_a_group_that_was_given_up_at_a_step_may_be_tried_again_at_once(
+    store: onionskin.Store, here: Here, step: str
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    caller = Caller(store, "web")
+    caller.go_to(step)
+    caller.close()
+    stamp(volume_of(server, "web"), 2)
+    store.snapshot_group({"web": "again", "db": "again"})
+    assert number_in(store, "web", "again") == 2
+    store.finish_work()
+    assert [problem for problem in store.check() if problem.severity != "notice"] == []
+
+
+@pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
