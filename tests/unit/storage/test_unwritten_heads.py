@@ -1,5 +1,6 @@
 """Forks that nothing was written to: they are read through the view that they share, and opened by their first write."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,3 +245,26 @@ def test_what_waited_for_the_files_of_the_view_is_freed_when_it_is_given_back(
             fork.write(0, b"b")
     store.finish_work()
     assert not catalog.has_reclaims()
+
+
+def test_a_fork_that_is_dropped_open_keeps_no_files(store: onionskin.Store) -> None:
+    catalog = store._opened.catalog
+    fork = store.open("job-1")
+    (layer,) = (row for row in catalog.chain(head_of(fork).head) if row.sealed)
+    (row,) = (row for row in catalog.segments_of_layer(layer.id) if row.role == "sealed")
+    del fork
+    gc.collect()
+    store._opened.change(lambda: catalog.add_work("scrub", row.id, row.lock_byte, "release"))
+    store._opened.wake()
+    store.finish_work()
+    assert not catalog.has_reclaims()
+
+
+def test_a_view_goes_on_when_one_fork_of_two_is_dropped_open(store: onionskin.Store) -> None:
+    with store.open("job-1") as stays:
+        store.open("job-2").read(0, 1)
+        gc.collect()
+        with store.open("job-2") as again:
+            assert again._path is stays._path and stays[:1] == b"a"
+    with store.open("job-3") as later:
+        assert later[:1] == b"a"
