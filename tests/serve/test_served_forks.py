@@ -172,6 +172,23 @@ def test_a_server_that_ends_says_nothing_of_forks_that_nothing_was_written_to(at
     assert said == []
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_first_write_over_a_base_that_changed_is_answered_with_an_error_and_logged(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(MIB))
+    with Store(tmp_path / "vms") as store:
+        with store.create("web", base=base) as web:
+            web.snapshot("clean")
+        store.fork("web@clean", names=["job-1"])
+    said: list[str] = []
+    with closing(Server(limits=Limits(), allow_revert=False, log=said.append)) as server:
+        server.exports.add_volume(tmp_path / "vms", "job-1")
+        base.write_bytes(bytes(2 * MIB))
+        with client_of(server, "job-1") as client, pytest.raises(OSError, match="error 5"):
+            client.write(0, b"b")
+    assert [line for line in said if "could not be opened to be written: the base" in line]
+
+
 def test_to_tidy_opens_no_fork_before_its_first_write(at: Path, here: Server) -> None:
     here.exports.add_store(at)
     here.exports.tidy()
