@@ -469,7 +469,8 @@ class Store:
 
         Its own data path is opened when something is written (`OpenHead.begin_writing`). None: it is opened at once, as is
         a volume that stands on a snapshot of its own, since no other head is read through that view, and one for which an
-        opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost.
+        opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost; or
+        to refuse a base that has changed since another one opened the view.
         """
         from onionskin.operations import reclaim
 
@@ -496,6 +497,7 @@ class Store:
             # The view's files are locked now. What the rows said has to hold as of then.
             as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
             top = opened.chain.top
+            as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))
             if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
                 how = Unwritten(head, below, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
                 return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
@@ -504,6 +506,16 @@ class Store:
             raise
         store.views.give_back(below)
         return None
+
+    def _is_on_its_base(self, opened: "OpenChain") -> bool:
+        """Whether the base of a view that was open already is the file that it should be, if the view has one."""
+        if opened.chain.base is None:
+            return True
+        try:
+            check_base(self._opened.catalog, opened.chain.base)
+        except (OSError, OnionskinError):
+            return False
+        return True
 
     def _open_for_first_write(self, head: OpenHead) -> "OpenChain":
         self._opened.catalog.sync_found()
@@ -2090,7 +2102,7 @@ class Store:
         handles = {handle.row.id: handle for handle in self._opened.open_handles() if isinstance(handle, OpenHead)}
         for row in self._opened.catalog.volumes_named(names):
             handle = handles.get(row.id)
-            if handle is not None and not (handle.closed or handle.path.poisoned):
+            if handle is not None and not (handle.closed or handle.reading_path.poisoned):
                 flush(handle)
             elif handle is None and volume_holder(self._opened.layout.volume_lock(row.id)) is not None:
                 with suppress(VolumeNotFoundError):  # it is gone meanwhile

@@ -127,8 +127,8 @@ class Volume:
         handled is raised again. `read`, `readinto` and `write`
         use this method only after an error, because a closure for each call would cost a quarter of the call's time.
         """
-        if failed is self._path and not self._opened.begin_writing():
-            raise
+        if failed is self._path and not self._opened.begin_writing() and failed is self._path:
+            raise  # it is looked at twice: another thread may have opened the head in between
         return self._opened.on_path(call)
 
     def read(self, offset: int, length: int) -> bytes:

@@ -410,6 +410,28 @@ class Caller:
         self._stack.close()
 
 
+def test_a_caller_that_holds_nothing_more_again_and_again_is_stopped(store: onionskin.Store, here: Here) -> None:
+    server = here("web")
+    caller = Caller(store, "web")
+    caller.go_to("entered")
+    with pytest.raises(onionskin.FormatError, match="no volume"):
+        caller.server.enter([], None)
+    caller.close()
+    goes_on(store, server, "web")
+
+
+def test_a_caller_that_takes_too_long_to_hold_its_volumes_is_stopped(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = here("web", "db")
+    caller = Caller(store, "web", "db")
+    monkeypatch.setattr(groups, "GROUP_SECONDS", -1.0)
+    with pytest.raises(onionskin.StateError, match="has not begun"):
+        caller.server.enter(caller.heads, None)
+    caller.close()
+    goes_on(store, server, "web")
+
+
 @pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_volume_goes_on_whose_caller_is_gone_at_a_step(store: onionskin.Store, here: Here, step: str) -> None:
     server = here("web")
@@ -418,6 +440,22 @@ def test_a_volume_goes_on_whose_caller_is_gone_at_a_step(store: onionskin.Store,
     caller.go_to(step)
     caller.close()
     goes_on(store, server, "web")
+
+
+@pytest.mark.parametrize("step", Caller.STEPS)
+def test_a_group_that_was_given_up_at_a_step_may_be_tried_again_at_once(
+    store: onionskin.Store, here: Here, step: str
+) -> None:
+    server = here("web")
+    stamp(volume_of(server, "web"), 1)
+    caller = Caller(store, "web")
+    caller.go_to(step)
+    caller.close()
+    stamp(volume_of(server, "web"), 2)
+    store.snapshot_group({"web": "again", "db": "again"})
+    assert number_in(store, "web", "again") == 2
+    store.finish_work()
+    assert [problem for problem in store.check() if problem.severity != "notice"] == []
 
 
 @pytest.mark.parametrize("step", Caller.STEPS)

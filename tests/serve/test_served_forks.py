@@ -1,13 +1,18 @@
 """Forks of a store that is served: each can be had at once by its name, and has no files before it is written to."""
 
+import socket
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
+import pytest
+from support.nbd_client import NbdClient
 from support.servers import Serve, onionskin, onionskin_json
 
 from onionskin import Store
+from onionskin.nbd.server import Limits, Server
 
 Start = Callable[..., Serve]
 
@@ -132,3 +137,87 @@ def test_a_killed_server_loses_no_write_that_was_first(vms: Path, serve: Start) 
         server.process.wait()
     with Store(vms) as store, store.open("job-1") as volume:
         assert volume.read(5 * MIB, 5) == b"mine\5"
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Path:
+    """A store with forks that nothing was written to."""
+    with Store(tmp_path / "vms") as store:
+        with store.create("web", size=MIB) as web:
+            web.write(0, b"a" * 4096)
+            web.snapshot("clean")
+        store.fork("web@clean", names=["job-1", "job-2"])
+    return tmp_path / "vms"
+
+
+@pytest.fixture
+def here() -> Iterator[Server]:
+    """A server in this process."""
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        yield server
+
+
+def client_of(server: Server, export: str) -> NbdClient:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+    server.serve(theirs, "test")
+    return NbdClient(ours, export)
+
+
+def test_a_server_that_ends_says_nothing_of_forks_that_nothing_was_written_to(at: Path) -> None:
+    said: list[str] = []
+    with closing(Server(limits=Limits(), allow_revert=False, log=said.append)) as server:
+        server.exports.add_store(at)
+        assert server.exports.table.served["job-1"].opened.is_unwritten
+    assert said == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_first_write_over_a_base_that_changed_is_answered_with_an_error_and_logged(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(MIB))
+    with Store(tmp_path / "vms") as store:
+        with store.create("web", base=base) as web:
+            web.snapshot("clean")
+        store.fork("web@clean", names=["job-1"])
+    said: list[str] = []
+    with closing(Server(limits=Limits(), allow_revert=False, log=said.append)) as server:
+        server.exports.add_volume(tmp_path / "vms", "job-1")
+        base.write_bytes(bytes(2 * MIB))
+        with client_of(server, "job-1") as client, pytest.raises(OSError, match="error 5"):
+            client.write(0, b"b")
+    assert [line for line in said if "could not be opened to be written: the base" in line]
+
+
+def test_to_tidy_opens_no_fork_before_its_first_write(at: Path, here: Server) -> None:
+    here.exports.add_store(at)
+    here.exports.tidy()
+    assert here.exports.table.served["job-1"].opened.is_unwritten
+
+
+def test_a_fork_that_is_renamed_while_its_first_write_opens_it_goes_on_with_its_own_disk(
+    at: Path, here: Server
+) -> None:
+    here.exports.add_store(at)
+    served = here.exports.table.served["job-1"]
+    nbd = served._nbd
+
+    class Renaming:
+        """Has the volume renamed before its disk is replaced."""
+
+        def replace_path(self, name: str, path: Any) -> None:
+            served.volume.store.rename("job-1", "task")
+            here.exports.table.follow_names()
+            nbd.replace_path(name, path)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(nbd, name)
+
+    with client_of(here, "job-1") as client:
+        served._nbd = Renaming()  # type: ignore[assignment]
+        served.volume.write(0, b"b")
+        served._nbd = nbd
+        assert client.read(0, 2) == b"ba"
+        client.write(1, b"c")
+    with client_of(here, "task") as client:
+        assert client.read(0, 3) == b"bca"

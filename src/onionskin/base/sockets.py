@@ -52,6 +52,7 @@ class UnixListener:
 
     def __init__(self, path: "str | os.PathLike[str]", *, mode: int = 0o600) -> None:
         self.path = FilePath(path).absolute()
+        self._process = os.getpid()
         _refuse_taken(self.path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # It gets its name by a rename, so that no client ever finds a socket that does not listen yet.
@@ -77,8 +78,13 @@ class UnixListener:
             raise
 
     def close(self) -> None:
-        """Stop listening, and remove the name if it is still this socket's. Idempotent."""
+        """Stop listening, and remove the name if it is still this socket's. Idempotent.
+
+        In the child of a fork the name stays: the parent listens there still.
+        """
         self.socket.close()
+        if os.getpid() != self._process:
+            return
         with suppress(OSError):
             found = self.path.lstat()
             if (found.st_dev, found.st_ino) == self._identity:

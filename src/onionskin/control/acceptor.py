@@ -2,6 +2,7 @@
 in which a server opens a fork.
 
 What must hold: nothing is called for a socket once `remove` has returned. What is called does not wait for the other end.
+The child of a fork has an epoll and a thread of its own: what it adds or removes in that of the parent would change that.
 """
 
 import os
@@ -9,6 +10,8 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+
+from onionskin.base import forking
 
 AGAIN_SECONDS = 0.2
 
@@ -20,11 +23,24 @@ class Acceptor:
     """
 
     def __init__(self) -> None:
+        self._stand()
+        forking.register(self)
+
+    def _stand(self) -> None:
         self._guard = threading.Lock()  # held while a function is called
         self._called: dict[int, Callable[[], bool]] = {}
         self._thread: threading.Thread | None = None
         self._epoll: select.epoll | None = None
         self._wake = -1
+
+    def after_fork(self) -> None:
+        """In the child of a fork: leave all sockets to the parent, whose thread is not here. Those added later are heard."""
+        epoll, wake = self._epoll, self._wake
+        has_thread = self._thread is not None
+        self._stand()
+        if has_thread and epoll is not None:  # else the thread has closed them
+            epoll.close()
+            os.close(wake)
 
     def add(self, listening: socket.socket, accept: Callable[[], bool]) -> None:
         """Call `accept` when there is a connection to take. If it returns false, it is called again a little later.
@@ -39,8 +55,10 @@ class Acceptor:
             if self._thread is None:
                 self._begin()
             assert self._epoll
+            self._epoll.register(
+                listening.fileno(), select.EPOLLIN
+            )  # this may fail, and then there is nothing to remove
             self._called[listening.fileno()] = accept
-            self._epoll.register(listening.fileno(), select.EPOLLIN)
 
     def remove(self, listening: socket.socket) -> None:
         """Call nothing for a socket any more. It is not closed before. Further calls do nothing."""

@@ -275,10 +275,15 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
     """Hold volumes as the caller says, until it says that their seals begin."""
     heads: dict[str, OpenHead] = {}
     deadline = time.monotonic() + OPERATION_SECONDS
+    end = time.monotonic() + GROUP_SECONDS
     while (step := talk.hear("enter", "begin"))["step"] == "enter":
         ids = step.get("volumes")
         if not isinstance(ids, list) or not all(isinstance(id, str) and id in here for id in ids):
             raise FormatError("the group's caller wants to hold volumes that it was not told of")
+        if not ids:  # it could go on so for ever, and what it holds would be held for ever
+            raise FormatError("the group's caller wants to hold no volume")
+        if time.monotonic() > end:
+            raise StateError(f"the group's caller has not begun within {GROUP_SECONDS:.0f} s; it was stopped")
         if len({*ids, *heads}) < len(ids) + len(heads):
             raise FormatError("the group's caller wants to hold a volume twice")
         for id in ids:

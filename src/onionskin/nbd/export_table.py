@@ -52,7 +52,8 @@ class ExportTable:
     def follow_names(self) -> None:
         """Give exports the labels that the catalogs say now, and take stale labels out of the way.
 
-        The catalogs are read without the guard. While an operation uses an export, the export keeps its label.
+        The catalogs are read without the guard. While an operation uses an export, or its disk is replaced, it keeps its
+        label.
         `Exports` makes sure that no client gets it by a wrong name meanwhile.
         """
         with self.guard:
@@ -60,7 +61,11 @@ class ExportTable:
         names = {one: one.volume.name for one in served}
         meanings = {view: view.meaning() for view in views}
         with self.guard:
-            wanted = {one.name: names[one] for one in served if self.served.get(one.name) is one and not one.operations}
+            wanted = {
+                one.name: names[one]
+                for one in served
+                if self.served.get(one.name) is one and not (one.operations or one.switching)
+            }
             self._relabel(wanted)
             labels = {view: label for label, view in self.views.items()}
             for view, meant in meanings.items():

@@ -145,6 +145,7 @@ class ServedVolume(Exported):
         self._guard = guard
         self._log = log
         self.name = name  # under the table's guard
+        self.switching = 0  # how many threads are giving the C server another data path for it; under the table's guard
         self.views_changing = 0  # the number of its views that are being opened or closed; under the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots of which no view may be opened; None: all
         try:
@@ -226,13 +227,23 @@ class ServedVolume(Exported):
         return self._serving.paused(self)
 
     def _switch(self, path: "DataPath") -> None:
-        """Send later requests to the new data path, after a revert. No request is under way in the old one."""
+        """Send later requests to the new data path, after a revert or before a first write.
+
+        No request is under way in the old one. The label stays the same meanwhile: by another one the C server would find
+        nothing, or even another volume.
+        """
+        with self._guard:
+            self.switching += 1
         try:
             with self.contexts_guard:
                 self._switches += 1
                 self._nbd.replace_path(self.name, path)
         except (StateError, KeyError):  # the server was stopped and uses no data path any more
-            self._log(f"{self.name}: changed its disk while the server was ending")
+            if not path.closed:  # else the volume was closed before its first write, which changes nothing
+                self._log(f"{self.name}: changed its disk while the server was ending")
+        finally:
+            with self._guard:
+                self.switching -= 1
 
     def info(self) -> dict[str, Any]:
         """Describe the volume, and say where it is served."""

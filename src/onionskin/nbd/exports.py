@@ -422,7 +422,9 @@ class Exports:
             served.begin_writing()
         except (OnionskinError, OSError) as error:
             self._log(f"{name}: could not be opened to be written: {error}")
-            raise
+            if isinstance(error, OSError | StateError):
+                raise
+            raise StateError(str(error)) from error  # others are taken for a fault of this function
 
     def _make_room(self, name: str) -> bool:
         """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve."""

@@ -34,6 +34,8 @@ def flush(volume: OpenDisk) -> None:
 
 def reclaim_freed(volume: OpenHead) -> None:
     """Free on the medium the slots of inherited segments that a flush freed. The server calls this after its own flushes."""
+    if volume.is_unwritten:
+        return  # nothing was freed, and to ask its path would open the head
     path = volume.path
     volume.store.note_unwipeable(path.take_unwipeable())
     wanted = path.reclaim_wanted()
@@ -51,7 +53,7 @@ def compact_map_if_wanted(volume: OpenHead) -> None:
 
     If an operation is under way, a later flush asks again.
     """
-    if not volume.path.wants_compaction():
+    if volume.is_unwritten or not volume.path.wants_compaction():
         return
     try:
         volume.if_idle(lambda: compact_map(volume))

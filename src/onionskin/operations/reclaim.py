@@ -92,6 +92,7 @@ def do_work(store: OpenStore, *, policy: str | None = None) -> int:
     the power fails and undoes it.
     """
     store.catalog.sync_found()
+    store.views.end_dropped()  # they keep files
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)
     done: list[WorkRow] = []
     try:

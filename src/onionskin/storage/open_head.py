@@ -167,7 +167,8 @@ class OpenDisk(ABC):
             try:
                 return call(path)
             except StateError:
-                if path is self._path and not self.begin_writing():
+                # The path is looked at again: another thread may have opened the head after the first look.
+                if path is self._path and not self.begin_writing() and path is self._path:
                     raise
 
     def wait_for_readers(self) -> None:
@@ -665,7 +666,10 @@ class OpenHead(OpenDisk):
         self.store.views.give_back(unwritten.below)
 
     def __del__(self) -> None:
-        """Warn if an open volume is dropped with writes that were not flushed: those are lost."""
+        """Warn if an open volume is dropped with writes that were not flushed: those are lost. End its use of a view."""
+        unwritten = getattr(self, "_unwritten", None)
+        if unwritten and not self._forked:
+            self.store.views.drop(unwritten.below)
         if not getattr(self, "_released", True) and not self._forked and self._path.unflushed:
             warnings.warn(f"unclosed Volume {self.row.name!r}", ResourceWarning, source=self, stacklevel=2)
 

@@ -6,7 +6,9 @@ last array over it is gone. The data path is closed with the last view.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from onionskin.base.records import record
@@ -60,12 +62,14 @@ class SealedViews:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._open: dict[bytes, OpenChain] = {}
+        self._dropped: deque[bytes] = deque()
 
     def take(self, layer: bytes, make: Callable[[], OpenChain]) -> OpenChain:
         """Return the view of a layer, and make it if it is not open. Each `take` needs one `give_back`.
 
         The view is made without a lock. If two threads make it at once, one of the two views is closed again.
         """
+        self.end_dropped()
         with self._guard:
             if layer in self._open:
                 return self._use(layer)
@@ -84,8 +88,22 @@ class SealedViews:
         view.users += 1
         return view
 
+    def drop(self, layer: bytes) -> None:
+        """End one use of a layer from a finalizer, which may run inside any of these methods: the next call does it."""
+        self._dropped.append(layer)
+
+    def end_dropped(self) -> None:
+        """End the uses that were dropped."""
+        with suppress(IndexError):  # another thread may take the last one
+            while self._dropped:
+                self._end(self._dropped.popleft())
+
     def give_back(self, layer: bytes) -> None:
         """End one use of a layer. The last one closes the data path, and waits for reads that are under way."""
+        self.end_dropped()
+        self._end(layer)
+
+    def _end(self, layer: bytes) -> None:
         with self._guard:
             view = self._open[layer]
             view.users -= 1

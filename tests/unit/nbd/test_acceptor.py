@@ -1,8 +1,11 @@
 """One thread accepts for all control sockets: it hears each, none after its removal, and ends with the last of them."""
 
+import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -80,3 +83,55 @@ def test_a_socket_is_not_taken_where_no_thread_can_be_started(tmp_path: Path, mo
     one.connect()
     assert one.accepted.acquire(timeout=30)
     one.close()
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Do work in the child of a fork, which is to end well."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_child_of_a_fork_hears_its_own_sockets_and_takes_none_from_its_parent(tmp_path: Path) -> None:
+    acceptor = Acceptor()
+    ours = Listening(acceptor, tmp_path / "ours")
+
+    def work() -> None:
+        own = Listening(acceptor, tmp_path / "own")
+        own.connect()
+        assert own.accepted.acquire(timeout=10)
+        own.close()
+        ours.close()  # as at the end of a process that knows nothing of the fork
+
+    in_child(work)
+    ours.connect()
+    assert ours.accepted.acquire(timeout=10)
+    ours.close()
+
+
+class Unwatchable(socket.socket):
+    """Its descriptor cannot be watched: stands for a process that has as many watched ones as its user may have."""
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    file: IO[bytes]
+
+
+def test_a_socket_that_cannot_be_watched_is_refused_and_may_be_removed(tmp_path: Path) -> None:
+    acceptor = Acceptor()
+    stays = Listening(acceptor, tmp_path / "stays")
+    with (tmp_path / "file").open("wb") as file, Unwatchable(socket.AF_UNIX) as refused:
+        refused.file = file
+        with pytest.raises(PermissionError):
+            acceptor.add(refused, lambda: True)
+        acceptor.remove(refused)
+    stays.connect()
+    assert stays.accepted.acquire(timeout=30)
+    stays.close()

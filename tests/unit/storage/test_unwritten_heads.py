@@ -1,7 +1,8 @@
 """Forks that nothing was written to: they are read through the view that they share, and opened by their first write."""
 
+import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,51 @@ def test_threads_that_write_first_at_once_open_one_head_and_lose_nothing(store: 
         assert [again.read(number * BLOCK, 1)[0] for number in range(8)] == list(range(8))
 
 
+WAYS_TO_WRITE: list[Callable[[onionskin.Volume], object]] = [
+    lambda volume: volume.write(0, b"b"),
+    lambda volume: volume.zero(BLOCK, BLOCK),
+]
+
+
+@pytest.mark.parametrize("write", WAYS_TO_WRITE, ids=["write", "zero"])
+def test_a_first_write_goes_on_where_another_thread_opened_the_head_meanwhile(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, write: Callable[[onionskin.Volume], object]
+) -> None:
+    with store.open("job-1") as fork:
+        head = head_of(fork)
+        begin_writing = head.begin_writing
+
+        def begin_late() -> bool:
+            begin_writing()  # the other thread
+            return begin_writing()
+
+        monkeypatch.setattr(head, "begin_writing", begin_late)
+        write(fork)
+        monkeypatch.undo()
+        assert fork.head_changed
+
+
+def test_a_base_that_changed_is_seen_by_the_opening_of_a_fork_though_another_one_is_open(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(b"b" * 16 * BLOCK)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=base) as web:
+            web.snapshot("clean")
+        store.fork("web@clean", names=["job-1", "job-2", "job-3"])
+        with store.open("job-1"):
+            with store.open("job-2") as second:
+                assert is_unwritten(second)
+            base.write_bytes(b"x" * 17 * BLOCK)
+            with pytest.raises(onionskin.ChainError, match="has changed"):
+                store.open("job-3")
+
+
+def test_the_usage_of_forks_opens_no_head(store: onionskin.Store) -> None:
+    with store.open("job-1") as fork:
+        store.usage_of_forks("web@clean")
+        assert is_unwritten(fork)
+
+
 def test_a_fork_whose_head_was_left_unflushed_by_a_kill_is_opened_at_once(store: onionskin.Store) -> None:
     row = store._opened.catalog.volume("job-1")
     store._opened.layout.dirty_file(row.id).write_bytes(b"\0" * 8192)  # whatever is in it, somebody wrote to the head
@@ -199,3 +245,26 @@ def test_what_waited_for_the_files_of_the_view_is_freed_when_it_is_given_back(
             fork.write(0, b"b")
     store.finish_work()
     assert not catalog.has_reclaims()
+
+
+def test_a_fork_that_is_dropped_open_keeps_no_files(store: onionskin.Store) -> None:
+    catalog = store._opened.catalog
+    fork = store.open("job-1")
+    (layer,) = (row for row in catalog.chain(head_of(fork).head) if row.sealed)
+    (row,) = (row for row in catalog.segments_of_layer(layer.id) if row.role == "sealed")
+    del fork
+    gc.collect()
+    store._opened.change(lambda: catalog.add_work("scrub", row.id, row.lock_byte, "release"))
+    store._opened.wake()
+    store.finish_work()
+    assert not catalog.has_reclaims()
+
+
+def test_a_view_goes_on_when_one_fork_of_two_is_dropped_open(store: onionskin.Store) -> None:
+    with store.open("job-1") as stays:
+        store.open("job-2").read(0, 1)
+        gc.collect()
+        with store.open("job-2") as again:
+            assert again._path is stays._path and stays[:1] == b"a"
+    with store.open("job-3") as later:
+        assert later[:1] == b"a"
