@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 ORPHAN_SECONDS = 10.0
+TIMEOUT_SECONDS_MAX = 1_000_000
 STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
 
 
@@ -206,7 +207,11 @@ class Machine:
         ------
         StateError
             The guest did not shut down in time. It runs on.
+        ValueError
+            `timeout` is negative, or longer than 1,000,000 seconds.
         """
+        if timeout is not None and not 0 <= timeout <= TIMEOUT_SECONDS_MAX:  # which NaN is not either
+            raise ValueError(f"a guest has 0 to {TIMEOUT_SECONDS_MAX:,} seconds to shut down, not {timeout:g}")
         if force and self._end_orphans():
             return
         with self._supervisor() as control:

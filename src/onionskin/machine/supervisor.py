@@ -189,7 +189,8 @@ class Supervisor:
         """Return what the machine is made of. A fork has no network, unless it says that it has."""
         configuration = Configuration.from_json(row.configuration)
         if configuration.is_isolated is None:
-            is_fork = self._store._opened.catalog.lineage_of(row.ram) is not None
+            origin = self._store._opened.catalog.lineage_of(row.ram)
+            is_fork = origin is not None and origin.parent is not None  # each volume has a row, a fork names its origin
             configuration = replace(configuration, is_isolated=is_fork)
         return configuration
 
