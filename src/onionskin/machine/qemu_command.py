@@ -62,6 +62,11 @@ def words(configuration: Configuration) -> list[tuple[str, str | None]]:
     return found
 
 
+def refuse_arguments(configuration: Configuration) -> None:
+    """Raise StateError where one of the user's arguments cannot be given: before a machine is made that never starts."""
+    words(configuration)
+
+
 def _refuse(option: str, value: str) -> None:
     if (why := _OURS.get(option)) is not None:
         raise StateError(f"the argument {option} for QEMU cannot be given: {why}")

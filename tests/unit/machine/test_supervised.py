@@ -62,3 +62,9 @@ def test_a_missing_qmp_library_is_named_with_what_installs_it() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "StateError: machines need the Python library qemu.qmp" in ended.stderr
     assert "pip install 'onionskin[machine]'" in ended.stderr
+
+
+def test_a_machine_is_not_made_with_an_argument_that_no_start_would_take(store: onionskin.Store) -> None:
+    with pytest.raises(StateError, match="UEFI"):
+        store.create_machine("lab", disks=["web"], memory="1M", qemu_args=["-drive", "if=pflash,file=vars"])
+    assert store.machines() == []
