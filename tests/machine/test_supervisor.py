@@ -316,6 +316,15 @@ def test_a_killed_hypervisor_is_reported_and_the_machine_starts_again(lab: Machi
     assert lab.state == "running"
 
 
+def test_a_killed_hypervisor_is_never_said_to_be_paused(lab: Machine) -> None:
+    lab.start()
+    os.kill(pid_of(lab, "hypervisor"), signal.SIGKILL)
+    assert lab.state in ("running", "failed")  # it may not have died yet
+    until(lambda: lab.state == "failed")
+    lab.start()
+    assert lab.state == "running"
+
+
 def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
     lab.start()
     lab.snapshot("ready")

@@ -61,9 +61,19 @@ class ControlServer:
         For each verb what is called, with a function that raises `Gone` once the caller has gone, and the arguments.
     log : callable
         Takes a line.
+    has_ended : callable
+        Whether the machine has ended. Who connects then is turned away, and finds it off a moment later.
     """
 
-    def __init__(self, path: Path, verbs: Mapping[str, Callable[..., Any]], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        verbs: Mapping[str, Callable[..., Any]],
+        log: Callable[[str], None],
+        *,
+        has_ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._has_ended = has_ended
         self._verbs = verbs
         self._log = log
         self._owner = os.geteuid()
@@ -127,6 +137,8 @@ class ControlServer:
                 return
             connection.settimeout(IDLE_SECONDS)
             with connection:
+                if self._has_ended():
+                    return
                 _send(connection, {"onionskin": "machine", "version": VERSION})
                 while (request := self._next(connection)) is not None:
                     _send(connection, self._answer(connection, request))

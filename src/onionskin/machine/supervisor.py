@@ -31,7 +31,7 @@ from onionskin.machine.agent import tell_identity
 from onionskin.machine.control import ControlServer
 from onionskin.machine.disk_server import DiskServer
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
-from onionskin.machine.monitor import MonitorError
+from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
 from onionskin.machine.record import ProcessId, Record
 from onionskin.machine.running import Running
@@ -48,7 +48,9 @@ QUIT_SECONDS = 10.0
 STOP_SECONDS = 90.0  # that a guest has to shut down, where nobody says how long
 POLL_SECONDS = 5.0
 RESTART_SECONDS = 0.5
+DYING_SECONDS = 10.0  # from a closed connection of a hypervisor to its end
 GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an error goes on by itself
+_ENDED = "ended"
 
 
 class Supervisor:
@@ -258,7 +260,9 @@ class Supervisor:
             "revert": self.revert,
             "tell": self.tell,
         }
-        self._control = ControlServer(self._directory / record.CONTROL, verbs, self._log)
+        self._control = ControlServer(
+            self._directory / record.CONTROL, verbs, self._log, has_ended=lambda: self._process.wait(0) is not None
+        )
         self._ends.callback(self._control.close)
 
     # ---- while it runs ----
@@ -364,10 +368,7 @@ class Supervisor:
 
     def status(self, has_gone: Callable[[], None]) -> dict[str, Any]:
         """Describe the machine."""
-        try:
-            said = self._process.status
-        except MonitorError as error:
-            said = f"unknown: {error}"
+        said = self._ask_status()
         row, one = self.running.machine, self.record
         return {
             "name": row.name,
@@ -391,13 +392,24 @@ class Supervisor:
             "untold": self._untold,
         }
 
+    def _ask_status(self) -> str:
+        """Return what the hypervisor says of itself, or why it says nothing."""
+        try:
+            return self._process.status
+        except MonitorTimeout as error:
+            return f"unknown: {error}"
+        except MonitorError as error:  # one that was killed gives up its connection a moment before it has ended
+            return f"unknown: {error}" if self._process.wait(DYING_SECONDS) is None else _ENDED
+
     def _state(self, said: str) -> str:
-        if self._fault or self.running.is_broken or said in ("internal-error", "guest-panicked", "shutdown"):
+        if said == _ENDED or self._fault or self.running.is_broken or said in ("internal-error", "guest-panicked", "shutdown"):
             return "failed"
         return "running" if said == "running" else "paused"
 
     def _why(self, said: str) -> str:
         """Say why it does not run, if it does not."""
+        if said == _ENDED:
+            return "its hypervisor has just ended; start it again"
         if self._fault:
             return self._fault
         if self.running.is_broken:
