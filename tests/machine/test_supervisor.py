@@ -338,6 +338,23 @@ def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
         screen.wait_ticks()
 
 
+def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        (lab._directory / "control").unlink()
+        monkeypatch.setattr("onionskin.machine.machine.STARTING_SECONDS", 0.1)
+        with pytest.raises(StateError, match=f"'kill {record.supervisor.pid}' has its guest shut down"):
+            lab.status()
+        monkeypatch.undo()
+        os.kill(record.supervisor.pid, signal.SIGTERM)
+        screen.wait_end()
+    assert lab.state == "off"
+
+
 def test_sigterm_has_the_guest_shut_down_in_order(lab: Machine) -> None:
     lab.start()
     with console(lab) as screen:

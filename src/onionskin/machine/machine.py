@@ -4,7 +4,6 @@ What runs is asked of its supervisor; what is off, of the store. What must hold:
 found by whatever is asked of it next, and has one again before anything else happens to it.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,10 +115,10 @@ class Machine:
     def _ended(self) -> dict[str, Any]:
         """Return how it ended at last."""
         try:
-            value = json.loads((self._directory / record.ENDED).read_text())
+            value = record.read_json(self._directory / record.ENDED)
         except (OSError, ValueError):
             return {}
-        return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) and isinstance(value.get("status"), int) else {}
 
     def console(self) -> socket:
         """Connect to its serial console. One at a time can; the others wait.
@@ -555,11 +554,19 @@ class Machine:
                 self._start()  # it takes over what runs
             # Somebody starts it or ends it just now, or did until a moment ago.
             if time.monotonic() > deadline:
-                raise StateError(
-                    f"{machines.said_to_run(self._store._opened, self._row)}; it has answered nobody for "
-                    f"{STARTING_SECONDS:.0f} s"
-                )
+                raise self._silent(found)
             time.sleep(0.02)
+
+    def _silent(self, found: Record | None) -> StateError:
+        """Say that somebody has the machine who cannot be reached, and what ends that."""
+        if found is not None and found.supervisor is not None and found.supervisor.is_alive:
+            pid = found.supervisor.pid
+            return StateError(
+                f"machine {self._name!r} runs in process {pid}, which nobody can reach at {self._directory / record.CONTROL}; "
+                f"'kill {pid}' has its guest shut down"
+            )
+        said = machines.said_to_run(self._store._opened, self._row)
+        return StateError(f"{said}; it has answered nobody for {STARTING_SECONDS:.0f} s")
 
     def _end_orphans(self) -> bool:
         """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""

@@ -237,7 +237,9 @@ def _isolated(given: list[tuple[str, str | None]]) -> list[tuple[str, str | None
         if option == "-netdev":
             id = next((part for part in (value or "").split(",") if part.startswith("id=")), None)
             if id is None:
-                raise StateError(f"the argument -netdev {value} for QEMU has no id=, by which a card names it; give one")
+                raise StateError(
+                    f"the argument -netdev {value} for QEMU has no id=, by which a card names it; give one"
+                )
             found.append((option, f"user,{id},restrict=on"))
         elif option in ("-nic", "-net") and value and not value.startswith(("none", "nic")):
             kept = [part for part in value.split(",") if part.startswith(("model=", "mac=", "id=", "name="))]

@@ -402,7 +402,12 @@ class Supervisor:
             return f"unknown: {error}" if self._process.wait(DYING_SECONDS) is None else _ENDED
 
     def _state(self, said: str) -> str:
-        if said == _ENDED or self._fault or self.running.is_broken or said in ("internal-error", "guest-panicked", "shutdown"):
+        if (
+            said == _ENDED
+            or self._fault
+            or self.running.is_broken
+            or said in ("internal-error", "guest-panicked", "shutdown")
+        ):
             return "failed"
         return "running" if said == "running" else "paused"
 
