@@ -562,8 +562,8 @@ class Machine:
         if found is not None and found.supervisor is not None and found.supervisor.is_alive:
             pid = found.supervisor.pid
             return StateError(
-                f"machine {self._name!r} runs in process {pid}, which nobody can reach at {self._directory / record.CONTROL}; "
-                f"'kill {pid}' has its guest shut down"
+                f"machine {self._name!r} runs in process {pid}, which nobody can reach at "
+                f"{self._directory / record.CONTROL}; 'kill {pid}' has its guest shut down"
             )
         said = machines.said_to_run(self._store._opened, self._row)
         return StateError(f"{said}; it has answered nobody for {STARTING_SECONDS:.0f} s")

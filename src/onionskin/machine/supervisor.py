@@ -247,8 +247,16 @@ class Supervisor:
 
     def _note(self, what: Record) -> None:
         with self._guard:
-            self.record = what
             what.write(self._directory)
+            self.record = what
+
+    def _note_what_is(self, what: Record) -> None:
+        """Note what has happened already. Where that cannot be written, the disk may be full, this process knows it."""
+        try:
+            self._note(what)
+        except OSError as error:
+            self.record = what
+            self._log(f"{self._directory / record.RECORD} could not be written: {error}")
 
     def _listen(self) -> None:
         verbs: dict[str, Callable[..., Any]] = {
@@ -323,7 +331,7 @@ class Supervisor:
                 time.sleep(RESTART_SECONDS)
                 self.wake()
             return
-        self._note(replace(self.record, server=self._server.process))
+        self._note_what_is(replace(self.record, server=self._server.process))
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served."""
@@ -430,7 +438,12 @@ class Supervisor:
         """Have it stand still until it is resumed. Return whether it ran."""
         with self.running.guard:
             ran = self._process.pause()
-            self._note(replace(self.record, is_paused=True))
+            try:
+                self._note(replace(self.record, is_paused=True))
+            except BaseException:
+                if ran:
+                    self._process.resume()
+                raise
             return ran
 
     def resume(self, has_gone: Callable[[], None]) -> None:
@@ -442,7 +455,7 @@ class Supervisor:
                 )
             self._process.resume()
             self._tries.clear()
-            self._note(replace(self.record, is_paused=False))
+            self._note_what_is(replace(self.record, is_paused=False))
 
     def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
         """End the machine: its guest is asked to shut down; with `force` it is ended at once. Return what happened.
@@ -467,7 +480,7 @@ class Supervisor:
                 raise StateError(f"machine {self._name!r} is between two states; end it with --force")
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
-                self._note(replace(self.record, is_paused=False))
+                self._note_what_is(replace(self.record, is_paused=False))
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
@@ -508,7 +521,7 @@ class Supervisor:
             try:
                 restore.revert(self.running, name)
             finally:
-                self._note(replace(self.record, is_reverting=self.running.is_broken))
+                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken))
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
@@ -525,7 +538,7 @@ class Supervisor:
         try:
             yield
         finally:
-            self._note(replace(self.record, is_frozen=False))
+            self._note_what_is(replace(self.record, is_frozen=False))
 
 
 def _open_process(process: ProcessId) -> int | None:

@@ -34,7 +34,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_a_record_that_is_none_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
     write(tmp_path, text)
-    with pytest.raises(FormatError, match="cannot be read; .* remove it"):
+    with pytest.raises(FormatError, match=r"cannot be read; .* remove it"):
         Record.read(tmp_path)
 
 

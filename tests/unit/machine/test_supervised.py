@@ -68,3 +68,12 @@ def test_a_machine_is_not_made_with_an_argument_that_no_start_would_take(store: 
     with pytest.raises(StateError, match="UEFI"):
         store.create_machine("lab", disks=["web"], memory="1M", qemu_args=["-drive", "if=pflash,file=vars"])
     assert store.machines() == []
+
+
+def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_says_what_the_next_start_does(store: onionskin.Store) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    lab.snapshot("off")
+    with onionskin.Store(store.path) as other, other.open("web"):
+        with pytest.raises(StateError, match="its next start puts all of them back to 'off'"):
+            lab.revert("off")
+        assert lab.info().begins == "reverting"
