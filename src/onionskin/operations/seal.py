@@ -234,10 +234,13 @@ def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
 
 
 def _are_below(store: OpenStore, what: SealedHead) -> bool:
-    """Whether the segments in which slots are to be freed are of the layers below the head."""
+    """Whether the segments in which slots are to be freed are of the head, which is sealed now, or of the layers below it.
+
+    Of the head itself where a seal before was given up: what was written meanwhile freed slots in what had been sealed.
+    """
     if not what.to_reclaim:
         return True
-    below = {layer.id for layer in store.catalog.chain(what.head)} - {what.head}
+    below = {layer.id for layer in store.catalog.chain(what.head)}
     layers = dict(store.catalog.layers_of_segments(what.to_reclaim))
     return all(id not in layers or layers[id] in below for id in what.to_reclaim)  # what is gone has no slots
 
