@@ -197,6 +197,20 @@ def test_a_killed_server_of_the_disks_is_started_again_and_the_guest_goes_on(lab
     assert lab.status()["server_restarts"] == 1
 
 
+def test_a_machine_whose_record_cannot_be_written_is_not_left_paused_and_outlives_its_server(lab: Machine) -> None:
+    lab.start()
+    record = found(lab)
+    assert record.supervisor is not None and record.server is not None
+    (lab._directory / f"running.json.{record.supervisor.pid}").mkdir()  # in the way, as a full disk is
+    with console(lab) as screen:
+        with pytest.raises(OSError, match="running"):
+            lab.pause()
+        assert lab.state == "running"
+        os.kill(record.server.pid, signal.SIGKILL)
+        until(lambda: lab.status()["server_restarts"] == 1)
+        screen.wait_ticks(10)
+
+
 def test_a_server_that_dies_again_and_again_is_given_up_and_that_is_said(lab: Machine, store: onionskin.Store) -> None:
     lab.start()
     for _ in range(6):
