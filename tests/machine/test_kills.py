@@ -101,10 +101,11 @@ def test_a_kill_in_a_revert_leaves_a_machine_that_can_be_put_back_again(lab: Mac
         check_right(lab)
 
 
-def test_a_kill_of_the_origin_in_a_fork_leaves_whole_forks(lab: Machine) -> None:
-    for delay in delays(3, 1.5)[:3]:
+@pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
+def test_a_kill_of_the_origin_in_a_fork_leaves_whole_forks(lab: Machine, victim: str) -> None:
+    for delay in delays(3, 1.5)[:2]:
         made: list[Machine] = []
-        killed_in(lambda made=made: made.extend(lab.fork("ready", count=2)), lab, "hypervisor", delay)
+        killed_in(lambda made=made: made.extend(lab.fork("ready", count=2)), lab, victim, delay)
         for fork in made:
             with Console(fork._directory / "console") as screen:
                 screen.wait_ticks(3)
