@@ -48,6 +48,10 @@ class WentAway(StateError):
     """The supervisor has closed the connection."""
 
 
+class NotAsked(WentAway):
+    """It had closed the connection before it was asked for anything: whoever looks again finds the machine off."""
+
+
 # ---- the supervisor's end ----
 
 
@@ -271,7 +275,7 @@ class MachineControl:
         except TimeoutError:
             raise self._silent() from None
         except (BrokenPipeError, ConnectionResetError):
-            raise self._gone() from None
+            raise NotAsked(str(self._gone())) from None
         try:
             while True:
                 reply = self._receive()

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import wraps
 from socket import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.machine import daemon, disk_server, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
-from onionskin.machine.control import MachineControl
+from onionskin.machine.control import MachineControl, NotAsked
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.record import Record
 from onionskin.operations import machines
@@ -33,6 +34,21 @@ if TYPE_CHECKING:
 ORPHAN_SECONDS = 10.0
 TIMEOUT_SECONDS_MAX = 1_000_000
 STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _asked_again(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Call a method again, once, whose supervisor ended between its greeting and the question."""
+
+    @wraps(method)
+    def call(*given: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return method(*given, **named)
+        except NotAsked:
+            return method(*given, **named)
+
+    return call
 
 
 class Machine:
@@ -91,6 +107,7 @@ class Machine:
         """
         return self._store.machine_info(self._name)
 
+    @_asked_again
     def status(self) -> dict[str, Any]:
         """Say what it does, and why.
 
@@ -192,6 +209,7 @@ class Machine:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         return daemon.run_in_foreground(self._store.path, self._name, paused=paused, trust=self._store._trust)
 
+    @_asked_again
     def stop(self, timeout: float | None = None, *, force: bool = False) -> None:
         """Have it shut down, and wait until all of it has ended and its disks are flushed. One that is off stays off.
 
@@ -271,6 +289,7 @@ class Machine:
 
     # ---- snapshots ----
 
+    @_asked_again
     def snapshot(
         self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
     ) -> MachineSnapshot:
@@ -310,6 +329,7 @@ class Machine:
         taken = self._store._snapshot_machine_off(self._name, name, note)
         return MachineSnapshot(taken.name, note, "off", disks=tuple(disk.name for disk in self.info().disks))
 
+    @_asked_again
     def revert(self, name: str) -> None:
         """Put it back to a snapshot. One that runs goes on from there, in the same process; one that is off is started.
 

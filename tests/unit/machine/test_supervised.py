@@ -1,5 +1,6 @@
 """What is decided about a machine before any process of it runs."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
+from onionskin.machine.control import VERSION, MachineControl
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.supervisor import Supervisor
 
@@ -77,3 +80,15 @@ def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_says_what_the_next_star
         with pytest.raises(StateError, match="its next start puts all of them back to 'off'"):
             lab.revert("off")
         assert lab.info().begins == "reverting"
+
+
+def test_a_supervisor_that_ends_before_it_is_asked_is_not_an_error(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    here, there = socket.socketpair()
+    with there:
+        there.sendall(frames.packed({"onionskin": "machine", "version": VERSION}))
+        found = [MachineControl(here, "lab"), None]
+    monkeypatch.setattr(lab, "_find", lambda: found.pop(0))
+    assert lab.status()["state"] == "off"
