@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from onionskin.machine.hypervisor import Configuration as MachineConfiguration
     from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
     from onionskin.machine.machine import Machine
+    from onionskin.machine.qemu_command import refuse_arguments as refuse_arguments
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
     from onionskin.operations.fork_usage import ForkUsage
@@ -70,6 +71,7 @@ _HOME = {
     **dict.fromkeys(
         ("find_served_heads", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
     ),
+    "refuse_arguments": "onionskin.machine.qemu_command",
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",
     "ForkUsage": "onionskin.operations.fork_usage",

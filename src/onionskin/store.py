@@ -1533,7 +1533,7 @@ class Store:
         VolumeExistsError
             A volume has the name that its RAM would have.
         StateError
-            A disk belongs to another machine.
+            A disk belongs to another machine; or an argument of `qemu_args` would undo a snapshot.
         ValueError
             A machine cannot be so.
         """
@@ -1546,6 +1546,7 @@ class Store:
             if configuration.get(file) is not None:
                 configuration[file] = str(FilePath(configuration[file]).absolute())
         wanted = onionskin.MachineConfiguration(memory_bytes=parse_size(memory), **configuration)
+        onionskin.refuse_arguments(wanted)
         if wipe is not None:
             _check_geometry(4096, wipe)
         self._opened.catalog.refuse_read_only()

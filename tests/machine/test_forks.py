@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import Console, configuration
+from support.guests import SECONDS_MAX, Console, configuration
 
 import onionskin
 from onionskin.errors import StateError
@@ -48,7 +48,7 @@ def lab(store: onionskin.Store, qemu: list[str]) -> Machine:
 
 def until(what: Callable[[], bool]) -> None:
     """Wait until something holds that another process does."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS_MAX
     while not what():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.02)

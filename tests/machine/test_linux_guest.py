@@ -62,7 +62,7 @@ def screen_of(machine: Machine) -> Console:
 def test_a_restored_guest_goes_on_at_the_next_count(booted: Machine, fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 5)
-        assert 20 < counts(screen.text)[0] < 2000
+        assert counts(screen.text)[0] > 20
         assert "ready" not in screen.text  # it did not boot
 
 
@@ -77,16 +77,17 @@ def test_the_agent_freezes_the_file_system_for_a_snapshot_and_thaws_it(fork: Mac
 def test_the_agent_tells_the_guest_its_name_and_the_time(fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 3)
+        begun = time.time()
         assert fork.tell("another", clock=True) == []
         screen.wait(lambda: "host another at " in screen.text)
         said = int(screen.text.rpartition("host another at ")[2].split()[0])
-        assert abs(said - time.time()) < 60
+        assert begun - 5 < said < time.time() + 5
 
 
 def test_a_guest_shuts_down_when_it_is_asked(fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 3)
-        fork.stop(60)
+        fork.stop(240)
         assert "goodbye" in screen.text
     assert fork.state == "off"
 

@@ -15,7 +15,7 @@ from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateEr
 from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 
-SECONDS_MAX = 60
+SECONDS_MAX = 120  # of a busy machine
 pytestmark = pytest.mark.slow  # each starts several processes
 
 
@@ -66,7 +66,7 @@ def test_a_machine_starts_runs_and_is_stopped_by_its_power_button(lab: Machine) 
     assert lab.state == "running"
     with console(lab) as screen:
         screen.wait_ticks()
-        lab.stop(30)
+        lab.stop(SECONDS_MAX)
         assert "off" in screen.text
     assert lab.state == "off"
     assert Record.read(lab._directory) is None
@@ -130,16 +130,15 @@ def test_a_machine_that_its_user_paused_stays_paused_behind_a_snapshot(lab: Mach
 def test_a_snapshot_is_taken_while_it_runs_and_reverting_goes_on_from_it_in_place(lab: Machine) -> None:
     lab.start()
     with console(lab) as screen:
-        screen.wait_ticks()
+        first = screen.wait_ticks()
         taken = lab.snapshot("ready", "a note")
         assert (taken.name, taken.mode, taken.disks) == ("ready", "live", ("web", "data"))
-        at = screen.ticks[-1]
-        screen.wait_ticks(20)
+        last = screen.wait_ticks(1)
+        screen.wait_ticks(5)
         before = pid_of(lab, "hypervisor")
         lab.revert("ready")
-        length = len(screen.ticks)
+        assert first <= screen.wait_back(0) <= last + 1
         screen.wait_ticks(3)
-        assert abs(screen.ticks[length + 1] - at) <= 4
         assert pid_of(lab, "hypervisor") == before
     with pytest.raises(SnapshotExistsError):
         lab.snapshot("ready")
@@ -153,12 +152,12 @@ def test_a_machine_that_is_off_is_started_by_a_revert_and_goes_on(lab: Machine) 
     with console(lab) as screen:
         screen.wait_ticks(10)
         lab.snapshot("ready")
-        at = screen.ticks[-1]
         lab.stop(force=True)
     lab.revert("ready")
+    assert found(lab).mapped is not None  # it began from RAM
     with console(lab) as screen:
         screen.wait_ticks()
-        assert abs(screen.ticks[0] - at) < 100
+        assert screen.ticks[0] >= 10
     assert lab.state == "running"
 
 
@@ -167,13 +166,13 @@ def test_a_fork_goes_on_beside_its_origin(lab: Machine, store: onionskin.Store) 
     with console(lab) as screen:
         screen.wait_ticks(10)
         lab.snapshot("ready")
-        at = screen.ticks[-1]
         forks = lab.fork("ready", count=2)
         try:
             for fork in forks:
                 with console(fork) as other:
                     other.wait_ticks()
-                    assert at <= other.ticks[0] < at + 200
+                    assert other.ticks[0] >= 10
+                assert found(fork).mapped is not None  # it began from RAM
                 assert fork.status()["generation"] != lab.status()["generation"]
             screen.wait_ticks()
         finally:
@@ -195,6 +194,20 @@ def test_a_killed_server_of_the_disks_is_started_again_and_the_guest_goes_on(lab
         screen.wait_ticks(10)
     assert lab.state == "running"
     assert lab.status()["server_restarts"] == 1
+
+
+def test_a_machine_whose_record_cannot_be_written_is_not_left_paused_and_outlives_its_server(lab: Machine) -> None:
+    lab.start()
+    record = found(lab)
+    assert record.supervisor is not None and record.server is not None
+    (lab._directory / f"running.json.{record.supervisor.pid}").mkdir()  # in the way, as a full disk is
+    with console(lab) as screen:
+        with pytest.raises(OSError, match="running"):
+            lab.pause()
+        assert lab.state == "running"
+        os.kill(record.server.pid, signal.SIGKILL)
+        until(lambda: lab.status()["server_restarts"] == 1)
+        screen.wait_ticks(10)
 
 
 def test_a_server_that_dies_again_and_again_is_given_up_and_that_is_said(lab: Machine, store: onionskin.Store) -> None:
@@ -223,7 +236,7 @@ def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_ma
         try:
             with pytest.raises(StateError, match="did not answer 'stop'"):
                 lab.pause()
-            assert time.monotonic() - begun < 30
+            assert time.monotonic() - begun < SECONDS_MAX
         finally:
             os.kill(server, signal.SIGCONT)
         screen.wait_ticks(5)
@@ -249,7 +262,7 @@ def test_a_machine_whose_supervisor_was_killed_is_taken_over_by_the_next_command
         screen.wait_ticks(5)
         lab.revert("after")
         screen.wait_ticks(5)
-    lab.stop(30)
+    lab.stop(SECONDS_MAX)
     assert lab.state == "off"
 
 
@@ -316,6 +329,15 @@ def test_a_killed_hypervisor_is_reported_and_the_machine_starts_again(lab: Machi
     assert lab.state == "running"
 
 
+def test_a_killed_hypervisor_is_never_said_to_be_paused(lab: Machine) -> None:
+    lab.start()
+    os.kill(pid_of(lab, "hypervisor"), signal.SIGKILL)
+    assert lab.state in ("running", "failed")  # it may not have died yet
+    until(lambda: lab.state == "failed")
+    lab.start()
+    assert lab.state == "running"
+
+
 def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
     lab.start()
     lab.snapshot("ready")
@@ -327,6 +349,23 @@ def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
     lab.revert("ready")
     with console(lab) as screen:
         screen.wait_ticks()
+
+
+def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        (lab._directory / "control").unlink()
+        monkeypatch.setattr("onionskin.machine.machine.STARTING_SECONDS", 0.1)
+        with pytest.raises(StateError, match=f"'kill {record.supervisor.pid}' has its guest shut down"):
+            lab.status()
+        monkeypatch.undo()
+        os.kill(record.supervisor.pid, signal.SIGTERM)
+        screen.wait_end()
+    assert lab.state == "off"
 
 
 def test_sigterm_has_the_guest_shut_down_in_order(lab: Machine) -> None:

@@ -442,6 +442,26 @@ def test_a_volume_goes_on_whose_caller_is_gone_at_a_step(store: onionskin.Store,
     goes_on(store, server, "web")
 
 
+def test_a_group_is_cut_after_one_that_failed_while_the_volume_was_written_to(
+    store: onionskin.Store, here: Here
+) -> None:
+    server = here("web")
+    web = volume_of(server, "web")
+    stamp(web, 1)
+    caller = Caller(store, "web")
+    caller.go_to("synced")
+    stamp(web, 2)  # over what was sealed, whose slots count as freed from then on, though the head goes on with them
+    caller.close()
+    web.flush()
+    store.snapshot_group({"web": "s", "log": "s"})
+    stamp(web, 3)
+    assert number_in(store, "web", "s") == 2
+    server.close()
+    store.open("web").close()
+    assert number_in(store, "web", "s") == 2
+    assert [problem for problem in store.check() if problem.severity != "notice"] == []
+
+
 @pytest.mark.parametrize("step", Caller.STEPS)
 def test_a_group_that_was_given_up_at_a_step_may_be_tried_again_at_once(
     store: onionskin.Store, here: Here, step: str

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,7 @@ from onionskin.base.sockets import connect_unix
 from onionskin.machine.hypervisor import Configuration
 
 MIB = 1 << 20
-SECONDS_MAX = 60
+SECONDS_MAX = 120  # of a busy machine
 SOURCES = Path(__file__).parent.parent / "machine"
 QEMUS = [["qemu-system-x86_64"], *(shlex.split(one) for one in os.environ.get("ONIONSKIN_QEMUS", "").split(";") if one)]
 
@@ -103,6 +104,15 @@ class Console:
         self.wait(lambda: len(self.ticks) >= goal)
         assert "wrong" not in self.text and "failed" not in self.text, self.text[-400:]
         return self.ticks[-1]
+
+    def wait_back(self, since: int) -> int:
+        """Return the first count, from that number on, that is not above the one before it: the machine was put back."""
+
+        def back() -> list[int]:
+            return [now for before, now in pairwise(self.ticks[since:]) if now <= before]
+
+        self.wait(lambda: bool(back()))
+        return back()[0]
 
     def wait_end(self) -> None:
         """Return once the machine has ended."""

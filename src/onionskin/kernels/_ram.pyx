@@ -110,10 +110,11 @@ cdef class PageTracker:
         self.close()
 
     def close(self):
-        """Close it. Further calls do nothing."""
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
-            self._pagemap = -1
+        """Close it. Further calls do nothing. Several threads may call it at once."""
+        cdef int pagemap = self._pagemap
+        self._pagemap = -1  # before another thread may run: the number may be another file's once it is closed
+        if pagemap >= 0:
+            os.close(pagemap)
 
     def __dealloc__(self):
         if self._pagemap >= 0:

@@ -48,6 +48,10 @@ class WentAway(StateError):
     """The supervisor has closed the connection."""
 
 
+class NotAsked(WentAway):
+    """It had closed the connection before it was asked for anything: whoever looks again finds the machine off."""
+
+
 # ---- the supervisor's end ----
 
 
@@ -61,9 +65,19 @@ class ControlServer:
         For each verb what is called, with a function that raises `Gone` once the caller has gone, and the arguments.
     log : callable
         Takes a line.
+    has_ended : callable
+        Whether the machine has ended. Who connects then is turned away, and finds it off a moment later.
     """
 
-    def __init__(self, path: Path, verbs: Mapping[str, Callable[..., Any]], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        verbs: Mapping[str, Callable[..., Any]],
+        log: Callable[[str], None],
+        *,
+        has_ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._has_ended = has_ended
         self._verbs = verbs
         self._log = log
         self._owner = os.geteuid()
@@ -127,6 +141,8 @@ class ControlServer:
                 return
             connection.settimeout(IDLE_SECONDS)
             with connection:
+                if self._has_ended():
+                    return
                 _send(connection, {"onionskin": "machine", "version": VERSION})
                 while (request := self._next(connection)) is not None:
                     _send(connection, self._answer(connection, request))
@@ -259,7 +275,7 @@ class MachineControl:
         except TimeoutError:
             raise self._silent() from None
         except (BrokenPipeError, ConnectionResetError):
-            raise self._gone() from None
+            raise NotAsked(str(self._gone())) from None
         try:
             while True:
                 reply = self._receive()

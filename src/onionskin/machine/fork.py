@@ -122,17 +122,17 @@ def main(text: str) -> int:
 
 def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
     """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
-    from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
-    from onionskin.machine.hypervisor import Configuration
-    from onionskin.machine.qemu import QemuHypervisor
-    from onionskin.machine.ram_files import RamFiles
-    from onionskin.machine.running import source_of
-    from onionskin.store import Store
-
     for module in _OF_SERVERS:
         with suppress(ImportError):
             importlib.import_module(module)
     try:
+        from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
+        from onionskin.machine.hypervisor import Configuration
+        from onionskin.machine.qemu import QemuHypervisor
+        from onionskin.machine.ram_files import RamFiles
+        from onionskin.machine.running import source_of
+        from onionskin.store import Store
+
         with Store(store, create=False, trust=trust) as opened:
             row = machines.find(opened._opened.catalog, name)
             disks = opened._opened.catalog.disks_of_machine(row.id)

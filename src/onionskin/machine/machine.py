@@ -4,21 +4,21 @@ What runs is asked of its supervisor; what is off, of the store. What must hold:
 found by whatever is asked of it next, and has one again before anything else happens to it.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import wraps
 from socket import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.machine import daemon, disk_server, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
-from onionskin.machine.control import MachineControl
+from onionskin.machine.control import MachineControl, NotAsked
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.record import Record
 from onionskin.operations import machines
@@ -32,7 +32,23 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 ORPHAN_SECONDS = 10.0
+TIMEOUT_SECONDS_MAX = 1_000_000
 STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _asked_again(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Call a method again, once, whose supervisor ended between its greeting and the question."""
+
+    @wraps(method)
+    def call(*given: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return method(*given, **named)
+        except NotAsked:
+            return method(*given, **named)
+
+    return call
 
 
 class Machine:
@@ -91,6 +107,7 @@ class Machine:
         """
         return self._store.machine_info(self._name)
 
+    @_asked_again
     def status(self) -> dict[str, Any]:
         """Say what it does, and why.
 
@@ -115,10 +132,10 @@ class Machine:
     def _ended(self) -> dict[str, Any]:
         """Return how it ended at last."""
         try:
-            value = json.loads((self._directory / record.ENDED).read_text())
+            value = record.read_json(self._directory / record.ENDED)
         except (OSError, ValueError):
             return {}
-        return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) and isinstance(value.get("status"), int) else {}
 
     def console(self) -> socket:
         """Connect to its serial console. One at a time can; the others wait.
@@ -192,6 +209,7 @@ class Machine:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         return daemon.run_in_foreground(self._store.path, self._name, paused=paused, trust=self._store._trust)
 
+    @_asked_again
     def stop(self, timeout: float | None = None, *, force: bool = False) -> None:
         """Have it shut down, and wait until all of it has ended and its disks are flushed. One that is off stays off.
 
@@ -206,7 +224,11 @@ class Machine:
         ------
         StateError
             The guest did not shut down in time. It runs on.
+        ValueError
+            `timeout` is negative, or longer than 1,000,000 seconds.
         """
+        if timeout is not None and not 0 <= timeout <= TIMEOUT_SECONDS_MAX:  # which NaN is not either
+            raise ValueError(f"a guest has 0 to {TIMEOUT_SECONDS_MAX:,} seconds to shut down, not {timeout:g}")
         if force and self._end_orphans():
             return
         with self._supervisor() as control:
@@ -267,6 +289,7 @@ class Machine:
 
     # ---- snapshots ----
 
+    @_asked_again
     def snapshot(
         self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
     ) -> MachineSnapshot:
@@ -306,6 +329,7 @@ class Machine:
         taken = self._store._snapshot_machine_off(self._name, name, note)
         return MachineSnapshot(taken.name, note, "off", disks=tuple(disk.name for disk in self.info().disks))
 
+    @_asked_again
     def revert(self, name: str) -> None:
         """Put it back to a snapshot. One that runs goes on from there, in the same process; one that is off is started.
 
@@ -550,11 +574,19 @@ class Machine:
                 self._start()  # it takes over what runs
             # Somebody starts it or ends it just now, or did until a moment ago.
             if time.monotonic() > deadline:
-                raise StateError(
-                    f"{machines.said_to_run(self._store._opened, self._row)}; it has answered nobody for "
-                    f"{STARTING_SECONDS:.0f} s"
-                )
+                raise self._silent(found)
             time.sleep(0.02)
+
+    def _silent(self, found: Record | None) -> StateError:
+        """Say that somebody has the machine who cannot be reached, and what ends that."""
+        if found is not None and found.supervisor is not None and found.supervisor.is_alive:
+            pid = found.supervisor.pid
+            return StateError(
+                f"machine {self._name!r} runs in process {pid}, which nobody can reach at "
+                f"{self._directory / record.CONTROL}; 'kill {pid}' has its guest shut down"
+            )
+        said = machines.said_to_run(self._store._opened, self._row)
+        return StateError(f"{said}; it has answered nobody for {STARTING_SECONDS:.0f} s")
 
     def _end_orphans(self) -> bool:
         """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""

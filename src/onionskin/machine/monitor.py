@@ -13,11 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
-
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
+
+try:
+    from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+except ImportError as error:
+    raise StateError(
+        f"machines need the Python library qemu.qmp, which cannot be loaded ({error}); pip install 'onionskin[machine]'"
+    ) from error
 
 SECONDS = 30.0
 CLOSE_SECONDS = 2.0

@@ -309,11 +309,19 @@ class QemuProcess:
 
     def load_state(self, path: Path) -> None:
         """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
-        node = self._add_node(path, is_new=False)
         try:
-            self._run_on_state("snapshot-load", node)
-        finally:
-            self._remove_node(node)
+            node = self._add_node(path, is_new=False)
+            try:
+                self._run_on_state("snapshot-load", node)
+            finally:
+                self._remove_node(node)
+        except MonitorTimeout:
+            raise
+        except MonitorError as error:
+            raise MonitorError(
+                f"the saved state of the devices of machine {self.name!r} cannot be loaded ({error}); it may be damaged: "
+                "another snapshot of the machine may have a whole one"
+            ) from error
 
     def drop_leftovers(self) -> None:
         """Let go of what a supervisor that is gone had under way: its jobs, and the files of its states."""

@@ -62,6 +62,11 @@ def words(configuration: Configuration) -> list[tuple[str, str | None]]:
     return found
 
 
+def refuse_arguments(configuration: Configuration) -> None:
+    """Raise StateError where one of the user's arguments cannot be given: before a machine is made that never starts."""
+    words(configuration)
+
+
 def _refuse(option: str, value: str) -> None:
     if (why := _OURS.get(option)) is not None:
         raise StateError(f"the argument {option} for QEMU cannot be given: {why}")
@@ -230,7 +235,11 @@ def _isolated(given: list[tuple[str, str | None]]) -> list[tuple[str, str | None
     found: list[tuple[str, str | None]] = []
     for option, value in given:
         if option == "-netdev":
-            id = next(part for part in (value or "").split(",") if part.startswith("id="))
+            id = next((part for part in (value or "").split(",") if part.startswith("id=")), None)
+            if id is None:
+                raise StateError(
+                    f"the argument -netdev {value} for QEMU has no id=, by which a card names it; give one"
+                )
             found.append((option, f"user,{id},restrict=on"))
         elif option in ("-nic", "-net") and value and not value.startswith(("none", "nic")):
             kept = [part for part in value.split(",") if part.startswith(("model=", "mac=", "id=", "name="))]

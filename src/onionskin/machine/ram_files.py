@@ -9,8 +9,10 @@ hypervisor's process too. Only who has the lock alone drops a file, and overwrit
 layer holds does not change as long as its row is there, so a file is right if it is there.
 """
 
+import errno
 import fcntl
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,11 +64,16 @@ class RamFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def has(self, length: int) -> bool:
+        """Whether it is a file of so many bytes."""
+        found = os.fstat(self._descriptor)
+        return stat.S_ISREG(found.st_mode) and found.st_size == length
+
     def close(self) -> None:
         """Say that this is no user of it any more. Further calls do nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +127,19 @@ class RamFiles:
         """
         path = self._path(source)
         while True:
-            if (found := _use(path)) is not None:
+            found = _use(path)
+            if found is None:
+                self._make(source, path)
+            elif found.has(source.length):
                 return found
-            self._make(source, path)
+            else:
+                found.close()
+                self._drop_wrong(path)
+
+    def _drop_wrong(self, path: Path) -> None:
+        """Drop what is no RAM file, or was cut off: it is made again."""
+        if not path.is_file() or not self._drop(path):
+            raise StateError(f"{path} is not the RAM file that a machine needs; remove it, and it is made again")
 
     def make_soon(self, source: Source) -> None:
         """Make the file for a layer in the background, some seconds after the last such request: see QUIET_SECONDS.
@@ -284,9 +301,13 @@ def _use(path: Path) -> RamFile | None:
     """Use a file, or return None if there is none."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            raise StateError(f"{path} is no file; remove it: the RAM file of that name is made again") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_at(descriptor, path):

@@ -15,12 +15,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from onionskin.errors import FormatError
+from onionskin.errors import FormatError, StateError
 from onionskin.storage.locks import start_ticks
 
 DIRECTORY = "machines"
+JSON_BYTES_MAX = 1 << 20  # what is written has the user's arguments for the hypervisor, which are less
+PID_END = 1 << 22  # of Linux
 RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
     *("running.json", "ended.json", "control", "nbd"),
     *("supervisor.log", "server.log"),
@@ -35,8 +37,14 @@ def directory_of(root: str | Path, machine: bytes) -> Path:
 def make_directory(root: str | Path, machine: bytes) -> Path:
     """Make that directory, for its user alone."""
     path = directory_of(root, machine)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    for one in (path.parent, path):
+        try:
+            one.mkdir(mode=0o700)
+        except FileExistsError:
+            if one.is_symlink() or not one.is_dir():
+                raise StateError(
+                    f"{one} is no directory; remove what is there: a store keeps the files of running machines in it"
+                ) from None
     return path
 
 
@@ -58,6 +66,15 @@ class ProcessId:
     def of(cls, pid: int) -> Self:
         """Return that of a process that runs."""
         return cls(pid, start_ticks(pid), boot_id())
+
+    @classmethod
+    def checked(cls, value: dict[str, Any]) -> Self:
+        """Return one that was written. Raise TypeError or KeyError where it is something else."""
+        found = cls(value["pid"], value["ticks"], value["boot"])
+        is_process = type(found.pid) is int and 0 < found.pid < PID_END and type(found.ticks) is int
+        if not is_process or type(found.boot) is not str:
+            raise TypeError("no process")
+        return found
 
     @property
     def is_alive(self) -> bool:
@@ -145,20 +162,32 @@ class Record:
         """
         path = directory / RECORD
         try:
-            value = json.loads(path.read_text())
+            value: Any = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
+        except (OSError, ValueError):
             value = None
         try:
             for name in ("supervisor", "hypervisor", "server"):
                 if value[name] is not None:
-                    value[name] = ProcessId(**value[name])
+                    value[name] = ProcessId.checked(value[name])
             return cls(**{one.name: value[one.name] for one in fields(cls)})
         except (TypeError, KeyError):
             raise FormatError(
                 f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"
             ) from None
+
+
+def read_json(path: Path) -> object:
+    """Read a small file. Raise ValueError where it is large, or has something else."""
+    with path.open("rb") as file:
+        text = file.read(JSON_BYTES_MAX + 1)
+    if len(text) > JSON_BYTES_MAX:
+        raise ValueError(f"{path} is too large")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is too deep") from None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -177,6 +206,9 @@ def write_json(path: Path, value: object) -> None:
 def remove_directory(directory: Path) -> None:
     """Remove what a machine that is gone left in its directory, as far as that can be done."""
     with suppress(OSError):
+        if directory.is_symlink():  # what it leads to was not made by a machine
+            directory.unlink()
+            return
         for path in directory.iterdir():
             path.unlink(missing_ok=True)
         directory.rmdir()

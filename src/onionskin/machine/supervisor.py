@@ -31,7 +31,7 @@ from onionskin.machine.agent import tell_identity
 from onionskin.machine.control import ControlServer
 from onionskin.machine.disk_server import DiskServer
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
-from onionskin.machine.monitor import MonitorError
+from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
 from onionskin.machine.record import ProcessId, Record
 from onionskin.machine.running import Running
@@ -48,7 +48,9 @@ QUIT_SECONDS = 10.0
 STOP_SECONDS = 90.0  # that a guest has to shut down, where nobody says how long
 POLL_SECONDS = 5.0
 RESTART_SECONDS = 0.5
+DYING_SECONDS = 10.0  # from a closed connection of a hypervisor to its end
 GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an error goes on by itself
+_ENDED = "ended"
 
 
 class Supervisor:
@@ -189,7 +191,8 @@ class Supervisor:
         """Return what the machine is made of. A fork has no network, unless it says that it has."""
         configuration = Configuration.from_json(row.configuration)
         if configuration.is_isolated is None:
-            is_fork = self._store._opened.catalog.lineage_of(row.ram) is not None
+            origin = self._store._opened.catalog.lineage_of(row.ram)
+            is_fork = origin is not None and origin.parent is not None  # each volume has a row, a fork names its origin
             configuration = replace(configuration, is_isolated=is_fork)
         return configuration
 
@@ -244,8 +247,16 @@ class Supervisor:
 
     def _note(self, what: Record) -> None:
         with self._guard:
-            self.record = what
             what.write(self._directory)
+            self.record = what
+
+    def _note_what_is(self, what: Record) -> None:
+        """Note what has happened already. Where that cannot be written, the disk may be full, this process knows it."""
+        try:
+            self._note(what)
+        except OSError as error:
+            self.record = what
+            self._log(f"{self._directory / record.RECORD} could not be written: {error}")
 
     def _listen(self) -> None:
         verbs: dict[str, Callable[..., Any]] = {
@@ -257,7 +268,9 @@ class Supervisor:
             "revert": self.revert,
             "tell": self.tell,
         }
-        self._control = ControlServer(self._directory / record.CONTROL, verbs, self._log)
+        self._control = ControlServer(
+            self._directory / record.CONTROL, verbs, self._log, has_ended=lambda: self._process.wait(0) is not None
+        )
         self._ends.callback(self._control.close)
 
     # ---- while it runs ----
@@ -318,7 +331,7 @@ class Supervisor:
                 time.sleep(RESTART_SECONDS)
                 self.wake()
             return
-        self._note(replace(self.record, server=self._server.process))
+        self._note_what_is(replace(self.record, server=self._server.process))
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served."""
@@ -363,10 +376,7 @@ class Supervisor:
 
     def status(self, has_gone: Callable[[], None]) -> dict[str, Any]:
         """Describe the machine."""
-        try:
-            said = self._process.status
-        except MonitorError as error:
-            said = f"unknown: {error}"
+        said = self._ask_status()
         row, one = self.running.machine, self.record
         return {
             "name": row.name,
@@ -390,13 +400,29 @@ class Supervisor:
             "untold": self._untold,
         }
 
+    def _ask_status(self) -> str:
+        """Return what the hypervisor says of itself, or why it says nothing."""
+        try:
+            return self._process.status
+        except MonitorTimeout as error:
+            return f"unknown: {error}"
+        except MonitorError as error:  # one that was killed gives up its connection a moment before it has ended
+            return f"unknown: {error}" if self._process.wait(DYING_SECONDS) is None else _ENDED
+
     def _state(self, said: str) -> str:
-        if self._fault or self.running.is_broken or said in ("internal-error", "guest-panicked", "shutdown"):
+        if (
+            said == _ENDED
+            or self._fault
+            or self.running.is_broken
+            or said in ("internal-error", "guest-panicked", "shutdown")
+        ):
             return "failed"
         return "running" if said == "running" else "paused"
 
     def _why(self, said: str) -> str:
         """Say why it does not run, if it does not."""
+        if said == _ENDED:
+            return "its hypervisor has just ended; start it again"
         if self._fault:
             return self._fault
         if self.running.is_broken:
@@ -412,7 +438,12 @@ class Supervisor:
         """Have it stand still until it is resumed. Return whether it ran."""
         with self.running.guard:
             ran = self._process.pause()
-            self._note(replace(self.record, is_paused=True))
+            try:
+                self._note(replace(self.record, is_paused=True))
+            except BaseException:
+                if ran:
+                    self._process.resume()
+                raise
             return ran
 
     def resume(self, has_gone: Callable[[], None]) -> None:
@@ -424,7 +455,7 @@ class Supervisor:
                 )
             self._process.resume()
             self._tries.clear()
-            self._note(replace(self.record, is_paused=False))
+            self._note_what_is(replace(self.record, is_paused=False))
 
     def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
         """End the machine: its guest is asked to shut down; with `force` it is ended at once. Return what happened.
@@ -449,7 +480,7 @@ class Supervisor:
                 raise StateError(f"machine {self._name!r} is between two states; end it with --force")
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
-                self._note(replace(self.record, is_paused=False))
+                self._note_what_is(replace(self.record, is_paused=False))
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
@@ -490,7 +521,7 @@ class Supervisor:
             try:
                 restore.revert(self.running, name)
             finally:
-                self._note(replace(self.record, is_reverting=self.running.is_broken))
+                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken))
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
@@ -507,7 +538,7 @@ class Supervisor:
         try:
             yield
         finally:
-            self._note(replace(self.record, is_frozen=False))
+            self._note_what_is(replace(self.record, is_frozen=False))
 
 
 def _open_process(process: ProcessId) -> int | None:

@@ -143,9 +143,18 @@ def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram
         if len(named) < len(layers) or not {one.volume for one in named.values()} <= volumes.keys():
             raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
     machines.note_reverting(store, machine.id, row.id)
-    _at_once(
-        [partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine) for at in layers]
-    )
+    try:
+        _at_once(
+            [
+                partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine)
+                for at in layers
+            ]
+        )
+    except StateError as error:
+        raise StateError(
+            f"{error}; of machine {name!r} some disks may be put back and others not: revert it again, else its next start "
+            f"puts all of them back to {snapshot!r}"
+        ) from error
     machines.note_reverted(store, machine.id, row.id)
     return row
 

@@ -379,7 +379,7 @@ def refuse_written(store: OpenStore, machine: MachineRow) -> None:
         if _is_written(store, disk.volume, chains[disk.volume], bound.get(disk.position, b"")):
             raise StateError(
                 f"volume {rows[disk.volume].name!r} was written to since machine {machine.name!r} was put back, so its RAM "
-                "would not agree with its disks; revert it again, or start it afresh, from its disks as they are"
+                "would not agree with its disks; revert it again, which drops what was written"
             )
 
 

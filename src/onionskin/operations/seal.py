@@ -234,9 +234,9 @@ def refuse_untrue(store: OpenStore, heads: "Sequence[RemoteHead]") -> None:
 
 
 def _are_below(store: OpenStore, what: SealedHead) -> bool:
-    """Whether the segments in which slots are to be freed are of layers below the new head.
+    """Whether the segments in which slots are to be freed are of the head, which is sealed now, or of the layers below it.
 
-    Those of the sealed head are among them: a seal before this one may have been taken back after the cut.
+    Of the head itself where a seal before was given up: what was written meanwhile freed slots in what had been sealed.
     """
     if not what.to_reclaim:
         return True

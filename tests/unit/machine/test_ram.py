@@ -220,3 +220,20 @@ def test_runs_are_cut_into_pieces_that_are_all_of_them() -> None:
     pieces = list(pieces_of(runs))
     assert np.concatenate([blocks_of(piece) for piece in pieces]).tolist() == blocks_of(runs).tolist()
     assert all(int((piece["end"] - piece["start"]).sum()) <= 8 << 20 for piece in pieces)
+
+
+def test_a_tracker_that_two_threads_close_closes_its_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = PageTracker(os.getpid(), 0, PAGE_BYTES)
+    closed: list[int] = []
+    close = os.close
+
+    def close_and_meet_another(descriptor: int) -> None:
+        closed.append(descriptor)
+        if len(closed) == 1:
+            tracker.close()  # as another thread may at this point
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", close_and_meet_another)
+    tracker.close()
+    monkeypatch.undo()
+    assert len(closed) == 1

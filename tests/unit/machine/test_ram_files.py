@@ -9,6 +9,7 @@ import pytest
 from support.stand_in import LENGTH, StandIn, attach, make_machine
 
 import onionskin
+from onionskin.errors import StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, ram_files, restore
 from onionskin.machine.ram_files import RamFiles, Source
@@ -162,3 +163,21 @@ def test_of_snapshots_that_follow_each_other_only_the_last_one_gets_a_file(
     running.files.finish()
     last = restore.find_saved(store, running.machine, "s2").layer.hex()
     assert [path.name[:32] for path in directory(running.files).iterdir()] == [last]
+
+
+def test_a_file_that_was_cut_off_is_made_again(files: RamFiles, source: Source) -> None:
+    with files.use(source) as found:
+        whole = found.path.read_bytes()
+    os.truncate(found.path, 4096)
+    with files.use(source) as again:
+        assert again.path.read_bytes() == whole
+
+
+def test_what_is_no_file_in_the_place_of_one_is_named(files: RamFiles, source: Source) -> None:
+    with files.use(source) as found:
+        path = found.path
+    for make in (path.mkdir, lambda: path.symlink_to("/etc/passwd"), lambda: os.mkfifo(path)):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make()
+        with pytest.raises(StateError, match="remove it"):
+            files.use(source)

@@ -1,0 +1,77 @@
+"""The files in a machine's directory, with anything in them that is not what was written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from onionskin.errors import FormatError, StateError
+from onionskin.machine.record import (
+    RECORD,
+    ProcessId,
+    Record,
+    make_directory,
+    read_json,
+    remove_directory,
+)
+
+ONE = Record(None, ProcessId.of(os.getpid()), None, "{}", "{}", "g", "s", "/ram", True, None)
+
+
+def write(directory: Path, text: str) -> None:
+    (directory / RECORD).write_text(text)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert Record.read(tmp_path) is None
+    ONE.write(tmp_path)
+    assert Record.read(tmp_path) == ONE
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", "[" * 200_000, '{"supervisor": 5}', "{" + " " * (1 << 20) + "}"]
+)
+def test_a_record_that_is_none_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    write(tmp_path, text)
+    with pytest.raises(FormatError, match=r"cannot be read; .* remove it"):
+        Record.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"pid": "1"}, {"pid": -1}, {"pid": 10**30}, {"ticks": None}, {"boot": 3}, {"pid": True}]
+)
+def test_a_record_of_what_is_no_process_is_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    ONE.write(tmp_path)
+    value = json.loads((tmp_path / RECORD).read_text())
+    value["hypervisor"] |= wrong
+    write(tmp_path, json.dumps(value))
+    with pytest.raises(FormatError):
+        Record.read(tmp_path)
+
+
+def test_a_directory_in_the_place_of_a_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / RECORD).mkdir()
+    with pytest.raises(FormatError, match=RECORD):
+        Record.read(tmp_path)
+
+
+def test_a_file_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "ended").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="too large"):
+        read_json(tmp_path / "ended")
+
+
+def test_a_link_in_the_place_of_a_machines_directory_is_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    directory = make_directory(tmp_path, b"m")
+    directory.rmdir()
+    directory.symlink_to(elsewhere)
+    with pytest.raises(StateError, match="is no directory; remove"):
+        make_directory(tmp_path, b"m")
+    remove_directory(directory)
+    assert not directory.is_symlink()
+    assert (elsewhere / "precious").exists()

@@ -1,0 +1,94 @@
+"""What is decided about a machine before any process of it runs."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onionskin
+from onionskin.control import frames
+from onionskin.errors import StateError
+from onionskin.machine import qemu_command
+from onionskin.machine.control import VERSION, MachineControl
+from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.supervisor import Supervisor
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", size="1M").close()
+        yield store
+
+
+def is_isolated(store: onionskin.Store, machine: onionskin.Machine) -> bool | None:
+    supervisor = Supervisor(store, machine.name, print)
+    try:
+        return supervisor._configuration(machine._row).is_isolated
+    finally:
+        supervisor._ends.close()
+
+
+def test_the_network_of_a_machine_reaches_something_and_that_of_a_fork_does_not(store: onionskin.Store) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M", network="user")
+    lab.snapshot("off")
+    (fork,) = lab.fork("off", start=False)
+    (open_fork,) = lab.fork("off", start=False, network=True)
+    assert is_isolated(store, lab) is False
+    assert is_isolated(store, fork) is True
+    assert is_isolated(store, open_fork) is False
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300])
+def test_a_time_to_shut_down_that_no_clock_can_wait_for_is_refused(store: onionskin.Store, seconds: float) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    with pytest.raises(ValueError, match="seconds to shut down"):
+        lab.stop(seconds)
+
+
+def test_a_network_without_a_name_is_refused_where_it_would_be_isolated(tmp_path: Path) -> None:
+    configuration = Configuration(1 << 20, is_isolated=True, qemu_args=("-netdev", "user"))
+    with pytest.raises(StateError, match="has no id="):
+        qemu_command.command(
+            *("qemu", configuration),
+            **{"name": "lab", "machine_type": "pc", "directory": tmp_path, "ram_file": tmp_path / "ram"},
+            disks=[],
+            identity=qemu_command.Identity(),
+        )
+
+
+def test_a_missing_qmp_library_is_named_with_what_installs_it() -> None:
+    code = "import sys; sys.modules['qemu'] = None; import onionskin.machine.supervisor"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StateError: machines need the Python library qemu.qmp" in ended.stderr
+    assert "pip install 'onionskin[machine]'" in ended.stderr
+
+
+def test_a_machine_is_not_made_with_an_argument_that_no_start_would_take(store: onionskin.Store) -> None:
+    with pytest.raises(StateError, match="UEFI"):
+        store.create_machine("lab", disks=["web"], memory="1M", qemu_args=["-drive", "if=pflash,file=vars"])
+    assert store.machines() == []
+
+
+def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_says_what_the_next_start_does(store: onionskin.Store) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    lab.snapshot("off")
+    with onionskin.Store(store.path) as other, other.open("web"):
+        with pytest.raises(StateError, match="its next start puts all of them back to 'off'"):
+            lab.revert("off")
+        assert lab.info().begins == "reverting"
+
+
+def test_a_supervisor_that_ends_before_it_is_asked_is_not_an_error(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    here, there = socket.socketpair()
+    with there:
+        there.sendall(frames.packed({"onionskin": "machine", "version": VERSION}))
+        found = [MachineControl(here, "lab"), None]
+    monkeypatch.setattr(lab, "_find", lambda: found.pop(0))
+    assert lab.status()["state"] == "off"
