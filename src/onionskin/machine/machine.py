@@ -590,13 +590,19 @@ class Machine:
 
     def _end_orphans(self) -> bool:
         """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""
-        found = Record.read(self._directory)
-        if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
-            return False
-        if (found.supervisor is not None and found.supervisor.is_alive) or machines.is_running(
-            self._store._opened, self._row
-        ):
-            return False
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while True:
+            found = Record.read(self._directory)
+            if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
+                return False
+            if found.supervisor is not None and found.supervisor.is_alive:
+                return False
+            if not machines.is_running(self._store._opened, self._row):
+                break
+            # The threads of a process that was killed may hold its locks for a moment longer than it is there.
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
         found.hypervisor.end(ORPHAN_SECONDS)
         self._end_leftovers(found)
         (self._directory / record.RECORD).unlink(missing_ok=True)
