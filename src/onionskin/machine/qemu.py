@@ -35,6 +35,7 @@ from onionskin.machine.ram import GuestRam
 from onionskin.storage.locks import start_ticks
 
 START_SECONDS = 60.0
+_ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
 STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
@@ -207,7 +208,7 @@ class QemuProcess:
                         f"QEMU of machine {self.name!r} did not answer within {START_SECONDS:g} s: {self._said()}"
                     ) from None
             except MonitorError:
-                if self.wait(0) is not None:
+                if self.wait(_ENDING_SECONDS) is not None:  # it closes its sockets before it has ended
                     raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
                 raise
 
