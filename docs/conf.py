@@ -60,7 +60,11 @@ nitpick_ignore = [
             "WritableBuffer",
         ),  # onionskin.base.annotations
         *("array", "buffer", "mapping", "sequence", "uint8"),
-        *("TypeAliasForwardRef", "timedelta"),  # what Sphinx makes of an alias and of a name in a quoted annotation
+        *(
+            "TypeAliasForwardRef",
+            "timedelta",
+            "Path",
+        ),  # what Sphinx makes of an alias and of a name in a quoted annotation
         "callable",
         "collections.abc.Callable",
         "collections.abc.Iterator",
