@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.servers import END_SECONDS, Serve, onionskin
@@ -17,7 +18,7 @@ import onionskin as library
 from onionskin import errors
 from onionskin.base.sockets import connect_unix
 from onionskin.control import client, frames
-from onionskin.control.server import may_connect
+from onionskin.control.server import Cancelled, _Session, may_connect
 
 
 def control_path(vms: Path) -> Path:
@@ -199,3 +200,18 @@ def test_more_connections_than_are_allowed_are_refused_in_words(vms: Path, serve
         assert "try again later" in str(reply["error"])
     for connection in held:
         connection.close()
+
+
+def test_who_waits_for_a_server_that_ends_is_told_so_and_not_that_he_cancelled() -> None:
+    class OfWeb:
+        volume = SimpleNamespace(name="web")
+
+    ours, callers = socket.socketpair()
+    with ours, callers:
+        session = _Session(ours, OfWeb(), print, "a test")  # type: ignore[arg-type]
+        ours.shutdown(socket.SHUT_RD)  # as `ControlSocket.close` does
+        with pytest.raises(errors.StateError, match="the server of volume 'web' is ending"):
+            session._report(1, 2)
+        callers.close()
+        with pytest.raises(Cancelled):
+            session._report(1, 2)

@@ -9,6 +9,7 @@ process is removed.
 import errno
 import ipaddress
 import os
+import select
 import socket
 import stat
 import struct
@@ -126,6 +127,13 @@ def connect_unix(path: "str | os.PathLike[str]", *, seconds: float = 0) -> socke
         connection.close()
         raise
     return connection
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """Whether the other end of a Unix socket has closed it. That this end reads no more does not count."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))
 
 
 def parse_address(text: str) -> tuple[str, int]:

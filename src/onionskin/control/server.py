@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.paths import FilePath
-from onionskin.base.sockets import UnixListener, credentials_of
+from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import forks, machines, snapshots
@@ -292,6 +292,8 @@ class _Session:
         readable, writable, _ = select.select([self._connection], [self._connection], [], 0)
         if readable:
             request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            if request is None and not has_hung_up(self._connection):
+                raise StateError(f"the server of volume {self._volume.name!r} is ending, so it was given up")
             if request is None or "cancel" in request:
                 raise Cancelled
         if writable:  # otherwise a caller that does not read would hold the operation up

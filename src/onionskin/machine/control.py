@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
-from onionskin.base.sockets import UnixListener, connect_unix, credentials_of
+from onionskin.base.sockets import UnixListener, connect_unix, credentials_of, has_hung_up
 from onionskin.control import frames
 from onionskin.control.client import is_stopped
 from onionskin.control.server import may_connect
@@ -186,9 +186,7 @@ def _say_that_we_live(connection: socket.socket, done: threading.Event) -> None:
 
 
 def _raise_if_gone(connection: socket.socket) -> None:
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    if poll.poll(0):
+    if has_hung_up(connection):  # a supervisor that ends reads no more from it, and its caller waits
         raise Gone
 
 

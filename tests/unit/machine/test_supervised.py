@@ -3,7 +3,8 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import onionskin
 from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
-from onionskin.machine.control import VERSION, MachineControl
+from onionskin.machine.control import VERSION, ControlServer, MachineControl
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.supervisor import Supervisor
 
@@ -92,3 +93,56 @@ def test_a_supervisor_that_ends_before_it_is_asked_is_not_an_error(
         found = [MachineControl(here, "lab"), None]
     monkeypatch.setattr(lab, "_find", lambda: found.pop(0))
     assert lab.status()["state"] == "off"
+
+
+def test_who_waits_for_a_supervisor_that_ends_is_answered_and_not_interrupted(tmp_path: Path) -> None:
+    is_asked, may_end = threading.Event(), threading.Event()
+
+    def snapshot(has_gone: Callable[[], None], **_: object) -> str:
+        is_asked.set()
+        may_end.wait()
+        has_gone()
+        return "taken"
+
+    server = ControlServer(tmp_path / "control", {"snapshot": snapshot}, print)
+    answers: list[object] = []
+    control = MachineControl.find(tmp_path / "control", "lab")
+    assert control is not None
+    with control:
+        asking = threading.Thread(
+            target=lambda: answers.append(control.call("snapshot", name=None, note="", mode=None, freeze=False))
+        )
+        asking.start()
+        is_asked.wait()
+        server.close()
+        may_end.set()
+        asking.join()
+    server.join(60)
+    assert answers == ["taken"]
+
+
+def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> None:
+    is_asked, may_end = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def snapshot(has_gone: Callable[[], None], **_: object) -> str:
+        is_asked.set()
+        may_end.wait()
+        try:
+            has_gone()
+        except KeyboardInterrupt:
+            ended.append("given up")
+            raise
+        return "taken"
+
+    server = ControlServer(tmp_path / "control", {"snapshot": snapshot}, print)
+    control = MachineControl.find(tmp_path / "control", "lab")
+    assert control is not None
+    request = {"verb": "snapshot", "arguments": {"name": None, "note": "", "mode": None, "freeze": False}}
+    frames.send(control._connection, request, bytes_max=frames.REQUEST_BYTES_MAX)
+    is_asked.wait()
+    control.close()
+    may_end.set()
+    server.join(60)
+    server.close()
+    assert ended == ["given up"]
