@@ -625,7 +625,9 @@ class Store:
         if unnamed_of(self._opened.catalog, head.row.id):  # those that the head stands on are among them
             from onionskin.operations.fold import fold_unnamed_below
 
-            fold_unnamed_below(head)
+            with head.guard:  # other threads find the handle already
+                if not head.closed:
+                    fold_unnamed_below(head)
         segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
             if segments:

@@ -299,6 +299,22 @@ FAULTS = [
         ),
         _pairs("snapshot group", "tree", "related", "stores", "release"),
     ),
+    Fault(
+        "an opening folds beside the operations of threads that found its handle",
+        (
+            Edit(
+                "src/onionskin/store.py",
+                "            with head.guard:  # other threads",
+                "            if True:  # other threads",
+            ),
+            Edit(
+                "src/onionskin/storage/open_head.py",
+                "        with self.guard, DeferredInterrupt():\n            self._unresolved",
+                "        with DeferredInterrupt():\n            self._unresolved",
+            ),
+        ),
+        _pairs("open expired", "fork expired", "same", "threads", "release"),
+    ),
 ]
 
 

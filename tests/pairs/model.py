@@ -270,6 +270,16 @@ def create(state: State, result: Any, handle: str, name: str, units: int, base: 
     return state.with_handle(handle, key)
 
 
+def take_back(state: State, result: Any, made: Operation) -> State:
+    """Remove the volume that a failed operation made, if it is there: others may have seen it."""
+    handle, name, key = made[1], made[2], made[-1]
+    if made[0] == "temporary":
+        name, key = made[4], f"{key} {made[4]}"
+    if name not in state.volumes or state.volumes[name].key != key:
+        raise RefusedError("not found")
+    return delete(gone(state, None, (handle,)), None, name)
+
+
 def import_(state: State, result: Any, path: str, name: str, key: Key) -> State:
     if name in state.volumes:
         raise RefusedError("exists")
@@ -456,7 +466,7 @@ RULES: dict[str, Callable[..., State]] = {
     "temporary": temporary, "end_temporary": end_temporary, "snapshot_group": snapshot_group, "expire": expire,
     "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
     "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
-    "read": nothing,
+    "read": nothing, "take_back": take_back,
 }  # fmt: skip
 
 

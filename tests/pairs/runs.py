@@ -36,6 +36,7 @@ CAN_FAIL = {
     "EIO": (*CAN_FILL, "open", "unlink", "read", "punch", "catalog"),
     "unsynced": ("catalog: COMMIT",),
 }
+OPENS_WHAT_IT_MAKES = ("create", "temporary")  # and removes it again if it cannot be opened
 MAKES = ("create", "import", "clone", "fork", "fork_numbered", "fork_with_key", "temporary")
 NO_HOLDER = "the holder is None"  # what `held` says
 RUN_SECONDS = 120.0
@@ -436,9 +437,10 @@ class Run:
                 elif result == NO_HOLDER and self.faulty.get(plan.number, "").startswith("write volumes/"):
                     result = True  # a full disk keeps nobody from a volume: its file does not say then who holds it
             self.verdict.outcomes.append(f"{plan.place.actor} {operation[0]}: {text or status}")
-            events.append(
-                Event(self._modelled(plan, operation, index), status, result, begun[index], ended.get(index, 1 << 30))
-            )
+            modelled = self._modelled(plan, operation, index)
+            events.append(Event(modelled, status, result, begun[index], ended.get(index, 1 << 30)))
+            if status == "maybe" and operation[0] in OPENS_WHAT_IT_MAKES:  # others may have seen it meanwhile
+                events.append(replace(events[-1], operation=("take_back", modelled)))
         if plan.number in self.dead:
             at = self.died_at[plan.number]
             events = [replace(event, ended=min(event.ended, at)) for event in events]

@@ -85,6 +85,18 @@ def test_a_name_that_is_there_may_not_be_missed() -> None:
     assert explained([[missed]], DISK).found
 
 
+def test_a_volume_that_was_made_and_taken_back_may_have_been_seen() -> None:
+    create = ("create", "own", "n", 8, None, "made")
+    failed = [
+        event(*create, begun=0, ended=5, status="maybe"),
+        event("take_back", create, begun=0, ended=5, status="maybe"),
+    ]
+    for seen, is_right in (({"n": 0, "v": 0}, True), ({"v": 0}, True), ({"o": 0, "v": 0}, False)):
+        listed = event("volumes", begun=1, ended=2, result=seen)
+        assert explained([failed, [listed]], DISK).found is is_right
+    assert not explained([failed[:1], [event("volumes", begun=1, ended=2, result={"n": 0, "v": 0})]], DISK).found
+
+
 def test_a_read_has_what_was_there_before_or_what_is_written_meanwhile() -> None:
     written = event("write", "h", 0, 7, 2, begun=1, ended=4)
     for unit, is_right in ((1, True), (7, True), (2, False)):

@@ -480,8 +480,9 @@ class OpenHead(OpenDisk):
 
         The outcome is told whatever was raised. An interrupt may come just after a commit, and a flush waits for ever
         for a seal or a rewrite whose end is not told. If a second interrupt prevents this, the next operation does it.
+        The guard is held: another operation would take a change that is under way for one whose end was not told.
         """
-        with DeferredInterrupt():
+        with self.guard, DeferredInterrupt():
             self._unresolved = resolve
             try:
                 yield
