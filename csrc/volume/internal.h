@@ -130,7 +130,7 @@ struct onion_volume {
     uint16_t *next_numbers;             /* a rewrite's log numbers, by segment number */
     struct onion_seal seal;
     int sealing, rewriting;
-    int frozen; /* the gate is held until the volume is closed or thawed */
+    int frozen; /* prepare_lock and the gate are held until the volume is closed or thawed */
 };
 
 /* ---- the sources of a volume's bytes ---- */

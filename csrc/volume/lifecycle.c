@@ -110,9 +110,10 @@ void onion_volume_close(struct onion_volume *volume) {
     int gate_is_ours = !volume->flush_busy;
     volume->flush_busy = 1;
     pthread_mutex_unlock(&volume->flush_lock);
-    pthread_mutex_lock(&volume->prepare_lock);
-    if (!volume->frozen) /* if it is frozen, this thread holds the gate */
+    if (!volume->frozen) { /* if it is frozen, this thread holds both */
+        pthread_mutex_lock(&volume->prepare_lock);
         pthread_rwlock_wrlock(&volume->gate);
+    }
     onion_epoch_wait(&volume->epoch);
     onion_below_free(volume->below);
     volume->below = NULL;

@@ -101,12 +101,15 @@ int onion_volume_freeze(struct onion_volume *volume, uint64_t frames) {
     int status = onion_volume_close_flush_gate(volume); /* so that no flush under way waits for the gate below */
     if (status < 0)
         return status;
+    /* A preparation waits for the gate with this lock held, and the close of a frozen volume would wait for that. */
+    pthread_mutex_lock(&volume->prepare_lock);
     pthread_rwlock_wrlock(&volume->gate);
     pthread_mutex_lock(&volume->dirty_lock);
     int is_changed = volume->dirty_records.record_count || volume->log.cursor.sequence != frames;
     pthread_mutex_unlock(&volume->dirty_lock);
     if (is_changed) {
         pthread_rwlock_unlock(&volume->gate);
+        pthread_mutex_unlock(&volume->prepare_lock);
         onion_volume_open_flush_gate(volume);
         return -EBUSY;
     }
@@ -119,5 +122,6 @@ void onion_volume_thaw(struct onion_volume *volume) {
         return;
     volume->frozen = 0;
     pthread_rwlock_unlock(&volume->gate);
+    pthread_mutex_unlock(&volume->prepare_lock);
     onion_volume_open_flush_gate(volume);
 }

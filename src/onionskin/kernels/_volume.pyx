@@ -649,7 +649,10 @@ cdef class DataPath:
     @property
     def unflushed(self):
         """Whether a flush would have something to make durable."""
-        return bool(onion_volume_unflushed(self._volume))
+        cdef int found
+        with nogil:  # it waits for the gate, which a thread that needs the interpreter may hold
+            found = onion_volume_unflushed(self._volume)
+        return bool(found)
 
     @property
     def closed(self):
@@ -864,12 +867,16 @@ cdef class DataPath:
 
     cdef list _just_sealed(self):
         """Return (id, slots) of the segments that the current seal has sealed: one, and one for each aborted seal."""
-        cdef uint32_t count = onion_volume_just_sealed(self._volume, NULL, 0)
+        cdef uint32_t count, found
+        with nogil:
+            count = onion_volume_just_sealed(self._volume, NULL, 0)
         cdef onion_segment_info *infos = <onion_segment_info *>malloc((count + 1) * sizeof(onion_segment_info))
         if infos == NULL:
             raise MemoryError(f"no memory for {count} segments")
         try:
-            count = min(count, onion_volume_just_sealed(self._volume, infos, count))
+            with nogil:
+                found = onion_volume_just_sealed(self._volume, infos, count)
+            count = min(count, found)
             return [(id, slots) for _, id, _, slots in _segment_list(infos, count)]
         finally:
             free(infos)
