@@ -59,6 +59,8 @@ class Volume:
         # Each read and write uses this attribute, because a look-up by way of `_opened` would slow them down.
         opened.follow(self._follow)
         self._path: DataPath = opened.reading_path
+        while self._path is not opened.reading_path:  # it was told of another one between the look and the assignment
+            self._path = opened.reading_path
 
     def _follow(self, path: "DataPath") -> None:
         self._path = path
@@ -649,7 +651,7 @@ class Volume:
             self.flush()
         elif b is None and self._opened.snapshot_name is None:
             losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
-        return differences.diff(self._opened.store, self._name_now(), a, b)
+        return differences.diff(self._opened.store, self._name_now(), a, b, id=self._opened.row.id)
 
     def usage(self) -> "list[Usage]":
         """Return what each snapshot holds, and what a discard or merge of it would free. A head is flushed first.
@@ -671,7 +673,7 @@ class Volume:
             self.flush()
         elif self._opened.snapshot_name is None:
             losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
-        return usages.usage(self._opened.store, self._name_now())
+        return usages.usage(self._opened.store, self._name_now(), id=self._opened.row.id)
 
     def layering(self) -> "Layering":
         """Return which layer each part of the disk comes from: (chain, extents).
@@ -702,7 +704,7 @@ class Volume:
             self.flush()
         elif opened.snapshot_name is None:
             losses.refuse_unflushed(opened.store, opened.row.id, self._name_now())
-        return read_layering(opened.store, lambda: opened.head)
+        return read_layering(opened.store, lambda: opened.head_now)
 
     def _name_now(self) -> str:
         """Look the current name up, because another process may have renamed the volume since it was opened."""

@@ -164,6 +164,13 @@ class Volumes(Connection):
         """Take its labels from a volume. Inside a transaction."""
         self.delete(LabelRow, "volume = ?", volume)
 
+    def volume_that_is(self, id: bytes) -> VolumeRow:
+        """Return the volume with an id, which a handle has; raise VolumeNotFoundError if it is gone."""
+        found = self.volume_with_id(id)
+        if found is None:
+            raise VolumeNotFoundError(f"the volume {id.hex()} of {self.path.parent} is gone")
+        return found
+
     def head_of(self, volume: VolumeRow) -> bytes | None:
         """Return the layer that is a volume's head now, or None if the volume is gone."""
         found = self.volume_with_id(volume.id)

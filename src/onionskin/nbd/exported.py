@@ -80,7 +80,7 @@ class View(Exported):
 
     def diff(self, since: str) -> Any:
         """Compare it with an older snapshot."""
-        return self.volume.store.diff(self.volume.name, since, self.row.name)
+        return self.volume.diff(since, self.row.name)
 
 
 class Serving(Protocol):

@@ -36,10 +36,14 @@ Ranges = tuple["Array", "Array"]  # the offsets of the first bytes, and those be
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A snapshot of a volume, or the head of the volume if `snapshot` is None."""
+    """A snapshot of a volume, or the head of the volume if `snapshot` is None.
+
+    `id`: the volume with this id is meant, whatever it is called by now.
+    """
 
     volume: str
     snapshot: str | None = None
+    id: bytes | None = None
 
     def __str__(self) -> str:
         """Return the text that `named` reads."""
@@ -57,15 +61,18 @@ class State:
 
     def layer(self, catalog: Catalog) -> tuple[VolumeRow, SnapshotRow | None, bytes]:
         """Look up the volume, the row of the snapshot (None for a head), and the id of the layer. Inside `reading`."""
-        volume = catalog.volume(self.volume)
+        volume = catalog.volume(self.volume) if self.id is None else catalog.volume_that_is(self.id)
         if self.snapshot is None:
             return volume, None, volume.head
         row = find_snapshot(catalog, volume, self.snapshot)
         return volume, row, row.layer
 
 
-def snapshot_of(volume: str | None, text: str) -> State:
-    """Return the snapshot that a text names: a snapshot of `volume`, or `volume@snapshot` of any volume."""
+def snapshot_of(volume: str | None, text: str, *, id: bytes | None = None) -> State:
+    """Return the snapshot that a text names: a snapshot of `volume`, or `volume@snapshot` of any volume.
+
+    `id`: that of the volume which `volume` stands for.
+    """
     if not isinstance(text, str):
         raise TypeError(f"a snapshot is named by a string, not by {text!r}; take one first where a head is meant")
     if "@" in text:
@@ -75,15 +82,17 @@ def snapshot_of(volume: str | None, text: str) -> State:
             f"{text!r} does not say which snapshot of which volume is meant; write VOLUME@SNAPSHOT, and take one first where "
             "a head is meant, which changes"
         )
-    return State(volume, text)
+    return State(volume, text, id)
 
 
-def ends_of(name: str, a: str | None, b: str | None) -> tuple[State, State]:
+def ends_of(name: str, a: str | None, b: str | None, *, id: bytes | None = None) -> tuple[State, State]:
     """Return the two states that a call compares.
 
     The arguments have one of two forms. In (volume, snapshot, snapshot), a snapshot may also be `volume@snapshot` of
     another volume, and None as the last one stands for the head. In (volume@snapshot, volume[@snapshot]), None as the
     second one stands for the head of the first volume.
+
+    `id`: that of the volume which a name without a snapshot stands for.
     """
     if isinstance(name, str) and "@" in name:
         if b is not None:
@@ -92,15 +101,17 @@ def ends_of(name: str, a: str | None, b: str | None) -> tuple[State, State]:
         return start, State(start.volume) if a is None else State.named(a)
     if a is None:
         raise ValueError(f"a snapshot to compare {name!r} with is missing; give its name, or VOLUME@SNAPSHOT")
-    return snapshot_of(name, a), State(name) if b is None else snapshot_of(name, b)
+    return snapshot_of(name, a, id=id), State(name, id=id) if b is None else snapshot_of(name, b, id=id)
 
 
 # ---- their differences ----
 
 
-def diff(store: OpenStore, name: str, a: str | None = None, b: str | None = None) -> "Array":
+def diff(
+    store: OpenStore, name: str, a: str | None = None, b: str | None = None, *, id: bytes | None = None
+) -> "Array":
     """Return the extents that may differ between two states, which `ends_of` parses. A head counts as it is durable."""
-    start, end = ends_of(name, a, b)
+    start, end = ends_of(name, a, b, id=id)
 
     def find() -> tuple[Chain, Chain]:
         chain_a, chain_b = (read_layers(store.catalog, one.layer(store.catalog)[2]) for one in (start, end))

@@ -71,9 +71,12 @@ class _VolumeTree(NamedTuple):
     only_children: frozenset[bytes]  # layers whose parent has no other child in the whole store
 
 
-def usage(store: OpenStore, name: str) -> list[Usage]:
-    """Return the usage of each snapshot of a volume, and of its head, which comes last."""
-    with locked_maps(store, lambda: _read_tree(store, name), lambda tree: tree.layers) as tree:
+def usage(store: OpenStore, name: str, *, id: bytes | None = None) -> list[Usage]:
+    """Return the usage of each snapshot of a volume, and of its head, which comes last.
+
+    `id`: the volume with this id is meant, whatever it is called by now.
+    """
+    with locked_maps(store, lambda: _read_tree(store, name, id), lambda tree: tree.layers) as tree:
         held, shadowed = _measure(store, tree)
     names = {row.layer for row in tree.snapshots}
     since_name, subtree = dict(held), dict(held)
@@ -143,10 +146,10 @@ def _own_part(store: OpenStore, tree: _VolumeTree) -> _VolumeTree:
     return _VolumeTree(tree.volume, tree.snapshots, layers, tree.only_children)
 
 
-def _read_tree(store: OpenStore, name: str) -> _VolumeTree:
+def _read_tree(store: OpenStore, name: str, id: bytes | None = None) -> _VolumeTree:
     """Read the tree of a volume. Inside `reading`."""
     catalog = store.catalog
-    volume = catalog.volume(name)
+    volume = catalog.volume(name) if id is None else catalog.volume_that_is(id)
     snapshots = catalog.snapshots_of(volume.id)
     ordered = parents_first(catalog.layers_of_volume(volume.id))
     missing = {volume.head, *(row.layer for row in snapshots)} - {layer.id for layer in ordered}

@@ -13,7 +13,7 @@ from onionskin.base.naming import check_name, some_of
 from onionskin.catalog import Catalog, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import descendants, remove_unreachable_layers, users_of
-from onionskin.errors import StateError, VolumeExistsError, VolumeNotFoundError
+from onionskin.errors import StateError, VolumeExistsError
 from onionskin.operations import holds, lineage, ownership, reclaim
 from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import locked_to_remove
@@ -42,10 +42,7 @@ def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
     new_name = check_name("volume", new_name)
 
     def change() -> None:
-        row = store.catalog.volume_with_id(id)
-        if row is None:
-            raise VolumeNotFoundError(f"the volume {id.hex()} of {store.path} is gone")
-        _rename(store, row, new_name)
+        _rename(store, store.catalog.volume_that_is(id), new_name)
 
     store.change(change)
 
