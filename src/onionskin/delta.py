@@ -482,8 +482,9 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
     opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
         names = {row.name for row in catalog.snapshots_of(opened.row.id)}
-        parent = snapshot_below(catalog, opened.row, opened.head)
-        base = read_chain(catalog, opened.head).base
+        head = opened.head_now
+        parent = snapshot_below(catalog, opened.row, head)
+        base = read_chain(catalog, head).base
         size_bytes = catalog.layer(parent.layer).size_bytes if parent else 0
     if header.full:
         if names or base is not None or _holds_data(volume):

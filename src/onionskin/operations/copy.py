@@ -46,12 +46,14 @@ _PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", 
 
 def extents(volume: OpenDisk) -> "Array":
     """Return (offset, length, state) of the DATA (1) and ZERO (2) extents of the layers, cut at the end of the disk."""
-    runs = volume.path.runs()
+    volume.begin_writing()
+    runs, size_bytes = volume.on_path(lambda path: (path.runs(), path.size_bytes))
+    runs = runs[runs["offset"] < size_bytes]  # another thread may have made the disk shorter in between
     out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
     for name in ("offset", "length", "state"):
         out[name] = runs[name]
     if len(out):
-        out["length"][-1] = min(int(out["length"][-1]), volume.size_bytes - int(out["offset"][-1]))
+        out["length"][-1] = min(int(out["length"][-1]), size_bytes - int(out["offset"][-1]))
     return out
 
 

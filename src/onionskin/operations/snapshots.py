@@ -5,7 +5,7 @@ process may name or clone a layer at any time. The work after it (folding and fr
 opening does it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby, takewhile
 
@@ -25,7 +25,6 @@ from onionskin.errors import StateError
 from onionskin.operations import holds, ownership, reclaim, snapshot_names
 from onionskin.operations.flush import flush
 from onionskin.operations.seal import Part, RemoteHead, seal_together
-from onionskin.storage.chain import read_chain
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -108,23 +107,39 @@ def parent_of(volume: OpenDisk) -> Snapshot | None:
     """Return the snapshot of this volume that the disk stands on."""
     catalog = volume.store.catalog
     with catalog.reading():
-        row = nearest_snapshot(catalog, volume.row, catalog.layer(volume.head).parent)
+        top = catalog.layer_with_id(volume.head_now)
+        if top is None:
+            raise StateError(f"{volume!r}: the snapshot was dropped, and nothing says any more what it was taken after")
+        row = nearest_snapshot(catalog, volume.row, top.parent)
         return describe_snapshot(catalog, volume.row, row, catalog.layer(row.layer)) if row else None
 
 
 def is_changed(volume: OpenDisk) -> bool:
     """Whether anything was written, trimmed or resized since `parent_of`. This flushes first."""
-    from onionskin.storage.block_maps import map_is_used
+    catalog = volume.store.catalog
+    return is_changed_over(volume, lambda: {row.layer for row in catalog.snapshots_of(volume.row.id)})
+
+
+def is_changed_over(volume: OpenDisk, names: Callable[[], set[bytes]]) -> bool:
+    """Whether anything was written, trimmed or resized since the nearest of the layers that `names` returns.
+
+    This flushes first. Other threads may change the tree meanwhile: the layers are read in one state of the catalog, and
+    their maps under locks.
+    """
+    from onionskin.operations.locked_maps import locked_maps
+    from onionskin.storage.block_maps import map_is_used, read_layers
 
     flush(volume)
-    catalog = volume.store.catalog
-    named = {row.layer for row in catalog.snapshots_of(volume.row.id)}
-    chain = read_chain(catalog, volume.head).layers
-    above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
-    below = chain[-len(above) - 1] if len(above) < len(chain) else None
-    if below and below.size_bytes != volume.size_bytes:
-        return True
-    return any(map_is_used(volume.store, layer) for layer in above)
+
+    def find() -> tuple[list[LayerRow], LayerRow | None]:
+        named, chain = names(), read_layers(volume.store.catalog, volume.head_now).layers
+        above = list(takewhile(lambda layer: layer.id not in named, reversed(chain)))
+        return above, chain[-len(above) - 1] if len(above) < len(chain) else None
+
+    with locked_maps(volume.store, find, lambda found: found[0]) as (above, below):
+        if below and below.size_bytes != volume.size_bytes:
+            return True
+        return any(map_is_used(volume.store, layer) for layer in above)
 
 
 def revert(volume: OpenHead, name: str, *, guid: str | None = None, for_machine: bytes | None = None) -> None:

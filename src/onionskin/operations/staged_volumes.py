@@ -22,8 +22,8 @@ from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
 from onionskin.operations.restart import restart_on
 from onionskin.operations.seal import seal
-from onionskin.storage.block_maps import map_is_used
-from onionskin.storage.chain import NewHead, read_chain
+from onionskin.operations.snapshots import is_changed_over
+from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import VolumeLock
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -135,12 +135,7 @@ def snapshot_below(catalog: Catalog, volume: VolumeRow, head: bytes) -> Snapshot
 
 def is_changed_since(volume: OpenDisk, below: SnapshotRow) -> bool:
     """Whether anything was written, trimmed or resized since a snapshot that the disk stands on. This flushes first."""
-    flush(volume)
-    layers = read_chain(volume.store.catalog, volume.head).layers
-    at = next(at for at, layer in enumerate(layers) if layer.id == below.layer)
-    if layers[at].size_bytes != volume.size_bytes:
-        return True
-    return any(map_is_used(volume.store, layer) for layer in layers[at + 1 :])
+    return is_changed_over(volume, lambda: {below.layer})
 
 
 @contextmanager
