@@ -326,20 +326,29 @@ class Store:
         return self._open_new(id, lock)
 
     def _open_new(self, id: bytes, lock: VolumeLock) -> "Volume":
-        """Open a volume that was just made. If it cannot be opened, it is removed again."""
-        from onionskin.operations import volumes
-
+        """Open a volume that was just made. If it cannot be opened, it is removed again, unless somebody has used it."""
         try:
             row = self._opened.catalog.volume_with_id(id)
             assert row is not None
             self._opened.reserve.retry(lock.make_file)
             return self._open_locked(row, lock, verify=False, found=False)
         except BaseException:
+            lock.close()  # a handle that was opened has given the lock up already, so others may have the volume by now
             with suppress(OSError, OnionskinError):
-                self._opened.change(lambda: volumes.remove_volumes(self._opened, [id], recursive=True))
-                volumes.unlink_files(self._opened, [id])
-            lock.close()
+                self._take_back(id)
             raise
+
+    def _take_back(self, id: bytes) -> None:
+        """Remove a volume that was just made, unless somebody has it open, or wrote to it or snapshotted it."""
+        from onionskin.operations import volumes
+
+        store = self._opened
+        row = store.catalog.volume_that_is(id)
+        with locked_to_remove(store.layout, {id: row.name}):
+            row = store.catalog.volume_that_is(id)
+            if is_unwritten(store, id, store.catalog.layer(row.head)):
+                store.change(lambda: volumes.remove_volumes(store, [id], recursive=False))
+                volumes.unlink_files(store, [id])
 
     def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
@@ -975,14 +984,16 @@ class Store:
     def _open_by_id(self, id: bytes) -> "Volume":
         """Open a volume for writing, whatever it is called by then."""
         while True:
-            row = self._opened.catalog.volume_with_id(id)
-            if row is None:
-                raise VolumeNotFoundError(f"the volume {id.hex()} of {self._opened.path} is gone")
-            with suppress(VolumeNotFoundError):  # it was renamed meanwhile
+            row = self._opened.catalog.volume_that_is(id)
+            try:
                 volume = self.open(row.name)
-                if volume._opened.row.id == id:
-                    return volume
-                volume.close()
+            except OnionskinError:
+                if self._opened.catalog.volume_that_is(id).name == row.name:
+                    raise
+                continue  # it was renamed meanwhile, and the name is free, or another volume's
+            if volume._opened.row.id == id:
+                return volume
+            volume.close()
 
     def delete(self, *names: str, recursive: bool = False) -> int:
         """Remove volumes and their snapshots: all of those that are named, in one transaction, or none.
@@ -2105,8 +2116,12 @@ class Store:
         handles = {handle.row.id: handle for handle in self._opened.open_handles() if isinstance(handle, OpenHead)}
         for row in self._opened.catalog.volumes_named(names):
             handle = handles.get(row.id)
-            if handle is not None and not (handle.closed or handle.reading_path.poisoned):
-                flush(handle)
+            if handle is not None:
+                try:
+                    flush(handle)
+                except StateError:
+                    if not (handle.closed or handle.reading_path.poisoned):
+                        raise
             elif handle is None and volume_holder(self._opened.layout.volume_lock(row.id)) is not None:
                 with suppress(VolumeNotFoundError):  # it is gone meanwhile
                     onionskin.flush_served(self, row.name)

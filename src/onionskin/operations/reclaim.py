@@ -173,8 +173,11 @@ def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
     locks = store.locks
     if row.kind == "scrub":
         for volume in store.open_handles():
-            if volume.writable and not volume.is_unwritten and row.lock_byte in volume.locks.shared:
-                locks = volume.locks
+            if not volume.writable or volume.is_unwritten:
+                continue
+            with suppress(StateError):  # it was closed in between, and holds nothing
+                if row.lock_byte in volume.locks.shared:
+                    locks = volume.locks
     with locks.exclusive(row.lock_byte) as held:
         yield held
 

@@ -65,7 +65,7 @@ class OpenDisk(ABC):
         self.store = store
         self.row = row
         self._path: DataPath = opened.path
-        self.head: bytes = opened.chain.top.id
+        self.head: bytes = opened.chain.top.id  # under the guard, what the catalog has: see `head_now`
         self.base_lock: BaseLock | None = opened.base_lock
         self.block_size: int = opened.chain.top.block_size
         self.wipe: str = opened.chain.top.wipe
@@ -97,16 +97,29 @@ class OpenDisk(ABC):
         return False
 
     @property
+    def head_now(self) -> bytes:
+        """The top layer that the catalog has for the disk, for a caller that does not hold the guard.
+
+        While another thread replaces the head, `head` is for a moment one that the catalog does not have any more.
+        """
+        return self.head
+
+    @property
     def locks(self) -> "ByteLocks":
         """The locks on the files that it can read."""
-        if self._locks is None:
+        locks = self._locks  # read once: another thread may close the disk meanwhile
+        if locks is None:
             raise StateError(f"{self!r} is closed; open it again")
-        return self._locks
+        return locks
 
     @property
     def pins(self) -> tuple[object, ...]:
-        """The objects that an array over its files has to keep alive."""
-        return (self._locks, self.base_lock)
+        """The objects that an array over its files has to keep alive.
+
+        A view that is closed has none, though other views of its layer may still read through the path that it had.
+        """
+        base_lock = self.base_lock  # read before the locks: it is never given up before them
+        return (self.locks, base_lock)
 
     @property
     def name(self) -> str:
@@ -240,7 +253,8 @@ class OpenView(OpenDisk):
     @property
     def pins(self) -> tuple[object, ...]:
         """The objects that an array over its files has to keep alive."""
-        return (*super().pins, self._read_lock)
+        read_lock = self._read_lock  # before the others, as the base's lock
+        return (*super().pins, read_lock)
 
     def close(self) -> None:
         """Close the view. Its locks are released when the last array over it is gone, since nothing refers to them then."""
@@ -387,10 +401,15 @@ class OpenHead(OpenDisk):
             if self._closed:
                 return False
             opened = unwritten.open_head(self)
-            self._path, self._locks, self.base_lock = opened.path, opened.locks, opened.base_lock
-            self._byte_of_segment = opened.chain.byte_of_segment
-            self._tell(self._path)
-            self._unwritten = None  # a thread that finds it so was told of the new path
+            # Nobody writes before all are told: a write that was answered has to be seen by whoever reads.
+            opened.path.freeze(opened.path.log_state()[1])
+            try:
+                self._path, self._locks, self.base_lock = opened.path, opened.locks, opened.base_lock
+                self._byte_of_segment = opened.chain.byte_of_segment
+                self._tell(self._path)
+                self._unwritten = None  # a thread that finds it so was told of the new path
+            finally:
+                opened.path.thaw()
             # Later reads go to the new path, where they find what is written from now on. Those under way in the view
             # are waited for, if nobody else reads it.
             self.store.views.give_back(unwritten.below)
@@ -401,6 +420,11 @@ class OpenHead(OpenDisk):
     def writable(self) -> bool:
         """Whether this is a head that is open for writing."""
         return True
+
+    @property
+    def head_now(self) -> bytes:
+        """The head that the catalog has for the volume, for a caller that does not hold the guard."""
+        return self.store.catalog.head_of(self.row) or self.head
 
     def to_write(self) -> "OpenHead":
         """Return this head."""
@@ -586,8 +610,8 @@ class OpenHead(OpenDisk):
         self.base_lock = base_lock
         self.wants_next = False  # this was for the old head; it is set before the path, see prepare_if_wanted
         old_path = self._path
+        self.head = head  # before the path: who finds the path by the old head is told the slots that this head reads
         self._path = new_path
-        self.head = head
         if old_path is not new_path:
             self._tell(new_path)
             old_path.close()  # this waits for reads that are under way
