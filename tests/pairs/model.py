@@ -406,6 +406,38 @@ def usage(state: State, result: Any, name: str) -> State:
     return _same(state, result, state.of(state.volume(name).key))
 
 
+def usage_of_forks(state: State, result: Any, name: str) -> State:
+    key = state.volume(name).key
+    return _same(state, result, {fork for fork, volume in state.volumes.items() if volume.source == key})
+
+
+def parent(state: State, result: Any, handle: str) -> State:
+    _, volume = state.named(handle)
+    at = volume.parent
+    while at is not None and at[0] != volume.key:
+        at = state.snaps[at].parent if at in state.snaps else None
+    return _same(state, result, at[1] if at else None)
+
+
+def changed(state: State, result: Any, handle: str) -> State:
+    """What was written is a change; what was only folded or flattened may be taken for one."""
+    if state.named(handle)[1].changed and not result:
+        raise WrongResultError("the disk was changed, and is said to be as its snapshot")
+    return state
+
+
+def own_diff(state: State, result: Any, handle: str, snap: str) -> State:
+    return diff(state, result, state.named(handle)[0], snap, None)
+
+
+def own_usage(state: State, result: Any, handle: str) -> State:
+    return usage(state, result, state.named(handle)[0])
+
+
+def own_layering(state: State, result: Any, handle: str) -> State:
+    return layering(state, result, state.named(handle)[0], None)
+
+
 def layering(state: State, result: Any, name: str, snap: str | None) -> State:
     volume = state.volume(name)
     disk = volume.disk if snap is None else state.snap(volume.key, snap).disk
@@ -466,7 +498,8 @@ RULES: dict[str, Callable[..., State]] = {
     "temporary": temporary, "end_temporary": end_temporary, "snapshot_group": snapshot_group, "expire": expire,
     "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
     "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
-    "read": nothing, "take_back": take_back,
+    "read": nothing, "take_back": take_back, "usage_of_forks": usage_of_forks, "parent": parent, "changed": changed,
+    "extents": nothing, "own_diff": own_diff, "own_usage": own_usage, "own_layering": own_layering,
 }  # fmt: skip
 
 
@@ -596,7 +629,10 @@ def _done_unseen(state: State, name: str, arguments: list[Any]) -> State:
     return state
 
 
-_LOOK = {"volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read"}
+_LOOK = {
+    "volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read",
+    "usage_of_forks", "parent", "changed", "extents", "own_diff", "own_usage", "own_layering",
+}  # fmt: skip
 
 
 def _note(best: Explanation, what: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from pairs import judging, model
 from pairs.model import Event, Found, Operation
 from pairs.steps import FREE, UNSYNCED, Conductor, Thread
-from pairs.verbs import BY_NAME, NEEDS_CLONE, Place, Verb, program
+from pairs.verbs import BY_NAME, NEEDS_CLONE, UNWRITTEN, Place, Verb, program
 from pairs.worker import Actor, Process
 from pairs.world import World
 
@@ -395,6 +395,7 @@ class Run:
             for volume in (plan.place.volume, plan.place.other)[: 1 + (plan.verb.alone or plan.verb.both)]
         }
         used |= {"v", "c"} if used & {"v", "c"} else set()  # one stands on the other
+        used |= {UNWRITTEN} if any(UNWRITTEN in one for plan in self.plans for one in plan.operations) else set()
         only = None if self.thorough or self.dead or self.faulty else frozenset(used)
         return judging.Question(self.half_merged(), bool(self.dead) or self.crashes, only)
 

@@ -14,6 +14,7 @@ from pairs.model import Operation
 VOLUME_UNITS = 32
 SNAPSHOTS = ("s1", "s2")
 EXPIRED = "x"  # the volume whose lifetime is over when a run begins
+UNWRITTEN = "u"  # a fork of v@s1 to which nothing was written
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,23 @@ def _open_expired(at: Place) -> list[Operation]:
     return [("open", at.own, EXPIRED), ("write", at.own, 2, at.stamp + 1, 2), ("flush", at.own), ("close", at.own)]
 
 
+def _write_unwritten(at: Place) -> list[Operation]:
+    """It is read through a view at first, and its head is opened by the first write."""
+    return [
+        ("open", at.own, UNWRITTEN), ("read", at.own, 0), ("write", at.own, 2, at.stamp + 1, 2), ("read", at.own, 0),
+        ("flush", at.own), ("snapshot", at.own, at.actor), ("close", at.own),
+    ]  # fmt: skip
+
+
+def _fork_unwritten(at: Place) -> list[Operation]:
+    return [("fork", UNWRITTEN, None, ("n",)), ("fork", UNWRITTEN, None, (f"{at.actor}2",))]
+
+
+def _look(at: Place) -> list[Operation]:
+    h = at.handle
+    return [("parent", h), ("changed", h), ("extents", h), ("own_diff", h, "s1"), ("own_usage", h), ("own_layering", h)]
+
+
 def _on(name: str, *arguments: object) -> Callable[[Place], list[Operation]]:
     return lambda at: [(name, at.handle, *arguments)]
 
@@ -141,6 +159,11 @@ VERBS = [
     Verb("snapshot group", lambda at: [("snapshot_group", (at.volume, at.other), "new")], both=True),
     Verb("expire", lambda at: [("expire",)]),
     Verb("open expired", _open_expired),
+    Verb("write unwritten", _write_unwritten),
+    Verb("fork unwritten", _fork_unwritten),
+    Verb("group unwritten", lambda at: [("snapshot_group", (UNWRITTEN, at.other), "new")], both=True),
+    Verb("look", _look, handle=True, reads=True),
+    Verb("usage of forks", _of("usage_of_forks"), reads=True),
     Verb("delete several", lambda at: [("delete_several", (at.volume, at.other))], alone=True, both=True),
     Verb("delete", _of("delete"), alone=True),
     Verb("recreate", _recreate, alone=True),

@@ -272,7 +272,20 @@ def _import(process: Process, actor: Actor, path: str, name: str) -> None:
 
 
 def _diff(process: Process, actor: Actor, name: str, a: str, b: str | None) -> set[int]:
-    found = process.stores[actor.store].diff(name, a, b)
+    return _units_in(process.stores[actor.store].diff(name, a, b))
+
+
+def _parent(process: Process, actor: Actor, handle: str) -> str | None:
+    found = process.handles[handle].parent
+    return found.name if found else None
+
+
+def _extents(process: Process, actor: Actor, handle: str) -> None:
+    for offset, length, _ in process.handles[handle].extents().tolist():
+        assert offset >= 0 < length <= 64 * UNIT_BYTES, (offset, length)
+
+
+def _units_in(found: Any) -> set[int]:
     units: set[int] = set()
     for offset, length, _ in found.tolist():
         units.update(range(offset // UNIT_BYTES, -(-(offset + length) // UNIT_BYTES)))
@@ -351,6 +364,15 @@ DO: dict[str, Callable[..., Any]] = {
     "rename": _on_store(lambda store, name, new: store.rename(name, new)),
     "relocate": lambda process, actor, name, path: process.stores[actor.store].relocate(name, base=process.path(path)),
     "diff": _diff,
+    "parent": _parent,
+    "changed": lambda process, actor, handle: process.handles[handle].head_changed,
+    "extents": _extents,
+    "own_diff": lambda process, actor, handle, a: _units_in(process.handles[handle].diff(a)),
+    "own_usage": lambda process, actor, handle: {u.snapshot for u in process.handles[handle].usage()} - {None},
+    "own_layering": lambda process, actor, handle: (
+        int(process.handles[handle].layering().extents["length"].sum()) // UNIT_BYTES
+    ),
+    "usage_of_forks": _on_store(lambda store, name: {usage.fork for usage in store.usage_of_forks(name)} - {None}),
     "usage": _on_store(lambda store, name: {usage.snapshot for usage in store.usage(name)} - {None}),
     "layering": _layering,
     "check": _on_store(lambda store: _problems(store.check())),

@@ -4,6 +4,7 @@
     c        a clone of v@s1, with snapshots s1 and s2 of its own
     w        over nothing, with snapshots s1 and s2
     x        a fork of a disk that is gone, whose lifetime is over
+    u        a fork of v@s1 to which nothing was written
 
 It is built once for each wipe policy and kept in memory; each run gets fresh files. The images keep their inodes, which
 the catalog knows them by. The model of it is written down beside, from the same calls.
@@ -20,7 +21,7 @@ from pathlib import Path
 from pairs import model
 from pairs.model import Disk, State
 from pairs.units import UNIT_BYTES, disk_bytes, numbers_of
-from pairs.verbs import EXPIRED, VOLUME_UNITS
+from pairs.verbs import EXPIRED, UNWRITTEN, VOLUME_UNITS
 
 BASE_UNITS = 24
 IMAGES = {"base.img": 9, "moved.img": 9, "import.img": 8}  # name -> the number that it is written with
@@ -143,7 +144,9 @@ def build(root: Path, wipe: str) -> World:
         state = model.close(model.fork(builder.state, None, "y", None, (EXPIRED,), "x"), None, "build")
         store.delete("y")
         state = model.delete(state, None, "y")
-        builder.state = state.with_volume(EXPIRED, model.replace(state.volumes[EXPIRED], source=None, expires=True))
+        state = state.with_volume(EXPIRED, model.replace(state.volumes[EXPIRED], source=None, expires=True))
+        store.fork("v", "s1", names=[UNWRITTEN])
+        builder.state = model.fork(state, None, "v", "s1", (UNWRITTEN,), "u")
     with onionskin.Store(root / "store") as store:
         store.check(repair=True)
     (root / "store" / "reserve").write_bytes(b"")
