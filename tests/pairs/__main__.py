@@ -2,6 +2,7 @@
 
     python -m pairs [--seconds N] [--seed S]              every pair at a few steps, as many as there is time for
     python -m pairs --all [--first VERB] [--second VERB]  every step of every pair, in every way
+    python -m pairs --all --behind-commits                what the handle of the first one does not know yet
     python -m pairs --random --seconds N [--seed S]       three actors and more, in a random order, with random faults
     python -m pairs --aftermath --seconds N [--seed S]    a verb in the store that another one left, which was interrupted
     python -m pairs --one FIRST SECOND --relation same --place threads --wipe zero --step 17   one run, told in full
@@ -51,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--fault", action="append", help="none, 'kill first', 'kill last', EIO, ENOSPC or unsynced; may be repeated"
     )
     parser.add_argument("--step", type=int, default=-1, help="of --one: where the first one is held; -1 is its end")
+    parser.add_argument(
+        "--behind-commits",
+        action="store_true",
+        help="of --all: only the steps at which the first one has just committed",
+    )
     parser.add_argument("--then", help="of --aftermath with --step: a verb that is killed too, behind the first one")
     parser.add_argument("--then-step", type=int, default=1, help="where that one is killed")
     parser.add_argument("--seconds", type=float, help="end after so long")

@@ -118,6 +118,8 @@ class Explorer:
                 return
             verdict = self._try(case, trace=True)
             for step in range(verdict.steps):
+                if self.given.behind_commits and not is_behind_commit(verdict.labels, step):
+                    continue
                 for fault in self._faults(case, verdict, step):
                     if self.is_over():
                         return
@@ -198,6 +200,11 @@ class Explorer:
         for what, count in tally.weak.most_common(SHOWN_MAX):
             print(f"  weak, {count} times: {what}")
         return int(bool(tally.violations))
+
+
+def is_behind_commit(labels: list[str], step: int) -> bool:
+    """Whether an actor that is held at a step has just committed: its handle does not know yet what the catalog knows."""
+    return 0 < step <= len(labels) and labels[step - 1] == "catalog: COMMIT"
 
 
 def load_all() -> None:

@@ -315,6 +315,17 @@ FAULTS = [
         ),
         _pairs("open expired", "fork expired", "same", "threads", "release"),
     ),
+    Fault(
+        "a handle that a revert has not told yet is asked for its head",
+        (
+            Edit(
+                "src/onionskin/storage/open_head.py",
+                "return self.store.catalog.head_of(self.row) or self.head",
+                "return self.head",
+            ),
+        ),
+        (*_pairs("revert", "apply", "same", "threads", "release"), "--behind-commits"),
+    ),
 ]
 
 

@@ -38,6 +38,8 @@ CAN_FAIL = {
 }
 OPENS_WHAT_IT_MAKES = ("create", "temporary")  # and removes it again if it cannot be opened
 MAKES = ("create", "import", "clone", "fork", "fork_numbered", "fork_with_key", "temporary")
+# What is asked of an open volume is answered, whatever others do to it, unless they close it.
+ALWAYS_ANSWERED = ("read", "parent", "changed", "extents", "own_diff", "own_usage", "own_layering")
 NO_HOLDER = "the holder is None"  # what `held` says
 RUN_SECONDS = 120.0
 THOROUGH_EVERY = 4
@@ -450,10 +452,16 @@ class Run:
 
     def _judge_error(self, plan: Plan, operation: Operation, kind: str, text: str) -> str:
         may_fail = plan.number in self.faulty
+        if kind == "busy" and operation[0] in ALWAYS_ANSWERED and not (self.faulty or self._closes(plan, operation[1])):
+            kind = "refused"
         if kind == "unexpected" or (not may_fail and kind not in ("busy", "not found", "exists", "bounds")):
             self.verdict.violations.append(f"{plan.place.actor} {operation[0]} raised {text}")
             return "maybe"
         return "maybe" if may_fail else "raised"
+
+    def _closes(self, plan: Plan, handle: str) -> bool:
+        """Whether another actor closes a handle of this one."""
+        return any(("close", handle) in other.operations for other in self.plans if other is not plan)
 
     def _modelled(self, plan: Plan, operation: Operation, index: int) -> Operation:
         if operation[0] in MAKES:
