@@ -420,3 +420,31 @@ def test_a_catalog_that_cannot_be_read_for_a_while_ends_neither_the_server_nor_i
             assert is_refused(slow, "web")
             assert client.read(0, 4) == b"fast"
         assert not is_refused(slow, "web")
+
+
+def test_the_mark_behind_which_all_counts_as_changed_is_that_of_the_volume_that_is_compared(
+    tmp_path: Path, server: Server
+) -> None:
+    exports = server.exports
+    with library.Store(tmp_path / "vms") as store:
+        for name in ("web", "db"):
+            store.create(name, size=MIB).close()
+            write(store, name, b"a" * 4096, "s")
+            exports.add_volume(tmp_path / "vms", name)
+        web, nbd = exports.table.served["web"], server._nbd
+        meant: list[bool] = []
+
+        class Marks:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(nbd, name)
+
+            def change_mark(self, label: str) -> int:
+                for old, new in (("web", "t"), ("db", "web"), ("t", "db")):
+                    store.rename(old, new)
+                exports.table.follow_names()  # as for another client that asks for a name just now
+                meant.append(exports.table.served[label] is web)
+                return nbd.change_mark(label)
+
+        exports._changed_blocks._nbd = Marks()  # type: ignore[assignment]
+        assert not exports._changed_blocks.find("web", "onionskin:changed-since:s")  # its name is another one by now
+        assert meant == [True]

@@ -82,7 +82,7 @@ class ChangedBlocks:
         if key is None:
             raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
         # The server counts everything that is written after this mark as changed.
-        mark = self._nbd.change_mark(exported.name) if isinstance(exported, ServedVolume) else None
+        mark = self._mark(exported) if isinstance(exported, ServedVolume) else None
         runs = _joined(exported.diff(since))
         with self._table.operation(exported), exported.contexts_guard:
             if exported.context_key(since) != key:
@@ -90,6 +90,10 @@ class ChangedBlocks:
             self._nbd.set_changed_since(self._table.label_of(exported), context, runs, mark=mark)
             exported.contexts[context] = key
         return True
+
+    def _mark(self, served: ServedVolume) -> int:
+        with self._table.operation(served):  # by its label, the mark could be another volume's
+            return self._nbd.change_mark(served.name)
 
     def names_behind(self, export: str, after: str) -> Iterator[str]:
         """Yield, in order, the names of an export's contexts that come after `after`; "" comes before all of them."""

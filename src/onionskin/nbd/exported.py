@@ -163,18 +163,18 @@ class ServedVolume(Exported):
     def _export(self) -> None:
         """Offer the volume. One that nothing was written to is read through the view of what it stands on.
 
-        Nobody has the volume yet but this thread, so it is not opened between the two questions. The name of a client is
-        looked up once it is offered, so it is followed before.
+        The name of a client is looked up once it is offered, so it is followed before. The head is not opened between the
+        questions, also not by a thread that found its handle in the store.
         """
-        self.opened.follow(self._switch)
-        unwritten = self.opened.is_unwritten
-        self._nbd.add_export(
-            self.name,
-            self.opened.reading_path,
-            read_only=False,
-            unwritten=unwritten,
-            description=f"volume {self.name}",
-        )
+        with self.opened.guard:
+            self.opened.follow(self._switch)
+            self._nbd.add_export(
+                self.name,
+                self.opened.reading_path,
+                read_only=False,
+                unwritten=self.opened.is_unwritten,
+                description=f"volume {self.name}",
+            )
 
     def begin_writing(self) -> None:
         """Open the head, before the first request that needs it."""
