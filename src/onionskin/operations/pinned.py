@@ -73,6 +73,8 @@ def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
     store, layer = volume.store, volume.head
     opened = store.views.take(layer, lambda: store.open_layer(layer))
     try:
+        # It was open all the time, so this is its view. A layer that lost its name may have lost what all above it hide.
+        _refuse_ended(volume)
         yield opened
     finally:
         store.views.give_back(layer)

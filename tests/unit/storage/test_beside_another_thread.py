@@ -158,6 +158,16 @@ def test_a_view_that_was_just_closed_lends_its_files_to_no_array(store: onionski
     two.close()
 
 
+def test_a_view_that_is_closed_as_it_is_about_to_be_exported_is_refused(
+    store: onionskin.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = store.open("web", snapshot="one")
+    before(monkeypatch, store._opened.views, "take", view.close)
+    with pytest.raises(onionskin.StateError, match="closed"):
+        view.export(tmp_path / "image.raw")
+    assert not (tmp_path / "image.raw").exists()
+
+
 def test_work_is_done_beside_a_fork_that_is_closed_before_it_was_written(
     store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
