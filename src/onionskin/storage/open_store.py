@@ -25,7 +25,7 @@ from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
 from onionskin.catalog.read_only import can_be_written
-from onionskin.errors import ChainError, FormatError, StateError
+from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
 from onionskin.storage.layout import DIRECTORIES, Layout
 from onionskin.storage.locks import STORE_BYTE, BaseLock, ByteLocks
@@ -220,9 +220,14 @@ class OpenStore:
                     raise
 
     def register(self, handle: Handle) -> None:
-        """Add a handle to the list of open handles."""
+        """Add a handle to the list of open handles. If the store was closed meanwhile, close it and raise StateError."""
         with self._open_guard:
-            self._open.add(handle)
+            if not self._closed:
+                self._open.add(handle)
+                return
+        with suppress(OSError, OnionskinError):  # it cannot ask the catalog any more, and nothing was written
+            handle.close()
+        raise StateError(f"the store {self.path} is closed; open it again")
 
     def open_handles(self) -> list[Handle]:
         """Return the volumes and views that are open in this store."""
@@ -276,9 +281,12 @@ class OpenStore:
 
     def close(self) -> None:
         """Close the store, and the handles that are still open in it. Further calls do nothing."""
-        if self._closed:
+        if self._closed:  # in the child of a fork the guard may be held by nobody, for ever
             return
-        self._closed = True
+        with self._open_guard:  # what is not in the list by now never will be
+            if self._closed:
+                return
+            self._closed = True
         with ExitStack() as stack:  # if the flush of one volume fails, the others are closed all the same
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)

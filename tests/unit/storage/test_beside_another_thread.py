@@ -168,6 +168,17 @@ def test_a_view_that_is_closed_as_it_is_about_to_be_exported_is_refused(
     assert not (tmp_path / "image.raw").exists()
 
 
+@pytest.mark.parametrize("how", [{}, {"snapshot": "one"}, {"mode": "r"}])
+def test_what_is_opened_as_the_store_is_closed_is_closed_too(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, how: dict[str, str]
+) -> None:
+    before(monkeypatch, store._opened, "register", store.close)
+    with pytest.raises(onionskin.StateError, match="closed"):
+        store.open("web", **how)
+    with onionskin.Store(store.path) as again, again.open("web") as web:  # nobody holds it
+        assert web.read(0, 1) == b"a" and again.check() == []
+
+
 def test_work_is_done_beside_a_fork_that_is_closed_before_it_was_written(
     store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
