@@ -53,7 +53,7 @@ def compact_map_if_wanted(volume: OpenHead) -> None:
 
     If an operation is under way, a later flush asks again.
     """
-    if volume.is_unwritten or not volume.path.wants_compaction():
+    if volume.is_unwritten or not volume.on_path(lambda path: path.wants_compaction()):
         return
     try:
         volume.if_idle(lambda: compact_map(volume))

@@ -89,6 +89,26 @@ def test_extents_are_those_of_the_disk_that_a_revert_put_there(
         assert web.extents().tolist() == [(0, BLOCK, 1)]
 
 
+def test_a_flush_succeeds_though_a_revert_closes_the_path_before_its_log_is_looked_at(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed:  # a path with a long log, which a revert has closed since it was looked up
+        def __init__(self, path: DataPath) -> None:
+            self._path = path
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._path, name)
+
+        def wants_compaction(self) -> bool:
+            raise onionskin.StateError("info: the volume is closed; open it again")
+
+    with store.open("web") as web:
+        web.write(0, b"c" * BLOCK)
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenHead, "path", property(lambda head: Closed(head._path)))
+            web.flush()
+
+
 def test_who_finds_the_new_path_of_a_volume_finds_its_new_head(
     store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
