@@ -189,9 +189,14 @@ int onion_nbd_flush(struct onion_nbd_server *server, struct onion_nbd_export *ex
     /* A write that was answered would have had the head opened. */
     int is_durable = export->read_only || onion_nbd_is_unwritten(export);
     int status = is_durable ? 0 : flush_once(export, &wants_scrub);
-    if ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room &&
-        hooks->make_room(hooks->context, onion_nbd_label(export)->name))
-        status = 0;
+    while ((status == -ENOSPC || status == -EDQUOT) && hooks->make_room) {
+        const struct onion_nbd_label *label = onion_nbd_label(export);
+        int is_durable_now = hooks->make_room(hooks->context, label->name);
+        if (onion_nbd_label(export) != label) /* by its name, another export may have been flushed in its place */
+            continue;
+        status = is_durable_now ? 0 : status;
+        break;
+    }
     if (wants_scrub && hooks->freed)
         hooks->freed(hooks->context, onion_nbd_label(export)->name);
     return status;

@@ -107,6 +107,36 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
         assert not other._opened.layout.reserve.exists()  # it was needed
 
 
+def test_an_export_that_gets_another_name_on_a_full_disk_is_flushed_itself(
+    ext4_mount: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = ext4_mount(96 << 20)
+    with library.Store(root / "vms") as store:
+        for name in ("web", "db"):
+            store.create(name, size="64M").close()
+    server = Server(limits=Limits(), allow_revert=False, log=print)
+    exports, asked = server.exports, []
+    for name in ("web", "db"):
+        exports.add_volume(root / "vms", name)
+
+    def make_room(name: str) -> bool:
+        asked.append(name)
+        if len(asked) == 1:  # another process has let the two exchange their names
+            with exports.table.guard:
+                exports.table._relabel({"web": "db", "db": "web"})
+        return exports._make_room(name)
+
+    server._nbd.on_full_disk = make_room
+    socket = short_socket(tmp_path)
+    with in_this_process(server, socket), NbdClient.unix(socket, "web") as client:
+        for block in range(1, 6000, 2):
+            client.write(block * BLOCK, block.to_bytes(2, "little") * (BLOCK // 2))
+        fill(root)
+        client.flush()
+        assert asked == ["web", "db"]
+        assert not exports.table.served["db"].volume._path.unflushed
+
+
 @contextmanager
 def in_this_process(server: Server, socket: Path) -> Iterator[None]:
     """Run a server in a thread, where it can be patched."""

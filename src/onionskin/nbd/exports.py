@@ -427,8 +427,12 @@ class Exports:
             raise StateError(str(error)) from error  # others are taken for a fault of this function
 
     def _make_room(self, name: str) -> bool:
-        """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve."""
-        served = self.table.served.get(name)
+        """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve.
+
+        The C server asks again where the export has got another name meanwhile.
+        """
+        with self.table.guard:
+            served = self.table.served.get(name)
         if served is None:
             return False
         try:
