@@ -2,7 +2,7 @@
  * volume.h for what must hold.
  *
  * A seal has stages, so that several volumes can be cut at one instant; each can be the last, and is then undone:
- *   BEGUN     the flush gate is closed, the next log and spare are set aside, most of the head is durable
+ *   BEGUN     the flush gate is closed, the next log and spare are set aside; where much waited, most of it is durable
  *   HELD      writers wait at the gate
  *   CUT       the dirty records are taken and the heads are swapped; writers still wait
  *   RELEASED  writers go on in the new head
@@ -143,13 +143,25 @@ static void give_back_what_was_set_aside(struct onion_volume *volume) {
     pthread_mutex_unlock(&volume->prepare_lock);
 }
 
+/* What is flushed before the cut is synced twice: with what came meanwhile, once more behind it. That is left out where the
+ * frame of what waits, and of as much again, lies in room that the log has on the disk already. Then the sync behind the cut
+ * needs no new room, which a full disk could refuse: the seal would be undone, and its spare be spent. */
+static int flushes_before_cut(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->dirty_lock);
+    size_t count = volume->dirty_records.record_count;
+    pthread_mutex_unlock(&volume->dirty_lock);
+    const struct onion_head_log *log = &volume->log;
+    size_t records = 2 * count + onion_volume_own_segment_count(volume);
+    return count && (log->fd < 0 || log->cursor.offset + onion_frame_bytes(records) > log->room_end);
+}
+
 static int begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     (void)onion_fault_install(); /* see base/sigbus.h */
     int status = set_aside(volume, map_path, map_id);
     if (status < 0)
         return status;
-    /* With writers at work, so that what is left behind the barrier is small. */
-    status = onion_volume_flush_behind_gate(volume);
+    if (flushes_before_cut(volume))
+        status = onion_volume_flush_behind_gate(volume); /* with writers at work */
     if (status < 0)
         give_back_what_was_set_aside(volume);
     return status;
