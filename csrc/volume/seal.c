@@ -232,6 +232,15 @@ static void end(struct onion_volume *volume) {
     onion_volume_open_flush_gate(volume);
 }
 
+int onion_volume_seal_would_wait(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return 0;
+    pthread_mutex_lock(&volume->flush_lock); /* nobody begins to flush meanwhile, so the log stays as it is */
+    int waits = volume->flush_busy || flushes_before_cut(volume);
+    pthread_mutex_unlock(&volume->flush_lock);
+    return waits;
+}
+
 int onion_volume_seal_begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     int status = onion_volume_close_flush_gate(volume);
     if (status < 0)

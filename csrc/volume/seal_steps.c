@@ -4,7 +4,7 @@
  * as for the disk. Each thread takes the next volume that nobody has taken, so where no thread can be started the caller
  * does all. */
 #include "base/workers.h"
-#include "volume/volume.h"
+#include "volume/internal.h"
 
 struct job {
     struct onion_seal_step *steps;
@@ -34,11 +34,17 @@ static void *work(void *argument) {
     }
 }
 
-static void run(struct onion_seal_step *steps, uint32_t count, int (*step)(struct onion_seal_step *)) {
+static void run(struct onion_seal_step *steps, uint32_t count, int (*step)(struct onion_seal_step *),
+                uint32_t threads) {
     struct job job = {.steps = steps, .count = count, .step = step};
-    onion_run_workers(work, &job, count < ONION_WORKERS_MAX ? (int)count : ONION_WORKERS_MAX);
+    onion_run_workers(work, &job, threads < ONION_WORKERS_MAX ? (int)threads : ONION_WORKERS_MAX);
 }
 
-void onion_volumes_seal_begin(struct onion_seal_step *steps, uint32_t count) { run(steps, count, begin_one); }
+void onion_volumes_seal_begin(struct onion_seal_step *steps, uint32_t count) {
+    uint32_t waiting = 1;
+    for (uint32_t i = 0; i < count; i++)
+        waiting += (uint32_t)onion_volume_seal_would_wait(steps[i].volume);
+    run(steps, count, begin_one, waiting < count ? waiting : count);
+}
 
-void onion_volumes_seal_sync(struct onion_seal_step *steps, uint32_t count) { run(steps, count, sync_one); }
+void onion_volumes_seal_sync(struct onion_seal_step *steps, uint32_t count) { run(steps, count, sync_one, count); }
