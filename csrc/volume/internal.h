@@ -367,6 +367,11 @@ void onion_volume_put_back(struct onion_volume *volume, struct onion_dirty_recor
 void onion_volume_release_batch(struct onion_dirty_records *batch);
 int onion_volume_flush_behind_gate(struct onion_volume *volume);
 
+/* ---- seal.c ---- */
+
+/* Whether the begin of a seal would wait now, for a flush under way or for one of its own. */
+int onion_volume_seal_would_wait(struct onion_volume *volume);
+
 /* ---- replace_below.c ---- */
 
 void onion_below_free(struct onion_below *below);

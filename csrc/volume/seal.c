@@ -2,7 +2,7 @@
  * volume.h for what must hold.
  *
  * A seal has stages, so that several volumes can be cut at one instant; each can be the last, and is then undone:
- *   BEGUN     the flush gate is closed, the next log and spare are set aside, most of the head is durable
+ *   BEGUN     the flush gate is closed, the next log and spare are set aside; where much waited, most of it is durable
  *   HELD      writers wait at the gate
  *   CUT       the dirty records are taken and the heads are swapped; writers still wait
  *   RELEASED  writers go on in the new head
@@ -143,13 +143,25 @@ static void give_back_what_was_set_aside(struct onion_volume *volume) {
     pthread_mutex_unlock(&volume->prepare_lock);
 }
 
+/* What is flushed before the cut is synced twice: with what came meanwhile, once more behind it. That is left out where the
+ * frame of what waits, and of as much again, lies in room that the log has on the disk already. Then the sync behind the cut
+ * needs no new room, which a full disk could refuse: the seal would be undone, and its spare be spent. */
+static int flushes_before_cut(struct onion_volume *volume) {
+    pthread_mutex_lock(&volume->dirty_lock);
+    size_t count = volume->dirty_records.record_count;
+    pthread_mutex_unlock(&volume->dirty_lock);
+    const struct onion_head_log *log = &volume->log;
+    size_t records = 2 * count + onion_volume_own_segment_count(volume);
+    return count && (log->fd < 0 || log->cursor.offset + onion_frame_bytes(records) > log->room_end);
+}
+
 static int begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     (void)onion_fault_install(); /* see base/sigbus.h */
     int status = set_aside(volume, map_path, map_id);
     if (status < 0)
         return status;
-    /* With writers at work, so that what is left behind the barrier is small. */
-    status = onion_volume_flush_behind_gate(volume);
+    if (flushes_before_cut(volume))
+        status = onion_volume_flush_behind_gate(volume); /* with writers at work */
     if (status < 0)
         give_back_what_was_set_aside(volume);
     return status;
@@ -218,6 +230,15 @@ static void leave(struct onion_volume *volume, enum onion_seal_stage stage) {
 static void end(struct onion_volume *volume) {
     volume->seal.stage = ONION_SEAL_NONE;
     onion_volume_open_flush_gate(volume);
+}
+
+int onion_volume_seal_would_wait(struct onion_volume *volume) {
+    if (onion_volume_usable(volume) < 0) /* in the child of a fork the lock may be held by nobody, for ever */
+        return 0;
+    pthread_mutex_lock(&volume->flush_lock); /* nobody begins to flush meanwhile, so the log stays as it is */
+    int waits = volume->flush_busy || flushes_before_cut(volume);
+    pthread_mutex_unlock(&volume->flush_lock);
+    return waits;
 }
 
 int onion_volume_seal_begin(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {

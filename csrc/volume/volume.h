@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "base/epoch.h"
+#include "base/site.h"
 #include "base/status.h"
 #include "index/blockmap.h"
 #include "layer/map_log.h"
@@ -200,7 +201,7 @@ int onion_volume_seal_abort(struct onion_volume *volume);
 /* The same in stages, so that several volumes are cut at one instant: begin, hold, cut, release and sync come to
  * onion_volume_seal. From a begin on, the flush gate stays closed until seal_commit, seal_abort, or an error of the
  * sync: after that the old head goes on already. -EINVAL: the seal is not in the stage before.
- *   begin    may take long, with writers at work; on an error nothing has changed
+ *   begin    may take long, with writers at work, where much waits for a flush; on an error nothing has changed
  *   hold     waits for the writers inside, and keeps others waiting
  *   cut      takes what is written, and swaps the heads; no I/O
  *   release  lets writers go on; without a cut, as after the begin. By the thread that held, as is an abort before it
@@ -210,6 +211,19 @@ int onion_volume_seal_hold(struct onion_volume *volume);
 int onion_volume_seal_cut(struct onion_volume *volume);
 void onion_volume_seal_release(struct onion_volume *volume);
 int onion_volume_seal_sync(struct onion_volume *volume, struct onion_sealed *sealed);
+
+/* A step of one of several seals, which are begun or synced side by side, in threads: each waits for the disk. The call
+ * returns when all have ended; where a status is an error, `site` says where it was met. Each volume is there once. */
+struct onion_seal_step {
+    struct onion_volume *volume;
+    const char *map_path;        /* of the begin */
+    const unsigned char *map_id; /* of the begin */
+    struct onion_sealed sealed;  /* what the sync says */
+    int status;
+    struct onion_site site;
+};
+void onion_volumes_seal_begin(struct onion_seal_step *steps, uint32_t count);
+void onion_volumes_seal_sync(struct onion_seal_step *steps, uint32_t count);
 
 /* Of a group, some volumes may be with other processes (peers), at the other ends of sockets. All words are texts that
  * both ends agree on, of at most ONION_CUT_WORD_BYTES_MAX bytes: `hold` and `cut` are said to a peer, which answers

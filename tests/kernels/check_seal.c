@@ -210,17 +210,24 @@ static uint64_t counter_of(const struct disk *disk, const struct onion_sealed *s
 
 static void cut_both(struct disk *pair) {
     struct onion_volume *volumes[PAIR] = {pair[0].volume, pair[1].volume};
-    struct onion_sealed sealed[PAIR];
+    static struct onion_seal_step steps[PAIR];
+    char paths[PAIR][400];
     uint64_t counters[PAIR];
     uint32_t failed;
+    for (int i = 0; i < PAIR; i++) {
+        steps[i].volume = volumes[i];
+        steps[i].map_path = path_of(pair[i].spare, paths[i]);
+        steps[i].map_id = pair[i].spare;
+    }
+    onion_volumes_seal_begin(steps, PAIR);
     for (int i = 0; i < PAIR; i++)
-        CHECK(begin(&pair[i]) == 0);
+        CHECK(steps[i].status == 0);
     struct onion_cut at = {.volumes = volumes, .count = PAIR};
     CHECK(onion_volumes_cut(&at, &failed) == 0);
-    for (int i = 0; i < PAIR; i++)
-        CHECK(onion_volume_seal_sync(volumes[i], &sealed[i]) == 0);
+    onion_volumes_seal_sync(steps, PAIR);
     for (int i = 0; i < PAIR; i++) {
-        counters[i] = sealed[i].map_frames ? counter_of(&pair[i], &sealed[i]) : 0;
+        CHECK(steps[i].status == 0);
+        counters[i] = steps[i].sealed.map_frames ? counter_of(&pair[i], &steps[i].sealed) : 0;
         memcpy(pair[i].map, pair[i].spare, sizeof(id));
         memcpy(pair[i].own[0], pair[i].spare, sizeof(id));
         draw_id(pair[i].spare);

@@ -5,8 +5,8 @@ modules of this package use the methods that take an SQL condition; all others u
 
 What must hold: every change of more than one row is one transaction. No row names a file before the transaction that
 connects row and file. An id or a lock byte is never used twice. A question about the tree is asked inside the
-transaction that acts on the answer. SQLite provides the crash safety (WAL, a full sync at each commit). It is never on
-the read or write path of a volume.
+transaction that acts on the answer. SQLite provides the crash safety (WAL, a full sync at each commit but that of
+`draw_lock_bytes`). It is never on the read or write path of a volume.
 """
 
 import os
@@ -87,6 +87,7 @@ class Connection:
         self._changing = False
         self._is_unknown = False  # whether a commit has an unknown outcome, and no later commit overwrote it yet
         self._lock_byte_taken = 0
+        self._syncs_commits = True  # as it was connected
         self._synced_version: int | None = None  # the commits of others up to this version are durable
         self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
         if not path.exists():
@@ -233,7 +234,7 @@ class Connection:
             raise OSError(number, f"the store is read-only: {why}", str(self.path.parent))
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, *, is_synced: bool = True) -> Iterator[None]:
         with self._guard, self._errors():
             if self._changing:  # the outer transaction would be rolled back, with all its changes so far
                 raise AssertionError("a transaction was begun inside another one")
@@ -241,6 +242,7 @@ class Connection:
             self._roll_back()  # a second interrupt may have left a transaction open
             self._changing = True
             try:
+                self._have_commits_synced(is_synced)
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
@@ -264,7 +266,15 @@ class Connection:
                 raise
             else:
                 self._is_unknown = False
-                self._synced_version = seen
+                self._synced_version = seen if is_synced else None  # what it saw is visible, and may be lost
+
+    def _have_commits_synced(self, is_wanted: bool) -> None:
+        """Have commits return when they are durable, or before. Each transaction says which, so no interrupt matters."""
+        if self._syncs_commits == is_wanted:
+            return
+        self._syncs_commits = False  # it is only true where nothing came between
+        self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_wanted else 'NORMAL'}")
+        self._syncs_commits = is_wanted
 
     def bury_unknown(self) -> None:
         """Overwrite a commit of unknown outcome, if there was one. Until then, a crash may bring it back.
@@ -308,6 +318,7 @@ class Connection:
         if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
             return False
         try:
+            self._have_commits_synced(True)
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("UPDATE store SET stamp = ?", (os.urandom(16),))
             self._connection.execute("COMMIT")
@@ -515,6 +526,16 @@ class Connection:
             raise damaged(self.path, f"the next lock byte cannot be {last!r}")
         self._lock_byte_taken = last
         return range(last - count + 1, last + 1)
+
+    def draw_lock_bytes(self, count: int) -> range:
+        """Hand out bytes of the lock file by themselves, in a commit that is not synced.
+
+        After a power loss no process holds a lock on them, and a row that names one was committed later: what is durable of
+        the log is its beginning, so where the row is, so is this.
+        """
+        self.refuse_read_only()
+        with self._guard, self._transaction(is_synced=self._is_unknown):  # only a durable commit buries another one
+            return self.take_lock_bytes(count)
 
     def last_lock_byte(self) -> int:
         """Return the last byte of the lock file that was handed out by a transaction that ended."""

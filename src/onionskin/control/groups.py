@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.lazy import logger
 from onionskin.base.limits import WIPE_POLICIES
 from onionskin.base.naming import some_of
-from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.base.sockets import credentials_of
 from onionskin.catalog import VolumeRow
 from onionskin.control import frames
@@ -41,7 +40,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._volume import cut_when_told
 from onionskin.operations.forks import Wanted
 from onionskin.operations.group_member import MemberSealing, begin_members
-from onionskin.operations.seal import NextHead, RemoteHead, SealedHead, Sealing, run_each
+from onionskin.operations.seal import NextHead, RemoteHead, SealedHead, begin_each, sync_each
 from onionskin.operations.snapshots import OPERATION_SECONDS
 from onionskin.storage.open_head import OpenHead
 
@@ -256,14 +255,13 @@ class Caller:
 
 def seal_for_caller(talk: Talk, caller: Caller, here: Mapping[str, OpenHead]) -> dict[str, Any]:
     """Seal volumes that this process serves, by their ids in hexadecimal: those of them that the caller says."""
-    with talk.bounded(), side_by_side(len(here)) as beside, ExitStack() as held:
+    with talk.bounded(), ExitStack() as held:
         talk.say("here", volumes=list(here))
-        beside.start(len(here) - 1)  # while the caller reads that
         heads = _enter(talk, here, held)
         sealings = begin_members(heads, caller.is_dead)
         is_named = True
         try:
-            is_named = _seal(talk, beside, sealings)
+            is_named = _seal(talk, sealings)
         finally:
             with ExitStack() as settling:  # an error of one keeps the others from nothing
                 for sealing in sealings:
@@ -275,14 +273,14 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
     """Hold volumes as the caller says, until it says that their seals begin."""
     heads: dict[str, OpenHead] = {}
     deadline = time.monotonic() + OPERATION_SECONDS
-    end = time.monotonic() + GROUP_SECONDS
+    begun = time.monotonic()
     while (step := talk.hear("enter", "begin"))["step"] == "enter":
         ids = step.get("volumes")
         if not isinstance(ids, list) or not all(isinstance(id, str) and id in here for id in ids):
             raise FormatError("the group's caller wants to hold volumes that it was not told of")
         if not ids:  # it could go on so for ever, and what it holds would be held for ever
             raise FormatError("the group's caller wants to hold no volume")
-        if time.monotonic() > end:
+        if time.monotonic() - begun > GROUP_SECONDS:
             raise StateError(f"the group's caller has not begun within {GROUP_SECONDS:.0f} s; it was stopped")
         if len({*ids, *heads}) < len(ids) + len(heads):
             raise FormatError("the group's caller wants to hold a volume twice")
@@ -290,6 +288,7 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
             within = max(0.0, deadline - time.monotonic())
             held.enter_context(here[id].operation(during_merge=True, within=within))
             here[id].refuse_half_merged()
+            here[id].path.start_writing()  # the disk writes while both ends talk
             heads[id] = here[id]
         talk.say("entered")
     if not heads:
@@ -297,16 +296,16 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
     return list(heads.values())
 
 
-def _seal(talk: Talk, beside: SideBySide, sealings: Sequence[MemberSealing]) -> bool:
+def _seal(talk: Talk, sealings: Sequence[MemberSealing]) -> bool:
     """Go through the steps from the first flush on. Return whether what was sealed has names."""
     heads = [sealing.volume for sealing in sealings]
     with ExitStack() as stack:
         for sealing in sealings:
             stack.enter_context(sealing.volume.resolving(sealing.resolve))
-        run_each(beside, sealings, Sealing.begin)
+        begin_each(sealings)
         talk.cut(heads)
         lock_bytes = _lock_bytes(heads, talk.hear("sync"))
-        for described in _described(_sync(beside, sealings, lock_bytes)):
+        for described in _described(_sync(sealings, lock_bytes)):
             talk.say("synced", sealed=described)
         try:
             return talk.hear("end").get("named") is not False
@@ -316,24 +315,15 @@ def _seal(talk: Talk, beside: SideBySide, sealings: Sequence[MemberSealing]) -> 
             raise
 
 
-def _sync(
-    beside: SideBySide, sealings: Sequence[MemberSealing], lock_bytes: Mapping[bytes, tuple[int, int]]
-) -> list[SealedHead]:
+def _sync(sealings: Sequence[MemberSealing], lock_bytes: Mapping[bytes, tuple[int, int]]) -> list[SealedHead]:
     """Make the rest durable, lock the files of the next heads, and describe what was sealed."""
-    described: dict[bytes, SealedHead] = {}
-
-    def step(sealing: MemberSealing) -> None:
-        sealing.sync()
-        id = sealing.volume.row.id
-        described[id] = sealing.give(*lock_bytes[id])
-
     try:
-        run_each(beside, sealings, step)
+        sync_each(sealings)
+        return [sealing.give(*lock_bytes[sealing.volume.row.id]) for sealing in sealings]
     except BaseException:
         for sealing in sealings:
             sealing.stay()  # the caller knows of none
         raise
-    return [described[sealing.volume.row.id] for sealing in sealings]
 
 
 def _described(heads: Sequence[SealedHead]) -> Iterator[list[dict[str, Any]]]:

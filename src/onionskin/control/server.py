@@ -70,6 +70,12 @@ _listening_guard = threading.Lock()
 _listening: "dict[str, ControlSocket]" = {}  # by their paths: a caller of a group talks with one for all volumes
 
 
+def is_listening(path: FilePath) -> bool:
+    """Whether this process listens on the control socket at a path, as it does for each volume that it serves."""
+    with _listening_guard:
+        return path.absolute() in _listening
+
+
 class Cancelled(KeyboardInterrupt):
     """The caller disconnected, or cancelled the operation."""
 

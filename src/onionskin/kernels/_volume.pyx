@@ -11,7 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport E2BIG, EBUSY, EFBIG, EINVAL, EIO, ENOENT
 from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 import os
@@ -27,6 +27,14 @@ cdef extern from "Python.h":
     # This is declared without an exception value, because its errors are replaced by others.
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
+
+cdef extern from "base/site.h" nogil:
+    struct onion_site:
+        int status
+        uint64_t offset
+        char path[4096]
+    const onion_site *onion_site_of(int)
+    void onion_site_clear()
 
 cdef extern from "volume/volume.h" nogil:
     enum:
@@ -111,8 +119,15 @@ cdef extern from "volume/volume.h" nogil:
     uint32_t onion_volume_segments(onion_volume *, onion_segment_info *, uint32_t)
     uint32_t onion_volume_just_sealed(onion_volume *, onion_segment_info *, uint32_t)
     int onion_volume_seal(onion_volume *, const char *, const unsigned char *, onion_sealed *)
-    int onion_volume_seal_begin(onion_volume *, const char *, const unsigned char *)
-    int onion_volume_seal_sync(onion_volume *, onion_sealed *)
+    struct onion_seal_step:
+        onion_volume *volume
+        const char *map_path
+        const unsigned char *map_id
+        onion_sealed sealed
+        int status
+        onion_site site
+    void onion_volumes_seal_begin(onion_seal_step *, uint32_t)
+    void onion_volumes_seal_sync(onion_seal_step *, uint32_t)
     struct onion_cut_word:
         const void *bytes
         uint32_t length
@@ -157,14 +172,6 @@ cdef extern from "volume/volume.h" nogil:
     void onion_volume_after_fork(onion_volume *)
     void onion_volume_close(onion_volume *)
     void onion_volume_free(onion_volume *)
-
-cdef extern from "base/site.h" nogil:
-    struct onion_site:
-        int status
-        uint64_t offset
-        char path[4096]
-    const onion_site *onion_site_of(int)
-    void onion_site_clear()
 
 cdef extern from "base/status.h" nogil:
     enum:
@@ -1027,30 +1034,6 @@ cdef class DataPath:
             _raise(status, "snapshot")
         return _sealed(&raw, self._just_sealed())
 
-    def seal_begin(self, *, map_path, map_id):
-        """Begin a seal in stages: make most of the head durable. `cut_heads` and `seal_sync` do the rest of `seal`."""
-        cdef unsigned char id[ONION_UUID_BYTES]
-        cdef int status
-        path = os.fsencode(map_path)
-        cdef const char *c_path = path
-        _copy_id(id, map_id)
-        with nogil:
-            status = onion_volume_seal_begin(self._volume, c_path, id)
-        if status < 0:
-            if status == -EBUSY:
-                raise StateError("snapshot: the volume has no spare segment to go on with; close the volume and open it again")
-            _raise(status, "snapshot")
-
-    def seal_sync(self):
-        """Make durable what `cut_heads` cut off; as after `seal`, flushes wait for seal_commit or seal_abort."""
-        cdef onion_sealed raw
-        cdef int status
-        with nogil:
-            status = onion_volume_seal_sync(self._volume, &raw)
-        if status < 0:
-            _raise(status, "snapshot")
-        return _sealed(&raw, self._just_sealed())
-
     def seal_commit(self, next_spare):
         """Go on with the new head, because the catalog names it."""
         cdef unsigned char id[ONION_UUID_BYTES]
@@ -1257,6 +1240,75 @@ cdef class DataPath:
         """Wait for calls that are under way, then unmap and close. This does not flush. Further calls do nothing."""
         with nogil:
             onion_volume_close(self._volume)
+
+
+cdef _error_of_step(const onion_seal_step *step):
+    """Return the exception of a step that failed, or None."""
+    if step.status >= 0:
+        return None
+    if step.status == -EBUSY:
+        return StateError("snapshot: the volume has no spare segment to go on with; close the volume and open it again")
+    if step.site.status == step.status:
+        return error_of(step.status, "snapshot", os.fsdecode(step.site.path), step.site.offset)
+    return error_of(step.status, "snapshot")
+
+
+cdef onion_seal_step *_steps(paths) except NULL:
+    """Describe a step of the seal of each data path. The caller frees it."""
+    cdef DataPath path
+    if len(set(paths)) != len(paths):
+        raise ValueError("snapshot: a volume is named twice; name each once")
+    cdef onion_seal_step *steps = <onion_seal_step *>calloc(len(paths) + 1, sizeof(onion_seal_step))
+    if steps == NULL:
+        raise MemoryError(f"no memory to seal {len(paths)} volumes")
+    for index, path in enumerate(paths):
+        steps[<uint32_t>index].volume = path._volume
+    return steps
+
+
+def begin_heads(paths, maps):
+    """Begin the seals of volumes, side by side; `cut_heads` and `sync_heads` do the rest of `seal` for each.
+
+    `maps` has the path and the id of the map of each next head. A head for whose changes its log has no room on the disk is
+    flushed first. Returns None for each, or the exception of one whose seal has not begun.
+    """
+    cdef uint32_t index, count = len(paths)
+    cdef onion_seal_step *steps = _steps(paths)
+    kept = []
+    try:
+        for index, (map_path, map_id) in enumerate(maps):
+            encoded, id = os.fsencode(map_path), bytes(map_id)
+            if len(id) != ONION_UUID_BYTES:
+                raise ValueError(f"an id has {ONION_UUID_BYTES} bytes, not {len(id)}")
+            kept.append((encoded, id))
+            steps[index].map_path, steps[index].map_id = <const char *>encoded, <const unsigned char *>id
+        if len(kept) != count:
+            raise ValueError(f"{count} volumes are to be sealed, with {len(kept)} maps")
+        with nogil:
+            onion_volumes_seal_begin(steps, count)
+        return [_error_of_step(&steps[index]) for index in range(count)]
+    finally:
+        free(steps)
+
+
+def sync_heads(paths):
+    """Make durable what `cut_heads` cut off, side by side; as after `seal`, flushes wait for seal_commit or seal_abort.
+
+    Returns what was sealed of each, or the exception of one that goes on with its old head.
+    """
+    cdef uint32_t index, count = len(paths)
+    cdef DataPath path
+    cdef onion_seal_step *steps = _steps(paths)
+    found = []
+    try:
+        with nogil:
+            onion_volumes_seal_sync(steps, count)
+        for index, path in enumerate(paths):
+            error = _error_of_step(&steps[index])
+            found.append(_sealed(&steps[index].sealed, path._just_sealed()) if error is None else error)
+        return found
+    finally:
+        free(steps)
 
 
 cdef onion_cut_word _word(bytes text):

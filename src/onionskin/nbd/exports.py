@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.closing import call_all
 from onionskin.base.paths import FilePath
 from onionskin.catalog import VolumeRow
+from onionskin.control.server import is_listening
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
 from onionskin.nbd.opening import open_to_serve
+from onionskin.nbd.turns import Turns
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
@@ -90,6 +92,7 @@ class Exports:
         self._stores: dict[FilePath, Store] = {}
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
+        self._turns = Turns()
         self.table = ExportTable(nbd, log)
         self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
         nbd.on_known_export = self._is_still_export
@@ -263,7 +266,8 @@ class Exports:
     def _find_export(self, name: str) -> bool:
         """Open the export that a client asks for, if it exists; return whether the C server has it now."""
         try:
-            return not self._stopping.is_set() and self._open_export(name)
+            with self._turns.take():
+                return not self._stopping.is_set() and self._open_export(name)
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
             return False
@@ -296,11 +300,13 @@ class Exports:
         """
         with self.table.guard:
             known = name in self.table.served or "@" in name
-            ids = {one.opened.row.id for one in self.table.served.values()}
         if known:
             return False
-        rows = [store._opened.catalog.volume_named(name) for store in list(self._stores.values())]
-        return not any(row and row.id in ids for row in rows)
+        for store in list(self._stores.values()):
+            row = store._opened.catalog.volume_named(name)
+            if row and is_listening(store._opened.layout.volume_control(row.id)):
+                return False  # it is served here by another name
+        return True
 
     def _open_view(self, served: ServedVolume, snapshot: str) -> None:
         """Open a snapshot of a served volume and export it. The caller does not hold the guard."""

@@ -17,24 +17,21 @@ still holds.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from onionskin.base.records import record
-from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import FormatError, StateError
-from onionskin.kernels._volume import cut_heads
+from onionskin.kernels._volume import begin_heads, cut_heads, sync_heads
 from onionskin.operations import reclaim
 from onionskin.storage.chain import NewHead, replace_spare
 from onionskin.storage.open_head import OpenHead, if_begun
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
-    from onionskin.kernels._volume import Sealed
+    from onionskin.kernels._volume import DataPath, Sealed
 
 
-SomeSealing = TypeVar("SomeSealing", bound="Sealing")
 Check = Callable[[], None]
 Also = Callable[[LayerRow, LayerRow], None]
 
@@ -102,14 +99,14 @@ class Sealing:
         self.to_reclaim: list[bytes] = []
         self.next_head: NextHead | None = None
 
-    def begin(self) -> None:
-        """Make durable most of what was written, with writers at work."""
-        spare = self._spare.id
-        self.volume.path.seal_begin(map_path=str(self.volume.store.layout.map_file(spare)), map_id=spare)
+    @property
+    def next_map(self) -> tuple[str, bytes]:
+        """The path and the id of the next head's map."""
+        return str(self.volume.store.layout.map_file(self._spare.id)), self._spare.id
 
-    def sync(self) -> None:
-        """Make durable what was written between that and the cut."""
-        self._sealed = self.volume.path.seal_sync()
+    def note_synced(self, sealed: "Sealed") -> None:
+        """Keep what was sealed, which is durable."""
+        self._sealed = sealed
         # The last flush of this head may have freed slots in inherited segments. The new head does not know of them.
         self.to_reclaim = self.volume.path.reclaim_wanted()
 
@@ -341,7 +338,7 @@ class RemoteProcess(Protocol):
 
     @property
     def words(self) -> tuple[bytes, bytes, bytes, bytes, float]:
-        """What is said at the cut, as `kernels._volume.cut_heads` takes it."""
+        """What is said at the cut, as `kernels.cut_heads` takes it."""
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
@@ -385,20 +382,19 @@ def begin_seals(
         with ExitStack() as stack:
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
-            with side_by_side(len(sealings)) as beside:
-                for process in processes:
-                    process.ask_to_begin()
-                run_each(beside, sealings, Sealing.begin)
-                lock_bytes = _take_lock_bytes(remotes)
-                for process in processes:
-                    process.begun()
-                _cut(sealings, processes)
-                when_cut()
-                for process in processes:
-                    process.ask_to_sync(lock_bytes)
-                run_each(beside, sealings, Sealing.sync)
-                for process in processes:
-                    process.synced()
+            for process in processes:
+                process.ask_to_begin()
+            begin_each(sealings)
+            lock_bytes = _take_lock_bytes(remotes)
+            for process in processes:
+                process.begun()
+            _cut(sealings, processes)
+            when_cut()
+            for process in processes:
+                process.ask_to_sync(lock_bytes)
+            sync_each(sealings)
+            for process in processes:
+                process.synced()
             yield sealings
     except BaseException:
         for sealing in sealings:
@@ -414,18 +410,18 @@ def processes_of(remotes: Sequence[RemoteHead]) -> list[RemoteProcess]:
 def _take_lock_bytes(remotes: Sequence[RemoteHead]) -> dict[bytes, tuple[int, int]]:
     """Take the lock bytes of the next heads of others, which lock them before the transaction that names these heads.
 
-    A transaction of its own: in the other one nobody could lock them before they are there, and after it too late.
+    By themselves: in that transaction nobody could lock them before they are there, and after it too late.
     """
     if not remotes:
         return {}
     store = remotes[0].store
-    taken = store.change(lambda: store.catalog.take_lock_bytes(2 * len(remotes)))
+    taken = store.reserve.retry(lambda: store.catalog.draw_lock_bytes(2 * len(remotes)))
     return {remote.row.id: (taken[2 * at], taken[2 * at + 1]) for at, remote in enumerate(remotes)}
 
 
 def _cut(sealings: Sequence[Sealing], processes: Sequence[RemoteProcess]) -> None:
     volumes = [sealing.volume for sealing in sealings]
-    paths, names = [volume.path for volume in volumes], [volume.row.name for volume in volumes]
+    paths, names = _paths(sealings), [volume.row.name for volume in volumes]
     if not processes:
         cut_heads(paths, names)
     elif failed := cut_heads(paths, names, [process.peer for process in processes], processes[0].words):
@@ -433,26 +429,40 @@ def _cut(sealings: Sequence[Sealing], processes: Sequence[RemoteProcess]) -> Non
         raise processes[at].cut_failed(number)
 
 
-def run_each(beside: SideBySide, sealings: "Sequence[SomeSealing]", step: "Callable[[SomeSealing], None]") -> None:
-    """Run a step of each seal, at the same time: each waits for the disk. Raise an error when all have ended.
-
-    Of several seals, the error says of which volume it is.
+def begin_each(sealings: Sequence[Sealing]) -> None:
+    """Begin seals, side by side. A head that has more to make durable than its log has room for is flushed, with writers at
+    work.
     """
-    if len(sealings) == 1:
-        step(sealings[0])
-    else:
-        beside.run([partial(_run_named, sealing, step) for sealing in sealings])
+    if sealings:
+        _raise_first(sealings, begin_heads(_paths(sealings), [sealing.next_map for sealing in sealings]))
 
 
-def _run_named(sealing: "SomeSealing", step: "Callable[[SomeSealing], None]") -> None:
-    name = sealing.volume.row.name
-    try:
-        step(sealing)
-    except StateError as error:
-        raise StateError(f"volume {name!r}: {error}") from error
-    except OSError as error:
-        error.strerror = f"volume {name!r}: {error.strerror}"
-        raise
+def sync_each(sealings: Sequence[Sealing]) -> None:
+    """Make durable what was cut off, side by side."""
+    if not sealings:
+        return
+    synced = sync_heads(_paths(sealings))
+    _raise_first(sealings, synced)
+    for sealing, sealed in zip(sealings, synced, strict=True):
+        assert not isinstance(sealed, Exception)
+        sealing.note_synced(sealed)
+
+
+def _paths(sealings: Sequence[Sealing]) -> "list[DataPath]":
+    return [sealing.volume.path for sealing in sealings]
+
+
+def _raise_first(sealings: Sequence[Sealing], ended: Sequence[object]) -> None:
+    """Raise the first error. Of several seals, it says of which volume it is."""
+    for sealing, error in zip(sealings, ended, strict=True):
+        if not isinstance(error, Exception):
+            continue
+        name = sealing.volume.row.name
+        if len(sealings) > 1 and isinstance(error, StateError):
+            raise StateError(f"volume {name!r}: {error}") from error
+        if len(sealings) > 1 and isinstance(error, OSError):
+            error.strerror = f"volume {name!r}: {error.strerror}"
+        raise error
 
 
 @contextmanager

@@ -77,6 +77,65 @@ def test_a_transaction_that_was_given_up_has_synced_nothing(
     assert seen == ["catalog.db-wal"]
 
 
+def drawn(catalog: Catalog) -> range:
+    return catalog.draw_lock_bytes(2)
+
+
+def test_lock_bytes_that_are_drawn_by_themselves_are_visible_and_synced_by_who_relies_on_them(
+    catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, others = catalogs
+    seen = syncs(monkeypatch)
+    commit(mine)
+    assert [*drawn(mine), *drawn(others), *drawn(mine)] == [2, 3, 4, 5, 6, 7]
+    assert mine.last_lock_byte() == others.last_lock_byte() == 7
+    mine.sync_found()
+    assert seen == ["catalog.db-wal"]
+
+
+def synchronous(catalog: Catalog) -> int:
+    """What SQLite does at a commit: 2 is a sync, 1 is none."""
+    return int(catalog._connection.execute("PRAGMA synchronous").fetchone()[0])
+
+
+def test_only_the_drawing_of_lock_bytes_is_not_synced(
+    catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = catalogs
+    take = Catalog.take_lock_bytes
+    found: list[int] = []
+
+    def noted(catalog: Catalog, count: int) -> range:
+        found.append(synchronous(catalog))
+        return take(catalog, count)
+
+    monkeypatch.setattr(Catalog, "take_lock_bytes", noted)
+    for change in (commit, drawn, commit, drawn, drawn, commit):
+        change(mine)
+    assert found == [2, 1, 2, 1, 1, 2]
+
+
+def test_a_commit_is_synced_also_where_a_drawing_before_it_was_interrupted(
+    catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = catalogs
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Catalog, "take_lock_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        drawn(mine)
+    with mine.transaction():
+        assert synchronous(mine) == 2
+
+
+def test_where_a_commit_of_unknown_outcome_has_to_be_buried_a_drawing_is_synced(
+    catalogs: tuple[Catalog, Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = catalogs
+    drawn(mine)
+    mine._is_unknown = True
+    drawn(mine)
+    assert synchronous(mine) == 2 and not mine._is_unknown
+
+
 def refuse_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next sync fail. As of the kernel's, those after it say nothing, whatever became of the pages."""
     sync = os.fdatasync

@@ -5,9 +5,10 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,22 +161,36 @@ Fail = Callable[[pytest.MonkeyPatch, str, BaseException], None]
 
 
 def fail_in_begin(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
-    fail_before(monkeypatch, "begin", name, error)
+    fail_for_one(monkeypatch, "begin_heads", name, error)
 
 
 def fail_in_sync(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
-    fail_before(monkeypatch, "sync", name, error)
+    fail_for_one(monkeypatch, "sync_heads", name, error)
 
 
-def fail_before(monkeypatch: pytest.MonkeyPatch, step: str, name: str, error: BaseException) -> None:
-    real: Callable[[Sealing], None] = getattr(Sealing, step)
+def fail_for_one(monkeypatch: pytest.MonkeyPatch, step: str, name: str, error: BaseException) -> None:
+    """Have a step of the data path fail for one volume, and be done for the others."""
+    real: Callable[..., list[Any]] = getattr(seal, step)
+    paths_of = seal._paths
 
-    def fail(sealing: Sealing) -> None:
-        if sealing.volume.row.name == name:
+    def name_them(sealings: Sequence[Sealing]) -> list[_volume.DataPath]:
+        names[:] = [sealing.volume.row.name for sealing in sealings]
+        return paths_of(sealings)
+
+    def fail(paths: list[_volume.DataPath], *more: list[Any]) -> list[Any]:
+        at = names.index(name)
+        ended = real(without(paths, at), *(without(values, at) for values in more))
+        if not isinstance(error, Exception):
             raise error
-        real(sealing)
+        return [*ended[:at], error, *ended[at:]]
 
-    monkeypatch.setattr(Sealing, step, fail)
+    names: list[str] = []
+    monkeypatch.setattr(seal, "_paths", name_them)
+    monkeypatch.setattr(seal, step, fail)
+
+
+def without(values: list[Any], at: int) -> list[Any]:
+    return [*values[:at], *values[at + 1 :]]
 
 
 def fail_in_cut(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
@@ -220,21 +235,20 @@ def test_all_volumes_go_on_where_a_step_fails_for_one(
     assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
-@pytest.mark.parametrize("step", ["begin", "sync"])
+@pytest.mark.parametrize("step", ["begin_heads", "sync_heads"])
 def test_of_a_group_only_the_volume_whose_sync_failed_takes_no_more_writes(
     store: onionskin.Store, make: Make, step: str
 ) -> None:
     """As after a failed sync: what is durable of that one is not known before it is opened again."""
     volumes = {volume.name: volume for volume in make("web", "db", "log")}
-    real: Callable[[Sealing], None] = getattr(Sealing, step)
+    real: Callable[..., list[Any]] = getattr(seal, step)
 
-    def poison(sealing: Sealing) -> None:
-        if sealing.volume.row.name == "db":
-            sealing.volume.path.poison()
-        real(sealing)
+    def poison(paths: list[_volume.DataPath], *more: list[Any]) -> list[Any]:
+        volumes["db"]._path.poison()
+        return real(paths, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sealing, step, poison)
+        patch.setattr(seal, step, poison)
         with pytest.raises(onionskin.StateError, match=r"volume 'db'.*open it again"):
             store.snapshot_group(dict.fromkeys(volumes, "s"))
     for name in ("web", "log"):
@@ -253,11 +267,11 @@ def test_of_a_group_only_the_volume_whose_sync_failed_takes_no_more_writes(
     assert [problem for problem in store.check() if problem.severity == "error"] == []
 
 
-@pytest.mark.parametrize("step", ["begin", "sync"])
+@pytest.mark.parametrize("step", ["begin_heads", "sync_heads"])
 def test_an_error_of_one_of_several_says_whose_it_is(store: onionskin.Store, make: Make, step: str) -> None:
     make("web", "db")
     with pytest.MonkeyPatch.context() as patch:
-        fail_before(patch, step, "db", OSError(errno.ENOSPC, "No space left"))
+        fail_for_one(patch, step, "db", OSError(errno.ENOSPC, "No space left"))
         with pytest.raises(OSError, match="volume 'db': No space left"):
             store.snapshot_group({"web": "s", "db": "s"})
 

@@ -8,6 +8,7 @@ import pytest
 
 import onionskin
 from onionskin.kernels._volume import DataPath
+from onionskin.operations import seal
 
 BLOCK = 4096
 
@@ -16,9 +17,9 @@ def files(store: onionskin.Store) -> set[str]:
     return {path.name for kind in ("segments", "layers") for path in (store.path / kind).iterdir()}
 
 
-def prepared(store: onionskin.Store) -> onionskin.Volume:
+def prepared(store: onionskin.Store, blocks: int = 16) -> onionskin.Volume:
     """A volume whose next head has its files."""
-    web = store.create("web", size=16 * BLOCK)
+    web = store.create("web", size=blocks * BLOCK)
     for name in ("one", "two"):
         web.write(0, name.encode())
         web.snapshot(name)
@@ -43,6 +44,48 @@ def test_the_next_head_begins_with_the_files_that_were_made_for_it(tmp_path: Pat
         web.flush()
         assert files(store) == before >= made
         assert web.read(0, 4) == b"four"
+
+
+def frames_of(web: onionskin.Volume, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Take a snapshot, with a write just before its cut, and return how often its layer was made durable."""
+    cut_heads = seal.cut_heads
+
+    def write_and_cut(paths: list[DataPath], names: list[str]) -> None:
+        web.write(15 * BLOCK, b"late")
+        cut_heads(paths, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "cut_heads", write_and_cut)
+        web.snapshot(name)
+    catalog = web.store._opened.catalog
+    sealed = catalog.layer(web._opened.head).parent
+    assert sealed is not None
+    return catalog.layer(sealed).map_frames
+
+
+def test_what_has_room_in_the_log_is_made_durable_once_behind_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store, prepared(store) as web:
+        web.snapshot("three")
+        web.write(0, b"four")
+        assert frames_of(web, "four", monkeypatch) == 1
+        with store.open("web", snapshot="four") as view:
+            assert view.read(0, 4) == b"four" and view.read(15 * BLOCK, 4) == b"late"
+
+
+def test_what_has_no_room_in_the_log_yet_is_flushed_before_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a full disk refuses the snapshot while the head can go on as it is."""
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=16 * BLOCK) as web:
+        web.write(0, b"one")  # there is no log yet
+        assert frames_of(web, "one", monkeypatch) == 2
+    with onionskin.Store(tmp_path / "other") as store, prepared(store, blocks=4096) as web:
+        web.snapshot("three")
+        for block in range(0, 2000, 2):  # no two lie side by side, so each has a record
+            web.write(block * BLOCK, b"four")
+        assert frames_of(web, "four", monkeypatch) == 2
 
 
 def test_a_snapshot_of_a_prepared_head_in_which_nothing_was_written_leaves_no_file_behind(tmp_path: Path) -> None:
