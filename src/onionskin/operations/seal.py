@@ -370,11 +370,15 @@ class RemoteProcess(Protocol):
 
 @contextmanager
 def begin_seals(
-    volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = (), when_cut: Check = lambda: None
+    volumes: Sequence[OpenHead],
+    remotes: Sequence[RemoteHead] = (),
+    when_cut: Check = lambda: None,
+    when_ready: Check = lambda: None,
 ) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
 
-    `when_cut` is called when writers go on, before anything is synced.
+    `when_ready` is called when all is done that can be done beforehand, and before flushes have to wait for this seal. Where
+    it raises, nothing was begun. `when_cut` is called when writers go on, before anything is synced.
 
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
@@ -385,11 +389,12 @@ def begin_seals(
         with ExitStack() as stack:
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
+            lock_bytes = _take_lock_bytes(remotes)
             with side_by_side(len(sealings)) as beside:
+                when_ready()
                 for process in processes:
                     process.ask_to_begin()
                 run_each(beside, sealings, Sealing.begin)
-                lock_bytes = _take_lock_bytes(remotes)
                 for process in processes:
                     process.begun()
                 _cut(sealings, processes)
@@ -472,12 +477,17 @@ class Part(NamedTuple):
 
 
 def seal_together(
-    store: OpenStore, parts: Sequence[Part], then: Check = lambda: None, *, when_cut: Check = lambda: None
+    store: OpenStore,
+    parts: Sequence[Part],
+    then: Check = lambda: None,
+    *,
+    when_ready: Check = lambda: None,
+    when_cut: Check = lambda: None,
 ) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
 
     In an operation of each volume. `then` is called in the transaction, when all rows are written, and `when_cut` before
-    it, when what is written from then on is in none of the sealed layers.
+    it, when what is written from then on is in none of the sealed layers. `when_ready` is as for `begin_seals`.
     """
     for part in parts:
         part.check()
@@ -501,7 +511,7 @@ def seal_together(
 
     try:
         here = [part.head for part in parts if isinstance(part.head, OpenHead)]
-        with begin_seals(here, remotes, when_cut) as sealings:
+        with begin_seals(here, remotes, when_cut, when_ready) as sealings:
             rows = store.change(write_rows)
     except CommitUnknownError:
         raise
