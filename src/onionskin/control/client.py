@@ -461,6 +461,10 @@ class LiveVolume:
         """Make the disk of a machine read as a snapshot again, as a part of putting the machine back."""
         self._call("revert", name=name, guid=guid, machine=machine)
 
+    def _revert_machine(self, machine: bytes, snapshot: bytes, disks: dict[str, list[str]]) -> bool:
+        """Put all disks of a machine back in one transaction; False if its server does not hold all of them."""
+        return bool(self._call("revert_machine", machine=machine.hex(), snapshot=snapshot.hex(), disks=disks))
+
     def _tidy(self) -> None:
         """Fold layers that lost their names, which somebody else dropped."""
         self._call("tidy")

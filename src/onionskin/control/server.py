@@ -130,6 +130,10 @@ class ControlSocket:
             with self._guard:
                 self._borrowed -= 1
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Hold all requests of clients for the volume back while the context is active."""
+        return self._served.paused()
+
     def join(self, seconds: float) -> None:
         """Wait until the operations that ran when it was closed have sent their replies."""
         with self._guard:
@@ -394,6 +398,28 @@ class _Session:
         with self._served.paused():
             snapshots.revert(head, name, guid=guid, for_machine=for_machine)
 
+    def revert_machine(self, machine: str, snapshot: str, disks: dict[str, list[str]]) -> bool:
+        """Put the disks of a machine back in one transaction. False: this process does not serve all of them."""
+        self._refuse_unagreed("revert")
+        catalog = self._volume._opened.store.catalog
+        for_machine, to = bytes.fromhex(machine), bytes.fromhex(snapshot)
+        if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in disks.values()):
+            raise ValueError("a disk is put back to a snapshot with a name and a GUID")
+        served = {id: found for id in disks if (found := self._beside(id))}
+        if len(served) < len(disks):
+            return False
+        with ExitStack() as stack:
+            heads = {id: stack.enter_context(one.borrowed()) for id, one in sorted(served.items())}
+            for _, one in sorted(served.items()):
+                stack.enter_context(one.paused())
+            targets = [snapshots.Target(head, *disks[id]) for id, head in heads.items()]
+            snapshots.revert_together(
+                targets,
+                for_machine=for_machine,
+                then=lambda: machines.write_reverting(catalog, for_machine, to),
+            )
+        return True
+
     def tidy(self) -> None:
         head = self._volume._opened.to_write()
         with head.operation():
@@ -451,6 +477,7 @@ _LOGGED = {
     *(
         "snapshot",
         "revert",
+        "revert_machine",
         "discard",
         "merge",
         "merge_into_base",

@@ -11,6 +11,7 @@ import onionskin
 from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
+from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
 from onionskin.operations.machine_snapshots import MachineCut
 
@@ -50,6 +51,28 @@ def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, proce
     restore.revert(running, "a")
     restore.revert(running, "d")
     assert process.read(1) == 77 and process.whole()[2 * PAGE_BYTES :] == rams["c"][2 * PAGE_BYTES :]
+
+
+def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", dict.fromkeys(range(1, PAGES, 3), 7))
+    running.files.finish()
+    from_files = []
+    put_back_from = GuestRam.put_back_from
+    monkeypatch.setattr(
+        GuestRam,
+        "put_back_from",
+        lambda self, pages, file: (from_files.append(len(pages)), put_back_from(self, pages, file)),
+    )
+    for page in range(0, PAGES, 2):
+        process.write(page, 200)
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram) and len(from_files) == 1
+    process.write(3, 1)
+    capture.snapshot(running, "b")
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)
 
 
 def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
