@@ -650,7 +650,7 @@ def revert_machine_served(
         return False
     with live:
         try:
-            return live._revert_machine(machine, snapshot, {id.hex(): [*to] for id, to in disks.items()})
+            return live._revert_machine(machine, snapshot, disks)
         except ValueError as error:
             if "is no verb" not in str(error):
                 raise

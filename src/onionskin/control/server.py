@@ -398,23 +398,25 @@ class _Session:
         with self._served.paused():
             snapshots.revert(head, name, guid=guid, for_machine=for_machine)
 
-    def revert_machine(self, machine: str, snapshot: str, disks: dict[str, list[str]]) -> bool:
-        """Put the disks of a machine back in one transaction. False: this process does not serve all of them."""
+    def revert_machine(self, machine: str, snapshot: str, names: dict[str, str], guids: dict[str, str]) -> bool:
+        """Put the disks of a machine back in one transaction, each to a snapshot that has this name and this GUID.
+
+        False: this process does not serve all of them.
+        """
         self._refuse_unagreed("revert")
-        catalog = self._volume._opened.store.catalog
+        if set(names) != set(guids):
+            raise ValueError("the disks of a machine are put back to snapshots that have a name and a GUID each")
         for_machine, to = bytes.fromhex(machine), bytes.fromhex(snapshot)
-        if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in disks.values()):
-            raise ValueError("a disk is put back to a snapshot with a name and a GUID")
-        served = {id: found for id in disks if (found := self._beside(id))}
-        if len(served) < len(disks):
+        served = {id: found for id in sorted(names) if (found := self._beside(id))}
+        if len(served) < len(names):
             return False
+        catalog = self._volume._opened.store.catalog
         with ExitStack() as stack:
-            heads = {id: stack.enter_context(one.borrowed()) for id, one in sorted(served.items())}
-            for _, one in sorted(served.items()):
+            heads = {id: stack.enter_context(one.borrowed()) for id, one in served.items()}
+            for one in served.values():
                 stack.enter_context(one.paused())
-            targets = [snapshots.Target(head, *disks[id]) for id, head in heads.items()]
             snapshots.revert_together(
-                targets,
+                [snapshots.Target(head, names[id], guids[id]) for id, head in heads.items()],
                 for_machine=for_machine,
                 then=lambda: machines.write_reverting(catalog, for_machine, to),
             )
