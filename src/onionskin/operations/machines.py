@@ -3,9 +3,11 @@
 What must hold: what a name means is asked inside the transaction that changes it. The RAM volume of a machine is held for as
 long as the machine runs, by whoever runs it, and that alone says that it runs. A disk belongs to one machine.
 
-A revert of a machine puts several disks back, one after the other. So first it is noted what they are put back to
-(`REVERTING`), and at last that all are (`RESUMES`). A start that finds the first one ends the revert. Before the guest may
-write, the note is removed (`note_running`): RAM that is older than its disks is never loaded.
+A revert of a machine puts several disks back, one after the other or together. So first, or with them, it is noted what
+they are put back to (`REVERTING`), and at last that all are (`RESUMES`). A start that finds the first one ends the
+revert. Before the guest may write, the note is removed (`note_running`): RAM that is older than its disks is never
+loaded. Where the guest goes on in its process, the note goes in the transaction that puts the RAM volume back, the last
+one.
 """
 
 import json

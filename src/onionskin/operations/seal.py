@@ -373,7 +373,7 @@ def begin_seals(
     volumes: Sequence[OpenHead],
     remotes: Sequence[RemoteHead] = (),
     when_cut: Check = lambda: None,
-    when_ready: Check = lambda: None,
+    when_ready: Check | None = None,
 ) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
 
@@ -389,12 +389,15 @@ def begin_seals(
         with ExitStack() as stack:
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
-            lock_bytes = _take_lock_bytes(remotes)
+            lock_bytes = _take_lock_bytes(remotes) if when_ready else None
             with side_by_side(len(sealings)) as beside:
-                when_ready()
+                if when_ready:
+                    when_ready()
                 for process in processes:
                     process.ask_to_begin()
                 run_each(beside, sealings, Sealing.begin)
+                if lock_bytes is None:  # while the others make durable what was written
+                    lock_bytes = _take_lock_bytes(remotes)
                 for process in processes:
                     process.begun()
                 _cut(sealings, processes)
@@ -481,7 +484,7 @@ def seal_together(
     parts: Sequence[Part],
     then: Check = lambda: None,
     *,
-    when_ready: Check = lambda: None,
+    when_ready: Check | None = None,
     when_cut: Check = lambda: None,
 ) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.

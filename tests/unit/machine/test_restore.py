@@ -13,6 +13,7 @@ from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
+from onionskin.operations import machines
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -124,6 +125,25 @@ def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
     assert process.whole() == before and not process.is_paused and not running.is_broken
     with pytest.raises(StateError, match="CPU model"):
         restore.prepare(running.store, running.machine, "a", running.recorded)
+
+
+def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    snapshot(running, process, "b", {1: 2})
+
+    def fail(catalog: object, machine: bytes) -> None:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(machines, "write_running", fail)
+    with pytest.raises(StateError, match="stays stopped"):
+        restore.revert(running, "a")
+    assert process.is_paused and machines.beginning(running.store._opened, "lab").is_reverting
+    monkeypatch.undo()
+    restore.revert(running, "a")
+    assert not process.is_paused and is_at(running, process, "a", ram)
+    assert machines.beginning(running.store._opened, "lab").ram is None  # the guest may have written
 
 
 def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running: Running, process: StandIn) -> None:
