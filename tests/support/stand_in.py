@@ -105,7 +105,7 @@ class StandIn:
     def ram(self) -> Preload | None:
         return self._preload
 
-    def pause(self) -> bool:
+    def pause(self, *, runs: bool = False) -> bool:
         self._fail("pause")
         with self._guard:
             ran, self.is_paused = not self.is_paused, True

@@ -247,8 +247,8 @@ class Process(Protocol):
     def ram(self) -> "Preload | None":
         """Return the connection to the library in the process that has its RAM, or None without tracking."""
 
-    def pause(self) -> bool:
-        """Stop the machine. Return whether it ran."""
+    def pause(self, *, runs: bool = False) -> bool:
+        """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known."""
 
     def resume(self) -> None:
         """Let it go on."""

@@ -262,15 +262,15 @@ class QemuProcess:
         """Whether it is stopped now."""
         return self.status != "running"
 
-    def pause(self) -> bool:
-        """Stop the machine. Return whether it ran.
+    def pause(self, *, runs: bool = False) -> bool:
+        """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known.
 
         Raises
         ------
         MonitorTimeout
             It could not be stopped in time, because it waits for a disk. It goes on.
         """
-        if self.is_paused:
+        if not runs and self.is_paused:
             return False
         try:
             self.monitor.execute("stop", seconds=STOP_SECONDS)
