@@ -24,7 +24,7 @@ from onionskin.base.lazy import logger
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running, StateFile, source_of, stopped
-from onionskin.operations.machine_snapshots import MachineCut, cut_machine
+from onionskin.operations.machine_snapshots import MachineCut, cut_machine, refuse_taken_name
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineSnapshotRow
@@ -104,13 +104,29 @@ def snapshot(
             raise StateError(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
-        store = running.store
+        taken = _taken(running, name, note, mode, freeze, go_on)
+        _make_file_soon(running)
+        return taken
+
+
+def _taken(
+    running: Running, name: str | None, note: str, mode: str, freeze: bool, go_on: Callable[[], None]
+) -> MachineSnapshot:
+    store = running.store
+    refuse_taken_name(store._opened, running.name, name)
+    try:
+        if mode == "live" and not running.process.is_paused:
+            _rounds(running, go_on)  # before anybody is told of a cut, and waits for it: this may take minutes
+        go_on()
         cutting = cut_machine(store._opened, running.name, running.open_disk, store._find_served)
         with StateFile() as state, cutting as cut:
             cut.check(name)
             taken = _taken_with(running, cut, state, name, note, mode, freeze, go_on)
-        _make_file_soon(running)
-        return taken
+    except BaseException:
+        running.guest_ram.collect_again()
+        raise
+    running.guest_ram.forget_saved()
+    return taken
 
 
 def _checked_mode(running: Running, mode: str | None) -> str:
@@ -138,27 +154,22 @@ def _taken_with(
     go_on: Callable[[], None],
 ) -> MachineSnapshot:
     ram, volume = running.guest_ram, running.ram_volume
-    try:
-        with _Cutting(cut) as cutting:
-            pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
-            go_on()
-            bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
-            state_bytes, state_stored = state.save(volume, ram.length)
-            go_on()
-            cutting.result()
-        row = cut.commit(
-            name,
-            note,
-            mode=mode,
-            configuration=running.configuration.to_json(),
-            recorded=running.recorded.to_json(),
-            ram=volume._opened.to_write(),
-            state_bytes=state_bytes,
-        )
-    except BaseException:
-        ram.collect_again()
-        raise
-    ram.forget_saved()
+    with _Cutting(cut) as cutting:
+        pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
+        go_on()
+        bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
+        state_bytes, state_stored = state.save(volume, ram.length)
+        go_on()
+        cutting.result()
+    row = cut.commit(
+        name,
+        note,
+        mode=mode,
+        configuration=running.configuration.to_json(),
+        recorded=running.recorded.to_json(),
+        ram=volume._opened.to_write(),
+        state_bytes=state_bytes,
+    )
     return MachineSnapshot(
         row.name, note, mode, pause_seconds, bytes_stored + state_stored, _names_of_disks(running, row), tuple(frozen)
     )
@@ -177,14 +188,11 @@ def _captured(
     process, ram = running.process, running.guest_ram
     process.prepare_state(state.path)
     try:
-        is_live = mode == "live" and isinstance(ram, GuestRam) and not process.is_paused
-        if is_live:
-            _rounds(running, go_on)
-        go_on()
         with _frozen(running, freeze) as frozen:
             cutting.begin()
-            if isinstance(ram, GuestRam) and is_live:  # what was written meanwhile
-                ram.stream(running.ram_volume)
+            go_on()
+            if mode == "live" and isinstance(ram, GuestRam):
+                ram.stream(running.ram_volume)  # what was written meanwhile
             with stopped(process) as stop:
                 cutting.cut()
                 ram.collect()

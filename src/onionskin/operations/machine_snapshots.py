@@ -356,6 +356,17 @@ def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> 
             cut.abandon()
 
 
+def refuse_taken_name(store: OpenStore, machine: str, name: str | None) -> None:
+    """Raise SnapshotExistsError where a name is taken, before a snapshot begins; `MachineCut.check` asks again."""
+    if name is None:
+        return
+    catalog = store.catalog
+    with catalog.reading():
+        row = machines.find(catalog, machine)
+        volumes = [disk.volume for disk in catalog.disks_of_machine(row.id)] + [row.ram]
+        _refuse_taken(catalog, row, volumes, check_name("snapshot", name))
+
+
 def _refuse_taken(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes], name: str) -> None:
     """Raise SnapshotExistsError if a name is taken on a machine, or on one of its volumes."""
     if catalog.machine_snapshot_named(machine.id, name):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,28 @@ def test_all_that_can_be_done_before_the_cut_is_done_while_the_machine_runs(
     note(UnsavedRam, "save")
     capture.snapshot(running, "a")
     assert paused_at == {"spares_for": False, "_take_lock_bytes": False, "_cut": True, "save": False}
+
+
+def test_rounds_end_before_the_servers_of_disks_wait_for_a_cut(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to the disk, which may take minutes, and a server gives a caller up that says nothing for so long."""
+    steps = []
+    rounds, begin = capture._rounds, capture.cut_machine
+
+    def rounds_noted(*given: Any) -> None:
+        rounds(*given)
+        steps.append("rounds")
+
+    def begin_noted(*given: Any) -> Any:
+        steps.append("cut")
+        return begin(*given)
+
+    monkeypatch.setattr(capture, "_rounds", rounds_noted)
+    monkeypatch.setattr(capture, "cut_machine", begin_noted)
+    process.write(3, 3)
+    capture.snapshot(running, "a")
+    assert steps == ["rounds", "cut"]
 
 
 def fail_in(module: type, name: str) -> Callable[[pytest.MonkeyPatch, StandIn], None]:
