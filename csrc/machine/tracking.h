@@ -47,4 +47,8 @@ int onion_read_pages_in_place(pid_t pid, const struct onion_page_run *runs, size
 /* Writes to the runs of another process's memory what follows one behind the other at `from`. As onion_read_pages. */
 int onion_write_pages(pid_t pid, const struct onion_page_run *runs, size_t count, const uint8_t *from);
 
+/* Writes to the runs of another process's memory what a file has: at `start` + n what it has at n. As onion_read_pages;
+ * -EIO: the file ends before that. */
+int onion_write_pages_of_file(pid_t pid, const struct onion_page_run *runs, size_t count, uint64_t start, int file);
+
 #endif

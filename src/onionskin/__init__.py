@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onionskin.control.client import flush_served as flush_served
     from onionskin.control.groups import find_served_heads as find_served_heads
     from onionskin.control.groups import fork_served as fork_served
+    from onionskin.control.groups import revert_machine_served as revert_machine_served
     from onionskin.control.groups import revert_served as revert_served
     from onionskin.control.groups import tidy_served as tidy_served
     from onionskin.errors import (
@@ -69,7 +70,8 @@ _HOME = {
     "drop_leftovers": "onionskin.machine.leftovers",
     "flush_served": "onionskin.control.client",
     **dict.fromkeys(
-        ("find_served_heads", "fork_served", "revert_served", "tidy_served"), "onionskin.control.groups"
+        ("find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),
+        "onionskin.control.groups",
     ),
     "refuse_arguments": "onionskin.machine.qemu_command",
     "Ancestor": "onionskin.operations.lineage",

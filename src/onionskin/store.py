@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from onionskin.operations.listing import TreeNode, VolumeInfo
     from onionskin.operations.machine_removal import Removed
     from onionskin.operations.machine_snapshots import MachineCut
-    from onionskin.operations.machine_tree import MachineSnapshotInfo
+    from onionskin.operations.machine_tree import MachineSnapshotInfo, Part
     from onionskin.operations.machine_usage import MachineUsage
     from onionskin.operations.machines import MachineInfo
     from onionskin.operations.prune import Retention, Rules
@@ -1873,6 +1873,26 @@ class Store:
         elif not onionskin.revert_served(self, volume, snapshot, guid, machine.name):
             with self._open_to_write(volume, for_machine=True) as opened:
                 snapshots.revert(opened._opened.to_write(), snapshot, guid=guid, for_machine=machine.id)
+
+    def _put_back_together(self, parts: "Sequence[Part]", machine: MachineRow, snapshot: bytes) -> bool:
+        """Put the disks of a machine back in one transaction, and note it there; False if no one process has them all."""
+        import onionskin
+        from onionskin.operations import machines, snapshots
+
+        heads = {part: self._open_here(part.volume) for part in parts}
+        if any(heads.values()):
+            targets = [snapshots.Target(head, part.snapshot, part.guid) for part, head in heads.items() if head]
+            if len(targets) < len(parts):
+                return False
+            catalog = self._opened.catalog
+            snapshots.revert_together(
+                targets,
+                for_machine=machine.id,
+                then=lambda: machines.write_reverting(catalog, machine.id, snapshot),
+            )
+            return True
+        disks = {part.id: (part.snapshot, part.guid) for part in parts}
+        return onionskin.revert_machine_served(self, parts[0].volume, disks, machine.id, snapshot)
 
     def _merge_machine_snapshots(self, name: str, snapshots: "str | Sequence[str]") -> list[str]:
         """Drop snapshots of a machine, whether it runs or not, and keep all data. Returns their names."""

@@ -1,7 +1,7 @@
 """Machines whose disks are served, as they are while a guest runs: cut, put back and tidied through the control socket."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import onionskin
 from onionskin.control import groups
 from onionskin.errors import StateError
 from onionskin.nbd.server import Limits, Server
-from onionskin.operations import machines
+from onionskin.operations import machine_tree, machines
+from onionskin.storage.open_store import OpenStore
 
 MIB = 1 << 20
 
@@ -88,6 +89,69 @@ def test_a_machine_is_put_back_while_its_disks_are_served(store: onionskin.Store
     store._revert_machine("lab", "ready")
     assert disk_of(server, "web").read(0, 4) == bytes(4)
     assert machines.beginning(store._opened, "lab").ram == ("lab.ram", "ready")
+
+
+def parts_of(store: onionskin.Store, name: str) -> list[machine_tree.Part]:
+    return machine_tree._parts(store._opened.catalog, "lab", name)[2]
+
+
+def put_together(store: onionskin.Store, name: str) -> bool:
+    catalog = store._opened.catalog
+    machine = machines.find(catalog, "lab")
+    snapshot_id = machines.find_snapshot(catalog, machine, name).id
+    return store._put_back_together(parts_of(store, name), machine, snapshot_id)
+
+
+def test_a_server_puts_all_disks_of_a_machine_back_in_one_transaction(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(store, "ready")
+    for name in ("web", "data"):
+        disk_of(server, name).write(0, b"late")
+    changes = []
+    change = OpenStore.change
+    monkeypatch.setattr(OpenStore, "change", lambda self, call: changes.append(call) or change(self, call))
+    assert put_together(store, "ready")
+    assert len([one for one in changes if "_forget" not in one.__qualname__]) == 1
+    assert disk_of(server, "web").read(0, 4) == disk_of(server, "data").read(0, 4) == bytes(4)
+    assert machines.beginning(store._opened, "lab").is_reverting  # its RAM is not put back yet
+    store._revert_machine("lab", "ready")
+    assert not machines.beginning(store._opened, "lab").is_reverting
+
+
+def test_a_server_that_fails_to_put_one_disk_back_puts_none_back(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(store, "ready")
+    for name in ("web", "data"):
+        disk_of(server, name).write(0, b"late")
+
+    def fail(catalog: object, machine: bytes, snapshot: bytes) -> None:
+        raise StateError("the note could not be written")
+
+    monkeypatch.setattr(machines, "write_reverting", fail)
+    with pytest.raises(StateError, match="could not be written"):
+        put_together(store, "ready")
+    monkeypatch.undo()
+    assert not machines.beginning(store._opened, "lab").is_reverting
+    for name in ("web", "data"):
+        disk = disk_of(server, name)
+        assert disk.read(0, 4) == b"late"
+        disk.write(0, b"more")  # it goes on
+        disk.flush()
+        assert disk.read(0, 4) == b"more"
+
+
+def test_a_server_that_has_not_all_disks_puts_none_back(store: onionskin.Store) -> None:
+    with closing(Server(limits=Limits(), allow_revert=True, log=lambda line: None)) as server:
+        server.exports.add_volume(store.path, "web")
+        snapshot(store, "ready")
+        disk_of(server, "web").write(0, b"late")
+        assert not put_together(store, "ready")
+        assert disk_of(server, "web").read(0, 4) == b"late"
+        assert not machines.beginning(store._opened, "lab").is_reverting
+        store._revert_machine("lab", "ready")  # one by one
+        assert disk_of(server, "web").read(0, 4) == bytes(4)
 
 
 def test_a_server_puts_back_a_disk_only_for_its_own_machine(store: onionskin.Store, server: Server) -> None:

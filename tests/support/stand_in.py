@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class StandIn:
     def ram(self) -> Preload | None:
         return self._preload
 
-    def pause(self) -> bool:
+    def pause(self, *, runs: bool = False) -> bool:
         self._fail("pause")
         with self._guard:
             ran, self.is_paused = not self.is_paused, True
@@ -131,6 +132,10 @@ class StandIn:
         assert self.is_paused
         self._fail("load_state")
         self.devices = path.read_text()
+
+    @contextmanager
+    def loading(self, path: Path) -> Iterator[Callable[[], None]]:
+        yield lambda: self.load_state(path)
 
     def freeze(self) -> list[str]:
         self._fail("freeze")

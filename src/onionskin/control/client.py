@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
@@ -460,6 +460,14 @@ class LiveVolume:
     def _revert_for_machine(self, name: str, guid: str, machine: str) -> None:
         """Make the disk of a machine read as a snapshot again, as a part of putting the machine back."""
         self._call("revert", name=name, guid=guid, machine=machine)
+
+    def _revert_machine(self, machine: bytes, snapshot: bytes, disks: Mapping[bytes, tuple[str, str]]) -> bool:
+        """Put all disks of a machine back in one transaction; False if its server does not hold all of them."""
+        names = {id.hex(): name for id, (name, _) in disks.items()}
+        guids = {id.hex(): guid for id, (_, guid) in disks.items()}
+        return bool(
+            self._call("revert_machine", machine=machine.hex(), snapshot=snapshot.hex(), names=names, guids=guids)
+        )
 
     def _tidy(self) -> None:
         """Fold layers that lost their names, which somebody else dropped."""

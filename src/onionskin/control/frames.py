@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "head_changed": {},
     "snapshot": {"name": (str, NoneType), "note": (str,)},
     "revert": {"name": (str,), "guid": (str, NoneType), "machine": (str, NoneType)},
+    "revert_machine": {"machine": (str,), "snapshot": (str,), "names": (dict,), "guids": (dict,)},
     "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},
     "merge": {"name": (str, list), "guid": (str, list, NoneType)},
     "tidy": {},

@@ -621,6 +621,32 @@ def revert_served(store: "Store", name: str, snapshot: str, guid: str, machine: 
     return True
 
 
+def revert_machine_served(
+    store: "Store", first: str, disks: Mapping[bytes, tuple[str, str]], machine: bytes, snapshot: bytes
+) -> bool:
+    """Have the server that holds all disks of a machine put them back in one transaction; False if none holds all of them.
+
+    Parameters
+    ----------
+    first : str
+        The name of one of the disks.
+    disks : mapping of bytes to (str, str)
+        For the id of each disk the name and the GUID of its snapshot.
+    machine, snapshot : bytes
+        The machine, and the snapshot of it that it is noted to be put back to.
+    """
+    live = find(store, first)
+    if live is None:
+        return False
+    with live:
+        try:
+            return live._revert_machine(machine, snapshot, disks)
+        except ValueError as error:
+            if "is no verb" not in str(error):
+                raise
+            return False  # it is of an older version, which puts back one by one
+
+
 def tidy_served(store: "Store", name: str) -> bool:
     """Have the server that holds a volume fold layers that lost their names; False if no server holds it."""
     live = find(store, name)

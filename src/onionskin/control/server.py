@@ -136,6 +136,10 @@ class ControlSocket:
             with self._guard:
                 self._borrowed -= 1
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Hold all requests of clients for the volume back while the context is active."""
+        return self._served.paused()
+
     def join(self, seconds: float) -> None:
         """Wait until the operations that ran when it was closed have sent their replies."""
         with self._guard:
@@ -400,6 +404,30 @@ class _Session:
         with self._served.paused():
             snapshots.revert(head, name, guid=guid, for_machine=for_machine)
 
+    def revert_machine(self, machine: str, snapshot: str, names: dict[str, str], guids: dict[str, str]) -> bool:
+        """Put the disks of a machine back in one transaction, each to a snapshot that has this name and this GUID.
+
+        False: this process does not serve all of them.
+        """
+        self._refuse_unagreed("revert")
+        if set(names) != set(guids):
+            raise ValueError("the disks of a machine are put back to snapshots that have a name and a GUID each")
+        for_machine, to = bytes.fromhex(machine), bytes.fromhex(snapshot)
+        served = {id: found for id in sorted(names) if (found := self._beside(id))}
+        if len(served) < len(names):
+            return False
+        catalog = self._volume._opened.store.catalog
+        with ExitStack() as stack:
+            heads = {id: stack.enter_context(one.borrowed()) for id, one in served.items()}
+            for one in served.values():
+                stack.enter_context(one.paused())
+            snapshots.revert_together(
+                [snapshots.Target(head, names[id], guids[id]) for id, head in heads.items()],
+                for_machine=for_machine,
+                then=lambda: machines.write_reverting(catalog, for_machine, to),
+            )
+        return True
+
     def tidy(self) -> None:
         head = self._volume._opened.to_write()
         with head.operation():
@@ -457,6 +485,7 @@ _LOGGED = {
     *(
         "snapshot",
         "revert",
+        "revert_machine",
         "discard",
         "merge",
         "merge_into_base",

@@ -35,6 +35,7 @@ cdef extern from "machine/tracking.h" nogil:
     int onion_read_pages(int pid, const onion_page_run *runs, size_t count, uint8_t *to)
     int onion_read_pages_in_place(int pid, const onion_page_run *runs, size_t count, uint64_t start, uint8_t *to)
     int onion_write_pages(int pid, const onion_page_run *runs, size_t count, const uint8_t *here)
+    int onion_write_pages_of_file(int pid, const onion_page_run *runs, size_t count, uint64_t start, int file)
 
 PAGE_BYTES = ONION_PAGE_BYTES
 SAME = ONION_PAGE_SAME
@@ -255,6 +256,29 @@ cdef class PageTracker:
         if count:
             with nogil:
                 error = onion_write_pages(self._pid, &these[0], count, &data[0])
+        self._raise(error)
+
+    def write_from(self, runs, int file):
+        """Write to runs of pages what a file has at their offsets. The writes are noted as any others.
+
+        Parameters
+        ----------
+        runs : ndarray of RUN_DTYPE
+            Byte offsets in the range, and in the file.
+        file : int
+            An open file that is as long as the range.
+
+        Raises
+        ------
+        OSError
+            The process has ended, or has nothing mapped there; or the file cannot be read, or is shorter (EIO).
+        """
+        cdef onion_page_run[::1] these = self._checked(runs)
+        cdef size_t count = these.shape[0]
+        cdef int error = 0
+        if count:
+            with nogil:
+                error = onion_write_pages_of_file(self._pid, &these[0], count, self._start, file)
         self._raise(error)
 
     def _runs(self, runs, size_t length):

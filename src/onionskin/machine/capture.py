@@ -1,14 +1,16 @@
 """A snapshot of a machine while it runs: RAM, devices, disks and configuration at one instant.
 
-    rounds      what was written to RAM is collected again and again while the machine runs, until little is left
+    rounds      RAM is written to the RAM volume while the machine runs, again and again, until little is left
+    ready       all is done that the cut of the disks needs, while the machine runs
     stop        of the machine
     cut         at the same time: the disks are cut; the state of the devices is saved; RAM is collected for the last time
     go on       of the machine
-    write       RAM and state are written to the RAM volume, and made durable
-    commit      one transaction seals the RAM volume, and names all
+    write       the rest of RAM and the state are written to the RAM volume, while what was cut of the disks is made durable
+    commit      the RAM volume is made durable, and one transaction seals it, and names all
 
 What must hold: whatever fails at any step, nothing of the snapshot remains, and the machine goes on, unless it was stopped
-before. What was written to RAM since the snapshot before stays in `guest_ram` until the commit, so the next snapshot has it.
+before. Which pages were written since the snapshot before stays in `guest_ram` until the commit, and where there is none, all
+of them are collected anew: so the next snapshot has them.
 """
 
 import threading
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onionskin.base.lazy import logger
-from onionskin.catalog import CommitUnknownError
 from onionskin.errors import OnionskinError, StateError
-from onionskin.machine.running import Running, StateFile, Stop, source_of, stopped
-from onionskin.operations.machine_snapshots import MachineCut, cut_machine
+from onionskin.machine.ram import GuestRam
+from onionskin.machine.running import Running, StateFile, source_of, stopped
+from onionskin.operations.machine_snapshots import MachineCut, cut_machine, refuse_taken_name
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineSnapshotRow
@@ -102,13 +104,29 @@ def snapshot(
             raise StateError(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
-        store = running.store
+        taken = _taken(running, name, note, mode, freeze, go_on)
+        _make_file_soon(running)
+        return taken
+
+
+def _taken(
+    running: Running, name: str | None, note: str, mode: str, freeze: bool, go_on: Callable[[], None]
+) -> MachineSnapshot:
+    store = running.store
+    refuse_taken_name(store._opened, running.name, name)
+    try:
+        if mode == "live" and not running.process.is_paused:
+            _rounds(running, go_on)  # before anybody is told of a cut, and waits for it: this may take minutes
+        go_on()
         cutting = cut_machine(store._opened, running.name, running.open_disk, store._find_served)
         with StateFile() as state, cutting as cut:
             cut.check(name)
             taken = _taken_with(running, cut, state, name, note, mode, freeze, go_on)
-        _make_file_soon(running)
-        return taken
+    except BaseException:
+        running.guest_ram.collect_again()
+        raise
+    running.guest_ram.forget_saved()
+    return taken
 
 
 def _checked_mode(running: Running, mode: str | None) -> str:
@@ -135,26 +153,23 @@ def _taken_with(
     freeze: bool,
     go_on: Callable[[], None],
 ) -> MachineSnapshot:
-    pause_seconds, frozen = _captured(running, cut, state, mode, freeze, go_on)
-    go_on()
     ram, volume = running.guest_ram, running.ram_volume
-    bytes_stored = ram.save(volume)
-    state_bytes, state_stored = state.save(volume, ram.length)
-    go_on()
-    volume.flush()  # so that the seal has little to write while it holds the volume
-    try:
-        row = cut.commit(
-            name,
-            note,
-            mode=mode,
-            configuration=running.configuration.to_json(),
-            recorded=running.recorded.to_json(),
-            ram=volume._opened.to_write(),
-            state_bytes=state_bytes,
-        )
-    except CommitUnknownError:
-        raise  # all stays unsaved: the next snapshot finds out what the volume has
-    ram.forget_saved()
+    with _Cutting(cut) as cutting:
+        pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
+        go_on()
+        bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
+        state_bytes, state_stored = state.save(volume, ram.length)
+        go_on()
+        cutting.result()
+    row = cut.commit(
+        name,
+        note,
+        mode=mode,
+        configuration=running.configuration.to_json(),
+        recorded=running.recorded.to_json(),
+        ram=volume._opened.to_write(),
+        state_bytes=state_bytes,
+    )
     return MachineSnapshot(
         row.name, note, mode, pause_seconds, bytes_stored + state_stored, _names_of_disks(running, row), tuple(frozen)
     )
@@ -167,49 +182,100 @@ def _names_of_disks(running: Running, row: "MachineSnapshotRow") -> tuple[str, .
 
 
 def _captured(
-    running: Running, cut: MachineCut, state: StateFile, mode: str, freeze: bool, go_on: Callable[[], None]
+    running: Running, cutting: "_Cutting", state: StateFile, mode: str, freeze: bool, go_on: Callable[[], None]
 ) -> tuple[float, list[str]]:
     """Cut the disks, collect RAM, and save the state of the devices, all as they are at one instant."""
-    process = running.process
+    process, ram = running.process, running.guest_ram
     process.prepare_state(state.path)
     try:
-        if mode == "live" and not process.is_paused:
-            _rounds(running, go_on)
-        go_on()
-        with _frozen(running, freeze) as frozen, stopped(process) as stop:
-            _cut_all(running, cut, stop)
+        with _frozen(running, freeze) as frozen:
+            cutting.begin()
+            go_on()
+            if mode == "live" and isinstance(ram, GuestRam):
+                ram.stream(running.ram_volume)  # what was written meanwhile
+            with stopped(process) as stop:
+                cutting.cut()
+                ram.collect()
+                process.save_state()
+                cutting.wait_until_cut()
     finally:
         _finish_state(running)
     return stop.seconds, frozen
 
 
 def _rounds(running: Running, go_on: Callable[[], None]) -> None:
-    """Collect RAM while the machine runs, until little is left or it gets no less."""
-    before = running.guest_ram.length
+    """Write RAM to the RAM volume while the machine runs, until little is left or it gets no less."""
+    ram = running.guest_ram
+    assert isinstance(ram, GuestRam)
+    before = ram.length
     for _ in range(ROUNDS_MAX):
-        found = running.guest_ram.collect()
+        found = ram.stream(running.ram_volume)
         go_on()
         if found <= FEW_PAGES or found > before * 3 // 4:
             break
         before = found
 
 
-def _cut_all(running: Running, cut: MachineCut, stop: Stop) -> None:
-    """Cut all while the machine stands still, and let it go on as soon as all is cut."""
-    is_cut = threading.Event()
-    with ThreadPoolExecutor(1, "onionskin cut") as thread:
-        sealing = thread.submit(cut.seal, is_cut.set)
-        sealing.add_done_callback(lambda _: is_cut.set())  # also where it failed
-        running.guest_ram.collect()
-        running.process.save_state()
-        is_cut.wait()
-        if not _has_failed(sealing):
-            stop.end()
-        sealing.result()  # what was cut is durable, or this raises
+class _NotCut(Exception):
+    """The machine could not be stopped, so its disks are not cut."""
 
 
-def _has_failed(work: "Future[None]") -> bool:
-    return work.done() and work.exception() is not None
+class _Cutting:
+    """The cut of the disks, in a thread of its own: prepared before the machine stops, and made durable when it goes on.
+
+    A context manager, whose end waits for the thread. Where `cut` was not called until then, nothing is cut.
+    """
+
+    def __init__(self, cut: MachineCut) -> None:
+        self._cut = cut
+        self._is_ready, self._is_told, self._is_cut = threading.Event(), threading.Event(), threading.Event()
+        self._goes_on = False
+        self._sealing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "onionskin cut")
+
+    def __enter__(self) -> "_Cutting":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_told.set()
+        self._thread.shutdown()
+
+    def begin(self) -> None:
+        """Do all that can be done while the machine runs."""
+        self._sealing = self._thread.submit(self._cut.seal, self._is_cut.set, self._wait)
+        self._sealing.add_done_callback(lambda _: self._end_waiting())  # also where it failed
+        self._is_ready.wait()
+        self._raise_what_failed()
+
+    def _wait(self) -> None:
+        self._is_ready.set()
+        self._is_told.wait()
+        if not self._goes_on:
+            raise _NotCut
+
+    def _end_waiting(self) -> None:
+        self._is_ready.set()
+        self._is_cut.set()
+
+    def cut(self) -> None:
+        """Have the disks cut: the machine stands still."""
+        self._goes_on = True
+        self._is_told.set()
+
+    def wait_until_cut(self) -> None:
+        """Wait until what the guest writes is in the snapshot no more."""
+        self._is_cut.wait()
+        self._raise_what_failed()
+
+    def _raise_what_failed(self) -> None:
+        assert self._sealing is not None
+        if self._sealing.done():
+            self._sealing.result()
+
+    def result(self) -> None:
+        """Wait until what was cut is durable, or raise what kept it from that."""
+        assert self._sealing is not None
+        self._sealing.result()
 
 
 @contextmanager

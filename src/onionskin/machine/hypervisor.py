@@ -10,7 +10,8 @@ a word, and the guest dies.
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -246,8 +247,8 @@ class Process(Protocol):
     def ram(self) -> "Preload | None":
         """Return the connection to the library in the process that has its RAM, or None without tracking."""
 
-    def pause(self) -> bool:
-        """Stop the machine. Return whether it ran."""
+    def pause(self, *, runs: bool = False) -> bool:
+        """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known."""
 
     def resume(self) -> None:
         """Let it go on."""
@@ -267,6 +268,9 @@ class Process(Protocol):
 
     def load_state(self, path: Path) -> None:
         """Load the state of its devices, while it is stopped and its RAM is as it was then."""
+
+    def loading(self, path: Path) -> AbstractContextManager[Callable[[], None]]:
+        """Prepare that, while it may run, and give what does it, as `load_state`."""
 
     def freeze(self) -> list[str]:
         """Have the guest's file systems frozen by its agent. Return what was frozen, in words.

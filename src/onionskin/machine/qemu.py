@@ -17,8 +17,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ class QemuProcess:
         self._tracker: PageTracker | None = None
         self._nodes = 0
         self._prepared: tuple[str, Path] | None = None
+        self._empty_state = b""
         self._status: int | None = None
         self._ending = threading.Lock()
         self.monitor = self._connect(on_event)
@@ -261,15 +262,15 @@ class QemuProcess:
         """Whether it is stopped now."""
         return self.status != "running"
 
-    def pause(self) -> bool:
-        """Stop the machine. Return whether it ran.
+    def pause(self, *, runs: bool = False) -> bool:
+        """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known.
 
         Raises
         ------
         MonitorTimeout
             It could not be stopped in time, because it waits for a disk. It goes on.
         """
-        if self.is_paused:
+        if not runs and self.is_paused:
             return False
         try:
             self.monitor.execute("stop", seconds=STOP_SECONDS)
@@ -310,12 +311,29 @@ class QemuProcess:
 
     def load_state(self, path: Path) -> None:
         """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
-        try:
+        with self.loading(path) as load:
+            load()
+
+    @contextmanager
+    def loading(self, path: Path) -> Iterator[Callable[[], None]]:
+        """Open the file of a state, while the machine may run, and give what loads it, as `load_state`."""
+        with self._explained():
             node = self._add_node(path, is_new=False)
-            try:
+
+        def load() -> None:
+            with self._explained():
                 self._run_on_state("snapshot-load", node)
-            finally:
-                self._remove_node(node)
+
+        try:
+            yield load
+        finally:
+            self._remove_node(node)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say which state could not be loaded."""
+        try:
+            yield
         except MonitorTimeout:
             raise
         except MonitorError as error:
@@ -346,11 +364,12 @@ class QemuProcess:
     def _add_node(self, path: Path, *, is_new: bool) -> str:
         self._nodes += 1
         node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
+        if is_new and self._empty_state:  # QEMU looks at the length when it opens it
+            path.write_bytes(self._empty_state)
         self.monitor.execute("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())})
         try:
-            if is_new:
-                options = {"driver": "qcow2", "file": file, "size": 1 << 20, "cluster-size": STATE_CLUSTER_BYTES}
-                self.monitor.run_job("blockdev-create", {"options": options})
+            if is_new and not self._empty_state:
+                self._format(path, file)
             cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
             self.monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache})
         except BaseException:
@@ -358,6 +377,12 @@ class QemuProcess:
                 self.monitor.execute("blockdev-del", {"node-name": file})
             raise
         return node
+
+    def _format(self, path: Path, file: str) -> None:
+        """Have QEMU make an empty qcow2 file. What it wrote is written again the next times, without asking it."""
+        options = {"driver": "qcow2", "file": file, "size": 1 << 20, "cluster-size": STATE_CLUSTER_BYTES}
+        self.monitor.run_job("blockdev-create", {"options": options})
+        self._empty_state = path.read_bytes()
 
     def _remove_node(self, node: str) -> None:
         for name in (node, node.replace(_STATE_NODE, _FILE_NODE)):

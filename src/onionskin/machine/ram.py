@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 _MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
 PIECE_PAGES = 2048  # that are looked at and written at a time
 PIECE_BYTES = PIECE_PAGES * PAGE_BYTES
-_FEW_RUNS = 256  # up to so many runs are marked, or written, one by one
-_LONG_RUN_BYTES = 64 * PAGE_BYTES
+_FEW_RUNS = 256  # up to so many runs are marked one by one
+_START_WRITING_PAGES = 512  # after so many the disk begins to write, so that the last sync waits for less
+_LONG_RUN_PAGES = 32  # runs that are as long as this on the average are written one by one, from where they are
 
 
 def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
@@ -80,6 +81,17 @@ def runs_of_extents(extents: NDArray[Any], length: int, *, only_data: bool) -> N
     return runs
 
 
+def _runs_among(numbers: NDArray[np.int64], chosen: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return runs of chosen places of a sorted list in which the numbers follow each other, as places."""
+    places = np.flatnonzero(chosen)
+    if not len(places):
+        return []
+    ends = np.flatnonzero((np.diff(places) != 1) | (np.diff(numbers[places]) != 1)) + 1
+    starts = places[np.concatenate(([0], ends))]
+    lasts = places[np.concatenate((ends - 1, [len(places) - 1]))]
+    return list(zip(starts.tolist(), (lasts + 1).tolist(), strict=True))
+
+
 def mark(pages: NDArray[np.bool_], runs: NDArray[Any]) -> None:
     """Set the pages of runs."""
     if len(runs) <= _FEW_RUNS:
@@ -114,6 +126,9 @@ class UnsavedRam(ABC):
         self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self._bytes = np.frombuffer(self._copy, np.uint8)
         self._pages = self._bytes.reshape(-1, PAGE_BYTES)
+        self._copied = np.zeros(count, np.bool_)  # of the unsaved: what the copy has, and the volume has not
+        self._stored = np.zeros(count, np.bool_)  # of the unsaved: what was written to the volume as data
+        self._volume_has: NDArray[np.bool_] | None = None
 
     @property
     def unsaved_pages(self) -> int:
@@ -137,37 +152,25 @@ class UnsavedRam(ABC):
         """
 
     def save(self, volume: "Volume") -> int:
-        """Write what is unsaved to the RAM volume, and return how many bytes are data. Nothing is flushed.
+        """Write what was collected to the RAM volume. Return how many bytes of all that is unsaved are data there.
 
-        Pages that the volume has already are not written again. Pages that hold only zeros become zeros of the volume,
-        which take no room.
+        Nothing is flushed. Pages that the volume has already are not written again. Pages that hold only zeros become zeros
+        of the volume, which take no room.
         """
-        held = np.zeros(len(self._unsaved), np.bool_)
-        mark(held, runs_of_extents(volume.extents(), self.length, only_data=True))
-        written, left = self._save_long_runs(volume, held)
-        for at in range(0, len(left), PIECE_PAGES):
-            written += self._save_pages(volume, left[at : at + PIECE_PAGES], held)
-        return written
+        for piece in pieces_of(runs_of(self._copied)):
+            numbers = blocks_of(piece)
+            if len(piece) == 1:
+                pages = self._pages[numbers[0] : numbers[-1] + 1]
+            else:
+                pages = page_aligned(len(numbers))
+                np.take(self._pages, numbers, axis=0, out=pages)
+            self._save_pages(volume, numbers, pages)
+            self._copied[numbers] = False
+        return int(np.count_nonzero(self._stored)) * PAGE_BYTES
 
-    def _save_long_runs(self, volume: "Volume", held: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
-        """Write long runs of which the volume has nothing, from where they are. Return the bytes, and the other pages."""
-        written, left = 0, self._unsaved.copy()
-        runs = runs_of(self._unsaved & ~held)
-        long = runs[runs["end"] - runs["start"] >= _LONG_RUN_BYTES]
-        for start, end in long.tolist():
-            for at in range(start, end, PIECE_BYTES):
-                until = min(at + PIECE_BYTES, end)
-                data = runs_of(_ram.classify(self._bytes[at:until]) == _ram.DATA)
-                if len(data) <= _FEW_RUNS:
-                    for a, b in data.tolist():
-                        volume.write(at + a, self._bytes[at + a : at + b])
-                    written += int((data["end"] - data["start"]).sum())
-                    left[at // PAGE_BYTES : until // PAGE_BYTES] = False
-        return written, np.flatnonzero(left)
-
-    def _save_pages(self, volume: "Volume", numbers: NDArray[np.int64], held: NDArray[np.bool_]) -> int:
-        pages = page_aligned(len(numbers))
-        np.take(self._pages, numbers, axis=0, out=pages)
+    def _save_pages(self, volume: "Volume", numbers: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
+        """Write pages to the volume, in the order of their numbers."""
+        held = self._held_by(volume)
         is_held = held[numbers]
         kinds = _ram.classify(pages.reshape(-1))
         zero = (kinds == _ram.ZERO) & is_held
@@ -175,17 +178,42 @@ class UnsavedRam(ABC):
         if is_held.any():
             parent = page_aligned(len(numbers))
             data &= ~is_held | (_ram.classify(pages.reshape(-1), volume_pages(volume, numbers, parent)) != _ram.SAME)
-        cleared = np.zeros(len(held), np.bool_)
-        cleared[numbers[zero]] = True
-        for start, end in runs_of(cleared).tolist():
-            volume.zero(start, end - start)
-        if data.any():
+        for start, end in _runs_among(numbers, zero):
+            at, length = int(numbers[start]) * PAGE_BYTES, (end - start) * PAGE_BYTES
+            volume.zero(at, length)
+        held[numbers[zero]] = False
+        self._stored[numbers[zero]] = False
+        runs = _runs_among(numbers, data)
+        if len(runs) * _LONG_RUN_PAGES <= len(numbers):
+            for start, end in runs:
+                volume.write(int(numbers[start]) * PAGE_BYTES, pages[start:end].reshape(-1))
+        elif data.all():
+            volume.write_blocks(numbers, pages.reshape(-1))
+        else:
             volume.write_blocks(numbers[data], np.ascontiguousarray(pages[data]).reshape(-1))
-        return int(np.count_nonzero(data)) * PAGE_BYTES
+        held[numbers[data]] = True
+        self._stored[numbers[data]] = True
+
+    def _held_by(self, volume: "Volume") -> NDArray[np.bool_]:
+        """Return which pages the volume has data of. It is asked once for each snapshot: nobody else writes to it."""
+        if self._volume_has is None:
+            self._volume_has = np.zeros(len(self._unsaved), np.bool_)
+            mark(self._volume_has, runs_of_extents(volume.extents(), self.length, only_data=True))
+        return self._volume_has
 
     def forget_saved(self) -> None:
         """The snapshot that has what was saved is durable: only what is collected from now on is unsaved."""
         self._unsaved[:] = False
+        self._forget_collected()
+
+    def collect_again(self) -> None:
+        """The snapshot came to nothing: all that is unsaved is collected and written anew for the next one."""
+        self._forget_collected()
+
+    def _forget_collected(self) -> None:
+        self._copied[:] = False
+        self._stored[:] = False
+        self._volume_has = None
         self._copy.madvise(mmap.MADV_DONTNEED)
 
     @abstractmethod
@@ -232,7 +260,8 @@ class GuestRam(UnsavedRam):
         self._tracker = tracker
         self._unread = np.zeros(
             len(self._unsaved), np.bool_
-        )  # of the unsaved: what the copy does not have as it is now
+        )  # of the unsaved: what neither the copy nor the volume has as it is now
+        self._room = page_aligned(PIECE_PAGES)
 
     def add_private(self, *, swapped: bool) -> None:
         """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted.
@@ -255,7 +284,28 @@ class GuestRam(UnsavedRam):
         runs = runs_of(self._unread)
         self._tracker.read_in_place(runs, self._bytes)
         count = int(np.count_nonzero(self._unread))
+        self._copied |= self._unread
         self._unread[:] = False
+        return count
+
+    def stream(self, volume: "Volume") -> int:
+        """Write what was written since the last call to the volume, while the machine runs. Return how many pages.
+
+        They go through a small buffer, which stays in the processor's cache, and on to the disk at once. So when the machine
+        is stopped, little is left to copy, and little to write behind that.
+        """
+        self.note_written()
+        count = 0
+        for piece in pieces_of(runs_of(self._unread)):
+            numbers = blocks_of(piece)
+            pages = self._room[: len(numbers)]
+            self._tracker.read(piece, pages.reshape(-1))
+            self._save_pages(volume, numbers, pages)
+            self._unread[numbers] = False
+            self._copied[numbers] = False
+            count += len(numbers)
+            if len(numbers) >= _START_WRITING_PAGES:
+                volume._opened.on_path(lambda path: path.start_writing())
         return count
 
     def note_written(self) -> NDArray[Any]:
@@ -274,12 +324,23 @@ class GuestRam(UnsavedRam):
         super().forget_saved()
         self._unread[:] = False
 
+    def collect_again(self) -> None:
+        """The snapshot came to nothing: all that is unsaved is collected and written anew for the next one."""
+        super().collect_again()
+        self._unread |= self._unsaved
+
     def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
         """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
         for piece in pieces_of(pages):
             buffer = np.empty(int((piece["end"] - piece["start"]).sum()), np.uint8)
             volume.read_blocks(blocks_of(piece), buffer.reshape(-1, PAGE_BYTES))
             self._tracker.write(piece, buffer)
+        self._tracker.written(protect=True)
+        self.forget_saved()
+
+    def put_back_from(self, pages: NDArray[Any], file: int) -> None:
+        """Write runs of RAM as a RAM file has them to the machine, which is stopped, and forget that they were written."""
+        self._tracker.write_from(pages, file)
         self._tracker.written(protect=True)
         self.forget_saved()
 
@@ -335,6 +396,7 @@ class ComparedRam(UnsavedRam):
         wanted = np.flatnonzero(held | stored)
         for at in range(0, len(wanted), PIECE_PAGES):
             self._compare(wanted[at : at + PIECE_PAGES], held, stored)
+        self._copied[:] = self._unsaved
         return self.unsaved_pages
 
     def _compare(self, numbers: NDArray[np.int64], held: NDArray[np.bool_], stored: NDArray[np.bool_]) -> None:

@@ -64,6 +64,11 @@ class RamFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def descriptor(self) -> int:
+        """The open file, for reading, until `close`."""
+        return self._descriptor
+
     def has(self, length: int) -> bool:
         """Whether it is a file of so many bytes."""
         found = os.fstat(self._descriptor)
@@ -135,6 +140,14 @@ class RamFiles:
             else:
                 found.close()
                 self._drop_wrong(path)
+
+    def use_if_there(self, source: Source) -> RamFile | None:
+        """Return the file for a layer, or None where none is made yet."""
+        found = _use(self._path(source))
+        if found is not None and not found.has(source.length):
+            found.close()
+            return None
+        return found
 
     def _drop_wrong(self, path: Path) -> None:
         """Drop what is no RAM file, or was cut off: it is made again."""

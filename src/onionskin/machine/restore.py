@@ -19,7 +19,7 @@ from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
-from onionskin.machine.ram_files import RamFile, RamFiles
+from onionskin.machine.ram_files import RamFile, RamFiles, Source
 from onionskin.machine.running import Running, StateFile, diff_of_layers, open_layer, source_of, stopped
 from onionskin.operations import machine_tree, machines
 from onionskin.volume import Volume
@@ -212,9 +212,11 @@ def revert(running: Running, snapshot: str) -> None:
     with running.guard:
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
+        going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
             open_layer(running.store, saved.volume, saved.layer) as view,
             StateFile.of(view, saved.ram_bytes, saved.state_bytes) as state,
+            running.process.loading(state.path) as load_state,
             _stopped_to_revert(running),
         ):
             elsewhere = _changed_between(running, saved)
@@ -225,19 +227,15 @@ def revert(running: Running, snapshot: str) -> None:
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
             with ThreadPoolExecutor(1, "onionskin revert") as thread:
-                volumes = thread.submit(_revert_volumes, running, snapshot)
+                disks = thread.submit(
+                    going_back.put_disks_back, running.store._put_back_together, running.store._put_back
+                )
                 _put_back(running, saved, view)
-                running.process.load_state(state.path)  # this reads no disk
+                load_state()  # this reads no disk
                 _settle(running, view)
-                volumes.result()
-            machines.note_running(running.store._opened, running.machine.id)  # the guest may write from here on
+                disks.result()
+            going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.is_broken = False
-
-
-def _revert_volumes(running: Running, snapshot: str) -> None:
-    """Put back the disks, whoever holds them, and the RAM volume."""
-    store = running.store
-    machine_tree.revert(store._opened, running.name, snapshot, store._put_back, ram=True)
 
 
 def _changed_between(running: Running, saved: Saved) -> NDArray[np.void]:
@@ -252,13 +250,22 @@ def _changed_between(running: Running, saved: Saved) -> NDArray[np.void]:
 
 
 def _put_back(running: Running, saved: Saved, view: Volume) -> None:
-    """Make RAM as a snapshot has it."""
+    """Make RAM as a snapshot has it: by what costs least of what can be done."""
     ram, preload = running.guest_ram, running.process.ram()
     pages = ram.unsaved_runs
-    if isinstance(ram, GuestRam) and preload is not None and running.mapped == saved.layer:
+    if not isinstance(ram, GuestRam):
+        ram.put_back(pages, view)
+    elif preload is not None and running.mapped == saved.layer:
         ram.drop(pages, preload)
+    elif (file := running.files.use_if_there(_source_of(running, saved))) is not None:
+        with file:
+            ram.put_back_from(pages, file.descriptor)
     else:
         ram.put_back(pages, view)
+
+
+def _source_of(running: Running, saved: Saved) -> Source:
+    return source_of(running.store, saved.volume, saved.layer, saved.ram_bytes)
 
 
 @contextmanager

@@ -218,7 +218,8 @@ class Stop:
         """Stop it."""
         self.ran = not self._process.is_paused
         self._begun = time.monotonic()
-        self._process.pause()  # if this fails, it may be stopped all the same, later: `end` lets it go on
+        if self.ran:
+            self._process.pause(runs=True)  # if this fails, it may be stopped all the same, later: `end` lets it go on
 
     def leave(self) -> None:
         """Leave it stopped at the end."""

@@ -83,11 +83,12 @@ class MachineCut:
 
     # ---- the cut ----
 
-    def seal(self, when_cut: Callable[[], None] = lambda: None) -> None:
+    def seal(self, when_cut: Callable[[], None] = lambda: None, when_ready: Callable[[], None] = lambda: None) -> None:
         """Cut all disks at one instant. What was cut stays until `commit` or `abandon`.
 
-        Durable on return, with no name yet. `when_cut` is called as soon as what the guest writes is in the snapshot no more:
-        it may run from then on, while this makes durable what was cut.
+        Durable on return, with no name yet. `when_ready` is called when all is done that can be done while the guest runs;
+        on its return the guest stands still, and if it raises, nothing is cut. `when_cut` is called as soon as what the guest
+        writes is in the snapshot no more: it may run from then on, while this makes durable what was cut.
 
         Raises
         ------
@@ -97,13 +98,14 @@ class MachineCut:
         if self._is_sealed or self._is_ended:
             raise StateError(f"the disks of machine {self.machine.name!r} were cut before; begin another snapshot")
         if not self._disks:
+            when_ready()
             when_cut()
         else:
             with in_operations([disk.head for disk in self._disks]):
                 parts = [
                     Part(disk.head, disk.head.refuse_half_merged, disk.keep, is_named=False) for disk in self._disks
                 ]
-                seal_together(self._store, parts, self._insert_pins, when_cut=when_cut)
+                seal_together(self._store, parts, self._insert_pins, when_ready=when_ready, when_cut=when_cut)
         self._is_sealed = True
 
     def _insert_pins(self) -> None:
@@ -352,6 +354,17 @@ def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> 
             yield cut
         finally:
             cut.abandon()
+
+
+def refuse_taken_name(store: OpenStore, machine: str, name: str | None) -> None:
+    """Raise SnapshotExistsError where a name is taken, before a snapshot begins; `MachineCut.check` asks again."""
+    if name is None:
+        return
+    catalog = store.catalog
+    with catalog.reading():
+        row = machines.find(catalog, machine)
+        volumes = [disk.volume for disk in catalog.disks_of_machine(row.id)] + [row.ram]
+        _refuse_taken(catalog, row, volumes, check_name("snapshot", name))
 
 
 def _refuse_taken(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes], name: str) -> None:

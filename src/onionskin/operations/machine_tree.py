@@ -20,8 +20,9 @@ from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import remove_unreachable_layers, when
 from onionskin.errors import StateError
 from onionskin.operations import holds, machines
-from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.operations.snapshots import Target, all_of_branches, refuse_discard, revert_together
 from onionskin.storage.chain import NewHead
+from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
@@ -124,6 +125,39 @@ def set_note(store: OpenStore, name: str, snapshot: str, note: str) -> None:
 PutBack = Callable[[str, str, str, MachineRow], None]
 
 
+class Part(NamedTuple):
+    """A volume of a machine, and the snapshot of it that a snapshot of the machine binds: its name and its GUID."""
+
+    volume: str
+    id: bytes
+    snapshot: str
+    guid: str
+
+
+PutBackTogether = Callable[[Sequence[Part], MachineRow, bytes], bool]
+
+
+def _parts(
+    catalog: Catalog, name: str, snapshot: str
+) -> tuple[MachineRow, MachineSnapshotRow, list[Part], Part | None]:
+    """Return a machine, a snapshot of it, and what that binds: the disks, and the RAM, if it has any."""
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        row = machines.find_snapshot(catalog, machine, snapshot)
+        layers = [one.layer for one in catalog.disks_of_machine_snapshot(row.id)]
+        wanted = layers + ([] if row.ram is None else [row.ram])
+        named = {one.layer: one for one in catalog.snapshots_of_layers(wanted)}
+        volumes = {one.id: one.name for one in machines.volumes_of(catalog, machine)}
+        if len(named) < len(wanted) or not {one.volume for one in named.values()} <= volumes.keys():
+            raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
+
+    def part(layer: bytes) -> Part:
+        found = named[layer]
+        return Part(volumes[found.volume], found.volume, found.name, found.guid.hex())
+
+    return machine, row, [part(layer) for layer in layers], None if row.ram is None else part(row.ram)
+
+
 def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram: bool) -> MachineSnapshotRow:
     """Put the disks of a machine back to one of its snapshots, so that the next start goes on from there.
 
@@ -131,32 +165,61 @@ def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram
     snapshot, and the machine; where it fails, this can be called again, and a start of the machine does so. With `ram`, the
     RAM volume is put back too, for which nobody else may hold it.
     """
-    catalog = store.catalog
-    with catalog.reading():
-        machine = machines.find(catalog, name)
-        row = machines.find_snapshot(catalog, machine, snapshot)
-        layers = [one.layer for one in catalog.disks_of_machine_snapshot(row.id)]
-        if ram and row.ram is not None:
-            layers.append(row.ram)
-        named = {one.layer: one for one in catalog.snapshots_of_layers(layers)}
-        volumes = {one.id: one.name for one in machines.volumes_of(catalog, machine)}
-        if len(named) < len(layers) or not {one.volume for one in named.values()} <= volumes.keys():
-            raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
+    machine, row, parts, of_ram = _parts(store.catalog, name, snapshot)
+    if ram and of_ram is not None:
+        parts.append(of_ram)
     machines.note_reverting(store, machine.id, row.id)
-    try:
-        _at_once(
-            [
-                partial(put_back, volumes[named[at].volume], named[at].name, named[at].guid.hex(), machine)
-                for at in layers
-            ]
-        )
-    except StateError as error:
-        raise StateError(
-            f"{error}; of machine {name!r} some disks may be put back and others not: revert it again, else its next start "
-            f"puts all of them back to {snapshot!r}"
-        ) from error
+    _put_back_each(parts, machine, snapshot, put_back)
     machines.note_reverted(store, machine.id, row.id)
     return row
+
+
+def _put_back_each(parts: Sequence[Part], machine: MachineRow, snapshot: str, put_back: PutBack) -> None:
+    try:
+        _at_once([partial(put_back, part.volume, part.snapshot, part.guid, machine) for part in parts])
+    except StateError as error:
+        raise StateError(
+            f"{error}; of machine {machine.name!r} some disks may be put back and others not: revert it again, else its next "
+            f"start puts all of them back to {snapshot!r}"
+        ) from error
+
+
+class RevertInPlace:
+    """Puts the volumes of a machine back whose process stays: the disks first, and at last the RAM volume.
+
+    Two transactions do it where one server has all disks. The first puts them back, and notes that the machine is being put
+    back, which a start would end. The second puts the RAM volume back, and notes that the guest may write.
+
+    Parameters
+    ----------
+    store : OpenStore
+    name, snapshot : str
+        The machine, and the snapshot, which has RAM.
+    """
+
+    def __init__(self, store: OpenStore, name: str, snapshot: str) -> None:
+        self._store = store
+        self._snapshot = snapshot
+        self._machine, self._row, self._disks, self._ram = _parts(store.catalog, name, snapshot)
+
+    def put_disks_back(self, together: PutBackTogether, put_back: PutBack) -> None:
+        """Put the disks back: `together`, if one process has them all, or else each with `put_back`, as in `revert`."""
+        machine, row = self._machine, self._row
+        if self._disks and together(self._disks, machine, row.id):
+            return
+        machines.note_reverting(self._store, machine.id, row.id)
+        _put_back_each(self._disks, machine, self._snapshot, put_back)
+
+    def put_ram_back(self, ram: OpenHead) -> None:
+        """Put the RAM volume back. The disks are, and the guest may write from here on."""
+        part, catalog = self._ram, self._store.catalog
+        assert part is not None
+
+        def note() -> None:
+            machines.refuse_other_revert(catalog, self._machine.id, self._row.id)
+            machines.write_running(catalog, self._machine.id)
+
+        revert_together([Target(ram, part.snapshot, part.guid)], for_machine=self._machine.id, then=note)
 
 
 def _at_once(calls: Sequence[Callable[[], None]]) -> None:

@@ -3,9 +3,11 @@
 What must hold: what a name means is asked inside the transaction that changes it. The RAM volume of a machine is held for as
 long as the machine runs, by whoever runs it, and that alone says that it runs. A disk belongs to one machine.
 
-A revert of a machine puts several disks back, one after the other. So first it is noted what they are put back to
-(`REVERTING`), and at last that all are (`RESUMES`). A start that finds the first one ends the revert. Before the guest may
-write, the note is removed (`note_running`): RAM that is older than its disks is never loaded.
+A revert of a machine puts several disks back, one after the other or together. So first, or with them, it is noted what
+they are put back to (`REVERTING`), and at last that all are (`RESUMES`). A start that finds the first one ends the
+revert. Before the guest may write, the note is removed (`note_running`): RAM that is older than its disks is never
+loaded. Where the guest goes on in its process, the note goes in the transaction that puts the RAM volume back, the last
+one.
 """
 
 import json
@@ -395,26 +397,33 @@ def _is_written(store: OpenStore, volume: bytes, chain: Sequence[LayerRow], belo
 
 def note_reverting(store: OpenStore, machine: bytes, snapshot: bytes) -> None:
     """Note that the disks of a machine are being put back to one of its snapshots: the next start ends that."""
+    store.change(lambda: write_reverting(store.catalog, machine, snapshot))
 
-    def change() -> None:
-        found = store.catalog.machine_snapshot_with_id(snapshot)
-        if found is None or found.machine != machine:
-            raise StateError("the snapshot was dropped meanwhile; nothing was changed")
-        store.catalog.update_machine(machine, stands_on=snapshot, resumes=REVERTING, state_bytes=0, recorded="")
 
-    store.change(change)
+def write_reverting(catalog: Catalog, machine: bytes, snapshot: bytes) -> None:
+    """Write that note. Inside a transaction."""
+    found = catalog.machine_snapshot_with_id(snapshot)
+    if found is None or found.machine != machine:
+        raise StateError("the snapshot was dropped meanwhile; nothing was changed")
+    catalog.update_machine(machine, stands_on=snapshot, resumes=REVERTING, state_bytes=0, recorded="")
 
 
 def note_reverted(store: OpenStore, machine: bytes, snapshot: bytes) -> None:
     """Note that they all are: the next start goes on from the snapshot's RAM, or boots where it has none."""
 
     def change() -> None:
-        row, found = store.catalog.machine_with_id(machine), store.catalog.machine_snapshot_with_id(snapshot)
-        if row is None or found is None or row.stands_on != snapshot or row.resumes == BOOTS:
-            raise StateError("the machine was put back to something else meanwhile; try again")
+        found = refuse_other_revert(store.catalog, machine, snapshot)
         store.catalog.update_machine(machine, resumes=BOOTS if found.ram is None else RESUMES)
 
     store.change(change)
+
+
+def refuse_other_revert(catalog: Catalog, machine: bytes, snapshot: bytes) -> MachineSnapshotRow:
+    """Raise StateError if a machine is not being put back to this snapshot any more. Return it. Inside a transaction."""
+    row, found = catalog.machine_with_id(machine), catalog.machine_snapshot_with_id(snapshot)
+    if row is None or found is None or row.stands_on != snapshot or row.resumes == BOOTS:
+        raise StateError("the machine was put back to something else meanwhile; try again")
+    return found
 
 
 def note_running(store: OpenStore, machine: bytes) -> None:
@@ -422,7 +431,12 @@ def note_running(store: OpenStore, machine: bytes) -> None:
 
     Durable on return. Called when all is loaded, before the guest runs.
     """
-    store.change(lambda: store.catalog.update_machine(machine, resumes=BOOTS, state_bytes=0, recorded=""))
+    store.change(lambda: write_running(store.catalog, machine))
+
+
+def write_running(catalog: Catalog, machine: bytes) -> None:
+    """Write that note. Inside a transaction."""
+    catalog.update_machine(machine, resumes=BOOTS, state_bytes=0, recorded="")
 
 
 # ---- lists ----

@@ -367,11 +367,15 @@ class RemoteProcess(Protocol):
 
 @contextmanager
 def begin_seals(
-    volumes: Sequence[OpenHead], remotes: Sequence[RemoteHead] = (), when_cut: Check = lambda: None
+    volumes: Sequence[OpenHead],
+    remotes: Sequence[RemoteHead] = (),
+    when_cut: Check = lambda: None,
+    when_ready: Check | None = None,
 ) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
 
-    `when_cut` is called when writers go on, before anything is synced.
+    `when_ready` is called when all is done that can be done beforehand, and before flushes have to wait for this seal. Where
+    it raises, nothing was begun. `when_cut` is called when writers go on, before anything is synced.
 
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
@@ -382,10 +386,14 @@ def begin_seals(
         with ExitStack() as stack:
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
+            lock_bytes = _take_lock_bytes(remotes) if when_ready else None
+            if when_ready:
+                when_ready()
             for process in processes:
                 process.ask_to_begin()
             begin_each(sealings)
-            lock_bytes = _take_lock_bytes(remotes)
+            if lock_bytes is None:  # while the others make durable what was written
+                lock_bytes = _take_lock_bytes(remotes)
             for process in processes:
                 process.begun()
             _cut(sealings, processes)
@@ -482,12 +490,17 @@ class Part(NamedTuple):
 
 
 def seal_together(
-    store: OpenStore, parts: Sequence[Part], then: Check = lambda: None, *, when_cut: Check = lambda: None
+    store: OpenStore,
+    parts: Sequence[Part],
+    then: Check = lambda: None,
+    *,
+    when_ready: Check | None = None,
+    when_cut: Check = lambda: None,
 ) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
 
     In an operation of each volume. `then` is called in the transaction, when all rows are written, and `when_cut` before
-    it, when what is written from then on is in none of the sealed layers.
+    it, when what is written from then on is in none of the sealed layers. `when_ready` is as for `begin_seals`.
     """
     for part in parts:
         part.check()
@@ -511,7 +524,7 @@ def seal_together(
 
     try:
         here = [part.head for part in parts if isinstance(part.head, OpenHead)]
-        with begin_seals(here, remotes, when_cut) as sealings:
+        with begin_seals(here, remotes, when_cut, when_ready) as sealings:
             rows = store.change(write_rows)
     except CommitUnknownError:
         raise

@@ -8,6 +8,7 @@ opening does it.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby, takewhile
+from typing import NamedTuple
 
 from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
@@ -147,21 +148,47 @@ def revert(volume: OpenHead, name: str, *, guid: str | None = None, for_machine:
 
     `for_machine`: the machine that is put back as a whole; the disk of another one is refused.
     """
-    from onionskin.operations.hidden_blocks import free_hidden
-    from onionskin.operations.restart import restart_on
+    revert_together([Target(volume, name, guid)], for_machine=for_machine)
 
-    with volume.operation():
-        catalog = volume.store.catalog
-        ownership.refuse_put_back(catalog, volume.row.id, for_machine)
+
+class Target(NamedTuple):
+    """A volume that is put back to one of its snapshots, which has this GUID, if one is given."""
+
+    volume: OpenHead
+    name: str
+    guid: str | None = None
+
+
+def revert_together(
+    targets: Sequence[Target], *, for_machine: bytes | None = None, then: Callable[[], None] = lambda: None
+) -> None:
+    """Put volumes of one store back, all in one transaction, in which `then` is called. As for `revert`."""
+    from onionskin.operations.hidden_blocks import free_hidden
+    from onionskin.operations.restart import restart_together
+
+    if not targets:
+        return
+    catalog = targets[0].volume.store.catalog
+    with ExitStack() as operations:
+        for volume in sorted((target.volume for target in targets), key=lambda volume: volume.row.id):
+            operations.enter_context(volume.operation())
+        for target in targets:
+            ownership.refuse_put_back(catalog, target.volume.row.id, for_machine)
+        layers = [
+            snapshot_names.find_chosen(catalog, target.volume.row, [target.name], target.guid)[0].layer
+            for target in targets
+        ]
+        around = [unnamed_around(catalog, catalog.layer(target.volume.head).parent) for target in targets]
 
         def check() -> None:
-            ownership.refuse_put_back(catalog, volume.row.id, for_machine)
-            _refuse_renamed(volume, name, target)
+            for target, layer in zip(targets, layers, strict=True):
+                ownership.refuse_put_back(catalog, target.volume.row.id, for_machine)
+                _refuse_renamed(target.volume, target.name, layer)
+            then()
 
-        target = snapshot_names.find_chosen(catalog, volume.row, [name], guid)[0].layer
-        around = unnamed_around(catalog, catalog.layer(volume.head).parent)
-        restart_on(volume, target, check)
-        free_hidden(volume, around)
+        restart_together([(target.volume, layer) for target, layer in zip(targets, layers, strict=True)], check)
+        for target, unnamed in zip(targets, around, strict=True):
+            free_hidden(target.volume, unnamed)
 
 
 def discard(

@@ -1,7 +1,10 @@
-"""Snapshots of a machine, crashed: the program, and what must hold of each state that it leaves.
+"""Snapshots and reverts of a machine, crashed: the programs, and what must hold of each state that they leave.
 
 A snapshot of a machine has two transactions: its disks are cut, and later all of it gets its name. Whatever a crash leaves,
 each snapshot is there with all its disks and its RAM as at its cut, or no part of it is.
+
+A revert of a machine that runs has two as well: all disks go back with the note that it is being put back, and the RAM with
+the note that its guest may write.
 """
 
 from __future__ import annotations
@@ -133,3 +136,62 @@ def check_openings(path: Path) -> list[str]:
         if not left:
             break
     return [f"still there after {OPENINGS_MAX} openings: {one}" for one in left] + [str(one) for one in strays(path)]
+
+
+# ---- a revert ----
+
+
+def revert_machine(root: Path) -> None:
+    """Puts a machine back as one that runs is put back, and goes on writing."""
+    import onionskin
+    from onionskin.operations import machine_tree, machines
+
+    store = onionskin.Store(root / "store")
+    for name in DISKS:
+        store.create(name, size=4 * BLOCK_BYTES, block_size=BLOCK_BYTES).close()
+    machines.create(store._opened, "lab", DISKS, configuration=CONFIGURATION, memory_bytes=MEMORY, wipe=None)
+    opened = {name: store._open_to_write(name, for_machine=True) for name in (*DISKS, RAM)}
+    write_all(opened, 1)
+    with store._cut_machine("lab") as cut:
+        cut.seal()
+        cut.commit(
+            "1", mode="live", configuration=CONFIGURATION, ram=opened[RAM]._opened.to_write(), state_bytes=BLOCK_BYTES
+        )
+    write_all(opened, 2)
+    mark(root, "written")
+    going_back = machine_tree.RevertInPlace(store._opened, "lab", "1")
+    going_back.put_disks_back(store._put_back_together, store._put_back)
+    mark(root, "disks")
+    going_back.put_ram_back(opened[RAM]._opened.to_write())
+    mark(root, "all")
+    store.close()
+
+
+def write_all(opened: Any, number: int) -> None:
+    for name, volume in opened.items():
+        volume.write(0, content(number, name))
+        volume.flush()
+
+
+def check_revert(directory: Path, markers: Sequence[str]) -> list[str]:
+    """All disks are put back or none, and where they are not noted as being put back, RAM agrees with them."""
+    import onionskin
+    from onionskin.operations import machines
+
+    if "written" not in markers:
+        return []
+    with onionskin.Store(directory / "store", create=False) as store:
+        is_reverting = machines.beginning(store._opened, "lab").is_reverting
+        found = {}
+        for name in (*DISKS, RAM):
+            with store._open_to_write(name, for_machine=True) as volume:
+                found[name] = bytes(volume.read(0, BLOCK_BYTES))
+    at = {name: next((n for n in (1, 2) if content(n, name) == held), 0) for name, held in found.items()}
+    back, before = dict.fromkeys(at, 1), dict.fromkeys(at, 2)
+    allowed = {
+        "written": [(before, False), (back | {RAM: 2}, True)],
+        "disks": [(back | {RAM: 2}, True), (back, False)],
+        "all": [(back, False)],
+    }[markers[-1]]
+    problems = [] if (at, is_reverting) in allowed else [f"{at}, being put back: {is_reverting}, after {markers[-1]!r}"]
+    return problems + check_openings(directory / "store")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crash.harness.judge import RECOVERIES_DRAWN, Outcome, Trial, drawn, try_workload, unwiped
-from crash.harness.machine_program import check_machine, snapshot_machine
+from crash.harness.machine_program import check_machine, check_revert, revert_machine, snapshot_machine
 from crash.harness.model import BLOCK_BYTES, CANARY_BYTES, canary, plan
 from crash.harness.replay import MARK, SYNC_END
 from crash.harness.run import Recording, check_states, mark, run
@@ -295,6 +295,7 @@ SCENARIOS = (
     ),
     program_scenario("a fork is asked for again", fork_under_key, check_asked_again, "catalog commits"),
     program_scenario("a machine is snapshot", snapshot_machine, check_machine, states_max=1000),
+    program_scenario("a machine is put back", revert_machine, check_revert, states_max=1000),
     program_scenario("a delta is written", write_delta, check_delta, "written delta name"),
     program_scenario("a delta goes to stdout", stream_delta, check_delta, "streamed file"),
     program_scenario(

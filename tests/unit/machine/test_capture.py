@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import onionskin
 from onionskin.errors import SnapshotExistsError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture
+from onionskin.machine.ram import GuestRam, UnsavedRam
 from onionskin.machine.restore import find_saved
 from onionskin.machine.running import Running, StateFile, open_layer
+from onionskin.operations import seal
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -94,6 +97,49 @@ def test_disks_and_ram_are_of_one_instant(running: Running, process: StandIn) ->
             with store.open(disk, snapshot=f"s{number}") as view:
                 counts.append(int.from_bytes(view.read(0, 8), "little"))
         assert counts[0] == counts[1] and counts[0] % 256 == ram_of(running, f"s{number}")[7 * PAGE_BYTES]
+
+
+def test_all_that_can_be_done_before_the_cut_is_done_while_the_machine_runs(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused_at = {}
+
+    def note(module: object, name: str) -> None:
+        call = getattr(module, name)
+
+        def noted(*given: object, **how: object) -> object:
+            paused_at.setdefault(name, process.is_paused)
+            return call(*given, **how)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for module, name in ((seal, "spares_for"), (seal, "_take_lock_bytes"), (seal, "_cut"), (StateFile, "save")):
+        note(module, name)
+    note(UnsavedRam, "save")
+    capture.snapshot(running, "a")
+    assert paused_at == {"spares_for": False, "_take_lock_bytes": False, "_cut": True, "save": False}
+
+
+def test_rounds_end_before_the_servers_of_disks_wait_for_a_cut(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to the disk, which may take minutes, and a server gives a caller up that says nothing for so long."""
+    steps = []
+    rounds, begin = capture._rounds, capture.cut_machine
+
+    def rounds_noted(*given: Any) -> None:
+        rounds(*given)
+        steps.append("rounds")
+
+    def begin_noted(*given: Any) -> Any:
+        steps.append("cut")
+        return begin(*given)
+
+    monkeypatch.setattr(capture, "_rounds", rounds_noted)
+    monkeypatch.setattr(capture, "cut_machine", begin_noted)
+    process.write(3, 3)
+    capture.snapshot(running, "a")
+    assert steps == ["rounds", "cut"]
 
 
 def fail_in(module: type, name: str) -> Callable[[pytest.MonkeyPatch, StandIn], None]:
@@ -248,17 +294,17 @@ def test_the_state_is_gone_from_memory_when_its_file_is_closed() -> None:
 
 def test_rounds_end_where_they_get_no_shorter(running: Running, process: StandIn) -> None:
     draw = np.random.default_rng(1)
-    before = running.guest_ram.collect
+    assert isinstance(running.guest_ram, GuestRam)
+    before = running.guest_ram.stream
     rounds = []
 
-    def collect() -> int:
+    def stream(volume: onionskin.Volume) -> int:
         for page in draw.integers(0, PAGES, 200).tolist():
-            if not process.is_paused:
-                process.write(page, 1)
-        rounds.append(before())
+            process.write(page, 1)
+        rounds.append(before(volume))
         return rounds[-1]
 
-    running.guest_ram.collect = collect  # type: ignore[method-assign]
+    running.guest_ram.stream = stream  # type: ignore[method-assign]
     capture.snapshot(running, "a")
     assert len(rounds) <= capture.ROUNDS_MAX + 1
     assert ram_of(running, "a") == process.whole()

@@ -138,6 +138,55 @@ def test_a_snapshot_has_what_the_machine_had_and_a_round_that_came_to_nothing_lo
         assert ram.save(volume) == PAGE_BYTES
 
 
+def test_what_is_streamed_while_the_machine_runs_is_collected_again_after_a_snapshot_that_came_to_nothing(
+    child: Child, tmp_path: Path
+) -> None:
+    _, ram = tracked(child)
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in range(1, 1500):
+            child.write(page, 1 + page % 250)
+        assert ram.stream(volume) == 1499
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (1, 700, 1499)] == [2, 201, 250]
+        child.write(1, 77)
+        assert ram.collect() == 1 and ram.save(volume) == 1499 * PAGE_BYTES
+        volume.zero(0, LENGTH)  # it is lost
+        ram.collect_again()
+        assert ram.unsaved_pages == 1499 and ram.collect() == 1499
+        assert ram.save(volume) == 1499 * PAGE_BYTES
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (1, 700, 1499)] == [77, 201, 250]
+
+
+def test_a_page_that_is_zero_again_before_the_snapshot_takes_no_room(child: Child, tmp_path: Path) -> None:
+    _, ram = tracked(child)
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in (5, 6):
+            child.write(page, 9)
+        ram.stream(volume)
+        child.write(6, 0)
+        ram.collect()
+        assert ram.save(volume) == PAGE_BYTES
+        assert volume.read(5 * PAGE_BYTES, 2 * PAGE_BYTES) == b"\t" * PAGE_BYTES + bytes(PAGE_BYTES)
+
+
+def test_pages_are_written_from_a_file_and_no_others(child: Child, tmp_path: Path) -> None:
+    tracker, _ = tracked(child)
+    content = np.random.default_rng(2).integers(1, 255, LENGTH, dtype=np.uint8)
+    (tmp_path / "file").write_bytes(content.tobytes())
+    runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 3)) for at in range(1, 4000, 5)], RUN_DTYPE)
+    before = np.empty(LENGTH, np.uint8)
+    tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), before)
+    with (tmp_path / "file").open("rb") as file:
+        tracker.write_from(runs, file.fileno())
+    for start, end in runs.tolist():
+        before[start:end] = content[start:end]
+    after = np.empty(LENGTH, np.uint8)
+    tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), after)
+    assert np.array_equal(before, after)
+    os.truncate(tmp_path / "file", LENGTH // 2)
+    with (tmp_path / "file").open("rb") as file, pytest.raises(OSError):
+        tracker.write_from(runs, file.fileno())
+
+
 def test_a_machine_goes_back_to_a_snapshot_and_its_writes_are_noted_again(child: Child, tmp_path: Path) -> None:
     tracker, ram = tracked(child)
     with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:

@@ -11,7 +11,9 @@ import onionskin
 from onionskin.errors import SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
+from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
+from onionskin.operations import machines
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -50,6 +52,28 @@ def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, proce
     restore.revert(running, "a")
     restore.revert(running, "d")
     assert process.read(1) == 77 and process.whole()[2 * PAGE_BYTES :] == rams["c"][2 * PAGE_BYTES :]
+
+
+def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", dict.fromkeys(range(1, PAGES, 3), 7))
+    running.files.finish()
+    from_files = []
+    put_back_from = GuestRam.put_back_from
+    monkeypatch.setattr(
+        GuestRam,
+        "put_back_from",
+        lambda self, pages, file: (from_files.append(len(pages)), put_back_from(self, pages, file)),
+    )
+    for page in range(0, PAGES, 2):
+        process.write(page, 200)
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram) and len(from_files) == 1
+    process.write(3, 1)
+    capture.snapshot(running, "b")
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)
 
 
 def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
@@ -101,6 +125,25 @@ def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
     assert process.whole() == before and not process.is_paused and not running.is_broken
     with pytest.raises(StateError, match="CPU model"):
         restore.prepare(running.store, running.machine, "a", running.recorded)
+
+
+def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    snapshot(running, process, "b", {1: 2})
+
+    def fail(catalog: object, machine: bytes) -> None:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(machines, "write_running", fail)
+    with pytest.raises(StateError, match="stays stopped"):
+        restore.revert(running, "a")
+    assert process.is_paused and machines.beginning(running.store._opened, "lab").is_reverting
+    monkeypatch.undo()
+    restore.revert(running, "a")
+    assert not process.is_paused and is_at(running, process, "a", ram)
+    assert machines.beginning(running.store._opened, "lab").ram is None  # the guest may have written
 
 
 def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running: Running, process: StandIn) -> None:
