@@ -43,6 +43,8 @@ class DiskServer:
         Whether the store may be another user's.
     found : ProcessId, optional
         One that serves them already.
+    labels : sequence of str, optional
+        What clients call them, which stays when they are renamed. By default their names.
 
     Attributes
     ----------
@@ -60,9 +62,11 @@ class DiskServer:
         *,
         trust: bool = False,
         found: ProcessId | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         self._store = store.absolute()
         self._volumes = list(volumes)
+        self.labels = list(labels)
         self._directory = directory
         self._trust = trust
         self._child: subprocess.Popen[bytes] | None = None
@@ -75,7 +79,11 @@ class DiskServer:
     def uris(self) -> list[str]:
         """Where the disks are, in their order."""
         socket = quote(str(self._directory / DISKS))
-        return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self._volumes]
+        return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self.labels or self._volumes]
+
+    def rename(self, volumes: Sequence[str]) -> None:
+        """Take note of what the volumes are called now. Clients have them by their labels."""
+        self._volumes = list(volumes)
 
     def start(self) -> None:
         """Start it, and return when it is ready.
@@ -91,6 +99,7 @@ class DiskServer:
         names = [f"{self._store}/{volume}" for volume in self._volumes]
         log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
+        arguments += [f"--as={label}" for label in self.labels]
         try:
             pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)
         finally:

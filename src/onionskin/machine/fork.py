@@ -146,7 +146,9 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
         return None
 
 
-def _supervise(what: dict[str, object], name: str, writer: int, log: str, others: list[int]) -> int:
+def _supervise(
+    what: dict[str, object], name: str, writer: int, log: str, others: list[int], *, pool: socket.socket | None = None
+) -> int:
     """Be the supervisor of a machine, until its end. Return the exit status of the process."""
     try:
         os.setsid()
@@ -156,7 +158,7 @@ def _supervise(what: dict[str, object], name: str, writer: int, log: str, others
         _write_to(log)
         disk_server.spawn = _spawner(writer)
         return daemon.be_supervisor(
-            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"])
+            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"]), pool=pool
         )
     except BaseException as error:
         with suppress(BaseException):
