@@ -115,7 +115,9 @@ class Log:
     help="Drop clients that ask for nothing for so long.",
 )
 @click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
-@click.option("--as", "labels", multiple=True, hidden=True, help="What each volume is called, whatever its name becomes.")
+@click.option(
+    "--as", "labels", multiple=True, hidden=True, help="What each volume is called, whatever its name becomes."
+)
 @trust_option
 @json_option
 def serve(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from socket import socket
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import OnionskinError, StateError
@@ -573,6 +573,23 @@ class Machine:
             `warm` is out of range.
         """
         return pool.start(self._store, self._name, snapshot, warm)
+
+    def be_pool(self, snapshot: str, *, warm: int = 4) -> NoReturn:
+        """Replace this process by that of a pool, for a service manager. SIGTERM ends it. See `pool`.
+
+        Parameters
+        ----------
+        snapshot : str
+        warm : int
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        ValueError
+            `warm` is out of range.
+        """
+        pool.become(self._store, self._name, snapshot, warm)
 
     def pools(self) -> list[MachinePool]:
         """Return the pools of its snapshots that there are now.

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from onionskin.base.sockets import connect_unix
 from onionskin.control import frames
@@ -211,7 +211,7 @@ def start(store: "Store", name: str, snapshot: str, warm: int) -> MachinePool:
     return pool
 
 
-def become(store: "Store", name: str, snapshot: str, warm: int) -> None:
+def become(store: "Store", name: str, snapshot: str, warm: int) -> NoReturn:
     """Replace this process by that of a pool, for a service manager. The store is closed."""
     what = _wanted(store, name, snapshot, warm)[2]
     store.close()
@@ -226,7 +226,12 @@ def _wanted(store: "Store", name: str, snapshot: str, warm: int) -> tuple[Machin
     store._opened.catalog.refuse_read_only()
     machine, id = ids_of(store, name, snapshot)
     directory = make_directory(store._opened.layout.root, machine)
-    return MachinePool(directory, snapshot, id), directory, what_to_hold(store, machine, id, warm)
+    pool = MachinePool(directory, snapshot, id)
+    if pool.is_there:
+        raise StateError(
+            f"there is a pool of {name}@{snapshot} already; end it first, with 'onionskin machine pool --stop'"
+        )
+    return pool, directory, what_to_hold(store, machine, id, warm)
 
 
 def ids_of(store: "Store", name: str, snapshot: str) -> tuple[bytes, bytes]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,11 +281,11 @@ class Pool:
         on(self._listener.socket.fileno(), select.POLLIN, self._accept)
         on(self._wake_reader, select.POLLIN, self._drain)
         for member in self._members:
-            on(member.pool.fileno(), 0, lambda member=member: self._lose(member))
+            on(member.pool.fileno(), 0, partial(self._lose, member))
             if member.started is not None:
-                on(member.started, select.POLLIN, lambda member=member: self._hear(member))
+                on(member.started, select.POLLIN, partial(self._hear, member))
         for connection in (*self._taken, *self._waiting):
-            on(connection.fileno(), select.POLLIN, lambda connection=connection: self._let_go(connection))
+            on(connection.fileno(), select.POLLIN, partial(self._let_go, connection))
         for descriptor, _ in poll.poll(self._milliseconds_left()):
             calls[descriptor]()
         self._reap()

@@ -29,7 +29,6 @@ from onionskin.operations.forks import Wanted
 from onionskin.storage.chain import insert_heads
 from onionskin.storage.open_store import OpenStore
 
-
 POOL_LABEL = "pool"
 WAITING_SECONDS = 300  # from then on `expire` drops one that waits, if it is off
 
@@ -37,7 +36,14 @@ WAITING_SECONDS = 300  # from then on `expire` drops one that waits, if it is of
 def make_waiting(store: OpenStore, machine: str, snapshot: str, count: int) -> dict[str, bytes]:
     """Make forks that a pool will hold. Returns their ids by their names. They are dropped by `expire` if they are left."""
     wanted = forks.check_wanted(
-        *(machine, snapshot, [f"{machines.WAITING_PREFIX}{new_id().hex()[-12:]}" for _ in range(count)], None, None, None),
+        *(
+            machine,
+            snapshot,
+            [f"{machines.WAITING_PREFIX}{new_id().hex()[-12:]}" for _ in range(count)],
+            None,
+            None,
+            None,
+        ),
         *(WAITING_SECONDS, {POOL_LABEL: f"{machine}@{snapshot}"}, None),
     )
     return {name: machines.find(store.catalog, name).id for name in fork_machine(store, wanted)}
@@ -113,9 +119,7 @@ def _take(store: OpenStore, wanted: Wanted, machine: MachineRow, name: str) -> N
     catalog.update(VolumeRow, machine.ram, expires_ns=expires_ns)
     catalog.delete(LabelRow, "volume = ?", machine.ram)
     catalog.insert_all(LabelRow(machine.ram, key, value) for key, value in wanted.labels.items())
-    catalog.update_machine(
-        machine.id, name=name, created_ns=now_ns, resumes=machines.BOOTS, state_bytes=0, recorded=""
-    )
+    catalog.update_machine(machine.id, name=name, created_ns=now_ns, resumes=machines.BOOTS, state_bytes=0, recorded="")
 
 
 def _make(

@@ -283,8 +283,8 @@ def refuse_awaited(
     forks = sorted(one.name for one in catalog.machines_awaiting(machine.ram) if one.guid in guids)
     if forks and all(one.startswith(machines.WAITING_PREFIX) for one in forks):
         raise StateError(
-            f"a pool of machine {machine.name!r} has forks ready of a snapshot that would go: {some_of(forks)}; end it first, "
-            "with 'onionskin machine pool --stop'; nothing was dropped"
+            f"a pool of machine {machine.name!r} has forks ready of a snapshot that would go: {some_of(forks)}; end it "
+            "first, with 'onionskin machine pool --stop'; nothing was dropped"
         )
     if forks:
         raise StateError(
