@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 1.0
 AGAIN_SECONDS = 10.0  # after a machine could not be started
 CLIENT_SECONDS = 5.0
+END_SECONDS = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -94,6 +95,7 @@ class Pool:
         self._root = Path(what["store"])
         self._members: list[Member] = []
         self._taken: dict[socket.socket, list[Member]] = {}  # by the connections by which they were taken
+        self._gone: dict[int, Member] = {}  # by their supervisors, which run as those of forks, or are ending
         self._waiting: list[socket.socket] = []  # who wants to know when all are ready
         self._stopping: list[socket.socket] = []  # who wants to know when it has ended
         self._is_ending = False
@@ -180,17 +182,21 @@ class Pool:
             self._reply(connection, {"error": frames.pack_error(StateError(self._failure))})
 
     def _make(self, count: int) -> dict[str, str]:
-        """Make the rows of machines, in a process that may open the store. Returns their ids by their names."""
+        """Make the rows of machines. Returns their ids by their names."""
 
         def make(store: "Store") -> dict[str, str]:
             made = machine_forks.make_waiting(store._opened, *self._names(store), count)
             return {name: id.hex() for name, id in made.items()}
 
+        return dict(self._in_child(make))
+
+    def _in_child(self, work: "Callable[[Store], Any]") -> Any:
+        """Return what is found in a process that may open the store, or raise its error."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         if (child := os.fork()) == 0:
             try:
                 self._forget()
-                answer = {"made": self._in_store(make)}
+                answer = {"found": self._in_store(work)}
             except BaseException as error:
                 answer = {"error": frames.pack_error(error)}
             with suppress(BaseException):
@@ -204,7 +210,9 @@ class Pool:
             os.waitpid(child, 0)
         if "error" in answer:
             raise frames.unpack_error(answer["error"])
-        return dict(answer.get("made", {}))
+        if "found" not in answer:
+            raise StateError("a process of the pool that looked into the store died")
+        return answer["found"]
 
     def _start(self, name: str, id: bytes) -> None:
         """Fork the supervisor of a machine."""
@@ -305,8 +313,8 @@ class Pool:
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                self._gone.pop(pid, None)
 
     def _hear(self, member: Member) -> None:
         """Hear whether a machine is ready. Its supervisor says one thing, in one write, and closes."""
@@ -412,6 +420,7 @@ class Pool:
         """Let go of what somebody took who has closed the connection: it is a fork's, or ends."""
         for member in self._taken.pop(connection, []):
             member.let_go()
+            self._gone[member.pid] = member
         if connection in self._waiting:
             self._waiting.remove(connection)
         connection.close()
@@ -438,15 +447,43 @@ class Pool:
         """Let go of all machines, and wait until they are gone."""
         if self._listener is not None:
             self._listener.close()
-        for member in (*self._members, *(one for taken in self._taken.values() for one in taken)):
-            member.let_go()
+        for connection in list(self._taken):
+            self._let_go(connection)
         for member in self._members:
-            with suppress(ChildProcessError):
-                os.waitpid(member.pid, 0)
+            member.let_go()
+        self._gone |= {member.pid: member for member in self._members}
+        self._reap()
+        _wait_for_ends(self._ending())
         if self._held is not None:
             self._held.close()
         for connection in self._stopping:
             self._reply(connection, {"result": None})
+
+    def _ending(self) -> list[int]:
+        """Return the supervisors whose machines no fork has taken: those will end."""
+
+        def look(store: "Store") -> list[int]:
+            rows = {pid: store._opened.catalog.machine_with_id(one.id) for pid, one in self._gone.items()}
+            return [pid for pid, row in rows.items() if row is None or not machine_forks.is_taken(row)]
+
+        try:
+            return list(self._in_child(look))
+        except (OSError, OnionskinError) as error:
+            daemon.log_line(f"it is not known which machines of the pool are ending: {error}")
+            return []
+
+
+def _wait_for_ends(children: Iterable[int]) -> None:
+    """Wait until these children have ended; one that hangs is left, and ends by itself when it goes on."""
+    deadline = time.monotonic() + END_SECONDS
+    for child in children:
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(child)
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                daemon.log_line(f"process {child}, which supervises a machine of the pool, does not end")
+            os.close(descriptor)
 
 
 def main(text: str) -> int:
