@@ -120,6 +120,7 @@ class Pool:
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self._end_soon)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # `run` wakes up, and takes note
         self._fill()
 
     def _in_store(self, work: "Callable[[Store], Any]") -> Any:
@@ -235,7 +236,7 @@ class Pool:
     def _forget(self) -> None:
         """Close, in a process that was forked, all that is the pool's."""
         signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
+        for number in (*_SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         for one in (*self._members, *(member for taken in self._taken.values() for member in taken)):
             one.let_go()
