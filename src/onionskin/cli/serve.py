@@ -118,6 +118,7 @@ class Log:
 @click.option(
     "--as", "labels", multiple=True, hidden=True, help="What each volume is called, whatever its name becomes."
 )
+@click.option("--tell-listening", is_flag=True, hidden=True, help="With --json, a line before that: clients can wait.")
 @trust_option
 @json_option
 def serve(
@@ -138,6 +139,7 @@ def serve(
     in_flight: int,
     idle: int,
     stdio: bool,
+    tell_listening: bool,
     as_json: bool,
 ) -> None:
     """Serve volumes to machines over NBD, until SIGTERM or Ctrl-C.
@@ -170,6 +172,8 @@ def serve(
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
         found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
         server.listen(found, anybody=tls_clients == "any")
+        if tell_listening:
+            output.echo(output.as_json_line({"listening": True}))
         for name, label in zip_longest(names, labels[: len(names)]):
             _add(server, name, label)
         server.exports.set_default()

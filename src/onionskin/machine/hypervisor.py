@@ -10,7 +10,7 @@ a word, and the guest dies.
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -312,6 +312,7 @@ class Hypervisor(Protocol):
         disks: Sequence[str],
         state: Path | None,
         identity: Identity,
+        wait_for_disks: Callable[[], None] = lambda: None,
     ) -> Process:
         """Start a machine that is stopped before its first instruction.
 
@@ -329,6 +330,8 @@ class Hypervisor(Protocol):
         state : Path, optional
             State of its devices to load; `ram_file` is then the RAM of the same snapshot.
         identity : Identity
+        wait_for_disks : callable
+            Returns when the disks can be read, whose server listens already. The process can be started meanwhile.
         """
 
 

@@ -154,7 +154,7 @@ class Supervisor:
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
                 prepared = stack.enter_context(restore.prepare(store, row, None, now))
-            self._server.start()
+            self._server.begin()
             self._process = hypervisor.launch(
                 configuration,
                 name=self._name,
@@ -163,6 +163,7 @@ class Supervisor:
                 disks=self._server.uris,
                 state=prepared.state.path if prepared else None,
                 identity=identity,
+                wait_for_disks=self._server.wait_ready,
             )
             self._ends.callback(self._process.quit, QUIT_SECONDS)
             mapped = prepared.saved.layer if prepared and self._process.ram() is not None else None
