@@ -10,6 +10,7 @@ returns when the guests of all run, or raises the first of what kept one from ru
 out once: it is made again only where the process that forks ended before it said that it had it.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -99,11 +100,21 @@ def _ask(process: socket.socket, what: dict[str, object], writers: list[int]) ->
         socket.send_fds(process, [json.dumps(what).encode()], writers)
         heard = process.recv(16)
         done = process.recv(16) if heard else b""
-    if not done and _there is not None:  # it has ended
-        _there[1].close()
-        _there[0].wait()
-        _there = None
+    if not done:
+        _end_process()
     return bool(heard)
+
+
+@atexit.register
+def _end_process() -> None:
+    """End the process that forks, if there is one of this process."""
+    global _there
+    if _there is not None:
+        child, connection, (pid, *_) = _there
+        connection.close()
+        if pid == os.getpid():
+            child.wait()
+        _there = None
 
 
 def _forking_process() -> socket.socket:
@@ -115,10 +126,7 @@ def _forking_process() -> socket.socket:
     key = (os.getpid(), sys.executable, sorted(environment.items()))
     if _there is not None and _there[2] == key and _there[0].poll() is None:
         return _there[1]
-    if _there is not None:
-        _there[1].close()  # which ends it
-        if _there[2][0] == os.getpid():
-            _there[0].wait()
+    _end_process()
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with there:
         child = subprocess.Popen(
@@ -162,7 +170,7 @@ def main(descriptor: int) -> int:
     while poll.poll(IDLE_SECONDS * 1000):
         text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
         if not text:
-            break
+            os._exit(0)  # who started it waits for its end
         asked.send(_HEARD)
         _start_machines(json.loads(text), writers, asked)
         asked.send(_DONE)
