@@ -32,7 +32,7 @@ def pool(name: Name, warm: int | None, foreground: bool, is_asked: bool, is_ende
     with name.open_store() as store:
         machine = store.open_machine(name.volume)
         if foreground:
-            machine.be_pool(name.required_snapshot, warm=warm or 4)
+            machine.be_pool(name.required_snapshot, warm=warm or 4)  # which does not return
         if is_asked:
             _tell(as_json, name, _find(machine, name).status())
             return

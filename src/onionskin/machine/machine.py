@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from socket import socket
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import OnionskinError, StateError
@@ -574,7 +574,7 @@ class Machine:
         """
         return pool.start(self._store, self._name, snapshot, warm)
 
-    def be_pool(self, snapshot: str, *, warm: int = 4) -> NoReturn:
+    def be_pool(self, snapshot: str, *, warm: int = 4) -> None:
         """Replace this process by that of a pool, for a service manager. SIGTERM ends it. See `pool`.
 
         Parameters
