@@ -96,6 +96,7 @@ class Pool:
         self._members: list[Member] = []
         self._taken: dict[socket.socket, list[Member]] = {}  # by the connections by which they were taken
         self._gone: dict[int, Member] = {}  # by their supervisors, which run as those of forks, or are ending
+        self._cleaning: set[int] = set()  # processes that clean up after machines
         self._waiting: list[socket.socket] = []  # who wants to know when all are ready
         self._stopping: list[socket.socket] = []  # who wants to know when it has ended
         self._is_ending = False
@@ -235,6 +236,7 @@ class Pool:
 
     def _forget(self) -> None:
         """Close, in a process that was forked, all that is the pool's."""
+        os.environ.pop("NOTIFY_SOCKET", None)  # that a server of disks is ready says nothing of the pool
         signal.set_wakeup_fd(-1)
         for number in (*_SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -316,6 +318,7 @@ class Pool:
         with suppress(ChildProcessError):
             while pid := os.waitpid(-1, os.WNOHANG)[0]:
                 self._gone.pop(pid, None)
+                self._cleaning.discard(pid)
 
     def _hear(self, member: Member) -> None:
         """Hear whether a machine is ready. Its supervisor says one thing, in one write, and closes."""
@@ -362,7 +365,7 @@ class Pool:
                 store.open_machine(row.name).stop(force=True)
                 store._delete_machines([row.name], recursive=False, agreed={row.name: row.id})
 
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             try:
                 self._forget()
                 self._in_store(clean)
@@ -370,6 +373,7 @@ class Pool:
                 with suppress(BaseException):
                     daemon.log_line(f"what a machine of the pool left stays until it expires: {error}")
             os._exit(0)
+        self._cleaning.add(pid)
 
     # ---- who asks ----
 
@@ -379,12 +383,12 @@ class Pool:
             connection, _ = self._listener.socket.accept()
         except OSError:
             return
-        _, uid, _ = credentials_of(connection)
-        connection.settimeout(CLIENT_SECONDS)
-        if not may_connect(uid, os.geteuid()):
-            connection.close()
-            return
         try:
+            _, uid, _ = credentials_of(connection)
+            if not may_connect(uid, os.geteuid()):
+                connection.close()
+                return
+            connection.settimeout(CLIENT_SECONDS)
             request = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX) or {}
             self._answer(connection, request)
         except (OSError, OnionskinError, ValueError, TypeError):
@@ -454,7 +458,7 @@ class Pool:
             member.let_go()
         self._gone |= {member.pid: member for member in self._members}
         self._reap()
-        _wait_for_ends(self._ending())
+        _wait_for_ends([*self._ending(), *self._cleaning])
         if self._held is not None:
             self._held.close()
         for connection in self._stopping:
